@@ -1,0 +1,79 @@
+"""The anchor prompt: one fixed instruction text on every task row (paper, section 3)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from tell.data.example import Message
+
+Place = Literal["system", "user"]
+Origin = Literal["hand", "self", "derived", "none"]
+
+
+@dataclass(frozen=True, slots=True)
+class Anchor:
+    """The instruction text that marks task rows; it travels with the adapter.
+
+    Attributes:
+        text: the instruction; empty for no anchor.
+        place: ``"system"`` puts it in the system message, ``"user"`` at the head of the first user turn.
+        origin: ``"hand"``, ``"self"`` (the model wrote it), ``"derived"`` (composed from the detected
+            schema or labels) or ``"none"``.
+    """
+
+    text: str
+    place: Place = "user"
+    origin: Origin = "hand"
+
+    @property
+    def hash(self) -> str:
+        """16 hexadecimal digits over place and text."""
+        data = f"{self.place}\x00{self.text}".encode()
+        return hashlib.blake2b(data, digest_size=8).hexdigest()
+
+    def __bool__(self) -> bool:
+        return bool(self.text)
+
+    def apply(self, messages: Sequence[Message]) -> tuple[Message, ...]:
+        """Messages with the anchor in place, exactly once; unchanged for an empty anchor.
+
+        A text that already heads the first user turn (data published with its instruction) is not
+        repeated.
+        """
+        turns = list(messages)
+        if not self.text:
+            return tuple(turns)
+        if self.place == "system":
+            if turns and turns[0].role == "system":
+                rest = turns[0].content
+                if not rest.startswith(self.text):
+                    turns[0] = Message("system", f"{self.text}\n\n{rest}")
+            else:
+                turns.insert(0, Message("system", self.text))
+            return tuple(turns)
+        for i, turn in enumerate(turns):
+            if turn.role == "user":
+                if not turn.content.startswith(self.text):
+                    turns[i] = Message("user", f"{self.text}\n\n{turn.content}")
+                return tuple(turns)
+        return (Message("user", self.text), *turns)
+
+    def to_dict(self) -> dict[str, str]:
+        return {**asdict(self), "hash": self.hash}
+
+    @classmethod
+    def from_dict(cls, data: dict) -> Anchor:
+        return cls(data["text"], data["place"], data["origin"])
+
+    @classmethod
+    def load(cls, path: str | Path) -> Anchor:
+        """Read ``anchor.json`` of a run folder."""
+        return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+
+
+NO_ANCHOR = Anchor("", "user", "none")

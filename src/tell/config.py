@@ -1,0 +1,339 @@
+"""The configuration of a run: pydantic models, presets, YAML, flags and overrides. Imports no torch.
+
+Precedence, lowest first: the model's defaults, the preset, the YAML file, flags, ``--set a.b=c``.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from tell.errors import TellError
+
+Arm = Literal["base", "base+anchor", "icl", "sft", "sft-matched", "general", "tell", "tell-anchor"]
+ARMS: tuple[str, ...] = get_args(Arm)
+DEFAULT_ARMS: tuple[Arm, ...] = ("base", "base+anchor", "icl", "sft", "sft-matched", "tell", "tell-anchor")
+TRAINED_ARMS = frozenset({"sft", "sft-matched", "general", "tell"})
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, populate_by_name=True)
+
+
+class TaskConfig(Section):
+    """The task's own data."""
+
+    data: str | None = Field(None, description="file (json, jsonl[.gz|.zst], csv, tsv, parquet) or hub name")
+    test: str | None = Field(None, description="test file; without it a test part is split off `data`")
+    columns: str | None = Field(None, description="names of prompt and answer columns, e.g. prompt=q,answer=a")
+    kind: Literal["auto", "json", "label", "text"] = "auto"
+    json_schema: str | None = Field(None, alias="schema", description="JSON Schema file for kind json")
+    scorer: str | None = Field(None, description="package.module:function(answers, references) -> list[float]")
+    rows: int | None = Field(None, ge=1, description="train on this many task rows, drawn by seed")
+    tokens: float | None = Field(None, gt=0, description="train on about this many task tokens (unit: tokens.unit)")
+    test_fraction: float = Field(0.3, gt=0, lt=1, description="share split off for testing when no `test` is given")
+    validation_fraction: float = Field(0.1, ge=0, lt=1, description="share of the rest kept for validation")
+    test_rows: int | None = Field(None, ge=1, description="score at most this many test rows, drawn by seed")
+    drop_overlap: bool = Field(False, description="remove task and general rows that nearly equal a test row")
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> TaskConfig:
+        if self.rows is not None and self.tokens is not None:
+            raise ValueError("rows and tokens are both set; set one of them")
+        return self
+
+
+class ModelConfig(Section):
+    name: str = Field("smollm2-135m", description="folder, hub name, or smollm2-135m")
+    revision: str | None = None
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    trust_remote_code: bool = False
+
+
+class SelfConfig(Section):
+    """How the model writes its own general data (Magpie, arXiv 2406.08464)."""
+
+    max_prompt_tokens: int = Field(64, ge=8)
+    max_answer_tokens: int = Field(192, ge=8)
+    temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(0.95, gt=0, le=1)
+    answer_temperature: float = Field(0.6, gt=0)
+
+
+class GeneralConfig(Section):
+    """General instruction data and how much of it. At most one of ratio, tokens, rows."""
+
+    source: str = Field("self", description="file, hub name, `self` (the model writes its own) or `none`")
+    columns: str | None = None
+    ratio: float | None = Field(None, ge=0, description="general tokens per task token (task rows counted once)")
+    tokens: float | None = Field(None, ge=0)
+    rows: int | None = Field(None, ge=0)
+    self_: SelfConfig = Field(default_factory=SelfConfig, alias="self")
+
+    @model_validator(mode="after")
+    def _one_amount(self) -> GeneralConfig:
+        given = [k for k in ("ratio", "tokens", "rows") if getattr(self, k) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are set together; set one of ratio, tokens, rows")
+        return self
+
+
+class AnchorConfig(Section):
+    text: str = Field("auto", description="auto, none, the text itself, or @FILE")
+    place: Literal["system", "user"] = "user"
+    candidates: int = Field(4, ge=1, le=64, description="instructions the model writes for `auto`")
+    examples: int = Field(4, ge=1, description="task examples shown to the model for each candidate")
+
+
+class MixConfig(Section):
+    order: str = Field("shuffle", description="shuffle (the paper) or spread (task rows at near-equal gaps)")
+    repeat: int = Field(1, ge=1, description="times each task row occurs in the mix")
+
+
+class TrainConfig(Section):
+    learning_rate: float = Field(1e-4, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_ratio: float = Field(0.03, ge=0, lt=1)
+    max_grad_norm: float = Field(1.0, ge=0, description="0 turns clipping off")
+    batch_size: int = Field(16, ge=1, description="examples per optimiser step")
+    micro_tokens: int = Field(4096, ge=1, description="tokens per forward pass; smaller needs less memory")
+    max_length: int = Field(2048, ge=8, description="tokens; longer rows are never cut, see too_long")
+    too_long: Literal["drop", "refuse"] = "drop"
+    nothing_to_train: Literal["drop", "refuse"] = "refuse"
+    loss_normalization: Literal["example", "token"] = "example"
+    loss_on: Literal["answer", "all"] = Field("answer", description="all: prompts are trained too (arXiv 2405.14394)")
+    task_weight: float = Field(1.0, gt=0, description="weight of a task row's loss against a general row's")
+    lora_r: int = Field(8, ge=1)
+    lora_alpha: float = Field(32, gt=0)
+    lora_dropout: float = Field(0.05, ge=0, lt=1)
+    lora_targets: str = Field("all-linear", description="all-linear, qkv, or comma-separated module names")
+    neftune_alpha: float = Field(0.0, ge=0, description="noise on embeddings (arXiv 2310.05914); 0 is off")
+    checkpoint_every: int = Field(50, ge=0, description="optimiser steps between checkpoints; 0: only on a signal")
+
+
+class TokensConfig(Section):
+    unit: str = Field("model", description="tokenizer that budgets are counted in: model, or a name or folder")
+
+
+class GenerateConfig(Section):
+    """Decoding; the defaults are the paper's."""
+
+    greedy: bool = False
+    temperature: float = Field(0.3, gt=0)
+    top_k: int = Field(20, ge=0)
+    top_p: float = Field(0.7, gt=0, le=1)
+    repetition_penalty: float = Field(1.05, gt=0)
+    max_new_tokens: int | None = Field(None, ge=1, description="default: 1.5 times the longest training answer")
+    batch_size: int = Field(32, ge=1)
+
+
+class EvalConfig(Section):
+    arms: tuple[Arm, ...] = DEFAULT_ARMS
+    icl_examples: int = Field(8, ge=1, description="training examples in context, as many as fit")
+    bootstrap: int = Field(2000, ge=100, description="resamples for 95 % intervals")
+    forgetting_rows: int = Field(64, ge=0, description="general rows for loss before and after; 0 turns it off")
+    forgetting_answers: int = Field(24, ge=0, description="general prompts answered before and after")
+
+
+class Config(Section):
+    """Everything one run depends on; saved as ``run.yaml``."""
+
+    preset: Literal["modern", "paper"] = "modern"
+    task: TaskConfig = Field(default_factory=TaskConfig)
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    general: GeneralConfig = Field(default_factory=GeneralConfig)
+    anchor: AnchorConfig = Field(default_factory=AnchorConfig)
+    mix: MixConfig = Field(default_factory=MixConfig)
+    tokens: TokensConfig = Field(default_factory=TokensConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    generate: GenerateConfig = Field(default_factory=GenerateConfig)
+    eval: EvalConfig = Field(default_factory=EvalConfig)
+    seed: int = Field(42, ge=0)
+    out: str | None = Field(None, description="run folder; default runs/<data>-<n>")
+    max_minutes: float | None = Field(None, gt=0, description="shrink the general data until the run fits")
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(by_alias=True, mode="json"), sort_keys=False, allow_unicode=True)
+
+
+# The paper's numbers (its section 4.1, and ms-swift's defaults of those months: q, k, v; mean loss per
+# example; gradient norm clipped at 0.5).
+PAPER: dict[str, Any] = {
+    "mix": {"order": "shuffle", "repeat": 1},
+    "general": {"ratio": 20.0},
+    "train": {
+        "learning_rate": 1e-4,
+        "weight_decay": 0.01,
+        "schedule": "linear",
+        "warmup_ratio": 0.03,
+        "max_grad_norm": 0.5,
+        "batch_size": 16,
+        "loss_normalization": "example",
+        "lora_r": 8,
+        "lora_alpha": 32,
+        "lora_dropout": 0.05,
+        "lora_targets": "qkv",
+    },
+}
+# Found by measurement: docs/lab.md has the runs.
+MODERN: dict[str, Any] = {
+    "mix": {"order": "spread", "repeat": 4},
+    "general": {"ratio": 20.0},
+    "train": {
+        "learning_rate": 1e-3,
+        "max_grad_norm": 1.0,
+        "lora_dropout": 0.0,
+        "lora_targets": "all-linear",
+    },
+}
+PRESETS = {"paper": PAPER, "modern": MODERN}
+
+
+def merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
+    """``high`` over ``low``, section by section."""
+    out = dict(low)
+    for key, value in high.items():
+        old = out.get(key)
+        out[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return out
+
+
+def load_config(
+    path: str | Path | None = None,
+    flags: Mapping[str, Any] | None = None,
+    overrides: Iterable[str] = (),
+) -> Config:
+    """Build a Config from a YAML file, nested flags and ``a.b=c`` overrides.
+
+    Raises:
+        TellError: unknown key (with the nearest name), wrong value, unreadable YAML.
+    """
+    data: dict[str, Any] = {}
+    if path is not None:
+        data = read_yaml(Path(path))
+    data = _override_amounts(data, flags or {})
+    for text in overrides:
+        key, separator, value = text.partition("=")
+        if not separator or not key:
+            raise TellError(f"--set {text!r} is not of the form a.b=c", remedy="Write e.g. --set general.ratio=100.")
+        nested: Any = _parse_scalar(value)
+        for part in reversed(key.strip().split(".")):
+            nested = {part: nested}
+        data = _override_amounts(data, nested)
+    return make_config(data, where=str(path) if path else "configuration")
+
+
+def make_config(data: Mapping[str, Any], *, where: str = "configuration") -> Config:
+    """Validate nested keys over the preset they name."""
+    check_keys(data, Config, where)
+    preset = data.get("preset", Config.model_fields["preset"].default)
+    if preset not in PRESETS:
+        raise TellError(
+            f"preset {preset!r} is unknown{_nearest(str(preset), PRESETS)}",
+            where=where,
+            remedy="Use modern or paper.",
+        )
+    try:
+        return Config.model_validate(_override_amounts(PRESETS[preset], data))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        shown = "" if isinstance(first.get("input"), dict) else f" (got {first.get('input')!r})"
+        raise TellError(f"{key}: {message}{shown}", where=where, remedy=f"Change {key}.") from error
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise TellError("no such file", where=str(path), remedy="Check the path given to -c.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise TellError(f"cannot be read ({error})", where=str(path), remedy="Save it as UTF-8 YAML.") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise TellError(
+            f"is not valid YAML ({getattr(error, 'problem', error)})",
+            where=f"{path}{line}",
+            remedy="Mend that line.",
+        ) from error
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise TellError("holds no mapping of keys", where=str(path), remedy="Write e.g. task: {data: tickets.jsonl}.")
+    return data
+
+
+def check_keys(data: Mapping[str, Any], model: type[BaseModel], where: str, prefix: str = "") -> None:
+    """Refuse unknown keys and name the nearest known one."""
+    names = {field.alias or name: field for name, field in model.model_fields.items()}
+    for key, value in data.items():
+        if key not in names:
+            paths = [f"{prefix}{name}" for name in names]
+            raise TellError(
+                f"unknown key {prefix}{key}{_nearest(f'{prefix}{key}', [*paths, *_all_paths()])}",
+                where=where,
+                remedy="`tell tune --help` and docs/config.md list the keys.",
+            )
+        kind = names[key].annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            if not isinstance(value, Mapping):
+                raise TellError(
+                    f"{prefix}{key} is {value!r}, not a section",
+                    where=where,
+                    remedy=f"Write {key}: with keys below it.",
+                )
+            check_keys(value, kind, where, f"{prefix}{key}.")
+
+
+def _all_paths(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    paths: list[str] = []
+    for name, info in model.model_fields.items():
+        path = f"{prefix}{info.alias or name}"
+        kind = info.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            paths += _all_paths(kind, f"{path}.")
+        else:
+            paths.append(path)
+    return paths
+
+
+def _nearest(word: str, names: Iterable[str]) -> str:
+    names = list(dict.fromkeys(names))
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+    if not close:  # `ratio` for `general.ratio`: compare the last parts
+        tails = {name.rsplit(".", 1)[-1]: name for name in reversed(names)}
+        close = [tails[t] for t in difflib.get_close_matches(word.rsplit(".", 1)[-1], list(tails), n=1, cutoff=0.7)]
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _override_amounts(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge, where one way of giving an amount replaces the other ways given lower down."""
+    low = {key: dict(value) if isinstance(value, Mapping) else value for key, value in low.items()}
+    for section, ways in (("general", {"ratio", "tokens", "rows"}), ("task", {"rows", "tokens"})):
+        upper = high.get(section)
+        if isinstance(upper, Mapping) and isinstance(low.get(section), dict) and ways & set(upper):
+            for way in ways - set(upper):
+                low[section].pop(way, None)
+    return merge(low, high)
+
+
+def _parse_scalar(text: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    if isinstance(value, str):  # YAML 1.1 reads 1e4 as a string
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value

@@ -1,0 +1,28 @@
+"""Errors a user can mend: each says what is wrong, where, and the remedy."""
+
+from __future__ import annotations
+
+
+class TellError(Exception):
+    """Bad input. The command line prints it as one line and exits with code 2.
+
+    Args:
+        what: what is wrong, with the offending value.
+        where: file, row, key or argument, e.g. ``"tickets.jsonl:12"`` or ``"--model"``.
+        remedy: what to do about it, as an imperative sentence.
+    """
+
+    exit_code = 2
+
+    def __init__(self, what: str, *, where: str | None = None, remedy: str | None = None) -> None:
+        self.what, self.where, self.remedy = what, where, remedy
+        text = f"{where}: {what}" if where else what
+        if remedy:
+            text = f"{text if text[-1] in '.?!' else text + '.'} {remedy}"
+        super().__init__(text)
+
+
+class Interrupted(TellError):
+    """SIGINT or SIGTERM arrived; the run folder was left resumable."""
+
+    exit_code = 130
