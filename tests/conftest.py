@@ -1,0 +1,24 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tiny import make_tiny
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """``tiny_model(family, **options)``: folder of a tiny random model, made once a session. Do not write into it."""
+    made: dict[tuple, Path] = {}
+
+    def make(family: str, **options) -> Path:
+        key = (family, *sorted(options.items()))
+        if key not in made:
+            made[key] = make_tiny(family, tmp_path_factory.mktemp(f"tiny-{family}"), **options)
+        return made[key]
+
+    return make
