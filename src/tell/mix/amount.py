@@ -1,0 +1,132 @@
+"""How much general data: rows, tokens, or a ratio to the task's tokens, met exactly."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from tell.errors import TellError
+from tell.mix.seeds import permutation
+
+MOST_ROWS = 100_000_000  # beyond this it is a typing error, and the indices alone would fill the memory
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """Rows drawn from one source.
+
+    Attributes:
+        indices: (n,) int32 into the source's table, in drawing order; a row occurs again only after the
+            source was exhausted.
+        epochs: n divided by the rows of the source.
+        notices: what the user should hear, e.g. that the source was exhausted.
+    """
+
+    indices: np.ndarray
+    epochs: float
+    notices: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+
+def general_rows(
+    unit: np.ndarray,
+    *,
+    task_tokens: int,
+    ratio: float | None = None,
+    tokens: float | None = None,
+    rows: int | None = None,
+    seed: int,
+) -> Draw:
+    """Draw general rows without replacement; once all are used, whole further epochs in new orders.
+
+    Exactly one of ratio, tokens and rows is given; 0 of it draws nothing. With the same seed a larger
+    amount extends a smaller one, so a scaling grid is nested.
+
+    Args:
+        unit: (m,) tokens of each general row in the unit of counting.
+        task_tokens: tokens of the task rows in the same unit, each row counted once however often repeated.
+        ratio: general tokens for each task token.
+        tokens: general tokens; what is drawn comes as near as whole rows allow.
+        rows: general rows, met exactly.
+        seed: decides the permutation of each epoch.
+
+    Raises:
+        TellError: no or several amounts, a negative or infinite one, a positive one from an empty source,
+            a ratio to zero task tokens.
+    """
+    given = {k: v for k, v in (("ratio", ratio), ("tokens", tokens), ("rows", rows)) if v is not None}
+    if len(given) != 1:
+        raise TellError(
+            f"{' and '.join(given) or 'none of ratio, tokens, rows'} given",
+            where="general",
+            remedy="Set one of general.ratio, general.tokens, general.rows.",
+        )
+    ((way, amount),) = given.items()
+    where = f"general.{way}"
+    if not np.isfinite(amount) or amount < 0 or (way == "rows" and amount != int(amount)):
+        kind = "a whole number, 0 or more" if way == "rows" else "0 or more"
+        raise TellError(f"{amount} is not {kind}", where=where, remedy=f"Set {where} to {kind}.")
+    if amount == 0:
+        return Draw(np.empty(0, np.int32), 0.0)
+    if not len(unit):
+        raise TellError(
+            f"{amount:g} is asked of an empty general source",
+            where=where,
+            remedy="Give a general source with rows, or 0.",
+        )
+    unit = np.asarray(unit, dtype=np.int64)
+    if way == "rows":
+        return _draw(len(unit), int(amount), seed, where)
+    if way == "ratio" and task_tokens <= 0:
+        raise TellError(
+            f"ratio {amount:g} to {task_tokens} task tokens means nothing",
+            where=where,
+            remedy="Set general.tokens or general.rows instead.",
+        )
+    target = float(amount) * task_tokens if way == "ratio" else float(amount)
+    return _draw(len(unit), _rows_for(unit, target, seed, where), seed, where, target)
+
+
+def _rows_for(unit: np.ndarray, target: float, seed: int, where: str) -> int:
+    """Rows whose tokens come nearest to the target, in drawing order; the fewer of two equally near."""
+    epoch_tokens = int(unit.sum())
+    if epoch_tokens == 0:
+        raise TellError(
+            "the general rows hold no tokens at all", where=where, remedy="Check the answers of the general source."
+        )
+    whole = int(target // epoch_tokens)
+    _check_size(whole * len(unit), where)
+    reached = np.concatenate([[0], np.cumsum(unit[_epoch(len(unit), seed, whole)])])
+    rest = target - whole * epoch_tokens
+    after = int(np.searchsorted(reached, rest))  # reached[after - 1] < rest <= reached[after]
+    after = min(after, len(unit))
+    before = max(after - 1, 0)
+    nearest = before if rest - reached[before] <= reached[after] - rest else after
+    return whole * len(unit) + nearest
+
+
+def _draw(size: int, count: int, seed: int, where: str, target: float | None = None) -> Draw:
+    _check_size(count, where)
+    epochs = [_epoch(size, seed, e) for e in range(-(-count // size))]
+    indices = np.concatenate(epochs)[:count] if epochs else np.empty(0)
+    notices = []
+    if count > size:
+        notices.append(
+            f"general data is exhausted: {count:,} rows are wanted and the source has {size:,}, so it is passed "
+            f"{count / size:.2f} times, each time in a new order"
+        )
+    if target is not None and count == 0:
+        notices.append(f"{target:,.0f} general tokens are less than half of one row: no general row is drawn")
+    return Draw(indices.astype(np.int32), count / size, notices)
+
+
+def _epoch(size: int, seed: int, epoch: int) -> np.ndarray:
+    return permutation(size, seed, "general", epoch)
+
+
+def _check_size(count: int, where: str) -> None:
+    if count > MOST_ROWS:
+        raise TellError(f"asks for {count:,} general rows", where=where, remedy=f"Ask for at most {MOST_ROWS:,} rows.")

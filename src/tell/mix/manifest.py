@@ -1,0 +1,90 @@
+"""The manifest: every training row in order, as Parquet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tell.errors import TellError
+from tell.mix.mixture import Mixture
+from tell.rows.table import RowTable
+from tell.run import atomic_path
+
+SCHEMA = pa.schema(
+    [
+        ("position", pa.int32()),
+        ("step", pa.int32()),
+        ("source", pa.string()),
+        ("hash", pa.string()),
+        ("origin", pa.string()),
+        ("tokens", pa.int32()),
+        ("trained", pa.int32()),
+        ("unit", pa.int32()),
+        ("repetition", pa.int32()),
+    ]
+)
+
+
+def manifest_table(mixture: Mixture, tables: Mapping[str, RowTable], batch_size: int) -> pa.Table:
+    """n rows in training order; position and repetition count from 0, step from 1 as the training log does."""
+    mixture.steps(batch_size)  # refuses a batch size below 1
+    mixture = replace(mixture, tables=tables)
+    position = np.arange(len(mixture))
+    columns = {
+        "position": position,
+        "step": position // batch_size + 1,
+        "source": np.array(mixture.sources)[mixture.source],
+        "hash": mixture.column("hashes"),
+        "origin": mixture.column("origins"),
+        "tokens": mixture.column("tokens"),
+        "trained": mixture.column("trained"),
+        "unit": mixture.column("unit"),
+        "repetition": mixture.repetition,
+    }
+    metadata = {"tell.batch_size": str(batch_size), "tell.digest": mixture.digest(), "tell.seed": str(mixture.seed)}
+    arrays = [pa.array(columns[f.name].tolist(), type=f.type) for f in SCHEMA]
+    return pa.Table.from_arrays(arrays, schema=SCHEMA.with_metadata(metadata))
+
+
+def write_manifest(path: str | Path, mixture: Mixture, tables: Mapping[str, RowTable], batch_size: int) -> None:
+    """Write ``manifest.parquet``; the same mixture gives the same bytes (no time, no machine in the file).
+
+    Args:
+        path: file to write, replaced whole or not at all.
+        mixture: the rows in order.
+        tables: hashes, origins and token counts of each source.
+        batch_size: examples per optimiser step.
+
+    Raises:
+        TellError: the path cannot be written.
+    """
+    table = manifest_table(mixture, tables, batch_size)
+    with atomic_path(Path(path)) as temporary:
+        pq.write_table(table, temporary, compression="zstd", version="2.6")
+
+
+def read_manifest(path: str | Path) -> pa.Table:
+    """The manifest's columns; ``schema.metadata`` holds batch size, digest and seed.
+
+    Raises:
+        TellError: no such file, or not a manifest.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise TellError("no such file", where=str(path), remedy="Give the manifest.parquet of a run folder.")
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        raise TellError(
+            f"cannot be read as Parquet ({error})", where=str(path), remedy="Make it again with `tell plan`."
+        ) from error
+    if not table.schema.equals(SCHEMA):
+        raise TellError(
+            "is no manifest of this version", where=str(path), remedy="Make it again with `tell plan` or `tell tune`."
+        )
+    return table
