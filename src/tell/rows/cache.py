@@ -1,0 +1,72 @@
+"""Tokenised rows on disk, by file, tokenizer, template and anchor; read back memory-mapped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from tell.rows.table import Dropped, RowTable
+
+VERSION = 1  # raise when tokenising changes its result
+COLUMNS = ("hashes", "origins", "tokens", "trained", "unit", "ids", "mask", "starts")
+
+
+def home() -> Path:
+    """``$TELL_HOME``, or ``~/.cache/tell``."""
+    return Path(os.environ.get("TELL_HOME") or Path.home() / ".cache" / "tell").expanduser()
+
+
+def cache_key(**parts: object) -> str:
+    """32 hexadecimal digits over everything the rows depend on."""
+    text = json.dumps({"version": VERSION, **parts}, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def cached_table(key: str, make: Callable[[], RowTable]) -> tuple[RowTable, bool]:
+    """The table stored under ``key``, made and stored first where it is missing; and whether it was found.
+
+    A cache that cannot be written (full disk, read-only home) costs speed, not the run.
+    """
+    folder = home() / "rows" / key
+    table = _read(folder)
+    if table is not None:
+        return table, True
+    table = make()
+    try:
+        _write(folder, table)
+    except OSError:
+        return table, False
+    return _read(folder) or table, False
+
+
+def _read(folder: Path) -> RowTable | None:
+    try:
+        facts = json.loads((folder / "table.json").read_text(encoding="utf-8"))
+        # mmap_mode fails on empty arrays, and small ones are as well read
+        columns = {name: np.load(folder / f"{name}.npy", mmap_mode="r" if facts["total"] else None) for name in COLUMNS}
+    except (OSError, ValueError, KeyError):
+        return None
+    return RowTable(source=facts["source"], dropped=[Dropped(**d) for d in facts["dropped"]], **columns)
+
+
+def _write(folder: Path, table: RowTable) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        for name in COLUMNS:
+            np.save(temporary / f"{name}.npy", getattr(table, name))
+        facts = {"source": table.source, "total": len(table.ids), "dropped": [asdict(d) for d in table.dropped]}
+        (temporary / "table.json").write_text(json.dumps(facts), encoding="utf-8")
+        if folder.exists():  # another process was first, or a broken leftover
+            shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,192 @@
+"""Chat template and tokenizer of a model without torch: `tokenizers` and jinja2 alone.
+
+transformers' own tokenizer classes import torch; planning must not. The same files are read
+(``tokenizer.json``, ``tokenizer_config.json``, ``chat_template.jinja``) and a test holds the result to
+``AutoTokenizer.apply_chat_template``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tell.data.example import Message
+from tell.errors import TellError
+
+# What a model without a chat template gets; the end token closes each answer.
+DEFAULT_TEMPLATE = (
+    "{% for m in messages %}"
+    "{% if m['role'] == 'system' %}{{ m['content'] + '\\n\\n' }}"
+    "{% elif m['role'] == 'user' %}{{ '### Instruction:\\n' + m['content'] + '\\n\\n' }}"
+    "{% else %}{{ '### Response:\\n' + m['content'] + eos_token + '\\n\\n' }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '### Response:\\n' }}{% endif %}"
+)
+
+
+class ChatTokenizer:
+    """Renders conversations and turns text into token ids.
+
+    Attributes:
+        folder: where the files lie.
+        template: the jinja source in use.
+        has_own_template: False when DEFAULT_TEMPLATE stands in.
+        eos_ids: ids that end an answer, from tokenizer and generation config.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        from tokenizers import Tokenizer
+
+        self.folder = Path(folder)
+        path = self.folder / "tokenizer.json"
+        if not path.exists():
+            raise TellError(
+                "has no tokenizer.json",
+                where=str(folder),
+                remedy="Save the tokenizer with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...).",
+            )
+        self.backend = Tokenizer.from_file(str(path))
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        config = _read_json(self.folder / "tokenizer_config.json")
+        self.special = {
+            key: token
+            for key in ("bos_token", "eos_token", "unk_token", "pad_token")
+            if (token := _token_text(config.get(key))) is not None
+        }
+        template = _read_template(self.folder, config)
+        self.has_own_template = template is not None
+        self.template = template if template is not None else DEFAULT_TEMPLATE
+        self.eos_ids = self._find_eos_ids()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Short hash over tokenizer and template, for caches."""
+        digest = hashlib.sha256((self.folder / "tokenizer.json").read_bytes())
+        digest.update(self.template.encode())
+        digest.update(json.dumps(self.special, sort_keys=True).encode())
+        return digest.hexdigest()[:16]
+
+    def _find_eos_ids(self) -> tuple[int, ...]:
+        ids: list[int] = []
+        text = self.special.get("eos_token")
+        if text is not None and (token := self.backend.token_to_id(text)) is not None:
+            ids.append(token)
+        for name in ("generation_config.json", "config.json"):
+            value = _read_json(self.folder / name).get("eos_token_id")
+            ids += value if isinstance(value, list) else [value] if isinstance(value, int) else []
+        if not ids:
+            raise TellError(
+                "defines no end token", where=str(self.folder), remedy="Set eos_token in tokenizer_config.json."
+            )
+        return tuple(dict.fromkeys(ids))
+
+    @cached_property
+    def _compiled(self) -> Any:
+        from jinja2.ext import loopcontrols
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        def raise_exception(message: str) -> None:
+            raise ValueError(message)
+
+        def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **_: Any) -> str:
+            return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
+
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        environment.filters["tojson"] = tojson
+        environment.globals["raise_exception"] = raise_exception
+        # A fixed date: templates that print today's would make the mixture change overnight.
+        environment.globals["strftime_now"] = lambda form: datetime(2024, 7, 26).strftime(form)
+        return environment.from_string(self.template)
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+        """The conversation as the model's text, special tokens included.
+
+        Raises:
+            TellError: the template refuses the conversation (e.g. roles out of turn).
+        """
+        try:
+            return self._compiled.render(
+                messages=[m.to_dict() for m in messages],
+                add_generation_prompt=add_generation_prompt,
+                enable_thinking=False,
+                **self.special,
+            )
+        except Exception as error:
+            raise TellError(
+                f"the chat template refuses the conversation ({error})",
+                where=str(self.folder),
+                remedy="Let roles alternate user, assistant; a template without system role needs anchor.place user.",
+            ) from error
+
+    @cached_property
+    def supports_system(self) -> bool:
+        """Whether a system message reaches the text (Gemma's template, for one, refuses it)."""
+        probe = "tell-system-probe"
+        try:
+            text = self.render([Message("system", probe), Message("user", "x")])
+        except TellError:
+            return False
+        return probe in text
+
+    @cached_property
+    def end_of_turn(self) -> str:
+        """The text that closes an answer, white space after it cut: ``<|im_end|>``, ``</s>``, ``<end_of_turn>``.
+
+        Falls back to the end token where the template writes nothing behind an answer.
+        """
+        answer = "tell-answer-probe"
+        text = self.render([Message("user", "x"), Message("assistant", answer)])
+        tail = text[text.rindex(answer) + len(answer) :].strip()
+        return tail or self.special.get("eos_token", "")
+
+    @cached_property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids at which decoding stops: the end tokens and the first token of ``end_of_turn``."""
+        turn = self.encode(self.end_of_turn)
+        single = [turn[0]] if turn and self.backend.id_to_token(turn[0]) in self._added else []
+        return tuple(dict.fromkeys([*self.eos_ids, *single]))
+
+    @cached_property
+    def _added(self) -> set[str]:
+        return {str(token.content) for token in self.backend.get_added_tokens_decoder().values()}
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of text that already holds its special tokens."""
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.backend.decode(list(ids), skip_special_tokens=True)
+
+
+def _read_json(path: Path) -> dict:
+    if not path.exists():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise TellError(f"is not valid JSON ({error})", where=str(path), remedy="Fetch the model again.") from error
+
+
+def _token_text(value: Any) -> str | None:
+    if isinstance(value, dict):
+        value = value.get("content")
+    return value if isinstance(value, str) else None
+
+
+def _read_template(folder: Path, config: dict) -> str | None:
+    path = folder / "chat_template.jinja"
+    if path.exists():
+        return path.read_text(encoding="utf-8")
+    template = config.get("chat_template")
+    if template is None:
+        template = _read_json(folder / "chat_template.json").get("chat_template")
+    if isinstance(template, list):  # several named templates
+        named = {entry["name"]: entry["template"] for entry in template}
+        template = named.get("default") or next(iter(named.values()))
+    return template

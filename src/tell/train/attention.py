@@ -1,0 +1,235 @@
+"""Attention over rows laid end to end, without padding in the rest of the model.
+
+A custom attention function is registered with transformers under the name ``tell``. transformers builds no
+mask for a name it has no mask function for, so what attends to what is decided here alone: the caller opens
+a plan with ``use_plan`` and runs the model on one "batch" of T tokens with explicit position ids.
+
+Rows of similar length are gathered into padded blocks for the two batched products of attention (padding
+sits behind each row, where the causal mask hides it) and scattered back. Rows that begin alike (a system
+prompt, the anchor) may share one copy of that prefix: its hidden states are the same in every row as long
+as nothing random (dropout) tells them apart, so it is computed once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+NAME = "tell"
+GROUP_SLACK = 1.25  # a block of rows may hold this many times its real tokens
+
+
+class Plan(Protocol):
+    """How the T tokens of one forward pass attend to each other and to what was cached."""
+
+    def attend(self, layer: Any, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
+        """(1, H, T, D), (1, Hk, T, D), (1, Hk, T, D) to (1, T, H, D)."""
+        ...
+
+
+class Rule:
+    """What a layer asks for: scale of the scores, sliding window (tokens) and soft cap, or None."""
+
+    __slots__ = ("scaling", "softcap", "window")
+
+    def __init__(self, scaling: float, window: int | None, softcap: float | None) -> None:
+        self.scaling, self.window, self.softcap = scaling, window, softcap
+
+
+_plans: list[Plan] = []
+
+
+@contextmanager
+def use_plan(plan: Plan) -> Iterator[None]:
+    """Every attention layer inside follows ``plan``."""
+    _plans.append(plan)
+    try:
+        yield
+    finally:
+        _plans.pop()
+
+
+def attention_forward(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """The function transformers calls in each layer."""
+    if not _plans:
+        raise RuntimeError("the model uses tell's attention; run it under use_plan(...)")
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    return _plans[-1].attend(module, query, key, value, Rule(scale, sliding_window, softcap)), None
+
+
+def install(model: Any) -> None:
+    """Let ``model`` attend through plans."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, attention_forward)
+    model.set_attn_implementation(NAME)
+
+
+class _Gather(torch.autograd.Function):
+    """Rows of x at ``index``; the gradient is a gather too, by the inverse index (no scatter-add)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor, holes: Tensor | None) -> Tensor:
+        ctx.inverse, ctx.holes = inverse, holes
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        out = grad.index_select(0, ctx.inverse)
+        if ctx.holes is not None:  # slots that fed no output get no gradient
+            out.index_fill_(0, ctx.holes, 0)
+        return out, None, None, None
+
+
+def softmax_scores(scores: Tensor, rule: Rule, hidden: Tensor | None) -> Tensor:
+    """Probabilities of scores (..., queries, keys); ``hidden`` is True where a key is out of sight."""
+    if rule.softcap is not None:
+        scores = torch.tanh(scores / rule.softcap) * rule.softcap
+    if hidden is not None:
+        scores = scores.masked_fill(hidden, float("-inf"))
+    return scores.softmax(dim=-1)
+
+
+class PackedPlan:
+    """T = prefix + sum(lengths) tokens: one shared prefix, then the rest of each row.
+
+    Args:
+        lengths: tokens of each row behind the shared prefix, each at least 1.
+        prefix: tokens shared by all rows, at the head of the packed sequence; 0 for none.
+        device: where the tokens live.
+    """
+
+    def __init__(self, lengths: Sequence[int], *, prefix: int = 0, device: torch.device | str = "cpu") -> None:
+        self.prefix, self.device = prefix, torch.device(device)
+        self.total = prefix + sum(lengths)
+        starts, at = [], prefix
+        for length in lengths:
+            starts.append(at)
+            at += length
+        self.blocks: list[tuple[int, int]] = []  # (rows, padded length)
+        index: list[Tensor] = []
+        inverse = torch.zeros(self.total, dtype=torch.long)
+        holes: list[Tensor] = []
+        slot = 0
+        if prefix:
+            index.append(torch.arange(prefix))
+            inverse[:prefix] = torch.arange(prefix)
+            slot = prefix
+        for rows in _group(lengths):
+            longest = max(lengths[r] for r in rows)
+            self.blocks.append((len(rows), longest))
+            for r in rows:
+                n = lengths[r]
+                slots = torch.arange(slot, slot + longest)
+                tokens = torch.arange(starts[r], starts[r] + longest).clamp(max=starts[r] + n - 1)
+                index.append(tokens)
+                inverse[starts[r] : starts[r] + n] = slots[:n]
+                holes.append(slots[n:])
+                slot += longest
+        self.index = torch.cat(index).to(self.device)
+        self.inverse = inverse.to(self.device)
+        empty = torch.cat(holes) if holes else torch.zeros(0, dtype=torch.long)
+        self.holes = empty.to(self.device) if len(empty) else None
+        self._masks: dict[tuple[int, int | None], Tensor] = {}
+
+    def positions(self) -> Tensor:
+        """(1, T) position ids: each row counts on from the prefix."""
+        flat = torch.zeros(self.total, dtype=torch.long, device=self.device)
+        flat[: self.prefix] = torch.arange(self.prefix, device=self.device)
+        slot = self.prefix
+        padded = torch.zeros(len(self.index), dtype=torch.long, device=self.device)
+        for rows, longest in self.blocks:
+            block = torch.arange(longest, device=self.device) + self.prefix
+            padded[slot : slot + rows * longest] = block.repeat(rows)
+            slot += rows * longest
+        flat[self.prefix :] = padded[self.inverse[self.prefix :]]
+        return flat[None]
+
+    def _hidden(self, length: int, prefix: int, window: int | None) -> Tensor:
+        """(length, prefix + length) True where the key lies ahead of the query or outside the window."""
+        if window is not None and window >= prefix + length:
+            window = None
+        key = (length * 65536 + prefix, window)
+        if key not in self._masks:
+            q = torch.arange(prefix, prefix + length, device=self.device)[:, None]
+            k = torch.arange(prefix + length, device=self.device)[None]
+            hidden = k > q
+            if window is not None:
+                hidden |= k <= q - window
+            self._masks[key] = hidden
+        return self._masks[key]
+
+    def attend(self, layer: Any, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
+        heads, width = query.shape[1], query.shape[3]
+        q, k, v = (self._pad(x) for x in (query * rule.scaling, key, value))
+        outputs: list[Tensor] = []
+        kp = vp = None
+        slot = 0
+        if self.prefix:
+            kp, vp = (x[: self.prefix].transpose(0, 1)[None] for x in (k, v))  # (1, Hk, P, D)
+            outputs.append(self._block(q[: self.prefix][None], kp, vp, None, None, rule))
+            slot = self.prefix
+        for rows, longest in self.blocks:
+            span = slice(slot, slot + rows * longest)
+            block = [x[span].unflatten(0, (rows, longest)) for x in (q, k, v)]
+            kb, vb = (x.transpose(1, 2) for x in block[1:])
+            outputs.append(self._block(block[0], kb, vb, kp, vp, rule))
+            slot += rows * longest
+        flat = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+        out = _Gather.apply(flat, self.inverse, self.index, self.holes)
+        return out.view(1, self.total, heads, width)
+
+    def _pad(self, x: Tensor) -> Tensor:
+        """(1, H, T, D) to (slots, H, D)."""
+        return _Gather.apply(x[0].transpose(0, 1), self.index, self.inverse, None)
+
+    def _block(self, q: Tensor, k: Tensor, v: Tensor, kp: Tensor | None, vp: Tensor | None, rule: Rule) -> Tensor:
+        """(B, L, H, D) queries over own keys (B, Hk, L, D) and the shared (1, Hk, P, D): (B * L, H, D)."""
+        rows, length, heads, width = q.shape
+        kv = k.shape[1]
+        q = q.transpose(1, 2).reshape(rows, kv, (heads // kv) * length, width)
+        scores = q @ k.transpose(2, 3)
+        prefix = 0
+        if kp is not None:
+            prefix = kp.shape[2]
+            scores = torch.cat([q @ kp.transpose(2, 3), scores], dim=-1)
+        scores = scores.view(rows, kv, heads // kv, length, prefix + length)
+        probs = softmax_scores(scores, rule, self._hidden(length, prefix, rule.window))
+        probs = probs.view(rows, kv, (heads // kv) * length, prefix + length)
+        if kp is not None and vp is not None:
+            out = probs[..., :prefix] @ vp + probs[..., prefix:] @ v
+        else:
+            out = probs @ v
+        return out.view(rows, heads, length, width).transpose(1, 2).reshape(rows * length, heads, width)
+
+
+def _group(lengths: Sequence[int]) -> list[list[int]]:
+    """Rows of similar length together: padding stays under GROUP_SLACK, order inside does not matter."""
+    order = sorted(range(len(lengths)), key=lambda r: (-lengths[r], r))
+    groups: list[list[int]] = []
+    real = 0
+    for r in order:
+        if groups:
+            longest = lengths[groups[-1][0]]
+            if longest * (len(groups[-1]) + 1) <= GROUP_SLACK * (real + lengths[r]):
+                groups[-1].append(r)
+                real += lengths[r]
+                continue
+        groups.append([r])
+        real = lengths[r]
+    return groups

@@ -1,0 +1,122 @@
+"""From the rows of one optimiser step to packed forward passes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tell.train.attention import PackedPlan
+
+MIN_PREFIX = 8  # tokens; sharing less is not worth its bookkeeping
+
+
+@dataclass(frozen=True, slots=True)
+class TrainRow:
+    """One row of a step: (n,) ids, (n,) mask of trained tokens, and which source it is of."""
+
+    ids: np.ndarray
+    mask: np.ndarray
+    source: int
+    task: bool
+
+
+@dataclass(slots=True)
+class Pack:
+    """Rows of one forward pass, end to end.
+
+    Attributes:
+        ids: (T,) int64 tokens, the shared prefix once at the head.
+        plan: what attends to what.
+        predictors: (n,) index into T of the state that predicts each trained token.
+        targets: (n,) the trained tokens.
+        row: (n,) which row of this pack each trained token belongs to.
+        trained, source, task: (rows,) trained tokens, source index and task flag of each row.
+        real: tokens of the rows as given, before sharing.
+    """
+
+    ids: Tensor
+    plan: PackedPlan
+    predictors: Tensor
+    targets: Tensor
+    row: Tensor
+    trained: Tensor
+    source: Tensor
+    task: Tensor
+    real: int
+
+
+def common_prefix(rows: Sequence[TrainRow]) -> int:
+    """Tokens that all rows begin with, leaving at least one token to each."""
+    shortest = min(len(row.ids) for row in rows)
+    first = rows[0].ids[: shortest - 1]
+    length = len(first)
+    for row in rows[1:]:
+        differs = np.flatnonzero(first[:length] != row.ids[:length])
+        if len(differs):
+            length = int(differs[0])
+    return length
+
+
+def split_packs(rows: Sequence[TrainRow], micro_tokens: int, *, share_prefix: bool) -> list[list[TrainRow]]:
+    """Rows of a step in groups of at most ``micro_tokens`` (a longer row stands alone).
+
+    Every row lands in exactly one group. Task rows, which share the anchor, stay together where that saves
+    computing it again. The order inside a step does not change its gradient.
+    """
+    task = [row for row in rows if row.task]
+    other = [row for row in rows if not row.task]
+    parts = [list(rows)]
+    if share_prefix and len(task) > 1 and other:
+        saved = (common_prefix(task) - common_prefix(rows)) * (len(task) - 1)
+        parts = [task, other] if saved > 128 else parts
+    groups: list[list[TrainRow]] = []
+    for part in parts:
+        prefix = common_prefix(part) if share_prefix and len(part) > 1 else 0
+        group: list[TrainRow] = []
+        used = prefix
+        for row in sorted(part, key=lambda r: -len(r.ids)):
+            cost = len(row.ids) - prefix
+            if group and used + cost > micro_tokens:
+                groups.append(group)
+                group, used = [], prefix
+            group.append(row)
+            used += cost
+        groups.append(group)
+    return groups
+
+
+def pack(rows: Sequence[TrainRow], *, share_prefix: bool, device: torch.device | str = "cpu") -> Pack:
+    """Lay rows end to end, their common prefix once where ``share_prefix`` allows it."""
+    prefix = common_prefix(rows) if share_prefix and len(rows) > 1 else 0
+    if prefix < MIN_PREFIX:
+        prefix = 0
+    pieces = [rows[0].ids[:prefix]] if prefix else []
+    predictors, targets, owner = [], [], []
+    at = prefix
+    for r, row in enumerate(rows):
+        pieces.append(row.ids[prefix:])
+        trained = np.flatnonzero(row.mask)
+        before = trained - 1  # the token whose state predicts
+        predictors.append(np.where(before < prefix, before, before - prefix + at))
+        targets.append(row.ids[trained])
+        owner.append(np.full(len(trained), r))
+        at += len(row.ids) - prefix
+
+    def tensor(parts: list[np.ndarray]) -> Tensor:
+        return torch.from_numpy(np.concatenate(parts).astype(np.int64)).to(device)
+
+    return Pack(
+        ids=tensor(pieces),
+        plan=PackedPlan([len(row.ids) - prefix for row in rows], prefix=prefix, device=device),
+        predictors=tensor(predictors),
+        targets=tensor(targets),
+        row=tensor(owner),
+        trained=torch.tensor([int(row.mask.sum()) for row in rows], device=device),
+        source=torch.tensor([row.source for row in rows], device=device),
+        task=torch.tensor([row.task for row in rows], device=device),
+        real=sum(len(row.ids) for row in rows),
+    )

@@ -1,0 +1,198 @@
+"""LoRA adapters through peft, with one fused product for the layers that carry them.
+
+peft's own forward casts the layer's input to the adapter's fp32 and back and adds three intermediate
+results; on a CPU that costs more than the adapter's arithmetic. The fused forward below computes the same
+function: y = x W^T + b + s (dropout(x) A^T) B^T, with A and B kept in fp32 and cast, small as they are, to
+the input's dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tell.config import TrainConfig
+from tell.errors import TellError
+
+QKV = ("q_proj", "k_proj", "v_proj", "qkv_proj", "c_attn", "query_key_value", "Wqkv", "W_pack")
+DEFAULT = "default"  # peft's name of an only adapter
+
+
+class _LoraLinear(torch.autograd.Function):
+    """y = x W^T + b + s (xd A^T) B^T; no gradient for W and b."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, xd: Tensor | None, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+    ) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        dropped = flat if xd is None else xd.reshape(-1, x.shape[-1])
+        y = torch.nn.functional.linear(flat, weight, bias)
+        u = dropped @ a.t()
+        y.addmm_(u, b.t(), alpha=scale)
+        ctx.save_for_backward(dropped, weight, a, b, u)
+        ctx.scale, ctx.shared, ctx.shape = scale, xd is None, x.shape
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        dropped, weight, a, b, u = ctx.saved_tensors
+        g = grad.reshape(-1, grad.shape[-1])
+        gu = (g @ b) * ctx.scale
+        ga = gu.t() @ dropped
+        gb = (g.t() @ u) * ctx.scale
+        gx = gxd = None
+        if ctx.needs_input_grad[0]:
+            gx = g @ weight
+            if ctx.shared:
+                gx.addmm_(gu, a)
+            gx = gx.view(ctx.shape)
+        if not ctx.shared:
+            gxd = (gu @ a).view(ctx.shape)
+        return gx, gxd, None, None, ga, gb, None
+
+
+def _fused_forward(layer: Any) -> Any:
+    """The forward that replaces peft's on one LoRA layer while training."""
+    base, a, b = layer.get_base_layer(), layer.lora_A[DEFAULT], layer.lora_B[DEFAULT]
+    scale, dropout = float(layer.scaling[DEFAULT]), layer.lora_dropout[DEFAULT]
+
+    def forward(x: Tensor, *_: Any, **__: Any) -> Tensor:
+        active = layer.training and isinstance(dropout, nn.Dropout) and dropout.p > 0
+        xd = dropout(x) if active else None
+        return _LoraLinear.apply(x, xd, base.weight, base.bias, a.weight.to(x.dtype), b.weight.to(x.dtype), scale)
+
+    return forward
+
+
+def lora_layers(model: Any) -> Iterator[tuple[str, Any]]:
+    from peft.tuners.lora import Linear
+
+    for name, module in model.named_modules():
+        if isinstance(module, Linear):
+            yield name, module
+
+
+def fuse(model: Any) -> None:
+    """Give every LoRA layer over a plain ``nn.Linear`` the fused forward."""
+    for _, layer in lora_layers(model):
+        if type(layer.get_base_layer()) is nn.Linear and not layer.lora_bias.get(DEFAULT, False):
+            layer.forward = _fused_forward(layer)
+
+
+def target_modules(model: nn.Module, targets: str) -> str | list[str]:
+    """peft's ``target_modules`` for ``all-linear``, ``qkv`` or a list of module names.
+
+    Raises:
+        TellError: none of the names is a linear layer of this model.
+    """
+    if targets == "all-linear":
+        return targets
+    linear = {name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    wanted = QKV if targets == "qkv" else tuple(part.strip() for part in targets.split(",") if part.strip())
+    found = [name for name in wanted if name in linear]
+    unknown = [] if targets == "qkv" else [name for name in wanted if name not in linear]
+    if unknown or not found:
+        raise TellError(
+            f"{', '.join(unknown) or targets} names no linear layer",
+            where="train.lora_targets",
+            remedy=f"Use all-linear, qkv, or some of: {', '.join(sorted(linear))}.",
+        )
+    return found
+
+
+def add_lora(model: Any, config: TrainConfig, *, seed: int, fused: bool = True) -> Any:
+    """Wrap a frozen causal model with a fresh LoRA adapter, seeded.
+
+    Returns:
+        The PeftModel, in training mode, adapters in fp32.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    peft_model = get_peft_model(
+        model,
+        LoraConfig(
+            task_type="CAUSAL_LM",
+            r=config.lora_r,
+            lora_alpha=config.lora_alpha,
+            lora_dropout=config.lora_dropout,
+            target_modules=target_modules(model, config.lora_targets),
+        ),
+    )
+    if fused:
+        fuse(peft_model)
+    return peft_model.train()
+
+
+def save_adapter(model: Any, folder: Path) -> None:
+    """Write the adapter in peft's format: ``adapter_model.safetensors`` and ``adapter_config.json``."""
+    model.save_pretrained(str(folder), safe_serialization=True)
+    readme = folder / "README.md"  # peft's template card: all "More information needed"
+    readme.unlink(missing_ok=True)
+
+
+def remove_lora(model: Any) -> Any:
+    """The untouched base model back."""
+    return model.unload()
+
+
+@contextmanager
+def adapter_merged(model: Any, folder: Path | None) -> Iterator[Any]:
+    """The base model with an adapter folded into its weights; the weights are put back exactly afterwards.
+
+    Args:
+        model: the base causal model.
+        folder: adapter in peft's format; None leaves the model as it is.
+    """
+    if folder is None:
+        yield model
+        return
+    saved: dict[str, Tensor] = {}
+    try:
+        with torch.no_grad():
+            for name, delta in adapter_deltas(model, folder):
+                weight = model.get_submodule(name).weight
+                saved[name] = weight.data
+                weight.data = (weight.data.float() + delta.to(weight.device)).to(weight.dtype)
+        yield model
+    finally:
+        for name, data in saved.items():
+            model.get_submodule(name).weight.data = data
+
+
+def adapter_deltas(model: Any, folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """(module name, scaled B A in fp32) for each adapted layer.
+
+    Raises:
+        TellError: the folder holds no LoRA adapter of this model.
+    """
+    import json
+
+    from safetensors.torch import load_file
+
+    path = folder / "adapter_model.safetensors"
+    if not path.exists():
+        raise TellError("has no adapter_model.safetensors", where=str(folder), remedy="Give a finished run.")
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    if config.get("use_dora") or config.get("rank_pattern") or config.get("alpha_pattern"):
+        raise TellError("is not a plain LoRA adapter", where=str(folder), remedy="Load it with peft instead.")
+    rank = config["r"]
+    scale = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
+    tensors = load_file(str(path))
+    names = {name for name, _ in model.named_modules()}
+    for key, a in tensors.items():
+        if not key.endswith(".lora_A.weight"):
+            continue
+        name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+        if name not in names:
+            raise TellError(
+                f"adapts {name}, which the model lacks", where=str(folder), remedy="Use its own base model."
+            )
+        b = tensors[key.replace(".lora_A.", ".lora_B.")]
+        yield name, (b.float() @ a.float()) * scale

@@ -1,0 +1,81 @@
+"""Cross-entropy over trained positions only, in blocks that never hold the full logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BLOCK = 256  # positions at a time: 256 x 49,152 fp32 logits are 50 MB
+
+
+class _BlockedCrossEntropy(torch.autograd.Function):
+    """sum_i weight_i * nll_i; the gradient is computed in the forward pass, block by block."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor, softcap: float | None
+    ) -> tuple[Tensor, Tensor]:
+        nll = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        wanted = ctx.needs_input_grad[0]
+        grad = torch.empty_like(hidden) if wanted else None
+        for begin in range(0, len(targets), BLOCK):
+            span = slice(begin, begin + BLOCK)
+            logits = torch.nn.functional.linear(hidden[span], head).float()
+            if softcap is not None:
+                logits = logits.div_(softcap).tanh_().mul_(softcap)
+            picked = logits.gather(1, targets[span, None])
+            lse = logits.logsumexp(dim=1, keepdim=True)
+            nll[span] = (lse - picked)[:, 0]
+            if grad is not None:
+                slope = None
+                if softcap is not None:
+                    slope = 1 - (logits / softcap) ** 2
+                probs = logits.sub_(lse).exp_()
+                probs.scatter_add_(1, targets[span, None], torch.full_like(picked, -1.0))
+                probs.mul_(weights[span, None])
+                if slope is not None:
+                    probs.mul_(slope)
+                grad[span] = probs.to(head.dtype) @ head
+        ctx.grad = grad
+        ctx.mark_non_differentiable(nll)
+        return (nll * weights).sum(), nll
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, None, None, None, None]:
+        return ctx.grad * grad_loss.to(ctx.grad.dtype) if ctx.grad is not None else None, None, None, None, None
+
+
+def blocked_cross_entropy(
+    hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor, softcap: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Weighted sum of negative log-likelihoods and the single ones.
+
+    Args:
+        hidden: (n, h) final hidden states at the trained positions.
+        head: (V, h) output embedding; gets no gradient.
+        targets: (n,) int64 next tokens.
+        weights: (n,) fp32 weight of each position in the sum.
+        softcap: Gemma 2's cap on logits.
+
+    Returns:
+        (scalar loss, (n,) fp32 nll in nats without gradient).
+    """
+    return _BlockedCrossEntropy.apply(hidden, head, targets, weights, softcap)
+
+
+def position_weights(trained: Tensor, task: Tensor, *, normalization: str, task_weight: float, total: Tensor) -> Tensor:
+    """Weight of each trained position so that the weighted sum is the batch's loss.
+
+    Args:
+        trained: (n,) number of trained tokens of the row that the position belongs to.
+        task: (n,) bool, whether that row is a task row.
+        normalization: ``example`` (mean over each row's tokens, then over rows) or ``token``.
+        task_weight: how much a task row counts against a general row.
+        total: the normaliser of the whole batch: sum of row weights (example) or of weighted tokens (token).
+    """
+    own = torch.where(task, task_weight, 1.0)
+    if normalization == "example":
+        own = own / trained
+    return own / total

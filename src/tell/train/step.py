@@ -1,0 +1,166 @@
+"""Forward passes over packs: the loss of a step, and losses of rows without training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tell.rows.table import RowTable
+from tell.train.attention import install, use_plan
+from tell.train.batches import Pack, TrainRow, pack, split_packs
+from tell.train.loss import blocked_cross_entropy, position_weights
+
+
+@dataclass(slots=True)
+class StepLoss:
+    """One step's loss and the single losses behind it.
+
+    Attributes:
+        loss: the optimised scalar.
+        rows: (rows,) mean nll of each row in nats a token.
+        source: (rows,) source index of each row.
+        tokens: real tokens (shared prefixes counted in every row).
+    """
+
+    loss: float
+    rows: np.ndarray
+    source: np.ndarray
+    tokens: int
+
+
+class Body:
+    """The parts of a causal model that a packed pass needs: transformer body, output embedding, soft cap."""
+
+    def __init__(self, model: Any) -> None:
+        causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+        config = causal.config.get_text_config()
+        self.core = causal.base_model
+        self.head: Tensor = causal.get_output_embeddings().weight
+        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        self.logit_scale = _logit_scale(config)
+        install(causal)
+
+    def states(self, pack: Pack) -> Tensor:
+        """(n, h) states at the predictors of a pack."""
+        with use_plan(pack.plan):
+            out = self.core(input_ids=pack.ids[None], position_ids=pack.plan.positions(), use_cache=False)
+        states = out.last_hidden_state[0].index_select(0, pack.predictors)
+        return states * self.logit_scale if self.logit_scale != 1 else states
+
+
+def _logit_scale(config: Any) -> float:
+    """Cohere multiplies its logits, Granite divides them; both are linear, so the state can carry it."""
+    if getattr(config, "logit_scale", None):
+        return float(config.logit_scale)
+    if getattr(config, "logits_scaling", None):
+        return 1.0 / float(config.logits_scaling)
+    return 1.0
+
+
+def row_means(nll: Tensor, pack: Pack) -> Tensor:
+    """(rows,) mean nll of each row of a pack."""
+    sums = torch.zeros(len(pack.trained), dtype=torch.float32, device=nll.device)
+    return sums.index_add_(0, pack.row, nll) / pack.trained
+
+
+def step_loss(
+    body: Body,
+    rows: Sequence[TrainRow],
+    *,
+    normalization: str,
+    task_weight: float = 1.0,
+    micro_tokens: int = 4096,
+    share_prefix: bool = False,
+    backward: bool = True,
+    device: torch.device | str = "cpu",
+    between: Callable[[], None] | None = None,
+) -> StepLoss:
+    """Loss of one step's rows, gradients accumulated over packs.
+
+    Accumulated gradients equal those of one big pass: each position's weight is set from the whole batch.
+
+    Args:
+        body: the model's parts.
+        rows: the rows of the step.
+        normalization: ``example`` or ``token``.
+        task_weight: weight of task rows.
+        micro_tokens: tokens of one pass.
+        share_prefix: compute the prefix that rows share once; only right without dropout and noise.
+        backward: accumulate gradients.
+        between: called after each pass.
+    """
+    weights = [task_weight if row.task else 1.0 for row in rows]
+    if normalization == "token":
+        total = sum(w * int(row.mask.sum()) for w, row in zip(weights, rows, strict=True))
+    else:
+        total = sum(weights)
+    normaliser = torch.tensor(total, dtype=torch.float32, device=device)
+    loss, means, sources, tokens = 0.0, [], [], 0
+    for group in split_packs(rows, micro_tokens, share_prefix=share_prefix):
+        batch = pack(group, share_prefix=share_prefix, device=device)
+        states = body.states(batch)
+        weight = position_weights(
+            batch.trained[batch.row],
+            batch.task[batch.row],
+            normalization=normalization,
+            task_weight=task_weight,
+            total=normaliser,
+        )
+        part, nll = blocked_cross_entropy(states, body.head, batch.targets, weight, body.softcap)
+        if backward:
+            part.backward()
+        loss += float(part.detach())
+        means.append(row_means(nll, batch).cpu().numpy())
+        sources.append(batch.source.cpu().numpy())
+        tokens += batch.real
+        if between:
+            between()
+    return StepLoss(loss, np.concatenate(means), np.concatenate(sources), tokens)
+
+
+@torch.no_grad()
+def row_losses(
+    model: Any,
+    table: RowTable,
+    indices: Sequence[int] | None = None,
+    *,
+    micro_tokens: int = 4096,
+    device: torch.device | str = "cpu",
+    progress: Callable[[int], None] | None = None,
+) -> np.ndarray:
+    """(rows,) mean nll in nats a trained token of each row, without training."""
+    body = Body(model)
+    chosen = list(range(len(table))) if indices is None else list(indices)
+    order = sorted(chosen, key=lambda i: (int(table.tokens[i]), i))
+    at: dict[int, float] = {}
+    group: list[int] = []
+    used = 0
+
+    def flush() -> None:
+        nonlocal used
+        rows = [TrainRow(*table.row(i), 0, False) for i in group]
+        batch = pack(rows, share_prefix=True, device=device)
+        weight = torch.ones(len(batch.targets), device=device)
+        _, nll = blocked_cross_entropy(body.states(batch), body.head, batch.targets, weight, body.softcap)
+        at.update(zip(group, row_means(nll, batch).tolist(), strict=True))
+        if progress:
+            progress(len(group))
+        group.clear()
+        used = 0
+
+    was_training = model.training
+    model.eval()
+    for i in order:
+        if group and used + int(table.tokens[i]) > micro_tokens:
+            flush()
+        group.append(i)
+        used += int(table.tokens[i])
+    if group:
+        flush()
+    model.train(was_training)
+    return np.array([at[i] for i in chosen])
