@@ -1,0 +1,143 @@
+"""Load a model's weights, and say in which number format and why."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
+
+from tell.errors import TellError
+from tell.models import machine
+from tell.models.find import ModelFiles
+
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(slots=True)
+class Loaded:
+    """A model ready to be run, or to get an adapter.
+
+    Attributes:
+        model: in evaluation mode, no parameter requires a gradient.
+        dtype: of the weights.
+        device: where they lie.
+        why: sentence for the user, ``"bf16: the processor has avx512_bf16"``.
+    """
+
+    model: PreTrainedModel
+    dtype: torch.dtype
+    device: torch.device
+    why: str
+
+
+def choose_device(device: str = "auto") -> torch.device:
+    """``auto``: the GPU when torch sees one.
+
+    Raises:
+        TellError: unknown name, or cuda where torch sees none.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device not in ("cpu", "cuda"):
+        raise TellError(f"{device!r} is no device", where="model.device", remedy="Use auto, cpu or cuda.")
+    if device == "cuda" and not torch.cuda.is_available():
+        built = "torch is built without CUDA" if torch.version.cuda is None else "torch sees no GPU"
+        raise TellError(f"cuda was asked for, but {built}", where="model.device", remedy="Use auto or cpu.")
+    return torch.device(device)
+
+
+def choose_dtype(dtype: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """The number format for ``device`` and the reason.
+
+    Raises:
+        TellError: unknown name.
+    """
+    if dtype in _DTYPES:
+        return _DTYPES[dtype], f"{dtype}: as asked for"
+    if dtype != "auto":
+        raise TellError(f"{dtype!r} is no number format", where="model.dtype", remedy="Use auto, bf16 or fp32.")
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        # emulated bf16 (before Ampere) is slower than fp32
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16, f"bf16: the GPU ({name}) has it in hardware"
+        return torch.float32, f"fp32: the GPU ({name}) has no bf16 in hardware"
+    feature = machine.cpu_bf16()
+    if feature and torch.backends.mkldnn.is_available():
+        return torch.bfloat16, f"bf16: the processor has {feature}"
+    if feature:
+        return torch.float32, f"fp32: the processor has {feature}, but this torch is built without oneDNN"
+    return torch.float32, "fp32: the processor has no bf16 in hardware"
+
+
+def load_model(
+    files: ModelFiles,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    attn_implementation: str = "sdpa",
+) -> Loaded:
+    """Load the safetensors of ``files`` and freeze them.
+
+    Args:
+        dtype: ``auto`` (bf16 where the hardware has it), ``bf16`` or ``fp32``.
+        device: ``auto`` (a GPU when there is one), ``cpu`` or ``cuda``.
+        attn_implementation: one of transformers' names, or one registered with its ``AttentionInterface``.
+
+    Raises:
+        TellError: unknown device or dtype, an architecture transformers does not know, weights that do not fit
+            the configuration, not enough memory.
+    """
+    where = choose_device(device)
+    kind, why = choose_dtype(dtype, where)
+    remedy = "Fetch the model again, or update transformers (pip install -U transformers)."
+    try:
+        with _quiet():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                files.path,
+                dtype=kind,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=trust_remote_code,
+                attn_implementation=attn_implementation,
+                output_loading_info=True,
+            )
+        missing = sorted(info["missing_keys"])
+        if missing:  # transformers would fill them with random numbers and only warn
+            raise TellError(
+                f"its weights lack {len(missing)} tensors, first {missing[0]}", where=str(files.path), remedy=remedy
+            )
+        model = model.to(where)
+    except (torch.cuda.OutOfMemoryError, MemoryError) as error:
+        raise TellError(
+            f"{files.architecture.parameters / 1e6:,.0f} M parameters do not fit into the memory of {where}",
+            where=files.name,
+            remedy="Use a smaller model, or model.device=cpu.",
+        ) from error
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise TellError(f"cannot be loaded ({reason})", where=str(files.path), remedy=remedy) from error
+    model.eval().requires_grad_(False)
+    return Loaded(model, kind, where, why)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No bars and no warnings from transformers; what matters in them is raised above."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,69 @@
+"""What this machine computes in. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+
+
+@cache
+def cpu_bf16() -> str | None:
+    """The processor's feature that multiplies bf16 matrices (``"avx512_bf16"``, ``"amx_bf16"``, ...), or None."""
+    system = platform.system()
+    if system == "Linux":
+        flags = _cpuinfo().get("flags") or _cpuinfo().get("Features") or ""
+        present = set(flags.split())
+        return next((flag for flag in ("amx_bf16", "avx512_bf16", "svebf16", "bf16") if flag in present), None)
+    if system == "Darwin":
+        done = subprocess.run(["sysctl", "-n", "hw.optional.arm.FEAT_BF16"], capture_output=True, text=True)
+        return "FEAT_BF16" if done.stdout.strip() == "1" else None
+    return None  # elsewhere there is no way to ask without a driver or assembler
+
+
+@cache
+def cpu_name() -> str:
+    """``"AMD EPYC 9R14"`` or what the system gives."""
+    if platform.system() == "Darwin":
+        done = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True)
+        return done.stdout.strip() or platform.machine()
+    return _cpuinfo().get("model name") or platform.processor() or platform.machine()
+
+
+def cores() -> int:
+    """Processors this process may use: affinity, and the CPU quota of a container."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        if quota != "max":
+            count = min(count, max(1, round(int(quota) / int(period))))
+    except (OSError, ValueError):
+        pass  # no control groups, so no quota
+    return count
+
+
+def likely_device() -> str:
+    """``"cuda"`` where an NVIDIA driver is visible, else ``"cpu"``; torch has the last word when a model is loaded."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    return "cuda" if not hidden and (Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi")) else "cpu"
+
+
+def likely_dtype(device: str) -> str:
+    """``"bf16"`` or ``"fp32"``: what ``dtype="auto"`` comes to, as far as can be said without torch."""
+    return "bf16" if device == "cuda" or cpu_bf16() else "fp32"
+
+
+@cache
+def _cpuinfo() -> dict[str, str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return {}
+    pairs = (line.split(":", 1) for line in lines if ":" in line)
+    values: dict[str, str] = {}
+    for key, value in pairs:
+        values.setdefault(key.strip(), value.strip())
+    return values
