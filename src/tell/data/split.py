@@ -1,0 +1,133 @@
+"""Split into train, validation and test by seed; equal prompts never straddle a split."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from tell.data.example import Example, Message
+from tell.errors import TellError
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The parts, each in the order of the input.
+
+    Attributes:
+        exact_duplicates: `split`: rows that repeat an earlier row in full (kept, on the same side);
+            `split_given_test`: training rows removed because the test file holds the same row.
+    """
+
+    train: list[Example]
+    validation: list[Example]
+    test: list[Example]
+    exact_duplicates: int
+
+
+def split(examples: Sequence[Example], *, seed: int, test_fraction: float, validation_fraction: float) -> Splits:
+    """Split by seed, before anything is repeated.
+
+    Rows with the same prompt (all turns before the answer) form a group that is never torn apart, so no test
+    prompt was trained on. Sizes are the nearest whole number of rows that such groups allow, with at least
+    one row in train and one in test; validation may be empty.
+
+    Args:
+        test_fraction: of all rows, in (0, 1).
+        validation_fraction: of the rows that are not test rows, in [0, 1).
+
+    Raises:
+        TellError: fewer than two different prompts.
+    """
+    n = len(examples)
+    _refuse_too_few(examples, "a test row and a training row")
+    groups = _groups(examples)
+    if len(groups) < 2:
+        raise TellError(
+            f"all {n} rows have the same prompt, so none can be held out for testing",
+            where=_file(examples),
+            remedy="Add rows with other prompts, or give test rows with --test.",
+        )
+    order = [groups[i] for i in np.random.default_rng(seed).permutation(len(groups))]
+    wanted = min(max(1, round(test_fraction * n)), n - 1)
+    test, rest = _fill(order, wanted)
+    if not test:  # every group is larger than the test part should be
+        smallest = min(range(len(order)), key=lambda i: len(order[i]))
+        test, rest = order[smallest], order[:smallest] + order[smallest + 1 :]
+    left = n - len(test)
+    validation, rest = _fill(rest, min(round(validation_fraction * left), left - 1))
+    train = [i for group in rest for i in group]
+    return Splits(
+        _pick(examples, train),
+        _pick(examples, validation),
+        _pick(examples, test),
+        n - len({example.hash for example in examples}),
+    )
+
+
+def split_given_test(
+    train_examples: Sequence[Example], test_examples: Sequence[Example], *, seed: int, validation_fraction: float
+) -> Splits:
+    """Keep the test rows given, and split validation off the training rows.
+
+    Training rows that equal a test row in full are removed and counted; rows that share only the prompt are
+    left to `find_overlap`.
+
+    Raises:
+        TellError: no test row, or no training row left.
+    """
+    if not test_examples:
+        raise TellError("holds no rows", where="--test", remedy="Give a file with at least one test row.")
+    held = {example.hash for example in test_examples}
+    kept = [example for example in train_examples if example.hash not in held]
+    removed = len(train_examples) - len(kept)
+    if not kept:
+        raise TellError(
+            f"every one of its {len(train_examples)} rows is also in the test file" if removed else "holds no rows",
+            where=_file(train_examples),
+            remedy="Give training rows that are not test rows.",
+        )
+    groups = _groups(kept)
+    order = [groups[i] for i in np.random.default_rng(seed).permutation(len(groups))]
+    validation, rest = _fill(order, min(round(validation_fraction * len(kept)), len(kept) - 1))
+    train = [i for group in rest for i in group]
+    return Splits(_pick(kept, train), _pick(kept, validation), list(test_examples), removed)
+
+
+def _refuse_too_few(examples: Sequence[Example], need: str) -> None:
+    if len(examples) < 2:
+        count = "one row" if examples else "no rows"
+        raise TellError(
+            f"holds {count} in all; {need} are needed",
+            where=_file(examples),
+            remedy="Add examples (15 is a good start), or give test rows with --test.",
+        )
+
+
+def _file(examples: Sequence[Example]) -> str | None:
+    return (examples[0].origin.rpartition(":")[0] or None) if examples else None
+
+
+def _groups(examples: Sequence[Example]) -> list[list[int]]:
+    """Indices by equal prompt, in order of first appearance (a dict keeps it, so hashing plays no part)."""
+    groups: dict[tuple[Message, ...], list[int]] = {}
+    for i, example in enumerate(examples):
+        groups.setdefault(example.prompt, []).append(i)
+    return list(groups.values())
+
+
+def _fill(groups: list[list[int]], wanted: int) -> tuple[list[int], list[list[int]]]:
+    """Indices of the first groups that fit into ``wanted`` rows, and the groups left over."""
+    taken: list[int] = []
+    rest: list[list[int]] = []
+    for group in groups:
+        if len(taken) + len(group) <= wanted:
+            taken += group
+        else:
+            rest.append(group)
+    return taken, rest
+
+
+def _pick(examples: Sequence[Example], indices: list[int]) -> list[Example]:
+    return [examples[i] for i in sorted(indices)]
