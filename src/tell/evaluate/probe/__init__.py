@@ -1,0 +1,24 @@
+"""A small general set of our own: loss on it before and after tuning shows what was forgotten."""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import files
+
+from tell.data.example import Example
+
+FILE = "general.jsonl"
+
+
+def load_probe() -> list[Example]:
+    """64 everyday instructions with short answers, source ``"probe"``, in the order of the file.
+
+    Written by hand for TELL, so they are in no general dataset: training on Alpaca makes any model
+    better on Alpaca, but not on these. Not for training.
+    """
+    text = files(__package__).joinpath(FILE).read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in text.splitlines()]
+    return [
+        Example.pair(row["instruction"], row["output"], source="probe", origin=f"{FILE}:{number}")
+        for number, row in enumerate(rows, start=1)
+    ]
