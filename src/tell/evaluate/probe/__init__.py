@@ -13,11 +13,11 @@ FILE = "general.jsonl"
 def load_probe() -> list[Example]:
     """64 everyday instructions with short answers, source ``"probe"``, in the order of the file.
 
-    Written by hand for TELL, so they are in no general dataset: training on Alpaca makes any model
-    better on Alpaca, but not on these. Not for training.
+    Written by hand for TELL; no instruction equals one of Alpaca or Dolly. Training on Alpaca makes
+    any model better on Alpaca, so what was forgotten is measured on these. Not for training.
     """
     text = files(__package__).joinpath(FILE).read_text(encoding="utf-8")
-    rows = [json.loads(line) for line in text.splitlines()]
+    rows = [json.loads(line) for line in text.split("\n") if line]
     return [
         Example.pair(row["instruction"], row["output"], source="probe", origin=f"{FILE}:{number}")
         for number, row in enumerate(rows, start=1)
