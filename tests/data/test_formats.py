@@ -158,5 +158,7 @@ def test_missing_folder_and_folder(tmp_path):
     with pytest.raises(TellError, match="no such file"):
         list(read_records(tmp_path / "nowhere" / "tickets.jsonl"))
     (tmp_path / "tickets.jsonl").write_text("{}")
+    with pytest.raises(TellError, match=r"no such file. Check the path."):
+        list(read_records(tmp_path / "orders.jsonl"))
     with pytest.raises(TellError, match=r"is a folder, not a file. Give one file, e.g. .*tickets.jsonl"):
         list(read_records(tmp_path))

@@ -77,6 +77,12 @@ def test_keys_that_are_data_stay_open():
     assert not jsonschema.Draft202012Validator(schema).is_valid({"found": {"unseen": 3}})
 
 
+def test_fields_seen_only_empty_stay_open():
+    schema = infer_schema([{"id": None, "more": {}, "list": []}] * 20)
+    jsonschema.validate({"id": 7, "more": {"a": 1}, "list": ["x"]}, schema)
+    assert not jsonschema.Draft202012Validator(schema).is_valid({"id": 7, "more": 1, "list": []})
+
+
 json_values = st.recursive(
     st.none()
     | st.booleans()

@@ -135,6 +135,11 @@ def test_unknown_layout_lists_the_columns():
         detect_layout([{"frage": "Q", "antwort": "A"}], where="f.csv")
 
 
+def test_one_column_is_not_enough():
+    with pytest.raises(TellError, match="a column of prompts and a column of answers"):
+        detect_layout([{"prompt": "Q"}])
+
+
 FAULTS = [
     ({"prompt": "q", "completion": ""}, "has no answer (column 'completion' is empty)"),
     ({"prompt": "q", "completion": " \n"}, "has no answer"),
@@ -185,3 +190,21 @@ def test_mixed_layouts(tmp_path, other):
         with pytest.raises(TellError, match="line 1 has prompt, completion: two layouts are mixed") as caught:
             load(str(path), name=name)
         assert caught.value.where == f"{path}:2"
+
+
+def test_first_row_without_an_answer(tmp_path):
+    path = tmp_path / "f.jsonl"
+    path.write_text("\n".join(map(json.dumps, [{"prompt": "q"}, GOOD])))
+    with pytest.raises(TellError, match="has no answer") as caught:
+        load(str(path))
+    assert caught.value.where == f"{path}:1"
+
+
+def test_conversations_in_csv_cells(tmp_path):
+    path = tmp_path / "f.csv"
+    cell = json.dumps(ASK).replace('"', '""')
+    path.write_text(f'messages\n"{cell}"\nnot json\n')
+    with pytest.raises(TellError, match="holds no list of turns") as caught:
+        load(str(path))
+    assert caught.value.where == f"{path}:3"
+    assert [m.content for m in load(str(path), bad_rows="drop").examples[0].messages] == ["Hi", "Hello"]

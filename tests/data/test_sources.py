@@ -9,7 +9,8 @@ import pytest
 from tell.data.sources import _is_path, _rows, file_fingerprint, load
 from tell.errors import TellError
 
-ALPACA = Path(os.environ.get("TELL_TEST_DATA", "../shared/data")) / "general" / "alpaca_en.jsonl.gz"
+DATA = Path(os.environ.get("TELL_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
+ALPACA = DATA / "general" / "alpaca_en.jsonl.gz"
 
 
 def write(path, rows):
@@ -44,7 +45,7 @@ def test_no_usable_row(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "source", ["x.jsonl", "./x", "~/x", "a/b/c", "a/b.csv", "x.txt", "C:\\x", "x y", "/x", "tests"]
+    "source", ["x.jsonl", "./x", "~/x", "a/b/c", "a/b.csv", "x.txt", "C:\\x", "x y", "/x", "x" * 300 + ".csv"]
 )
 def test_paths(source):
     assert _is_path(source)
@@ -55,18 +56,6 @@ def test_paths(source):
 )
 def test_hub_names(source):
     assert not _is_path(source)
-
-
-@pytest.mark.parametrize("offline", ["1", "0"])
-def test_unreachable_hub_is_said_at_once(tmp_path, offline):
-    # A fresh process, because the hub client reads its environment on import. The endpoint refuses connections.
-    code = "from tell.data.sources import load\nload('tatsu-lab/alpaca')"
-    env = os.environ | {"HF_HUB_OFFLINE": offline, "HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=60)
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("tell.errors.TellError: tatsu-lab/alpaca: no such file, and the hub cannot be reached (")
-    assert ("HF_HUB_OFFLINE is set" in last) == (offline == "1")
-    assert "Retry" not in done.stderr
 
 
 def test_hub_rows_have_class_names():

@@ -64,12 +64,17 @@ def _nearest_file(path: Path) -> Path | None:
     folder = path.parent
     if not folder.is_dir():
         return None
-    names = {entry.name.lower(): entry.name for entry in folder.iterdir() if entry.is_file()}
-    close = difflib.get_close_matches(path.name.lower(), list(names), n=1, cutoff=0.6)
-    if not close:  # tickets -> tickets.jsonl, tickets.jsonl -> tickets.json.gz: compare the stems
-        stems = {name.split(".")[0]: name for name in names}
-        close = [stems[s] for s in difflib.get_close_matches(path.name.lower().split(".")[0], stems, n=1, cutoff=0.7)]
-    return folder / names[close[0]] if close else None
+    # Stems, because the same suffix alone makes any two names look alike.
+    stem = path.name.lower().partition(".")[0]
+    ratio, name = max(
+        (
+            (difflib.SequenceMatcher(None, stem, entry.name.lower().partition(".")[0]).ratio(), entry.name)
+            for entry in folder.iterdir()
+            if entry.is_file()
+        ),
+        default=(0.0, ""),
+    )
+    return folder / name if ratio >= 0.6 else None
 
 
 def read_records(path: str | Path) -> Iterator[Record]:

@@ -169,8 +169,11 @@ def _tighten(schema: dict[str, Any], values: list[Any]) -> None:
             return
         if "required" in schema:
             schema["required"] = [key for key in parts if key in schema["required"]]
-        schema["additionalProperties"] = False
+        if parts:  # objects seen only empty say nothing about their keys
+            schema["additionalProperties"] = False
         for key, part in parts.items():
+            if part.get("type") == "null":
+                del part["type"]  # seen only empty, so nothing is known of what it may hold
             _tighten(part, [value[key] for value in objects if key in value])
     if "array" in types and "items" in schema:
         _tighten(schema["items"], [item for value in values if isinstance(value, list) for item in value])

@@ -111,14 +111,18 @@ def detect_layout(
         if record.keys() != first:
             seen.update(dict.fromkeys(record))
     given = _parse_columns(columns, list(seen), where) if columns else {}
-    found = _detect(first, seen) if not {"messages", "prompt", "answer"} & given.keys() else {}
+    found: dict[str, str] | None = {}
+    if not {"messages", "prompt", "answer"} & given.keys():
+        found = _detect(first, seen) or _detect(seen, seen)  # the first row itself may lack its answer
     if found is None:
         names = list(seen)
-        a, b = (names[0], names[1]) if len(names) > 1 else ("COLUMN", "COLUMN")
+        hint = "Give it a column of prompts and a column of answers."
+        if len(names) > 1:
+            hint = f"Name them, e.g. --columns {_quoted(f'prompt={names[0]},answer={names[1]}')}."
         raise TellError(
-            f"has the columns {', '.join(map(repr, names))}, and no known layout fits them",
+            f"has the columns {', '.join(map(repr, names)) or '(none)'}, and no known layout fits them",
             where=where,
-            remedy=f"Name them, e.g. --columns {_quoted(f'prompt={a},answer={b}')}.",
+            remedy=hint,
         )
     merged = {**found, **given}
     if "messages" in merged:

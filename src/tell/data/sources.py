@@ -6,6 +6,7 @@ import gc
 import hashlib
 import os
 import re
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -145,7 +146,7 @@ def _row_error(fault: RowFault, where: str) -> TellError:
 
 def _is_path(source: str) -> bool:
     """Whether ``source`` is meant as a path: it is there, or it looks like one."""
-    if Path(source).expanduser().exists() or format_of(source) or not _HUB_NAME.fullmatch(source):
+    if os.path.exists(os.path.expanduser(source)) or format_of(source) or not _HUB_NAME.fullmatch(source):
         return True
     if source.startswith((".", "~", "/")):
         return True
@@ -227,8 +228,18 @@ def hub_reachable(timeout: float = HUB_TIMEOUT) -> tuple[bool, str]:
 
     if is_offline_mode():
         return False, "HF_HUB_OFFLINE is set"
-    try:
-        status = get_session().head(constants.ENDPOINT, timeout=timeout).status_code
-    except Exception as error:  # the client's own errors; which client it is differs between hub versions
-        return False, str(error) or type(error).__name__
-    return (False, f"it answers with status {status}") if status >= 500 else (True, "")
+    result = (False, f"no answer within {timeout:g} s")
+
+    def ask() -> None:
+        nonlocal result
+        try:
+            status = get_session().head(constants.ENDPOINT, timeout=timeout).status_code
+            result = (False, f"it answers with status {status}") if status >= 500 else (True, "")
+        except Exception as error:  # the client's own errors; which client it is differs between hub versions
+            result = False, str(error) or type(error).__name__
+
+    # In a thread, because no timeout of the client covers a name server that does not answer.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(timeout)
+    return result
