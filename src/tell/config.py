@@ -131,7 +131,7 @@ class GenerateConfig(Section):
     top_p: float = Field(0.7, gt=0, le=1)
     repetition_penalty: float = Field(1.05, gt=0)
     max_new_tokens: int | None = Field(None, ge=1, description="default: 1.5 times the longest training answer")
-    batch_size: int = Field(32, ge=1)
+    batch_size: int = Field(64, ge=1, description="rows decoded at once")
 
 
 class EvalConfig(Section):

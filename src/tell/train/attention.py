@@ -175,7 +175,7 @@ class PackedPlan:
         return self._masks[key]
 
     def attend(self, layer: Any, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
-        heads, width = query.shape[1], query.shape[3]
+        heads = query.shape[1]
         q, k, v = (self._pad(x) for x in (query * rule.scaling, key, value))
         outputs: list[Tensor] = []
         kp = vp = None
@@ -192,30 +192,37 @@ class PackedPlan:
             slot += rows * longest
         flat = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
         out = _Gather.apply(flat, self.inverse, self.index, self.holes)
-        return out.view(1, self.total, heads, width)
+        return out.view(1, self.total, heads, -1)
 
     def _pad(self, x: Tensor) -> Tensor:
         """(1, H, T, D) to (slots, H, D)."""
         return _Gather.apply(x[0].transpose(0, 1), self.index, self.inverse, None)
 
     def _block(self, q: Tensor, k: Tensor, v: Tensor, kp: Tensor | None, vp: Tensor | None, rule: Rule) -> Tensor:
-        """(B, L, H, D) queries over own keys (B, Hk, L, D) and the shared (1, Hk, P, D): (B * L, H, D)."""
+        """(B, L, H, D) queries over own keys (B, Hk, L, D) and the shared (1, Hk, P, D): (B * L, H, D).
+
+        Key heads come first in every product, so that all rows ask the shared keys in one.
+        """
         rows, length, heads, width = q.shape
         kv = k.shape[1]
-        q = q.transpose(1, 2).reshape(rows, kv, (heads // kv) * length, width)
-        scores = q @ k.transpose(2, 3)
+        group = heads // kv
+        q = q.unflatten(2, (kv, group)).permute(2, 0, 3, 1, 4).reshape(kv, rows, group * length, width)
+        scores = q @ k.permute(1, 0, 3, 2)
         prefix = 0
         if kp is not None:
             prefix = kp.shape[2]
-            scores = torch.cat([q @ kp.transpose(2, 3), scores], dim=-1)
-        scores = scores.view(rows, kv, heads // kv, length, prefix + length)
+            ahead = q.reshape(kv, -1, width) @ kp[0].transpose(1, 2)
+            scores = torch.cat([ahead.view(kv, rows, group * length, prefix), scores], dim=-1)
+        scores = scores.view(kv, rows, group, length, prefix + length)
         probs = softmax_scores(scores, rule, self._hidden(length, prefix, rule.window))
-        probs = probs.view(rows, kv, (heads // kv) * length, prefix + length)
-        if kp is not None and vp is not None:
-            out = probs[..., :prefix] @ vp + probs[..., prefix:] @ v
+        probs = probs.view(kv, rows, group * length, prefix + length)
+        if kp is None or vp is None:
+            out = probs @ v.transpose(0, 1)
         else:
-            out = probs @ v
-        return out.view(rows, heads, length, width).transpose(1, 2).reshape(rows * length, heads, width)
+            ahead = probs[..., :prefix].reshape(kv, -1, prefix) @ vp[0]
+            out = ahead.view(kv, rows, group * length, -1) + probs[..., prefix:] @ v.transpose(0, 1)
+        out = out.view(kv, rows, group, length, -1).permute(1, 3, 0, 2, 4)
+        return out.reshape(rows * length, heads, -1)
 
 
 def _group(lengths: Sequence[int]) -> list[list[int]]:

@@ -1,0 +1,138 @@
+"""Keys and values of rows being decoded: one shared prefix, then a slot for each row."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tell.train.attention import PackedPlan, Rule, softmax_scores
+
+
+class Store:
+    """Cached keys and values, layer by layer.
+
+    Slots 0 to ``active - 1`` are in use; a finished row's slot is filled by the last one, so every product
+    runs over one contiguous block.
+
+    Args:
+        slots: rows decoded at once.
+        capacity: tokens a slot holds behind the shared prefix.
+    """
+
+    def __init__(self, slots: int, capacity: int) -> None:
+        self.slots, self.capacity = slots, capacity
+        self.prefix: dict[int, tuple[Tensor, Tensor]] = {}  # layer: (1, Hk, P, D) twice
+        self.own: dict[int, tuple[Tensor, Tensor]] = {}  # layer: (slots, Hk, capacity, D) twice
+
+    def slot_tensors(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """The slots of a layer; allocated at first sight of its shapes."""
+        if layer not in self.own:
+            self.own[layer] = tuple(  # type: ignore[assignment]
+                torch.zeros(self.slots, x.shape[1], self.capacity, x.shape[3], dtype=x.dtype, device=x.device)
+                for x in (key, value)
+            )
+        return self.own[layer]
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copy the first ``length`` tokens of one slot over another."""
+        for keys, values in self.own.values():
+            keys[target, :, :length] = keys[source, :, :length]
+            values[target, :, :length] = values[source, :, :length]
+
+
+class PrefixPlan(PackedPlan):
+    """One pass over the shared prefix alone; its keys and values are kept."""
+
+    def __init__(self, length: int, store: Store, device: torch.device | str) -> None:
+        super().__init__([length], device=device)
+        self.store = store
+
+    def attend(self, layer: Any, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
+        self.store.prefix[layer.layer_idx] = (key, value)
+        return super().attend(layer, query, key, value, rule)
+
+
+class PrefillPlan(PackedPlan):
+    """Rows' own tokens, end to end, behind the stored prefix; keys and values go to the rows' slots."""
+
+    def __init__(
+        self, lengths: list[int], slots: list[int], store: Store, prefix: int, device: torch.device | str
+    ) -> None:
+        super().__init__(lengths, device=device)
+        self.lengths, self.row_slots, self.store, self.stored = lengths, slots, store, prefix
+
+    def positions(self) -> Tensor:
+        return super().positions() + self.stored
+
+    def attend(self, layer: Any, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
+        keys, values = self.store.slot_tensors(layer.layer_idx, key, value)
+        at = 0
+        for slot, length in zip(self.row_slots, self.lengths, strict=True):
+            keys[slot, :, :length] = key[0, :, at : at + length]
+            values[slot, :, :length] = value[0, :, at : at + length]
+            at += length
+        q, k, v = (self._pad(x) for x in (query * rule.scaling, key, value))
+        kp, vp = self.store.prefix.get(layer.layer_idx, (None, None))
+        outputs, begin = [], 0
+        for rows, longest in self.blocks:
+            span = slice(begin, begin + rows * longest)
+            block = [x[span].unflatten(0, (rows, longest)) for x in (q, k, v)]
+            outputs.append(self._block(block[0], block[1].transpose(1, 2), block[2].transpose(1, 2), kp, vp, rule))
+            begin += rows * longest
+        return torch.cat(outputs).index_select(0, self.inverse)[None]
+
+
+class DecodePlan:
+    """One new token for each of the first n slots.
+
+    Args:
+        lengths: (n,) tokens already in each slot behind the prefix.
+        prefix: tokens of the shared prefix.
+    """
+
+    def __init__(self, lengths: Tensor, store: Store, prefix: int) -> None:
+        self.lengths, self.store, self.prefix = lengths, store, prefix
+        self.rows = torch.arange(len(lengths), device=lengths.device)
+        self.longest = int(lengths.max()) + 1
+        self._hidden: dict[int | None, Tensor] = {}
+
+    def positions(self) -> Tensor:
+        return (self.lengths + self.prefix)[None]
+
+    def hidden(self, window: int | None) -> Tensor:
+        """(n, 1, 1, prefix + longest) True where a key is not in sight."""
+        if window is not None and window >= self.prefix + self.longest:
+            window = None
+        if window not in self._hidden:
+            k = torch.arange(self.longest, device=self.lengths.device)[None]
+            out = k > self.lengths[:, None]
+            if self.prefix:
+                out = torch.cat([out.new_zeros(len(out), self.prefix), out], dim=1)
+            if window is not None:
+                q = (self.lengths + self.prefix)[:, None]
+                out = out | (torch.arange(self.prefix + self.longest, device=q.device)[None] <= q - window)
+            self._hidden[window] = out[:, None, None]
+        return self._hidden[window]
+
+    def attend(self, layer: Any, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
+        n, heads, width = len(self.lengths), query.shape[1], query.shape[3]
+        keys, values = self.store.slot_tensors(layer.layer_idx, key, value)
+        kv = key.shape[1]
+        keys[self.rows, :, self.lengths] = key[0].transpose(0, 1)
+        values[self.rows, :, self.lengths] = value[0].transpose(0, 1)
+        k, v = keys[:n, :, : self.longest], values[:n, :, : self.longest]
+        q = (query[0].transpose(0, 1) * rule.scaling).reshape(n, kv, heads // kv, width)
+        scores = q @ k.transpose(2, 3)
+        if self.prefix:
+            kp, vp = self.store.prefix[layer.layer_idx]
+            shared = q.transpose(0, 1).reshape(kv, -1, width)  # all rows ask the same keys: one product a head
+            ahead = (shared @ kp[0].transpose(1, 2)).view(kv, n, heads // kv, self.prefix).transpose(0, 1)
+            scores = torch.cat([ahead, scores], dim=-1)
+        probs = softmax_scores(scores, rule, self.hidden(rule.window))
+        if not self.prefix:
+            return (probs @ v).reshape(1, n, heads, width)
+        ahead = probs[..., : self.prefix].transpose(0, 1).reshape(kv, -1, self.prefix) @ vp[0]
+        out = ahead.view(kv, n, heads // kv, -1).transpose(0, 1) + probs[..., self.prefix :] @ v
+        return out.reshape(1, n, heads, -1)

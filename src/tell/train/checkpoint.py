@@ -1,0 +1,86 @@
+"""Checkpoints of a training run: adapter, optimiser state and position, as safetensors and JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tell.errors import TellError
+
+
+def save_checkpoint(folder: Path, parameters: dict[str, torch.nn.Parameter], optimizer: Any, facts: dict) -> None:
+    """Write ``folder`` anew: beside, then renamed, so that a kill leaves the old or the new one whole.
+
+    Args:
+        folder: the checkpoint's place.
+        parameters: trained parameters by name.
+        optimizer: AdamW over them.
+        facts: JSON-serialisable position: step, digest, tokens, seconds.
+    """
+    from safetensors.torch import save_file
+
+    tensors = {f"weight/{name}": p.detach().cpu().contiguous() for name, p in parameters.items()}
+    for name, p in parameters.items():
+        for key, value in optimizer.state.get(p, {}).items():
+            tensors[f"{key}/{name}"] = torch.as_tensor(value).detach().cpu().contiguous()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        save_file(tensors, str(temporary / "state.safetensors"))
+        (temporary / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
+        old = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(temporary, folder)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise TellError(
+            f"cannot write a checkpoint ({error.strerror or error})",
+            where=str(folder),
+            remedy="Free disk space, then run again with --resume.",
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def load_checkpoint(
+    folder: Path, parameters: dict[str, torch.nn.Parameter], optimizer: Any, *, digest: str
+) -> dict | None:
+    """Put a checkpoint's tensors back; its facts, or None where there is no checkpoint.
+
+    Raises:
+        TellError: the checkpoint belongs to another mixture or configuration.
+    """
+    from safetensors.torch import load_file
+
+    if not (folder / "facts.json").exists():
+        old = folder.with_name(f".{folder.name}.old")  # killed between the two renames
+        if not (old / "facts.json").exists():
+            return None
+        os.replace(old, folder)
+    facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+    if facts["digest"] != digest:
+        raise TellError(
+            "the checkpoint belongs to another mixture or other settings",
+            where=str(folder),
+            remedy="Resume with the settings in run.yaml, or start anew with --overwrite.",
+        )
+    tensors = load_file(str(folder / "state.safetensors"))
+    with torch.no_grad():
+        for name, p in parameters.items():
+            p.copy_(tensors[f"weight/{name}"])
+            state = {
+                key: tensors[f"{key}/{name}"].to(p.device if key != "step" else "cpu")
+                for key in ("exp_avg", "exp_avg_sq", "step")
+                if f"{key}/{name}" in tensors
+            }
+            if state:
+                optimizer.state[p] = state
+    return facts

@@ -1,0 +1,277 @@
+"""The training loop: one pass over a mixture, in exactly its order.
+
+Why not transformers' Trainer: the order of the manifest must be the order of training, each example must
+weigh the same in a step whatever pass it is computed in, no row may be dropped or padded, and a resumed run
+must end with the same adapter. Here these are a hundred lines; there they are overrides of its sampler,
+collator, loss, accumulation and random state.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tell.config import TrainConfig
+from tell.errors import Interrupted
+from tell.mix.mixture import Mixture
+from tell.rows.table import RowTable
+from tell.train.batches import TrainRow
+from tell.train.checkpoint import load_checkpoint, save_checkpoint
+from tell.train.lora import add_lora, remove_lora, save_adapter
+from tell.train.step import Body, StepLoss, step_loss
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """What a progress display needs after a step."""
+
+    step: int
+    steps: int
+    loss: float
+    by_source: dict[str, float]
+    tokens: int
+    tokens_total: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """Totals of a run; ``tokens`` are real tokens, padding never counted."""
+
+    steps: int
+    tokens: int
+    trained_tokens: int
+    seconds: float
+    learning_rate: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "steps": self.steps,
+            "tokens": self.tokens,
+            "trained_tokens": self.trained_tokens,
+            "seconds": round(self.seconds, 3),
+            "learning_rate": self.learning_rate,
+        }
+
+
+def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
+    """Rate at a step counted from 0. Warm-up never reaches the last step, so a run of one step learns."""
+    warmup = min(math.ceil(config.warmup_ratio * steps), steps - 1)
+    if step < warmup:
+        return config.learning_rate * (step + 1) / (warmup + 1)
+    share = (step - warmup) / max(1, steps - warmup)
+    if config.schedule == "linear":
+        return config.learning_rate * (1 - share)
+    if config.schedule == "cosine":
+        return config.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
+    return config.learning_rate
+
+
+def run_digest(config: TrainConfig, mixture: Mixture, seed: int) -> str:
+    """What a checkpoint must agree with before it is resumed."""
+    settings = config.model_dump(exclude={"checkpoint_every", "micro_tokens"})
+    text = json.dumps([settings, mixture.digest(), seed], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def step_rows(mixture: Mixture, tables: Mapping[str, RowTable], step: int, batch_size: int) -> list[TrainRow]:
+    """The rows of one step, in the mixture's order."""
+    rows = []
+    for at in range(step * batch_size, min((step + 1) * batch_size, len(mixture))):
+        source = int(mixture.source[at])
+        name = mixture.sources[source]
+        ids, mask = tables[name].row(int(mixture.row[at]))
+        rows.append(TrainRow(ids, mask, source, name == "task"))
+    return rows
+
+
+class Trainer:
+    """Trains one adapter on one mixture.
+
+    Args:
+        model: base causal model, frozen; given back untouched.
+        tables: tokenised rows by source name.
+        mixture: what to train on, in order.
+        config: settings.
+        folder: adapter and checkpoint go here.
+        log: JSON Lines file of the steps; TensorBoard files go to the folder of the same name.
+        seed: of LoRA's start, dropout and noise.
+        device: where the model lies.
+        stopped: asked between steps; True leaves a checkpoint and raises Interrupted.
+        progress: called after each step.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tables: Mapping[str, RowTable],
+        mixture: Mixture,
+        config: TrainConfig,
+        *,
+        folder: Path,
+        log: Path,
+        seed: int,
+        device: torch.device | str = "cpu",
+        stopped: Callable[[], bool] | None = None,
+        progress: Callable[[StepReport], None] | None = None,
+    ) -> None:
+        self.base, self.tables, self.mixture, self.config = model, tables, mixture, config
+        self.folder, self.log, self.seed, self.device = folder, log, seed, device
+        self.stopped, self.progress = stopped or (lambda: False), progress
+        self.steps = mixture.steps(config.batch_size)
+        # Nothing random tells rows apart: their common prefix may be computed once.
+        self.share_prefix = config.lora_dropout == 0 and config.neftune_alpha == 0
+
+    def run(self, *, resume: bool = False) -> TrainResult:
+        """Train to the end and save the adapter.
+
+        Raises:
+            Interrupted: ``stopped`` said so; a checkpoint lies in ``folder``.
+        """
+        config = self.config
+        peft_model = add_lora(self.base, config, seed=self.seed)
+        noise = _add_noise(peft_model, config.neftune_alpha)
+        parameters = {name: p for name, p in peft_model.named_parameters() if p.requires_grad}
+        optimizer = torch.optim.AdamW(
+            parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay, foreach=True
+        )
+        digest = run_digest(config, self.mixture, self.seed)
+        checkpoint = self.folder / "checkpoint"
+        first, tokens, trained, seconds = 0, 0, 0, 0.0
+        try:
+            if resume and (facts := load_checkpoint(checkpoint, parameters, optimizer, digest=digest)):
+                first, tokens, trained, seconds = (
+                    facts[key] for key in ("step", "tokens", "trained_tokens", "seconds")
+                )
+            logger = _StepLog(self.log, keep=first)
+            body = Body(peft_model)
+            begin = time.monotonic() - seconds
+            try:
+                for step in range(first, self.steps):
+                    rate = learning_rate(config, step, self.steps)
+                    for group in optimizer.param_groups:
+                        group["lr"] = rate
+                    torch.manual_seed(self.seed * 1_000_003 + step)  # dropout repeats after a resume
+                    rows = step_rows(self.mixture, self.tables, step, config.batch_size)
+                    out = step_loss(
+                        body,
+                        rows,
+                        normalization=config.loss_normalization,
+                        task_weight=config.task_weight,
+                        micro_tokens=config.micro_tokens,
+                        share_prefix=self.share_prefix,
+                        device=self.device,
+                    )
+                    norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm or float("inf"))
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
+                    tokens += out.tokens
+                    trained += sum(int(row.mask.sum()) for row in rows)
+                    seconds = time.monotonic() - begin
+                    by_source = self._by_source(out)
+                    logger.write(step + 1, out, by_source, rate, tokens, seconds, float(norm))
+                    if self.progress:
+                        self.progress(
+                            StepReport(step + 1, self.steps, out.loss, by_source, out.tokens, tokens, seconds)
+                        )
+                    done = step + 1
+                    facts = {"digest": digest, "step": done, "tokens": tokens, "trained_tokens": trained}
+                    stop = done < self.steps and self.stopped()
+                    due = config.checkpoint_every and done % config.checkpoint_every == 0 and done < self.steps
+                    if stop or due:
+                        save_checkpoint(checkpoint, parameters, optimizer, {**facts, "seconds": seconds})
+                    if stop:
+                        raise Interrupted(
+                            f"stopped after step {done} of {self.steps}",
+                            where=str(self.folder),
+                            remedy="Run again with --resume.",
+                        )
+            finally:
+                logger.close()
+            save_adapter(peft_model, self.folder)
+        finally:
+            if noise is not None:
+                noise.remove()
+            remove_lora(peft_model)
+        return TrainResult(self.steps, tokens, trained, seconds, config.learning_rate)
+
+    def _by_source(self, out: StepLoss) -> dict[str, float]:
+        return {
+            name: float(np.mean(out.rows[out.source == i]))
+            for i, name in enumerate(self.mixture.sources)
+            if (out.source == i).any()
+        }
+
+
+def _add_noise(model: Any, alpha: float) -> Any:
+    """NEFTune (arXiv 2310.05914): uniform noise of size alpha / sqrt(L d) on the embeddings while training."""
+    if not alpha:
+        return None
+
+    def hook(module: Any, _: Any, output: torch.Tensor) -> torch.Tensor:
+        if not model.training:
+            return output
+        size = alpha / math.sqrt(output.shape[-2] * output.shape[-1])
+        return output + torch.empty_like(output).uniform_(-size, size)
+
+    return model.get_input_embeddings().register_forward_hook(hook)
+
+
+class _StepLog:
+    """A line a step in JSON Lines, the same numbers for TensorBoard."""
+
+    def __init__(self, path: Path, *, keep: int) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines: list[str] = []
+        if keep and path.exists():
+            lines = path.read_text(encoding="utf-8").splitlines()[:keep]
+        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        self.file = path.open("a", encoding="utf-8")
+        self.board = None
+        with suppress(ImportError):
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(path.with_suffix("")), purge_step=keep + 1)
+
+    def write(
+        self,
+        step: int,
+        out: StepLoss,
+        by_source: dict[str, float],
+        rate: float,
+        tokens: int,
+        seconds: float,
+        norm: float,
+    ) -> None:
+        row = {
+            "step": step,
+            "loss": round(out.loss, 6),
+            "by_source": {name: round(value, 6) for name, value in by_source.items()},
+            "learning_rate": rate,
+            "tokens": tokens,
+            "seconds": round(seconds, 3),
+            "grad_norm": round(norm, 6),
+        }
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+        if self.board:
+            self.board.add_scalar("loss/all", out.loss, step)
+            for name, value in by_source.items():
+                self.board.add_scalar(f"loss/{name}", value, step)
+            self.board.add_scalar("learning_rate", rate, step)
+            self.board.add_scalar("grad_norm", norm, step)
+
+    def close(self) -> None:
+        self.file.close()
+        if self.board:
+            self.board.close()
