@@ -1,0 +1,45 @@
+"""TELL: fine-tune a language model well when there are only 15 to 1,000 examples of a task.
+
+Every verb of the command line is one call here, imported on first use so that ``import tell`` stays quick:
+``tell.tune``, ``tell.plan``, ``tell.evaluate``, ``tell.chat``, ``tell.report``, ``tell.write_anchor``,
+``tell.build_halu_cot_json``, ``tell.demo``; and ``tell.load_config``, ``tell.Config``, ``tell.Anchor``,
+``tell.Example``, ``tell.RunFolder``, ``tell.TellError``.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_PLACES = {
+    "tune": "tell.study.tune",
+    "plan": "tell.study.plan",
+    "evaluate": "tell.study.evaluate",
+    "demo": "tell.study.demo",
+    "chat": "tell.generate.chat",
+    "report": "tell.report.verb",
+    "write_anchor": "tell.study.anchor",
+    "build_halu_cot_json": "tell.build.halu_cot_json",
+    "load_config": "tell.config",
+    "make_config": "tell.config",
+    "Config": "tell.config",
+    "Anchor": "tell.anchor.anchor",
+    "Example": "tell.data.example",
+    "RunFolder": "tell.run",
+    "TellError": "tell.errors",
+}
+__all__ = ["__version__", *_PLACES]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PLACES:
+        value = getattr(import_module(_PLACES[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'tell' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

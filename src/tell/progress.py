@@ -1,0 +1,41 @@
+"""How long work shows itself: the verbs draw bars with rich, a notebook or test stays silent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+Advance = Callable[..., None]  # advance(amount: float, info: str = "")
+
+
+class Display(Protocol):
+    """What the pipeline tells the person who waits."""
+
+    def note(self, text: str) -> None:
+        """One line worth keeping on the screen."""
+        ...
+
+    def bar(self, title: str, total: float | None, unit: str = "rows") -> _Bar:
+        """A context manager that yields ``advance(amount, info="")``; ``total`` None: of unknown length."""
+        ...
+
+
+class _Bar(Protocol):
+    def __enter__(self) -> Advance: ...
+
+    def __exit__(self, *args: object) -> bool | None: ...
+
+
+class Silent:
+    """Shows nothing, remembers the notes."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    @contextmanager
+    def bar(self, title: str, total: float | None, unit: str = "rows") -> Iterator[Advance]:
+        yield lambda amount=1, info="": None
