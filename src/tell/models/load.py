@@ -88,7 +88,8 @@ def load_model(
     Args:
         dtype: ``auto`` (bf16 where the hardware has it), ``bf16`` or ``fp32``.
         device: ``auto`` (a GPU when there is one), ``cpu`` or ``cuda``.
-        attn_implementation: one of transformers' names, or one registered with its ``AttentionInterface``.
+        attn_implementation: one of transformers' names, or one registered with its ``AttentionInterface``; ``sdpa``
+            becomes ``eager`` for families without it (Gemma 2, whose scores are capped).
 
     Raises:
         TellError: unknown device or dtype, an architecture transformers does not know, weights that do not fit
@@ -105,7 +106,8 @@ def load_model(
                 use_safetensors=True,
                 local_files_only=True,
                 trust_remote_code=trust_remote_code,
-                attn_implementation=attn_implementation,
+                # transformers takes sdpa by itself where it can, but refuses it by name where it cannot
+                attn_implementation=None if attn_implementation == "sdpa" else attn_implementation,
                 output_loading_info=True,
             )
         missing = sorted(info["missing_keys"])

@@ -1,0 +1,188 @@
+"""Predicted time and memory of a training run, from speeds measured on this machine. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tell.models import machine
+from tell.models.architecture import Architecture
+from tell.models.flops import training_flops
+from tell.models.home import make_folder, tell_home
+from tell.run import write_json
+
+# Sustained LoRA training, GFLOP/s per core, before any run was measured here. Small matrices and LoRA's thin ones
+# reach a fifth of what a large product does (96 fp32, 437 bf16 on one core of an AMD EPYC with avx512_bf16).
+CPU_GFLOPS = {"fp32": 30.0, "avx512_bf16": 80.0, "amx_bf16": 150.0, "bf16": 40.0}
+CUDA_GFLOPS = {"fp32": 8_000.0, "bf16": 40_000.0}
+_PROCESS_BYTES = 450e6  # Python, torch and transformers themselves, measured
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """Training time.
+
+    Attributes:
+        seconds: wall-clock time of the optimiser steps; loading and evaluation not included.
+        basis: where it comes from, for the reader: ``"measured on this machine"``, ``"guess from 2 cores"``.
+        measured: True where a run of this very model was measured on this machine.
+    """
+
+    seconds: float
+    basis: str
+    measured: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Peak memory of training, bytes."""
+
+    weights: float
+    adapter: float
+    activations: float
+    logits: float
+    process: float
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.adapter + self.activations + self.logits + self.process
+
+
+def record_speed(
+    fingerprint: str,
+    device: str,
+    dtype: str,
+    tokens_per_second: float,
+    *,
+    flops_per_second: float | None = None,
+) -> None:
+    """Remember the training speed of a real run for `predict_seconds`; the newest one counts.
+
+    Args:
+        fingerprint: of the `ModelFiles`.
+        device: ``"cpu"`` or ``"cuda"``.
+        dtype: ``"bf16"`` or ``"fp32"``.
+        tokens_per_second: tokens fed per second of training.
+        flops_per_second: `training_flops` per second; lets other models be predicted from this run.
+
+    Raises:
+        ValueError: a speed that is not positive.
+        TellError: `tell_home` cannot be written.
+    """
+    if not tokens_per_second > 0:
+        raise ValueError(f"tokens_per_second is {tokens_per_second}, not positive")
+    from filelock import FileLock
+
+    make_folder(tell_home())
+    with FileLock(tell_home() / ".speed.lock"):  # two runs may end at the same time
+        records = _records()
+        records[f"{_place(device, dtype)} | {fingerprint}"] = {
+            "tokens_per_second": tokens_per_second,
+            "flops_per_second": flops_per_second,
+            "time": time.time(),
+        }
+        write_json(_file(), records)
+
+
+def predict_seconds(
+    arch: Architecture,
+    tokens: float,
+    *,
+    trained_tokens: float | None = None,
+    lengths: Sequence[int] | None = None,
+    lora_parameters: int = 0,
+    fingerprint: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+) -> Prediction:
+    """Time to train on ``tokens`` tokens (all epochs together).
+
+    Best basis first: this model measured here; another model measured here, by FLOPs; a stated speed per core.
+
+    Args:
+        device: ``"cpu"``, ``"cuda"``, or None for the likely one.
+        dtype: ``"bf16"``, ``"fp32"``, or None for the likely one.
+
+    The other arguments are those of `training_flops`.
+    """
+    device = device or machine.likely_device()
+    dtype = dtype or machine.likely_dtype(device)
+    records, place = _records(), _place(device, dtype)
+    own = records.get(f"{place} | {fingerprint}")
+    if own:
+        return Prediction(tokens / own["tokens_per_second"], "measured on this machine", True)
+    flops = training_flops(
+        arch, tokens, trained_tokens=trained_tokens, lengths=lengths, lora_parameters=lora_parameters
+    )
+    others = [r for key, r in records.items() if key.startswith(f"{place} | ") and r.get("flops_per_second")]
+    if others:
+        newest = max(others, key=lambda record: record["time"])
+        return Prediction(flops / newest["flops_per_second"], "scaled from another model on this machine", False)
+    if device == "cuda":
+        return Prediction(flops / (CUDA_GFLOPS[dtype] * 1e9), f"guess for a GPU in {dtype}", False)
+    cores = machine.cores()
+    kind = (machine.cpu_bf16() or "bf16") if dtype == "bf16" else dtype
+    speed = CPU_GFLOPS.get(kind, CPU_GFLOPS["bf16"]) * cores * 1e9
+    return Prediction(flops / speed, f"guess from {cores} core{'s' if cores > 1 else ''} in {dtype}", False)
+
+
+def predict_memory(
+    arch: Architecture,
+    *,
+    micro_tokens: int,
+    trained_share: float = 1.0,
+    lora_parameters: int = 0,
+    lora_rank: int = 8,
+    device: str | None = None,
+    dtype: str | None = None,
+) -> Memory:
+    """Peak memory of LoRA training on all linear layers without gradient checkpointing.
+
+    What autograd keeps per token and block was counted on SmolLM2-135M (37,141 bytes in bf16, 40,221 in fp32, both
+    met within 1 %): adapters keep their inputs in fp32, the two norms one copy each, the MLP three of its width.
+
+    Args:
+        micro_tokens: tokens in one forward pass.
+        trained_share: share of them that carries loss, and so needs logits.
+    """
+    device = device or machine.likely_device()
+    dtype = dtype or machine.likely_dtype(device)
+    width = 2 if dtype == "bf16" else 4
+    q, kv = arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
+    if dtype == "bf16":
+        kept = 4 * (8 * arch.hidden + arch.intermediate) + 2 * (3 * arch.intermediate + 2 * q + 2 * kv)
+    else:
+        kept = 4 * (5 * arch.hidden + 4 * arch.intermediate + q + 2 * kv)
+    kept += 7 * 4 * lora_rank
+    return Memory(
+        weights=float(width * arch.parameters),
+        adapter=16.0 * lora_parameters,  # fp32 weight, gradient, two moments of AdamW
+        activations=float(kept) * arch.layers * micro_tokens,
+        # logits, their fp32 copy, log-probabilities and gradient
+        logits=(2.0 * width + 12) * arch.vocab * micro_tokens * trained_share,
+        process=_PROCESS_BYTES,
+    )
+
+
+def _file() -> Path:
+    return tell_home() / "speed.json"
+
+
+def _place(device: str, dtype: str) -> str:
+    # the home may be shared between machines, and a container may be given other cores tomorrow
+    return f"{machine.cpu_name()} x {machine.cores()} | {device} {dtype}"
+
+
+def _records() -> dict[str, dict[str, Any]]:
+    """Readable records; a damaged file only costs the measurements in it."""
+    try:
+        data = json.loads(_file().read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(data, dict):
+        return {}
+    return {k: r for k, r in data.items() if isinstance(r, dict) and (r.get("tokens_per_second") or 0) > 0}
