@@ -1,0 +1,158 @@
+"""What tuning cost elsewhere: losses and answers on general prompts, before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from tell.config import Config
+from tell.data.example import Example
+from tell.evaluate.intervals import difference, estimate
+from tell.evaluate.means import mean_metric
+from tell.evaluate.probe import load_probe
+from tell.evaluate.scored import Metric, Scorer
+from tell.generate.sampler import Decoding
+from tell.progress import Display
+from tell.rows.table import RowTable
+from tell.rows.template import ChatTokenizer
+from tell.rows.tokenize import RowRules, prompt_ids, tokenize
+from tell.study.prepare import General
+
+HELD_OUT, PROBE = "general held out", "probe"
+ANSWER_TOKENS = 160
+
+
+@dataclass
+class Forgetting:
+    """General rows to measure on, and what was measured.
+
+    Attributes:
+        losses: arm, set, (rows,) mean nll.
+        formats: arm, (rows,) 1 where a general prompt was answered in the task's format.
+        answers: arm, answers to the first general prompts, no anchor on them.
+    """
+
+    sets: dict[str, RowTable]
+    facts: dict[str, dict]
+    prompts: list[Example]
+    losses: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+    formats: dict[str, np.ndarray] = field(default_factory=dict)
+    answers: dict[str, list[str]] = field(default_factory=dict)
+
+
+def general_sets(config: Config, chat: ChatTokenizer, general: General | None) -> Forgetting | None:
+    """Held-out rows of the general source, and our own probe, which is in no mix; None where switched off."""
+    if not config.eval.forgetting_rows:
+        return None
+    probe = load_probe()[: config.eval.forgetting_rows]
+    sets: dict[str, RowTable] = {}
+    facts: dict[str, dict] = {}
+    if general is not None and len(general.held_out):
+        sets[HELD_OUT] = _part(general.table, general.held_out)
+        facts[HELD_OUT] = {
+            "origin": general.facts.get("path", ""),
+            "rows": len(general.held_out),
+            "in_mix_source": True,
+        }
+    rules = RowRules(config.train.max_length, "drop", "drop")
+    sets[PROBE] = tokenize(probe, chat, source=PROBE, rules=rules)
+    facts[PROBE] = {"origin": "written for TELL", "rows": len(sets[PROBE]), "in_mix_source": False}
+    return Forgetting(sets, facts, probe[: config.eval.forgetting_answers])
+
+
+def _part(table: RowTable, rows: np.ndarray) -> RowTable:
+    """A table of some rows, copied out of the whole one."""
+    pieces = [table.row(int(i)) for i in rows]
+    tokens = np.asarray(table.tokens)[rows]
+    return RowTable(
+        source=table.source,
+        hashes=np.asarray(table.hashes)[rows],
+        origins=np.asarray(table.origins)[rows],
+        tokens=tokens,
+        trained=np.asarray(table.trained)[rows],
+        unit=np.asarray(table.unit)[rows],
+        ids=np.concatenate([ids for ids, _ in pieces]),
+        mask=np.concatenate([mask for _, mask in pieces]),
+        starts=np.concatenate([[0], np.cumsum(tokens, dtype=np.int64)]),
+    )
+
+
+def measure(
+    state: Forgetting,
+    arm: str,
+    model: Any,
+    engine: Any,
+    scorer: Scorer,
+    config: Config,
+    chat: ChatTokenizer,
+    display: Display,
+    check: Callable[[], None],
+) -> None:
+    """Losses and answers of one arm; ``model`` has the arm's adapter merged."""
+    from tell.train.step import row_losses
+
+    total = sum(len(table) for table in state.sets.values())
+    with display.bar(f"{arm}: general loss", total) as advance:
+        state.losses[arm] = {}
+        for name, table in state.sets.items():
+            state.losses[arm][name] = row_losses(
+                model, table, micro_tokens=config.train.micro_tokens, device=engine.device, progress=advance
+            )
+            check()
+    if not state.prompts:
+        return
+    decoding = Decoding.of(config.generate, max_new_tokens=ANSWER_TOKENS, stop_ids=chat.stop_ids, seed=config.seed)
+    with display.bar(f"{arm}: general answers", len(state.prompts), "answers") as advance:
+
+        def progress(_: int, finished: int) -> None:
+            advance(finished)
+            check()
+
+        found = engine.generate([prompt_ids(chat, e) for e in state.prompts], decoding, progress=progress)
+    texts = [chat.decode(a.ids) for a in found]
+    state.answers[arm] = texts
+    state.formats[arm] = np.array([float(scorer.is_task_format(text)) for text in texts])
+
+
+def numbers(state: Forgetting, config: Config) -> dict:
+    """``forgetting`` of metrics.json."""
+    rule = {"seed": config.seed, "samples": config.eval.bootstrap}
+    metrics: dict[str, dict[str, dict[str, Metric]]] = {}
+    for arm, sets in state.losses.items():
+        metrics[arm] = {name: {"loss": mean_metric(values)} for name, values in sets.items()}
+        if arm in state.formats:
+            metrics[arm][PROBE]["task_format"] = mean_metric(state.formats[arm], binary=True)
+    arms = list(metrics)
+    pairs = [(arm, "base") for arm in arms if arm != "base" and "base" in arms]
+    pairs += [("tell", arm) for arm in arms if "tell" in arms and arm not in ("tell", "base")]
+    shown = [arm for arm in ("base", "sft", "sft-matched", "general", "tell") if arm in state.answers]
+    return {
+        "sets": state.facts,
+        "arms": _map(metrics, lambda metric: estimate(metric, **rule)),
+        "differences": {
+            f"{a} - {b}": {
+                name: {
+                    key: difference(metric, metrics[b][name][key], **rule)
+                    for key, metric in found.items()
+                    if key in metrics[b].get(name, {})
+                }
+                for name, found in metrics[a].items()
+            }
+            for a, b in pairs
+        },
+        "answers": [
+            {
+                "prompt": example.question,
+                "reference": example.answer,
+                **{arm: state.answers[arm][i] for arm in shown},
+            }
+            for i, example in enumerate(state.prompts)
+        ],
+    }
+
+
+def _map(tree: Mapping[str, Any], change: Callable[[Metric], dict]) -> dict:
+    return {k: change(v) if isinstance(v, Metric) else _map(v, change) for k, v in tree.items()}

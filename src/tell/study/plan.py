@@ -1,0 +1,237 @@
+"""What a run will do, before any weight is loaded: rows, tokens, steps, FLOPs, time, memory. No torch."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tell.config import TRAINED_ARMS, Config
+from tell.mix.amount import Draw
+from tell.mix.mixture import Mixture
+from tell.models.flops import lora_parameters, training_flops
+from tell.models.machine import likely_device, likely_dtype
+from tell.models.predict import predict_memory, predict_seconds
+from tell.progress import Display, Silent
+from tell.rows.table import RowTable
+from tell.study.prepare import (
+    General,
+    Task,
+    anchor_of,
+    arm_mixtures,
+    draw_general,
+    limit_task,
+    load_general,
+    load_task,
+    place_anchor,
+    stand_in_anchor,
+    task_table,
+    wanted_arms,
+)
+from tell.study.self_data import cached_self_file
+
+ANSWER_SECONDS_SHARE = 3.0  # decoding a token costs about this many times training on one (docs/lab.md)
+
+
+def plan(config: Config, *, display: Display | None = None) -> dict:
+    """Count a run without loading weights.
+
+    Args:
+        config: as for `tell.tune`.
+
+    Returns:
+        What ``plan.json`` holds. With ``general: self`` and nothing written yet, the general part is an
+        estimate and says so; so is the anchor's length with ``anchor: auto``.
+
+    Raises:
+        TellError: bad data, model or configuration.
+    """
+    display = display or Silent()
+    task = load_task(config, display)
+    wanted_arms(config)
+    anchor = anchor_of(config)
+    if anchor is None:
+        anchor = stand_in_anchor(task)
+        task.notice("the model will write the anchor; a stand-in of similar length is counted", display)
+    anchor = place_anchor(task, anchor, display)
+    limit_task(task, anchor)
+    table = task_table(task, anchor, task.train)
+    general, draw = plan_general(task, table, display)
+    return describe_plan(task, table, general, draw)
+
+
+def plan_general(task: Task, table: RowTable, display: Display) -> tuple[General | None, Draw | None]:
+    """The general side for counting: a file's rows, what the model has written, or an estimate of that."""
+    config = task.config
+    source = config.general.source
+    if source == "none":
+        return None, None
+    if source == "self":
+        path = cached_self_file(config, task.files.fingerprint, task.chat.fingerprint)
+        if path is None:
+            task.notice("the model has yet to write the general data; its lengths are estimated", display)
+            general = estimated_general(config, task, int(table.unit.sum()))
+            return general, draw_general(config, general, int(table.unit.sum()))
+        source = str(path)
+    general = load_general(task, source, display, overlap=False)
+    return general, draw_general(config, general, int(table.unit.sum()))
+
+
+def estimated_general(config: Config, task: Task, task_tokens: int) -> General:
+    """Rows of the lengths that self-written data has on average, as a table without tokens."""
+    unit = config.general.self_.max_prompt_tokens // 3 + config.general.self_.max_answer_tokens // 2
+    extra = len(task.chat.encode(task.chat.render([*_empty_pair()])))
+    amount = config.general
+    if amount.rows is not None:
+        n = amount.rows
+    else:
+        tokens = amount.tokens if amount.tokens is not None else (amount.ratio or 0) * task_tokens
+        n = int(tokens / unit) + 1
+    lengths = np.full(n, unit + extra, np.int32)
+    table = RowTable(
+        source="general",
+        hashes=np.array([f"{i:016x}" for i in range(n)], dtype="U16"),
+        origins=np.array(["self"] * n, dtype=str),
+        tokens=lengths,
+        trained=np.full(n, config.general.self_.max_answer_tokens // 2, np.int32),
+        unit=np.full(n, unit, np.int32),
+        ids=np.zeros(0, np.int32),
+        mask=np.zeros(0, bool),
+        starts=np.zeros(n + 1, np.int64),
+    )
+    return General(table, np.arange(n), np.zeros(0, np.int64), {"path": "self", "estimated": True, "rows": n}, [])
+
+
+def _empty_pair() -> tuple:
+    from tell.data.example import Message
+
+    return Message("user", ""), Message("assistant", "")
+
+
+def arm_costs(task: Task, mixture: Mixture) -> dict:
+    """Steps, tokens, FLOPs and predicted seconds of one trained arm."""
+    config, arch = task.config, task.files.architecture
+    lengths = mixture.column("tokens")
+    trained = int(mixture.column("trained").sum(dtype=np.int64))
+    adapter = lora_parameters(arch, config.train.lora_r, config.train.lora_targets)
+    tokens = int(lengths.sum(dtype=np.int64))
+    device = likely_device() if config.model.device == "auto" else config.model.device
+    dtype = likely_dtype(device) if config.model.dtype == "auto" else config.model.dtype
+    shared = {"trained_tokens": trained, "lengths": lengths.tolist(), "lora_parameters": adapter}
+    time = predict_seconds(arch, tokens, fingerprint=task.files.fingerprint, device=device, dtype=dtype, **shared)
+    return {
+        "steps": mixture.steps(config.train.batch_size),
+        "rows": len(mixture),
+        "tokens": tokens,
+        "trained_tokens": trained,
+        "flops": training_flops(arch, tokens, **shared),
+        "seconds": time.seconds,
+        "basis": time.basis,
+    }
+
+
+def answer_seconds(task: Task, costs: dict) -> float:
+    """Predicted seconds to answer the test rows once, from the training speed."""
+    speed = costs["tokens"] / costs["seconds"] if costs["seconds"] else 1.0
+    answers = np.mean([len(task.chat.encode(e.answer)) for e in task.test[:50]]) if task.test else 0.0
+    prompts = np.mean([len(task.chat.encode(e.question)) for e in task.test[:50]]) if task.test else 0.0
+    return len(task.test) * (answers * ANSWER_SECONDS_SHARE + prompts / 3) / speed
+
+
+def describe_plan(task: Task, table: RowTable, general: General | None, draw: Draw | None) -> dict:
+    """plan.json of a prepared run."""
+    config, files = task.config, task.files
+    mixtures = arm_mixtures(config, table, general, draw)
+    _, mixture = mixtures["tell"]
+    arms = wanted_arms(config)
+    costs = {arm: arm_costs(task, mixtures[arm][1]) for arm in arms if arm in TRAINED_ARMS}
+    tell = costs.get("tell") or arm_costs(task, mixture)
+    counts = mixture.counts()
+    per_step = mixture.examples_per_step(config.train.batch_size)
+    adapter = lora_parameters(files.architecture, config.train.lora_r, config.train.lora_targets)
+    memory = predict_memory(
+        files.architecture,
+        micro_tokens=min(
+            config.train.micro_tokens, int(np.sort(mixture.column("tokens"))[-config.train.batch_size :].sum())
+        ),
+        trained_share=tell["trained_tokens"] / max(1, tell["tokens"]),
+        lora_parameters=adapter,
+        lora_rank=config.train.lora_r,
+    )
+    answering = answer_seconds(task, tell)
+    training = sum(c["seconds"] for c in costs.values())
+    dropped = [{"origin": d.origin, "reason": d.reason} for d in table.dropped]
+    return {
+        "model": {
+            "name": files.name,
+            "origin": files.origin,
+            "path": str(files.path),
+            "parameters": files.architecture.parameters,
+        },
+        "task": {
+            "data": config.task.data,
+            "kind": task.kind.name,
+            "rows": len(table),
+            "validation_rows": len(task.validation),
+            "test_rows": len(task.test),
+            "tokens": int(table.tokens.sum()),
+            "trained_tokens": int(table.trained.sum()),
+            "unit_tokens": int(table.unit.sum()),
+            "repeat": config.mix.repeat,
+        },
+        "general": None if general is None else general.facts,
+        "mixture": counts,
+        "train": {
+            "preset": config.preset,
+            "steps": tell["steps"],
+            "batch_size": config.train.batch_size,
+            "examples_per_step": {
+                name: round(float(per_step[:, i].mean()), 3) for i, name in enumerate(mixture.sources)
+            },
+            "tokens": tell["tokens"],
+            "trained_tokens": tell["trained_tokens"],
+            "flops": tell["flops"],
+            "learning_rate": config.train.learning_rate,
+            "adapter_parameters": adapter,
+        },
+        "arms": costs,
+        "predicted": {
+            "seconds": training + answering * len(arms),
+            "training_seconds": training,
+            "answering_seconds": answering * len(arms),
+            "basis": tell["basis"],
+            "memory_gb": round(memory.total / 1e9, 2),
+        },
+        "data": task.findings["data"],
+        "split": task.findings["split"],
+        "unit": config.tokens.unit,
+        "dropped_rows": dropped + (general.dropped if general else []),
+        "notices": [*task.notices, *counts["notices"]],
+    }
+
+
+def fit_minutes(task: Task, table: RowTable, general: General, draw: Draw, minutes: float, spent: float) -> Draw:
+    """Shorten the draw until the whole run is predicted to end in time; it stays a prefix of the full draw.
+
+    Args:
+        minutes: ``--max-minutes``.
+        spent: seconds already gone.
+    """
+    low, high = 0, len(draw)
+    if _fits(task, table, general, draw, high, minutes * 60 - spent):
+        return draw
+    while high - low > max(1, len(draw) // 100):
+        middle = (low + high) // 2
+        if _fits(task, table, general, draw, middle, minutes * 60 - spent):
+            low = middle
+        else:
+            high = middle
+    kept = Draw(draw.indices[:low], draw.epochs * low / max(1, len(draw)), list(draw.notices))
+    kept.notices.append(
+        f"--max-minutes {minutes:g}: {low:,} of {len(draw):,} general rows fit the time predicted"
+        + ("; even without general data the run is predicted to take longer" if not low else "")
+    )
+    return kept
+
+
+def _fits(task: Task, table: RowTable, general: General, draw: Draw, rows: int, seconds: float) -> bool:
+    part = Draw(draw.indices[:rows], 0.0, [])
+    return describe_plan(task, table, general, part)["predicted"]["seconds"] <= seconds

@@ -1,0 +1,344 @@
+"""From a configuration to a mixture, without torch: data, split, kind, anchor, rows, amounts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from tell.anchor.anchor import NO_ANCHOR, Anchor
+from tell.anchor.derive import derived_anchor
+from tell.config import Config
+from tell.data.budget import take_rows, take_tokens
+from tell.data.example import Example
+from tell.data.kind import Kind, detect_kind, load_schema
+from tell.data.overlap import Overlap, find_overlap
+from tell.data.sources import Loaded, file_fingerprint, load
+from tell.data.split import Splits, split, split_given_test
+from tell.errors import TellError
+from tell.mix.amount import Draw, general_rows
+from tell.mix.mixture import Mixture, build, build_repeated
+from tell.mix.seeds import permutation
+from tell.models.find import ModelFiles, find_model
+from tell.progress import Display, Silent
+from tell.rows.cache import cache_key, cached_table
+from tell.rows.table import Dropped, RowTable
+from tell.rows.template import ChatTokenizer
+from tell.rows.tokenize import RowRules, tokenize
+
+PAIRS_KEPT = 20
+VALIDATION_ROWS = 64  # enough to score anchors and watch the loss; more would only cost time
+
+
+@dataclass
+class Task:
+    """The task's own side of a run: model files, tokenizer, examples, kind.
+
+    Attributes:
+        train: rows to train on, after split, overlap removal and budget (the budget needs the anchor: see
+            `limit_task`).
+        findings: ``findings.json`` as far as it is known.
+    """
+
+    config: Config
+    files: ModelFiles
+    chat: ChatTokenizer
+    unit: ChatTokenizer
+    train: list[Example]
+    validation: list[Example]
+    test: list[Example]
+    kind: Kind
+    findings: dict
+    notices: list[str] = field(default_factory=list)
+
+    @property
+    def rules(self) -> RowRules:
+        train = self.config.train
+        return RowRules(train.max_length, train.too_long, train.nothing_to_train, train.loss_on)
+
+    def notice(self, text: str, display: Display) -> None:
+        if text not in self.notices:
+            self.notices.append(text)
+            display.note(text)
+
+
+def load_task(config: Config, display: Display | None = None) -> Task:
+    """Find the model's files, read and split the task's data, detect its kind.
+
+    Raises:
+        TellError: whatever is wrong with model or data.
+    """
+    display = display or Silent()
+    if not config.task.data:
+        raise TellError(
+            "no task data given",
+            where="task.data",
+            remedy="Give a file, e.g. `tell tune tickets.jsonl`; `tell demo` runs on a task of ours.",
+        )
+    schema = load_schema(config.task.json_schema) if config.task.json_schema else None
+    data = load(config.task.data, name="task", columns=config.task.columns)
+    given = load(config.task.test, name="task", columns=config.task.columns) if config.task.test else None
+    anchor_of(config)  # a missing @FILE is said before a model is looked for
+    files = find_model(
+        config.model.name,
+        revision=config.model.revision,
+        trust_remote_code=config.model.trust_remote_code,
+        notify=display.note,
+    )
+    chat = ChatTokenizer(files.path)
+    unit = chat
+    if config.tokens.unit != "model":
+        unit = ChatTokenizer(find_model(config.tokens.unit, need_weights=False).path)
+    parts = _split(config, data, given)
+    kind = detect_kind([*parts.train, *parts.validation], override=config.task.kind, schema=schema)
+    task = Task(config, files, chat, unit, parts.train, parts.validation, parts.test, kind, {})
+    if not chat.has_own_template:
+        task.notice(f"{files.name} has no chat template; the plain default is used (docs/templates.md)", display)
+    task.validation = task.validation[:VALIDATION_ROWS]
+    if config.task.test_rows and config.task.test_rows < len(task.test):
+        task.test = [task.test[i] for i in sorted(take_rows(len(task.test), config.task.test_rows, config.seed))]
+    overlap = find_overlap(task.train, task.test)
+    dropped = 0
+    if config.task.drop_overlap and overlap.indices:
+        kept = [e for i, e in enumerate(task.train) if i not in overlap.indices]
+        if not kept:
+            raise TellError(
+                f"all {len(task.train)} training rows nearly equal a test row",
+                where=config.task.data,
+                remedy="Leave --drop-overlap out, or give other test rows.",
+            )
+        dropped, task.train = len(task.train) - len(kept), kept
+    display.note(f"task: {config.task.data}, {data.layout}, {len(data.examples)} rows; {kind.why}")
+    task.findings = {
+        "data": _describe(data),
+        "test": _describe(given) if given else None,
+        "general": None,
+        "split": {
+            "train": len(task.train),
+            "validation": len(task.validation),
+            "test": len(task.test),
+            "exact_duplicates_removed": parts.exact_duplicates if given else 0,
+            "exact_duplicates_kept_together": 0 if given else parts.exact_duplicates,
+        },
+        "kind": {
+            "name": kind.name,
+            "why": kind.why,
+            "schema_inferred": kind.schema_inferred,
+            "labels": list(kind.labels) if kind.labels else None,
+        },
+        "overlap": {
+            "train_test": overlap_facts(overlap, parts.train, task.test),
+            "general_test": None,
+            "dropped": dropped,
+        },
+        "dropped_rows": [{"origin": origin, "reason": reason} for origin, reason in data.dropped],
+    }
+    return task
+
+
+def _split(config: Config, data: Loaded, given: Loaded | None) -> Splits:
+    fractions = {"seed": config.seed, "validation_fraction": config.task.validation_fraction}
+    if given is not None:
+        return split_given_test(data.examples, given.examples, **fractions)
+    return split(data.examples, test_fraction=config.task.test_fraction, **fractions)
+
+
+def _describe(data: Loaded) -> dict:
+    return {"path": data.path, "layout": data.layout, "columns": data.columns, "rows": len(data.examples)}
+
+
+def overlap_facts(overlap: Overlap, rows: Sequence[Example], test: Sequence[Example]) -> dict:
+    """Counts and the first pairs, with their texts, for findings.json."""
+    pairs = [
+        {
+            "a": rows[p.a_index].origin,
+            "b": test[p.test_index].origin,
+            "similarity": round(p.similarity, 3),
+            "a_text": rows[p.a_index].question[:300],
+            "b_text": test[p.test_index].question[:300],
+        }
+        for p in overlap.pairs[:PAIRS_KEPT]
+    ]
+    return {"exact": overlap.exact, "near": overlap.near, "pairs": pairs}
+
+
+def anchor_of(config: Config) -> Anchor | None:
+    """The anchor as configured; None where the model is to write it."""
+    text = config.anchor.text
+    if text == "auto":
+        return None
+    if text == "none":
+        return NO_ANCHOR
+    if text.startswith("@"):
+        path = Path(text[1:])
+        try:
+            text = path.read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise TellError(
+                f"cannot be read ({getattr(error, 'strerror', None) or error})",
+                where=f"--anchor {config.anchor.text}",
+                remedy="Give an existing UTF-8 text file behind the @.",
+            ) from error
+    if not text.strip():
+        raise TellError("the anchor is empty", where="--anchor", remedy="Write a text, or `none`.")
+    return Anchor(text.strip(), config.anchor.place, "hand")
+
+
+def place_anchor(task: Task, anchor: Anchor, display: Display) -> Anchor:
+    """The anchor where the model's template can carry it."""
+    if anchor and anchor.place == "system" and not task.chat.supports_system:
+        task.notice("the chat template has no system role; the anchor goes to the head of the user turn", display)
+        return Anchor(anchor.text, "user", anchor.origin)
+    return anchor
+
+
+def stand_in_anchor(task: Task) -> Anchor:
+    """What stands for an anchor the model has yet to write, for counting."""
+    return derived_anchor(task.kind, task.config.anchor.place) or Anchor(
+        "Answer the following in the way of the task.", task.config.anchor.place, "derived"
+    )
+
+
+def limit_task(task: Task, anchor: Anchor) -> None:
+    """Keep the rows or tokens of the task budget; subsets are nested by seed."""
+    config = task.config.task
+    if config.rows is not None:
+        chosen = take_rows(len(task.train), config.rows, task.config.seed)
+    elif config.tokens is not None:
+        contents = ["\n".join(m.content for m in anchor.apply(e.messages)) for e in task.train]
+        unit = np.array([len(e.ids) for e in task.unit.backend.encode_batch(contents, add_special_tokens=False)])
+        chosen = take_tokens(unit, config.tokens, task.config.seed)
+    else:
+        return
+    task.train = [task.train[i] for i in sorted(chosen)]
+    task.findings["split"]["train"] = len(task.train)
+
+
+def task_table(task: Task, anchor: Anchor, examples: Sequence[Example], name: str = "task") -> RowTable:
+    """Tokenised task rows with the anchor.
+
+    Raises:
+        TellError: no row is left to train on.
+    """
+    table = tokenize(examples, task.chat, source=name, anchor=anchor, rules=task.rules, unit=task.unit)
+    if examples and not len(table):
+        first = table.dropped[0]
+        raise TellError(
+            f"none of the {len(examples)} task rows can be trained on; the first: {first.reason}",
+            where=first.origin,
+            remedy="Raise train.max_length, or shorten the rows.",
+        )
+    return table
+
+
+@dataclass
+class General:
+    """General data of a run.
+
+    Attributes:
+        table: all usable rows, tokenised.
+        allowed: (m,) indices of rows that may be mixed in.
+        held_out: indices of rows kept for measuring what was forgotten.
+        facts: ``general`` of findings.json.
+        dropped: rows left out, with reasons.
+    """
+
+    table: RowTable
+    allowed: np.ndarray
+    held_out: np.ndarray
+    facts: dict
+    dropped: list[dict]
+
+
+def load_general(task: Task, source: str, display: Display, *, overlap: bool = True) -> General:
+    """Tokenise a general source (cached), hold rows out, find its overlap with the test rows.
+
+    Args:
+        source: a file or hub name; `self` was written to a file before.
+        overlap: False skips the comparison with the test rows, which needs the texts and not only the cache.
+
+    Raises:
+        TellError: whatever is wrong with the source.
+    """
+    config = task.config
+    columns = config.general.columns
+    rules = RowRules(config.train.max_length, "drop", "drop", config.train.loss_on)
+    loaded: Loaded | None = None
+    is_file = Path(source).expanduser().is_file()
+    if not is_file or overlap:
+        loaded = load(source, name="general", columns=columns)
+    key = cache_key(
+        data=loaded.fingerprint if loaded else file_fingerprint(Path(source).expanduser(), columns, "general"),
+        tokenizer=task.chat.fingerprint,
+        unit=task.unit.fingerprint,
+        rules=[rules.max_length, rules.loss_on],
+    )
+    layout: dict = {}
+
+    def make() -> RowTable:
+        data = loaded or load(source, name="general", columns=columns)
+        layout.update(_describe(data))
+        lost = [Dropped(origin, reason) for origin, reason in data.dropped]
+        with display.bar("tokenise general data", len(data.examples)) as advance:
+            return tokenize(data.examples, task.chat, source="general", rules=rules, unit=task.unit, progress=advance)
+
+    table, _ = cached_table(key, make)
+    if not layout:
+        layout = _describe(loaded) if loaded else {"path": source, "rows": len(table) + len(table.dropped)}
+    blocked: set[int] = set()
+    if overlap and loaded is not None:
+        found = find_overlap(loaded.examples, task.test)
+        task.findings["overlap"]["general_test"] = overlap_facts(found, loaded.examples, task.test)
+        if config.task.drop_overlap and found.indices:
+            hashes = {loaded.examples[i].hash for i in found.indices}
+            blocked = {i for i, h in enumerate(table.hashes) if str(h) in hashes}
+            task.findings["overlap"]["dropped"] += len(blocked)
+    usable = np.array([i for i in range(len(table)) if i not in blocked], dtype=np.int64)
+    wanted = min(config.eval.forgetting_rows, len(usable) // 4)
+    order = permutation(len(usable), config.seed, "held out")
+    dropped = [{"origin": d.origin, "reason": d.reason} for d in table.dropped]
+    task.findings["general"] = layout
+    return General(table, np.sort(usable[order[wanted:]]), np.sort(usable[order[:wanted]]), layout, dropped)
+
+
+def draw_general(config: Config, general: General, task_tokens: int) -> Draw:
+    """The general rows of the mix; the preset's ratio where no amount was given."""
+    amount = {k: getattr(config.general, k) for k in ("ratio", "tokens", "rows")}
+    draw = general_rows(general.table.unit[general.allowed], task_tokens=task_tokens, seed=config.seed, **amount)
+    return Draw(general.allowed[draw.indices].astype(np.int32), draw.epochs, draw.notices)
+
+
+def arm_mixtures(
+    config: Config, table: RowTable, general: General | None, draw: Draw | None
+) -> dict[str, tuple[dict[str, RowTable], Mixture]]:
+    """Tables and mixture of every arm that trains. An arm is a mixture, nothing else."""
+    seed, mix = config.seed, config.mix
+    tables = {"task": table}
+    if general is not None:
+        tables["general"] = general.table
+    tell = build(tables, general=draw, repeat=mix.repeat, order=mix.order, seed=seed)
+    arms = {"tell": (tables, tell)}
+    only_task = {"task": table}
+    arms["sft"] = (only_task, build_repeated(table, len(table), seed))
+    arms["sft-matched"] = (only_task, build_repeated(table, len(tell), seed))
+    if general is not None and draw is not None and len(draw):
+        only_general = {"general": general.table}
+        arms["general"] = (only_general, build(only_general, general=draw, repeat=1, order=mix.order, seed=seed))
+    return arms
+
+
+def wanted_arms(config: Config) -> list[str]:
+    """The arms asked for, in the order of the tables, without repeats."""
+    arms = [arm for arm in dict.fromkeys(config.eval.arms)]
+    if config.general.source == "none" and "general" in arms:
+        raise TellError("the arm general needs general data", where="--arms", remedy="Drop the arm, or set --general.")
+    return arms
+
+
+def split_file(task: Task) -> str:
+    """split.json: the content hashes of each part."""
+    parts = {"train": task.train, "validation": task.validation, "test": task.test}
+    return json.dumps({name: [e.hash for e in rows] for name, rows in parts.items()}, indent=1) + "\n"

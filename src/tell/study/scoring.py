@@ -1,0 +1,167 @@
+"""Answers of an arm to the test rows, their scores, and the numbers that go into metrics.json."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tell.anchor.anchor import NO_ANCHOR, Anchor
+from tell.config import Config
+from tell.data.example import Example, Message
+from tell.data.kind import Kind
+from tell.evaluate.intervals import difference, estimate
+from tell.evaluate.scored import Metric, Scorer
+from tell.evaluate.scorers import make_scorer
+from tell.generate.sampler import Decoding
+from tell.progress import Display
+from tell.rows.template import ChatTokenizer
+from tell.rows.tokenize import prompt_ids
+
+MOST_NEW_TOKENS = 1024
+WITHOUT_ANCHOR = frozenset({"base", "tell-anchor"})
+
+
+def scorer_of(config: Config, kind: Kind) -> Scorer:
+    """The scorer of a task: the user's own function, or by the kind of answers."""
+    return make_scorer(kind.name, schema=kind.schema, labels=kind.labels, custom=config.task.scorer)
+
+
+def answer_limit(config: Config, chat: ChatTokenizer, examples: Sequence[Example]) -> int:
+    """New tokens an answer may have: 1.5 times the longest training answer, unless configured."""
+    if config.generate.max_new_tokens:
+        return config.generate.max_new_tokens
+    longest = max(len(e.ids) for e in chat.backend.encode_batch([x.answer for x in examples], add_special_tokens=False))
+    return int(min(MOST_NEW_TOKENS, max(16, np.ceil(1.5 * (longest + 1)))))
+
+
+def arm_prompts(
+    arm: str,
+    chat: ChatTokenizer,
+    anchor: Anchor,
+    test: Sequence[Example],
+    train: Sequence[Example],
+    *,
+    examples: int,
+    room: int,
+) -> tuple[list[list[int]], int]:
+    """Token ids of the prompts of an arm, and the examples put in context.
+
+    Args:
+        arm: ``base`` and ``tell-anchor`` go without the anchor; ``icl`` has training examples in context.
+        examples: in-context examples wanted.
+        room: tokens a prompt may have; as many examples are used as fit beside the longest test prompt.
+    """
+    if arm in WITHOUT_ANCHOR:
+        return [prompt_ids(chat, example) for example in test], 0
+    if arm != "icl":
+        return [prompt_ids(chat, example, anchor) for example in test], 0
+    for n in range(min(examples, len(train)), -1, -1):
+        context = _context(train[:n])
+        prompts = [
+            chat.encode(chat.render(anchor.apply([*context, *_turns(example.prompt, n)]), add_generation_prompt=True))
+            for example in test
+        ]
+        if n == 0 or max(map(len, prompts)) <= room:
+            return prompts, n
+    raise AssertionError("unreachable: n == 0 returns")
+
+
+def _context(examples: Sequence[Example]) -> list[Message]:
+    """Examples as turns; of system messages only the first example's stays."""
+    turns: list[Message] = []
+    for i, example in enumerate(examples):
+        turns += _turns(example.messages, i)
+    return turns
+
+
+def _turns(messages: Sequence[Message], before: int) -> list[Message]:
+    return [m for m in messages if before == 0 or m.role != "system"]
+
+
+def answer_rows(
+    engine: Any,
+    chat: ChatTokenizer,
+    prompts: Sequence[Sequence[int]],
+    test: Sequence[Example],
+    decoding: Decoding,
+    *,
+    title: str,
+    display: Display,
+    check: Callable[[], None] = lambda: None,
+) -> list[dict]:
+    """predictions/<arm>.jsonl without scores: an answer for each test row."""
+    with display.bar(title, len(test), "answers") as advance:
+        written = 0
+
+        def progress(new: int, finished: int) -> None:
+            nonlocal written
+            written += new
+            advance(finished, f"{written} tokens")
+            check()
+
+        answers = engine.generate(prompts, decoding, progress=progress)
+    return [
+        {
+            "hash": example.hash,
+            "origin": example.origin,
+            "prompt": example.question,
+            "reference": example.answer,
+            "answer": chat.decode(answer.ids),
+            "finish": answer.finish,
+            "tokens": len(answer.ids),
+        }
+        for example, answer in zip(test, answers, strict=True)
+    ]
+
+
+def score_rows(scorer: Scorer, rows: list[dict]) -> dict[str, Metric]:
+    """Metrics over the rows; each row gets its own scores, and why it is invalid."""
+    metrics = scorer.score([r["answer"] for r in rows], [r["reference"] for r in rows])
+    explain = getattr(scorer, "why_invalid", None)
+    for i, row in enumerate(rows):
+        values = {name: float(metric.per_row[i]) for name, metric in metrics.items()}
+        row["scores"] = {name: round(v, 6) for name, v in values.items() if np.isfinite(v)}
+        if explain and (why := explain(row["answer"])):
+            row["why"] = why
+    return metrics
+
+
+def arm_numbers(arms: Mapping[str, Mapping[str, Metric]], *, seed: int, samples: int) -> tuple[dict, dict]:
+    """``arms`` and ``differences`` of metrics.json: TELL against each arm, and each arm against the untuned model."""
+    values = {
+        arm: {name: estimate(metric, seed=seed, samples=samples) for name, metric in metrics.items()}
+        for arm, metrics in arms.items()
+    }
+    pairs = [("tell", arm) for arm in arms if arm != "tell"] if "tell" in arms else []
+    pairs += [(arm, "base") for arm in arms if arm not in ("base", "tell")] if "base" in arms else []
+    gaps = {
+        f"{a} - {b}": {
+            name: difference(arms[a][name], arms[b][name], seed=seed, samples=samples)
+            for name in arms[a]
+            if name in arms[b]
+        }
+        for a, b in pairs
+    }
+    return values, gaps
+
+
+def arm_anchor(arm: str, anchor: Anchor) -> Anchor:
+    return NO_ANCHOR if arm in WITHOUT_ANCHOR else anchor
+
+
+def adapter_arm(arm: str) -> str | None:
+    """Which trained arm's adapter an arm answers with."""
+    if arm == "tell-anchor":
+        return "tell"
+    return arm if arm in ("sft", "sft-matched", "general", "tell") else None
+
+
+def adapter_folder(root: Any, arm: str) -> Path | None:
+    """The folder of the adapter an arm answers with, in a run folder; None for the untuned model."""
+    trained = adapter_arm(arm)
+    if trained is None:
+        return None
+    return root.adapter if trained == "tell" else root.arms / trained
