@@ -18,7 +18,7 @@ import tiny
 from tell.errors import TellError
 from tell.models import hub, wheel
 from tell.models.architecture import read_architecture
-from tell.models.find import find_model, read_config
+from tell.models.find import find_model, find_tokenizer, read_config
 
 SRC = Path(__file__).parents[2] / "src"
 
@@ -218,6 +218,23 @@ def test_cached_model_is_found_without_the_hub(tiny_model, tmp_path, monkeypatch
         "someone/some-model",
         snapshot.resolve(),
     )
+
+
+def test_tokenizer_alone_is_enough_for_a_unit(tiny_model, tmp_path, monkeypatch, home):
+    alone = copy(tiny_model("mistral"), tmp_path / "alone", leave=("config.json", "model.safetensors"))
+    assert find_tokenizer(str(alone)) == alone.resolve()
+    assert find_tokenizer(str(tiny_model("phi3"))) == tiny_model("phi3").resolve()
+    snapshot = tmp_path / "cache" / "models--someone--unit" / "snapshots" / ("b" * 40)
+    snapshot.parent.mkdir(parents=True)
+    copy(alone, snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("b" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert find_tokenizer("someone/unit").resolve() == snapshot.resolve()
+    for name, expected in ((str(tmp_path), "has no tokenizer.json"), ("./none", "no such"), ("a/b", "HF_HUB_OFFLINE")):
+        with pytest.raises(TellError, match=expected):
+            find_tokenizer(name)
 
 
 def test_wheel_with_another_hash_is_not_used(tmp_path, monkeypatch, home):

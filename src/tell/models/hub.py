@@ -29,13 +29,19 @@ class HubUnreachable(Exception):
     """The hub did not answer, or HF_HUB_OFFLINE is set; the message says which."""
 
 
-def cached_snapshot(repo: str, revision: str | None = None, *, need_weights: bool = True) -> Path | None:
+def cached_snapshot(
+    repo: str,
+    revision: str | None = None,
+    *,
+    need_weights: bool = True,
+    needed: tuple[str, ...] = ("config.json", "tokenizer.json"),
+) -> Path | None:
     """Folder of ``repo`` in the Hugging Face cache, or None where a needed file is missing. Asks no network."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
     try:
-        folder = Path(snapshot_download(repo, revision=revision, local_files_only=True, allow_patterns=["config.json"]))
+        folder = Path(snapshot_download(repo, revision=revision, local_files_only=True, allow_patterns=[needed[0]]))
     except HFValidationError as error:
         raise TellError(
             f"{repo!r} is neither a folder nor a hub name",
@@ -44,7 +50,7 @@ def cached_snapshot(repo: str, revision: str | None = None, *, need_weights: boo
         ) from error
     except OSError:
         return None
-    if not (folder / "config.json").exists() or not (folder / "tokenizer.json").exists():
+    if not all((folder / name).exists() for name in needed):
         return None
     if need_weights and not weight_files(folder):
         return None
