@@ -31,7 +31,7 @@ class TaskConfig(Section):
     data: str | None = Field(None, description="file (json, jsonl[.gz|.zst], csv, tsv, parquet) or hub name")
     test: str | None = Field(None, description="test file; without it a test part is split off `data`")
     columns: str | None = Field(None, description="names of prompt and answer columns, e.g. prompt=q,answer=a")
-    kind: Literal["auto", "json", "label", "text"] = "auto"
+    kind: Literal["auto", "json", "label", "text"] = Field("auto", description="auto detects it from the answers")
     json_schema: str | None = Field(None, alias="schema", description="JSON Schema file for kind json")
     scorer: str | None = Field(None, description="package.module:function(answers, references) -> list[float]")
     rows: int | None = Field(None, ge=1, description="train on this many task rows, drawn by seed")
@@ -50,30 +50,30 @@ class TaskConfig(Section):
 
 class ModelConfig(Section):
     name: str = Field("smollm2-135m", description="folder, hub name, or smollm2-135m")
-    revision: str | None = None
-    dtype: Literal["auto", "bf16", "fp32"] = "auto"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    trust_remote_code: bool = False
+    revision: str | None = Field(None, description="branch, tag or commit on the hub")
+    dtype: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto: bf16 where the hardware computes in it")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where there is one")
+    trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
 
 
 class SelfConfig(Section):
     """How the model writes its own general data (Magpie, arXiv 2406.08464)."""
 
-    max_prompt_tokens: int = Field(64, ge=8)
-    max_answer_tokens: int = Field(192, ge=8)
-    temperature: float = Field(1.0, gt=0)
-    top_p: float = Field(0.95, gt=0, le=1)
-    answer_temperature: float = Field(0.6, gt=0)
+    max_prompt_tokens: int = Field(64, ge=8, description="longer instructions are left out")
+    max_answer_tokens: int = Field(192, ge=8, description="answers that do not end before are left out")
+    temperature: float = Field(1.0, gt=0, description="sampling of the instructions")
+    top_p: float = Field(0.95, gt=0, le=1, description="sampling of instructions and answers")
+    answer_temperature: float = Field(0.6, gt=0, description="sampling of the answers")
 
 
 class GeneralConfig(Section):
     """General instruction data and how much of it. At most one of ratio, tokens, rows."""
 
     source: str = Field("self", description="file, hub name, `self` (the model writes its own) or `none`")
-    columns: str | None = None
+    columns: str | None = Field(None, description="names of its columns, as for task.columns")
     ratio: float | None = Field(None, ge=0, description="general tokens per task token (task rows counted once)")
-    tokens: float | None = Field(None, ge=0)
-    rows: int | None = Field(None, ge=0)
+    tokens: float | None = Field(None, ge=0, description="general tokens (unit: tokens.unit)")
+    rows: int | None = Field(None, ge=0, description="general rows")
     self_: SelfConfig = Field(default_factory=SelfConfig, alias="self")
 
     @model_validator(mode="after")
@@ -86,7 +86,7 @@ class GeneralConfig(Section):
 
 class AnchorConfig(Section):
     text: str = Field("auto", description="auto, none, the text itself, or @FILE")
-    place: Literal["system", "user"] = "user"
+    place: Literal["system", "user"] = Field("user", description="system message, or head of the first user turn")
     candidates: int = Field(4, ge=1, le=64, description="instructions the model writes for `auto`")
     examples: int = Field(4, ge=1, description="task examples shown to the model for each candidate")
 
@@ -97,22 +97,24 @@ class MixConfig(Section):
 
 
 class TrainConfig(Section):
-    learning_rate: float = Field(1e-4, gt=0)
-    weight_decay: float = Field(0.01, ge=0)
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    warmup_ratio: float = Field(0.03, ge=0, lt=1)
+    learning_rate: float = Field(1e-4, gt=0, description="highest rate of the schedule")
+    weight_decay: float = Field(0.01, ge=0, description="of AdamW")
+    schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="decay after the warm-up")
+    warmup_ratio: float = Field(0.03, ge=0, lt=1, description="share of the steps in which the rate rises")
     max_grad_norm: float = Field(1.0, ge=0, description="0 turns clipping off")
     batch_size: int = Field(16, ge=1, description="examples per optimiser step")
     micro_tokens: int = Field(4096, ge=1, description="tokens per forward pass; smaller needs less memory")
     max_length: int = Field(2048, ge=8, description="tokens; longer rows are never cut, see too_long")
-    too_long: Literal["drop", "refuse"] = "drop"
-    nothing_to_train: Literal["drop", "refuse"] = "refuse"
-    loss_normalization: Literal["example", "token"] = "example"
+    too_long: Literal["drop", "refuse"] = Field("drop", description="what happens to a row above max_length")
+    nothing_to_train: Literal["drop", "refuse"] = Field("refuse", description="and to a row with an empty answer")
+    loss_normalization: Literal["example", "token"] = Field(
+        "example", description="example: mean over the rows of each row's mean; token: mean over all trained tokens"
+    )
     loss_on: Literal["answer", "all"] = Field("answer", description="all: prompts are trained too (arXiv 2405.14394)")
     task_weight: float = Field(1.0, gt=0, description="weight of a task row's loss against a general row's")
-    lora_r: int = Field(8, ge=1)
-    lora_alpha: float = Field(32, gt=0)
-    lora_dropout: float = Field(0.05, ge=0, lt=1)
+    lora_r: int = Field(8, ge=1, description="rank of the adapter")
+    lora_alpha: float = Field(32, gt=0, description="the adapter is scaled by lora_alpha / lora_r")
+    lora_dropout: float = Field(0.05, ge=0, lt=1, description="dropout on the adapter's input")
     lora_targets: str = Field("all-linear", description="all-linear, qkv, or comma-separated module names")
     neftune_alpha: float = Field(0.0, ge=0, description="noise on embeddings (arXiv 2310.05914); 0 is off")
     checkpoint_every: int = Field(50, ge=0, description="optimiser steps between checkpoints; 0: only on a signal")
@@ -125,17 +127,17 @@ class TokensConfig(Section):
 class GenerateConfig(Section):
     """Decoding; the defaults are the paper's."""
 
-    greedy: bool = False
-    temperature: float = Field(0.3, gt=0)
-    top_k: int = Field(20, ge=0)
-    top_p: float = Field(0.7, gt=0, le=1)
-    repetition_penalty: float = Field(1.05, gt=0)
+    greedy: bool = Field(False, description="always the likeliest token; temperature, top_k, top_p have no effect")
+    temperature: float = Field(0.3, gt=0, description="sampling temperature")
+    top_k: int = Field(20, ge=0, description="sample among this many tokens; 0: all")
+    top_p: float = Field(0.7, gt=0, le=1, description="sample among the likeliest tokens of this total probability")
+    repetition_penalty: float = Field(1.05, gt=0, description="1 turns it off")
     max_new_tokens: int | None = Field(None, ge=1, description="default: 1.5 times the longest training answer")
     batch_size: int = Field(64, ge=1, description="rows decoded at once")
 
 
 class EvalConfig(Section):
-    arms: tuple[Arm, ...] = DEFAULT_ARMS
+    arms: tuple[Arm, ...] = Field(DEFAULT_ARMS, description="what is trained and scored")
     icl_examples: int = Field(8, ge=1, description="training examples in context, as many as fit")
     bootstrap: int = Field(2000, ge=100, description="resamples for 95 % intervals")
     forgetting_rows: int = Field(64, ge=0, description="general rows for loss before and after; 0 turns it off")
@@ -145,7 +147,7 @@ class EvalConfig(Section):
 class Config(Section):
     """Everything one run depends on; saved as ``run.yaml``."""
 
-    preset: Literal["modern", "paper"] = "modern"
+    preset: Literal["modern", "paper"] = Field("modern", description="defaults of the paper, or found by measurement")
     task: TaskConfig = Field(default_factory=TaskConfig)
     model: ModelConfig = Field(default_factory=ModelConfig)
     general: GeneralConfig = Field(default_factory=GeneralConfig)
@@ -155,7 +157,7 @@ class Config(Section):
     train: TrainConfig = Field(default_factory=TrainConfig)
     generate: GenerateConfig = Field(default_factory=GenerateConfig)
     eval: EvalConfig = Field(default_factory=EvalConfig)
-    seed: int = Field(42, ge=0)
+    seed: int = Field(42, ge=0, description="of every draw: split, subset, order, dropout, decoding")
     out: str | None = Field(None, description="run folder; default runs/<data>-<n>")
     max_minutes: float | None = Field(None, gt=0, description="shrink the general data until the run fits")
 
@@ -281,7 +283,7 @@ def check_keys(data: Mapping[str, Any], model: type[BaseModel], where: str, pref
             raise TellError(
                 f"unknown key {prefix}{key}{_nearest(f'{prefix}{key}', [*paths, *_all_paths()])}",
                 where=where,
-                remedy="`tell tune --help` and docs/config.md list the keys.",
+                remedy="`tell tune --keys` lists the keys.",
             )
         kind = names[key].annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):

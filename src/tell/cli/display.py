@@ -1,0 +1,176 @@
+"""Progress on stderr: bars on a terminal, plain lines in a log file."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from tell.progress import Advance
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+BRIEF_SECONDS = 1.0  # work shorter than this leaves no line on the screen
+
+
+def make_display() -> TerminalDisplay | PlainDisplay:
+    """The display that fits what stderr is."""
+    from rich.console import Console
+
+    console = Console(stderr=True, highlight=False)
+    return TerminalDisplay(console) if console.is_terminal and not console.is_dumb_terminal else PlainDisplay()
+
+
+def short(amount: float) -> str:
+    """``950``, ``12.3k``, ``4.56M``."""
+    for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if abs(amount) >= limit:
+            return f"{amount / (1e3 if unit == 'k' else limit):.3g}{unit}"
+    return f"{amount:,.0f}" if abs(amount) >= 10 or amount == int(amount) else f"{amount:.1f}"
+
+
+def clock(seconds: float) -> str:
+    """``0:42``, ``12:05``, ``1:02:03``."""
+    minutes, rest = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+class _Count:
+    """How far one piece of work is."""
+
+    def __init__(self, title: str, total: float | None, unit: str) -> None:
+        self.title, self.total, self.unit = title, total, unit
+        self.done, self.info, self.began = 0.0, "", time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.began
+
+    @property
+    def rate(self) -> str:
+        if not self.done or not self.seconds:
+            return ""
+        return f"{short(self.done / self.seconds)} {self.unit}/s"
+
+    @property
+    def left(self) -> str:
+        if not self.total or not self.done:
+            return ""
+        return f"{clock(max(0.0, self.total - self.done) * self.seconds / self.done)} left"
+
+    @property
+    def amount(self) -> str:
+        of = f"/{short(self.total)}" if self.total else ""
+        return f"{short(self.done)}{of} {self.unit}"
+
+    def line(self, *, finished: bool = False) -> str:
+        took = f"in {clock(self.seconds)}" if finished else self.left
+        return f"{self.title}: " + ", ".join(filter(None, (self.amount, self.rate, took, self.info)))
+
+
+class PlainDisplay:
+    """A line when work begins and ends, and one every ``every`` seconds between."""
+
+    def __init__(self, stream: Any = None, *, every: float = 15.0) -> None:
+        self.stream, self.every = stream, every
+
+    def note(self, text: str) -> None:
+        print(text, file=self.stream or sys.stderr, flush=True)
+
+    @contextmanager
+    def bar(self, title: str, total: float | None, unit: str = "rows") -> Iterator[Advance]:
+        state = _Count(title, total, unit)
+        said = state.began
+        announced = False
+
+        def advance(amount: float = 1, info: str = "") -> None:
+            nonlocal said, announced
+            state.done += amount
+            state.info = info or state.info
+            now = time.monotonic()
+            if now - said >= self.every:
+                said, announced = now, True
+                self.note(state.line())
+
+        yield advance
+        if announced or state.seconds >= BRIEF_SECONDS or not self.every:
+            self.note(state.line(finished=True))
+
+
+class TerminalDisplay:
+    """Bars with amount, speed, time left and, below, what else is known (the loss of each source)."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._progress: Any = None
+        self._open = 0
+
+    def note(self, text: str) -> None:
+        from rich.text import Text
+
+        self.console.print(Text(text))
+
+    @contextmanager
+    def bar(self, title: str, total: float | None, unit: str = "rows") -> Iterator[Advance]:
+        state = _Count(title, total, unit)
+        if self._progress is None:
+            self._progress = _make_progress(self.console)
+            self._progress.start()
+        progress = self._progress
+        task = progress.add_task(title, total=total, state=state)
+        self._open += 1
+
+        def advance(amount: float = 1, info: str = "") -> None:
+            state.done += amount
+            state.info = info or state.info
+            progress.update(task, completed=state.done)
+
+        try:
+            yield advance
+        finally:  # an interrupted bar must give the cursor back
+            progress.remove_task(task)
+            self._open -= 1
+            if not self._open:
+                progress.stop()
+                self._progress = None
+        if state.seconds >= BRIEF_SECONDS:
+            self.note(f"✓ {state.line(finished=True)}")
+
+
+def _make_progress(console: Console) -> Any:
+    from rich.console import RenderableType
+    from rich.progress import BarColumn, Progress, ProgressColumn, Task
+    from rich.text import Text
+
+    class Words(ProgressColumn):
+        max_refresh = 0.2
+
+        def __init__(self, attribute: str, style: str = "") -> None:
+            super().__init__()
+            self.attribute, self.style = attribute, style
+
+        def render(self, task: Task) -> RenderableType:
+            return Text(getattr(task.fields["state"], self.attribute), style=self.style, no_wrap=True)
+
+    class Bars(Progress):
+        def get_renderables(self) -> Iterator[RenderableType]:
+            yield self.make_tasks_table(self.tasks)
+            for task in self.tasks:
+                if info := task.fields["state"].info:
+                    yield Text(f"  {info}", style="dim", no_wrap=True, overflow="ellipsis")
+
+    return Bars(
+        Words("title"),
+        BarColumn(bar_width=16),
+        Words("amount"),
+        Words("rate", "cyan"),
+        Words("left", "green"),
+        console=console,
+        transient=True,
+        redirect_stdout=False,
+        refresh_per_second=5,
+    )

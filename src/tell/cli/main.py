@@ -1,0 +1,174 @@
+"""The command ``tell``: the verbs, and what is said when something goes wrong."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from tell import __version__
+from tell.cli import anchor, build, chat, demo, eval, plan, report, tune
+from tell.cli.common import nearest
+from tell.errors import TellError
+
+# The base of all usage errors; typer brings click along in some versions and depends on it in others.
+_ClickException: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+
+
+class _Verbs(TyperGroup):
+    """A group that names the nearest verb."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(self.commands)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name = args[0]
+        if self.get_command(ctx, name) is None and not name.startswith("-"):
+            path = ctx.command_path
+            hint = nearest(name, self.commands)
+            remedy = f"`{path} --help` lists the verbs."
+            if not hint and (Path(name).suffix or "/" in name):
+                remedy = f"Did you mean `tell tune {name}`?"
+            raise TellError(f"unknown verb {name!r}{hint}", remedy=remedy)
+        return super().resolve_command(ctx, args)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"tell {__version__}")
+        raise typer.Exit
+
+
+app = typer.Typer(
+    name="tell",
+    cls=_Verbs,
+    add_completion=False,
+    no_args_is_help=False,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback()
+def _tell(
+    ctx: typer.Context,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an unexpected error.")] = False,
+) -> None:
+    """Fine-tune a language model well when there are only 15 to 1,000 examples of a task.
+
+    Start with `tell demo`, or `tell tune YOUR_FILE`.
+    """
+    if ctx.invoked_subcommand is None:
+        typer.echo(ctx.get_help())
+
+
+app.command("tune")(tune.tune)
+app.command("plan")(plan.plan)
+app.command("eval")(eval.evaluate)
+app.command("chat")(chat.chat)
+app.command("report")(report.report)
+app.command("anchor")(anchor.anchor)
+_build = typer.Typer(cls=_Verbs, help=build.__doc__.splitlines()[0] if build.__doc__ else "")
+_build.callback()(build.group)
+_build.command("halu-cot-json")(build.halu_cot_json)
+app.add_typer(_build, name="build")
+app.command("demo")(demo.demo)
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run one command line (without the program's name) and return the exit code; errors go to stderr."""
+    arguments, debug = _take_debug(list(argv))
+    # Our own bars show loading and training; the libraries' would break their lines.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        command: Any = typer.main.get_command(app)
+        command.rich_markup_mode = None  # `tell --help` in plain text: rich would double the time to answer
+        code = command.main(arguments, prog_name="tell", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except TellError as error:
+        return _fail(str(error), error.exit_code)
+    except _ClickException as error:
+        return _fail(_usage(error, arguments), 2)
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("interrupted", 130)
+    except BrokenPipeError:  # `tell plan --json | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if debug:
+            import traceback
+
+            traceback.print_exc()
+        known = _known(error)
+        return _fail(known or _unexpected(error, debug), 2 if known else 1)
+
+
+def main() -> None:
+    """Entry point of the command ``tell``."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def _take_debug(argv: list[str]) -> tuple[list[str], bool]:
+    """``--debug`` may stand anywhere before ``--``."""
+    end = argv.index("--") if "--" in argv else len(argv)
+    head = [argument for argument in argv[:end] if argument != "--debug"]
+    asked = len(head) < end or os.environ.get("TELL_DEBUG", "") not in ("", "0")
+    return [*head, *argv[end:]], asked
+
+
+def _fail(message: str, code: int) -> int:
+    label = "\x1b[1;31merror:\x1b[0m" if sys.stderr.isatty() and "NO_COLOR" not in os.environ else "error:"
+    print(label, _one_line(message), file=sys.stderr)
+    return code
+
+
+def _one_line(message: str) -> str:
+    """Data quoted in a message may hold line breaks and terminal sequences."""
+    return "".join(char if char.isprintable() else " " for char in " ".join(message.split()))
+
+
+def _usage(error: Any, arguments: list[str]) -> str:
+    """Click's usage errors as what, where, remedy."""
+    context = getattr(error, "ctx", None)
+    verb = next((name for name in arguments if not name.startswith("-")), "")
+    path = context.command_path if context else f"tell {verb}".rstrip()
+    remedy = f"`{path} --help` lists the flags."
+    option = getattr(error, "option_name", None)
+    if option and type(error).__name__ == "NoSuchOption":
+        known = [name for p in context.command.params for name in (*p.opts, *p.secondary_opts)] if context else []
+        known = [name for name in known if name.startswith("--")]
+        return str(TellError(f"unknown flag {option}{nearest(option, known)}", where=path, remedy=remedy))
+    text = error.format_message().rstrip(".")
+    return str(TellError(text[:1].lower() + text[1:], where=path, remedy=remedy))
+
+
+def _known(error: Exception) -> str | None:
+    """One line for what no check could foresee: a full disk, no permission, no memory."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        at = str(error.filename) if error.filename else None
+        why = (error.strerror or str(error)).lower()
+        return str(TellError(why, where=at, remedy="Free disk space, or choose a folder you can write to with --out."))
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return "out of memory. Lower it with --set train.micro_tokens=1024 --set generate.batch_size=8."
+    return None
+
+
+def _unexpected(error: Exception, debug: bool) -> str:
+    more = "" if debug else "add --debug for the traceback, and "
+    return (
+        f"unexpected {type(error).__name__}: {error} -- this is a fault in tell {__version__}, not in your input; "
+        f"{more}report it with the command you ran and `pip freeze`"
+    )
+
+
+if __name__ == "__main__":
+    main()

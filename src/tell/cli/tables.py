@@ -1,0 +1,192 @@
+"""What is printed at the end: the plan, the arms with intervals, answers side by side."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+from unicodedata import category
+
+from tell.cli.display import clock, short
+from tell.run import RunFolder, read_jsonl
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+_OF_100 = frozenset({"chrf", "bleu"})
+_NAMES = {
+    "schema_adherence": "schema adherence",
+    "valid_json": "valid JSON",
+    "field_accuracy": "field accuracy",
+    "exact_match": "exact match",
+    "macro_f1": "macro-F1",
+    "valid_label": "valid label",
+    "chrf": "chrF++",
+    "bleu": "BLEU",
+    "rouge_l": "ROUGE-L",
+}
+_BIDIRECTIONAL = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # they reorder a whole line
+METRICS_SHOWN = 3
+ANSWER_LENGTH = 400
+
+
+def clean(text: str) -> str:
+    """Text of a model or a data file, without the sequences that steer a terminal."""
+    return "".join(char for char in text if char in "\n\t" or not (category(char) == "Cc" or char in _BIDIRECTIONAL))
+
+
+def make_console(*, stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False)
+
+
+def plan_box(plan: dict) -> RenderableType:
+    """``plan.json`` as a panel: sources, steps, cost, notices."""
+    from rich.console import Group
+    from rich.panel import Panel
+    from rich.table import Table
+    from rich.text import Text
+
+    mix, train, predicted = plan["mixture"], plan["train"], plan["predicted"]
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("")
+    for title in ("rows", "unique", "tokens raw", "templated", "trained", "per step"):
+        table.add_column(title, justify="right")
+    for source, rows in mix["rows"].items():
+        cells = (rows, *(mix[key].get(source, 0) for key in ("unique_rows", "unit_tokens", "tokens", "trained_tokens")))
+        per_step = train["examples_per_step"].get(source)
+        table.add_row(source, *(f"{cell:,.0f}" for cell in cells), "" if per_step is None else f"{per_step:.2f}")
+    ratio = mix.get("ratio")
+    lines = [
+        f"{plan['model']['name']} ({short(plan['model']['parameters'])} parameters), "
+        f"{plan['task']['kind']} task, {plan['task']['test_rows']:,} test rows",
+        f"order {mix['order']}, task rows x {mix['repeat']}"
+        + (f", general:task {ratio:.3g} by tokens" if ratio is not None else ""),
+        f"{train['steps']:,} steps of {train['batch_size']}, {short(train['tokens'])} tokens, "
+        f"{train['flops']:.3g} FLOPs, learning rate {train['learning_rate']:g}",
+    ]
+    arms = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("arm", "steps", "tokens", "FLOPs", "time"):
+        arms.add_column(title, justify="left" if title == "arm" else "right")
+    for arm, costs in plan["arms"].items():
+        time = clock(costs["seconds"])
+        arms.add_row(arm, f"{costs['steps']:,}", f"{costs['tokens']:,}", f"{costs['flops']:.3g}", time)
+    cost = f"about {clock(predicted['seconds'])} ({predicted['basis']}), {predicted['memory_gb']:g} GB of memory"
+    parts: list[RenderableType] = [Text("\n".join(lines)), Text(), table, Text()]
+    if plan["arms"]:
+        parts += [arms, Text()]
+    parts.append(Text(cost, style="bold"))
+    if dropped := plan.get("dropped_rows"):
+        first = dropped[0]
+        parts.append(Text(f"{len(dropped):,} rows dropped, the first: {first['origin']}: {first['reason']}", "yellow"))
+    parts += [Text(f"note: {clean(notice)}", style="yellow") for notice in plan.get("notices", ())]
+    return Panel(Group(*parts), title="plan", title_align="left", expand=False)
+
+
+def arms_table(metrics: dict) -> RenderableType:
+    """A row an arm: the primary metric and a few others, each with its 95 % interval, and general loss."""
+    from rich.table import Table
+
+    arms = metrics.get("arms", {})
+    names = _columns(metrics)
+    forgetting = metrics.get("forgetting") or {}
+    probe = _probe(forgetting)
+    n = max((entry.get("n", 0) for scores in arms.values() for entry in scores.values() if entry), default=0)
+    table = Table(title=f"{n:,} test rows, 95 % intervals", title_justify="left", header_style="bold")
+    table.add_column("arm", no_wrap=True)
+    for name in names:
+        table.add_column(_NAMES.get(name, name.replace("_", " ")), justify="right")
+    if probe:
+        table.add_column(f"loss, {probe}", justify="right")
+    for arm, scores in arms.items():
+        cells = [_cell(scores.get(name), name) for name in names]
+        if probe:
+            loss = (forgetting.get("arms", {}).get(arm) or {}).get(probe, {}).get("loss")
+            cells.append(_number(loss, 1, 2, ""))
+        table.add_row(arm, *cells, style="bold" if arm == "tell" else "")
+    return table
+
+
+def _columns(metrics: dict) -> list[str]:
+    primary = (metrics.get("task") or {}).get("primary")
+    found = dict.fromkeys(name for scores in metrics.get("arms", {}).values() for name in scores)
+    plain = [name for name in found if ":" not in name and name != primary]
+    return ([primary] if primary in found else []) + plain[: METRICS_SHOWN - 1]
+
+
+def _probe(forgetting: dict) -> str | None:
+    """The set that was not in the mix, where there is one."""
+    sets = forgetting.get("sets") or {}
+    outside = [name for name, about in sets.items() if not about.get("in_mix_source", False)]
+    return next(iter(outside or sets), None)
+
+
+def _cell(entry: dict | None, metric: str) -> str:
+    return _number(entry, 1, 1, "") if metric in _OF_100 else _number(entry, 100, 1, " %")
+
+
+def _number(entry: dict | None, factor: float, decimals: int, unit: str) -> str:
+    if not entry or entry.get("value") is None:
+        return "-"
+    value = f"{entry['value'] * factor:.{decimals}f}{unit}"
+    limits = entry.get("ci")
+    if not limits or None in limits:
+        return value
+    low, high = (f"{limit * factor:.{decimals if factor == 1 else 0}f}" for limit in limits)
+    return f"{value} [{low}, {high}]"
+
+
+def answers_side_by_side(run: RunFolder, arms: Iterable[str], *, rows: int = 3) -> RenderableType | None:
+    """The answers of two arms to the same prompts; rows on which they differ in score come first."""
+    from rich.table import Table
+    from rich.text import Text
+
+    found = {arm: run.prediction(arm) for arm in arms if run.prediction(arm).exists()}
+    if not found:
+        return None
+    answers = {arm: {row["hash"]: row for row in read_jsonl(path)} for arm, path in found.items()}
+    first, *others = answers.values()
+    shared = [key for key in first if all(key in other for other in others)]
+    shared.sort(key=lambda key: len({json.dumps(a[key].get("scores"), sort_keys=True) for a in answers.values()}) == 1)
+    table = Table(show_lines=True, header_style="bold", expand=True)
+    table.add_column("prompt", ratio=2)
+    table.add_column("reference", ratio=2)
+    for arm in found:
+        table.add_column(arm, ratio=2)
+    for key in shared[:rows]:
+        row = first[key]
+        cells = [row["prompt"], row["reference"], *(arm[key]["answer"] for arm in answers.values())]
+        table.add_row(*(Text(_cut(cell)) for cell in cells))
+    return table
+
+
+def _cut(text: str) -> str:
+    text = clean(text).strip()
+    return text if len(text) <= ANSWER_LENGTH else f"{text[:ANSWER_LENGTH].rstrip()} ..."
+
+
+def show_metrics(console: Console, metrics: dict) -> None:
+    """The verdict and the table of arms."""
+    from rich.text import Text
+
+    from tell.evaluate.verdict import verdict
+
+    console.print(arms_table(metrics))
+    console.print(Text(verdict(metrics), style="bold"))
+
+
+def show_run(console: Console, run: RunFolder) -> None:
+    """What a finished run found: arms, three answers, and where the report lies."""
+    from rich.text import Text
+
+    metrics = json.loads(run.metrics.read_text(encoding="utf-8"))
+    sides = [arm for arm in ("base", "tell") if arm in metrics["arms"]]
+    answers = answers_side_by_side(run, sides or list(metrics["arms"])[:2])
+    if answers is not None:
+        console.print(answers)
+    show_metrics(console, metrics)
+    lines = [f"adapter  {run.adapter}"] if run.adapter.exists() else []
+    lines += [f"report   {run.report}"] if run.report.exists() else []
+    lines.append(f"try it   tell chat {run.root}")
+    console.print(Text("\n".join(lines)), soft_wrap=True)

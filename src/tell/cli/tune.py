@@ -1,0 +1,72 @@
+"""``tell tune``: from a file of examples to an adapter, scores and a report."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tell.cli.common import Given, configured
+from tell.errors import TellError
+
+_Switch = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.", rich_help_panel="Run")]
+
+
+@configured("tune")
+def tune(
+    given: Given,
+    resume: _Switch = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier run.", rich_help_panel="Run")
+    ] = False,
+) -> None:
+    """Tune a model on DATA, score what that gained, write a report.
+
+    The tuned model is compared with the untuned one and with plain fine-tuning on the same test rows.
+
+    Example: tell tune tickets.jsonl --model smollm2-135m --out runs/tickets
+    """
+    if resume and overwrite:
+        raise TellError("both are given", where="--resume and --overwrite", remedy="Give one of them.")
+    _resume_alone(given, resume)
+    config = given.load("tune")
+    if config.out and not (resume or overwrite):
+        resume, overwrite = ask_about(Path(config.out))
+
+    import tell
+    from tell.cli.display import make_display
+    from tell.cli.tables import make_console, show_run
+
+    run = tell.tune(config, resume=resume, overwrite=overwrite, display=make_display(), command=command_line())
+    show_run(make_console(), run)
+
+
+def _resume_alone(given: Given, resume: bool) -> None:
+    """``tell tune --resume --out DIR`` needs nothing typed twice: the folder has its run.yaml."""
+    out: Any = given.flags.get("--out")
+    if resume and out and given.data is None and given.file is None and (Path(out) / "run.yaml").exists():
+        given.file = Path(out) / "run.yaml"
+
+
+def ask_about(folder: Path) -> tuple[bool, bool]:
+    """(resume, overwrite) for a run folder that exists, asked on a terminal; elsewhere `tell.tune` refuses it.
+
+    Raises:
+        TellError: the answer is cancel.
+    """
+    filled = folder.is_dir() and any(folder.iterdir())
+    if not filled or not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return False, False
+    print(f"{folder} exists: [r]esume, [o]verwrite or [c]ancel? ", end="", file=sys.stderr, flush=True)
+    answer = sys.stdin.readline().strip().lower()
+    if answer not in ("r", "resume", "o", "overwrite"):
+        raise TellError("cancelled; nothing was changed", where=str(folder), remedy="Choose another folder with --out.")
+    return answer.startswith("r"), answer.startswith("o")
+
+
+def command_line() -> str:
+    """What was typed, for the report."""
+    return " ".join(["tell", *map(shlex.quote, sys.argv[1:])])
