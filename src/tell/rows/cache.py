@@ -15,7 +15,7 @@ import numpy as np
 
 from tell.rows.table import Dropped, RowTable
 
-VERSION = 1  # raise when tokenising changes its result
+VERSION = 2  # raise when tokenising changes its result
 COLUMNS = ("hashes", "origins", "tokens", "trained", "unit", "ids", "mask", "starts")
 
 
@@ -52,7 +52,7 @@ def _read(folder: Path) -> RowTable | None:
         facts = json.loads((folder / "table.json").read_text(encoding="utf-8"))
         # mmap_mode fails on empty arrays, and small ones are as well read
         columns = {name: np.load(folder / f"{name}.npy", mmap_mode="r" if facts["total"] else None) for name in COLUMNS}
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, EOFError):  # missing, cut short or of another version
         return None
     return RowTable(source=facts["source"], dropped=[Dropped(**d) for d in facts["dropped"]], **columns)
 

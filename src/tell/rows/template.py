@@ -13,13 +13,15 @@ from collections.abc import Sequence
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from tell.data.example import Message
 from tell.errors import TellError
 
-# What a model without a chat template gets; the end token closes each answer.
+# What a model without a chat template gets; the end token closes each answer. A begin token stands first where
+# the tokenizer itself would write one: Gemma, for one, is lost without it.
 DEFAULT_TEMPLATE = (
+    "{% if begins %}{{ bos_token }}{% endif %}"
     "{% for m in messages %}"
     "{% if m['role'] == 'system' %}{{ m['content'] + '\\n\\n' }}"
     "{% elif m['role'] == 'user' %}{{ '### Instruction:\\n' + m['content'] + '\\n\\n' }}"
@@ -62,7 +64,12 @@ class ChatTokenizer:
         template = _read_template(self.folder, config)
         self.has_own_template = template is not None
         self.template = template if template is not None else DEFAULT_TEMPLATE
+        self._headers: dict[str, tuple[int, ...]] = {}
         self.eos_ids = self._find_eos_ids()
+        if "eos_token" not in self.special and (end := self.backend.id_to_token(self.eos_ids[0])):
+            self.special["eos_token"] = end  # named by the generation config alone
+        if not self.has_own_template:
+            self.template = self.template.replace("begins", str(self._begins()).lower())
 
     @cached_property
     def fingerprint(self) -> str:
@@ -86,18 +93,41 @@ class ChatTokenizer:
             )
         return tuple(dict.fromkeys(ids))
 
+    def _begins(self) -> bool:
+        """Whether the tokenizer puts its begin token before plain text."""
+        begin = self.special.get("bos_token")
+        ids = self.backend.encode("x").ids
+        return begin is not None and bool(ids) and ids[0] == self.backend.token_to_id(begin)
+
     @cached_property
     def _compiled(self) -> Any:
-        from jinja2.ext import loopcontrols
+        from jinja2 import nodes
+        from jinja2.ext import Extension, loopcontrols
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
         def raise_exception(message: str) -> None:
             raise ValueError(message)
 
-        def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **_: Any) -> str:
-            return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
+        def tojson(
+            value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+        ) -> str:
+            return json.dumps(
+                value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+            )
 
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        class Generation(Extension):
+            """``{% generation %}`` marks answers for transformers; what stands inside is rendered as it is."""
+
+            tags: ClassVar = {"generation"}
+
+            def parse(self, parser: Any) -> Any:
+                line = next(parser.stream).lineno
+                body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+                return nodes.Scope(body).set_lineno(line)
+
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation]
+        )
         environment.filters["tojson"] = tojson
         environment.globals["raise_exception"] = raise_exception
         # A fixed date: templates that print today's would make the mixture change overnight.
@@ -113,6 +143,8 @@ class ChatTokenizer:
         try:
             return self._compiled.render(
                 messages=[m.to_dict() for m in messages],
+                tools=None,  # set, as transformers sets them: templates ask `is not none`
+                documents=None,
                 add_generation_prompt=add_generation_prompt,
                 enable_thinking=False,
                 **self.special,
@@ -138,12 +170,14 @@ class ChatTokenizer:
     def end_of_turn(self) -> str:
         """The text that closes an answer, white space after it cut: ``<|im_end|>``, ``</s>``, ``<end_of_turn>``.
 
-        Falls back to the end token where the template writes nothing behind an answer.
+        Ends with the first special token: Phi-3 writes ``<|end|>`` behind each answer and ``<|endoftext|>`` behind
+        the last. Falls back to the end token where the template writes nothing behind an answer.
         """
         answer = "tell-answer-probe"
         text = self.render([Message("user", "x"), Message("assistant", answer)])
         tail = text[text.rindex(answer) + len(answer) :].strip()
-        return tail or self.special.get("eos_token", "")
+        ends = [tail.index(token) + len(token) for token in self._added if token in tail]
+        return tail[: min(ends)] if ends else tail or self.special.get("eos_token", "")
 
     @cached_property
     def stop_ids(self) -> tuple[int, ...]:
@@ -153,12 +187,25 @@ class ChatTokenizer:
         return tuple(dict.fromkeys([*self.eos_ids, *single]))
 
     @cached_property
+    def added_ids(self) -> frozenset[int]:
+        """Ids of tokens that stand outside the vocabulary's merges: text is split at them first."""
+        return frozenset(self.backend.get_added_tokens_decoder())
+
+    @cached_property
     def _added(self) -> set[str]:
         return {str(token.content) for token in self.backend.get_added_tokens_decoder().values()}
 
     def encode(self, text: str) -> list[int]:
         """Token ids of text that already holds its special tokens."""
         return self.backend.encode(text, add_special_tokens=False).ids
+
+    def encode_header(self, text: str) -> tuple[int, ...]:
+        """`encode` that remembers: all rows of a template share a few short headers."""
+        if len(text) > 200:
+            return tuple(self.encode(text))
+        if text not in self._headers:
+            self._headers[text] = tuple(self.encode(text))
+        return self._headers[text]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.backend.decode(list(ids), skip_special_tokens=True)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from tell.anchor.anchor import NO_ANCHOR, Anchor
-from tell.data.example import Example
+from tell.data.example import Example, Message
 from tell.errors import TellError
 from tell.rows.table import Dropped, RowTable
 from tell.rows.template import ChatTokenizer
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding
 
 CHUNK = 2048  # rows handed to the tokenizer at once; it works on them in parallel
 
@@ -33,38 +36,31 @@ class RowRules:
     loss_on: Literal["answer", "all"] = "answer"
 
 
-def render_row(chat: ChatTokenizer, messages: Sequence) -> tuple[str, list[tuple[int, int]]]:
+def render_row(chat: ChatTokenizer, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]]]:
     """Text of a conversation and the character spans [start, end) that are trained.
 
-    A span is an answer with its end-of-turn text; white space after that is not trained.
+    A span is an answer with its end-of-turn text; white space after that is not trained. What the template
+    writes between the answer's header and the answer is trained too, where decoding would have to write it.
 
     Raises:
         TellError: the template does not reproduce an answer.
     """
     full = chat.render(messages)
+    turn = chat.end_of_turn
     spans: list[tuple[int, int]] = []
-    cursor = 0
-    for i, message in enumerate(messages):
-        if message.role != "assistant":
-            continue
+    places: list[tuple[int, int]] | None = None
+    answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
+    for nth, i in enumerate(answers):
         head = chat.render(messages[:i], add_generation_prompt=True)
-        content = message.content
-        # A template may alter the head (Qwen3 drops old thoughts) or trim the answer: then look for it.
-        start = len(head) if full.startswith(head) else -1
-        if start < 0 or not full.startswith(content, start):
-            content = content.strip()
-            found = full.find(content, start if start >= 0 else cursor)
-            if found < 0:
-                raise TellError(
-                    "the chat template changes the answer's text",
-                    where=str(chat.folder),
-                    remedy="Use the base model's default template or another chat template.",
-                )
-            start = found if start < 0 else start
-            end = found + len(content)
-        else:
-            end = start + len(content)
-        turn = chat.end_of_turn
+        content = messages[i].content
+        if full.startswith(content, len(head)) and full.startswith(head):
+            start, end = len(head), len(head) + len(content)
+        else:  # the template trims the answer or alters the head (Qwen3 drops old thoughts)
+            if places is None:
+                places = _find_answers(chat, messages, full)
+            start, end = places[nth]
+            if full.startswith(head) and len(head) < start:
+                start = len(head)
         gap = len(full[end:]) - len(full[end:].lstrip())
         if turn and full.startswith(turn, end):
             end += len(turn)
@@ -73,10 +69,41 @@ def render_row(chat: ChatTokenizer, messages: Sequence) -> tuple[str, list[tuple
         elif i == len(messages) - 1:  # the template closes no answer: end it ourselves, or it never learns to stop
             full = full[:end] + turn
             end = len(full)
-        if message.content:
+        if content.strip():
             spans.append((start, end))
-        cursor = end
     return full, spans
+
+
+def _find_answers(chat: ChatTokenizer, messages: Sequence[Message], full: str) -> list[tuple[int, int]]:
+    """[start, end) of each answer's content in ``full``, by what the template writes around marked answers.
+
+    Searching for the answer's text would find it in the prompt as well: "yes" in "Answer yes or no."
+    """
+    marked = [
+        Message(message.role, f"\ue000{i}\ue001") if message.role == "assistant" else message
+        for i, message in enumerate(messages)
+    ]
+    around, places, cursor = chat.render(marked), [], 0
+    for i, message in enumerate(messages):
+        if message.role != "assistant":
+            continue
+        before, found, around = around.partition(marked[i].content)
+        start = cursor + len(before)
+        content = message.content
+        shown = next((c for c in (content, content.strip(), content.lstrip()) if full.startswith(c, start)), None)
+        if not found or shown is None or full[cursor:start] != before:
+            # an answer with thoughts of its own (Qwen3) moves what stands around it; only such long texts get here
+            turns, shown = chat.render(messages[:i]), content.strip()
+            start = full.find(shown, len(turns)) if full.startswith(turns) else -1
+            if start < 0:
+                raise TellError(
+                    "the chat template changes the answer's text",
+                    where=str(chat.folder),
+                    remedy="Use the base model's default template or another chat template.",
+                )
+        cursor = start + len(shown)
+        places.append((start, cursor))
+    return places
 
 
 def tokenize(
@@ -128,15 +155,9 @@ def tokenize(
         encodings = chat.backend.encode_batch(texts, add_special_tokens=False)
         lengths = [len(e.ids) for e in unit_backend.encode_batch(contents, add_special_tokens=False)]
         for k, (encoding, span) in enumerate(zip(encodings, spans, strict=True)):
-            row = np.array(encoding.ids, dtype=np.int32)
-            mask = np.zeros(len(row), dtype=bool)
+            row, mask = _row(chat, texts[k], encoding, span)
             if rules.loss_on == "all":
-                mask[1:] = bool(span)
-            else:
-                for start, end in span:
-                    first, last = encoding.char_to_token(start), encoding.char_to_token(end - 1)
-                    if first is not None and last is not None:
-                        mask[first : last + 1] = True
+                mask[:] = bool(span)
             mask[:1] = False  # the first token is never predicted
             reason = _reason(row, mask, rules, chunk[k])
             if reason:
@@ -161,6 +182,47 @@ def tokenize(
         starts=np.concatenate([[0], np.cumsum(tokens, dtype=np.int64)]).astype(np.int64),
         dropped=dropped,
     )
+
+
+def _row(chat: ChatTokenizer, text: str, encoding: Encoding, spans: list[tuple[int, int]]) -> tuple[np.ndarray, ...]:
+    """(n,) ids and (n,) mask of a rendered row.
+
+    Decoding starts from the prompt's ids alone. Where a token of the whole text reaches across the border between
+    prompt and last answer (``]{``), or the prompt's last tokens would be others without the answer behind them, the
+    two are encoded apart, so that training and decoding see the same ids.
+    """
+    tokens = [_token_span(encoding, start, end) for start, end in spans]
+    if spans and tokens[-1][0] < tokens[-1][1]:
+        border, first = spans[-1][0], tokens[-1][0]
+        begin = next((at for at in range(first - 1, -1, -1) if encoding.ids[at] in chat.added_ids), 0)
+        tail = text[encoding.token_to_chars(begin)[0] if first else 0 : border]
+        if encoding.ids[begin:first] != list(chat.encode_header(tail)):
+            head, rest = chat.backend.encode_batch([text[:border], text[border:]], add_special_tokens=False)
+            ids = head.ids + rest.ids
+            mask = np.zeros(len(ids), dtype=bool)
+            for start, end in spans[:-1]:
+                mask[slice(*_token_span(head, start, end))] = True
+            a, b = _token_span(rest, 0, spans[-1][1] - border)
+            mask[len(head.ids) + a : len(head.ids) + b] = True
+            return np.array(ids, dtype=np.int32), mask
+    mask = np.zeros(len(encoding.ids), dtype=bool)
+    for first, last in tokens:
+        mask[first:last] = True
+    return np.array(encoding.ids, dtype=np.int32), mask
+
+
+def _token_span(encoding: Encoding, start: int, end: int) -> tuple[int, int]:
+    """Tokens [first, last) that hold the characters [start, end); characters the tokenizer drops are passed over."""
+    while start < end and encoding.char_to_token(start) is None:
+        start += 1
+    while start < end and encoding.char_to_token(end - 1) is None:
+        end -= 1
+    if start >= end:
+        return 0, 0
+    first, last = encoding.char_to_token(start), encoding.char_to_token(end - 1)
+    while last + 1 < len(encoding.ids) and encoding.token_to_chars(last + 1) == encoding.token_to_chars(last):
+        last += 1  # one character in several byte tokens
+    return first, last + 1
 
 
 def _reason(row: np.ndarray, mask: np.ndarray, rules: RowRules, example: Example) -> str | None:
