@@ -124,7 +124,7 @@ def test_end_token_of_the_generation_config_alone(tiny_model, tmp_path):
 
 
 def test_bad_folders(tmp_path):
-    with pytest.raises(TellError, match="has no tokenizer.json"):
+    with pytest.raises(TellError, match=r"has no tokenizer\.json"):
         ChatTokenizer(tmp_path)
 
 

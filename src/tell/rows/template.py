@@ -175,7 +175,7 @@ class ChatTokenizer:
         """
         answer = "tell-answer-probe"
         text = self.render([Message("user", "x"), Message("assistant", answer)])
-        tail = text[text.rindex(answer) + len(answer) :].strip()
+        tail = text.rpartition(answer)[2].strip() if answer in text else ""
         ends = [tail.index(token) + len(token) for token in self._added if token in tail]
         return tail[: min(ends)] if ends else tail or self.special.get("eos_token", "")
 
