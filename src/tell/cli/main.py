@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -93,6 +94,8 @@ def run(argv: Sequence[str]) -> int:
         command.rich_markup_mode = None  # `tell --help` in plain text: rich would double the time to answer
         code = command.main(arguments, prog_name="tell", standalone_mode=False)
         sys.stdout.flush()
+        if code == 130:  # newer typer turns Ctrl-C into this
+            return _fail("interrupted", 130)
         return code if isinstance(code, int) else 0
     except TellError as error:
         return _fail(str(error), error.exit_code)
@@ -114,6 +117,8 @@ def run(argv: Sequence[str]) -> int:
 
 def main() -> None:
     """Entry point of the command ``tell``."""
+    if not _take_debug(sys.argv[1:])[1]:
+        warnings.simplefilter("ignore", FutureWarning)  # libraries talk to their callers' authors, not to users
     sys.exit(run(sys.argv[1:]))
 
 

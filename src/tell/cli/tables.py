@@ -27,7 +27,7 @@ _NAMES = {
 }
 _BIDIRECTIONAL = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # they reorder a whole line
 METRICS_SHOWN = 3
-ANSWER_LENGTH = 400
+ANSWER_LENGTH, PROMPT_LENGTH = 400, 150  # characters
 
 
 def clean(text: str) -> str:
@@ -79,7 +79,8 @@ def plan_box(plan: dict) -> RenderableType:
     parts.append(Text(cost, style="bold"))
     if dropped := plan.get("dropped_rows"):
         first = dropped[0]
-        parts.append(Text(f"{len(dropped):,} rows dropped, the first: {first['origin']}: {first['reason']}", "yellow"))
+        n = "1 row" if len(dropped) == 1 else f"{len(dropped):,} rows"
+        parts.append(Text(f"{n} dropped, the first: {first['origin']}: {first['reason']}", "yellow"))
     parts += [Text(f"note: {clean(notice)}", style="yellow") for notice in plan.get("notices", ())]
     return Panel(Group(*parts), title="plan", title_align="left", expand=False)
 
@@ -138,7 +139,8 @@ def _number(entry: dict | None, factor: float, decimals: int, unit: str) -> str:
 
 
 def answers_side_by_side(run: RunFolder, arms: Iterable[str], *, rows: int = 3) -> RenderableType | None:
-    """The answers of two arms to the same prompts; rows on which they differ in score come first."""
+    """Reference and the arms' answers to the same prompts; rows that are scored differently come first."""
+    from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
@@ -149,21 +151,21 @@ def answers_side_by_side(run: RunFolder, arms: Iterable[str], *, rows: int = 3) 
     first, *others = answers.values()
     shared = [key for key in first if all(key in other for other in others)]
     shared.sort(key=lambda key: len({json.dumps(a[key].get("scores"), sort_keys=True) for a in answers.values()}) == 1)
-    table = Table(show_lines=True, header_style="bold", expand=True)
-    table.add_column("prompt", ratio=2)
-    table.add_column("reference", ratio=2)
-    for arm in found:
-        table.add_column(arm, ratio=2)
+    parts: list[RenderableType] = []
     for key in shared[:rows]:
-        row = first[key]
-        cells = [row["prompt"], row["reference"], *(arm[key]["answer"] for arm in answers.values())]
-        table.add_row(*(Text(_cut(cell)) for cell in cells))
-    return table
+        table = Table(header_style="bold", expand=True)
+        for title in ("reference", *found):
+            table.add_column(title, ratio=1, overflow="fold")
+        cells = [first[key]["reference"], *(arm[key]["answer"] for arm in answers.values())]
+        table.add_row(*(Text(_cut(cell, ANSWER_LENGTH)) for cell in cells))
+        prompt = " ".join(clean(first[key]["prompt"]).split())
+        parts += [Text(f"› {_cut(prompt, PROMPT_LENGTH)}", style="italic"), table]
+    return Group(*parts)
 
 
-def _cut(text: str) -> str:
+def _cut(text: str, length: int) -> str:
     text = clean(text).strip()
-    return text if len(text) <= ANSWER_LENGTH else f"{text[:ANSWER_LENGTH].rstrip()} ..."
+    return text if len(text) <= length else f"{text[:length].rstrip()} ..."
 
 
 def show_metrics(console: Console, metrics: dict) -> None:

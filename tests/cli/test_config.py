@@ -1,0 +1,135 @@
+"""From flags, YAML and ``--set`` to a configuration; docs/config.md."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+from tell.cli.common import FLAGS, Given, count, number
+from tell.cli.main import run
+from tell.config import Config
+from tell.config_docs import config_docs
+
+ROOT = Path(__file__).parents[2]
+
+
+def keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
+    for name, info in model.model_fields.items():
+        path, kind = f"{prefix}{info.alias or name}", info.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from keys(kind, f"{path}.")
+        else:
+            assert info.description or path == "mix.order", f"{path} has no description"
+            yield path
+
+
+def test_every_flag_sets_a_key():
+    assert {flag.key for flag in FLAGS} <= set(keys())
+    assert len({flag.name for flag in FLAGS}) == len(FLAGS)
+
+
+def test_docs_name_every_key_and_are_current():
+    text = config_docs()
+    for key in keys():
+        assert text.count(f"| `{key}` |") == 1
+    assert (ROOT / "docs/config.md").read_text(encoding="utf-8") == text, (
+        "run python -m tell.config_docs > docs/config.md"
+    )
+
+
+def test_docs_show_both_presets():
+    line = next(line for line in config_docs().splitlines() if "`train.lora_targets`" in line)
+    assert "`all-linear`; paper: `qkv`" in line
+
+
+def test_keys_are_listed_by_the_command(capsys):
+    assert run(["tune", "--keys"]) == 0
+    assert capsys.readouterr().out == config_docs()
+
+
+@pytest.mark.parametrize(("text", "value"), [("15", 15), ("1e4", 10_000), ("2e5", 200_000), ("10_000", 10_000)])
+def test_counts(text, value):
+    assert count(text) == value and isinstance(count(text), int)
+
+
+@pytest.mark.parametrize("text", ["1.5", "many", "", "inf", "nan", "1e-3"])
+def test_what_is_no_count(text):
+    with pytest.raises(ValueError):
+        count(text)
+
+
+def test_numbers():
+    assert number("2e5") == 200_000.0 and number("0.5") == 0.5
+    for text in ("inf", "nan", "x"):
+        with pytest.raises(ValueError):
+            number(text)
+
+
+def test_yaml_then_flags_then_set(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "task: {data: a.jsonl, rows: 9}\ngeneral: {tokens: 500}\ntrain: {learning_rate: 0.5, batch_size: 2}\nseed: 1\n"
+    )
+    only_file = Given(file=file).load("tune")
+    assert (only_file.general.tokens, only_file.general.ratio) == (500, None)  # the preset's ratio gives way
+    flags = {"--general-ratio": 3.0, "--lr": 0.25, "--task-tokens": 1e4}
+    flagged = Given(data="b.jsonl", file=file, flags=flags).load("tune")
+    assert (flagged.task.data, flagged.task.rows, flagged.task.tokens) == ("b.jsonl", None, 1e4)
+    assert (flagged.general.tokens, flagged.general.ratio) == (None, 3.0)
+    assert (flagged.train.learning_rate, flagged.train.batch_size, flagged.seed) == (0.25, 2, 1)
+    last = Given(data="b.jsonl", file=file, flags=flags, sets=("train.learning_rate=1e-2", "general.rows=7")).load(
+        "tune"
+    )
+    assert (last.train.learning_rate, last.general.rows, last.general.ratio) == (0.01, 7, None)
+
+
+def test_a_preset_lies_below_the_file(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("preset: paper\ntask: {data: a.jsonl}\nmix: {repeat: 2}\n")
+    config = Given(file=file).load("tune")
+    assert (config.mix.repeat, config.mix.order, config.train.lora_targets) == (2, "shuffle", "qkv")
+
+
+def test_a_resolved_configuration_reads_back_the_same(tmp_path):
+    config = Given(data="a.jsonl", flags={"--general-rows": 7, "--arms": ("base", "tell")}).load("tune")
+    file = tmp_path / "run.yaml"
+    file.write_text(config.to_yaml())
+    assert Given(file=file).load("tune") == config
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("task: {dta: x}", ["run.yaml", "unknown key task.dta", "did you mean task.data?"]),
+        ("task: x", ["run.yaml", "task is 'x', not a section"]),
+        ("seed: [1", ["run.yaml:", "is not valid YAML"]),
+        ("- 1", ["run.yaml", "no mapping"]),
+        ("seed: -4", ["run.yaml", "seed", "-4"]),
+        ("preset: best\ntask: {data: x}", ["preset 'best' is unknown"]),
+        ("seed: 4", ["no task data given"]),
+    ],
+)
+def test_yaml_mistakes(text, parts, tmp_path, capsys):
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    assert run(["plan", "-c", str(file)]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    for part in parts:
+        assert part in err
+
+
+def test_resume_needs_the_folder_alone(tmp_path, capsys):
+    """The data's name comes from run.yaml: the error is about that file, not about a missing DATA."""
+    (tmp_path / "run.yaml").write_text(Given(data=str(tmp_path / "gone.jsonl")).load("tune").to_yaml())
+    assert run(["tune", "--resume", "--out", str(tmp_path)]) == 2
+    assert "gone.jsonl: no such file" in capsys.readouterr().err
+
+
+def test_switches_reach_the_configuration(tmp_path, capsys):
+    assert Given(data="x", flags={"--drop-overlap": True}).load("tune").task.drop_overlap
+    assert json.loads(Given(data="x").load("tune").model_dump_json())["task"]["drop_overlap"] is False

@@ -1,0 +1,75 @@
+"""Progress on a terminal and in a log file."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from tell.cli.display import PlainDisplay, TerminalDisplay, clock, short
+
+
+@pytest.mark.parametrize(
+    ("amount", "text"),
+    [(0, "0"), (7, "7"), (0.25, "0.2"), (1234, "1,234"), (12_345, "12.3k"), (4.56e6, "4.56M"), (1.36e14, "136T")],
+)
+def test_short_numbers(amount, text):
+    assert short(amount) == text
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (42, "0:42"), (725, "12:05"), (3723, "1:02:03")])
+def test_clock(seconds, text):
+    assert clock(seconds) == text
+
+
+def test_plain_lines_hold_amount_and_loss():
+    stream = io.StringIO()
+    display = PlainDisplay(stream, every=0)
+    with display.bar("train tell", 200, "tokens") as advance:
+        advance(150, "loss task 0.31, general 1.40")
+        advance(50)
+    lines = stream.getvalue().splitlines()
+    assert lines[0].startswith("train tell: 150/200 tokens, ")
+    assert "tokens/s" in lines[0] and " left, loss task 0.31, general 1.40" in lines[0]
+    assert lines[-1].startswith("train tell: 200/200 tokens, ") and "in 0:00, loss task 0.31" in lines[-1]
+
+
+def test_plain_display_is_quiet_about_brief_work():
+    stream = io.StringIO()
+    display = PlainDisplay(stream)
+    with display.bar("tokenise", 10) as advance:
+        advance(10)
+    display.note("a note")
+    assert stream.getvalue() == "a note\n"
+
+
+def terminal() -> tuple[TerminalDisplay, io.StringIO]:
+    stream = io.StringIO()
+    return TerminalDisplay(Console(file=stream, force_terminal=True, width=100)), stream
+
+
+def test_bars_show_amount_and_information():
+    display, stream = terminal()
+    with display.bar("train tell", 200, "tokens") as advance:
+        advance(150, "loss task 0.31, general 1.40")
+        display._progress.refresh()
+    for part in ("train tell", "150/200 tokens", "tokens/s", "left", "loss task 0.31, general 1.40"):
+        assert part in stream.getvalue()
+
+
+def test_bars_nest_and_the_cursor_comes_back():
+    display, stream = terminal()
+    with pytest.raises(KeyboardInterrupt), display.bar("outer", None), display.bar("inner", 3) as advance:
+        advance(1)
+        raise KeyboardInterrupt
+    text = stream.getvalue()
+    assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")  # show after hide
+    with display.bar("again", 2) as advance:  # a display outlives an interrupted bar
+        advance(2)
+
+
+def test_brackets_in_notes_are_no_markup():
+    display, stream = terminal()
+    display.note("dropped [bold]row[/bold] [3]")
+    assert "[bold]row[/bold] [3]" in stream.getvalue()
