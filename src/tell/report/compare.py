@@ -1,0 +1,128 @@
+"""Several runs side by side: arms with intervals for each run, and the settings that differ."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tell.errors import TellError
+from tell.report.figures import axis_strip, interval_strip
+from tell.report.page import fill, verdict_of
+from tell.report.read import Run, flatten, get, mapping, read_run
+from tell.report.scores import Cell, Line, Plotted, metric_names, primary_metric, scale_of
+from tell.report.sections import TRAIN, model_name
+from tell.report.text import number
+from tell.report.words import arm_order, term
+from tell.run import RunFolder
+
+ABSENT = "–"
+IGNORED = {"out"}
+"""Settings that name a place, not a way of working."""
+
+
+def compare(folders: Sequence[RunFolder]) -> str:
+    """One self-contained HTML page that sets runs side by side.
+
+    Args:
+        folders: at least two run folders, in the order they are to be shown.
+
+    Raises:
+        TellError: fewer than two folders, or one that does not exist.
+    """
+    if len(folders) < 2:
+        raise TellError(f"{len(folders)} run given", where="tell report", remedy="Give two run folders or more.")
+    for folder in folders:
+        folder.require(folder.root, "tell tune")
+    runs = [read_run(folder) for folder in folders]
+    names = run_names(runs)
+    return fill(
+        "compare.html.j2",
+        names=names,
+        runs=[
+            {
+                "name": n,
+                "model": model_name(r),
+                "date": r.date,
+                "verdict": verdict_of(r),
+                "path": str(r.folder.root),
+                "problems": r.problems,
+            }
+            for n, r in zip(names, runs, strict=True)
+        ],
+        same=same_rows(runs),
+        tables=tables(runs, names),
+        settings=settings(runs),
+        train=costs(runs, names),
+        train_columns=[label for _, label, _ in TRAIN],
+    )
+
+
+def run_names(runs: Sequence[Run]) -> list[str]:
+    """Folder names; with their parents where two are equal, numbered where even those are."""
+    names = [r.name for r in runs]
+    if len(set(names)) < len(names):
+        names = ["/".join(r.folder.root.resolve().parts[-2:]) for r in runs]
+    return [n if names.count(n) == 1 else f"{n} ({i + 1})" for i, n in enumerate(names)]
+
+
+def same_rows(runs: Sequence[Run]) -> bool | None:
+    """Whether all runs were scored on the same test rows; None where a run does not tell."""
+    sets = []
+    for run in runs:
+        rows = next(iter(run.predictions.values()), None)
+        if not rows or any("hash" not in row for row in rows):
+            return None
+        sets.append(sorted(str(row["hash"]) for row in rows))
+    return all(s == sets[0] for s in sets)
+
+
+def tables(runs: Sequence[Run], names: Sequence[str]) -> list[tuple[str, Plotted]]:
+    """For each metric, its arms with a line per run; the first run's primary metric first."""
+    primaries = [p for p in (primary_metric(r.metrics) for r in runs) if p]
+    every = {f"{i}": a for i, r in enumerate(runs) for a in mapping(r.metrics, "arms").values()}
+    arms = arm_order([a for r in runs for a in mapping(r.metrics, "arms")])
+    out = []
+    for metric in metric_names(every, primaries[0] if primaries else None):
+        what = term(metric)
+        cells = [
+            (arm, name, Cell.of(get(run.metrics, "arms", arm, metric), what.unit))
+            for arm in arms
+            for name, run in zip(names, runs, strict=True)
+            if get(run.metrics, "arms", arm, metric) is not None
+        ]
+        scale = scale_of([c for _, _, c in cells], what)
+        lines = [Line(arm, name, cell, interval_strip(cell.value, cell.ci, scale)) for arm, name, cell in cells]
+        axis = axis_strip(scale, lambda t, u=what.unit: number(t, u).replace(".0", ""))
+        out.append((metric, Plotted(what, lines, axis, note="primary" if metric in primaries else "")))
+    return out
+
+
+def settings(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+    """Keys of ``run.yaml`` whose values are not the same in all runs, with each run's value; the anchor's text
+    is among them."""
+    flat = [flatten(r.config) | ({"anchor (as used)": r.anchor["text"]} if r.anchor.get("text") else {}) for r in runs]
+    keys = [k for k in dict.fromkeys(k for f in flat for k in f) if k not in IGNORED]
+    return [
+        (k, [_shown(f.get(k, ABSENT)) for f in flat])
+        for k in keys
+        if any(f.get(k, ABSENT) != flat[0].get(k, ABSENT) for f in flat)
+    ]
+
+
+def costs(runs: Sequence[Run], names: Sequence[str]) -> list[tuple[str, str, list[str]]]:
+    """(arm, run, what its training took)."""
+    arms = arm_order([a for r in runs for a in mapping(r.metrics, "train", "arms")])
+    return [
+        (arm, name, [show(get(run.metrics, "train", "arms", arm, key)) for key, _, show in TRAIN])
+        for arm in arms
+        for name, run in zip(names, runs, strict=True)
+        if mapping(run.metrics, "train", "arms", arm)
+    ]
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "not set"
+    if isinstance(value, list):
+        return ", ".join(str(v) for v in value)
+    return str(value)

@@ -1,0 +1,145 @@
+"""``report.html`` of one run: read the folder, choose what to show, fill the template."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from tell.report import sections
+from tell.report.cases import build_cases
+from tell.report.read import Run, mapping, read_run
+from tell.report.scores import (
+    arm_grid,
+    arm_table,
+    difference_grid,
+    difference_table,
+    forgetting_tables,
+    general_answers,
+)
+from tell.report.text import NARROW, count, duration, interval, number, plain, power, shorten, visible, word_diff
+from tell.report.words import ARMS, GLOSSARY, METRICS, Term
+from tell.run import RunFolder, write_text
+
+STATES = {
+    "running": "This run is still under way; what is below is what it has written so far.",
+    "interrupted": "This run was interrupted; what is below is what it wrote until then. Continue it with --resume.",
+    "failed": "This run failed; what is below is what it wrote until then.",
+}
+
+
+@cache
+def environment() -> Environment:
+    """The templates, autoescaped; every printed value has its hidden characters made visible."""
+    env = Environment(
+        loader=PackageLoader("tell.report", "templates"),
+        autoescape=True,
+        finalize=visible,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    env.filters |= {
+        "number": number,
+        "interval": interval,
+        "count": count,
+        "power": power,
+        "duration": duration,
+        "plain": plain,
+        "shorten": shorten,
+        "prose": prose,
+        "units": lambda text: str(text).replace(" %", f"{NARROW}%"),  # no line break before the sign
+    }
+    env.globals["word_diff"] = word_diff
+    return env
+
+
+@cache
+def stylesheet() -> tuple[Markup, str]:
+    """The stylesheet and its CSP source, which allows this text and no other."""
+    source, _, _ = environment().loader.get_source(environment(), "style.css")  # type: ignore[union-attr]
+    digest = base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()
+    return Markup(source), f"sha256-{digest}"
+
+
+def prose(text: object) -> str:
+    """A note as a sentence: capital at its head, full stop at its end."""
+    line = str(text).strip()
+    return line and line[0].upper() + line[1:] + ("" if line[-1] in ".?!" else ".")
+
+
+def fill(template: str, **context: Any) -> str:
+    """The page as text; lone surrogates that reached it by another way than a printed value become ``?``."""
+    style, digest = stylesheet()
+    html = environment().get_template(template).render(style=style, style_digest=digest, **context)
+    return html.encode("utf-8", "replace").decode("utf-8")
+
+
+def verdict_of(run: Run) -> str | None:
+    """The verdict sentence, or None without scores."""
+    if not mapping(run.metrics, "arms"):
+        return None
+    from tell.evaluate.verdict import verdict
+
+    return verdict(run.metrics)
+
+
+def render(folder: RunFolder) -> str:
+    """The report of one run as one self-contained HTML page.
+
+    Built from the files of the run folder alone; where a file is missing, its section is left out or says so.
+    It loads nothing from anywhere and runs no script: the page's policy forbids both.
+
+    Raises:
+        TellError: the folder does not exist.
+    """
+    folder.require(folder.root, "tell tune")
+    run = read_run(folder)
+    data, model = sections.data_name(run), sections.model_name(run)
+    used = [*mapping(run.metrics, "arms"), *run.predictions, *run.logs]
+    metrics = {m for arm in mapping(run.metrics, "arms").values() if isinstance(arm, dict) for m in arm}
+    metrics |= {"loss", "task_format"} if mapping(run.metrics, "forgetting") else set()
+    return fill(
+        "page.html.j2",
+        data=data,
+        model=model,
+        run=run,
+        facts=sections.facts(run),
+        state=STATES.get(str(run.status.get("state"))),
+        error=run.status.get("error"),
+        verdict=verdict_of(run),
+        arms=arm_table(run.metrics),
+        arms_grid=arm_grid(run.metrics),
+        differences=difference_table(run.metrics),
+        differences_grid=difference_grid(run.metrics),
+        losses=sections.losses(run),
+        mixture=sections.mixture(run),
+        cases=build_cases(run),
+        forgetting=forgetting_tables(run.metrics),
+        general=general_answers(run.metrics),
+        findings=sections.findings(run),
+        anchor=sections.anchor(run),
+        again=sections.again(run),
+        arm_words=[(a, definition) for a, (_, definition) in ARMS.items() if not used or a in used],
+        metric_words=_metric_words(metrics),
+        glossary=GLOSSARY,
+    )
+
+
+def _metric_words(names: set[str]) -> list[Term]:
+    return [t for n, t in METRICS.items() if n in names]
+
+
+def write_report(folder: RunFolder) -> Path:
+    """Write ``report.html`` into the run folder, whole or not at all.
+
+    Raises:
+        TellError: the folder does not exist or cannot be written.
+    """
+    write_text(folder.report, render(folder))
+    return folder.report

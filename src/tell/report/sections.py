@@ -1,0 +1,241 @@
+"""The page's other sections: what was asked, losses, mixture, findings, anchor, how to run it again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+
+from tell.report.figures import Scale, gaps, loss_chart, series_class, stream_figure
+from tell.report.read import Manifest, Run, flatten, get, mapping, rows_of
+from tell.report.text import count, duration, is_number, number, power
+from tell.report.words import arm_order
+
+PAIR = ("a", "b", "similarity", "a_text", "b_text")
+PAIRS, DROPPED = 20, 50
+"""Most near-duplicate pairs and dropped rows listed; the counts are always whole."""
+
+
+def facts(run: Run) -> list[tuple[str, str]]:
+    """What was asked, as label and value; only what is known."""
+    general = get(run.config, "general", "source")
+    amount = next(
+        (f", {k} {v:g}" for k, v in mapping(run.config, "general").items() if k in AMOUNTS and is_number(v)), ""
+    )
+    split = mapping(run.findings, "split")
+    rows = ", ".join(f"{split[k]:,} {label}" for k, label in SPLIT if is_number(split.get(k)))
+    kind = mapping(run.findings, "kind")
+    known = [
+        ("Data", get(run.findings, "data", "path") or get(run.config, "task", "data")),
+        ("Model", model_name(run)),
+        ("Task", " – ".join(str(kind[k]) for k in ("name", "why") if kind.get(k))),
+        ("Rows", rows),
+        ("General data", f"{general}{amount}" if general else None),
+        ("Preset", run.config.get("preset")),
+        ("Date", run.date),
+    ]
+    return [(label, str(value)) for label, value in known if value]
+
+
+AMOUNTS = ("ratio", "tokens", "rows")
+SPLIT = (("train", "for training"), ("validation", "for validation"), ("test", "for testing"))
+
+
+def model_name(run: Run) -> str | None:
+    """The model the run names."""
+    return get(run.config, "model", "name")
+
+
+def data_name(run: Run) -> str:
+    """The task data's file name without folder and endings, else the run folder's name. A file called ``train``
+    or ``data`` is named by its folder."""
+    path = get(run.findings, "data", "path") or get(run.config, "task", "data")
+    parts = [p for p in str(path or run.name).replace("\\", "/").split("/") if p not in ("", ".", "..")] or [run.name]
+    stem = parts[-1].split(".")[0] or parts[-1]
+    return parts[-2] if stem.lower() in ("train", "data", "dataset") and len(parts) > 1 else stem
+
+
+def losses(run: Run) -> dict[str, Any] | None:
+    """A chart per trained arm on one loss axis, and the legend."""
+    curves: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
+    for arm in arm_order(list(run.logs)):
+        by: dict[str, tuple[list[float], list[float]]] = {}
+        for i, row in enumerate(run.logs[arm]):
+            step = row["step"] if is_number(row.get("step")) else i + 1
+            parts = mapping(row, "by_source") or {"all rows": row.get("loss")}
+            for source, loss in parts.items():
+                if is_number(loss):
+                    steps, values = by.setdefault(str(source), ([], []))
+                    steps.append(step)
+                    values.append(float(loss))
+        if by:
+            curves[arm] = by
+    every = [v for by in curves.values() for _, values in by.values() for v in values]
+    if not every:
+        return None
+    top = float(np.quantile(every, 0.995))  # one spike must not flatten the curves
+    scale = Scale.over([top], hold=[0.0], number=5)
+    charts = []
+    for i, (arm, by) in enumerate(curves.items()):
+        ordered = dict(sorted(by.items(), key=lambda item: (item[0] != "task", item[0])))
+        title = Markup("Training loss of {} over steps, by source").format(arm)
+        steps = max(int(s) for points, _ in by.values() for s in points)
+        validation = get(run.metrics, "train", "arms", arm, "validation_loss")
+        charts.append(
+            {
+                "arm": arm,
+                "steps": steps,
+                "validation": number(validation) if is_number(validation) else "",
+                "svg": loss_chart(ordered, key=f"loss-{i}", title=title, y=scale),
+            }
+        )
+    sources = sorted({s for by in curves.values() for s in by}, key=lambda s: (s != "task", s))
+    return {"charts": charts, "legend": [(s, series_class(s)) for s in sources]}
+
+
+def mixture(run: Run) -> dict[str, Any] | None:
+    """The drawn stream, the counts per source, and what was said of them."""
+    told = mapping(run.metrics, "mixture") or mapping(run.plan, "mixture")
+    if not told and run.manifest is not None:
+        told = counted(run.manifest)
+    if not told:
+        return None
+    columns = [(k, label) for k, label in MIXTURE if mapping(told, k)]
+    sources = list(dict.fromkeys(s for k, _ in columns for s in told[k]))
+    out: dict[str, Any] = {
+        "columns": [label for _, label in columns],
+        "rows": [(s, [told[k].get(s) for k, _ in columns]) for s in sorted(sources, key=lambda s: (s != "task", s))],
+        "ratio": told.get("ratio"),
+        "repeat": told.get("repeat"),
+        "order": told.get("order"),
+        "notices": [str(n) for n in rows_of(told, "notices")],
+        "figure": None,
+    }
+    if run.manifest is not None and len(run.manifest.source):
+        task = run.manifest.source == "task"
+        out["figure"], out["how"] = stream_figure(task, run.manifest.step)
+        out["gaps"] = gaps(task)
+    return out
+
+
+MIXTURE = (
+    ("rows", "Rows"),
+    ("unique_rows", "Different rows"),
+    ("tokens", "Tokens"),
+    ("trained_tokens", "Trained tokens"),
+    ("unit_tokens", "Tokens as counted for the ratio"),
+)
+
+
+def counted(manifest: Manifest) -> dict[str, Any]:
+    """The mixture's counts from the manifest alone, where the run has no ``metrics.json``."""
+    names = [str(s) for s in dict.fromkeys(manifest.source)]
+    masks = {name: manifest.source == name for name in names}
+    out: dict[str, Any] = {
+        "rows": {n: int(m.sum()) for n, m in masks.items()},
+        "unique_rows": {n: len(set(manifest.hash[m])) for n, m in masks.items()} if any(manifest.hash) else {},
+    }
+    for key, column in (("tokens", "tokens"), ("trained_tokens", "trained"), ("unit_tokens", "unit")):
+        if column in manifest.numbers:
+            out[key] = {n: int(manifest.numbers[column][m].sum()) for n, m in masks.items()}
+    return out
+
+
+def findings(run: Run) -> dict[str, Any]:
+    """Overlap, dropped rows, notices."""
+    overlap = []
+    for key, label in (("train_test", "training and test rows"), ("general_test", "general and test rows")):
+        entry = mapping(run.findings, "overlap", key)
+        if entry:
+            pairs = [{k: p.get(k, "") for k in PAIR} for p in rows_of(entry, "pairs") if isinstance(p, dict)]
+            overlap.append(
+                {
+                    "label": label,
+                    "exact": entry.get("exact"),
+                    "near": entry.get("near"),
+                    "pairs": pairs[:PAIRS],
+                    "hidden": max(0, len(pairs) - PAIRS),
+                }
+            )
+    told = rows_of(run.findings, "dropped_rows")
+    dropped = [{k: r.get(k, "") for k in ("origin", "reason")} for r in told if isinstance(r, dict)]
+    return {
+        "overlap": overlap,
+        "overlap_dropped": get(run.findings, "overlap", "dropped"),
+        "duplicates": get(run.findings, "split", "exact_duplicates_removed"),
+        "dropped": dropped[:DROPPED],
+        "dropped_count": len(dropped),
+        "notices": [str(n) for n in rows_of(run.findings, "notices")],
+    }
+
+
+def anchor(run: Run) -> dict[str, Any] | None:
+    """The anchor with its candidates: the columns beyond text are whatever was recorded."""
+    if not run.anchor:
+        return None
+    candidates = [c for c in rows_of(run.anchor, "candidates") if isinstance(c, dict)]
+    columns = [k for k in dict.fromkeys(k for c in candidates for k in c) if k != "text"]
+    rows = [
+        {
+            "text": c.get("text"),
+            "chosen": c.get("text") == run.anchor.get("text"),
+            "values": [_value(c.get(k)) for k in columns],
+        }
+        for c in candidates
+    ]
+    return {
+        "text": run.anchor.get("text") or "",
+        "place": run.anchor.get("place"),
+        "origin": ORIGINS.get(str(run.anchor.get("origin")), run.anchor.get("origin")),
+        "hash": run.anchor.get("hash"),
+        "columns": [c.replace("_", " ") for c in columns],
+        "rows": rows,
+    }
+
+
+ORIGINS = {
+    "hand": "written by hand",
+    "self": "written by the model itself",
+    "derived": "composed from the schema or the labels",
+    "none": "none",
+}
+
+
+def again(run: Run) -> dict[str, Any]:
+    """Everything needed to run it again."""
+    machine = mapping(run.findings, "machine")
+    arms = mapping(run.metrics, "train", "arms")
+    keys = [(k, label, show) for k, label, show in TRAIN if any(get(a, k) is not None for a in arms.values())]
+    return {
+        "command": run.findings.get("command"),
+        "versions": list(mapping(run.findings, "versions").items()),
+        "machine": [(k.replace("_", " "), _value(v)) for k, v in flatten(machine).items()],
+        "seed": run.config.get("seed"),
+        "config": run.config_text,
+        "digest": run.manifest.digest if run.manifest else None,
+        "anchor": run.anchor.get("hash"),
+        "columns": [label for _, label, _ in keys],
+        "train": [(a, [show(get(arms, a, k)) for k, _, show in keys]) for a in arm_order(list(arms))],
+    }
+
+
+TRAIN = (
+    ("steps", "Steps", count),
+    ("tokens", "Tokens", count),
+    ("trained_tokens", "Trained tokens", count),
+    ("flops", "FLOPs", power),
+    ("seconds", "Time", duration),
+    ("learning_rate", "Learning rate", lambda v: f"{v:g}" if is_number(v) else "–"),
+    ("validation_loss", "Validation loss", number),
+)
+
+
+def _value(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value)
