@@ -23,10 +23,10 @@ class Store:
 
     def __init__(self, slots: int, capacity: int) -> None:
         self.slots, self.capacity = slots, capacity
-        self.prefix: dict[int, tuple[Tensor, Tensor]] = {}  # layer: (1, Hk, P, D) twice
-        self.own: dict[int, tuple[Tensor, Tensor]] = {}  # layer: (slots, Hk, capacity, D) twice
+        self.prefix: dict[Any, tuple[Tensor, Tensor]] = {}  # attention module: (1, Hk, P, D) twice
+        self.own: dict[Any, tuple[Tensor, Tensor]] = {}  # attention module: (slots, Hk, capacity, D) twice
 
-    def slot_tensors(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    def slot_tensors(self, layer: Any, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """The slots of a layer; allocated at first sight of its shapes."""
         if layer not in self.own:
             self.own[layer] = tuple(  # type: ignore[assignment]
@@ -50,7 +50,7 @@ class PrefixPlan(PackedPlan):
         self.store = store
 
     def attend(self, layer: Any, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
-        self.store.prefix[layer.layer_idx] = (key, value)
+        self.store.prefix[layer] = (key, value)
         return super().attend(layer, query, key, value, rule)
 
 
@@ -67,14 +67,14 @@ class PrefillPlan(PackedPlan):
         return super().positions() + self.stored
 
     def attend(self, layer: Any, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
-        keys, values = self.store.slot_tensors(layer.layer_idx, key, value)
+        keys, values = self.store.slot_tensors(layer, key, value)
         at = 0
         for slot, length in zip(self.row_slots, self.lengths, strict=True):
             keys[slot, :, :length] = key[0, :, at : at + length]
             values[slot, :, :length] = value[0, :, at : at + length]
             at += length
         q, k, v = (self._pad(x) for x in (query * rule.scaling, key, value))
-        kp, vp = self.store.prefix.get(layer.layer_idx, (None, None))
+        kp, vp = self.store.prefix.get(layer, (None, None))
         outputs, begin = [], 0
         for rows, longest in self.blocks:
             span = slice(begin, begin + rows * longest)
@@ -118,7 +118,7 @@ class DecodePlan:
 
     def attend(self, layer: Any, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
         n, heads, width = len(self.lengths), query.shape[1], query.shape[3]
-        keys, values = self.store.slot_tensors(layer.layer_idx, key, value)
+        keys, values = self.store.slot_tensors(layer, key, value)
         kv = key.shape[1]
         keys[self.rows, :, self.lengths] = key[0].transpose(0, 1)
         values[self.rows, :, self.lengths] = value[0].transpose(0, 1)
@@ -126,7 +126,7 @@ class DecodePlan:
         q = (query[0].transpose(0, 1) * rule.scaling).reshape(n, kv, heads // kv, width)
         scores = q @ k.transpose(2, 3)
         if self.prefix:
-            kp, vp = self.store.prefix[layer.layer_idx]
+            kp, vp = self.store.prefix[layer]
             shared = q.transpose(0, 1).reshape(kv, -1, width)  # all rows ask the same keys: one product a head
             ahead = (shared @ kp[0].transpose(1, 2)).view(kv, n, heads // kv, self.prefix).transpose(0, 1)
             scores = torch.cat([ahead, scores], dim=-1)

@@ -158,7 +158,7 @@ class Engine:
         return out.last_hidden_state[0]
 
     def _next(self, states: torch.Tensor, rows: list[_Row], begin: int, decoding: Decoding) -> list[int]:
-        logits = torch.nn.functional.linear(states * self.body.logit_scale, self.body.head).float()
+        logits = torch.nn.functional.linear(states * self.body.logit_scale, self.body.head, self.body.bias).float()
         if self.body.softcap is not None:
             logits = torch.tanh(logits / self.body.softcap) * self.body.softcap
         draws = torch.tensor([r.draws[len(r.answer.ids)] for r in rows], dtype=torch.float32, device=self.device)

@@ -87,5 +87,6 @@ def choose(logits: Tensor, seen: Tensor, draws: Tensor, rule: Decoding) -> Tenso
     probs = torch.where(before < rule.top_p, probs, 0.0)  # the first candidate always stays
     cumulative = probs.cumsum(dim=-1)
     target = draws[:, None] * cumulative[:, -1:]
-    at = (cumulative <= target).sum(dim=-1, keepdim=True).clamp(max=probs.shape[-1] - 1)
+    at = (cumulative <= target).sum(dim=-1, keepdim=True)
+    at = at.minimum((probs > 0).sum(dim=-1, keepdim=True) - 1)  # a draw rounded up to 1 takes the last that is left
     return ids.gather(1, at)[:, 0]

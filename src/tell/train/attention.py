@@ -19,6 +19,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from tell.errors import TellError
+
 NAME = "tell"
 GROUP_SLACK = 1.25  # a block of rows may hold this many times its real tokens
 
@@ -43,6 +45,11 @@ class Rule:
 _plans: list[Plan] = []
 
 
+def current_plan() -> Plan | None:
+    """The plan of the pass under way."""
+    return _plans[-1] if _plans else None
+
+
 @contextmanager
 def use_plan(plan: Plan) -> Iterator[None]:
     """Every attention layer inside follows ``plan``."""
@@ -63,9 +70,17 @@ def attention_forward(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """The function transformers calls in each layer."""
+    """The function transformers calls in each layer.
+
+    Raises:
+        TellError: the layer asks for something that plans do not compute.
+    """
+    if s_aux is not None or position_bias is not None:
+        raise _unsupported(module, "attention sinks" if s_aux is not None else "a position bias")
     if not _plans:
         raise RuntimeError("the model uses tell's attention; run it under use_plan(...)")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
@@ -73,11 +88,37 @@ def attention_forward(
 
 
 def install(model: Any) -> None:
-    """Let ``model`` attend through plans."""
+    """Let ``model`` attend through plans.
+
+    Raises:
+        TellError: its attention cannot be exchanged, or some layer mixes tokens by other means than attention.
+    """
     from transformers import AttentionInterface
+    from transformers.utils import logging
 
     AttentionInterface.register(NAME, attention_forward)
-    model.set_attn_implementation(NAME)
+    config = model.config.get_text_config()
+    other = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if other:
+        raise _unsupported(model, f"{min(other)} layers")
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # transformers only warns where it cannot
+    try:
+        model.set_attn_implementation(NAME)
+    except ValueError as error:
+        raise _unsupported(model, "attention of its own") from error
+    finally:
+        logging.set_verbosity(level)
+    if config._attn_implementation != NAME:
+        raise _unsupported(model, "attention of its own")
+
+
+def _unsupported(module: Any, what: str) -> TellError:
+    return TellError(
+        f"{type(module).__name__} has {what}, which cannot be computed over packed rows",
+        where="model",
+        remedy="Use a plain transformer: Llama, Qwen2, Qwen3, Gemma, Phi-3, Mistral, SmolLM and their like.",
+    )
 
 
 class _Gather(torch.autograd.Function):
@@ -105,6 +146,58 @@ def softmax_scores(scores: Tensor, rule: Rule, hidden: Tensor | None) -> Tensor:
     return scores.softmax(dim=-1)
 
 
+class _BlockAttention(torch.autograd.Function):
+    """softmax([q kp^T, q k^T]) [vp; v] for a block of rows, with its backward pass written out.
+
+    Autograd over the same products would save and zero-fill a full score matrix for each slice, mask and
+    concatenation; here only the probabilities are kept. Shapes: q (N, M, D) with N = key heads x rows and
+    M = query heads per key head x length; k, v (N, L, D); kp, vp (key heads, P, D) or None, P keys that all
+    rows of a head share and all queries see; hidden (L, L) bool.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, kp: Tensor | None, vp: Tensor | None, hidden: Tensor
+    ) -> Tensor:
+        n, m, width = q.shape
+        length = k.shape[1]
+        scores = torch.bmm(q, k.transpose(1, 2))
+        scores.view(n, m // length, length, length).masked_fill_(hidden, float("-inf"))
+        if kp is not None:
+            ahead = torch.bmm(q.view(len(kp), -1, width), kp.transpose(1, 2))
+            scores = torch.cat([ahead.view(n, m, -1), scores], dim=-1)
+        probs = scores.softmax(dim=-1)
+        del scores
+        ctx.save_for_backward(q, k, v, kp, vp, probs)
+        if kp is None or vp is None:
+            return torch.bmm(probs, v)
+        prefix = kp.shape[1]
+        out = torch.bmm(probs[..., :prefix].reshape(len(kp), -1, prefix), vp).view(n, m, -1)
+        return out.baddbmm_(probs[..., prefix:].contiguous(), v)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, kp, vp, probs = ctx.saved_tensors
+        n, m, width = q.shape
+        grad = grad.contiguous()
+        d_probs = torch.bmm(grad, v.transpose(1, 2))
+        if kp is None:
+            dv = torch.bmm(probs.transpose(1, 2), grad)
+            ds = torch._softmax_backward_data(d_probs, probs, -1, probs.dtype)
+            return torch.bmm(ds, k), torch.bmm(ds.transpose(1, 2), q), dv, None, None, None
+        kv, prefix = len(kp), kp.shape[1]
+        grads, queries = grad.view(kv, -1, grad.shape[-1]), q.view(kv, -1, width)
+        ahead, own = probs[..., :prefix].reshape(kv, -1, prefix), probs[..., prefix:].contiguous()
+        dv = torch.bmm(own.transpose(1, 2), grad)
+        dvp = torch.bmm(ahead.transpose(1, 2), grads)
+        d_ahead = torch.bmm(grads, vp.transpose(1, 2)).view(n, m, prefix)
+        ds = torch._softmax_backward_data(torch.cat([d_ahead, d_probs], dim=-1), probs, -1, probs.dtype)
+        ds_ahead, ds_own = ds[..., :prefix].reshape(kv, -1, prefix), ds[..., prefix:].contiguous()
+        dq = torch.bmm(ds_ahead, kp).view(n, m, width).baddbmm_(ds_own, k)
+        dkp = torch.bmm(ds_ahead.transpose(1, 2), queries)
+        return dq, torch.bmm(ds_own.transpose(1, 2), q), dv, dkp, dvp, None
+
+
 class PackedPlan:
     """T = prefix + sum(lengths) tokens: one shared prefix, then the rest of each row.
 
@@ -115,7 +208,7 @@ class PackedPlan:
     """
 
     def __init__(self, lengths: Sequence[int], *, prefix: int = 0, device: torch.device | str = "cpu") -> None:
-        self.prefix, self.device = prefix, torch.device(device)
+        self.lengths, self.prefix, self.device = list(lengths), prefix, torch.device(device)
         self.total = prefix + sum(lengths)
         starts, at = [], prefix
         for length in lengths:
@@ -145,7 +238,7 @@ class PackedPlan:
         self.inverse = inverse.to(self.device)
         empty = torch.cat(holes) if holes else torch.zeros(0, dtype=torch.long)
         self.holes = empty.to(self.device) if len(empty) else None
-        self._masks: dict[tuple[int, int | None], Tensor] = {}
+        self._masks: dict[tuple[int, int, int | None], Tensor] = {}
 
     def positions(self) -> Tensor:
         """(1, T) position ids: each row counts on from the prefix."""
@@ -164,7 +257,7 @@ class PackedPlan:
         """(length, prefix + length) True where the key lies ahead of the query or outside the window."""
         if window is not None and window >= prefix + length:
             window = None
-        key = (length * 65536 + prefix, window)
+        key = (length, prefix, window)
         if key not in self._masks:
             q = torch.arange(prefix, prefix + length, device=self.device)[:, None]
             k = torch.arange(prefix + length, device=self.device)[None]
@@ -206,23 +299,37 @@ class PackedPlan:
         rows, length, heads, width = q.shape
         kv = k.shape[1]
         group = heads // kv
-        q = q.unflatten(2, (kv, group)).permute(2, 0, 3, 1, 4).reshape(kv, rows, group * length, width)
-        scores = q @ k.permute(1, 0, 3, 2)
-        prefix = 0
-        if kp is not None:
-            prefix = kp.shape[2]
-            ahead = q.reshape(kv, -1, width) @ kp[0].transpose(1, 2)
-            scores = torch.cat([ahead.view(kv, rows, group * length, prefix), scores], dim=-1)
-        scores = scores.view(kv, rows, group, length, prefix + length)
-        probs = softmax_scores(scores, rule, self._hidden(length, prefix, rule.window))
-        probs = probs.view(kv, rows, group * length, prefix + length)
-        if kp is None or vp is None:
-            out = probs @ v.transpose(0, 1)
+        q = q.unflatten(2, (kv, group)).permute(2, 0, 3, 1, 4).reshape(kv * rows, group * length, width)
+        k = k.transpose(0, 1).reshape(kv * rows, length, width)
+        v = v.transpose(0, 1).reshape(kv * rows, length, -1)
+        if kp is not None and vp is not None:
+            kp, vp = kp[0].contiguous(), vp[0].contiguous()
+        prefix = 0 if kp is None else kp.shape[1]
+        window = rule.window if rule.window is not None and rule.window < prefix + length else None
+        if window is None and rule.softcap is None:
+            out = _BlockAttention.apply(q, k, v, kp, vp, self._hidden(length, 0, None))
         else:
-            ahead = probs[..., :prefix].reshape(kv, -1, prefix) @ vp[0]
-            out = ahead.view(kv, rows, group * length, -1) + probs[..., prefix:] @ v.transpose(0, 1)
+            out = self._plain(q, k, v, kp, vp, length, rule)
         out = out.view(kv, rows, group, length, -1).permute(1, 3, 0, 2, 4)
         return out.reshape(rows * length, heads, -1)
+
+    def _plain(
+        self, q: Tensor, k: Tensor, v: Tensor, kp: Tensor | None, vp: Tensor | None, length: int, rule: Rule
+    ) -> Tensor:
+        """The same by autograd, for layers with a window or a soft cap."""
+        n, m, width = q.shape
+        scores = torch.bmm(q, k.transpose(1, 2))
+        prefix = 0
+        if kp is not None:
+            prefix = kp.shape[1]
+            ahead = torch.bmm(q.view(len(kp), -1, width), kp.transpose(1, 2))
+            scores = torch.cat([ahead.view(n, m, prefix), scores], dim=-1)
+        scores = scores.view(n, m // length, length, prefix + length)
+        probs = softmax_scores(scores, rule, self._hidden(length, prefix, rule.window)).view(n, m, -1)
+        if kp is None or vp is None:
+            return torch.bmm(probs, v)
+        ahead = torch.bmm(probs[..., :prefix].reshape(len(kp), -1, prefix), vp)
+        return ahead.view(n, m, -1) + torch.bmm(probs[..., prefix:], v)
 
 
 def _group(lengths: Sequence[int]) -> list[list[int]]:

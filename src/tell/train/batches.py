@@ -61,6 +61,12 @@ def common_prefix(rows: Sequence[TrainRow]) -> int:
     return length
 
 
+def _shared(rows: Sequence[TrainRow], share_prefix: bool) -> int:
+    """Tokens of the prefix that a pass over ``rows`` computes once."""
+    prefix = common_prefix(rows) if share_prefix and len(rows) > 1 else 0
+    return prefix if prefix >= MIN_PREFIX else 0
+
+
 def split_packs(rows: Sequence[TrainRow], micro_tokens: int, *, share_prefix: bool) -> list[list[TrainRow]]:
     """Rows of a step in groups of at most ``micro_tokens`` (a longer row stands alone).
 
@@ -75,7 +81,7 @@ def split_packs(rows: Sequence[TrainRow], micro_tokens: int, *, share_prefix: bo
         parts = [task, other] if saved > 128 else parts
     groups: list[list[TrainRow]] = []
     for part in parts:
-        prefix = common_prefix(part) if share_prefix and len(part) > 1 else 0
+        prefix = _shared(part, share_prefix)
         group: list[TrainRow] = []
         used = prefix
         for row in sorted(part, key=lambda r: -len(r.ids)):
@@ -91,9 +97,7 @@ def split_packs(rows: Sequence[TrainRow], micro_tokens: int, *, share_prefix: bo
 
 def pack(rows: Sequence[TrainRow], *, share_prefix: bool, device: torch.device | str = "cpu") -> Pack:
     """Lay rows end to end, their common prefix once where ``share_prefix`` allows it."""
-    prefix = common_prefix(rows) if share_prefix and len(rows) > 1 else 0
-    if prefix < MIN_PREFIX:
-        prefix = 0
+    prefix = _shared(rows, share_prefix)
     pieces = [rows[0].ids[:prefix]] if prefix else []
     predictors, targets, owner = [], [], []
     at = prefix

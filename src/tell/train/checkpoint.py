@@ -23,15 +23,17 @@ def save_checkpoint(folder: Path, parameters: dict[str, torch.nn.Parameter], opt
         optimizer: AdamW over them.
         facts: JSON-serialisable position: step, digest, tokens, seconds.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     tensors = {f"weight/{name}": p.detach().cpu().contiguous() for name, p in parameters.items()}
     for name, p in parameters.items():
         for key, value in optimizer.state.get(p, {}).items():
             tensors[f"{key}/{name}"] = torch.as_tensor(value).detach().cpu().contiguous()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    temporary = None
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         save_file(tensors, str(temporary / "state.safetensors"))
         (temporary / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
         old = folder.with_name(f".{folder.name}.old")
@@ -40,14 +42,15 @@ def save_checkpoint(folder: Path, parameters: dict[str, torch.nn.Parameter], opt
             os.replace(folder, old)
         os.replace(temporary, folder)
         shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise TellError(
-            f"cannot write a checkpoint ({error.strerror or error})",
+            f"cannot write a checkpoint ({getattr(error, 'strerror', None) or error})",
             where=str(folder),
             remedy="Free disk space, then run again with --resume.",
         ) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def load_checkpoint(
@@ -56,8 +59,9 @@ def load_checkpoint(
     """Put a checkpoint's tensors back; its facts, or None where there is no checkpoint.
 
     Raises:
-        TellError: the checkpoint belongs to another mixture or configuration.
+        TellError: the checkpoint belongs to another mixture or configuration, or is damaged.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     if not (folder / "facts.json").exists():
@@ -65,14 +69,19 @@ def load_checkpoint(
         if not (old / "facts.json").exists():
             return None
         os.replace(old, folder)
-    facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+    try:
+        facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+        tensors = load_file(str(folder / "state.safetensors"))
+    except (OSError, ValueError, SafetensorError) as error:
+        raise TellError(
+            f"the checkpoint cannot be read ({error})", where=str(folder), remedy="Start anew with --overwrite."
+        ) from error
     if facts["digest"] != digest:
         raise TellError(
             "the checkpoint belongs to another mixture or other settings",
             where=str(folder),
             remedy="Resume with the settings in run.yaml, or start anew with --overwrite.",
         )
-    tensors = load_file(str(folder / "state.safetensors"))
     with torch.no_grad():
         for name, p in parameters.items():
             p.copy_(tensors[f"weight/{name}"])

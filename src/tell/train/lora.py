@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from tell.config import TrainConfig
 from tell.errors import TellError
@@ -85,7 +86,7 @@ def fuse(model: Any) -> None:
             layer.forward = _fused_forward(layer)
 
 
-def target_modules(model: nn.Module, targets: str) -> str | list[str]:
+def target_modules(model: Any, targets: str) -> str | list[str]:
     """peft's ``target_modules`` for ``all-linear``, ``qkv`` or a list of module names.
 
     Raises:
@@ -93,7 +94,12 @@ def target_modules(model: nn.Module, targets: str) -> str | list[str]:
     """
     if targets == "all-linear":
         return targets
-    linear = {name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    # The output layer is left out: the loss reads its frozen weight block by block.
+    linear = {
+        name.rsplit(".", 1)[-1]
+        for name, m in model.named_modules()
+        if isinstance(m, (nn.Linear, Conv1D)) and m is not model.get_output_embeddings()
+    }
     wanted = QKV if targets == "qkv" else tuple(part.strip() for part in targets.split(",") if part.strip())
     found = [name for name in wanted if name in linear]
     unknown = [] if targets == "qkv" else [name for name in wanted if name not in linear]
@@ -157,7 +163,9 @@ def adapter_merged(model: Any, folder: Path | None) -> Iterator[Any]:
     try:
         with torch.no_grad():
             for name, delta in adapter_deltas(model, folder):
-                weight = model.get_submodule(name).weight
+                module = model.get_submodule(name)
+                weight = module.weight
+                delta = delta.t() if isinstance(module, Conv1D) else delta  # GPT-2 keeps (in, out)
                 saved[name] = weight.data
                 weight.data = (weight.data.float() + delta.to(weight.device)).to(weight.dtype)
         yield model

@@ -15,14 +15,20 @@ class _BlockedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor, softcap: float | None
+        ctx: Any,
+        hidden: Tensor,
+        head: Tensor,
+        targets: Tensor,
+        weights: Tensor,
+        softcap: float | None,
+        bias: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         nll = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         wanted = ctx.needs_input_grad[0]
         grad = torch.empty_like(hidden) if wanted else None
         for begin in range(0, len(targets), BLOCK):
             span = slice(begin, begin + BLOCK)
-            logits = torch.nn.functional.linear(hidden[span], head).float()
+            logits = torch.nn.functional.linear(hidden[span], head, bias).float()
             if softcap is not None:
                 logits = logits.div_(softcap).tanh_().mul_(softcap)
             picked = logits.gather(1, targets[span, None])
@@ -43,12 +49,18 @@ class _BlockedCrossEntropy(torch.autograd.Function):
         return (nll * weights).sum(), nll
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, None, None, None, None]:
-        return ctx.grad * grad_loss.to(ctx.grad.dtype) if ctx.grad is not None else None, None, None, None, None
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        grad = ctx.grad * grad_loss.to(ctx.grad.dtype) if ctx.grad is not None else None
+        return grad, None, None, None, None, None
 
 
 def blocked_cross_entropy(
-    hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor, softcap: float | None = None
+    hidden: Tensor,
+    head: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    softcap: float | None = None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Weighted sum of negative log-likelihoods and the single ones.
 
@@ -58,11 +70,12 @@ def blocked_cross_entropy(
         targets: (n,) int64 next tokens.
         weights: (n,) fp32 weight of each position in the sum.
         softcap: Gemma 2's cap on logits.
+        bias: (V,) of the output layer, where it has one (Phi-2); gets no gradient.
 
     Returns:
         (scalar loss, (n,) fp32 nll in nats without gradient).
     """
-    return _BlockedCrossEntropy.apply(hidden, head, targets, weights, softcap)
+    return _BlockedCrossEntropy.apply(hidden, head, targets, weights, softcap, bias)
 
 
 def position_weights(trained: Tensor, task: Tensor, *, normalization: str, task_weight: float, total: Tensor) -> Tensor:

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tell.errors import TellError
 from tell.rows.table import RowTable
-from tell.train.attention import install, use_plan
+from tell.train.attention import PackedPlan, install, use_plan
 from tell.train.batches import Pack, TrainRow, pack, split_packs
 from tell.train.loss import blocked_cross_entropy, position_weights
 
@@ -34,16 +35,47 @@ class StepLoss:
 
 
 class Body:
-    """The parts of a causal model that a packed pass needs: transformer body, output embedding, soft cap."""
+    """The parts of a causal model that a packed pass needs: transformer body, output layer, soft cap.
+
+    Raises:
+        TellError: rows of one pass would see each other in this architecture.
+    """
 
     def __init__(self, model: Any) -> None:
         causal = model.get_base_model() if hasattr(model, "get_base_model") else model
         config = causal.config.get_text_config()
         self.core = causal.base_model
-        self.head: Tensor = causal.get_output_embeddings().weight
+        output = causal.get_output_embeddings()
+        self.head: Tensor = output.weight
+        self.bias: Tensor | None = getattr(output, "bias", None)
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
         self.logit_scale = _logit_scale(config)
         install(causal)
+        if not getattr(causal, "_tell_checked", False):
+            self._check(model)
+            causal._tell_checked = True
+
+    @torch.no_grad()
+    def _check(self, model: Any) -> None:
+        """Refuse what leaks between rows past the attention function: convolutions, recurrent states, own masks."""
+        was_training = model.training
+        model.eval()
+        plan = PackedPlan([8, 8], device=self.head.device)
+        ids = torch.arange(16, device=self.head.device) % len(self.head)
+        states = []
+        for shift in (0, 16):
+            ids[:8] = (ids[:8] + shift) % len(self.head)
+            with use_plan(plan):
+                out = self.core(input_ids=ids[None], position_ids=plan.positions(), use_cache=False)
+            states.append(out.last_hidden_state[0].float())
+        model.train(was_training)
+        change = (states[0] - states[1]).abs()
+        if not change[8:].max() <= 0.02 * states[0].abs().max() or not change[:8].max() > 0:
+            raise TellError(
+                f"{type(self.core).__name__} mixes the rows of a batch outside its attention",
+                where="model",
+                remedy="Use a plain transformer: Llama, Qwen2, Qwen3, Gemma, Phi-3, Mistral, SmolLM and their like.",
+            )
 
     def states(self, pack: Pack) -> Tensor:
         """(n, h) states at the predictors of a pack."""
@@ -111,7 +143,7 @@ def step_loss(
             task_weight=task_weight,
             total=normaliser,
         )
-        part, nll = blocked_cross_entropy(states, body.head, batch.targets, weight, body.softcap)
+        part, nll = blocked_cross_entropy(states, body.head, batch.targets, weight, body.softcap, body.bias)
         if backward:
             part.backward()
         loss += float(part.detach())
@@ -146,7 +178,7 @@ def row_losses(
         rows = [TrainRow(*table.row(i), 0, False) for i in group]
         batch = pack(rows, share_prefix=True, device=device)
         weight = torch.ones(len(batch.targets), device=device)
-        _, nll = blocked_cross_entropy(body.states(batch), body.head, batch.targets, weight, body.softcap)
+        _, nll = blocked_cross_entropy(body.states(batch), body.head, batch.targets, weight, body.softcap, body.bias)
         at.update(zip(group, row_means(nll, batch).tolist(), strict=True))
         if progress:
             progress(len(group))

@@ -25,6 +25,7 @@ from tell.config import TrainConfig
 from tell.errors import Interrupted
 from tell.mix.mixture import Mixture
 from tell.rows.table import RowTable
+from tell.train.attention import current_plan
 from tell.train.batches import TrainRow
 from tell.train.checkpoint import load_checkpoint, save_checkpoint
 from tell.train.lora import add_lora, remove_lora, save_adapter
@@ -78,10 +79,17 @@ def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
 
 
 def run_digest(config: TrainConfig, mixture: Mixture, seed: int) -> str:
-    """What a checkpoint must agree with before it is resumed."""
+    """What a checkpoint must agree with before it is resumed: settings, seed, order, and the very tokens.
+
+    The mixture's own digest names examples; the tokens tell another anchor, template or tokenizer apart.
+    """
     settings = config.model_dump(exclude={"checkpoint_every", "micro_tokens"})
-    text = json.dumps([settings, mixture.digest(), seed], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+    digest = hashlib.sha256(json.dumps([settings, mixture.digest(), seed], sort_keys=True).encode())
+    for name in mixture.sources:
+        table = mixture.tables[name]
+        for column in (table.ids, table.mask, table.starts):
+            digest.update(np.ascontiguousarray(column))
+    return digest.hexdigest()[:32]
 
 
 def step_rows(mixture: Mixture, tables: Mapping[str, RowTable], step: int, batch_size: int) -> list[TrainRow]:
@@ -139,6 +147,7 @@ class Trainer:
             Interrupted: ``stopped`` said so; a checkpoint lies in ``folder``.
         """
         config = self.config
+        was_training = self.base.training
         peft_model = add_lora(self.base, config, seed=self.seed)
         noise = _add_noise(peft_model, config.neftune_alpha)
         parameters = {name: p for name, p in peft_model.named_parameters() if p.requires_grad}
@@ -202,7 +211,7 @@ class Trainer:
         finally:
             if noise is not None:
                 noise.remove()
-            remove_lora(peft_model)
+            remove_lora(peft_model).train(was_training)
         return TrainResult(self.steps, tokens, trained, seconds, config.learning_rate)
 
     def _by_source(self, out: StepLoss) -> dict[str, float]:
@@ -221,8 +230,10 @@ def _add_noise(model: Any, alpha: float) -> Any:
     def hook(module: Any, _: Any, output: torch.Tensor) -> torch.Tensor:
         if not model.training:
             return output
-        size = alpha / math.sqrt(output.shape[-2] * output.shape[-1])
-        return output + torch.empty_like(output).uniform_(-size, size)
+        lengths = current_plan().lengths  # L is each row's own length, whatever it is packed with
+        tokens = torch.repeat_interleave(torch.tensor(lengths), torch.tensor(lengths)).to(output.device)
+        size = alpha / (tokens * output.shape[-1]).sqrt().to(output.dtype)
+        return output + torch.empty_like(output).uniform_(-1, 1) * size[:, None]
 
     return model.get_input_embeddings().register_forward_hook(hook)
 
