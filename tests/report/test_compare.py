@@ -55,5 +55,5 @@ def test_empty_folders_and_too_few(tmp_path: Path) -> None:
     assert "None of these runs has scores yet." in compare([RunFolder(tmp_path / "a"), RunFolder(tmp_path / "b")])
     with pytest.raises(TellError, match="two run folders"):
         compare([RunFolder(tmp_path / "a")])
-    with pytest.raises(TellError, match="has no"):
+    with pytest.raises(TellError, match="no such run folder"):
         compare([RunFolder(tmp_path / "a"), RunFolder(tmp_path / "c")])

@@ -226,7 +226,7 @@ def test_empty_folder_gives_a_page_that_says_so(tmp_path: Path) -> None:
 
 
 def test_folder_that_is_not_there_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(TellError, match="has no"):
+    with pytest.raises(TellError, match="no such run folder"):
         render(RunFolder(tmp_path / "nowhere"))
 
 

@@ -31,8 +31,6 @@ def compare(folders: Sequence[RunFolder]) -> str:
     """
     if len(folders) < 2:
         raise TellError(f"{len(folders)} run given", where="tell report", remedy="Give two run folders or more.")
-    for folder in folders:
-        folder.require(folder.root, "tell tune")
     runs = [read_run(folder) for folder in folders]
     names = run_names(runs)
     return fill(

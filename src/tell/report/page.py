@@ -98,7 +98,6 @@ def render(folder: RunFolder) -> str:
     Raises:
         TellError: the folder does not exist.
     """
-    folder.require(folder.root, "tell tune")
     run = read_run(folder)
     data, model = sections.data_name(run), sections.model_name(run)
     used = [*mapping(run.metrics, "arms"), *run.predictions, *run.logs]

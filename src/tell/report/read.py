@@ -1,4 +1,4 @@
-"""A run folder read for the page: what is there, and what could not be read. Never raises for a missing file."""
+"""A run folder read for the page: what is there, and what could not be read. A missing file is no error."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import pyarrow
 import pyarrow.parquet as parquet
 import yaml
 
+from tell.errors import TellError
 from tell.report.words import arm_order
 from tell.run import RunFolder, read_jsonl
 
@@ -62,7 +63,13 @@ class Run:
 
 
 def read_run(folder: RunFolder) -> Run:
-    """Read what the folder holds; a file that is there but broken is named in ``problems``."""
+    """Read what the folder holds; a file that is there but broken is named in ``problems``.
+
+    Raises:
+        TellError: the folder itself does not exist.
+    """
+    if not folder.root.is_dir():
+        raise TellError("no such run folder", where=str(folder.root), remedy="Give a folder made by tell tune.")
     run = Run(folder)
 
     def attempt(path: Path, read: Callable[[Path], Any], default: Any, kind: type = dict) -> Any:

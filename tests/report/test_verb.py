@@ -1,0 +1,45 @@
+"""``tell.report``: one call for one run or several."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from report.sample import make_sample
+from tell.errors import TellError
+from tell.report.verb import report
+
+
+def test_one_run_writes_into_its_folder(tmp_path: Path) -> None:
+    folder = make_sample(tmp_path / "run", arms=("base",), rows=12)
+    assert report(folder.root) == folder.report and folder.report.read_text(encoding="utf-8").startswith("<!doctype")
+    assert report([folder], out=tmp_path / "deep" / "page.html").is_file()
+
+
+def test_several_runs_write_beside_the_first(tmp_path: Path) -> None:
+    runs = [make_sample(tmp_path / name, arms=("base",), rows=12).root for name in ("a", "b")]
+    path = report(runs)
+    assert path == tmp_path / "compare.html" and "2 runs side by side" in path.read_text(encoding="utf-8")
+    assert not (runs[0] / "report.html").exists()
+
+
+def test_what_is_no_run_is_refused_and_nothing_written(tmp_path: Path) -> None:
+    with pytest.raises(TellError, match="no such run folder"):
+        report(tmp_path / "nowhere")
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(TellError, match="holds no run"):
+        report(tmp_path / "photos")
+    with pytest.raises(TellError, match="no run given"):
+        report([])
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["photos"]
+
+
+@pytest.mark.parametrize("before", ["", "import tell.report.page; "])
+def test_public_call_works_whatever_was_imported_before(before: str, tmp_path: Path) -> None:
+    folder = make_sample(tmp_path / "run", arms=("base",), rows=12)
+    code = f"{before}import tell; print(tell.report({str(folder.root)!r})); from tell.report import render; tell.report"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(folder.report)
