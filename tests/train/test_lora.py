@@ -1,0 +1,176 @@
+"""The adapter: peft's function, peft's format, and the base model untouched."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+
+import tiny
+from tell.config import TrainConfig
+from tell.errors import TellError
+from tell.train.lora import adapter_merged, add_lora, lora_layers, remove_lora, save_adapter, target_modules
+from train.packed import assert_close, gradients, load, wake
+
+IDS = torch.arange(20, 60)[None]
+
+
+def snapshot(model) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def assert_identical(model, before: dict[str, torch.Tensor]) -> None:
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3", "phi3"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_fused_equals_peft(family, dropout, tiny_model):
+    """Outputs and gradients; with dropout the masks coincide, for both draw once a layer in the same order."""
+    config = TrainConfig(lora_dropout=dropout, lora_r=4, lora_targets="all-linear")
+    results = []
+    for fused in (True, False):
+        model = add_lora(load(tiny_model(family)), config, seed=1, fused=fused)
+        wake(model)
+        assert sum("forward" in vars(layer) for _, layer in lora_layers(model)) == (
+            len(list(lora_layers(model))) if fused else 0
+        )
+        torch.manual_seed(3)
+        logits = model(input_ids=IDS).logits
+        (logits.sin().sum() / 100).backward()
+        results.append((logits.detach(), gradients(model)))
+    (ours, grads), (theirs, reference) = results
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
+    assert_close(grads, reference)
+
+
+def test_dropout_is_real_in_training_only(tiny_model):
+    model = add_lora(load(tiny_model("llama")), TrainConfig(lora_dropout=0.5), seed=1)
+    wake(model)
+    first, second = (model(input_ids=IDS).logits for _ in range(2))
+    assert (first - second).abs().max() > 1e-3
+    model.eval()
+    assert torch.equal(model(input_ids=IDS).logits, model(input_ids=IDS).logits)
+
+
+def test_fresh_adapter_is_seeded_and_changes_nothing(tiny_model):
+    base = load(tiny_model("llama"))
+    before = base(input_ids=IDS).logits
+    state = snapshot(base)
+    starts = []
+    for seed in (1, 1, 2):
+        model = add_lora(base, TrainConfig(), seed=seed)
+        parameters = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+        assert all("lora_" in name and p.dtype == torch.float32 for name, p in parameters.items())
+        torch.testing.assert_close(model.eval()(input_ids=IDS).logits, before)
+        starts.append(parameters)
+        base = remove_lora(model)
+        assert_identical(base, state)
+    same, other = (
+        all(torch.equal(starts[0][name], starts[k][name]) for name in starts[0] if "lora_A" in name) for k in (1, 2)
+    )
+    assert same and not other
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_adapter_loads_in_plain_peft_and_merges(family, tiny_model, tmp_path):
+    """Three ways to one function: trained model, plain peft on plain transformers, weights folded in and out."""
+    base = load(tiny_model(family))
+    state, plain = snapshot(base), base(input_ids=IDS).logits
+    model = add_lora(base, TrainConfig(lora_r=4), seed=1)
+    wake(model)
+    tuned = model.eval()(input_ids=IDS).logits
+    save_adapter(model, tmp_path)
+    base = remove_lora(model)
+    assert {file.name for file in tmp_path.iterdir()} == {"adapter_model.safetensors", "adapter_config.json"}
+
+    theirs = PeftModel.from_pretrained(load(tiny_model(family)), tmp_path)(input_ids=IDS).logits
+    scale = tuned.abs().max()
+    assert (tuned - plain).abs().max() > 1e-2 * scale
+    assert (theirs - tuned).abs().max() < 1e-5 * scale
+    with adapter_merged(base, tmp_path) as merged:
+        assert (merged(input_ids=IDS).logits - theirs).abs().max() < 1e-5 * scale
+    assert_identical(base, state)
+    with pytest.raises(ValueError, match="inside"), adapter_merged(base, tmp_path):
+        raise ValueError("inside")
+    assert_identical(base, state)
+    with adapter_merged(base, None) as untouched:
+        assert untouched is base
+
+
+def test_merging_leaves_bfloat16_exact(tiny_model, tmp_path):
+    base = load(tiny_model("qwen2"), dtype=torch.bfloat16)
+    state = snapshot(base)
+    model = add_lora(base, TrainConfig(), seed=1)
+    wake(model)
+    save_adapter(model, tmp_path)
+    base = remove_lora(model)
+    with adapter_merged(base, tmp_path):
+        assert not torch.equal(base.model.layers[0].mlp.up_proj.weight, state["model.layers.0.mlp.up_proj.weight"])
+        assert base.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
+    assert_identical(base, state)
+
+
+def test_merging_weights_stored_the_other_way_round(tmp_path):
+    """GPT-2's linear layers keep (in, out); the square one would take a transposed product in silence."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=400)
+    base = transformers.AutoModelForCausalLM.from_config(config).eval()
+    model = add_lora(base, TrainConfig(), seed=1)
+    wake(model)
+    save_adapter(model, tmp_path)
+    tuned = model.eval()(input_ids=IDS).logits
+    with adapter_merged(remove_lora(model), tmp_path) as merged:
+        torch.testing.assert_close(merged(input_ids=IDS).logits, tuned, rtol=1e-4, atol=1e-5)
+
+
+LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("targets", ["all-linear", "qkv", "o_proj, down_proj"])
+def test_targets(family, targets, tiny_model):
+    """No target touches the output layer, tied or not; phi3 has q, k and v in one."""
+    fused = family == "phi3"
+    expected = {
+        "all-linear": {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"} if fused else LINEAR,
+        "qkv": {"qkv_proj"} if fused else {"q_proj", "k_proj", "v_proj"},
+        "o_proj, down_proj": {"o_proj", "down_proj"},
+    }[targets]
+    model = add_lora(load(tiny_model(family)), TrainConfig(lora_targets=targets), seed=1)
+    names = [name for name, _ in lora_layers(model)]
+    assert {name.rsplit(".", 1)[-1] for name in names} == expected
+    assert len(names) == len(expected) * model.config.num_hidden_layers
+
+
+@pytest.mark.parametrize("targets", ["q_proj,nonsense", "lm_head", "embed_tokens", " , "])
+def test_unknown_targets_are_named(targets, tiny_model):
+    model = load(tiny_model("mistral"))  # its output layer is not tied
+    with pytest.raises(TellError) as caught:
+        target_modules(model, targets)
+    message = str(caught.value)
+    assert message.startswith("train.lora_targets:") and "names no linear layer" in message
+    assert "o_proj" in message and ("q_proj" not in message.split("names")[0])
+    assert ", lm_head" not in message.split("Use")[1]
+
+
+def test_bad_adapters_are_refused(tiny_model, tmp_path):
+    model = add_lora(load(tiny_model("llama")), TrainConfig(), seed=1)
+    save_adapter(model, tmp_path / "a")
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    base = load(tiny_model("phi3"))
+    state = snapshot(base)
+    with pytest.raises(TellError, match="which the model lacks"), adapter_merged(base, tmp_path / "a"):
+        pass
+    assert_identical(base, state)
+    with pytest.raises(TellError, match=r"has no adapter_model\.safetensors"), adapter_merged(base, tmp_path):
+        pass
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
+    with pytest.raises(TellError, match="not a plain LoRA"), adapter_merged(base, tmp_path / "a"):
+        pass
