@@ -113,7 +113,7 @@ class TrainConfig(Section):
     loss_on: Literal["answer", "all"] = Field("answer", description="all: prompts are trained too (arXiv 2405.14394)")
     task_weight: float = Field(1.0, gt=0, description="weight of a task row's loss against a general row's")
     lora_r: int = Field(8, ge=1, description="rank of the adapter")
-    lora_alpha: float = Field(32, gt=0, description="the adapter is scaled by lora_alpha / lora_r")
+    lora_alpha: float = Field(32.0, gt=0, description="the adapter is scaled by lora_alpha / lora_r")
     lora_dropout: float = Field(0.05, ge=0, lt=1, description="dropout on the adapter's input")
     lora_targets: str = Field("all-linear", description="all-linear, qkv, or comma-separated module names")
     neftune_alpha: float = Field(0.0, ge=0, description="noise on embeddings (arXiv 2310.05914); 0 is off")

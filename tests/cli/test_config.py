@@ -98,7 +98,7 @@ def test_a_resolved_configuration_reads_back_the_same(tmp_path):
     config = Given(data="a.jsonl", flags={"--general-rows": 7, "--arms": ("base", "tell")}).load("tune")
     file = tmp_path / "run.yaml"
     file.write_text(config.to_yaml())
-    assert Given(file=file).load("tune") == config
+    assert repr(Given(file=file).load("tune")) == repr(config)  # 32 and 32.0 would give checkpoints two digests
 
 
 @pytest.mark.parametrize(
