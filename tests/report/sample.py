@@ -157,16 +157,17 @@ def _metrics(arms: tuple[str, ...], good: dict, field: dict, rng: np.random.Gene
     if "base" in arms:
         losses = {"general held out": rng.normal(1.71, 0.4, 64), "probe": rng.normal(1.93, 0.5, 60)}
         told, changed = {}, {}
+        before = (rng.random(60) < 0.02) * 1.0
         for arm in ("base", *(a for a in tuned if a in arms)):
             up, more, leak = tuned.get(arm, (0.0, 0.0, 0.0))
             shift = {"general held out": up, "probe": more}
-            told[arm] = {s: {"loss": _ci(v + shift[s] + rng.normal(0, 0.05, len(v)), rng)} for s, v in losses.items()}
-            told[arm]["probe"]["task_format"] = _ci((rng.random(60) < leak) * 1.0, rng)
+            moved = {s: shift[s] + rng.normal(0, 0.05 * (arm != "base"), len(v)) for s, v in losses.items()}
+            leaked = np.maximum(before, rng.random(60) < leak)
+            told[arm] = {s: {"loss": _ci(v + moved[s], rng)} for s, v in losses.items()}
+            told[arm]["probe"]["task_format"] = _ci(leaked, rng)
             if arm != "base":
-                changed[f"{arm} - base"] = {
-                    s: {"loss": _ci(shift[s] + rng.normal(0, 0.05, len(v)), rng)} for s, v in losses.items()
-                }
-                changed[f"{arm} - base"]["probe"]["task_format"] = _ci((rng.random(60) < leak) * 1.0, rng)
+                changed[f"{arm} - base"] = {s: {"loss": _ci(v, rng)} for s, v in moved.items()}
+                changed[f"{arm} - base"]["probe"]["task_format"] = _ci(leaked - before, rng)
         metrics["forgetting"] = {
             "sets": {
                 "general held out": {"origin": "self", "rows": 64, "in_mix_source": True},
