@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tell.cli.common import Given, configured
 from tell.errors import TellError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 @configured("anchor")
@@ -46,7 +49,7 @@ def anchor(
         typer.echo(f"written to {out}; use it with --anchor @{out}", err=True)
 
 
-def _show(console, result: dict) -> None:
+def _show(console: Console, result: dict) -> None:
     from rich.table import Table
     from rich.text import Text
 
