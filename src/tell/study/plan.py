@@ -189,7 +189,7 @@ def describe_plan(task: Task, table: RowTable, general: General | None, draw: Dr
             "tokens": tell["tokens"],
             "trained_tokens": tell["trained_tokens"],
             "flops": tell["flops"],
-            "learning_rate": config.train.learning_rate,
+            "learning_rate": task.training.learning_rate,
             "adapter_parameters": adapter,
         },
         "arms": costs,

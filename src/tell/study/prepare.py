@@ -11,7 +11,7 @@ import numpy as np
 
 from tell.anchor.anchor import NO_ANCHOR, Anchor
 from tell.anchor.derive import derived_anchor
-from tell.config import Config
+from tell.config import Config, TrainConfig, learning_rate_for
 from tell.data.budget import take_rows, take_tokens
 from tell.data.example import Example
 from tell.data.kind import Kind, detect_kind, load_schema
@@ -22,7 +22,7 @@ from tell.errors import TellError
 from tell.mix.amount import Draw, general_rows
 from tell.mix.mixture import Mixture, build, build_repeated
 from tell.mix.seeds import permutation
-from tell.models.find import ModelFiles, find_model
+from tell.models.find import ModelFiles, find_model, find_tokenizer
 from tell.progress import Display, Silent
 from tell.rows.cache import cache_key, cached_table
 from tell.rows.table import Dropped, RowTable
@@ -53,6 +53,12 @@ class Task:
     kind: Kind
     findings: dict
     notices: list[str] = field(default_factory=list)
+
+    @property
+    def training(self) -> TrainConfig:
+        """The training settings with the learning rate resolved for this model."""
+        rate = self.config.train.learning_rate or learning_rate_for(self.files.architecture.parameters)
+        return self.config.train.model_copy(update={"learning_rate": rate})
 
     @property
     def rules(self) -> RowRules:
@@ -91,7 +97,7 @@ def load_task(config: Config, display: Display | None = None) -> Task:
     chat = ChatTokenizer(files.path)
     unit = chat
     if config.tokens.unit != "model":
-        unit = ChatTokenizer(find_model(config.tokens.unit, need_weights=False).path)
+        unit = ChatTokenizer(find_tokenizer(config.tokens.unit, notify=display.note))
     parts = _split(config, data, given)
     kind = detect_kind([*parts.train, *parts.validation], override=config.task.kind, schema=schema)
     task = Task(config, files, chat, unit, parts.train, parts.validation, parts.test, kind, {})
@@ -283,7 +289,9 @@ def load_general(task: Task, source: str, display: Display, *, overlap: bool = T
         layout.update(_describe(data))
         lost = [Dropped(origin, reason) for origin, reason in data.dropped]
         with display.bar("tokenise general data", len(data.examples)) as advance:
-            return tokenize(data.examples, task.chat, source="general", rules=rules, unit=task.unit, progress=advance)
+            table = tokenize(data.examples, task.chat, source="general", rules=rules, unit=task.unit, progress=advance)
+        table.dropped[:0] = lost
+        return table
 
     table, _ = cached_table(key, make)
     if not layout:

@@ -15,8 +15,9 @@ from typing import Any
 from tell.config import Config
 from tell.data.example import Message
 from tell.errors import TellError
+from tell.home import tell_home
 from tell.progress import Display
-from tell.rows.cache import cache_key, home
+from tell.rows.cache import cache_key
 from tell.rows.template import ChatTokenizer
 from tell.run import atomic_path, read_jsonl
 
@@ -36,7 +37,7 @@ def self_file(config: Config, model: str, tokenizer: str) -> Path:
         seed=config.seed,
         **config.general.self_.model_dump(),
     )
-    return home() / "self" / f"{key}.jsonl"
+    return tell_home() / "self" / f"{key}.jsonl"
 
 
 def cached_self_file(config: Config, model: str, tokenizer: str) -> Path | None:

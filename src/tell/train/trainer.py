@@ -203,7 +203,7 @@ class Trainer:
                         raise Interrupted(
                             f"stopped after step {done} of {self.steps}",
                             where=str(self.folder),
-                            remedy="Run again with --resume.",
+                            remedy="Go on with `tell tune --resume --out` and the run folder.",
                         )
             finally:
                 logger.close()

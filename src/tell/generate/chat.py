@@ -1,0 +1,109 @@
+"""Talking to a tuned model: anchor and adapter applied, answers streamed."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from tell.anchor.anchor import NO_ANCHOR, Anchor
+from tell.data.example import Message
+
+MOST_NEW_TOKENS = 512
+WITHOUT_ANCHOR = ("base", "tell-anchor")
+
+
+class ChatSession:
+    """A conversation with one arm of a run.
+
+    Args:
+        opened: the run, model loaded.
+        arm: whose adapter answers; ``base`` is the untuned model without the anchor.
+        greedy: overrides the run's decoding.
+        seed: of the first answer; each later one counts on.
+    """
+
+    def __init__(self, opened: Any, *, arm: str, greedy: bool | None, seed: int | None) -> None:
+        from tell.train.lora import adapter_merged
+
+        self.opened, self.arm = opened, arm
+        adapter = opened.adapter(arm)
+        model = opened.load()
+        self._stack = ExitStack()
+        self._stack.enter_context(adapter_merged(model, adapter))
+        self.anchor: Anchor = NO_ANCHOR if arm in WITHOUT_ANCHOR else opened.anchor
+        self.greedy, self.seed = greedy, opened.config.seed if seed is None else seed
+        self.history: list[Message] = []
+
+    def reset(self) -> None:
+        """Forget the conversation."""
+        self.history.clear()
+
+    def close(self) -> None:
+        """Give the base weights back."""
+        self._stack.close()
+
+    def describe(self) -> str:
+        """One line: model, arm, anchor."""
+        text = self.anchor.text if len(self.anchor.text) <= 100 else self.anchor.text[:100] + " …"
+        anchor = f"anchor ({self.anchor.place}): {text}" if self.anchor else "no anchor"
+        return f"{self.opened.files.name}, arm {self.arm}, {anchor}"
+
+    def stream(self, text: str) -> Iterator[str]:
+        """Answer a message; yields pieces of text as they come, and keeps both turns."""
+        from tell.generate.sampler import Decoding
+
+        chat, config = self.opened.chat, self.opened.config
+        self.history.append(Message("user", text))
+        prompt = chat.encode(chat.render(self.anchor.apply(self.history), add_generation_prompt=True))
+        rule = config.generate
+        if self.greedy is not None:
+            rule = rule.model_copy(update={"greedy": self.greedy})
+        decoding = Decoding.of(
+            rule, max_new_tokens=MOST_NEW_TOKENS, stop_ids=chat.stop_ids, seed=self.seed + len(self.history)
+        )
+        tokens: queue.Queue[int | BaseException | None] = queue.Queue()
+
+        def work() -> None:
+            try:
+                self.opened.engine.generate([prompt], decoding, on_token=lambda _, token: tokens.put(token))
+                tokens.put(None)
+            except BaseException as error:  # handed to the reader
+                tokens.put(error)
+
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        ids: list[int] = []
+        shown = ""
+        while (item := tokens.get()) is not None:
+            if isinstance(item, BaseException):
+                self.history.pop()
+                raise item
+            ids.append(item)
+            whole = chat.decode(ids)
+            if not whole.endswith("\ufffd") and len(whole) > len(shown):  # half a character waits for its rest
+                yield whole[len(shown) :]
+                shown = whole
+        whole = chat.decode(ids)
+        if len(whole) > len(shown):
+            yield whole[len(shown) :]
+        thread.join()
+        self.history.append(Message("assistant", whole))
+
+
+def chat(run: str | Path, *, arm: str = "tell", seed: int | None = None, greedy: bool | None = None) -> ChatSession:
+    """Open a run for talking.
+
+    Args:
+        run: a run folder.
+        arm: ``tell``, ``base`` (untuned, no anchor) or another arm of the run.
+
+    Raises:
+        TellError: no such run or arm.
+    """
+    from tell.study.session import open_run
+
+    return ChatSession(open_run(run), arm=arm, greedy=greedy, seed=seed)

@@ -1,0 +1,74 @@
+"""`tell demo`: the whole way on a task and general data of our own; nothing is downloaded but the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import tell
+from tell.config import Config, load_config
+from tell.errors import TellError
+from tell.progress import Display
+from tell.run import RunFolder
+from tell.study.tune import tune
+
+MINUTES = 12.0
+
+
+def example_folder(name: str = "support") -> Path:
+    """Where an example task lies: in the installed package, or in the source tree.
+
+    Raises:
+        TellError: this installation lacks it.
+    """
+    package = Path(tell.__file__).parent
+    for folder in (package / "examples" / name, package.parents[1] / "examples" / name):
+        if folder.is_dir():
+            return folder
+    raise TellError(f"the example {name!r} is not installed", remedy="Install tell-llm again.")
+
+
+def demo_config(out: str | Path | None = None, minutes: float | None = None) -> Config:
+    """The demo's configuration: support mails to JSON, general data written by the model itself."""
+    folder = example_folder()
+    return load_config(
+        flags={
+            "task": {
+                "data": str(folder / "train.jsonl"),
+                "test": str(folder / "test.jsonl"),
+                "schema": str(folder / "schema.json"),
+            },
+            "anchor": {"text": f"@{folder / 'anchor.txt'}"},
+            "general": {"source": "self", "rows": DEMO_GENERAL_ROWS},
+            "eval": {
+                "arms": ["base", "base+anchor", "icl", "sft", "sft-matched", "tell", "tell-anchor"],
+                "icl_examples": 4,
+                "forgetting_rows": 48,
+                "forgetting_answers": 12,
+            },
+            "out": str(out or "runs/demo"),
+            "max_minutes": minutes or MINUTES,
+        }
+    )
+
+
+DEMO_GENERAL_ROWS = 320
+
+
+def demo(
+    *,
+    out: str | Path | None = None,
+    overwrite: bool = False,
+    display: Display | None = None,
+    minutes: float | None = None,
+) -> RunFolder:
+    """Run the demo.
+
+    Args:
+        out: run folder; default ``runs/demo``.
+        overwrite: replace an earlier demo there.
+        minutes: the general data is shortened until the run is predicted to fit.
+
+    Returns:
+        The run folder with the report.
+    """
+    return tune(demo_config(out, minutes), overwrite=overwrite, display=display, command="tell demo")

@@ -1,0 +1,145 @@
+"""`tell eval`: score the arms of a finished run again, on its own test rows or on others."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from tell.config import GenerateConfig
+from tell.data.budget import take_rows
+from tell.data.example import Example
+from tell.data.kind import Kind
+from tell.data.sources import load
+from tell.errors import TellError
+from tell.progress import Display, Silent
+from tell.run import write_jsonl
+from tell.study.scoring import (
+    adapter_folder,
+    answer_limit,
+    answer_rows,
+    arm_numbers,
+    arm_prompts,
+    score_rows,
+    scorer_of,
+)
+from tell.study.session import OpenRun, open_run
+
+
+def evaluate(
+    run: str | Path,
+    *,
+    arms: Sequence[str] | None = None,
+    test: str | None = None,
+    greedy: bool | None = None,
+    seed: int | None = None,
+    rows: int | None = None,
+    overrides: Sequence[str] = (),
+    display: Display | None = None,
+) -> dict:
+    """Score arms of a run.
+
+    Args:
+        run: a run folder with its adapters.
+        arms: default: those of the run that can be answered with.
+        test: another test file; default: the run's own test rows.
+        greedy, seed: decoding other than the run's.
+        rows: score at most this many test rows, drawn by seed.
+        overrides: ``generate.x=y`` as for ``--set``.
+        display: shows progress.
+
+    Returns:
+        The shape of metrics.json: ``task``, ``arms``, ``differences``. The run's own metrics and answers stay
+        as they are; the new answers go to ``predictions/eval/``.
+
+    Raises:
+        TellError: no run, no adapter for an arm, bad test file.
+    """
+    display = display or Silent()
+    opened = open_run(run)
+    config = opened.config
+    if overrides:
+        config = _override(config, overrides)
+    seed = config.seed if seed is None else seed
+    train, examples = _examples(opened, test)
+    if rows is not None and rows < len(examples):
+        examples = [examples[i] for i in sorted(take_rows(len(examples), rows, seed))]
+    wanted = list(dict.fromkeys(arms)) if arms else [a for a in config.eval.arms if _ready(opened, a)]
+    adapters = {arm: opened.adapter(arm) for arm in wanted}
+    kind = _kind(opened)
+    scorer = scorer_of(config, kind)
+    from tell.generate.sampler import Decoding
+    from tell.train.lora import adapter_merged
+
+    model = opened.load()
+    limit = answer_limit(config, opened.chat, train or examples)
+    rule: GenerateConfig = config.generate
+    if greedy is not None:
+        rule = rule.model_copy(update={"greedy": greedy})
+    decoding = Decoding.of(rule, max_new_tokens=limit, stop_ids=opened.chat.stop_ids, seed=seed)
+    scored = {}
+    for arm in wanted:
+        room = min(opened.engine.max_positions - limit, config.train.max_length * 2)
+        prompts, _ = arm_prompts(
+            arm, opened.chat, opened.anchor, examples, train, examples=config.eval.icl_examples, room=room
+        )
+        with adapter_merged(model, adapters[arm]):
+            answers = answer_rows(
+                opened.engine, opened.chat, prompts, examples, decoding, title=f"answer {arm}", display=display
+            )
+        scored[arm] = score_rows(scorer, answers)
+        write_jsonl(opened.folder.predictions / "eval" / f"{arm}.jsonl", answers)
+    values, gaps = arm_numbers(scored, seed=seed, samples=config.eval.bootstrap)
+    return {"task": {"kind": kind.name, "primary": scorer.primary}, "arms": values, "differences": gaps}
+
+
+def _override(config, overrides: Sequence[str]):  # type: ignore[no-untyped-def]
+    from tell.config import make_config, merge, parse_overrides
+
+    changes = parse_overrides(overrides)
+    if set(changes) - {"generate", "eval"}:
+        raise TellError(
+            f"--set {next(iter(set(changes) - {'generate', 'eval'}))} has no effect on scoring",
+            remedy="Only generate.* and eval.* can be changed after training.",
+        )
+    return make_config(merge(config.model_dump(by_alias=True, mode="json"), changes), where="--set")
+
+
+def _ready(opened: OpenRun, arm: str) -> bool:
+    place = adapter_folder(opened.folder, arm)
+    return place is None or (place / "adapter_model.safetensors").exists()
+
+
+def _kind(opened: OpenRun) -> Kind:
+    """The kind of task as the run found it."""
+    folder = opened.folder
+    facts = json.loads(folder.require(folder.findings, "`tell tune`").read_text(encoding="utf-8"))["kind"]
+    schema = json.loads(folder.schema.read_text(encoding="utf-8")) if folder.schema.exists() else None
+    labels = tuple(facts["labels"]) if facts.get("labels") else None
+    return Kind(facts["name"], schema, facts["schema_inferred"], labels, facts["why"])
+
+
+def _examples(opened: OpenRun, test: str | None) -> tuple[list[Example], list[Example]]:
+    """Training rows (for in-context examples) and test rows, found again by their content hashes."""
+    config, folder = opened.config, opened.folder
+    parts = json.loads(folder.require(folder.split, "`tell tune`").read_text(encoding="utf-8"))
+    by_hash: dict[str, Example] = {}
+    for path in (config.task.data, config.task.test):
+        if path:
+            by_hash.update((e.hash, e) for e in load(path, name="task", columns=config.task.columns).examples)
+    if test:
+        found = load(test, name="task", columns=config.task.columns).examples
+    else:
+        found = _pick(parts["test"], by_hash, config.task.test or config.task.data)
+    return [by_hash[h] for h in parts["train"] if h in by_hash], found
+
+
+def _pick(hashes: Sequence[str], by_hash: dict[str, Example], path: str | None) -> list[Example]:
+    missing = sum(h not in by_hash for h in hashes)
+    if missing:
+        raise TellError(
+            f"{missing} of the run's {len(hashes)} test rows are no longer in the file",
+            where=str(path),
+            remedy="Put the file back as it was, or give test rows with --test.",
+        )
+    return [by_hash[h] for h in hashes]

@@ -1,0 +1,50 @@
+"""SIGINT and SIGTERM: finish the step, leave a resumable folder, say how to go on."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from tell.errors import Interrupted
+
+
+class Stop:
+    """Set by a signal; asked between steps and between decoded tokens."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.asked = False
+
+    def __call__(self) -> bool:
+        return self.asked
+
+    def check(self) -> None:
+        """Raise Interrupted once a signal has come."""
+        if self.asked:
+            raise Interrupted(
+                "stopped", where=str(self.folder), remedy=f"Go on with `tell tune --resume --out {self.folder}`."
+            )
+
+    @contextmanager
+    def listening(self) -> Iterator[Stop]:
+        """Catch SIGINT and SIGTERM; a second one takes its usual course. Only the main thread can listen."""
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
+        old = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+        def caught(number: int, _: FrameType | None) -> None:
+            self.asked = True
+            signal.signal(number, old[number])
+
+        for number in old:
+            signal.signal(number, caught)
+        try:
+            yield self
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
