@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tell.config import TrainConfig
+from tell.config import TrainConfig, learning_rate_for
 from tell.errors import Interrupted
 from tell.mix.mixture import Mixture
 from tell.rows.table import RowTable
@@ -66,7 +66,12 @@ class TrainResult:
 
 
 def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
-    """Rate at a step counted from 0. Warm-up never reaches the last step, so a run of one step learns."""
+    """Rate at a step counted from 0. Warm-up never reaches the last step, so a run of one step learns.
+
+    ``config.learning_rate`` must be resolved; Trainer does that by the size of the model.
+    """
+    if config.learning_rate is None:
+        raise ValueError("learning_rate is not resolved")
     warmup = min(math.ceil(config.warmup_ratio * steps), steps - 1)
     if step < warmup:
         return config.learning_rate * (step + 1) / (warmup + 1)
@@ -133,6 +138,8 @@ class Trainer:
         stopped: Callable[[], bool] | None = None,
         progress: Callable[[StepReport], None] | None = None,
     ) -> None:
+        if config.learning_rate is None:
+            config = config.model_copy(update={"learning_rate": learning_rate_for(model.num_parameters())})
         self.base, self.tables, self.mixture, self.config = model, tables, mixture, config
         self.folder, self.log, self.seed, self.device = folder, log, seed, device
         self.stopped, self.progress = stopped or (lambda: False), progress
