@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from tell.data.example import Example
-from tell.rows.cache import COLUMNS, cache_key, cached_table, home
+from tell.home import tell_home
+from tell.rows.cache import COLUMNS, cache_key, cached_table
 from tell.rows.table import RowTable
 from tell.rows.template import ChatTokenizer
 from tell.rows.tokenize import RowRules, tokenize
@@ -49,14 +50,14 @@ def test_second_call_reads_the_same_back(make):
     assert_same(plain, first)
     assert_same(plain, second)
     assert isinstance(second.ids, np.memmap)  # not read into memory
-    assert not list((home() / "rows").glob(".k.*"))  # nothing half-written stays
+    assert not list((tell_home() / "rows").glob(".k.*"))  # nothing half-written stays
 
 
 @pytest.mark.parametrize("name", [*COLUMNS, "facts", "folder"])
 @pytest.mark.parametrize("damage", ["empty", "short", "gone", "garbage"])
 def test_broken_files_are_made_again(make, name, damage):
     plain = cached_table("k", make)[0]
-    folder = home() / "rows" / "k"
+    folder = tell_home() / "rows" / "k"
     path = folder / ("table.json" if name in ("facts", "folder") else f"{name}.npy")
     data = path.read_bytes()
     path.unlink()  # the old memory map keeps its own file
@@ -85,8 +86,8 @@ def test_unwritable_home_costs_speed_only(make, monkeypatch, tmp_path):
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_read_only_home(make):
-    home().mkdir(parents=True)
-    home().chmod(0o500)
+    tell_home().mkdir(parents=True)
+    tell_home().chmod(0o500)
     assert not cached_table("k", make)[1]
 
 
@@ -108,7 +109,7 @@ def test_error_while_making_leaves_nothing(make):
 
     with pytest.raises(ValueError, match="no"):
         cached_table("k", fail)
-    assert not (home() / "rows").exists()
+    assert not (tell_home() / "rows").exists()
 
 
 def test_key_depends_on_every_part():
