@@ -64,6 +64,10 @@ class SelfConfig(Section):
     temperature: float = Field(1.0, gt=0, description="sampling of the instructions")
     top_p: float = Field(0.95, gt=0, le=1, description="sampling of instructions and answers")
     answer_temperature: float = Field(0.6, gt=0, description="sampling of the answers")
+    answer_wish: str = Field(
+        "Answer briefly, in one to three sentences.",
+        description="asked of the model when it answers, not kept in the row; empty for nothing",
+    )
 
 
 class GeneralConfig(Section):

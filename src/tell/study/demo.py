@@ -12,6 +12,9 @@ from tell.run import RunFolder
 from tell.study.tune import tune
 
 MINUTES = 12.0
+# Small enough for twelve minutes on two cores; a run of one's own has some twenty times the task's tokens.
+GENERAL_ROWS = 320
+REPEAT = 4
 
 
 def example_folder(name: str = "support") -> Path:
@@ -38,7 +41,8 @@ def demo_config(out: str | Path | None = None, minutes: float | None = None) -> 
                 "schema": str(folder / "schema.json"),
             },
             "anchor": {"text": f"@{folder / 'anchor.txt'}"},
-            "general": {"source": "self", "rows": DEMO_GENERAL_ROWS},
+            "general": {"source": "self", "rows": GENERAL_ROWS},
+            "mix": {"repeat": REPEAT},
             "eval": {
                 "arms": ["base", "base+anchor", "icl", "sft", "sft-matched", "tell", "tell-anchor"],
                 "icl_examples": 4,
@@ -49,9 +53,6 @@ def demo_config(out: str | Path | None = None, minutes: float | None = None) -> 
             "max_minutes": minutes or MINUTES,
         }
     )
-
-
-DEMO_GENERAL_ROWS = 320
 
 
 def demo(

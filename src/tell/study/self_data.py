@@ -1,7 +1,8 @@
 """General data written by the model itself (Magpie, arXiv 2406.08464; rehearsal, arXiv 2403.01244).
 
-From its chat header alone the model writes an instruction, then answers it. Rows are written in blocks with
-a seed each, so a larger amount extends a smaller one; the file is kept by model and settings.
+From its chat header alone the model writes an instruction, then answers it. It is asked for short answers
+(the wish is not kept in the row), since an answer that runs into the limit is thrown away. Rows are written in
+blocks with a seed each, so a larger amount extends a smaller one; the file is kept by model and settings.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ def write_self_data(
     thrown = Counter(facts["thrown"])
     seen = {row["instruction"].strip().lower() for row in rows}
     empty = 0
-    share = min(1.0, enough(rows))
+    share = max(0.0, min(1.0, enough(rows)))
     if share >= 1:
         return path, facts
     with display.bar("general data, written by the model", 100, "%") as advance:
@@ -127,7 +128,7 @@ def write_self_data(
                     where="general.source self",
                     remedy="Give a file of general instruction data with --general.",
                 )
-            new = min(1.0, enough(rows))
+            new = max(0.0, min(1.0, enough(rows)))
             advance((new - share) * 100, f"{len(rows)} rows")
             share = new
     return path, facts
@@ -184,7 +185,10 @@ def _block(
         batch_size=config.generate.batch_size,
         seed=seed + 1,
     )
-    prompts = [chat.encode(chat.render([Message("user", text)], add_generation_prompt=True)) for text in instructions]
+    wish = f"\n\n{rules.answer_wish}" if rules.answer_wish else ""
+    prompts = [
+        chat.encode(chat.render([Message("user", text + wish)], add_generation_prompt=True)) for text in instructions
+    ]
     answers = engine.generate(prompts, reply)
     pairs = []
     for text, answer in zip(instructions, answers, strict=True):
