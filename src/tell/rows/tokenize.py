@@ -153,7 +153,7 @@ def tokenize(
             spans.append(span)
             contents.append("\n".join(m.content for m in messages))
         encodings = chat.backend.encode_batch(texts, add_special_tokens=False)
-        lengths = [len(e.ids) for e in unit_backend.encode_batch(contents, add_special_tokens=False)]
+        lengths = [len(e.ids) for e in unit_backend.encode_batch_fast(contents, add_special_tokens=False)]
         for k, (encoding, span) in enumerate(zip(encodings, spans, strict=True)):
             row, mask = _row(chat, texts[k], encoding, span)
             if rules.loss_on == "all":
