@@ -102,7 +102,7 @@ def load_task(config: Config, display: Display | None = None) -> Task:
     kind = detect_kind([*parts.train, *parts.validation], override=config.task.kind, schema=schema)
     task = Task(config, files, chat, unit, parts.train, parts.validation, parts.test, kind, {})
     if not chat.has_own_template:
-        task.notice(f"{files.name} has no chat template; the plain default is used (docs/templates.md)", display)
+        task.notice(f"{files.name} has no chat template; the plain default is used (docs/method.md)", display)
     task.validation = task.validation[:VALIDATION_ROWS]
     if config.task.test_rows and config.task.test_rows < len(task.test):
         task.test = [task.test[i] for i in sorted(take_rows(len(task.test), config.task.test_rows, config.seed))]
