@@ -13,7 +13,7 @@ from tell.study.tune import tune
 
 MINUTES = 12.0
 # Small enough for twelve minutes on two cores; a run of one's own has some twenty times the task's tokens.
-GENERAL_ROWS = 320
+GENERAL_ROWS = 256
 REPEAT = 4
 
 
@@ -44,10 +44,10 @@ def demo_config(out: str | Path | None = None, minutes: float | None = None) -> 
             "general": {"source": "self", "rows": GENERAL_ROWS},
             "mix": {"repeat": REPEAT},
             "eval": {
-                "arms": ["base", "base+anchor", "icl", "sft", "sft-matched", "tell", "tell-anchor"],
+                "arms": ["base", "base+anchor", "icl", "sft-matched", "tell"],
                 "icl_examples": 4,
-                "forgetting_rows": 48,
-                "forgetting_answers": 12,
+                "forgetting_rows": 24,
+                "forgetting_answers": 8,
             },
             "out": str(out or "runs/demo"),
             "max_minutes": minutes or MINUTES,

@@ -106,6 +106,23 @@ def _empty_pair() -> tuple:
     return Message("user", ""), Message("assistant", "")
 
 
+def shared_tokens(task: Task, mixture: Mixture) -> int:
+    """Tokens that need not be computed because the rows of a step share their prefix (an estimate from 64 rows)."""
+    config = task.config.train
+    if config.lora_dropout or config.neftune_alpha or not len(mixture):
+        return 0
+    sample = np.linspace(0, len(mixture) - 1, min(64, len(mixture))).astype(int)
+    tables = [mixture.tables[mixture.sources[i]] for i in mixture.source[sample]]
+    rows = [t.row(int(r))[0] for t, r in zip(tables, mixture.row[sample], strict=True) if len(t.ids)]
+    if len(rows) < 2:
+        return 0
+    length = min(map(len, rows)) - 1
+    for row in rows[1:]:
+        differs = np.flatnonzero(rows[0][:length] != row[:length])
+        length = int(differs[0]) if len(differs) else length
+    return length * (len(mixture) - mixture.steps(config.batch_size))
+
+
 def arm_costs(task: Task, mixture: Mixture) -> dict:
     """Steps, tokens, FLOPs and predicted seconds of one trained arm."""
     config, arch = task.config, task.files.architecture
@@ -115,14 +132,16 @@ def arm_costs(task: Task, mixture: Mixture) -> dict:
     tokens = int(lengths.sum(dtype=np.int64))
     device = likely_device() if config.model.device == "auto" else config.model.device
     dtype = likely_dtype(device) if config.model.dtype == "auto" else config.model.dtype
-    shared = {"trained_tokens": trained, "lengths": lengths.tolist(), "lora_parameters": adapter}
-    time = predict_seconds(arch, tokens, fingerprint=task.files.fingerprint, device=device, dtype=dtype, **shared)
+    facts = {"trained_tokens": trained, "lengths": lengths.tolist(), "lora_parameters": adapter}
+    computed = max(1, tokens - shared_tokens(task, mixture))
+    time = predict_seconds(arch, computed, fingerprint=task.files.fingerprint, device=device, dtype=dtype, **facts)
     return {
         "steps": mixture.steps(config.train.batch_size),
         "rows": len(mixture),
         "tokens": tokens,
+        "computed_tokens": computed,
         "trained_tokens": trained,
-        "flops": training_flops(arch, tokens, **shared),
+        "flops": training_flops(arch, tokens, **facts),
         "seconds": time.seconds,
         "basis": time.basis,
     }
@@ -130,7 +149,7 @@ def arm_costs(task: Task, mixture: Mixture) -> dict:
 
 def answer_seconds(task: Task, costs: dict) -> float:
     """Predicted seconds to answer the test rows once, from the training speed."""
-    speed = costs["tokens"] / costs["seconds"] if costs["seconds"] else 1.0
+    speed = costs["computed_tokens"] / costs["seconds"] if costs["seconds"] else 1.0
     answers = np.mean([len(task.chat.encode(e.answer)) for e in task.test[:50]]) if task.test else 0.0
     prompts = np.mean([len(task.chat.encode(e.question)) for e in task.test[:50]]) if task.test else 0.0
     return len(task.test) * (answers * ANSWER_SECONDS_SHARE + prompts / 3) / speed

@@ -142,6 +142,7 @@ class _Run:
         self._at("general data")
         general, draw = self._general(table)
         if general is not None and draw is not None and self.config.max_minutes:
+            self._calibrate(table)
             spent = time.monotonic() - self.begin
             draw = fit_minutes(self.task, table, general, draw, self.config.max_minutes, spent)
         mixtures = arm_mixtures(self.config, table, general, draw)
@@ -260,6 +261,43 @@ class _Run:
             )
         return str(path)
 
+    def _calibrate(self, table: RowTable) -> None:
+        """Measure two training steps, so that --max-minutes goes by this machine as it is now."""
+        import torch
+
+        from tell.train.batches import TrainRow
+        from tell.train.lora import add_lora, remove_lora
+        from tell.train.step import Body, step_loss
+
+        model = self._model()
+        tuned = add_lora(model, self.task.training, seed=self.config.seed)
+        try:
+            body = Body(tuned)
+            rows = [TrainRow(*table.row(i % len(table)), 0, True) for i in range(self.config.train.batch_size)]
+            for _ in range(2):  # the first warms up
+                begin = time.monotonic()
+                out = step_loss(
+                    body,
+                    rows,
+                    normalization=self.config.train.loss_normalization,
+                    micro_tokens=self.config.train.micro_tokens,
+                    device=self.loaded.device,
+                )
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
+                seconds = time.monotonic() - begin
+        finally:
+            remove_lora(tuned)
+        self._record_speed(out.tokens / seconds)
+
+    def _record_speed(self, tokens_per_second: float) -> None:
+        record_speed(
+            self.task.files.fingerprint,
+            self.loaded.device.type,
+            "bf16" if "bfloat16" in str(self.loaded.dtype) else "fp32",
+            tokens_per_second,
+        )
+
     def _write_before(self, tell: tuple[dict, Mixture], plan: dict) -> None:
         """Everything that is decided before training."""
         folder, task = self.folder, self.task
@@ -311,13 +349,13 @@ class _Run:
             write_json(done, results[arm])
             shutil.rmtree(place / "checkpoint", ignore_errors=True)
             if arm == "tell":
-                self._finish_adapter(result)
+                self._finish_adapter(result, arm_costs(self.task, mixture)["computed_tokens"])
         return results
 
     def _needs(self, arm: str) -> bool:
         return arm in self.arms or (arm == "tell" and "tell-anchor" in self.arms)
 
-    def _finish_adapter(self, result: Any) -> None:
+    def _finish_adapter(self, result: Any, computed: int) -> None:
         """What the adapter needs to be used elsewhere, and the machine's speed for the next plan."""
         anchor = json.loads(self.folder.anchor.read_text(encoding="utf-8"))
         anchor.pop("candidates", None)
@@ -327,12 +365,7 @@ class _Run:
         )
         self._name_base_model()
         if result.steps >= 10 and result.seconds > 0:
-            record_speed(
-                self.task.files.fingerprint,
-                self.loaded.device.type,
-                "bf16" if "bfloat16" in str(self.loaded.dtype) else "fp32",
-                result.tokens / result.seconds,
-            )
+            self._record_speed(computed / result.seconds)
 
     def _name_base_model(self) -> None:
         """peft notes the folder the weights lay in; the name it was asked by says more elsewhere."""
