@@ -101,7 +101,9 @@ class MixConfig(Section):
 
 
 class TrainConfig(Section):
-    learning_rate: float = Field(1e-4, gt=0, description="highest rate of the schedule")
+    learning_rate: float | None = Field(
+        None, gt=0, description="highest rate of the schedule; none: by the model's size, see docs/method.md"
+    )
     weight_decay: float = Field(0.01, ge=0, description="of AdamW")
     schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="decay after the warm-up")
     warmup_ratio: float = Field(0.03, ge=0, lt=1, description="share of the steps in which the rate rises")
@@ -188,7 +190,7 @@ PAPER: dict[str, Any] = {
         "lora_targets": "qkv",
     },
 }
-# Found by measurement: docs/lab.md has the runs.
+# Found by measurement: docs/lab.md has the runs. The learning rate is `learning_rate_for` the model's size.
 MODERN: dict[str, Any] = {
     "mix": {"order": "spread", "repeat": 8},
     "general": {"ratio": 20.0},

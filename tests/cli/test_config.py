@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from tell.cli.common import FLAGS, Given, count, number
 from tell.cli.main import run
-from tell.config import Config
+from tell.config import Config, learning_rate_for, make_config
 from tell.config_docs import config_docs
 
 ROOT = Path(__file__).parents[2]
@@ -133,3 +133,11 @@ def test_resume_needs_the_folder_alone(tmp_path, capsys):
 def test_switches_reach_the_configuration(tmp_path, capsys):
     assert Given(data="x", flags={"--drop-overlap": True}).load("tune").task.drop_overlap
     assert json.loads(Given(data="x").load("tune").model_dump_json())["task"]["drop_overlap"] is False
+
+
+def test_the_rate_goes_by_the_models_size_unless_given():
+    assert make_config({}).train.learning_rate is None
+    assert make_config({"preset": "paper"}).train.learning_rate == 1e-4
+    assert make_config({"train": {"learning_rate": 2e-3}}).train.learning_rate == 2e-3
+    assert [learning_rate_for(n) for n in (10_000, 134_515_008)] == [1e-3, 1e-3]
+    assert learning_rate_for(7_000_000_000) == pytest.approx(2e-4, rel=0.1)
