@@ -88,6 +88,10 @@ class RunFolder:
     status = property(lambda self: self.root / "status.json")
     arms = property(lambda self: self.root / "arms")
 
+    def files(self) -> list[Path]:
+        """Every file and folder a run makes at the top of its folder, there or not."""
+        return [getattr(self, name) for name, kind in vars(RunFolder).items() if isinstance(kind, property)]
+
     def prediction(self, arm: str) -> Path:
         """Answers of one arm: ``predictions/<arm>.jsonl``."""
         return self.predictions / f"{arm}.jsonl"

@@ -16,6 +16,10 @@ MOST_NEW_TOKENS = 512
 WITHOUT_ANCHOR = ("base", "tell-anchor")
 
 
+class _ReaderLeft(Exception):
+    """Nobody reads the answer any longer."""
+
+
 class ChatSession:
     """A conversation with one arm of a run.
 
@@ -57,19 +61,25 @@ class ChatSession:
         from tell.generate.sampler import Decoding
 
         chat, config = self.opened.chat, self.opened.config
-        self.history.append(Message("user", text))
-        prompt = chat.encode(chat.render(self.anchor.apply(self.history), add_generation_prompt=True))
+        turns = [*self.history, Message("user", text)]
+        prompt = chat.encode(chat.render(self.anchor.apply(turns), add_generation_prompt=True))
         rule = config.generate
         if self.greedy is not None:
             rule = rule.model_copy(update={"greedy": self.greedy})
         decoding = Decoding.of(
-            rule, max_new_tokens=MOST_NEW_TOKENS, stop_ids=chat.stop_ids, seed=self.seed + len(self.history)
+            rule, max_new_tokens=MOST_NEW_TOKENS, stop_ids=chat.stop_ids, seed=self.seed + len(turns)
         )
         tokens: queue.Queue[int | BaseException | None] = queue.Queue()
+        left = threading.Event()
+
+        def hand_over(_: int, token: int) -> None:
+            if left.is_set():
+                raise _ReaderLeft
+            tokens.put(token)
 
         def work() -> None:
             try:
-                self.opened.engine.generate([prompt], decoding, on_token=lambda _, token: tokens.put(token))
+                self.opened.engine.generate([prompt], decoding, on_token=hand_over)
                 tokens.put(None)
             except BaseException as error:  # handed to the reader
                 tokens.put(error)
@@ -78,20 +88,22 @@ class ChatSession:
         thread.start()
         ids: list[int] = []
         shown = ""
-        while (item := tokens.get()) is not None:
-            if isinstance(item, BaseException):
-                self.history.pop()
-                raise item
-            ids.append(item)
+        try:
+            while (item := tokens.get()) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                ids.append(item)
+                whole = chat.decode(ids)
+                if not whole.endswith("\ufffd") and len(whole) > len(shown):  # half a character waits for its rest
+                    yield whole[len(shown) :]
+                    shown = whole
             whole = chat.decode(ids)
-            if not whole.endswith("\ufffd") and len(whole) > len(shown):  # half a character waits for its rest
+            if len(whole) > len(shown):
                 yield whole[len(shown) :]
-                shown = whole
-        whole = chat.decode(ids)
-        if len(whole) > len(shown):
-            yield whole[len(shown) :]
-        thread.join()
-        self.history.append(Message("assistant", whole))
+        finally:  # on Ctrl-C, or when the reader has heard enough, the engine must be free for the next answer
+            left.set()
+            thread.join()
+        self.history += [turns[-1], Message("assistant", whole)]
 
 
 def chat(run: str | Path, *, arm: str = "tell", seed: int | None = None, greedy: bool | None = None) -> ChatSession:

@@ -2,9 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+from tell.anchor.anchor import Anchor
 from tell.config import Config
 from tell.progress import Display, Silent
-from tell.study.prepare import load_task, place_anchor
+from tell.study.prepare import Task, limited_rows, load_task, place_anchor, stand_in_anchor
+
+
+def choose_anchor(
+    task: Task, model: Any, engine: Any, display: Display, check: Callable[[], None] = lambda: None
+) -> tuple[Anchor, list[dict]]:
+    """The anchor the model writes for a task, placed where its template can carry it; and all candidates.
+
+    Only rows within the task's budget are shown to the model: 15 rows are 15 rows. `task` stays as it is.
+    """
+    from tell.anchor.write import write_anchor_candidates
+
+    stand_in = place_anchor(task, stand_in_anchor(task), display)
+    train = limited_rows(task, stand_in)
+    config = task.config.model_copy(update={"anchor": task.config.anchor.model_copy(update={"place": stand_in.place})})
+    return write_anchor_candidates(config, task.chat, model, engine, train, task.validation, task.kind, display, check)
 
 
 def write_anchor(config: Config, *, display: Display | None = None) -> dict:
@@ -19,7 +38,6 @@ def write_anchor(config: Config, *, display: Display | None = None) -> dict:
     Raises:
         TellError: bad data or model.
     """
-    from tell.anchor.write import write_anchor_candidates
     from tell.generate.engine import Engine
     from tell.models.load import load_model
 
@@ -30,7 +48,5 @@ def write_anchor(config: Config, *, display: Display | None = None) -> dict:
         task.files, dtype=settings.dtype, device=settings.device, trust_remote_code=settings.trust_remote_code
     )
     engine = Engine(loaded.model, device=loaded.device, max_positions=task.files.architecture.max_positions)
-    anchor, candidates = write_anchor_candidates(
-        config, task.chat, loaded.model, engine, task.train, task.validation, task.kind, display
-    )
-    return {**place_anchor(task, anchor, display).to_dict(), "candidates": candidates}
+    anchor, candidates = choose_anchor(task, loaded.model, engine, display)
+    return {**anchor.to_dict(), "candidates": candidates}

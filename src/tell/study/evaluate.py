@@ -6,17 +6,16 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from tell.config import GenerateConfig
+from tell.config import Config, GenerateConfig, make_config, merge, parse_overrides
 from tell.data.budget import take_rows
 from tell.data.example import Example
 from tell.data.kind import Kind
 from tell.data.sources import load
 from tell.errors import TellError
 from tell.progress import Display, Silent
-from tell.run import write_jsonl
+from tell.run import RunFolder, write_jsonl
 from tell.study.scoring import (
     adapter_folder,
-    answer_limit,
     answer_rows,
     arm_numbers,
     arm_prompts,
@@ -49,11 +48,12 @@ def evaluate(
         display: shows progress.
 
     Returns:
-        The shape of metrics.json: ``task``, ``arms``, ``differences``. The run's own metrics and answers stay
-        as they are; the new answers go to ``predictions/eval/``.
+        The shape of metrics.json: ``task``, ``arms``, ``differences`` as scored now; ``forgetting``, ``mixture``
+        and ``train`` as the run measured them. The run's own metrics and answers stay as they are; the new
+        answers go to ``predictions/eval/``.
 
     Raises:
-        TellError: no run, no adapter for an arm, bad test file.
+        TellError: no run, no adapter for an arm, bad test file, rows that are no longer there.
     """
     display = display or Silent()
     opened = open_run(run)
@@ -61,18 +61,19 @@ def evaluate(
     if overrides:
         config = _override(config, overrides)
     seed = config.seed if seed is None else seed
-    train, examples = _examples(opened, test)
+    wanted = list(dict.fromkeys(arms or (a for a in config.eval.arms if _ready(opened, a))))
+    adapters = {arm: opened.adapter(arm) for arm in wanted}
+    facts = _read(opened.folder, opened.folder.findings)
+    train, examples = _examples(opened, test, need_train="icl" in wanted)
     if rows is not None and rows < len(examples):
         examples = [examples[i] for i in sorted(take_rows(len(examples), rows, seed))]
-    wanted = list(dict.fromkeys(arms)) if arms else [a for a in config.eval.arms if _ready(opened, a)]
-    adapters = {arm: opened.adapter(arm) for arm in wanted}
-    kind = _kind(opened)
+    kind = _kind(opened, facts["kind"])
     scorer = scorer_of(config, kind)
     from tell.generate.sampler import Decoding
     from tell.train.lora import adapter_merged
 
     model = opened.load()
-    limit = answer_limit(config, opened.chat, train or examples)
+    limit = config.generate.max_new_tokens or facts["answer_limit"]
     rule: GenerateConfig = config.generate
     if greedy is not None:
         rule = rule.model_copy(update={"greedy": greedy})
@@ -90,12 +91,12 @@ def evaluate(
         scored[arm] = score_rows(scorer, answers)
         write_jsonl(opened.folder.predictions / "eval" / f"{arm}.jsonl", answers)
     values, gaps = arm_numbers(scored, seed=seed, samples=config.eval.bootstrap)
-    return {"task": {"kind": kind.name, "primary": scorer.primary}, "arms": values, "differences": gaps}
+    metrics = _read(opened.folder, opened.folder.metrics)
+    kept = {key: metrics.get(key) for key in ("forgetting", "mixture", "train")}
+    return {"task": {"kind": kind.name, "primary": scorer.primary}, "arms": values, "differences": gaps, **kept}
 
 
-def _override(config, overrides: Sequence[str]):  # type: ignore[no-untyped-def]
-    from tell.config import make_config, merge, parse_overrides
-
+def _override(config: Config, overrides: Sequence[str]) -> Config:
     changes = parse_overrides(overrides)
     if set(changes) - {"generate", "eval"}:
         raise TellError(
@@ -110,36 +111,39 @@ def _ready(opened: OpenRun, arm: str) -> bool:
     return place is None or (place / "adapter_model.safetensors").exists()
 
 
-def _kind(opened: OpenRun) -> Kind:
+def _read(folder: RunFolder, path: Path) -> dict:
+    return json.loads(folder.require(path, "`tell tune`").read_text(encoding="utf-8"))
+
+
+def _kind(opened: OpenRun, facts: dict) -> Kind:
     """The kind of task as the run found it."""
     folder = opened.folder
-    facts = json.loads(folder.require(folder.findings, "`tell tune`").read_text(encoding="utf-8"))["kind"]
     schema = json.loads(folder.schema.read_text(encoding="utf-8")) if folder.schema.exists() else None
     labels = tuple(facts["labels"]) if facts.get("labels") else None
     return Kind(facts["name"], schema, facts["schema_inferred"], labels, facts["why"])
 
 
-def _examples(opened: OpenRun, test: str | None) -> tuple[list[Example], list[Example]]:
-    """Training rows (for in-context examples) and test rows, found again by their content hashes."""
-    config, folder = opened.config, opened.folder
-    parts = json.loads(folder.require(folder.split, "`tell tune`").read_text(encoding="utf-8"))
+def _examples(opened: OpenRun, test: str | None, *, need_train: bool) -> tuple[list[Example], list[Example]]:
+    """Training rows (for in-context examples only) and test rows, found again by their content hashes."""
+    task = opened.config.task
+    parts = _read(opened.folder, opened.folder.split)
     by_hash: dict[str, Example] = {}
-    for path in (config.task.data, config.task.test):
+    for path in dict.fromkeys([task.data] * need_train + [task.test or task.data] * (test is None)):
         if path:
-            by_hash.update((e.hash, e) for e in load(path, name="task", columns=config.task.columns).examples)
+            by_hash.update((e.hash, e) for e in load(path, name="task", columns=task.columns).examples)
+    train = _pick(parts["train"], by_hash, task.data, "training") if need_train else []
     if test:
-        found = load(test, name="task", columns=config.task.columns).examples
-    else:
-        found = _pick(parts["test"], by_hash, config.task.test or config.task.data)
-    return [by_hash[h] for h in parts["train"] if h in by_hash], found
+        return train, load(test, name="task", columns=task.columns).examples
+    return train, _pick(parts["test"], by_hash, task.test or task.data, "test")
 
 
-def _pick(hashes: Sequence[str], by_hash: dict[str, Example], path: str | None) -> list[Example]:
+def _pick(hashes: Sequence[str], by_hash: dict[str, Example], path: str | None, what: str) -> list[Example]:
     missing = sum(h not in by_hash for h in hashes)
     if missing:
         raise TellError(
-            f"{missing} of the run's {len(hashes)} test rows are no longer in the file",
+            f"{missing} of the run's {len(hashes)} {what} rows are no longer in the file",
             where=str(path),
-            remedy="Put the file back as it was, or give test rows with --test.",
+            remedy="Put the file back as it was"
+            + (", or give test rows with --test." if what == "test" else ", or leave the arm icl out."),
         )
     return [by_hash[h] for h in hashes]

@@ -42,11 +42,13 @@ def claim(config: Config, *, resume: bool, overwrite: bool) -> tuple[RunFolder, 
         if resume:
             raise TellError("holds no run to resume", where=f"--out {root}", remedy="Leave --resume out.")
         return folder, False
+    if not _is_run(folder):
+        raise TellError(
+            f"holds other files and no run{' to resume' if resume else ''}, so it is left as it is",
+            where=f"--out {root}",
+            remedy="Choose another --out.",
+        )
     if overwrite:
-        if not folder.config.exists():
-            raise TellError(
-                "is no run folder, so it is not overwritten", where=f"--out {root}", remedy="Choose another --out."
-            )
         return folder, False
     if not resume:
         state = folder.read_status().get("state", "unknown")
@@ -55,8 +57,6 @@ def claim(config: Config, *, resume: bool, overwrite: bool) -> tuple[RunFolder, 
             where=f"--out {root}",
             remedy="Add --resume to go on with it, --overwrite to start anew, or choose another --out.",
         )
-    if not folder.config.exists():
-        return folder, False  # stopped before anything was decided
     old = read_run_config(folder)
     if (changed := _changed(old, config)) is not None:
         raise TellError(
@@ -67,11 +67,28 @@ def claim(config: Config, *, resume: bool, overwrite: bool) -> tuple[RunFolder, 
     return folder, True
 
 
+def _is_run(folder: RunFolder) -> bool:
+    """run.yaml alone may be somebody's own configuration, lying among their files."""
+    return folder.config.exists() and folder.status.exists()
+
+
 def open_folder(folder: RunFolder, *, fresh: bool, config: Config) -> None:
-    """Create the folder with its resolved configuration; an old run in it is removed first."""
+    """Create the folder with its resolved configuration; the files of an old run in it are removed first."""
     if fresh and folder.root.exists():
-        shutil.rmtree(folder.root)
+        try:
+            for path in folder.files():
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
+        except OSError as error:
+            raise TellError(
+                f"the old run cannot be removed ({error.strerror or error})",
+                where=f"--out {folder.root}",
+                remedy="Choose another --out.",
+            ) from error
     write_text(folder.config, config.to_yaml())
+    folder.set_status("running", stage="start")
 
 
 def read_run_config(folder: RunFolder) -> Config:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from tell.config import TRAINED_ARMS, Config
+from tell.config import Config
+from tell.data.example import Message
 from tell.mix.amount import Draw
 from tell.mix.mixture import Mixture
 from tell.models.flops import lora_parameters, training_flops
@@ -18,15 +19,17 @@ from tell.study.prepare import (
     anchor_of,
     arm_mixtures,
     draw_general,
+    general_source,
     limit_task,
     load_general,
     load_task,
     place_anchor,
     stand_in_anchor,
     task_table,
+    trained_arms,
     wanted_arms,
 )
-from tell.study.self_data import cached_self_file
+from tell.study.self_data import cached_self_file, enough_of
 
 ANSWER_SECONDS_SHARE = 3.0  # decoding a token costs about this many times training on one (docs/lab.md)
 
@@ -60,25 +63,27 @@ def plan(config: Config, *, display: Display | None = None) -> dict:
 
 def plan_general(task: Task, table: RowTable, display: Display) -> tuple[General | None, Draw | None]:
     """The general side for counting: a file's rows, what the model has written, or an estimate of that."""
-    config = task.config
-    source = config.general.source
+    config, tokens = task.config, int(table.unit.sum())
+    source = general_source(config)
     if source == "none":
         return None, None
     if source == "self":
-        path = cached_self_file(config, task.files.fingerprint, task.chat.fingerprint)
+        enough = enough_of(config, task.unit, tokens)
+        path = cached_self_file(config, task.files.fingerprint, task.chat.fingerprint, enough)
         if path is None:
             task.notice("the model has yet to write the general data; its lengths are estimated", display)
-            general = estimated_general(config, task, int(table.unit.sum()))
-            return general, draw_general(config, general, int(table.unit.sum()))
+            general = estimated_general(config, task, tokens)
+            return general, draw_general(config, general, tokens)
         source = str(path)
-    general = load_general(task, source, display, overlap=False)
-    return general, draw_general(config, general, int(table.unit.sum()))
+    # Comparing texts with the test rows takes longer than all else here, and only dropping changes a count.
+    general = load_general(task, source, display, overlap=config.task.drop_overlap)
+    return general, draw_general(config, general, tokens)
 
 
 def estimated_general(config: Config, task: Task, task_tokens: int) -> General:
     """Rows of the lengths that self-written data has on average, as a table without tokens."""
     unit = config.general.self_.max_prompt_tokens // 3 + config.general.self_.max_answer_tokens // 2
-    extra = len(task.chat.encode(task.chat.render([*_empty_pair()])))
+    extra = len(task.chat.encode(task.chat.render([Message("user", ""), Message("assistant", "")])))
     amount = config.general
     if amount.rows is not None:
         n = amount.rows
@@ -98,12 +103,6 @@ def estimated_general(config: Config, task: Task, task_tokens: int) -> General:
         starts=np.zeros(n + 1, np.int64),
     )
     return General(table, np.arange(n), np.zeros(0, np.int64), {"path": "self", "estimated": True, "rows": n}, [])
-
-
-def _empty_pair() -> tuple:
-    from tell.data.example import Message
-
-    return Message("user", ""), Message("assistant", "")
 
 
 def shared_tokens(task: Task, mixture: Mixture) -> int:
@@ -161,7 +160,7 @@ def describe_plan(task: Task, table: RowTable, general: General | None, draw: Dr
     mixtures = arm_mixtures(config, table, general, draw)
     _, mixture = mixtures["tell"]
     arms = wanted_arms(config)
-    costs = {arm: arm_costs(task, mixtures[arm][1]) for arm in arms if arm in TRAINED_ARMS}
+    costs = {arm: arm_costs(task, mixtures[arm][1]) for arm in trained_arms(arms) if arm in mixtures}
     tell = costs.get("tell") or arm_costs(task, mixture)
     counts = mixture.counts()
     per_step = mixture.examples_per_step(config.train.batch_size)

@@ -11,7 +11,7 @@ import numpy as np
 
 from tell.anchor.anchor import NO_ANCHOR, Anchor
 from tell.anchor.derive import derived_anchor
-from tell.config import Config, TrainConfig, learning_rate_for
+from tell.config import TRAINED_ARMS, Config, TrainConfig, learning_rate_for
 from tell.data.budget import take_rows, take_tokens
 from tell.data.example import Example
 from tell.data.kind import Kind, detect_kind, load_schema
@@ -30,6 +30,8 @@ from tell.rows.template import ChatTokenizer
 from tell.rows.tokenize import RowRules, tokenize
 
 PAIRS_KEPT = 20
+ADAPTED = TRAINED_ARMS | {"tell-anchor"}
+MIXED = frozenset({"sft-matched", "general", "tell", "tell-anchor"})  # what these train on needs the mixture
 VALIDATION_ROWS = 64  # enough to score anchors and watch the loss; more would only cost time
 
 
@@ -208,8 +210,8 @@ def stand_in_anchor(task: Task) -> Anchor:
     )
 
 
-def limit_task(task: Task, anchor: Anchor) -> None:
-    """Keep the rows or tokens of the task budget; subsets are nested by seed."""
+def limited_rows(task: Task, anchor: Anchor) -> list[Example]:
+    """The training rows within the task's budget of rows or tokens; subsets are nested by seed."""
     config = task.config.task
     if config.rows is not None:
         chosen = take_rows(len(task.train), config.rows, task.config.seed)
@@ -218,8 +220,13 @@ def limit_task(task: Task, anchor: Anchor) -> None:
         unit = np.array([len(e.ids) for e in task.unit.backend.encode_batch(contents, add_special_tokens=False)])
         chosen = take_tokens(unit, config.tokens, task.config.seed)
     else:
-        return
-    task.train = [task.train[i] for i in sorted(chosen)]
+        return task.train
+    return [task.train[i] for i in sorted(chosen)]
+
+
+def limit_task(task: Task, anchor: Anchor) -> None:
+    """Keep the rows of the task's budget."""
+    task.train = limited_rows(task, anchor)
     task.findings["split"]["train"] = len(task.train)
 
 
@@ -307,9 +314,11 @@ def load_general(task: Task, source: str, display: Display, *, overlap: bool = T
     usable = np.array([i for i in range(len(table)) if i not in blocked], dtype=np.int64)
     wanted = min(config.eval.forgetting_rows, len(usable) // 4)
     order = permutation(len(usable), config.seed, "held out")
+    held_out, rest = np.sort(usable[order[:wanted]]), np.sort(usable[order[wanted:]])
+    rest = rest[~np.isin(table.hashes[rest], table.hashes[held_out])]  # a row that occurs twice is held out twice
     dropped = [{"origin": d.origin, "reason": d.reason} for d in table.dropped]
     task.findings["general"] = layout
-    return General(table, np.sort(usable[order[wanted:]]), np.sort(usable[order[:wanted]]), layout, dropped)
+    return General(table, rest, held_out, layout, dropped)
 
 
 def draw_general(config: Config, general: General, task_tokens: int) -> Draw:
@@ -339,11 +348,32 @@ def arm_mixtures(
 
 
 def wanted_arms(config: Config) -> list[str]:
-    """The arms asked for, in the order of the tables, without repeats."""
+    """The arms asked for, in the order of the tables, without repeats.
+
+    Raises:
+        TellError: no arm, or the arm `general` without general data.
+    """
     arms = [arm for arm in dict.fromkeys(config.eval.arms)]
-    if config.general.source == "none" and "general" in arms:
+    if not arms:
+        raise TellError("no arm is asked for", where="eval.arms", remedy="Name at least one, e.g. --arms base,tell.")
+    amount = config.general
+    if "general" in arms and (amount.source == "none" or 0 in (amount.ratio, amount.tokens, amount.rows)):
         raise TellError("the arm general needs general data", where="--arms", remedy="Drop the arm, or set --general.")
     return arms
+
+
+def trained_arms(arms: Sequence[str]) -> list[str]:
+    """The adapters that `arms` answer with: `tell-anchor` is scored with TELL's."""
+    return list(dict.fromkeys("tell" if arm == "tell-anchor" else arm for arm in arms if arm in ADAPTED))
+
+
+def general_source(config: Config) -> str:
+    """The general source, or `none` where the model would write rows that no arm asked for is trained on."""
+    amount = config.general
+    if amount.source != "self":
+        return amount.source
+    unused = 0 in (amount.ratio, amount.tokens, amount.rows) or not MIXED.intersection(config.eval.arms)
+    return "none" if unused else "self"
 
 
 def split_file(task: Task) -> str:

@@ -130,13 +130,19 @@ def score_rows(scorer: Scorer, rows: list[dict]) -> dict[str, Metric]:
 
 
 def arm_numbers(arms: Mapping[str, Mapping[str, Metric]], *, seed: int, samples: int) -> tuple[dict, dict]:
-    """``arms`` and ``differences`` of metrics.json: TELL against each arm, and each arm against the untuned model."""
+    """``arms`` and ``differences`` of metrics.json: TELL against each arm, and each arm against the untuned model.
+
+    Where neither of the two is among the arms, each is set against the first.
+    """
     values = {
         arm: {name: estimate(metric, seed=seed, samples=samples) for name, metric in metrics.items()}
         for arm, metrics in arms.items()
     }
     pairs = [("tell", arm) for arm in arms if arm != "tell"] if "tell" in arms else []
     pairs += [(arm, "base") for arm in arms if arm not in ("base", "tell")] if "base" in arms else []
+    if "tell" not in arms and "base" not in arms:
+        first, *others = arms
+        pairs = [(arm, first) for arm in others]
     gaps = {
         f"{a} - {b}": {
             name: difference(arms[a][name], arms[b][name], seed=seed, samples=samples)

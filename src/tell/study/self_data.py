@@ -2,14 +2,15 @@
 
 From its chat header alone the model writes an instruction, then answers it. It is asked for short answers
 (the wish is not kept in the row), since an answer that runs into the limit is thrown away. Rows are written in
-blocks with a seed each, so a larger amount extends a smaller one; the file is kept by model and settings.
+blocks with a seed each, so a larger amount extends a smaller one; the file is kept by model and settings. A run
+takes the first blocks that suffice, however many lie there, so what it draws from does not depend on other runs.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,12 @@ from tell.home import tell_home
 from tell.progress import Display
 from tell.rows.cache import cache_key
 from tell.rows.template import ChatTokenizer
-from tell.run import atomic_path, read_jsonl
+from tell.run import read_jsonl, write_json, write_jsonl
+
+Enough = Callable[[Sequence[dict]], float]
 
 BLOCK = 128
-VERSION = 1
+VERSION = 2
 MOST_EMPTY_BLOCKS = 4
 MARK = "\ufffdtell\ufffd"
 
@@ -41,9 +44,63 @@ def self_file(config: Config, model: str, tokenizer: str) -> Path:
     return tell_home() / "self" / f"{key}.jsonl"
 
 
-def cached_self_file(config: Config, model: str, tokenizer: str) -> Path | None:
-    path = self_file(config, model, tokenizer)
-    return path if path.exists() else None
+def enough_of(config: Config, unit: ChatTokenizer, task_tokens: int) -> Enough:
+    """Whether rows suffice for the mix and for the rows held out, as a share of what is needed.
+
+    Args:
+        unit: tokenizer that amounts are counted in.
+        task_tokens: tokens of the task rows in the same unit, for a ratio.
+    """
+    amount, held_out = config.general, config.eval.forgetting_rows
+    counted: list[int] = []
+
+    def enough(rows: Sequence[dict]) -> float:
+        fresh = [f"{row['instruction']}\n{row['output']}" for row in rows[len(counted) :]]
+        counted.extend(len(e.ids) for e in unit.backend.encode_batch(fresh, add_special_tokens=False))
+        n = len(rows)
+        left = n - min(held_out, n // 4)  # as `load_general` holds them out
+        if amount.rows is not None:
+            return left / max(1, amount.rows)
+        need = amount.tokens if amount.tokens is not None else (amount.ratio or 0) * task_tokens
+        return sum(counted[:n]) * left / max(1, n) / max(1.0, need)
+
+    return enough
+
+
+def cached_self_file(config: Config, model: str, tokenizer: str, enough: Enough) -> Path | None:
+    """The rows a run would take, where enough of them were written before."""
+    rows, blocks = _read(self_file(config, model, tokenizer))
+    taken = _first_blocks(rows, blocks, enough)
+    return None if taken is None else _part(self_file(config, model, tokenizer), rows, blocks[:taken])
+
+
+def _read(path: Path) -> tuple[list[dict], list[dict]]:
+    """All rows, and how many each block gave and threw away."""
+    facts = path.with_suffix(".json")
+    if not path.exists() or not facts.exists():
+        return [], []
+    rows, blocks = read_jsonl(path), json.loads(facts.read_text(encoding="utf-8"))["blocks"]
+    written = sum(block["rows"] for block in blocks)
+    return (rows[:written], blocks) if len(rows) >= written else ([], [])
+
+
+def _first_blocks(rows: list[dict], blocks: list[dict], enough: Enough) -> int | None:
+    """How many blocks suffice; None where all together do not."""
+    end = 0
+    for number, block in enumerate(blocks, start=1):
+        end += block["rows"]
+        if end and enough(rows[:end]) >= 1:
+            return number
+    return None
+
+
+def _part(path: Path, rows: list[dict], blocks: list[dict]) -> Path:
+    """A file of its own for the rows of the first blocks."""
+    end = sum(block["rows"] for block in blocks)
+    part = path.with_name(f"{path.stem}-{end}.jsonl")
+    if not part.exists() or read_jsonl(part) != rows[:end]:
+        write_jsonl(part, rows[:end])
+    return part
 
 
 def user_header(chat: ChatTokenizer) -> tuple[str, str]:
@@ -78,7 +135,7 @@ def write_self_data(
     engine: Any,
     *,
     model: str,
-    enough: Callable[[list[dict]], float],
+    enough: Enough,
     display: Display,
 ) -> tuple[Path, dict]:
     """Write until there is enough; rows already written for this model and these settings are kept.
@@ -87,40 +144,54 @@ def write_self_data(
         engine: decodes with the untuned model.
         model: the model's fingerprint.
         enough: share of what is needed that a list of rows makes up, 1 or more when it suffices.
-        display: shows a bar.
+        display: shows a bar; its advance is called with 0 at each token decoded, and may raise to stop.
 
     Returns:
-        The file and what was thrown away, by reason.
+        The file of the rows to use, and ``{"asked", "kept", "thrown": {reason: rows}}`` of their blocks.
 
     Raises:
         TellError: the model writes nothing usable.
     """
     path = self_file(config, model, chat.fingerprint)
-    facts_path = path.with_suffix(".json")
-    rows = read_jsonl(path) if path.exists() else []
-    facts = json.loads(facts_path.read_text(encoding="utf-8")) if path.exists() and facts_path.exists() else {}
-    facts = {"blocks": 0, "asked": 0, "kept": 0, "thrown": {}, **facts}
-    thrown = Counter(facts["thrown"])
+    rows, blocks = _read(path)
+    taken = _first_blocks(rows, blocks, enough)
+    if taken is None:
+        _write_more(config, chat, engine, path, rows, blocks, enough, display)
+        taken = len(blocks)
+    blocks = blocks[:taken]
+    thrown = sum((Counter(block["thrown"]) for block in blocks), Counter())
+    facts = {"asked": len(blocks) * BLOCK, "kept": sum(b["rows"] for b in blocks), "thrown": dict(thrown)}
+    return _part(path, rows, blocks), facts
+
+
+def _write_more(
+    config: Config,
+    chat: ChatTokenizer,
+    engine: Any,
+    path: Path,
+    rows: list[dict],
+    blocks: list[dict],
+    enough: Enough,
+    display: Display,
+) -> None:
+    """Extend rows and blocks, in place and on disk, until there is enough."""
     seen = {row["instruction"].strip().lower() for row in rows}
     empty = 0
     share = max(0.0, min(1.0, enough(rows)))
-    if share >= 1:
-        return path, facts
     with display.bar("general data, written by the model", 100, "%") as advance:
         advance(share * 100)
-        while share < 1:
-            before = len(rows)
-            for pair in _block(config, chat, engine, facts["blocks"], thrown, display):
+        while True:
+            before, thrown = len(rows), Counter()
+            for pair in _block(config, chat, engine, len(blocks), thrown, lambda *_: advance(0, f"{len(rows)} rows")):
                 name = pair["instruction"].strip().lower()
                 if name in seen:
                     thrown["duplicate"] += 1
                     continue
                 seen.add(name)
                 rows.append(pair)
-            facts["blocks"] += 1
-            facts["asked"] += BLOCK
-            facts.update(kept=len(rows), thrown=dict(thrown))
-            _save(path, rows, facts_path, facts)
+            blocks.append({"rows": len(rows) - before, "thrown": dict(thrown)})
+            write_jsonl(path, rows)
+            write_json(path.with_suffix(".json"), {"blocks": blocks})
             empty = empty + 1 if len(rows) == before else 0
             if empty >= MOST_EMPTY_BLOCKS:
                 raise TellError(
@@ -131,18 +202,12 @@ def write_self_data(
             new = max(0.0, min(1.0, enough(rows)))
             advance((new - share) * 100, f"{len(rows)} rows")
             share = new
-    return path, facts
-
-
-def _save(path: Path, rows: list[dict], facts_path: Path, facts: dict) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
-    with atomic_path(facts_path) as temporary:
-        temporary.write_text(json.dumps(facts), encoding="utf-8")
+            if share >= 1 and rows:
+                return
 
 
 def _block(
-    config: Config, chat: ChatTokenizer, engine: Any, block: int, thrown: Counter, display: Display
+    config: Config, chat: ChatTokenizer, engine: Any, block: int, thrown: Counter, progress: Callable[..., None]
 ) -> list[dict]:
     """One block of instructions with answers."""
     from tell.generate.sampler import Decoding
@@ -163,7 +228,7 @@ def _block(
         batch_size=config.generate.batch_size,
         seed=seed,
     )
-    written = engine.generate([chat.encode(head)] * BLOCK, ask)
+    written = engine.generate([chat.encode(head)] * BLOCK, ask, progress=progress)
     instructions = []
     for answer in written:
         text = chat.decode(answer.ids).strip()
@@ -189,7 +254,7 @@ def _block(
     prompts = [
         chat.encode(chat.render([Message("user", text + wish)], add_generation_prompt=True)) for text in instructions
     ]
-    answers = engine.generate(prompts, reply)
+    answers = engine.generate(prompts, reply, progress=progress)
     pairs = []
     for text, answer in zip(instructions, answers, strict=True):
         output = chat.decode(answer.ids).strip()

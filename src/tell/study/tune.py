@@ -5,28 +5,25 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 
-from tell import __version__
 from tell.anchor.anchor import Anchor
 from tell.config import Config
 from tell.data.sources import check_source
-from tell.errors import Interrupted
+from tell.errors import Interrupted, TellError
 from tell.mix.amount import Draw
-from tell.mix.manifest import write_manifest
-from tell.mix.mixture import Mixture
 from tell.mix.orders import get_order
-from tell.models.machine import cpu_name
 from tell.models.predict import record_speed
 from tell.progress import Display, Silent
 from tell.rows.table import RowTable
-from tell.run import RunFolder, write_json, write_jsonl, write_text
+from tell.run import RunFolder, write_json
+from tell.study.anchor import choose_anchor
 from tell.study.folder import claim, open_folder
-from tell.study.forgetting import Forgetting, general_sets, measure, numbers
+from tell.study.measure import measure_arms
 from tell.study.plan import arm_costs, describe_plan, fit_minutes
 from tell.study.prepare import (
     General,
@@ -34,28 +31,20 @@ from tell.study.prepare import (
     anchor_of,
     arm_mixtures,
     draw_general,
+    general_source,
     limit_task,
     load_general,
     load_task,
     place_anchor,
-    split_file,
     stand_in_anchor,
     task_table,
+    trained_arms,
     wanted_arms,
 )
-from tell.study.scoring import (
-    adapter_folder,
-    answer_limit,
-    answer_rows,
-    arm_numbers,
-    arm_prompts,
-    score_rows,
-    scorer_of,
-)
-from tell.study.self_data import write_self_data
+from tell.study.record import dtype_name, train_numbers, write_adapter_notes, write_decided, write_findings
+from tell.study.scoring import adapter_folder, scorer_of
+from tell.study.self_data import enough_of, write_self_data
 from tell.study.stop import Stop
-
-MEASURED = ("base", "sft", "sft-matched", "general", "tell")  # arms with weights of their own
 
 
 def tune(
@@ -94,7 +83,7 @@ def tune(
     with run.stop.listening():
         try:
             run.go()
-        except Interrupted:
+        except (Interrupted, KeyboardInterrupt):
             folder.set_status("interrupted", stage=run.stage)
             raise
         except BaseException as error:
@@ -119,14 +108,13 @@ class _Run:
     stage: str = "start"
     loaded: Any = None
     engine: Any = None
-    base_validation: float | None = None
 
     def check_rows(self) -> None:
         """Refuse bad rows, budgets, orders and general files before anything is written."""
         config, task = self.config, self.task
         get_order(config.mix.order)
         anchor = anchor_of(config)
-        stand_in = stand_in_anchor(task) if anchor is None else anchor
+        stand_in = place_anchor(task, stand_in_anchor(task) if anchor is None else anchor, self.display)
         train, split = task.train, dict(task.findings["split"])
         limit_task(task, stand_in)
         task_table(task, stand_in, task.train)
@@ -142,20 +130,33 @@ class _Run:
         self._at("general data")
         general, draw = self._general(table)
         if general is not None and draw is not None and self.config.max_minutes:
-            self._calibrate(table)
-            spent = time.monotonic() - self.begin
-            draw = fit_minutes(self.task, table, general, draw, self.config.max_minutes, spent)
+            draw = self._in_time(table, general, draw, self.config.max_minutes)
         mixtures = arm_mixtures(self.config, table, general, draw)
+        if "general" in self.arms and "general" not in mixtures:
+            self.arms.remove("general")
+            self.task.notice("the arm general is left out: no general row is drawn", self.display)
         plan = describe_plan(self.task, table, general, draw)
         for text in plan["mixture"]["notices"]:
             self.display.note(text)
-        self._write_before(mixtures["tell"], plan)
+        write_decided(self.folder, self.task, plan, *mixtures["tell"])
         results = self._train(mixtures)
         self._at("evaluate")
-        metrics = self._score(anchor, general)
+        metrics, validation = measure_arms(
+            self.task,
+            self.arms,
+            self.folder,
+            self._model(),
+            self.engine,
+            anchor,
+            general,
+            display=self.display,
+            begin=self._at,
+            check=self.stop.check,
+        )
         metrics["mixture"] = plan["mixture"]
-        metrics["train"] = self._train_numbers(results, mixtures)
-        self._write_findings(general, table)
+        metrics["train"] = train_numbers(self.task, results, mixtures, validation)
+        seconds = time.monotonic() - self.begin
+        write_findings(self.folder, self.task, table, general, self.loaded, seconds=seconds, command=self.command)
         write_json(self.folder.metrics, metrics)
         self._at("report")
         from tell.report.page import write_report
@@ -197,20 +198,8 @@ class _Run:
         anchor = anchor_of(self.config)
         candidates: list[dict] = []
         if anchor is None:
-            from tell.anchor.write import write_anchor_candidates
-
             model = self._model()
-            anchor, candidates = write_anchor_candidates(
-                self.config,
-                task.chat,
-                model,
-                self.engine,
-                task.train,
-                task.validation,
-                task.kind,
-                self.display,
-                self.stop.check,
-            )
+            anchor, candidates = choose_anchor(task, model, self.engine, self.display, self.stop.check)
         anchor = place_anchor(task, anchor, self.display)
         write_json(path, {**anchor.to_dict(), "candidates": candidates})
         if anchor:
@@ -218,33 +207,29 @@ class _Run:
         return anchor
 
     def _general(self, table: RowTable) -> tuple[General | None, Draw | None]:
-        source = self.config.general.source
+        source = general_source(self.config)
         if source == "none":
             return None, None
-        if source == "self":
+        written = source == "self"
+        if written:
             source = self._self_file(table)
         general = load_general(self.task, source, self.display)
-        if self.config.general.source == "self":
+        if written:
             general.facts["path"] = f"self: written by {self.task.files.name}"
         return general, draw_general(self.config, general, int(table.unit.sum()))
 
+    def _in_time(self, table: RowTable, general: General, draw: Draw, minutes: float) -> Draw:
+        """The draw as far as it fits --max-minutes; when resumed, as it was decided the first time."""
+        if not self.folder.plan.exists():
+            self._calibrate(table)
+            return fit_minutes(self.task, table, general, draw, minutes, time.monotonic() - self.begin)
+        old = json.loads(self.folder.plan.read_text(encoding="utf-8"))["mixture"]
+        rows = old["rows"].get("general", 0)
+        return Draw(draw.indices[:rows], draw.epochs * rows / max(1, len(draw)), old["notices"])
+
     def _self_file(self, table: RowTable) -> str:
         """Rows that the model writes itself, until they suffice for the mix and the held-out rows."""
-        amount, held_out = self.config.general, self.config.eval.forgetting_rows
-        backend = self.task.unit.backend
-        counted: list[int] = []
-
-        def enough(rows: list[dict]) -> float:
-            fresh = [f"{row['instruction']}\n{row['output']}" for row in rows[len(counted) :]]
-            counted.extend(len(e.ids) for e in backend.encode_batch(fresh, add_special_tokens=False))
-            if amount.rows is not None:
-                need = float(amount.rows)
-                have = len(counted) - held_out
-            else:
-                need = amount.tokens if amount.tokens is not None else (amount.ratio or 0) * int(table.unit.sum())
-                have = sum(counted) * (1 - held_out / max(len(counted), held_out + 1))
-            return have / need if need else 1.0
-
+        enough = enough_of(self.config, self.task.unit, int(table.unit.sum()))
         self._model()
         path, facts = write_self_data(
             self.config,
@@ -291,29 +276,20 @@ class _Run:
         self._record_speed(out.tokens / seconds)
 
     def _record_speed(self, tokens_per_second: float) -> None:
-        record_speed(
-            self.task.files.fingerprint,
-            self.loaded.device.type,
-            "bf16" if "bfloat16" in str(self.loaded.dtype) else "fp32",
-            tokens_per_second,
-        )
-
-    def _write_before(self, tell: tuple[dict, Mixture], plan: dict) -> None:
-        """Everything that is decided before training."""
-        folder, task = self.folder, self.task
-        write_text(folder.split, split_file(task))
-        if task.kind.schema is not None:
-            write_json(folder.schema, task.kind.schema)
-        write_json(folder.plan, plan)
-        tables, mixture = tell
-        write_manifest(folder.manifest, mixture, tables, self.config.train.batch_size)
+        with suppress(TellError):  # a home that cannot be written costs the next plan's accuracy, not this run
+            record_speed(
+                self.task.files.fingerprint,
+                self.loaded.device.type,
+                dtype_name(self.loaded),
+                tokens_per_second,
+            )
 
     def _train(self, mixtures: dict) -> dict[str, dict]:
         """Train the arms that are asked for; finished ones are kept. Their results by arm."""
         from tell.train.trainer import Trainer
 
         results: dict[str, dict] = {}
-        wanted = [arm for arm in ("sft", "sft-matched", "general", "tell") if self._needs(arm) and arm in mixtures]
+        wanted = trained_arms(self.arms)
         for arm in sorted(wanted, key=lambda a: a != "tell"):  # the adapter people wait for comes first
             self._at(f"train {arm}")
             place = adapter_folder(self.folder, arm)
@@ -345,149 +321,14 @@ class _Run:
                     stopped=self.stop,
                     progress=progress,
                 ).run(resume=True)
-            results[arm] = result.to_dict()
-            write_json(done, results[arm])
-            shutil.rmtree(place / "checkpoint", ignore_errors=True)
             if arm == "tell":
-                self._finish_adapter(result, arm_costs(self.task, mixture)["computed_tokens"])
+                write_adapter_notes(self.folder, self.task)
+                if result.steps >= 10 and result.seconds > 0:
+                    self._record_speed(arm_costs(self.task, mixture)["computed_tokens"] / result.seconds)
+            results[arm] = result.to_dict()
+            write_json(done, results[arm])  # last: from here on the arm counts as trained
+            shutil.rmtree(place / "checkpoint", ignore_errors=True)
         return results
-
-    def _needs(self, arm: str) -> bool:
-        return arm in self.arms or (arm == "tell" and "tell-anchor" in self.arms)
-
-    def _finish_adapter(self, result: Any, computed: int) -> None:
-        """What the adapter needs to be used elsewhere, and the machine's speed for the next plan."""
-        anchor = json.loads(self.folder.anchor.read_text(encoding="utf-8"))
-        anchor.pop("candidates", None)
-        write_json(
-            self.folder.adapter / "tell.json",
-            {"anchor": anchor, "base_model": self.task.files.name, "revision": self.config.model.revision},
-        )
-        self._name_base_model()
-        if result.steps >= 10 and result.seconds > 0:
-            self._record_speed(computed / result.seconds)
-
-    def _name_base_model(self) -> None:
-        """peft notes the folder the weights lay in; the name it was asked by says more elsewhere."""
-        path = self.folder.adapter / "adapter_config.json"
-        config = json.loads(path.read_text(encoding="utf-8"))
-        config["base_model_name_or_path"] = self.task.files.name
-        write_json(path, config)
-
-    def _score(self, anchor: Anchor, general: General | None) -> dict:
-        """Answers, scores and forgetting of every arm."""
-        from tell.generate.sampler import Decoding
-        from tell.run import read_jsonl
-        from tell.train.lora import adapter_merged
-
-        config, task = self.config, self.task
-        model = self._model()
-        scorer = scorer_of(config, task.kind)
-        limit = answer_limit(config, task.chat, task.train)
-        decoding = Decoding.of(config.generate, max_new_tokens=limit, stop_ids=task.chat.stop_ids, seed=config.seed)
-        state = general_sets(config, task.chat, general)
-        validation = task_table(task, anchor, task.validation, "validation") if task.validation else None
-        scored: dict[str, dict] = {}
-        for arm in self.arms:
-            self._at(f"evaluate {arm}")
-            with adapter_merged(model, adapter_folder(self.folder, arm)):
-                path = self.folder.prediction(arm)
-                if path.exists():
-                    rows = read_jsonl(path)
-                else:
-                    room = self.engine.max_positions - limit
-                    prompts, used = arm_prompts(
-                        arm,
-                        task.chat,
-                        anchor,
-                        task.test,
-                        task.train,
-                        examples=config.eval.icl_examples,
-                        room=min(room, config.train.max_length * 2),
-                    )
-                    if arm == "icl":
-                        task.notice(f"icl: {used} examples fit into the context", self.display)
-                    rows = answer_rows(
-                        self.engine,
-                        task.chat,
-                        prompts,
-                        task.test,
-                        decoding,
-                        title=f"answer {arm}",
-                        display=self.display,
-                        check=self.stop.check,
-                    )
-                scored[arm] = score_rows(scorer, rows)
-                write_jsonl(path, rows)
-                if arm in MEASURED:
-                    self._measure(arm, model, scorer, state, validation)
-        if state is not None and "tell" in scored and "base" not in state.losses:
-            self._measure("base", model, scorer, state, validation)
-        values, gaps = arm_numbers(scored, seed=config.seed, samples=config.eval.bootstrap)
-        return {
-            "task": {"kind": task.kind.name, "primary": scorer.primary},
-            "arms": values,
-            "differences": gaps,
-            "forgetting": numbers(state, config) if state is not None else {},
-        }
-
-    def _measure(
-        self, arm: str, model: Any, scorer: Any, state: Forgetting | None, validation: RowTable | None
-    ) -> None:
-        from tell.train.step import row_losses
-
-        if state is not None:
-            measure(state, arm, model, self.engine, scorer, self.config, self.task.chat, self.display, self.stop.check)
-        if validation is not None and len(validation):
-            place = adapter_folder(self.folder, arm)
-            losses = row_losses(
-                model, validation, micro_tokens=self.config.train.micro_tokens, device=self.engine.device
-            )
-            value = round(float(losses.mean()), 6)
-            if place is None:
-                self.base_validation = value
-                return
-            done = place / "result.json"
-            write_json(done, {**json.loads(done.read_text(encoding="utf-8")), "validation_loss": value})
-
-    def _train_numbers(self, results: dict[str, dict], mixtures: dict) -> dict:
-        arms: dict[str, dict] = {}
-        for arm in results:
-            place = adapter_folder(self.folder, arm)
-            numbers_ = json.loads((place / "result.json").read_text(encoding="utf-8"))
-            arms[arm] = {**numbers_, "flops": arm_costs(self.task, mixtures[arm][1])["flops"]}
-        lead = arms.get("tell", {})
-        return {
-            "steps": lead.get("steps"),
-            "tokens": lead.get("tokens"),
-            "flops": lead.get("flops"),
-            "seconds": lead.get("seconds"),
-            "validation_loss_before": self.base_validation,
-            "arms": arms,
-        }
-
-    def _write_findings(self, general: General | None, table: RowTable) -> None:
-        task = self.task
-        dropped = [{"origin": d.origin, "reason": d.reason} for d in table.dropped]
-        findings = {
-            **task.findings,
-            "dropped_rows": [*task.findings["dropped_rows"], *dropped, *(general.dropped if general else [])],
-            "notices": task.notices,
-            "machine": {
-                "cpu": cpu_name(),
-                "device": str(self.loaded.device),
-                "dtype": "bf16" if "bfloat16" in str(self.loaded.dtype) else "fp32",
-                "dtype_reason": self.loaded.why,
-                "model_origin": task.files.origin,
-            },
-            "seconds": round(time.monotonic() - self.begin, 1),
-            "versions": {
-                "tell": __version__,
-                **{name: version(name) for name in ("torch", "transformers", "peft", "tokenizers")},
-            },
-            "command": self.command,
-        }
-        write_json(self.folder.findings, findings)
 
 
 class _Checked:
