@@ -1,0 +1,111 @@
+"""Every arm of a run on its test rows: answers, scores, validation loss, and what was forgotten."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from tell.anchor.anchor import Anchor
+from tell.progress import Display
+from tell.rows.tokenize import tokenize
+from tell.run import RunFolder, read_jsonl, write_jsonl
+from tell.study.forgetting import general_sets, measure, numbers
+from tell.study.prepare import General, Task
+from tell.study.scoring import (
+    adapter_arm,
+    adapter_folder,
+    answer_limit,
+    answer_rows,
+    arm_numbers,
+    arm_prompts,
+    score_rows,
+    scorer_of,
+)
+
+
+def measure_arms(
+    task: Task,
+    arms: Sequence[str],
+    folder: RunFolder,
+    model: Any,
+    engine: Any,
+    anchor: Anchor,
+    general: General | None,
+    *,
+    display: Display,
+    begin: Callable[[str], None],
+    check: Callable[[], None],
+) -> tuple[dict, dict[str, float]]:
+    """Answer, score and measure each arm; answers that lie in the folder are scored as they are.
+
+    Args:
+        model: the base model; each arm's adapter is merged into it for its turn.
+        engine: decodes with `model`.
+        begin: called with ``"evaluate <arm>"`` before each arm.
+        check: called at every token and block of rows; may raise to stop.
+
+    Returns:
+        ``task``, ``arms``, ``differences`` and ``forgetting`` of metrics.json; and the mean validation loss by
+        arm, ``base`` among them, empty where no row is kept for validation.
+    """
+    from tell.generate.sampler import Decoding
+    from tell.train.lora import adapter_merged
+    from tell.train.step import row_losses
+
+    config = task.config
+    scorer = scorer_of(config, task.kind)
+    limit = answer_limit(config, task.chat, task.train)
+    decoding = Decoding.of(config.generate, max_new_tokens=limit, stop_ids=task.chat.stop_ids, seed=config.seed)
+    state = general_sets(config, task.chat, general)
+    rules = replace(task.rules, too_long="drop", nothing_to_train="drop")
+    validation = tokenize(task.validation, task.chat, source="validation", anchor=anchor, rules=rules)
+    losses: dict[str, float] = {}
+    measured: set[str] = set()
+
+    def measure_weights(arm: str) -> None:
+        measured.add(arm)
+        if state is not None:
+            measure(state, arm, model, engine, scorer, config, task.chat, display, check)
+        if len(validation):
+            per_row = row_losses(model, validation, micro_tokens=config.train.micro_tokens, device=engine.device)
+            losses[arm] = round(float(per_row.mean()), 6)
+
+    scored: dict[str, dict] = {}
+    for arm in arms:
+        begin(f"evaluate {arm}")
+        with adapter_merged(model, adapter_folder(folder, arm)):
+            path = folder.prediction(arm)
+            prompts, used = arm_prompts(
+                arm,
+                task.chat,
+                anchor,
+                task.test,
+                task.train,
+                examples=config.eval.icl_examples,
+                room=min(engine.max_positions - limit, config.train.max_length * 2),
+            )
+            if arm == "icl":
+                task.notice(f"icl: {used} examples fit into the context", display)
+            if path.exists():
+                rows = read_jsonl(path)
+            else:
+                title = f"answer {arm}"
+                rows = answer_rows(
+                    engine, task.chat, prompts, task.test, decoding, title=title, display=display, check=check
+                )
+            scored[arm] = score_rows(scorer, rows)
+            write_jsonl(path, rows)
+            weights = adapter_arm(arm) or "base"
+            if weights not in measured:
+                measure_weights(weights)
+    if "base" not in measured:  # what training changed needs a before
+        measure_weights("base")
+    values, gaps = arm_numbers(scored, seed=config.seed, samples=config.eval.bootstrap)
+    metrics = {
+        "task": {"kind": task.kind.name, "primary": scorer.primary},
+        "arms": values,
+        "differences": gaps,
+        "forgetting": numbers(state, config) if state is not None else {},
+    }
+    return metrics, losses

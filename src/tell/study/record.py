@@ -1,0 +1,122 @@
+"""What a run writes down about itself: what was decided, what was trained, what was found."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import Any
+
+from tell import __version__
+from tell.errors import TellError
+from tell.mix.manifest import read_manifest, write_manifest
+from tell.mix.mixture import Mixture
+from tell.models.machine import cpu_name
+from tell.rows.table import RowTable
+from tell.run import RunFolder, write_json, write_text
+from tell.study.plan import arm_costs
+from tell.study.prepare import General, Task, split_file
+from tell.study.scoring import answer_limit
+
+
+def write_decided(folder: RunFolder, task: Task, plan: dict, tables: Mapping[str, RowTable], mixture: Mixture) -> None:
+    """Everything that is decided before training; a resumed run must decide the same again.
+
+    Raises:
+        TellError: the data is no longer what it was when the run began.
+    """
+    split = split_file(task)
+    if (folder.split.exists() and folder.split.read_text(encoding="utf-8") != split) or (
+        folder.manifest.exists()
+        and read_manifest(folder.manifest).schema.metadata[b"tell.digest"] != mixture.digest().encode()
+    ):
+        raise TellError(
+            "the data has changed since this run began",
+            where=str(folder.root),
+            remedy="Put the files back as they were, or start anew with --overwrite.",
+        )
+    write_text(folder.split, split)
+    if task.kind.schema is not None:
+        write_json(folder.schema, task.kind.schema)
+    write_json(folder.plan, plan)
+    write_manifest(folder.manifest, mixture, tables, task.config.train.batch_size)
+
+
+def write_adapter_notes(folder: RunFolder, task: Task) -> None:
+    """What the adapter needs to be used elsewhere: its anchor, and the name of its base model."""
+    name = task.files.name
+    anchor = json.loads(folder.anchor.read_text(encoding="utf-8"))
+    anchor.pop("candidates", None)
+    notes = {"anchor": anchor, "base_model": name, "revision": task.config.model.revision}
+    write_json(folder.adapter / "tell.json", notes)
+    # peft notes the folder the weights lay in; the name it was asked by says more elsewhere.
+    path = folder.adapter / "adapter_config.json"
+    write_json(path, {**json.loads(path.read_text(encoding="utf-8")), "base_model_name_or_path": name})
+
+
+def train_numbers(
+    task: Task, results: Mapping[str, dict], mixtures: Mapping[str, tuple], validation: Mapping[str, float]
+) -> dict:
+    """``train`` of metrics.json.
+
+    Args:
+        results: what each trained arm's loop reported.
+        mixtures: tables and mixture of each arm, as from `arm_mixtures`.
+        validation: mean validation loss by arm; ``base`` is before training.
+    """
+    arms: dict[str, dict] = {}
+    for arm, result in results.items():
+        arms[arm] = {**result, "flops": arm_costs(task, mixtures[arm][1])["flops"]}
+        if arm in validation:
+            arms[arm]["validation_loss"] = validation[arm]
+    lead = arms.get("tell", {})
+    return {
+        **{key: lead.get(key) for key in ("steps", "tokens", "flops", "seconds")},
+        "validation_loss_before": validation.get("base"),
+        "arms": arms,
+    }
+
+
+def dtype_name(loaded: Any) -> str:
+    """``bf16`` or ``fp32``, of a loaded model."""
+    return "bf16" if "bfloat16" in str(loaded.dtype) else "fp32"
+
+
+def write_findings(
+    folder: RunFolder,
+    task: Task,
+    table: RowTable,
+    general: General | None,
+    loaded: Any,
+    *,
+    seconds: float,
+    command: str,
+) -> None:
+    """findings.json: what was detected and found on the way, the machine and the versions.
+
+    Args:
+        table: the task rows trained on.
+        loaded: the loaded model.
+        seconds: the whole run's, as far as it is.
+    """
+    dropped = [{"origin": d.origin, "reason": d.reason} for d in table.dropped]
+    findings = {
+        **task.findings,
+        "dropped_rows": [*task.findings["dropped_rows"], *dropped, *(general.dropped if general else [])],
+        "notices": task.notices,
+        "answer_limit": answer_limit(task.config, task.chat, task.train),
+        "machine": {
+            "cpu": cpu_name(),
+            "device": str(loaded.device),
+            "dtype": dtype_name(loaded),
+            "dtype_reason": loaded.why,
+            "model_origin": task.files.origin,
+        },
+        "seconds": round(seconds, 1),
+        "versions": {
+            "tell": __version__,
+            **{name: version(name) for name in ("torch", "transformers", "peft", "tokenizers")},
+        },
+        "command": command,
+    }
+    write_json(folder.findings, findings)
