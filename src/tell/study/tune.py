@@ -89,7 +89,6 @@ def tune(
         except BaseException as error:
             folder.set_status("failed", stage=run.stage, error=str(error) or type(error).__name__)
             raise
-    folder.set_status("done", stage="done")
     return folder
 
 
@@ -161,6 +160,7 @@ class _Run:
         self._at("report")
         from tell.report.page import write_report
 
+        self.folder.set_status("done", stage="done")  # the page says what state the run is in
         write_report(self.folder)
 
     def _at(self, stage: str) -> None:
