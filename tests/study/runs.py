@@ -1,0 +1,81 @@
+"""Small runs on tiny random models: configurations, and what a run folder says was trained."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tell.anchor.anchor import Anchor
+from tell.config import ARMS, Config, load_config, merge
+from tell.mix.manifest import read_manifest
+from tell.progress import Silent
+from tell.run import RunFolder
+from tell.study.prepare import load_general, load_task, task_table
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+PROBE = Path(__file__).parents[2] / "src/tell/evaluate/probe/general.jsonl"
+ANCHORS = {"support": "Sort this mail.", "reviews": "Positive, negative or mixed?", "titles": "Write a headline."}
+ALL_ARMS = list(ARMS)
+
+
+def config_of(model: Path, out: Path | None = None, *, example: str = "support", **sections: Any) -> Config:
+    """A run of a few seconds; ``sections`` override its keys."""
+    data: dict[str, Any] = {
+        "data": str(EXAMPLES / example / "train.jsonl"),
+        "test": str(EXAMPLES / example / "test.jsonl"),
+        "rows": 6,
+        "test_rows": 5,
+    }
+    if example == "support":
+        data["schema"] = str(EXAMPLES / example / "schema.json")
+    small = {
+        "task": data,
+        "model": {"name": str(model), "dtype": "fp32"},
+        "general": {"source": str(PROBE), "rows": 10},
+        "anchor": {"text": ANCHORS[example], "candidates": 2, "examples": 2},
+        "mix": {"repeat": 2},
+        "train": {"batch_size": 4, "learning_rate": 5e-3, "lora_r": 4},
+        "generate": {"max_new_tokens": 8},
+        "eval": {
+            "arms": ["base", "tell"],
+            "icl_examples": 2,
+            "bootstrap": 100,
+            "forgetting_rows": 4,
+            "forgetting_answers": 2,
+        },
+        "seed": 7,
+        **({"out": str(out)} if out else {}),
+    }
+    return load_config(flags=merge(small, sections))
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def trained_rows(folder: RunFolder, config: Config) -> list[tuple[str, str, str]]:
+    """(source, content hash, decoded text) of every row the manifest lists, from the data as tokenised for training."""
+    task = load_task(config)
+    anchor = Anchor.load(folder.anchor)
+    tables = {"task": task_table(task, anchor, task.train)}
+    if config.general.source not in ("none", "self"):
+        tables["general"] = load_general(task, config.general.source, Silent()).table
+    found = {
+        (name, str(key)): task.chat.backend.decode(table.row(i)[0].tolist(), skip_special_tokens=False)
+        for name, table in tables.items()
+        for i, key in enumerate(table.hashes)
+    }
+    manifest = read_manifest(folder.manifest).to_pylist()
+    return [(row["source"], row["hash"], found[row["source"], row["hash"]]) for row in manifest]
+
+
+def comparable(metrics: dict) -> dict:
+    """metrics.json without the seconds it took."""
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: clean(v) for k, v in value.items() if k != "seconds"}
+        return [clean(v) for v in value] if isinstance(value, list) else value
+
+    return clean(metrics)
