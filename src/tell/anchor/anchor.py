@@ -51,14 +51,14 @@ class Anchor:
         if self.place == "system":
             if turns and turns[0].role == "system":
                 rest = turns[0].content
-                if not rest.startswith(self.text):
+                if not _heads(self.text, rest):
                     turns[0] = Message("system", f"{self.text}\n\n{rest}")
             else:
                 turns.insert(0, Message("system", self.text))
             return tuple(turns)
         for i, turn in enumerate(turns):
             if turn.role == "user":
-                if not turn.content.startswith(self.text):
+                if not _heads(self.text, turn.content):
                     turns[i] = Message("user", f"{self.text}\n\n{turn.content}")
                 return tuple(turns)
         return (Message("user", self.text), *turns)
@@ -74,6 +74,11 @@ class Anchor:
     def load(cls, path: str | Path) -> Anchor:
         """Read ``anchor.json`` of a run folder."""
         return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+
+
+def _heads(anchor: str, text: str) -> bool:
+    """Whether ``text`` begins with the anchor as words of its own: ``Answer`` does not head ``Answers wanted``."""
+    return text.startswith(anchor) and not (text[len(anchor) :][:1].isalnum() and anchor[-1:].isalnum())
 
 
 NO_ANCHOR = Anchor("", "user", "none")
