@@ -82,7 +82,14 @@ def evaluate(
     for arm in wanted:
         room = min(opened.engine.max_positions - limit, config.train.max_length * 2)
         prompts, _ = arm_prompts(
-            arm, opened.chat, opened.anchor, examples, train, examples=config.eval.icl_examples, room=room
+            arm,
+            opened.chat,
+            opened.anchor,
+            examples,
+            train,
+            examples=config.eval.icl_examples,
+            room=room,
+            seed=config.seed,
         )
         with adapter_merged(model, adapters[arm]):
             answers = answer_rows(

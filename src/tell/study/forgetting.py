@@ -14,7 +14,6 @@ from tell.evaluate.intervals import difference, estimate
 from tell.evaluate.means import mean_metric
 from tell.evaluate.probe import load_probe
 from tell.evaluate.scored import Metric, Scorer
-from tell.generate.sampler import Decoding
 from tell.progress import Display
 from tell.rows.table import RowTable
 from tell.rows.template import ChatTokenizer
@@ -92,6 +91,7 @@ def measure(
     check: Callable[[], None],
 ) -> None:
     """Losses and answers of one arm; ``model`` has the arm's adapter merged."""
+    from tell.generate.sampler import Decoding
     from tell.train.step import row_losses
 
     total = sum(len(table) for table in state.sets.values())

@@ -84,6 +84,7 @@ def measure_arms(
                 task.train,
                 examples=config.eval.icl_examples,
                 room=min(engine.max_positions - limit, config.train.max_length * 2),
+                seed=config.seed,
             )
             if arm == "icl":
                 task.notice(f"icl: {used} examples fit into the context", display)

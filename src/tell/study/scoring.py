@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,10 +15,13 @@ from tell.data.kind import Kind
 from tell.evaluate.intervals import difference, estimate
 from tell.evaluate.scored import Metric, Scorer
 from tell.evaluate.scorers import make_scorer
-from tell.generate.sampler import Decoding
+from tell.mix.seeds import permutation
 from tell.progress import Display
 from tell.rows.template import ChatTokenizer
 from tell.rows.tokenize import prompt_ids
+
+if TYPE_CHECKING:
+    from tell.generate.sampler import Decoding
 
 MOST_NEW_TOKENS = 1024
 WITHOUT_ANCHOR = frozenset({"base", "tell-anchor"})
@@ -46,6 +49,7 @@ def arm_prompts(
     *,
     examples: int,
     room: int,
+    seed: int,
 ) -> tuple[list[list[int]], int]:
     """Token ids of the prompts of an arm, and the examples put in context.
 
@@ -53,13 +57,15 @@ def arm_prompts(
         arm: ``base`` and ``tell-anchor`` go without the anchor; ``icl`` has training examples in context.
         examples: in-context examples wanted.
         room: tokens a prompt may have; as many examples are used as fit beside the longest test prompt.
+        seed: decides which training rows are the examples, and their order; a file may be sorted.
     """
     if arm in WITHOUT_ANCHOR:
         return [prompt_ids(chat, example) for example in test], 0
     if arm != "icl":
         return [prompt_ids(chat, example, anchor) for example in test], 0
-    for n in range(min(examples, len(train)), -1, -1):
-        context = _context(train[:n])
+    shown = [train[int(i)] for i in permutation(len(train), seed, "icl")[:examples]]
+    for n in range(len(shown), -1, -1):
+        context = _context(shown[:n])
         prompts = [
             chat.encode(chat.render(anchor.apply([*context, *_turns(example.prompt, n)]), add_generation_prompt=True))
             for example in test
