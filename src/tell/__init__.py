@@ -18,7 +18,7 @@ _PLACES = {
     "plan": "tell.study.plan",
     "evaluate": "tell.study.evaluate",
     "demo": "tell.study.demo",
-    "chat": "tell.generate.chat",
+    "chat": "tell.study.chat",
     "report": "tell.report.verb",
     "write_anchor": "tell.study.anchor",
     "build_halu_cot_json": "tell.build.halu_cot_json",

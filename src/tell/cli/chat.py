@@ -14,7 +14,7 @@ from tell.cli.common import nearest, read_number
 from tell.errors import TellError
 
 if TYPE_CHECKING:
-    from tell.generate.chat import ChatSession
+    from tell.study.chat import ChatSession
 
 COMMANDS = ("/reset", "/quit", "/help")
 

@@ -59,10 +59,8 @@ def arm_prompts(
         room: tokens a prompt may have; as many examples are used as fit beside the longest test prompt.
         seed: decides which training rows are the examples, and their order; a file may be sorted.
     """
-    if arm in WITHOUT_ANCHOR:
-        return [prompt_ids(chat, example) for example in test], 0
     if arm != "icl":
-        return [prompt_ids(chat, example, anchor) for example in test], 0
+        return [prompt_ids(chat, example, arm_anchor(arm, anchor)) for example in test], 0
     shown = [train[int(i)] for i in permutation(len(train), seed, "icl")[:examples]]
     for n in range(len(shown), -1, -1):
         context = _context(shown[:n])
@@ -161,6 +159,7 @@ def arm_numbers(arms: Mapping[str, Mapping[str, Metric]], *, seed: int, samples:
 
 
 def arm_anchor(arm: str, anchor: Anchor) -> Anchor:
+    """The run's anchor, or none for the arms that are asked without it."""
     return NO_ANCHOR if arm in WITHOUT_ANCHOR else anchor
 
 

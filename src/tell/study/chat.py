@@ -7,13 +7,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
-from tell.anchor.anchor import NO_ANCHOR, Anchor
 from tell.data.example import Message
+from tell.study.scoring import arm_anchor
+from tell.study.session import OpenRun, open_run
 
 MOST_NEW_TOKENS = 512
-WITHOUT_ANCHOR = ("base", "tell-anchor")
 
 
 class _ReaderLeft(Exception):
@@ -30,7 +29,7 @@ class ChatSession:
         seed: of the first answer; each later one counts on.
     """
 
-    def __init__(self, opened: Any, *, arm: str, greedy: bool | None, seed: int | None) -> None:
+    def __init__(self, opened: OpenRun, *, arm: str, greedy: bool | None, seed: int | None) -> None:
         from tell.train.lora import adapter_merged
 
         self.opened, self.arm = opened, arm
@@ -38,7 +37,7 @@ class ChatSession:
         model = opened.load()
         self._stack = ExitStack()
         self._stack.enter_context(adapter_merged(model, adapter))
-        self.anchor: Anchor = NO_ANCHOR if arm in WITHOUT_ANCHOR else opened.anchor
+        self.anchor = arm_anchor(arm, opened.anchor)
         self.greedy, self.seed = greedy, opened.config.seed if seed is None else seed
         self.history: list[Message] = []
 
@@ -116,6 +115,4 @@ def chat(run: str | Path, *, arm: str = "tell", seed: int | None = None, greedy:
     Raises:
         TellError: no such run or arm.
     """
-    from tell.study.session import open_run
-
     return ChatSession(open_run(run), arm=arm, greedy=greedy, seed=seed)
