@@ -13,6 +13,7 @@ from tell.cli.tune import ask_about
 
 def demo(
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="run folder")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run.")] = False,
     minutes: Annotated[str | None, typer.Option("--minutes", metavar="N", help="end within this time")] = None,
 ) -> None:
@@ -24,7 +25,9 @@ def demo(
     import tell
     from tell.cli.display import make_display
     from tell.cli.tables import make_console, show_run
+    from tell.study.demo import OUT
 
-    if out is not None and not overwrite:
-        _, overwrite = ask_about(out)
-    show_run(make_console(), tell.demo(out=out, overwrite=overwrite, display=make_display(), minutes=limit))
+    if not (resume or overwrite):
+        resume, overwrite = ask_about(out or OUT)
+    run = tell.demo(out=out, resume=resume, overwrite=overwrite, display=make_display(), minutes=limit)
+    show_run(make_console(), run)

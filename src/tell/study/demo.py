@@ -12,6 +12,7 @@ from tell.run import RunFolder
 from tell.study.tune import tune
 
 MINUTES = 12.0
+OUT = Path("runs/demo")
 # Small enough for twelve minutes on two cores; a run of one's own has some twenty times the task's tokens.
 GENERAL_ROWS = 256
 REPEAT = 4
@@ -49,8 +50,8 @@ def demo_config(out: str | Path | None = None, minutes: float | None = None) -> 
                 "forgetting_rows": 24,
                 "forgetting_answers": 8,
             },
-            "out": str(out or "runs/demo"),
-            "max_minutes": minutes or MINUTES,
+            "out": str(out or OUT),
+            "max_minutes": MINUTES if minutes is None else minutes,
         }
     )
 
@@ -58,6 +59,7 @@ def demo_config(out: str | Path | None = None, minutes: float | None = None) -> 
 def demo(
     *,
     out: str | Path | None = None,
+    resume: bool = False,
     overwrite: bool = False,
     display: Display | None = None,
     minutes: float | None = None,
@@ -66,10 +68,11 @@ def demo(
 
     Args:
         out: run folder; default ``runs/demo``.
+        resume: go on with an interrupted demo there.
         overwrite: replace an earlier demo there.
         minutes: the general data is shortened until the run is predicted to fit.
 
     Returns:
         The run folder with the report.
     """
-    return tune(demo_config(out, minutes), overwrite=overwrite, display=display, command="tell demo")
+    return tune(demo_config(out, minutes), resume=resume, overwrite=overwrite, display=display, command="tell demo")
