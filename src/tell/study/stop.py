@@ -25,9 +25,11 @@ class Stop:
     def check(self) -> None:
         """Raise Interrupted once a signal has come."""
         if self.asked:
-            raise Interrupted(
-                "stopped", where=str(self.folder), remedy=f"Go on with `tell tune --resume --out {self.folder}`."
-            )
+            raise self.interrupted("stopped")
+
+    def interrupted(self, what: str) -> Interrupted:
+        """The error that says how to go on."""
+        return Interrupted(what, where=str(self.folder), remedy=f"Go on with `tell tune --resume --out {self.folder}`.")
 
     @contextmanager
     def listening(self) -> Iterator[Stop]:

@@ -309,7 +309,7 @@ class _Run:
                     advance(report.tokens_total - counted, f"step {report.step}/{report.steps}, loss {losses}")
                     counted = report.tokens_total
 
-                result = Trainer(
+                trainer = Trainer(
                     model,
                     tables,
                     mixture,
@@ -320,7 +320,11 @@ class _Run:
                     device=self.loaded.device,
                     stopped=self.stop,
                     progress=progress,
-                ).run(resume=True)
+                )
+                try:
+                    result = trainer.run(resume=True)
+                except Interrupted as error:
+                    raise self.stop.interrupted(f"{arm}: {error.what}") from error
             if arm == "tell":
                 write_adapter_notes(self.folder, self.task)
                 if result.steps >= 10 and result.seconds > 0:
