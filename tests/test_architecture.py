@@ -1,0 +1,82 @@
+"""Rooms import what docs/architecture.md says, and those that plan or draw load no torch."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import tell
+
+PACKAGE = Path(tell.__file__).parent
+GROUND = {"__init__", "errors", "home", "progress", "run", "config"}
+ROOMS = {
+    "data": set(),
+    "anchor": {"data"},
+    "rows": {"data", "anchor"},
+    "models": set(),
+    "mix": {"rows"},
+    "train": {"rows", "mix"},
+    "generate": {"train"},
+    "evaluate": {"data"},
+    "report": {"evaluate"},
+    "study": {"data", "anchor", "rows", "models", "mix", "train", "generate", "evaluate", "report"},
+    "build": {"data"},
+}
+EXCEPTIONS = {
+    "anchor/write.py": {"mix", "rows", "train", "generate"},
+    "evaluate/__init__.py": {"study"},
+}
+NO_TORCH = ("config", "data", "anchor", "rows", "mix", "models", "evaluate", "report", "build")
+WITH_TORCH = ("anchor.write", "models.convert", "models.load")
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Rooms and modules of ours that a file imports, at its head or late; what only type checkers read left out."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    typing = [n for n in ast.walk(tree) if isinstance(n, ast.If) and getattr(n.test, "id", "") == "TYPE_CHECKING"]
+    skipped = {id(inner) for block in typing for inner in ast.walk(block)}
+    for node in ast.walk(tree):
+        names: list[str] = []
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: relative import"
+            module = node.module or ""
+            names = [f"tell.{alias.name}" for alias in node.names] if module == "tell" else [module]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        for name in names:
+            if name.startswith("tell.") and not name.startswith("tell.__"):
+                yield name.split(".")[1]
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_arrows_point_one_way(room):
+    files = sorted((PACKAGE / room).rglob("*.py"))
+    assert files
+    for path in files:
+        name = path.relative_to(PACKAGE).as_posix()
+        allowed = GROUND | {room} | ROOMS[room] | EXCEPTIONS.get(name, set())
+        assert set(imported(path)) <= allowed, name
+
+
+def test_every_room_has_a_rule():
+    folders = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()}
+    assert folders == {*ROOMS, "cli"}
+
+
+def test_planning_and_drawing_load_no_torch():
+    modules = ["tell.study.plan"]
+    for room in NO_TORCH:
+        place = PACKAGE / room
+        files = sorted(place.rglob("*.py")) if place.is_dir() else [place.with_suffix(".py")]
+        names = [".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__") for path in files]
+        modules += [f"tell.{name}" for name in names if name not in WITH_TORCH]
+    code = f"import importlib, sys; [importlib.import_module(m) for m in {modules!r}]; sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
