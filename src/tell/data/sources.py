@@ -78,16 +78,6 @@ def load(
     return Loaded(examples, layout.name, layout.columns, source, file_fingerprint(path, columns, name), dropped)
 
 
-def check_source(source: str) -> None:
-    """Refuse a path that holds no readable file; a hub name is left to `load`.
-
-    Raises:
-        TellError: no such file, a folder, an unknown ending, an empty file.
-    """
-    if _is_path(source):
-        check_file(Path(source).expanduser())
-
-
 def file_fingerprint(path: str | Path, columns: str | None = None, name: str = "task") -> str:
     """SHA-256 (hexadecimal) over a file's bytes and how it is read; what caches are keyed by.
 

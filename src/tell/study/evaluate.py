@@ -19,6 +19,7 @@ from tell.study.scoring import (
     answer_rows,
     arm_numbers,
     arm_prompts,
+    check_prompts,
     score_rows,
     scorer_of,
 )
@@ -67,6 +68,7 @@ def evaluate(
     train, examples = _examples(opened, test, need_train="icl" in wanted)
     if rows is not None and rows < len(examples):
         examples = [examples[i] for i in sorted(take_rows(len(examples), rows, seed))]
+    check_prompts(opened.chat, opened.anchor, examples, opened.files.architecture.max_positions)
     kind = _kind(opened, facts["kind"])
     scorer = scorer_of(config, kind)
     from tell.generate.sampler import Decoding

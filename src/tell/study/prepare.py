@@ -40,6 +40,7 @@ class Task:
     """The task's own side of a run: model files, tokenizer, examples, kind.
 
     Attributes:
+        config: the run's, its ``train.max_length`` lowered to what the model's positions allow.
         train: rows to train on, after split, overlap removal and budget (the budget needs the anchor: see
             `limit_task`).
         findings: ``findings.json`` as far as it is known.
@@ -96,6 +97,9 @@ def load_task(config: Config, display: Display | None = None) -> Task:
         trust_remote_code=config.model.trust_remote_code,
         notify=display.note,
     )
+    positions = files.architecture.max_positions
+    if positions and positions < config.train.max_length:
+        config = config.model_copy(update={"train": config.train.model_copy(update={"max_length": positions})})
     chat = ChatTokenizer(files.path)
     unit = chat
     if config.tokens.unit != "model":

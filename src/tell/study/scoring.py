@@ -12,6 +12,7 @@ from tell.anchor.anchor import NO_ANCHOR, Anchor
 from tell.config import Config
 from tell.data.example import Example, Message
 from tell.data.kind import Kind
+from tell.errors import TellError
 from tell.evaluate.intervals import difference, estimate
 from tell.evaluate.scored import Metric, Scorer
 from tell.evaluate.scorers import make_scorer
@@ -38,6 +39,24 @@ def answer_limit(config: Config, chat: ChatTokenizer, examples: Sequence[Example
         return config.generate.max_new_tokens
     longest = max(len(e.ids) for e in chat.backend.encode_batch([x.answer for x in examples], add_special_tokens=False))
     return int(min(MOST_NEW_TOKENS, max(16, np.ceil(1.5 * (longest + 1)))))
+
+
+def check_prompts(chat: ChatTokenizer, anchor: Anchor, test: Sequence[Example], positions: int | None) -> None:
+    """Refuse test rows whose prompt leaves no room for an answer.
+
+    Args:
+        positions: longest row the model takes, in tokens; None where it does not say.
+
+    Raises:
+        TellError: the first such row.
+    """
+    for example in test if positions else ():
+        if (length := len(prompt_ids(chat, example, anchor))) >= positions:
+            raise TellError(
+                f"the prompt has {length:,} tokens and the model takes {positions:,}",
+                where=example.origin,
+                remedy="Shorten that test row, or remove it.",
+            )
 
 
 def arm_prompts(

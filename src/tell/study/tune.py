@@ -13,7 +13,6 @@ import numpy as np
 
 from tell.anchor.anchor import Anchor
 from tell.config import Config
-from tell.data.sources import check_source
 from tell.errors import Interrupted, TellError
 from tell.mix.amount import Draw
 from tell.mix.orders import get_order
@@ -42,7 +41,7 @@ from tell.study.prepare import (
     wanted_arms,
 )
 from tell.study.record import dtype_name, train_numbers, write_adapter_notes, write_decided, write_findings
-from tell.study.scoring import adapter_folder, scorer_of
+from tell.study.scoring import adapter_folder, check_prompts, scorer_of
 from tell.study.self_data import enough_of, write_self_data
 from tell.study.stop import Stop
 
@@ -105,11 +104,12 @@ class _Run:
     begin: float
     command: str
     stage: str = "start"
+    general: General | None = None
     loaded: Any = None
     engine: Any = None
 
     def check_rows(self) -> None:
-        """Refuse bad rows, budgets, orders and general files before anything is written."""
+        """Refuse bad rows, prompts, budgets, orders and general data before anything is written."""
         config, task = self.config, self.task
         get_order(config.mix.order)
         anchor = anchor_of(config)
@@ -117,9 +117,10 @@ class _Run:
         train, split = task.train, dict(task.findings["split"])
         limit_task(task, stand_in)
         task_table(task, stand_in, task.train)
+        check_prompts(task.chat, stand_in, task.test, task.files.architecture.max_positions)
         task.train, task.findings["split"] = train, split  # the true anchor decides again
-        if config.general.source not in ("self", "none"):
-            check_source(config.general.source)
+        if (source := general_source(config)) not in ("self", "none"):
+            self.general = load_general(task, source, self.display)
 
     def go(self) -> None:
         self._at("anchor")
@@ -210,11 +211,9 @@ class _Run:
         source = general_source(self.config)
         if source == "none":
             return None, None
-        written = source == "self"
-        if written:
-            source = self._self_file(table)
-        general = load_general(self.task, source, self.display)
-        if written:
+        general = self.general
+        if general is None:
+            general = load_general(self.task, self._self_file(table), self.display)
             general.facts["path"] = f"self: written by {self.task.files.name}"
         return general, draw_general(self.config, general, int(table.unit.sum()))
 
