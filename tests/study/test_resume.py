@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 import tell
-from study.runs import PROBE, comparable, config_of, read
+from study.runs import PROBE, Killer, comparable, config_of, read
 from tell.errors import Interrupted, TellError
 from tell.run import RunFolder
 
@@ -24,29 +22,6 @@ SECTIONS = {
     "train": {"checkpoint_every": 2, "lora_dropout": 0.1},
     "mix": {"repeat": 4},
 }
-
-
-class Killer:
-    """A display that sends this process a signal once a bar whose title begins as given has advanced ``after`` times.
-
-    The run hears it as it hears Ctrl-C: through its own handler.
-    """
-
-    def __init__(self, title: str, after: int = 1, number: int = signal.SIGTERM) -> None:
-        self.title, self.left, self.number = title, after, number
-
-    def note(self, text: str) -> None:
-        pass
-
-    @contextmanager
-    def bar(self, title: str, total: float | None, unit: str = "rows"):
-        def advance(amount: float = 1, info: str = "") -> None:
-            if title.startswith(self.title):
-                self.left -= 1
-                if self.left == 0:
-                    os.kill(os.getpid(), self.number)
-
-        yield advance
 
 
 @pytest.fixture(scope="module")

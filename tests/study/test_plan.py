@@ -1,0 +1,139 @@
+"""Plans count what a run will do, without torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import tell
+from study.runs import ALL_ARMS, PROBE, config_of, read
+from tell.progress import Silent
+from tell.study.plan import fit_minutes, plan_general
+from tell.study.prepare import anchor_of, limit_task, load_task, task_table
+
+
+def test_plan_is_what_the_run_does(finished):
+    folder, config = finished
+    planned, done = tell.plan(config), read(folder.plan)
+    metrics = read(folder.metrics)
+    assert planned["mixture"] == done["mixture"] == metrics["mixture"]
+    assert planned["task"] == done["task"] and planned["train"] == done["train"]
+    assert set(planned["arms"]) == set(metrics["train"]["arms"]) == {"sft", "sft-matched", "general", "tell"}
+    for arm, cost in planned["arms"].items():
+        trained = metrics["train"]["arms"][arm]
+        for key in ("steps", "tokens", "trained_tokens", "flops"):
+            assert cost[key] == trained[key], (arm, key)
+    assert planned["predicted"]["seconds"] > planned["predicted"]["training_seconds"] > 0
+    assert planned["predicted"]["memory_gb"] > 0
+    json.dumps(planned)
+
+
+def test_plan_imports_no_torch(tiny_model, tmp_path):
+    config = config_of(tiny_model("llama"), eval={"arms": ALL_ARMS}, anchor={"text": "auto"})
+    (tmp_path / "run.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    code = (
+        "import sys, tell; tell.plan(tell.load_config(sys.argv[1]));"
+        "assert not {'torch', 'transformers', 'peft'} & set(sys.modules)"
+    )
+    env = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "run.yaml")], check=True, env=env, timeout=120)
+
+
+def test_plan_writes_no_run_folder(tiny_model, tmp_path):
+    tell.plan(config_of(tiny_model("llama"), tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("amount", "value"), [("rows", 17), ("tokens", 900), ("ratio", 1.5)])
+def test_amounts_are_met(tiny_model, amount, value):
+    plan = tell.plan(config_of(tiny_model("llama"), general={"rows": None, amount: value}))
+    mixture = plan["mixture"]
+    if amount == "rows":
+        assert mixture["rows"]["general"] == 17
+    else:
+        wanted = value if amount == "tokens" else value * plan["task"]["unit_tokens"]
+        assert abs(mixture["unit_tokens"]["general"] - wanted) < 200  # no probe row is longer
+    assert mixture["rows"]["task"] == 12 and mixture["tokens"]["task"] == 2 * plan["task"]["tokens"]
+    assert plan["train"]["steps"] == -(-sum(mixture["rows"].values()) // 4)
+    assert mixture["ratio"] == pytest.approx(mixture["unit_tokens"]["general"] / plan["task"]["unit_tokens"])
+
+
+def test_without_general_data(tiny_model):
+    plan = tell.plan(config_of(tiny_model("llama"), general={"source": "none"}))
+    assert plan["general"] is None and plan["mixture"]["rows"] == {"task": 12}
+
+
+def test_self_written_data_is_estimated(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("TELL_HOME", str(tmp_path))
+    config = config_of(tiny_model("llama"), general={"source": "self", "ratio": 20.0, "rows": None})
+    plan = tell.plan(config)
+    assert plan["general"]["estimated"] and any("estimated" in text for text in plan["notices"])
+    assert plan["mixture"]["ratio"] == pytest.approx(20, rel=0.05)
+    assert (
+        "general"
+        not in tell.plan(
+            config_of(tiny_model("llama"), eval={"arms": ["base", "sft"]}, general={"source": "self", "rows": 9})
+        )["mixture"]["rows"]
+    )  # no arm asked for would be trained on it
+
+
+def test_anchor_to_be_written_is_stood_in_for(tiny_model):
+    plan = tell.plan(config_of(tiny_model("gemma2"), anchor={"text": "auto", "place": "system"}))
+    assert any("stand-in" in text for text in plan["notices"])
+    assert any("no system role" in text for text in plan["notices"])
+    by_hand = tell.plan(config_of(tiny_model("gemma2")))
+    assert plan["task"]["tokens"] > by_hand["task"]["tokens"]
+
+
+def test_unit_of_another_tokenizer(tiny_model):
+    other = tiny_model("phi3", vocab=300)
+    here, there = (tell.plan(config_of(tiny_model("llama"), **more)) for more in ({}, {"tokens": {"unit": str(other)}}))
+    assert there["task"]["tokens"] == here["task"]["tokens"]
+    assert there["task"]["unit_tokens"] > here["task"]["unit_tokens"]  # a smaller vocabulary cuts finer
+
+
+def test_max_minutes_shortens_to_a_prefix(tiny_model):
+    config = config_of(tiny_model("llama"), general={"source": str(PROBE), "rows": 4000})
+    task = load_task(config)
+    anchor = anchor_of(config)
+    limit_task(task, anchor)
+    table = task_table(task, anchor, task.train)
+    general, draw = plan_general(task, table, Silent())
+    assert len(draw) == 4000 and any("exhausted" in text for text in draw.notices)
+    kept = {}
+    whole = tell.plan(config)["predicted"]["seconds"]
+    for share in (0.9, 0.5, 1e-9):
+        kept[share] = part = fit_minutes(task, table, general, draw, whole * share / 60, 0.0)
+        assert np.array_equal(part.indices, draw.indices[: len(part)])
+        assert part.notices[0] == draw.notices[0] and "--max-minutes" in part.notices[-1]
+    assert 4000 > len(kept[0.9]) > len(kept[0.5]) > 1000 and len(kept[1e-9]) == 0
+    assert "even without general data" in kept[1e-9].notices[-1]
+    assert fit_minutes(task, table, general, draw, whole * 1.01 / 60, 0.0) is draw
+    spent = fit_minutes(task, table, general, draw, whole / 60, whole * 0.5)
+    assert abs(len(spent) - len(kept[0.5])) <= 80  # found within a hundredth of the draw
+
+
+def test_no_time_for_general_data(tiny_model, tmp_path):
+    """The arm that trains on general data alone is left out, and that is said; the rest goes on."""
+    config = config_of(
+        tiny_model("llama"), tmp_path / "run", eval={"arms": ["base", "general", "tell"]}, max_minutes=1e-6
+    )
+    folder = tell.tune(config)
+    metrics, found = read(folder.metrics), read(folder.findings)
+    assert list(metrics["arms"]) == ["base", "tell"] and metrics["mixture"]["rows"] == {"task": 12}
+    assert any("arm general is left out" in text for text in found["notices"])
+    assert "--max-minutes" in metrics["mixture"]["notices"][0]
+
+
+def test_dropped_rows_are_counted(tiny_model):
+    plan = tell.plan(config_of(tiny_model("llama"), train={"max_length": 260}, task={"rows": 30}))
+    assert 0 < plan["task"]["rows"] < 30
+    reasons = [row["reason"] for row in plan["dropped_rows"] if row["origin"].startswith("train.jsonl")]
+    assert len(reasons) == 30 - plan["task"]["rows"] and all("longer than max_length 260" in r for r in reasons)
+    with pytest.raises(tell.TellError, match=r"train.jsonl:\d+: .* longer than"):
+        tell.plan(config_of(tiny_model("llama"), train={"max_length": 260, "too_long": "refuse"}, task={"rows": 30}))

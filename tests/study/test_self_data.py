@@ -1,0 +1,170 @@
+"""General data written by the model itself: what is kept, what is thrown away, what lies in the cache."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+import tell
+from study.runs import Killer, config_of, read
+from tell.errors import Interrupted
+from tell.generate.engine import Engine
+from tell.mix.manifest import read_manifest
+from tell.models.load import load_model
+from tell.progress import Silent
+from tell.rows.template import ChatTokenizer
+from tell.run import read_jsonl
+from tell.study.prepare import load_task
+from tell.study.self_data import MARK, enough_of, is_good, self_file, user_header, write_self_data
+
+SHORT = {"max_prompt_tokens": 24, "max_answer_tokens": 32}
+
+
+@pytest.fixture(scope="module")
+def talker(tiny_model, tmp_path_factory) -> Path:
+    """A tiny phi3 whose turns end often enough for some of its babble to be whole rows."""
+    folder = tmp_path_factory.mktemp("talker") / "model"
+    shutil.copytree(tiny_model("phi3"), folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"][ChatTokenizer(folder).encode("<|end|>")[0]] *= 4
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture
+def own_home(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("TELL_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+def files(home: Path) -> dict[str, tuple[bytes, int]]:
+    return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in (home / "self").glob("*")}
+
+
+def test_is_good():
+    answer = "Ice floats because it is less dense than the water around it."
+    assert is_good("Why does ice float?", answer) is None
+    assert is_good("Name two colours, please.", "Red, blue.") is None
+    assert is_good("Why ice?", answer) == "instruction too short"
+    assert is_good("Why does ice float?", "Density.") == "answer too short"
+    assert is_good("Say after me: hello.", " Say after me: hello. ") == "answer repeats the instruction"
+    assert is_good("Say it a lot, please.", "very " * 20) == "repetitive"
+    assert is_good("Say it a lot, please.", "it is so " * 8) == "repetitive"
+    lines = "\n".join(["- This line is said again.", "- Another line is here."] * 4)
+    assert is_good("List some things, please.", lines + "\nand so on and on") in ("repeated lines", "repetitive")
+    listed = "\n".join(f"{i}. The item of number {i} is {word}." for i, word in enumerate("abcdefgh"))
+    assert is_good("List eight items, please.", listed) is None
+
+
+HEADERS = {
+    "llama": ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"),
+    "qwen3": ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"),
+    "gemma2": ("<bos><start_of_turn>user\n", "<end_of_turn>\n<start_of_turn>model\n"),
+    "gemma3": ("<bos><start_of_turn>user\n", "<end_of_turn>\n<start_of_turn>model\n"),
+    "phi3": ("<|user|>\n", "<|end|>\n<|assistant|>\n"),
+    "mistral": ("<s>[INST] ", " [/INST]"),
+}
+
+
+@pytest.mark.parametrize("family", HEADERS)
+def test_user_header(tiny_model, family):
+    head, tail = user_header(ChatTokenizer(tiny_model(family)))
+    assert head.endswith(HEADERS[family][0]) and tail == HEADERS[family][1] and MARK not in head
+
+
+def test_user_header_of_the_plain_default(tiny_model):
+    head, tail = user_header(ChatTokenizer(tiny_model("llama", template=False)))
+    assert head == "### Instruction:\n" and tail == "\n\n### Response:\n"
+
+
+def test_written_once_and_extended(talker, own_home):
+    """A second run writes nothing; more rows begin with the fewer; fewer rows are the same whatever lies there."""
+
+    def written(rows: int) -> tuple[list[dict], dict]:
+        config = config_of(talker, general={"source": "self", "rows": rows, "self": SHORT}, eval={"forgetting_rows": 0})
+        task = load_task(config)
+        loaded = load_model(task.files, dtype="fp32", device="cpu")
+        path, facts = write_self_data(
+            config,
+            task.chat,
+            Engine(loaded.model),
+            model=task.files.fingerprint,
+            enough=enough_of(config, task.unit, 0),
+            display=Silent(),
+        )
+        assert path.parent == own_home / "self"
+        return read_jsonl(path), facts
+
+    few, facts = written(4)
+    assert 4 <= len(few) == facts["kept"] and facts["asked"] == 128
+    assert facts["asked"] == facts["kept"] + sum(facts["thrown"].values())
+    for row in few:
+        assert set(row) == {"instruction", "output"} and is_good(row["instruction"], row["output"]) is None
+    before = files(own_home)
+    assert written(4) == (few, facts) and files(own_home) == before
+    many, more = written(2 * len(few) + 1)
+    assert len(many) > 2 * len(few) and many[: len(few)] == few and more["asked"] > facts["asked"]
+    assert len({row["instruction"].strip().lower() for row in many}) == len(many)
+    before = files(own_home)
+    assert written(4) == (few, facts) and files(own_home) == before
+
+
+def test_runs_with_self_written_data(talker, own_home, tmp_path):
+    """The mixture depends on the amount asked for, not on what other runs have left in the cache."""
+
+    def config(out: str | None, rows: int = 5, **more):
+        sections = {"general": {"source": "self", "rows": rows, "self": SHORT}, "eval": {"arms": ["tell"]}}
+        return config_of(talker, out and tmp_path / out, **sections, **more)
+
+    estimate = tell.plan(config(None))
+    assert any("estimated" in text for text in estimate["notices"]) and estimate["mixture"]["rows"]["general"] == 5
+    first = tell.tune(config("first"))
+    manifest = first.manifest.read_bytes()
+    sources = read_manifest(first.manifest)["source"].to_pylist()
+    assert sources.count("general") == 5 and sources.count("task") == 12
+    found = read(first.findings)
+    assert found["general"]["path"].startswith("self: written by")
+    assert any("the model wrote 128 instructions" in text for text in found["notices"])
+    plan = tell.plan(config(None))
+    assert plan["mixture"] == read(first.metrics)["mixture"]
+    assert not any("estimated" in text for text in plan["notices"])
+
+    before = files(own_home)
+    assert tell.tune(config("second")).manifest.read_bytes() == manifest and files(own_home) == before
+    larger = tell.tune(config("larger", 25))
+    assert read(larger.metrics)["mixture"]["unique_rows"]["general"] == 25 and files(own_home) != before
+    assert tell.tune(config("again")).manifest.read_bytes() == manifest
+    assert any("estimated" in text for text in tell.plan(config(None, 500))["notices"])
+
+
+def test_stopped_while_writing(talker, own_home, tmp_path):
+    config = config_of(
+        talker,
+        tmp_path / "run",
+        general={"source": "self", "rows": 25, "self": SHORT},
+        eval={"arms": ["tell"], "forgetting_rows": 0},
+    )
+    with pytest.raises(Interrupted):
+        tell.tune(config, display=Killer("general data, written", 3))
+    task = load_task(config)
+    assert not self_file(config, task.files.fingerprint, task.chat.fingerprint).exists()  # within the first block
+    folder = tell.tune(config, resume=True)
+    assert read(folder.metrics)["mixture"]["rows"]["general"] == 25
+
+
+def test_an_amount_of_nothing_writes_nothing(talker, own_home, tmp_path):
+    config = config_of(talker, tmp_path / "run", general={"source": "self", "rows": 0}, eval={"arms": ["tell"]})
+    folder = tell.tune(config)
+    assert read(folder.metrics)["mixture"]["rows"] == {"task": 12} and not (own_home / "self").exists()
+
+
+def test_a_model_that_writes_nothing_usable(tiny_model, own_home, tmp_path):
+    short = {"max_prompt_tokens": 8, "max_answer_tokens": 8}
+    config = config_of(tiny_model("llama"), tmp_path / "run", general={"source": "self", "rows": 9, "self": short})
+    with pytest.raises(tell.TellError, match="no usable instruction in 512 tries") as error:
+        tell.tune(config)
+    assert "--general" in str(error.value)
+    assert read(tmp_path / "run/status.json")["state"] == "failed"
