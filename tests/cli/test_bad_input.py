@@ -173,19 +173,21 @@ def test_hub_that_cannot_be_reached(here):
     assert "someone/some-model" in line and "cannot be reached" in line and "smollm2-135m" in line
 
 
-@pytest.mark.parametrize("content", ["run.yaml", "thesis.txt"])
-def test_output_folder_that_exists(content, here, tiny_model, capsys):
+def test_output_folder_that_holds_a_run(here, tiny_model, capsys):
     (here / "out").mkdir()
-    (here / "out" / content).write_text("")
+    (here / "out" / "run.yaml").write_text("")
+    (here / "out" / "status.json").write_text('{"state": "interrupted"}')
     argv = ["tune", str(SUPPORT / "train.jsonl"), "--model", str(tiny_model("llama")), "--out", "out"]
-    refused(argv, capsys, ["out", "--resume", "--overwrite"], here)
+    refused(argv, capsys, ["out", "interrupted", "--resume", "--overwrite"], here)
 
 
-def test_a_folder_that_is_no_run_is_not_overwritten(here, tiny_model, capsys):
+@pytest.mark.parametrize("content", ["run.yaml", "thesis.txt"])
+@pytest.mark.parametrize("flags", [[], ["--overwrite"], ["--resume"]])
+def test_output_folder_that_holds_something_else(content, flags, here, tiny_model, capsys):
     (here / "out").mkdir()
-    (here / "out" / "thesis.txt").write_text("years of work")
-    argv = ["tune", str(SUPPORT / "train.jsonl"), "--model", str(tiny_model("llama")), "--out", "out", "--overwrite"]
-    refused(argv, capsys, ["out", "not overwritten"], here)
+    (here / "out" / content).write_text("task: {data: years of work}")
+    argv = ["tune", str(SUPPORT / "train.jsonl"), "--model", str(tiny_model("llama")), "--out", "out", *flags]
+    refused(argv, capsys, ["out", "no run", "Choose another --out"], here)
 
 
 def test_output_that_is_a_file(here, tiny_model, capsys):
