@@ -9,6 +9,7 @@ from tell.anchor.anchor import Anchor
 from tell.config import Config
 from tell.progress import Display, Silent
 from tell.study.prepare import Task, limited_rows, load_task, place_anchor, stand_in_anchor
+from tell.study.session import load_engine
 
 
 def choose_anchor(
@@ -38,15 +39,8 @@ def write_anchor(config: Config, *, display: Display | None = None) -> dict:
     Raises:
         TellError: bad data or model.
     """
-    from tell.generate.engine import Engine
-    from tell.models.load import load_model
-
     display = display or Silent()
     task = load_task(config, display)
-    settings = config.model
-    loaded = load_model(
-        task.files, dtype=settings.dtype, device=settings.device, trust_remote_code=settings.trust_remote_code
-    )
-    engine = Engine(loaded.model, device=loaded.device, max_positions=task.files.architecture.max_positions)
+    loaded, engine = load_engine(task.files, config)
     anchor, candidates = choose_anchor(task, loaded.model, engine, display)
     return {**anchor.to_dict(), "candidates": candidates}

@@ -16,6 +16,23 @@ from tell.study.folder import read_run_config
 from tell.study.scoring import adapter_folder
 
 
+def load_engine(files: ModelFiles, config: Config) -> tuple[Any, Any]:
+    """The base model, a `tell.models.load.Loaded`, and the `tell.generate.engine.Engine` that decodes with it.
+
+    Raises:
+        TellError: it cannot be loaded, or its attention cannot be computed over packed rows.
+    """
+    from tell.generate.engine import Engine
+    from tell.models.load import load_model
+
+    settings = config.model
+    loaded = load_model(
+        files, dtype=settings.dtype, device=settings.device, trust_remote_code=settings.trust_remote_code
+    )
+    engine = Engine(loaded.model, device=loaded.device, max_positions=files.architecture.max_positions)
+    return loaded, engine
+
+
 @dataclass
 class OpenRun:
     """What eval and chat need of a run; the model is loaded by `load`."""
@@ -31,19 +48,7 @@ class OpenRun:
     def load(self) -> Any:
         """The base model and its engine, loaded once."""
         if self.loaded is None:
-            from tell.generate.engine import Engine
-            from tell.models.load import load_model
-
-            settings = self.config.model
-            self.loaded = load_model(
-                self.files,
-                dtype=settings.dtype,
-                device=settings.device,
-                trust_remote_code=settings.trust_remote_code,
-            )
-            self.engine = Engine(
-                self.loaded.model, device=self.loaded.device, max_positions=self.files.architecture.max_positions
-            )
+            self.loaded, self.engine = load_engine(self.files, self.config)
         return self.loaded.model
 
     def adapter(self, arm: str) -> Path | None:

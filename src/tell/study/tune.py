@@ -43,6 +43,7 @@ from tell.study.prepare import (
 from tell.study.record import dtype_name, train_numbers, write_adapter_notes, write_decided, write_findings
 from tell.study.scoring import adapter_folder, check_prompts, scorer_of
 from tell.study.self_data import enough_of, write_self_data
+from tell.study.session import load_engine
 from tell.study.stop import Stop
 
 
@@ -172,22 +173,7 @@ class _Run:
     def _model(self) -> Any:
         """The base model, loaded once, and its engine."""
         if self.loaded is None:
-            import torch
-
-            from tell.generate.engine import Engine
-            from tell.models.load import load_model
-
-            settings = self.config.model
-            self.loaded = load_model(
-                self.task.files,
-                dtype=settings.dtype,
-                device=settings.device,
-                trust_remote_code=settings.trust_remote_code,
-            )
-            torch.manual_seed(self.config.seed)
-            self.engine = Engine(
-                self.loaded.model, device=self.loaded.device, max_positions=self.task.files.architecture.max_positions
-            )
+            self.loaded, self.engine = load_engine(self.task.files, self.config)
             self.display.note(f"{self.task.files.name} ({self.task.files.origin}); {self.loaded.why}")
         return self.loaded.model
 
