@@ -75,4 +75,4 @@ def test_tokenizer_knows_scripts():
 
 
 def test_text_has_no_format():
-    assert TextScorer().is_task_format("anything") is False
+    assert TextScorer().is_task_format("anything") is None

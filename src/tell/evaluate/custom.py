@@ -38,9 +38,8 @@ class CustomScorer:
         self._function = _load(spec)
         self.primary = spec.rpartition(":")[2].rpartition(".")[2]
 
-    def is_task_format(self, answer: str) -> bool:
-        """False: the format is not known."""
-        return False
+    def is_task_format(self, answer: str) -> None:
+        """None: the format is not known."""
 
     def score(self, answers: Sequence[str], references: Sequence[str]) -> dict[str, Metric]:
         """Metrics by name, each over the same n rows.

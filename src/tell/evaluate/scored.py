@@ -40,3 +40,7 @@ class Scorer(Protocol):
     def score(self, answers: Sequence[str], references: Sequence[str]) -> dict[str, Metric]:
         """Metric name to Metric, each over the same n rows."""
         ...
+
+    def is_task_format(self, answer: str) -> bool | None:
+        """Whether an answer to a general prompt has the task's form; None where the task has none to tell by."""
+        ...

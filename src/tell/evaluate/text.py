@@ -44,9 +44,8 @@ class TextScorer:
     name = "text"
     primary = "chrf"
 
-    def is_task_format(self, answer: str) -> bool:
-        """False: free text has no format to leak."""
-        return False
+    def is_task_format(self, answer: str) -> None:
+        """None: free text has no format to leak."""
 
     def score(self, answers: Sequence[str], references: Sequence[str]) -> dict[str, Metric]:
         """Metrics by name, each over the same n rows.

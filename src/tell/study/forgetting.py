@@ -30,7 +30,8 @@ class Forgetting:
 
     Attributes:
         losses: arm, set, (rows,) mean nll.
-        formats: arm, (rows,) 1 where a general prompt was answered in the task's format.
+        formats: arm, (rows,) 1 where a general prompt was answered in the task's format; empty for free text
+            and a user's own scorer, whose format is not known.
         answers: arm, answers to the first general prompts, no anchor on them.
     """
 
@@ -114,7 +115,9 @@ def measure(
         found = engine.generate([prompt_ids(chat, e) for e in state.prompts], decoding, progress=progress)
     texts = [chat.decode(a.ids) for a in found]
     state.answers[arm] = texts
-    state.formats[arm] = np.array([float(scorer.is_task_format(text)) for text in texts])
+    formats = [scorer.is_task_format(text) for text in texts]
+    if None not in formats:
+        state.formats[arm] = np.array(formats, dtype=np.float64)
 
 
 def numbers(state: Forgetting, config: Config) -> dict:

@@ -43,13 +43,15 @@ def write_decided(folder: RunFolder, task: Task, plan: dict, tables: Mapping[str
 
 
 def write_adapter_notes(folder: RunFolder, task: Task) -> None:
-    """What the adapter needs to be used elsewhere: its anchor, and the name of its base model."""
-    name = task.files.name
+    """What the adapter needs to be used elsewhere: its anchor, and its base model by name, or by path of a folder."""
+    files = task.files
+    name = str(files.path) if files.origin == "folder" else files.name
     anchor = json.loads(folder.anchor.read_text(encoding="utf-8"))
     anchor.pop("candidates", None)
-    notes = {"anchor": anchor, "base_model": name, "revision": task.config.model.revision}
+    revision = task.config.model.revision
+    notes = {"anchor": anchor, "base_model": name, "revision": revision, "origin": files.origin}
     write_json(folder.adapter / "tell.json", notes)
-    # peft notes the folder the weights lay in; the name it was asked by says more elsewhere.
+    # peft notes the folder the weights lay in, for a model of the hub one of its cache.
     path = folder.adapter / "adapter_config.json"
     write_json(path, {**json.loads(path.read_text(encoding="utf-8")), "base_model_name_or_path": name})
 
