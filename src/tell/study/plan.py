@@ -42,7 +42,8 @@ def plan(config: Config, *, display: Display | None = None) -> dict:
 
     Returns:
         What ``plan.json`` holds. With ``general: self`` and nothing written yet, the general part is an
-        estimate and says so; so is the anchor's length with ``anchor: auto``.
+        estimate and says so; so is the anchor's length with ``anchor: auto``. ``max_minutes`` is met by the
+        speed on record, where a run measures it anew.
 
     Raises:
         TellError: bad data, model or configuration.
@@ -58,6 +59,8 @@ def plan(config: Config, *, display: Display | None = None) -> dict:
     limit_task(task, anchor)
     table = task_table(task, anchor, task.train)
     general, draw = plan_general(task, table, display)
+    if general is not None and draw is not None and config.max_minutes:
+        draw = fit_minutes(task, table, general, draw, config.max_minutes, 0.0)
     return describe_plan(task, table, general, draw)
 
 
@@ -122,6 +125,12 @@ def shared_tokens(task: Task, mixture: Mixture) -> int:
     return length * (len(mixture) - mixture.steps(config.batch_size))
 
 
+def likely_place(config: Config) -> tuple[str, str]:
+    """Device and number format that the run will compute in, as far as can be said without torch."""
+    device = likely_device() if config.model.device == "auto" else config.model.device
+    return device, likely_dtype(device) if config.model.dtype == "auto" else config.model.dtype
+
+
 def arm_costs(task: Task, mixture: Mixture) -> dict:
     """Steps, tokens, FLOPs and predicted seconds of one trained arm."""
     config, arch = task.config, task.files.architecture
@@ -129,8 +138,7 @@ def arm_costs(task: Task, mixture: Mixture) -> dict:
     trained = int(mixture.column("trained").sum(dtype=np.int64))
     adapter = lora_parameters(arch, config.train.lora_r, config.train.lora_targets)
     tokens = int(lengths.sum(dtype=np.int64))
-    device = likely_device() if config.model.device == "auto" else config.model.device
-    dtype = likely_dtype(device) if config.model.dtype == "auto" else config.model.dtype
+    device, dtype = likely_place(config)
     facts = {"trained_tokens": trained, "lengths": lengths.tolist(), "lora_parameters": adapter}
     computed = max(1, tokens - shared_tokens(task, mixture))
     time = predict_seconds(arch, computed, fingerprint=task.files.fingerprint, device=device, dtype=dtype, **facts)
@@ -165,6 +173,7 @@ def describe_plan(task: Task, table: RowTable, general: General | None, draw: Dr
     counts = mixture.counts()
     per_step = mixture.examples_per_step(config.train.batch_size)
     adapter = lora_parameters(files.architecture, config.train.lora_r, config.train.lora_targets)
+    device, dtype = likely_place(config)
     memory = predict_memory(
         files.architecture,
         micro_tokens=min(
@@ -173,6 +182,8 @@ def describe_plan(task: Task, table: RowTable, general: General | None, draw: Dr
         trained_share=tell["trained_tokens"] / max(1, tell["tokens"]),
         lora_parameters=adapter,
         lora_rank=config.train.lora_r,
+        device=device,
+        dtype=dtype,
     )
     answering = answer_seconds(task, tell)
     training = sum(c["seconds"] for c in costs.values())
@@ -242,12 +253,13 @@ def fit_minutes(task: Task, table: RowTable, general: General, draw: Draw, minut
             low = middle
         else:
             high = middle
-    kept = Draw(draw.indices[:low], draw.epochs * low / max(1, len(draw)), list(draw.notices))
-    kept.notices.append(
-        f"--max-minutes {minutes:g}: {low:,} of {len(draw):,} general rows fit the time predicted"
-        + ("; even without general data the run is predicted to take longer" if not low else "")
-    )
-    return kept
+    epochs = draw.epochs * low / max(1, len(draw))
+    notice = f"--max-minutes {minutes:g}: {low:,} of {len(draw):,} general rows fit the time predicted"
+    if epochs > 1:
+        notice += f"; the source is passed {epochs:.2f} times"
+    if not low:
+        notice += "; even without general data the run is predicted to take longer"
+    return Draw(draw.indices[:low], epochs, [notice])  # what was said of the whole draw holds no longer
 
 
 def _fits(task: Task, table: RowTable, general: General, draw: Draw, rows: int, seconds: float) -> bool:
