@@ -19,7 +19,7 @@ class Decoding:
 
     Attributes:
         stop_ids: tokens that end an answer; they are not part of it.
-        bias: ids that may not be drawn.
+        banned_ids: tokens that may not be drawn.
     """
 
     max_new_tokens: int
