@@ -126,6 +126,7 @@ def test_yaml_mistakes(text, parts, tmp_path, capsys):
 def test_resume_needs_the_folder_alone(tmp_path, capsys):
     """The data's name comes from run.yaml: the error is about that file, not about a missing DATA."""
     (tmp_path / "run.yaml").write_text(Given(data=str(tmp_path / "gone.jsonl")).load("tune").to_yaml())
+    (tmp_path / "status.json").write_text('{"state": "interrupted"}')
     assert run(["tune", "--resume", "--out", str(tmp_path)]) == 2
     assert "gone.jsonl: no such file" in capsys.readouterr().err
 
