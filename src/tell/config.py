@@ -37,7 +37,9 @@ class TaskConfig(Section):
     rows: int | None = Field(None, ge=1, description="train on this many task rows, drawn by seed")
     tokens: float | None = Field(None, gt=0, description="train on about this many task tokens (unit: tokens.unit)")
     test_fraction: float = Field(0.3, gt=0, lt=1, description="share split off for testing when no `test` is given")
-    validation_fraction: float = Field(0.1, ge=0, lt=1, description="share of the rest kept for validation")
+    validation_fraction: float = Field(
+        0.1, ge=0, lt=1, description="share of the rest kept for validation; not below 30 rows"
+    )
     test_rows: int | None = Field(None, ge=1, description="score at most this many test rows, drawn by seed")
     drop_overlap: bool = Field(False, description="remove task and general rows that nearly equal a test row")
 

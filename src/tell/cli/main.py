@@ -88,7 +88,7 @@ def run(argv: Sequence[str]) -> int:
     arguments, debug = _take_debug(list(argv))
     # Our own bars show loading and training; the libraries' would break their lines.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # we never fork after tokenising
     try:
         command: Any = typer.main.get_command(app)
         command.rich_markup_mode = None  # `tell --help` in plain text: rich would double the time to answer

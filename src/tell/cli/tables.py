@@ -190,5 +190,5 @@ def show_run(console: Console, run: RunFolder) -> None:
     show_metrics(console, metrics)
     lines = [f"adapter  {run.adapter}"] if run.adapter.exists() else []
     lines += [f"report   {run.report}"] if run.report.exists() else []
-    lines.append(f"try it   tell chat {run.root}")
+    lines.append(f"try it   tell chat {run.root}" + ("" if run.adapter.exists() else " --arm base"))
     console.print(Text("\n".join(lines)), soft_wrap=True)

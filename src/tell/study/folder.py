@@ -13,6 +13,29 @@ from tell.run import RunFolder, write_text
 
 # Keys that may differ between a run and its resumption: they change no number.
 FREE = ("out",)
+PATHS = (
+    ("task", "data"),
+    ("task", "test"),
+    ("task", "json_schema"),
+    ("general", "source"),
+    ("anchor", "text"),
+    ("model", "name"),
+    ("tokens", "unit"),
+)
+
+
+def with_full_paths(config: Config) -> Config:
+    """The configuration with its files' paths made absolute, so that a run can be used from any folder."""
+    out = config.model_copy(deep=True)
+    for section, key in PATHS:
+        value = getattr(getattr(out, section), key)
+        if not isinstance(value, str):
+            continue
+        mark = "@" if key == "text" else ""
+        path = Path(value.removeprefix(mark)).expanduser()
+        if value.startswith(mark) and path.exists():
+            setattr(getattr(out, section), key, f"{mark}{path.resolve()}")
+    return out
 
 
 def default_out(config: Config) -> Path:

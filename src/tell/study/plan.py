@@ -31,6 +31,7 @@ from tell.study.prepare import (
 )
 from tell.study.self_data import cached_self_file, enough_of
 
+SELF_KEPT = 0.7  # share of the model's own rows that pass the filters (91 of 128, SmolLM2-135M)
 ANSWER_SECONDS_SHARE = 3.0  # decoding a token costs about this many times training on one (docs/lab.md)
 
 
@@ -162,6 +163,14 @@ def answer_seconds(task: Task, costs: dict) -> float:
     return len(task.test) * (answers * ANSWER_SECONDS_SHARE + prompts / 3) / speed
 
 
+def writing_seconds(general: General | None, costs: dict) -> float:
+    """Predicted seconds until the model has written the general rows that are only estimated so far."""
+    if general is None or not general.facts.get("estimated"):
+        return 0.0
+    speed = costs["computed_tokens"] / costs["seconds"] if costs["seconds"] else 1.0
+    return float(general.table.unit.sum()) / SELF_KEPT * ANSWER_SECONDS_SHARE / speed
+
+
 def describe_plan(task: Task, table: RowTable, general: General | None, draw: Draw | None) -> dict:
     """plan.json of a prepared run."""
     config, files = task.config, task.files
@@ -187,6 +196,7 @@ def describe_plan(task: Task, table: RowTable, general: General | None, draw: Dr
     )
     answering = answer_seconds(task, tell)
     training = sum(c["seconds"] for c in costs.values())
+    writing = writing_seconds(general, tell)
     dropped = [{"origin": d.origin, "reason": d.reason} for d in table.dropped]
     return {
         "model": {
@@ -223,7 +233,8 @@ def describe_plan(task: Task, table: RowTable, general: General | None, draw: Dr
         },
         "arms": costs,
         "predicted": {
-            "seconds": training + answering * len(arms),
+            "seconds": writing + training + answering * len(arms),
+            "writing_seconds": writing,
             "training_seconds": training,
             "answering_seconds": answering * len(arms),
             "basis": tell["basis"],

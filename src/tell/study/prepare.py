@@ -32,6 +32,7 @@ from tell.rows.tokenize import RowRules, tokenize
 PAIRS_KEPT = 20
 ADAPTED = TRAINED_ARMS | {"tell-anchor"}
 MIXED = frozenset({"sft-matched", "general", "tell", "tell-anchor"})  # what these train on needs the mixture
+FEW_ROWS = 30  # below this no row is set aside for validation
 VALIDATION_ROWS = 64  # enough to score anchors and watch the loss; more would only cost time
 
 
@@ -152,7 +153,9 @@ def load_task(config: Config, display: Display | None = None) -> Task:
 
 
 def _split(config: Config, data: Loaded, given: Loaded | None) -> Splits:
-    fractions = {"seed": config.seed, "validation_fraction": config.task.validation_fraction}
+    # Below that every row is needed for training; anchors are then scored on training rows.
+    share = config.task.validation_fraction if len(data.examples) >= FEW_ROWS else 0.0
+    fractions = {"seed": config.seed, "validation_fraction": share}
     if given is not None:
         return split_given_test(data.examples, given.examples, **fractions)
     return split(data.examples, test_fraction=config.task.test_fraction, **fractions)

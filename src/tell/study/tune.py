@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ from tell.progress import Display, Silent
 from tell.rows.table import RowTable
 from tell.run import RunFolder, write_json
 from tell.study.anchor import choose_anchor
-from tell.study.folder import claim, open_folder
+from tell.study.folder import claim, open_folder, with_full_paths
 from tell.study.measure import measure_arms
 from tell.study.plan import arm_costs, describe_plan, fit_minutes
 from tell.study.prepare import (
@@ -73,6 +74,7 @@ def tune(
     """
     display = display or Silent()
     begin = time.monotonic()
+    config = with_full_paths(config)
     folder, resumed = claim(config, resume=resume, overwrite=overwrite)
     arms = wanted_arms(config)
     task = load_task(config, display)
@@ -90,6 +92,9 @@ def tune(
             folder.set_status("failed", stage=run.stage, error=str(error) or type(error).__name__)
             raise
     return folder
+
+
+WRITING_SHARE = 0.4  # of --max-minutes, the most that writing general data may take
 
 
 @dataclass
@@ -215,13 +220,24 @@ class _Run:
     def _self_file(self, table: RowTable) -> str:
         """Rows that the model writes itself, until they suffice for the mix and the held-out rows."""
         enough = enough_of(self.config, self.task.unit, int(table.unit.sum()))
+        minutes = self.config.max_minutes
+        deadline = self.begin + WRITING_SHARE * minutes * 60 if minutes else float("inf")
+
+        def in_time(rows: Sequence[dict]) -> float:
+            share = enough(rows)
+            if share < 1 and rows and time.monotonic() > deadline:
+                text = f"--max-minutes {minutes:g}: the model wrote {share:.0%} of the general rows asked for"
+                self.task.notice(text, self.display)
+                return 1.0
+            return share
+
         self._model()
         path, facts = write_self_data(
             self.config,
             self.task.chat,
             self.engine,
             model=self.task.files.fingerprint,
-            enough=enough,
+            enough=in_time,
             display=_Checked(self.display, self.stop),
         )
         if facts["thrown"]:
