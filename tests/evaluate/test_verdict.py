@@ -273,3 +273,16 @@ def test_true_in_every_combination_of_real_intervals():
         assert ("TELL is ahead of step-matched SFT" in text) == (rival_low > 0)
         assert ("step-matched SFT does better" in text) == (rival_high < 0)
         assert ("does as well" in text) == (rival_low <= 0 <= rival_high and shares[rival] >= shares[tell])
+
+
+@pytest.mark.parametrize(("gap", "said"), [((-0.06, -0.1, -0.02), True), ((-0.06, -0.14, 0.02), False)])
+def test_a_rival_ahead_in_content_is_named_although_tell_wins_the_form(gap, said):
+    metrics = make(
+        {"tell": 0.99, "base": 0.0, "sft-matched": 0.94},
+        {"tell - base": (0.99, 0.94, 1.0), "tell - sft-matched": (0.05, 0.01, 0.1)},
+    )
+    for arm, value in (("tell", 0.5), ("sft-matched", 0.56)):
+        metrics["arms"][arm]["field_accuracy"] = rate(value, value - 0.04, value + 0.04)
+    metrics["differences"]["tell - sft-matched"]["field_accuracy"] = rate(*gap)
+    text = one_sentence(verdict(metrics))
+    assert ("in field accuracy step-matched SFT is ahead of TELL (by 6 points, 2 to 10)" in text) is said

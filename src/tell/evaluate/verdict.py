@@ -29,6 +29,7 @@ _ARMS = {
     "tell": "TELL",
     "tell-anchor": "TELL without its anchor",
 }
+_CONTENT = ("field_accuracy", "macro_f1")  # what an answer says, where the primary metric is its form or its count
 _RIVALS = ("sft-matched", "sft", "icl", "general")
 
 
@@ -102,6 +103,7 @@ def verdict(metrics: dict) -> str:
         return f"TELL was not scored: {label} is {_list(scored, scale, intervals=True)} ({rows})."
     clauses = [_gain(metrics, metric, scored, scale, label, rows)]
     clauses += _rivals(metrics, metric, scored, scale)
+    clauses += _elsewhere(metrics, metric, scored)
     clauses += _forgetting(metrics)
     sentence = "; ".join(clauses)
     return f"{sentence[0].upper()}{sentence[1:]}."
@@ -150,6 +152,21 @@ def _rivals(metrics: dict, metric: str, scored: dict, scale: _Scale) -> list[str
             group.append(f"{_ARMS[arm]} {words} {numbers}{_loss_against(metrics, arm)}")
     ahead = [f"TELL is ahead of {_and(behind)}"] if behind else []
     return [*better, *equal, *close, *ahead, *open_]
+
+
+def _elsewhere(metrics: dict, primary: str, scored: dict) -> list[str]:
+    """Rivals that are significantly ahead in the content of the answers, whatever the primary metric says."""
+    ahead = []
+    for metric in _CONTENT:
+        if metric == primary:
+            continue
+        scale = _Scale.of(metric)
+        for arm in _RIVALS:
+            gap = _gap(metrics.get("differences"), "tell", arm, metric) if arm in scored else None
+            if gap is not None and gap.high < 0:
+                numbers = f"(by {scale.gap(-gap.value)}, {scale.interval(-gap.high, -gap.low)})"
+                ahead.append(f"in {_label(metric)} {_ARMS[arm]} is ahead of TELL {numbers}")
+    return ahead
 
 
 def _loss_against(metrics: dict, arm: str) -> str:
