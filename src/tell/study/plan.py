@@ -214,7 +214,7 @@ def describe_plan(task: Task, table: RowTable, general: General | None, draw: Dr
             "tokens": int(table.tokens.sum()),
             "trained_tokens": int(table.trained.sum()),
             "unit_tokens": int(table.unit.sum()),
-            "repeat": config.mix.repeat,
+            "repeat": mixture.repeat,
         },
         "general": None if general is None else general.facts,
         "mixture": counts,

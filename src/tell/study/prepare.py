@@ -11,7 +11,7 @@ import numpy as np
 
 from tell.anchor.anchor import NO_ANCHOR, Anchor
 from tell.anchor.derive import derived_anchor
-from tell.config import TRAINED_ARMS, Config, TrainConfig, learning_rate_for
+from tell.config import TRAINED_ARMS, Config, TrainConfig, learning_rate_for, repeat_for
 from tell.data.budget import take_rows, take_tokens
 from tell.data.example import Example
 from tell.data.kind import Kind, detect_kind, load_schema
@@ -343,7 +343,7 @@ def arm_mixtures(
     tables = {"task": table}
     if general is not None:
         tables["general"] = general.table
-    tell = build(tables, general=draw, repeat=mix.repeat, order=mix.order, seed=seed)
+    tell = build(tables, general=draw, repeat=mix.repeat or repeat_for(len(table)), order=mix.order, seed=seed)
     arms = {"tell": (tables, tell)}
     only_task = {"task": table}
     arms["sft"] = (only_task, build_repeated(table, len(table), seed))

@@ -1,0 +1,27 @@
+"""What the presets leave to the data and the model."""
+
+from __future__ import annotations
+
+from tell.config import learning_rate_for, load_config, repeat_for
+
+
+def test_few_rows_are_seen_oftener() -> None:
+    assert [repeat_for(n) for n in (1, 15, 30, 90, 1000)] == [24, 24, 12, 4, 4]
+    times = [repeat_for(n) for n in range(1, 200)]
+    assert times == sorted(times, reverse=True)
+
+
+def test_rate_falls_with_size() -> None:
+    assert learning_rate_for(135_000_000) == 1e-3
+    assert 1e-4 < learning_rate_for(7_000_000_000) < learning_rate_for(1_000_000_000) < 1e-3
+
+
+def test_the_papers_numbers_are_fixed() -> None:
+    config = load_config(flags={"preset": "paper"})
+    assert (config.train.learning_rate, config.mix.repeat, config.mix.order) == (1e-4, 1, "shuffle")
+    assert (config.train.lora_r, config.train.lora_alpha, config.train.lora_dropout) == (8, 32, 0.05)
+
+
+def test_modern_leaves_rate_and_repetition_open() -> None:
+    config = load_config()
+    assert config.train.learning_rate is None and config.mix.repeat is None
