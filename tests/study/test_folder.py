@@ -107,3 +107,19 @@ def test_run_config_that_cannot_be_read(tmp_path, run):
     folder.config.write_text("seed: [")
     with pytest.raises(TellError, match="not valid YAML"):
         read_run_config(folder)
+
+
+def test_paths_are_made_absolute_and_names_left_alone(tmp_path, monkeypatch):
+    from tell.config import load_config
+    from tell.study.folder import with_full_paths
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("t.jsonl", "a.txt"):
+        (tmp_path / name).write_text("x", encoding="utf-8")
+    given = {"task": {"data": "t.jsonl"}, "anchor": {"text": "@a.txt"}, "model": {"name": "org/model"}}
+    full = with_full_paths(load_config(flags=given))
+    assert full.task.data == str(tmp_path / "t.jsonl")
+    assert full.anchor.text == f"@{tmp_path / 'a.txt'}"
+    assert (full.model.name, full.general.source) == ("org/model", "self")
+    text = load_config(flags={"anchor": {"text": "t.jsonl"}})  # without the @ it is the anchor itself
+    assert with_full_paths(text).anchor.text == "t.jsonl"

@@ -8,23 +8,12 @@ from typing import TYPE_CHECKING
 from unicodedata import category
 
 from tell.cli.display import clock, short
+from tell.evaluate.names import NAMES, OF_100
 from tell.run import RunFolder, read_jsonl
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-_OF_100 = frozenset({"chrf", "bleu"})
-_NAMES = {
-    "schema_adherence": "schema adherence",
-    "valid_json": "valid JSON",
-    "field_accuracy": "field accuracy",
-    "exact_match": "exact match",
-    "macro_f1": "macro-F1",
-    "valid_label": "valid label",
-    "chrf": "chrF++",
-    "bleu": "BLEU",
-    "rouge_l": "ROUGE-L",
-}
 _BIDIRECTIONAL = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # they reorder a whole line
 METRICS_SHOWN = 3
 ANSWER_LENGTH, PROMPT_LENGTH = 400, 150  # characters
@@ -97,7 +86,7 @@ def arms_table(metrics: dict) -> RenderableType:
     table = Table(title=f"{n:,} test rows, 95 % intervals", title_justify="left", header_style="bold")
     table.add_column("arm", no_wrap=True)
     for name in names:
-        table.add_column(_NAMES.get(name, name.replace("_", " ")), justify="right")
+        table.add_column(NAMES.get(name, name.replace("_", " ")), justify="right")
     if probe:
         table.add_column(f"loss, {probe}", justify="right")
     for arm, scores in arms.items():
@@ -124,7 +113,7 @@ def _probe(forgetting: dict) -> str | None:
 
 
 def _cell(entry: dict | None, metric: str) -> str:
-    return _number(entry, 1, 1, "") if metric in _OF_100 else _number(entry, 100, 1, " %")
+    return _number(entry, 1, 1, "") if metric in OF_100 else _number(entry, 100, 1, " %")
 
 
 def _number(entry: dict | None, factor: float, decimals: int, unit: str) -> str:

@@ -4,21 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tell.evaluate.names import NAMES, OF_100
+
 MIN_ROWS = 6  # with fewer rows even a sign test of all rows in one direction is not significant at 5 %
 
-_LABELS = {
-    "schema_adherence": "schema adherence",
-    "valid_json": "the share of valid JSON",
-    "field_accuracy": "field accuracy",
-    "exact_match": "exact match",
-    "accuracy": "accuracy",
-    "macro_f1": "macro-F1",
-    "valid_label": "the share of valid labels",
-    "rouge_l": "ROUGE-L",
-    "chrf": "chrF++",
-    "bleu": "BLEU",
-}
-_OF_100 = frozenset({"chrf", "bleu"})
+# In a sentence a share is called one.
+_LABELS = {**NAMES, "valid_json": "the share of valid JSON", "valid_label": "the share of valid labels"}
 _ARMS = {
     "base": "the untuned model",
     "base+anchor": "the untuned model with the anchor",
@@ -43,7 +34,7 @@ class _Scale:
 
     @classmethod
     def of(cls, metric: str) -> _Scale:
-        if metric in _OF_100:
+        if metric in OF_100:
             return cls(1.0, "", True)
         share = metric in _LABELS or metric.startswith("field:")
         return cls(100.0, " %", True) if share else cls(1.0, "", False)

@@ -1,0 +1,17 @@
+"""What people call each metric, and which are out of 100; the one table for the verdict and the screen."""
+
+from __future__ import annotations
+
+OF_100 = frozenset({"chrf", "bleu"})
+NAMES = {
+    "schema_adherence": "schema adherence",
+    "valid_json": "valid JSON",
+    "field_accuracy": "field accuracy",
+    "exact_match": "exact match",
+    "accuracy": "accuracy",
+    "macro_f1": "macro-F1",
+    "valid_label": "valid label",
+    "rouge_l": "ROUGE-L",
+    "chrf": "chrF++",
+    "bleu": "BLEU",
+}
