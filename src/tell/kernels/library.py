@@ -1,0 +1,135 @@
+"""C kernels for the element-wise work between matrix products, compiled for this processor at first use.
+
+Products stay with torch. What surrounds them (norms, rotary positions, causal softmax, gated activations,
+cross-entropy, dropout) is bound by memory: torch runs each as several passes with casts, a kernel as one.
+The sources lie beside this file; they need a C compiler with OpenMP, and share the thread pool of torch's
+own OpenMP runtime, so that no second pool fights over the cores. Where something is missing, callers fall
+back to torch operations that compute the same.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from filelock import FileLock
+
+from tell.home import tell_home
+
+FOLDER = Path(__file__).parent
+FLAGS = (
+    *("-O3", "-march=native", "-fPIC", "-shared", "-fopenmp", "-std=c11", "-w"),
+    # Sums may be reordered; infinities and NaN keep their meaning.
+    *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-ffp-contract=fast"),
+)
+SWITCH = "TELL_KERNELS"  # "off" keeps to torch operations
+
+
+class Unavailable(Exception):
+    """Why the kernels cannot be had on this machine, in a few words."""
+
+
+@functools.lru_cache(maxsize=1)
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    if os.environ.get(SWITCH, "").lower() in ("off", "0", "no"):
+        return None, f"switched off by ${SWITCH}"
+    try:
+        return _open(_build()), ""
+    except Unavailable as error:
+        return None, str(error)
+
+
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels, or None; ``reason`` says why."""
+    return _load()[0]
+
+
+def reason() -> str:
+    """Why ``library`` is None; empty when it is not."""
+    return _load()[1]
+
+
+def _compiler() -> str:
+    for name in (os.environ.get("CC"), "cc", "gcc", "clang"):
+        if name and (path := shutil.which(name)):
+            return path
+    raise Unavailable("no C compiler found (cc, gcc or clang; or set $CC)")
+
+
+def _processor() -> str:
+    """What -march=native depends on."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith(("flags", "Features")):
+                return line
+    except OSError:
+        pass
+    return platform.processor()
+
+
+def _build() -> Path:
+    """Path of the shared object, compiled unless it lies in the cache.
+
+    Raises:
+        Unavailable: no compiler, or it fails.
+    """
+    if platform.system() != "Linux":
+        raise Unavailable("kernels are built on Linux only")
+    compiler = _compiler()
+    sources = sorted(FOLDER.glob("*.c"))
+    digest = hashlib.sha256()
+    for path in sorted(FOLDER.glob("*.[ch]")):
+        digest.update(path.read_bytes())
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    for text in (*FLAGS, compiler, version, _processor(), platform.machine()):
+        digest.update(text.encode())
+    folder = tell_home() / "kernels"
+    target = folder / f"tell-{digest.hexdigest()[:16]}.so"
+    if target.exists():
+        return target
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".lock"):
+            if target.exists():
+                return target
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:
+                out = Path(scratch) / target.name
+                command = [compiler, *FLAGS, "-o", str(out), *map(str, sources), "-lm"]
+                done = subprocess.run(command, capture_output=True, text=True, check=False)
+                if done.returncode:
+                    first = (done.stderr.strip().splitlines() or ["no message"])[0]
+                    raise Unavailable(f"{Path(compiler).name} failed: {first}")
+                os.replace(out, target)
+    except OSError as error:
+        raise Unavailable(f"{folder} cannot be written: {error.strerror or error}") from None
+    return target
+
+
+def _open(path: Path) -> ctypes.CDLL:
+    """Load the kernels against the OpenMP runtime that torch has loaded.
+
+    Raises:
+        Unavailable: torch runs on an OpenMP runtime that lacks gcc's entry points.
+    """
+    import torch  # noqa: F401  (loads its runtime)
+
+    runtimes = set()
+    for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines():
+        file = line.rsplit(" ", 1)[-1]
+        if Path(file).name.startswith(("libgomp", "libiomp5", "libomp")):
+            runtimes.add(file)
+    if len(runtimes) > 1:
+        runtimes = {file for file in runtimes if "torch" in file} or runtimes
+    for file in sorted(runtimes):
+        ctypes.CDLL(file, mode=ctypes.RTLD_GLOBAL)
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise Unavailable(f"cannot be loaded: {error}") from None

@@ -1,0 +1,293 @@
+/* Included by train.c with T (type in memory), LD, ST (to and from fp32) and N (name of the variant). */
+
+/* y = x / rms(x) * (offset + w), row by row; rows lie `stride` elements apart in groups of `heads` x `width`.
+   x: tokens x (heads of width), the heads of one token adjacent. rstd: tokens x heads. */
+void N(rmsnorm)(const T *x, i64 x_stride, T *y, i64 y_stride, const T *w, float *rstd, i64 tokens, i64 heads,
+                i64 width, float eps, float offset) {
+#pragma omp parallel for collapse(2) schedule(static)
+  for (i64 t = 0; t < tokens; t++)
+    for (i64 h = 0; h < heads; h++) {
+      const T *in = x + t * x_stride + h * width;
+      T *out = y + t * y_stride + h * width;
+      float sum = 0;
+#pragma omp simd reduction(+ : sum)
+      for (i64 i = 0; i < width; i++) {
+        float v = LD(in[i]);
+        sum += v * v;
+      }
+      float r = 1.0f / sqrtf(sum / (float)width + eps);
+      rstd[t * heads + h] = r;
+#pragma omp simd
+      for (i64 i = 0; i < width; i++) out[i] = ST(LD(in[i]) * r * (offset + LD(w[i])));
+    }
+}
+
+/* dx = r * (g - x r^2 mean(g x)), g = dy (offset + w); the weight is frozen. */
+void N(rmsnorm_back)(const T *dy, i64 dy_stride, const T *x, i64 x_stride, const T *w, const float *rstd, T *dx,
+                     i64 dx_stride, i64 tokens, i64 heads, i64 width, float offset) {
+#pragma omp parallel for collapse(2) schedule(static)
+  for (i64 t = 0; t < tokens; t++)
+    for (i64 h = 0; h < heads; h++) {
+      const T *g = dy + t * dy_stride + h * width, *in = x + t * x_stride + h * width;
+      T *out = dx + t * dx_stride + h * width;
+      float r = rstd[t * heads + h], dot = 0;
+#pragma omp simd reduction(+ : dot)
+      for (i64 i = 0; i < width; i++) dot += LD(g[i]) * (offset + LD(w[i])) * LD(in[i]);
+      float c = dot / (float)width * r * r;
+#pragma omp simd
+      for (i64 i = 0; i < width; i++) out[i] = ST(r * (LD(g[i]) * (offset + LD(w[i])) - LD(in[i]) * c));
+    }
+}
+
+static inline float N(gate)(float g, int kind, float *slope) {
+  if (kind == 0) { /* silu */
+    float s = 1.0f / (1.0f + fast_exp(-g));
+    *slope = s * (1.0f + g * (1.0f - s));
+    return g * s;
+  }
+  /* gelu by tanh */
+  float u = 0.7978845608f * (g + 0.044715f * g * g * g);
+  u = u > 15.0f ? 15.0f : (u < -15.0f ? -15.0f : u);
+  float e = fast_exp(2.0f * u), th = (e - 1.0f) / (e + 1.0f);
+  *slope = 0.5f * (1.0f + th) + 0.5f * g * (1.0f - th * th) * 0.7978845608f * (1.0f + 0.134145f * g * g);
+  return 0.5f * g * (1.0f + th);
+}
+
+/* h = act(g) u for tokens x width; kind 0 silu, 1 gelu (tanh). */
+void N(gated)(const T *g, const T *u, i64 stride, T *h, i64 tokens, i64 width, int kind) {
+#pragma omp parallel for schedule(static)
+  for (i64 t = 0; t < tokens; t++) {
+    const T *a = g + t * stride, *b = u + t * stride;
+    T *out = h + t * width;
+    float slope;
+    if (kind == 0) {
+#pragma omp simd private(slope)
+      for (i64 i = 0; i < width; i++) out[i] = ST(N(gate)(LD(a[i]), 0, &slope) * LD(b[i]));
+    } else {
+#pragma omp simd private(slope)
+      for (i64 i = 0; i < width; i++) out[i] = ST(N(gate)(LD(a[i]), 1, &slope) * LD(b[i]));
+    }
+  }
+}
+
+#define BACK(KIND)                                                  \
+  for (i64 i = 0; i < width; i++) {                                 \
+    float slope, d = LD(e[i]), act = N(gate)(LD(a[i]), KIND, &slope); \
+    float up = LD(b[i]);                                            \
+    oa[i] = ST(d * up * slope);                                     \
+    ob[i] = ST(d * act);                                            \
+  }
+
+/* dg, du (rows `out_stride` apart) from dh. */
+void N(gated_back)(const T *dh, const T *g, const T *u, i64 stride, T *dg, T *du, i64 out_stride, i64 tokens,
+                   i64 width, int kind) {
+#pragma omp parallel for schedule(static)
+  for (i64 t = 0; t < tokens; t++) {
+    const T *e = dh + t * width, *a = g + t * stride, *b = u + t * stride;
+    T *oa = dg + t * out_stride, *ob = du + t * out_stride;
+    if (kind == 0) {
+#pragma omp simd
+      BACK(0)
+    } else {
+#pragma omp simd
+      BACK(1)
+    }
+  }
+}
+#undef BACK
+
+/* Rows of a block from tokens: out[kv][row][group][i] = scale * rope(x[start[row] + i][head]); behind a row's
+   length lie zeros. x: tokens x heads of width, x_stride apart; cos, sin: tokens x rot (null: no rotation);
+   out: (heads / group, rows, group, longest, width). */
+void N(pack)(const T *x, i64 x_stride, const T *cosine, const T *sine, i64 rot, T *out, const i64 *start,
+             const i64 *length, i64 rows, i64 longest, i64 heads, i64 group, i64 width, float scale) {
+  i64 half = rot / 2;
+#pragma omp parallel for collapse(2) schedule(static)
+  for (i64 h = 0; h < heads; h++)
+    for (i64 r = 0; r < rows; r++) {
+      T *block = out + ((((h / group) * rows + r) * group + h % group) * longest) * width;
+      i64 n = length[r];
+      for (i64 i = 0; i < n; i++) {
+        i64 t = start[r] + i;
+        const T *in = x + t * x_stride + h * width;
+        T *o = block + i * width;
+        if (cosine) {
+          const T *c = cosine + t * rot, *s = sine + t * rot;
+#pragma omp simd
+          for (i64 d = 0; d < half; d++) {
+            float a = LD(in[d]), b = LD(in[d + half]);
+            o[d] = ST((a * LD(c[d]) - b * LD(s[d])) * scale);
+            o[d + half] = ST((b * LD(c[d + half]) + a * LD(s[d + half])) * scale);
+          }
+#pragma omp simd
+          for (i64 d = 2 * half; d < width; d++) o[d] = ST(LD(in[d]) * scale);
+        } else if (scale == 1.0f) {
+          memcpy(o, in, width * sizeof(T));
+        } else {
+#pragma omp simd
+          for (i64 d = 0; d < width; d++) o[d] = ST(LD(in[d]) * scale);
+        }
+      }
+      memset(block + n * width, 0, (longest - n) * width * sizeof(T));
+    }
+}
+
+/* The way back: tokens from the rows of a block, with the transposed rotation. */
+void N(unpack)(const T *in, i64 rows, i64 longest, i64 heads, i64 group, i64 width, const T *cosine, const T *sine,
+               i64 rot, T *x, i64 x_stride, const i64 *start, const i64 *length, float scale) {
+  i64 half = rot / 2;
+#pragma omp parallel for collapse(2) schedule(static)
+  for (i64 r = 0; r < rows; r++)
+    for (i64 h = 0; h < heads; h++) {
+      const T *block = in + ((((h / group) * rows + r) * group + h % group) * longest) * width;
+      for (i64 i = 0; i < length[r]; i++) {
+        i64 t = start[r] + i;
+        const T *o = block + i * width;
+        T *out = x + t * x_stride + h * width;
+        if (cosine) {
+          const T *c = cosine + t * rot, *s = sine + t * rot;
+#pragma omp simd
+          for (i64 d = 0; d < half; d++) {
+            float a = LD(o[d]), b = LD(o[d + half]);
+            out[d] = ST((a * LD(c[d]) + b * LD(s[d + half])) * scale);
+            out[d + half] = ST((b * LD(c[d + half]) - a * LD(s[d])) * scale);
+          }
+#pragma omp simd
+          for (i64 d = 2 * half; d < width; d++) out[d] = ST(LD(o[d]) * scale);
+        } else if (scale == 1.0f) {
+          memcpy(out, o, width * sizeof(T));
+        } else {
+#pragma omp simd
+          for (i64 d = 0; d < width; d++) out[d] = ST(LD(o[d]) * scale);
+        }
+      }
+    }
+}
+
+/* softmax over [prefix scores, own scores], causal and windowed, in place.
+   own: queries x longest, query m stands at position m % longest of its row; ahead: queries x prefix or null.
+   Position i sees own keys max(0, i - window + 1) .. i and prefix keys from i + prefix - window + 1 on. */
+void N(softmax)(T *own, T *ahead, i64 queries, i64 longest, i64 prefix, i64 window) {
+#pragma omp parallel
+  {
+    float *e = malloc((longest + prefix) * sizeof(float));
+#pragma omp for schedule(static)
+    for (i64 m = 0; m < queries; m++) {
+      i64 at = m % longest;
+      i64 from = at + 1 > window ? at + 1 - window : 0;         /* own keys in sight: from .. at */
+      i64 pfrom = at + prefix + 1 > window ? at + prefix + 1 - window : 0; /* prefix keys in sight: pfrom .. */
+      if (pfrom > prefix) pfrom = prefix;
+      T *p = own + m * longest, *q = ahead ? ahead + m * prefix : 0;
+      float *f = e + longest, top = -INFINITY, sum = 0;
+#pragma omp simd reduction(max : top)
+      for (i64 j = from; j <= at; j++) {
+        e[j] = LD(p[j]);
+        top = e[j] > top ? e[j] : top;
+      }
+#pragma omp simd reduction(max : top)
+      for (i64 j = pfrom; j < prefix; j++) {
+        f[j] = LD(q[j]);
+        top = f[j] > top ? f[j] : top;
+      }
+#pragma omp simd reduction(+ : sum)
+      for (i64 j = from; j <= at; j++) {
+        e[j] = fast_exp(e[j] - top);
+        sum += e[j];
+      }
+#pragma omp simd reduction(+ : sum)
+      for (i64 j = pfrom; j < prefix; j++) {
+        f[j] = fast_exp(f[j] - top);
+        sum += f[j];
+      }
+      float inv = 1.0f / sum;
+      memset(p, 0, from * sizeof(T));
+#pragma omp simd
+      for (i64 j = from; j <= at; j++) p[j] = ST(e[j] * inv);
+      memset(p + at + 1, 0, (longest - at - 1) * sizeof(T));
+      if (prefix) memset(q, 0, pfrom * sizeof(T));
+#pragma omp simd
+      for (i64 j = pfrom; j < prefix; j++) q[j] = ST(f[j] * inv);
+    }
+    free(e);
+  }
+}
+
+/* ds = p (dp - sum(p dp)), over both pieces, into dp. */
+void N(softmax_back)(const T *own, const T *ahead, T *d_own, T *d_ahead, i64 queries, i64 longest, i64 prefix) {
+#pragma omp parallel for schedule(static)
+  for (i64 m = 0; m < queries; m++) {
+    i64 n = m % longest + 1;
+    const T *p = own + m * longest, *q = ahead ? ahead + m * prefix : 0;
+    T *dp = d_own + m * longest, *dq = ahead ? d_ahead + m * prefix : 0;
+    float dot = 0;
+#pragma omp simd reduction(+ : dot)
+    for (i64 j = 0; j < n; j++) dot += LD(p[j]) * LD(dp[j]);
+#pragma omp simd reduction(+ : dot)
+    for (i64 j = 0; j < prefix; j++) dot += LD(q[j]) * LD(dq[j]);
+#pragma omp simd
+    for (i64 j = 0; j < n; j++) dp[j] = ST(LD(p[j]) * (LD(dp[j]) - dot));
+    memset(dp + n, 0, (longest - n) * sizeof(T));
+#pragma omp simd
+    for (i64 j = 0; j < prefix; j++) dq[j] = ST(LD(q[j]) * (LD(dq[j]) - dot));
+  }
+}
+
+/* nll of each row and, in place of its logits, weight * (softmax - onehot), or nothing where weight is null. */
+void N(cross_entropy)(T *logits, const i64 *target, const float *weight, float *nll, i64 rows, i64 vocabulary) {
+#pragma omp parallel
+  {
+    float *e = malloc(vocabulary * sizeof(float));
+#pragma omp for schedule(static)
+    for (i64 r = 0; r < rows; r++) {
+      T *x = logits + r * vocabulary;
+      float top = -INFINITY, sum = 0, picked = LD(x[target[r]]);
+#pragma omp simd reduction(max : top)
+      for (i64 j = 0; j < vocabulary; j++) {
+        float v = LD(x[j]);
+        top = v > top ? v : top;
+      }
+#pragma omp simd reduction(+ : sum)
+      for (i64 j = 0; j < vocabulary; j++) {
+        e[j] = fast_exp(LD(x[j]) - top);
+        sum += e[j];
+      }
+      nll[r] = logf(sum) + top - picked;
+      if (weight) {
+        float c = weight[r] / sum;
+#pragma omp simd
+        for (i64 j = 0; j < vocabulary; j++) x[j] = ST(e[j] * c);
+        x[target[r]] = ST(e[target[r]] * c - weight[r]);
+      }
+    }
+    free(e);
+  }
+}
+
+/* One 32-bit word for each element: a bijective mix of counter and seed (lowbias32, Wellons 2018). */
+static inline uint32_t N(mix)(uint32_t x, uint32_t seed) {
+  x ^= seed;
+  x ^= x >> 16;
+  x *= 0x7feb352du;
+  x ^= x >> 15;
+  x *= 0x846ca68bu;
+  x ^= x >> 16;
+  return x;
+}
+
+/* y = kept(x) * scale, an element kept where its word is at least `threshold`; add: y += instead. */
+void N(dropout)(const T *x, T *y, i64 n, uint32_t seed, uint32_t threshold, float scale, int add) {
+  const i64 chunk = 4096;
+#pragma omp parallel for schedule(static)
+  for (i64 c = 0; c < (n + chunk - 1) / chunk; c++) {
+    i64 end = (c + 1) * chunk < n ? (c + 1) * chunk : n;
+    if (add) {
+#pragma omp simd
+      for (i64 i = c * chunk; i < end; i++)
+        y[i] = ST(LD(y[i]) + (N(mix)((uint32_t)i, seed) >= threshold ? LD(x[i]) * scale : 0.0f));
+    } else {
+#pragma omp simd
+      for (i64 i = c * chunk; i < end; i++)
+        y[i] = ST(N(mix)((uint32_t)i, seed) >= threshold ? LD(x[i]) * scale : 0.0f);
+    }
+  }
+}
