@@ -1,0 +1,110 @@
+"""Training by tell's own Trainer, from row table to optimiser step."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.rows import Rows
+from bench.worker import Channel, Meter, Stopped, reset_peak
+from tell.config import TrainConfig
+from tell.mix.mixture import Mixture
+from tell.models.find import find_model
+from tell.models.load import load_model
+from tell.rows.table import RowTable
+from tell.train.trainer import Trainer
+
+
+def run(channel: Channel, spec: dict[str, Any]) -> None:
+    """Serve builds until the driver stops: ``{"do": "build", "setting": {"fast": ...}, "order": [...]}``."""
+    rows = Rows.load(spec["rows"])
+    loaded = load_model(find_model(spec["model"]), device=spec["device"], dtype=spec["dtype_name"])
+    while (message := channel.receive())["do"] == "build":
+        setting = {k: v for k, v in message["setting"].items() if k in TrainConfig.model_fields}
+        config = TrainConfig(
+            batch_size=spec["batch"],
+            lora_r=spec["rank"],
+            lora_alpha=spec["alpha"],
+            lora_dropout=0,
+            learning_rate=spec["learning_rate"],
+            schedule="constant",
+            checkpoint_every=0,
+            **setting,
+        )
+        mixture = _mixture(rows, np.array(message["order"]))
+        meter = Meter(channel)
+
+        def progress(report: Any, meter: Meter = meter) -> None:
+            meter.tokens += report.tokens
+            meter.step()
+
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = Trainer(
+                loaded.model,
+                mixture.tables,
+                mixture,
+                config,
+                folder=Path(folder),
+                log=Path(folder) / "log.jsonl",
+                seed=spec["seed"],
+                device=loaded.device,
+                progress=progress,
+            )
+            channel.send(built=True, versions=_versions())
+            reset_peak()
+            try:
+                meter.wait()
+                trainer.run()
+            except Stopped:
+                continue
+
+
+def _mixture(rows: Rows, order: np.ndarray) -> Mixture:
+    """A mixture in exactly the given order of rows."""
+    names = ("task", "general")
+    kinds = [np.flatnonzero(rows.task), np.flatnonzero(~rows.task)]
+    place = np.zeros(len(rows), dtype=np.int32)
+    for kind in kinds:
+        place[kind] = np.arange(len(kind))
+    tables = {name: _table(name, rows, kind) for name, kind in zip(names, kinds, strict=True)}
+    return Mixture(
+        sources=names,
+        source=(~rows.task[order]).astype(np.int8),
+        row=place[order],
+        repetition=np.zeros(len(order), dtype=np.int32),
+        tables=tables,
+        order="shuffle",
+        repeat=1,
+        seed=0,
+    )
+
+
+def _table(name: str, rows: Rows, kind: np.ndarray) -> RowTable:
+    pieces = [rows.row(int(i)) for i in kind]
+    tokens = np.array([len(ids) for ids, _ in pieces], dtype=np.int32)
+    masks = [np.arange(len(ids)) >= prompt for ids, prompt in pieces]
+    return RowTable(
+        source=name,
+        hashes=np.array([f"{name}{i}" for i in kind], dtype=str),
+        origins=np.array([f"bench:{i}" for i in kind], dtype=str),
+        tokens=tokens,
+        trained=np.array([int(mask.sum()) for mask in masks], dtype=np.int32),
+        unit=tokens,
+        ids=np.concatenate([ids for ids, _ in pieces] or [np.empty(0)]).astype(np.int32),
+        mask=np.concatenate(masks or [np.empty(0)]).astype(bool),
+        starts=np.concatenate([[0], np.cumsum(tokens)]).astype(np.int64),
+    )
+
+
+def _versions() -> dict[str, str]:
+    import peft
+    import torch
+    import transformers
+
+    import tell
+
+    modules = {"tell": tell, "torch": torch, "transformers": transformers, "peft": peft}
+    return {name: module.__version__ for name, module in modules.items()}

@@ -1,0 +1,78 @@
+"""Which settings of a peer are tried, and what is remembered of the tries."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from tell.home import make_folder, tell_home
+
+Setting = dict[str, Any]
+TRAIN_START: Setting = {"micro": 1, "order": "given", "attention": "sdpa", "autocast": False, "padding_free": False}
+
+
+def train_choices(engine: str, batch: int, bf16: bool) -> list[list[Setting]]:
+    """Groups of changes to try one after another, the best so far kept: see `search`.
+
+    Packing is not among them: it would change the rows of a step. Gradient checkpointing is off everywhere.
+    """
+    sizes = [(2, "step"), (4, "step"), (16, "turn")]
+    groups = [
+        [{"attention": "eager"}],
+        [{"micro": m, "order": how} for m, how in sizes if batch % m == 0],
+    ]
+    if bf16:
+        groups.insert(0, [{"autocast": True}])
+    if engine in ("trl", "transformers"):  # a dense block-diagonal mask stands in for flash attention
+        free = [{"micro": m, "order": how, "padding_free": True, "attention": "sdpa"} for m, how in sizes[1:]]
+        groups.append([change for change in free if batch % change["micro"] == 0])
+    return groups
+
+
+def decode_choices(engine: str, prompts: int) -> list[list[Setting]]:
+    """As `train_choices`, for decoding: batch size, then the kind of cache."""
+    sizes = [{"batch": n} for n in (32, 64, 128) if n <= max(32, prompts)]
+    return [sizes, [{"cache": "static"}]] if engine == "transformers" else [sizes]
+
+
+def search(
+    start: Setting, groups: list[list[Setting]], measure: Callable[[Setting], float | None]
+) -> tuple[Setting, list[dict[str, Any]]]:
+    """(best setting, every try with its tokens a second) by trying each group's changes on the best so far.
+
+    Args:
+        measure: tokens a second of a setting; None when it failed.
+    """
+    tries: list[dict[str, Any]] = []
+    best, speed = start, -1.0
+    for change in _flat(groups):
+        setting = change if change is start else {**best, **change} if change else start
+        if any(t["setting"] == setting for t in tries):
+            continue
+        got = measure(setting)
+        tries.append({"setting": setting, "tokens_per_s": got})
+        if got is not None and got > speed:
+            best, speed = setting, got
+    return best, tries
+
+
+def _flat(groups: list[list[Setting]]) -> Iterator[Setting]:
+    yield {}
+    for group in groups:
+        yield from group
+
+
+def recall(key: str) -> dict[str, Any] | None:
+    """What `remember` kept under ``key``: ``{"setting": ..., "tries": [...]}``, or None."""
+    path = tell_home() / "bench" / "settings.json"
+    if not path.exists():
+        return None
+    return json.loads(path.read_text(encoding="utf-8")).get(key)
+
+
+def remember(key: str, found: dict[str, Any]) -> None:
+    """Keep the outcome of a search for later runs on this machine."""
+    path = make_folder(tell_home() / "bench") / "settings.json"
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    path.write_text(json.dumps({**known, key: found}, indent=1), encoding="utf-8")

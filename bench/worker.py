@@ -1,0 +1,127 @@
+"""The process of one engine: ``python -m bench.worker ENGINE SPEC``; talks JSON lines over its standard streams.
+
+It reads ``{"do": "build", ...}``, ``{"do": "turn", "steps": n}`` and ``{"do": "stop"}`` and answers each (but a stop
+inside a build) with one line, ``{"error": ...}`` where it failed. What libraries print goes to the log instead.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import resource
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+
+class Stopped(Exception):
+    """The driver wants no more of this build; raised inside the engine's own loop to leave it."""
+
+
+class Channel:
+    """Messages from and to the driver."""
+
+    def __init__(self) -> None:
+        self.out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+        os.dup2(2, 1)
+        self.lines = os.fdopen(os.dup(0), encoding="utf-8")
+
+    def receive(self) -> dict[str, Any]:
+        line = self.lines.readline()
+        return json.loads(line) if line else {"do": "stop"}
+
+    def send(self, **message: Any) -> None:
+        self.out.write(json.dumps(message) + "\n")
+        self.out.flush()
+
+
+class Meter:
+    """Times whole optimiser steps between the driver's commands; an engine calls `wait` once and `step` after each.
+
+    Attributes:
+        tokens: real tokens since the turn began; the engine adds to it.
+    """
+
+    def __init__(self, channel: Channel) -> None:
+        self.channel, self.left, self.steps, self.tokens, self.begin = channel, 0, 0, 0, 0.0
+
+    def wait(self) -> None:
+        """Sleep until the next turn is asked for.
+
+        Raises:
+            Stopped: there is none.
+        """
+        message = self.channel.receive()
+        if message["do"] == "stop":
+            raise Stopped
+        self.steps = self.left = message["steps"]
+        self.tokens = 0
+        synchronize()
+        self.begin = time.perf_counter()
+
+    def step(self) -> None:
+        """A step is done; after the last one of a turn report and sleep."""
+        self.left -= 1
+        if self.left:
+            return
+        synchronize()
+        seconds = time.perf_counter() - self.begin
+        self.channel.send(seconds=seconds, steps=self.steps, tokens=self.tokens, **peak_memory())
+        self.wait()
+
+
+def synchronize() -> None:
+    """Wait for the GPU, where one is in use."""
+    import torch
+
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def reset_peak() -> None:
+    """Let peak memory begin at what is held now, so that reading the weights does not count."""
+    import torch
+
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pass  # not Linux: the peak of the whole process is reported
+
+
+def peak_memory() -> dict[str, float]:
+    """Peaks since `reset_peak` in MB (1e6 bytes): resident memory, and on a GPU what torch held there."""
+    import torch
+
+    try:
+        status = Path("/proc/self/status").read_text()
+        peak = 1024 * int(status.split("VmHWM:")[1].split()[0])
+    except (OSError, IndexError):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    out = {"peak_rss_mb": peak / 1e6}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        out["peak_cuda_mb"] = torch.cuda.max_memory_allocated() / 1e6
+    return out
+
+
+def main() -> None:
+    module, spec = sys.argv[1], json.loads(Path(sys.argv[2]).read_text(encoding="utf-8"))
+    channel = Channel()
+    try:
+        importlib.import_module(f"bench.engines.{module}").run(channel, spec)
+    except Stopped:
+        pass
+    except BaseException as error:
+        traceback.print_exc()
+        lines = str(error).strip().splitlines() or [""]
+        channel.send(error=f"{type(error).__name__}: {lines[0]}")
+        os._exit(1)
+    os._exit(0)  # nothing to save; skips minutes of teardown in some libraries
+
+
+if __name__ == "__main__":
+    main()
