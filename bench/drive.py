@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -91,10 +92,8 @@ class Worker:
         if kill:
             self.process.kill()
         elif self.process.stdin:
-            try:
+            with contextlib.suppress(BrokenPipeError):
                 self.process.stdin.close()  # an end of input stops the worker at its next command
-            except BrokenPipeError:
-                pass
         try:
             self.process.wait(timeout=20)
         except subprocess.TimeoutExpired:

@@ -63,13 +63,12 @@ class Bench:
             **more,
         }
 
-    def key(self, part: str, engine: str, *versions: str) -> str:
+    def key(self, part: str, engine: str) -> str:
         """Name under which the best settings of an engine are kept."""
         o = self.options
-        return " | ".join(
-            [part, engine, machine.cpu_name(), str(machine.cores()), self.device, self.dtype_name]
-            + [self.files.fingerprint, f"batch {o.batch}", f"scale {o.length_scale:g}", *versions]
-        )
+        work = [self.files.fingerprint, f"batch {o.batch}", f"scale {o.length_scale:g}"]
+        place = [machine.cpu_name(), str(machine.cores()), self.device, self.dtype_name]
+        return " | ".join([part, engine, *place, *work])
 
 
 def prepare(options: Options, folder: Path) -> Bench:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -129,7 +130,7 @@ def _turn_tokens(rows: Rows, turns: Sequence[int]) -> list[int]:
     """Real tokens of each turn after the warm-up, for a batch size of rows / steps."""
     batch = len(rows) // sum(turns)
     ends = np.cumsum(turns) * batch
-    return [int(rows.starts[end] - rows.starts[begin]) for begin, end in zip(ends, ends[1:], strict=False)]
+    return [int(rows.starts[end] - rows.starts[begin]) for begin, end in pairwise(ends)]
 
 
 def _summary(result: dict[str, Any], expected: list[int], rows: Rows, ceiling: dict[str, Any]) -> dict[str, Any]:

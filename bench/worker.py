@@ -6,6 +6,7 @@ inside a build) with one line, ``{"error": ...}`` where it failed. What librarie
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -87,10 +88,8 @@ def reset_peak() -> None:
 
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()
-    try:
+    with contextlib.suppress(OSError):  # not Linux: the peak of the whole process is reported
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass  # not Linux: the peak of the whole process is reported
 
 
 def peak_memory() -> dict[str, float]:
