@@ -1,12 +1,16 @@
 """Count what a test set shares with other data: equal prompts and near-duplicates.
 
 Near-duplicates are pairs of prompts whose sets of word triples have a Jaccard similarity above a threshold
-(Broder 1997). MinHash with locality-sensitive hashing proposes the pairs; the similarity reported is exact.
+(Broder 1997). All such pairs are found: prefix filtering (Chaudhuri, Ganti and Kaushik 2006; Bayardo, Ma and
+Srikant 2007) leaves out only what cannot reach the threshold, where MinHash would miss some.
 """
 
 from __future__ import annotations
 
+import heapq
+import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -14,7 +18,6 @@ from typing import Literal
 from tell.data.example import Example
 
 SHINGLE = 3  # words
-PERMUTATIONS = 128
 MIN_TEMPLATE = 8  # words that all test prompts share at the head or the tail before they are set aside
 # Scripts without spaces between words: each character counts as a word.
 _WORD = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\W_]+")
@@ -96,31 +99,34 @@ def find_overlap(
 
 
 def _near(candidates: list[tuple[int, set[str]]], test: list[set[str]], threshold: float) -> Iterable[Pair]:
+    """Each candidate at or above the threshold, with the test row most like it: an exact join by prefixes.
+
+    With all shingles in one order, two sets of Jaccard similarity t or more share one of the first
+    |A| - ceil(t |A|) + 1 of A and one of the first |B| - ceil(t |B|) + 1 of B. Rare shingles stand first, so few
+    pairs are left to compare.
+    """
     if not candidates:
         return
-    from datasketch import MinHashLSH
+    counts = Counter(shingle for row in test for shingle in row)
 
-    # Hash for a lower similarity than asked: the misses of MinHash lie near its threshold, and
-    # false candidates cost only the exact comparison below.
-    index = MinHashLSH(threshold=max(0.1, threshold - 0.3), num_perm=PERMUTATIONS, weights=(0.1, 0.9))
-    for j, shingles in enumerate(test):
-        if shingles:
-            index.insert(j, _minhash(shingles))
+    def prefix(row: set[str]) -> list[str]:
+        size = len(row) - math.ceil(threshold * len(row) - 1e-9) + 1
+        return heapq.nsmallest(size, row, key=lambda shingle: (counts[shingle], shingle))
+
+    index: dict[str, list[int]] = {}
+    for j, row in enumerate(test):
+        for shingle in prefix(row) if row else ():
+            index.setdefault(shingle, []).append(j)
     for i, row in candidates:
         best = (0.0, 0)
-        for j in index.query(_minhash(row)):
-            similarity = len(row & test[j]) / len(row | test[j])
-            best = max(best, (similarity, -j))
+        for j in {j for shingle in prefix(row) for j in index.get(shingle, ())}:
+            other = test[j]
+            if min(len(row), len(other)) < threshold * max(len(row), len(other)) - 1e-9:
+                continue  # too different in size
+            shared = len(row & other)
+            best = max(best, (shared / (len(row) + len(other) - shared), -j))
         if best[0] >= threshold:
             yield Pair(i, -best[1], best[0])
-
-
-def _minhash(shingles: set[str]):  # -> datasketch.MinHash, which is imported late
-    from datasketch import MinHash
-
-    sketch = MinHash(num_perm=PERMUTATIONS, seed=1)
-    sketch.update_batch([shingle.encode("utf-8", "surrogatepass") for shingle in shingles])
-    return sketch
 
 
 def _text(example: Example, on: str) -> str:

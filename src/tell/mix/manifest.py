@@ -4,34 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from tell.errors import TellError
 from tell.mix.mixture import Mixture
 from tell.rows.table import RowTable
 from tell.run import atomic_path
 
-SCHEMA = pa.schema(
-    [
-        ("position", pa.int32()),
-        ("step", pa.int32()),
-        ("source", pa.string()),
-        ("hash", pa.string()),
-        ("origin", pa.string()),
-        ("tokens", pa.int32()),
-        ("trained", pa.int32()),
-        ("unit", pa.int32()),
-        ("repetition", pa.int32()),
-    ]
-)
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+STRINGS = frozenset({"source", "hash", "origin"})
+COLUMNS = ("position", "step", "source", "hash", "origin", "tokens", "trained", "unit", "repetition")
+
+
+@cache
+def _schema() -> pa.Schema:
+    import pyarrow as pa  # late: planning, which imports this, writes no manifest
+
+    return pa.schema([(name, pa.string() if name in STRINGS else pa.int32()) for name in COLUMNS])
 
 
 def manifest_table(mixture: Mixture, tables: Mapping[str, RowTable], batch_size: int) -> pa.Table:
     """n rows in training order; position and repetition count from 0, step from 1 as the training log does."""
+    import pyarrow as pa
+
+    schema = _schema()
     mixture.steps(batch_size)  # refuses a batch size below 1
     mixture = replace(mixture, tables=tables)
     position = np.arange(len(mixture))
@@ -47,8 +49,8 @@ def manifest_table(mixture: Mixture, tables: Mapping[str, RowTable], batch_size:
         "repetition": mixture.repetition,
     }
     metadata = {"tell.batch_size": str(batch_size), "tell.digest": mixture.digest(), "tell.seed": str(mixture.seed)}
-    arrays = [pa.array(columns[f.name].tolist(), type=f.type) for f in SCHEMA]
-    return pa.Table.from_arrays(arrays, schema=SCHEMA.with_metadata(metadata))
+    arrays = [pa.array(columns[f.name].tolist(), type=f.type) for f in schema]
+    return pa.Table.from_arrays(arrays, schema=schema.with_metadata(metadata))
 
 
 def write_manifest(path: str | Path, mixture: Mixture, tables: Mapping[str, RowTable], batch_size: int) -> None:
@@ -63,6 +65,8 @@ def write_manifest(path: str | Path, mixture: Mixture, tables: Mapping[str, RowT
     Raises:
         TellError: the path cannot be written.
     """
+    import pyarrow.parquet as pq
+
     table = manifest_table(mixture, tables, batch_size)
     with atomic_path(Path(path)) as temporary:
         pq.write_table(table, temporary, compression="zstd", version="2.6")
@@ -74,6 +78,9 @@ def read_manifest(path: str | Path) -> pa.Table:
     Raises:
         TellError: no such file, or not a manifest.
     """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     path = Path(path)
     if not path.is_file():
         raise TellError("no such file", where=str(path), remedy="Give the manifest.parquet of a run folder.")
@@ -83,7 +90,7 @@ def read_manifest(path: str | Path) -> pa.Table:
         raise TellError(
             f"cannot be read as Parquet ({error})", where=str(path), remedy="Make it again with `tell plan`."
         ) from error
-    if not table.schema.equals(SCHEMA):
+    if not table.schema.equals(_schema()):
         raise TellError(
             "is no manifest of this version", where=str(path), remedy="Make it again with `tell plan` or `tell tune`."
         )

@@ -100,7 +100,16 @@ class ChatTokenizer:
         return begin is not None and bool(ids) and ids[0] == self.backend.token_to_id(begin)
 
     @cached_property
+    def parsed(self) -> Any:
+        """The template as jinja's syntax tree (``jinja2.nodes.Template``)."""
+        return self._environment.parse(self.template)
+
+    @cached_property
     def _compiled(self) -> Any:
+        return self._environment.from_string(self.template)
+
+    @cached_property
+    def _environment(self) -> Any:
         from jinja2 import nodes
         from jinja2.ext import Extension, loopcontrols
         from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -132,7 +141,7 @@ class ChatTokenizer:
         environment.globals["raise_exception"] = raise_exception
         # A fixed date: templates that print today's would make the mixture change overnight.
         environment.globals["strftime_now"] = lambda form: datetime(2024, 7, 26).strftime(form)
-        return environment.from_string(self.template)
+        return environment
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
         """The conversation as the model's text, special tokens included.

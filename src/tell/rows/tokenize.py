@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 
 from tell.anchor.anchor import NO_ANCHOR, Anchor
-from tell.data.example import Example, Message
+from tell.data.example import Example
 from tell.errors import TellError
+from tell.rows.encode import Encoder, FramesDiffer
+from tell.rows.frame import Frames
 from tell.rows.table import Dropped, RowTable
 from tell.rows.template import ChatTokenizer
 
-if TYPE_CHECKING:
-    from tokenizers import Encoding
-
 CHUNK = 2048  # rows handed to the tokenizer at once; it works on them in parallel
+FEW = 256  # fewer rows are not worth a look at the template
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,76 +37,6 @@ class RowRules:
     loss_on: Literal["answer", "all"] = "answer"
 
 
-def render_row(chat: ChatTokenizer, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]]]:
-    """Text of a conversation and the character spans [start, end) that are trained.
-
-    A span is an answer with its end-of-turn text; white space after that is not trained. What the template
-    writes between the answer's header and the answer is trained too, where decoding would have to write it.
-
-    Raises:
-        TellError: the template does not reproduce an answer.
-    """
-    full = chat.render(messages)
-    turn = chat.end_of_turn
-    spans: list[tuple[int, int]] = []
-    places: list[tuple[int, int]] | None = None
-    answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
-    for nth, i in enumerate(answers):
-        head = chat.render(messages[:i], add_generation_prompt=True)
-        content = messages[i].content
-        if full.startswith(content, len(head)) and full.startswith(head):
-            start, end = len(head), len(head) + len(content)
-        else:  # the template trims the answer or alters the head (Qwen3 drops old thoughts)
-            if places is None:
-                places = _find_answers(chat, messages, full)
-            start, end = places[nth]
-            if full.startswith(head) and len(head) < start:
-                start = len(head)
-        gap = len(full[end:]) - len(full[end:].lstrip())
-        if turn and full.startswith(turn, end):
-            end += len(turn)
-        elif turn and full.startswith(turn, end + gap):
-            end += gap + len(turn)
-        elif i == len(messages) - 1:  # the template closes no answer: end it ourselves, or it never learns to stop
-            full = full[:end] + turn
-            end = len(full)
-        if content.strip():
-            spans.append((start, end))
-    return full, spans
-
-
-def _find_answers(chat: ChatTokenizer, messages: Sequence[Message], full: str) -> list[tuple[int, int]]:
-    """[start, end) of each answer's content in ``full``, by what the template writes around marked answers.
-
-    Searching for the answer's text would find it in the prompt as well: "yes" in "Answer yes or no."
-    """
-    marked = [
-        Message(message.role, f"\ue000{i}\ue001") if message.role == "assistant" else message
-        for i, message in enumerate(messages)
-    ]
-    around, places, cursor = chat.render(marked), [], 0
-    for i, message in enumerate(messages):
-        if message.role != "assistant":
-            continue
-        before, found, around = around.partition(marked[i].content)
-        start = cursor + len(before)
-        content = message.content
-        shown = next((c for c in (content, content.strip(), content.lstrip()) if full.startswith(c, start)), None)
-        if not found or shown is None or full[cursor:start] != before:
-            # an answer with thoughts of its own (Qwen3) moves what stands around it; only such long texts get here
-            turns, shown = chat.render(messages[:i]), content.strip()
-            start = full.find(shown, len(turns)) if full.startswith(turns) else -1
-            if start < 0:
-                raise TellError(
-                    "the chat template changes the answer's text",
-                    where=str(chat.folder),
-                    remedy="Use the base model's default template or another chat template.",
-                )
-        cursor = start + len(shown)
-        places.append((start, cursor))
-    return places
-
-
 def tokenize(
     examples: Sequence[Example],
     chat: ChatTokenizer,
@@ -117,6 +48,10 @@ def tokenize(
     progress: Callable[[int], None] | None = None,
 ) -> RowTable:
     """Tokenise examples of one source, with the anchor on each.
+
+    Ids go to a growing buffer chunk by chunk; only a chunk's ever stand in Python lists. Many rows are put together
+    from the template's frame (`tell.rows.frame`); a sample of these is also rendered and encoded whole, and where a
+    single one differs, all rows are made the long way.
 
     Args:
         examples: n examples.
@@ -133,105 +68,111 @@ def tokenize(
     Raises:
         TellError: a row is too long or has nothing to train and the rules refuse that.
     """
-    rules = rules or RowRules()
-    unit_backend = (unit or chat).backend
-    ids: list[np.ndarray] = []
-    masks: list[np.ndarray] = []
-    units: list[int] = []
+    rules, unit = rules or RowRules(), unit or chat
+    if len(examples) >= FEW:
+        try:
+            return _tokenize(examples, Encoder(chat, unit, anchor, Frames(chat)), source, rules, progress)
+        except FramesDiffer:  # rows reported as finished are reported again
+            pass
+    return _tokenize(examples, Encoder(chat, unit, anchor, None), source, rules, progress)
+
+
+def _tokenize(
+    examples: Sequence[Example],
+    encoder: Encoder,
+    source: str,
+    rules: RowRules,
+    progress: Callable[[int], None] | None,
+) -> RowTable:
+    ids, mask = Buffer(np.int32), Buffer(np.bool_)
+    tokens, trained, units = array("i"), array("i"), array("i")
     kept: list[int] = []
     dropped: list[Dropped] = []
-    for begin in range(0, len(examples), CHUNK):
-        chunk = examples[begin : begin + CHUNK]
-        texts, spans, contents = [], [], []
-        for example in chunk:
-            messages = anchor.apply(example.messages)
-            try:
-                text, span = render_row(chat, messages)
-            except TellError as error:
-                raise TellError(error.what, where=example.origin or error.where, remedy=error.remedy) from error
-            texts.append(text)
-            spans.append(span)
-            contents.append("\n".join(m.content for m in messages))
-        encodings = chat.backend.encode_batch(texts, add_special_tokens=False)
-        lengths = [len(e.ids) for e in unit_backend.encode_batch_fast(contents, add_special_tokens=False)]
-        for k, (encoding, span) in enumerate(zip(encodings, spans, strict=True)):
-            row, mask = _row(chat, texts[k], encoding, span)
-            if rules.loss_on == "all":
-                mask[:] = bool(span)
-            mask[:1] = False  # the first token is never predicted
-            reason = _reason(row, mask, rules, chunk[k])
+    for begin, rows in encoder.encode(examples, CHUNK):
+        flat: list[int] = []
+        spans: list[tuple[int, int]] = []
+        for k, (row, trained_spans, length) in enumerate(rows):
+            count = _trained(trained_spans, len(row), rules)
+            reason = _reason(len(row), count, rules, examples[begin + k])
             if reason:
-                dropped.append(Dropped(chunk[k].origin, reason))
+                dropped.append(Dropped(examples[begin + k].origin, reason))
                 continue
-            ids.append(row)
-            masks.append(mask)
-            units.append(lengths[k])
+            place = len(flat)
+            flat += row
+            if rules.loss_on == "all":
+                spans.append((place + 1, len(flat)))
+            else:
+                spans += [(place + max(a, 1), place + b) for a, b in trained_spans if b > max(a, 1)]
+            tokens.append(len(row))
+            trained.append(count)
+            units.append(length)
             kept.append(begin + k)
+        ids.extend(np.array(flat, dtype=np.int32))
+        mask.extend(_span_mask(spans, len(flat)))
         if progress:
-            progress(len(chunk))
-    tokens = np.array([len(row) for row in ids], dtype=np.int32)
+            progress(len(rows))
+    lengths = np.array(tokens, dtype=np.int32)
     return RowTable(
         source=source,
         hashes=np.array([examples[i].hash for i in kept], dtype="U16"),
         origins=np.array([examples[i].origin for i in kept], dtype=str),
-        tokens=tokens,
-        trained=np.array([int(mask.sum()) for mask in masks], dtype=np.int32),
+        tokens=lengths,
+        trained=np.array(trained, dtype=np.int32),
         unit=np.array(units, dtype=np.int32),
-        ids=np.concatenate(ids) if ids else np.zeros(0, np.int32),
-        mask=np.concatenate(masks) if masks else np.zeros(0, bool),
-        starts=np.concatenate([[0], np.cumsum(tokens, dtype=np.int64)]).astype(np.int64),
+        ids=ids.array(),
+        mask=mask.array(),
+        starts=np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64),
         dropped=dropped,
     )
 
 
-def _row(chat: ChatTokenizer, text: str, encoding: Encoding, spans: list[tuple[int, int]]) -> tuple[np.ndarray, ...]:
-    """(n,) ids and (n,) mask of a rendered row.
+class Buffer:
+    """A numpy array that grows at its end, by a quarter at a time and in place where the system allows it."""
 
-    Decoding starts from the prompt's ids alone. Where a token of the whole text reaches across the border between
-    prompt and last answer (``]{``), or the prompt's last tokens would be others without the answer behind them, the
-    two are encoded apart, so that training and decoding see the same ids.
-    """
-    tokens = [_token_span(encoding, start, end) for start, end in spans]
-    if spans and tokens[-1][0] < tokens[-1][1]:
-        border, first = spans[-1][0], tokens[-1][0]
-        begin = next((at for at in range(first - 1, -1, -1) if encoding.ids[at] in chat.added_ids), 0)
-        tail = text[encoding.token_to_chars(begin)[0] if first else 0 : border]
-        if encoding.ids[begin:first] != list(chat.encode_header(tail)):
-            head, rest = chat.backend.encode_batch([text[:border], text[border:]], add_special_tokens=False)
-            ids = head.ids + rest.ids
-            mask = np.zeros(len(ids), dtype=bool)
-            for start, end in spans[:-1]:
-                mask[slice(*_token_span(head, start, end))] = True
-            a, b = _token_span(rest, 0, spans[-1][1] - border)
-            mask[len(head.ids) + a : len(head.ids) + b] = True
-            return np.array(ids, dtype=np.int32), mask
-    mask = np.zeros(len(encoding.ids), dtype=bool)
-    for first, last in tokens:
-        mask[first:last] = True
-    return np.array(encoding.ids, dtype=np.int32), mask
+    def __init__(self, dtype: type) -> None:
+        self._data = np.empty(0, dtype)
+        self._size = 0
+
+    def extend(self, values: np.ndarray) -> None:
+        """Append (n,) values."""
+        end = self._size + len(values)
+        if end > len(self._data):
+            self._data.resize(end + end // 4, refcheck=False)  # nobody else holds it before `array`
+        self._data[self._size : end] = values
+        self._size = end
+
+    def array(self) -> np.ndarray:
+        """(size,) all values; the buffer is empty afterwards."""
+        data, self._data = self._data, np.empty(0, self._data.dtype)
+        data.resize(self._size, refcheck=False)
+        self._size = 0
+        return data
 
 
-def _token_span(encoding: Encoding, start: int, end: int) -> tuple[int, int]:
-    """Tokens [first, last) that hold the characters [start, end); characters the tokenizer drops are passed over."""
-    while start < end and encoding.char_to_token(start) is None:
-        start += 1
-    while start < end and encoding.char_to_token(end - 1) is None:
-        end -= 1
-    if start >= end:
-        return 0, 0
-    first, last = encoding.char_to_token(start), encoding.char_to_token(end - 1)
-    while last + 1 < len(encoding.ids) and encoding.token_to_chars(last + 1) == encoding.token_to_chars(last):
-        last += 1  # one character in several byte tokens
-    return first, last + 1
+def _span_mask(spans: list[tuple[int, int]], size: int) -> np.ndarray:
+    """(size,) bool, True in the spans [start, end)."""
+    edges = np.zeros(size + 1, dtype=np.int32)
+    if spans:
+        starts, ends = np.array(spans).T
+        np.add.at(edges, starts, 1)
+        np.add.at(edges, ends, -1)
+    return np.cumsum(edges[:-1], dtype=np.int32) > 0
 
 
-def _reason(row: np.ndarray, mask: np.ndarray, rules: RowRules, example: Example) -> str | None:
+def _trained(spans: list[tuple[int, int]], length: int, rules: RowRules) -> int:
+    """Tokens of a row that carry loss; the first one never does, since nothing predicts it."""
+    if rules.loss_on == "all":
+        return max(0, length - 1) if spans else 0
+    return sum(last - max(first, 1) for first, last in spans if last > max(first, 1))
+
+
+def _reason(length: int, trained: int, rules: RowRules, example: Example) -> str | None:
     """Why a row is dropped, None to keep it; raises where the rules refuse."""
-    if len(row) > rules.max_length:
-        reason = f"{len(row):,} tokens, longer than max_length {rules.max_length:,}"
+    if length > rules.max_length:
+        reason = f"{length:,} tokens, longer than max_length {rules.max_length:,}"
         remedy = "Raise train.max_length, shorten the row, or set train.too_long: drop."
         policy = rules.too_long
-    elif not mask.any():
+    elif not trained:
         reason = "nothing to train: the answer is empty"
         remedy = "Give the row an answer, or set train.nothing_to_train: drop."
         policy = rules.nothing_to_train

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +33,7 @@ PAIRS_KEPT = 20
 ADAPTED = TRAINED_ARMS | {"tell-anchor"}
 MIXED = frozenset({"sft-matched", "general", "tell", "tell-anchor"})  # what these train on needs the mixture
 FEW_ROWS = 30  # below this no row is set aside for validation
+CACHED_ROWS = 500  # fewer task rows are tokenised as quickly as they are read back
 VALIDATION_ROWS = 64  # enough to score anchors and watch the loss; more would only cost time
 
 
@@ -238,12 +239,27 @@ def limit_task(task: Task, anchor: Anchor) -> None:
 
 
 def task_table(task: Task, anchor: Anchor, examples: Sequence[Example], name: str = "task") -> RowTable:
-    """Tokenised task rows with the anchor.
+    """Tokenised task rows with the anchor; many are cached, since each plan and run wants them again.
 
     Raises:
         TellError: no row is left to train on.
     """
-    table = tokenize(examples, task.chat, source=name, anchor=anchor, rules=task.rules, unit=task.unit)
+
+    def make() -> RowTable:
+        return tokenize(examples, task.chat, source=name, anchor=anchor, rules=task.rules, unit=task.unit)
+
+    if len(examples) < CACHED_ROWS:
+        table = make()
+    else:
+        key = cache_key(
+            rows=[[e.hash, e.origin] for e in examples],
+            source=name,
+            anchor=anchor.hash if anchor else None,
+            tokenizer=task.chat.fingerprint,
+            unit=task.unit.fingerprint,
+            rules=asdict(task.rules),
+        )
+        table, _ = cached_table(key, make)
     if examples and not len(table):
         first = table.dropped[0]
         raise TellError(
