@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -79,14 +80,17 @@ class Worker:
         except queue.Empty:
             self.close(kill=True)
             raise TellError(f"no answer within {ANSWER_SECONDS:.0f} s", where=self.name) from None
-        answer = json.loads(line) if line else {"error": f"ended: {self._last_line()}"}
+        answer = json.loads(line) if line else {"error": self._ending()}
         if "error" in answer:
             raise TellError(answer["error"], where=self.name, remedy=f"Read {self.log}.")
         return answer
 
-    def _last_line(self) -> str:
+    def _ending(self) -> str:
+        code = self.process.wait()
+        if code == -signal.SIGKILL:
+            return "killed, as systems do when memory runs out"
         lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        return lines[-1] if lines else "without a word"
+        return f"ended with status {code}: {lines[-1] if lines else 'without a word'}"
 
     def close(self, *, kill: bool = False) -> None:
         if kill:

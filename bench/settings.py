@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from tell.home import make_folder, tell_home
 
 Setting = dict[str, Any]
 TRAIN_START: Setting = {"micro": 1, "order": "given", "attention": "sdpa", "autocast": False, "padding_free": False}
+DECODE_START: Setting = {"batch": 16, "cache": "dynamic"}
 
 
 def train_choices(engine: str, batch: int, bf16: bool) -> list[list[Setting]]:
@@ -22,7 +23,7 @@ def train_choices(engine: str, batch: int, bf16: bool) -> list[list[Setting]]:
         [{"attention": "eager"}],
         [{"micro": m, "order": how} for m, how in sizes if batch % m == 0],
     ]
-    if bf16:
+    if bf16 and engine != "llamafactory":  # which always computes bf16 under autocast
         groups.insert(0, [{"autocast": True}])
     if engine in ("trl", "transformers"):  # a dense block-diagonal mask stands in for flash attention
         free = [{"micro": m, "order": how, "padding_free": True, "attention": "sdpa"} for m, how in sizes[1:]]
@@ -46,8 +47,8 @@ def search(
     """
     tries: list[dict[str, Any]] = []
     best, speed = start, -1.0
-    for change in _flat(groups):
-        setting = change if change is start else {**best, **change} if change else start
+    for change in [{}, *(change for group in groups for change in group)]:
+        setting = {**best, **change}
         if any(t["setting"] == setting for t in tries):
             continue
         got = measure(setting)
@@ -55,12 +56,6 @@ def search(
         if got is not None and got > speed:
             best, speed = setting, got
     return best, tries
-
-
-def _flat(groups: list[list[Setting]]) -> Iterator[Setting]:
-    yield {}
-    for group in groups:
-        yield from group
 
 
 def recall(key: str) -> dict[str, Any] | None:

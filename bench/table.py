@@ -20,9 +20,8 @@ def show(result: dict[str, Any], console: Console | None = None) -> None:
         if part in result:
             console.print(_engines(title, result[part], result[f"{part}_ratio"]))
         if part == "train" and part in result:
-            console.print(
-                f"ceiling: {result['ceiling_gflops']:,.0f} GFLOP/s in products of this model's linear layers at 2,048 rows"
-            )
+            ceiling = f"{result['ceiling_gflops']:,.0f} GFLOP/s"
+            console.print(f"ceiling: {ceiling} in products of this model's linear layers at 2,048 rows")
     if "plan" in result:
         plan = result["plan"]
         console.print(f"tell plan, {plan['rows']:,} rows: {plan['cold_s']:.1f} s cold, {plan['warm_s']:.1f} s warm")

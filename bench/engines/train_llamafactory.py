@@ -1,0 +1,57 @@
+"""Training by LLaMA-Factory's own entry, ``run_exp``, from its pre-tokenised format: the very tokens of the others.
+
+``bf16`` there means weights in bf16 and autocast; its ``pure_bf16`` is refused without a GPU.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict
+from llamafactory.train.tuner import run_exp
+
+from bench.engines.gate import Gate, arguments, examples, versions
+from bench.rows import Rows
+from bench.worker import Channel, Meter, Stopped
+
+
+def run(channel: Channel, spec: dict[str, Any]) -> None:
+    """Serve builds: ``{"do": "build", "setting": {...}, "order": [...]}``, each trained until the driver stops it."""
+    rows = Rows.load(spec["rows"])
+    while (message := channel.receive())["do"] == "build":
+        setting, order = message["setting"], message["order"]
+        with tempfile.TemporaryDirectory() as folder:
+            data = Path(folder) / "data"
+            columns = [{**row, "attention_mask": [1] * len(row["input_ids"])} for row in examples(rows, order)]
+            DatasetDict({"train": Dataset.from_list(columns)}).save_to_disk(str(data))
+            common = arguments(spec, setting, -(-len(order) // spec["batch"]), folder)
+            for name in ("train_sampling_strategy", "gradient_checkpointing", "report_to"):
+                common.pop(name)
+            channel.send(built=True, versions=versions("llamafactory"))
+            try:
+                run_exp(
+                    {
+                        **common,
+                        "stage": "sft",
+                        "do_train": True,
+                        "report_to": "none",
+                        "bf16": spec["dtype"] == "bfloat16",
+                        "model_name_or_path": spec["model"],
+                        "flash_attn": {"sdpa": "sdpa", "eager": "disabled"}[setting["attention"]],
+                        "disable_gradient_checkpointing": True,
+                        "finetuning_type": "lora",
+                        "lora_rank": spec["rank"],
+                        "lora_alpha": spec["alpha"],
+                        "lora_dropout": 0.0,
+                        "lora_target": "all",
+                        "tokenized_path": str(data),
+                        "template": "empty",
+                        "disable_shuffling": True,
+                        "overwrite_cache": False,
+                    },
+                    callbacks=[Gate(Meter(channel))],
+                )
+            except Stopped:
+                continue
