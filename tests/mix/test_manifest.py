@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from tell.errors import TellError
 from tell.mix import build, general_rows, read_manifest, write_manifest
-from tell.mix.manifest import SCHEMA
+from tell.mix.manifest import COLUMNS
 
 from .tables import make_table
 
@@ -28,7 +28,7 @@ def test_round_trip(tmp_path_factory, task, general, rows, seed, batch):
     mixture, tables = example(task, general, rows, seed)
     write_manifest(path, mixture, tables, batch)
     table = read_manifest(path)
-    assert table.schema.names == SCHEMA.names and table.num_rows == len(mixture)
+    assert table.schema.names == list(COLUMNS) and table.num_rows == len(mixture)
     read = table.to_pydict()
     assert read["position"] == list(range(len(mixture)))
     assert read["step"] == [i // batch + 1 for i in range(len(mixture))]
