@@ -10,12 +10,14 @@ import numpy as np
 import torch
 
 from tell.errors import TellError
-from tell.generate.cache import DecodePlan, PrefillPlan, PrefixPlan, Store
-from tell.generate.sampler import Decoding, choose, uniforms
-from tell.train.attention import use_plan
+from tell.generate.batch import Batch, KernelBatch, Packed, PlainBatch
+from tell.generate.layers import describe
+from tell.generate.sampler import Decoding, uniforms
+from tell.kernels.decode import kernels
 from tell.train.step import Body
 
 PREFILL_TOKENS = 4096
+TOLERANCE = {torch.bfloat16: 0.05, torch.float32: 1e-3}  # relative distance of states that rounding explains
 
 
 @dataclass(slots=True)
@@ -54,12 +56,22 @@ class Engine:
         model: a transformers causal model.
         device: where it lies.
         max_positions: longest sequence the model knows, in tokens.
+        fast: use the kernels where model and machine allow; False keeps to torch operations.
     """
 
-    def __init__(self, model: Any, *, device: str | torch.device = "cpu", max_positions: int | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        *,
+        device: str | torch.device = "cpu",
+        max_positions: int | None = None,
+        fast: bool = True,
+    ) -> None:
         self.model, self.device = model, torch.device(device)
         self.body = Body(model)
         config = model.config.get_text_config()
+        self.fast = fast and self.device.type == "cpu"
+        self.trusted: bool | None = None  # whether the kernels compute what the model computes; None: not asked yet
         self.max_positions = max_positions or getattr(config, "max_position_embeddings", None) or 1 << 30
 
     @torch.inference_mode()
@@ -68,6 +80,7 @@ class Engine:
         prompts: Sequence[Sequence[int]],
         decoding: Decoding,
         *,
+        limits: Sequence[int] | None = None,
         progress: Callable[[int, int], None] | None = None,
         on_token: Callable[[int, int], None] | None = None,
     ) -> list[Answer]:
@@ -76,6 +89,7 @@ class Engine:
         Args:
             prompts: token ids, at least one each.
             decoding: sampler, limits, batch size and seed.
+            limits: new tokens of each prompt at most; None: ``decoding.max_new_tokens`` for all.
             progress: called with (new tokens, finished rows) after each step.
             on_token: called with (prompt number, token) as tokens come.
 
@@ -85,13 +99,16 @@ class Engine:
 
         Raises:
             TellError: a prompt fills the model's context.
+            ValueError: ``limits`` are not one positive number a prompt.
         """
+        if limits is not None and (len(limits) != len(prompts) or min(limits, default=1) < 1):
+            raise ValueError(f"{len(limits)} limits for {len(prompts)} prompts, each must be at least 1")
         if not prompts:
             return []
         was_training = self.model.training
         self.model.eval()
         try:
-            return self._run([list(p) for p in prompts], decoding, progress, on_token)
+            return self._run([list(p) for p in prompts], decoding, limits, progress, on_token)
         finally:
             self.model.train(was_training)
 
@@ -99,6 +116,7 @@ class Engine:
         self,
         prompts: list[list[int]],
         decoding: Decoding,
+        limits: Sequence[int] | None,
         progress: Callable[[int, int], None] | None,
         on_token: Callable[[int, int], None] | None,
     ) -> list[Answer]:
@@ -112,7 +130,7 @@ class Engine:
                     where=f"prompt {number + 1}",
                     remedy="Shorten the prompt, or give fewer in-context examples.",
                 )
-            limit = min(decoding.max_new_tokens, room)
+            limit = min(limits[number] if limits else decoding.max_new_tokens, room)
             draws = uniforms(decoding.seed, number, limit)
             rows.append(_Row(number, prompt[prefix:], limit, draws, Answer()))
         answers = [row.answer for row in rows]
@@ -120,11 +138,7 @@ class Engine:
         waiting = sorted(rows, key=lambda r: (len(r.prompt), -r.number))
         slots = min(decoding.batch_size, len(rows))
         capacity = max(len(r.prompt) + r.limit for r in rows)
-        store = Store(slots, capacity)
-        if prefix:
-            self._forward(PrefixPlan(prefix, store, self.device), prompts[0][:prefix])
-        vocabulary = self.body.head.shape[0]
-        self.seen = torch.zeros(slots, vocabulary, dtype=torch.bool, device=self.device)
+        batch = self._batch(decoding, slots, capacity, prompts[0][:prefix])
         active: list[_Row] = []
         last: list[int] = []
         while waiting or active:
@@ -135,60 +149,51 @@ class Engine:
                     row = waiting.pop()
                     used += len(row.prompt)
                     fresh.append(row)
-                first = self._prefill(fresh, len(active), store, prefix, prompts, decoding)
+                begin = len(active)
+                states = batch.prefill([row.prompt for row in fresh], begin)
+                for at, row in enumerate(fresh, begin):
+                    batch.see(at, prompts[row.number])
                 active += fresh
-                last += first
+                last += batch.choose(states, begin, self._draws(fresh))
                 finished = self._record(active, last, len(active) - len(fresh), decoding, on_token)
                 new = len(fresh)
             else:
-                last = self._decode(active, last, store, prefix, decoding)
+                states = batch.decode([len(r.prompt) + len(r.answer.ids) - 1 for r in active], last)
+                last = batch.choose(states, 0, self._draws(active))
                 finished = self._record(active, last, 0, decoding, on_token)
                 new = len(active)
-            self._retire(active, last, finished, store)
+            self._retire(active, last, finished, batch)
             if progress:
                 progress(new, len(finished))
-        del self.seen
         return answers
 
-    def _forward(self, plan: Any, ids: Sequence[int]) -> torch.Tensor:
-        """(T, h) final states of packed tokens under a plan."""
-        with use_plan(plan):
-            tokens = torch.tensor(ids, dtype=torch.long, device=self.device)[None]
-            out = self.body.core(input_ids=tokens, position_ids=plan.positions(), use_cache=False)
-        return out.last_hidden_state[0]
+    def _batch(self, decoding: Decoding, slots: int, capacity: int, prefix: list[int]) -> Batch:
+        # Described and packed anew each time: weights may have changed, and the copy is kept no longer than needed.
+        description = describe(self.body.core) if self.fast and self.trusted is not False else None
+        if description is not None and kernels(description.dtype) is not None:
+            packed = Packed(description, self.body)
+            if self.trusted is None:
+                self.trusted = self._check(packed, decoding)
+            if self.trusted:
+                return KernelBatch(packed, decoding, slots, capacity, prefix)
+        return PlainBatch(self.body, decoding, slots, capacity, prefix, self.device)
 
-    def _next(self, states: torch.Tensor, rows: list[_Row], begin: int, decoding: Decoding) -> list[int]:
-        logits = torch.nn.functional.linear(states * self.body.logit_scale, self.body.head, self.body.bias).float()
-        if self.body.softcap is not None:
-            logits = torch.tanh(logits / self.body.softcap) * self.body.softcap
-        draws = torch.tensor([r.draws[len(r.answer.ids)] for r in rows], dtype=torch.float32, device=self.device)
-        chosen = choose(logits, self.seen[begin : begin + len(rows)], draws, decoding)
-        self.seen[torch.arange(begin, begin + len(rows), device=self.device), chosen] = True
-        return chosen.tolist()
+    def _check(self, packed: Packed, decoding: Decoding) -> bool:
+        """Whether both ways give the same states, within rounding, for some rows of this model."""
+        size = len(self.body.head)
+        head, *rows = [[i % size for i in ids] for ids in (range(1, 20), range(3, 40), [5], range(9, 15))]
+        ours: Batch = KernelBatch(packed, decoding, 3, 48, head)
+        theirs: Batch = PlainBatch(self.body, decoding, 3, 48, head, self.device)
+        states = []
+        for batch in (ours, theirs):
+            first = batch.prefill(rows, 0)
+            states.append(torch.cat([first, batch.decode([len(row) for row in rows], [0, 1, 2])]).float())
+        error = float((states[0] - states[1]).norm() / states[1].norm())
+        return error <= TOLERANCE[packed.description.dtype]
 
-    def _prefill(
-        self,
-        fresh: list[_Row],
-        begin: int,
-        store: Store,
-        prefix: int,
-        prompts: list[list[int]],
-        decoding: Decoding,
-    ) -> list[int]:
-        lengths = [len(row.prompt) for row in fresh]
-        slots = list(range(begin, begin + len(fresh)))
-        plan = PrefillPlan(lengths, slots, store, prefix, self.device)
-        states = self._forward(plan, [token for row in fresh for token in row.prompt])
-        ends = torch.tensor(lengths, device=self.device).cumsum(0) - 1
-        for slot, row in zip(slots, fresh, strict=True):
-            self.seen[slot] = False
-            self.seen[slot, torch.tensor(prompts[row.number], device=self.device)] = True
-        return self._next(states[ends], fresh, begin, decoding)
-
-    def _decode(self, active: list[_Row], last: list[int], store: Store, prefix: int, decoding: Decoding) -> list[int]:
-        lengths = torch.tensor([len(r.prompt) + len(r.answer.ids) - 1 for r in active], device=self.device)
-        states = self._forward(DecodePlan(lengths, store, prefix), last)
-        return self._next(states, active, 0, decoding)
+    @staticmethod
+    def _draws(rows: list[_Row]) -> torch.Tensor:
+        return torch.tensor([r.draws[len(r.answer.ids)] for r in rows], dtype=torch.float32)
 
     @staticmethod
     def _record(
@@ -213,14 +218,14 @@ class Engine:
                 finished.append(at)
         return finished
 
-    def _retire(self, active: list[_Row], last: list[int], finished: list[int], store: Store) -> None:
-        """Take finished rows out; the last slots move into the holes."""
+    @staticmethod
+    def _retire(active: list[_Row], last: list[int], finished: list[int], batch: Batch) -> None:
+        """Take finished rows out; the last rows move into the holes."""
         for at in sorted(finished, reverse=True):
             end = len(active) - 1
             if at != end:
                 row = active[end]
-                store.move(end, at, len(row.prompt) + len(row.answer.ids))
-                self.seen[at] = self.seen[end]
+                batch.move(end, at, len(row.prompt) + len(row.answer.ids))
                 active[at], last[at] = active[end], last[end]
             active.pop()
             last.pop()

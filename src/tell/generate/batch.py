@@ -1,0 +1,262 @@
+"""Rows being decoded side by side, in two ways that give the same answers: torch operations, or the kernels.
+
+Both keep rows at places 0 to n - 1 of the batch; a finished row's place is filled by the last one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from tell.generate.cache import DecodePlan, PrefillPlan, PrefixPlan, Store
+from tell.generate.layers import Description, Product, RulePlan
+from tell.generate.sampler import Decoding, choose
+from tell.kernels import decode as c
+from tell.train.attention import Plan, Rule, use_plan
+from tell.train.step import Body
+
+PREFILL_TOKENS = 1024  # tokens of one pass through the kernels: its activations stay in the cache
+
+
+class Batch(Protocol):
+    """What the engine asks of either way."""
+
+    def prefill(self, rows: Sequence[Sequence[int]], begin: int) -> Tensor:
+        """(n, h) final states at the last token of new rows, which take the places from ``begin`` on."""
+        ...
+
+    def decode(self, lengths: Sequence[int], last: Sequence[int]) -> Tensor:
+        """(n, h) final states of all rows, one token further; ``lengths``: tokens of each row already cached."""
+        ...
+
+    def see(self, at: int, prompt: Sequence[int]) -> None:
+        """A row begins: only its prompt counts for the repetition penalty."""
+        ...
+
+    def choose(self, states: Tensor, begin: int, draws: Tensor) -> list[int]:
+        """Next tokens of the rows from place ``begin`` on; draws (n,) fp32 in [0, 1)."""
+        ...
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """The row at ``source``, ``length`` tokens long, takes the place of a finished one."""
+        ...
+
+
+class PlainBatch:
+    """Any model and device, through transformers' own layers.
+
+    Args:
+        slots: rows decoded at once.
+        capacity: tokens a row may hold behind the prefix.
+        prefix: token ids that all rows begin with.
+    """
+
+    def __init__(
+        self, body: Body, decoding: Decoding, slots: int, capacity: int, prefix: Sequence[int], device: torch.device
+    ) -> None:
+        self.body, self.decoding, self.device, self.prefix = body, decoding, device, len(prefix)
+        self.store = Store(slots, capacity)
+        self.seen = torch.zeros(slots, body.head.shape[0], dtype=torch.bool, device=device)
+        if prefix:
+            self._forward(PrefixPlan(len(prefix), self.store, device), prefix)
+
+    def _forward(self, plan: Plan, ids: Sequence[int]) -> Tensor:
+        with use_plan(plan):
+            tokens = torch.tensor(ids, dtype=torch.long, device=self.device)[None]
+            out = self.body.core(input_ids=tokens, position_ids=plan.positions(), use_cache=False)  # type: ignore[attr-defined]
+        return out.last_hidden_state[0]
+
+    def prefill(self, rows: Sequence[Sequence[int]], begin: int) -> Tensor:
+        lengths = [len(row) for row in rows]
+        plan = PrefillPlan(lengths, list(range(begin, begin + len(rows))), self.store, self.prefix, self.device)
+        states = self._forward(plan, [token for row in rows for token in row])
+        return states[torch.tensor(lengths, device=self.device).cumsum(0) - 1]
+
+    def decode(self, lengths: Sequence[int], last: Sequence[int]) -> Tensor:
+        cached = torch.tensor(lengths, device=self.device)
+        return self._forward(DecodePlan(cached, self.store, self.prefix), last)
+
+    def see(self, at: int, prompt: Sequence[int]) -> None:
+        self.seen[at] = False
+        self.seen[at, torch.tensor(prompt, device=self.device)] = True
+
+    def choose(self, states: Tensor, begin: int, draws: Tensor) -> list[int]:
+        body, end = self.body, begin + len(states)
+        logits = functional.linear(states * body.logit_scale, body.head, body.bias).float()
+        if body.softcap is not None:
+            logits = torch.tanh(logits / body.softcap) * body.softcap
+        chosen = choose(logits, self.seen[begin:end], draws.to(self.device), self.decoding)
+        self.seen[torch.arange(begin, end, device=self.device), chosen] = True
+        return chosen.tolist()
+
+    def move(self, source: int, target: int, length: int) -> None:
+        self.store.move(source, target, length)
+        self.seen[target] = self.seen[source]
+
+
+class Packed:
+    """A model's weights as the kernels want them: a copy, as large as the linear layers, while it lives."""
+
+    def __init__(self, description: Description, body: Body) -> None:
+        self.description, self.body = description, body
+        self.products = [
+            tuple(Product(*((m.weight, m.bias) for m in part)) for part in layer.products())
+            for layer in description.layers
+        ]
+        self.head = Product((body.head, body.bias))
+        probe = RulePlan(2)
+        with use_plan(probe):
+            body.core(input_ids=torch.zeros(1, 2, dtype=torch.long), position_ids=probe.positions(), use_cache=False)
+        self.rules: list[Rule] = [probe.rules[layer.attention] for layer in description.layers]
+
+
+class KernelBatch:
+    """A model that ``layers.describe`` knows, on the processor: products by torch, all else in C.
+
+    Args:
+        packed: the weights.
+        slots: rows decoded at once.
+        capacity: tokens a row may hold behind the prefix.
+        prefix: token ids that all rows begin with.
+    """
+
+    def __init__(self, packed: Packed, decoding: Decoding, slots: int, capacity: int, prefix: Sequence[int]) -> None:
+        self.packed, self.description, self.decoding = packed, packed.description, decoding
+        found = c.kernels(self.description.dtype)
+        assert found is not None, "describe() and kernels() are asked before"
+        self.kernels = found
+        self.layers = [
+            (layer, *products) for layer, products in zip(self.description.layers, packed.products, strict=True)
+        ]
+        self.tables = self.description.rotary_tables(len(prefix) + capacity)
+        self.slot = torch.arange(slots, dtype=torch.int32)  # of the row at each place
+        vocabulary = len(packed.body.head)
+        self.seen = torch.zeros(slots, vocabulary, dtype=torch.uint8)
+        self.banned = torch.tensor(decoding.banned_ids, dtype=torch.int64)
+        self.rule = c.RuleArguments(
+            vocabulary,
+            decoding.top_k,
+            len(self.banned),
+            decoding.greedy,
+            decoding.temperature,
+            decoding.top_p,
+            decoding.repetition_penalty,
+            packed.body.softcap or 0.0,
+            self.banned.data_ptr(),
+        )
+        shared = _Cache(self.description, 1, len(prefix))
+        if prefix:
+            self.own, self.arguments = shared, self._arguments(shared, None, 0)
+            for at in range(0, len(prefix), PREFILL_TOKENS):
+                part = prefix[at : at + PREFILL_TOKENS]
+                self._forward(part, torch.zeros(len(part), dtype=torch.int32), range(at, at + len(part)))
+        self.own, self.shared = _Cache(self.description, slots, capacity), shared
+        self.arguments = self._arguments(self.own, shared, len(prefix))
+
+    def _arguments(self, own: _Cache, shared: _Cache | None, prefix: int) -> list[Any]:
+        d, out = self.description, []
+        for index, (layer, rule) in enumerate(zip(d.layers, self.packed.rules, strict=True)):
+            cosine, sine = self.tables[layer.rope]
+            norms = (None if x is None else x.data_ptr() for x in (layer.query_norm, layer.key_norm))
+            sizes = (d.heads, d.kv_heads, d.width, cosine.shape[1], own.slots, own.capacity, prefix)
+            ahead = (None, None) if shared is None or not prefix else shared.addresses(index)
+            arguments = c.LayerArguments(
+                *sizes,
+                shared.capacity if shared else 0,
+                rule.window or 0,
+                rule.scaling,
+                rule.softcap or 0.0,
+                d.eps,
+                cosine.data_ptr(),
+                sine.data_ptr(),
+                *norms,
+                *own.addresses(index),
+                *ahead,
+            )
+            out.append((arguments, ctypes.byref(arguments)))
+        return out
+
+    def _forward(self, ids: Sequence[int], slot: Tensor, at: Sequence[int]) -> Tensor:
+        """(n, h) final states, normed, of tokens that lie at ``at`` of ``slot`` (n,) int32."""
+        d, k = self.description, self.kernels
+        tokens, place = torch.tensor(ids, dtype=torch.int64), torch.tensor(at, dtype=torch.int32)
+        n, h = len(ids), d.embedding.shape[1]
+        where = c.TokenArguments(slot.data_ptr(), place.data_ptr())
+        by_reference = ctypes.byref(where)
+        residual, x = (torch.empty(n, h, dtype=d.dtype) for _ in range(2))
+        mixed = torch.empty(n, d.heads * d.width, dtype=d.dtype)
+        active = torch.empty(n, d.layers[0].down.in_features, dtype=d.dtype)
+        k.embed(d.embedding, tokens, d.embedding_scale, d.layers[0].before_attention, d.eps, residual, x)
+        following = [layer.before_attention.data_ptr() for layer in d.layers[1:]] + [d.norm.data_ptr()]
+        for (layer, qkv, output, gate_up, down), (_, arguments), norm in zip(
+            self.layers, self.arguments, following, strict=True
+        ):
+            post = None if layer.after_attention is None else layer.after_attention.data_ptr()
+            last = None if layer.after_mlp is None else layer.after_mlp.data_ptr()
+            k.attend(arguments, by_reference, qkv(x), mixed)
+            k.add_norm(residual, output(mixed), post, layer.before_mlp.data_ptr(), d.eps, x)
+            k.gate(gate_up(x), d.activation, active)
+            k.add_norm(residual, down(active), last, norm, d.eps, x)
+        return x
+
+    def prefill(self, rows: Sequence[Sequence[int]], begin: int) -> Tensor:
+        lengths = torch.tensor([len(row) for row in rows])
+        ids = [token for row in rows for token in row]
+        at = [i for row in rows for i in range(len(row))]
+        slot = self.slot[begin : begin + len(rows)].repeat_interleave(lengths)
+        ends, out = lengths.cumsum(0) - 1, []
+        for start in range(0, len(ids), PREFILL_TOKENS):
+            span = slice(start, start + PREFILL_TOKENS)
+            states = self._forward(ids[span], slot[span], at[span])
+            here = ends[(ends >= start) & (ends < start + PREFILL_TOKENS)]
+            out.append(states[here - start])
+        return torch.cat(out)
+
+    def decode(self, lengths: Sequence[int], last: Sequence[int]) -> Tensor:
+        return self._forward(last, self.slot[: len(last)], lengths)
+
+    def see(self, at: int, prompt: Sequence[int]) -> None:
+        row = self.seen[int(self.slot[at])]
+        row.zero_()
+        row[torch.tensor(prompt)] = 1
+
+    def choose(self, states: Tensor, begin: int, draws: Tensor) -> list[int]:
+        body, rule, slot = self.packed.body, self.decoding, self.slot[begin : begin + len(states)]
+        logits = self.packed.head(states * body.logit_scale if body.logit_scale != 1 else states)
+        if rule.greedy or 0 < rule.top_k <= c.TOP_K:
+            return self.kernels.sample(ctypes.byref(self.rule), logits, slot, self.seen, draws).tolist()
+        logits = logits.float()
+        if body.softcap is not None:
+            logits = torch.tanh(logits / body.softcap) * body.softcap
+        chosen = choose(logits, self.seen[slot.long()].bool(), draws, rule)
+        self.seen[slot.long(), chosen] = 1
+        return chosen.tolist()
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Nothing is copied: the two places change slots."""
+        self.slot[[source, target]] = self.slot[[target, source]]
+
+
+class _Cache:
+    """Keys and values of all layers, laid out as ``decode.c`` says.
+
+    Memory is taken from the system page by page as rows grow: a slot's unused capacity costs nothing.
+    """
+
+    def __init__(self, description: Description, slots: int, capacity: int) -> None:
+        d = description
+        self.slots, self.capacity = slots, -(-capacity // c.LANES) * c.LANES
+        self.layer = slots * d.kv_heads * self.capacity * d.width * d.dtype.itemsize  # bytes of keys, and of values
+        size = 2 * self.layer * len(d.layers)
+        self.memory = mmap.mmap(-1, size) if size else None
+        self.address = torch.frombuffer(self.memory, dtype=torch.uint8).data_ptr() if self.memory else 0
+
+    def addresses(self, index: int) -> tuple[int, int]:
+        start = self.address + 2 * index * self.layer
+        return start, start + self.layer
