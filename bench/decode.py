@@ -29,7 +29,10 @@ def measure_decoding(bench: Bench, peers: tuple[str, ...]) -> tuple[dict[str, An
                 setting, tries = _setting(bench, engine, spec, prompts)
                 workers[engine] = _start(engine, spec, bench)
                 say(f"{engine}: warming up")
-                workers[engine].ask(do="turn", setting=setting, prompts=min(setting["batch"], 8, options.prompts))
+                if engine == "tell":
+                    workers[engine].ask(do="turn", setting=setting, prompts=min(setting["batch"], options.prompts))
+                else:  # a few steps of one batch: a whole one takes most of a turn
+                    workers[engine].ask(do="try", setting=setting, prompts=options.prompts)
                 results[engine] = {"setting": setting, "tries": tries, "turns": []}
             except TellError as error:
                 missing[engine] = error.what
@@ -66,6 +69,7 @@ def _setting(bench: Bench, engine: str, spec: dict[str, Any], prompts: Prompts) 
     if not bench.options.tune_peers and (known := recall(key)):
         return known["setting"], known["tries"]
     say(f"{engine}: looking for its best settings")
+    spec = {**spec, "trying": True}
     worker = _start(engine, spec, bench)
 
     def measure(setting: dict[str, Any]) -> float | None:
@@ -76,17 +80,20 @@ def _setting(bench: Bench, engine: str, spec: dict[str, Any], prompts: Prompts) 
             answer = worker.ask(do="try", setting=setting, prompts=len(prompts.ids))
         except TellError as error:
             say(f"{engine} {setting}: {error.what}")
+            failures.append(error.what)
+            worker.close(kill=True)
             return None
         speed = sum(prompts.limits) / answer["seconds"]
         say(f"{engine} {setting}: {speed:,.0f} new tokens/s foreseen")
         return speed
 
+    failures: list[str] = []
     try:
         best, tries = search(DECODE_START, decode_choices(engine, len(prompts.ids)), measure)
     finally:
         worker.close(kill=True)
     if all(t["tokens_per_s"] is None for t in tries):
-        raise TellError("none of its settings ran", where=engine, remedy=f"Read {worker.log}.")
+        raise TellError(f"none of its settings ran ({failures[0]})", where=engine, remedy=f"Read {worker.log}.")
     remember(key, {"setting": best, "tries": tries})
     return best, tries
 

@@ -14,6 +14,7 @@ from tell.errors import TellError
 from tell.home import make_folder, tell_home
 
 PACKAGES = {"trl": ["trl>=1.16", "peft"], "llamafactory": ["llamafactory"], "swift": ["ms-swift"]}
+UNWANTED = {"llamafactory": ["torchaudio", "torchvision"]}  # come built for another torch; text needs neither
 OWN = frozenset({"transformers"})  # runs in ours
 
 
@@ -39,6 +40,8 @@ def environment(peer: str) -> str | None:
     except TellError:
         _call([*install, f"torch=={torch.__version__.split('+')[0]}"], peer)
     _call([*install, *PACKAGES[peer]], peer)
+    if peer in UNWANTED:
+        _call([str(python), "-m", "pip", "uninstall", "--quiet", "--yes", *UNWANTED[peer]], peer)
     ready.write_text(json.dumps(PACKAGES[peer]), encoding="utf-8")
     return str(python)
 

@@ -9,8 +9,13 @@ from typing import Any
 from tell.home import make_folder, tell_home
 
 Setting = dict[str, Any]
-TRAIN_START: Setting = {"micro": 1, "order": "given", "attention": "sdpa", "autocast": False, "padding_free": False}
 DECODE_START: Setting = {"batch": 16, "cache": "dynamic"}
+
+
+def train_start(engine: str) -> Setting:
+    """The first setting to try; LLaMA-Factory always computes bf16 under autocast."""
+    autocast = engine == "llamafactory"
+    return {"micro": 1, "order": "given", "attention": "sdpa", "autocast": autocast, "padding_free": False}
 
 
 def train_choices(engine: str, batch: int, bf16: bool) -> list[list[Setting]]:
@@ -23,7 +28,7 @@ def train_choices(engine: str, batch: int, bf16: bool) -> list[list[Setting]]:
         [{"attention": "eager"}],
         [{"micro": m, "order": how} for m, how in sizes if batch % m == 0],
     ]
-    if bf16 and engine != "llamafactory":  # which always computes bf16 under autocast
+    if bf16 and not train_start(engine)["autocast"]:
         groups.insert(0, [{"autocast": True}])
     if engine in ("trl", "transformers"):  # a dense block-diagonal mask stands in for flash attention
         free = [{"micro": m, "order": how, "padding_free": True, "attention": "sdpa"} for m, how in sizes[1:]]

@@ -19,6 +19,10 @@ def show(result: dict[str, Any], console: Console | None = None) -> None:
     for part, title in (("train", "Training"), ("decode", "Decoding")):
         if part in result:
             console.print(_engines(title, result[part], result[f"{part}_ratio"]))
+            for name, it in result[part].items():
+                if it["setting"]:
+                    setting = ", ".join(f"{key} {value}" for key, value in it["setting"].items())
+                    console.print(f"{name}: {setting}", markup=False, highlight=False)
         if part == "train" and part in result:
             ceiling = f"{result['ceiling_gflops']:,.0f} GFLOP/s"
             console.print(f"ceiling: {ceiling} in products of this model's linear layers at 2,048 rows")
@@ -33,17 +37,15 @@ def show(result: dict[str, Any], console: Console | None = None) -> None:
 def _engines(title: str, engines: dict[str, Any], ratios: dict[str, float]) -> Table:
     table = Table(title=title)
     share = any("ceiling_share" in it for it in engines.values())
-    names = ["engine", "tokens/s", "spread", "peak MB", *(["of ceiling"] if share else []), "tell is faster by"]
+    names = ["engine", "tokens/s", "spread", "peak MB", *(["of ceiling"] if share else []), "tell is"]
     for name in names:
         table.add_column(name, justify="left" if name == "engine" else "right", no_wrap=True)
-    table.add_column("setting")
     for name, it in engines.items():
         low, high = it["spread"]
         row = [name, f"{it['tokens_per_s']:,.0f}", f"{low:,.0f}-{high:,.0f}"]
         row.append(f"{it.get('peak_cuda_mb', it['peak_rss_mb']):,.0f}")
         if share:
             row.append(f"{it['ceiling_share']:.1%}")
-        row.append(f"{ratios[name]:.1f} x" if name in ratios else "")
-        row.append(", ".join(f"{k} {v}" for k, v in it["setting"].items()))
+        row.append(f"{ratios[name]:.1f} x as fast" if name in ratios else "")
         table.add_row(*row)
     return table

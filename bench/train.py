@@ -13,7 +13,7 @@ from bench.drive import Worker, say
 from bench.environments import environment
 from bench.options import Bench
 from bench.rows import Rows, make_rows, order_rows, plain_tokens
-from bench.settings import TRAIN_START, recall, remember, search, train_choices
+from bench.settings import recall, remember, search, train_choices, train_start
 from tell.config import TrainConfig
 from tell.errors import TellError
 
@@ -70,6 +70,9 @@ def measure_training(bench: Bench, ceiling: dict[str, Any]) -> tuple[dict[str, A
         for worker in workers.values():
             worker.close(kill=True)
     expected = _turn_tokens(rows, turns)
+    sizes = {engine: it["turns"][0]["trainable_parameters"] for engine, it in results.items()}
+    if len(set(sizes.values())) > 1:
+        raise TellError(f"the engines train adapters of different sizes ({sizes})", where="bench")
     out = {engine: _summary(results[engine], expected, rows, ceiling) for engine in results}
     return out, missing
 
@@ -88,6 +91,7 @@ def _setting(bench: Bench, engine: str, spec: dict[str, Any], rows: Rows) -> tup
     if not bench.options.tune_peers and (known := recall(key)):
         return known["setting"], known["tries"]
     say(f"{engine}: looking for its best settings")
+    spec = {**spec, "trying": True}
     batch = bench.options.batch
     worker = _start(engine, spec, bench)
 
@@ -106,18 +110,21 @@ def _setting(bench: Bench, engine: str, spec: dict[str, Any], rows: Rows) -> tup
             worker.tell(do="stop")
         except TellError as error:
             say(f"{engine} {_short(setting)}: {error.what}")
+            failures.append(error.what)
+            worker.close(kill=True)
             return None
         speed = answer["tokens"] / answer["seconds"]
         say(f"{engine} {_short(setting)}: {speed:,.0f} tokens/s")
         return speed
 
     tries_made: list[dict[str, Any]] = []
+    failures: list[str] = []
     try:
-        best, tries = search(TRAIN_START, train_choices(engine, batch, bench.dtype_name == "bf16"), measure)
+        best, tries = search(train_start(engine), train_choices(engine, batch, bench.dtype_name == "bf16"), measure)
     finally:
         worker.close(kill=True)
     if all(t["tokens_per_s"] is None for t in tries):
-        raise TellError("none of its settings ran", where=engine, remedy=f"Read {worker.log}.")
+        raise TellError(f"none of its settings ran ({failures[0]})", where=engine, remedy=f"Read {worker.log}.")
     remember(key, {"setting": best, "tries": tries})
     return best, tries
 
@@ -147,6 +154,7 @@ def _summary(result: dict[str, Any], expected: list[int], rows: Rows, ceiling: d
         "spread": [round(min(speeds), 1), round(max(speeds), 1)],
         **{key: round(max(turn[key] for turn in turns), 1) for key in turns[0] if key.startswith("peak_")},
         "ceiling_share": round(speed * per_token / ceiling["gflops"] / 1e9, 4),
+        "trainable_parameters": turns[0]["trainable_parameters"],
         "setting": result["setting"],
         "tries": result["tries"],
         "versions": result["versions"],

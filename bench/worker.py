@@ -44,10 +44,12 @@ class Meter:
 
     Attributes:
         tokens: real tokens since the turn began; the engine adds to it.
+        model: whose trainable parameters are reported.
     """
 
     def __init__(self, channel: Channel) -> None:
         self.channel, self.left, self.steps, self.tokens, self.begin = channel, 0, 0, 0, 0.0
+        self.model: Any = None
 
     def wait(self) -> None:
         """Sleep until the next turn is asked for.
@@ -70,7 +72,9 @@ class Meter:
             return
         synchronize()
         seconds = time.perf_counter() - self.begin
-        self.channel.send(seconds=seconds, steps=self.steps, tokens=self.tokens, **peak_memory())
+        trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        facts = {"steps": self.steps, "tokens": self.tokens, "trainable_parameters": trainable}
+        self.channel.send(seconds=seconds, **facts, **peak_memory())
         self.wait()
 
 
@@ -107,9 +111,23 @@ def peak_memory() -> dict[str, float]:
     return out
 
 
+def limit_memory(share: float = 0.8) -> None:
+    """Fail in this process, not the machine, when a setting that is tried wants more memory than is free (Linux)."""
+    try:
+        line = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return
+    limit = int(share * 1024 * int(line.split()[1]))
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+
+
 def main() -> None:
+    with contextlib.suppress(OSError):  # when memory runs out in a try, this process goes first, not the user's
+        Path("/proc/self/oom_score_adj").write_text("1000")
     module, spec = sys.argv[1], json.loads(Path(sys.argv[2]).read_text(encoding="utf-8"))
     channel = Channel()
+    if spec.get("trying") and spec["device"] == "cpu":
+        limit_memory()
     try:
         importlib.import_module(f"bench.engines.{module}").run(channel, spec)
     except Stopped:

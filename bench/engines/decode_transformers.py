@@ -1,4 +1,7 @@
-"""Decoding by ``transformers.generate`` in left-padded batches; a row ends at its own limit, the batch with its last."""
+"""Decoding by ``transformers.generate`` in left-padded batches.
+
+A row ends at its own limit, the batch with its last row.
+"""
 
 from __future__ import annotations
 

@@ -23,6 +23,7 @@ class Gate(TrainerCallback):
         self.hook: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        self.meter.model = model
         self.hook = model.register_forward_pre_hook(self._count, with_kwargs=True)
         reset_peak()
         self.meter.wait()

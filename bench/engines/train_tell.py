@@ -36,6 +36,7 @@ def run(channel: Channel, spec: dict[str, Any]) -> None:
         )
         mixture = _mixture(rows, np.array(message["order"]))
         meter = Meter(channel)
+        meter.model = loaded.model
 
         def progress(report: Any, meter: Meter = meter) -> None:
             meter.tokens += report.tokens
