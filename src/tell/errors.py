@@ -22,6 +22,10 @@ class TellError(Exception):
         super().__init__(text)
 
 
+class Diverged(TellError):
+    """The training loss is no longer a number."""
+
+
 class Interrupted(TellError):
     """SIGINT or SIGTERM arrived; the run folder was left resumable."""
 

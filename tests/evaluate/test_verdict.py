@@ -37,6 +37,13 @@ def probe(losses: dict, differences: dict, leaks: dict | None = None, rows: int 
     return {"sets": sets, "arms": arms, "differences": gaps}
 
 
+def test_arms_that_failed_are_named():
+    metrics = make({"base": 0.2, "tell": 0.9}, {"tell - base": (0.7, 0.6, 0.8)})
+    told = verdict({**metrics, "failed": {"sft": "training diverged at step 3 of 5 (loss nan)"}})
+    assert told == verdict(metrics)[:-1] + "; SFT was not scored (training diverged at step 3 of 5 (loss nan))."
+    assert "general data alone was not scored (why)." in verdict({"arms": {}, "failed": {"general": "why"}})
+
+
 def one_sentence(text: str) -> str:
     assert text[0].isupper() or text[0].isdigit()
     assert text.endswith(".") and not re.search(r"[.!?]\s", text), text

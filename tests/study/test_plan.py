@@ -14,7 +14,7 @@ import tell
 from study.runs import ALL_ARMS, PROBE, config_of, read
 from tell.progress import Silent
 from tell.study.plan import fit_minutes, plan_general
-from tell.study.prepare import anchor_of, limit_task, load_task, task_table
+from tell.study.prepare import CACHED_ROWS, anchor_of, limit_task, load_task, task_table
 
 
 def test_plan_is_what_the_run_does(finished):
@@ -42,6 +42,26 @@ def test_plan_imports_no_torch(tiny_model, tmp_path):
     )
     env = {**os.environ, "HF_HUB_OFFLINE": "1"}
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "run.yaml")], check=True, env=env, timeout=120)
+
+
+def test_many_task_rows_are_tokenised_once(tiny_model, tmp_path, monkeypatch):
+    """Planning again reads them back; another anchor, or another row, is another table."""
+    monkeypatch.setenv("TELL_HOME", str(tmp_path / "home"))
+    data = tmp_path / "rows.jsonl"
+    rows = [json.dumps({"prompt": f"What is {n}?", "completion": f"It is {n}."}) for n in range(CACHED_ROWS + 200)]
+
+    def planned(anchor: str, n: int) -> tuple[dict, int]:
+        data.write_text("\n".join(rows[:n]), encoding="utf-8")
+        task = {"data": str(data), "test": None, "schema": None, "rows": None, "test_rows": 5, "test_fraction": 0.1}
+        plan = tell.plan(config_of(tiny_model("llama"), task=task, anchor={"text": anchor}, general={"source": "none"}))
+        return plan, len(list((tmp_path / "home" / "rows").iterdir()))
+
+    first, kept = planned("Be brief.", len(rows))
+    assert kept == 1 and first["task"]["rows"] > CACHED_ROWS
+    assert planned("Be brief.", len(rows)) == (first, 1)
+    other, kept = planned("Be very brief, please.", len(rows))
+    assert kept == 2 and other["task"]["tokens"] > first["task"]["tokens"]
+    assert planned("Be brief.", len(rows) - 1)[1] == 3
 
 
 def test_plan_writes_no_run_folder(tiny_model, tmp_path):

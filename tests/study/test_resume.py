@@ -15,7 +15,7 @@ import pytest
 import tell
 from study.runs import PROBE, Killer, comparable, config_of, read
 from tell.errors import Interrupted, TellError
-from tell.run import RunFolder
+from tell.run import RunFolder, write_json
 
 SECTIONS = {
     "eval": {"arms": ["base", "icl", "sft", "tell"]},
@@ -104,6 +104,23 @@ def test_killed_process(whole, tmp_path):
     assert other.read_status()["state"] == "running"
     tell.tune(slow, resume=True)
     same(folder, other)
+
+
+def test_seconds_add_up(tiny_model, tmp_path):
+    """A session of 1,000 seconds that was stopped is in the run's total, and in that of a session stopped after it."""
+    config, folder = config_of(tiny_model("llama"), tmp_path / "run", **SECTIONS), RunFolder(tmp_path / "run")
+    with pytest.raises(Interrupted):
+        tell.tune(config, display=Killer("train tell", 2))
+    status = folder.read_status()
+    assert 0 < status["seconds"] < 500
+    write_json(folder.status, {**status, "seconds": 1000.0})
+    with pytest.raises(Interrupted):
+        tell.tune(config, display=Killer("answer sft", 1), resume=True)
+    assert 1000 < folder.read_status()["seconds"] < 1500
+    tell.tune(config, resume=True)
+    assert 1000 < read(folder.findings)["seconds"] < 1500
+    tell.tune(config, overwrite=True)
+    assert 0 < read(folder.findings)["seconds"] < 500
 
 
 def test_finished_run_resumed_changes_nothing(whole):

@@ -8,8 +8,10 @@ import pytest
 from tell.anchor.anchor import Anchor
 from tell.data.example import Example, Message
 from tell.evaluate.means import mean_metric
+from tell.models.find import find_model
+from tell.models.flops import inference_flops
 from tell.rows.template import ChatTokenizer
-from tell.study.scoring import adapter_arm, arm_numbers, arm_prompts
+from tell.study.scoring import adapter_arm, answer_costs, arm_numbers, arm_prompts, eval_numbers
 
 ANCHOR = Anchor("Sort this mail.")
 TRAIN = [Example.pair(f"training mail {i}", f"answer {i}") for i in range(6)]
@@ -102,3 +104,13 @@ def test_adapter_arms():
     assert [adapter_arm(arm) for arm in ("base", "base+anchor", "icl", "sft", "tell", "tell-anchor")] == [
         *(None, None, None, "sft", "tell", "tell")
     ]
+
+
+def test_answer_costs_count_what_was_fed_and_drawn(tiny_model):
+    """3 + 2 answer tokens fed, 3 drawn with the end of turn; an answer that was cut has no end and 4 drawn."""
+    arch = find_model(str(tiny_model("llama"))).architecture
+    rows = [{"tokens": 2, "finish": "stop"}, {"tokens": 4, "finish": "length"}]
+    found = answer_costs(arch, [[1, 2, 3], [4]], rows)
+    flops = inference_flops(arch, 5 + 4, output_tokens=3 + 4, lengths=[5, 4])
+    assert found == {"prompt_tokens": 4, "new_tokens": 7, "flops": flops}
+    assert eval_numbers({"base": found, "tell": found}) == {"flops": 2 * flops, "arms": {"base": found, "tell": found}}

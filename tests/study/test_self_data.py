@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
 import tell
@@ -42,6 +46,52 @@ def own_home(tmp_path, monkeypatch) -> Path:
 
 def files(home: Path) -> dict[str, tuple[bytes, int]]:
     return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in (home / "self").glob("*")}
+
+
+def test_two_runs_at_once_write_once(talker, own_home):
+    """The one that comes second waits, says so, and takes what the first wrote; it may be stopped meanwhile."""
+    config = config_of(talker, general={"source": "self", "rows": 2, "self": SHORT})
+    task = load_task(config)
+    loaded = load_model(task.files, dtype="fp32", device="cpu")
+    engine = Engine(loaded.model, device=loaded.device, max_positions=task.files.architecture.max_positions)
+
+    def write(with_engine, display):
+        enough = enough_of(config, task.unit, 100)
+        facts = {"model": task.files.fingerprint, "enough": enough, "display": display}
+        return write_self_data(config, task.chat, with_engine, **facts)
+
+    path, facts = write(engine, Silent())
+    away = own_home / "away"
+    (own_home / "self").rename(away)
+    waiting = threading.Event()
+
+    class Waits(Silent):
+        def note(self, text: str) -> None:
+            if "another run" in text:
+                waiting.set()
+
+    class Stops(Waits):
+        @contextmanager
+        def bar(self, title, total, unit="rows"):
+            def advance(amount=1, info=""):
+                raise Interrupted("stopped")
+
+            yield advance
+
+    place = self_file(config, task.files.fingerprint, task.chat.fingerprint)
+    place.parent.mkdir()
+    with ThreadPoolExecutor(1) as pool:
+        with FileLock(place.parent / f".{place.stem}.lock"):
+            with pytest.raises(Interrupted):
+                write(None, Stops())
+            assert waiting.is_set()
+            waiting.clear()
+            second = pool.submit(write, None, Waits())  # no engine: it cannot write
+            assert waiting.wait(30) and not second.done()
+            for file in away.glob("*.json*"):
+                shutil.copy(file, place.parent)
+        assert second.result(30) == (path, facts)
+    assert write(None, Silent()) == (path, facts)
 
 
 def test_is_good():

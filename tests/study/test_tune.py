@@ -6,21 +6,24 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import tell
 from study.runs import ALL_ARMS, EXAMPLES, PROBE, comparable, config_of, read, trained_rows
 from tell.anchor.anchor import Anchor
 from tell.data.sources import load
 from tell.errors import TellError
+from tell.evaluate.verdict import verdict
 from tell.mix.manifest import read_manifest
 from tell.progress import Silent
+from tell.rows.template import ChatTokenizer
 from tell.run import read_jsonl
 from tell.study.folder import read_run_config
 from tell.study.prepare import limit_task, load_general, load_task, task_table
@@ -70,7 +73,9 @@ def test_every_file_is_there(finished):
         assert (folder.arms / arm / "adapter_model.safetensors").exists()
         assert folder.losses(arm).exists() and any((folder.logs / arm).iterdir())
         assert not (folder.arms / arm / "checkpoint").exists()
-    assert folder.read_status() == {"state": "done", "stage": "done"}
+    status = folder.read_status()
+    assert (status["state"], status["stage"]) == ("done", "done")
+    assert 0 < status["seconds"] <= read(folder.findings)["seconds"] + 5
     assert read_run_config(folder) == config
     assert not [path for path in folder.root.rglob(".*")]  # nothing half-written
 
@@ -78,7 +83,8 @@ def test_every_file_is_there(finished):
 def test_metrics_have_the_documented_shape(finished):
     folder, _ = finished
     metrics = read(folder.metrics)
-    assert set(metrics) == {"task", "arms", "differences", "forgetting", "mixture", "train"}
+    parts = {"task", "arms", "differences", "forgetting", "eval", "mixture", "train", "failed"}
+    assert set(metrics) == parts and metrics["failed"] == {}
     assert metrics["task"] == {"kind": "json", "primary": "schema_adherence"}
     assert list(metrics["arms"]) == ALL_ARMS
     for numbers in metrics["arms"].values():
@@ -251,7 +257,9 @@ def test_arms_without_tell(tiny_model, tmp_path):
     folder = tell.tune(config_of(model, tmp_path / "base", eval={"arms": ["base"]}, general={"source": "self"}))
     metrics = read(folder.metrics)
     assert list(metrics["arms"]) == ["base"] and metrics["differences"] == {} and metrics["train"]["arms"] == {}
-    assert not folder.adapter.exists() and metrics["mixture"]["rows"] == {"task": 12}  # no general row was written
+    assert not folder.adapter.exists() and not folder.manifest.exists() and metrics["mixture"] == {}
+    assert {key: metrics["train"][key] for key in ("arm", "steps", "tokens")} == {"arm": None, "steps": 0, "tokens": 0}
+    assert "Mixture" not in folder.report.read_text(encoding="utf-8").split('id="again"')[0]
     assert "loss" in metrics["forgetting"]["arms"]["base"]["probe"]
 
     folder = tell.tune(config_of(model, tmp_path / "without", eval={"arms": ["icl", "tell-anchor"]}))
@@ -262,6 +270,76 @@ def test_arms_without_tell(tiny_model, tmp_path):
     assert (folder.adapter / "adapter_model.safetensors").exists()
     plan = tell.plan(config_of(model, eval={"arms": ["icl", "tell-anchor"]}))
     assert set(plan["arms"]) == {"tell"} and plan["predicted"]["training_seconds"] > 0
+
+
+def test_manifest_and_totals_are_of_what_was_trained(tiny_model, tmp_path):
+    """Without `tell`, the first trained arm leads: here plain SFT, each task row once and no general row."""
+    config = config_of(tiny_model("llama"), tmp_path / "run", eval={"arms": ["base", "sft", "sft-matched"]})
+    folder = tell.tune(config)
+    metrics, manifest = read(folder.metrics), read_manifest(folder.manifest).to_pylist()
+    assert metrics["mixture"]["rows"] == {"task": 6} and metrics["mixture"]["repeat"] == 1
+    assert [row["source"] for row in manifest] == ["task"] * 6 and {row["repetition"] for row in manifest} == {0}
+    train = metrics["train"]
+    assert (train["arm"], train["steps"]) == ("sft", 2) and train["arms"]["sft-matched"]["steps"] == 6
+    assert train["tokens"] == train["arms"]["sft"]["tokens"] == sum(row["tokens"] for row in manifest)
+    plan = read(folder.plan)
+    assert plan["train"]["steps"] == 2 and plan["draw"]["rows"] == 10
+    tell.tune(config, resume=True)  # the same is decided again
+    assert read(folder.metrics)["train"]["steps"] == 2
+
+
+@pytest.fixture
+def fragile(tiny_model, tmp_path) -> tuple[Path, Path]:
+    """A tiny model in which one sign's embedding is not a number, and general data that holds it."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model("phi3"), model)
+    weights = load_file(model / "model.safetensors")
+    sign = ChatTokenizer(model).encode("\u2603")[0]
+    weights["model.embed_tokens.weight"][sign] = float("nan")
+    assert "lm_head.weight" in weights  # untied: what is written stays a number
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    general = tmp_path / "general.jsonl"
+    rows = ({"prompt": f"Say {n}.", "completion": f"{n} \u2603 {n}"} for n in range(12))
+    general.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return model, general
+
+
+def fragile_config(fragile, out: Path, arms: list[str]) -> tell.Config:
+    model, general = fragile
+    quiet = {"forgetting_rows": 0}
+    return config_of(model, out, general={"source": str(general)}, eval={"arms": arms, **quiet})
+
+
+def test_a_control_arm_that_diverges_is_told_of(fragile, tmp_path):
+    config = fragile_config(fragile, tmp_path / "run", ["base", "sft", "general"])
+    said: list[str] = []
+
+    class Notes(Silent):
+        def note(self, text: str) -> None:
+            said.append(text)
+
+    folder = tell.tune(config, display=Notes())
+    why = "training diverged at step 1 of 3 (loss nan)"
+    metrics, notice = read(folder.metrics), f"the arm general failed and is left out: {why}"
+    assert metrics["failed"] == {"general": why} and set(metrics["arms"]) == {"base", "sft"}
+    assert set(metrics["train"]["arms"]) == {"sft"} and folder.read_status()["state"] == "done"
+    assert notice in said and notice in read(folder.findings)["notices"]
+    page = folder.report.read_text(encoding="utf-8")
+    assert page.count(why) >= 2  # in the verdict and among the notices
+    assert verdict(metrics).endswith(f"; tuning on general data alone was not scored ({why}).")
+    assert not (folder.arms / "general" / "adapter_model.safetensors").exists()
+    written = folder.losses("general").stat().st_mtime_ns
+    tell.tune(config, resume=True)
+    assert folder.losses("general").stat().st_mtime_ns == written  # not tried again
+    assert read(folder.metrics)["failed"] == {"general": why} and notice in read(folder.findings)["notices"]
+    assert set(tell.evaluate(folder.root)["arms"]) == {"base", "sft"}
+
+
+def test_the_leading_arm_that_diverges_ends_the_run(fragile, tmp_path):
+    with pytest.raises(TellError, match=r"training diverged.*--lr"):
+        tell.tune(fragile_config(fragile, tmp_path / "run", ["base", "sft", "tell"]))
+    assert read(tmp_path / "run" / "status.json")["state"] == "failed"
+    assert not (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
 
 
 def digest(path: Path) -> str:

@@ -77,8 +77,14 @@ def verdict(metrics: dict) -> str:
 
     TELL is compared with the better of `base` and `base+anchor`, then with `sft-matched`, `sft`,
     `icl` and `general`, as far as they were scored. A rival whose interval of the difference holds 0
-    is never said to be beaten. Forgetting is told where loss on the probe rose significantly.
+    is never said to be beaten. Forgetting is told where loss on the probe rose significantly, and which arms
+    failed in training.
     """
+    failed = [f"{_ARMS.get(arm, arm)} was not scored ({why})" for arm, why in (metrics.get("failed") or {}).items()]
+    return "; ".join([_verdict(metrics).removesuffix("."), *failed]) + "."
+
+
+def _verdict(metrics: dict) -> str:
     arms = metrics.get("arms") or {}
     metric = _primary(metrics, arms)
     scored = {arm: entry for arm, rows in arms.items() if _known(entry := (rows or {}).get(metric))}

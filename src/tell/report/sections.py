@@ -96,7 +96,7 @@ def losses(run: Run) -> dict[str, Any] | None:
 
 def mixture(run: Run) -> dict[str, Any] | None:
     """The drawn stream, the counts per source, and what was said of them."""
-    told = mapping(run.metrics, "mixture") or mapping(run.plan, "mixture")
+    told = mapping(run.metrics, "mixture") if "mixture" in run.metrics else mapping(run.plan, "mixture")
     if not told and run.manifest is not None:
         told = counted(run.manifest)
     if not told:

@@ -16,10 +16,12 @@ from tell.progress import Display, Silent
 from tell.run import RunFolder, write_jsonl
 from tell.study.scoring import (
     adapter_folder,
+    answer_costs,
     answer_rows,
     arm_numbers,
     arm_prompts,
     check_prompts,
+    eval_numbers,
     score_rows,
     scorer_of,
 )
@@ -49,9 +51,9 @@ def evaluate(
         display: shows progress.
 
     Returns:
-        The shape of metrics.json: ``task``, ``arms``, ``differences`` as scored now; ``forgetting``, ``mixture``
-        and ``train`` as the run measured them. The run's own metrics and answers stay as they are; the new
-        answers go to ``predictions/eval/``.
+        The shape of metrics.json: ``task``, ``arms``, ``differences`` and ``eval`` as scored now; ``forgetting``,
+        ``mixture``, ``train`` and ``failed`` as the run measured them. The run's own metrics and answers stay as they
+        are; the new answers go to ``predictions/eval/``.
 
     Raises:
         TellError: no run, no adapter for an arm, bad test file, rows that are no longer there.
@@ -80,7 +82,8 @@ def evaluate(
     if greedy is not None:
         rule = rule.model_copy(update={"greedy": greedy})
     decoding = Decoding.of(rule, max_new_tokens=limit, stop_ids=opened.chat.stop_ids, seed=seed)
-    scored = {}
+    scored: dict[str, dict] = {}
+    costs: dict[str, dict] = {}
     for arm in wanted:
         room = min(opened.engine.max_positions - limit, config.train.max_length * 2)
         prompts, _ = arm_prompts(
@@ -98,11 +101,13 @@ def evaluate(
                 opened.engine, opened.chat, prompts, examples, decoding, title=f"answer {arm}", display=display
             )
         scored[arm] = score_rows(scorer, answers)
+        costs[arm] = answer_costs(opened.files.architecture, prompts, answers)
         write_jsonl(opened.folder.predictions / "eval" / f"{arm}.jsonl", answers)
     values, gaps = arm_numbers(scored, seed=seed, samples=config.eval.bootstrap)
     metrics = _read(opened.folder, opened.folder.metrics)
-    kept = {key: metrics.get(key) for key in ("forgetting", "mixture", "train")}
-    return {"task": {"kind": kind.name, "primary": scorer.primary}, "arms": values, "differences": gaps, **kept}
+    kept = {key: metrics.get(key) for key in ("forgetting", "mixture", "train", "failed")}
+    task = {"kind": kind.name, "primary": scorer.primary}
+    return {"task": task, "arms": values, "differences": gaps, "eval": eval_numbers(costs), **kept}
 
 
 def _override(config: Config, overrides: Sequence[str]) -> Config:

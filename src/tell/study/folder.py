@@ -95,8 +95,12 @@ def _is_run(folder: RunFolder) -> bool:
     return folder.config.exists() and folder.status.exists()
 
 
-def open_folder(folder: RunFolder, *, fresh: bool, config: Config) -> None:
-    """Create the folder with its resolved configuration; the files of an old run in it are removed first."""
+def open_folder(folder: RunFolder, *, fresh: bool, config: Config, seconds: float = 0.0) -> None:
+    """Create the folder with its resolved configuration; the files of an old run in it are removed first.
+
+    Args:
+        seconds: what earlier sessions of this run took.
+    """
     if fresh and folder.root.exists():
         try:
             for path in folder.files():
@@ -111,7 +115,7 @@ def open_folder(folder: RunFolder, *, fresh: bool, config: Config) -> None:
                 remedy="Choose another --out.",
             ) from error
     write_text(folder.config, config.to_yaml())
-    folder.set_status("running", stage="start")
+    folder.set_status("running", stage="start", seconds=round(seconds, 1))
 
 
 def read_run_config(folder: RunFolder) -> Config:

@@ -15,10 +15,12 @@ from tell.study.prepare import General, Task
 from tell.study.scoring import (
     adapter_arm,
     adapter_folder,
+    answer_costs,
     answer_limit,
     answer_rows,
     arm_numbers,
     arm_prompts,
+    eval_numbers,
     score_rows,
     scorer_of,
 )
@@ -46,8 +48,8 @@ def measure_arms(
         check: called at every token and block of rows; may raise to stop.
 
     Returns:
-        ``task``, ``arms``, ``differences`` and ``forgetting`` of metrics.json; and the mean validation loss by
-        arm, ``base`` among them, empty where no row is kept for validation.
+        ``task``, ``arms``, ``differences``, ``forgetting`` and ``eval`` of metrics.json; and the mean validation loss
+        by arm, ``base`` among them, empty where no row is kept for validation.
     """
     from tell.generate.sampler import Decoding
     from tell.train.lora import adapter_merged
@@ -72,6 +74,7 @@ def measure_arms(
             losses[arm] = round(float(per_row.mean()), 6)
 
     scored: dict[str, dict] = {}
+    costs: dict[str, dict] = {}
     for arm in arms:
         begin(f"evaluate {arm}")
         with adapter_merged(model, adapter_folder(folder, arm)):
@@ -96,6 +99,7 @@ def measure_arms(
                     engine, task.chat, prompts, task.test, decoding, title=title, display=display, check=check
                 )
             scored[arm] = score_rows(scorer, rows)
+            costs[arm] = answer_costs(task.files.architecture, prompts, rows)
             write_jsonl(path, rows)
             weights = adapter_arm(arm) or "base"
             if weights not in measured:
@@ -108,5 +112,6 @@ def measure_arms(
         "arms": values,
         "differences": gaps,
         "forgetting": numbers(state, config) if state is not None else {},
+        "eval": eval_numbers(costs),
     }
     return metrics, losses

@@ -13,11 +13,11 @@ from tell.models.machine import likely_device, likely_dtype
 from tell.models.predict import predict_memory, predict_seconds
 from tell.progress import Display, Silent
 from tell.rows.table import RowTable
+from tell.study.arms import arm_mixtures, lead_arm, trained_arms, wanted_arms
 from tell.study.prepare import (
     General,
     Task,
     anchor_of,
-    arm_mixtures,
     draw_general,
     general_source,
     limit_task,
@@ -26,8 +26,6 @@ from tell.study.prepare import (
     place_anchor,
     stand_in_anchor,
     task_table,
-    trained_arms,
-    wanted_arms,
 )
 from tell.study.self_data import cached_self_file, enough_of
 
@@ -172,13 +170,14 @@ def writing_seconds(general: General | None, costs: dict) -> float:
 
 
 def describe_plan(task: Task, table: RowTable, general: General | None, draw: Draw | None) -> dict:
-    """plan.json of a prepared run."""
+    """plan.json of a prepared run; mixture and totals are those of `lead_arm`, TELL's where no arm is trained."""
     config, files = task.config, task.files
     mixtures = arm_mixtures(config, table, general, draw)
-    _, mixture = mixtures["tell"]
     arms = wanted_arms(config)
+    lead = lead_arm(arms, mixtures) or "tell"
+    _, mixture = mixtures[lead]
     costs = {arm: arm_costs(task, mixtures[arm][1]) for arm in trained_arms(arms) if arm in mixtures}
-    tell = costs.get("tell") or arm_costs(task, mixture)
+    main = costs.get(lead) or arm_costs(task, mixture)
     counts = mixture.counts()
     per_step = mixture.examples_per_step(config.train.batch_size)
     adapter = lora_parameters(files.architecture, config.train.lora_r, config.train.lora_targets)
@@ -188,15 +187,15 @@ def describe_plan(task: Task, table: RowTable, general: General | None, draw: Dr
         micro_tokens=min(
             config.train.micro_tokens, int(np.sort(mixture.column("tokens"))[-config.train.batch_size :].sum())
         ),
-        trained_share=tell["trained_tokens"] / max(1, tell["tokens"]),
+        trained_share=main["trained_tokens"] / max(1, main["tokens"]),
         lora_parameters=adapter,
         lora_rank=config.train.lora_r,
         device=device,
         dtype=dtype,
     )
-    answering = answer_seconds(task, tell)
+    answering = answer_seconds(task, main)
     training = sum(c["seconds"] for c in costs.values())
-    writing = writing_seconds(general, tell)
+    writing = writing_seconds(general, main)
     dropped = [{"origin": d.origin, "reason": d.reason} for d in table.dropped]
     return {
         "model": {
@@ -217,17 +216,19 @@ def describe_plan(task: Task, table: RowTable, general: General | None, draw: Dr
             "repeat": mixture.repeat,
         },
         "general": None if general is None else general.facts,
+        "draw": None if draw is None else {"rows": len(draw), "notices": draw.notices},
         "mixture": counts,
         "train": {
+            "arm": lead,
             "preset": config.preset,
-            "steps": tell["steps"],
+            "steps": main["steps"],
             "batch_size": config.train.batch_size,
             "examples_per_step": {
                 name: round(float(per_step[:, i].mean()), 3) for i, name in enumerate(mixture.sources)
             },
-            "tokens": tell["tokens"],
-            "trained_tokens": tell["trained_tokens"],
-            "flops": tell["flops"],
+            "tokens": main["tokens"],
+            "trained_tokens": main["trained_tokens"],
+            "flops": main["flops"],
             "learning_rate": task.training.learning_rate,
             "adapter_parameters": adapter,
         },
@@ -237,7 +238,7 @@ def describe_plan(task: Task, table: RowTable, general: General | None, draw: Dr
             "writing_seconds": writing,
             "training_seconds": training,
             "answering_seconds": answering * len(arms),
-            "basis": tell["basis"],
+            "basis": main["basis"],
             "memory_gb": round(memory.total / 1e9, 2),
         },
         "data": task.findings["data"],

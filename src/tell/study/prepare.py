@@ -11,7 +11,7 @@ import numpy as np
 
 from tell.anchor.anchor import NO_ANCHOR, Anchor
 from tell.anchor.derive import derived_anchor
-from tell.config import TRAINED_ARMS, Config, TrainConfig, learning_rate_for, repeat_for
+from tell.config import Config, TrainConfig, learning_rate_for
 from tell.data.budget import take_rows, take_tokens
 from tell.data.example import Example
 from tell.data.kind import Kind, detect_kind, load_schema
@@ -20,7 +20,6 @@ from tell.data.sources import Loaded, file_fingerprint, load
 from tell.data.split import Splits, split, split_given_test
 from tell.errors import TellError
 from tell.mix.amount import Draw, general_rows
-from tell.mix.mixture import Mixture, build, build_repeated
 from tell.mix.seeds import permutation
 from tell.models.find import ModelFiles, find_model, find_tokenizer
 from tell.progress import Display, Silent
@@ -30,7 +29,6 @@ from tell.rows.template import ChatTokenizer
 from tell.rows.tokenize import RowRules, tokenize
 
 PAIRS_KEPT = 20
-ADAPTED = TRAINED_ARMS | {"tell-anchor"}
 MIXED = frozenset({"sft-matched", "general", "tell", "tell-anchor"})  # what these train on needs the mixture
 FEW_ROWS = 30  # below this no row is set aside for validation
 CACHED_ROWS = 500  # fewer task rows are tokenised as quickly as they are read back
@@ -349,45 +347,6 @@ def draw_general(config: Config, general: General, task_tokens: int) -> Draw:
     amount = {k: getattr(config.general, k) for k in ("ratio", "tokens", "rows")}
     draw = general_rows(general.table.unit[general.allowed], task_tokens=task_tokens, seed=config.seed, **amount)
     return Draw(general.allowed[draw.indices].astype(np.int32), draw.epochs, draw.notices)
-
-
-def arm_mixtures(
-    config: Config, table: RowTable, general: General | None, draw: Draw | None
-) -> dict[str, tuple[dict[str, RowTable], Mixture]]:
-    """Tables and mixture of every arm that trains. An arm is a mixture, nothing else."""
-    seed, mix = config.seed, config.mix
-    tables = {"task": table}
-    if general is not None:
-        tables["general"] = general.table
-    tell = build(tables, general=draw, repeat=mix.repeat or repeat_for(len(table)), order=mix.order, seed=seed)
-    arms = {"tell": (tables, tell)}
-    only_task = {"task": table}
-    arms["sft"] = (only_task, build_repeated(table, len(table), seed))
-    arms["sft-matched"] = (only_task, build_repeated(table, len(tell), seed))
-    if general is not None and draw is not None and len(draw):
-        only_general = {"general": general.table}
-        arms["general"] = (only_general, build(only_general, general=draw, repeat=1, order=mix.order, seed=seed))
-    return arms
-
-
-def wanted_arms(config: Config) -> list[str]:
-    """The arms asked for, in the order of the tables, without repeats.
-
-    Raises:
-        TellError: no arm, or the arm `general` without general data.
-    """
-    arms = [arm for arm in dict.fromkeys(config.eval.arms)]
-    if not arms:
-        raise TellError("no arm is asked for", where="eval.arms", remedy="Name at least one, e.g. --arms base,tell.")
-    amount = config.general
-    if "general" in arms and (amount.source == "none" or 0 in (amount.ratio, amount.tokens, amount.rows)):
-        raise TellError("the arm general needs general data", where="--arms", remedy="Drop the arm, or set --general.")
-    return arms
-
-
-def trained_arms(arms: Sequence[str]) -> list[str]:
-    """The adapters that `arms` answer with: `tell-anchor` is scored with TELL's."""
-    return list(dict.fromkeys("tell" if arm == "tell-anchor" else arm for arm in arms if arm in ADAPTED))
 
 
 def general_source(config: Config) -> str:

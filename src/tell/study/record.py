@@ -19,16 +19,22 @@ from tell.study.prepare import General, Task, split_file
 from tell.study.scoring import answer_limit
 
 
-def write_decided(folder: RunFolder, task: Task, plan: dict, tables: Mapping[str, RowTable], mixture: Mixture) -> None:
+def write_decided(
+    folder: RunFolder, task: Task, plan: dict, lead: tuple[Mapping[str, RowTable], Mixture] | None
+) -> None:
     """Everything that is decided before training; a resumed run must decide the same again.
+
+    Args:
+        lead: tables and mixture of `lead_arm`; None where no arm is trained, which leaves no manifest.
 
     Raises:
         TellError: the data is no longer what it was when the run began.
     """
     split = split_file(task)
     if (folder.split.exists() and folder.split.read_text(encoding="utf-8") != split) or (
-        folder.manifest.exists()
-        and read_manifest(folder.manifest).schema.metadata[b"tell.digest"] != mixture.digest().encode()
+        lead is not None
+        and folder.manifest.exists()
+        and read_manifest(folder.manifest).schema.metadata[b"tell.digest"] != lead[1].digest().encode()
     ):
         raise TellError(
             "the data has changed since this run began",
@@ -39,7 +45,9 @@ def write_decided(folder: RunFolder, task: Task, plan: dict, tables: Mapping[str
     if task.kind.schema is not None:
         write_json(folder.schema, task.kind.schema)
     write_json(folder.plan, plan)
-    write_manifest(folder.manifest, mixture, tables, task.config.train.batch_size)
+    if lead is not None:
+        tables, mixture = lead
+        write_manifest(folder.manifest, mixture, tables, task.config.train.batch_size)
 
 
 def write_adapter_notes(folder: RunFolder, task: Task) -> None:
@@ -57,7 +65,11 @@ def write_adapter_notes(folder: RunFolder, task: Task) -> None:
 
 
 def train_numbers(
-    task: Task, results: Mapping[str, dict], mixtures: Mapping[str, tuple], validation: Mapping[str, float]
+    task: Task,
+    results: Mapping[str, dict],
+    mixtures: Mapping[str, tuple],
+    validation: Mapping[str, float],
+    lead: str | None,
 ) -> dict:
     """``train`` of metrics.json.
 
@@ -65,15 +77,17 @@ def train_numbers(
         results: what each trained arm's loop reported.
         mixtures: tables and mixture of each arm, as from `arm_mixtures`.
         validation: mean validation loss by arm; ``base`` is before training.
+        lead: the arm whose totals stand in front, as from `lead_arm`; zeros where no arm was trained.
     """
     arms: dict[str, dict] = {}
     for arm, result in results.items():
         arms[arm] = {**result, "flops": arm_costs(task, mixtures[arm][1])["flops"]}
         if arm in validation:
             arms[arm]["validation_loss"] = validation[arm]
-    lead = arms.get("tell", {})
+    totals = arms.get(lead or "", {})
     return {
-        **{key: lead.get(key) for key in ("steps", "tokens", "flops", "seconds")},
+        "arm": lead,
+        **{key: totals.get(key, 0) for key in ("steps", "tokens", "flops", "seconds")},
         "validation_loss_before": validation.get("base"),
         "arms": arms,
     }
@@ -99,7 +113,7 @@ def write_findings(
     Args:
         table: the task rows trained on.
         loaded: the loaded model.
-        seconds: the whole run's, as far as it is.
+        seconds: the whole run's, as far as it is, all its sessions together.
     """
     dropped = [{"origin": d.origin, "reason": d.reason} for d in table.dropped]
     findings = {

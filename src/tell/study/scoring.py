@@ -17,6 +17,8 @@ from tell.evaluate.intervals import difference, estimate
 from tell.evaluate.scored import Metric, Scorer
 from tell.evaluate.scorers import make_scorer
 from tell.mix.seeds import permutation
+from tell.models.architecture import Architecture
+from tell.models.flops import inference_flops
 from tell.progress import Display
 from tell.rows.template import ChatTokenizer
 from tell.rows.tokenize import prompt_ids
@@ -175,6 +177,24 @@ def arm_numbers(arms: Mapping[str, Mapping[str, Metric]], *, seed: int, samples:
         for a, b in pairs
     }
     return values, gaps
+
+
+def answer_costs(arch: Architecture, prompts: Sequence[Sequence[int]], rows: Sequence[dict]) -> dict:
+    """Tokens and FLOPs of answering, each prompt counted in full however much of it the engine shared.
+
+    Args:
+        prompts: token ids, one for each of ``rows``.
+        rows: as from `answer_rows`.
+    """
+    new = [row["tokens"] + (row["finish"] == "stop") for row in rows]  # the end of turn is drawn too, but not kept
+    fed = [len(prompt) + max(0, n - 1) for prompt, n in zip(prompts, new, strict=True)]  # the last token is only drawn
+    flops = inference_flops(arch, sum(fed), output_tokens=sum(new), lengths=fed)
+    return {"prompt_tokens": sum(map(len, prompts)), "new_tokens": sum(new), "flops": flops}
+
+
+def eval_numbers(costs: Mapping[str, dict]) -> dict:
+    """``eval`` of metrics.json, from `answer_costs` of each arm."""
+    return {"flops": sum(c["flops"] for c in costs.values()), "arms": dict(costs)}
 
 
 def arm_anchor(arm: str, anchor: Anchor) -> Anchor:

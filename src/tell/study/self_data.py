@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from tell.config import Config
 from tell.data.example import Message
 from tell.errors import TellError
-from tell.home import tell_home
+from tell.home import make_folder, tell_home
 from tell.progress import Display
 from tell.rows.cache import cache_key
 from tell.rows.template import ChatTokenizer
@@ -153,15 +154,37 @@ def write_self_data(
         TellError: the model writes nothing usable.
     """
     path = self_file(config, model, chat.fingerprint)
-    rows, blocks = _read(path)
-    taken = _first_blocks(rows, blocks, enough)
-    if taken is None:
-        _write_more(config, chat, engine, path, rows, blocks, enough, display)
-        taken = len(blocks)
+    with _locked(path, display):  # two runs would write the same blocks, and one over the other
+        rows, blocks = _read(path)
+        taken = _first_blocks(rows, blocks, enough)
+        if taken is None:
+            _write_more(config, chat, engine, path, rows, blocks, enough, display)
+            taken = len(blocks)
     blocks = blocks[:taken]
     thrown = sum((Counter(block["thrown"]) for block in blocks), Counter())
     facts = {"asked": len(blocks) * BLOCK, "kept": sum(b["rows"] for b in blocks), "thrown": dict(thrown)}
     return _part(path, rows, blocks), facts
+
+
+@contextmanager
+def _locked(path: Path, display: Display) -> Iterator[None]:
+    """Hold the lock of a file of rows; while another run holds it, the display is asked whether to stop."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(make_folder(path.parent) / f".{path.stem}.lock")  # released by the system if its holder dies
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        display.note("another run is writing this general data; waiting for it")
+        with display.bar("wait for another run", None, "s") as advance:
+            while not lock.is_locked:
+                with suppress(Timeout):
+                    lock.acquire(timeout=1)
+                advance(0)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _write_more(

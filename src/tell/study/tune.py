@@ -7,14 +7,14 @@ import shutil
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from tell.anchor.anchor import Anchor
 from tell.config import Config
-from tell.errors import Interrupted, TellError
+from tell.errors import Diverged, Interrupted, TellError
 from tell.mix.amount import Draw
 from tell.mix.orders import get_order
 from tell.models.predict import record_speed
@@ -22,6 +22,7 @@ from tell.progress import Display, Silent
 from tell.rows.table import RowTable
 from tell.run import RunFolder, write_json
 from tell.study.anchor import choose_anchor
+from tell.study.arms import arm_mixtures, lead_arm, trained_arms, wanted_arms
 from tell.study.folder import claim, open_folder, with_full_paths
 from tell.study.measure import measure_arms
 from tell.study.plan import arm_costs, describe_plan, fit_minutes
@@ -29,7 +30,6 @@ from tell.study.prepare import (
     General,
     Task,
     anchor_of,
-    arm_mixtures,
     draw_general,
     general_source,
     limit_task,
@@ -38,8 +38,6 @@ from tell.study.prepare import (
     place_anchor,
     stand_in_anchor,
     task_table,
-    trained_arms,
-    wanted_arms,
 )
 from tell.study.record import dtype_name, train_numbers, write_adapter_notes, write_decided, write_findings
 from tell.study.scoring import adapter_folder, check_prompts, scorer_of
@@ -79,17 +77,18 @@ def tune(
     arms = wanted_arms(config)
     task = load_task(config, display)
     scorer_of(config, task.kind)  # a scorer that cannot be loaded is said now, not after training
-    run = _Run(config, folder, task, arms, display, Stop(folder.root), begin, command)
+    earlier = float(folder.read_status().get("seconds", 0)) if resumed else 0.0
+    run = _Run(config, folder, task, arms, display, Stop(folder.root), begin, command, earlier)
     run.check_rows()
-    open_folder(folder, fresh=not resumed, config=config)
+    open_folder(folder, fresh=not resumed, config=config, seconds=run.seconds)
     with run.stop.listening():
         try:
             run.go()
         except (Interrupted, KeyboardInterrupt):
-            folder.set_status("interrupted", stage=run.stage)
+            run.status("interrupted")
             raise
         except BaseException as error:
-            folder.set_status("failed", stage=run.stage, error=str(error) or type(error).__name__)
+            run.status("failed", error=str(error) or type(error).__name__)
             raise
     return folder
 
@@ -109,7 +108,9 @@ class _Run:
     stop: Stop
     begin: float
     command: str
+    earlier: float = 0.0  # seconds of the sessions before this one
     stage: str = "start"
+    failed: dict[str, str] = field(default_factory=dict)  # control arms that diverged, and how
     general: General | None = None
     loaded: Any = None
     engine: Any = None
@@ -144,8 +145,9 @@ class _Run:
         plan = describe_plan(self.task, table, general, draw)
         for text in plan["mixture"]["notices"]:
             self.display.note(text)
-        write_decided(self.folder, self.task, plan, *mixtures["tell"])
-        results = self._train(mixtures)
+        lead = lead_arm(self.arms, mixtures)
+        write_decided(self.folder, self.task, plan, mixtures[lead] if lead else None)
+        results = self._train(mixtures, lead)
         self._at("evaluate")
         metrics, validation = measure_arms(
             self.task,
@@ -159,21 +161,31 @@ class _Run:
             begin=self._at,
             check=self.stop.check,
         )
-        metrics["mixture"] = plan["mixture"]
-        metrics["train"] = train_numbers(self.task, results, mixtures, validation)
-        seconds = time.monotonic() - self.begin
-        write_findings(self.folder, self.task, table, general, self.loaded, seconds=seconds, command=self.command)
+        metrics["mixture"] = plan["mixture"] if lead else {}
+        metrics["train"] = train_numbers(self.task, results, mixtures, validation, lead)
+        metrics["failed"] = self.failed
+        write_findings(self.folder, self.task, table, general, self.loaded, seconds=self.seconds, command=self.command)
         write_json(self.folder.metrics, metrics)
         self._at("report")
         from tell.report.page import write_report
 
-        self.folder.set_status("done", stage="done")  # the page says what state the run is in
+        self.stage = "done"
+        self.status("done")  # the page says what state the run is in
         write_report(self.folder)
 
     def _at(self, stage: str) -> None:
         self.stage = stage
         self.stop.check()
-        self.folder.set_status("running", stage=stage)
+        self.status("running")
+
+    @property
+    def seconds(self) -> float:
+        """The whole run's so far, all its sessions together."""
+        return self.earlier + time.monotonic() - self.begin
+
+    def status(self, state: str, **more: Any) -> None:
+        """Write status.json, with the seconds that a resumed run goes on counting from."""
+        self.folder.set_status(state, stage=self.stage, seconds=round(self.seconds, 1), **more)
 
     def _model(self) -> Any:
         """The base model, loaded once, and its engine."""
@@ -213,8 +225,8 @@ class _Run:
         if not self.folder.plan.exists():
             self._calibrate(table)
             return fit_minutes(self.task, table, general, draw, minutes, time.monotonic() - self.begin)
-        old = json.loads(self.folder.plan.read_text(encoding="utf-8"))["mixture"]
-        rows = old["rows"].get("general", 0)
+        old = json.loads(self.folder.plan.read_text(encoding="utf-8"))["draw"]
+        rows = old["rows"]
         return Draw(draw.indices[:rows], draw.epochs * rows / max(1, len(draw)), old["notices"])
 
     def _self_file(self, table: RowTable) -> str:
@@ -285,18 +297,24 @@ class _Run:
                 tokens_per_second,
             )
 
-    def _train(self, mixtures: dict) -> dict[str, dict]:
-        """Train the arms that are asked for; finished ones are kept. Their results by arm."""
+    def _train(self, mixtures: dict, lead: str | None) -> dict[str, dict]:
+        """Train the arms that are asked for; finished ones are kept. Their results by arm.
+
+        A control arm that diverges is left out and told of; without the leading arm there is nothing to go on with.
+        """
         from tell.train.trainer import Trainer
 
         results: dict[str, dict] = {}
         wanted = trained_arms(self.arms)
-        for arm in sorted(wanted, key=lambda a: a != "tell"):  # the adapter people wait for comes first
+        for arm in sorted(wanted, key=lambda a: a != lead):  # the adapter people wait for comes first
             self._at(f"train {arm}")
             place = adapter_folder(self.folder, arm)
             done = place / "result.json"
             if done.exists():
                 results[arm] = json.loads(done.read_text(encoding="utf-8"))
+                continue
+            if (gave_up := place / "failed.json").exists():
+                self._leave_out(arm, json.loads(gave_up.read_text(encoding="utf-8"))["error"])
                 continue
             tables, mixture = mixtures[arm]
             model = self._model()
@@ -326,6 +344,13 @@ class _Run:
                     result = trainer.run(resume=True)
                 except Interrupted as error:
                     raise self.stop.interrupted(f"{arm}: {error.what}") from error
+                except Diverged as error:
+                    if arm == lead:
+                        raise
+                    shutil.rmtree(place / "checkpoint", ignore_errors=True)
+                    write_json(gave_up, {"error": error.what})  # a resumed run need not find out again
+                    self._leave_out(arm, error.what)
+                    continue
             if arm == "tell":
                 write_adapter_notes(self.folder, self.task)
                 if result.steps >= 10 and result.seconds > 0:
@@ -334,6 +359,11 @@ class _Run:
             write_json(done, results[arm])  # last: from here on the arm counts as trained
             shutil.rmtree(place / "checkpoint", ignore_errors=True)
         return results
+
+    def _leave_out(self, arm: str, why: str) -> None:
+        self.failed[arm] = why
+        self.arms.remove(arm)
+        self.task.notice(f"the arm {arm} failed and is left out: {why}", self.display)
 
 
 class _Checked:

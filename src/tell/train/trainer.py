@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from tell.config import TrainConfig, learning_rate_for
-from tell.errors import Interrupted, TellError
+from tell.errors import Diverged, Interrupted
 from tell.mix.mixture import Mixture
 from tell.rows.table import RowTable
 from tell.train.attention import current_plan
@@ -152,7 +152,7 @@ class Trainer:
 
         Raises:
             Interrupted: ``stopped`` said so; a checkpoint lies in ``folder``.
-            TellError: the loss is no longer a number; no adapter is written.
+            Diverged: the loss is no longer a number; no adapter is written.
         """
         config = self.config
         was_training = self.base.training
@@ -191,7 +191,7 @@ class Trainer:
                     )
                     norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm or float("inf"))
                     if not math.isfinite(out.loss) or not math.isfinite(norm):
-                        raise TellError(
+                        raise Diverged(
                             f"training diverged at step {step + 1} of {self.steps} (loss {out.loss:g})",
                             where=str(self.folder),
                             remedy="Lower the learning rate with --lr, and start anew with --overwrite.",
