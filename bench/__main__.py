@@ -30,6 +30,7 @@ def parse(arguments: list[str] | None = None) -> tuple[Options, bool]:
     p.add_argument("--batch", type=int, default=d.batch, help="rows of a step")
     p.add_argument("--decode-turns", type=int, default=d.decode_turns, help="turns of each engine in decoding")
     p.add_argument("--prompts", type=int, default=d.prompts, help="prompts of a decoding turn")
+    p.add_argument("--decode-batch", type=int, default=d.decode_batch, help="rows that tell decodes at a time")
     p.add_argument("--plan-rows", type=int, default=d.plan_rows, help="general rows that are planned over")
     p.add_argument("--length-scale", type=float, default=d.length_scale, help="shrinks all lengths, for trying out")
     p.add_argument("--ceiling-seconds", type=float, default=d.ceiling_seconds, help="time given to the ceiling")
@@ -38,7 +39,7 @@ def parse(arguments: list[str] | None = None) -> tuple[Options, bool]:
     given = vars(p.parse_args(arguments))
     given["only"] = _names(given["only"], PARTS, "--only")
     given["peers"] = () if given["peers"] == "none" else _names(given["peers"], PEERS, "--peers")
-    for name in ("turns", "steps", "warmup", "batch", "decode_turns", "prompts", "plan_rows"):
+    for name in ("turns", "steps", "warmup", "batch", "decode_turns", "prompts", "decode_batch", "plan_rows"):
         if given[name] < 1:
             raise TellError(f"{given[name]} is too few", where=f"--{name.replace('_', '-')}", remedy="Give 1 or more.")
     return Options(**{field.name: given[field.name] for field in fields(Options)}), given["json"]

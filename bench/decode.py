@@ -64,7 +64,7 @@ def _start(engine: str, spec: dict[str, Any], bench: Bench) -> Worker:
 def _setting(bench: Bench, engine: str, spec: dict[str, Any], prompts: Prompts) -> tuple[dict[str, Any], list[Any]]:
     """(best setting of an engine, the tries behind it), from an earlier run where there was one."""
     if engine == "tell":
-        return {"batch": min(64, len(prompts.ids))}, []
+        return {"batch": min(bench.options.decode_batch, len(prompts.ids))}, []
     key = bench.key("decode", f"{engine} | {len(prompts.ids)} prompts")
     if not bench.options.tune_peers and (known := recall(key)):
         return known["setting"], known["tries"]

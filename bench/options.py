@@ -31,6 +31,7 @@ class Options:
     batch: int = 16
     decode_turns: int = 2
     prompts: int = 128
+    decode_batch: int = 64
     plan_rows: int = 52_002
     length_scale: float = 1.0
     ceiling_seconds: float = 5.0

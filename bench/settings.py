@@ -9,6 +9,7 @@ from typing import Any
 from tell.home import make_folder, tell_home
 
 Setting = dict[str, Any]
+FAR_BEHIND = 0.8  # of the best: larger batches of that kind are not tried
 DECODE_START: Setting = {"batch": 16, "cache": "dynamic"}
 
 
@@ -47,19 +48,24 @@ def search(
 ) -> tuple[Setting, list[dict[str, Any]]]:
     """(best setting, every try with its tokens a second) by trying each group's changes on the best so far.
 
+    A group goes from small to large; what is far behind the best ends it, as does a try that failed.
+
     Args:
         measure: tokens a second of a setting; None when it failed.
     """
     tries: list[dict[str, Any]] = []
-    best, speed = start, -1.0
-    for change in [{}, *(change for group in groups for change in group)]:
-        setting = {**best, **change}
-        if any(t["setting"] == setting for t in tries):
-            continue
-        got = measure(setting)
-        tries.append({"setting": setting, "tokens_per_s": got})
-        if got is not None and got > speed:
-            best, speed = setting, got
+    best, speed = start, 0.0
+    for group in [[{}], *groups]:
+        for change in group:
+            setting = {**best, **change}
+            if any(t["setting"] == setting for t in tries):
+                continue
+            got = measure(setting)
+            tries.append({"setting": setting, "tokens_per_s": got})
+            if got is None or got < FAR_BEHIND * speed:
+                break
+            if got > speed:
+                best, speed = setting, got
     return best, tries
 
 
