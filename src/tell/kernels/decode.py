@@ -14,6 +14,8 @@ from torch import Tensor
 
 from tell.kernels.library import library
 
+by_reference = ctypes.byref
+
 LANES = 16  # keys side by side in a cache; capacities are multiples of it
 QUERIES = 32  # the most query heads that may share a key head
 TOP_K = 256  # candidates the sampler can hold
