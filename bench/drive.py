@@ -69,12 +69,16 @@ class Worker:
             pass  # it ended; the answer that is then missing says why
 
     def ask(self, **message: Any) -> dict[str, Any]:
-        """Send and wait for the answer.
+        """Send and wait for the answer; raises as `answer` does."""
+        self.tell(**message)
+        return self.answer()
+
+    def answer(self) -> dict[str, Any]:
+        """Wait for the next answer.
 
         Raises:
             TellError: the engine failed, ended, or did not answer within half an hour.
         """
-        self.tell(**message)
         try:
             line = self.answers.get(timeout=ANSWER_SECONDS)
         except queue.Empty:

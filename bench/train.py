@@ -32,7 +32,7 @@ def measure_ceiling(bench: Bench) -> dict[str, Any]:
 def measure_training(bench: Bench, ceiling: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(results by engine, reasons by engine that is missing)."""
     options = bench.options
-    turns = [options.warmup, *[options.steps] * options.turns]
+    turns = _turns(bench)
     rows = make_rows(sum(turns) * options.batch, plain_tokens(bench.files.path), options.seed, options.length_scale)
     path = bench.folder / "rows.npz"
     rows.save(path)
@@ -44,23 +44,18 @@ def measure_training(bench: Bench, ceiling: dict[str, Any]) -> tuple[dict[str, A
     results: dict[str, Any] = {}
     missing: dict[str, str] = {}
     try:
-        for engine in engines:
-            try:
-                setting, tries = _setting(bench, engine, spec, rows)
-                worker = _start(engine, spec, bench)
-                workers[engine] = worker
-                order = order_rows(rows.lengths, options.batch, turns, setting.get("order", "given"))
-                built = worker.ask(do="build", setting=setting, order=order)
-                say(f"{engine}: warming up, {options.warmup} steps")
-                worker.ask(do="turn", steps=options.warmup)
-                results[engine] = {"setting": setting, "tries": tries, "versions": built["versions"], "turns": []}
-            except TellError as error:
-                missing[engine] = error.what
-                say(f"{engine}: left out: {error}")
-                if engine == "tell":
-                    raise
-                if engine in workers:
-                    workers.pop(engine).close(kill=True)
+        for stage in (_choose, _launch, _warm):  # all settings first: nothing else may run while they are tried
+            for engine in [e for e in engines if e not in missing]:
+                try:
+                    stage(bench, engine, spec, rows, results.setdefault(engine, {"turns": []}), workers)
+                except TellError as error:
+                    if engine == "tell":
+                        raise
+                    missing[engine] = error.what
+                    results.pop(engine)
+                    say(f"{engine}: left out: {error}")
+                    if engine in workers:
+                        workers.pop(engine).close(kill=True)
         for turn in range(options.turns):
             for engine, worker in workers.items():
                 answer = worker.ask(do="turn", steps=options.steps)
@@ -75,6 +70,34 @@ def measure_training(bench: Bench, ceiling: dict[str, Any]) -> tuple[dict[str, A
         raise TellError(f"the engines train adapters of different sizes ({sizes})", where="bench")
     out = {engine: _summary(results[engine], expected, rows, ceiling) for engine in results}
     return out, missing
+
+
+def _choose(
+    bench: Bench, engine: str, spec: dict[str, Any], rows: Rows, result: dict[str, Any], _: dict[str, Worker]
+) -> None:
+    result["setting"], result["tries"] = _setting(bench, engine, spec, rows)
+
+
+def _launch(
+    bench: Bench, engine: str, spec: dict[str, Any], rows: Rows, result: dict[str, Any], workers: dict[str, Worker]
+) -> None:
+    """Start an engine's process; it goes on importing while the next one is started."""
+    workers[engine] = _start(engine, spec, bench)
+    order = order_rows(rows.lengths, bench.options.batch, _turns(bench), result["setting"].get("order", "given"))
+    workers[engine].tell(do="build", setting=result["setting"], order=order)
+
+
+def _warm(
+    bench: Bench, engine: str, spec: dict[str, Any], rows: Rows, result: dict[str, Any], workers: dict[str, Worker]
+) -> None:
+    result["versions"] = workers[engine].answer()["versions"]
+    say(f"{engine}: warming up, {bench.options.warmup} steps")
+    workers[engine].ask(do="turn", steps=bench.options.warmup)
+
+
+def _turns(bench: Bench) -> list[int]:
+    """Steps of each turn, the warm-up first."""
+    return [bench.options.warmup, *[bench.options.steps] * bench.options.turns]
 
 
 def _start(engine: str, spec: dict[str, Any], bench: Bench) -> Worker:
