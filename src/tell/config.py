@@ -127,6 +127,9 @@ class TrainConfig(Section):
     lora_dropout: float = Field(0.05, ge=0, lt=1, description="dropout on the adapter's input")
     lora_targets: str = Field("all-linear", description="all-linear, qkv, or comma-separated module names")
     neftune_alpha: float = Field(0.0, ge=0, description="noise on embeddings (arXiv 2310.05914); 0 is off")
+    fast: Literal["auto", "off"] = Field(
+        "auto", description="auto: packed rows, fused operations and kernels; off: transformers and peft as they are"
+    )
     checkpoint_every: int = Field(50, ge=0, description="optimiser steps between checkpoints; 0: only on a signal")
 
 

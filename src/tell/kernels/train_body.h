@@ -263,9 +263,8 @@ void N(cross_entropy)(T *logits, const i64 *target, const float *weight, float *
   }
 }
 
-/* One 32-bit word for each element: a bijective mix of counter and seed (lowbias32, Wellons 2018). */
-static inline uint32_t N(mix)(uint32_t x, uint32_t seed) {
-  x ^= seed;
+/* A bijective mix of 32 bits (lowbias32, Wellons 2018). */
+static inline uint32_t N(mix)(uint32_t x) {
   x ^= x >> 16;
   x *= 0x7feb352du;
   x ^= x >> 15;
@@ -273,6 +272,9 @@ static inline uint32_t N(mix)(uint32_t x, uint32_t seed) {
   x ^= x >> 16;
   return x;
 }
+
+/* The word of element i under a seed; mixed twice, so that two seeds' words are no plain shift of each other. */
+static inline uint32_t N(word)(uint32_t i, uint32_t seed) { return N(mix)(N(mix)(i) + seed); }
 
 /* y = kept(x) * scale, an element kept where its word is at least `threshold`; add: y += instead. */
 void N(dropout)(const T *x, T *y, i64 n, uint32_t seed, uint32_t threshold, float scale, int add) {
@@ -283,11 +285,11 @@ void N(dropout)(const T *x, T *y, i64 n, uint32_t seed, uint32_t threshold, floa
     if (add) {
 #pragma omp simd
       for (i64 i = c * chunk; i < end; i++)
-        y[i] = ST(LD(y[i]) + (N(mix)((uint32_t)i, seed) >= threshold ? LD(x[i]) * scale : 0.0f));
+        y[i] = ST(LD(y[i]) + (N(word)((uint32_t)i, seed) >= threshold ? LD(x[i]) * scale : 0.0f));
     } else {
 #pragma omp simd
       for (i64 i = c * chunk; i < end; i++)
-        y[i] = ST(N(mix)((uint32_t)i, seed) >= threshold ? LD(x[i]) * scale : 0.0f);
+        y[i] = ST(N(word)((uint32_t)i, seed) >= threshold ? LD(x[i]) * scale : 0.0f);
     }
   }
 }

@@ -14,8 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,16 +44,16 @@ class Rule:
         self.scaling, self.window, self.softcap = scaling, window, softcap
 
 
-_plans: list[Plan] = []
+_plans: list[Any] = []
 
 
-def current_plan() -> Plan | None:
+def current_plan() -> Any:
     """The plan of the pass under way."""
     return _plans[-1] if _plans else None
 
 
 @contextmanager
-def use_plan(plan: Plan) -> Iterator[None]:
+def use_plan(plan: Any) -> Iterator[None]:
     """Every attention layer inside follows ``plan``."""
     _plans.append(plan)
     try:
@@ -84,7 +86,8 @@ def attention_forward(
     if not _plans:
         raise RuntimeError("the model uses tell's attention; run it under use_plan(...)")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    return _plans[-1].attend(module, query, key, value, Rule(scale, sliding_window, softcap)), None
+    rule = module._tell_rule = Rule(scale, sliding_window, softcap)
+    return _plans[-1].attend(module, query, key, value, rule), None
 
 
 def install(model: Any) -> None:
@@ -101,6 +104,9 @@ def install(model: Any) -> None:
     other = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if other:
         raise _unsupported(model, f"{min(other)} layers")
+    if config._attn_implementation == NAME:
+        return
+    model._tell_attention = config._attn_implementation
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # transformers only warns where it cannot
     try:
@@ -111,6 +117,12 @@ def install(model: Any) -> None:
         logging.set_verbosity(level)
     if config._attn_implementation != NAME:
         raise _unsupported(model, "attention of its own")
+
+
+def restore(model: Any) -> None:
+    """Let ``model`` attend as before ``install``."""
+    if model.config.get_text_config()._attn_implementation == NAME:
+        model.set_attn_implementation(model._tell_attention)
 
 
 def _unsupported(module: Any, what: str) -> TellError:
@@ -198,6 +210,23 @@ class _BlockAttention(torch.autograd.Function):
         return dq, torch.bmm(ds_own.transpose(1, 2), q), dv, dkp, dvp, None
 
 
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Rows of similar length, padded to the longest.
+
+    Attributes:
+        rows: how many.
+        longest: tokens of the longest.
+        start: (rows,) int64, on the processor: first packed token of each row.
+        length: (rows,) int64, on the processor: tokens of each row.
+    """
+
+    rows: int
+    longest: int
+    start: Tensor
+    length: Tensor
+
+
 class PackedPlan:
     """T = prefix + sum(lengths) tokens: one shared prefix, then the rest of each row.
 
@@ -210,48 +239,62 @@ class PackedPlan:
     def __init__(self, lengths: Sequence[int], *, prefix: int = 0, device: torch.device | str = "cpu") -> None:
         self.lengths, self.prefix, self.device = list(lengths), prefix, torch.device(device)
         self.total = prefix + sum(lengths)
-        starts, at = [], prefix
-        for length in lengths:
-            starts.append(at)
-            at += length
-        self.blocks: list[tuple[int, int]] = []  # (rows, padded length)
-        index: list[Tensor] = []
-        inverse = torch.zeros(self.total, dtype=torch.long)
-        holes: list[Tensor] = []
-        slot = 0
-        if prefix:
-            index.append(torch.arange(prefix))
-            inverse[:prefix] = torch.arange(prefix)
-            slot = prefix
+        starts = np.cumsum([prefix, *lengths])
+        self._blocks: list[Block] = []
         for rows in _group(lengths):
-            longest = max(lengths[r] for r in rows)
-            self.blocks.append((len(rows), longest))
-            for r in rows:
-                n = lengths[r]
-                slots = torch.arange(slot, slot + longest)
-                tokens = torch.arange(starts[r], starts[r] + longest).clamp(max=starts[r] + n - 1)
-                index.append(tokens)
-                inverse[starts[r] : starts[r] + n] = slots[:n]
-                holes.append(slots[n:])
-                slot += longest
-        self.index = torch.cat(index).to(self.device)
-        self.inverse = inverse.to(self.device)
-        empty = torch.cat(holes) if holes else torch.zeros(0, dtype=torch.long)
-        self.holes = empty.to(self.device) if len(empty) else None
+            sizes = [lengths[r] for r in rows]
+            self._blocks.append(Block(len(rows), max(sizes), torch.from_numpy(starts[rows]), torch.tensor(sizes)))
+        self.blocks = [(block.rows, block.longest) for block in self._blocks]
+        self._index: tuple[Tensor, Tensor, Tensor | None] | None = None
         self._masks: dict[tuple[int, int, int | None], Tensor] = {}
+
+    def packed_blocks(self) -> list[Block]:
+        """All blocks, the prefix first as a row of its own."""
+        if not self.prefix:
+            return self._blocks
+        return [Block(1, self.prefix, torch.zeros(1, dtype=torch.long), torch.tensor([self.prefix])), *self._blocks]
+
+    def _indices(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Packed token of each slot of the padded blocks, slot of each token, slots that hold no token."""
+        if self._index is None:
+            inverse = torch.zeros(self.total, dtype=torch.long)
+            index, holes, slot = [], [], 0
+            for block in self.packed_blocks():
+                slots = torch.arange(slot, slot + block.rows * block.longest).view(block.rows, block.longest)
+                at = torch.arange(block.longest)[None]
+                real = at < block.length[:, None]
+                tokens = block.start[:, None] + at.minimum(block.length[:, None] - 1)
+                inverse[tokens[real]] = slots[real]
+                index.append(tokens.flatten())
+                holes.append(slots[~real])
+                slot += block.rows * block.longest
+            empty = torch.cat(holes)
+            self._index = (
+                torch.cat(index).to(self.device),
+                inverse.to(self.device),
+                empty.to(self.device) if len(empty) else None,
+            )
+        return self._index
+
+    @property
+    def index(self) -> Tensor:
+        """(slots,) packed token of each slot."""
+        return self._indices()[0]
+
+    @property
+    def inverse(self) -> Tensor:
+        """(T,) slot of each packed token."""
+        return self._indices()[1]
+
+    @property
+    def holes(self) -> Tensor | None:
+        """Slots behind the end of a row; None where there are none."""
+        return self._indices()[2]
 
     def positions(self) -> Tensor:
         """(1, T) position ids: each row counts on from the prefix."""
-        flat = torch.zeros(self.total, dtype=torch.long, device=self.device)
-        flat[: self.prefix] = torch.arange(self.prefix, device=self.device)
-        slot = self.prefix
-        padded = torch.zeros(len(self.index), dtype=torch.long, device=self.device)
-        for rows, longest in self.blocks:
-            block = torch.arange(longest, device=self.device) + self.prefix
-            padded[slot : slot + rows * longest] = block.repeat(rows)
-            slot += rows * longest
-        flat[self.prefix :] = padded[self.inverse[self.prefix :]]
-        return flat[None]
+        rows = [torch.arange(self.prefix), *(torch.arange(self.prefix, self.prefix + n) for n in self.lengths)]
+        return torch.cat(rows)[None].to(self.device)
 
     def _hidden(self, length: int, prefix: int, window: int | None) -> Tensor:
         """(length, prefix + length) True where the key lies ahead of the query or outside the window."""

@@ -164,14 +164,14 @@ def adapter_merged(model: Any, folder: Path | None) -> Iterator[Any]:
         with torch.no_grad():
             for name, delta in adapter_deltas(model, folder):
                 module = model.get_submodule(name)
-                weight = module.weight
+                weight = module.weight.data
                 delta = delta.t() if isinstance(module, Conv1D) else delta  # GPT-2 keeps (in, out)
-                saved[name] = weight.data
-                weight.data = (weight.data.float() + delta.to(weight.device)).to(weight.dtype)
+                saved[name] = weight.clone()
+                weight.copy_(weight.float() + delta.to(weight.device))  # in place: others may hold views
         yield model
     finally:
         for name, data in saved.items():
-            model.get_submodule(name).weight.data = data
+            model.get_submodule(name).weight.data.copy_(data)
 
 
 def adapter_deltas(model: Any, folder: Path) -> Iterator[tuple[str, Tensor]]:

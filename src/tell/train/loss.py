@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tell.kernels.ops import kernels_for
+
 BLOCK = 256  # positions at a time: 256 x 49,152 fp32 logits are 50 MB
 
 
@@ -26,9 +28,18 @@ class _BlockedCrossEntropy(torch.autograd.Function):
         nll = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         wanted = ctx.needs_input_grad[0]
         grad = torch.empty_like(hidden) if wanted else None
+        kernels = kernels_for(hidden) if softcap is None else None
+        weights = weights.float().contiguous()
         for begin in range(0, len(targets), BLOCK):
             span = slice(begin, begin + BLOCK)
-            logits = torch.nn.functional.linear(hidden[span], head, bias).float()
+            logits = torch.nn.functional.linear(hidden[span], head, bias)
+            if kernels is not None:
+                part = nll[span]
+                kernels.cross_entropy(logits, targets[span], weights[span] if wanted else None, part)
+                if grad is not None:
+                    torch.mm(logits, head, out=grad[span])
+                continue
+            logits = logits.float()
             if softcap is not None:
                 logits = logits.div_(softcap).tanh_().mul_(softcap)
             picked = logits.gather(1, targets[span, None])

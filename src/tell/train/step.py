@@ -13,6 +13,7 @@ from torch import Tensor
 from tell.errors import TellError
 from tell.rows.table import RowTable
 from tell.train.attention import PackedPlan, install, use_plan
+from tell.train.fused import fuse_modules
 from tell.train.batches import Pack, TrainRow, pack, split_packs
 from tell.train.loss import blocked_cross_entropy, position_weights
 
@@ -54,6 +55,7 @@ class Body:
         if not getattr(causal, "_tell_checked", False):
             self._check(model)
             causal._tell_checked = True
+        fuse_modules(causal)
 
     @torch.no_grad()
     def _check(self, model: Any) -> None:
@@ -94,6 +96,14 @@ def _logit_scale(config: Any) -> float:
     return 1.0
 
 
+def batch_total(rows: Sequence[TrainRow], normalization: str, task_weight: float) -> float:
+    """What a step's weighted sum is divided by: its rows' weights (``example``) or their trained tokens' (``token``)."""
+    weights = [task_weight if row.task else 1.0 for row in rows]
+    if normalization == "token":
+        return sum(w * int(row.mask.sum()) for w, row in zip(weights, rows, strict=True))
+    return sum(weights)
+
+
 def row_means(nll: Tensor, pack: Pack) -> Tensor:
     """(rows,) mean nll of each row of a pack."""
     sums = torch.zeros(len(pack.trained), dtype=torch.float32, device=nll.device)
@@ -126,12 +136,7 @@ def step_loss(
         backward: accumulate gradients.
         between: called after each pass.
     """
-    weights = [task_weight if row.task else 1.0 for row in rows]
-    if normalization == "token":
-        total = sum(w * int(row.mask.sum()) for w, row in zip(weights, rows, strict=True))
-    else:
-        total = sum(weights)
-    normaliser = torch.tensor(total, dtype=torch.float32, device=device)
+    normaliser = torch.tensor(batch_total(rows, normalization, task_weight), dtype=torch.float32, device=device)
     loss, means, sources, tokens = 0.0, [], [], 0
     for group in split_packs(rows, micro_tokens, share_prefix=share_prefix):
         batch = pack(group, share_prefix=share_prefix, device=device)

@@ -29,6 +29,7 @@ from tell.train.attention import current_plan
 from tell.train.batches import TrainRow
 from tell.train.checkpoint import load_checkpoint, save_checkpoint
 from tell.train.lora import add_lora, remove_lora, save_adapter
+from tell.train.plain import PaddedRows, PlainBody, plain_step_loss
 from tell.train.step import Body, StepLoss, step_loss
 
 
@@ -156,7 +157,8 @@ class Trainer:
         """
         config = self.config
         was_training = self.base.training
-        peft_model = add_lora(self.base, config, seed=self.seed)
+        fast = config.fast == "auto"
+        peft_model = add_lora(self.base, config, seed=self.seed, fused=fast)
         noise = _add_noise(peft_model, config.neftune_alpha)
         parameters = {name: p for name, p in peft_model.named_parameters() if p.requires_grad}
         optimizer = torch.optim.AdamW(
@@ -171,7 +173,7 @@ class Trainer:
                     facts[key] for key in ("step", "tokens", "trained_tokens", "seconds")
                 )
             logger = _StepLog(self.log, keep=first)
-            body = Body(peft_model)
+            step_of = self._fast_step(Body(peft_model)) if fast else self._plain_step(PlainBody(peft_model))
             begin = time.monotonic() - seconds
             try:
                 for step in range(first, self.steps):
@@ -180,15 +182,7 @@ class Trainer:
                         group["lr"] = rate
                     torch.manual_seed(self.seed * 1_000_003 + step)  # dropout repeats after a resume
                     rows = step_rows(self.mixture, self.tables, step, config.batch_size)
-                    out = step_loss(
-                        body,
-                        rows,
-                        normalization=config.loss_normalization,
-                        task_weight=config.task_weight,
-                        micro_tokens=config.micro_tokens,
-                        share_prefix=self.share_prefix,
-                        device=self.device,
-                    )
+                    out = step_of(rows)
                     norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm or float("inf"))
                     if not math.isfinite(out.loss) or not math.isfinite(norm):
                         raise Diverged(
@@ -228,6 +222,21 @@ class Trainer:
             remove_lora(peft_model).train(was_training)
         return TrainResult(self.steps, tokens, trained, seconds, config.learning_rate)
 
+    def _fast_step(self, body: Body) -> Callable[[list[TrainRow]], StepLoss]:
+        return lambda rows: step_loss(body, rows, share_prefix=self.share_prefix, **self._settings())
+
+    def _plain_step(self, body: PlainBody) -> Callable[[list[TrainRow]], StepLoss]:
+        return lambda rows: plain_step_loss(body, rows, **self._settings())
+
+    def _settings(self) -> dict[str, Any]:
+        config = self.config
+        return {
+            "normalization": config.loss_normalization,
+            "task_weight": config.task_weight,
+            "micro_tokens": config.micro_tokens,
+            "device": self.device,
+        }
+
     def _by_source(self, out: StepLoss) -> dict[str, float]:
         return {
             name: float(np.mean(out.rows[out.source == i]))
@@ -244,7 +253,11 @@ def _add_noise(model: Any, alpha: float) -> Any:
     def hook(module: Any, _: Any, output: torch.Tensor) -> torch.Tensor:
         if not model.training:
             return output
-        lengths = current_plan().lengths  # L is each row's own length, whatever it is packed with
+        plan = current_plan()  # L is each row's own length, whatever it is packed or padded with
+        lengths = plan.lengths
+        if isinstance(plan, PaddedRows):
+            size = alpha / (torch.tensor(lengths) * output.shape[-1]).sqrt().to(output)
+            return output + torch.empty_like(output).uniform_(-1, 1) * size[:, None, None]
         tokens = torch.repeat_interleave(torch.tensor(lengths), torch.tensor(lengths)).to(output.device)
         size = alpha / (tokens * output.shape[-1]).sqrt().to(output.dtype)
         return output + torch.empty_like(output).uniform_(-1, 1) * size[:, None]

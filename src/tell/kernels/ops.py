@@ -1,0 +1,150 @@
+"""The training kernels as functions of tensors; each writes into tensors given to it.
+
+All tensors lie on the processor, in bf16 or fp32; their last dimension is contiguous, rows may be strided.
+"""
+
+from __future__ import annotations
+
+from ctypes import CDLL, c_float, c_int, c_int64, c_uint32, c_void_p
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tell.kernels.library import library
+
+SILU, GELU_TANH = 0, 1
+_P, _N, _F = c_void_p, c_int64, c_float
+_SIGNATURES: dict[str, tuple[Any, ...]] = {
+    "rmsnorm": (_P, _N, _P, _N, _P, _P, _N, _N, _N, _F, _F),
+    "rmsnorm_back": (_P, _N, _P, _N, _P, _P, _P, _N, _N, _N, _N, _F),
+    "gated": (_P, _P, _N, _P, _N, _N, c_int),
+    "gated_back": (_P, _P, _P, _N, _P, _P, _N, _N, _N, c_int),
+    "pack": (_P, _N, _P, _P, _N, _P, _P, _P, _N, _N, _N, _N, _N, _F),
+    "unpack": (_P, _N, _N, _N, _N, _N, _P, _P, _N, _P, _N, _P, _P, _F),
+    "softmax": (_P, _P, _N, _N, _N, _N),
+    "softmax_back": (_P, _P, _P, _P, _N, _N, _N),
+    "cross_entropy": (_P, _P, _P, _P, _N, _N),
+    "dropout": (_P, _P, _N, c_uint32, c_uint32, _F, c_int),
+}
+_SUFFIX = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+
+
+class Kernels:
+    """The kernels of one number format."""
+
+    def __init__(self, shared: CDLL, suffix: str) -> None:
+        for name, signature in _SIGNATURES.items():
+            function = getattr(shared, f"{name}_{suffix}")
+            function.argtypes, function.restype = signature, None
+            setattr(self, "_" + name, function)
+
+    def rmsnorm(
+        self, x: Tensor, y: Tensor, weight: Tensor, rstd: Tensor, *, heads: int = 1, eps: float, offset: float
+    ) -> None:
+        """y = x / rms(x) * (offset + weight) for x, y (T, heads * width); rstd (T, heads) fp32 is kept for the way back."""
+        self._rmsnorm(
+            x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0), weight.data_ptr(), rstd.data_ptr(),
+            x.shape[0], heads, weight.shape[0], eps, offset,
+        )  # fmt: skip
+
+    def rmsnorm_back(
+        self, dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, dx: Tensor, *, heads: int = 1, offset: float
+    ) -> None:
+        """dx (T, heads * width) of ``rmsnorm``; the weight is frozen."""
+        self._rmsnorm_back(
+            dy.data_ptr(), dy.stride(0), x.data_ptr(), x.stride(0), weight.data_ptr(), rstd.data_ptr(),
+            dx.data_ptr(), dx.stride(0), x.shape[0], heads, weight.shape[0], offset,
+        )  # fmt: skip
+
+    def gated(self, g: Tensor, u: Tensor, h: Tensor, kind: int) -> None:
+        """h = act(g) u, all (T, width); g and u equally strided."""
+        self._gated(g.data_ptr(), u.data_ptr(), g.stride(0), h.data_ptr(), g.shape[0], g.shape[1], kind)
+
+    def gated_back(self, dh: Tensor, g: Tensor, u: Tensor, dg: Tensor, du: Tensor, kind: int) -> None:
+        """Gradients of ``gated``; dg and du equally strided, dh contiguous."""
+        self._gated_back(
+            dh.data_ptr(), g.data_ptr(), u.data_ptr(), g.stride(0), dg.data_ptr(), du.data_ptr(),
+            dg.stride(0), g.shape[0], g.shape[1], kind,
+        )  # fmt: skip
+
+    def pack(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor] | None,
+        out: Tensor,
+        block: Any,
+        heads: int,
+        group: int,
+        scale: float,
+    ) -> None:
+        """Rows of a block from x (T, heads * width), rotated and scaled; out (heads / group, rows, group, longest, width)."""
+        cosine, sine, rot = (0, 0, 0) if rope is None else (rope[0].data_ptr(), rope[1].data_ptr(), rope[0].shape[-1])
+        self._pack(
+            x.data_ptr(), x.stride(0), cosine, sine, rot, out.data_ptr(), block.start.data_ptr(), block.length.data_ptr(),
+            block.rows, block.longest, heads, group, out.shape[-1], scale,
+        )  # fmt: skip
+
+    def unpack(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor] | None,
+        out: Tensor,
+        block: Any,
+        heads: int,
+        group: int,
+        scale: float,
+    ) -> None:
+        """The way back from x (heads / group, rows, group, longest, width) to out (T, heads * width), rotation transposed."""
+        cosine, sine, rot = (0, 0, 0) if rope is None else (rope[0].data_ptr(), rope[1].data_ptr(), rope[0].shape[-1])
+        self._unpack(
+            x.data_ptr(), block.rows, block.longest, heads, group, x.shape[-1], cosine, sine, rot,
+            out.data_ptr(), out.stride(0), block.start.data_ptr(), block.length.data_ptr(), scale,
+        )  # fmt: skip
+
+    def softmax(self, own: Tensor, ahead: Tensor | None, window: int | None) -> None:
+        """Causal softmax in place over own scores (N, M, L) and prefix scores (N, M, P); query m stands at m % L."""
+        length = own.shape[-1]
+        prefix = 0 if ahead is None else ahead.shape[-1]
+        self._softmax(
+            own.data_ptr(), 0 if ahead is None else ahead.data_ptr(), own.numel() // length, length, prefix,
+            window if window is not None else 1 << 40,
+        )  # fmt: skip
+
+    def softmax_back(self, own: Tensor, ahead: Tensor | None, d_own: Tensor, d_ahead: Tensor | None) -> None:
+        """Gradients of the scores, in place of those of the probabilities."""
+        length = own.shape[-1]
+        pointer, d_pointer, prefix = 0, 0, 0
+        if ahead is not None and d_ahead is not None:
+            pointer, d_pointer, prefix = ahead.data_ptr(), d_ahead.data_ptr(), ahead.shape[-1]
+        self._softmax_back(
+            own.data_ptr(), pointer, d_own.data_ptr(), d_pointer, own.numel() // length, length, prefix
+        )  # fmt: skip
+
+    def cross_entropy(self, logits: Tensor, targets: Tensor, weights: Tensor | None, nll: Tensor) -> None:
+        """nll (n,) fp32; logits (n, V) become the gradient weights * (softmax - onehot) where weights (n,) fp32 are given."""
+        self._cross_entropy(
+            logits.data_ptr(), targets.data_ptr(), 0 if weights is None else weights.data_ptr(), nll.data_ptr(),
+            logits.shape[0], logits.shape[1],
+        )  # fmt: skip
+
+    def dropout(self, x: Tensor, y: Tensor, p: float, seed: int, *, add: bool = False) -> None:
+        """y = (or +=) x with elements dropped at rate p and the rest scaled by 1 / (1 - p); contiguous, the same mask for a seed.
+
+        The rate is a multiple of 2^-32: as exact as a uniform fp32 draw.
+        """
+        self._dropout(
+            x.data_ptr(), y.data_ptr(), x.numel(), seed, min(round(p * 2**32), 2**32 - 1), 1 / (1 - p), int(add)
+        )
+
+
+@lru_cache(maxsize=4)
+def _kernels(dtype: torch.dtype) -> Kernels | None:
+    shared = library()
+    return None if shared is None or dtype not in _SUFFIX else Kernels(shared, _SUFFIX[dtype])
+
+
+def kernels_for(x: Tensor) -> Kernels | None:
+    """The kernels for tensors like ``x``; None where there are none (another device or format, no compiler)."""
+    return _kernels(x.dtype) if x.device.type == "cpu" else None

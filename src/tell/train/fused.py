@@ -1,0 +1,364 @@
+"""Exchange the slow parts of a transformers model for the operations of ``fused_ops``, module by module.
+
+Norms, attention and gated MLPs are recognised by what they hold, not by the name of the family, and each kind
+is tried on an fp32 copy of one module before it is exchanged: what does not compute the same stays as it is. The
+modules look their layers up at each call, so LoRA may come and go.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tell.kernels.ops import GELU_TANH, SILU, kernels_for
+from tell.train.attention import PackedPlan, Rule, current_plan, use_plan
+from tell.train.fused_ops import Attention, Gated, Projection, RmsNorm
+
+TOLERANCE = 1e-3  # of the largest value, in fp32
+
+
+class Projections:
+    """Named linear layers of one module as one product.
+
+    The frozen weights are laid in one tensor, of which the layers keep views: no second copy.
+    """
+
+    def __init__(self, owner: nn.Module, names: Sequence[str]) -> None:
+        self.owner, self.names = owner, tuple(names)
+        self.weight: Tensor | None = None
+        self.bias: Tensor | None = None
+
+    def layers(self) -> list[Any]:
+        return [getattr(self.owner, name) for name in self.names]
+
+    def _weights(self, bases: list[nn.Linear]) -> tuple[Tensor, Tensor | None, tuple[int, ...]]:
+        widths = tuple(base.weight.shape[0] for base in bases)
+        if len(bases) == 1:
+            return bases[0].weight, bases[0].bias, widths
+        whole = self.weight
+        at = 0 if whole is None else whole.data_ptr()
+        for base in bases:
+            if base.weight.data_ptr() != at:
+                whole = None
+                break
+            at += base.weight.numel() * base.weight.element_size()
+        if whole is None:  # at first, and after somebody has put other weights into the layers
+            whole = torch.cat([base.weight.data for base in bases])
+            for base, part in zip(bases, whole.split(widths), strict=True):
+                base.weight.data = part
+            self.weight = whole
+            biases = [base.bias for base in bases]
+            self.bias = None if biases[0] is None else torch.cat([bias.data for bias in biases])
+        return whole, self.bias, widths
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Outputs of the layers, each (..., N_i); as the layers would compute them where they are out of the ordinary."""
+        layers = self.layers()
+        bases, adapters, scales, dropout = [], [], [], 0.0
+        for layer in layers:
+            base, pair, scale, rate = _lora_parts(layer)
+            if base is None:
+                return tuple(layer(x) for layer in layers)
+            bases.append(base)
+            scales.append(scale)
+            if pair is not None:
+                adapters += pair
+                dropout = rate
+        weight, bias, widths = self._weights(bases)
+        return Projection.apply(x, weight, bias, widths, tuple(scales), dropout, *adapters)
+
+
+def _lora_parts(layer: Any) -> tuple[nn.Linear | None, list[Tensor] | None, float | None, float]:
+    """Base layer, (A, B), scale and dropout of a plain linear layer with at most one plain adapter; Nones otherwise."""
+    if type(layer) is nn.Linear:
+        return layer, None, None, 0.0
+    active = getattr(layer, "active_adapters", None)
+    if not active or not hasattr(layer, "lora_A"):
+        return None, None, None, 0.0
+    base, name = layer.get_base_layer(), active[0]
+    unusual = (
+        type(base) is not nn.Linear
+        or len(active) > 1
+        or name not in layer.lora_A
+        or layer.merged
+        or layer.disable_adapters
+        or getattr(layer, "use_dora", {}).get(name, False)
+        or getattr(layer, "lora_bias", {}).get(name, False)
+        or layer.scaling[name] == 0
+    )
+    if unusual:
+        return None, None, None, 0.0
+    dropout = layer.lora_dropout[name]
+    rate = float(dropout.p) if layer.training and isinstance(dropout, nn.Dropout) else 0.0
+    return base, [layer.lora_A[name].weight, layer.lora_B[name].weight], float(layer.scaling[name]), rate
+
+
+def _norm_forward(module: Any, offset: float) -> Callable[[Tensor], Tensor]:
+    original = module.forward
+    eps = float(getattr(module, "variance_epsilon", getattr(module, "eps", 0.0)))
+
+    def forward(x: Tensor) -> Tensor:
+        if kernels_for(x) is None or module.weight.dtype != x.dtype or not x.is_contiguous():
+            return original(x)
+        return RmsNorm.apply(x, module.weight, eps, offset)
+
+    return forward
+
+
+def _attention_forward(module: Any, offset: float | None, turned: bool) -> Callable[..., tuple[Tensor, None]]:
+    """``offset`` is that of the norms on queries and keys, None where there are none; ``turned``: with positions."""
+    original = module.forward
+    merged = hasattr(module, "qkv_proj")
+    inward = Projections(module, ["qkv_proj"] if merged else ["q_proj", "k_proj", "v_proj"])
+    outward = Projections(module, ["o_proj"])
+    width = module.head_dim
+    eps = 0.0
+    if offset is not None:
+        eps = float(getattr(module.q_norm, "variance_epsilon", getattr(module.q_norm, "eps", 0.0)))
+
+    def forward(
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        **rest: Any,
+    ) -> tuple[Tensor, None]:
+        plan, rule = current_plan(), getattr(module, "_tell_rule", None)
+        usable = (
+            type(plan) is PackedPlan
+            and isinstance(rule, Rule)
+            and rule.softcap is None
+            and position_embeddings is not None
+            and position_embeddings[0].dtype == hidden_states.dtype
+            and kernels_for(hidden_states) is not None
+        )
+        if not usable:
+            return original(
+                hidden_states=hidden_states,
+                position_embeddings=position_embeddings,
+                attention_mask=attention_mask,
+                **rest,
+            )
+        parts = inward(hidden_states[0])
+        if merged:
+            kv = module.num_key_value_heads * width
+            parts = parts[0].split([parts[0].shape[1] - 2 * kv, kv, kv], dim=1)
+        q, k, v = parts
+        heads, kv = q.shape[1] // width, k.shape[1] // width
+        if offset is not None:
+            q, k = (
+                RmsNorm.apply(q, module.q_norm.weight, eps, offset),
+                RmsNorm.apply(k, module.k_norm.weight, eps, offset),
+            )
+        cosine, sine = (x.reshape(-1, x.shape[-1]).contiguous() for x in position_embeddings)
+        if not turned:
+            cosine, sine = torch.ones_like(cosine), torch.zeros_like(sine)
+        longest = max(plan.prefix, plan.prefix + max(plan.lengths))
+        window = rule.window if rule.window is not None and rule.window < longest else None
+        out = Attention.apply(q, k, v, cosine, sine, plan, heads, kv, rule.scaling, window)
+        return outward(out[None])[0], None
+
+    return forward
+
+
+def _mlp_forward(module: Any, kind: int) -> Callable[[Tensor], Tensor]:
+    original = module.forward
+    merged = hasattr(module, "gate_up_proj")
+    inward = Projections(module, ["gate_up_proj"] if merged else ["gate_proj", "up_proj"])
+    outward = Projections(module, ["down_proj"])
+
+    def forward(x: Tensor) -> Tensor:
+        if kernels_for(x) is None:
+            return original(x)
+        parts = inward(x)
+        g, u = parts[0].chunk(2, dim=-1) if merged else parts
+        return outward(Gated.apply(g, u, kind))[0]
+
+    return forward
+
+
+def _has(module: nn.Module, *names: str) -> bool:
+    return all(hasattr(module, name) for name in names)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return (
+        type(module).__name__.endswith("RMSNorm")
+        and isinstance(getattr(module, "weight", None), Tensor)
+        and module.weight.dim() == 1
+        and (hasattr(module, "variance_epsilon") or hasattr(module, "eps"))
+    )
+
+
+def _is_attention(module: nn.Module) -> bool:
+    inward = _has(module, "q_proj", "k_proj", "v_proj") or _has(module, "qkv_proj", "num_key_value_heads")
+    return inward and _has(module, "o_proj", "head_dim", "_tell_rule") and module._tell_rule.softcap is None
+
+
+def _is_mlp(module: nn.Module) -> bool:
+    return _has(module, "down_proj") and (_has(module, "gate_proj", "up_proj") or _has(module, "gate_up_proj"))
+
+
+def _bare(module: nn.Module) -> Any:
+    """An fp32 copy without exchanged forwards, its adapters at random so that they count."""
+    twin = copy.deepcopy(module).float()
+    for part in twin.modules():
+        part.__dict__.pop("forward", None)
+        if hasattr(part, "lora_B"):
+            for b in part.lora_B.values():
+                nn.init.normal_(b.weight, std=0.02)
+    return twin.eval()
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool((a - b).abs().max() <= TOLERANCE * b.abs().max())
+
+
+@torch.no_grad()
+def _offset_of(norm: nn.Module) -> float | None:
+    """0 or 1, whichever makes the kernel compute what the norm computes; None where neither does."""
+    twin = _bare(norm)
+    x = torch.randn(4, twin.weight.shape[0])
+    twin.weight.data = torch.randn(twin.weight.shape)
+    for offset in (0.0, 1.0):
+        if _same(_norm_forward(twin, offset)(x), twin(x)):
+            return offset
+    return None
+
+
+@torch.no_grad()
+def _activation_of(mlp: nn.Module) -> int | None:
+    act = getattr(mlp, "act_fn", getattr(mlp, "activation_fn", None))
+    if act is None:
+        return None
+    twin, x = _bare(mlp), torch.randn(4, _lora_parts_width(mlp))
+    for kind in (SILU, GELU_TANH):
+        if _same(_mlp_forward(twin, kind)(x), twin(x)):
+            return kind
+    return None
+
+
+def _lora_parts_width(mlp: Any) -> int:
+    layer = mlp.gate_up_proj if hasattr(mlp, "gate_up_proj") else mlp.gate_proj
+    return layer.in_features
+
+
+@torch.no_grad()
+def _attention_facts(module: nn.Module, rope: tuple[Tensor, Tensor]) -> tuple[float | None, bool] | None:
+    """The last arguments of ``_attention_forward``; None where none make it compute what the module computes."""
+    offset = None
+    if _has(module, "q_norm", "k_norm"):
+        if not (_is_norm(module.q_norm) and module.q_norm.weight.shape[0] == module.head_dim):
+            return None
+        offset = _offset_of(module.q_norm)
+        if offset is None:
+            return None
+    twin = _bare(module)
+    plan = PackedPlan([5, 4], prefix=3)
+    first = twin.qkv_proj if hasattr(twin, "qkv_proj") else twin.q_proj
+    x = torch.randn(1, 12, first.in_features)
+    rope = tuple(part[:, plan.positions()[0]].float() for part in rope)
+    with use_plan(plan):
+        expected, _ = twin(hidden_states=x, position_embeddings=rope, attention_mask=None)
+        for turned in (True, False):
+            actual, _ = _attention_forward(twin, offset, turned)(x, rope)
+            if _same(actual, expected):
+                return offset, turned
+    return None
+
+
+def _traits(module: nn.Module) -> tuple[Any, ...]:
+    """What may tell two modules of a class apart, the layer's number aside."""
+    plain = (bool, int, float, str, type(None))
+    return tuple((k, v) for k, v in sorted(vars(module).items()) if isinstance(v, plain) and k != "layer_idx")
+
+
+class _Ropes:
+    """cos and sin of positions 0 to 15 as each attention module is given them."""
+
+    def __init__(self) -> None:
+        self.seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, module: nn.Module, _: Any, kwargs: dict[str, Any]) -> None:
+        pair = kwargs.get("position_embeddings")
+        if isinstance(pair, tuple) and len(pair) == 2:
+            self.seen[module] = pair
+
+
+def fuse_modules(model: Any, device: torch.device | str = "cpu") -> dict[str, int]:
+    """Exchange what can be exchanged in ``model``, a transformers causal model that attends through plans.
+
+    Returns:
+        How many norms, attentions and MLPs compute through the kernels; empty where there are no kernels.
+    """
+    weight = model.get_output_embeddings().weight
+    if kernels_for(weight) is None:
+        return {}
+    if (counts := getattr(model, "_tell_fused", None)) is not None:
+        return counts
+    core = model.base_model
+    ropes = _Ropes()
+    hooks = [m.register_forward_pre_hook(ropes, with_kwargs=True) for m in core.modules() if _has(m, "o_proj")]
+    plan = PackedPlan([16])
+    try:
+        with torch.no_grad(), use_plan(plan):
+            core(input_ids=torch.arange(16)[None] % weight.shape[0], position_ids=plan.positions(), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    known: dict[tuple[Any, ...], Any] = {}
+
+    def once(key: tuple[Any, ...], find: Callable[[], Any]) -> Any:
+        if key not in known:
+            known[key] = find()
+        return known[key]
+
+    counts = {"norm": 0, "attention": 0, "mlp": 0}
+    state = torch.get_rng_state()  # the trials draw random numbers
+    for module in list(core.modules()):
+        if "forward" in module.__dict__:
+            continue
+        if _is_norm(module):
+            offset = once((type(module), module.weight.shape, _traits(module)), lambda m=module: _offset_of(m))
+            if offset is not None:
+                module.forward = _norm_forward(module, offset)
+                counts["norm"] += 1
+        elif _is_attention(module) and module in ropes.seen:
+            rule = module._tell_rule
+            key = (type(module), rule.scaling, rule.window, _traits(module))
+            facts = once(key, lambda m=module: _attention_facts(m, ropes.seen[m]))
+            if facts is not None:
+                module.forward = _attention_forward(module, *facts)
+                counts["attention"] += 1
+        elif _is_mlp(module):
+            kind = once((type(module), _traits(module)), lambda m=module: _activation_of(m))
+            if kind is not None:
+                module.forward = _mlp_forward(module, kind)
+                counts["mlp"] += 1
+    torch.set_rng_state(state)
+    model._tell_fused = counts
+    return counts
+
+
+def unfuse_modules(model: Any) -> None:
+    """Give every module its own forward back."""
+    for module in model.base_model.modules():
+        if _is_norm(module) or _is_mlp(module) or _has(module, "o_proj"):
+            module.__dict__.pop("forward", None)
+    model._tell_fused = None
+
+
+@contextmanager
+def unfused(model: Any) -> Iterator[None]:
+    """The model as transformers wrote it, for a while."""
+    before = getattr(model, "_tell_fused", None)
+    unfuse_modules(model)
+    try:
+        yield
+    finally:
+        if before is not None:
+            fuse_modules(model)

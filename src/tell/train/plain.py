@@ -1,0 +1,108 @@
+"""The plain path: padded micro-batches through transformers and peft as they are, with all logits.
+
+What the fast path is measured and tested against, and what ``--fast off`` trains with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from tell.train.attention import restore, use_plan
+from tell.train.batches import TrainRow
+from tell.train.fused import unfuse_modules
+from tell.train.loss import position_weights
+from tell.train.step import StepLoss, batch_total
+
+
+def padded_batches(rows: Sequence[TrainRow], micro_tokens: int) -> list[list[TrainRow]]:
+    """Rows of a step by falling length, in groups whose padded size stays within ``micro_tokens``."""
+    groups: list[list[TrainRow]] = []
+    for row in sorted(rows, key=lambda r: -len(r.ids)):
+        if groups and len(groups[-1][0].ids) * (len(groups[-1]) + 1) <= micro_tokens:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return groups
+
+
+class PaddedRows:
+    """The plan of a padded pass: only how long its rows are; transformers' own masks decide what attends to what."""
+
+    def __init__(self, lengths: list[int]) -> None:
+        self.lengths = lengths
+
+
+class PlainBody:
+    """A causal model with transformers' own attention and forwards, put back where the fast path exchanged them."""
+
+    def __init__(self, model: Any) -> None:
+        causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+        unfuse_modules(causal)
+        restore(causal)
+        self.model = model
+
+
+def plain_step_loss(
+    body: PlainBody,
+    rows: Sequence[TrainRow],
+    *,
+    normalization: str,
+    task_weight: float = 1.0,
+    micro_tokens: int = 4096,
+    backward: bool = True,
+    device: torch.device | str = "cpu",
+    between: Callable[[], None] | None = None,
+) -> StepLoss:
+    """Loss of one step's rows as ``step.step_loss`` defines it, gradients accumulated over padded micro-batches.
+
+    Args:
+        body: the model.
+        rows: the rows of the step.
+        normalization: ``example`` or ``token``.
+        task_weight: weight of task rows.
+        micro_tokens: tokens of one pass, padding included.
+        backward: accumulate gradients.
+        between: called after each pass.
+    """
+    total = torch.tensor(batch_total(rows, normalization, task_weight), dtype=torch.float32, device=device)
+    loss, means, sources, tokens = 0.0, [], [], 0
+    for group in padded_batches(rows, micro_tokens):
+        width = len(group[0].ids)
+        ids = np.zeros((len(group), width), dtype=np.int64)
+        seen = np.zeros((len(group), width), dtype=np.int64)
+        trained = np.zeros((len(group), width), dtype=bool)
+        for r, row in enumerate(group):
+            ids[r, : len(row.ids)] = row.ids
+            seen[r, : len(row.ids)] = 1
+            trained[r, : len(row.ids)] = row.mask
+        with use_plan(PaddedRows([len(row.ids) for row in group])):
+            out = body.model(
+                input_ids=torch.from_numpy(ids).to(device),
+                attention_mask=torch.from_numpy(seen).to(device),
+                use_cache=False,
+            )
+        at, position = (torch.from_numpy(x).to(device) for x in np.nonzero(trained))
+        targets = torch.from_numpy(ids[trained]).to(device)
+        nll = torch.nn.functional.cross_entropy(
+            out.logits[at, position - 1].float(), targets, reduction="none"
+        )  # the state before a token predicts it
+        counts = torch.tensor([int(row.mask.sum()) for row in group], device=device)
+        task = torch.tensor([row.task for row in group], device=device)
+        weight = position_weights(
+            counts[at], task[at], normalization=normalization, task_weight=task_weight, total=total
+        )
+        part = (nll * weight).sum()
+        if backward:
+            part.backward()
+        loss += float(part.detach())
+        sums = torch.zeros(len(group), device=device).index_add_(0, at, nll.detach())
+        means.append((sums / counts).cpu().numpy())
+        sources.append(np.array([row.source for row in group]))
+        tokens += sum(len(row.ids) for row in group)
+        if between:
+            between()
+    return StepLoss(loss, np.concatenate(means), np.concatenate(sources), tokens)
