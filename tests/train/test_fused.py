@@ -83,7 +83,7 @@ def test_plain_path_equals_the_fast_one(family, tiny_model):
 @needs_kernels
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "phi3"])
 def test_bf16_differs_by_rounding_only(family, tiny_model):
-    """Both paths in bf16 stand as near to fp32 as each other: the kernels' error is at most 1.5 times the plain path's."""
+    """In bf16 the kernels' error against fp32 is at most 1.5 times the plain path's."""
     rows = make_rows(LENGTHS, task=(0, 3))
     grads = {}
     for name, dtype in (("exact", torch.float32), ("fast", torch.bfloat16), ("plain", torch.bfloat16)):

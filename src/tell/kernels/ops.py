@@ -43,7 +43,7 @@ class Kernels:
     def rmsnorm(
         self, x: Tensor, y: Tensor, weight: Tensor, rstd: Tensor, *, heads: int = 1, eps: float, offset: float
     ) -> None:
-        """y = x / rms(x) * (offset + weight) for x, y (T, heads * width); rstd (T, heads) fp32 is kept for the way back."""
+        """y = x / rms(x) * (offset + weight) for x, y (T, heads * width); rstd (T, heads) fp32 is for the way back."""
         self._rmsnorm(
             x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0), weight.data_ptr(), rstd.data_ptr(),
             x.shape[0], heads, weight.shape[0], eps, offset,
@@ -79,7 +79,7 @@ class Kernels:
         group: int,
         scale: float,
     ) -> None:
-        """Rows of a block from x (T, heads * width), rotated and scaled; out (heads / group, rows, group, longest, width)."""
+        """Rows of a block from x (T, heads * width), turned and scaled; out (heads / group, rows, group, longest, D)."""
         cosine, sine, rot = (0, 0, 0) if rope is None else (rope[0].data_ptr(), rope[1].data_ptr(), rope[0].shape[-1])
         self._pack(
             x.data_ptr(), x.stride(0), cosine, sine, rot, out.data_ptr(), block.start.data_ptr(), block.length.data_ptr(),
@@ -96,7 +96,7 @@ class Kernels:
         group: int,
         scale: float,
     ) -> None:
-        """The way back from x (heads / group, rows, group, longest, width) to out (T, heads * width), rotation transposed."""
+        """The way back from x (heads / group, rows, group, longest, D) to out (T, heads * D), turned back."""
         cosine, sine, rot = (0, 0, 0) if rope is None else (rope[0].data_ptr(), rope[1].data_ptr(), rope[0].shape[-1])
         self._unpack(
             x.data_ptr(), block.rows, block.longest, heads, group, x.shape[-1], cosine, sine, rot,
@@ -123,14 +123,14 @@ class Kernels:
         )  # fmt: skip
 
     def cross_entropy(self, logits: Tensor, targets: Tensor, weights: Tensor | None, nll: Tensor) -> None:
-        """nll (n,) fp32; logits (n, V) become the gradient weights * (softmax - onehot) where weights (n,) fp32 are given."""
+        """nll (n,) fp32; logits (n, V) become weights * (softmax - onehot) where weights (n,) fp32 are given."""
         self._cross_entropy(
             logits.data_ptr(), targets.data_ptr(), 0 if weights is None else weights.data_ptr(), nll.data_ptr(),
             logits.shape[0], logits.shape[1],
         )  # fmt: skip
 
     def dropout(self, x: Tensor, y: Tensor, p: float, seed: int, *, add: bool = False) -> None:
-        """y = (or +=) x with elements dropped at rate p and the rest scaled by 1 / (1 - p); contiguous, the same mask for a seed.
+        """y = (or +=) x, elements dropped at rate p, the rest scaled by 1 / (1 - p); contiguous; a seed is a mask.
 
         The rate is a multiple of 2^-32: as exact as a uniform fp32 draw.
         """

@@ -57,7 +57,7 @@ class Projections:
         return whole, self.bias, widths
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Outputs of the layers, each (..., N_i); as the layers would compute them where they are out of the ordinary."""
+        """Outputs of the layers, each (..., N_i); each by its own forward where one is out of the ordinary."""
         layers = self.layers()
         bases, adapters, scales, dropout = [], [], [], 0.0
         for layer in layers:

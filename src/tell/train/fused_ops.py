@@ -61,7 +61,7 @@ def joined(parts: Sequence[Tensor]) -> Tensor:
 
 
 class Projection(torch.autograd.Function):
-    """Linear layers over one input as one product: x W^T + b, plus s_i (dropout_i(x) A_i^T) B_i^T in each layer's columns.
+    """Linear layers over one input as one product: x W^T + b, plus s_i (dropout_i(x) A_i^T) B_i^T for each layer.
 
     Args:
         x: (..., K).

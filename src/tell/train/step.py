@@ -13,8 +13,8 @@ from torch import Tensor
 from tell.errors import TellError
 from tell.rows.table import RowTable
 from tell.train.attention import PackedPlan, install, use_plan
-from tell.train.fused import fuse_modules
 from tell.train.batches import Pack, TrainRow, pack, split_packs
+from tell.train.fused import fuse_modules
 from tell.train.loss import blocked_cross_entropy, position_weights
 
 
@@ -97,7 +97,7 @@ def _logit_scale(config: Any) -> float:
 
 
 def batch_total(rows: Sequence[TrainRow], normalization: str, task_weight: float) -> float:
-    """What a step's weighted sum is divided by: its rows' weights (``example``) or their trained tokens' (``token``)."""
+    """What a step's weighted sum is divided by: weights of its rows (``example``) or of their tokens (``token``)."""
     weights = [task_weight if row.task else 1.0 for row in rows]
     if normalization == "token":
         return sum(w * int(row.mask.sum()) for w, row in zip(weights, rows, strict=True))
