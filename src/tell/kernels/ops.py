@@ -79,10 +79,11 @@ class Kernels:
         group: int,
         scale: float,
     ) -> None:
-        """Rows of a block from x (T, heads * width), turned and scaled; out (heads / group, rows, group, longest, D)."""
+        """Rows of a block from x (T, heads * D), turned and scaled; out (heads / group, rows, group, longest, D)."""
         cosine, sine, rot = (0, 0, 0) if rope is None else (rope[0].data_ptr(), rope[1].data_ptr(), rope[0].shape[-1])
         self._pack(
-            x.data_ptr(), x.stride(0), cosine, sine, rot, out.data_ptr(), block.start.data_ptr(), block.length.data_ptr(),
+            x.data_ptr(), x.stride(0), cosine, sine, rot, out.data_ptr(),
+            block.start.data_ptr(), block.length.data_ptr(),
             block.rows, block.longest, heads, group, out.shape[-1], scale,
         )  # fmt: skip
 
