@@ -174,3 +174,23 @@ def test_product_of_layers_side_by_side(dtype):
     x = torch.randn(5, 48).to(dtype)
     got = Product(*((m.weight, m.bias) for m in layers))(x)
     torch.testing.assert_close(got, torch.cat([m(x) for m in layers], dim=1))
+
+
+@needs_kernels
+@given(
+    rows=st.integers(1, 70),
+    half=st.integers(1, 40),
+    outputs=st.integers(1, 150),
+    bias=st.booleans(),
+    seed=st.integers(),
+)
+@settings(max_examples=60, deadline=None)
+def test_packed_weight(rows, half, outputs, bias, seed):
+    generator = torch.Generator().manual_seed(seed % 2**32)
+    x, weight = (torch.randn(n, 2 * half, generator=generator).bfloat16() for n in (rows, outputs))
+    add = torch.randn(outputs, generator=generator).bfloat16() if bias else None
+    if not c.packs_weights(weight):
+        pytest.skip("this processor leaves products to the library")
+    exact = x.double() @ weight.double().t() + (0 if add is None else add.double())
+    got = c.PackedWeight(weight, add)(x)
+    torch.testing.assert_close(got.double(), exact, rtol=2**-8, atol=1e-4)

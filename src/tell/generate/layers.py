@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tell.kernels.decode import LANES, QUERIES
+from tell.kernels.decode import LANES, QUERIES, PackedWeight, packs_weights
 from tell.train.attention import PackedPlan, Rule
 
 FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3"})
@@ -166,18 +167,21 @@ class Product:
         if any(b is not None for b in biases):
             parts = [w.new_zeros(len(w)) if b is None else b.detach() for w, b in zip(weights, biases, strict=True)]
             self.bias = torch.cat(parts)
-        self.packed = packs(weight.dtype)
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, 128) if self.packed else weight
-        self._call = torch.ops.mkldnn._linear_pointwise.default if self.packed else nn.functional.linear
+        own = PackedWeight(weight, self.bias) if packs_weights(weight) else None
+        if own is not None:
+            self._call: Callable[[Tensor], Tensor] = own
+        elif packs(weight.dtype):
+            packed, linear = torch.ops.mkldnn._reorder_linear_weight(weight, 128), torch.ops.mkldnn._linear_pointwise
+            self._call = lambda x: linear.default(x, packed, self.bias, "none", [], "")
+        else:
+            self._call = lambda x: nn.functional.linear(x, weight, self.bias)
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self.packed:
-            return self._call(x, self.weight, self.bias, "none", [], "")
-        return self._call(x, self.weight, self.bias)
+        return self._call(x)
 
 
 def packs(dtype: torch.dtype) -> bool:
-    """Whether this processor multiplies packed weights of ``dtype`` faster than plain ones."""
+    """Whether the library multiplies packed weights of ``dtype`` faster than plain ones on this processor."""
     return (
         dtype == torch.bfloat16
         and torch.backends.mkldnn.is_available()

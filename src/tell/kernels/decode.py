@@ -100,6 +100,44 @@ class Kernels:
         return chosen
 
 
+class PackedWeight:
+    """A bf16 weight laid out for products of few rows; see ``decode_product.c``.
+
+    Args:
+        weight: (o, i) bf16, i even.
+        bias: (o,) or None.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        loaded = library()
+        assert loaded is not None, "packs_weights() is asked before"
+        self.outputs, self.inputs = weight.shape
+        panel = loaded.decode_product_panel()
+        weight = weight.contiguous()
+        self.packed = torch.empty(-(-self.outputs // panel) * panel * self.inputs, dtype=torch.bfloat16)
+        pack, self._product = loaded.decode_pack, loaded.decode_product
+        pack.argtypes, pack.restype = [_I64, _I64, _PTR, _PTR], None
+        self._product.argtypes, self._product.restype = [_I64, _I64, _I64, _PTR, _PTR, _PTR, _PTR], None
+        pack(self.outputs, self.inputs, weight.data_ptr(), self.packed.data_ptr())
+        self.bias = None if bias is None else bias.float().contiguous()
+        self._fixed = self.packed.data_ptr(), None if self.bias is None else self.bias.data_ptr()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(n, o) of contiguous x (n, i) bf16."""
+        y = torch.empty(len(x), self.outputs, dtype=torch.bfloat16)
+        self._product(len(x), self.inputs, self.outputs, x.data_ptr(), *self._fixed, y.data_ptr())
+        return y
+
+
+def packs_weights(weight: Tensor) -> bool:
+    """Whether ``PackedWeight`` takes this weight on this processor."""
+    loaded = library()
+    if loaded is None or weight.dtype != torch.bfloat16 or weight.shape[1] % 2:
+        return False
+    loaded.decode_product_panel.restype = _I64
+    return loaded.decode_product_panel() > 0
+
+
 @functools.cache
 def kernels(dtype: torch.dtype) -> Kernels | None:
     """The kernels for bf16 or fp32; None where they cannot be had."""
