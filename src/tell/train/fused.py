@@ -48,12 +48,13 @@ class Projections:
                 break
             at += base.weight.numel() * base.weight.element_size()
         if whole is None:  # at first, and after somebody has put other weights into the layers
-            whole = torch.cat([base.weight.data for base in bases])
-            for base, part in zip(bases, whole.split(widths), strict=True):
-                base.weight.data = part
+            with torch.inference_mode(False), torch.no_grad():  # they outlive a pass of the decoder
+                whole = torch.cat([base.weight.data for base in bases])
+                for base, part in zip(bases, whole.split(widths), strict=True):
+                    base.weight.data = part
+                biases = [base.bias for base in bases]
+                self.bias = None if biases[0] is None else torch.cat([bias.data for bias in biases])
             self.weight = whole
-            biases = [base.bias for base in bases]
-            self.bias = None if biases[0] is None else torch.cat([bias.data for bias in biases])
         return whole, self.bias, widths
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
