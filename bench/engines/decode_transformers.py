@@ -77,7 +77,7 @@ def _generate(
     out = model.generate(
         ids.to(model.device),
         attention_mask=mask.to(model.device),
-        max_new_tokens=max(limits),
+        max_new_tokens=max(prompts.limits[i] for i in rows),  # a static cache is as large in a forecast as in earnest
         do_sample=False,
         pad_token_id=0,
         stopping_criteria=StoppingCriteriaList([stop]),
