@@ -31,7 +31,7 @@ def random_rows(lengths, seed: int = 0) -> list[list[int]]:
 
 
 @needs_kernels
-@torch.inference_mode()
+@torch.no_grad()
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_states_of_both_ways(family, dtype, tiny_model, monkeypatch):
@@ -194,3 +194,10 @@ def test_packed_weight(rows, half, outputs, bias, seed):
     exact = x.double() @ weight.double().t() + (0 if add is None else add.double())
     got = c.PackedWeight(weight, add)(x)
     torch.testing.assert_close(got.double(), exact, rtol=2**-8, atol=1e-4)
+
+
+@needs_kernels
+def test_token_beyond_the_vocabulary(tiny_model):
+    for token in (100_000, -1):
+        with pytest.raises(IndexError):
+            Engine(load(tiny_model("llama"))).generate([[5, token]], Decoding(2, (), greedy=True))

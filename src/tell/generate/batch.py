@@ -187,6 +187,8 @@ class KernelBatch:
         d, k = self.description, self.kernels
         tokens, place = torch.tensor(ids, dtype=torch.int64), torch.tensor(at, dtype=torch.int32)
         n, h = len(ids), d.embedding.shape[1]
+        if not 0 <= int(tokens.min()) <= int(tokens.max()) < len(d.embedding):  # the kernel would read elsewhere
+            raise IndexError(f"token ids must lie in 0 to {len(d.embedding) - 1}")
         where = c.TokenArguments(slot.data_ptr(), place.data_ptr())
         by_reference = ctypes.byref(where)
         residual, x = (torch.empty(n, h, dtype=d.dtype) for _ in range(2))

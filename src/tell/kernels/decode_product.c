@@ -7,6 +7,7 @@
 #include "bits.h"
 #if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
 #include <immintrin.h>
+#include <omp.h>
 #define PANEL 64
 #define ROWS 6   /* x 4 vectors: 24 of the 32 registers hold sums */
 #define SHARE 48 /* rows of one job, so that a matrix of few panels feeds several threads */
@@ -29,12 +30,14 @@ void decode_pack(i64 outputs, i64 inputs, const bf16 *weight, bf16 *packed) {
 }
 
 static inline __attribute__((always_inline)) void tile(int rows, i64 inputs, const bf16 *x, const bf16 *w,
-                                                      const float *bias, bf16 *y, i64 outputs, i64 wide) {
+                                                      const float *bias, bf16 *y, i64 outputs, i64 wide,
+                                                      const char *ahead) {
   __m512 sum[ROWS][4];
   for (int i = 0; i < rows; i++)
     for (int b = 0; b < 4; b++) sum[i][b] = _mm512_setzero_ps();
   for (i64 k = 0; k < inputs; k += 2) {
     __m512bh v[4];
+    if (ahead) _mm_prefetch(ahead + k * PANEL * 2, _MM_HINT_T1);
     for (int b = 0; b < 4; b++) v[b] = (__m512bh)_mm512_loadu_si512(w + k * PANEL + b * 32);
     for (int i = 0; i < rows; i++) {
       __m512bh a = (__m512bh)_mm512_set1_epi32(*(const int32_t *)(x + i * inputs + k));
@@ -55,6 +58,7 @@ static inline __attribute__((always_inline)) void tile(int rows, i64 inputs, con
 /* y (n, outputs) = x (n, inputs) W^T + bias (outputs, fp32, or NULL); inputs even. */
 void decode_product(i64 n, i64 inputs, i64 outputs, const bf16 *x, const bf16 *packed, const float *bias, bf16 *y) {
   const i64 panels = (outputs + PANEL - 1) / PANEL, shares = (n + SHARE - 1) / SHARE;
+  const i64 threads = omp_get_max_threads();
   const i64 part = (n + shares - 1) / shares;
 #pragma omp parallel for schedule(dynamic, 1)
   for (i64 job = 0; job < panels * shares; job++) {
@@ -65,13 +69,16 @@ void decode_product(i64 n, i64 inputs, i64 outputs, const bf16 *x, const bf16 *p
     for (i64 r = from; r < to; r += ROWS) {
       const bf16 *a = x + r * inputs;
       bf16 *c = y + r * outputs + p * PANEL;
+      const i64 line = (r - from) / ROWS; /* each block of rows fetches a quarter of the panel likely to be next */
+      const bf16 *after = w + threads * PANEL * inputs + line * 32;
+      const char *next = line < 4 && p + threads < panels ? (const char *)after : NULL;
       switch (to - r) {
-        case 1: tile(1, inputs, a, w, add, c, outputs, wide); break;
-        case 2: tile(2, inputs, a, w, add, c, outputs, wide); break;
-        case 3: tile(3, inputs, a, w, add, c, outputs, wide); break;
-        case 4: tile(4, inputs, a, w, add, c, outputs, wide); break;
-        case 5: tile(5, inputs, a, w, add, c, outputs, wide); break;
-        default: tile(6, inputs, a, w, add, c, outputs, wide);
+        case 1: tile(1, inputs, a, w, add, c, outputs, wide, next); break;
+        case 2: tile(2, inputs, a, w, add, c, outputs, wide, next); break;
+        case 3: tile(3, inputs, a, w, add, c, outputs, wide, next); break;
+        case 4: tile(4, inputs, a, w, add, c, outputs, wide, next); break;
+        case 5: tile(5, inputs, a, w, add, c, outputs, wide, next); break;
+        default: tile(6, inputs, a, w, add, c, outputs, wide, next);
       }
     }
   }
