@@ -21,14 +21,21 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "rmsnorm_back": (_P, _N, _P, _N, _P, _P, _P, _N, _N, _N, _N, _F),
     "gated": (_P, _P, _N, _P, _N, _N, c_int),
     "gated_back": (_P, _P, _P, _N, _P, _P, _N, _N, _N, c_int),
-    "pack": (_P, _N, _P, _P, _N, _P, _P, _P, _N, _N, _N, _N, _N, _F),
-    "unpack": (_P, _N, _N, _N, _N, _N, _P, _P, _N, _P, _N, _P, _P, _F),
-    "softmax": (_P, _P, _N, _N, _N, _N),
-    "softmax_back": (_P, _P, _P, _P, _N, _N, _N),
+    "pack": (_P, _N, _P, _P, _N, _P, _P, _P, _N, _N, _N, _N, _N, _N, _F),
+    "unpack": (_P, _N, _N, _N, _N, _N, _N, _P, _P, _N, _P, _N, _P, _P, _F),
+    "gather_prefix": (_P, _N, _N, _N, _N, _N, _P),
+    "add_prefix": (_P, _N, _N, _N, _N, _P),
+    "softmax": (_P, _N, _N, _N, _N, _N),
+    "softmax_back": (_P, _P, _N, _N, _N, _N),
     "cross_entropy": (_P, _P, _P, _P, _N, _N),
     "dropout": (_P, _P, _N, c_uint32, c_uint32, _F, c_int),
 }
+Rope = tuple[Tensor, Tensor] | None  # cos and sin, (T, rot) each
 _SUFFIX = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+
+
+def _pointers(rope: Rope) -> tuple[int, int, int]:
+    return (0, 0, 0) if rope is None else (rope[0].data_ptr(), rope[1].data_ptr(), rope[0].shape[-1])
 
 
 class Kernels:
@@ -70,58 +77,48 @@ class Kernels:
         )  # fmt: skip
 
     def pack(
-        self,
-        x: Tensor,
-        rope: tuple[Tensor, Tensor] | None,
-        out: Tensor,
-        block: Any,
-        heads: int,
-        group: int,
-        scale: float,
+        self, x: Tensor, rope: Rope, out: Tensor, block: Any, heads: int, group: int = 1, prefix: int = 0, scale=1.0
     ) -> None:
-        """Rows of a block from x (T, heads * D), turned and scaled; out (heads / group, rows, group, longest, D)."""
-        cosine, sine, rot = (0, 0, 0) if rope is None else (rope[0].data_ptr(), rope[1].data_ptr(), rope[0].shape[-1])
+        """Rows of a block from x (T, heads * D), each behind the tokens 0 .. prefix, turned and scaled.
+
+        out: (heads / group, rows, group, L, D), L at least prefix + the longest row; zeros fill it up.
+        """
         self._pack(
-            x.data_ptr(), x.stride(0), cosine, sine, rot, out.data_ptr(),
-            block.start.data_ptr(), block.length.data_ptr(),
-            block.rows, block.longest, heads, group, out.shape[-1], scale,
+            x.data_ptr(), x.stride(0), *_pointers(rope), out.data_ptr(),
+            block.start.data_ptr(), block.length.data_ptr(), block.rows,
+            out.shape[-2] // group, prefix, heads, group, out.shape[-1], scale,
         )  # fmt: skip
 
     def unpack(
-        self,
-        x: Tensor,
-        rope: tuple[Tensor, Tensor] | None,
-        out: Tensor,
-        block: Any,
-        heads: int,
-        group: int,
-        scale: float,
+        self, x: Tensor, rope: Rope, out: Tensor, block: Any, heads: int, group: int = 1, prefix: int = 0, scale=1.0
     ) -> None:
-        """The way back from x (heads / group, rows, group, longest, D) to out (T, heads * D), turned back."""
-        cosine, sine, rot = (0, 0, 0) if rope is None else (rope[0].data_ptr(), rope[1].data_ptr(), rope[0].shape[-1])
+        """The rows' own tokens back from x (heads / group, rows, group, L, D) to out (T, heads * D), turned back."""
         self._unpack(
-            x.data_ptr(), block.rows, block.longest, heads, group, x.shape[-1], cosine, sine, rot,
+            x.data_ptr(), block.rows, x.shape[-2] // group, prefix, heads, group, x.shape[-1], *_pointers(rope),
             out.data_ptr(), out.stride(0), block.start.data_ptr(), block.length.data_ptr(), scale,
         )  # fmt: skip
 
-    def softmax(self, own: Tensor, ahead: Tensor | None, window: int | None) -> None:
-        """Causal softmax in place over own scores (N, M, L) and prefix scores (N, M, P); query m stands at m % L."""
-        length = own.shape[-1]
-        prefix = 0 if ahead is None else ahead.shape[-1]
+    def gather_prefix(self, x: Tensor, rows: int, total: Tensor) -> None:
+        """total (heads, P, D) fp32 += the first P positions of x (heads * rows, L, D), summed over the rows."""
+        heads, prefix, width = total.shape
+        self._gather_prefix(x.data_ptr(), rows, x.shape[1], prefix, heads, width, total.data_ptr())
+
+    def add_prefix(self, x: Tensor, total: Tensor) -> None:
+        """x (heads, L, D) += total (heads, P, D) fp32 at its first P positions."""
+        heads, prefix, width = total.shape
+        self._add_prefix(x.data_ptr(), x.shape[1], prefix, heads, width, total.data_ptr())
+
+    def softmax(self, scores: Tensor, longest: int, prefix: int, window: int | None) -> None:
+        """Softmax in place of scores (N, M, K), K a multiple of 16; query m stands at prefix + m % longest."""
+        keys = scores.shape[-1]
         self._softmax(
-            own.data_ptr(), 0 if ahead is None else ahead.data_ptr(), own.numel() // length, length, prefix,
-            window if window is not None else 1 << 40,
+            scores.data_ptr(), scores.numel() // keys, longest, keys, prefix, window if window is not None else 1 << 30
         )  # fmt: skip
 
-    def softmax_back(self, own: Tensor, ahead: Tensor | None, d_own: Tensor, d_ahead: Tensor | None) -> None:
+    def softmax_back(self, probs: Tensor, grads: Tensor, longest: int, prefix: int) -> None:
         """Gradients of the scores, in place of those of the probabilities."""
-        length = own.shape[-1]
-        pointer, d_pointer, prefix = 0, 0, 0
-        if ahead is not None and d_ahead is not None:
-            pointer, d_pointer, prefix = ahead.data_ptr(), d_ahead.data_ptr(), ahead.shape[-1]
-        self._softmax_back(
-            own.data_ptr(), pointer, d_own.data_ptr(), d_pointer, own.numel() // length, length, prefix
-        )  # fmt: skip
+        keys = probs.shape[-1]
+        self._softmax_back(probs.data_ptr(), grads.data_ptr(), probs.numel() // keys, longest, keys, prefix)
 
     def cross_entropy(self, logits: Tensor, targets: Tensor, weights: Tensor | None, nll: Tensor) -> None:
         """nll (n,) fp32; logits (n, V) become weights * (softmax - onehot) where weights (n,) fp32 are given."""

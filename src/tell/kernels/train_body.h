@@ -96,50 +96,50 @@ void N(gated_back)(const T *dh, const T *g, const T *u, i64 stride, T *dg, T *du
 }
 #undef BACK
 
-/* Rows of a block from tokens: out[kv][row][group][i] = scale * rope(x[start[row] + i][head]); behind a row's
-   length lie zeros. x: tokens x heads of width, x_stride apart; cos, sin: tokens x rot (null: no rotation);
-   out: (heads / group, rows, group, longest, width). */
+/* o = scale * rope(in) for one head of one token. */
+static inline void N(turn)(const T *in, T *o, const T *c, const T *s, i64 half, i64 width, float scale) {
+#pragma omp simd
+  for (i64 d = 0; d < half; d++) {
+    float a = LD(in[d]), b = LD(in[d + half]);
+    o[d] = ST((a * LD(c[d]) - b * LD(s[d])) * scale);
+    o[d + half] = ST((b * LD(c[d + half]) + a * LD(s[d + half])) * scale);
+  }
+#pragma omp simd
+  for (i64 d = 2 * half; d < width; d++) o[d] = ST(LD(in[d]) * scale);
+}
+
+/* Rows of a block from tokens x (heads of width, tokens x_stride apart), rotated by cos, sin (tokens x rot; null: not)
+   and scaled: out (heads / group, rows, group, longest, width). In front of every row stand the tokens 0 .. prefix,
+   behind its own length zeros; longest counts both. */
 void N(pack)(const T *x, i64 x_stride, const T *cosine, const T *sine, i64 rot, T *out, const i64 *start,
-             const i64 *length, i64 rows, i64 longest, i64 heads, i64 group, i64 width, float scale) {
-  i64 half = rot / 2;
+             const i64 *length, i64 rows, i64 longest, i64 prefix, i64 heads, i64 group, i64 width, float scale) {
 #pragma omp parallel for collapse(2) schedule(static)
   for (i64 h = 0; h < heads; h++)
     for (i64 r = 0; r < rows; r++) {
       T *block = out + ((((h / group) * rows + r) * group + h % group) * longest) * width;
-      i64 n = length[r];
+      i64 n = prefix + length[r];
       for (i64 i = 0; i < n; i++) {
-        i64 t = start[r] + i;
+        i64 t = i < prefix ? i : start[r] + i - prefix;
         const T *in = x + t * x_stride + h * width;
-        T *o = block + i * width;
-        if (cosine) {
-          const T *c = cosine + t * rot, *s = sine + t * rot;
-#pragma omp simd
-          for (i64 d = 0; d < half; d++) {
-            float a = LD(in[d]), b = LD(in[d + half]);
-            o[d] = ST((a * LD(c[d]) - b * LD(s[d])) * scale);
-            o[d + half] = ST((b * LD(c[d + half]) + a * LD(s[d + half])) * scale);
-          }
-#pragma omp simd
-          for (i64 d = 2 * half; d < width; d++) o[d] = ST(LD(in[d]) * scale);
-        } else if (scale == 1.0f) {
-          memcpy(o, in, width * sizeof(T));
-        } else {
-#pragma omp simd
-          for (i64 d = 0; d < width; d++) o[d] = ST(LD(in[d]) * scale);
-        }
+        if (cosine)
+          N(turn)(in, block + i * width, cosine + t * rot, sine + t * rot, rot / 2, width, scale);
+        else if (scale == 1.0f)
+          memcpy(block + i * width, in, width * sizeof(T));
+        else
+          N(turn)(in, block + i * width, 0, 0, 0, width, scale);
       }
       memset(block + n * width, 0, (longest - n) * width * sizeof(T));
     }
 }
 
-/* The way back: tokens from the rows of a block, with the transposed rotation. */
-void N(unpack)(const T *in, i64 rows, i64 longest, i64 heads, i64 group, i64 width, const T *cosine, const T *sine,
-               i64 rot, T *x, i64 x_stride, const i64 *start, const i64 *length, float scale) {
+/* The way back, for the rows' own tokens: x from in (heads / group, rows, group, longest, width), rotation transposed. */
+void N(unpack)(const T *in, i64 rows, i64 longest, i64 prefix, i64 heads, i64 group, i64 width, const T *cosine,
+               const T *sine, i64 rot, T *x, i64 x_stride, const i64 *start, const i64 *length, float scale) {
   i64 half = rot / 2;
 #pragma omp parallel for collapse(2) schedule(static)
   for (i64 r = 0; r < rows; r++)
     for (i64 h = 0; h < heads; h++) {
-      const T *block = in + ((((h / group) * rows + r) * group + h % group) * longest) * width;
+      const T *block = in + ((((h / group) * rows + r) * group + h % group) * longest + prefix) * width;
       for (i64 i = 0; i < length[r]; i++) {
         i64 t = start[r] + i;
         const T *o = block + i * width;
@@ -164,73 +164,85 @@ void N(unpack)(const T *in, i64 rows, i64 longest, i64 heads, i64 group, i64 wid
     }
 }
 
-/* softmax over [prefix scores, own scores], causal and windowed, in place.
-   own: queries x longest, query m stands at position m % longest of its row; ahead: queries x prefix or null.
-   Position i sees own keys max(0, i - window + 1) .. i and prefix keys from i + prefix - window + 1 on. */
-void N(softmax)(T *own, T *ahead, i64 queries, i64 longest, i64 prefix, i64 window) {
+/* sum (heads, prefix, width) += what the rows' copies of the prefix gathered in `in` (heads, rows, longest, width). */
+void N(gather_prefix)(const T *in, i64 rows, i64 longest, i64 prefix, i64 heads, i64 width, float *sum) {
+#pragma omp parallel for schedule(static)
+  for (i64 c = 0; c < heads * prefix; c++) {
+    i64 h = c / prefix, i = c % prefix;
+    float *out = sum + c * width;
+    for (i64 r = 0; r < rows; r++) {
+      const T *x = in + ((h * rows + r) * longest + i) * width;
+#pragma omp simd
+      for (i64 d = 0; d < width; d++) out[d] += LD(x[d]);
+    }
+  }
+}
+
+/* x (heads, longest, width) += sum (heads, prefix, width) in its first `prefix` positions. */
+void N(add_prefix)(T *x, i64 longest, i64 prefix, i64 heads, i64 width, const float *sum) {
+  for (i64 h = 0; h < heads; h++) {
+    T *out = x + h * longest * width;
+    const float *in = sum + h * prefix * width;
+#pragma omp simd
+    for (i64 d = 0; d < prefix * width; d++) out[d] = ST(LD(out[d]) + in[d]);
+  }
+}
+
+#define VECTOR 16 /* loops over keys run in whole vectors; what lies outside the sight is masked */
+
+/* Softmax in place, causal and windowed. scores: queries x keys, keys a multiple of 16; query m stands at position
+   m % longest of its row and sees `prefix` keys in front of it, its row up to itself, `window` keys at most. */
+void N(softmax)(T *scores, i64 queries, i64 longest, i64 keys, i64 prefix, i64 window) {
 #pragma omp parallel
   {
-    float *e = malloc((longest + prefix) * sizeof(float));
+    float *e = aligned_alloc(64, keys * sizeof(float));
 #pragma omp for schedule(static)
     for (i64 m = 0; m < queries; m++) {
-      i64 at = m % longest;
-      i64 from = at + 1 > window ? at + 1 - window : 0;         /* own keys in sight: from .. at */
-      i64 pfrom = at + prefix + 1 > window ? at + prefix + 1 - window : 0; /* prefix keys in sight: pfrom .. */
-      if (pfrom > prefix) pfrom = prefix;
-      T *p = own + m * longest, *q = ahead ? ahead + m * prefix : 0;
-      float *f = e + longest, top = -INFINITY, sum = 0;
+      int end = (int)(prefix + m % longest + 1);
+      if (end > keys) end = (int)keys;
+      int from = end > window ? end - (int)window : 0;
+      int first = from / VECTOR * VECTOR, last = (end + VECTOR - 1) / VECTOR * VECTOR;
+      T *p = scores + m * keys;
+      float top = -INFINITY, sum = 0;
 #pragma omp simd reduction(max : top)
-      for (i64 j = from; j <= at; j++) {
-        e[j] = LD(p[j]);
-        top = e[j] > top ? e[j] : top;
-      }
-#pragma omp simd reduction(max : top)
-      for (i64 j = pfrom; j < prefix; j++) {
-        f[j] = LD(q[j]);
-        top = f[j] > top ? f[j] : top;
+      for (int j = first; j < last; j++) {
+        float v = j >= from && j < end ? LD(p[j]) : -INFINITY;
+        e[j] = v;
+        top = v > top ? v : top;
       }
 #pragma omp simd reduction(+ : sum)
-      for (i64 j = from; j <= at; j++) {
-        e[j] = fast_exp(e[j] - top);
-        sum += e[j];
+      for (int j = first; j < last; j++) {
+        float v = j >= from && j < end ? fast_exp(e[j] - top) : 0.0f;
+        e[j] = v;
+        sum += v;
       }
-#pragma omp simd reduction(+ : sum)
-      for (i64 j = pfrom; j < prefix; j++) {
-        f[j] = fast_exp(f[j] - top);
-        sum += f[j];
-      }
-      float inv = 1.0f / sum;
-      memset(p, 0, from * sizeof(T));
+      float inverse = 1.0f / sum;
+      memset(p, 0, first * sizeof(T));
 #pragma omp simd
-      for (i64 j = from; j <= at; j++) p[j] = ST(e[j] * inv);
-      memset(p + at + 1, 0, (longest - at - 1) * sizeof(T));
-      if (prefix) memset(q, 0, pfrom * sizeof(T));
-#pragma omp simd
-      for (i64 j = pfrom; j < prefix; j++) q[j] = ST(f[j] * inv);
+      for (int j = first; j < last; j++) p[j] = ST(e[j] * inverse);
+      memset(p + last, 0, (keys - last) * sizeof(T));
     }
     free(e);
   }
 }
 
-/* ds = p (dp - sum(p dp)), over both pieces, into dp. */
-void N(softmax_back)(const T *own, const T *ahead, T *d_own, T *d_ahead, i64 queries, i64 longest, i64 prefix) {
+/* ds = p (dp - sum(p dp)) into dp; p is 0 out of sight. */
+void N(softmax_back)(const T *probs, T *grads, i64 queries, i64 longest, i64 keys, i64 prefix) {
 #pragma omp parallel for schedule(static)
   for (i64 m = 0; m < queries; m++) {
-    i64 n = m % longest + 1;
-    const T *p = own + m * longest, *q = ahead ? ahead + m * prefix : 0;
-    T *dp = d_own + m * longest, *dq = ahead ? d_ahead + m * prefix : 0;
+    int last = (int)((prefix + m % longest + VECTOR) / VECTOR * VECTOR);
+    if (last > keys) last = (int)keys;
+    const T *p = probs + m * keys;
+    T *d = grads + m * keys;
     float dot = 0;
 #pragma omp simd reduction(+ : dot)
-    for (i64 j = 0; j < n; j++) dot += LD(p[j]) * LD(dp[j]);
-#pragma omp simd reduction(+ : dot)
-    for (i64 j = 0; j < prefix; j++) dot += LD(q[j]) * LD(dq[j]);
+    for (int j = 0; j < last; j++) dot += LD(p[j]) * LD(d[j]);
 #pragma omp simd
-    for (i64 j = 0; j < n; j++) dp[j] = ST(LD(p[j]) * (LD(dp[j]) - dot));
-    memset(dp + n, 0, (longest - n) * sizeof(T));
-#pragma omp simd
-    for (i64 j = 0; j < prefix; j++) dq[j] = ST(LD(q[j]) * (LD(dq[j]) - dot));
+    for (int j = 0; j < last; j++) d[j] = ST(LD(p[j]) * (LD(d[j]) - dot));
+    memset(d + last, 0, (keys - last) * sizeof(T));
   }
 }
+#undef VECTOR
 
 /* nll of each row and, in place of its logits, weight * (softmax - onehot), or nothing where weight is null. */
 void N(cross_entropy)(T *logits, const i64 *target, const float *weight, float *nll, i64 rows, i64 vocabulary) {

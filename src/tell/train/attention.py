@@ -244,15 +244,15 @@ class PackedPlan:
         for rows in _group(lengths):
             sizes = [lengths[r] for r in rows]
             self._blocks.append(Block(len(rows), max(sizes), torch.from_numpy(starts[rows]), torch.tensor(sizes)))
+        first = torch.zeros(1, dtype=torch.long)
+        self._head = Block(1, prefix, first, torch.tensor([prefix])) if prefix else None
         self.blocks = [(block.rows, block.longest) for block in self._blocks]
         self._index: tuple[Tensor, Tensor, Tensor | None] | None = None
         self._masks: dict[tuple[int, int, int | None], Tensor] = {}
 
     def packed_blocks(self) -> list[Block]:
         """All blocks, the prefix first as a row of its own."""
-        if not self.prefix:
-            return self._blocks
-        return [Block(1, self.prefix, torch.zeros(1, dtype=torch.long), torch.tensor([self.prefix])), *self._blocks]
+        return [*([self._head] if self._head else []), *self._blocks]
 
     def _indices(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Packed token of each slot of the padded blocks, slot of each token, slots that hold no token."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tell.kernels.ops import Kernels, kernels_for
-from tell.train.attention import Block, PackedPlan
+from tell.train.attention import PackedPlan
 
 
 def _kernels(x: Tensor) -> Kernels:
@@ -209,28 +209,19 @@ class Attention(torch.autograd.Function):
         width, group = q.shape[1] // heads, heads // kv
         out = torch.empty(q.shape[0], heads * width, dtype=q.dtype)
         saved: list[Tensor] = []
-        kp = vp = None
         for number, block in enumerate(plan.packed_blocks()):
-            rows, longest = block.rows, block.longest
-            qb = q.new_empty(kv * rows, group * longest, width)
-            kb, vb = (q.new_empty(kv * rows, longest, width) for _ in range(2))
-            kernels.pack(q, rope, qb, block, heads, group, scaling)
-            kernels.pack(k, rope, kb, block, kv, 1, 1.0)
-            kernels.pack(v, None, vb, block, kv, 1, 1.0)
+            prefix = plan.prefix if number else 0  # the prefix, where there is one, is the first block
+            longest, keys = _rounded(block.longest), _rounded(prefix + block.longest)
+            qb = q.new_empty(kv * block.rows, group * longest, width)
+            kb, vb = (q.new_empty(kv * block.rows, keys, width) for _ in range(2))
+            kernels.pack(q, rope, qb, block, heads=heads, group=group, scale=scaling)
+            kernels.pack(k, rope, kb, block, heads=kv, prefix=prefix, scale=1.0)
+            kernels.pack(v, None, vb, block, heads=kv, prefix=prefix, scale=1.0)
             probs = torch.bmm(qb, kb.transpose(1, 2))
-            ahead = None
-            if kp is not None and vp is not None:
-                ahead = torch.bmm(qb.view(kv, -1, width), kp.transpose(1, 2))
-            kernels.softmax(probs, ahead, window)
-            if ahead is not None:
-                ob = torch.bmm(ahead, vp).view(qb.shape).baddbmm_(probs, vb)
-                saved += [qb, kb, vb, probs, ahead]
-            else:
-                ob = torch.bmm(probs, vb)
-                saved += [qb, kb, vb, probs]
-            kernels.unpack(ob, None, out, block, heads, group, 1.0)
-            if plan.prefix and number == 0:
-                kp, vp = kb, vb  # (Hk, P, D)
+            kernels.softmax(probs, longest, prefix, window)
+            ob = torch.bmm(probs, vb)
+            kernels.unpack(ob, None, out, block, heads=heads, group=group, scale=1.0)
+            saved += [qb, kb, vb, probs]
         ctx.save_for_backward(cosine, sine, *saved)
         ctx.plan, ctx.facts = plan, (heads, kv, scaling)
         return out
@@ -244,38 +235,29 @@ class Attention(torch.autograd.Function):
         group, width = heads // kv, grad.shape[1] // heads
         both = grad.new_empty(grad.shape[0], (heads + 2 * kv) * width)
         gq, gk, gv = both.split([heads * width, kv * width, kv * width], dim=1)
-        blocks = plan.packed_blocks()
-        pieces: list[tuple[Block, list[Tensor]]] = []
-        for number, block in enumerate(blocks):
-            count = 5 if plan.prefix and number else 4
-            pieces.append((block, saved[:count]))
-            saved = saved[count:]
-        kp = vp = dkp = dvp = None
-        if plan.prefix and len(pieces) > 1:
-            kp, vp = pieces[0][1][1:3]
-            dkp, dvp = torch.zeros_like(kp), torch.zeros_like(vp)
-        for block, (qb, kb, vb, probs, *rest) in reversed(pieces):  # the prefix last: its keys gather from all rows
+        totals = [torch.zeros(kv, plan.prefix, width) for _ in range(2)]  # of the prefix's keys and values
+        for number, block in reversed(list(enumerate(plan.packed_blocks()))):  # the prefix last: it gathers from all
+            qb, kb, vb, probs = saved[4 * number : 4 * number + 4]
+            prefix = plan.prefix if number else 0
+            longest = _rounded(block.longest)
             go = torch.empty_like(qb)
-            kernels.pack(grad, None, go, block, heads, group, 1.0)
+            kernels.pack(grad, None, go, block, heads=heads, group=group, scale=1.0)
             dv = torch.bmm(probs.transpose(1, 2), go)
-            d_own = torch.bmm(go, vb.transpose(1, 2))
-            ahead = d_ahead = None
-            if rest and vp is not None:
-                ahead = rest[0]
-                flat = go.view(kv, -1, width)
-                dvp.baddbmm_(ahead.transpose(1, 2), flat)
-                d_ahead = torch.bmm(flat, vp.transpose(1, 2))
-            kernels.softmax_back(probs, ahead, d_own, d_ahead)
-            if d_ahead is not None and kp is not None:
-                dq = torch.bmm(d_ahead, kp).view(qb.shape).baddbmm_(d_own, kb)
-                dkp.baddbmm_(d_ahead.transpose(1, 2), qb.view(kv, -1, width))
-                dk = torch.bmm(d_own.transpose(1, 2), qb)
-            else:
-                dq = torch.bmm(d_own, kb)
-                dk = torch.bmm(d_own.transpose(1, 2), qb)
-                if dkp is not None:
-                    dk, dv = dk.add_(dkp), dv.add_(dvp)
-            kernels.unpack(dq, rope, gq, block, heads, group, scaling)
-            kernels.unpack(dk, rope, gk, block, kv, 1, 1.0)
-            kernels.unpack(dv, None, gv, block, kv, 1, 1.0)
+            ds = torch.bmm(go, vb.transpose(1, 2))
+            kernels.softmax_back(probs, ds, longest, prefix)
+            dq = torch.bmm(ds, kb)
+            dk = torch.bmm(ds.transpose(1, 2), qb)
+            for x, total in zip((dk, dv), totals, strict=True):
+                if prefix:
+                    kernels.gather_prefix(x, block.rows, total)
+                elif plan.prefix:
+                    kernels.add_prefix(x, total)
+            kernels.unpack(dq, rope, gq, block, heads=heads, group=group, scale=scaling)
+            kernels.unpack(dk, rope, gk, block, heads=kv, prefix=prefix, scale=1.0)
+            kernels.unpack(dv, None, gv, block, heads=kv, prefix=prefix, scale=1.0)
         return gq, gk, gv, *[None] * 7
+
+
+def _rounded(n: int) -> int:
+    """Lengths in whole vectors, which the kernels count on and products run faster with."""
+    return -(-n // 16) * 16
