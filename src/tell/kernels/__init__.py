@@ -1,5 +1,5 @@
 """Compiled kernels for training and decoding on a processor; see ``library``."""
 
-from tell.kernels.library import library, reason
+from tell.kernels.library import keep_memory, library, reason
 
-__all__ = ["library", "reason"]
+__all__ = ["keep_memory", "library", "reason"]

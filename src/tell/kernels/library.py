@@ -133,3 +133,11 @@ def _open(path: Path) -> ctypes.CDLL:
         return ctypes.CDLL(str(path))
     except OSError as error:
         raise Unavailable(f"cannot be loaded: {error}") from None
+
+
+def keep_memory() -> None:
+    """Let glibc keep freed blocks of up to 32 MB instead of giving their pages back and faulting them in anew."""
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, at its upper bound
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD

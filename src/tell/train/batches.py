@@ -82,13 +82,16 @@ def split_packs(rows: Sequence[TrainRow], micro_tokens: int, *, share_prefix: bo
     groups: list[list[TrainRow]] = []
     for part in parts:
         prefix = _shared(part, share_prefix)
+        total = sum(len(row.ids) - prefix for row in part)
+        passes = -(-total // max(1, micro_tokens - prefix))
+        limit = -(-total // passes)  # even passes: as many as needed, none larger than it must be
         group: list[TrainRow] = []
-        used = prefix
+        used = 0
         for row in sorted(part, key=lambda r: -len(r.ids)):
             cost = len(row.ids) - prefix
-            if group and used + cost > micro_tokens:
+            if group and (prefix + used + cost > micro_tokens or used >= limit):
                 groups.append(group)
-                group, used = [], prefix
+                group, used = [], 0
             group.append(row)
             used += cost
         groups.append(group)

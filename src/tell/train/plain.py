@@ -52,7 +52,7 @@ def plain_step_loss(
     *,
     normalization: str,
     task_weight: float = 1.0,
-    micro_tokens: int = 4096,
+    micro_tokens: int = 2048,
     backward: bool = True,
     device: torch.device | str = "cpu",
     between: Callable[[], None] | None = None,

@@ -23,6 +23,7 @@ import torch
 
 from tell.config import TrainConfig, learning_rate_for
 from tell.errors import Diverged, Interrupted
+from tell.kernels import keep_memory
 from tell.mix.mixture import Mixture
 from tell.rows.table import RowTable
 from tell.train.attention import current_plan
@@ -158,6 +159,8 @@ class Trainer:
         config = self.config
         was_training = self.base.training
         fast = config.fast == "auto"
+        if fast:
+            keep_memory()
         peft_model = add_lora(self.base, config, seed=self.seed, fused=fast)
         noise = _add_noise(peft_model, config.neftune_alpha)
         parameters = {name: p for name, p in peft_model.named_parameters() if p.requires_grad}
