@@ -87,7 +87,7 @@ def _build() -> Path:
     digest = hashlib.sha256()
     for path in sorted(FOLDER.glob("*.[ch]")):
         digest.update(path.read_bytes())
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    version = _run([compiler, "--version"]).stdout
     for text in (*FLAGS, compiler, version, _processor(), platform.machine()):
         digest.update(text.encode())
     folder = tell_home() / "kernels"
@@ -102,34 +102,47 @@ def _build() -> Path:
             with tempfile.TemporaryDirectory(dir=folder) as scratch:
                 out = Path(scratch) / target.name
                 command = [compiler, *FLAGS, "-o", str(out), *map(str, sources), "-lm"]
-                done = subprocess.run(command, capture_output=True, text=True, check=False)
+                done = _run(command)
                 if done.returncode:
                     first = (done.stderr.strip().splitlines() or ["no message"])[0]
                     raise Unavailable(f"{Path(compiler).name} failed: {first}")
                 os.replace(out, target)
     except OSError as error:
         raise Unavailable(f"{folder} cannot be written: {error.strerror or error}") from None
+    except NotImplementedError:  # network file systems
+        raise Unavailable(f"{folder} cannot be locked") from None
     return target
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    except OSError as error:  # found, but no program
+        raise Unavailable(f"{command[0]} cannot be run: {error.strerror or error}") from None
+
+
+def _runtimes() -> set[str]:
+    """Files of the OpenMP runtimes in this process: torch's where there are several."""
+    try:
+        lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except OSError as error:
+        raise Unavailable(f"/proc/self/maps cannot be read: {error.strerror or error}") from None
+    files = {fields[5] for fields in (line.split(maxsplit=5) for line in lines) if len(fields) > 5}  # paths hold spaces
+    found = {file for file in files if Path(file).name.startswith(("libgomp", "libiomp5", "libomp"))}
+    return {file for file in found if "torch" in file} or found if len(found) > 1 else found
 
 
 def _open(path: Path) -> ctypes.CDLL:
     """Load the kernels against the OpenMP runtime that torch has loaded.
 
     Raises:
-        Unavailable: torch runs on an OpenMP runtime that lacks gcc's entry points.
+        Unavailable: torch runs on an OpenMP runtime that lacks gcc's entry points, or the system hides its name.
     """
     import torch  # noqa: F401  (loads its runtime)
 
-    runtimes = set()
-    for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines():
-        file = line.rsplit(" ", 1)[-1]
-        if Path(file).name.startswith(("libgomp", "libiomp5", "libomp")):
-            runtimes.add(file)
-    if len(runtimes) > 1:
-        runtimes = {file for file in runtimes if "torch" in file} or runtimes
-    for file in sorted(runtimes):
-        ctypes.CDLL(file, mode=ctypes.RTLD_GLOBAL)
     try:
+        for file in sorted(_runtimes()):
+            ctypes.CDLL(file, mode=ctypes.RTLD_GLOBAL)
         return ctypes.CDLL(str(path))
     except OSError as error:
         raise Unavailable(f"cannot be loaded: {error}") from None
