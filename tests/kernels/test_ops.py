@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tell.kernels.library import reason
 from tell.kernels.ops import GELU_TANH, SILU, kernels_for
 from tell.train.attention import PackedPlan
-from tell.train.fused_ops import Attention, Gated, Projection, RmsNorm, joined
+from tell.train.fused_ops import Attention, Gated, GatedProjection, Projection, RmsNorm, Stack, joined
 
 pytestmark = pytest.mark.skipif(kernels_for(torch.zeros(1)) is None, reason=f"no kernels: {reason()}")
 DTYPES = [torch.float32, torch.bfloat16]
@@ -155,7 +155,7 @@ def test_projection_of_three_layers_two_adapted(dtype):
     a1, b1, a2, b2 = (
         leaf(*s, dtype=torch.float32, seed=i) for i, s in enumerate([(rank, 16), (12, rank), (rank, 16), (10, rank)])
     )
-    parts = Projection.apply(x, weight, bias, widths, scales, 0.0, a1, b1, a2, b2)
+    parts = Projection.apply(x, Stack(weight, bias, widths, scales, 0.0), a1, b1, a2, b2)
     assert [p.shape for p in parts] == [(2, 5, n) for n in widths]
     leaves = double(x, a1, b1, a2, b2)
     xd, a1d, b1d, a2d, b2d = leaves
@@ -168,6 +168,23 @@ def test_projection_of_three_layers_two_adapted(dtype):
     assert all(g.dtype == torch.float32 for g in got[1:])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_gated_projection_equals_its_parts(dtype, dropout):
+    """Recomputing the gated product on the way back changes nothing, dropout's mask included."""
+    g, u = leaf(9, 24, dtype=dtype), leaf(9, 24, dtype=dtype, seed=1)
+    weight = leaf(10, 24, dtype=dtype, seed=2).detach()
+    a, b = leaf(3, 24, dtype=torch.float32, seed=3), leaf(10, 3, dtype=torch.float32, seed=4)
+    stack = Stack(weight, None, (10,), (2.0,), dropout)
+    torch.manual_seed(5)
+    whole = GatedProjection.apply(g, u, SILU, stack, a, b)
+    torch.manual_seed(5)
+    (parts,) = Projection.apply(Gated.apply(g, u, SILU), stack, a, b)
+    assert torch.equal(whole, parts)
+    for actual, wanted in zip(gradients(whole, [g, u, a, b]), gradients(parts, [g, u, a, b]), strict=True):
+        close(actual, wanted)
+
+
 def test_projection_draws_a_mask_for_each_layer_and_keeps_it_for_the_way_back():
     torch.manual_seed(0)
     x = torch.ones(400, 8, requires_grad=True)
@@ -175,8 +192,9 @@ def test_projection_draws_a_mask_for_each_layer_and_keeps_it_for_the_way_back():
     a, b = (torch.eye(8).requires_grad_() for _ in range(2))
     c, d = (torch.eye(8).requires_grad_() for _ in range(2))
     first, second = Projection.apply(
-        x, weight, None, (8, 8), (1.0, 1.0), 0.25, a, b, c, d
+        x, Stack(weight, None, (8, 8), (1.0, 1.0), 0.25), a, b, c, d
     )  # each output shows its mask
+    # each output shows its mask
     assert first.unique().tolist() == pytest.approx([0.0, 1 / 0.75])
     assert not torch.equal(first, second)
     (gx,) = torch.autograd.grad(first.sum() + 10 * second.sum(), [x])

@@ -70,7 +70,7 @@ class Kernels:
         self._gated(g.data_ptr(), u.data_ptr(), g.stride(0), h.data_ptr(), g.shape[0], g.shape[1], kind)
 
     def gated_back(self, dh: Tensor, g: Tensor, u: Tensor, dg: Tensor, du: Tensor, kind: int) -> None:
-        """Gradients of ``gated``; dg and du equally strided, dh contiguous."""
+        """Gradients of ``gated``; dg and du equally strided, dh contiguous; dh becomes act(g) u."""
         self._gated_back(
             dh.data_ptr(), g.data_ptr(), u.data_ptr(), g.stride(0), dg.data_ptr(), du.data_ptr(),
             dg.stride(0), g.shape[0], g.shape[1], kind,

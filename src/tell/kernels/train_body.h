@@ -76,14 +76,16 @@ void N(gated)(const T *g, const T *u, i64 stride, T *h, i64 tokens, i64 width, i
     float up = LD(b[i]);                                            \
     oa[i] = ST(d * up * slope);                                     \
     ob[i] = ST(d * act);                                            \
+    e[i] = ST(act * up);                                            \
   }
 
-/* dg, du (rows `out_stride` apart) from dh. */
-void N(gated_back)(const T *dh, const T *g, const T *u, i64 stride, T *dg, T *du, i64 out_stride, i64 tokens,
+/* dg, du (rows `out_stride` apart) from dh, which becomes h again. */
+void N(gated_back)(T *dh, const T *g, const T *u, i64 stride, T *dg, T *du, i64 out_stride, i64 tokens,
                    i64 width, int kind) {
 #pragma omp parallel for schedule(static)
   for (i64 t = 0; t < tokens; t++) {
-    const T *e = dh + t * width, *a = g + t * stride, *b = u + t * stride;
+    const T *a = g + t * stride, *b = u + t * stride;
+    T *e = dh + t * width;
     T *oa = dg + t * out_stride, *ob = du + t * out_stride;
     if (kind == 0) {
 #pragma omp simd

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from tell.kernels.ops import GELU_TANH, SILU, kernels_for
 from tell.train.attention import PackedPlan, Rule, current_plan, use_plan
-from tell.train.fused_ops import Attention, Gated, Projection, RmsNorm
+from tell.train.cuda import Forwards, liger_forwards
+from tell.train.fused_ops import Attention, Gated, GatedProjection, Projection, RmsNorm, Stack
 
 TOLERANCE = 1e-3  # of the largest value, in fp32
 
@@ -57,21 +58,33 @@ class Projections:
             self.weight = whole
         return whole, self.bias, widths
 
-    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Outputs of the layers, each (..., N_i); each by its own forward where one is out of the ordinary."""
-        layers = self.layers()
+    def stack(self) -> tuple[Stack, list[Tensor]] | None:
+        """The layers' frozen part and their adapters; None where one of them is out of the ordinary."""
         bases, adapters, scales, dropout = [], [], [], 0.0
-        for layer in layers:
+        for layer in self.layers():
             base, pair, scale, rate = _lora_parts(layer)
             if base is None:
-                return tuple(layer(x) for layer in layers)
+                return None
             bases.append(base)
             scales.append(scale)
             if pair is not None:
                 adapters += pair
                 dropout = rate
-        weight, bias, widths = self._weights(bases)
-        return Projection.apply(x, weight, bias, widths, tuple(scales), dropout, *adapters)
+        return Stack(*self._weights(bases), tuple(scales), dropout), adapters
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Outputs of the layers, each (..., N_i); each by its own forward where one is out of the ordinary."""
+        found = self.stack()
+        if found is None:
+            return tuple(layer(x) for layer in self.layers())
+        return Projection.apply(x, found[0], *found[1])
+
+    def gated(self, g: Tensor, u: Tensor, kind: int) -> Tensor:
+        """Output of the only layer over act(g) u."""
+        found = self.stack()
+        if found is None:
+            return self.layers()[0](Gated.apply(g, u, kind))
+        return GatedProjection.apply(g, u, kind, found[0], *found[1])
 
 
 def _lora_parts(layer: Any) -> tuple[nn.Linear | None, list[Tensor] | None, float | None, float]:
@@ -177,7 +190,7 @@ def _mlp_forward(module: Any, kind: int) -> Callable[[Tensor], Tensor]:
             return original(x)
         parts = inward(x)
         g, u = parts[0].chunk(2, dim=-1) if merged else parts
-        return outward(Gated.apply(g, u, kind))[0]
+        return outward.gated(g, u, kind)
 
     return forward
 
@@ -219,54 +232,60 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and bool((a - b).abs().max() <= TOLERANCE * b.abs().max())
 
 
+def forwards_for(weight: Tensor) -> Forwards | None:
+    """What to exchange modules for on the device and in the format of ``weight``; None: they stay as they are."""
+    if kernels_for(weight) is not None:
+        return Forwards(_norm_forward, _attention_forward, _mlp_forward)
+    return liger_forwards() if weight.device.type == "cuda" else None
+
+
 @torch.no_grad()
-def _offset_of(norm: nn.Module) -> float | None:
+def _offset_of(norm: nn.Module, forwards: Forwards) -> float | None:
     """0 or 1, whichever makes the kernel compute what the norm computes; None where neither does."""
     twin = _bare(norm)
-    x = torch.randn(4, twin.weight.shape[0])
-    twin.weight.data = torch.randn(twin.weight.shape)
+    x = torch.randn(4, twin.weight.shape[0]).to(twin.weight.device)
+    twin.weight.data = torch.randn(twin.weight.shape).to(x)
     for offset in (0.0, 1.0):
-        if _same(_norm_forward(twin, offset)(x), twin(x)):
+        if _same(forwards.norm(twin, offset)(x), twin(x)):
             return offset
     return None
 
 
 @torch.no_grad()
-def _activation_of(mlp: nn.Module) -> int | None:
+def _activation_of(mlp: nn.Module, forwards: Forwards) -> int | None:
     act = getattr(mlp, "act_fn", getattr(mlp, "activation_fn", None))
     if act is None:
         return None
-    twin, x = _bare(mlp), torch.randn(4, _lora_parts_width(mlp))
+    twin = _bare(mlp)
+    first = twin.gate_up_proj if hasattr(twin, "gate_up_proj") else twin.gate_proj
+    x = torch.randn(4, first.in_features).to(first.weight.device)
     for kind in (SILU, GELU_TANH):
-        if _same(_mlp_forward(twin, kind)(x), twin(x)):
+        if _same(forwards.mlp(twin, kind)(x), twin(x)):
             return kind
     return None
 
 
-def _lora_parts_width(mlp: Any) -> int:
-    layer = mlp.gate_up_proj if hasattr(mlp, "gate_up_proj") else mlp.gate_proj
-    return layer.in_features
-
-
 @torch.no_grad()
-def _attention_facts(module: nn.Module, rope: tuple[Tensor, Tensor]) -> tuple[float | None, bool] | None:
-    """The last arguments of ``_attention_forward``; None where none make it compute what the module computes."""
+def _attention_facts(
+    module: nn.Module, rope: tuple[Tensor, Tensor], forwards: Forwards
+) -> tuple[float | None, bool] | None:
+    """The last arguments of ``Forwards.attention``; None where none make it compute what the module computes."""
     offset = None
     if _has(module, "q_norm", "k_norm"):
         if not (_is_norm(module.q_norm) and module.q_norm.weight.shape[0] == module.head_dim):
             return None
-        offset = _offset_of(module.q_norm)
+        offset = _offset_of(module.q_norm, forwards)
         if offset is None:
             return None
     twin = _bare(module)
-    plan = PackedPlan([5, 4], prefix=3)
     first = twin.qkv_proj if hasattr(twin, "qkv_proj") else twin.q_proj
-    x = torch.randn(1, 12, first.in_features)
+    plan = PackedPlan([5, 4], prefix=3, device=first.weight.device)
+    x = torch.randn(1, 12, first.in_features).to(first.weight.device)
     rope = tuple(part[:, plan.positions()[0]].float() for part in rope)
     with use_plan(plan):
         expected, _ = twin(hidden_states=x, position_embeddings=rope, attention_mask=None)
         for turned in (True, False):
-            actual, _ = _attention_forward(twin, offset, turned)(x, rope)
+            actual, _ = forwards.attention(twin, offset, turned)(x, rope)
             if _same(actual, expected):
                 return offset, turned
     return None
@@ -290,24 +309,30 @@ class _Ropes:
             self.seen[module] = pair
 
 
-def fuse_modules(model: Any, device: torch.device | str = "cpu") -> dict[str, int]:
+@torch.inference_mode(False)
+def fuse_modules(model: Any, forwards: Forwards | None = None) -> dict[str, int]:
     """Exchange what can be exchanged in ``model``, a transformers causal model that attends through plans.
+
+    Args:
+        forwards: what to exchange for; None: what ``forwards_for`` finds.
 
     Returns:
         How many norms, attentions and MLPs compute through the kernels; empty where there are no kernels.
     """
     weight = model.get_output_embeddings().weight
-    if kernels_for(weight) is None:
+    forwards = forwards or forwards_for(weight)
+    if forwards is None:
         return {}
     if (counts := getattr(model, "_tell_fused", None)) is not None:
         return counts
     core = model.base_model
     ropes = _Ropes()
     hooks = [m.register_forward_pre_hook(ropes, with_kwargs=True) for m in core.modules() if _has(m, "o_proj")]
-    plan = PackedPlan([16])
+    plan = PackedPlan([16], device=weight.device)
+    ids = torch.arange(16, device=weight.device)[None] % weight.shape[0]
     try:
         with torch.no_grad(), use_plan(plan):
-            core(input_ids=torch.arange(16)[None] % weight.shape[0], position_ids=plan.positions(), use_cache=False)
+            core(input_ids=ids, position_ids=plan.positions(), use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
@@ -324,21 +349,21 @@ def fuse_modules(model: Any, device: torch.device | str = "cpu") -> dict[str, in
         if "forward" in module.__dict__:
             continue
         if _is_norm(module):
-            offset = once((type(module), module.weight.shape, _traits(module)), lambda m=module: _offset_of(m))
+            offset = once((type(module), module.weight.shape, _traits(module)), lambda m=module: _offset_of(m, forwards))
             if offset is not None:
-                module.forward = _norm_forward(module, offset)
+                module.forward = forwards.norm(module, offset)
                 counts["norm"] += 1
         elif _is_attention(module) and module in ropes.seen:
             rule = module._tell_rule
             key = (type(module), rule.scaling, rule.window, _traits(module))
-            facts = once(key, lambda m=module: _attention_facts(m, ropes.seen[m]))
+            facts = once(key, lambda m=module: _attention_facts(m, ropes.seen[m], forwards))
             if facts is not None:
-                module.forward = _attention_forward(module, *facts)
+                module.forward = forwards.attention(module, *facts)
                 counts["attention"] += 1
         elif _is_mlp(module):
-            kind = once((type(module), _traits(module)), lambda m=module: _activation_of(m))
+            kind = once((type(module), _traits(module)), lambda m=module: _activation_of(m, forwards))
             if kind is not None:
-                module.forward = _mlp_forward(module, kind)
+                module.forward = forwards.mlp(module, kind)
                 counts["mlp"] += 1
     torch.set_rng_state(state)
     model._tell_fused = counts

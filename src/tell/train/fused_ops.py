@@ -6,7 +6,8 @@ operations round after every pass. Frozen weights get no gradient.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -60,15 +61,105 @@ def joined(parts: Sequence[Tensor]) -> Tensor:
     return first.as_strided((first.shape[0], width), (width, 1))
 
 
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """Frozen weights of linear layers over one input, one below the other.
+
+    Attributes:
+        weight, bias: (N, K), (N,) or None.
+        widths: N_i of each layer.
+        scales: s_i of each layer's adapter; None where it has none.
+        dropout: rate on the adapters' inputs; every layer draws its own mask.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    widths: tuple[int, ...]
+    scales: tuple[float | None, ...]
+    dropout: float
+
+
+class _Lora:
+    """x W^T + b, plus (dropout_i(x) s_i A_i^T) B_i^T in the columns of each adapted layer, and its gradients."""
+
+    def __init__(self, stack: Stack, adapters: Sequence[Tensor], dtype: torch.dtype) -> None:
+        self.stack, self.seed = stack, 0
+        self.parts: list[tuple[slice, slice]] = []  # columns and ranks of each adapter
+        column, rank, scales = 0, 0, []
+        for width, scale in zip(stack.widths, stack.scales, strict=True):
+            if scale is not None:
+                r = adapters[2 * len(self.parts)].shape[0]
+                self.parts.append((slice(column, column + width), slice(rank, rank + r)))
+                scales += [scale] * r
+                rank += r
+            column += width
+        if not self.parts:
+            return
+        self.scale: Tensor | float = scales[0] if len(set(scales)) == 1 else torch.tensor(scales)[:, None]
+        a = adapters[0] if len(self.parts) == 1 else torch.cat(adapters[0::2])
+        self.a = (a * self.scale).to(dtype)  # (R, K)
+        if len(stack.widths) == 1:
+            self.b = adapters[1].to(dtype)  # (N, R), a block for each adapter
+        else:
+            self.b = torch.zeros(column, rank, dtype=dtype)
+            for (columns, ranks), matrix in zip(self.parts, adapters[1::2], strict=True):
+                self.b[columns, ranks] = matrix
+        if stack.dropout:
+            self.seed = int(torch.randint(2**31, ()))
+
+    def _dropped(self, x: Tensor) -> Iterator[tuple[int, slice, Tensor]]:
+        """Each adapter's number, ranks and input; the inputs share one buffer."""
+        kept = torch.empty_like(x)
+        for i, (_, ranks) in enumerate(self.parts):
+            _kernels(x).dropout(x, kept, self.stack.dropout, self.seed + i)
+            yield i, ranks, kept
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(T, N) outputs of x (T, K), and u (T, R), the adapters' inner states."""
+        y = torch.nn.functional.linear(x, self.stack.weight, self.stack.bias)
+        if not self.parts:
+            return y, None
+        if self.stack.dropout:
+            u = torch.empty(len(x), len(self.a), dtype=x.dtype)
+            for _, ranks, kept in self._dropped(x):
+                u[:, ranks] = kept @ self.a[ranks].t()
+        else:
+            u = x @ self.a.t()
+        return y.addmm_(u, self.b.t()), u
+
+    def input_gradient(self, gy: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(T, K) gradient of x, and that of u."""
+        gx = gy @ self.stack.weight
+        if not self.parts:
+            return gx, None
+        gu = gy @ self.b
+        if self.stack.dropout:
+            for i, (_, ranks) in enumerate(self.parts):
+                part = gu[:, ranks] @ self.a[ranks]
+                _kernels(gx).dropout(part, gx, self.stack.dropout, self.seed + i, add=True)
+        else:
+            gx.addmm_(gu, self.a)
+        return gx, gu
+
+    def adapter_gradients(self, x: Tensor, gy: Tensor, u: Tensor, gu: Tensor) -> list[Tensor]:
+        """Gradients of A_i and B_i in turn."""
+        if self.stack.dropout:
+            ga = torch.empty_like(self.a)
+            for _, ranks, kept in self._dropped(x):
+                torch.mm(gu[:, ranks].t(), kept, out=ga[ranks])
+        else:
+            ga = gu.t() @ x
+        ga = ga * self.scale  # in fp32 where the layers' scales differ
+        gb = gy.t() @ u
+        return [g for columns, ranks in self.parts for g in (ga[ranks], gb[columns, ranks])]
+
+
 class Projection(torch.autograd.Function):
-    """Linear layers over one input as one product: x W^T + b, plus s_i (dropout_i(x) A_i^T) B_i^T for each layer.
+    """Linear layers over one input as one product, with their adapters.
 
     Args:
         x: (..., K).
-        weight, bias: (N, K) and (N,) or None, frozen, of all layers, one below the other.
-        widths: N_i of each layer.
-        scales: s_i of each layer; None where it has no adapter.
-        dropout: rate on the adapters' inputs; every layer draws its own mask.
+        stack: the frozen part.
         adapters: A_i (r, K) and B_i (N_i, r) of each adapted layer, in turn.
 
     Returns:
@@ -76,79 +167,25 @@ class Projection(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        widths: tuple[int, ...],
-        scales: tuple[float | None, ...],
-        dropout: float,
-        *adapters: Tensor,
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, stack: Stack, *adapters: Tensor) -> tuple[Tensor, ...]:
         flat = x.reshape(-1, x.shape[-1])
-        y = torch.nn.functional.linear(flat, weight, bias)
-        ctx.parts, ctx.seed, ctx.dropout = (), 0, dropout
-        if adapters:
-            parts, column, rank = [], 0, 0  # (columns, ranks, scale) of each adapter
-            for width, scale in zip(widths, scales, strict=True):
-                if scale is not None:
-                    r = adapters[2 * len(parts)].shape[0]
-                    parts.append((slice(column, column + width), slice(rank, rank + r), scale))
-                    rank += r
-                column += width
-            a = torch.cat(adapters[0::2]).to(x.dtype)
-            if len(parts) == 1 and len(widths) == 1:
-                b = (adapters[1] * parts[0][2]).to(x.dtype)
-            else:
-                b = torch.zeros(column, rank, dtype=x.dtype)
-                for (columns, ranks, scale), matrix in zip(parts, adapters[1::2], strict=True):
-                    b[columns, ranks] = matrix * scale
-            if dropout:
-                ctx.seed = int(torch.randint(2**31, ()))
-                u = torch.empty(len(flat), rank, dtype=x.dtype)
-                kept = torch.empty_like(flat)
-                for i, (_, ranks, _) in enumerate(parts):
-                    _kernels(x).dropout(flat, kept, dropout, ctx.seed + i)
-                    u[:, ranks] = kept @ a[ranks].t()
-            else:
-                u = flat @ a.t()
-            y.addmm_(u, b.t())
-            ctx.parts = tuple(parts)
-            ctx.save_for_backward(flat, u, a, b, weight)
-        else:
-            ctx.save_for_backward(weight)
+        ctx.lora = _Lora(stack, adapters, x.dtype)
+        y, u = ctx.lora.forward(flat)
+        if u is not None:
+            ctx.save_for_backward(flat, u)
         ctx.shape = x.shape
-        return tuple(part.view(*x.shape[:-1], -1) for part in y.split(widths, dim=1))
+        return tuple(part.view(*x.shape[:-1], -1) for part in y.split(stack.widths, dim=1))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        lora: _Lora = ctx.lora
         gy = joined([grad.reshape(-1, grad.shape[-1]) for grad in grads])
-        if not ctx.parts:
-            (weight,) = ctx.saved_tensors
-            return ((gy @ weight).view(ctx.shape), *[None] * 5)
-        flat, u, a, b, weight = ctx.saved_tensors
-        gu = gy @ b
-        gx = gy @ weight if ctx.needs_input_grad[0] else None
-        gb = gy.t() @ u
-        if ctx.dropout:
-            ga = torch.empty_like(a)
-            kept = torch.empty_like(flat)
-            for i, (_, ranks, _) in enumerate(ctx.parts):
-                _kernels(flat).dropout(flat, kept, ctx.dropout, ctx.seed + i)
-                g = gu[:, ranks].contiguous()
-                torch.mm(g.t(), kept, out=ga[ranks])
-                if gx is not None:
-                    torch.mm(g, a[ranks], out=kept)
-                    _kernels(flat).dropout(kept, gx, ctx.dropout, ctx.seed + i, add=True)
-        else:
-            ga = gu.t() @ flat
-            if gx is not None:
-                gx.addmm_(gu, a)
+        gx, gu = lora.input_gradient(gy) if ctx.needs_input_grad[0] or not lora.parts else (None, gy @ lora.b)
         out: list[Tensor] = []
-        for columns, ranks, scale in ctx.parts:
-            out += [ga[ranks].float(), gb[columns, ranks].float() * scale]
-        return (None if gx is None else gx.view(ctx.shape), *[None] * 5, *out)
+        if gu is not None:
+            flat, u = ctx.saved_tensors
+            out = lora.adapter_gradients(flat, gy, u, gu)
+        return (None if gx is None else gx.view(ctx.shape), None, *out)
 
 
 class Gated(torch.autograd.Function):
@@ -157,9 +194,7 @@ class Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, g: Tensor, u: Tensor, kind: int) -> Tensor:
         shape = g.shape
-        g, u = (x if x.dim() == 2 else x.view(-1, x.shape[-1]) for x in (g, u))
-        if g.stride() != u.stride():
-            g, u = g.contiguous(), u.contiguous()
+        g, u = _flat_pair(g, u)
         h = torch.empty(g.shape, dtype=g.dtype)
         _kernels(g).gated(g, u, h, kind)
         ctx.save_for_backward(g, u)
@@ -169,11 +204,55 @@ class Gated(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         g, u = ctx.saved_tensors
-        rows, width = g.shape
-        both = torch.empty(rows, 2 * width, dtype=g.dtype)
-        dg, du = both[:, :width], both[:, width:]
-        _kernels(g).gated_back(grad.reshape(rows, width).contiguous(), g, u, dg, du, ctx.kind)
-        return dg.view(*ctx.shape[:-1], width), du.view(*ctx.shape[:-1], width), None
+        dh = grad.reshape(g.shape).clone(memory_format=torch.contiguous_format)
+        return *(x.view(ctx.shape) for x in _gated_back(dh, g, u, ctx.kind)), None
+
+
+def _flat_pair(g: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Both as (T, width), equally strided."""
+    g, u = (x if x.dim() == 2 else x.view(-1, x.shape[-1]) for x in (g, u))
+    return (g, u) if g.stride() == u.stride() else (g.contiguous(), u.contiguous())
+
+
+def _gated_back(dh: Tensor, g: Tensor, u: Tensor, kind: int) -> tuple[Tensor, Tensor]:
+    """dg and du, side by side in one buffer; dh becomes act(g) u."""
+    width = g.shape[1]
+    both = torch.empty(len(g), 2 * width, dtype=g.dtype)
+    dg, du = both[:, :width], both[:, width:]
+    _kernels(g).gated_back(dh, g, u, dg, du, kind)
+    return dg, du
+
+
+class GatedProjection(torch.autograd.Function):
+    """A linear layer with its adapter over act(g) u; that product is not kept but computed anew on the way back.
+
+    Args:
+        g, u: (..., K), equally strided.
+        kind: of the activation, ``SILU`` or ``GELU_TANH``.
+        stack: the frozen part, of one layer.
+        adapters: A (r, K) and B (N, r), or none.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, u: Tensor, kind: int, stack: Stack, *adapters: Tensor) -> Tensor:
+        shape = g.shape
+        g, u = _flat_pair(g, u)
+        h = torch.empty(g.shape, dtype=g.dtype)
+        _kernels(g).gated(g, u, h, kind)
+        ctx.lora = _Lora(stack, adapters, g.dtype)
+        y, inner = ctx.lora.forward(h)
+        ctx.save_for_backward(g, u, *([] if inner is None else [inner]))
+        ctx.kind, ctx.shape = kind, shape
+        return y.view(*shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        g, u, *inner = ctx.saved_tensors
+        gy = grad.reshape(len(g), -1)
+        gh, gu = ctx.lora.input_gradient(gy)
+        dg, du = _gated_back(gh, g, u, ctx.kind)  # gh is act(g) u now
+        out = ctx.lora.adapter_gradients(gh, gy, inner[0], gu) if gu is not None else []
+        return dg.view(ctx.shape), du.view(ctx.shape), None, None, *out
 
 
 class Attention(torch.autograd.Function):
