@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from tell.errors import TellError
+from tell.train.transfer import send
 
 NAME = "tell"
 GROUP_SLACK = 1.25  # a block of rows may hold this many times its real tokens
@@ -270,9 +271,9 @@ class PackedPlan:
                 slot += block.rows * block.longest
             empty = torch.cat(holes)
             self._index = (
-                torch.cat(index).to(self.device),
-                inverse.to(self.device),
-                empty.to(self.device) if len(empty) else None,
+                send(torch.cat(index), self.device),
+                send(inverse, self.device),
+                send(empty, self.device) if len(empty) else None,
             )
         return self._index
 
@@ -294,7 +295,7 @@ class PackedPlan:
     def positions(self) -> Tensor:
         """(1, T) position ids: each row counts on from the prefix."""
         rows = [torch.arange(self.prefix), *(torch.arange(self.prefix, self.prefix + n) for n in self.lengths)]
-        return torch.cat(rows)[None].to(self.device)
+        return send(torch.cat(rows)[None], self.device)
 
     def _hidden(self, length: int, prefix: int, window: int | None) -> Tensor:
         """(length, prefix + length) True where the key lies ahead of the query or outside the window."""

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from tell.train.attention import PackedPlan
+from tell.train.cuda import packed_plan
+from tell.train.transfer import send
 
 MIN_PREFIX = 8  # tokens; sharing less is not worth its bookkeeping
 
@@ -34,7 +36,8 @@ class Pack:
         predictors: (n,) index into T of the state that predicts each trained token.
         targets: (n,) the trained tokens.
         row: (n,) which row of this pack each trained token belongs to.
-        trained, source, task: (rows,) trained tokens, source index and task flag of each row.
+        trained, task: (rows,) trained tokens and task flag of each row.
+        source: (rows,) source index of each row, on the processor.
         real: tokens of the rows as given, before sharing.
     """
 
@@ -114,16 +117,16 @@ def pack(rows: Sequence[TrainRow], *, share_prefix: bool, device: torch.device |
         at += len(row.ids) - prefix
 
     def tensor(parts: list[np.ndarray]) -> Tensor:
-        return torch.from_numpy(np.concatenate(parts).astype(np.int64)).to(device)
+        return send(torch.from_numpy(np.concatenate(parts).astype(np.int64)), device)
 
     return Pack(
         ids=tensor(pieces),
-        plan=PackedPlan([len(row.ids) - prefix for row in rows], prefix=prefix, device=device),
+        plan=packed_plan([len(row.ids) - prefix for row in rows], prefix=prefix, device=device),
         predictors=tensor(predictors),
         targets=tensor(targets),
         row=tensor(owner),
-        trained=torch.tensor([int(row.mask.sum()) for row in rows], device=device),
-        source=torch.tensor([row.source for row in rows], device=device),
-        task=torch.tensor([row.task for row in rows], device=device),
+        trained=send(torch.tensor([int(row.mask.sum()) for row in rows]), device),
+        source=torch.tensor([row.source for row in rows]),
+        task=send(torch.tensor([row.task for row in rows]), device),
         real=sum(len(row.ids) for row in rows),
     )

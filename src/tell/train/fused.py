@@ -349,7 +349,9 @@ def fuse_modules(model: Any, forwards: Forwards | None = None) -> dict[str, int]
         if "forward" in module.__dict__:
             continue
         if _is_norm(module):
-            offset = once((type(module), module.weight.shape, _traits(module)), lambda m=module: _offset_of(m, forwards))
+            offset = once(
+                (type(module), module.weight.shape, _traits(module)), lambda m=module: _offset_of(m, forwards)
+            )
             if offset is not None:
                 module.forward = forwards.norm(module, offset)
                 counts["norm"] += 1

@@ -10,6 +10,12 @@ from torch import Tensor
 from tell.kernels.ops import kernels_for
 
 BLOCK = 256  # positions at a time: 256 x 49,152 fp32 logits are 50 MB
+GPU_LOGITS = 1 << 27  # at a time on a GPU, 512 MB in fp32: it needs larger products to be busy
+
+
+def block_size(device: torch.device, vocabulary: int) -> int:
+    """Positions whose logits are computed at a time."""
+    return max(BLOCK, GPU_LOGITS // vocabulary) if device.type == "cuda" else BLOCK
 
 
 class _BlockedCrossEntropy(torch.autograd.Function):
@@ -30,8 +36,9 @@ class _BlockedCrossEntropy(torch.autograd.Function):
         grad = torch.empty_like(hidden) if wanted else None
         kernels = kernels_for(hidden) if softcap is None else None
         weights = weights.float().contiguous()
-        for begin in range(0, len(targets), BLOCK):
-            span = slice(begin, begin + BLOCK)
+        block = block_size(hidden.device, len(head))
+        for begin in range(0, len(targets), block):
+            span = slice(begin, begin + block)
             logits = torch.nn.functional.linear(hidden[span], head, bias)
             if kernels is not None:
                 part = nll[span]

@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from tell.train.attention import restore, use_plan
 from tell.train.batches import TrainRow
 from tell.train.fused import unfuse_modules
 from tell.train.loss import position_weights
 from tell.train.step import StepLoss, batch_total
+from tell.train.transfer import send
 
 
 def padded_batches(rows: Sequence[TrainRow], micro_tokens: int) -> list[list[TrainRow]]:
@@ -56,6 +58,7 @@ def plain_step_loss(
     backward: bool = True,
     device: torch.device | str = "cpu",
     between: Callable[[], None] | None = None,
+    clip: Callable[[], Tensor] | None = None,
 ) -> StepLoss:
     """Loss of one step's rows as ``step.step_loss`` defines it, gradients accumulated over padded micro-batches.
 
@@ -67,9 +70,10 @@ def plain_step_loss(
         micro_tokens: tokens of one pass, padding included.
         backward: accumulate gradients.
         between: called after each pass.
+        clip: called after the last pass; gives the gradient's norm, a scalar on the device.
     """
-    total = torch.tensor(batch_total(rows, normalization, task_weight), dtype=torch.float32, device=device)
-    loss, means, sources, tokens = 0.0, [], [], 0
+    total = send(torch.tensor(batch_total(rows, normalization, task_weight), dtype=torch.float32), device)
+    parts, means, sources, tokens = [], [], [], 0
     for group in padded_batches(rows, micro_tokens):
         width = len(group[0].ids)
         ids = np.zeros((len(group), width), dtype=np.int64)
@@ -81,28 +85,28 @@ def plain_step_loss(
             trained[r, : len(row.ids)] = row.mask
         with use_plan(PaddedRows([len(row.ids) for row in group])):
             out = body.model(
-                input_ids=torch.from_numpy(ids).to(device),
-                attention_mask=torch.from_numpy(seen).to(device),
+                input_ids=send(torch.from_numpy(ids), device),
+                attention_mask=send(torch.from_numpy(seen), device),
                 use_cache=False,
             )
-        at, position = (torch.from_numpy(x).to(device) for x in np.nonzero(trained))
-        targets = torch.from_numpy(ids[trained]).to(device)
+        at, position = (send(torch.from_numpy(x), device) for x in np.nonzero(trained))
+        targets = send(torch.from_numpy(ids[trained]), device)
         nll = torch.nn.functional.cross_entropy(
             out.logits[at, position - 1].float(), targets, reduction="none"
         )  # the state before a token predicts it
-        counts = torch.tensor([int(row.mask.sum()) for row in group], device=device)
-        task = torch.tensor([row.task for row in group], device=device)
+        counts = send(torch.tensor([int(row.mask.sum()) for row in group]), device)
+        task = send(torch.tensor([row.task for row in group]), device)
         weight = position_weights(
             counts[at], task[at], normalization=normalization, task_weight=task_weight, total=total
         )
         part = (nll * weight).sum()
         if backward:
             part.backward()
-        loss += float(part.detach())
+        parts.append(part.detach())
         sums = torch.zeros(len(group), device=device).index_add_(0, at, nll.detach())
-        means.append((sums / counts).cpu().numpy())
+        means.append(sums / counts)
         sources.append(np.array([row.source for row in group]))
         tokens += sum(len(row.ids) for row in group)
         if between:
             between()
-    return StepLoss(loss, np.concatenate(means), np.concatenate(sources), tokens)
+    return StepLoss.fetch(parts, means, sources, tokens, clip() if clip else None)

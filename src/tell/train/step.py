@@ -16,6 +16,7 @@ from tell.train.attention import PackedPlan, install, use_plan
 from tell.train.batches import Pack, TrainRow, pack, split_packs
 from tell.train.fused import fuse_modules
 from tell.train.loss import blocked_cross_entropy, position_weights
+from tell.train.transfer import send
 
 
 @dataclass(slots=True)
@@ -27,12 +28,32 @@ class StepLoss:
         rows: (rows,) mean nll of each row in nats a token.
         source: (rows,) source index of each row.
         tokens: real tokens (shared prefixes counted in every row).
+        norm: of the gradient before clipping; None where nothing was clipped.
     """
 
     loss: float
     rows: np.ndarray
     source: np.ndarray
     tokens: int
+    norm: float | None = None
+
+    @classmethod
+    def fetch(
+        cls, parts: list[Tensor], means: list[Tensor], source: list[np.ndarray], tokens: int, norm: Tensor | None
+    ) -> StepLoss:
+        """From what the passes left on the device, in one transfer: a GPU is waited for once a step.
+
+        Args:
+            parts: scalars that sum to the loss.
+            means: (rows,) mean nll of each pass's rows.
+            source: (rows,) source indices of each pass's rows.
+            norm: scalar, or None.
+        """
+        tail = [] if norm is None else [norm.detach().float().reshape(1)]
+        values = torch.cat([torch.stack(parts).float(), *means, *tail]).cpu().numpy()
+        rows = values[len(parts) : len(values) - len(tail)]
+        loss = sum(values[: len(parts)].tolist())
+        return cls(loss, rows, np.concatenate(source), tokens, float(values[-1]) if tail else None)
 
 
 class Body:
@@ -52,10 +73,11 @@ class Body:
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
         self.logit_scale = _logit_scale(config)
         install(causal)
-        if not getattr(causal, "_tell_checked", False):
-            self._check(model)
-            causal._tell_checked = True
-        fuse_modules(causal)
+        with torch.inference_mode(False):  # what is tried and kept here serves training too
+            if not getattr(causal, "_tell_checked", False):
+                self._check(model)
+                causal._tell_checked = True
+            fuse_modules(causal)
 
     @torch.no_grad()
     def _check(self, model: Any) -> None:
@@ -121,6 +143,7 @@ def step_loss(
     backward: bool = True,
     device: torch.device | str = "cpu",
     between: Callable[[], None] | None = None,
+    clip: Callable[[], Tensor] | None = None,
 ) -> StepLoss:
     """Loss of one step's rows, gradients accumulated over packs.
 
@@ -135,9 +158,10 @@ def step_loss(
         share_prefix: compute the prefix that rows share once; only right without dropout and noise.
         backward: accumulate gradients.
         between: called after each pass.
+        clip: called after the last pass; gives the gradient's norm, a scalar on the device.
     """
-    normaliser = torch.tensor(batch_total(rows, normalization, task_weight), dtype=torch.float32, device=device)
-    loss, means, sources, tokens = 0.0, [], [], 0
+    normaliser = send(torch.tensor(batch_total(rows, normalization, task_weight), dtype=torch.float32), device)
+    parts, means, sources, tokens = [], [], [], 0
     for group in split_packs(rows, micro_tokens, share_prefix=share_prefix):
         batch = pack(group, share_prefix=share_prefix, device=device)
         states = body.states(batch)
@@ -151,13 +175,13 @@ def step_loss(
         part, nll = blocked_cross_entropy(states, body.head, batch.targets, weight, body.softcap, body.bias)
         if backward:
             part.backward()
-        loss += float(part.detach())
-        means.append(row_means(nll, batch).cpu().numpy())
-        sources.append(batch.source.cpu().numpy())
+        parts.append(part.detach())
+        means.append(row_means(nll, batch))
+        sources.append(batch.source.numpy())
         tokens += batch.real
         if between:
             between()
-    return StepLoss(loss, np.concatenate(means), np.concatenate(sources), tokens)
+    return StepLoss.fetch(parts, means, sources, tokens, clip() if clip else None)
 
 
 @torch.no_grad()
@@ -174,7 +198,8 @@ def row_losses(
     body = Body(model)
     chosen = list(range(len(table))) if indices is None else list(indices)
     order = sorted(chosen, key=lambda i: (int(table.tokens[i]), i))
-    at: dict[int, float] = {}
+    done: list[int] = []
+    means: list[Tensor] = []
     group: list[int] = []
     used = 0
 
@@ -184,7 +209,8 @@ def row_losses(
         batch = pack(rows, share_prefix=True, device=device)
         weight = torch.ones(len(batch.targets), device=device)
         _, nll = blocked_cross_entropy(body.states(batch), body.head, batch.targets, weight, body.softcap, body.bias)
-        at.update(zip(group, row_means(nll, batch).tolist(), strict=True))
+        done.extend(group)
+        means.append(row_means(nll, batch))
         if progress:
             progress(len(group))
         group.clear()
@@ -200,4 +226,5 @@ def row_losses(
     if group:
         flush()
     model.train(was_training)
+    at = dict(zip(done, torch.cat(means).tolist() if means else [], strict=True))
     return np.array([at[i] for i in chosen])

@@ -32,6 +32,9 @@ from tell.train.checkpoint import load_checkpoint, save_checkpoint
 from tell.train.lora import add_lora, remove_lora, save_adapter
 from tell.train.plain import PaddedRows, PlainBody, plain_step_loss
 from tell.train.step import Body, StepLoss, step_loss
+from tell.train.transfer import send
+
+Clip = Callable[[], torch.Tensor]  # clips the gradients and gives their norm before it
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +179,10 @@ class Trainer:
                     facts[key] for key in ("step", "tokens", "trained_tokens", "seconds")
                 )
             logger = _StepLog(self.log, keep=first)
+
+            def clip() -> torch.Tensor:
+                return torch.nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm or float("inf"))
+
             step_of = self._fast_step(Body(peft_model)) if fast else self._plain_step(PlainBody(peft_model))
             begin = time.monotonic() - seconds
             try:
@@ -185,8 +192,8 @@ class Trainer:
                         group["lr"] = rate
                     torch.manual_seed(self.seed * 1_000_003 + step)  # dropout repeats after a resume
                     rows = step_rows(self.mixture, self.tables, step, config.batch_size)
-                    out = step_of(rows)
-                    norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm or float("inf"))
+                    out = step_of(rows, clip)
+                    norm = out.norm or 0.0
                     if not math.isfinite(out.loss) or not math.isfinite(norm):
                         raise Diverged(
                             f"training diverged at step {step + 1} of {self.steps} (loss {out.loss:g})",
@@ -199,7 +206,7 @@ class Trainer:
                     trained += sum(int(row.mask.sum()) for row in rows)
                     seconds = time.monotonic() - begin
                     by_source = self._by_source(out)
-                    logger.write(step + 1, out, by_source, rate, tokens, seconds, float(norm))
+                    logger.write(step + 1, out, by_source, rate, tokens, seconds, norm)
                     if self.progress:
                         self.progress(
                             StepReport(step + 1, self.steps, out.loss, by_source, out.tokens, tokens, seconds)
@@ -225,11 +232,12 @@ class Trainer:
             remove_lora(peft_model).train(was_training)
         return TrainResult(self.steps, tokens, trained, seconds, config.learning_rate)
 
-    def _fast_step(self, body: Body) -> Callable[[list[TrainRow]], StepLoss]:
-        return lambda rows: step_loss(body, rows, share_prefix=self.share_prefix, **self._settings())
+    def _fast_step(self, body: Body) -> Callable[[list[TrainRow], Clip], StepLoss]:
+        settings = {"share_prefix": self.share_prefix, **self._settings()}
+        return lambda rows, clip: step_loss(body, rows, clip=clip, **settings)
 
-    def _plain_step(self, body: PlainBody) -> Callable[[list[TrainRow]], StepLoss]:
-        return lambda rows: plain_step_loss(body, rows, **self._settings())
+    def _plain_step(self, body: PlainBody) -> Callable[[list[TrainRow], Clip], StepLoss]:
+        return lambda rows, clip: plain_step_loss(body, rows, clip=clip, **self._settings())
 
     def _settings(self) -> dict[str, Any]:
         config = self.config
@@ -259,9 +267,9 @@ def _add_noise(model: Any, alpha: float) -> Any:
         plan = current_plan()  # L is each row's own length, whatever it is packed or padded with
         lengths = plan.lengths
         if isinstance(plan, PaddedRows):
-            size = alpha / (torch.tensor(lengths) * output.shape[-1]).sqrt().to(output)
+            size = send(alpha / (torch.tensor(lengths) * output.shape[-1]).sqrt(), output.device).to(output.dtype)
             return output + torch.empty_like(output).uniform_(-1, 1) * size[:, None, None]
-        tokens = torch.repeat_interleave(torch.tensor(lengths), torch.tensor(lengths)).to(output.device)
+        tokens = send(torch.repeat_interleave(torch.tensor(lengths), torch.tensor(lengths)), output.device)
         size = alpha / (tokens * output.shape[-1]).sqrt().to(output.dtype)
         return output + torch.empty_like(output).uniform_(-1, 1) * size[:, None]
 
