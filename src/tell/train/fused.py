@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tell.kernels.ops import GELU_TANH, SILU, kernels_for
 from tell.train.attention import PackedPlan, Rule, current_plan, use_plan
 from tell.train.cuda import Forwards, liger_forwards
+from tell.train.exchange import Exchange, is_frozen, is_plain, restore_forward
 from tell.train.fused_ops import Attention, Gated, GatedProjection, Projection, RmsNorm, Stack
 
 TOLERANCE = 1e-3  # of the largest value, in fp32
@@ -32,7 +33,6 @@ class Projections:
     def __init__(self, owner: nn.Module, names: Sequence[str]) -> None:
         self.owner, self.names = owner, tuple(names)
         self.weight: Tensor | None = None
-        self.bias: Tensor | None = None
 
     def layers(self) -> list[Any]:
         return [getattr(self.owner, name) for name in self.names]
@@ -53,10 +53,13 @@ class Projections:
                 whole = torch.cat([base.weight.data for base in bases])
                 for base, part in zip(bases, whole.split(widths), strict=True):
                     base.weight.data = part
-                biases = [base.bias for base in bases]
-                self.bias = None if biases[0] is None else torch.cat([bias.data for bias in biases])
             self.weight = whole
-        return whole, self.bias, widths
+        biases = [base.bias for base in bases]
+        if all(bias is None for bias in biases):
+            return whole, None, widths
+        # small, and copied each time: somebody may have written into the layers' own
+        parts = zip(biases, widths, strict=True)
+        return whole, torch.cat([whole.new_zeros(n) if bias is None else bias for bias, n in parts]), widths
 
     def stack(self) -> tuple[Stack, list[Tensor]] | None:
         """The layers' frozen part and their adapters; None where one of them is out of the ordinary."""
@@ -90,13 +93,14 @@ class Projections:
 def _lora_parts(layer: Any) -> tuple[nn.Linear | None, list[Tensor] | None, float | None, float]:
     """Base layer, (A, B), scale and dropout of a plain linear layer with at most one plain adapter; Nones otherwise."""
     if type(layer) is nn.Linear:
-        return layer, None, None, 0.0
+        return layer if is_plain(layer) else None, None, None, 0.0
     active = getattr(layer, "active_adapters", None)
     if not active or not hasattr(layer, "lora_A"):
         return None, None, None, 0.0
     base, name = layer.get_base_layer(), active[0]
     unusual = (
         type(base) is not nn.Linear
+        or not is_plain(base)
         or len(active) > 1
         or name not in layer.lora_A
         or layer.merged
@@ -117,7 +121,8 @@ def _norm_forward(module: Any, offset: float) -> Callable[[Tensor], Tensor]:
     eps = float(getattr(module, "variance_epsilon", getattr(module, "eps", 0.0)))
 
     def forward(x: Tensor) -> Tensor:
-        if kernels_for(x) is None or module.weight.dtype != x.dtype or not x.is_contiguous():
+        fits = module.weight.dtype == x.dtype and x.is_contiguous() and is_frozen(module.weight)
+        if kernels_for(x) is None or not fits:
             return original(x)
         return RmsNorm.apply(x, module.weight, eps, offset)
 
@@ -131,9 +136,8 @@ def _attention_forward(module: Any, offset: float | None, turned: bool) -> Calla
     inward = Projections(module, ["qkv_proj"] if merged else ["q_proj", "k_proj", "v_proj"])
     outward = Projections(module, ["o_proj"])
     width = module.head_dim
-    eps = 0.0
-    if offset is not None:
-        eps = float(getattr(module.q_norm, "variance_epsilon", getattr(module.q_norm, "eps", 0.0)))
+    norms = () if offset is None else (module.q_norm, module.k_norm)
+    eps = max((float(getattr(norm, "variance_epsilon", getattr(norm, "eps", 0.0))) for norm in norms), default=0.0)
 
     def forward(
         hidden_states: Tensor,
@@ -149,6 +153,7 @@ def _attention_forward(module: Any, offset: float | None, turned: bool) -> Calla
             and position_embeddings is not None
             and position_embeddings[0].dtype == hidden_states.dtype
             and kernels_for(hidden_states) is not None
+            and all(norm.weight.dtype == hidden_states.dtype and is_frozen(norm.weight) for norm in norms)
         )
         if not usable:
             return original(
@@ -328,6 +333,7 @@ def fuse_modules(model: Any, forwards: Forwards | None = None) -> dict[str, int]
     core = model.base_model
     ropes = _Ropes()
     hooks = [m.register_forward_pre_hook(ropes, with_kwargs=True) for m in core.modules() if _has(m, "o_proj")]
+    state = torch.get_rng_state()  # the trials draw random numbers, and so may the model's own dropout
     plan = PackedPlan([16], device=weight.device)
     ids = torch.arange(16, device=weight.device)[None] % weight.shape[0]
     try:
@@ -340,11 +346,13 @@ def fuse_modules(model: Any, forwards: Forwards | None = None) -> dict[str, int]
 
     def once(key: tuple[Any, ...], find: Callable[[], Any]) -> Any:
         if key not in known:
-            known[key] = find()
+            try:
+                known[key] = find()
+            except (AttributeError, RuntimeError, TypeError, ValueError):  # it wants to be called in another way
+                known[key] = None
         return known[key]
 
     counts = {"norm": 0, "attention": 0, "mlp": 0}
-    state = torch.get_rng_state()  # the trials draw random numbers
     for module in list(core.modules()):
         if "forward" in module.__dict__:
             continue
@@ -353,19 +361,19 @@ def fuse_modules(model: Any, forwards: Forwards | None = None) -> dict[str, int]
                 (type(module), module.weight.shape, _traits(module)), lambda m=module: _offset_of(m, forwards)
             )
             if offset is not None:
-                module.forward = forwards.norm(module, offset)
+                module.forward = Exchange(forwards.norm, module, offset)
                 counts["norm"] += 1
         elif _is_attention(module) and module in ropes.seen:
             rule = module._tell_rule
             key = (type(module), rule.scaling, rule.window, _traits(module))
             facts = once(key, lambda m=module: _attention_facts(m, ropes.seen[m], forwards))
             if facts is not None:
-                module.forward = forwards.attention(module, *facts)
+                module.forward = Exchange(forwards.attention, module, *facts)
                 counts["attention"] += 1
         elif _is_mlp(module):
             kind = once((type(module), _traits(module)), lambda m=module: _activation_of(m, forwards))
             if kind is not None:
-                module.forward = forwards.mlp(module, kind)
+                module.forward = Exchange(forwards.mlp, module, kind)
                 counts["mlp"] += 1
     torch.set_rng_state(state)
     model._tell_fused = counts
@@ -375,8 +383,7 @@ def fuse_modules(model: Any, forwards: Forwards | None = None) -> dict[str, int]
 def unfuse_modules(model: Any) -> None:
     """Give every module its own forward back."""
     for module in model.base_model.modules():
-        if _is_norm(module) or _is_mlp(module) or _has(module, "o_proj"):
-            module.__dict__.pop("forward", None)
+        restore_forward(module)
     model._tell_fused = None
 
 

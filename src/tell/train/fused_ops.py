@@ -42,6 +42,8 @@ class RmsNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, rstd = ctx.saved_tensors
         dy = grad.reshape(-1, x.shape[1])
+        if dy.stride(1) != 1:  # the gradient of a sum is one number, expanded
+            dy = dy.contiguous()
         dx = torch.empty(x.shape, dtype=x.dtype)
         _kernels(x).rmsnorm_back(dy, x, weight, rstd, dx, heads=ctx.heads, offset=ctx.offset)
         return dx.view(ctx.shape), None, None, None
@@ -168,7 +170,7 @@ class Projection(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, stack: Stack, *adapters: Tensor) -> tuple[Tensor, ...]:
-        flat = x.reshape(-1, x.shape[-1])
+        flat = x.reshape(-1, x.shape[-1]).contiguous()
         ctx.lora = _Lora(stack, adapters, x.dtype)
         y, u = ctx.lora.forward(flat)
         if u is not None:
