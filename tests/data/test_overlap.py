@@ -50,6 +50,13 @@ def test_near_agrees_with_all_pairs(seed, edits, threshold):
         assert (i in found.indices) == (best >= threshold)
 
 
+def test_similarity_of_exactly_the_threshold():
+    """0.55 * 100 is 55.00000000000001 in floating point: 55 of 100 shingles are enough all the same."""
+    words = [f"word{i}" for i in range(102)]
+    found = find_overlap(make([" ".join(words)]), make([" ".join(words[:57])]), threshold=0.55)
+    assert [pair.similarity for pair in found.pairs] == [0.55]
+
+
 def test_each_pair_names_the_most_similar_test_row():
     base = prose(3).split()
     test = [" ".join([*base[:-2], "x", "y"]), " ".join([*base[:-1], "y"])]

@@ -90,7 +90,7 @@ def find_overlap(
             continue
         row = _shingles(_strip(_words(text), head, tail))
         # J(A, B) >= t implies |A & B| >= t |A|: sound, and it leaves few rows.
-        if row and len(row & vocabulary) >= threshold * len(row):
+        if row and len(row & vocabulary) >= threshold * len(row) - 1e-9:
             candidates.append((i, row))
     n_exact = len(pairs)
     pairs += _near(candidates, shingles, threshold)
