@@ -115,6 +115,16 @@ def test_ties_go_to_the_lower_token():
 
 
 @needs_kernels
+def test_banned_tokens_that_the_model_lacks():
+    """Each row's numbers lie beside other memory: what is banned beyond them must not be written there."""
+    logits = torch.arange(100.0).expand(2, 100).contiguous()
+    seen, slot, draws = torch.zeros(2, 100, dtype=torch.uint8), torch.tensor([0, 1], dtype=torch.int32), torch.zeros(2)
+    banned = torch.tensor([-(1 << 40), 99, 100, 1 << 40])
+    rule = c.RuleArguments(100, 5, len(banned), True, 1.0, 1.0, 1.0, 0.0, banned.data_ptr())
+    assert c.kernels(torch.float32).sample(c.by_reference(rule), logits, slot, seen, draws).tolist() == [98, 98]
+
+
+@needs_kernels
 @pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3"])
 def test_sampled_answers_of_both_ways(family, tiny_model):
     model = load(tiny_model(family))

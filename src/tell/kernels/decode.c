@@ -288,7 +288,8 @@ void NAME(decode_sample)(const decode_rule *rule, i64 n, const T *logits, const 
         for (i64 i = 0; i < vocabulary; i++) x[i] = GET(from[i]);
       if (up != 1.0f)
         for (i64 i = 0; i < vocabulary; i++) x[i] = known[i] ? (x[i] > 0 ? x[i] / up : x[i] * up) : x[i];
-      for (i64 i = 0; i < rule->banned_count; i++) x[rule->banned[i]] = -INFINITY;
+      for (i64 i = 0; i < rule->banned_count; i++) /* a tokenizer may know more tokens than the model */
+        if (rule->banned[i] >= 0 && rule->banned[i] < vocabulary) x[rule->banned[i]] = -INFINITY;
       i64 k = rule->greedy ? 1 : rule->top_k < vocabulary ? rule->top_k : vocabulary, have = 0;
       float top[TOPK];
       i64 ids[TOPK];
