@@ -168,7 +168,7 @@ class Trainer:
         noise = _add_noise(peft_model, config.neftune_alpha)
         parameters = {name: p for name, p in peft_model.named_parameters() if p.requires_grad}
         optimizer = torch.optim.AdamW(
-            parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay, foreach=True
+            parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
         )
         digest = run_digest(config, self.mixture, self.seed)
         checkpoint = self.folder / "checkpoint"
