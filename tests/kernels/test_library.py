@@ -16,7 +16,8 @@ ASK = "from tell.kernels import library, reason; print(library() is None, reason
 
 
 def ask(home: Path, **environment: str) -> str:
-    variables = {**os.environ, "TELL_HOME": str(home), "PYTHONPATH": os.pathsep.join(sys.path), **environment}
+    inherited = {name: value for name, value in os.environ.items() if name not in ("CC", "TELL_KERNELS")}
+    variables = {**inherited, "TELL_HOME": str(home), "PYTHONPATH": os.pathsep.join(sys.path), **environment}
     done = subprocess.run([sys.executable, "-c", ASK], env=variables, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
