@@ -358,3 +358,20 @@ def test_logs_hold_each_step_once(resumed, tiny_model, tmp_path):
     board = EventAccumulator(str(tmp_path / "logs" / "tell"))
     board.Reload()
     assert [event.step for event in board.Scalars("loss/all")] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "phi3"])
+@pytest.mark.parametrize("normalization", ["example", "token"])
+def test_training_curves_of_the_fast_and_the_plain_path_lie_on_each_other(family, normalization, tiny_model, tmp_path):
+    mix = mixture_of(task=5, general=24)
+    curves, adapters = [], []
+    for fast in ("auto", "off"):
+        config = CONFIG.model_copy(update={"fast": fast, "lora_dropout": 0.0, "loss_normalization": normalization})
+        folder = tmp_path / fast
+        trainer(load(tiny_model(family)), folder, config, mix=mix).run()
+        curves.append([(row["loss"], row["grad_norm"]) for row in log(folder)])
+        adapters.append(adapter(folder))
+    assert len(curves[0]) > 5
+    np.testing.assert_allclose(curves[0], curves[1], rtol=2e-3)
+    fast, plain = (torch.cat([w.flatten() for _, w in sorted(weights.items())]) for weights in adapters)
+    assert (fast - plain).norm() < 1e-2 * plain.norm()  # Adam divides by gradients near zero
