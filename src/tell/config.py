@@ -146,7 +146,8 @@ class GenerateConfig(Section):
     top_p: float = Field(0.7, gt=0, le=1, description="sample among the likeliest tokens of this total probability")
     repetition_penalty: float = Field(1.05, gt=0, description="1 turns it off")
     max_new_tokens: int | None = Field(None, ge=1, description="default: 1.5 times the longest training answer")
-    batch_size: int = Field(64, ge=1, description="rows decoded at once")
+    batch_size: int = Field(128, ge=1, description="rows decoded at once, fewer where memory is short")
+    engine: Literal["auto", "own", "vllm"] = Field("auto", description="auto: vLLM on a GPU where it is installed")
 
 
 class EvalConfig(Section):

@@ -12,6 +12,7 @@ import torch
 from tell.errors import TellError
 from tell.generate.batch import Batch, KernelBatch, Packed, PlainBatch
 from tell.generate.layers import describe
+from tell.generate.room import free_bytes, rows_that_fit, token_bytes
 from tell.generate.sampler import Decoding, uniforms
 from tell.kernels.decode import kernels
 from tell.train.step import Body
@@ -69,7 +70,7 @@ class Engine:
     ) -> None:
         self.model, self.device = model, torch.device(device)
         self.body = Body(model)
-        config = model.config.get_text_config()
+        self.config = config = model.config.get_text_config()
         self.fast = fast and self.device.type == "cpu"
         self.trusted: bool | None = None  # whether the kernels compute what the model computes; None: not asked yet
         self.max_positions = max_positions or getattr(config, "max_position_embeddings", None) or 1 << 30
@@ -136,8 +137,9 @@ class Engine:
         answers = [row.answer for row in rows]
         # Long prompts first, so that rows prefilled together are alike in length; ties by number.
         waiting = sorted(rows, key=lambda r: (len(r.prompt), -r.number))
-        slots = min(decoding.batch_size, len(rows))
         capacity = max(len(r.prompt) + r.limit for r in rows)
+        wanted, token = min(decoding.batch_size, len(rows)), token_bytes(self.config, self.body.head.element_size())
+        slots = rows_that_fit(wanted, capacity, token, free_bytes(self.device))
         batch = self._batch(decoding, slots, capacity, prompts[0][:prefix])
         active: list[_Row] = []
         last: list[int] = []

@@ -15,8 +15,10 @@ from typing import Any, Literal
 from tell.errors import TellError
 from tell.generate.engine import Answer
 from tell.generate.sampler import Decoding
+from tell.train.lora import merged_adapter
 
 RANKS = (8, 16, 32, 64, 128, 256, 512)  # sizes vLLM reserves for adapters
+LONGEST = 32_768  # tokens; vLLM refuses to start where its memory does not hold one sequence of full length
 NEVER = -100.0  # the least bias vLLM takes; no logit makes up for it
 
 
@@ -86,18 +88,27 @@ class VllmEngine:
 
     Args:
         folder: the base model's files.
-        max_positions: longest sequence, in tokens.
+        model: the base model as training holds it; answers are given with the adapter merged into it at the time.
+        max_positions: longest sequence, in tokens; at most ``LONGEST`` are taken.
         dtype: ``bf16`` or ``fp32``.
         rank: highest rank of the adapters to come.
         memory: share of the GPU's memory that vLLM may hold; training must find room beside it.
     """
 
     def __init__(
-        self, folder: Path, *, max_positions: int, dtype: str = "bf16", rank: int = 64, memory: float = 0.45
+        self,
+        folder: Path,
+        model: Any,
+        *,
+        max_positions: int,
+        dtype: str = "bf16",
+        rank: int = 64,
+        memory: float = 0.45,
     ) -> None:
         from vllm import LLM
 
-        self.max_positions = max_positions
+        self.model, self.device = model, model.device
+        self.max_positions = max_positions = min(max_positions, LONGEST)
         self.llm = LLM(
             model=str(folder),
             dtype={"bf16": "bfloat16", "fp32": "float32"}[dtype],
@@ -126,15 +137,11 @@ class VllmEngine:
         prompts: Sequence[Sequence[int]],
         decoding: Decoding,
         *,
-        adapter: Path | None = None,
         limits: Sequence[int] | None = None,
         progress: Callable[[int, int], None] | None = None,
         on_token: Callable[[int, int], None] | None = None,
     ) -> list[Answer]:
         """As ``Engine.generate``; ``progress`` and ``on_token`` are called when all answers are there.
-
-        Args:
-            adapter: folder of a LoRA adapter in peft's format.
 
         Raises:
             TellError: a prompt fills the model's context.
@@ -157,7 +164,7 @@ class VllmEngine:
         outputs = self.llm.generate(
             [{"prompt_token_ids": list(prompt)} for prompt in prompts],
             parameters,
-            lora_request=self._adapter(adapter),
+            lora_request=self._adapter(merged_adapter(self.model)),
             use_tqdm=False,
         )
         answers = []

@@ -34,7 +34,7 @@ class ChatSession:
 
         self.opened, self.arm = opened, arm
         adapter = opened.adapter(arm)
-        model = opened.load()
+        model = opened.load(stream=True)
         self._stack = ExitStack()
         self._stack.enter_context(adapter_merged(model, adapter))
         self.anchor = arm_anchor(arm, opened.anchor)

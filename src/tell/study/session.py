@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,24 +14,54 @@ from tell.models.find import ModelFiles, find_model
 from tell.rows.template import ChatTokenizer
 from tell.run import RunFolder
 from tell.study.folder import read_run_config
+from tell.study.record import dtype_name
 from tell.study.scoring import adapter_folder
 
 
-def load_engine(files: ModelFiles, config: Config) -> tuple[Any, Any]:
-    """The base model, a `tell.models.load.Loaded`, and the `tell.generate.engine.Engine` that decodes with it.
+def load_engine(files: ModelFiles, config: Config, *, stream: bool = False) -> tuple[Any, Any]:
+    """The base model, a `tell.models.load.Loaded`, and what decodes with it: an `Engine` or a `VllmEngine`.
+
+    Args:
+        stream: tokens are wanted one by one, as vLLM's offline engine does not give them.
 
     Raises:
-        TellError: it cannot be loaded, or its attention cannot be computed over packed rows.
+        TellError: it cannot be loaded, its attention cannot be computed over packed rows, or vLLM is asked for and
+            cannot be had.
     """
     from tell.generate.engine import Engine
-    from tell.models.load import load_model
+    from tell.generate.vllm_engine import pick_engine
+    from tell.models.load import choose_device, load_model
 
     settings = config.model
+    choice = "own" if stream else pick_engine(config.generate.engine, str(choose_device(settings.device)))
     loaded = load_model(
         files, dtype=settings.dtype, device=settings.device, trust_remote_code=settings.trust_remote_code
     )
-    engine = Engine(loaded.model, device=loaded.device, max_positions=files.architecture.max_positions)
-    return loaded, engine
+    if choice == "vllm" and (fast := _vllm_engine(files, loaded, config)):
+        return loaded, fast
+    return loaded, Engine(loaded.model, device=loaded.device, max_positions=files.architecture.max_positions)
+
+
+def _vllm_engine(files: ModelFiles, loaded: Any, config: Config) -> Any:
+    """vLLM beside the loaded model; None, with a warning, where it was not asked for by name and does not start."""
+    from tell.generate.vllm_engine import VllmEngine
+
+    try:
+        return VllmEngine(
+            Path(files.path),
+            loaded.model,
+            max_positions=files.architecture.max_positions,
+            dtype=dtype_name(loaded),
+            rank=config.train.lora_r,
+        )
+    except Exception as error:  # whatever another engine's start may raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if config.generate.engine == "vllm":
+            raise TellError(
+                f"vLLM does not start ({reason})", where="generate.engine", remedy="Use generate.engine=own."
+            ) from error
+        warnings.warn(f"vLLM does not start ({reason}); answers are decoded without it", stacklevel=2)
+        return None
 
 
 @dataclass
@@ -45,10 +76,10 @@ class OpenRun:
     loaded: Any = None
     engine: Any = None
 
-    def load(self) -> Any:
-        """The base model and its engine, loaded once."""
+    def load(self, config: Config | None = None, *, stream: bool = False) -> Any:
+        """The base model and its engine, loaded once; ``config`` (default: the run's) and ``stream`` choose it."""
         if self.loaded is None:
-            self.loaded, self.engine = load_engine(self.files, self.config)
+            self.loaded, self.engine = load_engine(self.files, config or self.config, stream=stream)
         return self.loaded.model
 
     def adapter(self, arm: str) -> Path | None:

@@ -152,6 +152,8 @@ def remove_lora(model: Any) -> Any:
 def adapter_merged(model: Any, folder: Path | None) -> Iterator[Any]:
     """The base model with an adapter folded into its weights; the weights are put back exactly afterwards.
 
+    Meanwhile ``merged_adapter`` tells the folder, for an engine that holds the weights itself.
+
     Args:
         model: the base causal model.
         folder: adapter in peft's format; None leaves the model as it is.
@@ -168,10 +170,17 @@ def adapter_merged(model: Any, folder: Path | None) -> Iterator[Any]:
                 delta = delta.t() if isinstance(module, Conv1D) else delta  # GPT-2 keeps (in, out)
                 saved[name] = weight.clone()
                 weight.copy_(weight.float() + delta.to(weight.device))  # in place: others may hold views
+        model._tell_adapter = folder
         yield model
     finally:
+        model._tell_adapter = None
         for name, data in saved.items():
             model.get_submodule(name).weight.data.copy_(data)
+
+
+def merged_adapter(model: Any) -> Path | None:
+    """The folder of the adapter that ``adapter_merged`` holds in the weights of ``model``; None for none."""
+    return getattr(model, "_tell_adapter", None)
 
 
 def adapter_deltas(model: Any, folder: Path) -> Iterator[tuple[str, Tensor]]:
