@@ -113,7 +113,7 @@ class TrainConfig(Section):
     warmup_ratio: float = Field(0.03, ge=0, lt=1, description="share of the steps in which the rate rises")
     max_grad_norm: float = Field(1.0, ge=0, description="0 turns clipping off")
     batch_size: int = Field(16, ge=1, description="examples per optimiser step")
-    micro_tokens: int = Field(2048, ge=1, description="tokens per forward pass; smaller needs less memory")
+    micro_tokens: int = Field(3072, ge=1, description="tokens per forward pass; smaller needs less memory")
     max_length: int = Field(2048, ge=8, description="tokens; longer rows are never cut, see too_long")
     too_long: Literal["drop", "refuse"] = Field("drop", description="what happens to a row above max_length")
     nothing_to_train: Literal["drop", "refuse"] = Field("refuse", description="and to a row with an empty answer")

@@ -54,7 +54,7 @@ def plain_step_loss(
     *,
     normalization: str,
     task_weight: float = 1.0,
-    micro_tokens: int = 2048,
+    micro_tokens: int = 3072,
     backward: bool = True,
     device: torch.device | str = "cpu",
     between: Callable[[], None] | None = None,

@@ -138,7 +138,7 @@ def step_loss(
     *,
     normalization: str,
     task_weight: float = 1.0,
-    micro_tokens: int = 2048,
+    micro_tokens: int = 3072,
     share_prefix: bool = False,
     backward: bool = True,
     device: torch.device | str = "cpu",
@@ -190,7 +190,7 @@ def row_losses(
     table: RowTable,
     indices: Sequence[int] | None = None,
     *,
-    micro_tokens: int = 2048,
+    micro_tokens: int = 3072,
     device: torch.device | str = "cpu",
     progress: Callable[[int], None] | None = None,
 ) -> np.ndarray:
