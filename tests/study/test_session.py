@@ -1,0 +1,47 @@
+"""Which engine a run decodes with."""
+
+from __future__ import annotations
+
+import sys
+import types
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tell.config import make_config
+from tell.errors import TellError
+from tell.generate.engine import Engine
+from tell.models.find import find_model
+from tell.study.session import _vllm_engine, load_engine
+from train.packed import load
+
+
+def config_for(engine: str):
+    return make_config({"model": {"device": "cpu"}, "generate": {"engine": engine}})
+
+
+def test_our_engine_decodes_on_a_processor(tiny_model):
+    files = find_model(str(tiny_model("llama")))
+    loaded, engine = load_engine(files, config_for("auto"))
+    assert isinstance(engine, Engine) and engine.model is loaded.model
+    with pytest.raises(TellError, match=r"generate\.engine: vLLM (is not installed|needs a GPU)"):
+        load_engine(files, config_for("vllm"))
+    assert isinstance(load_engine(files, config_for("vllm"), stream=True)[1], Engine)
+
+
+def test_vllm_that_does_not_start(tiny_model, monkeypatch):
+    """By name it is an error, else our own engine decodes and a warning says why."""
+
+    def refuse(**settings):
+        raise RuntimeError("no room for the cache\nmore of it")
+
+    vllm = types.ModuleType("vllm")
+    vllm.LLM = refuse
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    files = find_model(str(tiny_model("llama")))
+    loaded = SimpleNamespace(model=load(tiny_model("llama")), dtype=torch.float32)
+    with pytest.warns(UserWarning, match=r"vLLM does not start \(no room for the cache\)"):
+        assert _vllm_engine(files, loaded, config_for("auto")) is None
+    with pytest.raises(TellError, match=r"vLLM does not start \(no room for the cache\)\. Use generate\.engine=own"):
+        _vllm_engine(files, loaded, config_for("vllm"))
