@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import time
 from pathlib import Path
 
 import numpy as np
@@ -353,6 +354,7 @@ def test_logs_hold_each_step_once(resumed, tiny_model, tmp_path):
     with pytest.raises(ZeroDivisionError):
         trainer(model, tmp_path, config, progress=fail).run()
     assert [row["step"] for row in log(tmp_path)] == [1, 2, 3]
+    time.sleep(1.1)  # TensorBoard orders the files of a folder by the second they were begun in
     trainer(model, tmp_path, config).run(resume=resumed)
     assert [row["step"] for row in log(tmp_path)] == [1, 2, 3, 4, 5]
     board = EventAccumulator(str(tmp_path / "logs" / "tell"))
