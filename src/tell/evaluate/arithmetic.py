@@ -1,4 +1,4 @@
-"""A scorer for word problems, GSM8K's among them: the number an answer ends with (Cobbe et al. 2021, arXiv 2110.14168)."""
+"""A scorer for word problems: the number an answer ends with, as for GSM8K (Cobbe et al. 2021, arXiv 2110.14168)."""
 
 from __future__ import annotations
 
