@@ -156,6 +156,7 @@ class EvalConfig(Section):
     bootstrap: int = Field(2000, ge=100, description="resamples for 95 % intervals")
     forgetting_rows: int = Field(64, ge=0, description="general rows for loss before and after; 0 turns it off")
     forgetting_answers: int = Field(24, ge=0, description="general prompts answered before and after")
+    answer_loss: bool = Field(False, description="also score how likely each arm finds the reference answers")
 
 
 class Config(Section):

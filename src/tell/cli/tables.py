@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from unicodedata import category
 
 from tell.cli.display import clock, short
-from tell.evaluate.names import NAMES, OF_100
+from tell.evaluate.names import LOSSES, NAMES, OF_100
 from tell.run import RunFolder, read_jsonl
 
 if TYPE_CHECKING:
@@ -101,8 +101,9 @@ def arms_table(metrics: dict) -> RenderableType:
 def _columns(metrics: dict) -> list[str]:
     primary = (metrics.get("task") or {}).get("primary")
     found = dict.fromkeys(name for scores in metrics.get("arms", {}).values() for name in scores)
-    plain = [name for name in found if ":" not in name and name != primary]
-    return ([primary] if primary in found else []) + plain[: METRICS_SHOWN - 1]
+    plain = [name for name in found if ":" not in name and name != primary and name not in LOSSES]
+    asked = [name for name in found if name in LOSSES and name != primary]  # only there where it was asked for
+    return ([primary] if primary in found else []) + plain[: METRICS_SHOWN - 1] + asked
 
 
 def _probe(forgetting: dict) -> str | None:
@@ -113,6 +114,8 @@ def _probe(forgetting: dict) -> str | None:
 
 
 def _cell(entry: dict | None, metric: str) -> str:
+    if metric in LOSSES:
+        return _number(entry, 1, 2, "")
     return _number(entry, 1, 1, "") if metric in OF_100 else _number(entry, 100, 1, " %")
 
 
@@ -139,7 +142,7 @@ def answers_side_by_side(run: RunFolder, arms: Iterable[str], *, rows: int = 3) 
     answers = {arm: {row["hash"]: row for row in read_jsonl(path)} for arm, path in found.items()}
     first, *others = answers.values()
     shared = [key for key in first if all(key in other for other in others)]
-    shared.sort(key=lambda key: len({json.dumps(a[key].get("scores"), sort_keys=True) for a in answers.values()}) == 1)
+    shared.sort(key=lambda key: len({_judged(arm[key]) for arm in answers.values()}) == 1)
     parts: list[RenderableType] = []
     for key in shared[:rows]:
         table = Table(header_style="bold", expand=True)
@@ -150,6 +153,11 @@ def answers_side_by_side(run: RunFolder, arms: Iterable[str], *, rows: int = 3) 
         prompt = " ".join(clean(first[key]["prompt"]).split())
         parts += [Text(f"› {_cut(prompt, PROMPT_LENGTH)}", style="italic"), table]
     return Group(*parts)
+
+
+def _judged(row: dict) -> str:
+    """A row's scores of its answer; a loss differs from arm to arm whatever they answer."""
+    return json.dumps({k: v for k, v in row.get("scores", {}).items() if k not in LOSSES}, sort_keys=True)
 
 
 def _cut(text: str, length: int) -> str:

@@ -1,8 +1,11 @@
-"""What people call each metric, and which are out of 100; the one table for the verdict and the screen."""
+"""What people call each metric and how it is written; the one table for the verdict and the screen."""
 
 from __future__ import annotations
 
 OF_100 = frozenset({"chrf", "bleu"})
+ANSWER_LOSS = "answer_loss"
+LOSSES = frozenset({ANSWER_LOSS})
+"""In nats a token: no shares, and lower is better."""
 NAMES = {
     "schema_adherence": "schema adherence",
     "valid_json": "valid JSON",
@@ -14,4 +17,5 @@ NAMES = {
     "rouge_l": "ROUGE-L",
     "chrf": "chrF++",
     "bleu": "BLEU",
+    "answer_loss": "answer loss",
 }

@@ -46,6 +46,13 @@ METRICS: dict[str, Term] = {
     "chrf": Term("chrF++", "score", "Overlap of character and word n-grams with the reference, 0 to 100 (sacrebleu)."),
     "bleu": Term("BLEU", "score", "Corpus BLEU against the reference, 0 to 100 (sacrebleu)."),
     "rouge_l": Term("ROUGE-L", "share", "F-measure of the longest common subsequence with the reference."),
+    "answer_loss": Term(
+        "Answer loss",
+        "plain",
+        "Mean negative log-likelihood of the reference answer given the arm's own prompt, in nats a token: it moves "
+        "smoothly where a score is right or wrong.",
+        False,
+    ),
     "loss": Term("Loss", "plain", "Mean negative log-likelihood of the reference answer, in nats a token.", False),
     "task_format": Term(
         "Answered in the task's format",

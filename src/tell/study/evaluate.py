@@ -14,6 +14,7 @@ from tell.data.sources import load
 from tell.errors import TellError
 from tell.progress import Display, Silent
 from tell.run import RunFolder, write_jsonl
+from tell.study.answer_loss import answer_loss_metric, answer_losses
 from tell.study.scoring import (
     adapter_folder,
     answer_costs,
@@ -100,7 +101,21 @@ def evaluate(
             answers = answer_rows(
                 opened.engine, opened.chat, prompts, examples, decoding, title=f"answer {arm}", display=display
             )
-        scored[arm] = score_rows(scorer, answers)
+            more = {}
+            if config.eval.answer_loss:
+                values = answer_losses(
+                    model,
+                    opened.chat,
+                    prompts,
+                    examples,
+                    positions=opened.files.architecture.max_positions,
+                    micro_tokens=config.train.micro_tokens,
+                    device=opened.engine.device,
+                    title=f"answer loss {arm}",
+                    display=display,
+                )
+                more = answer_loss_metric(values)
+        scored[arm] = score_rows(scorer, answers, more)
         costs[arm] = answer_costs(opened.files.architecture, prompts, answers)
         write_jsonl(opened.folder.predictions / "eval" / f"{arm}.jsonl", answers)
     values, gaps = arm_numbers(scored, seed=seed, samples=config.eval.bootstrap)

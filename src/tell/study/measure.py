@@ -10,6 +10,7 @@ from tell.anchor.anchor import Anchor
 from tell.progress import Display
 from tell.rows.tokenize import tokenize
 from tell.run import RunFolder, read_jsonl, write_jsonl
+from tell.study.answer_loss import answer_loss_metric, answer_losses, kept_answer_losses
 from tell.study.forgetting import general_sets, measure, numbers
 from tell.study.prepare import General, Task
 from tell.study.scoring import (
@@ -98,7 +99,24 @@ def measure_arms(
                 rows = answer_rows(
                     engine, task.chat, prompts, task.test, decoding, title=title, display=display, check=check
                 )
-            scored[arm] = score_rows(scorer, rows)
+            more = {}
+            if config.eval.answer_loss:
+                values = kept_answer_losses(rows)
+                if values is None:
+                    values = answer_losses(
+                        model,
+                        task.chat,
+                        prompts,
+                        task.test,
+                        positions=task.files.architecture.max_positions,
+                        micro_tokens=config.train.micro_tokens,
+                        device=engine.device,
+                        title=f"answer loss {arm}",
+                        display=display,
+                        check=check,
+                    )
+                more = answer_loss_metric(values)
+            scored[arm] = score_rows(scorer, rows, more)
             costs[arm] = answer_costs(task.files.architecture, prompts, rows)
             write_jsonl(path, rows)
             weights = adapter_arm(arm) or "base"

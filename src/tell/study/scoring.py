@@ -142,9 +142,13 @@ def answer_rows(
     ]
 
 
-def score_rows(scorer: Scorer, rows: list[dict]) -> dict[str, Metric]:
-    """Metrics over the rows; each row gets its own scores, and why it is invalid."""
-    metrics = scorer.score([r["answer"] for r in rows], [r["reference"] for r in rows])
+def score_rows(scorer: Scorer, rows: list[dict], more: Mapping[str, Metric] | None = None) -> dict[str, Metric]:
+    """Metrics over the rows; each row gets its own scores, and why it is invalid.
+
+    Args:
+        more: metrics over the same rows that do not come from the answers; they stand behind the scorer's.
+    """
+    metrics = scorer.score([r["answer"] for r in rows], [r["reference"] for r in rows]) | dict(more or {})
     explain = getattr(scorer, "why_invalid", None)
     for i, row in enumerate(rows):
         values = {name: float(metric.per_row[i]) for name, metric in metrics.items()}
