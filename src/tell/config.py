@@ -254,8 +254,8 @@ def load_config(
     data: dict[str, Any] = {}
     if path is not None:
         data = read_yaml(Path(path))
-    data = _override_amounts(data, flags or {})
-    data = _override_amounts(data, parse_overrides(overrides))
+    data = override(data, flags or {})
+    data = override(data, parse_overrides(overrides))
     return make_config(data, where=str(path) if path else "configuration")
 
 
@@ -273,7 +273,7 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
         nested: Any = _parse_scalar(value)
         for part in reversed(key.strip().split(".")):
             nested = {part: nested}
-        data = _override_amounts(data, nested)
+        data = override(data, nested)
     return data
 
 
@@ -283,12 +283,12 @@ def make_config(data: Mapping[str, Any], *, where: str = "configuration") -> Con
     preset = data.get("preset", Config.model_fields["preset"].default)
     if preset not in PRESETS:
         raise TellError(
-            f"preset {preset!r} is unknown{_nearest(str(preset), PRESETS)}",
+            f"preset {preset!r} is unknown{nearest(str(preset), PRESETS)}",
             where=where,
             remedy="Use modern or paper.",
         )
     try:
-        return Config.model_validate(_override_amounts(PRESETS[preset], data))
+        return Config.model_validate(override(PRESETS[preset], data))
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
@@ -319,16 +319,22 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return data
 
 
-def check_keys(data: Mapping[str, Any], model: type[BaseModel], where: str, prefix: str = "") -> None:
+def check_keys(
+    data: Mapping[str, Any],
+    model: type[BaseModel],
+    where: str,
+    prefix: str = "",
+    remedy: str = "`tell tune --keys` lists the keys.",
+) -> None:
     """Refuse unknown keys and name the nearest known one."""
     names = {field.alias or name: field for name, field in model.model_fields.items()}
     for key, value in data.items():
         if key not in names:
             paths = [f"{prefix}{name}" for name in names]
             raise TellError(
-                f"unknown key {prefix}{key}{_nearest(f'{prefix}{key}', [*paths, *_all_paths()])}",
+                f"unknown key {prefix}{key}{nearest(f'{prefix}{key}', [*paths, *key_paths()])}",
                 where=where,
-                remedy="`tell tune --keys` lists the keys.",
+                remedy=remedy,
             )
         kind = names[key].annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):
@@ -338,22 +344,24 @@ def check_keys(data: Mapping[str, Any], model: type[BaseModel], where: str, pref
                     where=where,
                     remedy=f"Write {key}: with keys below it.",
                 )
-            check_keys(value, kind, where, f"{prefix}{key}.")
+            check_keys(value, kind, where, f"{prefix}{key}.", remedy)
 
 
-def _all_paths(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+def key_paths(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    """Every key as it is written: ``general.ratio``."""
     paths: list[str] = []
     for name, info in model.model_fields.items():
         path = f"{prefix}{info.alias or name}"
         kind = info.annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):
-            paths += _all_paths(kind, f"{path}.")
+            paths += key_paths(kind, f"{path}.")
         else:
             paths.append(path)
     return paths
 
 
-def _nearest(word: str, names: Iterable[str]) -> str:
+def nearest(word: str, names: Iterable[str]) -> str:
+    """``"; did you mean NAME?"`` for the name most like ``word``, by its last part if need be; or nothing."""
     names = list(dict.fromkeys(names))
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
     if not close:  # `ratio` for `general.ratio`: compare the last parts
@@ -362,8 +370,8 @@ def _nearest(word: str, names: Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def _override_amounts(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge, where one way of giving an amount replaces the other ways given lower down."""
+def override(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested keys of ``high`` over ``low``; one way of giving an amount replaces the ways given lower down."""
     low = {key: dict(value) if isinstance(value, Mapping) else value for key, value in low.items()}
     for section, ways in (("general", {"ratio", "tokens", "rows"}), ("task", {"rows", "tokens"})):
         upper = high.get(section)
