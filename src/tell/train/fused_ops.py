@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tell.kernels.ops import Kernels, kernels_for
+from tell.kernels.products import products_for
 from tell.train.attention import PackedPlan
 
 
@@ -118,42 +119,56 @@ class _Lora:
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """(T, N) outputs of x (T, K), and u (T, R), the adapters' inner states."""
-        y = torch.nn.functional.linear(x, self.stack.weight, self.stack.bias)
-        if not self.parts:
-            return y, None
-        if self.stack.dropout:
-            u = torch.empty(len(x), len(self.a), dtype=x.dtype)
+        stack, products, u = self.stack, products_for(x), None
+        if self.parts and stack.dropout:
+            rank = len(self.a)
+            u = x.new_zeros(len(x), rank + rank % 2)[:, :rank]  # products read pairs
             for _, ranks, kept in self._dropped(x):
                 u[:, ranks] = kept @ self.a[ranks].t()
-        else:
+        if products is not None:
+            a, b = (self.a, self.b) if self.parts else (None, None)
+            return products.forward(x, stack.weight, stack.bias, a if u is None else None, b, u)
+        y = torch.nn.functional.linear(x, stack.weight, stack.bias)
+        if not self.parts:
+            return y, None
+        if u is None:
             u = x @ self.a.t()
         return y.addmm_(u, self.b.t()), u
 
     def input_gradient(self, gy: Tensor) -> tuple[Tensor, Tensor | None]:
         """(T, K) gradient of x, and that of u."""
-        gx = gy @ self.stack.weight
+        stack, products, dropout = self.stack, products_for(gy), bool(self.parts and self.stack.dropout)
+        if products is not None and not dropout:
+            return products.backward(gy, stack.weight, *((self.b, self.a) if self.parts else (None, None)))
+        gx = gy @ stack.weight if products is None else products.backward(gy, stack.weight, None, None)[0]
         if not self.parts:
             return gx, None
         gu = gy @ self.b
-        if self.stack.dropout:
+        if dropout:
             for i, (_, ranks) in enumerate(self.parts):
                 part = gu[:, ranks] @ self.a[ranks]
-                _kernels(gx).dropout(part, gx, self.stack.dropout, self.seed + i, add=True)
+                _kernels(gx).dropout(part, gx, stack.dropout, self.seed + i, add=True)
         else:
             gx.addmm_(gu, self.a)
         return gx, gu
 
     def adapter_gradients(self, x: Tensor, gy: Tensor, u: Tensor, gu: Tensor) -> list[Tensor]:
         """Gradients of A_i and B_i in turn."""
+        products = products_for(gy)
         if self.stack.dropout:
             ga = torch.empty_like(self.a)
             for _, ranks, kept in self._dropped(x):
                 torch.mm(gu[:, ranks].t(), kept, out=ga[ranks])
         else:
-            ga = gu.t() @ x
+            ga = gu.t() @ x if products is None else products.outer(gu, x)
         ga = ga * self.scale  # in fp32 where the layers' scales differ
-        gb = gy.t() @ u
-        return [g for columns, ranks in self.parts for g in (ga[ranks], gb[columns, ranks])]
+        if products is None:
+            gb = gy.t() @ u
+            return [g for columns, ranks in self.parts for g in (ga[ranks], gb[columns, ranks])]
+        gradients = []
+        for columns, ranks in self.parts:
+            gradients += [ga[ranks], products.outer(u[:, ranks], gy[:, columns], transposed=True)]
+        return gradients
 
 
 class Projection(torch.autograd.Function):

@@ -1,0 +1,64 @@
+"""Products with an adapter beside them, and the adapter's gradients, against fp64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tell.kernels.products import products_for
+
+products = products_for(torch.zeros(64, 2, dtype=torch.bfloat16))
+pytestmark = pytest.mark.skipif(products is None, reason="no dot products of bf16 pairs, or a tile unit")
+
+
+def draw(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+def error(actual: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((actual.double() - exact).norm() / exact.norm())
+
+
+# one tile; no whole tile, panel or pair; several vectors of ranks; more inputs than are taken at a time, several blocks
+SHAPES = [(12, 64, 64, 8), (31, 70, 50, 5), (50, 200, 96, 24), (40, 48, 34, 70), (600, 40, 3300, 17)]
+
+
+@pytest.mark.parametrize(("tokens", "outputs", "inputs", "rank"), SHAPES)
+@pytest.mark.parametrize("adapted", [True, False])
+def test_products_both_ways(tokens, outputs, inputs, rank, adapted):
+    x, weight, bias, gy = (
+        draw(tokens, inputs + 6, seed=1)[:, :inputs],  # rows may be strided
+        draw(outputs, inputs, seed=2),
+        draw(outputs, seed=3),
+        draw(tokens, outputs, seed=4),
+    )
+    a, b = (draw(rank, inputs, seed=5), draw(outputs, rank, seed=6)) if adapted else (None, None)
+    y, u = products.forward(x, weight, bias, a, b, None)
+    exact, gx_exact = x.double() @ weight.double().t() + bias.double(), gy.double() @ weight.double()
+    if adapted:
+        assert error(u, x.double() @ a.double().t()) < 3e-3
+        exact += u.double() @ b.double().t()  # the inner states are bf16
+        given, _ = products.forward(x, weight, bias, None, b, u)
+        assert torch.equal(given, y)
+    assert error(y, exact) < 3e-3  # one rounding to bf16: 2^-9 at most
+    gx, gu = products.backward(gy, weight, b, a)
+    if adapted:
+        assert error(gu, gy.double() @ b.double()) < 3e-3
+        gx_exact += gu.double() @ a.double()
+    assert error(gx, gx_exact) < 3e-3
+
+
+@pytest.mark.parametrize(("tokens", "rank", "columns"), [(12, 8, 32), (129, 5, 50), (301, 24, 100), (128, 1, 1)])
+def test_outer_products(tokens, rank, columns):
+    g, x = draw(tokens, rank + 3, seed=1)[:, :rank], draw(tokens, columns + 2, seed=2)[:, :columns]
+    exact = 0.5 * g.double().t() @ x.double()
+    out = products.outer(g, x, 0.5)
+    assert out.dtype == torch.float32 and error(out, exact) < 1e-6
+    assert error(products.outer(g, x, 0.5, transposed=True), exact.t()) < 1e-6
+
+
+def test_where_the_library_is_left_to_it():
+    assert products_for(torch.zeros(64, 2)) is None
+    assert products_for(torch.zeros(2, 64, dtype=torch.bfloat16)) is None
+    assert products_for(torch.zeros(64, 3, dtype=torch.bfloat16)) is None
+    assert products_for(torch.zeros(1, 1, dtype=torch.bfloat16).expand(64, 2)) is None
