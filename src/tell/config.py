@@ -157,6 +157,14 @@ class EvalConfig(Section):
     forgetting_rows: int = Field(64, ge=0, description="general rows for loss before and after; 0 turns it off")
     forgetting_answers: int = Field(24, ge=0, description="general prompts answered before and after")
     answer_loss: bool = Field(False, description="also score how likely each arm finds the reference answers")
+    benchmarks: tuple[str, ...] = Field(
+        (), description="of general ability, before and after: gsm8k, openbookqa, agieval (extra: harness)"
+    )
+    benchmark_data: str | None = Field(None, description="folder with the benchmarks' files; none: fetched by name")
+    benchmark_limit: int | None = Field(None, ge=1, description="score at most the first so many questions a task")
+    benchmark_shots: int | None = Field(None, ge=0, description="examples before each question; none: the task's own")
+    benchmark_chat: bool = Field(False, description="ask through the model's chat template")
+    benchmark_anchor: bool = Field(False, description="put the anchor on the questions, as on task rows")
 
 
 class Config(Section):

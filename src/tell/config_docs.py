@@ -84,7 +84,7 @@ def _of_preset(preset: Mapping[str, Any], key: str, own: Any) -> Any:
 
 
 def _show(value: Any) -> str:
-    if value is None:
+    if value is None or value == ():
         return "none"
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"
@@ -99,7 +99,7 @@ def _values(info: FieldInfo) -> str:
     if get_origin(info.annotation) is Literal:
         return ", ".join(f"`{choice}`" for choice in get_args(info.annotation))
     if get_origin(info.annotation) is tuple:
-        return ", ".join(f"`{choice}`" for choice in get_args(get_args(info.annotation)[0]))
+        return ", ".join(f"`{choice}`" for choice in get_args(get_args(info.annotation)[0])) or "list of text"
     names = {str: "text", int: "whole number", float: "number", bool: "`true`, `false`"}
     limits = []
     for rule in info.metadata:

@@ -21,6 +21,7 @@ PATHS = (
     ("anchor", "text"),
     ("model", "name"),
     ("tokens", "unit"),
+    ("eval", "benchmark_data"),
 )
 
 
