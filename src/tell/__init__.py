@@ -2,8 +2,8 @@
 
 Every verb of the command line is one call here, imported on first use so that ``import tell`` stays quick:
 ``tell.tune``, ``tell.plan``, ``tell.evaluate``, ``tell.chat``, ``tell.report``, ``tell.write_anchor``,
-``tell.build_halu_cot_json``, ``tell.demo``; and ``tell.load_config``, ``tell.Config``, ``tell.Anchor``,
-``tell.Example``, ``tell.RunFolder``, ``tell.TellError``.
+``tell.build_halu_cot_json``, ``tell.build_is_en_news``, ``tell.demo``; and ``tell.load_config``, ``tell.Config``,
+``tell.Anchor``, ``tell.Example``, ``tell.RunFolder``, ``tell.TellError``.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ _PLACES = {
     "report": "tell.report.verb",
     "write_anchor": "tell.study.anchor",
     "build_halu_cot_json": "tell.build.halu_cot_json",
+    "build_is_en_news": "tell.build.is_en_news",
     "load_config": "tell.config",
     "make_config": "tell.config",
     "Config": "tell.config",

@@ -75,7 +75,7 @@ def test_version():
     assert tell("--version").stdout.strip() == f"tell {__version__}"
 
 
-@pytest.mark.parametrize("verb", [*VERBS, "build halu-cot-json"])
+@pytest.mark.parametrize("verb", [*VERBS, "build halu-cot-json", "build is-en-news"])
 def test_every_verb_has_help(verb, capsys):
     assert run([*verb.split(), "--help"]) == 0
     assert f"tell {verb}" in capsys.readouterr().out

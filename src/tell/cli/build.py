@@ -69,3 +69,34 @@ def halu_cot_json(
         )
     for line in built.lines():
         typer.echo(line)
+
+
+def is_en_news(
+    source: Annotated[
+        Path, typer.Argument(metavar="SOURCE", help="WMT21 test documents: newstest2021.*.xml, or a folder of them")
+    ],
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="folder to write")] = Path("is_en_news"),
+    train: Annotated[
+        Path | None,
+        typer.Option("--train", metavar="PATH", help="training documents: newsdev2021.*.xml, dev-*.jsonl, or a folder"),
+    ] = None,
+    extra: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--extra", metavar="FILES", help="further pairs: FILE.json, FILE.tmx, or EN,IS[,IDS]; may be repeated"
+        ),
+    ] = None,
+    direction: Annotated[str, typer.Option("--direction", metavar="D", help="en-is, is-en or both")] = "both",
+    times: Annotated[str, typer.Option("--times", metavar="N", help="size of extra.jsonl over train.jsonl")] = "5",
+    seed: Annotated[str, typer.Option("--seed", metavar="N", help="draws the further pairs")] = "42",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a dataset that lies there.")] = False,
+) -> None:
+    """IS-EN-NEWS from WMT21's documents: whole news texts between English and Icelandic."""
+    numbers = {"times": read_number("--times", times, number), "seed": read_number("--seed", seed)}
+    import tell
+
+    built = tell.build_is_en_news(
+        source, out, train=train, extra=extra or (), direction=direction, overwrite=overwrite, **numbers
+    )
+    for line in built.lines():
+        typer.echo(line)

@@ -79,6 +79,7 @@ app.command("anchor")(anchor.anchor)
 _build = typer.Typer(cls=_Verbs, help=build.__doc__.splitlines()[0] if build.__doc__ else "")
 _build.callback()(build.group)
 _build.command("halu-cot-json")(build.halu_cot_json)
+_build.command("is-en-news")(build.is_en_news)
 app.add_typer(_build, name="build")
 app.command("demo")(demo.demo)
 
