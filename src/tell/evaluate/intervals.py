@@ -28,14 +28,14 @@ def estimate(metric: Metric, *, seed: int, samples: int = 2000) -> dict:
     keep = _applies(metric)
     stats, n = metric.stats[keep], int(keep.sum())
     if n == 0:
-        return _result(math.nan, math.nan, math.nan, 0)
+        return estimate_from(math.nan, math.nan, math.nan, 0)
     value = float(metric.combine(stats.sum(axis=0)))
     if _zeros_and_ones(metric, keep):
         low, high = wilson(round(value * n), n)
     else:
         draws = [metric.combine(weights @ stats) for weights in _resamples(n, seed, samples)]
-        low, high = _percentiles(np.concatenate(draws))
-    return _result(value, low, high, n)
+        low, high = percentiles(np.concatenate(draws))
+    return estimate_from(value, low, high, n)
 
 
 def difference(a: Metric, b: Metric, *, seed: int, samples: int = 2000) -> dict:
@@ -55,15 +55,15 @@ def difference(a: Metric, b: Metric, *, seed: int, samples: int = 2000) -> dict:
     keep = _applies(a) & _applies(b)
     n = int(keep.sum())
     if n == 0:
-        return _result(math.nan, math.nan, math.nan, 0)
+        return estimate_from(math.nan, math.nan, math.nan, 0)
     left, right = a.stats[keep], b.stats[keep]
     value = float(a.combine(left.sum(axis=0))) - float(b.combine(right.sum(axis=0)))
     if _zeros_and_ones(a, keep) and _zeros_and_ones(b, keep):
         low, high = newcombe_paired(_rows(a, keep), _rows(b, keep))
     else:
         draws = [a.combine(weights @ left) - b.combine(weights @ right) for weights in _resamples(n, seed, samples)]
-        low, high = _percentiles(np.concatenate(draws))
-    return _result(value, low, high, n)
+        low, high = percentiles(np.concatenate(draws))
+    return estimate_from(value, low, high, n)
 
 
 def wilson(successes: int, n: int) -> tuple[float, float]:
@@ -127,8 +127,8 @@ def _resamples(n: int, seed: int, samples: int) -> Iterator[np.ndarray]:
         yield np.bincount(drawn.ravel(), minlength=size * n).reshape(size, n).astype(np.float64)
 
 
-def _percentiles(values: np.ndarray) -> tuple[float, float]:
-    """NaN resamples (a macro-F1 without any label, say) are left out."""
+def percentiles(values: np.ndarray) -> tuple[float, float]:
+    """The middle 95 % of resampled values (samples,); NaN (a macro-F1 without any label, say) is left out."""
     values = values[np.isfinite(values)]
     if not len(values):
         return math.nan, math.nan
@@ -136,7 +136,8 @@ def _percentiles(values: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _result(value: float, low: float, high: float, n: int) -> dict:
+def estimate_from(value: float, low: float, high: float, n: int) -> dict:
+    """``{"value", "ci": [low, high], "n"}`` as metrics.json has it: six decimals, None for NaN."""
     return {"value": _rounded(value), "ci": [_rounded(low), _rounded(high)], "n": n}
 
 

@@ -1,0 +1,115 @@
+"""Scores of a study as curves: over one key of the grid, for each arm and each value of the other keys."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tell.grid.means import Bootstrap, Draws
+from tell.grid.results import Outcome, Study, frozen
+from tell.report.text import is_number
+from tell.report.words import arm_order
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One arm over one key of the grid.
+
+    Attributes:
+        rest: the other keys that vary, and their values here; those without effect on the arm left out.
+        x: values of the key, ascending where they are numbers.
+        draws: the metric at each.
+        groups: the outcomes at each, one a seed.
+        flat: the arm does not depend on the key: it is the same cells everywhere.
+    """
+
+    arm: str
+    rest: dict[str, Any]
+    x: list[Any]
+    draws: list[Draws]
+    groups: list[list[Outcome]]
+    flat: bool
+
+    @property
+    def values(self) -> np.ndarray:
+        """(n,) means over seeds."""
+        return np.array([d.value for d in self.draws])
+
+    @property
+    def samples(self) -> np.ndarray:
+        """(samples, n) the same in every resample."""
+        return np.stack([d.draws for d in self.draws], axis=1)
+
+    @property
+    def numeric(self) -> bool:
+        return all(is_number(v) for v in self.x)
+
+
+def curves(
+    study: Study,
+    bootstrap: Bootstrap,
+    *,
+    x: str,
+    y: str,
+    arms: Sequence[str] | None = None,
+    within: dict[str, Any] | None = None,
+) -> list[Curve]:
+    """Every curve of a metric over a key.
+
+    Args:
+        x: a key of the grid.
+        y: a metric; points that do not have it are left out.
+        arms: default: all.
+        within: only points with these values.
+    """
+    found: dict[tuple, Curve] = {}
+    others = [key for key in study.keys if key != x]
+    chosen = [
+        o
+        for o in study.outcomes
+        if (arms is None or o.arm in arms)
+        and x in o.point
+        and all(frozen(o.point.get(k)) == frozen(v) for k, v in (within or {}).items())
+    ]
+    for arm in arm_order([o.arm for o in chosen]):
+        mine = [o for o in chosen if o.arm == arm]
+        for context in _distinct([{k: o.point.get(k) for k in others} for o in mine]):
+            here = [o for o in mine if all(frozen(o.point.get(k)) == frozen(v) for k, v in context.items())]
+            curve = _curve(arm, context, here, bootstrap, x, y)
+            if curve is None:
+                continue
+            key = (
+                arm,
+                tuple((frozen(v), tuple(o.cell for o in g)) for v, g in zip(curve.x, curve.groups, strict=True)),
+            )
+            if key in found:  # the same cells in another context: what differs has no effect on them
+                same = {k: v for k, v in found[key].rest.items() if frozen(curve.rest.get(k)) == frozen(v)}
+                found[key] = Curve(arm, same, curve.x, curve.draws, curve.groups, curve.flat)
+            else:
+                found[key] = curve
+    return list(found.values())
+
+
+def _curve(
+    arm: str, context: dict[str, Any], outcomes: Sequence[Outcome], bootstrap: Bootstrap, x: str, y: str
+) -> Curve | None:
+    values = [p["x"] for p in _distinct([{"x": o.point[x]} for o in outcomes])]
+    if all(is_number(v) for v in values):
+        values.sort()
+    at, draws, groups = [], [], []
+    for value in values:
+        group = [o for o in outcomes if frozen(o.point[x]) == frozen(value)]
+        found = bootstrap.of(group, y)
+        if found is not None:
+            at.append(value)
+            draws.append(found)
+            groups.append(group)
+    cells = {tuple(o.cell for o in group) for group in groups}
+    return Curve(arm, context, at, draws, groups, len(at) > 1 and len(cells) == 1) if at else None
+
+
+def _distinct(mappings: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return list({frozen(m): m for m in mappings}.values())

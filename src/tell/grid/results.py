@@ -1,0 +1,290 @@
+"""A study read back: what every finished cell measured, and what is still missing."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tell.errors import TellError
+from tell.evaluate.intervals import Z
+from tell.evaluate.means import mean_metric
+from tell.evaluate.scored import Metric
+from tell.evaluate.scorers import make_scorer
+from tell.report.read import get, mapping
+from tell.report.text import is_number
+from tell.run import RunFolder, read_jsonl
+from tell.study.scoring import adapter_arm
+
+ALIASES = {"probe": "probe loss", "general held out": "general held out loss"}
+CHANGE = " change"  # of a number of forgetting, from the untuned model on the same rows
+COSTS = ("steps", "tokens", "flops", "learning_rate", "seconds")
+
+
+@dataclass(frozen=True)
+class Number:
+    """A measurement without test rows of its own: a loss on general text, a benchmark.
+
+    Attributes:
+        value: the run's own.
+        spread: standard error over the rows it was measured on, from the run's interval; 0 where it has none.
+    """
+
+    value: float
+    spread: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One arm of one cell.
+
+    Attributes:
+        hashes: (n,) content hashes of the test rows.
+        metrics: name to Metric over these rows.
+        numbers: name to Number: ``probe loss``, ``probe loss change``, benchmarks.
+        costs: ``steps``, ``tokens``, ``flops``, ``learning_rate``, ``seconds`` of its training (0 where it has none),
+            and ``eval_flops``, of answering the test rows.
+    """
+
+    hashes: np.ndarray
+    metrics: Mapping[str, Metric]
+    numbers: Mapping[str, Number]
+    costs: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One row of the study that has numbers; rows that share a cell share what it measured."""
+
+    point: Mapping[str, Any]
+    arm: str
+    seed: int
+    cell: str
+    measured: Measured
+
+
+@dataclass
+class Study:
+    """Everything the tables, fits and figures are made from.
+
+    Attributes:
+        outcomes: of the finished cells, in the order of the study's rows.
+        states: state to number of cells.
+        failed: cell to its error.
+        missing: state (or ``unreadable``) to number of rows of the study that have no numbers.
+        primary: the task's primary metric.
+        keys: grid keys that take more than one value.
+    """
+
+    folder: Path
+    title: str
+    claim: str
+    recipe: dict[str, Any]
+    created: str
+    rows: list[dict[str, Any]]
+    outcomes: list[Outcome] = field(default_factory=list)
+    states: Counter[str] = field(default_factory=Counter)
+    failed: dict[str, str] = field(default_factory=dict)
+    missing: Counter[str] = field(default_factory=Counter)
+    primary: str = ""
+    keys: tuple[str, ...] = ()
+
+    @property
+    def seeds(self) -> list[int]:
+        return sorted({o.seed for o in self.outcomes})
+
+    def metrics(self) -> list[str]:
+        """Names to tabulate: those the recipe asks for and some cell has, else the primary one."""
+        known = {name for o in self.outcomes for name in (*o.measured.metrics, *o.measured.numbers)}
+        wanted: list[str] = []
+        for name in map(canonical, self.recipe.get("metrics") or [self.primary]):
+            wanted += sorted(n for n in known if n.startswith("benchmark ")) if name == "benchmarks" else [name]
+        return [name for name in dict.fromkeys(wanted) if name in known]
+
+
+def canonical(metric: str) -> str:
+    """The name a metric has here: ``probe`` is short for ``probe loss``."""
+    return ALIASES.get(metric, metric)
+
+
+def read_results(folder: str | Path, cells: str | Path | None = None) -> Study:
+    """Read a study's finished cells.
+
+    Args:
+        folder: the study's own, with ``study.json``.
+        cells: where the run folders are; default ``../cells``.
+
+    Returns:
+        The study; rows whose cell is waiting, running, failed or unreadable are left out and counted.
+
+    Raises:
+        TellError: ``study.json`` is missing or no study.
+    """
+    folder = Path(folder)
+    path = folder / "study.json"
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        rows, states = data["rows"], data["cells"]
+    except FileNotFoundError as error:
+        raise TellError("no such file", where=str(path), remedy="Give a folder made by `tell study`.") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TellError(f"is no study ({error})", where=str(path), remedy="Run `tell study` again.") from error
+    study = Study(
+        folder=folder,
+        title=str(data.get("title") or folder.resolve().name),
+        claim=str(data.get("claim") or ""),
+        recipe=dict(data.get("recipe") or {}),
+        created=str(data.get("created") or ""),
+        rows=[{**row, "point": {k: number_of(v) for k, v in row["point"].items()}} for row in rows],
+        states=Counter(str(c.get("state", "waiting")) for c in states.values()),
+        failed={name: str(c.get("error") or "") for name, c in states.items() if c.get("state") == "failed"},
+    )
+    root = Path(cells) if cells is not None else folder.parent / "cells"
+    open_cell = lru_cache(maxsize=None)(lambda name: _Cell.read(root / name))
+    primaries: Counter[str] = Counter()
+    for row in study.rows:
+        state = str((states.get(row["cell"]) or {}).get("state", "waiting"))
+        if state == "done":
+            cell = open_cell(row["cell"])
+            measured = cell.arm(row["arm"]) if cell else None
+            if cell and measured:
+                study.outcomes.append(Outcome(row["point"], row["arm"], int(row["seed"]), row["cell"], measured))
+                primaries[str(get(cell.metrics, "task", "primary", default=""))] += 1
+                continue
+            state = "failed" if cell and row["arm"] in mapping(cell.metrics, "failed") else "unreadable"
+            if state == "failed":
+                study.failed[row["cell"]] = str(cell.metrics["failed"][row["arm"]])
+        study.missing[state] += 1
+    study.primary = primaries.most_common(1)[0][0] if primaries else ""
+    study.keys = tuple(
+        key
+        for key in dict.fromkeys(k for row in study.rows for k in row["point"])
+        if len({frozen(row["point"].get(key)) for row in study.rows}) > 1
+    )
+    return study
+
+
+def number_of(value: Any) -> Any:
+    """YAML 1.1 reads 1e4 as a text; a text that is a number becomes one, a whole float an integer."""
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            return value
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def frozen(value: Any) -> str:
+    """A key for a value of the grid, or a whole point."""
+    return json.dumps(value, sort_keys=True, ensure_ascii=False)
+
+
+@dataclass
+class _Cell:
+    folder: RunFolder
+    metrics: dict[str, Any]
+    arms: dict[str, Measured | None] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, root: Path) -> _Cell | None:
+        folder = RunFolder(root)
+        try:
+            return cls(folder, json.loads(folder.metrics.read_text(encoding="utf-8")))
+        except (OSError, ValueError):
+            return None
+
+    def arm(self, arm: str) -> Measured | None:
+        if arm not in self.arms:
+            try:
+                self.arms[arm] = self._read(arm)
+            except (OSError, ValueError, KeyError, TypeError, AttributeError):
+                self.arms[arm] = None
+        return self.arms[arm]
+
+    def _read(self, arm: str) -> Measured | None:
+        entries = mapping(self.metrics, "arms", arm)
+        if not entries:
+            return None
+        path = self.folder.prediction(arm)
+        rows = read_jsonl(path) if path.is_file() else []
+        metrics, rest = _metrics(entries, rows, lambda: self._rescore(rows))
+        trained = mapping(self.metrics, "train", "arms", adapter_arm(arm) or "")
+        costs = {key: float(trained.get(key) or 0) for key in COSTS}
+        costs["eval_flops"] = float(get(self.metrics, "eval", "arms", arm, "flops", default=0) or 0)
+        return Measured(
+            np.array([str(row["hash"]) for row in rows], dtype=str), metrics, rest | self._numbers(arm), costs
+        )
+
+    def _rescore(self, rows: Sequence[dict]) -> Mapping[str, Metric]:
+        """Metrics of the corpus, which no score of a row adds up to, from the answers."""
+        kind = get(self.metrics, "task", "kind")
+        if kind not in ("text", "label"):
+            return {}
+        findings = json.loads(self.folder.findings.read_text(encoding="utf-8")) if self.folder.findings.exists() else {}
+        labels = get(findings, "kind", "labels") or sorted({str(row["reference"]) for row in rows})
+        return make_scorer(kind, labels=labels).score([r["answer"] for r in rows], [r["reference"] for r in rows])
+
+    def _numbers(self, arm: str) -> dict[str, Number]:
+        """Losses on general text, as levels and as changes from the untuned model; benchmarks."""
+        weights = adapter_arm(arm) or "base"
+        found: dict[str, Number] = {}
+        for name, measures in mapping(self.metrics, "forgetting", "arms", weights).items():
+            for measure, entry in mapping(measures).items():
+                label = f"{name} loss" if measure == "loss" else f"{name} {measure.replace('_', ' ')}"
+                change = get(self.metrics, "forgetting", "differences", f"{weights} - base", name, measure)
+                if (number := _number(entry)) is not None:
+                    found[label] = number
+                if weights == "base" and number is not None:
+                    found[label + CHANGE] = Number(0.0, 0.0)
+                elif (number := _number(change)) is not None:
+                    found[label + CHANGE] = number
+        for name, entry in mapping(self.metrics, "benchmarks", "arms", weights).items():
+            if (number := _number(entry)) is not None:
+                found[f"benchmark {name}"] = number
+        return found
+
+
+def _metrics(
+    entries: Mapping[str, Any], rows: Sequence[dict], rescore: Callable[[], Mapping[str, Metric]]
+) -> tuple[dict[str, Metric], dict[str, Number]]:
+    """Metrics over rows, and those that only the run as a whole has."""
+    metrics: dict[str, Metric] = {}
+    numbers: dict[str, Number] = {}
+    again: Mapping[str, Metric] | None = None
+    for name, entry in entries.items():
+        number = _number(entry)
+        if number is None:
+            continue
+        values = np.array([float(mapping(row, "scores").get(name, np.nan)) for row in rows])
+        metric = mean_metric(values, binary=_binary(values)) if np.isfinite(values).any() else None
+        if metric is None or not _equal(metric.value, number.value):
+            again = rescore() if again is None and rows else again
+            metric = (again or {}).get(name)
+        if metric is not None and _equal(metric.value, number.value):
+            metrics[name] = metric
+        else:
+            numbers[name] = number
+    return metrics, numbers
+
+
+def _equal(a: float, b: float) -> bool:
+    return bool(abs(a - b) <= 2e-5 * max(1.0, abs(b)))
+
+
+def _binary(values: Iterable[float]) -> bool:
+    known = np.asarray(values)
+    return bool(np.isin(known[np.isfinite(known)], (0.0, 1.0)).all())
+
+
+def _number(entry: Any) -> Number | None:
+    value, ci = get(entry, "value"), get(entry, "ci")
+    if not is_number(value):
+        return None
+    known = isinstance(ci, list) and len(ci) == 2 and all(map(is_number, ci))
+    return Number(float(value), (ci[1] - ci[0]) / (2 * Z) if known else 0.0)

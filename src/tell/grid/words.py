@@ -1,0 +1,95 @@
+"""What tables and figures of a study call the keys and values of its grid, and its metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import PurePath
+from typing import Any
+
+from tell.evaluate.names import LOSSES
+from tell.grid.results import CHANGE, canonical
+from tell.report.words import Term, term
+
+KEYS = {
+    "general.tokens": "general tokens",
+    "general.rows": "general rows",
+    "general.ratio": "general tokens for each task token",
+    "general.source": "general data",
+    "task.rows": "task rows",
+    "task.tokens": "task tokens",
+    "mix.repeat": "times each task row is seen",
+    "mix.order": "order",
+    "anchor.text": "anchor",
+    "model.name": "model",
+    "train.learning_rate": "learning rate",
+    "train.lora_r": "LoRA rank",
+}
+ARMS = {
+    "base": "untuned",
+    "base+anchor": "untuned, with the anchor",
+    "icl": "examples in context",
+    "sft": "SFT, one epoch",
+    "sft-matched": "SFT, as many steps as TELL",
+    "general": "general data alone",
+    "tell": "TELL",
+    "tell-anchor": "TELL, asked without its anchor",
+}
+
+
+def key_name(key: str) -> str:
+    """A key of the grid in words; one that is not known, as it is."""
+    return KEYS.get(key, key)
+
+
+def value_name(value: Any) -> str:
+    """A value of the grid, short: thousands separated, files by their names."""
+    if value is None:
+        return "not set"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        return PurePath(text.removeprefix("@")).name if "/" in text and " " not in text else text
+    return f"{value:,}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:g}"
+
+
+def point_name(point: Mapping[str, Any]) -> str:
+    """``15 task rows, 30,000 general tokens``; empty for no key."""
+    parts = []
+    for key, value in point.items():
+        counted = isinstance(value, int | float) and key in (
+            "general.tokens",
+            "general.rows",
+            "task.rows",
+            "task.tokens",
+        )
+        parts.append(f"{value_name(value)} {key_name(key)}" if counted else f"{key_name(key)}: {value_name(value)}")
+    return ", ".join(parts)
+
+
+def arm_name(arm: str) -> str:
+    """An arm in words."""
+    return ARMS.get(arm, arm)
+
+
+def metric_term(metric: str) -> Term:
+    """Label, unit, definition and direction of a metric, of losses on general text and of benchmarks."""
+    metric = canonical(metric)
+    base = metric.removesuffix(CHANGE)
+    if base.endswith(" loss"):
+        held = base != "probe loss"
+        label = "Loss on held-out general rows" if held else "Loss on general text"
+        text = "rows of the general data that were held out" if held else "general text that was in no mix"
+        definition = f"Mean negative log-likelihood of {text}, in nats a token; a rise is what was forgotten."
+        return Term(f"Change of {label[0].lower()}{label[1:]}" if metric != base else label, "plain", definition, False)
+    if base.endswith(" task format"):
+        return Term("General prompts answered in the task's format", "share", "", False)
+    if base.startswith("benchmark "):
+        return Term(base.removeprefix("benchmark "), "share", "Share of the benchmark's questions answered right.")
+    return term(metric)
+
+
+def axis_label(metric: str) -> str:
+    """The metric with its unit, for an axis."""
+    found = metric_term(metric)
+    loss = canonical(metric) in LOSSES or "loss" in canonical(metric)
+    unit = {"share": " (%)", "points": " (points)"}.get(found.unit, " (nats a token)" if loss else "")
+    return found.label + unit
