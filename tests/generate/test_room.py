@@ -10,14 +10,32 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, GPT2Config
 
 import tiny
+from tell.errors import TellError
 from tell.generate import engine as engines
 from tell.generate.cache import Store
 from tell.generate.engine import Engine
-from tell.generate.room import SHARE, free_bytes, rows_that_fit, token_bytes
+from tell.generate.room import SHARE, answer_limits, free_bytes, rows_that_fit, token_bytes
 from tell.generate.sampler import Decoding
 from tell.train.attention import PackedPlan, use_plan
 from tell.train.step import Body
 from train.packed import load
+
+
+@given(st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30)), max_size=6), st.integers(1, 30), st.booleans())
+def test_answers_end_with_the_context(rows, most, own):
+    """Each answer gets what was asked for, or what the prompt leaves of 31 tokens."""
+    prompts, limits = [[7] * length for length, _ in rows], [limit for _, limit in rows]
+    got = answer_limits(prompts, most, limits if own else None, 31)
+    for (length, limit), n in zip(rows, got, strict=True):
+        assert n == min(limit if own else most, 31 - length) >= 1
+
+
+def test_prompts_and_limits_that_cannot_be():
+    with pytest.raises(TellError, match=r"prompt 2: the prompt has 1,031 tokens and the model takes 1,031\. Shorten"):
+        answer_limits([[7], [7] * 1031], 8, None, 1031)
+    for limits in ([3], [3, 4, 5], [3, 0]):
+        with pytest.raises(ValueError, match=f"{len(limits)} limits for 2 prompts, each must be at least 1"):
+            answer_limits([[7], [7]], 8, limits, 31)
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

@@ -138,6 +138,8 @@ def test_a_broken_adapter_or_a_full_prompt_is_refused(vllm, tiny_model, tmp_path
     assert engine.generate([], Decoding(8, (2,))) == [] and not engine.llm.calls
     with pytest.raises(TellError, match=r"prompt 2: the prompt has 4 tokens and the model takes 4"):
         engine.generate([[1], [1, 2, 3, 4]], Decoding(8, (2,)))
+    with pytest.raises(ValueError, match="1 limits for 2 prompts"):
+        engine.generate([[1], [1, 2]], Decoding(8, (2,)), limits=[3])
     (tmp_path / "adapter_config.json").write_text("{half")
     engine.model._tell_adapter = tmp_path
     with pytest.raises(json.JSONDecodeError):

@@ -7,6 +7,7 @@ import torch
 
 import tiny
 from tell.config import TrainConfig
+from tell.kernels import ops
 from tell.kernels.ops import kernels_for
 from tell.train.fused import fuse_modules, unfuse_modules
 from tell.train.lora import add_lora, remove_lora
@@ -78,6 +79,39 @@ def test_plain_path_equals_the_fast_one(family, tiny_model):
         assert_close(grads, results[0][1])
         assert [s for _, s in singles] == [s for _, s in results[0][2]] and tokens == results[0][3]
         assert [v for v, _ in singles] == pytest.approx([v for v, _ in results[0][2]], rel=1e-4)
+
+
+@needs_kernels
+def test_norms_of_queries_and_keys_keep_their_own_epsilon(tiny_model):
+    model = load(tiny_model("qwen3"))
+    for layer in model.model.layers:
+        layer.self_attn.q_norm.variance_epsilon = 3.0
+    rows, options = make_rows(LENGTHS), {"normalization": "token", "backward": False}
+    fused = step_loss(Body(model), rows, **options).loss
+    assert fuse_modules(model)["attention"] == len(model.model.layers)
+    assert fused == pytest.approx(plain_step_loss(PlainBody(model), rows, **options).loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.05])
+def test_without_kernels_the_same_is_learned(dropout, tiny_model, monkeypatch):
+    """Loss and gradients where no compiler is; with dropout, whose masks are others, only that training runs."""
+    monkeypatch.setattr(ops, "_kernels", lambda dtype: None)
+    rows, results = make_rows(LENGTHS, task=(0, 3)), []
+    for fast in (True, False):
+        config = CONFIG.model_copy(update={"lora_dropout": dropout})
+        model = add_lora(load(tiny_model("qwen3")), config, seed=1, fused=fast)
+        wake(model)
+        torch.manual_seed(3)
+        if fast:
+            out = step_loss(Body(model), rows, normalization="example", share_prefix=not dropout)
+            assert fuse_modules(model.get_base_model()) == {}
+        else:
+            out = plain_step_loss(PlainBody(model), rows, normalization="example")
+        results.append((out.loss, gradients(model)))
+    (loss, grads), (expected, reference) = results
+    assert loss == pytest.approx(expected, rel=0.05 if dropout else 1e-5)
+    if not dropout:
+        assert_close(grads, reference)
 
 
 @needs_kernels

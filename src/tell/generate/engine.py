@@ -9,10 +9,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from tell.errors import TellError
 from tell.generate.batch import Batch, KernelBatch, Packed, PlainBatch
 from tell.generate.layers import describe
-from tell.generate.room import free_bytes, rows_that_fit, token_bytes
+from tell.generate.room import answer_limits, free_bytes, rows_that_fit, token_bytes
 from tell.generate.sampler import Decoding, uniforms
 from tell.kernels.decode import kernels
 from tell.train.step import Body
@@ -102,8 +101,7 @@ class Engine:
             TellError: a prompt fills the model's context.
             ValueError: ``limits`` are not one positive number a prompt.
         """
-        if limits is not None and (len(limits) != len(prompts) or min(limits, default=1) < 1):
-            raise ValueError(f"{len(limits)} limits for {len(prompts)} prompts, each must be at least 1")
+        limits = answer_limits(prompts, decoding.max_new_tokens, limits, self.max_positions)
         if not prompts:
             return []
         was_training = self.model.training
@@ -117,21 +115,13 @@ class Engine:
         self,
         prompts: list[list[int]],
         decoding: Decoding,
-        limits: Sequence[int] | None,
+        limits: Sequence[int],
         progress: Callable[[int, int], None] | None,
         on_token: Callable[[int, int], None] | None,
     ) -> list[Answer]:
         prefix = shared_prefix(prompts)
         rows = []
-        for number, prompt in enumerate(prompts):
-            room = self.max_positions - len(prompt)
-            if room < 1:
-                raise TellError(
-                    f"the prompt has {len(prompt):,} tokens and the model takes {self.max_positions:,}",
-                    where=f"prompt {number + 1}",
-                    remedy="Shorten the prompt, or give fewer in-context examples.",
-                )
-            limit = min(limits[number] if limits else decoding.max_new_tokens, room)
+        for number, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
             draws = uniforms(decoding.seed, number, limit)
             rows.append(_Row(number, prompt[prefix:], limit, draws, Answer()))
         answers = [row.answer for row in rows]

@@ -1,14 +1,45 @@
-"""How many rows may be decoded at once in the memory there is."""
+"""Room for answers: tokens in the model's context, rows in the memory there is."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
+from tell.errors import TellError
+
 SHARE = 4  # the cache of keys and values takes at most one in so many free bytes
+
+
+def answer_limits(
+    prompts: Sequence[Sequence[int]], most: int, limits: Sequence[int] | None, max_positions: int
+) -> list[int]:
+    """New tokens that each prompt may get.
+
+    Args:
+        prompts: token ids.
+        most: new tokens of every prompt where there are no ``limits``.
+        limits: new tokens of each prompt.
+        max_positions: tokens of prompt and answer together.
+
+    Raises:
+        TellError: a prompt leaves no room for an answer.
+        ValueError: ``limits`` are not one positive number a prompt.
+    """
+    wanted = [most] * len(prompts) if limits is None else list(limits)
+    if len(wanted) != len(prompts) or min(wanted, default=1) < 1:
+        raise ValueError(f"{len(wanted)} limits for {len(prompts)} prompts, each must be at least 1")
+    for number, prompt in enumerate(prompts, 1):
+        if len(prompt) >= max_positions:
+            raise TellError(
+                f"the prompt has {len(prompt):,} tokens and the model takes {max_positions:,}",
+                where=f"prompt {number}",
+                remedy="Shorten the prompt, or give fewer in-context examples.",
+            )
+    return [min(n, max_positions - len(prompt)) for n, prompt in zip(wanted, prompts, strict=True)]
 
 
 def token_bytes(config: Any, itemsize: int) -> int:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from tell.errors import TellError
 from tell.generate.engine import Answer
+from tell.generate.room import answer_limits
 from tell.generate.sampler import Decoding
 from tell.train.lora import merged_adapter
 
@@ -145,22 +146,14 @@ class VllmEngine:
 
         Raises:
             TellError: a prompt fills the model's context.
+            ValueError: ``limits`` are not one positive number a prompt.
         """
         from vllm import SamplingParams
 
+        limits = answer_limits(prompts, decoding.max_new_tokens, limits, self.max_positions)
         if not prompts:
             return []
-        parameters = []
-        for row, prompt in enumerate(prompts):
-            room = self.max_positions - len(prompt)
-            if room < 1:
-                raise TellError(
-                    f"the prompt has {len(prompt):,} tokens and the model takes {self.max_positions:,}",
-                    where=f"prompt {row + 1}",
-                    remedy="Shorten the prompt, or give fewer in-context examples.",
-                )
-            limit = limits[row] if limits else decoding.max_new_tokens
-            parameters.append(SamplingParams(**sampling(decoding, row, min(limit, room))))
+        parameters = [SamplingParams(**sampling(decoding, row, limit)) for row, limit in enumerate(limits)]
         outputs = self.llm.generate(
             [{"prompt_token_ids": list(prompt)} for prompt in prompts],
             parameters,

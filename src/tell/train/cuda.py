@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from tell.kernels.ops import SILU
-from tell.train.attention import PackedPlan, Rule, current_plan
+from tell.train.attention import PackedPlan, Rule
+from tell.train.exchange import epsilon, planned_attention, split_qkv
 from tell.train.transfer import send
 
 WIDEST = 256  # head width that flash attention takes
@@ -215,7 +216,7 @@ def liger_forwards() -> Forwards | None:
         return LigerRMSNormFunction.apply(x, weight, eps, offset, casting, False)
 
     def norm(module: Any, offset: float) -> Callable[[Tensor], Tensor]:
-        original, eps = module.forward, _eps(module)
+        original, eps = module.forward, epsilon(module)
 
         def forward(x: Tensor) -> Tensor:
             if module.weight.dtype != x.dtype:
@@ -225,45 +226,22 @@ def liger_forwards() -> Forwards | None:
         return forward
 
     def attention(module: Any, offset: float | None, turned: bool) -> Callable[..., tuple[Tensor, None]]:
-        original, width = module.forward, module.head_dim
-        merged = hasattr(module, "qkv_proj")
+        merged, width = hasattr(module, "qkv_proj"), module.head_dim
 
-        def forward(
-            hidden_states: Tensor,
-            position_embeddings: tuple[Tensor, Tensor] | None = None,
-            attention_mask: Tensor | None = None,
-            **rest: Any,
-        ) -> tuple[Tensor, None]:
-            plan, rule = current_plan(), getattr(module, "_tell_rule", None)
-            usable = (
-                hasattr(plan, "attend")
-                and isinstance(rule, Rule)
-                and rule.softcap is None
-                and position_embeddings is not None
-                and position_embeddings[0].dtype == hidden_states.dtype
-            )
-            if not usable:
-                return original(
-                    hidden_states=hidden_states,
-                    position_embeddings=position_embeddings,
-                    attention_mask=attention_mask,
-                    **rest,
-                )
+        def attend(states: Tensor, rope: tuple[Tensor, Tensor], plan: Any, rule: Rule) -> Tensor:
             if merged:
-                whole, kv = module.qkv_proj(hidden_states), module.num_key_value_heads * width
-                parts = whole.split([whole.shape[-1] - 2 * kv, kv, kv], dim=-1)
+                parts = split_qkv(module, module.qkv_proj(states))
             else:
-                parts = [layer(hidden_states) for layer in (module.q_proj, module.k_proj, module.v_proj)]
+                parts = [layer(states) for layer in (module.q_proj, module.k_proj, module.v_proj)]
             q, k, v = (x.unflatten(-1, (-1, width)) for x in parts)
             if offset is not None:
-                q, k = (normed(x, n.weight, _eps(n), offset) for x, n in ((q, module.q_norm), (k, module.k_norm)))
+                q, k = (normed(x, n.weight, epsilon(n), offset) for x, n in ((q, module.q_norm), (k, module.k_norm)))
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))
             if turned:
-                q, k = LigerRopeFunction.apply(q, k, *position_embeddings)
-            out = plan.attend(module, q, k, v, rule)
-            return module.o_proj(out.flatten(2)), None
+                q, k = LigerRopeFunction.apply(q, k, *rope)
+            return module.o_proj(plan.attend(module, q, k, v, rule).flatten(2))
 
-        return forward
+        return planned_attention(module, attend, lambda plan, _: hasattr(plan, "attend"))
 
     def mlp(module: Any, kind: int) -> Callable[[Tensor], Tensor]:
         merged = hasattr(module, "gate_up_proj")
@@ -276,7 +254,3 @@ def liger_forwards() -> Forwards | None:
         return forward
 
     return Forwards(norm, attention, mlp)
-
-
-def _eps(norm: Any) -> float:
-    return float(getattr(norm, "variance_epsilon", getattr(norm, "eps", 0.0)))

@@ -16,9 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from tell.kernels.ops import GELU_TANH, SILU, kernels_for
-from tell.train.attention import PackedPlan, Rule, current_plan, use_plan
+from tell.train.attention import PackedPlan, Rule, use_plan
 from tell.train.cuda import Forwards, liger_forwards
-from tell.train.exchange import Exchange, is_frozen, is_plain, restore_forward
+from tell.train.exchange import (
+    Exchange,
+    epsilon,
+    is_frozen,
+    is_plain,
+    planned_attention,
+    restore_forward,
+    split_qkv,
+)
 from tell.train.fused_ops import Attention, Gated, GatedProjection, Projection, RmsNorm, Stack
 
 TOLERANCE = 1e-3  # of the largest value, in fp32
@@ -117,8 +125,7 @@ def _lora_parts(layer: Any) -> tuple[nn.Linear | None, list[Tensor] | None, floa
 
 
 def _norm_forward(module: Any, offset: float) -> Callable[[Tensor], Tensor]:
-    original = module.forward
-    eps = float(getattr(module, "variance_epsilon", getattr(module, "eps", 0.0)))
+    original, eps = module.forward, epsilon(module)
 
     def forward(x: Tensor) -> Tensor:
         fits = module.weight.dtype == x.dtype and x.is_contiguous() and is_frozen(module.weight)
@@ -131,57 +138,34 @@ def _norm_forward(module: Any, offset: float) -> Callable[[Tensor], Tensor]:
 
 def _attention_forward(module: Any, offset: float | None, turned: bool) -> Callable[..., tuple[Tensor, None]]:
     """``offset`` is that of the norms on queries and keys, None where there are none; ``turned``: with positions."""
-    original = module.forward
     merged = hasattr(module, "qkv_proj")
     inward = Projections(module, ["qkv_proj"] if merged else ["q_proj", "k_proj", "v_proj"])
     outward = Projections(module, ["o_proj"])
     width = module.head_dim
     norms = () if offset is None else (module.q_norm, module.k_norm)
-    eps = max((float(getattr(norm, "variance_epsilon", getattr(norm, "eps", 0.0))) for norm in norms), default=0.0)
 
-    def forward(
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        attention_mask: Tensor | None = None,
-        **rest: Any,
-    ) -> tuple[Tensor, None]:
-        plan, rule = current_plan(), getattr(module, "_tell_rule", None)
-        usable = (
+    def serves(plan: Any, states: Tensor) -> bool:
+        return (
             type(plan) is PackedPlan
-            and isinstance(rule, Rule)
-            and rule.softcap is None
-            and position_embeddings is not None
-            and position_embeddings[0].dtype == hidden_states.dtype
-            and kernels_for(hidden_states) is not None
-            and all(norm.weight.dtype == hidden_states.dtype and is_frozen(norm.weight) for norm in norms)
+            and kernels_for(states) is not None
+            and all(norm.weight.dtype == states.dtype and is_frozen(norm.weight) for norm in norms)
         )
-        if not usable:
-            return original(
-                hidden_states=hidden_states,
-                position_embeddings=position_embeddings,
-                attention_mask=attention_mask,
-                **rest,
-            )
-        parts = inward(hidden_states[0])
-        if merged:
-            kv = module.num_key_value_heads * width
-            parts = parts[0].split([parts[0].shape[1] - 2 * kv, kv, kv], dim=1)
-        q, k, v = parts
+
+    def attend(states: Tensor, rope: tuple[Tensor, Tensor], plan: PackedPlan, rule: Rule) -> Tensor:
+        parts = inward(states[0])
+        q, k, v = split_qkv(module, parts[0]) if merged else parts
         heads, kv = q.shape[1] // width, k.shape[1] // width
-        if offset is not None:
-            q, k = (
-                RmsNorm.apply(q, module.q_norm.weight, eps, offset),
-                RmsNorm.apply(k, module.k_norm.weight, eps, offset),
-            )
-        cosine, sine = (x.reshape(-1, x.shape[-1]).contiguous() for x in position_embeddings)
+        if norms:
+            q, k = (RmsNorm.apply(x, n.weight, epsilon(n), offset) for x, n in zip((q, k), norms, strict=True))
+        cosine, sine = (x.reshape(-1, x.shape[-1]).contiguous() for x in rope)
         if not turned:
             cosine, sine = torch.ones_like(cosine), torch.zeros_like(sine)
-        longest = max(plan.prefix, plan.prefix + max(plan.lengths))
+        longest = plan.prefix + max(plan.lengths)
         window = rule.window if rule.window is not None and rule.window < longest else None
         out = Attention.apply(q, k, v, cosine, sine, plan, heads, kv, rule.scaling, window)
-        return outward(out[None])[0], None
+        return outward(out[None])[0]
 
-    return forward
+    return planned_attention(module, attend, serves)
 
 
 def _mlp_forward(module: Any, kind: int) -> Callable[[Tensor], Tensor]:

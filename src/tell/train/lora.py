@@ -3,7 +3,7 @@
 peft's own forward casts the layer's input to the adapter's fp32 and back and adds three intermediate
 results; on a CPU that costs more than the adapter's arithmetic. The fused forward below computes the same
 function: y = x W^T + b + s (dropout(x) A^T) B^T, with A and B kept in fp32 and cast, small as they are, to
-the input's dtype.
+the input's dtype. It serves where ``fused.py`` does not join layers: on a GPU, without kernels, in unusual modules.
 """
 
 from __future__ import annotations
@@ -15,47 +15,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
 from tell.config import TrainConfig
 from tell.errors import TellError
+from tell.train.fused_ops import Projection, Stack
 
 QKV = ("q_proj", "k_proj", "v_proj", "qkv_proj", "c_attn", "query_key_value", "Wqkv", "W_pack")
 DEFAULT = "default"  # peft's name of an only adapter
-
-
-class _LoraLinear(torch.autograd.Function):
-    """y = x W^T + b + s (xd A^T) B^T; no gradient for W and b."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, xd: Tensor | None, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
-    ) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])
-        dropped = flat if xd is None else xd.reshape(-1, x.shape[-1])
-        y = torch.nn.functional.linear(flat, weight, bias)
-        u = dropped @ a.t()
-        y.addmm_(u, b.t(), alpha=scale)
-        ctx.save_for_backward(dropped, weight, a, b, u)
-        ctx.scale, ctx.shared, ctx.shape = scale, xd is None, x.shape
-        return y.view(*x.shape[:-1], -1)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        dropped, weight, a, b, u = ctx.saved_tensors
-        g = grad.reshape(-1, grad.shape[-1])
-        gu = (g @ b) * ctx.scale
-        ga = gu.t() @ dropped
-        gb = (g.t() @ u) * ctx.scale
-        gx = gxd = None
-        if ctx.needs_input_grad[0]:
-            gx = g @ weight
-            if ctx.shared:
-                gx.addmm_(gu, a)
-            gx = gx.view(ctx.shape)
-        if not ctx.shared:
-            gxd = (gu @ a).view(ctx.shape)
-        return gx, gxd, None, None, ga, gb, None
 
 
 def _fused_forward(layer: Any) -> Any:
@@ -64,9 +32,11 @@ def _fused_forward(layer: Any) -> Any:
     scale, dropout = float(layer.scaling[DEFAULT]), layer.lora_dropout[DEFAULT]
 
     def forward(x: Tensor, *_: Any, **__: Any) -> Tensor:
-        active = layer.training and isinstance(dropout, nn.Dropout) and dropout.p > 0
-        xd = dropout(x) if active else None
-        return _LoraLinear.apply(x, xd, base.weight, base.bias, a.weight.to(x.dtype), b.weight.to(x.dtype), scale)
+        if layer.training and isinstance(dropout, nn.Dropout) and dropout.p > 0:
+            inner = linear(dropout(x), (a.weight * scale).to(x.dtype))
+            return base(x) + linear(inner, b.weight.to(x.dtype))
+        stack = Stack(base.weight, base.bias, (len(base.weight),), (scale,), 0.0)
+        return Projection.apply(x, stack, a.weight, b.weight)[0]
 
     return forward
 
@@ -95,19 +65,19 @@ def target_modules(model: Any, targets: str) -> str | list[str]:
     if targets == "all-linear":
         return targets
     # The output layer is left out: the loss reads its frozen weight block by block.
-    linear = {
+    layers = {
         name.rsplit(".", 1)[-1]
         for name, m in model.named_modules()
         if isinstance(m, (nn.Linear, Conv1D)) and m is not model.get_output_embeddings()
     }
     wanted = QKV if targets == "qkv" else tuple(part.strip() for part in targets.split(",") if part.strip())
-    found = [name for name in wanted if name in linear]
-    unknown = [] if targets == "qkv" else [name for name in wanted if name not in linear]
+    found = [name for name in wanted if name in layers]
+    unknown = [] if targets == "qkv" else [name for name in wanted if name not in layers]
     if unknown or not found:
         raise TellError(
             f"{', '.join(unknown) or targets} names no linear layer",
             where="train.lora_targets",
-            remedy=f"Use all-linear, qkv, or some of: {', '.join(sorted(linear))}.",
+            remedy=f"Use all-linear, qkv, or some of: {', '.join(sorted(layers))}.",
         )
     return found
 

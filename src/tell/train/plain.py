@@ -16,7 +16,7 @@ from tell.train.attention import restore, use_plan
 from tell.train.batches import TrainRow
 from tell.train.fused import unfuse_modules
 from tell.train.loss import position_weights
-from tell.train.step import StepLoss, batch_total
+from tell.train.step import Pass, StepLoss, accumulate, batch_total, row_means
 from tell.train.transfer import send
 
 
@@ -57,7 +57,6 @@ def plain_step_loss(
     micro_tokens: int = 3072,
     backward: bool = True,
     device: torch.device | str = "cpu",
-    between: Callable[[], None] | None = None,
     clip: Callable[[], Tensor] | None = None,
 ) -> StepLoss:
     """Loss of one step's rows as ``step.step_loss`` defines it, gradients accumulated over padded micro-batches.
@@ -68,13 +67,11 @@ def plain_step_loss(
         normalization: ``example`` or ``token``.
         task_weight: weight of task rows.
         micro_tokens: tokens of one pass, padding included.
-        backward: accumulate gradients.
-        between: called after each pass.
-        clip: called after the last pass; gives the gradient's norm, a scalar on the device.
+        backward, clip: as in ``step.accumulate``.
     """
     total = send(torch.tensor(batch_total(rows, normalization, task_weight), dtype=torch.float32), device)
-    parts, means, sources, tokens = [], [], [], 0
-    for group in padded_batches(rows, micro_tokens):
+
+    def forward(group: list[TrainRow]) -> Pass:
         width = len(group[0].ids)
         ids = np.zeros((len(group), width), dtype=np.int64)
         seen = np.zeros((len(group), width), dtype=np.int64)
@@ -94,19 +91,13 @@ def plain_step_loss(
         nll = torch.nn.functional.cross_entropy(
             out.logits[at, position - 1].float(), targets, reduction="none"
         )  # the state before a token predicts it
-        counts = send(torch.tensor([int(row.mask.sum()) for row in group]), device)
+        counts = send(torch.from_numpy(trained.sum(axis=1)), device)
         task = send(torch.tensor([row.task for row in group]), device)
         weight = position_weights(
             counts[at], task[at], normalization=normalization, task_weight=task_weight, total=total
         )
-        part = (nll * weight).sum()
-        if backward:
-            part.backward()
-        parts.append(part.detach())
-        sums = torch.zeros(len(group), device=device).index_add_(0, at, nll.detach())
-        means.append(sums / counts)
-        sources.append(np.array([row.source for row in group]))
-        tokens += sum(len(row.ids) for row in group)
-        if between:
-            between()
-    return StepLoss.fetch(parts, means, sources, tokens, clip() if clip else None)
+        source = np.array([row.source for row in group])
+        tokens = sum(len(row.ids) for row in group)
+        return Pass((nll * weight).sum(), row_means(nll.detach(), at, counts), source, tokens)
+
+    return accumulate(map(forward, padded_batches(rows, micro_tokens)), backward=backward, clip=clip)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -37,23 +37,46 @@ class StepLoss:
     tokens: int
     norm: float | None = None
 
-    @classmethod
-    def fetch(
-        cls, parts: list[Tensor], means: list[Tensor], source: list[np.ndarray], tokens: int, norm: Tensor | None
-    ) -> StepLoss:
-        """From what the passes left on the device, in one transfer: a GPU is waited for once a step.
 
-        Args:
-            parts: scalars that sum to the loss.
-            means: (rows,) mean nll of each pass's rows.
-            source: (rows,) source indices of each pass's rows.
-            norm: scalar, or None.
-        """
-        tail = [] if norm is None else [norm.detach().float().reshape(1)]
-        values = torch.cat([torch.stack(parts).float(), *means, *tail]).cpu().numpy()
-        rows = values[len(parts) : len(values) - len(tail)]
-        loss = sum(values[: len(parts)].tolist())
-        return cls(loss, rows, np.concatenate(source), tokens, float(values[-1]) if tail else None)
+class Pass(NamedTuple):
+    """What one forward pass over some of a step's rows gives.
+
+    Attributes:
+        loss: scalar, its part of the step's loss, with gradient.
+        means: (rows,) mean nll of its rows.
+        source: (rows,) their source indices.
+        tokens: theirs, as in ``StepLoss``.
+    """
+
+    loss: Tensor
+    means: Tensor
+    source: np.ndarray
+    tokens: int
+
+
+def accumulate(passes: Iterable[Pass], *, backward: bool, clip: Callable[[], Tensor] | None) -> StepLoss:
+    """The sum of passes, each made when its turn comes and sent backward before the next: one graph at a time.
+
+    What they leave on the device is fetched in one transfer: a GPU is waited for once a step.
+
+    Args:
+        passes: at least one.
+        backward: accumulate gradients.
+        clip: called after the last pass; gives the gradient's norm, a scalar on the device.
+    """
+    parts, means, source, tokens = [], [], [], 0
+    for done in passes:
+        if backward:
+            done.loss.backward()
+        parts.append(done.loss.detach())
+        means.append(done.means)
+        source.append(done.source)
+        tokens += done.tokens
+    tail = [] if clip is None else [clip().detach().float().reshape(1)]
+    values = torch.cat([torch.stack(parts).float(), *means, *tail]).cpu().numpy()
+    rows = values[len(parts) : len(values) - len(tail)]
+    loss = sum(values[: len(parts)].tolist())
+    return StepLoss(loss, rows, np.concatenate(source), tokens, float(values[-1]) if tail else None)
 
 
 class Body:
@@ -126,10 +149,16 @@ def batch_total(rows: Sequence[TrainRow], normalization: str, task_weight: float
     return sum(weights)
 
 
-def row_means(nll: Tensor, pack: Pack) -> Tensor:
-    """(rows,) mean nll of each row of a pack."""
-    sums = torch.zeros(len(pack.trained), dtype=torch.float32, device=nll.device)
-    return sums.index_add_(0, pack.row, nll) / pack.trained
+def row_means(nll: Tensor, row: Tensor, trained: Tensor) -> Tensor:
+    """(rows,) mean nll of each row.
+
+    Args:
+        nll: (n,) of each trained token.
+        row: (n,) which row it belongs to.
+        trained: (rows,) trained tokens of each row.
+    """
+    sums = torch.zeros(len(trained), dtype=torch.float32, device=nll.device)
+    return sums.index_add_(0, row, nll) / trained
 
 
 def step_loss(
@@ -142,7 +171,6 @@ def step_loss(
     share_prefix: bool = False,
     backward: bool = True,
     device: torch.device | str = "cpu",
-    between: Callable[[], None] | None = None,
     clip: Callable[[], Tensor] | None = None,
 ) -> StepLoss:
     """Loss of one step's rows, gradients accumulated over packs.
@@ -156,32 +184,25 @@ def step_loss(
         task_weight: weight of task rows.
         micro_tokens: tokens of one pass.
         share_prefix: compute the prefix that rows share once; only right without dropout and noise.
-        backward: accumulate gradients.
-        between: called after each pass.
-        clip: called after the last pass; gives the gradient's norm, a scalar on the device.
+        backward, clip: as in ``accumulate``.
     """
-    normaliser = send(torch.tensor(batch_total(rows, normalization, task_weight), dtype=torch.float32), device)
-    parts, means, sources, tokens = [], [], [], 0
-    for group in split_packs(rows, micro_tokens, share_prefix=share_prefix):
+    total = send(torch.tensor(batch_total(rows, normalization, task_weight), dtype=torch.float32), device)
+
+    def forward(group: list[TrainRow]) -> Pass:
         batch = pack(group, share_prefix=share_prefix, device=device)
-        states = body.states(batch)
         weight = position_weights(
             batch.trained[batch.row],
             batch.task[batch.row],
             normalization=normalization,
             task_weight=task_weight,
-            total=normaliser,
+            total=total,
         )
-        part, nll = blocked_cross_entropy(states, body.head, batch.targets, weight, body.softcap, body.bias)
-        if backward:
-            part.backward()
-        parts.append(part.detach())
-        means.append(row_means(nll, batch))
-        sources.append(batch.source.numpy())
-        tokens += batch.real
-        if between:
-            between()
-    return StepLoss.fetch(parts, means, sources, tokens, clip() if clip else None)
+        states = body.states(batch)
+        loss, nll = blocked_cross_entropy(states, body.head, batch.targets, weight, body.softcap, body.bias)
+        return Pass(loss, row_means(nll, batch.row, batch.trained), batch.source.numpy(), batch.real)
+
+    groups = split_packs(rows, micro_tokens, share_prefix=share_prefix)
+    return accumulate(map(forward, groups), backward=backward, clip=clip)
 
 
 @torch.no_grad()
@@ -210,7 +231,7 @@ def row_losses(
         weight = torch.ones(len(batch.targets), device=device)
         _, nll = blocked_cross_entropy(body.states(batch), body.head, batch.targets, weight, body.softcap, body.bias)
         done.extend(group)
-        means.append(row_means(nll, batch))
+        means.append(row_means(nll, batch.row, batch.trained))
         if progress:
             progress(len(group))
         group.clear()
