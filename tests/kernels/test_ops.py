@@ -137,6 +137,30 @@ def test_attention(dtype, window, prefix, rot):
         close(actual, wanted)
 
 
+@pytest.mark.parametrize("by_rows", [True, False])  # and by the library's batched products
+@pytest.mark.parametrize(("prefix", "window", "width"), [(0, None, 64), (37, None, 80), (37, 50, 16)])
+def test_attention_of_long_rows_in_bf16(prefix, window, width, by_rows, monkeypatch):
+    if not by_rows:
+        monkeypatch.setattr("tell.train.fused_ops.row_attention", lambda *_: None)
+    heads, kv, lengths, scale = 6, 2, (7, 203, 1, 98), width**-0.5
+    total = prefix + sum(lengths)
+    whole = leaf(total, (heads + 2 * kv) * width, dtype=torch.bfloat16)
+    parts = whole.split([heads * width, kv * width, kv * width], dim=1)
+    plan = PackedPlan(lengths, prefix=prefix)
+    angle = plan.positions()[0][:, None] * torch.rand(8, generator=torch.Generator().manual_seed(3))
+    angle = torch.cat([angle, angle], dim=1).bfloat16()
+    cosine, sine = angle.cos(), angle.sin()
+    out = Attention.apply(*parts, cosine, sine, plan, heads, kv, scale, window)
+    (exact,) = double(whole)
+    qd, kd, vd = exact.split([heads * width, kv * width, kv * width], dim=1)
+    expected = _reference_attention(
+        qd, kd, vd, cosine.double(), sine.double(), lengths, prefix, heads, kv, scale, window
+    )
+    pairs = zip([out, *gradients(out, parts)], [expected, *gradients(expected, [qd, kd, vd])], strict=True)
+    for actual, wanted in pairs:
+        assert (actual.double() - wanted).norm() < 8e-3 * wanted.norm()  # several roundings of 2^-9 each
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=9), st.integers(0, 12))
 def test_positions_and_slots_of_any_plan(lengths, prefix):

@@ -16,3 +16,9 @@
 #define ST(x) (x)
 #define N(name) name##_fp32
 #include "train_body.h"
+#undef T
+#undef LD
+#undef ST
+#undef N
+
+#include "train_attention.h"

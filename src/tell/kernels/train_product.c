@@ -5,98 +5,14 @@
  * as a fifth of the large one. Here a block of rows stays in the second-level cache while it is multiplied by both.
  * Weights are laid out in panels of 64 outputs, [inputs / 2][64][2]: a vector holds one pair of inputs of 16 outputs.
  */
-#include "bits.h"
-#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__) && !defined(__AMX_BF16__)
-#include <immintrin.h>
-#include <omp.h>
-#define LANES 16
-#define PANEL 64
-#define ROWS 6         /* x 4 vectors: 24 of the 32 registers hold sums */
-#define THIN_ROWS 12   /* x 1 or 2 vectors, for the adapter's few columns */
-#define BLOCK 240      /* rows of one job */
-#define DEPTH 1536     /* inputs at a time: a panel of them stays in the second-level cache */
+#include "tiles.h"
+#ifdef TELL_TILES
+#define THIN_ROWS 12    /* x 1 or 2 vectors, for the adapter's few columns */
+#define BLOCK 240       /* rows of one job */
+#define DEPTH 1536      /* inputs at a time: a panel of them stays in the second-level cache */
 #define GROUP (1 << 21) /* numbers of the weight that are laid out at a time */
-#define UNROLL _Pragma("GCC unroll 16")
-#define INLINE static inline __attribute__((always_inline))
 
 int64_t train_product_rows(void) { return THIN_ROWS; }
-
-static inline i64 even(i64 n) { return n + (n & 1); }
-static inline __mmask16 first(i64 n) { return n >= LANES ? 0xffff : n <= 0 ? 0 : (1u << n) - 1; }
-
-/* 16 rows of 16 pairs, transposed. */
-INLINE void transpose(__m512i *r) {
-  __m512i t[16];
-  UNROLL for (int i = 0; i < 8; i++) {
-    t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
-    t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
-  }
-  UNROLL for (int i = 0; i < 4; i++) {
-    r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
-    r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
-    r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
-    r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
-  }
-  UNROLL for (int i = 0; i < 4; i++) {
-    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-  }
-  UNROLL for (int i = 0; i < 4; i++) {
-    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-    r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
-    r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
-  }
-}
-
-/* A panel `wide` outputs wide, filled up with zeros, of inputs from .. to. Element (output o, input k) of the weight lies
-   at w[o * stride + k], or at w[k * stride + o] where outputs are columns; to a pair of its own where inputs are odd. */
-static void lay_out(const bf16 *w, i64 stride, int columns, i64 outputs, i64 inputs, i64 wide, bf16 *to) {
-  for (i64 o = 0; o < wide; o += LANES) {
-    i64 n = outputs - o < LANES ? outputs - o : LANES;
-    if (columns) {
-      __mmask16 mask = first(n);
-      for (i64 k = 0; k < inputs; k += 2) {
-        const bf16 *a = w + k * stride + o;
-        __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, a));
-        __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(k + 1 < inputs ? mask : 0, a + stride));
-        _mm512_storeu_si512(to + k * wide + 2 * o, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-      }
-    } else {
-      for (i64 k = 0; k < inputs; k += 32) {
-        i64 left = inputs - k;
-        __mmask32 mask = left >= 32 ? 0xffffffff : (1u << left) - 1;
-        __m512i r[16];
-        UNROLL for (int i = 0; i < 16; i++) r[i] = _mm512_maskz_loadu_epi16(i < n ? mask : 0, w + (o + i) * stride + k);
-        transpose(r);
-        for (int i = 0; i < 16 && 2 * i < left; i++) _mm512_storeu_si512(to + (k + 2 * i) * wide + 2 * o, r[i]);
-      }
-    }
-  }
-}
-
-/* s += x (rows, inputs) times a panel of `vectors` vectors. */
-INLINE void multiply(int rows, int vectors, const bf16 *x, i64 stride, i64 inputs, const bf16 *panel,
-                     __m512 s[rows][vectors]) {
-  for (i64 k = 0; k < inputs; k += 2) {
-    __m512bh v[4];
-    UNROLL for (int b = 0; b < vectors; b++) v[b] = (__m512bh)_mm512_loadu_si512(panel + (k * vectors + 2 * b) * LANES);
-    UNROLL for (int i = 0; i < rows; i++) {
-      __m512bh a = (__m512bh)_mm512_set1_epi32(*(const int32_t *)(x + i * stride + k));
-      UNROLL for (int b = 0; b < vectors; b++) s[i][b] = _mm512_dpbf16_ps(s[i][b], a, v[b]);
-    }
-  }
-}
-
-INLINE void store(int rows, int vectors, __m512 s[rows][vectors], bf16 *y, i64 stride, i64 wide) {
-  UNROLL for (int b = 0; b < vectors; b++) {
-    __mmask16 mask = first(wide - b * LANES);
-    UNROLL for (int i = 0; i < rows; i++)
-      _mm256_mask_storeu_epi16(y + i * stride + b * LANES, mask, (__m256i)_mm512_cvtneps_pbh(s[i][b]));
-  }
-}
 
 typedef struct {
   i64 tokens, outputs, inputs, rank; /* inputs even */
@@ -120,8 +36,7 @@ INLINE void wide_tile(const train_product_task *t, i64 row, i64 column, i64 from
   __m512 s[ROWS][4];
   i64 wide = t->outputs - column;
   if (from) {
-    UNROLL for (int i = 0; i < ROWS; i++) UNROLL for (int b = 0; b < 4; b++)
-      s[i][b] = _mm512_loadu_ps(sums + i * PANEL + b * LANES);
+    load_sums(ROWS, 4, s, sums, PANEL);
   } else {
     UNROLL for (int b = 0; b < 4; b++) {
       __m512i bias = _mm512_setzero_si512();
@@ -131,20 +46,20 @@ INLINE void wide_tile(const train_product_task *t, i64 row, i64 column, i64 from
       UNROLL for (int i = 0; i < ROWS; i++) s[i][b] = (__m512)bias;
     }
   }
-  multiply(ROWS, 4, t->x + row * t->x_stride + from, t->x_stride, depth, panel, s);
+  multiply(ROWS, 4, 4, t->x + row * t->x_stride + from, t->x_stride, 2, depth / 2, panel, s);
   if (from + depth < t->inputs) {
-    UNROLL for (int i = 0; i < ROWS; i++) UNROLL for (int b = 0; b < 4; b++)
-      _mm512_storeu_ps(sums + i * PANEL + b * LANES, s[i][b]);
+    store_sums(ROWS, 4, s, sums, PANEL);
     return;
   }
-  if (t->inner) multiply(ROWS, 4, t->inner + row * even(t->rank), even(t->rank), even(t->rank), extra, s);
+  const i64 ranks = even(t->rank);
+  if (t->inner) multiply(ROWS, 4, 4, t->inner + row * ranks, ranks, 2, ranks / 2, extra, s);
   store(ROWS, 4, s, t->y + row * t->y_stride + column, t->y_stride, wide);
 }
 
 INLINE void thin_tile(int vectors, const train_product_task *t, i64 row, i64 column, const bf16 *panel) {
   __m512 s[THIN_ROWS][vectors];
-  UNROLL for (int i = 0; i < THIN_ROWS; i++) UNROLL for (int b = 0; b < vectors; b++) s[i][b] = _mm512_setzero_ps();
-  multiply(THIN_ROWS, vectors, t->x + row * t->x_stride, t->x_stride, t->inputs, panel, s);
+  clear(THIN_ROWS, vectors, s);
+  multiply(THIN_ROWS, vectors, vectors, t->x + row * t->x_stride, t->x_stride, 2, t->inputs / 2, panel, s);
   i64 width = even(t->rank);
   store(THIN_ROWS, vectors, s, t->inner + row * width + column, width, width - column);
 }
@@ -229,8 +144,7 @@ static void outer_tile(const int32_t *g, i64 g_stride, const bf16 *x, i64 x_stri
                                      8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
   const __m512i low = _mm512_loadu_si512(order), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
   __m512 s[RANKS][2];
-  UNROLL for (int i = 0; i < RANKS; i++) UNROLL for (int b = 0; b < 2; b++)
-    s[i][b] = _mm512_loadu_ps(sums + i * stride + b * LANES);
+  load_sums(RANKS, 2, s, sums, stride);
   for (i64 p = 0; p < pairs; p++) {
     const bf16 *row = x + 2 * p * x_stride;
     __m512i a = _mm512_maskz_loadu_epi16(mask, row);
@@ -244,8 +158,7 @@ static void outer_tile(const int32_t *g, i64 g_stride, const bf16 *x, i64 x_stri
       s[i][1] = _mm512_dpbf16_ps(s[i][1], pair, w);
     }
   }
-  UNROLL for (int i = 0; i < RANKS; i++) UNROLL for (int b = 0; b < 2; b++)
-    _mm512_storeu_ps(sums + i * stride + b * LANES, s[i][b]);
+  store_sums(RANKS, 2, s, sums, stride);
 }
 
 /* out (rank, columns), or (columns, rank) where it is to be transposed, = scale g^T x for g (tokens, rank), x (tokens,

@@ -255,6 +255,11 @@ class PackedPlan:
         """All blocks, the prefix first as a row of its own."""
         return [*([self._head] if self._head else []), *self._blocks]
 
+    def rows(self) -> tuple[Tensor, Tensor, int]:
+        """(rows,) first token and (rows,) tokens of each row behind the prefix, longest first; and the prefix."""
+        start, length = (torch.cat([getattr(b, name) for b in self._blocks]) for name in ("start", "length"))
+        return start, length, self.prefix
+
     def _indices(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Packed token of each slot of the padded blocks, slot of each token, slots that hold no token."""
         if self._index is None:

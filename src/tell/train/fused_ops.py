@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tell.kernels.attention import RowAttention, row_attention
 from tell.kernels.ops import Kernels, kernels_for
 from tell.kernels.products import products_for
 from tell.train.attention import PackedPlan
@@ -301,8 +302,13 @@ class Attention(torch.autograd.Function):
         scaling: float,
         window: int | None,
     ) -> Tensor:
-        kernels, rope = _kernels(q), (cosine, sine)
+        ctx.plan, ctx.facts, ctx.window = plan, (heads, kv, scaling), window
         width, group = q.shape[1] // heads, heads // kv
+        if (rows := row_attention(q.dtype, width)) is not None:
+            out, lse = RowAttention(rows, q, k, v, cosine, sine, *plan.rows(), *ctx.facts, window).forward()
+            ctx.save_for_backward(q, k, v, cosine, sine, out, lse)
+            return out
+        kernels, rope = _kernels(q), (cosine, sine)
         out = torch.empty(q.shape[0], heads * width, dtype=q.dtype)
         saved: list[Tensor] = []
         for number, block in enumerate(plan.packed_blocks()):
@@ -319,14 +325,16 @@ class Attention(torch.autograd.Function):
             kernels.unpack(ob, None, out, block, heads=heads, group=group, scale=1.0)
             saved += [qb, kb, vb, probs]
         ctx.save_for_backward(cosine, sine, *saved)
-        ctx.plan, ctx.facts = plan, (heads, kv, scaling)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (cosine, sine, *saved), plan = ctx.saved_tensors, ctx.plan
-        heads, kv, scaling = ctx.facts
-        grad = grad.contiguous()
+        plan, (heads, kv, scaling), grad = ctx.plan, ctx.facts, grad.contiguous()
+        if (rows := row_attention(grad.dtype, grad.shape[1] // heads)) is not None:
+            q, k, v, cosine, sine, out, lse = ctx.saved_tensors
+            attention = RowAttention(rows, q, k, v, cosine, sine, *plan.rows(), *ctx.facts, ctx.window)
+            return *attention.backward(out, lse, grad), *[None] * 7
+        cosine, sine, *saved = ctx.saved_tensors
         kernels, rope = _kernels(grad), (cosine, sine)
         group, width = heads // kv, grad.shape[1] // heads
         both = grad.new_empty(grad.shape[0], (heads + 2 * kv) * width)
