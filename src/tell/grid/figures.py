@@ -13,6 +13,7 @@ import numpy as np
 
 from tell.errors import TellError
 from tell.grid.curves import Curve
+from tell.grid.results import CHANGE
 from tell.grid.words import arm_name, axis_label, key_name, metric_term, point_name, value_name
 from tell.run import atomic_path
 
@@ -184,13 +185,17 @@ def draw_maps(
     """
     what = metric_term(value)
     scale = 100.0 if what.unit == "share" else 1.0
-    known = np.concatenate([v[np.isfinite(v)] for _, v, _ in panels] or [np.zeros(0)])
-    low, high = (0.0, 1.0) if what.unit == "share" else (known.min(), known.max()) if len(known) else (0.0, 1.0)
+    known = np.concatenate([v[np.isfinite(v)] for _, v, _ in panels])
+    colours = "YlGnBu" if what.higher else "OrRd"
+    low, high = (0.0, 1.0) if what.unit == "share" else (known.min(), known.max())
+    if value.endswith(CHANGE):  # around 0, the untuned model
+        high = max(0.01, np.abs(known).max())
+        colours, low = "RdBu" if what.higher else "RdBu_r", -high
     with _drawing(len(panels), height=1.1 + 0.52 * len(y[1]), width=1.5 + 0.95 * len(x[1])) as (figure, every):
         for (heading, values, intervals), axes in zip(panels, every, strict=True):
             image = axes.pcolormesh(
                 np.ma.masked_invalid(values),
-                cmap="YlGnBu" if what.higher else "OrRd",
+                cmap=colours,
                 vmin=low,
                 vmax=high,
                 lw=1.5,

@@ -118,7 +118,7 @@ def read_results(folder: str | Path, cells: str | Path | None = None) -> Study:
 
     Args:
         folder: the study's own, with ``study.json``.
-        cells: where the run folders are; default ``../cells``.
+        cells: where the run folders are; default: below the ``root`` that ``study.json`` names, else ``../cells``.
 
     Returns:
         The study; rows whose cell is waiting, running, failed or unreadable are left out and counted.
@@ -145,7 +145,7 @@ def read_results(folder: str | Path, cells: str | Path | None = None) -> Study:
         states=Counter(str(c.get("state", "waiting")) for c in states.values()),
         failed={name: str(c.get("error") or "") for name, c in states.items() if c.get("state") == "failed"},
     )
-    root = Path(cells) if cells is not None else folder.parent / "cells"
+    root = Path(cells) if cells is not None else folder / str(data.get("root", "..")) / "cells"
     open_cell = lru_cache(maxsize=None)(lambda name: _Cell.read(root / name))
     primaries: Counter[str] = Counter()
     for row in study.rows:

@@ -52,7 +52,7 @@ def tabulated(study: Study) -> list[str]:
 def lines(study: Study, bootstrap: Bootstrap) -> list[Line]:
     """The table, arms in their usual order within each point; an arm's cells stand once, whatever points share them."""
     found = []
-    for arm, points, group in _merged(study):
+    for arm, points, group in merged(study):
         cells = {}
         for metric in tabulated(study):
             draws = bootstrap.of(group, metric)
@@ -89,7 +89,7 @@ def gaps(study: Study, bootstrap: Bootstrap) -> list[Gap]:
     return sorted(out, key=lambda gap: (order.index(tuple(gap.point.values())), arms.index(gap.arm)))
 
 
-def _merged(study: Study) -> Iterator[tuple[str, list[dict], list[Outcome]]]:
+def merged(study: Study) -> Iterator[tuple[str, list[dict], list[Outcome]]]:
     """(arm, points, outcomes), a group of cells once: first what no key moves, then point by point."""
     found: dict[tuple, tuple[str, list[dict], list[Outcome]]] = {}
     for (_, arm), group in groups(study.outcomes).items():

@@ -52,9 +52,12 @@ def value_name(value: Any) -> str:
 
 
 def point_name(point: Mapping[str, Any]) -> str:
-    """``15 task rows, 30,000 general tokens``; empty for no key."""
+    """``15 task rows, 4 times, 30,000 general tokens``; empty for no key."""
     parts = []
     for key, value in point.items():
+        if key == "mix.repeat" and value is not None:
+            parts.append("once" if value == 1 else f"{value_name(value)} times")
+            continue
         counted = isinstance(value, int | float) and key in (
             "general.tokens",
             "general.rows",

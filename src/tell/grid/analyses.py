@@ -1,0 +1,85 @@
+"""What a recipe asks to be made of its curves: fits, efficiency, flips and fronts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from tell.grid.curves import Curve, curves
+from tell.grid.efficiency import efficiency
+from tell.grid.figures import Mark
+from tell.grid.fit import fit_curve
+from tell.grid.flips import flips
+from tell.grid.means import Bootstrap
+from tell.grid.pareto import front, verdict
+from tell.grid.results import Study, canonical, frozen
+from tell.grid.words import point_name
+
+
+@dataclass
+class Analyses:
+    """Entries of fits.json, flips.json, efficiency.json and pareto.json, and the fitted curves to draw."""
+
+    fits: list[dict[str, Any]] = field(default_factory=list)
+    flips: list[dict[str, Any]] = field(default_factory=list)
+    efficiency: list[dict[str, Any]] = field(default_factory=list)
+    pareto: list[dict[str, Any]] = field(default_factory=list)
+    marks: dict[tuple[str, ...], Mark] = field(default_factory=dict)
+
+    def mark(self, curve: Curve, x: str, y: str) -> Mark | None:
+        """The fit of a curve, where one was asked for and has something to show."""
+        return self.marks.get((x, y, curve.arm, frozen(curve.rest)))
+
+
+def analyse(study: Study, bootstrap: Bootstrap) -> Analyses:
+    """Everything the recipe asks for that the finished cells allow.
+
+    Each curve is treated apart: one entry for each value of the grid's other keys, named by ``where``.
+    """
+    recipe, found = study.recipe, Analyses()
+    for asked in recipe.get("fits") or ():
+        x, y, arm = asked["x"], canonical(asked["y"]), asked.get("arm") or "tell"
+        for curve in curves(study, bootstrap, x=x, y=y, arms=[arm]):
+            if not curve.numeric or curve.flat or len(curve.x) < 2:
+                continue
+            what = {"x": x, "y": y, "arm": arm, "where": curve.rest}
+            fits = fit_curve(curve, y)
+            found.fits.append({**what, **fits.facts})
+            if fits.mark is not None:
+                found.marks[x, y, arm, frozen(curve.rest)] = fits.mark
+            turned = flips(curve, y, x)
+            if turned is not None:
+                found.flips.append({**what, **turned})
+    for asked in recipe.get("efficiency") or ():
+        x, y = asked["x"], canonical(asked["y"])
+        arms = list(asked.get("arms") or ("sft", "sft-matched", "tell"))
+        reference = "tell" if "tell" in arms else arms[-1]
+        for where, group in _contexts(curves(study, bootstrap, x=x, y=y, arms=arms), reference):
+            entry = efficiency(group, x=x, y=y, reference=reference)
+            if entry is not None:
+                found.efficiency.append({"x": x, "y": y, "where": where, **entry})
+    for asked in recipe.get("pareto") or ():
+        for heading, within in panels(study, asked.get("panels")):
+            candidates = front(study, bootstrap, gain=asked["gain"], cost=asked["cost"], within=within)
+            if candidates:
+                what = {"gain": canonical(asked["gain"]), "cost": canonical(asked["cost"]), "where": within}
+                found.pareto.append({**what, "heading": heading, "verdict": verdict(candidates), "points": candidates})
+    return found
+
+
+def panels(study: Study, key: str | None) -> list[tuple[str, dict[str, Any]]]:
+    """(heading, values that its points have) for each value of a key; one panel of everything for None."""
+    if key is None:
+        return [("", {})]
+    values = {frozen(o.point.get(key)): o.point.get(key) for o in study.outcomes}
+    return [(point_name({key: value}), {key: value}) for value in values.values()]
+
+
+def _contexts(found: list[Curve], reference: str) -> Iterator[tuple[dict[str, Any], list[Curve]]]:
+    """Each curve of the reference with those of the other arms that go with it: the same values of the other keys,
+    as far as they have an effect on the arm."""
+    for own in found:
+        if own.arm == reference:
+            fitting = {c.arm: c for c in found if all(frozen(own.rest.get(k)) == frozen(v) for k, v in c.rest.items())}
+            yield own.rest, list({**fitting, reference: own}.values())

@@ -1,0 +1,93 @@
+"""Gain against cost: which points and arms no other beats in both, and how sure that is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from tell.grid.means import Bootstrap
+from tell.grid.results import CHANGE, Outcome, Study, canonical
+from tell.grid.table import merged
+from tell.grid.words import arm_name, metric_term, point_name
+from tell.report.words import arm_order
+
+CHUNK = 200  # resamples compared at once
+
+
+def front(
+    study: Study, bootstrap: Bootstrap, *, gain: str, cost: str, within: dict[str, Any] | None = None
+) -> list[dict]:
+    """Every point and arm with its gain and cost, best gain first.
+
+    Losses on general text are compared as changes from the untuned model, on the same rows of text: the level adds the
+    same to all of them, and only widens the intervals.
+
+    Args:
+        gain, cost: metrics; each counts in the direction in which it is better (higher for scores, lower for losses).
+        within: only points with these values.
+
+    Returns:
+        ``{"name", "point", "arm", "gain", "cost", "on_front", "front_share"}`` each: ``on_front`` by the means,
+        ``front_share`` the part of the resamples in which it is on the front. A point is on it where no other is at
+        least as good in both and better in one.
+    """
+    gain, cost = canonical(gain), canonical(cost)
+    known = {name for o in study.outcomes for name in o.measured.numbers}
+    cost = cost + CHANGE if cost + CHANGE in known else cost
+    found = []
+    for arm, points, group in merged(study):
+        here = [p for p in points if all(p.get(k) == v for k, v in (within or {}).items())]
+        sides = [bootstrap.of(group, metric) for metric in (gain, cost)]
+        if here and all(sides):
+            found.append((arm, here, group, *sides))
+    if not found:
+        return []
+    signs = [1.0 if metric_term(gain).higher else -1.0, 1.0 if metric_term(cost).higher else -1.0]
+    means = np.array([[[signs[0] * g.value, signs[1] * c.value] for *_, g, c in found]])
+    draws = np.stack([np.stack([signs[0] * g.draws, signs[1] * c.draws], axis=-1) for *_, g, c in found], axis=1)
+    draws = draws[np.isfinite(draws).all(axis=(1, 2))]
+    on = undominated(means)[0]
+    share = np.mean(
+        np.concatenate([undominated(d) for d in np.array_split(draws, max(1, len(draws) // CHUNK))]), axis=0
+    )
+    varying = [key for key in study.keys if key not in (within or {})]
+    entries = [
+        {
+            "name": _name(arm, points, varying),
+            "point": {k: points[0].get(k) for k in varying if len({str(p.get(k)) for p in points}) == 1},
+            "arm": arm,
+            "gain": g.summary(),
+            "cost": c.summary(),
+            "on_front": bool(on[i]),
+            "front_share": round(float(share[i]), 4),
+        }
+        for i, (arm, points, _, g, c) in enumerate(found)
+    ]
+    return sorted(entries, key=lambda e: -signs[0] * e["gain"]["value"])
+
+
+def undominated(values: np.ndarray) -> np.ndarray:
+    """(b, n) bool: which of n candidates are on the front.
+
+    Args:
+        values: (b, n, 2), more is better in both.
+    """
+    other, own = values[:, :, None], values[:, None]
+    beats = (other >= own).all(axis=-1) & (other > own).any(axis=-1)
+    return ~beats.any(axis=1)
+
+
+def _name(arm: str, points: Sequence[dict], keys: Sequence[str]) -> str:
+    same = {k: points[0].get(k) for k in keys if len({str(p.get(k)) for p in points}) == 1}
+    return ", ".join(filter(None, (arm_name(arm), point_name(same))))
+
+
+def verdict(entries: Sequence[dict]) -> str:
+    """Which arms stand on the front, in a sentence."""
+    on = [e for e in entries if e["on_front"]]
+    sure = [e for e in on if e["front_share"] >= 0.95]
+    arms = [f"{sum(e['arm'] == a for e in on)} of {arm_name(a)}" for a in arm_order([e["arm"] for e in on])]
+    text = f"{len(on)} of {len(entries)} are on the front ({', '.join(arms)})"
+    return f"{text}; {len(sure)} of these in at least 95 % of resamples." if on else ""
