@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from tell import __version__
-from tell.cli import anchor, build, chat, demo, eval, plan, report, tune
+from tell.cli import anchor, build, chat, demo, eval, plan, report, study, tune
 from tell.cli.common import nearest
 from tell.errors import TellError
 
@@ -81,6 +81,7 @@ _build.callback()(build.group)
 _build.command("halu-cot-json")(build.halu_cot_json)
 _build.command("is-en-news")(build.is_en_news)
 app.add_typer(_build, name="build")
+app.command("study")(study.study)
 app.command("demo")(demo.demo)
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,34 @@ from tell.run import RunFolder
 from tell.study.folder import read_run_config
 from tell.study.record import dtype_name
 from tell.study.scoring import adapter_folder
+
+
+class KeptModel:
+    """The base model and engine that stay in memory from run to run; one at a time."""
+
+    def __init__(self) -> None:
+        self.key: tuple | None = None
+        self.held: tuple[Any, Any] | None = None
+
+    def drop(self) -> None:
+        """Let go of it; the next run loads it anew."""
+        self.key = self.held = None
+        gc.collect()
+
+
+_kept: list[KeptModel] = []  # the innermost `keep_model` is last
+
+
+@contextmanager
+def keep_model() -> Iterator[KeptModel]:
+    """While this is open, runs of the same model share one copy of it, and its engine."""
+    kept = KeptModel()
+    _kept.append(kept)
+    try:
+        yield kept
+    finally:
+        _kept.remove(kept)
+        kept.drop()
 
 
 def load_engine(files: ModelFiles, config: Config, *, stream: bool = False) -> tuple[Any, Any]:
@@ -34,12 +65,20 @@ def load_engine(files: ModelFiles, config: Config, *, stream: bool = False) -> t
 
     settings = config.model
     choice = "own" if stream else pick_engine(config.generate.engine, str(choose_device(settings.device)))
+    kept = _kept[-1] if _kept else KeptModel()
+    rank = config.train.lora_r if choice == "vllm" else None  # vLLM is started for adapters of one size
+    key = (files.path, files.fingerprint, settings.dtype, settings.device, settings.trust_remote_code, choice, rank)
+    if kept.held is not None and kept.key == key:
+        return kept.held
+    kept.drop()  # before the next one is loaded: two may not fit
     loaded = load_model(
         files, dtype=settings.dtype, device=settings.device, trust_remote_code=settings.trust_remote_code
     )
-    if choice == "vllm" and (fast := _vllm_engine(files, loaded, config)):
-        return loaded, fast
-    return loaded, Engine(loaded.model, device=loaded.device, max_positions=files.architecture.max_positions)
+    engine = _vllm_engine(files, loaded, config) if choice == "vllm" else None
+    if engine is None:
+        engine = Engine(loaded.model, device=loaded.device, max_positions=files.architecture.max_positions)
+    kept.key, kept.held = key, (loaded, engine)
+    return loaded, engine
 
 
 def _vllm_engine(files: ModelFiles, loaded: Any, config: Config) -> Any:

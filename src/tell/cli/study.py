@@ -1,0 +1,143 @@
+"""``tell study``: a grid of runs from a recipe, to tables, figures and a page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tell.cli.common import count, one_of
+from tell.errors import TellError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+SHOWN_ERRORS = 20
+
+
+def study(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file of the study", show_default=False)],
+    data: Annotated[Path | None, typer.Option("--data", metavar="DIR", help="folder of ${data}")] = None,
+    variables: Annotated[
+        list[str] | None, typer.Option("--var", metavar="NAME=VALUE", help="another variable; repeatable")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="the study's folder; default: ROOT/name of the recipe")
+    ] = None,
+    root: Annotated[Path, typer.Option("--root", metavar="DIR", help="folder of all cells")] = Path("studies"),
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="a key of every run; repeatable")
+    ] = None,
+    seeds: Annotated[str | None, typer.Option("--seeds", metavar="N,N,...", help="other seeds")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print cells, tokens, FLOPs and hours; run nothing.")] = (
+        False
+    ),
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone on stdout.")] = False,
+    executor: Annotated[str, typer.Option("--executor", metavar="NAME", help="local or ray")] = "local",
+    address: Annotated[
+        str, typer.Option("--address", metavar="ADDRESS", help="of the Ray cluster: auto, ray://HOST:PORT or local")
+    ] = "auto",
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run failed cells again.")] = False,
+    keep_adapters: Annotated[bool, typer.Option("--keep-adapters", help="Keep adapters of finished cells.")] = False,
+) -> None:
+    """Run the grid of a recipe, and write its tables, figures and page.
+
+    Cells are named by content and never run twice; give the same command again to go on where it was stopped.
+
+    Example: tell study recipes/small/fig11.yaml --data ~/data --dry-run
+    """
+    one_of("--executor", "local", "ray")(executor)
+    options: dict[str, Any] = {
+        "data": data,
+        "variables": _variables(variables or ()),
+        "overrides": tuple(sets or ()),
+        "seeds": None if seeds is None else _seeds(seeds),
+        "out": out,
+        "root": root,
+    }
+    import tell
+    from tell.cli.display import make_display
+    from tell.cli.output import only_json
+    from tell.cli.tables import make_console
+
+    with only_json(as_json) as emit:
+        if dry_run:
+            plan = tell.plan_study(recipe, display=make_display(), **options)
+            if as_json:
+                emit(plan)
+            else:
+                make_console().print(plan_panel(plan))
+            return
+        folder = tell.run_study(
+            recipe,
+            executor=executor,
+            address=address,
+            retry_failed=retry_failed,
+            keep_adapters=keep_adapters or None,
+            display=make_display(),
+            **options,
+        )
+        if as_json:
+            emit({"folder": str(folder.root), **folder.read()})
+        elif folder.page.exists():
+            typer.echo(folder.page)
+    failed = folder.failed()
+    if failed:
+        names = list(failed)[:SHOWN_ERRORS]
+        more = f"\n  and {len(failed) - len(names)} more" if len(failed) > len(names) else ""
+        lines = "".join(f"\n  {name}: {failed[name]}" for name in names)
+        typer.echo(f"{len(failed)} cells failed (--retry-failed runs them again):{lines}{more}", err=True)
+        raise typer.Exit(1)
+
+
+def _variables(texts: tuple[str, ...] | list[str]) -> dict[str, str]:
+    found = {}
+    for text in texts:
+        name, separator, value = text.partition("=")
+        if not separator or not name:
+            raise TellError(f"{text!r} is not of the form name=value", where="--var", remedy="Write --var name=value.")
+        found[name] = value
+    return found
+
+
+def _seeds(text: str) -> tuple[int, ...]:
+    try:
+        seeds = tuple(count(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        seeds = ()
+    if not seeds:
+        raise TellError(f"{text!r} is no list of seeds", where="--seeds", remedy="Write e.g. 42,43,44.")
+    return seeds
+
+
+def plan_panel(plan: dict) -> RenderableType:
+    """The cells of a study with their costs, and totals."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    from tell.cli.display import clock, short
+
+    keys = list(dict.fromkeys(key for row in plan["cells"] for key in row["point"]))
+    table = Table(title=plan["title"], title_justify="left", header_style="bold")
+    for title in ("arm", *keys):
+        table.add_column(title, overflow="fold")
+    for title in ("seed", "steps", "tokens", "FLOPs", "training", "evaluation", "state"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for row in plan["cells"]:
+        place = (row["arm"], *(str(row["point"].get(key, "")) for key in keys), str(row["seed"]))
+        costs = (f"{row['steps']:,}", short(row["tokens"]), f"{row['flops']:.2g}", clock(row["training_seconds"]))
+        state = "" if row["state"] == "waiting" else row["state"]
+        style = {"done": "dim", "failed": "red"}.get(row["state"], "red" if row["error"] else "")
+        shown = costs if row["steps"] else ("",) * len(costs)
+        table.add_row(*place, *shown, clock(row["evaluation_seconds"]), "error" if row["error"] else state, style=style)
+    lines = []
+    for title, total in (("in all", plan["total"]), ("to do", plan["left"])):
+        lines.append(
+            f"{title}: {total['cells']:,} cells, {total['steps']:,} steps, {short(total['tokens'])} tokens, "
+            f"{total['flops']:.3g} training FLOPs, {total['seconds'] / 3600:.1f} hours"
+        )
+    lines += dict.fromkeys(row["error"] for row in plan["cells"] if row["error"])
+    bases = dict.fromkeys(row["basis"] for row in plan["cells"] if row["basis"])
+    return Group(table, Text("\n".join(lines), style="bold"), Text(f"times: {'; '.join(bases)}", style="dim"))

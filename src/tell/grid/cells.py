@@ -1,0 +1,187 @@
+"""Cells: a point of the grid, an arm and a seed, named by content, so that nothing is ever run twice.
+
+Keys that have no effect on an arm are set to their defaults before the name is made: the untuned model is one cell for
+all amounts of general data. Subsets by rows and tokens are nested by seed (`tell.data.budget`, `tell.mix.amount`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tell.config import (
+    TRAINED_ARMS,
+    AnchorConfig,
+    Config,
+    EvalConfig,
+    GeneralConfig,
+    MixConfig,
+    TrainConfig,
+    make_config,
+    override,
+)
+from tell.errors import TellError
+from tell.grid.content import content_hash
+from tell.grid.recipe import Recipe, dig, fill, nest, points
+from tell.study.folder import PATHS, with_full_paths
+from tell.study.prepare import anchor_of
+
+CELL_FORMAT = 1  # raise when a default, or what a run does with the same keys, changes its numbers
+RIDERS = {"tell-anchor": "tell"}  # an arm scored in the cell of another, whose adapter it uses
+# Of the training settings, what also decides which rows are measured, and in what passes.
+ROWS_TRAIN = frozenset({"max_length", "too_long", "nothing_to_train", "loss_on", "micro_tokens"})
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a study.
+
+    Attributes:
+        name: ``<arm>-<16 hexadecimal digits>`` over all that its numbers depend on.
+        arm: what it is about; its configuration may ask for a rider too.
+        config: what `tell.tune` is called with, without ``out``.
+    """
+
+    name: str
+    arm: str
+    config: Config
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a study's table: where its numbers are asked for, and the cell that has them."""
+
+    point: dict[str, Any]
+    arm: str
+    seed: int
+    cell: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"point": self.point, "arm": self.arm, "seed": self.seed, "cell": self.cell}
+
+
+def grid_of(recipe: Recipe, variables: Mapping[str, str], *, where: str = "recipe") -> tuple[list[Row], list[Cell]]:
+    """Rows and cells of a study, seed by seed, so that the first whole curve comes early.
+
+    Args:
+        variables: the recipe's, and the folders of its built data sets.
+        where: for errors.
+
+    Raises:
+        TellError: a value that a run refuses, or no cell at all.
+    """
+    rows: list[Row] = []
+    cells: dict[str, Cell] = {}
+    base = fill(recipe.config, variables)
+    for seed in recipe.seeds:
+        for raw in points(recipe):
+            nested: Mapping[str, Any] = base
+            for key, value in raw.items():
+                nested = override(nested, nest(key, fill(value, variables)))
+            config = with_full_paths(make_config({**nested, "seed": seed}, where=where))
+            point = {key: _shown(config, key, value) for key, value in raw.items()}
+            for arm in recipe.arms:
+                lead = RIDERS.get(arm, arm) if RIDERS.get(arm) in recipe.arms else arm
+                if lead == "general" and _no_general(config):
+                    continue
+                riders = [a for a in recipe.arms if RIDERS.get(a) == lead and a != arm] if lead == arm else [arm]
+                cell = make_cell(config, lead, riders)
+                cells.setdefault(cell.name, cell)
+                rows.append(Row(point, arm, seed, cell.name))
+    if not rows:
+        raise TellError("asks for no run at all", where=where, remedy="Add an arm besides general, or general data.")
+    # A model that changes from cell to cell would be loaded as often; a stable sort keeps all else in order.
+    order = list(dict.fromkeys(cell.config.model.name for cell in cells.values()))
+    return rows, sorted(cells.values(), key=lambda cell: order.index(cell.config.model.name))
+
+
+def _shown(config: Config, key: str, raw: Any) -> Any:
+    """A value of the grid for tables: numbers as the run reads them (YAML takes 3e4 for text), else as written."""
+    value = dig(config.model_dump(by_alias=True), key)
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if value is None or isinstance(value, int | float) else raw
+
+
+def make_cell(config: Config, arm: str, riders: Sequence[str] = ()) -> Cell:
+    """The cell of an arm, with keys that have no effect on it at their defaults."""
+    config = neutral(config, arm)
+    config.eval.arms = (arm, *riders)
+    if "icl" not in config.eval.arms:
+        config.eval.icl_examples = EvalConfig().icl_examples
+    text = json.dumps(
+        {"format": CELL_FORMAT, "arms": config.eval.arms, "config": identity(config)},
+        sort_keys=True,
+        ensure_ascii=False,
+        separators=(",", ":"),
+    )
+    return Cell(f"{arm}-{hashlib.sha256(text.encode()).hexdigest()[:16]}", arm, config)
+
+
+def identity(config: Config) -> dict[str, Any]:
+    """The keys that differ from their defaults, files and folders by their content.
+
+    Defaults are left out, so that a key added to the configuration tomorrow leaves today's names as they are.
+    """
+    data = config.model_dump(mode="json", exclude_defaults=True, exclude={"out": True, "train": {"checkpoint_every"}})
+    for (section, key), path in inputs(config).items():
+        data[section][key] = {"content": content_hash(path)}
+    anchor = anchor_of(config)
+    if anchor is not None:
+        data["anchor"] = {"text": anchor.text} | ({"place": anchor.place} if anchor else {})
+    return data
+
+
+def inputs(config: Config) -> dict[tuple[str, str], Path]:
+    """Files and folders that a configuration names, by (section, attribute)."""
+    found: dict[tuple[str, str], Path] = {}
+    for section, key in PATHS:
+        value = getattr(getattr(config, section), key)
+        if not isinstance(value, str) or (key == "text" and not value.startswith("@")):
+            continue
+        path = Path(value.removeprefix("@") if key == "text" else value)
+        if path.exists():
+            found[section, key] = path
+    return found
+
+
+def neutral(config: Config, arm: str) -> Config:
+    """A copy in which every key that has no effect on an arm has its default."""
+    out = config.model_copy(deep=True)
+    written = config.anchor.text == "auto"  # from the task rows, by the model
+    by_ratio = bool(config.general.ratio)
+    alone = arm in ("base", "base+anchor", "icl", "sft")  # without general data
+    if alone or _no_general(config):
+        kept = {"source": config.general.source, "columns": config.general.columns}  # rows held out come from there
+        out.general = GeneralConfig(**kept, tokens=0)
+    elif config.general.source != "self":
+        out.general.self_ = GeneralConfig().self_
+    if arm not in TRAINED_ARMS | RIDERS.keys():
+        out.preset = Config().preset
+        out.train = TrainConfig(**{key: getattr(config.train, key) for key in ROWS_TRAIN})
+    if alone:
+        out.mix, out.max_minutes = MixConfig(), None
+    elif arm == "sft-matched":
+        out.mix.order = MixConfig().order
+    elif arm == "general":
+        out.mix.repeat = None
+    if arm == "base" or (arm == "general" and not by_ratio):
+        out.anchor = AnchorConfig(text="none")
+    elif not written:
+        out.anchor = AnchorConfig(text=config.anchor.text, place=config.anchor.place)
+    without_rows = arm in ("base", "base+anchor", "general") and not (
+        (arm == "base+anchor" and written) or (arm == "general" and by_ratio)
+    )
+    # Without a limit of its own, an answer may be half as long again as the longest training answer.
+    if without_rows and config.generate.max_new_tokens is not None:
+        out.task.rows = out.task.tokens = None
+    return out
+
+
+def _no_general(config: Config) -> bool:
+    amount = config.general
+    return amount.source == "none" or 0 in (amount.ratio, amount.tokens, amount.rows)

@@ -1,0 +1,191 @@
+"""A study from its recipe to its page: which cells there are, which are still to run, and who runs them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from tell.errors import Interrupted, TellError
+from tell.grid.cells import Cell, Row, grid_of
+from tell.grid.data import build_data
+from tell.grid.folder import Root, StudyFolder
+from tell.grid.plan import plan_cells, plan_table, seconds_of
+from tell.grid.queue import Queue, span
+from tell.grid.recipe import Recipe, load_recipe
+from tell.progress import Display, Silent
+from tell.run import write_text
+from tell.study.stop import Stop
+
+
+class Executor(Protocol):
+    """Runs the cells that a queue hands out, and tells it how each ended."""
+
+    def run(self, queue: Queue) -> None: ...
+
+
+@dataclass
+class Study:
+    """A recipe made out: its folder, its rows and cells."""
+
+    recipe: Recipe
+    folder: StudyFolder
+    root: Root
+    rows: list[Row]
+    cells: list[Cell]
+
+    def head(self) -> dict[str, Any]:
+        """What ``study.json`` says besides rows and cells."""
+        created = datetime.now(UTC).isoformat(timespec="seconds")
+        if self.folder.state.exists():
+            created = self.folder.read().get("created", created)
+        recipe = self.recipe.model_dump(mode="json")
+        root = os.path.relpath(self.root.path, self.folder.root)  # where ``cells`` lies
+        about = {"title": self.recipe.title, "claim": self.recipe.claim, "recipe": recipe}
+        return {**about, "created": created, "root": root}
+
+    def queue(self, display: Display, stop: Stop, **rules: bool) -> Queue:
+        """Its cells as they are to be handed out."""
+        return Queue(self.folder, self.root, self.head(), self.rows, self.cells, display=display, stop=stop, **rules)
+
+
+def open_study(
+    recipe: str | Path,
+    *,
+    data: str | Path | None = None,
+    variables: Mapping[str, str] | None = None,
+    overrides: Sequence[str] = (),
+    seeds: Sequence[int] | None = None,
+    out: str | Path | None = None,
+    root: str | Path = "studies",
+    display: Display | None = None,
+) -> Study:
+    """Read a recipe, build its data sets where they are missing, and name its cells.
+
+    The arguments are those of `run_study`.
+    """
+    path = Path(recipe)
+    made = load_recipe(path, data=data, variables=variables, overrides=overrides, seeds=seeds)
+    place = Root(root)
+    filled = build_data(made, place, display or Silent(), where=str(path))
+    rows, cells = grid_of(made, filled, where=str(path))
+    if not made.title:
+        made.title = path.stem
+    return Study(made, StudyFolder(out or place.path / path.stem), place, rows, cells)
+
+
+def plan_study(recipe: str | Path, *, display: Display | None = None, **options: Any) -> dict[str, Any]:
+    """Cells of a study with steps, tokens, FLOPs and predicted seconds; nothing is run.
+
+    Args:
+        options: as of `run_study`, up to ``root``.
+
+    Returns:
+        See `tell.grid.plan.plan_table`; and ``title``, ``folder``.
+
+    Raises:
+        TellError: bad recipe or data.
+    """
+    display = display or Silent()
+    study = open_study(recipe, display=display, **options)
+    queue = study.queue(display, Stop(study.folder.root))
+    table = plan_table(study.root, study.cells, queue.states, queue.points, display)
+    return {"title": study.recipe.title, "folder": str(study.folder.root), **table}
+
+
+def run_study(
+    recipe: str | Path,
+    *,
+    data: str | Path | None = None,
+    variables: Mapping[str, str] | None = None,
+    overrides: Sequence[str] = (),
+    seeds: Sequence[int] | None = None,
+    out: str | Path | None = None,
+    root: str | Path = "studies",
+    executor: Literal["local", "ray"] | Executor = "local",
+    address: str = "auto",
+    retry_failed: bool = False,
+    keep_adapters: bool | None = None,
+    display: Display | None = None,
+) -> StudyFolder:
+    """Run every cell of a recipe that is not finished, and write the study's tables, figures and page.
+
+    Cells are run folders under ``<root>/cells``, named by content and shared by all studies of that root: what is
+    finished is never run again. A killed cell goes on where it was, a failed one is noted and the others go on.
+
+    Args:
+        recipe: YAML file, see `tell.grid.recipe`.
+        data: folder that ``${data}`` stands for.
+        variables: other variables of the recipe.
+        overrides: ``a.b=c`` over keys of every run.
+        seeds: other seeds than the recipe's.
+        out: the study's folder; default ``<root>/<name of the recipe>``.
+        root: folder of the cells.
+        executor: ``local``, ``ray``, or an object with ``run(queue)``.
+        address: of the Ray cluster: ``auto``, ``ray://HOST:PORT``, or ``local`` for a new one on this machine.
+        retry_failed: run failed cells again.
+        keep_adapters: keep adapters of finished cells; default: as the recipe says.
+        display: shows progress.
+
+    Returns:
+        The study's folder; its ``failed()`` has the errors of failed cells.
+
+    Raises:
+        TellError: bad recipe or data, said before anything is run.
+        Interrupted: SIGINT or SIGTERM; the same call goes on.
+    """
+    display = display or Silent()
+    options = {"data": data, "variables": variables, "overrides": overrides, "seeds": seeds, "out": out, "root": root}
+    study = open_study(recipe, display=display, **options)
+    runner = _executor(executor, study.recipe, address)
+    stop = Stop(study.folder.root)
+    keep = study.recipe.keep_adapters if keep_adapters is None else keep_adapters
+    queue = study.queue(display, stop, retry_failed=retry_failed, keep_adapters=keep)
+    write_text(study.folder.recipe, study.recipe.to_yaml())
+    queue.adopt()
+    queue.write()
+    if queue.waiting:
+        with stop.listening():
+            try:
+                _run(study, queue, runner, display)
+            except (Interrupted, KeyboardInterrupt) as error:
+                done = queue.counts()["done"]
+                raise Interrupted(
+                    f"stopped with {done} of {len(study.cells)} cells done",
+                    where=str(study.folder.root),
+                    remedy="Give the same command again to go on.",
+                ) from error
+            finally:
+                queue.give_back()
+    from tell.grid.page import write_study  # late: it draws
+
+    write_study(study.folder.root)
+    return study.folder
+
+
+def _run(study: Study, queue: Queue, runner: Executor, display: Display) -> None:
+    done = len(study.cells) - len(queue.waiting)
+    if done:
+        display.note(f"{done} of {len(study.cells)} cells are done or failed already")
+    predicted: dict[str, float] = {}
+    for cell, cost in plan_cells(study.root, queue.waiting, display):
+        queue.stop.check()
+        predicted[cell.name] = seconds_of(cost)
+    queue.predicted = predicted
+    display.note(f"{len(queue.waiting)} cells to run, predicted {span(sum(predicted.values()))}")
+    with display.bar(f"study {study.folder.root.name}", len(queue.waiting), "cells") as queue.advance:
+        queue.start()
+        runner.run(queue)
+
+
+def _executor(executor: str | Executor, recipe: Recipe, address: str) -> Executor:
+    if not isinstance(executor, str):
+        return executor
+    if executor == "local":
+        from tell.grid.executors.local import LocalExecutor
+
+        return LocalExecutor()
+    raise TellError(f"no executor {executor!r}", where="--executor", remedy="Use local or ray.")

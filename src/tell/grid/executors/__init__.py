@@ -1,0 +1,1 @@
+"""Where cells run: this process (`local`), or a Ray cluster (`ray`)."""

@@ -1,0 +1,98 @@
+"""Where studies lie: cells and data sets by content, shared by all studies of one root, and a folder for each study."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from tell.errors import TellError
+from tell.home import make_folder
+from tell.run import RunFolder, write_json
+
+
+class Root:
+    """What all studies below one folder share. Creating the object touches nothing on disk."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).expanduser()
+
+    cells = property(lambda self: self.path / "cells")
+    data = property(lambda self: self.path / "data")
+
+    def cell(self, name: str) -> RunFolder:
+        """A cell's run folder."""
+        return RunFolder(self.cells / name)
+
+    def lock(self, name: str, kind: str = "cells") -> FileLock:
+        """The lock of a cell or data set; the system releases it when its holder dies."""
+        return FileLock(make_folder(self.path / kind / ".locks") / f"{name}.lock")
+
+    def record(self, name: str) -> dict[str, Any]:
+        """What is noted of a cell beside its folder: state, error, seconds, attempts, host; empty where nothing is."""
+        try:
+            return json.loads((self.cells / f"{name}.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+
+    def note(self, name: str, **facts: Any) -> dict[str, Any]:
+        """Change a cell's record; only the holder of its lock may."""
+        record = {**self.record(name), **facts}
+        write_json(self.cells / f"{name}.json", record)
+        return record
+
+    def finished(self, name: str) -> bool:
+        """Whether a cell's numbers are all there."""
+        folder = self.cell(name)
+        return folder.metrics.exists() and folder.read_status().get("state") == "done"
+
+
+class StudyFolder:
+    """Paths of one study, and its state."""
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+
+    recipe = property(lambda self: self.root / "recipe.yaml")
+    state = property(lambda self: self.root / "study.json")
+    page = property(lambda self: self.root / "index.html")
+
+    def read(self) -> dict[str, Any]:
+        """``study.json``.
+
+        Raises:
+            TellError: there is none.
+        """
+        try:
+            return json.loads(self.state.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise TellError(
+                "holds no study", where=str(self.root), remedy="Give the folder that `tell study` wrote."
+            ) from error
+
+    def failed(self) -> dict[str, str]:
+        """The error of each failed cell, by name."""
+        cells: Mapping[str, Mapping[str, Any]] = self.read()["cells"]
+        return {name: str(cell["error"]) for name, cell in cells.items() if cell["state"] == "failed"}
+
+
+@contextmanager
+def folder_beside(path: Path) -> Iterator[Path]:
+    """A temporary folder that is renamed to ``path`` on success, in place of what was there, and removed on failure."""
+    make_folder(path.parent)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        temporary.chmod(0o755)  # mkdtemp makes 0700; what is shared must stay readable
+        yield temporary
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,285 @@
+"""The recipe of a study: a YAML file that says which runs to make and what to draw of them. Imports no torch.
+
+    title: "Figure 11: schema adherence over general tokens"
+    claim: "S-curve: 1 % untuned to 39.54 %"
+    build:                                  # data sets made once, by content
+      halu: {dataset: halu-cot-json, source: "${data}/halu_cot_json/halueval_general.jsonl.gz"}
+    config:                                 # keys of a run, as in run.yaml
+      task: {data: "${halu}/train.jsonl", test: "${halu}/test.jsonl", schema: "${halu}/schema.json"}
+      general: {source: "${data}/general/alpaca_en.jsonl.gz"}
+    grid: {task.rows: [15, 115], general.tokens: [0, 3e4, 1e5]}
+    arms: [base, sft, sft-matched, tell]
+    figures: [{x: general.tokens, y: schema_adherence, panels: task.rows}]
+
+``${name}`` stands for a variable (``--data DIR`` is ``${data}``, ``--var name=value``), for the folder of a data set
+under ``build``, or, as ``${recipe}``, for the folder of the recipe itself.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+
+from tell.config import Arm, Config, Section, check_keys, nearest, override, parse_overrides, read_yaml
+from tell.errors import TellError
+
+VARIABLE = re.compile(r"\$\{([\w-]+)\}")
+ELSEWHERE = {"seed": "seeds", "eval.arms": "arms", "out": "--out"}  # keys of a run that a study decides itself
+
+
+class Figure(Section):
+    """A curve for each value of ``lines``, or a map of one arm; a panel for each value of ``panels``."""
+
+    kind: Literal["curves", "map"] = Field("curves", description="curves of y over x, or a field of x and y for value")
+    x: str = Field(description="a key of the grid")
+    y: str = Field(description="a metric; of a map, another key of the grid")
+    lines: str = Field("arm", description="arm, or a key of the grid")
+    panels: str | None = Field(None, description="a key of the grid; none: one panel")
+    value: str | None = Field(None, description="of a map: the metric")
+    arm: Arm = Field("tell", description="of a map: whose scores")
+
+    @model_validator(mode="after")
+    def _map_of_something(self) -> Figure:
+        if self.kind == "map" and self.value is None:
+            raise ValueError("a map needs value, the metric it shows")
+        return self
+
+
+class Fit(Section):
+    """A curve fitted to one arm's scores, one for each value of the grid's other keys."""
+
+    x: str = Field(description="a key of the grid")
+    y: str = Field(description="a metric")
+    arm: Arm = Field("tell", description="whose scores")
+
+
+class Efficiency(Section):
+    """How much of ``x`` each arm needs for the same score."""
+
+    x: str = Field(description="a key of the grid")
+    y: str = Field(description="a metric")
+    arms: tuple[Arm, ...] = Field(("sft", "sft-matched", "tell"), description="compared with the last of them")
+
+
+class Pareto(Section):
+    """Gain against cost of every cell, and the cells that no other beats in both."""
+
+    gain: str = Field(description="a metric, higher is better")
+    cost: str = Field(description="a metric, or `<set> loss` of forgetting, lower is better")
+
+
+class Resources(Section):
+    """What one cell needs of a cluster (``--executor ray``)."""
+
+    cpus: float | None = Field(None, gt=0, description="processor cores; none: all of one machine's")
+    gpus: float = Field(0, ge=0, description="GPUs")
+    memory: float | None = Field(None, gt=0, description="bytes, reserved and not enforced")
+
+
+class Recipe(Section):
+    """Everything a study depends on; saved as ``recipe.yaml`` in its folder."""
+
+    title: str = Field("", description="heading of its page")
+    claim: str = Field("", description="what the paper says")
+    variables: dict[str, str] = Field(default_factory=dict, description="values of `${name}`; `--var` goes over them")
+    build: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="name -> {dataset: as in `tell build`, source: ..., options of that builder}"
+    )
+    config: dict[str, Any] = Field(default_factory=dict, description="keys of every run, nested as in run.yaml")
+    grid: tuple[dict[str, list[Any]], ...] = Field(
+        ({},), description="dotted key of a run -> its values: their product; or a list of such products"
+    )
+    arms: tuple[Arm, ...] = Field(("base", "sft", "sft-matched", "tell"), min_length=1, description="arms of each run")
+    seeds: tuple[int, ...] = Field((42, 43, 44), min_length=1, description="seeds of each run")
+    metrics: tuple[str, ...] = Field((), description="metrics to tabulate; none: the task's primary one")
+    figures: tuple[Figure, ...] = ()
+    fits: tuple[Fit, ...] = ()
+    efficiency: tuple[Efficiency, ...] = ()
+    pareto: tuple[Pareto, ...] = ()
+    resources: Resources = Field(default_factory=Resources)
+    keep_adapters: bool = Field(False, description="keep the adapters of finished cells")
+
+    @field_validator("grid", mode="before")
+    @classmethod
+    def _one_product(cls, value: Any) -> Any:
+        return [value] if isinstance(value, Mapping) else value
+
+    @field_validator("arms", "seeds", mode="after")
+    @classmethod
+    def _without_repeats(cls, value: tuple) -> tuple:
+        return tuple(dict.fromkeys(value))
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def load_recipe(
+    path: str | Path,
+    *,
+    data: str | Path | None = None,
+    variables: Mapping[str, str] | None = None,
+    overrides: Iterable[str] = (),
+    seeds: Sequence[int] | None = None,
+) -> Recipe:
+    """Read a recipe and put in what was given beside it.
+
+    Args:
+        data: folder that ``${data}`` stands for.
+        variables: values of other variables; they go over the recipe's own.
+        overrides: ``a.b=c`` over keys of every run; a key of the grid keeps this value alone.
+        seeds: other seeds than the recipe's.
+
+    Returns:
+        The recipe, its ``variables`` complete.
+
+    Raises:
+        TellError: an unknown key (with the nearest name), a wrong value, a variable that is missing or not used.
+    """
+    path = Path(path)
+    recipe = make_recipe(read_yaml(path), where=str(path))
+    if data is not None and not Path(data).expanduser().is_dir():
+        raise TellError("no such folder", where=f"--data {data}", remedy="Give the folder that holds the data.")
+    given = dict(variables or {})
+    if data is not None:
+        given["data"] = str(Path(data).expanduser().resolve())
+    for name in given:
+        if name != "data" and name not in used_variables(recipe):
+            raise TellError(
+                f"the recipe has no ${{{name}}}{nearest(name, used_variables(recipe))}",
+                where=f"--var {name}",
+                remedy="Leave it out, or mend its name.",
+            )
+    values = {"recipe": str(path.parent.resolve()), **recipe.variables, **given}
+    for name, place in used_variables(recipe).items():
+        if name not in values and name not in recipe.build:
+            flag = "--data DIR" if name == "data" else f"--var {name}=VALUE"
+            hint = nearest(name, [*values, *recipe.build])
+            raise TellError(f"${{{name}}} in {place} is not given{hint}", where=str(path), remedy=f"Add {flag}.")
+    used = {name: value for name, value in values.items() if name in used_variables(recipe)}
+    update: dict[str, Any] = {"variables": used, **_overridden(recipe, overrides)}
+    if seeds is not None:
+        update["seeds"] = tuple(seeds)
+    return make_recipe({**recipe.model_dump(), **update}, where=str(path))
+
+
+def make_recipe(data: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
+    """Validate a recipe's keys, those of its runs and of its grid among them.
+
+    Raises:
+        TellError: an unknown key (with the nearest name) or a wrong value.
+    """
+    remedy = f"The keys of a recipe are {', '.join(Recipe.model_fields)}."
+    check_keys(data, Recipe, where, remedy=remedy)
+    lists: dict[str, type[BaseModel]] = {"figures": Figure, "fits": Fit, "efficiency": Efficiency, "pareto": Pareto}
+    for key, kind in lists.items():
+        for i, item in enumerate(data.get(key) or ()):
+            if isinstance(item, Mapping):
+                known = f"Its keys are {', '.join(kind.model_fields)}."
+                check_keys(item, kind, where, f"{key}[{i}].", known)
+    try:
+        recipe = Recipe.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        shown = "" if isinstance(first.get("input"), dict) else f" (got {first.get('input')!r})"
+        text = first["msg"].removeprefix("Value error, ")
+        raise TellError(f"{key}: {text}{shown}", where=where, remedy=f"Change {key}.") from error
+    _check_run_keys(recipe.config, where, "config")
+    for product in recipe.grid:
+        for key, values in product.items():
+            _check_run_keys(nest(key, values[0] if values else None), where, "grid")
+            if not values:
+                raise TellError(f"grid.{key} has no value", where=where, remedy="Give it one, or leave it out.")
+    for name, options in recipe.build.items():
+        if "dataset" not in options:
+            raise TellError(
+                f"build.{name} names no dataset", where=where, remedy="Add e.g. dataset: halu-cot-json to it."
+            )
+    return recipe
+
+
+def _check_run_keys(nested: Mapping[str, Any], where: str, part: str) -> None:
+    check_keys(nested, Config, f"{where}: {part}")
+    for key, _ in leaves(nested):
+        if key in ELSEWHERE:
+            raise TellError(
+                f"{key} stands under {part}", where=where, remedy=f"Give it as {ELSEWHERE[key]}, for the whole study."
+            )
+
+
+def _overridden(recipe: Recipe, overrides: Iterable[str]) -> dict[str, Any]:
+    """``config`` and ``grid`` of the recipe under ``a.b=c`` texts."""
+    config: Mapping[str, Any] = recipe.config
+    grid = [dict(product) for product in recipe.grid]
+    for text in overrides:
+        nested = parse_overrides([text])
+        key = text.partition("=")[0].strip()
+        holders = [product for product in grid if key in product]
+        for product in holders:
+            product[key] = [dig(nested, key)]
+        if not holders:
+            config = override(config, nested)
+    return {"config": config, "grid": grid}
+
+
+def used_variables(recipe: Recipe) -> dict[str, str]:
+    """Variables by name, with the first key that holds each."""
+    found: dict[str, str] = {}
+    parts = {"build": recipe.build, "config": recipe.config, "grid": list(recipe.grid)}
+    for key, value in leaves(parts):
+        for name in VARIABLE.findall(value) if isinstance(value, str) else ():
+            found.setdefault(name, key)
+    return found
+
+
+def fill(value: Any, variables: Mapping[str, str]) -> Any:
+    """A nested value with every ``${name}`` replaced."""
+    if isinstance(value, str):
+        return VARIABLE.sub(lambda match: str(variables[match[1]]), value)
+    if isinstance(value, Mapping):
+        return {key: fill(inner, variables) for key, inner in value.items()}
+    return [fill(inner, variables) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def points(recipe: Recipe) -> list[dict[str, Any]]:
+    """The points of the grid as written, each once: the union of the products."""
+    found: dict[str, dict[str, Any]] = {}
+    for product in recipe.grid:
+        for values in itertools.product(*product.values()):
+            point = dict(zip(product, values, strict=True))
+            found.setdefault(json.dumps(point, sort_keys=True), point)
+    return list(found.values())
+
+
+def nest(key: str, value: Any) -> dict[str, Any]:
+    """``{"a": {"b": value}}`` for ``a.b``."""
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def dig(nested: Mapping[str, Any], key: str) -> Any:
+    """The value at ``a.b`` in ``{"a": {"b": value}}``."""
+    value: Any = nested
+    for part in key.split("."):
+        value = value[part]
+    return value
+
+
+def leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted key and value of everything below nested mappings and lists."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from leaves(inner, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from leaves(inner, prefix)
+    else:
+        yield prefix, value
