@@ -71,6 +71,8 @@ def evaluate(
     train, examples = _examples(opened, test, need_train="icl" in wanted)
     if rows is not None and rows < len(examples):
         examples = [examples[i] for i in sorted(take_rows(len(examples), rows, seed))]
+    if config.task.shots:
+        display.note(f"the run's {config.task.shots} fixed examples (task.shots) are not shown here: scores differ")
     check_prompts(opened.chat, opened.anchor, examples, opened.files.architecture.max_positions)
     kind = _kind(opened, facts["kind"])
     scorer = scorer_of(config, kind)

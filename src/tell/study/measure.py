@@ -89,6 +89,7 @@ def measure_arms(
                 examples=config.eval.icl_examples,
                 room=min(engine.max_positions - limit, config.train.max_length * 2),
                 seed=config.seed,
+                shots=task.shots,
             )
             if arm == "icl":
                 task.notice(f"icl: {used} examples fit into the context", display)

@@ -158,6 +158,7 @@ def answer_seconds(task: Task, costs: dict) -> float:
     speed = costs["computed_tokens"] / costs["seconds"] if costs["seconds"] else 1.0
     answers = np.mean([len(task.chat.encode(e.answer)) for e in task.test[:50]]) if task.test else 0.0
     prompts = np.mean([len(task.chat.encode(e.question)) for e in task.test[:50]]) if task.test else 0.0
+    prompts += sum(len(task.chat.encode(m.content)) for e in task.shots for m in e.messages)
     return len(task.test) * (answers * ANSWER_SECONDS_SHARE + prompts / 3) / speed
 
 

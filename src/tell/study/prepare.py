@@ -43,6 +43,8 @@ class Task:
         config: the run's, its ``train.max_length`` lowered to what the model's positions allow.
         train: rows to train on, after split, overlap removal and budget (the budget needs the anchor: see
             `limit_task`).
+        shots: the examples that stand in every test prompt (``task.shots``): the first rows of the permutation that
+            budgets draw from, so that they are the same whatever the budget and for all arms.
         findings: ``findings.json`` as far as it is known.
     """
 
@@ -56,6 +58,7 @@ class Task:
     kind: Kind
     findings: dict
     notices: list[str] = field(default_factory=list)
+    shots: list[Example] = field(default_factory=list)
 
     @property
     def training(self) -> TrainConfig:
@@ -123,6 +126,8 @@ def load_task(config: Config, display: Display | None = None) -> Task:
                 remedy="Leave --drop-overlap out, or give other test rows.",
             )
         dropped, task.train = len(task.train) - len(kept), kept
+    if shown := min(config.task.shots, len(task.train)):  # `limit_task` refuses too few
+        task.shots = [task.train[i] for i in take_rows(len(task.train), shown, config.seed)]
     display.note(f"task: {config.task.data}, {data.layout}, {len(data.examples)} rows; {kind.why}")
     task.findings = {
         "data": _describe(data),
@@ -186,19 +191,28 @@ def anchor_of(config: Config) -> Anchor | None:
         return None
     if text == "none":
         return NO_ANCHOR
+    return Anchor(anchor_text(text, "--anchor"), config.anchor.place, "hand")
+
+
+def anchor_text(text: str, flag: str) -> str:
+    """An anchor as typed behind ``flag``: the text itself, or ``@FILE``.
+
+    Raises:
+        TellError: the file cannot be read, or there is no text.
+    """
     if text.startswith("@"):
         path = Path(text[1:])
         try:
-            text = path.read_text(encoding="utf-8").strip()
+            text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise TellError(
                 f"cannot be read ({getattr(error, 'strerror', None) or error})",
-                where=f"--anchor {config.anchor.text}",
+                where=f"{flag} {text}",
                 remedy="Give an existing UTF-8 text file behind the @.",
             ) from error
     if not text.strip():
-        raise TellError("the anchor is empty", where="--anchor", remedy="Write a text, or `none`.")
-    return Anchor(text.strip(), config.anchor.place, "hand")
+        raise TellError("the anchor is empty", where=flag, remedy="Write a text, or `none`.")
+    return text.strip()
 
 
 def place_anchor(task: Task, anchor: Anchor, display: Display) -> Anchor:
@@ -231,8 +245,18 @@ def limited_rows(task: Task, anchor: Anchor) -> list[Example]:
 
 
 def limit_task(task: Task, anchor: Anchor) -> None:
-    """Keep the rows of the task's budget."""
+    """Keep the rows of the task's budget.
+
+    Raises:
+        TellError: fewer rows than ``task.shots``.
+    """
     task.train = limited_rows(task, anchor)
+    if len(task.train) < task.config.task.shots:
+        raise TellError(
+            f"{task.config.task.shots} examples are asked for, and {len(task.train)} rows are trained on",
+            where="task.shots",
+            remedy="Ask for fewer, or train on more rows.",
+        )
     task.findings["split"]["train"] = len(task.train)
 
 
@@ -359,6 +383,8 @@ def general_source(config: Config) -> str:
 
 
 def split_file(task: Task) -> str:
-    """split.json: the content hashes of each part."""
+    """split.json: the content hashes of each part, and of the examples in test prompts where there are any."""
     parts = {"train": task.train, "validation": task.validation, "test": task.test}
+    if task.shots:
+        parts["shots"] = task.shots
     return json.dumps({name: [e.hash for e in rows] for name, rows in parts.items()}, indent=1) + "\n"

@@ -21,7 +21,6 @@ from tell.models.architecture import Architecture
 from tell.models.flops import inference_flops
 from tell.progress import Display
 from tell.rows.template import ChatTokenizer
-from tell.rows.tokenize import prompt_ids
 
 if TYPE_CHECKING:
     from tell.generate.sampler import Decoding
@@ -43,21 +42,28 @@ def answer_limit(config: Config, chat: ChatTokenizer, examples: Sequence[Example
     return int(min(MOST_NEW_TOKENS, max(16, np.ceil(1.5 * (longest + 1)))))
 
 
-def check_prompts(chat: ChatTokenizer, anchor: Anchor, test: Sequence[Example], positions: int | None) -> None:
+def check_prompts(
+    chat: ChatTokenizer,
+    anchor: Anchor,
+    test: Sequence[Example],
+    positions: int | None,
+    shots: Sequence[Example] = (),
+) -> None:
     """Refuse test rows whose prompt leaves no room for an answer.
 
     Args:
         positions: longest row the model takes, in tokens; None where it does not say.
+        shots: examples in every prompt.
 
     Raises:
         TellError: the first such row.
     """
     for example in test if positions else ():
-        if (length := len(prompt_ids(chat, example, anchor))) >= positions:
+        if (length := len(_shot_prompt(chat, example, anchor, shots))) >= positions:
             raise TellError(
                 f"the prompt has {length:,} tokens and the model takes {positions:,}",
                 where=example.origin,
-                remedy="Shorten that test row, or remove it.",
+                remedy="Shorten that test row, or remove it" + (", or lower task.shots." if shots else "."),
             )
 
 
@@ -71,6 +77,7 @@ def arm_prompts(
     examples: int,
     room: int,
     seed: int,
+    shots: Sequence[Example] = (),
 ) -> tuple[list[list[int]], int]:
     """Token ids of the prompts of an arm, and the examples put in context.
 
@@ -79,19 +86,23 @@ def arm_prompts(
         examples: in-context examples wanted.
         room: tokens a prompt may have; as many examples are used as fit beside the longest test prompt.
         seed: decides which training rows are the examples, and their order; a file may be sorted.
+        shots: examples in every prompt of all arms but ``icl``, whatever the room; the anchor stands once, before
+            the first.
     """
     if arm != "icl":
-        return [prompt_ids(chat, example, arm_anchor(arm, anchor)) for example in test], 0
+        return [_shot_prompt(chat, example, arm_anchor(arm, anchor), shots) for example in test], 0
     shown = [train[int(i)] for i in permutation(len(train), seed, "icl")[:examples]]
     for n in range(len(shown), -1, -1):
-        context = _context(shown[:n])
-        prompts = [
-            chat.encode(chat.render(anchor.apply([*context, *_turns(example.prompt, n)]), add_generation_prompt=True))
-            for example in test
-        ]
+        prompts = [_shot_prompt(chat, example, anchor, shown[:n]) for example in test]
         if n == 0 or max(map(len, prompts)) <= room:
             return prompts, n
     raise AssertionError("unreachable: n == 0 returns")
+
+
+def _shot_prompt(chat: ChatTokenizer, example: Example, anchor: Anchor, shots: Sequence[Example]) -> list[int]:
+    """Ids of a test prompt after examples, with the anchor once."""
+    turns = [*_context(shots), *_turns(example.prompt, len(shots))]
+    return chat.encode(chat.render(anchor.apply(turns), add_generation_prompt=True))
 
 
 def _context(examples: Sequence[Example]) -> list[Message]:

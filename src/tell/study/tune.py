@@ -124,7 +124,7 @@ class _Run:
         train, split = task.train, dict(task.findings["split"])
         limit_task(task, stand_in)
         task_table(task, stand_in, task.train)
-        check_prompts(task.chat, stand_in, task.test, task.files.architecture.max_positions)
+        check_prompts(task.chat, stand_in, task.test, task.files.architecture.max_positions, task.shots)
         task.train, task.findings["split"] = train, split  # the true anchor decides again
         if (source := general_source(config)) not in ("self", "none"):
             self.general = load_general(task, source, self.display)
