@@ -14,8 +14,11 @@ from peft import PeftModel
 import tiny
 from tell.config import GenerateConfig, TrainConfig
 from tell.errors import TellError
+from tell.generate import engine as engines
+from tell.generate.batch import Packed
 from tell.generate.engine import Engine, shared_prefix
 from tell.generate.sampler import Decoding
+from tell.kernels.decode import kernels
 from tell.train.lora import adapter_merged, add_lora, remove_lora, save_adapter
 from train.packed import load, wake
 
@@ -153,6 +156,26 @@ def test_limits(tiny_model):
     assert len(single.ids) == 1
 
 
+@pytest.mark.parametrize("fast", [True, False])
+def test_the_caller_ends_rows(fast, tiny_model):
+    """A row ends with the token for which `on_token` returns True; the others go on as before."""
+    engine = Engine(load(tiny_model("llama")), fast=fast)
+    prompts = prompts_of((3, 30, 12, 7))
+    decoding = Decoding(max_new_tokens=12, stop_ids=(), greedy=True, batch_size=2)
+    whole = engine.generate(prompts, decoding)
+    seen = [0] * len(prompts)
+
+    def ended(row: int, token: int) -> bool:
+        seen[row] += 1
+        return row != 1 and seen[row] == 2 + row
+
+    cut = engine.generate(prompts, decoding, on_token=ended)
+    assert [answer.ids for answer in cut] == [
+        answer.ids if row == 1 else answer.ids[: 2 + row] for row, answer in enumerate(whole)
+    ]
+    assert [answer.finish for answer in cut] == ["stop", "length", "stop", "stop"]
+
+
 def test_decoding_leaves_no_trace(tiny_model):
     """The mode comes back, weights stay, and a training pass after decoding still has gradients."""
     model = load(tiny_model("llama"))
@@ -165,6 +188,23 @@ def test_decoding_leaves_no_trace(tiny_model):
     model.train()
     assert answers(engine, prompts, decoding) == first and model.training
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.skipif(kernels(torch.float32) is None, reason="no kernels")
+def test_fixed_weights_are_packed_once_and_others_each_time(tiny_model, monkeypatch):
+    packs = []
+    monkeypatch.setattr(engines, "Packed", lambda *parts: packs.append(0) or Packed(*parts))
+    engine = Engine(load(tiny_model("llama")))
+    prompts, decoding = prompts_of((5, 9)), Decoding(6, (), greedy=True)
+    first = answers(engine, prompts, decoding)
+    with engine.fixed_weights():
+        assert [answers(engine, prompts, decoding) for _ in range(3)] == [first] * 3
+    assert len(packs) == 2
+    with torch.no_grad():
+        engine.model.lm_head.weight.neg_()
+    changed = answers(engine, prompts, decoding)
+    assert changed != first and changed == answers(Engine(engine.model, fast=False), prompts, decoding)
+    assert len(packs) == 3
 
 
 @given(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -72,6 +73,8 @@ class Engine:
         self.config = config = model.config.get_text_config()
         self.fast = fast and self.device.type == "cpu"
         self.trusted: bool | None = None  # whether the kernels compute what the model computes; None: not asked yet
+        self._fixed = False
+        self._packed: Packed | None = None
         self.max_positions = max_positions or getattr(config, "max_position_embeddings", None) or 1 << 30
 
     @torch.inference_mode()
@@ -82,7 +85,7 @@ class Engine:
         *,
         limits: Sequence[int] | None = None,
         progress: Callable[[int, int], None] | None = None,
-        on_token: Callable[[int, int], None] | None = None,
+        on_token: Callable[[int, int], object] | None = None,
     ) -> list[Answer]:
         """Answer each prompt.
 
@@ -91,7 +94,8 @@ class Engine:
             decoding: sampler, limits, batch size and seed.
             limits: new tokens of each prompt at most; None: ``decoding.max_new_tokens`` for all.
             progress: called with (new tokens, finished rows) after each step.
-            on_token: called with (prompt number, token) as tokens come.
+            on_token: called with (prompt number, token) as tokens come; where it returns True, that token is the
+                answer's last.
 
         Returns:
             An Answer for each prompt, in their order. Neither batch size nor order changes the random
@@ -117,7 +121,7 @@ class Engine:
         decoding: Decoding,
         limits: Sequence[int],
         progress: Callable[[int, int], None] | None,
-        on_token: Callable[[int, int], None] | None,
+        on_token: Callable[[int, int], object] | None,
     ) -> list[Answer]:
         prefix = shared_prefix(prompts)
         rows = []
@@ -159,16 +163,32 @@ class Engine:
                 progress(new, len(finished))
         return answers
 
+    @contextmanager
+    def fixed_weights(self) -> Iterator[None]:
+        """The caller's word that no weight changes inside: the kernels' copy is made once and kept for all calls."""
+        self._fixed = True
+        try:
+            yield
+        finally:
+            self._fixed, self._packed = False, None
+
     def _batch(self, decoding: Decoding, slots: int, capacity: int, prefix: list[int]) -> Batch:
-        # Described and packed anew each time: weights may have changed, and the copy is kept no longer than needed.
-        description = describe(self.body.core) if self.fast and self.trusted is not False else None
-        if description is not None and kernels(description.dtype) is not None:
-            packed = Packed(description, self.body)
+        packed = self._packed or self._pack() if self.fast and self.trusted is not False else None
+        if packed is not None:
             if self.trusted is None:
                 self.trusted = self._check(packed, decoding)
             if self.trusted:
+                # Otherwise made anew each time: weights may have changed, and the copy takes their memory again.
+                self._packed = packed if self._fixed else None
                 return KernelBatch(packed, decoding, slots, capacity, prefix)
         return PlainBatch(self.body, decoding, slots, capacity, prefix, self.device)
+
+    def _pack(self) -> Packed | None:
+        """The weights as the kernels want them; None where there are none for this model."""
+        description = describe(self.body.core)
+        if description is None or kernels(description.dtype) is None:
+            return None
+        return Packed(description, self.body)
 
     def _check(self, packed: Packed, decoding: Decoding) -> bool:
         """Whether both ways give the same states, within rounding, for some rows of this model."""
@@ -193,7 +213,7 @@ class Engine:
         last: list[int],
         begin: int,
         decoding: Decoding,
-        on_token: Callable[[int, int], None] | None,
+        on_token: Callable[[int, int], object] | None,
     ) -> list[int]:
         """Append the tokens just drawn; the positions of rows that are finished."""
         finished = []
@@ -204,9 +224,10 @@ class Engine:
                 finished.append(at)
                 continue
             row.answer.ids.append(token)
-            if on_token:
-                on_token(row.number, token)
-            if len(row.answer.ids) >= row.limit:
+            if on_token and on_token(row.number, token) is True:
+                row.answer.finish = "stop"
+                finished.append(at)
+            elif len(row.answer.ids) >= row.limit:
                 finished.append(at)
         return finished
 

@@ -140,9 +140,9 @@ class VllmEngine:
         *,
         limits: Sequence[int] | None = None,
         progress: Callable[[int, int], None] | None = None,
-        on_token: Callable[[int, int], None] | None = None,
+        on_token: Callable[[int, int], object] | None = None,
     ) -> list[Answer]:
-        """As ``Engine.generate``; ``progress`` and ``on_token`` are called when all answers are there.
+        """As ``Engine.generate``; ``progress`` and ``on_token`` are called when all answers are there, and cut then.
 
         Raises:
             TellError: a prompt fills the model's context.
@@ -163,9 +163,12 @@ class VllmEngine:
         answers = []
         for row, output in enumerate(outputs):
             done = output.outputs[0]
-            answers.append(answer_of(done.token_ids, done.finish_reason, decoding.stop_ids))
-            for token in answers[-1].ids if on_token else ():
-                on_token(row, token)  # type: ignore[misc]
+            answer = answer_of(done.token_ids, done.finish_reason, decoding.stop_ids)
+            for at, token in enumerate(answer.ids if on_token else (), 1):
+                if on_token(row, token) is True:  # type: ignore[misc]
+                    answer = Answer(answer.ids[:at], "stop")
+                    break
+            answers.append(answer)
             if progress:
                 progress(len(done.token_ids), 1)
         return answers
