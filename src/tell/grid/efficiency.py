@@ -154,8 +154,8 @@ def _verdict(result: dict[str, Any], x: str, y: str, largest: dict[str, float]) 
             scores = f"{number(reached[0]['score'], unit)} to {number(reached[-1]['score'], unit)}"
             told = "" if _apart(low, high) else ", not told from 1"
             parts.append(
-                f"{arm_name(arm)} needs {factor['mean']['factor']:.2g} times the {what} that {arm_name(reference)} needs for "
-                f"the same {label} (95 % interval {ends}{told}; mean over scores from {scores})"
+                f"{arm_name(arm)} needs {factor['mean']['factor']:.2g} times the {what} that {arm_name(reference)} needs "
+                f"for the same {label} (95 % interval {ends}{told}; mean over scores from {scores})"
             )
         lost = [e["score"] for e in factor["by_level"] if e["factor"] is None]
         if lost:

@@ -1,58 +1,35 @@
-"""Pictures of a study, by matplotlib: curves with intervals, maps, gain against cost. SVG and PNG."""
+"""Pictures of a study, by matplotlib: curves with intervals, maps, gain against cost."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tell.errors import TellError
 from tell.grid.curves import Curve
+from tell.grid.drawing import (
+    COLOURS,
+    CYCLE,
+    DASHES,
+    HAIR,
+    INK,
+    MARKERS,
+    PAPER,
+    SOFT,
+    STYLES,
+    Axis,
+    brief,
+    drawing,
+    legend,
+)
 from tell.grid.results import CHANGE
-from tell.grid.words import arm_name, axis_label, key_name, metric_term, point_name, value_name
-from tell.run import atomic_path
+from tell.grid.words import arm_name, axis_label, key_name, metric_term, point_name, rounded, value_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-INK, SOFT, HAIR, PAPER = "#1a1d1f", "#565e64", "#dcdfdf", "#ffffff"
-# Okabe and Ito's colours, darkened or lightened to 3:1 against white and against the page's dark ground.
-COLOURS = {
-    "base": "#7d858a",
-    "base+anchor": "#7d858a",
-    "icl": "#94771c",
-    "sft": "#d55e00",
-    "sft-matched": "#c8609a",
-    "general": "#009e73",
-    "tell": "#1a7fc4",
-    "tell-anchor": "#1a7fc4",
-}
-MARKERS = {"sft": "s", "sft-matched": "D", "general": "^", "tell": "o", "icl": "v", "base": "X", "base+anchor": "P"}
-DASHES: dict[str, Any] = {"base": (0, (1.5, 2)), "base+anchor": (0, (4, 2)), "tell-anchor": (0, (4, 2))}
-CYCLE = ("#1a7fc4", "#d55e00", "#009e73", "#c8609a", "#94771c", "#7d858a")
-STYLES: tuple[Any, ...] = ("solid", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
-RULES = {
-    "font.size": 10,
-    "axes.edgecolor": SOFT,
-    "axes.labelcolor": INK,
-    "axes.titlesize": 10.5,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "text.color": INK,
-    "xtick.color": SOFT,
-    "ytick.color": SOFT,
-    "figure.facecolor": PAPER,
-    "axes.facecolor": "none",
-    "svg.fonttype": "path",  # looks the same everywhere
-    "svg.hashsalt": "tell",
-}
 
 
 @dataclass(frozen=True)
@@ -67,59 +44,6 @@ class Mark:
     x: np.ndarray
     y: np.ndarray
     threshold: tuple[float, float, float] | None
-
-
-class Axis:
-    """Places of a key's values on a horizontal axis: logarithmic with 0 set apart, linear, or one after the other."""
-
-    def __init__(self, values: Sequence[Any]) -> None:
-        self.values = list(values)
-        self.numeric = bool(values) and all(isinstance(v, int | float) for v in values)
-        positive = sorted(v for v in values if self.numeric and v > 0)
-        self.log = len(positive) > 1 and positive[-1] >= 4 * positive[0]
-        self.zero: float | None = None
-        if self.log and len(positive) < len(values):
-            steps = np.diff(np.log10(positive))
-            self.zero = math.log10(positive[0]) - max(0.35, float(np.median(steps)))
-
-    def at(self, value: Any) -> float:
-        if not self.numeric:
-            return float(self.values.index(value))
-        if not self.log:
-            return float(value)
-        return math.log10(value) if value > 0 else float(self.zero or 0.0)
-
-    def dress(self, axes: Axes, key: str) -> None:
-        """Ticks at the measured values, fewer where they would touch, and a break before 0."""
-        places = [self.at(v) for v in self.values]
-        room = (max(places) - min(places)) / 11 if len(places) > 1 else 0
-        ticks: list[tuple[float, str]] = []
-        for place, value in sorted(zip(places, self.values, strict=True)) if self.numeric else zip(places, self.values):  # noqa: B905
-            if not self.numeric or not ticks or place - ticks[-1][0] >= room:
-                ticks.append((place, brief(value) if self.numeric else value_name(value)))
-        axes.set_xticks([t for t, _ in ticks], [label for _, label in ticks])
-        axes.minorticks_off()
-        axes.set_xlabel(key_name(key).capitalize())
-        if self.zero is not None:
-            first = min(self.at(v) for v in self.values if v > 0)
-            middle = (self.zero + first) / 2
-            for shift in (-0.02, 0.02):
-                axes.plot(
-                    [middle + shift - 0.02, middle + shift + 0.02],
-                    [-0.018, 0.018],
-                    transform=axes.get_xaxis_transform(),
-                    color=SOFT,
-                    lw=1,
-                    clip_on=False,
-                )
-
-
-def brief(value: float) -> str:
-    """1k, 30k, 1M: a tick of an axis."""
-    for unit, sign in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= unit:
-            return f"{value / unit:g}{sign}"
-    return f"{value:g}"
 
 
 def draw_curves(
@@ -140,7 +64,7 @@ def draw_curves(
         panels: (heading, its curves).
         marks: fits to draw, for each panel.
     """
-    with _drawing(len(panels), height=3.6) as (figure, every):
+    with drawing(len(panels), height=3.6) as (figure, every):
         scale = 100.0 if metric_term(y).unit == "share" else 1.0
         values = list(dict.fromkeys(v for _, curves in panels for curve in curves for v in curve.x))
         axis = Axis(sorted(values) if all(isinstance(v, int | float) for v in values) else values)
@@ -164,7 +88,7 @@ def draw_curves(
             if scale == 100.0:
                 axes.set_ylim(-3, 103)
         every[0].set_ylabel(axis_label(y))
-        _legend(figure, every, title)
+        legend(figure, every, title)
     return figure
 
 
@@ -191,7 +115,7 @@ def draw_maps(
     if value.endswith(CHANGE):  # around 0, the untuned model
         high = max(0.01, np.abs(known).max())
         colours, low = "RdBu" if what.higher else "RdBu_r", -high
-    with _drawing(len(panels), height=1.1 + 0.52 * len(y[1]), width=1.5 + 0.95 * len(x[1])) as (figure, every):
+    with drawing(len(panels), height=1.1 + 0.52 * len(y[1]), width=1.5 + 0.95 * len(x[1])) as (figure, every):
         for (heading, values, intervals), axes in zip(panels, every, strict=True):
             image = axes.pcolormesh(
                 np.ma.masked_invalid(values),
@@ -210,11 +134,10 @@ def draw_maps(
                 ends = intervals[row, column] * scale
                 decimals = 0 if scale == 100.0 else 2
                 ink = "#fefefe" if dark else "#010101"
-                axes.text(
-                    column + 0.5, row + 0.62, f"{number * scale:.{decimals}f}", ha="center", va="center", color=ink
-                )
+                shown = _fixed(number * scale, decimals)
+                axes.text(column + 0.5, row + 0.62, shown, ha="center", va="center", color=ink)
                 if np.isfinite(ends).all():
-                    text = f"{ends[0]:.{decimals}f} – {ends[1]:.{decimals}f}"
+                    text = " to ".join(_fixed(end, decimals) for end in ends)
                     axes.text(column + 0.5, row + 0.26, text, ha="center", va="center", color=ink, fontsize=7)
             for (_, names), dress in ((x, axes.set_xticks), (y, axes.set_yticks)):
                 labels = [brief(v) if isinstance(v, int | float) else value_name(v) for v in names]
@@ -228,78 +151,60 @@ def draw_maps(
     return figure
 
 
+def _fixed(value: float, decimals: int) -> str:
+    return f"{round(value, decimals) + 0.0:.{decimals}f}".replace("-", "−")
+
+
 def draw_front(panels: Sequence[tuple[str, Sequence[dict]]], *, gain: str, cost: str, title: str) -> Figure:
-    """Gain against cost of every candidate, with intervals; those on the front are filled, joined and named.
+    """Gain against cost of every candidate, with intervals; those on the front are large, joined and numbered.
 
     Args:
-        panels: (heading, candidates as `pareto.fronts` gives them).
+        panels: (heading, candidates as `pareto.front` gives them).
     """
-    with _drawing(len(panels), height=4.2, width=5.2) as (figure, every):
+    most = max(sum(c["on_front"] for c in candidates) for _, candidates in panels)
+    with drawing(len(panels), height=4.2 + 0.16 * most, width=5.2) as (figure, every):
         scale = 100.0 if metric_term(gain).unit == "share" else 1.0
         for (heading, candidates), axes in zip(panels, every, strict=True):
-            front = sorted((c for c in candidates if c["on_front"]), key=lambda c: c["cost"]["value"])
-            if front:
-                steps = [(c["cost"]["value"], c["gain"]["value"] * scale) for c in front]
-                axes.step(*zip(*steps, strict=True), where="post", color=SOFT, lw=1, zorder=1)
             for c in candidates:
-                colour, at = COLOURS.get(c["arm"], CYCLE[0]), (c["cost"]["value"], c["gain"]["value"] * scale)
-                bars = [
-                    [[abs(v - e)] for e, v in zip(c[k]["ci"], [c[k]["value"]] * 2, strict=True)]
-                    for k in ("cost", "gain")
-                ]
-                axes.errorbar(
-                    *at,
-                    xerr=bars[0],
-                    yerr=[[e[0] * scale] for e in bars[1]],
-                    fmt=MARKERS.get(c["arm"], "o"),
-                    ms=6 if c["on_front"] else 4.5,
-                    color=colour,
-                    mfc=colour if c["on_front"] else PAPER,
-                    elinewidth=0.8,
-                    alpha=1.0 if c["on_front"] else 0.6,
-                    zorder=3 if c["on_front"] else 2,
-                    label=arm_name(c["arm"]),
-                )
+                _candidate(axes, c, scale)
+            front = sorted((c for c in candidates if c["on_front"]), key=lambda c: c["cost"]["value"])
+            spots = [(c["cost"]["value"], c["gain"]["value"] * scale) for c in front]
+            axes.step(*zip(*spots, strict=True), where="post", color=SOFT, lw=1, zorder=4)
+            for n, spot in enumerate(spots, 1):
+                axes.text(*spot, str(n), ha="center", va="center_baseline", fontsize=7, color="#fefefe", zorder=9)
             axes.set_title(heading)
             axes.set_xlabel(axis_label(cost))
             axes.grid(color=HAIR, lw=0.7)
             axes.set_axisbelow(True)
             if scale == 100.0:
-                axes.set_ylim(-3, 103)
-            _name_points(axes, front, scale)
+                axes.set_ylim(-4, 104)
+            names = [f"{n}  {c['name']}" for n, c in enumerate(front, 1)]
+            axes.text(0, -0.17, "\n".join(names), transform=axes.transAxes, va="top", fontsize=8, color=INK)
         every[0].set_ylabel(axis_label(gain))
-        _legend(figure, every, title)
+        legend(figure, every, title)
     return figure
 
 
-def save(figure: Figure, stem: Path) -> None:
-    """Write ``<stem>.svg`` and ``<stem>.png``, each whole or not at all, and the same for the same numbers."""
-    import matplotlib
-
-    with matplotlib.rc_context(RULES):
-        for kind in ("svg", "png"):
-            with atomic_path(stem.with_name(f"{stem.name}.{kind}")) as path:
-                figure.savefig(path, format=kind, dpi=200, metadata={"Date": None} if kind == "svg" else None)
-
-
-@contextmanager
-def _drawing(panels: int, *, height: float, width: float = 4.6) -> Iterator[tuple[Figure, list[Axes]]]:
-    """A figure with panels side by side that share their vertical axis; drawn without pyplot and its global state.
-
-    Raises:
-        TellError: matplotlib is not installed.
-    """
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise TellError(
-            "figures need matplotlib", where="tell study", remedy='Install it: pip install "tell-llm[study]".'
-        ) from error
-    with matplotlib.rc_context(RULES):
-        figure = Figure(figsize=(max(6.4, width * panels), height + 0.7), layout="constrained")
-        every = list(figure.subplots(1, max(1, panels), sharey=True, squeeze=False)[0])
-        yield figure, every
+def _candidate(axes: Axes, candidate: dict, scale: float) -> None:
+    """One point with the bars of its intervals."""
+    on, arm = candidate["on_front"], candidate["arm"]
+    colour = COLOURS.get(arm, CYCLE[0])
+    (x, left, right), (y, low, high) = ((c["value"], *c["ci"]) for c in (candidate["cost"], candidate["gain"]))
+    axes.errorbar(
+        x,
+        y * scale,
+        xerr=[[max(0.0, x - left)], [max(0.0, right - x)]],
+        yerr=[[max(0.0, y - low) * scale], [max(0.0, high - y) * scale]],
+        fmt=MARKERS.get(arm, "o"),
+        ms=11 if on else 4.5,
+        color=colour,
+        mfc=colour if on else PAPER,
+        mec=PAPER if on else colour,
+        elinewidth=0.8,
+        alpha=1.0 if on else 0.6,
+        zorder=5 if on else 2,
+        label=arm_name(arm),
+    )
 
 
 def _line(curve: Curve, lines: str) -> str:
@@ -361,41 +266,4 @@ def _mark(axes: Axes, axis: Axis, mark: Mark, scale: float) -> None:
         return
     value, low, high = (axis.at(v) for v in mark.threshold)
     axes.axvspan(low, high, color=INK, alpha=0.06, lw=0)
-    axes.axvline(value, color=INK, lw=0.9, ls=(0, (1, 2)), label=f"takes off at {mark.threshold[0]:,.0f}")
-
-
-def _legend(figure: Figure, every: Sequence[Axes], title: str) -> None:
-    """One legend for all panels, below them; the title above."""
-    entries: dict[str, Any] = {}
-    for axes in every:
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            entries.setdefault(label, handle)
-    if entries:
-        figure.legend(
-            list(entries.values()),
-            list(entries),
-            loc="outside lower left",
-            ncols=3 if figure.get_figwidth() < 8 else 4,
-            frameon=False,
-            fontsize=9,
-            handlelength=2.6,
-        )
-    figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
-
-
-def _name_points(axes: Axes, front: Sequence[dict], scale: float) -> None:
-    """Names beside the points of a front, unless a name before it stands too near."""
-    taken: list[tuple[float, float]] = []
-    axes.figure.canvas.draw()
-    for c in front:
-        spot = axes.transData.transform((c["cost"]["value"], c["gain"]["value"] * scale))
-        if any(abs(spot[0] - a) < 90 and abs(spot[1] - b) < 13 for a, b in taken):
-            continue
-        taken.append(tuple(spot))
-        axes.annotate(
-            c["name"],
-            (c["cost"]["value"], c["gain"]["value"] * scale),
-            (6, -11),
-            textcoords="offset points",
-            fontsize=8,
-        )
+    axes.axvline(value, color=INK, lw=0.9, ls=(0, (1, 2)), label=f"takes off at {rounded(mark.threshold[0])}")

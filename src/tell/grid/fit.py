@@ -27,7 +27,7 @@ from tell.errors import TellError
 from tell.evaluate.intervals import estimate_from, percentiles
 from tell.grid.curves import Curve
 from tell.grid.figures import Mark
-from tell.grid.words import metric_term
+from tell.grid.words import metric_term, rounded
 
 LEAST = 4  # amounts above 0 below which no shapes are compared
 GRID = 41  # values tried for each number that a shape is not linear in
@@ -148,7 +148,7 @@ def held_out(shape: Shape, u: np.ndarray, y: np.ndarray, limits: tuple[float, fl
 
 
 def _at(shape: Shape, tried: np.ndarray, u: np.ndarray, rest: np.ndarray) -> np.ndarray:
-    """(b, n, k) basis of each curve's own numbers at all amounts; a power law counts from the first it was fitted to."""
+    """(b, n, k) basis of each curve's own numbers at all amounts, a power law's counted from the first of ``rest``."""
     return shape.basis(tried, np.concatenate([u[rest][:1], u]))[:, 1:]
 
 
@@ -232,15 +232,12 @@ def verdict(facts: dict[str, Any]) -> str:
     if NAMES["constant"] in beaten:
         threshold, first = facts["logistic"]["threshold"], facts["amounts"][0]
         sure = "It takes off" if NAMES["line"] in beaten else "If it is an S-curve, it takes off"
-        ends = " to ".join(_round(end) for end in threshold["ci"])
-        at = f"at {_round(threshold['value'])}" if threshold["value"] >= first else "below the smallest amount measured"
+        ends = " to ".join(rounded(end) for end in threshold["ci"])
+        at = (
+            f"at {rounded(threshold['value'])}" if threshold["value"] >= first else "below the smallest amount measured"
+        )
         text += f" {sure} {at} (95 % interval {ends})."
     return text
-
-
-def _round(amount: float) -> str:
-    """Three digits, thousands separated."""
-    return f"{float(f'{amount:.3g}'):,.10g}"
 
 
 def _and(names: Sequence[str]) -> str:

@@ -16,7 +16,6 @@ that turn there.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -180,13 +179,14 @@ def _verdict(result: dict[str, Any], x: str) -> str:
         parts.append("No test row turns right for good after the smallest amount")
     by_chance = back["by_chance"]
     low, high = by_chance["ci"]
-    counts = f"{back['value']:.1f} flips back a seed, {by_chance['value']:.1f} ({low:.1f} to {high:.1f}) if rows were shuffled"
+    shuffled = f"{by_chance['value']:.1f} ({low:.1f} to {high:.1f}) if rows were shuffled"
+    counts = f"{back['value']:.1f} flips back a seed, {shuffled}"
     if by_chance["value"] < 1:
         parts.append(f"Too few rows change for flips back to tell anything ({counts})")
     elif back["p"] < 0.025:
         parts.append(
-            f"Rows that are right tend to stay right ({counts}), as quanta would have it, and as rows of unequal difficulty "
-            "would too"
+            f"Rows that are right tend to stay right ({counts}), as quanta would have it, and as rows of unequal "
+            "difficulty would too"
         )
     else:
         parts.append(

@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 from markupsafe import Markup
 
-from tell.grid.figures import HAIR, INK, PAPER, SOFT
+from tell.grid.drawing import HAIR, INK, PAPER, SOFT
 
 COLOURS = {INK: "currentColor", SOFT: "var(--soft)", HAIR: "var(--hair)", PAPER: "var(--paper)"}
 REFERENCE = re.compile(r"#([\w.-]+)")

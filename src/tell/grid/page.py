@@ -13,13 +13,14 @@ from markupsafe import Markup
 
 from tell.grid.analyses import Analyses, analyse, panels
 from tell.grid.curves import curves
-from tell.grid.figures import draw_curves, draw_front, draw_maps, save
+from tell.grid.drawing import save
+from tell.grid.figures import draw_curves, draw_front, draw_maps
 from tell.grid.fit import NAMES
 from tell.grid.inline import inline_svg
 from tell.grid.means import Bootstrap, groups
 from tell.grid.results import CHANGE, Study, canonical, frozen, read_results
 from tell.grid.table import Gap, Line, costs_shown, gaps, lines, to_csv, to_markdown
-from tell.grid.words import arm_name, key_name, metric_term, point_name, value_name
+from tell.grid.words import arm_name, key_name, metric_term, point_name, rounded, value_name
 from tell.report.page import fill
 from tell.report.scores import Cell
 from tell.report.text import number
@@ -39,8 +40,8 @@ WORDS = (
     ("difference", "TELL minus the other arm, paired by seed and test row; shares in percentage points."),
     (
         "held-out error",
-        "How far a shape fitted to all other amounts misses the mean at one left out; root mean square over the amounts. "
-        "Its interval covers seeds and test rows, not the choice of amounts.",
+        "How far a shape fitted to all other amounts misses the mean at one left out; root mean square over the "
+        "amounts. Its interval covers seeds and test rows, not the choice of amounts.",
     ),
     (
         "takes off",
@@ -225,8 +226,8 @@ def _fits(found: Analyses) -> Iterator[str | Table]:
 
 
 def _amount(cell: Cell) -> str:
-    low, high = (f"{v:,.0f}" if v is not None else "–" for v in cell.ci or (None, None))
-    return f"{cell.value:,.0f} [{low} to {high}]" if cell.known else "–"
+    low, high = map(rounded, cell.ci)
+    return f"{rounded(cell.value)} [{low} to {high}]"
 
 
 def _efficiency(found: Analyses) -> Iterator[str | Table]:
@@ -272,10 +273,8 @@ def _flips(found: Analyses) -> Iterator[str | Table]:
         ]
         note = f"Test rows by the {key_name(entry['x'])} from which they stay right."
         if entry["entropy"] is not None and entry["even_entropy"] is not None:
-            note += (
-                f" Entropy of where they turn: {entry['entropy']:.2f} bits; a straight line in the logarithm would give "
-                f"{entry['even_entropy']:.2f}."
-            )
+            bits, even = entry["entropy"], entry["even_entropy"]
+            note += f" Entropy of where they turn: {bits:.2f} bits; a line in the logarithm would give {even:.2f}."
         yield Table("", heads, rows, 1, note)
 
 

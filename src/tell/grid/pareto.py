@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from tell.grid.means import Bootstrap
-from tell.grid.results import CHANGE, Outcome, Study, canonical
+from tell.grid.results import CHANGE, Study, canonical
 from tell.grid.table import merged
 from tell.grid.words import arm_name, metric_term, point_name
 from tell.report.words import arm_order

@@ -51,6 +51,11 @@ def value_name(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:g}"
 
 
+def rounded(amount: float) -> str:
+    """Three digits, thousands separated."""
+    return f"{float(f'{amount:.3g}'):,.10g}"
+
+
 def point_name(point: Mapping[str, Any]) -> str:
     """``15 task rows, 4 times, 30,000 general tokens``; empty for no key."""
     parts = []
