@@ -111,6 +111,13 @@ def test_paired_difference_uses_the_same_rows_for_both():
     assert difference(b, b, seed=0)["ci"] == [0.0, 0.0]
 
 
+def test_pairs_of_zeros_and_ones_stay_pairs():
+    """Newcombe's interval counts the four kinds of pairs: of other partners it would be another."""
+    a, b = pairs(40, 9, 3, 20)
+    result = difference(mean_metric(a, binary=True), mean_metric(b, binary=True), seed=0)
+    assert result["ci"] == [round(limit, 6) for limit in newcombe_paired(a, b)]
+
+
 def test_nan_rows_are_ignored_in_both():
     nan = np.nan
     a, b = mean_metric([0.5, nan, 0.7, 0.9, 0.1]), mean_metric([0.5, 0.2, nan, 0.4, 0.1])

@@ -37,6 +37,7 @@ class ChatSession:
         model = opened.load(stream=True)
         self._stack = ExitStack()
         self._stack.enter_context(adapter_merged(model, adapter))
+        self._stack.enter_context(opened.engine.fixed_weights())
         self.anchor = arm_anchor(arm, opened.anchor)
         self.greedy, self.seed = greedy, opened.config.seed if seed is None else seed
         self.history: list[Message] = []
