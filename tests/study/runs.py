@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,18 @@ from tell.anchor.anchor import Anchor
 from tell.config import ARMS, Config, load_config, merge
 from tell.mix.manifest import read_manifest
 from tell.progress import Silent
-from tell.run import RunFolder
+from tell.run import RunFolder, read_jsonl
 from tell.study.prepare import load_general, load_task, task_table
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PROBE = Path(__file__).parents[2] / "src/tell/evaluate/probe/general.jsonl"
 ANCHORS = {"support": "Sort this mail.", "reviews": "Positive, negative or mixed?", "titles": "Write a headline."}
 ALL_ARMS = list(ARMS)
+FILES = (  # that every run of the arm tell leaves
+    *("run.yaml", "status.json", "anchor.json", "split.json", "plan.json", "manifest.parquet", "findings.json"),
+    *("metrics.json", "report.html", "adapter/adapter_model.safetensors", "adapter/adapter_config.json"),
+    *("adapter/tell.json", "logs/tell.jsonl", "predictions/tell.jsonl"),
+)
 
 
 def config_of(model: Path, out: Path | None = None, *, example: str = "support", **sections: Any) -> Config:
@@ -71,6 +77,37 @@ def trained_rows(folder: RunFolder, config: Config) -> list[tuple[str, str, str]
     }
     manifest = read_manifest(folder.manifest).to_pylist()
     return [(row["source"], row["hash"], found[row["source"], row["hash"]]) for row in manifest]
+
+
+def is_number(entry: dict) -> bool:
+    """Whether an interval holds its value."""
+    low, high = entry["ci"]
+    return low <= entry["value"] <= high and entry["n"] > 0
+
+
+def check_anchor_and_counts(folder: RunFolder, config: Config, anchor: Anchor) -> None:
+    """The manifest is what was mixed: anchor once in every task row, in no general row; every count exact."""
+    rows = trained_rows(folder, config)
+    for source, _, text in rows:
+        assert text.count(anchor.text) == (1 if source == "task" else 0), text
+    mixture = read(folder.metrics)["mixture"]
+    assert Counter(source for source, _, _ in rows) == mixture["rows"]
+    repeats = Counter(key for source, key, _ in rows if source == "task")
+    assert set(repeats.values()) == {config.mix.repeat} and len(repeats) == mixture["unique_rows"]["task"]
+    train = set(read(folder.split)["train"])
+    assert set(repeats) == train
+    manifest = read_manifest(folder.manifest)
+    for key, column in (("tokens", "tokens"), ("trained_tokens", "trained"), ("unit_tokens", "unit")):
+        for source in mixture["rows"]:
+            kept = [
+                n
+                for n, s in zip(manifest[column].to_pylist(), manifest["source"].to_pylist(), strict=True)
+                if s == source
+            ]
+            assert sum(kept) == mixture[key][source]
+    log = read_jsonl(folder.losses("tell"))
+    assert [row["step"] for row in log] == sorted(set(manifest["step"].to_pylist()))
+    assert log[-1]["tokens"] == sum(manifest["tokens"].to_pylist())
 
 
 def comparable(metrics: dict) -> dict:
