@@ -153,9 +153,10 @@ def _verdict(result: dict[str, Any], x: str, y: str, largest: dict[str, float]) 
             ends += f" to {high:.2g}" if high is not None else " to not reached"
             scores = f"{number(reached[0]['score'], unit)} to {number(reached[-1]['score'], unit)}"
             told = "" if _apart(low, high) else ", not told from 1"
+            times = f"{factor['mean']['factor']:.2g} times the {what} that {arm_name(reference)} needs"
             parts.append(
-                f"{arm_name(arm)} needs {factor['mean']['factor']:.2g} times the {what} that {arm_name(reference)} needs "
-                f"for the same {label} (95 % interval {ends}{told}; mean over scores from {scores})"
+                f"{arm_name(arm)} needs {times} for the same {label} "
+                f"(95 % interval {ends}{told}; mean over scores from {scores})"
             )
         lost = [e["score"] for e in factor["by_level"] if e["factor"] is None]
         if lost:

@@ -165,13 +165,15 @@ def draw_front(panels: Sequence[tuple[str, Sequence[dict]]], *, gain: str, cost:
     with drawing(len(panels), height=4.2 + 0.16 * most, width=5.2) as (figure, every):
         scale = 100.0 if metric_term(gain).unit == "share" else 1.0
         for (heading, candidates), axes in zip(panels, every, strict=True):
-            for c in candidates:
-                _candidate(axes, c, scale)
             front = sorted((c for c in candidates if c["on_front"]), key=lambda c: c["cost"]["value"])
+            for c in candidates:
+                if not c["on_front"]:
+                    _candidate(axes, c, scale, None)
             spots = [(c["cost"]["value"], c["gain"]["value"] * scale) for c in front]
             axes.step(*zip(*spots, strict=True), where="post", color=SOFT, lw=1, zorder=4)
-            for n, spot in enumerate(spots, 1):
-                axes.text(*spot, str(n), ha="center", va="center_baseline", fontsize=7, color="#fefefe", zorder=9)
+            for n, (c, spot) in enumerate(zip(front, spots, strict=True), 1):
+                _candidate(axes, c, scale, n)
+                axes.text(*spot, str(n), ha="center", va="center_baseline", fontsize=7, color="#fefefe", zorder=5.5 + n)
             axes.set_title(heading)
             axes.set_xlabel(axis_label(cost))
             axes.grid(color=HAIR, lw=0.7)
@@ -185,9 +187,9 @@ def draw_front(panels: Sequence[tuple[str, Sequence[dict]]], *, gain: str, cost:
     return figure
 
 
-def _candidate(axes: Axes, candidate: dict, scale: float) -> None:
-    """One point with the bars of its intervals."""
-    on, arm = candidate["on_front"], candidate["arm"]
+def _candidate(axes: Axes, candidate: dict, scale: float, number: int | None) -> None:
+    """One point with the bars of its intervals; a disc where it has a number on the front."""
+    on, arm = number is not None, candidate["arm"]
     colour = COLOURS.get(arm, CYCLE[0])
     (x, left, right), (y, low, high) = ((c["value"], *c["ci"]) for c in (candidate["cost"], candidate["gain"]))
     axes.errorbar(
@@ -195,14 +197,14 @@ def _candidate(axes: Axes, candidate: dict, scale: float) -> None:
         y * scale,
         xerr=[[max(0.0, x - left)], [max(0.0, right - x)]],
         yerr=[[max(0.0, y - low) * scale], [max(0.0, high - y) * scale]],
-        fmt=MARKERS.get(arm, "o"),
+        fmt="o" if on else MARKERS.get(arm, "o"),
         ms=11 if on else 4.5,
         color=colour,
         mfc=colour if on else PAPER,
         mec=PAPER if on else colour,
         elinewidth=0.8,
         alpha=1.0 if on else 0.6,
-        zorder=5 if on else 2,
+        zorder=5 + number if number is not None else 2,
         label=arm_name(arm),
     )
 

@@ -190,7 +190,7 @@ def _verdict(result: dict[str, Any], x: str) -> str:
         )
     else:
         parts.append(
-            f"Which rows are right is not remembered from one amount to the next ({counts}), which speaks against quanta"
+            f"Which rows are right is not remembered from one amount to the next ({counts}): this speaks against quanta"
         )
     agreement = result["agreement"]
     if agreement is not None:
