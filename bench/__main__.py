@@ -10,7 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from bench.options import DECODE_PEERS, PARTS, PEERS, Bench, Options, prepare
+from bench.options import DECODE_PEERS, PARTS, PEERS, Bench, Options, prepare, require_positive
 from tell.errors import TellError
 
 
@@ -39,9 +39,8 @@ def parse(arguments: list[str] | None = None) -> tuple[Options, bool]:
     given = vars(p.parse_args(arguments))
     given["only"] = _names(given["only"], PARTS, "--only")
     given["peers"] = () if given["peers"] == "none" else _names(given["peers"], PEERS, "--peers")
-    for name in ("turns", "steps", "warmup", "batch", "decode_turns", "prompts", "decode_batch", "plan_rows"):
-        if given[name] < 1:
-            raise TellError(f"{given[name]} is too few", where=f"--{name.replace('_', '-')}", remedy="Give 1 or more.")
+    counts = ("turns", "steps", "warmup", "batch", "decode_turns", "prompts", "decode_batch", "plan_rows")
+    require_positive(given, counts)
     return Options(**{field.name: given[field.name] for field in fields(Options)}), given["json"]
 
 

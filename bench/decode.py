@@ -9,7 +9,7 @@ from bench.drive import Worker, say
 from bench.environments import environment
 from bench.options import Bench
 from bench.rows import Prompts, make_prompts, plain_tokens
-from bench.settings import DECODE_START, decode_choices, recall, remember, search
+from bench.settings import DECODE_START, Setting, decode_choices, find_best
 from tell.errors import TellError
 
 
@@ -52,7 +52,7 @@ def measure_decoding(bench: Bench, peers: tuple[str, ...]) -> tuple[dict[str, An
         for worker in workers.values():
             worker.close(kill=True)
     own = results["tell"]["turns"][0]["answers"]
-    return {engine: _summary(results[engine], sum(prompts.limits), own) for engine in results}, missing
+    return {engine: summary(results[engine], prompts, own) for engine in results}, missing
 
 
 def _start(engine: str, spec: dict[str, Any], bench: Bench) -> Worker:
@@ -61,46 +61,32 @@ def _start(engine: str, spec: dict[str, Any], bench: Bench) -> Worker:
     return Worker(f"decode-{engine}", f"decode_{engine}", spec, bench.folder, python=environment(engine))
 
 
-def _setting(bench: Bench, engine: str, spec: dict[str, Any], prompts: Prompts) -> tuple[dict[str, Any], list[Any]]:
+def _setting(bench: Bench, engine: str, spec: dict[str, Any], prompts: Prompts) -> tuple[Setting, list[Any]]:
     """(best setting of an engine, the tries behind it), from an earlier run where there was one."""
     if engine == "tell":
         return {"batch": min(bench.options.decode_batch, len(prompts.ids))}, []
     key = bench.key("decode", f"{engine} | {len(prompts.ids)} prompts")
-    if not bench.options.tune_peers and (known := recall(key)):
-        return known["setting"], known["tries"]
-    say(f"{engine}: looking for its best settings")
-    spec = {**spec, "trying": True}
-    worker = _start(engine, spec, bench)
+    choices = decode_choices(engine, len(prompts.ids))
 
-    def measure(setting: dict[str, Any]) -> float | None:
-        nonlocal worker
-        try:
-            if worker.process.poll() is not None:
-                worker = _start(engine, spec, bench)
-            answer = worker.ask(do="try", setting=setting, prompts=len(prompts.ids))
-        except TellError as error:
-            say(f"{engine} {setting}: {error.what}")
-            failures.append(error.what)
-            worker.close(kill=True)
-            return None
-        speed = sum(prompts.limits) / answer["seconds"]
-        say(f"{engine} {setting}: {speed:,.0f} new tokens/s foreseen")
-        return speed
+    def measure(worker: Worker, setting: Setting) -> float:
+        answer = worker.ask(do="try", setting=setting, prompts=len(prompts.ids))
+        return sum(prompts.limits) / answer["seconds"]
 
-    failures: list[str] = []
-    try:
-        best, tries = search(DECODE_START, decode_choices(engine, len(prompts.ids)), measure)
-    finally:
-        worker.close(kill=True)
-    if all(t["tokens_per_s"] is None for t in tries):
-        raise TellError(f"none of its settings ran ({failures[0]})", where=engine, remedy=f"Read {worker.log}.")
-    remember(key, {"setting": best, "tries": tries})
-    return best, tries
+    def launch() -> Worker:
+        return _start(engine, {**spec, "trying": True}, bench)
+
+    return find_best(key, engine, DECODE_START, choices, launch, measure, anew=bench.options.tune_peers)
 
 
-def _summary(result: dict[str, Any], tokens: int, own: list[list[int]]) -> dict[str, Any]:
+def summary(result: dict[str, Any], prompts: Prompts, own: list[list[int]]) -> dict[str, Any]:
+    """What is printed of an engine.
+
+    Args:
+        result: its answers of each turn, setting and tries.
+        own: tell's answers.
+    """
     turns = result["turns"]
-    speeds = [tokens / turn["seconds"] for turn in turns]
+    speeds = [sum(prompts.limits) / turn["seconds"] for turn in turns]
     same = [a == b for a, b in zip(turns[0]["answers"], own, strict=True)]
     return {
         "tokens_per_s": round(statistics.median(speeds), 1),

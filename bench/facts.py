@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from bench.engines.serve import versions
 from bench.options import ALPHA, RANK, Bench
 from tell import __version__
 from tell.models import machine
@@ -27,7 +27,7 @@ def facts(bench: Bench) -> dict[str, Any]:
             "system": f"{platform.system()} {platform.machine()}",
             "device": torch.cuda.get_device_name() if bench.device == "cuda" else "cpu",
         },
-        "versions": {"tell": __version__, "python": platform.python_version(), **_versions()},
+        "versions": {"tell": __version__, "python": platform.python_version(), **versions()},
         "model": bench.files.name,
         "dtype": bench.dtype_name,
         "lora": {"rank": RANK, "alpha": ALPHA, "dropout": 0, "targets": "all-linear"},
@@ -37,13 +37,3 @@ def facts(bench: Bench) -> dict[str, Any]:
         "seed": options.seed,
         "length_scale": options.length_scale,
     }
-
-
-def _versions() -> dict[str, str]:
-    out = {}
-    for name in ("torch", "transformers", "peft"):
-        try:
-            out[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return out

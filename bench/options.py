@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tell.errors import TellError
 from tell.models import machine
 from tell.models.find import ModelFiles, find_model
 from tell.models.load import choose_device, choose_dtype
@@ -70,6 +72,17 @@ class Bench:
         work = [self.files.fingerprint, f"batch {o.batch}", f"scale {o.length_scale:g}"]
         place = [machine.cpu_name(), str(machine.cores()), self.device, self.dtype_name]
         return " | ".join([part, engine, *place, *work])
+
+
+def require_positive(given: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Refuse counts below 1.
+
+    Raises:
+        TellError: names the argument.
+    """
+    for name in names:
+        if given[name] < 1:
+            raise TellError(f"{given[name]} is too few", where=f"--{name.replace('_', '-')}", remedy="Give 1 or more.")
 
 
 def prepare(options: Options, folder: Path) -> Bench:

@@ -6,7 +6,10 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+from bench.drive import Worker, say
+from tell.errors import TellError
 from tell.home import make_folder, tell_home
+from tell.run import write_json
 
 Setting = dict[str, Any]
 FAR_BEHIND = 0.8  # of the best: larger batches of that kind are not tried
@@ -69,6 +72,59 @@ def search(
     return best, tries
 
 
+def find_best(
+    key: str,
+    engine: str,
+    start: Setting,
+    groups: list[list[Setting]],
+    launch: Callable[[], Worker],
+    measure: Callable[[Worker, Setting], float],
+    *,
+    anew: bool,
+) -> tuple[Setting, list[dict[str, Any]]]:
+    """What `search` finds with a process of the engine, or what an earlier run on this machine found.
+
+    Args:
+        key: to keep the outcome under.
+        engine: for messages.
+        launch: starts the process; called again after a setting that failed in it.
+        measure: tokens a second of a setting.
+        anew: look for the best setting even where one is known.
+
+    Raises:
+        TellError: no setting ran; the first reason is in the message.
+    """
+    if not anew and (known := recall(key)):
+        return known["setting"], known["tries"]
+    say(f"{engine}: looking for its best settings")
+    worker = launch()
+    failures: list[str] = []
+
+    def attempt(setting: Setting) -> float | None:
+        nonlocal worker
+        name = " ".join([f"{engine}:", *(f"{key}={value}" for key, value in setting.items())])
+        try:
+            if worker.process.poll() is not None:
+                worker = launch()
+            speed = measure(worker, setting)
+        except TellError as error:
+            say(f"{name}: {error.what}")
+            failures.append(error.what)
+            worker.close(kill=True)
+            return None
+        say(f"{name}: {speed:,.0f} tokens/s")
+        return speed
+
+    try:
+        best, tries = search(start, groups, attempt)
+    finally:
+        worker.close(kill=True)
+    if len(failures) == len(tries):
+        raise TellError(f"none of its settings ran ({failures[0]})", where=engine, remedy=f"Read {worker.log}.")
+    remember(key, {"setting": best, "tries": tries})
+    return best, tries
+
+
 def recall(key: str) -> dict[str, Any] | None:
     """What `remember` kept under ``key``: ``{"setting": ..., "tries": [...]}``, or None."""
     path = tell_home() / "bench" / "settings.json"
@@ -81,4 +137,4 @@ def remember(key: str, found: dict[str, Any]) -> None:
     """Keep the outcome of a search for later runs on this machine."""
     path = make_folder(tell_home() / "bench") / "settings.json"
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    path.write_text(json.dumps({**known, key: found}, indent=1), encoding="utf-8")
+    write_json(path, {**known, key: found})

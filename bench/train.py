@@ -13,8 +13,7 @@ from bench.drive import Worker, say
 from bench.environments import environment
 from bench.options import Bench
 from bench.rows import Rows, make_rows, order_rows, plain_tokens
-from bench.settings import recall, remember, search, train_choices, train_start
-from tell.config import TrainConfig
+from bench.settings import Setting, find_best, train_choices, train_start
 from tell.errors import TellError
 
 OURS = ("tell", "tell_plain")
@@ -38,7 +37,7 @@ def measure_training(bench: Bench, ceiling: dict[str, Any]) -> tuple[dict[str, A
     rows.save(path)
     spec = bench.spec(rows=str(path))
     engines = ["tell", *options.peers]
-    if options.plain and "fast" in TrainConfig.model_fields:
+    if options.plain:
         engines.insert(1, "tell_plain")
     workers: dict[str, Worker] = {}
     results: dict[str, Any] = {}
@@ -64,11 +63,11 @@ def measure_training(bench: Bench, ceiling: dict[str, Any]) -> tuple[dict[str, A
     finally:
         for worker in workers.values():
             worker.close(kill=True)
-    expected = _turn_tokens(rows, turns)
+    expected = turn_tokens(rows, options.batch, turns)[1:]  # without the warm-up
     sizes = {engine: it["turns"][0]["trainable_parameters"] for engine, it in results.items()}
     if len(set(sizes.values())) > 1:
         raise TellError(f"the engines train adapters of different sizes ({sizes})", where="bench")
-    out = {engine: _summary(results[engine], expected, rows, ceiling) for engine in results}
+    out = {engine: summary(results[engine], expected, rows, ceiling) for engine in results}
     return out, missing
 
 
@@ -106,70 +105,61 @@ def _start(engine: str, spec: dict[str, Any], bench: Bench) -> Worker:
     return Worker(engine, f"train_{engine}", spec, bench.folder, python=environment(engine))
 
 
-def _setting(bench: Bench, engine: str, spec: dict[str, Any], rows: Rows) -> tuple[dict[str, Any], list[Any]]:
+def _setting(bench: Bench, engine: str, spec: dict[str, Any], rows: Rows) -> tuple[Setting, list[Any]]:
     """(best setting of an engine, the tries behind it), from an earlier run where there was one."""
     if engine in OURS:
         return ({"fast": "off"} if engine == "tell_plain" else {}), []
     key = bench.key("train", engine)
-    if not bench.options.tune_peers and (known := recall(key)):
-        return known["setting"], known["tries"]
-    say(f"{engine}: looking for its best settings")
-    spec = {**spec, "trying": True}
     batch = bench.options.batch
-    worker = _start(engine, spec, bench)
+    expected = turn_tokens(rows, batch, [1, 1])
+    warm: list[Worker] = []
 
-    def measure(setting: dict[str, Any]) -> float | None:
-        nonlocal worker
+    def launch() -> Worker:
+        return _start(engine, {**spec, "trying": True}, bench)
+
+    def measure(worker: Worker, setting: Setting) -> float:
         order = order_rows(rows.lengths[: 2 * batch], batch, [1, 1], setting["order"])
-        try:
-            if worker.process.poll() is not None:
-                worker = _start(engine, spec, bench)
-            worker.ask(do="build", setting=setting, order=order)
-            first = not tries_made
-            tries_made.append(setting)
-            answer = worker.ask(do="turn", steps=1)
-            if first:  # the first step of a process pays for what later ones find ready
-                answer = worker.ask(do="turn", steps=1)
-            worker.tell(do="stop")
-        except TellError as error:
-            say(f"{engine} {_short(setting)}: {error.what}")
-            failures.append(error.what)
-            worker.close(kill=True)
-            return None
-        speed = answer["tokens"] / answer["seconds"]
-        say(f"{engine} {_short(setting)}: {speed:,.0f} tokens/s")
+        worker.ask(do="build", setting=setting, order=order)
+        speed = turn_speed(worker.ask(do="turn", steps=1), expected[0])
+        if worker not in warm:  # the first step of a process pays for what later ones find ready
+            speed = turn_speed(worker.ask(do="turn", steps=1), expected[1])
+            warm.append(worker)
+        worker.tell(do="stop")
         return speed
 
-    tries_made: list[dict[str, Any]] = []
-    failures: list[str] = []
-    try:
-        best, tries = search(train_start(engine), train_choices(engine, batch, bench.dtype_name == "bf16"), measure)
-    finally:
-        worker.close(kill=True)
-    if all(t["tokens_per_s"] is None for t in tries):
-        raise TellError(f"none of its settings ran ({failures[0]})", where=engine, remedy=f"Read {worker.log}.")
-    remember(key, {"setting": best, "tries": tries})
-    return best, tries
+    choices = train_choices(engine, batch, bench.dtype_name == "bf16")
+    return find_best(key, engine, train_start(engine), choices, launch, measure, anew=bench.options.tune_peers)
 
 
-def _short(setting: dict[str, Any]) -> str:
-    return " ".join(f"{k}={v}" for k, v in setting.items())
-
-
-def _turn_tokens(rows: Rows, turns: Sequence[int]) -> list[int]:
-    """Real tokens of each turn after the warm-up, for a batch size of rows / steps."""
-    batch = len(rows) // sum(turns)
-    ends = np.cumsum(turns) * batch
+def turn_tokens(rows: Rows, batch: int, turns: Sequence[int]) -> list[int]:
+    """Real tokens of each turn, in steps of ``batch`` rows from row 0 on."""
+    ends = np.cumsum([0, *turns]) * batch
     return [int(rows.starts[end] - rows.starts[begin]) for begin, end in pairwise(ends)]
 
 
-def _summary(result: dict[str, Any], expected: list[int], rows: Rows, ceiling: dict[str, Any]) -> dict[str, Any]:
-    """What is printed of an engine. Raises TellError where it was not fed the rows of its turns."""
+def turn_speed(answer: dict[str, Any], tokens: int) -> float:
+    """Real tokens a second of a turn.
+
+    Raises:
+        TellError: the engine was not fed the ``tokens`` that the rows of the turn have.
+    """
+    if answer["tokens"] != tokens:
+        raise TellError(f"an engine was fed {answer['tokens']:,} tokens where a turn has {tokens:,}", where="bench")
+    return tokens / answer["seconds"]
+
+
+def summary(result: dict[str, Any], expected: list[int], rows: Rows, ceiling: dict[str, Any]) -> dict[str, Any]:
+    """What is printed of an engine.
+
+    Args:
+        result: its answers of each turn, setting and versions.
+        expected: real tokens of each turn.
+
+    Raises:
+        TellError: as `turn_speed`.
+    """
     turns = result["turns"]
-    for turn, tokens in zip(turns, expected, strict=True):
-        if turn["tokens"] != tokens:
-            raise TellError(f"an engine was fed {turn['tokens']:,} tokens where a turn has {tokens:,}", where="bench")
-    speeds = [turn["tokens"] / turn["seconds"] for turn in turns]
+    speeds = [turn_speed(turn, tokens) for turn, tokens in zip(turns, expected, strict=True)]
     speed = statistics.median(speeds)
     per_token = flops_per_token(rows, ceiling["linear_parameters"], ceiling["output_parameters"])
     return {

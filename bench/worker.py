@@ -1,7 +1,7 @@
 """The process of one engine: ``python -m bench.worker ENGINE SPEC``; talks JSON lines over its standard streams.
 
-It reads ``{"do": "build", ...}``, ``{"do": "turn", "steps": n}`` and ``{"do": "stop"}`` and answers each (but a stop
-inside a build) with one line, ``{"error": ...}`` where it failed. What libraries print goes to the log instead.
+It reads what `bench.engines.serve` and `Meter` say, ``{"do": "stop"}`` at last, and answers each (but a stop) with one
+line, ``{"error": ...}`` where it failed. What libraries print goes to the log instead.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -13,7 +14,7 @@ ROWS = 2048
 
 
 def run(channel: Channel, spec: dict[str, Any]) -> None:
-    """Answer each turn with the best GFLOP/s of a pass over all linear layers (the output layer is left out)."""
+    """Answer each turn with the best GFLOP/s, and seconds, of a pass over all linear layers but the output layer."""
     from transformers import AutoModelForCausalLM
 
     dtype = getattr(torch, spec["dtype"])
@@ -33,12 +34,12 @@ def run(channel: Channel, spec: dict[str, Any]) -> None:
     }
     with torch.inference_mode():
         while channel.receive()["do"] == "turn":
-            best, end = 0.0, time.perf_counter() + spec["ceiling_seconds"]
-            while not best or time.perf_counter() < end:
+            best, end = math.inf, time.perf_counter() + spec["ceiling_seconds"]
+            while best == math.inf or time.perf_counter() < end:
                 synchronize()
                 begin = time.perf_counter()
                 for weight in weights:
                     torch.mm(inputs[weight.shape[1]], weight.t(), out=outputs[weight.shape[0]])
                 synchronize()
-                best = max(best, flops / (time.perf_counter() - begin) / 1e9)
-            channel.send(gflops=best, **facts)
+                best = min(best, time.perf_counter() - begin)
+            channel.send(gflops=flops / best / 1e9, seconds=best, **facts)

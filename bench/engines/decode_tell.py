@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
+from bench.engines.serve import Setting, serve_prompts
 from bench.rows import Prompts
-from bench.worker import Channel, peak_memory, reset_peak, synchronize
+from bench.worker import Channel
 from tell.generate.engine import Engine
 from tell.generate.sampler import Decoding
 from tell.models.find import find_model
@@ -14,24 +14,18 @@ from tell.models.load import load_model
 
 
 def run(channel: Channel, spec: dict[str, Any]) -> None:
-    """Answer ``{"do": "turn", "setting": {"batch": n}, "prompts": n}`` with the time of the first n prompts."""
-    prompts = Prompts.load(spec["prompts"])
+    """Serve prompts; the setting is ``{"batch": rows at a time}``."""
     loaded = load_model(find_model(spec["model"]), device=spec["device"], dtype=spec["dtype_name"])
     engine = Engine(loaded.model, device=loaded.device)
-    reset_peak()
-    while (message := channel.receive())["do"] == "turn":
-        n = message["prompts"]
-        limits = prompts.limits[:n]
+
+    def answer(prompts: Prompts, setting: Setting) -> list[list[int]]:
         decoding = Decoding(
-            max_new_tokens=max(limits),
+            max_new_tokens=max(prompts.limits),
             stop_ids=(),
             greedy=True,
             repetition_penalty=1.0,
-            batch_size=message["setting"]["batch"],
+            batch_size=setting["batch"],
         )
-        synchronize()
-        begin = time.perf_counter()
-        answers = engine.generate(prompts.ids[:n], decoding, limits=limits)
-        synchronize()
-        seconds = time.perf_counter() - begin
-        channel.send(seconds=seconds, answers=[answer.ids for answer in answers], **peak_memory())
+        return [given.ids for given in engine.generate(prompts.ids, decoding, limits=prompts.limits)]
+
+    serve_prompts(channel, spec, answer)

@@ -6,13 +6,15 @@ A row ends at its own limit, the batch with its last row.
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
 
+from bench.engines.serve import Setting, serve_prompts
 from bench.rows import Prompts
-from bench.worker import Channel, peak_memory, reset_peak, synchronize
+from bench.worker import Channel
 
 
 class _RowLimits(StoppingCriteria):
@@ -28,41 +30,31 @@ class _RowLimits(StoppingCriteria):
 
 
 def run(channel: Channel, spec: dict[str, Any]) -> None:
-    """Answer ``{"do": "turn", "setting": {"batch", "cache"}, "prompts": n}``, and ``{"do": "try", ...}`` by a forecast.
-
-    A forecast times one batch over a few steps and counts what all batches would take.
-    """
-    prompts = Prompts.load(spec["prompts"])
-    model = AutoModelForCausalLM.from_pretrained(
-        spec["model"], dtype=getattr(torch, spec["dtype"]), local_files_only=True
-    )
+    """Serve prompts; the setting is ``{"batch": rows at a time, "cache": "dynamic" or "static"}``."""
+    dtype = getattr(torch, spec["dtype"])
+    model = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=dtype, local_files_only=True)
     model = model.to(spec["device"]).eval()
     model.generation_config.eos_token_id = None
-    reset_peak()
-    while (message := channel.receive())["do"] in ("turn", "try"):
-        batches = _batches(prompts, message["prompts"], message["setting"]["batch"])
-        if message["do"] == "try":
-            channel.send(seconds=_forecast(model, prompts, batches, message["setting"]), **peak_memory())
-            continue
-        answers: list[list[int]] = [[] for _ in range(message["prompts"])]
-        synchronize()
-        begin = time.perf_counter()
-        for rows in batches:
-            new, _ = _generate(model, prompts, rows, message["setting"])
+
+    def answer(prompts: Prompts, setting: Setting) -> list[list[int]]:
+        answers: list[list[int]] = [[] for _ in prompts.ids]
+        for rows in _batches(prompts, setting["batch"]):
+            new, _ = _generate(model, prompts, rows, setting)
             for i, ids in zip(rows, new.tolist(), strict=True):
                 answers[i] = ids[: prompts.limits[i]]
-        synchronize()
-        channel.send(seconds=time.perf_counter() - begin, answers=answers, **peak_memory())
+        return answers
+
+    serve_prompts(channel, spec, answer, partial(_forecast, model))
 
 
-def _batches(prompts: Prompts, n: int, size: int) -> list[list[int]]:
-    """The first n prompts in batches, alike in length so that they pad little; answers' lengths are not known."""
-    order = sorted(range(n), key=lambda i: -len(prompts.ids[i]))
-    return [order[begin : begin + size] for begin in range(0, n, size)]
+def _batches(prompts: Prompts, size: int) -> list[list[int]]:
+    """Numbers of the prompts in batches, alike in length so that they pad little; answers' lengths are not known."""
+    order = sorted(range(len(prompts.ids)), key=lambda i: -len(prompts.ids[i]))
+    return [order[begin : begin + size] for begin in range(0, len(order), size)]
 
 
 def _generate(
-    model: Any, prompts: Prompts, rows: list[int], setting: dict[str, Any], most: int = 1 << 30
+    model: Any, prompts: Prompts, rows: list[int], setting: Setting, most: int = 1 << 30
 ) -> tuple[torch.Tensor, _RowLimits]:
     """((rows, steps) new tokens, the criterion with the times of its steps)."""
     width = max(len(prompts.ids[i]) for i in rows)
@@ -86,8 +78,12 @@ def _generate(
     return out[:, width:], stop
 
 
-def _forecast(model: Any, prompts: Prompts, batches: list[list[int]], setting: dict[str, Any], steps: int = 6) -> float:
-    """Seconds that all batches would take: prompts in proportion to their tokens, steps by the longest answer."""
+def _forecast(model: Any, prompts: Prompts, setting: Setting, steps: int = 6) -> float:
+    """Seconds that all batches would take: prompts in proportion to their number, steps by the longest answer.
+
+    One batch is timed, over a few steps.
+    """
+    batches = _batches(prompts, setting["batch"])
     rows = batches[len(batches) // 2]
     begin = time.perf_counter()
     _, stop = _generate(model, prompts, rows, setting, most=steps)

@@ -1,14 +1,13 @@
-"""What engines on transformers' Trainer share: a callback that lets them train a turn at a time, model and rows."""
+"""What engines on transformers' Trainer share: a callback that stops them after each turn, model and arguments."""
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from bench.rows import Rows
+from bench.engines.serve import Build, Setting
 from bench.worker import Meter, reset_peak
 
 
@@ -39,7 +38,7 @@ class Gate(TrainerCallback):
             self.meter.tokens += (kwargs["input_ids"] if "input_ids" in kwargs else args[0]).numel()
 
 
-def load(spec: dict[str, Any], setting: dict[str, Any]) -> Any:
+def load(spec: dict[str, Any], setting: Setting) -> Any:
     """The model with fresh adapters, as plain transformers and peft make it."""
     from peft import LoraConfig, get_peft_model
 
@@ -60,13 +59,14 @@ def load(spec: dict[str, Any], setting: dict[str, Any]) -> Any:
     return get_peft_model(model.to(spec["device"]), lora)
 
 
-def arguments(spec: dict[str, Any], setting: dict[str, Any], steps: int, folder: str) -> dict[str, Any]:
+def arguments(spec: dict[str, Any], build: Build) -> dict[str, Any]:
     """Keyword arguments of TrainingArguments and of what is built on it."""
+    setting = build.setting
     return {
-        "output_dir": folder,
+        "output_dir": build.folder,
         "per_device_train_batch_size": setting["micro"],
         "gradient_accumulation_steps": spec["batch"] // setting["micro"],
-        "max_steps": steps,
+        "max_steps": build.steps,
         "learning_rate": spec["learning_rate"],
         "lr_scheduler_type": "constant",
         "weight_decay": 0.01,
@@ -83,19 +83,3 @@ def arguments(spec: dict[str, Any], setting: dict[str, Any], steps: int, folder:
         "disable_tqdm": True,
         "seed": spec["seed"],
     }
-
-
-def examples(rows: Rows, order: list[int]) -> list[dict[str, list[int]]]:
-    """Rows in order as peers take them: ``input_ids`` and ``labels``."""
-    return [{"input_ids": rows.row(i)[0].tolist(), "labels": rows.labels(i)} for i in order]
-
-
-def versions(*names: str) -> dict[str, str]:
-    """Installed versions of ``names`` and of what they run on."""
-    out = {}
-    for name in (*names, "torch", "transformers", "peft", "accelerate"):
-        try:
-            out[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return out

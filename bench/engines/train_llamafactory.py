@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-import tempfile
+from collections.abc import Callable
+from functools import partial
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
@@ -21,46 +22,39 @@ if importlib.util.find_spec("torchaudio") is None:
 
 from llamafactory.train.tuner import run_exp
 
-from bench.engines.gate import Gate, arguments, examples, versions
-from bench.rows import Rows
-from bench.worker import Channel, Meter, Stopped
+from bench.engines.gate import Gate, arguments
+from bench.engines.serve import Build, serve_builds, versions
+from bench.worker import Channel
 
 
 def run(channel: Channel, spec: dict[str, Any]) -> None:
-    """Serve builds: ``{"do": "build", "setting": {...}, "order": [...]}``, each trained until the driver stops it."""
-    rows = Rows.load(spec["rows"])
-    while (message := channel.receive())["do"] == "build":
-        setting, order = message["setting"], message["order"]
-        with tempfile.TemporaryDirectory() as folder:
-            data = Path(folder) / "data"
-            columns = [{**row, "attention_mask": [1] * len(row["input_ids"])} for row in examples(rows, order)]
-            DatasetDict({"train": Dataset.from_list(columns)}).save_to_disk(str(data))
-            common = arguments(spec, setting, -(-len(order) // spec["batch"]), folder)
-            for name in ("train_sampling_strategy", "gradient_checkpointing", "report_to"):
-                common.pop(name)
-            channel.send(built=True, versions=versions("llamafactory"))
-            try:
-                run_exp(
-                    {
-                        **common,
-                        "stage": "sft",
-                        "do_train": True,
-                        "report_to": "none",
-                        "bf16": spec["dtype"] == "bfloat16",
-                        "model_name_or_path": spec["model"],
-                        "flash_attn": {"sdpa": "sdpa", "eager": "disabled"}[setting["attention"]],
-                        "disable_gradient_checkpointing": True,
-                        "finetuning_type": "lora",
-                        "lora_rank": spec["rank"],
-                        "lora_alpha": spec["alpha"],
-                        "lora_dropout": 0.0,
-                        "lora_target": "all",
-                        "tokenized_path": str(data),
-                        "template": "empty",
-                        "disable_shuffling": True,
-                        "dataset": "unused",  # asked for, not read
-                    },
-                    callbacks=[Gate(Meter(channel))],
-                )
-            except Stopped:
-                continue
+    """Serve builds, see `serve_builds`."""
+
+    def make(build: Build) -> Callable[[], Any]:
+        data = str(Path(build.folder) / "data")
+        columns = [{**row, "attention_mask": [1] * len(row["input_ids"])} for row in build.examples()]
+        DatasetDict({"train": Dataset.from_list(columns)}).save_to_disk(data)
+        common = arguments(spec, build)
+        for name in ("train_sampling_strategy", "gradient_checkpointing", "report_to"):
+            common.pop(name)
+        own = {
+            "stage": "sft",
+            "do_train": True,
+            "report_to": "none",
+            "bf16": spec["dtype"] == "bfloat16",
+            "model_name_or_path": spec["model"],
+            "flash_attn": {"sdpa": "sdpa", "eager": "disabled"}[build.setting["attention"]],
+            "disable_gradient_checkpointing": True,
+            "finetuning_type": "lora",
+            "lora_rank": spec["rank"],
+            "lora_alpha": spec["alpha"],
+            "lora_dropout": 0.0,
+            "lora_target": "all",
+            "tokenized_path": data,
+            "template": "empty",
+            "disable_shuffling": True,
+            "dataset": "unused",  # asked for, not read
+        }
+        return partial(run_exp, {**common, **own}, callbacks=[Gate(build.meter)])
+
+    serve_builds(channel, spec, make, versions("llamafactory"))

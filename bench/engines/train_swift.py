@@ -6,16 +6,16 @@ It computes logits only at trained positions where it can (``use_logits_to_keep`
 from __future__ import annotations
 
 import os
-import tempfile
+from collections.abc import Callable
 from typing import Any
 
 import transformers.trainer
 from swift.arguments import SftArguments
 from swift.pipelines.train.sft import SwiftSft
 
-from bench.engines.gate import Gate, examples, versions
-from bench.rows import Rows
-from bench.worker import Channel, Meter, Stopped
+from bench.engines.gate import Gate
+from bench.engines.serve import Build, serve_builds, versions
+from bench.worker import Channel
 
 
 class _Sft(SwiftSft):
@@ -32,26 +32,23 @@ class _Encoded(list):
 
 
 def run(channel: Channel, spec: dict[str, Any]) -> None:
-    """Serve builds: ``{"do": "build", "setting": {...}, "order": [...]}``, each trained until the driver stops it."""
-    rows = Rows.load(spec["rows"])
+    """Serve builds, see `serve_builds`."""
     default = list(transformers.trainer.DEFAULT_CALLBACKS)
-    while (message := channel.receive())["do"] == "build":
-        setting, order = message["setting"], message["order"]
-        transformers.trainer.DEFAULT_CALLBACKS[:] = [*default, Gate(Meter(channel))]
-        with tempfile.TemporaryDirectory() as folder:
-            pipeline = _Sft(_arguments(spec, setting, -(-len(order) // spec["batch"]), folder))
-            pipeline.rows = [
-                {**row, "length": len(row["input_ids"]), "lengths": [len(row["input_ids"])]}
-                for row in examples(rows, order)
-            ]
-            channel.send(built=True, versions=versions("ms-swift"))
-            try:
-                pipeline.main()
-            except Stopped:
-                continue
+
+    def make(build: Build) -> Callable[[], Any]:
+        transformers.trainer.DEFAULT_CALLBACKS[:] = [*default, Gate(build.meter)]
+        pipeline = _Sft(_arguments(spec, build))
+        pipeline.rows = []
+        for row in build.examples():
+            length = len(row["input_ids"])
+            pipeline.rows.append({**row, "length": length, "lengths": [length]})
+        return pipeline.main
+
+    serve_builds(channel, spec, make, versions("ms-swift"))
 
 
-def _arguments(spec: dict[str, Any], setting: dict[str, Any], steps: int, folder: str) -> SftArguments:
+def _arguments(spec: dict[str, Any], build: Build) -> SftArguments:
+    setting = build.setting
     return SftArguments(
         model=spec["model"],
         model_type=os.environ.get("SWIFT_MODEL_TYPE", "llama"),
@@ -68,7 +65,7 @@ def _arguments(spec: dict[str, Any], setting: dict[str, Any], steps: int, folder
         target_modules=["all-linear"],
         per_device_train_batch_size=setting["micro"],
         gradient_accumulation_steps=spec["batch"] // setting["micro"],
-        max_steps=steps,
+        max_steps=build.steps,
         learning_rate=spec["learning_rate"],
         lr_scheduler_type="constant",
         weight_decay=0.01,
@@ -82,7 +79,7 @@ def _arguments(spec: dict[str, Any], setting: dict[str, Any], steps: int, folder
         logging_steps=1000,
         save_strategy="no",
         report_to=["none"],
-        output_dir=folder,
+        output_dir=build.folder,
         add_version=False,
         seed=spec["seed"],
         load_from_cache_file=False,

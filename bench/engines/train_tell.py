@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from bench.engines.serve import Build, serve_builds, versions
 from bench.rows import Rows
-from bench.worker import Channel, Meter, Stopped, reset_peak
+from bench.worker import Channel, reset_peak
+from tell import __version__
 from tell.config import TrainConfig
 from tell.mix.mixture import Mixture
 from tell.models.find import find_model
 from tell.models.load import load_model
 from tell.rows.table import RowTable
-from tell.train.trainer import Trainer
+from tell.train.trainer import StepReport, Trainer
 
 
 def run(channel: Channel, spec: dict[str, Any]) -> None:
-    """Serve builds until the driver stops: ``{"do": "build", "setting": {"fast": ...}, "order": [...]}``."""
-    rows = Rows.load(spec["rows"])
+    """Serve builds, see `serve_builds`; the setting is what `TrainConfig` takes."""
     loaded = load_model(find_model(spec["model"]), device=spec["device"], dtype=spec["dtype_name"])
-    while (message := channel.receive())["do"] == "build":
-        setting = {k: v for k, v in message["setting"].items() if k in TrainConfig.model_fields}
+
+    def make(build: Build) -> Callable[[], Any]:
         config = TrainConfig(
             batch_size=spec["batch"],
             lora_r=spec["rank"],
@@ -32,35 +33,36 @@ def run(channel: Channel, spec: dict[str, Any]) -> None:
             learning_rate=spec["learning_rate"],
             schedule="constant",
             checkpoint_every=0,
-            **setting,
+            **build.setting,
         )
-        mixture = _mixture(rows, np.array(message["order"]))
-        meter = Meter(channel)
+        mixture = _mixture(build.rows, np.array(build.order))
+        meter = build.meter
         meter.model = loaded.model
 
-        def progress(report: Any, meter: Meter = meter) -> None:
+        def progress(report: StepReport) -> None:
             meter.tokens += report.tokens
             meter.step()
 
-        with tempfile.TemporaryDirectory() as folder:
-            trainer = Trainer(
-                loaded.model,
-                mixture.tables,
-                mixture,
-                config,
-                folder=Path(folder),
-                log=Path(folder) / "log.jsonl",
-                seed=spec["seed"],
-                device=loaded.device,
-                progress=progress,
-            )
-            channel.send(built=True, versions=_versions())
+        trainer = Trainer(
+            loaded.model,
+            mixture.tables,
+            mixture,
+            config,
+            folder=Path(build.folder),
+            log=Path(build.folder) / "log.jsonl",
+            seed=spec["seed"],
+            device=loaded.device,
+            progress=progress,
+        )
+
+        def train() -> None:
             reset_peak()
-            try:
-                meter.wait()
-                trainer.run()
-            except Stopped:
-                continue
+            meter.wait()
+            trainer.run()
+
+        return train
+
+    serve_builds(channel, spec, make, {"tell": __version__, **versions()})
 
 
 def _mixture(rows: Rows, order: np.ndarray) -> Mixture:
@@ -98,14 +100,3 @@ def _table(name: str, rows: Rows, kind: np.ndarray) -> RowTable:
         mask=np.concatenate(masks or [np.empty(0)]).astype(bool),
         starts=np.concatenate([[0], np.cumsum(tokens)]).astype(np.int64),
     )
-
-
-def _versions() -> dict[str, str]:
-    import peft
-    import torch
-    import transformers
-
-    import tell
-
-    modules = {"tell": tell, "torch": torch, "transformers": transformers, "peft": peft}
-    return {name: module.__version__ for name, module in modules.items()}

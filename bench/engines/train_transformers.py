@@ -2,35 +2,30 @@
 
 from __future__ import annotations
 
-import tempfile
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
-from bench.engines.gate import Gate, arguments, examples, load, versions
-from bench.rows import Rows
-from bench.worker import Channel, Meter, Stopped
+from bench.engines.gate import Gate, arguments, load
+from bench.engines.serve import Build, serve_builds, versions
+from bench.worker import Channel
 
 
 def run(channel: Channel, spec: dict[str, Any]) -> None:
-    """Serve builds: ``{"do": "build", "setting": {...}, "order": [...]}``, each trained until the driver stops it."""
-    rows = Rows.load(spec["rows"])
-    while (message := channel.receive())["do"] == "build":
-        setting, order = message["setting"], message["order"]
-        with tempfile.TemporaryDirectory() as folder:
-            trainer = Trainer(
-                model=load(spec, setting),
-                args=TrainingArguments(**arguments(spec, setting, -(-len(order) // spec["batch"]), folder)),
-                train_dataset=examples(rows, order),  # type: ignore[arg-type]
-                data_collator=DataCollatorWithFlattening() if setting["padding_free"] else pad,
-                callbacks=[Gate(Meter(channel))],
-            )
-            channel.send(built=True, versions=versions())
-            try:
-                trainer.train()
-            except Stopped:
-                continue
+    """Serve builds, see `serve_builds`."""
+
+    def make(build: Build) -> Callable[[], Any]:
+        return Trainer(
+            model=load(spec, build.setting),
+            args=TrainingArguments(**arguments(spec, build)),
+            train_dataset=build.examples(),  # type: ignore[arg-type]
+            data_collator=DataCollatorWithFlattening() if build.setting["padding_free"] else pad,
+            callbacks=[Gate(build.meter)],
+        ).train
+
+    serve_builds(channel, spec, make, versions())
 
 
 def pad(features: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 from bench.__main__ import parse
+from bench.drive import Worker
 from bench.plan import make_instructions
-from bench.settings import recall, remember, search, train_choices, train_start
+from bench.settings import DECODE_START, find_best, recall, remember, search, train_choices, train_start
 from bench.train import flops_per_token
 
 from tell.errors import TellError
@@ -40,6 +41,26 @@ def test_what_was_found_is_kept(tmp_path, monkeypatch):
     remember("a", {"setting": {"micro": 2}, "tries": []})
     remember("b", {"setting": {"micro": 4}, "tries": []})
     assert recall("a") == {"setting": {"micro": 2}, "tries": []}
+
+
+def test_an_engine_that_runs_with_no_setting_is_refused_and_nothing_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("TELL_HOME", str(tmp_path / "home"))
+    started = []
+
+    def launch():
+        started.append(Worker("lost", "no_such_engine", {}, tmp_path))
+        return started[-1]
+
+    def measure(worker, setting):
+        return worker.ask(do="turn")["seconds"]
+
+    with pytest.raises(TellError, match=r"none of its settings ran .*no_such_engine"):
+        find_best("key", "lost", DECODE_START, [[{"batch": 32}]], launch, measure, anew=False)
+    assert len(started) == 2 and all(worker.process.poll() is not None for worker in started)
+    assert recall("key") is None
+    remember("key", {"setting": {"batch": 64}, "tries": []})
+    found = find_best("key", "lost", DECODE_START, [], launch, measure, anew=False)
+    assert found == ({"batch": 64}, []) and len(started) == 2
 
 
 def test_flops_count_the_output_layer_where_it_is_trained():
