@@ -86,8 +86,22 @@ def test_examples_are_trained_on_and_the_same_for_all_budgets(budget, tiny_model
 @pytest.mark.parametrize("shots", [3, 10_000])
 def test_more_examples_than_rows_are_refused(shots, tiny_model):
     task = load_task(config_of(tiny_model("llama"), task={"shots": shots, "rows": 2}))
-    with pytest.raises(TellError, match=rf"task\.shots: {shots} examples are asked for, and 2 rows"):
+    with pytest.raises(TellError, match=rf"task\.shots: {shots} examples are asked for, and 2 of 2 training rows"):
         limit_task(task, ANCHOR)
+
+
+def test_rows_too_long_to_train_on_are_not_shown(tiny_model):
+    model = tiny_model("llama")
+    task = load_task(config_of(model, task={"shots": 60, "rows": None}))
+    lengths = [len(task.chat.encode(task.chat.render(e.messages))) for e in task.shots]
+    limit = sorted(lengths)[3]
+    few = load_task(config_of(model, task={"shots": 2, "rows": None}, train={"max_length": limit}))
+    fitting = [e.hash for e, length in zip(task.shots, lengths, strict=True) if length <= limit]
+    assert [e.hash for e in few.shots] == fitting[:2] and len(fitting) >= 4
+    limit_task(few, ANCHOR)
+    alone = load_task(config_of(model, task={"shots": len(fitting) + 1, "rows": None}, train={"max_length": limit}))
+    with pytest.raises(TellError, match=rf"and {len(fitting)} of {len(task.train)} training rows can be shown"):
+        limit_task(alone, ANCHOR)
 
 
 def test_a_run_with_examples(tiny_model, tmp_path):

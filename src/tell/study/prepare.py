@@ -27,6 +27,7 @@ from tell.rows.cache import cache_key, cached_table
 from tell.rows.table import Dropped, RowTable
 from tell.rows.template import ChatTokenizer
 from tell.rows.tokenize import RowRules, tokenize
+from tell.study.shots import check_shots, pick_shots
 
 PAIRS_KEPT = 20
 MIXED = frozenset({"sft-matched", "general", "tell", "tell-anchor"})  # what these train on needs the mixture
@@ -43,8 +44,7 @@ class Task:
         config: the run's, its ``train.max_length`` lowered to what the model's positions allow.
         train: rows to train on, after split, overlap removal and budget (the budget needs the anchor: see
             `limit_task`).
-        shots: the examples that stand in every test prompt (``task.shots``): the first rows of the permutation that
-            budgets draw from, so that they are the same whatever the budget and for all arms.
+        shots: the examples that stand in every test prompt (``task.shots``).
         findings: ``findings.json`` as far as it is known.
     """
 
@@ -126,8 +126,7 @@ def load_task(config: Config, display: Display | None = None) -> Task:
                 remedy="Leave --drop-overlap out, or give other test rows.",
             )
         dropped, task.train = len(task.train) - len(kept), kept
-    if shown := min(config.task.shots, len(task.train)):  # `limit_task` refuses too few
-        task.shots = [task.train[i] for i in take_rows(len(task.train), shown, config.seed)]
+    task.shots = pick_shots(task)
     display.note(f"task: {config.task.data}, {data.layout}, {len(data.examples)} rows; {kind.why}")
     task.findings = {
         "data": _describe(data),
@@ -248,15 +247,10 @@ def limit_task(task: Task, anchor: Anchor) -> None:
     """Keep the rows of the task's budget.
 
     Raises:
-        TellError: fewer rows than ``task.shots``.
+        TellError: fewer rows that can be shown than ``task.shots``.
     """
     task.train = limited_rows(task, anchor)
-    if len(task.train) < task.config.task.shots:
-        raise TellError(
-            f"{task.config.task.shots} examples are asked for, and {len(task.train)} rows are trained on",
-            where="task.shots",
-            remedy="Ask for fewer, or train on more rows.",
-        )
+    check_shots(task)
     task.findings["split"]["train"] = len(task.train)
 
 
