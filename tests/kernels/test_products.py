@@ -54,6 +54,7 @@ def test_outer_products(tokens, rank, columns):
     exact = 0.5 * g.double().t() @ x.double()
     out = products.outer(g, x, 0.5)
     assert out.dtype == torch.float32 and error(out, exact) < 1e-6
+    assert torch.equal(out, products.outer(g, x, 0.5))
     assert error(products.outer(g, x, 0.5, transposed=True), exact.t()) < 1e-6
 
 

@@ -314,12 +314,18 @@ void train_attention_back(const train_attention_task *t) {
   {
     char *memory = aligned_alloc(64, up(size, 64));
     float *own = prefix ? totals + omp_get_thread_num() * all : NULL;
+    if (!prefix) {
 #pragma omp for schedule(dynamic, 1)
-    for (i64 job = 0; job < t->rows * t->key_heads; job++) {
-      const train_row r = row_of(t, job / t->key_heads);
-      backward_job(t, &r, job % t->key_heads, prefix ? own + job % t->key_heads * part : NULL, memory);
-    }
-    if (prefix) {
+      for (i64 job = 0; job < t->rows * t->key_heads; job++) {
+        const train_row r = row_of(t, job / t->key_heads);
+        backward_job(t, &r, job % t->key_heads, NULL, memory);
+      }
+    } else {
+#pragma omp for schedule(static, 1) /* so that a thread's totals are the same at every call */
+      for (i64 job = 0; job < t->rows * t->key_heads; job++) {
+        const train_row r = row_of(t, job / t->key_heads);
+        backward_job(t, &r, job % t->key_heads, own + job % t->key_heads * part, memory);
+      }
 #pragma omp for schedule(dynamic, 1)
       for (i64 h = 0; h < t->key_heads; h++) {
         float *sum = totals + h * part;

@@ -176,7 +176,7 @@ void train_outer(i64 tokens, i64 rank, i64 columns, const bf16 *g, i64 g_stride,
     memset(sums, 0, ranks * stride * sizeof(float));
 #pragma omp single nowait
     used = omp_get_num_threads();
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(static) /* so that sums are the same at every call */
     for (i64 b = 0; b < blocks; b++) {
       const i64 from = 2 * PAIRS * b, n = tokens - from < 2 * PAIRS ? tokens - from : 2 * PAIRS;
       for (i64 i = 0; i < (n + 1) / 2; i++) {
