@@ -34,6 +34,7 @@ MARKERS = {"sft": "s", "sft-matched": "D", "general": "^", "tell": "o", "icl": "
 DASHES: dict[str, Any] = {"base": (0, (1.5, 2)), "base+anchor": (0, (4, 2)), "tell-anchor": (0, (4, 2))}
 CYCLE = ("#1a7fc4", "#d55e00", "#009e73", "#c8609a", "#94771c", "#7d858a")
 STYLES: tuple[Any, ...] = ("solid", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
+TURNS = "osD^vXP"
 RULES = {
     "font.size": 10,
     "axes.edgecolor": SOFT,
@@ -83,9 +84,12 @@ class Axis:
         labels, last = [], -math.inf
         for place, value in zip(places, self.values, strict=True):
             labelled = not self.numeric or place - last >= room
-            labels.append((brief(value) if self.numeric else value_name(value)) if labelled else "")
+            labels.append((brief(value) if self.numeric else value_name(value, key)) if labelled else "")
             last = place if labelled else last
         axes.set_xticks(places, labels)
+        if self.numeric:
+            edge = 0.05 * (max(places) - min(places)) or 0.5
+            axes.set_xlim(min(places) - edge, max(places) + edge)
         axes.minorticks_off()
         axes.set_xlabel(key_name(key).capitalize())
         if self.zero is not None:
@@ -125,7 +129,7 @@ def drawing(panels: int, *, height: float, width: float = 4.6) -> Iterator[tuple
             "figures need matplotlib", where="tell study", remedy='Install it: pip install "tell-llm[study]".'
         ) from error
     with matplotlib.rc_context(RULES):
-        figure = Figure(figsize=(max(6.4, width * panels), height + 0.7), layout="constrained")
+        figure = Figure(figsize=(max(6.4, width * panels), height + 0.3), layout="constrained")
         every = list(figure.subplots(1, max(1, panels), sharey=True, squeeze=False)[0])
         yield figure, every
 
@@ -137,11 +141,14 @@ def legend(figure: Figure, every: Sequence[Axes], title: str) -> None:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)
     if entries:
+        inches = 0.65 + 0.078 * max(map(len, entries))  # of one column: the sample line and 9 point text
+        columns = max(1, int(figure.get_figwidth() / inches))
+        figure.set_figheight(figure.get_figheight() + 0.15 + 0.19 * math.ceil(len(entries) / columns))
         figure.legend(
             list(entries.values()),
             list(entries),
             loc="outside lower left",
-            ncols=3 if figure.get_figwidth() < 8 else 4,
+            ncols=columns,
             frameon=False,
             fontsize=9,
             handlelength=2.6,

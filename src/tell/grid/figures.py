@@ -19,12 +19,13 @@ from tell.grid.drawing import (
     PAPER,
     SOFT,
     STYLES,
+    TURNS,
     Axis,
     brief,
     drawing,
     legend,
 )
-from tell.grid.results import CHANGE
+from tell.grid.results import CHANGE, frozen
 from tell.grid.words import arm_name, axis_label, key_name, metric_term, point_name, rounded, value_name
 
 if TYPE_CHECKING:
@@ -68,17 +69,17 @@ def draw_curves(
         scale = 100.0 if metric_term(y).unit == "share" else 1.0
         values = list(dict.fromkeys(v for _, curves in panels for curve in curves for v in curve.x))
         axis = Axis(sorted(values) if all(isinstance(v, int | float) for v in values) else values)
-        names = list(dict.fromkeys(_line(curve, lines) for _, curves in panels for curve in curves))
+        named = [_names(curves, lines) for _, curves in panels]
+        flat = [name for names in named for name in names]
+        looks = _looks([c for _, curves in panels for c in curves], flat, lines)
+        order = list(looks)
         for i, ((heading, curves), axes) in enumerate(zip(panels, every, strict=True)):
-            for curve in curves:
-                name = _line(curve, lines)
-                width = 0.72 / max(1, len(names))
-                offset = (names.index(name) - (len(names) - 1) / 2) * width
-                look = _look(curve, name, names, lines)
+            for curve, name in zip(curves, named[i], strict=True):
                 if axis.numeric:
-                    _line_and_band(axes, axis, curve, scale, look)
+                    _line_and_band(axes, axis, curve, scale, looks[name])
                 else:
-                    _bars(axes, axis, curve, scale, look, offset)
+                    offset = (order.index(name) - (len(order) - 1) / 2) * 0.72 / len(order)
+                    _bars(axes, axis, curve, scale, looks[name], offset)
             for mark in marks[i] if i < len(marks) else ():
                 _mark(axes, axis, mark, scale)
             axis.dress(axes, x)
@@ -139,8 +140,8 @@ def draw_maps(
                 if np.isfinite(ends).all():
                     text = " to ".join(_fixed(end, decimals) for end in ends)
                     axes.text(column + 0.5, row + 0.26, text, ha="center", va="center", color=ink, fontsize=7)
-            for (_, names), dress in ((x, axes.set_xticks), (y, axes.set_yticks)):
-                labels = [brief(v) if isinstance(v, int | float) else value_name(v) for v in names]
+            for (key, names), dress in ((x, axes.set_xticks), (y, axes.set_yticks)):
+                labels = [brief(v) if isinstance(v, int | float) else value_name(v, key) for v in names]
                 dress(np.arange(len(names)) + 0.5, labels)
             axes.tick_params(length=0)
             axes.spines[:].set_visible(False)
@@ -209,30 +210,40 @@ def _candidate(axes: Axes, candidate: dict, scale: float, number: int | None) ->
     )
 
 
-def _line(curve: Curve, lines: str) -> str:
-    """The name of a curve in the legend: its arm or value, and what else tells it apart."""
-    rest = {k: v for k, v in curve.rest.items() if k != lines}
-    if lines == "arm":
-        return ", ".join(filter(None, (arm_name(curve.arm), point_name(rest))))
-    own = point_name({lines: curve.rest[lines]}) if lines in curve.rest else arm_name(curve.arm)
-    return ", ".join(filter(None, (own, point_name(rest))))
+def _names(curves: Sequence[Curve], lines: str) -> list[str]:
+    """What the legend calls each curve of a panel: its arm or value, and what else tells it from the others."""
+    named = [(arm_name(c.arm), {k: v for k, v in c.rest.items() if k != lines}) for c in curves]
+    if lines != "arm":
+        several = len({c.arm for c in curves if lines in c.rest}) > 1
+        own = [point_name({lines: c.rest[lines]}) if lines in c.rest else "" for c in curves]
+        named = [
+            (", ".join(filter(None, (arm if several or not name else "", name))), rest)
+            for name, (arm, rest) in zip(own, named, strict=True)
+        ]
+    out = []
+    for own, rest in named:
+        alike = [r for o, r in named if o == own]
+        telling = {k: v for k, v in rest.items() if any(frozen(r.get(k)) != frozen(v) for r in alike)}
+        out.append(", ".join(filter(None, (own, point_name(telling)))))
+    return out
 
 
-def _look(curve: Curve, name: str, names: Sequence[str], lines: str) -> dict[str, Any]:
-    if lines == "arm":
-        same = [n for n in names if n.startswith(arm_name(curve.arm))]
-        style = DASHES.get(curve.arm) or STYLES[same.index(name) % len(STYLES)]
-        return {
-            "color": COLOURS.get(curve.arm, CYCLE[0]),
-            "marker": MARKERS.get(curve.arm, "o"),
-            "ls": style,
-            "lw": 2.2 if curve.arm == "tell" else 1.5,
-            "label": name,
-            "zorder": 4 if curve.arm == "tell" else 3,
-        }
-    at = names.index(name)
-    look = {"color": CYCLE[at % len(CYCLE)], "marker": "osD^vXP"[at % 7], "ls": STYLES[at // len(CYCLE) % len(STYLES)]}
-    return {**look, "lw": 1.6, "label": name, "zorder": 3}
+def _looks(curves: Sequence[Curve], names: Sequence[str], lines: str) -> dict[str, dict[str, Any]]:
+    """Colour, marker and dash by name: an arm has its own colour; other lines take turns."""
+    arms = dict(zip(names, (c.arm for c in curves), strict=True))
+    looks = {}
+    for at, (name, arm) in enumerate(arms.items()):
+        nth = [n for n, a in arms.items() if a == arm].index(name)
+        if lines == "arm" or name == arm_name(arm):
+            marker = MARKERS.get(arm, "o") if nth == 0 else TURNS[nth % len(TURNS)]
+            look = {"color": COLOURS.get(arm, CYCLE[0]), "marker": marker}
+            look["ls"] = DASHES.get(arm, STYLES[0]) if nth == 0 else STYLES[nth % len(STYLES)]
+            look |= {"lw": 2.2, "zorder": 4} if arm == "tell" else {"lw": 1.5, "zorder": 3}
+        else:
+            look = {"color": CYCLE[at % len(CYCLE)], "marker": TURNS[at % len(TURNS)], "lw": 1.6, "zorder": 3}
+            look["ls"] = STYLES[at // len(CYCLE) % len(STYLES)]
+        looks[name] = {**look, "label": name}
+    return looks
 
 
 def _line_and_band(axes: Axes, axis: Axis, curve: Curve, scale: float, look: dict[str, Any]) -> None:

@@ -110,7 +110,7 @@ def _shown(study: Study, points: Sequence[dict]) -> dict[str, str]:
     shown = {}
     for key in study.keys:
         values = {frozen(point.get(key)) for point in points}
-        shown[key] = value_name(points[0].get(key)) if len(values) == 1 else ANY
+        shown[key] = value_name(points[0].get(key), key) if len(values) == 1 else ANY
     return shown
 
 
@@ -136,7 +136,16 @@ def to_markdown(study: Study, table: Sequence[Line], differences: Sequence[Gap])
     """Both tables, with the interval behind each value."""
     metrics = list(table[0].cells) if table else []
     keys = [key_name(key).capitalize() for key in study.keys]
-    heads = [*keys, "Arm", *(metric_term(m).label for m in metrics), "Seeds", "Steps", "Tokens", "FLOPs", "to answer"]
+    heads = [
+        *keys,
+        "Arm",
+        *(metric_term(m).label for m in metrics),
+        "Seeds",
+        "Steps",
+        "Tokens",
+        "FLOPs",
+        "FLOPs to answer",
+    ]
     rows = [
         [
             *line.point.values(),

@@ -24,6 +24,7 @@ KEYS = {
     "train.learning_rate": "learning rate",
     "train.lora_r": "LoRA rank",
 }
+ANCHORS = {"auto": "written by the model", "none": "none"}
 ARMS = {
     "base": "untuned",
     "base+anchor": "untuned, with the anchor",
@@ -41,10 +42,12 @@ def key_name(key: str) -> str:
     return KEYS.get(key, key)
 
 
-def value_name(value: Any) -> str:
+def value_name(value: Any, key: str = "") -> str:
     """A value of the grid, short: thousands separated, files by their names."""
     if value is None:
         return "not set"
+    if key == "anchor.text" and value in ANCHORS:
+        return ANCHORS[value]
     if isinstance(value, bool) or not isinstance(value, int | float):
         text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
         return PurePath(text.removeprefix("@")).name if "/" in text and " " not in text else text
@@ -69,7 +72,9 @@ def point_name(point: Mapping[str, Any]) -> str:
             "task.rows",
             "task.tokens",
         )
-        parts.append(f"{value_name(value)} {key_name(key)}" if counted else f"{key_name(key)}: {value_name(value)}")
+        parts.append(
+            f"{value_name(value)} {key_name(key)}" if counted else f"{key_name(key)}: {value_name(value, key)}"
+        )
     return ", ".join(parts)
 
 
