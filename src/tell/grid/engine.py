@@ -160,9 +160,10 @@ def run_study(
                 ) from error
             finally:
                 queue.give_back()
-    from tell.grid.page import write_study  # late: it draws
+    if queue.counts()["done"]:
+        from tell.grid.page import write_study  # late: it draws
 
-    write_study(study.folder.root)
+        write_study(study.folder.root)
     return study.folder
 
 

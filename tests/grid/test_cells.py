@@ -1,0 +1,188 @@
+"""Cells: equal where nothing differs that counts, different where something does."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from study.runs import EXAMPLES, PROBE
+from tell.config import ARMS, load_config
+from tell.data.budget import take_rows
+from tell.grid.cells import grid_of, make_cell
+from tell.grid.content import content_hash
+from tell.grid.recipe import make_recipe
+
+SUPPORT = EXAMPLES / "support"
+BASE = {
+    "task": {"data": str(SUPPORT / "train.jsonl"), "test": str(SUPPORT / "test.jsonl"), "rows": 15},
+    "general": {"source": str(PROBE), "tokens": 3e4},
+    "anchor": {"text": "Sort this mail."},
+    "mix": {"repeat": 4},
+    "generate": {"max_new_tokens": 64},
+}
+# What a change may be, and the arms it has no effect on.
+UNTRAINED = {"base", "base+anchor", "icl"}
+CHANGES: dict[str, tuple[str, set[str]]] = {
+    "task rows": ("task.rows=30", {"base", "base+anchor", "general"}),
+    "task tokens": ("task.tokens=500", {"base", "base+anchor", "general"}),
+    "repetition": ("mix.repeat=8", {*UNTRAINED, "sft", "general"}),
+    "order": ("mix.order=shuffle", {*UNTRAINED, "sft", "sft-matched"}),
+    "general amount": ("general.tokens=1e5", {*UNTRAINED, "sft"}),
+    "general rows": ("general.rows=40", {*UNTRAINED, "sft"}),
+    "general source": (f"general.source={SUPPORT / 'test.jsonl'}", set()),  # rows held out come from there
+    "learning rate": ("train.learning_rate=1e-4", UNTRAINED),
+    "rank": ("train.lora_r=16", UNTRAINED),
+    "longest row": ("train.max_length=512", set()),
+    "anchor": ("anchor.text=Read this mail.", {"base", "general"}),
+    "anchor's place": ("anchor.place=system", {"base", "general"}),
+    "candidates of an anchor by hand": ("anchor.candidates=9", set(ARMS)),
+    "self-written data that is not asked for": ("general.self.temperature=0.5", set(ARMS)),
+    "examples in context": ("eval.icl_examples=3", set(ARMS) - {"icl"}),
+    "checkpoints": ("train.checkpoint_every=7", set(ARMS)),
+    "folder": ("out=elsewhere", set(ARMS)),
+    "time": ("max_minutes=5", {*UNTRAINED, "sft"}),
+    "seed": ("seed=43", set()),
+    "temperature": ("generate.temperature=0.9", set()),
+    "test rows": ("task.test_rows=10", set()),
+}
+
+
+def config(*overrides: str, **sections):
+    return load_config(flags={**BASE, **sections}, overrides=overrides)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("arm", ARMS)
+def test_only_what_has_an_effect_counts(arm, change):
+    override, without = CHANGES[change]
+    same = make_cell(config(), arm).name == make_cell(config(override), arm).name
+    assert same == (arm in without)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40, deadline=None)
+@given(st.sampled_from(ARMS), st.sets(st.sampled_from(sorted(CHANGES)), max_size=5), st.randoms())
+def test_several_changes_count_as_each_alone(arm, changes, random):
+    """In whatever order they come; only another amount of the same thing may undo an amount."""
+    texts = [CHANGES[name][0] for name in changes]
+    if sum(t.startswith("general.") for t in texts) > 1 or sum(t.startswith("task.") for t in texts) > 1:
+        return
+    counts = any(arm not in CHANGES[name][1] for name in changes)
+    cell = make_cell(config(*texts), arm)
+    assert (cell.name != make_cell(config(), arm).name) == counts
+    random.shuffle(texts)
+    assert make_cell(config(*texts), arm).name == cell.name
+    assert make_cell(cell.config, arm).name == cell.name  # its own configuration leads back to it
+
+
+def test_without_a_limit_answers_depend_on_the_rows():
+    open_end = {"generate": {"max_new_tokens": None}}
+    for arm in ARMS:
+        names = {make_cell(config(f"task.rows={n}", **open_end), arm).name for n in (15, 30)}
+        assert len(names) == 2, arm
+
+
+def test_an_amount_relative_to_the_task_depends_on_it():
+    ratio = [config("general.ratio=20", f"task.rows={n}", f"anchor.text={t}") for n in (15, 30) for t in ("a", "b")]
+    assert len({make_cell(c, "general").name for c in ratio}) == 4
+
+
+def test_an_anchor_that_the_model_writes_depends_on_the_rows_it_sees():
+    written = [config(f"task.rows={n}", "anchor.text=auto") for n in (15, 30)]
+    assert len({make_cell(c, "base+anchor").name for c in written}) == 2
+    assert len({make_cell(c, "base").name for c in written}) == 1
+    assert make_cell(written[0], "base").config.anchor.text == "none"  # it is never asked for
+
+
+def test_no_general_data_is_the_same_however_it_is_said():
+    nothing = [config(text) for text in ("general.tokens=0", "general.rows=0", "general.ratio=0")]
+    assert len({make_cell(c, "tell").name for c in nothing}) == 1
+
+
+def test_files_count_by_content(tmp_path):
+    """The same rows elsewhere are the same cell, other rows under the same name another; so is an anchor's text."""
+    moved = tmp_path / "moved.jsonl"
+    shutil.copy(SUPPORT / "train.jsonl", moved)
+    before = make_cell(config(), "tell").name
+    assert make_cell(config(f"task.data={moved}"), "tell").name == before
+    moved.write_text(moved.read_text(encoding="utf-8").replace("invoice", "bill"), encoding="utf-8")
+    assert make_cell(config(f"task.data={moved}"), "tell").name != before
+    (tmp_path / "anchor.txt").write_text("Sort this mail.\n", encoding="utf-8")
+    assert make_cell(config(f"anchor.text=@{tmp_path / 'anchor.txt'}"), "tell").name == before
+
+
+def test_folders_count_by_content(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "b" / ".cache").write_text("hidden", encoding="utf-8")
+    assert content_hash(tmp_path / "a") == content_hash(tmp_path / "b")
+    (tmp_path / "b" / "model.safetensors").write_bytes(b"Weights")
+    assert content_hash(tmp_path / "a") != content_hash(tmp_path / "b")
+
+
+def test_names_stay_what_they_are():
+    """A change here loses every finished cell of every user; raise CELL_FORMAT where that is meant."""
+    plain = load_config(flags={"task": {"data": "no-such-file.jsonl"}, "anchor": {"text": "none"}})
+    assert make_cell(plain, "base").name == "base-b0b57a509a8e4b04"
+
+
+def recipe(grid, **keys):
+    return make_recipe({"config": BASE, "grid": grid, "seeds": [42, 43], **keys})
+
+
+@given(st.permutations(["task.rows", "general.tokens", "mix.repeat"]), st.permutations([15, 30, 45]))
+@settings(max_examples=20, deadline=None)
+def test_the_order_of_a_grid_does_not_matter(keys, rows):
+    values = {"task.rows": rows, "general.tokens": [0, "3e4"], "mix.repeat": [1, 2]}
+    a = grid_of(recipe({key: values[key] for key in keys}), {})
+    b = grid_of(recipe({"general.tokens": ["3e4", 0], "mix.repeat": [1, 2], "task.rows": [15, 30, 45]}), {})
+    assert {cell.name for cell in a[1]} == {cell.name for cell in b[1]}
+
+    def lines(rows):
+        return {(*sorted(row.point.items()), row.arm, row.seed, row.cell) for row in rows}
+
+    assert lines(a[0]) == lines(b[0])
+
+
+def test_what_is_shared_is_one_cell():
+    rows, cells = grid_of(recipe({"task.rows": [15, 30], "general.tokens": [0, 3e4, 1e5]}), {})
+    count = {arm: sum(cell.arm == arm for cell in cells) for arm in ("base", "sft", "sft-matched", "tell")}
+    assert count == {"base": 2, "sft": 4, "sft-matched": 12, "tell": 12}  # two seeds
+    assert len(rows) == 2 * 6 * 4 and {row.cell for row in rows} == {cell.name for cell in cells}
+    assert [cell.config.seed for cell in cells] == sorted(cell.config.seed for cell in cells)  # one whole curve first
+
+
+def test_general_data_alone_needs_some():
+    rows, _ = grid_of(recipe({"general.tokens": [0, 3e4]}, arms=["general", "tell"]), {})
+    assert {row.point["general.tokens"] for row in rows if row.arm == "general"} == {30000}
+
+
+def test_tell_without_its_anchor_is_scored_where_tell_is():
+    rows, cells = grid_of(recipe({"general.tokens": [0, 3e4]}, arms=["tell", "tell-anchor"]), {})
+    assert all(cell.config.eval.arms == ("tell", "tell-anchor") for cell in cells) and len(cells) == 4
+    for tell, without in zip(rows[::2], rows[1::2], strict=True):
+        assert (tell.arm, without.arm) == ("tell", "tell-anchor") and tell.cell == without.cell
+    alone, cells = grid_of(recipe({}, arms=["tell-anchor"]), {})
+    assert alone[0].cell.startswith("tell-anchor-") and cells[0].config.eval.arms == ("tell-anchor",)
+
+
+def test_points_hold_numbers_and_names():
+    values = {
+        "general.tokens": ["3e4", 100000.0],
+        "general.source": ["${here}/general.jsonl"],
+        "train.task_weight": [0.5],
+    }
+    made = make_recipe({"config": BASE, "grid": values, "variables": {"here": str(PROBE.parent)}})
+    rows, cells = grid_of(made, made.variables)
+    assert [row.point["general.tokens"] for row in rows if row.arm == "tell" and row.seed == 42] == [30000, 100000]
+    assert rows[0].point["general.source"] == "${here}/general.jsonl" and rows[0].point["train.task_weight"] == 0.5
+    assert {cell.config.general.source for cell in cells} == {str(PROBE)}
+
+
+@given(st.integers(1, 60), st.integers(1, 60), st.integers(0, 1000))
+def test_subsets_are_nested_by_seed(a, b, seed):
+    small, large = sorted((a, b))
+    assert set(take_rows(60, small, seed)) <= set(take_rows(60, large, seed))

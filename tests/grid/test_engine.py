@@ -1,0 +1,251 @@
+"""Studies run on a tiny random model: shared cells, failures, signals, progress."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+import yaml
+from filelock import FileLock
+
+import tell
+from grid.studies import numbers
+from study.runs import Killer, read
+from tell.cli.main import run
+from tell.errors import Interrupted, TellError
+from tell.grid.executors.local import LocalExecutor
+from tell.progress import Silent
+
+MINIMAL = {"grid": {}, "arms": ["base"]}
+
+
+def times(root) -> dict[str, int]:
+    """When each cell was last scored."""
+    return {path.parent.name: path.stat().st_mtime_ns for path in root.glob("cells/*/metrics.json")}
+
+
+def test_a_study_from_recipe_to_page(recipe, tmp_path):
+    shown = Silent()
+    folder = tell.run_study(recipe(), root=tmp_path / "studies", display=shown)
+    assert folder.root == tmp_path / "studies/small" and folder.page.exists() and not folder.failed()
+    data = folder.read()
+    assert [(row["arm"], row["point"]["general.rows"]) for row in data["rows"]] == [
+        (arm, rows) for rows in (0, 8) for arm in ("base", "sft", "tell")
+    ]
+    assert len(data["cells"]) == 4 and data["title"] == "small" and data["created"]
+    for name, cell in data["cells"].items():
+        assert cell["state"] == "done" and cell["attempts"] == 1 and cell["seconds"] > 0 and cell["host"]
+        metrics = read(tmp_path / "studies/cells" / name / "metrics.json")
+        assert list(metrics["arms"]) == [name.rpartition("-")[0]]
+        assert not list((tmp_path / "studies/cells" / name).rglob("*.safetensors"))  # adapters of finished cells go
+    ended = [text for text in shown.notes if text.startswith("✓")]
+    assert len(ended) == 4 and ended[-1].startswith("✓ 4/4 tell, general.rows 8, seed 42: schema adherence")
+    assert yaml.safe_load(folder.recipe.read_text(encoding="utf-8"))["seeds"] == [42]
+
+
+def test_finished_cells_are_never_run_again(recipe, tmp_path):
+    """Whatever study asked for them; a study that is done only writes its page anew."""
+    root = tmp_path / "studies"
+    first = tell.run_study(recipe("one"), root=root)
+    before, created = times(root), first.read()["created"]
+    first.page.unlink()
+    again = tell.run_study(recipe("one"), root=root)
+    assert times(root) == before and again.page.exists() and again.read()["created"] == created
+    other = tell.run_study(
+        recipe("two", grid={"general.rows": [8, 12]}, arms=["base", "tell"]), root=root, out=tmp_path / "out" / "two"
+    )
+    after = times(root)
+    assert {name: after[name] for name in before} == before and len(after) == len(before) + 1
+    assert other.root == tmp_path / "out/two" and other.page.exists() and len(other.read()["cells"]) == 3
+
+
+def test_no_torch_where_nothing_is_run(recipe, tmp_path):
+    root = tmp_path / "studies"
+    code = "import sys; from tell.cli.main import run; assert run(sys.argv[1:]) == 0; assert 'torch' not in sys.modules"
+    argv = ["study", str(recipe()), "--root", str(root)]
+
+    def free_of_torch(*more: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", code, *argv, *more], capture_output=True, text=True, timeout=120, check=True
+        )
+        return done.stdout
+
+    plan = json.loads(free_of_torch("--dry-run", "--json"))
+    assert [row["state"] for row in plan["cells"]] == ["waiting"] * 4 and plan["left"] == plan["total"]
+    tell.run_study(argv[1], root=root)
+    plan = json.loads(free_of_torch("--dry-run", "--json"))
+    assert [row["state"] for row in plan["cells"]] == ["done"] * 4 and plan["left"]["cells"] == 0
+    for row in plan["cells"]:
+        trained = read(root / "cells" / row["cell"] / "metrics.json")["train"]
+        assert (row["steps"], row["tokens"], row["flops"]) == (trained["steps"], trained["tokens"], trained["flops"])
+        assert "evaluation measured" in row["basis"]
+    assert json.loads(free_of_torch("--json"))["folder"] == str(root / "small")
+
+
+def test_a_failed_cell_is_noted_and_the_others_go_on(recipe, tmp_path, capsys):
+    """600 rows are more than there are."""
+    path = recipe(grid={"task.rows": [600, 6]}, arms=["tell", "base"], config={"general": {"rows": 4}})
+    argv = ["study", str(path), "--root", str(tmp_path / "studies")]
+    assert run(argv) == 1
+    said = capsys.readouterr().err
+    assert "1 cells failed" in said and "600 rows are asked for" in said
+    data = read(tmp_path / "studies/small/study.json")
+    states = {row["point"]["task.rows"]: data["cells"][row["cell"]] for row in data["rows"] if row["arm"] == "tell"}
+    assert states[600]["state"] == "failed" and "600 rows are asked for" in states[600]["error"]
+    assert states[6]["state"] == "done" and states[600]["error"].count("\n") == 0
+    assert run(argv) == 1 and run([*argv, "--dry-run"]) == 0
+    assert "error" in capsys.readouterr().out
+    attempts = [read(tmp_path / "studies/small/study.json")["cells"]]
+    assert run([*argv, "--retry-failed"]) == 1
+    attempts.append(read(tmp_path / "studies/small/study.json")["cells"])
+    tried = [sorted(cell["attempts"] for cell in cells.values()) for cells in attempts]
+    assert tried == [[1, 1, 1], [1, 1, 2]]
+
+
+def test_a_fault_of_ours_is_noted_with_its_trace(recipe, tmp_path, monkeypatch):
+    """A scorer that raises what it likes, mended afterwards: training is not repeated."""
+    (tmp_path / "scores_of_a_study.py").write_text("def f(a, r): return 1 / 0\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    path = recipe(**MINIMAL | {"arms": ["sft"]}, config={"task": {"scorer": "scores_of_a_study:f"}})
+    folder = tell.run_study(path, root=tmp_path / "studies")
+    (name, error), *_ = folder.failed().items()
+    assert "division by zero" in error
+    assert (tmp_path / "studies/cells" / name / "arms/sft/adapter_model.safetensors").exists()
+    (tmp_path / "scores_of_a_study.py").write_text("def f(a, r): return [0.5 for _ in a]\n", encoding="utf-8")
+    monkeypatch.delitem(sys.modules, "scores_of_a_study")
+    for cached in tmp_path.glob("__pycache__/*"):
+        cached.unlink()
+    assert not tell.run_study(path, root=tmp_path / "studies", retry_failed=True).failed()
+    assert folder.read()["cells"][name]["attempts"] == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_resumably(recipe, tmp_path, number):
+    """In the middle of a cell; the next call goes on from there, and ends with the numbers of an undisturbed study."""
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(Interrupted, match=r"of 4 cells done.*same command again") as stopped:
+        tell.run_study(recipe(), root=tmp_path / "studies", display=Killer("study", 9, number))
+    assert stopped.value.exit_code == 130
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+    states = [cell["state"] for cell in read(tmp_path / "studies/small/study.json")["cells"].values()]
+    assert set(states) <= {"done", "waiting"} and "waiting" in states
+    folder = tell.run_study(recipe(), root=tmp_path / "studies")
+    whole = tell.run_study(recipe(), root=tmp_path / "whole")
+    assert numbers(folder, tmp_path / "studies") == numbers(whole, tmp_path / "whole")
+
+
+def test_adapters_are_kept_where_asked(recipe, tmp_path):
+    path = recipe(**MINIMAL | {"arms": ["sft"]})
+    tell.run_study(path, root=tmp_path / "studies", keep_adapters=True)
+    assert list((tmp_path / "studies/cells").rglob("adapter_model.safetensors"))
+
+
+def test_one_model_for_all_cells(recipe, tmp_path, monkeypatch):
+    """It is loaded once, and anew only after a cell that failed."""
+    from tell.models import load
+
+    loaded = []
+    original = load.load_model
+    monkeypatch.setattr(load, "load_model", lambda *a, **k: loaded.append(a) or original(*a, **k))
+    tell.run_study(recipe(), root=tmp_path / "studies")
+    assert len(loaded) == 1
+    (tmp_path / "scores_that_fail.py").write_text("def f(a, r): raise ValueError('no')\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    path = recipe(config={"task": {"scorer": "scores_that_fail:f"}}, arms=["base", "sft"], grid={})
+    assert len(tell.run_study(path, root=tmp_path / "studies").failed()) == 2
+    assert len(loaded) == 3
+
+
+def test_a_cell_that_another_process_runs_is_waited_for(recipe, tmp_path):
+    """Its lock is held; when its holder lets go without having finished it, it is run here."""
+    root = tmp_path / "studies"
+    path = recipe(**MINIMAL)
+    plan = tell.plan_study(path, root=root)
+    name = plan["cells"][0]["cell"]
+    (root / "cells/.locks").mkdir(parents=True)
+    lock = FileLock(root / "cells/.locks" / f"{name}.lock", thread_local=False)
+    lock.acquire()
+    seen: list[str] = []
+
+    def let_go() -> None:
+        seen.append(read(root / "small/study.json")["cells"][name]["state"])
+        lock.release()
+
+    timer = threading.Timer(1.5, let_go)
+    timer.start()
+    folder = tell.run_study(path, root=root)
+    assert seen == ["running"] and folder.read()["cells"][name]["state"] == "done"
+
+
+def test_a_cell_finished_elsewhere_in_the_meantime_is_taken_as_it_is(recipe, tmp_path):
+    """Two studies at once: the second finds the cell done when its turn comes."""
+    root = tmp_path / "studies"
+
+    class Late(LocalExecutor):
+        def run(self, queue):
+            tell.run_study(recipe("other", **MINIMAL), root=root)
+            self.before = times(root)
+            super().run(queue)
+
+    executor = Late()
+    folder = tell.run_study(recipe("first", **MINIMAL), root=root, executor=executor)
+    assert times(root) == executor.before and len(folder.read()["cells"]) == 1
+    assert next(iter(folder.read()["cells"].values()))["attempts"] == 1
+
+
+def test_inputs_may_move_between_two_calls(recipe, tmp_path):
+    """A killed cell goes on although its files lie elsewhere now: its name says that they are the same."""
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    source = yaml.safe_load(recipe().read_text(encoding="utf-8"))["config"]["task"]["data"]
+    os.link(source, moved / "train.jsonl")
+    with pytest.raises(Interrupted):
+        tell.run_study(recipe(), root=tmp_path / "studies", display=Killer("study", 9))
+    folder = tell.run_study(recipe(), root=tmp_path / "studies", overrides=[f"task.data={moved / 'train.jsonl'}"])
+    assert {cell["state"] for cell in folder.read()["cells"].values()} == {"done"} and len(folder.read()["cells"]) == 4
+
+
+def test_data_sets_are_built_once_by_content(tmp_path, tiny_model, recipe):
+    rows = [
+        {"ID": str(i), "user_query": f"Name {i} rivers of {place}.", "chatgpt_response": f"Here are {i}: ...",
+         "hallucination": "yes" if i % 3 == 0 else "no", "hallucination_spans": ["Here are"] if i % 3 == 0 else []}
+        for i, place in enumerate(["Iceland", "France", "Peru", "Chad", "Oman", "Laos", "Cuba", "Fiji"] * 4, 2)
+    ]  # fmt: skip
+    (tmp_path / "halu.jsonl").write_text("\n".join(map(json.dumps, rows[:20])), encoding="utf-8")
+    (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, rows[20:])), encoding="utf-8")
+    build = {"halu": {"dataset": "halu-cot-json", "source": "${data}/halu.jsonl", "test": "${data}/test.jsonl"}}
+    task = {"data": "${halu}/train.jsonl", "test": "${halu}/test.jsonl", "schema": "${halu}/schema.json"}
+    keys = {"config": {"task": task, "general": {"rows": 4}}, **MINIMAL}
+    path, root = recipe(build=build, **keys), tmp_path / "studies"
+    plan = tell.plan_study(path, data=tmp_path, root=root)
+    (made,) = (p for p in (root / "data").iterdir() if not p.name.startswith("."))
+    assert made.name.startswith("halu-cot-json-") and len((made / "train.jsonl").read_text().splitlines()) == 20
+    before = (made / "train.jsonl").stat().st_mtime_ns
+    assert tell.plan_study(path, data=tmp_path, root=root)["cells"] == plan["cells"]
+    assert (made / "train.jsonl").stat().st_mtime_ns == before
+    for wrong, said in (
+        ({"dataset": "halu-cot-jsn"}, "did you mean halu-cot-json?"),
+        ({"sauce": "x"}, "unknown option sauce; did you mean source?"),
+    ):
+        with pytest.raises(TellError, match=r"build\.halu") as error:
+            tell.plan_study(recipe(build={"halu": {**build["halu"], **wrong}}, **keys), data=tmp_path, root=root)
+        assert said in str(error.value)
+
+
+def test_words_on_the_command_line(recipe, tmp_path, capsys):
+    path = str(recipe())
+    for argv, said in (
+        (["--seeds", "a"], "--seeds: 'a' is no list of seeds"),
+        (["--var", "x"], "--var: 'x' is not of the form name=value"),
+        (["--executor", "rya"], "did you mean ray?"),
+        (["--set", "task.row=3"], "did you mean task.rows?"),
+    ):
+        assert run(["study", path, "--root", str(tmp_path), *argv]) == 2
+        assert said in capsys.readouterr().err
+    assert run(["study", path, "--root", str(tmp_path), "--dry-run", "--seeds", "1,2"]) == 0
+    assert "8 cells" in capsys.readouterr().out

@@ -1,0 +1,93 @@
+"""Recipes: keys, variables, grids."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tell.errors import TellError
+from tell.grid.recipe import dig, load_recipe, make_recipe, nest, points
+
+
+def written(tmp_path: Path, **keys) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(keys), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("keys", "hint"),
+    [
+        ({"figuers": []}, "did you mean figures?"),
+        ({"config": {"general": {"token": 5}}}, "did you mean general.tokens?"),
+        ({"grid": {"task.row": [1]}}, "did you mean task.rows?"),
+        ({"grid": [{"mix.repeat": [1]}, {"general.ratoi": [1]}]}, "did you mean general.ratio?"),
+        ({"figures": [{"x": "task.rows", "y": "accuracy", "panel": "seed"}]}, "did you mean figures[0].panels?"),
+        ({"resources": {"cpu": 1}}, "did you mean resources.cpus?"),
+        ({"arms": ["base", "tel"]}, "arms.1"),
+        ({"seeds": []}, "seeds"),
+        ({"grid": {"task.rows": []}}, "grid.task.rows has no value"),
+        ({"grid": {"task.rows": 15}}, "grid.0.task.rows"),
+        ({"grid": {"seed": [1, 2]}}, "Give it as seeds"),
+        ({"config": {"eval": {"arms": ["tell"]}}}, "Give it as arms"),
+        ({"build": {"halu": {"source": "x"}}}, "build.halu names no dataset"),
+        ({"figures": [{"kind": "map", "x": "task.rows", "y": "mix.repeat"}]}, "a map needs value"),
+    ],
+)
+def test_a_wrong_key_or_value_is_named(keys, hint):
+    with pytest.raises(TellError) as error:
+        make_recipe(keys, where="fig.yaml")
+    assert hint in str(error.value) and str(error.value).startswith("fig.yaml")
+
+
+def test_variables(tmp_path):
+    path = written(
+        tmp_path,
+        build={"halu": {"dataset": "halu-cot-json", "source": "${data}/rows.jsonl"}},
+        config={"task": {"data": "${halu}/train.jsonl"}, "general": {"source": "${where}/${what}.jsonl"}},
+        variables={"what": "alpaca"},
+    )
+    with pytest.raises(TellError, match=r"\$\{data\} in build\.halu\.source is not given.*Add --data DIR"):
+        load_recipe(path)
+    with pytest.raises(TellError, match=r"\$\{where\} in config\.general\.source is not given.*--var where=VALUE"):
+        load_recipe(path, data=tmp_path)
+    with pytest.raises(TellError, match=r"no \$\{were\}; did you mean where\?"):
+        load_recipe(path, data=tmp_path, variables={"were": "x"})
+    with pytest.raises(TellError, match=r"--data .*no such folder"):
+        load_recipe(path, data=tmp_path / "nowhere", variables={"where": "x"})
+    recipe = load_recipe(path, data=tmp_path, variables={"where": "/g"})
+    assert recipe.variables == {"data": str(tmp_path), "where": "/g", "what": "alpaca"}
+    again = written(tmp_path, **yaml.safe_load(recipe.to_yaml()))
+    assert load_recipe(again) == recipe  # the resolved recipe needs nothing beside it
+
+
+def test_recipe_is_the_folder_of_the_file(tmp_path):
+    path = written(tmp_path, config={"task": {"data": "${recipe}/train.jsonl"}})
+    assert load_recipe(path).variables == {"recipe": str(tmp_path)}
+
+
+def test_overrides_and_seeds(tmp_path):
+    path = written(
+        tmp_path,
+        config={"general": {"ratio": 20}},
+        grid=[{"task.rows": [15, 115], "mix.repeat": [1, 2]}, {"mix.repeat": [8]}],
+    )
+    recipe = load_recipe(path, overrides=["task.rows=30", "general.tokens=1e4", "train.lora_r=2"], seeds=[7, 7, 8])
+    assert recipe.grid == ({"task.rows": [30], "mix.repeat": [1, 2]}, {"mix.repeat": [8]})
+    assert recipe.config == {"general": {"tokens": 1e4}, "train": {"lora_r": 2}}  # one amount replaces another
+    assert recipe.seeds == (7, 8)
+
+
+def test_a_union_of_products_has_each_point_once():
+    recipe = make_recipe({"grid": [{"task.rows": [1, 2], "mix.repeat": [1]}, {"mix.repeat": [1], "task.rows": [2, 3]}]})
+    assert [point["task.rows"] for point in points(recipe)] == [1, 2, 3]
+    assert points(make_recipe({})) == [{}]
+
+
+@given(st.lists(st.text("abc_", min_size=1), min_size=1, max_size=4), st.integers())
+def test_nested_keys_are_found_again(parts, value):
+    assert dig(nest(".".join(parts), value), ".".join(parts)) == value
