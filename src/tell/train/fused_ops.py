@@ -157,9 +157,9 @@ class _Lora:
         """Gradients of A_i and B_i in turn."""
         products = products_for(gy)
         if self.stack.dropout:
-            ga = torch.empty_like(self.a)
+            ga = torch.empty(self.a.shape, dtype=gu.dtype if products is None else torch.float32)
             for _, ranks, kept in self._dropped(x):
-                torch.mm(gu[:, ranks].t(), kept, out=ga[ranks])
+                ga[ranks] = gu[:, ranks].t() @ kept if products is None else products.outer(gu[:, ranks], kept)
         else:
             ga = gu.t() @ x if products is None else products.outer(gu, x)
         ga = ga * self.scale  # in fp32 where the layers' scales differ
