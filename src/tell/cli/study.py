@@ -121,12 +121,13 @@ def plan_panel(plan: dict) -> RenderableType:
 
     keys = list(dict.fromkeys(key for row in plan["cells"] for key in row["point"]))
     table = Table(title=plan["title"], title_justify="left", header_style="bold")
-    for title in ("arm", *keys):
+    tails = [key.rpartition(".")[2] for key in keys]
+    for title in ("arm", *(tail if tails.count(tail) == 1 else key for key, tail in zip(keys, tails, strict=True))):
         table.add_column(title, overflow="fold")
     for title in ("seed", "steps", "tokens", "FLOPs", "training", "evaluation", "state"):
         table.add_column(title, justify="right", no_wrap=True)
     for row in plan["cells"]:
-        place = (row["arm"], *(str(row["point"].get(key, "")) for key in keys), str(row["seed"]))
+        place = (row["arm"], *(Path(str(row["point"].get(key, ""))).name for key in keys), str(row["seed"]))
         costs = (f"{row['steps']:,}", short(row["tokens"]), f"{row['flops']:.2g}", clock(row["training_seconds"]))
         state = "" if row["state"] == "waiting" else row["state"]
         style = {"done": "dim", "failed": "red"}.get(row["state"], "red" if row["error"] else "")
