@@ -130,6 +130,26 @@ def _number(entry: dict | None, factor: float, decimals: int, unit: str) -> str:
     return f"{value} [{low}, {high}]"
 
 
+def benchmarks_table(benchmarks: dict) -> RenderableType:
+    """``benchmarks`` of metrics.json: a row a metric, a column an arm and each arm's difference to `base`."""
+    from rich.table import Table
+
+    arms, gaps, settings = benchmarks["arms"], benchmarks["differences"], benchmarks["settings"]
+    how = [f"lm-evaluation-harness {settings['harness']}", "95 % intervals"]
+    how += [f"the first {settings['limit']:,} questions of each task"] if settings["limit"] else []
+    how += [text for key, text in (("chat", "chat template"), ("anchor", "with anchor")) if settings[key]]
+    table = Table(title=", ".join(how), title_justify="left", header_style="bold")
+    pairs = [pair for pair in gaps if pair.endswith(" - base")]
+    for title in ("benchmark", "metric", "shots", "questions", *arms, *pairs):
+        table.add_column(title, justify="left" if title in ("benchmark", "metric") else "right")
+    for name, scores in next(iter(arms.values())).items():
+        for i, (metric, entry) in enumerate(scores.items()):
+            head = [name, metric, str(settings["shots"].get(name, 0)), f"{entry['n']:,}"] if i == 0 else ["", metric]
+            found = [arms[arm][name][metric] for arm in arms] + [gaps[pair][name][metric] for pair in pairs]
+            table.add_row(*head, *[""] * (4 - len(head)), *(_cell(entry, metric) for entry in found))
+    return table
+
+
 def answers_side_by_side(run: RunFolder, arms: Iterable[str], *, rows: int = 3) -> RenderableType | None:
     """Reference and the arms' answers to the same prompts; rows that are scored differently come first."""
     from rich.console import Group

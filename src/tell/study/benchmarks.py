@@ -112,6 +112,9 @@ def run_benchmarks(
             display.note(f"{name}: {len(group)} of its {len(whole)} tasks are there")
     shots = {name: task_shots(name, rule.benchmark_shots) for name in names}
     local = _local(names, shots, config)
+    for name, rows in (local or {}).items():
+        if rows.dropped:
+            display.note(f"{name}: {rows.dropped} rows are left out, their answer keys are unusable")
     used = anchor if rule.benchmark_anchor else NO_ANCHOR
     loaded: dict[str, Any] = {}
 
@@ -270,7 +273,7 @@ def _numbers(metrics: Mapping[str, Mapping[str, Mapping[str, Metric]]], config: 
 
 def benchmark(
     run: str | Path,
-    benchmarks: Sequence[str],
+    benchmarks: Sequence[str] | None = None,
     *,
     arms: Sequence[str] | None = None,
     data: str | None = None,
@@ -284,7 +287,8 @@ def benchmark(
 
     Args:
         run: a run folder with its adapters.
-        benchmarks: ``gsm8k``, ``openbookqa``, ``agieval``, ``agieval_en``, ``agieval_cn`` or tasks of AGIEval.
+        benchmarks: ``gsm8k``, ``openbookqa``, ``agieval``, ``agieval_en``, ``agieval_cn`` or tasks of AGIEval; default:
+            those of the run's configuration.
         arms: default: those of the run that have an adapter; the untuned model is always scored.
         data, limit, shots, chat, anchor: as ``eval.benchmark_data`` and so on; None keeps the run's own.
 
@@ -296,7 +300,7 @@ def benchmark(
     """
     opened = open_run(run)
     given = {
-        "benchmarks": list(benchmarks),
+        "benchmarks": benchmarks and list(benchmarks),
         "benchmark_data": data and str(Path(data).expanduser().resolve()),
         "benchmark_limit": limit,
         "benchmark_shots": shots,
@@ -306,12 +310,15 @@ def benchmark(
     changes = {"eval": {key: value for key, value in given.items() if value is not None}}
     config = make_config(merge(opened.config.model_dump(by_alias=True, mode="json"), changes), where="benchmarks")
     path = opened.folder.require(opened.folder.metrics, "`tell tune`")
-    check_benchmarks(config)
+    if not check_benchmarks(config):
+        raise TellError(
+            "no benchmark is asked for", where="benchmarks", remedy="Name one, e.g. --benchmarks openbookqa."
+        )
     if arms is None:
         places = {arm: adapter_folder(opened.folder, arm) for arm in config.eval.arms}
         arms = [arm for arm, place in places.items() if place is None or (place / "adapter_model.safetensors").exists()]
     for arm in arms:
-        opened.adapter(arm)
+        opened.adapter(arm)  # said before the model is loaded
     model = opened.load(config)
     metrics = json.loads(path.read_text(encoding="utf-8"))
     metrics["benchmarks"] = run_benchmarks(

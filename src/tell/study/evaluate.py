@@ -123,6 +123,7 @@ def evaluate(
     values, gaps = arm_numbers(scored, seed=seed, samples=config.eval.bootstrap)
     metrics = _read(opened.folder, opened.folder.metrics)
     kept = {key: metrics.get(key) for key in ("forgetting", "mixture", "train", "failed")}
+    kept |= {key: metrics[key] for key in ("benchmarks",) if key in metrics}
     task = {"kind": kind.name, "primary": scorer.primary}
     return {"task": task, "arms": values, "differences": gaps, "eval": eval_numbers(costs), **kept}
 

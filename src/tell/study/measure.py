@@ -11,6 +11,7 @@ from tell.progress import Display
 from tell.rows.tokenize import tokenize
 from tell.run import RunFolder, read_jsonl, write_jsonl
 from tell.study.answer_loss import answer_loss_metric, answer_losses, kept_answer_losses
+from tell.study.benchmarks import run_benchmarks
 from tell.study.forgetting import general_sets, measure, numbers
 from tell.study.prepare import General, Task
 from tell.study.scoring import (
@@ -49,8 +50,9 @@ def measure_arms(
         check: called at every token and block of rows; may raise to stop.
 
     Returns:
-        ``task``, ``arms``, ``differences``, ``forgetting`` and ``eval`` of metrics.json; and the mean validation loss
-        by arm, ``base`` among them, empty where no row is kept for validation.
+        ``task``, ``arms``, ``differences``, ``forgetting``, ``eval`` and, where any is asked for, ``benchmarks`` of
+        metrics.json; and the mean validation loss by arm, ``base`` among them, empty where no row is kept for
+        validation.
     """
     from tell.generate.sampler import Decoding
     from tell.train.lora import adapter_merged
@@ -133,4 +135,18 @@ def measure_arms(
         "forgetting": numbers(state, config) if state is not None else {},
         "eval": eval_numbers(costs),
     }
+    if config.eval.benchmarks:
+        metrics["benchmarks"] = run_benchmarks(
+            config,
+            arms,
+            folder,
+            model,
+            engine,
+            task.chat,
+            task.files,
+            anchor,
+            display=display,
+            begin=begin,
+            check=check,
+        )
     return metrics, losses

@@ -23,6 +23,7 @@ from tell.rows.table import RowTable
 from tell.run import RunFolder, write_json
 from tell.study.anchor import choose_anchor
 from tell.study.arms import arm_mixtures, lead_arm, trained_arms, wanted_arms
+from tell.study.benchmarks import check_benchmarks
 from tell.study.folder import claim, open_folder, with_full_paths
 from tell.study.measure import measure_arms
 from tell.study.plan import arm_costs, describe_plan, fit_minutes
@@ -77,6 +78,7 @@ def tune(
     arms = wanted_arms(config)
     task = load_task(config, display)
     scorer_of(config, task.kind)  # a scorer that cannot be loaded is said now, not after training
+    check_benchmarks(config)
     earlier = float(folder.read_status().get("seconds", 0)) if resumed else 0.0
     run = _Run(config, folder, task, arms, display, Stop(folder.root), begin, command, earlier)
     run.check_rows()
