@@ -2,7 +2,7 @@
 
 Every verb of the command line is one call here, imported on first use so that ``import tell`` stays quick:
 ``tell.tune``, ``tell.plan``, ``tell.evaluate``, ``tell.chat``, ``tell.report``, ``tell.write_anchor``,
-``tell.build_halu_cot_json``, ``tell.build_is_en_news``, ``tell.demo``, ``tell.run_study``,
+``tell.separate``, ``tell.build_halu_cot_json``, ``tell.build_is_en_news``, ``tell.demo``, ``tell.run_study``,
 ``tell.plan_study``; and ``tell.load_config``, ``tell.Config``,
 ``tell.Anchor``, ``tell.Example``, ``tell.RunFolder``, ``tell.TellError``.
 """
@@ -22,6 +22,7 @@ _PLACES = {
     "chat": "tell.study.chat",
     "report": "tell.report.verb",
     "write_anchor": "tell.study.anchor",
+    "separate": "tell.study.separate",
     "build_halu_cot_json": "tell.build.halu_cot_json",
     "build_is_en_news": "tell.build.is_en_news",
     "run_study": "tell.grid.engine",

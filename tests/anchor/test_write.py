@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,7 +12,7 @@ import tell
 from study.runs import config_of, read
 from tell.anchor.anchor import Anchor
 from tell.anchor.derive import derived_anchor
-from tell.anchor.write import SCORED_ROWS, write_anchor_candidates
+from tell.anchor.write import SCORED_ROWS, anchor_losses, write_anchor_candidates
 from tell.data.kind import Kind, detect_kind
 from tell.errors import Interrupted
 from tell.generate.engine import Answer, Engine
@@ -62,11 +63,8 @@ TEXTS = [
 
 
 def test_best_candidate_has_the_lowest_score(tiny_model):
-    config, task, loaded = setup(tiny_model("llama"), anchor={"text": "auto", "candidates": 5})
-    engine = Written(task.chat, TEXTS)
-    anchor, candidates = write_anchor_candidates(
-        config, task.chat, loaded.model, engine, task.train, task.validation, task.kind, Silent()
-    )
+    _, task, loaded = setup(tiny_model("llama"), anchor={"text": "auto", "candidates": 5})
+    anchor, candidates = choose_anchor(task, loaded.model, Written(task.chat, TEXTS), Silent())
     scored = [c for c in candidates if c["score"] is not None]
     assert [c["score"] for c in scored] == sorted(c["score"] for c in scored)
     assert anchor.text == scored[0]["text"] and anchor.origin == scored[0]["origin"]
@@ -84,13 +82,13 @@ def test_each_candidate_sees_examples_of_its_own(tiny_model):
     config, task, loaded = setup(tiny_model("llama"), anchor={"text": "auto", "candidates": 3, "examples": 2})
     engine = Written(task.chat, TEXTS[:3])
     args = (config, task.chat, loaded.model, engine, task.train, task.validation, task.kind, Silent())
-    first = write_anchor_candidates(*args)
+    first = [c.to_dict() for c in write_anchor_candidates(*args)]
     prompts = engine.prompts
     assert len(set(prompts)) == 3
     shown = [[e for e in task.train if e.question[:200] in prompt] for prompt in prompts]
     for examples, prompt in zip(shown, prompts, strict=True):
         assert len(examples) == 2 and all(e.answer[:200] in prompt for e in examples)
-    assert write_anchor_candidates(*args) == first and engine.prompts == prompts
+    assert [c.to_dict() for c in write_anchor_candidates(*args)] == first and engine.prompts == prompts
 
 
 def test_examples_that_do_not_fit_are_left_out(tiny_model):
@@ -115,10 +113,43 @@ def test_only_rows_within_the_budget_are_shown(tiny_model):
 def test_nothing_usable_for_free_text(tiny_model):
     config, task, loaded = setup(tiny_model("llama"), example="titles", anchor={"text": "auto", "candidates": 1})
     engine = Written(task.chat, ["no"])
-    anchor, candidates = write_anchor_candidates(
-        config, task.chat, loaded.model, engine, task.train, [], task.kind, Silent()
+    best, thrown = write_anchor_candidates(config, task.chat, loaded.model, engine, task.train, [], task.kind, Silent())
+    assert best.text and best.origin == "derived" and best.score is not None
+    assert thrown.score is None and thrown.reason == "too short"
+
+
+def test_texts_by_hand_compete(tiny_model):
+    config, task, loaded = setup(tiny_model("llama"), anchor={"text": "auto", "candidates": 2})
+    derived = derived_anchor(task.kind, "user").text
+    by_hand = [derived, "Sort this mail into JSON."]
+    found = write_anchor_candidates(
+        config,
+        task.chat,
+        loaded.model,
+        Written(task.chat, [by_hand[1], TEXTS[0]]),
+        task.train,
+        task.validation,
+        task.kind,
+        Silent(),
+        compare=by_hand,
     )
-    assert anchor and anchor.origin == "derived" and [c["score"] is None for c in candidates] == [False, True]
+    kept = [c for c in found if c.reason is None]
+    assert {(c.text, c.origin) for c in kept} == {*((t, "hand") for t in by_hand), (TEXTS[0], "self")}
+    assert [(c.text, c.reason) for c in found if c.reason] == [(by_hand[1], "written before")]
+
+
+def test_rows_too_long_behind_an_anchor_have_no_loss(tiny_model):
+    """A long anchor pushes long rows out; the others keep their places, so that losses can be paired."""
+    config, task, loaded = setup(tiny_model("llama"))
+    rows = task.train[:5]
+    every = tokenize(rows, task.chat, source="task").tokens
+    config = config.model_copy(update={"train": config.train.model_copy(update={"max_length": int(every.max())})})
+    bare = anchor_losses(config, task.chat, loaded.model, rows, Anchor(""), "cpu")
+    assert bare == pytest.approx(row_losses(loaded.model, tokenize(rows, task.chat, source="task")), abs=1e-5)
+    behind = anchor_losses(config, task.chat, loaded.model, rows, Anchor("Now answer."), "cpu")
+    added = int(tokenize(rows[:1], task.chat, source="task", anchor=Anchor("Now answer.")).tokens[0] - every[0])
+    assert added > 0 and np.isnan(behind).tolist() == (every + added > every.max()).tolist()
+    assert not np.isnan(behind).all()
 
 
 def test_place_that_the_template_refuses(tiny_model):
@@ -141,8 +172,13 @@ def test_stopped_between_candidates(tiny_model):
 
 def test_write_anchor_is_what_a_run_takes(tiny_model, tmp_path):
     config = config_of(tiny_model("qwen3"), tmp_path / "run", example="reviews", anchor={"text": "auto"})
-    written = tell.write_anchor(config)
+    written = tell.write_anchor(config, scores=["loss"])
     folder = tell.tune(config)
+    assert written.pop("decided_by") == "loss"
+    for candidate in written["candidates"]:
+        if "reason" not in candidate:
+            loss = candidate.pop("loss")
+            assert loss["value"] == candidate["score"] and loss["ci"][0] <= loss["value"] <= loss["ci"][1]
     assert read(folder.anchor) == written
     assert written["candidates"][0]["text"] == written["text"] and len(written["candidates"]) == 3
     assert written["hash"] == Anchor(written["text"], written["place"]).hash

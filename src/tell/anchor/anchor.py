@@ -63,6 +63,16 @@ class Anchor:
                 return tuple(turns)
         return (Message("user", self.text), *turns)
 
+    def remove(self, messages: Sequence[Message]) -> tuple[Message, ...]:
+        """Messages of data published with its instruction, without it; unchanged where it heads no turn."""
+        turns = list(messages)
+        for i, turn in enumerate(turns):
+            if self.text and turn.role == self.place:
+                if _heads(self.text, turn.content):
+                    turns[i] = Message(turn.role, turn.content[len(self.text) :].lstrip())
+                break
+        return tuple(turns)
+
     def to_dict(self) -> dict[str, str]:
         return {**asdict(self), "hash": self.hash}
 

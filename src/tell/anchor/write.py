@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from tell.anchor.anchor import Anchor
+from tell.anchor.anchor import Anchor, Origin
 from tell.anchor.derive import derived_anchor
 from tell.config import Config
 from tell.data.example import Example, Message
@@ -29,6 +30,35 @@ ASK = (
 )
 
 
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """One instruction and how likely it makes the right answers.
+
+    Attributes:
+        origin: ``hand``, ``self`` or ``derived``.
+        losses: (rows,) nll in nats a token of each row scored under the untuned model, NaN where the row with this
+            anchor is too long; None where it was thrown away.
+        reason: why it was thrown away.
+    """
+
+    text: str
+    origin: Origin
+    losses: np.ndarray | None = None
+    reason: str | None = None
+
+    @property
+    def score(self) -> float | None:
+        """Mean loss, lower is better; None where no row was scored."""
+        if self.losses is None or np.isnan(self.losses).all():
+            return None
+        return round(float(np.nanmean(self.losses)), 6)
+
+    def to_dict(self) -> dict:
+        """As it stands in ``anchor.json``."""
+        out = {"text": self.text, "origin": self.origin, "score": self.score}
+        return {**out, "reason": self.reason} if self.reason else out
+
+
 def write_anchor_candidates(
     config: Config,
     chat: ChatTokenizer,
@@ -39,24 +69,66 @@ def write_anchor_candidates(
     kind: Kind,
     display: Display,
     check: Callable[[], None] = lambda: None,
-) -> tuple[Anchor, list[dict]]:
-    """Let the untuned model write instructions and keep the one under which it finds the right answers likeliest.
+    compare: Sequence[str] = (),
+) -> list[Candidate]:
+    """Let the untuned model write instructions, and score each by how likely the right answers are under it.
 
     Args:
         model, engine: the untuned model and its decoder.
         train: examples shown; each candidate sees a seeded sample of its own.
         validation: rows the candidates are scored on (training rows where there are none).
         kind: a candidate composed from the schema or labels competes too.
+        compare: texts written by hand, which compete with them.
 
     Returns:
-        The anchor and all candidates, best first: text, origin, ``score`` (mean nll in nats a token of the
-        right answers under the untuned model with this anchor; lower is better), or ``reason`` where thrown away.
+        All candidates, the best score first, those thrown away last.
     """
-    texts: list[tuple[str, str]] = []
-    thrown: list[dict] = []
+    texts: list[tuple[str, Origin]] = [(text, "hand") for text in compare]
     derived = derived_anchor(kind, config.anchor.place)
-    if derived:
+    if derived and derived.text not in compare:
         texts.append((derived.text, "derived"))
+    thrown: list[Candidate] = []
+    for text, finish in _written(config, chat, engine, train, display, check):
+        if reason := _unusable(text, finish, [t for t, _ in texts]):
+            thrown.append(Candidate(text, "self", reason=reason))
+        else:
+            texts.append((text, "self"))
+    if not texts:  # free text and nothing usable written: the plainest instruction that is true
+        texts.append(("Answer in the way of this task.", "derived"))
+    rows = list(validation)[:SCORED_ROWS] or list(train)[:SCORED_ROWS]
+    scored: list[Candidate] = []
+    with display.bar("anchor: score candidates", len(texts), "candidates") as advance:
+        for text, origin in texts:
+            losses = anchor_losses(config, chat, model, rows, Anchor(text, config.anchor.place), engine.device)
+            scored.append(Candidate(text, origin, losses))
+            advance(1)
+            check()
+    scored.sort(key=lambda c: np.inf if c.score is None else c.score)
+    return [*scored, *thrown]
+
+
+def anchor_losses(
+    config: Config, chat: ChatTokenizer, model: Any, rows: Sequence[Example], anchor: Anchor, device: Any
+) -> np.ndarray:
+    """(rows,) mean nll in nats a token of each row's answer behind the anchor; NaN where the row is too long."""
+    rules = RowRules(config.train.max_length, "drop", "drop")
+    table = tokenize(rows, chat, source="task", anchor=anchor, rules=rules)
+    out = np.full(len(rows), np.nan)
+    dropped = {lost.origin for lost in table.dropped}
+    kept = [i for i, row in enumerate(rows) if row.origin not in dropped]
+    out[kept] = row_losses(model, table, micro_tokens=config.train.micro_tokens, device=device)
+    return out
+
+
+def _written(
+    config: Config,
+    chat: ChatTokenizer,
+    engine: Any,
+    train: Sequence[Example],
+    display: Display,
+    check: Callable[[], None],
+) -> list[tuple[str, str]]:
+    """What the model writes, and how each text came to its end."""
     prompts = [_prompt(chat, train, config, i, engine.max_positions) for i in range(config.anchor.candidates)]
     decoding = Decoding(
         max_new_tokens=MOST_TOKENS,
@@ -74,29 +146,7 @@ def write_anchor_candidates(
             check()
 
         answers = engine.generate(prompts, decoding, progress=progress)
-    for answer in answers:
-        text = _clean(chat.decode(answer.ids))
-        reason = _unusable(text, answer.finish, [t for t, _ in texts])
-        if reason:
-            thrown.append({"text": text, "origin": "self", "score": None, "reason": reason})
-        else:
-            texts.append((text, "self"))
-    if not texts:  # free text and nothing usable written: the plainest instruction that is true
-        texts.append(("Answer in the way of this task.", "derived"))
-    rows = list(validation)[:SCORED_ROWS] or list(train)[:SCORED_ROWS]
-    scored: list[dict] = []
-    rules = RowRules(config.train.max_length, "drop", "drop")
-    with display.bar("anchor: score candidates", len(texts), "candidates") as advance:
-        for text, origin in texts:
-            table = tokenize(rows, chat, source="task", anchor=Anchor(text, config.anchor.place), rules=rules)
-            losses = row_losses(model, table, micro_tokens=config.train.micro_tokens, device=engine.device)
-            score = round(float(np.mean(losses)), 6) if len(losses) else None
-            scored.append({"text": text, "origin": origin, "score": score})
-            advance(1)
-            check()
-    scored.sort(key=lambda c: (c["score"] is None, c["score"]))
-    best = scored[0]
-    return Anchor(best["text"], config.anchor.place, best["origin"]), [*scored, *thrown]
+    return [(_clean(chat.decode(answer.ids)), answer.finish) for answer in answers]
 
 
 def _prompt(chat: ChatTokenizer, train: Sequence[Example], config: Config, number: int, positions: int) -> list[int]:

@@ -113,10 +113,12 @@ class Flag:
 
 
 _RUN = frozenset({"tune", "plan"})
+_ALL = frozenset({"tune", "plan", "anchor", "separate"})
+_ANCHORED = _RUN | {"separate"}
 _TUNE = frozenset({"tune"})
 FLAGS: tuple[Flag, ...] = (
     Flag("--test", "task.test", "test file; without it a test part is split off", "FILE"),
-    Flag("--columns", "task.columns", "names of the columns, e.g. prompt=q,answer=a", "NAMES"),
+    Flag("--columns", "task.columns", "names of the columns, e.g. prompt=q,answer=a", "NAMES", verbs=_ALL),
     Flag("--kind", "task.kind", "auto, json, label or text", "KIND", one_of("--kind", "auto", "json", "label", "text")),
     Flag("--schema", "task.schema", "JSON Schema of the answers; else it is inferred", "FILE"),
     Flag("--scorer", "task.scorer", "your own scorer, package.module:function", "NAME", verbs=_RUN),
@@ -124,15 +126,18 @@ FLAGS: tuple[Flag, ...] = (
     Flag("--task-rows", "task.rows", "train on this many task rows", "N", count),
     Flag("--test-rows", "task.test_rows", "score at most this many test rows", "N", count, verbs=_RUN),
     Flag("--drop-overlap", "task.drop_overlap", "remove rows that nearly equal a test row", parse=None, verbs=_RUN),
-    Flag("--model", "model.name", "folder, hub name or smollm2-135m", "NAME", panel="Model and anchor"),
+    Flag("--model", "model.name", "folder, hub name or smollm2-135m", "NAME", panel="Model and anchor", verbs=_ALL),
     Flag(
         "--trust-remote-code",
         "model.trust_remote_code",
         "run code that comes with the model",
         parse=None,
         panel="Model and anchor",
+        verbs=_ALL,
     ),
-    Flag("--anchor", "anchor.text", "auto, none, the text, or @FILE", "TEXT", panel="Model and anchor", verbs=_RUN),
+    Flag(
+        "--anchor", "anchor.text", "auto, none, the text, or @FILE", "TEXT", panel="Model and anchor", verbs=_ANCHORED
+    ),
     Flag(
         "--anchor-place",
         "anchor.place",
@@ -140,6 +145,7 @@ FLAGS: tuple[Flag, ...] = (
         "PLACE",
         one_of("--anchor-place", "user", "system"),
         panel="Model and anchor",
+        verbs=_ALL,
     ),
     Flag(
         "--candidates",
@@ -150,8 +156,8 @@ FLAGS: tuple[Flag, ...] = (
         "Model and anchor",
         frozenset({"anchor"}),
     ),
-    Flag("--general", "general.source", "file, hub name, self or none", "SOURCE", str, "General data", _RUN),
-    Flag("--general-columns", "general.columns", "names of its columns", "NAMES", str, "General data", _RUN),
+    Flag("--general", "general.source", "file, hub name, self or none", "SOURCE", str, "General data", _ALL),
+    Flag("--general-columns", "general.columns", "names of its columns", "NAMES", str, "General data", _ALL),
     Flag("--general-ratio", "general.ratio", "general tokens per task token", "R", number, "General data", _RUN),
     Flag("--general-tokens", "general.tokens", "general tokens", "N", number, "General data", _RUN),
     Flag("--general-rows", "general.rows", "general rows", "N", count, "General data", _RUN),
@@ -179,7 +185,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag("--max-minutes", "max_minutes", "use less general data until it fits", "N", number, "Run", _RUN),
     Flag("--arms", "eval.arms", "arms to score, comma-separated", "A,B,...", arms, "Run", _RUN),
     Flag("--greedy", "generate.greedy", "decode greedily", parse=None, panel="Run", verbs=_TUNE),
-    Flag("--seed", "seed", "seed of every draw", "N", count, "Run"),
+    Flag("--seed", "seed", "seed of every draw", "N", count, "Run", _ALL),
     Flag("--out", "out", "run folder", "DIR", str, "Run", _TUNE),
 )
 

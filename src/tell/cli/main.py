@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from tell import __version__
-from tell.cli import anchor, build, chat, demo, eval, plan, report, study, tune
+from tell.cli import anchor, build, chat, demo, eval, plan, report, separate, study, tune
 from tell.cli.common import nearest
 from tell.errors import TellError
 
@@ -76,6 +76,7 @@ app.command("eval")(eval.evaluate)
 app.command("chat")(chat.chat)
 app.command("report")(report.report)
 app.command("anchor")(anchor.anchor)
+app.command("separate")(separate.separate)
 _build = typer.Typer(cls=_Verbs, help=build.__doc__.splitlines()[0] if build.__doc__ else "")
 _build.callback()(build.group)
 _build.command("halu-cot-json")(build.halu_cot_json)
