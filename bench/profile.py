@@ -110,7 +110,7 @@ def watch(clock: Clock, stack: ExitStack, vocabulary: int, rank: int) -> None:
     clock.wrap(stack, Products, "backward", lambda _, __, gy, weight, b, a: _layer(gy, weight, b, a))
     clock.wrap(stack, Products, "outer", lambda out, _, g, x, *__: ("products: adapters", 2 * g.numel() * x.shape[1]))
     for name in ("forward", "backward"):
-        clock.wrap(stack, RowAttention, name, lambda *_: ("kernels: attention with its products", 0))
+        clock.wrap(stack, RowAttention, name, lambda *_: ("kernels: attention", 0))
     for name in [name for name in vars(Kernels) if not name.startswith("_")]:
         label = f"kernels: {KERNELS.get(name.removesuffix('_back'), name)}"
         clock.wrap(stack, Kernels, name, lambda *_, label=label: (label, 0))
@@ -131,7 +131,7 @@ def _product(operands: tuple[int, int], vocabulary: int, rank: int) -> Describe:
 
 
 def _layer(x: Tensor, *factors: Tensor | None) -> tuple[str, int]:
-    return "products: layers, adapters with them", 2 * len(x) * sum(m.numel() for m in factors if m is not None)
+    return "products: layers and adapters", 2 * len(x) * sum(m.numel() for m in factors if m is not None)
 
 
 @dataclass(frozen=True, slots=True)

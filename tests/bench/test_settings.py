@@ -26,6 +26,14 @@ def test_search_keeps_the_best_and_survives_what_fails():
     assert len({str(t["setting"]) for t in tries}) == len(tries)
 
 
+@pytest.mark.parametrize(("speeds", "best"), [((100, 95), 16), ((100, 95, 110), 64), ((100, 79, 110), 16)])
+def test_search_goes_on_past_what_is_a_little_slower(speeds, best):
+    given = iter(map(float, speeds))
+    found, tries = search(DECODE_START, [[{"batch": 32}, {"batch": 64}][: len(speeds) - 1]], lambda _: next(given))
+    assert found["batch"] == best
+    assert len(tries) == (2 if 79 in speeds else len(speeds))
+
+
 @pytest.mark.parametrize("engine", ["trl", "transformers", "llamafactory", "swift"])
 @pytest.mark.parametrize("batch", [1, 4, 6, 16])
 def test_every_try_fills_a_step(engine, batch):
@@ -61,6 +69,8 @@ def test_an_engine_that_runs_with_no_setting_is_refused_and_nothing_kept(tmp_pat
     remember("key", {"setting": {"batch": 64}, "tries": []})
     found = find_best("key", "lost", DECODE_START, [], launch, measure, anew=False)
     assert found == ({"batch": 64}, []) and len(started) == 2
+    with pytest.raises(TellError, match="none of its settings ran"):
+        find_best("key", "lost", DECODE_START, [], launch, measure, anew=True)
 
 
 def test_flops_count_the_output_layer_where_it_is_trained():
