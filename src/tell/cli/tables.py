@@ -139,14 +139,12 @@ def benchmarks_table(benchmarks: dict) -> RenderableType:
     how += [f"the first {settings['limit']:,} questions of each task"] if settings["limit"] else []
     how += [text for key, text in (("chat", "chat template"), ("anchor", "with anchor")) if settings[key]]
     table = Table(title=", ".join(how), title_justify="left", header_style="bold")
-    pairs = [pair for pair in gaps if pair.endswith(" - base")]
-    for title in ("benchmark", "metric", "shots", "questions", *arms, *pairs):
-        table.add_column(title, justify="left" if title in ("benchmark", "metric") else "right")
-    for name, scores in next(iter(arms.values())).items():
-        for i, (metric, entry) in enumerate(scores.items()):
-            head = [name, metric, str(settings["shots"].get(name, 0)), f"{entry['n']:,}"] if i == 0 else ["", metric]
-            found = [arms[arm][name][metric] for arm in arms] + [gaps[pair][name][metric] for pair in pairs]
-            table.add_row(*head, *[""] * (4 - len(head)), *(_cell(entry, metric) for entry in found))
+    shown = {**arms, **{pair: found for pair, found in gaps.items() if pair.endswith(" - base")}}
+    for title in ("benchmark", "shots", "questions", *shown):
+        table.add_column(title, justify="left" if title == "benchmark" else "right")
+    for name, entry in next(iter(arms.values())).items():
+        shots = settings["shots"].get(name.partition(" ")[0], 0)  # a group's tasks are all asked without
+        table.add_row(name, str(shots), f"{entry['n']:,}", *(_cell(found[name], name) for found in shown.values()))
     return table
 
 

@@ -94,7 +94,7 @@ def run_benchmarks(
     """``benchmarks`` of metrics.json: ``settings``, ``arms``, ``differences`` and ``eval``.
 
     What lies in ``predictions/benchmarks/<arm>/`` from the same questions asked in the same way is not asked again;
-    nor, by any run on this machine, what the untuned model answered without the anchor.
+    nor what the untuned model answered in any run on this machine.
 
     Args:
         arms: which of `benchmark_arms` are scored; the untuned model always is.
@@ -158,7 +158,7 @@ def run_benchmarks(
         flops = inference_flops(files.architecture, sum(lm.fed), output_tokens=lm.new_tokens, lengths=lm.fed)
         return rows, {"prompt_tokens": lm.prompt_tokens, "new_tokens": lm.new_tokens, "flops": flops}
 
-    metrics: dict[str, dict[str, dict[str, Metric]]] = {}
+    metrics: dict[str, dict[str, Metric]] = {}
     costs: dict[str, dict] = {}
     for arm in benchmark_arms(arms, used):
         begin(f"benchmark {arm}")
@@ -166,7 +166,7 @@ def run_benchmarks(
         metrics[arm] = _metrics(tasks, {name: rows for name, (rows, _) in found.items()})
         sums = [cost for _, cost in found.values()]
         costs[arm] = {key: sum(cost[key] for cost in sums) for key in ("prompt_tokens", "new_tokens", "flops")}
-    values, gaps = _numbers(metrics, config)
+    values, gaps = arm_numbers(metrics, seed=config.seed, samples=rule.bootstrap)
     return {
         "settings": {
             "harness": harness_version(),
@@ -241,34 +241,24 @@ def _write(place: Path, settings: dict, rows: list[dict], cost: dict) -> None:
     write_json(place.with_suffix(".json"), {"settings": settings, "cost": cost})  # last: it says that all is there
 
 
-def _metrics(tasks: Tasks, rows: Mapping[str, list[dict]]) -> dict[str, dict[str, Metric]]:
-    """Metrics by benchmark and by task; a group has the mean of each metric that all its tasks have."""
+def _metrics(tasks: Tasks, rows: Mapping[str, list[dict]]) -> dict[str, Metric]:
+    """Metrics of benchmarks and tasks, by the names they have in metrics.json.
+
+    The first metric of the harness goes by the benchmark's name alone, others as ``openbookqa acc_norm``. A group has
+    the mean of each metric that all its tasks have.
+    """
     single = {
         name: {metric: mean_metric([row["scores"][metric] for row in found]) for metric in found[0]["scores"]}
         for name, found in rows.items()
     }
-    out: dict[str, dict[str, Metric]] = {}
+    out: dict[str, Metric] = {}
     for name, group in tasks.items():
-        if name in GROUPS:
-            shared = [m for m in single[group[0]] if all(m in single[task] for task in group)]
-            out[name] = {m: group_mean([single[task][m] for task in group]) for m in shared}
-        out |= {task: single[task] for task in group}
+        shared = [m for m in single[group[0]] if all(m in single[task] for task in group)]
+        mean = {name: {m: group_mean([single[task][m] for task in group]) for m in shared}}
+        for benchmark, metrics in {**mean, **{task: single[task] for task in group}}.items():
+            for i, (metric, values) in enumerate(metrics.items()):
+                out[benchmark if i == 0 else f"{benchmark} {metric.rpartition(',')[2]}"] = values
     return out
-
-
-def _numbers(metrics: Mapping[str, Mapping[str, Mapping[str, Metric]]], config: Config) -> tuple[dict, dict]:
-    """``arms`` and ``differences``, as `arm_numbers` has them, for each benchmark and task."""
-    values: dict[str, dict] = {arm: {} for arm in metrics}
-    gaps: dict[str, dict] = {}
-    for name in next(iter(metrics.values())):
-        one, between = arm_numbers(
-            {arm: found[name] for arm, found in metrics.items()}, seed=config.seed, samples=config.eval.bootstrap
-        )
-        for arm, numbers in one.items():
-            values[arm][name] = numbers
-        for pair, numbers in between.items():
-            gaps.setdefault(pair, {})[name] = numbers
-    return values, gaps
 
 
 def benchmark(
