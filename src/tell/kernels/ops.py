@@ -34,6 +34,11 @@ Rope = tuple[Tensor, Tensor] | None  # cos and sin, (T, rot) each
 _SUFFIX = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
+def threshold_of(p: float) -> int:
+    """Random words of 32 bits below it are dropped at rate p."""
+    return min(round(p * 2**32), 2**32 - 1)
+
+
 def _pointers(rope: Rope) -> tuple[int, int, int]:
     return (0, 0, 0) if rope is None else (rope[0].data_ptr(), rope[1].data_ptr(), rope[0].shape[-1])
 
@@ -132,9 +137,7 @@ class Kernels:
 
         The rate is a multiple of 2^-32: as exact as a uniform fp32 draw.
         """
-        self._dropout(
-            x.data_ptr(), y.data_ptr(), x.numel(), seed, min(round(p * 2**32), 2**32 - 1), 1 / (1 - p), int(add)
-        )
+        self._dropout(x.data_ptr(), y.data_ptr(), x.numel(), seed, threshold_of(p), 1 / (1 - p), int(add))
 
 
 @lru_cache(maxsize=4)

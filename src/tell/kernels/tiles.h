@@ -17,6 +17,7 @@
 #define INLINE static inline __attribute__((always_inline))
 
 static inline i64 even(i64 n) { return n + (n & 1); }
+static inline i64 up(i64 n, i64 to) { return (n + to - 1) / to * to; }
 static inline __mmask16 first(i64 n) { return n >= LANES ? 0xffff : n <= 0 ? 0 : (1u << n) - 1; }
 
 /* 16 rows of 16 pairs, transposed. */

@@ -28,7 +28,6 @@ typedef struct {
 typedef struct { i64 start, length, ahead, keys; } train_row;
 
 static inline i64 row_token(const train_row *r, i64 i) { return i < r->ahead ? i : r->start + i - r->ahead; }
-static inline i64 up(i64 n, i64 to) { return (n + to - 1) / to * to; }
 
 static train_row row_of(const train_attention_task *t, i64 r) {
   if (r < 0) return (train_row){0, t->prefix, 0, t->prefix};

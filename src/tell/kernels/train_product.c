@@ -21,7 +21,7 @@ typedef struct {
   const bf16 *weight;
   i64 weight_stride;
   const bf16 *bias;  /* (outputs) or NULL */
-  const bf16 *into;  /* inputs to ranks, or NULL: `inner` is given */
+  const bf16 *into;  /* inputs to ranks, or NULL: no adapters */
   i64 into_stride;
   const bf16 *out_of; /* ranks to outputs */
   i64 out_of_stride;
@@ -29,7 +29,46 @@ typedef struct {
   bf16 *inner; /* (tokens, rank rounded up to even) or NULL */
   bf16 *y;
   i64 y_stride;
+  i64 adapters;
+  const i64 *ends;    /* of the ranks of each adapter; even where there is dropout */
+  uint32_t threshold; /* of dropout on the adapters' inputs, 0 for none; on their way out where outputs are columns */
+  uint32_t seed;      /* of the first adapter; each has the next */
 } train_product_task;
+
+/* A bijective mix of 32 bits (lowbias32, Wellons 2018), as in train_body.h. */
+INLINE __m512i mix_lanes(__m512i x) {
+  x = _mm512_xor_si512(x, _mm512_srli_epi32(x, 16));
+  x = _mm512_mullo_epi32(x, _mm512_set1_epi32(0x7feb352d));
+  x = _mm512_xor_si512(x, _mm512_srli_epi32(x, 15));
+  x = _mm512_mullo_epi32(x, _mm512_set1_epi32((int)0x846ca68bu));
+  return _mm512_xor_si512(x, _mm512_srli_epi32(x, 16));
+}
+
+/* Which of the elements at .. at + 15 the kernel `dropout` keeps. */
+INLINE __mmask16 kept(i64 at, uint32_t seed, uint32_t threshold) {
+  const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  __m512i word = mix_lanes(_mm512_add_epi32(lanes, _mm512_set1_epi32((int)(uint32_t)at)));
+  word = mix_lanes(_mm512_add_epi32(word, _mm512_set1_epi32((int)seed)));
+  return _mm512_cmpge_epu32_mask(word, _mm512_set1_epi32((int)threshold));
+}
+
+static inline i64 begin_of(const train_product_task *t, i64 adapter) { return adapter ? t->ends[adapter - 1] : 0; }
+
+/* sums += kept(inner out_of), adapter by adapter, of one tile. */
+static void add_dropped(const train_product_task *t, i64 row, i64 column, const bf16 *extra, float *sums) {
+  const i64 ranks = even(t->rank);
+  for (i64 a = 0; a < t->adapters; a++) {
+    const i64 begin = begin_of(t, a);
+    __m512 s[ROWS][4];
+    clear(ROWS, 4, s);
+    multiply(ROWS, 4, 4, t->inner + row * ranks + begin, ranks, 2, (t->ends[a] - begin) / 2, extra + begin * PANEL, s);
+    UNROLL for (int i = 0; i < ROWS; i++) UNROLL for (int b = 0; b < 4; b++) {
+      float *sum = sums + i * PANEL + b * LANES;
+      __mmask16 mask = kept((row + i) * t->outputs + column + b * LANES, t->seed + (uint32_t)a, t->threshold);
+      _mm512_storeu_ps(sum, _mm512_add_ps(_mm512_loadu_ps(sum), _mm512_maskz_mov_ps(mask, s[i][b])));
+    }
+  }
+}
 
 INLINE void wide_tile(const train_product_task *t, i64 row, i64 column, i64 from, i64 depth, const bf16 *panel,
                       const bf16 *extra, float *sums) {
@@ -52,34 +91,81 @@ INLINE void wide_tile(const train_product_task *t, i64 row, i64 column, i64 from
     return;
   }
   const i64 ranks = even(t->rank);
-  if (t->inner) multiply(ROWS, 4, 4, t->inner + row * ranks, ranks, 2, ranks / 2, extra, s);
+  if (t->inner && t->columns && t->threshold) {
+    store_sums(ROWS, 4, s, sums, PANEL);
+    add_dropped(t, row, column, extra, sums);
+    load_sums(ROWS, 4, s, sums, PANEL);
+  } else if (t->inner) {
+    multiply(ROWS, 4, 4, t->inner + row * ranks, ranks, 2, ranks / 2, extra, s);
+  }
   store(ROWS, 4, s, t->y + row * t->y_stride + column, t->y_stride, wide);
 }
 
-INLINE void thin_tile(int vectors, const train_product_task *t, i64 row, i64 column, const bf16 *panel) {
+/* Ranks column .. width of inner, of one tile of rows. */
+INLINE void thin_tile(int vectors, const train_product_task *t, const bf16 *x, i64 stride, i64 row, i64 column, i64 end,
+                      const bf16 *panel) {
   __m512 s[THIN_ROWS][vectors];
   clear(THIN_ROWS, vectors, s);
-  multiply(THIN_ROWS, vectors, vectors, t->x + row * t->x_stride, t->x_stride, 2, t->inputs / 2, panel, s);
+  multiply(THIN_ROWS, vectors, vectors, x, stride, 2, t->inputs / 2, panel, s);
   i64 width = even(t->rank);
-  store(THIN_ROWS, vectors, s, t->inner + row * width + column, width, width - column);
+  store(THIN_ROWS, vectors, s, t->inner + row * width + column, width, end - column);
 }
 
 /* Ranks of the panel of `into` that begins at a rank: two vectors, or one where that is enough. */
-static inline i64 thin_width(i64 rank, i64 at) { return rank - at > LANES ? 2 * LANES : LANES; }
+static inline i64 thin_width(i64 end, i64 at) { return end - at > LANES ? 2 * LANES : LANES; }
+
+/* Adapters that are taken one by one: each has an input of its own under dropout. */
+static inline i64 inputs_of(const train_product_task *t) { return t->threshold && !t->columns ? t->adapters : 1; }
+
+/* inner = x into for the rows from .. to; `room` holds a tile of rows. */
+static void thin_rows(const train_product_task *t, i64 from, i64 to, const bf16 *into, bf16 *room) {
+  const i64 apart = inputs_of(t);
+  for (i64 r = from; r < to; r += THIN_ROWS) {
+    const i64 row = r + THIN_ROWS <= to ? r : to - THIN_ROWS; /* the last tile overlaps the one before */
+    const bf16 *panel = into;
+    for (i64 a = 0; a < apart; a++) {
+      const bf16 *x = t->x + row * t->x_stride;
+      i64 stride = t->x_stride, begin = begin_of(t, a), end = apart > 1 ? t->ends[a] : even(t->rank);
+      if (t->threshold && !t->columns) {
+        for (i64 i = 0; i < THIN_ROWS; i++)
+          for (i64 k = 0; k < t->inputs; k += LANES) {
+            __mmask16 mask = first(t->inputs - k) & kept((row + i) * t->inputs + k, t->seed + (uint32_t)a, t->threshold);
+            _mm256_storeu_epi16(room + i * up(t->inputs, LANES) + k, _mm256_maskz_loadu_epi16(mask, x + i * stride + k));
+          }
+        x = room, stride = up(t->inputs, LANES);
+      }
+      for (i64 c = begin; c < end; c += 2 * LANES) {
+        if (thin_width(end, c) == LANES)
+          thin_tile(1, t, x, stride, row, c, end, panel);
+        else
+          thin_tile(2, t, x, stride, row, c, end, panel);
+        panel += thin_width(end, c) * t->inputs;
+      }
+    }
+  }
+}
+
+/* Panels of `into` one behind the other; with no room given, how many numbers they take. */
+static i64 lay_out_into(const train_product_task *t, bf16 *to) {
+  const i64 apart = inputs_of(t);
+  i64 at = 0;
+  for (i64 a = 0; a < apart; a++) {
+    const i64 end = apart > 1 ? t->ends[a] : even(t->rank);
+    for (i64 c = begin_of(t, a); c < end; c += 2 * LANES) {
+      if (to)
+        lay_out(t->into + c * (t->columns ? 1 : t->into_stride), t->into_stride, t->columns,
+                (end < t->rank ? end : t->rank) - c, t->inputs, thin_width(end, c), to + at);
+      at += thin_width(end, c) * t->inputs;
+    }
+  }
+  return at;
+}
 
 /* y = x weight + bias + inner out_of, with inner = x into where that is given, for the rows from .. to and the panels
    that are laid out; `sums` has room for BLOCK x PANEL. */
 static void rows_of(const train_product_task *t, i64 from, i64 to, i64 column, i64 end, const bf16 *panels,
-                    const bf16 *into, const bf16 *out_of, float *sums) {
-  if (into)
-    for (i64 c = 0; c < t->rank; c += 2 * LANES)
-      for (i64 r = from; r < to; r += THIN_ROWS) {
-        i64 row = r + THIN_ROWS <= to ? r : to - THIN_ROWS; /* the last tile overlaps the one before */
-        if (thin_width(t->rank, c) == LANES)
-          thin_tile(1, t, row, c, into + c * t->inputs);
-        else
-          thin_tile(2, t, row, c, into + c * t->inputs);
-      }
+                    const bf16 *into, const bf16 *out_of, float *sums, bf16 *room) {
+  if (into) thin_rows(t, from, to, into, room);
   const i64 parts = (t->inputs + DEPTH - 1) / DEPTH, step = even((t->inputs + parts - 1) / parts);
   for (i64 c = column; c < end; c += PANEL) {
     const bf16 *panel = panels + (c - column) * t->inputs;
@@ -101,11 +187,12 @@ void train_product(const train_product_task *t) {
   /* as many blocks for each thread, and none under a tile */
   i64 blocks = (t->tokens + BLOCK * threads - 1) / (BLOCK * threads) * threads;
   if (blocks > t->tokens / THIN_ROWS) blocks = t->tokens / THIN_ROWS;
-  bf16 *panels = aligned_alloc(64, (group * PANEL * k + all * PANEL * ranks + (ranks + 32) * k) * sizeof(bf16) + 64);
+  bf16 *panels = aligned_alloc(64, (group * PANEL * k + all * PANEL * ranks + lay_out_into(t, NULL)) * sizeof(bf16) + 64);
   bf16 *out_of = panels + group * PANEL * k, *into = out_of + all * PANEL * ranks;
 #pragma omp parallel
   {
-    float *sums = k > DEPTH ? aligned_alloc(64, (BLOCK + ROWS) * PANEL * sizeof(float)) : NULL;
+    float *sums = aligned_alloc(64, (BLOCK + ROWS) * PANEL * sizeof(float));
+    bf16 *room = malloc(THIN_ROWS * (k + LANES) * sizeof(bf16));
     if (t->inner) {
 #pragma omp for schedule(static) nowait
       for (i64 p = 0; p < all; p++)
@@ -113,10 +200,8 @@ void train_product(const train_product_task *t) {
                 t->outputs - p * PANEL, t->rank, PANEL, out_of + p * PANEL * ranks);
     }
     if (t->into) {
-#pragma omp for schedule(static) nowait
-      for (i64 c = 0; c < t->rank; c += 2 * LANES)
-        lay_out(t->into + c * (t->columns ? 1 : t->into_stride), t->into_stride, t->columns, t->rank - c, k,
-                thin_width(t->rank, c), into + c * k);
+#pragma omp single nowait
+      lay_out_into(t, into);
     }
     for (i64 g = 0; g < all; g += group) {
       i64 end = g + group < all ? g + group : all;
@@ -127,9 +212,10 @@ void train_product(const train_product_task *t) {
 #pragma omp for schedule(dynamic, 1)
       for (i64 b = 0; b < blocks; b++)
         rows_of(t, t->tokens * b / blocks, t->tokens * (b + 1) / blocks, g * PANEL, end * PANEL, panels,
-                t->into && !g ? into : NULL, out_of, sums);
+                t->into && !g ? into : NULL, out_of, sums, room);
     }
     free(sums);
+    free(room);
   }
   free(panels);
 }
@@ -137,9 +223,10 @@ void train_product(const train_product_task *t) {
 #define PAIRS 64 /* of tokens: what they multiply stays in the second-level cache */
 #define RANKS 8  /* x 2 vectors of columns: 16 sums */
 
-/* sums (RANKS, 32 columns, rows `stride` apart) += g^T x over pairs of tokens; odd: the last has one. */
+/* sums (RANKS, 32 columns, rows `stride` apart) += g^T x over pairs of tokens; odd: the last has one. The first element
+   of x is number `at` for dropout. */
 static void outer_tile(const int32_t *g, i64 g_stride, const bf16 *x, i64 x_stride, i64 pairs, int odd, __mmask32 mask,
-                       float *sums, i64 stride) {
+                       float *sums, i64 stride, i64 at, i64 columns, uint32_t threshold, uint32_t seed) {
   static const uint16_t order[32] = {0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39,
                                      8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
   const __m512i low = _mm512_loadu_si512(order), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
@@ -147,8 +234,13 @@ static void outer_tile(const int32_t *g, i64 g_stride, const bf16 *x, i64 x_stri
   load_sums(RANKS, 2, s, sums, stride);
   for (i64 p = 0; p < pairs; p++) {
     const bf16 *row = x + 2 * p * x_stride;
-    __m512i a = _mm512_maskz_loadu_epi16(mask, row);
-    __m512i b = _mm512_maskz_loadu_epi16(odd && p == pairs - 1 ? 0 : mask, row + x_stride);
+    __mmask32 one = mask, two = odd && p == pairs - 1 ? 0 : mask;
+    if (threshold) {
+      const i64 i = at + 2 * p * columns, j = i + columns;
+      one &= kept(i, seed, threshold) | (__mmask32)kept(i + LANES, seed, threshold) << 16;
+      two &= kept(j, seed, threshold) | (__mmask32)kept(j + LANES, seed, threshold) << 16;
+    }
+    __m512i a = _mm512_maskz_loadu_epi16(one, row), b = _mm512_maskz_loadu_epi16(two, row + x_stride);
     _mm_prefetch((const char *)(row + 16 * x_stride), _MM_HINT_T0);
     _mm_prefetch((const char *)(row + 17 * x_stride), _MM_HINT_T0);
     __m512bh v = (__m512bh)_mm512_permutex2var_epi16(a, low, b), w = (__m512bh)_mm512_permutex2var_epi16(a, high, b);
@@ -162,9 +254,9 @@ static void outer_tile(const int32_t *g, i64 g_stride, const bf16 *x, i64 x_stri
 }
 
 /* out (rank, columns), or (columns, rank) where it is to be transposed, = scale g^T x for g (tokens, rank), x (tokens,
-   columns). */
+   columns); with a threshold of what `dropout` keeps of x. */
 void train_outer(i64 tokens, i64 rank, i64 columns, const bf16 *g, i64 g_stride, const bf16 *x, i64 x_stride,
-                 float scale, float *out, int transposed) {
+                 float scale, float *out, int transposed, uint32_t threshold, uint32_t seed) {
   const i64 ranks = (rank + RANKS - 1) / RANKS * RANKS, stride = (columns + 31) / 32 * 32;
   const i64 threads = omp_get_max_threads(), blocks = (tokens + 2 * PAIRS - 1) / (2 * PAIRS);
   float *all = aligned_alloc(64, threads * ranks * stride * sizeof(float));
@@ -187,7 +279,8 @@ void train_outer(i64 tokens, i64 rank, i64 columns, const bf16 *g, i64 g_stride,
       for (i64 c = 0; c < columns; c += 32)
         for (i64 r = 0; r < ranks; r += RANKS)
           outer_tile(pairs + r, ranks, x + from * x_stride + c, x_stride, (n + 1) / 2, n & 1,
-                     columns - c >= 32 ? 0xffffffff : (1u << (columns - c)) - 1, sums + r * stride + c, stride);
+                     columns - c >= 32 ? 0xffffffff : (1u << (columns - c)) - 1, sums + r * stride + c, stride,
+                     from * columns + c, columns, threshold, seed);
     }
 #pragma omp for schedule(static)
     for (i64 r = 0; r < rank; r++)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tell.kernels.attention import RowAttention, row_attention
 from tell.kernels.ops import Kernels, kernels_for
-from tell.kernels.products import products_for
+from tell.kernels.products import Dropout, products_for
 from tell.train.attention import PackedPlan
 
 
@@ -86,8 +86,9 @@ class Stack:
 class _Lora:
     """x W^T + b, plus (dropout_i(x) s_i A_i^T) B_i^T in the columns of each adapted layer, and its gradients."""
 
-    def __init__(self, stack: Stack, adapters: Sequence[Tensor], dtype: torch.dtype) -> None:
-        self.stack, self.seed = stack, 0
+    def __init__(self, stack: Stack, adapters: Sequence[Tensor], x: Tensor) -> None:
+        self.stack, self.seed, dtype = stack, 0, x.dtype
+        self.products = products_for(x) if sum(stack.widths) % 2 == 0 else None  # they read pairs on both ways
         self.parts: list[tuple[slice, slice]] = []  # columns and ranks of each adapter
         column, rank, scales = 0, 0, []
         for width, scale in zip(stack.widths, stack.scales, strict=True):
@@ -99,6 +100,13 @@ class _Lora:
             column += width
         if not self.parts:
             return
+        if stack.dropout:
+            self.seed = int(torch.randint(2**31, ()))
+        self.ends = [ranks.stop for _, ranks in self.parts]
+        if stack.dropout and any(end % 2 for end in self.ends):
+            self.products = None
+        if self.products is not None:
+            scales = [scale / (1 - stack.dropout) for scale in scales]  # what is kept is not scaled itself
         self.scale: Tensor | float = scales[0] if len(set(scales)) == 1 else torch.tensor(scales)[:, None]
         a = adapters[0] if len(self.parts) == 1 else torch.cat(adapters[0::2])
         self.a = (a * self.scale).to(dtype)  # (R, K)
@@ -108,8 +116,6 @@ class _Lora:
             self.b = torch.zeros(column, rank, dtype=dtype)
             for (columns, ranks), matrix in zip(self.parts, adapters[1::2], strict=True):
                 self.b[columns, ranks] = matrix
-        if stack.dropout:
-            self.seed = int(torch.randint(2**31, ()))
 
     def _dropped(self, x: Tensor) -> Iterator[tuple[int, slice, Tensor]]:
         """Each adapter's number, ranks and input; the inputs share one buffer."""
@@ -118,34 +124,36 @@ class _Lora:
             _kernels(x).dropout(x, kept, self.stack.dropout, self.seed + i)
             yield i, ranks, kept
 
+    def _adapters(self, into: Tensor, out_of: Tensor) -> tuple[Tensor, Tensor, list[int], Dropout]:
+        return into, out_of, self.ends, Dropout(self.stack.dropout, self.seed)
+
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """(T, N) outputs of x (T, K), and u (T, R), the adapters' inner states."""
-        stack, products, u = self.stack, products_for(x), None
-        if self.parts and stack.dropout:
-            rank = len(self.a)
-            u = x.new_zeros(len(x), rank + rank % 2)[:, :rank]  # products read pairs
-            for _, ranks, kept in self._dropped(x):
-                u[:, ranks] = kept @ self.a[ranks].t()
-        if products is not None:
-            a, b = (self.a, self.b) if self.parts else (None, None)
-            return products.forward(x, stack.weight, stack.bias, a if u is None else None, b, u)
+        stack = self.stack
+        if self.products is not None:
+            adapters = self._adapters(self.a, self.b) if self.parts else ()
+            return self.products.forward(x, stack.weight, stack.bias, *adapters)
         y = torch.nn.functional.linear(x, stack.weight, stack.bias)
         if not self.parts:
             return y, None
-        if u is None:
+        if stack.dropout:
+            u = torch.empty(len(x), len(self.a), dtype=x.dtype)
+            for _, ranks, kept in self._dropped(x):
+                u[:, ranks] = kept @ self.a[ranks].t()
+        else:
             u = x @ self.a.t()
         return y.addmm_(u, self.b.t()), u
 
     def input_gradient(self, gy: Tensor) -> tuple[Tensor, Tensor | None]:
         """(T, K) gradient of x, and that of u."""
-        stack, products, dropout = self.stack, products_for(gy), bool(self.parts and self.stack.dropout)
-        if products is not None and not dropout:
-            return products.backward(gy, stack.weight, *((self.b, self.a) if self.parts else (None, None)))
-        gx = gy @ stack.weight if products is None else products.backward(gy, stack.weight, None, None)[0]
+        stack = self.stack
+        if self.products is not None:
+            return self.products.backward(gy, stack.weight, *(self._adapters(self.b, self.a) if self.parts else ()))
+        gx = gy @ stack.weight
         if not self.parts:
             return gx, None
         gu = gy @ self.b
-        if dropout:
+        if stack.dropout:
             for i, (_, ranks) in enumerate(self.parts):
                 part = gu[:, ranks] @ self.a[ranks]
                 _kernels(gx).dropout(part, gx, stack.dropout, self.seed + i, add=True)
@@ -155,21 +163,29 @@ class _Lora:
 
     def adapter_gradients(self, x: Tensor, gy: Tensor, u: Tensor, gu: Tensor) -> list[Tensor]:
         """Gradients of A_i and B_i in turn."""
-        products = products_for(gy)
+        if self.products is not None:
+            return self._exact_gradients(x, gy, u, gu)
         if self.stack.dropout:
-            ga = torch.empty(self.a.shape, dtype=gu.dtype if products is None else torch.float32)
+            ga = torch.empty_like(self.a)
             for _, ranks, kept in self._dropped(x):
-                ga[ranks] = gu[:, ranks].t() @ kept if products is None else products.outer(gu[:, ranks], kept)
+                torch.mm(gu[:, ranks].t(), kept, out=ga[ranks])
         else:
-            ga = gu.t() @ x if products is None else products.outer(gu, x)
+            ga = gu.t() @ x
         ga = ga * self.scale  # in fp32 where the layers' scales differ
-        if products is None:
-            gb = gy.t() @ u
-            return [g for columns, ranks in self.parts for g in (ga[ranks], gb[columns, ranks])]
-        gradients = []
-        for columns, ranks in self.parts:
-            gradients += [ga[ranks], products.outer(u[:, ranks], gy[:, columns], transposed=True)]
-        return gradients
+        gb = gy.t() @ u
+        return [g for columns, ranks in self.parts for g in (ga[ranks], gb[columns, ranks])]
+
+    def _exact_gradients(self, x: Tensor, gy: Tensor, u: Tensor, gu: Tensor) -> list[Tensor]:
+        """The same in fp32, by the kernels."""
+        outer, rate = self.products.outer, self.stack.dropout
+        if rate:
+            parts = [outer(gu[:, r], x, dropout=Dropout(rate, self.seed + i)) for i, (_, r) in enumerate(self.parts)]
+            ga = torch.cat(parts)
+        else:
+            ga = outer(gu, x)
+        ga *= self.scale
+        pairs = ((ga[ranks], outer(u[:, ranks], gy[:, columns], transposed=True)) for columns, ranks in self.parts)
+        return [g for pair in pairs for g in pair]
 
 
 class Projection(torch.autograd.Function):
@@ -187,7 +203,7 @@ class Projection(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, stack: Stack, *adapters: Tensor) -> tuple[Tensor, ...]:
         flat = x.reshape(-1, x.shape[-1]).contiguous()
-        ctx.lora = _Lora(stack, adapters, x.dtype)
+        ctx.lora = _Lora(stack, adapters, flat)
         y, u = ctx.lora.forward(flat)
         if u is not None:
             ctx.save_for_backward(flat, u)
@@ -257,7 +273,7 @@ class GatedProjection(torch.autograd.Function):
         g, u = _flat_pair(g, u)
         h = torch.empty(g.shape, dtype=g.dtype)
         _kernels(g).gated(g, u, h, kind)
-        ctx.lora = _Lora(stack, adapters, g.dtype)
+        ctx.lora = _Lora(stack, adapters, h)
         y, inner = ctx.lora.forward(h)
         ctx.save_for_backward(g, u, *([] if inner is None else [inner]))
         ctx.kind, ctx.shape = kind, shape
@@ -266,7 +282,7 @@ class GatedProjection(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         g, u, *inner = ctx.saved_tensors
-        gy = grad.reshape(len(g), -1)
+        gy = grad.reshape(len(g), -1).contiguous()
         gh, gu = ctx.lora.input_gradient(gy)
         dg, du = _gated_back(gh, g, u, ctx.kind)  # gh is act(g) u now
         out = ctx.lora.adapter_gradients(gh, gy, inner[0], gu) if gu is not None else []
