@@ -33,7 +33,7 @@ def estimate(metric: Metric, *, seed: int, samples: int = 2000) -> dict:
     if _zeros_and_ones(metric, keep):
         low, high = wilson(round(value * n), n)
     else:
-        draws = [metric.combine(weights @ stats) for weights in _resamples(n, seed, samples)]
+        draws = [metric.combine(weights @ stats) for weights in resamples(n, seed, samples)]
         low, high = percentiles(np.concatenate(draws))
     return estimate_from(value, low, high, n)
 
@@ -61,7 +61,7 @@ def difference(a: Metric, b: Metric, *, seed: int, samples: int = 2000) -> dict:
     if _zeros_and_ones(a, keep) and _zeros_and_ones(b, keep):
         low, high = newcombe_paired(_rows(a, keep), _rows(b, keep))
     else:
-        draws = [a.combine(weights @ left) - b.combine(weights @ right) for weights in _resamples(n, seed, samples)]
+        draws = [a.combine(weights @ left) - b.combine(weights @ right) for weights in resamples(n, seed, samples)]
         low, high = percentiles(np.concatenate(draws))
     return estimate_from(value, low, high, n)
 
@@ -117,7 +117,7 @@ def _zeros_and_ones(metric: Metric, keep: np.ndarray) -> bool:
     return (metric.binary or plain_mean) and bool(np.isin(_rows(metric, keep), (0.0, 1.0)).all())
 
 
-def _resamples(n: int, seed: int, samples: int) -> Iterator[np.ndarray]:
+def resamples(n: int, seed: int, samples: int) -> Iterator[np.ndarray]:
     """Multinomial weights, (chunk, n) float64 at a time: how often each resample drew each row."""
     rng = np.random.default_rng(seed)
     chunk = max(1, _CHUNK // n)

@@ -1,0 +1,126 @@
+"""Means over seeds and rows, their intervals and paired differences."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from grid.made import outcome, study_of
+from tell.evaluate.intervals import newcombe_paired, wilson
+from tell.grid.means import Bootstrap
+from tell.grid.results import Number
+
+
+def bootstrap(outcomes, samples: int = 1000, seed: int = 0) -> Bootstrap:
+    return Bootstrap(study_of(outcomes), samples, seed)
+
+
+def coin(rng, share: float, n: int = 100) -> np.ndarray:
+    return (rng.uniform(size=n) < share).astype(float)
+
+
+def test_the_mean_is_over_seeds():
+    group = [outcome([1, 1, 1, 0], seed=1), outcome([0, 0], seed=2)]
+    draws = bootstrap(group).of(group, "m")
+    assert draws.value == 0.375 and draws.by_seed == {1: 0.75, 2: 0.0} and draws.rows == 6
+    found = draws.summary()
+    assert found["n"] == 6 and found["seeds"] == 2 and found["ci"][0] <= 0.375 <= found["ci"][1]
+    assert bootstrap(group).of(group, "other") is None
+
+
+def test_one_seed_is_the_bootstrap_over_rows():
+    """Against the textbook standard error of a share."""
+    rng = np.random.default_rng(1)
+    group = [outcome(coin(rng, 0.4, 400))]
+    found = bootstrap(group, 4000).of(group, "m")
+    p = found.value
+    assert np.std(found.draws) == pytest.approx(np.sqrt(p * (1 - p) / 400), rel=0.08)
+
+
+def test_spread_between_seeds_is_not_understated():
+    """Seeds that agree within and differ between: the standard error of a mean of n values."""
+    values = [0.2, 0.5, 0.8]
+    n = 1000
+    group = [outcome((np.arange(n) < v * n).astype(float), seed=i) for i, v in enumerate(values)]
+    draws = bootstrap(group, 4000).of(group, "m").draws
+    assert np.std(draws) == pytest.approx(np.std(values, ddof=1) / np.sqrt(3), rel=0.06)
+
+
+def test_rows_that_seeds_share_are_one_row():
+    """Three seeds on the same rows, right on the same ones, know no more about rows than one seed does.
+
+    On rows of their own they do, by less than the square root of 3: rows make seeds differ too, which counts twice.
+    """
+    rng = np.random.default_rng(2)
+    right = coin(rng, 0.5, 200)
+    shared = [outcome(right, seed=s, rows="same") for s in range(3)]
+    apart = [outcome(right, seed=s) for s in range(3)]
+    wide, narrow = (np.std(bootstrap(g, 4000).of(g, "m").draws) for g in (shared, apart))
+    one = np.std(bootstrap(shared[:1], 4000).of(shared[:1], "m").draws)
+    assert wide == pytest.approx(one, rel=0.08) and narrow == pytest.approx(np.sqrt(2 / 3) * one, rel=0.08)
+
+
+@pytest.mark.parametrize(("between", "least"), [(0.0, 0.95), (0.1, 0.84)])
+def test_coverage(between, least):
+    """Share of simulated studies, three seeds of 100 rows, whose interval holds the truth."""
+    rng = np.random.default_rng(3)
+    held, n = 0, 80
+    for i in range(n):
+        group = [outcome(coin(rng, 0.6 + rng.normal(0, between)), seed=s) for s in range(3)]
+        low, high = bootstrap(group, 300, i).of(group, "m").summary()["ci"]
+        held += low <= 0.6 <= high
+    assert held / n >= least
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_rows_that_all_agree_have_wilson_intervals(value):
+    group = [outcome([value] * 20, seed=s) for s in range(3)]
+    assert bootstrap(group).of(group, "m").summary()["ci"] == pytest.approx(wilson(int(60 * value), 60), abs=1e-6)
+    other = [outcome([1 - value] * 20, seed=s, arm="sft") for s in range(3)]
+    gap = bootstrap([*group, *other]).difference(group, other, "m")
+    expected = newcombe_paired(np.full(60, value), np.full(60, 1 - value))
+    assert gap["value"] == 2 * value - 1 and gap["ci"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_differences_are_paired_by_row_and_seed():
+    """An arm that is right on the same rows and a few more: the difference is known far better than either."""
+    rng = np.random.default_rng(4)
+    low = [coin(rng, share, 200) for share in (0.3, 0.5, 0.7)]
+    high = [np.maximum(right, np.arange(200) % 20 == 0) for right in low]
+    a = [outcome(right, seed=s) for s, right in enumerate(high)]
+    b = [outcome(right, seed=s, arm="sft") for s, right in enumerate(low)]
+    draws = bootstrap([*a, *b])
+    gap = draws.difference(a, b, "m")
+    assert gap["value"] == pytest.approx(
+        np.mean([h.mean() - r.mean() for h, r in zip(high, low, strict=True)]), abs=1e-6
+    )
+    assert gap["ci"][0] > 0 and np.ptp(gap["ci"]) < 0.2 * np.ptp(draws.of(a, "m").summary()["ci"])
+    assert gap["seeds"] == 3 and draws.difference(a[:1], b[1:], "m") is None
+    assert draws.difference(a[:2], b, "m")["seeds"] == 2
+    assert draws.difference(a, a, "m")["ci"] == [0, 0]
+
+
+def test_numbers_without_rows_have_their_own_spread():
+    """Seeds measure on the same text, so its noise does not average out over them."""
+    group = [outcome([1], seed=s, **{"probe loss": Number(2.0, 0.1)}) for s in range(3)]
+    found = bootstrap(group, 4000).of(group, "probe")
+    assert found.value == 2.0 and found.rows == 0 and np.std(found.draws) == pytest.approx(0.1, rel=0.1)
+
+
+def test_draws_stay_within_what_a_share_can_be():
+    group = [outcome([1] * 19 + [0], seed=0), outcome([1] * 20, seed=1), outcome([1] * 10 + [0] * 10, seed=2)]
+    draws = bootstrap(group).of(group, "m").draws
+    assert draws.min() >= 0 and draws.max() <= 1
+
+
+def test_a_seed_that_is_missing_leaves_the_others():
+    whole = [outcome([1, 0] * 10, seed=s) for s in range(3)]
+    part = [outcome([1, 0] * 10, seed=s, arm="sft") for s in (0, 2)]
+    found = bootstrap([*whole, *part]).of(part, "m")
+    assert found.value == 0.5 and 0 < np.isnan(found.draws).mean() < 0.1  # resamples of the third seed alone
+    assert np.isfinite(found.summary()["ci"]).all()
+
+
+def test_the_same_seed_draws_the_same():
+    group = [outcome([1, 0, 0], seed=s) for s in range(2)]
+    assert bootstrap(group, seed=5).of(group, "m").summary() == bootstrap(group, seed=5).of(group, "m").summary()

@@ -1,0 +1,138 @@
+"""Reading a study's cells: what is there, what is missing, what is broken."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from grid.made import POINTS, make_study, write_cell
+from tell.errors import TellError
+from tell.evaluate.text import TextScorer
+from tell.grid.results import Number, canonical, number_of, read_results
+
+
+def test_every_row_of_a_finished_study(tmp_path):
+    study = read_results(make_study(tmp_path, loss=lambda arm, point: 1.7 + 0.2 * (arm == "sft")))
+    assert len(study.outcomes) == len(study.rows) == 6 * 3 * 3 and not study.missing and not study.failed
+    assert study.keys == ("general.tokens",) and study.primary == "schema_adherence"
+    assert study.metrics() == ["schema_adherence"] and study.seeds == [42, 43, 44]
+    sft = [o for o in study.outcomes if o.arm == "sft" and o.seed == 42]
+    assert len(sft) == 6 and len({id(o.measured) for o in sft}) == 1  # one cell for all amounts
+    measured = sft[0].measured
+    assert measured.numbers["probe loss"].value == 1.9
+    change = measured.numbers["probe loss change"]
+    assert change.value == pytest.approx(0.2) and change.spread == pytest.approx(0.01, rel=1e-3)
+    assert measured.costs == {
+        "steps": 12, "tokens": 3456, "flops": 2.5e13, "learning_rate": 1e-3, "seconds": 60, "eval_flops": 1e13,
+    }  # fmt: skip
+    base = next(o.measured for o in study.outcomes if o.arm == "base")
+    assert base.costs["flops"] == 0 and base.numbers["probe loss change"] == Number(0.0, 0.0)
+    lines = (tmp_path / "cells" / sft[0].cell / "predictions/sft.jsonl").read_text().splitlines()
+    assert measured.metrics["schema_adherence"].per_row.tolist() == [
+        json.loads(line)["scores"]["schema_adherence"] for line in lines
+    ]
+
+
+def test_unfinished_and_broken_cells_are_counted(tmp_path):
+    folder = make_study(tmp_path, states={("sft", 43): "waiting", ("base", 44): "running", ("tell", 44): "failed"})
+    whole = read_results(folder)
+    assert whole.missing == {"waiting": 6, "running": 6, "failed": 6}
+    assert len(whole.failed) == 6 and set(whole.failed.values()) == {"out of memory <here>"}
+    cells = [o.cell for o in whole.outcomes if o.arm == "tell" and o.seed == 42]
+    shutil.rmtree(tmp_path / "cells" / cells[0])
+    (tmp_path / "cells" / cells[1] / "metrics.json").write_text("{", encoding="utf-8")
+    (tmp_path / "cells" / cells[2] / "predictions/tell.jsonl").write_text("{}\n", encoding="utf-8")
+    study = read_results(folder)
+    assert study.missing["unreadable"] == 3 and len(study.outcomes) == len(whole.outcomes) - 3
+
+
+def test_an_arm_that_diverged_is_a_failure(tmp_path):
+    folder = make_study(tmp_path, points=POINTS[:1], seeds=[42], arms=["sft"])
+    (cell,) = (tmp_path / "cells").iterdir()
+    metrics = json.loads((cell / "metrics.json").read_text())
+    metrics |= {"arms": {}, "failed": {"sft": "training diverged at step 3"}}
+    (cell / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
+    study = read_results(folder)
+    assert not study.outcomes and study.failed == {cell.name: "training diverged at step 3"}
+    assert study.primary == "" and study.metrics() == []
+
+
+def test_metrics_alone_are_enough(tmp_path):
+    """The repository keeps metrics.json of a cell, not its answers."""
+    folder = make_study(tmp_path)
+    whole = read_results(folder)
+    for path in (tmp_path / "cells").rglob("predictions"):
+        shutil.rmtree(path)
+    study = read_results(folder)
+    for a, b in zip(whole.outcomes, study.outcomes, strict=True):
+        number = b.measured.numbers["schema_adherence"]
+        assert number.value == pytest.approx(a.measured.metrics["schema_adherence"].value, abs=1e-6)
+        assert number.spread == pytest.approx(0.03, rel=1e-3) and not b.measured.metrics and len(b.measured.hashes) == 0
+
+
+def test_metrics_of_the_corpus_come_from_the_answers(tmp_path):
+    """Corpus BLEU and chrF++ are no means of rows: they are scored again, and equal what the run wrote."""
+    folder = make_study(tmp_path, points=POINTS[:1], seeds=[42], arms=["tell"])
+    (cell,) = (tmp_path / "cells").iterdir()
+    pairs = [("the cat sat down", "a cat sat down"), ("we left", "we left at noon"), ("no", "yes, it is")]
+    found = TextScorer().score(*map(list, zip(*pairs, strict=True)))
+    rows = [
+        {
+            "hash": str(i),
+            "answer": a,
+            "reference": r,
+            "scores": {n: float(m.per_row[i]) for n, m in found.items()} | {"bleurt": 0.1 * i},
+        }
+        for i, (a, r) in enumerate(pairs)
+    ]
+    (cell / "predictions/tell.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    metrics = json.loads((cell / "metrics.json").read_text())
+    scores = {name: {"value": metric.value, "ci": [0, 1], "n": 3} for name, metric in found.items()}
+    scores |= {"bleurt": {"value": 0.1, "ci": [0, 0.2], "n": 3}, "human": {"value": 3.0, "ci": [2, 4], "n": 3}}
+    metrics |= {"task": {"kind": "text", "primary": "chrf"}, "arms": {"tell": scores}}
+    (cell / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
+    measured = read_results(folder).outcomes[0].measured
+    assert set(measured.metrics) == {*found, "bleurt"}
+    for name, metric in found.items():
+        assert measured.metrics[name].value == pytest.approx(metric.value)
+        np.testing.assert_array_equal(measured.metrics[name].stats, metric.stats)
+    assert measured.numbers["human"].value == 3.0
+
+
+def test_benchmarks_and_names(tmp_path):
+    folder = make_study(
+        tmp_path, points=POINTS[:1], seeds=[42], arms=["tell"], recipe={"metrics": ["probe", "benchmarks", "nothing"]}
+    )
+    (cell,) = (tmp_path / "cells").iterdir()
+    metrics = json.loads((cell / "metrics.json").read_text())
+    metrics["benchmarks"] = {"arms": {"tell": {"openbookqa": {"value": 0.3, "ci": [0.2, 0.4], "n": 40}}}}
+    (cell / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
+    assert read_results(folder).metrics() == ["probe loss", "benchmark openbookqa"]
+    assert canonical("general held out") == "general held out loss" and canonical("bleu") == "bleu"
+
+
+def test_numbers_that_yaml_reads_as_text(tmp_path):
+    assert [number_of(v) for v in ("3e4", "1.5", "auto", 2.0, None, [1])] == [30000, 1.5, "auto", 2, None, [1]]
+    folder = make_study(tmp_path, points=[{"general.tokens": 30000}], seeds=[42])
+    text = (folder / "study.json").read_text()
+    (folder / "study.json").write_text(text.replace('"general.tokens": 30000', '"general.tokens": "3e4"'))
+    assert {o.point["general.tokens"] for o in read_results(folder).outcomes} == {30000}
+
+
+def test_what_is_no_study(tmp_path):
+    with pytest.raises(TellError, match=r"study\.json: no such file.*tell study"):
+        read_results(tmp_path)
+    for text in ("{", "[]", '{"rows": []}'):
+        (tmp_path / "study.json").write_text(text, encoding="utf-8")
+        with pytest.raises(TellError, match="is no study"):
+            read_results(tmp_path)
+
+
+def test_cells_elsewhere(tmp_path):
+    folder = make_study(tmp_path / "a", points=POINTS[:1], seeds=[42], arms=["tell"])
+    name = json.loads((folder / "study.json").read_text())["rows"][0]["cell"]
+    write_cell(tmp_path / "b" / name, "tell", 0.9, 7, 5, 1.5)
+    assert read_results(folder, tmp_path / "b").outcomes[0].measured.numbers["probe loss"].value == 1.5
