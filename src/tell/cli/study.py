@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tell.cli.common import count, one_of
+from tell.cli.common import count, number, one_of, read_number
 from tell.errors import TellError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
 SHOWN_ERRORS = 20
+MARKS = {"waiting": "", "done": "✓", "failed": "✗"}
 
 
 def study(
@@ -38,6 +39,8 @@ def study(
     address: Annotated[
         str, typer.Option("--address", metavar="ADDRESS", help="of the Ray cluster: auto, ray://HOST:PORT or local")
     ] = "auto",
+    cpus: Annotated[str | None, typer.Option("--cpus", metavar="N", help="cores of each cell on a cluster")] = None,
+    gpus: Annotated[str | None, typer.Option("--gpus", metavar="N", help="GPUs of each cell on a cluster")] = None,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run failed cells again.")] = False,
     keep_adapters: Annotated[bool, typer.Option("--keep-adapters", help="Keep adapters of finished cells.")] = False,
 ) -> None:
@@ -48,6 +51,7 @@ def study(
     Example: tell study recipes/small/fig11.yaml --data ~/data --dry-run
     """
     one_of("--executor", "local", "ray")(executor)
+    share = {"cpus": read_number("--cpus", cpus, number), "gpus": read_number("--gpus", gpus, number)}
     options: dict[str, Any] = {
         "data": data,
         "variables": _variables(variables or ()),
@@ -73,6 +77,7 @@ def study(
             recipe,
             executor=executor,
             address=address,
+            **share,
             retry_failed=retry_failed,
             keep_adapters=keep_adapters or None,
             display=make_display(),
@@ -120,19 +125,25 @@ def plan_panel(plan: dict) -> RenderableType:
     from tell.cli.display import clock, short
 
     keys = list(dict.fromkeys(key for row in plan["cells"] for key in row["point"]))
-    table = Table(title=plan["title"], title_justify="left", header_style="bold")
     tails = [key.rpartition(".")[2] for key in keys]
-    for title in ("arm", *(tail if tails.count(tail) == 1 else key for key, tail in zip(keys, tails, strict=True))):
-        table.add_column(title, overflow="fold")
-    for title in ("seed", "steps", "tokens", "FLOPs", "training", "evaluation", "state"):
+    shown = [[Path(str(row["point"].get(key, ""))).name for key in keys] for row in plan["cells"]]
+    table = Table(title=plan["title"], title_justify="left", header_style="bold", box=None, pad_edge=False)
+    table.add_column("arm", no_wrap=True)
+    for i, (key, tail) in enumerate(zip(keys, tails, strict=True)):
+        width = max(len(values[i]) for values in shown)
+        table.add_column(tail if tails.count(tail) == 1 else key, overflow="fold", min_width=min(width, 12))
+    for title in ("seed", "steps", "tokens", "FLOPs", "train", "rest"):
         table.add_column(title, justify="right", no_wrap=True)
-    for row in plan["cells"]:
-        place = (row["arm"], *(Path(str(row["point"].get(key, ""))).name for key in keys), str(row["seed"]))
+    table.add_column("")
+    for row, values in zip(plan["cells"], shown, strict=True):
         costs = (f"{row['steps']:,}", short(row["tokens"]), f"{row['flops']:.2g}", clock(row["training_seconds"]))
-        state = "" if row["state"] == "waiting" else row["state"]
-        style = {"done": "dim", "failed": "red"}.get(row["state"], "red" if row["error"] else "")
-        shown = costs if row["steps"] else ("",) * len(costs)
-        table.add_row(*place, *shown, clock(row["evaluation_seconds"]), "error" if row["error"] else state, style=style)
+        state = "error" if row["error"] else MARKS.get(row["state"], row["state"])
+        table.add_row(
+            *(row["arm"], *values, str(row["seed"])),
+            *(costs if row["steps"] else [""] * len(costs)),
+            *(clock(row["evaluation_seconds"]), state),
+            style="red" if row["error"] or row["state"] == "failed" else "dim" if row["state"] == "done" else "",
+        )
     lines = []
     for title, total in (("in all", plan["total"]), ("to do", plan["left"])):
         lines.append(

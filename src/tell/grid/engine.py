@@ -107,6 +107,8 @@ def run_study(
     root: str | Path = "studies",
     executor: Literal["local", "ray"] | Executor = "local",
     address: str = "auto",
+    cpus: float | None = None,
+    gpus: float | None = None,
     retry_failed: bool = False,
     keep_adapters: bool | None = None,
     display: Display | None = None,
@@ -126,6 +128,7 @@ def run_study(
         root: folder of the cells.
         executor: ``local``, ``ray``, or an object with ``run(queue)``.
         address: of the Ray cluster: ``auto``, ``ray://HOST:PORT``, or ``local`` for a new one on this machine.
+        cpus, gpus: of each cell on the cluster; default: as the recipe says.
         retry_failed: run failed cells again.
         keep_adapters: keep adapters of finished cells; default: as the recipe says.
         display: shows progress.
@@ -140,7 +143,7 @@ def run_study(
     display = display or Silent()
     options = {"data": data, "variables": variables, "overrides": overrides, "seeds": seeds, "out": out, "root": root}
     study = open_study(recipe, display=display, **options)
-    runner = _executor(executor, study.recipe, address)
+    runner = executor if not isinstance(executor, str) else _executor(executor, study.recipe, address, cpus, gpus)
     stop = Stop(study.folder.root)
     keep = study.recipe.keep_adapters if keep_adapters is None else keep_adapters
     queue = study.queue(display, stop, retry_failed=retry_failed, keep_adapters=keep)
@@ -182,11 +185,14 @@ def _run(study: Study, queue: Queue, runner: Executor, display: Display) -> None
         runner.run(queue)
 
 
-def _executor(executor: str | Executor, recipe: Recipe, address: str) -> Executor:
-    if not isinstance(executor, str):
-        return executor
-    if executor == "local":
+def _executor(name: str, recipe: Recipe, address: str, cpus: float | None, gpus: float | None) -> Executor:
+    if name == "local":
         from tell.grid.executors.local import LocalExecutor
 
         return LocalExecutor()
-    raise TellError(f"no executor {executor!r}", where="--executor", remedy="Use local or ray.")
+    if name == "ray":
+        from tell.grid.executors.ray import RayExecutor
+
+        given = {key: value for key, value in (("cpus", cpus), ("gpus", gpus)) if value is not None}
+        return RayExecutor(address, recipe.resources.model_copy(update=given))
+    raise TellError(f"no executor {name!r}", where="--executor", remedy="Use local or ray.")
