@@ -13,6 +13,7 @@ from tell.grid.words import arm_name, key_name, metric_term, value_name
 from tell.report.figures import nice
 from tell.report.text import number
 
+SAFE = 0.99  # share of resamples in which both arms reach a score that the mean factor is taken over
 LEVELS = 9  # scores compared at, about
 
 
@@ -29,9 +30,10 @@ def efficiency(curves: Sequence[Curve], *, x: str, y: str, reference: str) -> di
         reference: the arm whose amount the others' are divided by.
 
     Returns:
-        ``{"levels": [...], "arms": {arm: {"amounts", "reached"}}, "factors": {arm: {"by_level", "mean"}}, "verdict"}``;
-        None where the reference or every other arm has fewer than two amounts. ``mean`` is geometric, over the scores
-        that both arms reached.
+        ``{"levels": [...], "arms": {arm: {"amounts", "ci", "not_reached"}}, "factors": {arm: {"by_level", "mean"}},
+        "reference", "verdict"}``; None where the reference or every other arm has fewer than two amounts. ``mean`` is
+        geometric, over the scores that both arms reach in at least 99 % of the resamples. A factor's end of 0 says
+        that the reference does not reach the score.
 
     Raises:
         TellError: scikit-learn is not installed.
@@ -57,24 +59,26 @@ def efficiency(curves: Sequence[Curve], *, x: str, y: str, reference: str) -> di
     factors = {}
     for arm in usable:
         if arm != reference:
-            own, sample = needs[arm][0] - needs[reference][0], _minus(needs[arm][1], needs[reference][1])
-            both = np.isfinite(needs[arm][0]) & np.isfinite(needs[reference][0])
-            factors[arm] = {
-                "by_level": [
-                    {
-                        "score": float(sign * s),
-                        "factor": _finite(10 ** own[i]) if both[i] else None,
-                        "ci": _interval(sample[:, i]),
-                    }
-                    for i, s in enumerate(levels)
-                ],
-                "mean": None
-                if not both.any()
-                else {"factor": _finite(10 ** own[both].mean()), "ci": _interval(sample[:, both].mean(axis=1))},
-            }
+            factors[arm] = _factor(needs[arm], needs[reference], sign * levels)
     result = {"levels": [float(sign * s) for s in levels], "arms": arms, "factors": factors, "reference": reference}
     largest = {arm: max(c.x) for arm, c in usable.items()}
     return {**result, "verdict": _verdict(result, x, y, largest)}
+
+
+def _factor(own: tuple[np.ndarray, np.ndarray], reference: tuple[np.ndarray, np.ndarray], scores: np.ndarray) -> dict:
+    """Amounts of one arm over those of the reference, each as logarithms (levels,) and (samples, levels)."""
+    logs, sample = _minus(own[0], reference[0]), _minus(own[1], reference[1])
+    both = np.isfinite(logs)
+    safe = both & (np.isfinite(sample).mean(axis=0) >= SAFE)
+    mean = None
+    if safe.any():
+        factor = _finite(10 ** logs[safe].mean())
+        mean = {"scores": scores[safe].tolist(), "factor": factor, "ci": _interval(sample[:, safe].mean(axis=1))}
+    by_level = [
+        {"score": float(s), "factor": _finite(10 ** logs[i]) if both[i] else None, "ci": _interval(sample[:, i])}
+        for i, s in enumerate(scores)
+    ]
+    return {"by_level": by_level, "mean": mean}
 
 
 def _monotone(curve: Curve, sign: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -146,18 +150,18 @@ def _verdict(result: dict[str, Any], x: str, y: str, largest: dict[str, float]) 
         )
     parts = []
     for arm, factor in result["factors"].items():
-        reached = [entry for entry in factor["by_level"] if entry["factor"] is not None]
         if factor["mean"] is not None:
             low, high = factor["mean"]["ci"]
-            ends = f"{low:.2g}" if low is not None else "not reached"
-            ends += f" to {high:.2g}" if high is not None else " to not reached"
-            scores = f"{number(reached[0]['score'], unit)} to {number(reached[-1]['score'], unit)}"
-            told = "" if _apart(low, high) else ", not told from 1"
+            ends = f"{low:.2g} to " + (f"{high:.2g}" if high is not None else "not reached")
+            scores = " to ".join(number(factor["mean"]["scores"][i], unit) for i in (0, -1))
+            told = ", not told from 1" if low <= 1 and (high is None or high >= 1) else ""
             times = f"{factor['mean']['factor']:.2g} times the {what} that {arm_name(reference)} needs"
             parts.append(
                 f"{arm_name(arm)} needs {times} for the same {label} "
                 f"(95 % interval {ends}{told}; mean over scores from {scores})"
             )
+        elif any(entry["factor"] is not None for entry in factor["by_level"]):
+            parts.append(f"{arm_name(arm)} reaches the same {label} in too few resamples for a factor")
         lost = [e["score"] for e in factor["by_level"] if e["factor"] is None]
         if lost:
             i = result["levels"].index(lost[0])
@@ -173,8 +177,3 @@ def _verdict(result: dict[str, Any], x: str, y: str, largest: dict[str, float]) 
             else:
                 parts.append(f"{arm_name(reference)} does not reach {number(lost[0], unit)}; {arm_name(arm)} does")
     return ". ".join(f"{p[0].upper()}{p[1:]}" for p in parts) + "."
-
-
-def _apart(low: float | None, high: float | None) -> bool:
-    """Whether an interval of factors leaves out 1; an end that is not reached lies beyond every factor."""
-    return (low is not None and low > 1) or (high is not None and high < 1)

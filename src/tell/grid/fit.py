@@ -30,6 +30,7 @@ from tell.grid.figures import Mark
 from tell.grid.words import metric_term, rounded
 
 LEAST = 4  # amounts above 0 below which no shapes are compared
+RESAMPLES = 1000  # fitted anew, of those there are
 GRID = 41  # values tried for each number that a shape is not linear in
 RIVALS = ("line", "power law", "constant")
 NAMES = {"logistic": "S-curve", "line": "straight line in log amount", "power law": "power law", "constant": "constant"}
@@ -105,7 +106,7 @@ def fit_curve(curve: Curve, metric: str) -> Fits:
     zero = [i for i, x in enumerate(curve.x) if x == 0]
     x = np.array([curve.x[i] for i in keep], dtype=float)
     y, draws = curve.values[keep], curve.samples[:, keep]
-    draws = draws[np.isfinite(draws).all(axis=1)]
+    draws = draws[np.isfinite(draws).all(axis=1)][:RESAMPLES]
     facts: dict[str, Any] = {"amounts": x.tolist(), "left_out": [curve.x[i] for i in zero], "seeds": _seeds(curve)}
     facts["points"] = [{"x": v, **d.summary()} for v, d in zip(curve.x, curve.draws, strict=True)]
     if len(x) < LEAST or len(draws) < 100:
