@@ -1,0 +1,158 @@
+"""What a study's folder says: files, pictures, the page."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from grid.made import POINTS, make_study
+from tell.errors import TellError
+from tell.grid.drawing import PAPER, Axis, drawing, save
+from tell.grid.inline import inline_svg
+from tell.grid.page import write_study
+
+RECIPE = {
+    "metrics": ["schema_adherence"],
+    "figures": [
+        {"x": "general.tokens", "y": "schema_adherence", "lines": "arm", "panels": "task.rows"},
+        {"x": "general.tokens", "y": "probe"},
+        {"kind": "map", "x": "general.tokens", "y": "task.rows", "value": "schema_adherence"},
+        {"x": "general.tokens", "y": "schema_adherence", "lines": "task.rows"},
+        {"x": "general.tokens", "y": "no such metric"},
+    ],
+    "fits": [{"x": "general.tokens", "y": "schema_adherence", "arm": "tell"}],
+    "efficiency": [{"x": "task.rows", "y": "schema_adherence", "arms": ["sft", "tell"]}],
+    "pareto": [{"gain": "schema_adherence", "cost": "probe", "panels": "task.rows"}],
+}
+TWO = [{**point, "task.rows": n} for n in (15, 60, 115) for point in POINTS]
+FILES = ("table.csv", "table.md", "fits.json", "efficiency.json", "flips.json", "pareto.json", "index.html")
+
+
+def chance(arm: str, point: dict, seed: int) -> float:
+    more = 0.3 * np.log10(point["task.rows"] / 15)
+    if arm == "tell":
+        return 0.1 + more + 0.5 / (1 + np.exp(-6 * (np.log10(1 + point["general.tokens"]) - 4.8)))
+    return {"base": 0.05, "sft": 0.1 + more}[arm]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A whole study, written; do not write into it."""
+    made = make_study(tmp_path_factory.mktemp("page"), points=TWO, recipe=RECIPE, chance=chance)
+    assert write_study(made) == made / "index.html"
+    return made
+
+
+class Page(HTMLParser):
+    """Tags and attributes of a page, and its text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict]] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_every_file_is_there(folder):
+    assert all((folder / name).stat().st_size for name in FILES)
+    names = sorted(path.name for path in (folder / "figures").iterdir())
+    stems = ["figure1", "figure2", "figure3", "figure4", "front1"]  # the fifth asks for a metric that no cell has
+    assert names == sorted(f"{stem}.{kind}" for stem in stems for kind in ("svg", "png"))
+    for path in (folder / "figures").glob("*.svg"):
+        ElementTree.parse(path)
+    fits = json.loads((folder / "fits.json").read_text())
+    assert [fit["where"] for fit in fits] == [{"task.rows": n} for n in (15, 60, 115)]
+    flips = json.loads((folder / "flips.json").read_text())
+    assert flips[0]["amounts"] == [p["general.tokens"] for p in POINTS] and len(flips[0]["rows"]["42"]) == 20
+    efficiency = json.loads((folder / "efficiency.json").read_text())
+    assert [entry["where"] for entry in efficiency] == [{"general.tokens": p["general.tokens"]} for p in POINTS]
+    pareto = json.loads((folder / "pareto.json").read_text())
+    assert [entry["heading"] for entry in pareto] == ["15 task rows", "60 task rows", "115 task rows"]
+
+
+def test_the_page_is_one_file_without_scripts_or_style_attributes(folder):
+    page = Page((folder / "index.html").read_text(encoding="utf-8"))
+    tags = {tag for tag, _ in page.tags}
+    assert not tags & {"script", "img", "iframe", "object", "image"}
+    for tag, attributes in page.tags:
+        assert "style" not in attributes, tag  # the page's policy forbids them
+        assert not any(name.startswith("on") for name in attributes)
+        assert attributes.get("href", "#").startswith("#")
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert sum(tag == "svg" for tag, _ in page.tags) == 5
+    titles = [i for i in ids if i.endswith("-title")]
+    assert len(titles) == len(set(titles)) == 5
+    assert "Made <up>" in page.text and "x < y" in page.text  # escaped in the source
+    fit = json.loads((folder / "fits.json").read_text())[0]
+    assert fit["verdict"].replace(" %", "\u202f%") in page.text
+    assert "66 of 66 finished" in page.text
+
+
+def test_the_same_cells_give_the_same_files(folder, tmp_path):
+    again = make_study(tmp_path, points=TWO, recipe=RECIPE, chance=chance)
+    write_study(again)
+    for name in (*FILES, "figures/figure1.svg", "figures/front1.svg"):
+        assert (again / name).read_bytes() == (folder / name).read_bytes(), name
+
+
+def test_a_study_under_way(tmp_path):
+    states = {("sft", 42): "running", ("sft", 43): "waiting", ("sft", 44): "failed", ("tell", 44): "waiting"}
+    made = make_study(tmp_path, recipe=RECIPE, states=states)
+    write_study(made)
+    page = Page((made / "index.html").read_text(encoding="utf-8"))
+    assert "Not complete. Of 54 rows of the study, 6 running, 12 waiting, 6 failed." in page.text
+    assert "out of memory <here>" in page.text
+    assert json.loads((made / "efficiency.json").read_text()) == []
+
+
+def test_a_study_with_nothing_finished(tmp_path):
+    made = make_study(
+        tmp_path, recipe=RECIPE, states={(arm, s): "waiting" for arm in ("base", "sft", "tell") for s in (42, 43, 44)}
+    )
+    write_study(made)
+    assert "No cell of this study is finished." in (made / "index.html").read_text(encoding="utf-8")
+    assert (made / "table.csv").read_text().count("\n") == 1
+
+
+def test_without_matplotlib(tmp_path, monkeypatch):
+    made = make_study(tmp_path, recipe={"figures": RECIPE["figures"][:1]})
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(TellError, match=r'matplotlib.*pip install "tell-llm\[study\]"'):
+        write_study(made)
+
+
+def test_zero_stands_apart_on_a_logarithmic_axis():
+    axis = Axis([0, 10, 100, 1000])
+    places = [axis.at(v) for v in axis.values]
+    assert axis.log and places[1:] == [1, 2, 3] and places[0] == axis.zero <= 0.65
+    assert not Axis([1, 2, 3]).log and Axis([1, 2, 3]).at(2) == 2
+    assert Axis(["b", "a"]).at("a") == 1
+
+
+def test_a_drawing_inside_a_page(tmp_path):
+    with drawing(1, height=2) as (figure, (axes,)):
+        axes.plot([0, 1], [1, 0], color="#123456", marker="o")
+        axes.set_title("<title>")
+    save(figure, tmp_path / "a")
+    svg = inline_svg((tmp_path / "a.svg").read_text(encoding="utf-8"), key="k", title="a < b")
+    root = ElementTree.fromstring(svg)
+    assert root.find("title").text == "a < b" and root.attrib["aria-labelledby"] == "k-title"
+    ids = {e.attrib["id"] for e in root.iter() if "id" in e.attrib}
+    assert ids and all(i.startswith("k-") for i in ids)
+    used = re.findall(r'(?:href="|url\()#([\w.-]+)', svg)
+    assert used and set(used) <= ids
+    assert "currentColor" in svg and "var(--soft)" in svg and "#123456" in svg
+    assert PAPER not in svg and "<style" not in svg and "metadata" not in svg
