@@ -141,6 +141,16 @@ def test_anchor_json_and_file(tiny_model, tmp_path, capsys):
     assert "exists already" in capsys.readouterr().err
 
 
+def test_separate_takes_a_run_and_its_adapter(finished, capsys):
+    out, _ = finished
+    assert run(["separate", str(out), "--adapter", "tell", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["queries"] == 8 and result["adapter"] == "tell" and result["anchor"]["text"] == "Sort this mail."
+    assert result["general"].endswith("titles/train.jsonl")
+    assert run(["separate", str(out), "-c", str(out / "run.yaml")]) == 2
+    assert "a run and -c are both given" in capsys.readouterr().err
+
+
 def test_an_interrupted_run_goes_on_with_nothing_typed_twice(tiny_model, home, tmp_path):
     out = tmp_path / "out"
     argv = ["tune", str(SUPPORT / "train.jsonl"), *SMALL, "--model", str(tiny_model("llama")), "--out", str(out)]

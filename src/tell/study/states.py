@@ -17,7 +17,7 @@ from tell.evaluate.intervals import estimate
 from tell.evaluate.means import mean_metric
 from tell.mix.seeds import permutation
 from tell.progress import Display
-from tell.rows.tokenize import prompt_ids
+from tell.rows.tokenize import CHUNK, prompt_ids
 from tell.study.prepare import Task
 
 QUERIES = 50
@@ -124,9 +124,11 @@ def general_queries(
         return [e for _, e in zip(range(most), fitting, strict=False)]
     tokens = np.empty(len(rows))
     with display.bar("lengths of general queries", len(rows)) as advance:
-        for i, row in enumerate(rows):
-            tokens[i] = len(prompt_ids(task.chat, row))
-            advance(1)
+        for begin in range(0, len(rows), CHUNK):
+            texts = [task.chat.render(e.prompt, add_generation_prompt=True) for e in rows[begin : begin + CHUNK]]
+            encoded = task.chat.backend.encode_batch_fast(texts, add_special_tokens=False)
+            tokens[begin : begin + CHUNK] = [len(ids) for ids in encoded]
+            advance(len(texts))
     added = len(prompt_ids(task.chat, rows[0], anchor)) - tokens[0]
     tokens[tokens + added >= positions] = np.inf
     chosen: list[Example] = []
