@@ -159,6 +159,9 @@ class EvalConfig(Section):
     bootstrap: int = Field(2000, ge=100, description="resamples for 95 % intervals")
     forgetting_rows: int = Field(64, ge=0, description="general rows for loss before and after; 0 turns it off")
     forgetting_answers: int = Field(24, ge=0, description="general prompts answered before and after")
+    bleurt: str | None = Field(
+        None, description="also score text by BLEURT-20: its folder, or lucadiliello/BLEURT-20 (extra: bleurt)"
+    )
     answer_loss: bool = Field(False, description="also score how likely each arm finds the reference answers")
     benchmarks: tuple[str, ...] = Field(
         (), description="of general ability, before and after: gsm8k, openbookqa, agieval (extra: harness)"

@@ -17,5 +17,6 @@ NAMES = {
     "rouge_l": "ROUGE-L",
     "chrf": "chrF++",
     "bleu": "BLEU",
+    "bleurt": "BLEURT",
     "answer_loss": "answer loss",
 }

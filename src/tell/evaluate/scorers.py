@@ -20,6 +20,7 @@ def make_scorer(
     schema: dict | None = None,
     labels: Sequence[str] | None = None,
     custom: str | None = None,
+    bleurt: str | None = None,
 ) -> Scorer:
     """The scorer for ``kind`` (json, label or text), or the user's own where ``custom`` names one.
 
@@ -27,10 +28,14 @@ def make_scorer(
         schema: JSON Schema, needed for json.
         labels: the known labels, needed for label.
         custom: ``package.module:function``; it scores whatever the kind is.
+        bleurt: a BLEURT checkpoint, for text alone.
 
     Raises:
-        TellError: an unknown kind, a missing or invalid schema, missing labels, a function not found.
+        TellError: an unknown kind, a missing or invalid schema, missing labels, a function or a checkpoint not found.
     """
+    if bleurt is not None and (custom is not None or kind != "text"):
+        other = "task.scorer" if custom is not None else f"kind {kind}"
+        raise TellError(f"{other} is not scored by BLEURT", where="eval.bleurt", remedy="Leave it out.")
     if custom is not None:
         return CustomScorer(custom)
     if kind == "json":
@@ -40,5 +45,5 @@ def make_scorer(
     if kind == "label":
         return LabelScorer(labels or ())
     if kind == "text":
-        return TextScorer()
+        return TextScorer(bleurt)
     raise TellError(f"kind {kind!r} is unknown", where="task.kind", remedy=f"Use {', '.join(KINDS)} or auto.")

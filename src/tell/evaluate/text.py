@@ -1,4 +1,4 @@
-"""Scores free text: chrF++ and BLEU through sacrebleu, ROUGE-L through rouge-score."""
+"""Scores free text: chrF++ and BLEU through sacrebleu, ROUGE-L through rouge-score, BLEURT where it is asked for."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from tell.evaluate.bleurt import Bleurt
 from tell.evaluate.means import check_pairs, mean_metric
 from tell.evaluate.scored import Metric
 
@@ -37,12 +38,19 @@ class TextScorer:
         bleu: corpus BLEU with sacrebleu's defaults, 0 to 100, equal to ``sacrebleu.corpus_bleu``.
         rouge_l: mean over rows of ROUGE-L's F1, 0 to 1.
         exact_match: equal but for surrounding whitespace. Binary.
+        bleurt: mean over rows of BLEURT's score, where a checkpoint is given; it is then the primary metric.
 
     Per row stand the sentence scores; BLEU's with effective order, as sacrebleu recommends.
+
+    Args:
+        bleurt: a checkpoint, see `tell.evaluate.bleurt.Bleurt`.
     """
 
     name = "text"
-    primary = "chrf"
+
+    def __init__(self, bleurt: str | None = None) -> None:
+        self._bleurt = Bleurt(bleurt) if bleurt else None
+        self.primary = "bleurt" if bleurt else "chrf"
 
     def is_task_format(self, answer: str) -> None:
         """None: free text has no format to leak."""
@@ -60,7 +68,8 @@ class TextScorer:
         rouge = RougeScorer(["rougeL"], tokenizer=UnicodeTokenizer())
         pairs = list(zip(answers, references, strict=True))
         chrf = CHRF(word_order=2)
-        return {
+        learned = {"bleurt": mean_metric(self._bleurt.score(answers, references))} if self._bleurt else {}
+        return learned | {
             "chrf": _corpus_metric(chrf, chrf, answers, references),
             "bleu": _corpus_metric(BLEU(force=True), BLEU(effective_order=True), answers, references),
             "rouge_l": mean_metric([rouge.score(ref, answer)["rougeL"].fmeasure for answer, ref in pairs]),

@@ -22,6 +22,7 @@ PATHS = (
     ("model", "name"),
     ("tokens", "unit"),
     ("eval", "benchmark_data"),
+    ("eval", "bleurt"),
 )
 
 

@@ -31,7 +31,9 @@ WITHOUT_ANCHOR = frozenset({"base", "tell-anchor"})
 
 def scorer_of(config: Config, kind: Kind) -> Scorer:
     """The scorer of a task: the user's own function, or by the kind of answers."""
-    return make_scorer(kind.name, schema=kind.schema, labels=kind.labels, custom=config.task.scorer)
+    return make_scorer(
+        kind.name, schema=kind.schema, labels=kind.labels, custom=config.task.scorer, bleurt=config.eval.bleurt
+    )
 
 
 def answer_limit(config: Config, chat: ChatTokenizer, examples: Sequence[Example]) -> int:
