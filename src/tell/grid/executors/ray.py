@@ -10,6 +10,7 @@ import io
 import os
 import shutil
 import signal
+import socket
 import tarfile
 import tempfile
 import time
@@ -159,6 +160,7 @@ class RayExecutor:
         quiet = {"log_to_driver": False, "logging_level": "ERROR"}
         more = {"include_dashboard": False} if self.address == "local" else {}
         try:
+            _knock(self.address)
             self.ray.init(self.address, **quiet, **more, **self.options)
         except (ConnectionError, ValueError, RuntimeError, OSError) as error:
             raise TellError(
@@ -183,6 +185,13 @@ class RayExecutor:
             cpus = float(max(1, min(shares, default=1)))
         slots = [min(m["CPU"] // cpus, m["GPU"] // gpus if gpus else m["CPU"]) for m in fit]
         return cpus, int(sum(slots))
+
+
+def _knock(address: str) -> None:
+    """Raise OSError where nobody listens; Ray itself would try for minutes."""
+    host, colon, port = address.removeprefix("ray://").partition("/")[0].rpartition(":")
+    if colon and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 _process = ExitStack()
