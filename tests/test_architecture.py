@@ -27,13 +27,14 @@ ROOMS = {
     "report": {"evaluate"},
     "study": {"data", "anchor", "rows", "models", "mix", "train", "generate", "evaluate", "report"},
     "build": {"data"},
+    "grid": {"rows", "models", "mix", "data", "anchor", "train", "generate", "evaluate", "report", "study", "build"},
 }
 EXCEPTIONS = {
     "anchor/write.py": {"mix", "rows", "train", "generate"},
     "evaluate/__init__.py": {"study"},
     "evaluate/bleurt.py": {"models"},
 }
-NO_TORCH = ("config", "data", "anchor", "rows", "mix", "models", "evaluate", "report", "build")
+NO_TORCH = ("config", "data", "anchor", "rows", "mix", "models", "evaluate", "report", "build", "grid")
 WITH_TORCH = ("anchor.write", "models.convert", "models.load")
 
 
