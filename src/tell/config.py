@@ -133,6 +133,9 @@ class TrainConfig(Section):
     fast: Literal["auto", "off"] = Field(
         "auto", description="auto: packed rows, fused operations and kernels; off: transformers and peft as they are"
     )
+    parallel: Literal["auto", "ddp", "fsdp"] = Field(
+        "auto", description="under torchrun: ddp (auto) copies the model to each process, fsdp spreads its weights"
+    )
     checkpoint_every: int = Field(50, ge=0, description="optimiser steps between checkpoints; 0: only on a signal")
 
 

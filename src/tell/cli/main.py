@@ -17,6 +17,7 @@ from tell import __version__
 from tell.cli import anchor, build, chat, demo, eval, plan, report, separate, study, tune
 from tell.cli.common import nearest
 from tell.errors import TellError
+from tell.train.launch import refuse_several
 
 # The base of all usage errors; typer brings click along in some versions and depends on it in others.
 _ClickException: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
@@ -68,6 +69,8 @@ def _tell(
     """
     if ctx.invoked_subcommand is None:
         typer.echo(ctx.get_help())
+    elif ctx.invoked_subcommand != "tune":
+        refuse_several(ctx.invoked_subcommand)
 
 
 app.command("tune")(tune.tune)

@@ -11,6 +11,7 @@ import typer
 
 from tell.cli.common import Given, configured
 from tell.errors import TellError
+from tell.train.launch import launched
 
 _Switch = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.", rich_help_panel="Run")]
 
@@ -33,7 +34,9 @@ def tune(
         raise TellError("both are given", where="--resume and --overwrite", remedy="Give one of them.")
     _resume_alone(given, resume)
     config = given.load("tune")
-    if config.out and not (resume or overwrite):
+    launch = launched()
+    leads = launch is None or launch.rank == 0
+    if leads and config.out and not (resume or overwrite):
         resume, overwrite = ask_about(Path(config.out))
 
     import tell
@@ -41,7 +44,8 @@ def tune(
     from tell.cli.tables import make_console, show_run
 
     run = tell.tune(config, resume=resume, overwrite=overwrite, display=make_display(), command=command_line())
-    show_run(make_console(), run)
+    if leads:
+        show_run(make_console(), run)
 
 
 def _resume_alone(given: Given, resume: bool) -> None:

@@ -12,7 +12,7 @@ from tell.errors import TellError
 from tell.run import RunFolder, write_text
 
 # Keys that may differ between a run and its resumption: they change no number.
-FREE = ("out",)
+FREE = ("out", "train.parallel")
 PATHS = (
     ("task", "data"),
     ("task", "test"),

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import FrameType
 
 from tell.errors import Interrupted
+from tell.progress import Advance, Display
 
 
 class Stop:
@@ -50,3 +51,23 @@ class Stop:
         finally:
             for number, handler in old.items():
                 signal.signal(number, handler)
+
+
+class Checked:
+    """A display whose bars also ask whether to stop."""
+
+    def __init__(self, display: Display, stop: Stop) -> None:
+        self.display, self.stop = display, stop
+
+    def note(self, text: str) -> None:
+        self.display.note(text)
+
+    @contextmanager
+    def bar(self, title: str, total: float | None, unit: str = "rows") -> Iterator[Advance]:
+        with self.display.bar(title, total, unit) as advance:
+
+            def checked(amount: float = 1, info: str = "") -> None:
+                self.stop.check()
+                advance(amount, info)
+
+            yield checked

@@ -6,18 +6,17 @@ import json
 import shutil
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tell.anchor.anchor import Anchor
 from tell.config import Config
-from tell.errors import Diverged, Interrupted, TellError
+from tell.errors import Diverged, Interrupted
 from tell.mix.amount import Draw
 from tell.mix.orders import get_order
-from tell.models.predict import record_speed
 from tell.progress import Display, Silent
 from tell.rows.table import RowTable
 from tell.run import RunFolder, write_json
@@ -40,11 +39,16 @@ from tell.study.prepare import (
     stand_in_anchor,
     task_table,
 )
-from tell.study.record import dtype_name, train_numbers, write_adapter_notes, write_decided, write_findings
+from tell.study.processes import decoding_beside, load_spread, start_job, with_processes
+from tell.study.record import train_numbers, write_adapter_notes, write_decided, write_findings
 from tell.study.scoring import adapter_folder, check_prompts, scorer_of
 from tell.study.self_data import enough_of, write_self_data
 from tell.study.session import load_engine
-from tell.study.stop import Stop
+from tell.study.speed import keep_speed, measure_speed
+from tell.study.stop import Checked, Stop
+
+if TYPE_CHECKING:
+    from tell.train.parallel import Processes
 
 
 def tune(
@@ -65,13 +69,18 @@ def tune(
         command: kept in the report.
 
     Returns:
-        The run folder.
+        The run folder. Under torchrun the first process does all but train; the others return once training is over.
 
     Raises:
         TellError: bad input, said before anything is written.
         Interrupted: SIGINT or SIGTERM; the folder can be resumed.
     """
-    display = display or Silent()
+    return with_processes(config, partial(_tune, config, resume, overwrite, display or Silent(), command))
+
+
+def _tune(
+    config: Config, resume: bool, overwrite: bool, display: Display, command: str, processes: Processes | None
+) -> RunFolder:
     begin = time.monotonic()
     config = with_full_paths(config)
     folder, resumed = claim(config, resume=resume, overwrite=overwrite)
@@ -79,8 +88,10 @@ def tune(
     task = load_task(config, display)
     scorer_of(config, task.kind)  # a scorer that cannot be loaded is said now, not after training
     check_benchmarks(config)
+    if processes is not None:
+        task.notice(f"trained by {processes}", display)
     earlier = float(folder.read_status().get("seconds", 0)) if resumed else 0.0
-    run = _Run(config, folder, task, arms, display, Stop(folder.root), begin, command, earlier)
+    run = _Run(config, folder, task, arms, display, Stop(folder.root), begin, command, earlier, processes)
     run.check_rows()
     open_folder(folder, fresh=not resumed, config=config, seconds=run.seconds)
     with run.stop.listening():
@@ -92,6 +103,8 @@ def tune(
         except BaseException as error:
             run.status("failed", error=str(error) or type(error).__name__)
             raise
+        finally:
+            run.dismiss()
     return folder
 
 
@@ -111,6 +124,7 @@ class _Run:
     begin: float
     command: str
     earlier: float = 0.0  # seconds of the sessions before this one
+    processes: Processes | None = None  # that train with this one
     stage: str = "start"
     failed: dict[str, str] = field(default_factory=dict)  # control arms that diverged, and how
     general: General | None = None
@@ -150,6 +164,7 @@ class _Run:
         lead = lead_arm(self.arms, mixtures)
         write_decided(self.folder, self.task, plan, mixtures[lead] if lead else None)
         results = self._train(mixtures, lead)
+        self.dismiss()
         self._at("evaluate")
         metrics, validation = measure_arms(
             self.task,
@@ -192,9 +207,22 @@ class _Run:
     def _model(self) -> Any:
         """The base model, loaded once, and its engine."""
         if self.loaded is None:
-            self.loaded, self.engine = load_engine(self.task.files, self.config)
+            self.loaded, self.engine = load_engine(self.task.files, decoding_beside(self.config, self.processes))
             self.display.note(f"{self.task.files.name} ({self.task.files.origin}); {self.loaded.why}")
         return self.loaded.model
+
+    def _trainee(self) -> tuple[Any, Any]:
+        """The base model to train, and on what device; spread over processes, it may not fit beside a whole one."""
+        if self.processes is not None and self.processes.sharded:
+            self.loaded = self.engine = None
+            return load_spread(self.task.files, self.config)
+        self._model()
+        return self.loaded, self.loaded.device
+
+    def dismiss(self) -> None:
+        """No more training: the other processes need not wait."""
+        if self.processes is not None:
+            self.processes.dismiss(str(self.folder.root))
 
     def _anchor(self) -> Anchor:
         """The anchor by hand, from the folder when resumed, or written by the model."""
@@ -225,7 +253,8 @@ class _Run:
     def _in_time(self, table: RowTable, general: General, draw: Draw, minutes: float) -> Draw:
         """The draw as far as it fits --max-minutes; when resumed, as it was decided the first time."""
         if not self.folder.plan.exists():
-            self._calibrate(table)
+            self._model()
+            measure_speed(self.task, table, self.loaded)
             return fit_minutes(self.task, table, general, draw, minutes, time.monotonic() - self.begin)
         old = json.loads(self.folder.plan.read_text(encoding="utf-8"))["draw"]
         rows = old["rows"]
@@ -252,7 +281,7 @@ class _Run:
             self.engine,
             model=self.task.files.fingerprint,
             enough=in_time,
-            display=_Checked(self.display, self.stop),
+            display=Checked(self.display, self.stop),
         )
         if facts["thrown"]:
             thrown = ", ".join(f"{n} {reason}" for reason, n in sorted(facts["thrown"].items(), key=lambda x: -x[1]))
@@ -260,44 +289,6 @@ class _Run:
                 f"general data: the model wrote {facts['asked']:,} instructions, {facts['kept']:,} kept ({thrown})"
             )
         return str(path)
-
-    def _calibrate(self, table: RowTable) -> None:
-        """Measure two training steps, so that --max-minutes goes by this machine as it is now."""
-        import torch
-
-        from tell.train.batches import TrainRow
-        from tell.train.lora import add_lora, remove_lora
-        from tell.train.step import Body, step_loss
-
-        model = self._model()
-        tuned = add_lora(model, self.task.training, seed=self.config.seed)
-        try:
-            body = Body(tuned)
-            rows = [TrainRow(*table.row(i % len(table)), 0, True) for i in range(self.config.train.batch_size)]
-            for _ in range(2):  # the first warms up
-                begin = time.monotonic()
-                out = step_loss(
-                    body,
-                    rows,
-                    normalization=self.config.train.loss_normalization,
-                    micro_tokens=self.config.train.micro_tokens,
-                    device=self.loaded.device,
-                )
-                if torch.cuda.is_available():
-                    torch.cuda.synchronize()
-                seconds = time.monotonic() - begin
-        finally:
-            remove_lora(tuned)
-        self._record_speed(out.tokens / seconds)
-
-    def _record_speed(self, tokens_per_second: float) -> None:
-        with suppress(TellError):  # a home that cannot be written costs the next plan's accuracy, not this run
-            record_speed(
-                self.task.files.fingerprint,
-                self.loaded.device.type,
-                dtype_name(self.loaded),
-                tokens_per_second,
-            )
 
     def _train(self, mixtures: dict, lead: str | None) -> dict[str, dict]:
         """Train the arms that are asked for; finished ones are kept. Their results by arm.
@@ -319,7 +310,7 @@ class _Run:
                 self._leave_out(arm, json.loads(gave_up.read_text(encoding="utf-8"))["error"])
                 continue
             tables, mixture = mixtures[arm]
-            model = self._model()
+            base, device = self._trainee()
             total = int(mixture.column("tokens").sum(dtype=np.int64))
             with self.display.bar(f"train {arm}", total, "tokens") as advance:
                 counted = 0
@@ -330,17 +321,20 @@ class _Run:
                     advance(report.tokens_total - counted, f"step {report.step}/{report.steps}, loss {losses}")
                     counted = report.tokens_total
 
+                if self.processes:
+                    start_job(self.processes, self.task, base, place, tables, mixture)
                 trainer = Trainer(
-                    model,
+                    base.model,
                     tables,
                     mixture,
                     self.task.training,
                     folder=place,
                     log=self.folder.losses(arm),
                     seed=self.config.seed,
-                    device=self.loaded.device,
+                    device=device,
                     stopped=self.stop,
                     progress=progress,
+                    processes=self.processes,
                 )
                 try:
                     result = trainer.run(resume=True)
@@ -355,8 +349,9 @@ class _Run:
                     continue
             if arm == "tell":
                 write_adapter_notes(self.folder, self.task)
-                if result.steps >= 10 and result.seconds > 0:
-                    self._record_speed(arm_costs(self.task, mixture)["computed_tokens"] / result.seconds)
+                if result.steps >= 10 and result.seconds > 0 and self.processes is None:
+                    computed = arm_costs(self.task, mixture)["computed_tokens"]
+                    keep_speed(self.task, self.loaded, computed / result.seconds)
             results[arm] = result.to_dict()
             write_json(done, results[arm])  # last: from here on the arm counts as trained
             shutil.rmtree(place / "checkpoint", ignore_errors=True)
@@ -366,28 +361,3 @@ class _Run:
         self.failed[arm] = why
         self.arms.remove(arm)
         self.task.notice(f"the arm {arm} failed and is left out: {why}", self.display)
-
-
-class _Checked:
-    """A display whose bars also ask whether to stop."""
-
-    def __init__(self, display: Display, stop: Stop) -> None:
-        self.display, self.stop = display, stop
-
-    def note(self, text: str) -> None:
-        self.display.note(text)
-
-    def bar(self, title: str, total: float | None, unit: str = "rows") -> Any:
-        from contextlib import contextmanager
-
-        @contextmanager
-        def bar() -> Any:
-            with self.display.bar(title, total, unit) as advance:
-
-                def checked(amount: float = 1, info: str = "") -> None:
-                    self.stop.check()
-                    advance(amount, info)
-
-                yield checked
-
-        return bar()

@@ -26,10 +26,7 @@ def save_checkpoint(folder: Path, parameters: dict[str, torch.nn.Parameter], opt
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    tensors = {f"weight/{name}": p.detach().cpu().contiguous() for name, p in parameters.items()}
-    for name, p in parameters.items():
-        for key, value in optimizer.state.get(p, {}).items():
-            tensors[f"{key}/{name}"] = torch.as_tensor(value).detach().cpu().contiguous()
+    tensors = state_tensors(parameters, optimizer)
     temporary = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -82,6 +79,21 @@ def load_checkpoint(
             where=str(folder),
             remedy="Resume with the settings in run.yaml, or start anew with --overwrite.",
         )
+    put_state(tensors, parameters, optimizer)
+    return facts
+
+
+def state_tensors(parameters: dict[str, torch.nn.Parameter], optimizer: Any) -> dict[str, torch.Tensor]:
+    """Weights and optimiser state on the processor, by ``weight/<name>``, ``exp_avg/<name>`` and so on."""
+    tensors = {f"weight/{name}": p.detach().cpu().contiguous() for name, p in parameters.items()}
+    for name, p in parameters.items():
+        for key, value in optimizer.state.get(p, {}).items():
+            tensors[f"{key}/{name}"] = torch.as_tensor(value).detach().cpu().contiguous()
+    return tensors
+
+
+def put_state(tensors: dict[str, torch.Tensor], parameters: dict[str, torch.nn.Parameter], optimizer: Any) -> None:
+    """Put back what ``state_tensors`` took."""
     with torch.no_grad():
         for name, p in parameters.items():
             p.copy_(tensors[f"weight/{name}"])
@@ -92,4 +104,3 @@ def load_checkpoint(
             }
             if state:
                 optimizer.state[p] = state
-    return facts

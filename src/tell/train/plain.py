@@ -58,6 +58,7 @@ def plain_step_loss(
     backward: bool = True,
     device: torch.device | str = "cpu",
     clip: Callable[[], Tensor] | None = None,
+    total: float | None = None,
 ) -> StepLoss:
     """Loss of one step's rows as ``step.step_loss`` defines it, gradients accumulated over padded micro-batches.
 
@@ -68,8 +69,11 @@ def plain_step_loss(
         task_weight: weight of task rows.
         micro_tokens: tokens of one pass, padding included.
         backward, clip: as in ``step.accumulate``.
+        total: as in ``step.step_loss``.
     """
-    total = send(torch.tensor(batch_total(rows, normalization, task_weight), dtype=torch.float32), device)
+    if total is None:
+        total = batch_total(rows, normalization, task_weight)
+    divisor = send(torch.tensor(total, dtype=torch.float32), device)
 
     def forward(group: list[TrainRow]) -> Pass:
         width = len(group[0].ids)
@@ -94,7 +98,7 @@ def plain_step_loss(
         counts = send(torch.from_numpy(trained.sum(axis=1)), device)
         task = send(torch.tensor([row.task for row in group]), device)
         weight = position_weights(
-            counts[at], task[at], normalization=normalization, task_weight=task_weight, total=total
+            counts[at], task[at], normalization=normalization, task_weight=task_weight, total=divisor
         )
         source = np.array([row.source for row in group])
         tokens = sum(len(row.ids) for row in group)

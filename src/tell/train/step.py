@@ -172,6 +172,7 @@ def step_loss(
     backward: bool = True,
     device: torch.device | str = "cpu",
     clip: Callable[[], Tensor] | None = None,
+    total: float | None = None,
 ) -> StepLoss:
     """Loss of one step's rows, gradients accumulated over packs.
 
@@ -185,8 +186,11 @@ def step_loss(
         micro_tokens: tokens of one pass.
         share_prefix: compute the prefix that rows share once; only right without dropout and noise.
         backward, clip: as in ``accumulate``.
+        total: what the weighted sum is divided by where these rows are not the whole step.
     """
-    total = send(torch.tensor(batch_total(rows, normalization, task_weight), dtype=torch.float32), device)
+    if total is None:
+        total = batch_total(rows, normalization, task_weight)
+    divisor = send(torch.tensor(total, dtype=torch.float32), device)
 
     def forward(group: list[TrainRow]) -> Pass:
         batch = pack(group, share_prefix=share_prefix, device=device)
@@ -195,7 +199,7 @@ def step_loss(
             batch.task[batch.row],
             normalization=normalization,
             task_weight=task_weight,
-            total=total,
+            total=divisor,
         )
         states = body.states(batch)
         loss, nll = blocked_cross_entropy(states, body.head, batch.targets, weight, body.softcap, body.bias)

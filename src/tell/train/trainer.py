@@ -13,8 +13,9 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,14 @@ from tell.mix.mixture import Mixture
 from tell.rows.table import RowTable
 from tell.train.attention import current_plan
 from tell.train.batches import TrainRow
-from tell.train.checkpoint import load_checkpoint, save_checkpoint
+from tell.train.checkpoint import load_checkpoint, put_state, save_checkpoint, state_tensors
 from tell.train.lora import add_lora, remove_lora, save_adapter
+from tell.train.parallel import Processes, SharedStep, shard
 from tell.train.plain import PaddedRows, PlainBody, plain_step_loss
-from tell.train.step import Body, StepLoss, step_loss
+from tell.train.step import Body, StepLoss, batch_total, step_loss
 from tell.train.transfer import send
 
-Clip = Callable[[], torch.Tensor]  # clips the gradients and gives their norm before it
+Step = Callable[..., StepLoss]  # (rows, clip=) of one step; clip() clips the gradients and gives their norm before it
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +95,7 @@ def run_digest(config: TrainConfig, mixture: Mixture, seed: int) -> str:
 
     The mixture's own digest names examples; the tokens tell another anchor, template or tokenizer apart.
     """
-    settings = config.model_dump(exclude={"checkpoint_every", "micro_tokens"})
+    settings = config.model_dump(exclude={"checkpoint_every", "micro_tokens", "parallel"})
     digest = hashlib.sha256(json.dumps([settings, mixture.digest(), seed], sort_keys=True).encode())
     for name in mixture.sources:
         table = mixture.tables[name]
@@ -127,6 +129,8 @@ class Trainer:
         device: where the model lies.
         stopped: asked between steps; True leaves a checkpoint and raises Interrupted.
         progress: called after each step.
+        processes: that train together, this one among them; the first alone writes. With weights spread over them
+            (``sharded``) the model is not given back as it was.
     """
 
     def __init__(
@@ -142,12 +146,15 @@ class Trainer:
         device: torch.device | str = "cpu",
         stopped: Callable[[], bool] | None = None,
         progress: Callable[[StepReport], None] | None = None,
+        processes: Processes | None = None,
     ) -> None:
         if config.learning_rate is None:
             config = config.model_copy(update={"learning_rate": learning_rate_for(model.num_parameters())})
         self.base, self.tables, self.mixture, self.config = model, tables, mixture, config
         self.folder, self.log, self.seed, self.device = folder, log, seed, device
         self.stopped, self.progress = stopped or (lambda: False), progress
+        self.processes = processes
+        self.writes = processes is None or processes.leads
         self.steps = mixture.steps(config.batch_size)
         # Nothing random tells rows apart: their common prefix may be computed once.
         self.share_prefix = config.lora_dropout == 0 and config.neftune_alpha == 0
@@ -158,41 +165,57 @@ class Trainer:
         Raises:
             Interrupted: ``stopped`` said so; a checkpoint lies in ``folder``.
             Diverged: the loss is no longer a number; no adapter is written.
+            TellError: another process failed.
         """
-        config = self.config
+        with self.processes.job() if self.processes else nullcontext():
+            return self._run(resume)
+
+    def _run(self, resume: bool) -> TrainResult:
+        config, processes = self.config, self.processes
         was_training = self.base.training
-        fast = config.fast == "auto"
+        fast = config.fast == "auto" and not (processes and processes.sharded)
         if fast:
             keep_memory()
         peft_model = add_lora(self.base, config, seed=self.seed, fused=fast)
         noise = _add_noise(peft_model, config.neftune_alpha)
         parameters = {name: p for name, p in peft_model.named_parameters() if p.requires_grad}
-        optimizer = torch.optim.AdamW(
-            parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
-        )
         digest = run_digest(config, self.mixture, self.seed)
         checkpoint = self.folder / "checkpoint"
         first, tokens, trained, seconds = 0, 0, 0, 0.0
+        facts = None
         try:
-            if resume and (facts := load_checkpoint(checkpoint, parameters, optimizer, digest=digest)):
+            with self._agreed():
+                if processes and processes.sharded:
+                    shard(peft_model, torch.device(self.device))
+                optimizer = torch.optim.AdamW(
+                    parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+                )
+                if resume and self.writes:
+                    facts = load_checkpoint(checkpoint, parameters, optimizer, digest=digest)
+                step_of = self._fast_step(Body(peft_model)) if fast else self._plain_step(PlainBody(peft_model))
+            if processes:
+                facts, state = processes.tell((facts, state_tensors(parameters, optimizer)))
+                put_state(state, parameters, optimizer)
+                step_of = self._shared(step_of, list(parameters.values()))
+            if facts:
                 first, tokens, trained, seconds = (
                     facts[key] for key in ("step", "tokens", "trained_tokens", "seconds")
                 )
-            logger = _StepLog(self.log, keep=first)
+            logger = _StepLog(self.log, keep=first) if self.writes else None
 
             def clip() -> torch.Tensor:
                 return torch.nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm or float("inf"))
 
-            step_of = self._fast_step(Body(peft_model)) if fast else self._plain_step(PlainBody(peft_model))
             begin = time.monotonic() - seconds
             try:
                 for step in range(first, self.steps):
                     rate = learning_rate(config, step, self.steps)
                     for group in optimizer.param_groups:
                         group["lr"] = rate
-                    torch.manual_seed(self.seed * 1_000_003 + step)  # dropout repeats after a resume
+                    own = processes.rank << 48 if processes else 0  # each process drops out its own
+                    torch.manual_seed(self.seed * 1_000_003 + step + own)  # dropout repeats after a resume
                     rows = step_rows(self.mixture, self.tables, step, config.batch_size)
-                    out = step_of(rows, clip)
+                    out = step_of(rows, clip=clip)
                     norm = out.norm or 0.0
                     if not math.isfinite(out.loss) or not math.isfinite(norm):
                         raise Diverged(
@@ -206,17 +229,20 @@ class Trainer:
                     trained += sum(int(row.mask.sum()) for row in rows)
                     seconds = time.monotonic() - begin
                     by_source = self._by_source(out)
-                    logger.write(step + 1, out, by_source, rate, tokens, seconds, norm)
+                    if logger:
+                        logger.write(step + 1, out, by_source, rate, tokens, seconds, norm)
                     if self.progress:
                         self.progress(
                             StepReport(step + 1, self.steps, out.loss, by_source, out.tokens, tokens, seconds)
                         )
                     done = step + 1
                     facts = {"digest": digest, "step": done, "tokens": tokens, "trained_tokens": trained}
-                    stop = done < self.steps and self.stopped()
+                    stop = done < self.steps and self._stop_asked()
                     due = config.checkpoint_every and done % config.checkpoint_every == 0 and done < self.steps
                     if stop or due:
-                        save_checkpoint(checkpoint, parameters, optimizer, {**facts, "seconds": seconds})
+                        with self._agreed():
+                            if self.writes:
+                                save_checkpoint(checkpoint, parameters, optimizer, {**facts, "seconds": seconds})
                     if stop:
                         raise Interrupted(
                             f"stopped after step {done} of {self.steps}",
@@ -224,20 +250,34 @@ class Trainer:
                             remedy="Go on with `tell tune --resume --out` and the run folder.",
                         )
             finally:
-                logger.close()
-            save_adapter(peft_model, self.folder)
+                if logger:
+                    logger.close()
+            with self._agreed():
+                if self.writes:
+                    save_adapter(peft_model, self.folder)
         finally:
             if noise is not None:
                 noise.remove()
             remove_lora(peft_model).train(was_training)
         return TrainResult(self.steps, tokens, trained, seconds, config.learning_rate)
 
-    def _fast_step(self, body: Body) -> Callable[[list[TrainRow], Clip], StepLoss]:
-        settings = {"share_prefix": self.share_prefix, **self._settings()}
-        return lambda rows, clip: step_loss(body, rows, clip=clip, **settings)
+    def _agreed(self) -> AbstractContextManager[None]:
+        return self.processes.agreed() if self.processes else nullcontext()
 
-    def _plain_step(self, body: PlainBody) -> Callable[[list[TrainRow], Clip], StepLoss]:
-        return lambda rows, clip: plain_step_loss(body, rows, clip=clip, **self._settings())
+    def _stop_asked(self) -> bool:
+        asked = self.stopped()
+        return any(self.processes.agree(asked)) if self.processes else asked
+
+    def _fast_step(self, body: Body) -> Step:
+        return partial(step_loss, body, share_prefix=self.share_prefix, **self._settings())
+
+    def _plain_step(self, body: PlainBody) -> Step:
+        return partial(plain_step_loss, body, **self._settings())
+
+    def _shared(self, step_of: Step, parameters: list[torch.nn.Parameter]) -> SharedStep:
+        config = self.config
+        total = partial(batch_total, normalization=config.loss_normalization, task_weight=config.task_weight)
+        return SharedStep(self.processes, step_of, total, parameters, config.micro_tokens)
 
     def _settings(self) -> dict[str, Any]:
         config = self.config

@@ -1,0 +1,43 @@
+"""Whether this process is one of several that train one run, as torchrun and accelerate start them. No torch here."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from tell.errors import TellError
+
+_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Where this process stands among those of its run.
+
+    Attributes:
+        rank: its number, from 0; the first one leads.
+        world: how many there are, at least 2.
+        local: its number on its own machine.
+    """
+
+    rank: int
+    world: int
+    local: int
+
+
+def launched() -> Launch | None:
+    """What the launcher says; None where this process trains alone."""
+    if not all(os.environ.get(name) for name in _VARIABLES):
+        return None
+    rank, world, local = (int(os.environ[name]) for name in _VARIABLES[:3])
+    return Launch(rank, world, local) if world > 1 else None
+
+
+def refuse_several(verb: str) -> None:
+    """Raise TellError where several processes would do the work of one."""
+    if launched() is not None:
+        raise TellError(
+            "runs in one process; only `tell tune` trains in several",
+            where=f"tell {verb}",
+            remedy=f"Start `tell {verb}` without torchrun.",
+        )
