@@ -44,6 +44,8 @@ def test_arms_with_intervals_and_loss_outside_the_mix():
 def test_scores_of_a_hundred_are_no_shares():
     metrics = {"task": {"primary": "chrf"}, "arms": {"tell": {"chrf": {"value": 41.27, "ci": [38.0, 44.0], "n": 9}}}}
     assert "41.3 [38.0, 44.0]" in shown(arms_table(metrics))
+    learned = {"bleurt": {"value": 0.4127, "ci": [-0.01, 0.44], "n": 9}}
+    assert "0.413 [-0.010, 0.440]" in shown(arms_table({"task": {"primary": "bleurt"}, "arms": {"tell": learned}}))
 
 
 def test_missing_numbers_are_dashes():

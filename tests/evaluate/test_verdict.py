@@ -170,6 +170,7 @@ def test_few_rows_give_no_verdict():
     ("metric", "values", "says"),
     [
         ("chrf", (20.14, 45.2), "raises chrF++ from 20.1 (untuned model) to 45.2 (difference 25.1 points"),
+        ("bleurt", (0.2, 0.4517), "raises BLEURT from 0.2 (untuned model) to 0.452 (difference 0.252, 95 % interval"),
         ("macro_f1", (0.2, 0.4517), "raises macro-F1 from 20 % (untuned model) to 45.2 % (difference 25.2 points"),
         (
             "field:amount",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from unicodedata import category
 
 from tell.cli.display import clock, short
-from tell.evaluate.names import LOSSES, NAMES, OF_100
+from tell.evaluate.names import LOSSES, NAMES, OF_100, PLAIN
 from tell.run import RunFolder, read_jsonl
 
 if TYPE_CHECKING:
@@ -114,8 +114,8 @@ def _probe(forgetting: dict) -> str | None:
 
 
 def _cell(entry: dict | None, metric: str) -> str:
-    if metric in LOSSES:
-        return _number(entry, 1, 2, "")
+    if metric in PLAIN:
+        return _number(entry, 1, 2 if metric in LOSSES else 3, "")
     return _number(entry, 1, 1, "") if metric in OF_100 else _number(entry, 100, 1, " %")
 
 

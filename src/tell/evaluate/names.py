@@ -6,6 +6,8 @@ OF_100 = frozenset({"chrf", "bleu"})
 ANSWER_LOSS = "answer_loss"
 LOSSES = frozenset({ANSWER_LOSS})
 """In nats a token: no shares, and lower is better."""
+PLAIN = LOSSES | {"bleurt"}
+"""Written as they are: neither shares nor out of 100."""
 NAMES = {
     "schema_adherence": "schema adherence",
     "valid_json": "valid JSON",

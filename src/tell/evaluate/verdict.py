@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tell.evaluate.names import LOSSES, NAMES, OF_100
+from tell.evaluate.names import NAMES, OF_100, PLAIN
 
 MIN_ROWS = 6  # with fewer rows even a sign test of all rows in one direction is not significant at 5 %
 
@@ -36,7 +36,7 @@ class _Scale:
     def of(cls, metric: str) -> _Scale:
         if metric in OF_100:
             return cls(1.0, "", True)
-        share = (metric in _LABELS and metric not in LOSSES) or metric.startswith("field:")
+        share = (metric in _LABELS and metric not in PLAIN) or metric.startswith("field:")
         return cls(100.0, " %", True) if share else cls(1.0, "", False)
 
     def number(self, value: float) -> str:

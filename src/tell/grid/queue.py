@@ -11,7 +11,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from tell.evaluate.names import LOSSES, NAMES, OF_100
+from tell.evaluate.names import NAMES, OF_100, PLAIN
 from tell.grid.cells import Cell, Row
 from tell.grid.executors.cell import InnerDisplay, Outcome, prune
 from tell.grid.folder import Root, StudyFolder
@@ -228,7 +228,7 @@ def main_score(root: Root, cell: Cell) -> str:
     name = NAMES.get(primary, primary.replace("_", " "))
     if value is None:
         return f"no {name}"
-    return f"{name} {value:.2f}" if primary in OF_100 | LOSSES else f"{name} {value * 100:.1f} %"
+    return f"{name} {value:.2f}" if primary in OF_100 | PLAIN else f"{name} {value * 100:.1f} %"
 
 
 def span(seconds: float) -> str:

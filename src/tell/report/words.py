@@ -45,6 +45,9 @@ METRICS: dict[str, Term] = {
     "macro_f1": Term("Macro-F1", "share", "Mean over labels of F1, the harmonic mean of precision and recall."),
     "chrf": Term("chrF++", "score", "Overlap of character and word n-grams with the reference, 0 to 100 (sacrebleu)."),
     "bleu": Term("BLEU", "score", "Corpus BLEU against the reference, 0 to 100 (sacrebleu)."),
+    "bleurt": Term(
+        "BLEURT", "plain", "Mean of BLEURT's learned score: about 0 for a wrong translation, 1 for a perfect."
+    ),
     "rouge_l": Term("ROUGE-L", "share", "F-measure of the longest common subsequence with the reference."),
     "answer_loss": Term(
         "Answer loss",
