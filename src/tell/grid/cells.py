@@ -27,10 +27,12 @@ from tell.config import (
 from tell.errors import TellError
 from tell.grid.content import content_hash
 from tell.grid.recipe import Recipe, dig, fill, nest, points
+from tell.study.folder import FREE as FREE_OF_RUNS
 from tell.study.folder import PATHS, with_full_paths
 from tell.study.prepare import anchor_of
 
 CELL_FORMAT = 1  # raise when a default, or what a run does with the same keys, changes its numbers
+FREE = (*FREE_OF_RUNS, "train.checkpoint_every")  # change no number
 RIDERS = {"tell-anchor": "tell"}  # an arm scored in the cell of another, whose adapter it uses
 # Of the training settings, what also decides which rows are measured, and in what passes.
 ROWS_TRAIN = frozenset({"max_length", "too_long", "nothing_to_train", "loss_on", "micro_tokens"})
@@ -127,7 +129,11 @@ def identity(config: Config) -> dict[str, Any]:
 
     Defaults are left out, so that a key added to the configuration tomorrow leaves today's names as they are.
     """
-    data = config.model_dump(mode="json", exclude_defaults=True, exclude={"out": True, "train": {"checkpoint_every"}})
+    data = config.model_dump(mode="json", exclude_defaults=True)
+    for key in FREE:
+        section, _, last = key.rpartition(".")
+        (data.get(section, {}) if section else data).pop(last, None)
+    data = {key: value for key, value in data.items() if value != {}}
     for (section, key), path in inputs(config).items():
         data[section][key] = {"content": content_hash(path)}
     anchor = anchor_of(config)

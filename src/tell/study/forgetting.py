@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import hashlib
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -19,6 +21,9 @@ from tell.rows.table import RowTable
 from tell.rows.template import ChatTokenizer
 from tell.rows.tokenize import RowRules, prompt_ids, tokenize
 from tell.study.prepare import General
+
+T = TypeVar("T")
+_untuned: WeakKeyDictionary[Any, dict[Hashable, Any]] = WeakKeyDictionary()  # what was measured, by model
 
 HELD_OUT, PROBE = "general held out", "probe"
 ANSWER_TOKENS = 160
@@ -80,6 +85,41 @@ def _part(table: RowTable, rows: np.ndarray) -> RowTable:
     )
 
 
+def once_untuned(model: Any, arm: str, key: Hashable, make: Callable[[], T]) -> T:
+    """What ``make`` measures; of the untuned model once, as long as it stays in memory: runs of a study share it.
+
+    Args:
+        key: all that the numbers depend on besides the weights.
+    """
+    if arm != "base":
+        return make()
+    known = _untuned.setdefault(model, {})
+    if key not in known:
+        known[key] = make()
+    return known[key]
+
+
+def losses_of(
+    model: Any,
+    arm: str,
+    table: RowTable,
+    *,
+    micro_tokens: int,
+    device: Any,
+    progress: Callable[[int], None] | None = None,
+) -> np.ndarray:
+    """(rows,) mean nll of each row under an arm's weights, as `tell.train.step.row_losses` has it."""
+    from tell.train.step import row_losses
+
+    digest = hashlib.sha256()
+    for column in (table.ids, table.mask, table.starts):
+        digest.update(np.ascontiguousarray(column))
+    rules = {"micro_tokens": micro_tokens, "device": device, "progress": progress}
+    return once_untuned(
+        model, arm, ("losses", digest.digest(), micro_tokens), lambda: row_losses(model, table, **rules)
+    )
+
+
 def measure(
     state: Forgetting,
     arm: str,
@@ -93,14 +133,13 @@ def measure(
 ) -> None:
     """Losses and answers of one arm; ``model`` has the arm's adapter merged."""
     from tell.generate.sampler import Decoding
-    from tell.train.step import row_losses
 
     total = sum(len(table) for table in state.sets.values())
     with display.bar(f"{arm}: general loss", total) as advance:
         state.losses[arm] = {}
         for name, table in state.sets.items():
-            state.losses[arm][name] = row_losses(
-                model, table, micro_tokens=config.train.micro_tokens, device=engine.device, progress=advance
+            state.losses[arm][name] = losses_of(
+                model, arm, table, micro_tokens=config.train.micro_tokens, device=engine.device, progress=advance
             )
             check()
     if not state.prompts:
@@ -112,7 +151,9 @@ def measure(
             advance(finished)
             check()
 
-        found = engine.generate([prompt_ids(chat, e) for e in state.prompts], decoding, progress=progress)
+        prompts = [prompt_ids(chat, example) for example in state.prompts]
+        key = ("answers", tuple(map(tuple, prompts)), decoding)
+        found = once_untuned(model, arm, key, lambda: engine.generate(prompts, decoding, progress=progress))
     texts = [chat.decode(a.ids) for a in found]
     state.answers[arm] = texts
     formats = [scorer.is_task_format(text) for text in texts]

@@ -12,7 +12,7 @@ from tell.rows.tokenize import tokenize
 from tell.run import RunFolder, read_jsonl, write_jsonl
 from tell.study.answer_loss import answer_loss_metric, answer_losses, kept_answer_losses
 from tell.study.benchmarks import run_benchmarks
-from tell.study.forgetting import general_sets, measure, numbers
+from tell.study.forgetting import general_sets, losses_of, measure, numbers
 from tell.study.prepare import General, Task
 from tell.study.scoring import (
     adapter_arm,
@@ -56,7 +56,6 @@ def measure_arms(
     """
     from tell.generate.sampler import Decoding
     from tell.train.lora import adapter_merged
-    from tell.train.step import row_losses
 
     config = task.config
     scorer = scorer_of(config, task.kind)
@@ -73,7 +72,8 @@ def measure_arms(
         if state is not None:
             measure(state, arm, model, engine, scorer, config, task.chat, display, check)
         if len(validation):
-            per_row = row_losses(model, validation, micro_tokens=config.train.micro_tokens, device=engine.device)
+            passes = {"micro_tokens": config.train.micro_tokens, "device": engine.device}
+            per_row = losses_of(model, arm, validation, **passes)
             losses[arm] = round(float(per_row.mean()), 6)
 
     scored: dict[str, dict] = {}

@@ -35,6 +35,7 @@ from tell.home import make_folder, tell_home
 from tell.progress import Silent
 from tell.run import RunFolder, write_text
 
+MOST_BYTES = 2 << 30  # a larger folder has to lie on every machine
 RETRIES = 3  # times that Ray runs a cell again whose worker died
 TEXTS = frozenset({".json", ".yaml", ".html"})  # files of a cell that name its inputs
 
@@ -46,7 +47,7 @@ class Input:
     Attributes:
         path: where it lies on the machine that asks.
         content: its hash.
-        parts: relative name (``.`` for a file itself) and object reference of each file.
+        parts: relative name (``.`` for a file itself) and object reference of each file; none of a folder too large.
     """
 
     path: str
@@ -129,6 +130,8 @@ class RayExecutor:
         found = {}
         for place, path in inputs(cell.config).items():
             files = [path] if path.is_file() else folder_files(path)
+            if not path.is_file() and sum(file.stat().st_size for file in files) > MOST_BYTES:
+                files = []
             parts = tuple((file.relative_to(path).as_posix(), put(file)) for file in files)
             found[place] = Input(str(path), content_hash(path), parts)
         return task.remote(cell.name, cell.config.to_yaml(), found, keep_adapters, __version__)
@@ -249,6 +252,12 @@ def land(
         is_folder = [name for name, _ in item.parts] != ["."]
         if is_folder and path.is_dir() and content_hash(path) == item.content:
             continue
+        if not item.parts:
+            raise TellError(
+                "is not on this machine with the same content, and too large to send",
+                where=item.path,
+                remedy="Copy it there, or give a name of the hub.",
+            )
         here = folder / item.content / path.name  # its name is part of how a file is read
         with FileLock(make_folder(folder) / f".{item.content}.lock"):
             if not here.exists():
