@@ -106,8 +106,8 @@ def watch(clock: Clock, stack: ExitStack, vocabulary: int, rank: int) -> None:
     """
     for owner, name, operands in PRODUCTS:
         clock.wrap(stack, owner, name, _product(operands, vocabulary, rank))
-    clock.wrap(stack, Products, "forward", lambda _, __, x, weight, ___, a, b, ____: _layer(x, weight, a, b))
-    clock.wrap(stack, Products, "backward", lambda _, __, gy, weight, b, a: _layer(gy, weight, b, a))
+    clock.wrap(stack, Products, "forward", lambda _, __, x, w, bias=None, a=None, b=None, *___: _layer(x, w, a, b))
+    clock.wrap(stack, Products, "backward", lambda _, __, gy, w, b=None, a=None, *___: _layer(gy, w, b, a))
     clock.wrap(stack, Products, "outer", lambda out, _, g, x, *__: ("products: adapters", 2 * g.numel() * x.shape[1]))
     for name in ("forward", "backward"):
         clock.wrap(stack, RowAttention, name, lambda *_: ("kernels: attention", 0))
