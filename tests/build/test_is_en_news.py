@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import tell
-from build.news import ENGLISH, ICELANDIC, write_wmt
+from news import ENGLISH, ICELANDIC, write_wmt
 from tell.anchor.anchor import Anchor
 from tell.build.is_en_news import DIRECTIONS, anchor_text
 from tell.cli.main import run

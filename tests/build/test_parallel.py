@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from build.news import ENGLISH, ICELANDIC, write_wmt
+from news import ENGLISH, ICELANDIC, write_wmt
 from tell.build.parallel import read_pairs, read_wmt
 from tell.errors import TellError
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from build.news import ENGLISH, write_wmt
+from news import ENGLISH, write_wmt
 from tell.errors import TellError
 from tell.evaluate.correlation import correlations
 from tell.evaluate.means import mean_metric

@@ -8,7 +8,7 @@ import pytest
 
 import tell
 from bleurts import save_port
-from build.news import ENGLISH, ICELANDIC, write_wmt
+from news import ENGLISH, ICELANDIC, write_wmt
 from study.runs import config_of, read
 from tell.errors import TellError
 from tell.evaluate.bleurt import Bleurt
