@@ -12,6 +12,7 @@ import pytest
 
 import tell
 from study.runs import FILES, comparable, config_of, read
+from tell.cli.main import run
 from tell.errors import TellError
 from tell.run import RunFolder
 
@@ -89,19 +90,24 @@ def test_spreading_weights_needs_processes(tiny_model, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.fixture
+def launched(monkeypatch) -> None:
+    told = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+
+
 @pytest.mark.parametrize(
     ("sections", "what"),
     [({"generate": {"engine": "vllm"}}, "vLLM does not run"), ({"max_minutes": 5.0}, "times are measured")],
 )
-def test_what_several_processes_refuse(tiny_model, tmp_path, monkeypatch, sections, what):
-    for name, value in {
-        "RANK": "0",
-        "WORLD_SIZE": "2",
-        "LOCAL_RANK": "0",
-        "MASTER_ADDR": "h",
-        "MASTER_PORT": "1",
-    }.items():
-        monkeypatch.setenv(name, value)
+def test_what_several_processes_refuse(launched, tiny_model, tmp_path, sections, what):
     config = config_of(tiny_model("llama"), tmp_path / "run", train={"parallel": "fsdp"}, **sections)
     with pytest.raises(TellError, match=what):
         tell.tune(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_verbs_run_in_one_process(launched, capsys):
+    assert run(["report", "runs/any"]) == 2
+    assert "tell report: runs in one process" in capsys.readouterr().err

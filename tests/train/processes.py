@@ -31,6 +31,7 @@ CASES = {
     "ddp": CONFIG,
     "plain": CONFIG.model_copy(update={"fast": "off", "loss_normalization": "token"}),
     "fsdp": CONFIG.model_copy(update={"parallel": "fsdp"}),
+    "fsdp-bf16": CONFIG.model_copy(update={"parallel": "fsdp"}),  # adapters stay in fp32
 }
 
 
@@ -68,9 +69,10 @@ def train(model: Path, folder: Path, config: TrainConfig, *, broken: bool = Fals
     """(gradients of each step, result, base model afterwards) of a run in ``folder``."""
     tables, mixture = mixture_of(broken=broken)
     log = folder / "logs" / "tell.jsonl"
-    trainer = Trainer(load(model), tables, mixture, config, folder=folder / "adapter", log=log, seed=7, **options)
+    base = load(model, dtype=torch.bfloat16 if "bf16" in folder.name else torch.float32)
+    trainer = Trainer(base, tables, mixture, config, folder=folder / "adapter", log=log, seed=7, **options)
     with recorded() as gradients:
-        return gradients, trainer.run(resume=resume), trainer.base
+        return gradients, trainer.run(resume=resume), base
 
 
 def main(model: Path, out: Path) -> None:
@@ -84,7 +86,7 @@ def main(model: Path, out: Path) -> None:
         torch.save(what, out / f"{case}.{launch.rank}.pt")
 
     for case, config in CASES.items():
-        gradients, result, base = train(model, out / case, config, processes=joined(case == "fsdp"))
+        gradients, result, base = train(model, out / case, config, processes=joined("fsdp" in case))
         here = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in base.parameters())
         leave(case, (gradients, result.tokens, result.trained_tokens, here))
 
@@ -107,12 +109,13 @@ def main(model: Path, out: Path) -> None:
             leave(case, (type(error).__name__, str(error), processes.busy))
         processes.tell("all are here again")
 
-    processes = joined()
-    try:
-        stopped = (lambda: os._exit(3)) if launch.rank == 1 else (lambda: False)
-        train(model, out / "dead", CONFIG, processes=processes, stopped=stopped)
+    processes = joined(sharded=True)
+    try:  # the second process dies inside a pass, where the first waits for its weights
+        train(model, out / "dead", CASES["fsdp"], processes=processes, broken=launch.rank == 1)
     except Exception as error:
         leave("dead", (type(error).__name__, str(error), processes.busy))
+        if launch.rank == 1:
+            os._exit(3)
     processes.dismiss(None)  # must not wait for the dead
 
 

@@ -58,26 +58,28 @@ def log(folder: Path) -> list[dict]:
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_equal_one(both, tiny_model, tmp_path, case):
     config = CASES[case].model_copy(update={"parallel": "auto", "fast": "off" if case != "ddp" else "auto"})
-    gradients, result, base = train(tiny_model("llama"), tmp_path, config)
-    ones, twos = log(tmp_path), log(both / case)
+    gradients, result, base = train(tiny_model("llama"), tmp_path / case, config)
+    ones, twos = log(tmp_path / case), log(both / case)
+    rounding = 100 if "bf16" in case else 1
     assert len(twos) == 5
     for key in ("step", "tokens", "learning_rate"):
         assert [row[key] for row in twos] == [row[key] for row in ones]
     for one, two in zip(ones, twos, strict=True):
-        assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
-        assert two["by_source"] == pytest.approx(one["by_source"], rel=1e-4)
-        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-4 * rounding)
+        assert two["by_source"] == pytest.approx(one["by_source"], rel=1e-4 * rounding)
+        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3 * rounding)
     seen = saw(both, case)
     whole = sum(p.numel() for p in base.parameters())
     for theirs, tokens, trained, here in seen:
         assert (tokens, trained) == (result.tokens, result.trained_tokens)
-        assert here == (whole // 2 if case == "fsdp" else whole)  # numbers of the base model that a process holds
+        assert here == (whole // 2 if "fsdp" in case else whole)  # numbers of the base model that a process holds
         b = {key: value for key, value in gradients[0].items() if value.norm() > 0}  # A has none before B moves
-        assert_close({key: theirs[0][key] for key in b}, b)
-        assert_close(theirs[-1], gradients[-1], tolerance=1e-2)
+        assert_close({key: theirs[0][key] for key in b}, b, tolerance=1e-5 if rounding == 1 else 0.05)
+        if rounding == 1:
+            assert_close(theirs[-1], gradients[-1], tolerance=1e-2)
     for mine, theirs in zip(seen[0][0], seen[1][0], strict=True):  # the sum is the same in both, to the bit
         assert all(torch.equal(mine[key], theirs[key]) for key in mine)
-    assert_close(adapter(both / case), adapter(tmp_path), tolerance=1e-2)
+    assert_close(adapter(both / case), adapter(tmp_path / case), tolerance=1e-2 if rounding == 1 else 0.3)
     assert (both / case / "adapter" / "adapter_config.json").exists()
 
 
@@ -94,7 +96,7 @@ def test_a_signal_to_one_stops_both_and_the_run_resumes(both, case):
 def test_a_failing_process_ends_both_with_its_error(both):
     (kind, text, busy), (own, reason, own_busy) = saw(both, "broken")
     assert own == "IndexError" and kind == "TellError"
-    assert text.startswith(f"process 1 of 2: {reason[:20]}")
+    assert text.startswith(f"rank 1: {reason[:20]}")
     assert not busy and not own_busy
 
 

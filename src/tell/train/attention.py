@@ -120,10 +120,11 @@ def install(model: Any) -> None:
         raise _unsupported(model, "attention of its own")
 
 
-def restore(model: Any) -> None:
-    """Let ``model`` attend as before ``install``."""
-    if model.config.get_text_config()._attn_implementation == NAME:
+def restore(model: Any) -> bool:
+    """Let ``model`` attend as before ``install``; whether that was other than now."""
+    if installed := model.config.get_text_config()._attn_implementation == NAME:
         model.set_attn_implementation(model._tell_attention)
+    return installed
 
 
 def _unsupported(module: Any, what: str) -> TellError:

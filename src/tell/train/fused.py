@@ -371,13 +371,18 @@ def unfuse_modules(model: Any) -> None:
     model._tell_fused = None
 
 
+def is_fused(model: Any) -> bool:
+    """Whether ``fuse_modules`` was the last word on ``model``."""
+    return getattr(model, "_tell_fused", None) is not None
+
+
 @contextmanager
 def unfused(model: Any) -> Iterator[None]:
     """The model as transformers wrote it, for a while."""
-    before = getattr(model, "_tell_fused", None)
+    before = is_fused(model)
     unfuse_modules(model)
     try:
         yield
     finally:
-        if before is not None:
+        if before:
             fuse_modules(model)

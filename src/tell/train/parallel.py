@@ -86,7 +86,7 @@ class Processes:
             if error is not None:
                 raise error
             rank, text = failed[0]
-            raise TellError(text, where=f"process {rank} of {self.world}")
+            raise TellError(text, where=f"rank {rank}")
         return [value for value, _ in told]
 
     @contextmanager

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tell.train.attention import restore, use_plan
+from tell.train.attention import install, restore, use_plan
 from tell.train.batches import TrainRow
-from tell.train.fused import unfuse_modules
+from tell.train.fused import fuse_modules, is_fused, unfuse_modules
 from tell.train.loss import position_weights
 from tell.train.step import Pass, StepLoss, accumulate, batch_total, row_means
 from tell.train.transfer import send
@@ -43,9 +43,17 @@ class PlainBody:
 
     def __init__(self, model: Any) -> None:
         causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.model, self.causal = model, causal
+        self.fused = is_fused(causal)
         unfuse_modules(causal)
-        restore(causal)
-        self.model = model
+        self.packed = restore(causal)
+
+    def give_back(self) -> None:
+        """Exchange again what was exchanged before: an engine may hold the model."""
+        if self.packed:
+            install(self.causal)
+        if self.fused:
+            fuse_modules(self.causal)
 
 
 def plain_step_loss(

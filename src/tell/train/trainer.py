@@ -182,7 +182,7 @@ class Trainer:
         digest = run_digest(config, self.mixture, self.seed)
         checkpoint = self.folder / "checkpoint"
         first, tokens, trained, seconds = 0, 0, 0, 0.0
-        facts = None
+        facts = plain = None
         try:
             with self._agreed():
                 if processes and processes.sharded:
@@ -192,7 +192,11 @@ class Trainer:
                 )
                 if resume and self.writes:
                     facts = load_checkpoint(checkpoint, parameters, optimizer, digest=digest)
-                step_of = self._fast_step(Body(peft_model)) if fast else self._plain_step(PlainBody(peft_model))
+                if fast:
+                    step_of = self._fast_step(Body(peft_model))
+                else:
+                    plain = PlainBody(peft_model)
+                    step_of = self._plain_step(plain)
             if processes:
                 facts, state = processes.tell((facts, state_tensors(parameters, optimizer)))
                 put_state(state, parameters, optimizer)
@@ -259,6 +263,8 @@ class Trainer:
             if noise is not None:
                 noise.remove()
             remove_lora(peft_model).train(was_training)
+            if plain is not None:
+                plain.give_back()
         return TrainResult(self.steps, tokens, trained, seconds, config.learning_rate)
 
     def _agreed(self) -> AbstractContextManager[None]:
