@@ -229,17 +229,19 @@ def test_projection_draws_a_mask_for_each_layer_and_keeps_it_for_the_way_back():
     torch.testing.assert_close(gx, first.detach() + 10 * second.detach())  # the same masks, scaled alike
 
 
-def test_adapters_learn_from_the_inputs_they_were_given():
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_adapters_learn_from_the_inputs_they_were_given(dtype):
     """With identities for A and B and ones for inputs, gradients of A and B add up what dropout let through."""
     torch.manual_seed(0)
-    adapters = [torch.eye(8).requires_grad_() for _ in range(4)]
-    outs = Projection.apply(torch.ones(50, 8), Stack(torch.zeros(16, 8), None, (8, 8), (1.0, 1.0), 0.25), *adapters)
+    n, adapters = 32, [torch.eye(32).requires_grad_() for _ in range(4)]
+    stack = Stack(torch.zeros(2 * n, n, dtype=dtype), None, (n, n), (1.0, 1.0), 0.25)
+    outs = Projection.apply(torch.ones(50, n, dtype=dtype), stack, *adapters)
     grads = torch.autograd.grad(outs[0].sum() + outs[1].sum(), adapters)
     for out, a, b in zip(outs, grads[0::2], grads[1::2], strict=True):
-        let_through = out.detach().sum(dim=0)  # each output shows its mask
+        let_through = out.detach().double().sum(dim=0)  # each output shows its mask
         assert len(let_through.unique()) > 3
-        torch.testing.assert_close(a, let_through.expand(8, 8))
-        torch.testing.assert_close(b, let_through.expand(8, 8))
+        close(a.to(dtype), let_through.expand(n, n))
+        close(b.to(dtype), let_through.expand(n, n))
 
 
 @pytest.mark.parametrize("p", [0.05, 0.5])
