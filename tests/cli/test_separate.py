@@ -55,7 +55,6 @@ def test_anchor_beside_one_by_hand(tiny_model, capsys):
     [
         (["separate", "x.jsonl", "--queries", "no"], ["--queries: 'no' is no whole number"]),
         (["separate", "x.jsonl", "--state", "first"], ["--state", "last or mean"]),
-        (["separate", "x.jsonl"], ["--general: no general queries given"]),
         (["separate", "."], ["holds no run", "tell tune"]),
         (["separate"], ["no task data given", "tell separate"]),
         (["separate", "x.jsonl", "--adapter", "tell", "--general", "y.jsonl"], ["--adapter", "run folder"]),

@@ -75,8 +75,14 @@ def test_general_queries_of_equal_length(tiny_model):
     assert matched["length"]["without anchor"]["value"] <= wild["length"]["without anchor"]["value"]
 
 
-def test_without_any_anchor(tiny_model):
-    result = tell.separate(quick(tiny_model("llama"), anchor={"text": "none"}), queries=6)
+def test_without_any_anchor_or_source(tiny_model):
+    """Our own probe stands for general queries; it is what `quick` gives by its path."""
+    config = quick(tiny_model("llama"), anchor={"text": "none"})
+    result = tell.separate(config, queries=6)
+    bare = config.model_copy(update={"general": config.general.model_copy(update={"source": "self"})})
+    unnamed = tell.separate(bare, queries=6)
+    assert unnamed.pop("general") == "written for TELL" and result.pop("general") == str(PROBE)
+    assert unnamed == result
     assert list(result["layers"]["1"]) == list(result["length"]) == ["without anchor"]
 
 
@@ -98,7 +104,6 @@ def test_a_run_with_its_adapter(finished):
     ("sections", "options", "match"),
     [
         ({}, {"adapter": "tell"}, r"--adapter.*Give a run folder"),
-        ({"general": {"source": "none"}}, {}, r"no general queries given.*--general|--general.*no general queries"),
         ({}, {"layer": "99"}, r"no layer '99'"),
         ({}, {"queries": 4}, r"4 task and .* general queries"),
     ],

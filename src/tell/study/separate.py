@@ -60,7 +60,8 @@ def separate(
     the task.
 
     Args:
-        config: task data, anchor (``auto`` is the run's, or written by the model) and general source.
+        config: task data, anchor (``auto`` is the run's, or written by the model) and general source; without one, the
+            general probe's prompts.
         run: the folder `config` is of; its test rows are the queries then, else all rows of the data.
         layer: a number (0: the embeddings), ``middle`` or ``all``; the picture shows the middle of those asked for.
         queries: rows of each group, fewer where there are fewer.
@@ -80,8 +81,9 @@ def separate(
     files = _output(out, overwrite)
     if adapter is not None and run is None:
         raise TellError("an adapter needs its run", where="--adapter", remedy="Give a run folder instead of data.")
-    if config.general.source in ("self", "none"):
-        raise TellError("no general queries given", where="--general", remedy="Give a file or hub name.")
+    given = config.general.source not in ("self", "none")
+    if not given:
+        display.note("no general source given: TELL's own general prompts stand for it")
     opened = open_run(run) if run is not None else None
     place = opened.adapter(adapter) if opened is not None and adapter is not None else None
     task = load_task(config, display)
@@ -112,7 +114,7 @@ def separate(
         "model": task.files.name,
         "adapter": adapter,
         "task": config.task.data,
-        "general": config.general.source,
+        "general": config.general.source if given else "written for TELL",
         "anchor": anchor.to_dict(),
         "state": state,
         "queries": n,

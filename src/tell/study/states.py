@@ -15,6 +15,7 @@ from tell.data.sources import load
 from tell.errors import TellError
 from tell.evaluate.intervals import estimate
 from tell.evaluate.means import mean_metric
+from tell.evaluate.probe import load_probe
 from tell.mix.seeds import permutation
 from tell.progress import Display
 from tell.rows.tokenize import CHUNK, prompt_ids
@@ -112,11 +113,15 @@ def general_queries(
 ) -> list[Example]:
     """At most so many rows of the general source, drawn by seed, that the model's positions hold with the anchor.
 
+    Without a source they are the general probe's, of which there are 64.
+
     Args:
         lengths: (most,) tokens of prompts; of the rows not yet taken, each takes the one nearest to it in length.
     """
     config = task.config
-    rows = load(config.general.source, name="general", columns=config.general.columns).examples
+    source = config.general.source
+    given = source not in ("self", "none")
+    rows = load(source, name="general", columns=config.general.columns).examples if given else load_probe()
     rows = [rows[int(i)] for i in permutation(len(rows), config.seed, "separate", "general")]
     positions = task.files.architecture.max_positions or 10**9
     if lengths is None:
