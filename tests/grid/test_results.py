@@ -12,6 +12,7 @@ from grid.made import POINTS, make_study, write_cell
 from tell.errors import TellError
 from tell.evaluate.text import TextScorer
 from tell.grid.results import Number, canonical, number_of, read_results
+from tell.grid.table import tabulated
 
 
 def test_every_row_of_a_finished_study(tmp_path):
@@ -108,9 +109,19 @@ def test_benchmarks_and_names(tmp_path):
     )
     (cell,) = (tmp_path / "cells").iterdir()
     metrics = json.loads((cell / "metrics.json").read_text())
-    metrics["benchmarks"] = {"arms": {"tell": {"openbookqa": {"value": 0.3, "ci": [0.2, 0.4], "n": 40}}}}
+    number = {"value": 0.3, "ci": [0.2, 0.4], "n": 40}
+    metrics["benchmarks"] = {
+        "settings": {"tasks": {"openbookqa": ["openbookqa"]}},
+        "arms": {"base": {"openbookqa": number}, "tell": {"openbookqa": number, "openbookqa acc_norm": number}},
+        "differences": {"tell - base": {"openbookqa": {"value": 0.0, "ci": [-0.05, 0.05], "n": 40}}},
+    }
     (cell / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
-    assert read_results(folder).metrics() == ["probe loss", "benchmark openbookqa"]
+    study = read_results(folder)
+    assert study.metrics() == ["probe loss", "benchmark openbookqa"]
+    assert tabulated(study) == [
+        *("probe loss", "probe loss change", "benchmark openbookqa", "benchmark openbookqa change", "answer_loss")
+    ]
+    assert study.outcomes[0].measured.numbers["benchmark openbookqa change"].spread == pytest.approx(0.0255, rel=0.01)
     assert canonical("general held out") == "general held out loss" and canonical("bleu") == "bleu"
 
 

@@ -60,7 +60,7 @@ def analyse(study: Study, bootstrap: Bootstrap) -> Analyses:
             if entry is not None:
                 found.efficiency.append({"x": x, "y": y, "where": where, **entry})
     for asked in recipe.get("pareto") or ():
-        for heading, within in panels(study, asked.get("panels")):
+        for heading, within in panels(study, asked.get("panels") or _task_size(study)):
             candidates = front(study, bootstrap, gain=asked["gain"], cost=asked["cost"], within=within)
             if candidates:
                 what = {"gain": canonical(asked["gain"]), "cost": canonical(asked["cost"]), "where": within}
@@ -74,6 +74,11 @@ def panels(study: Study, key: str | None) -> list[tuple[str, dict[str, Any]]]:
         return [("", {})]
     values = {frozen(o.point.get(key)): o.point.get(key) for o in study.outcomes}
     return [(point_name({key: value}), {key: value}) for value in values.values()]
+
+
+def _task_size(study: Study) -> str | None:
+    """The key that says how many task rows there are, where it varies: points that differ in it are no alternatives."""
+    return next((key for key in ("task.rows", "task.tokens") if key in study.keys), None)
 
 
 def _contexts(found: list[Curve], reference: str) -> Iterator[tuple[dict[str, Any], list[Curve]]]:

@@ -36,7 +36,7 @@ def efficiency(curves: Sequence[Curve], *, x: str, y: str, reference: str) -> di
         that the reference does not reach the score.
 
     Raises:
-        TellError: scikit-learn is not installed.
+        TellError: scipy is not installed.
     """
     usable = {c.arm: c for c in curves if c.numeric and not c.flat and sum(v > 0 for v in c.x) > 1}
     if reference not in usable or len(usable) < 2:
@@ -84,17 +84,16 @@ def _factor(own: tuple[np.ndarray, np.ndarray], reference: tuple[np.ndarray, np.
 def _monotone(curve: Curve, sign: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Logarithms of the amounts above 0 (n,), and the non-decreasing means (n,) and draws (samples, n) there."""
     try:
-        from sklearn.isotonic import isotonic_regression
+        from scipy.optimize import isotonic_regression  # 20 times as quick on short rows as scikit-learn's
     except ImportError as error:
         raise TellError(
-            "token efficiency needs scikit-learn",
-            where="tell study",
-            remedy='Install it: pip install "tell-llm[study]".',
+            "token efficiency needs scipy", where="tell study", remedy='Install it: pip install "tell-llm[study]".'
         ) from error
     keep = [i for i, v in enumerate(curve.x) if v > 0]
     draws = sign * curve.samples[:, keep]
-    steady = np.array([isotonic_regression(row) if np.isfinite(row).all() else row for row in draws])
-    return np.log10([curve.x[i] for i in keep]), isotonic_regression(sign * curve.values[keep]), steady
+    steady = np.array([isotonic_regression(row).x if np.isfinite(row).all() else row for row in draws])
+    means = isotonic_regression(sign * curve.values[keep]).x
+    return np.log10([curve.x[i] for i in keep]), means, steady
 
 
 def _levels(means: Sequence[np.ndarray]) -> np.ndarray:

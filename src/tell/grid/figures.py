@@ -26,7 +26,7 @@ from tell.grid.drawing import (
     legend,
 )
 from tell.grid.results import CHANGE, frozen
-from tell.grid.words import arm_name, axis_label, key_name, metric_term, point_name, rounded, value_name
+from tell.grid.words import arm_name, axis_label, key_name, metric_term, point_name, rounded, scale_of, value_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -66,7 +66,7 @@ def draw_curves(
         marks: fits to draw, for each panel.
     """
     with drawing(len(panels), height=3.6) as (figure, every):
-        scale = 100.0 if metric_term(y).unit == "share" else 1.0
+        scale = scale_of(y)
         values = list(dict.fromkeys(v for _, curves in panels for curve in curves for v in curve.x))
         axis = Axis(sorted(values) if all(isinstance(v, int | float) for v in values) else values)
         named = [_names(curves, lines) for _, curves in panels]
@@ -86,7 +86,7 @@ def draw_curves(
             axes.set_title(heading)
             axes.grid(axis="y", color=HAIR, lw=0.7)
             axes.set_axisbelow(True)
-            if scale == 100.0:
+            if metric_term(y).unit == "share":
                 axes.set_ylim(-3, 103)
         every[0].set_ylabel(axis_label(y))
         legend(figure, every, title)
@@ -109,7 +109,7 @@ def draw_maps(
         value: the metric.
     """
     what = metric_term(value)
-    scale = 100.0 if what.unit == "share" else 1.0
+    scale = scale_of(value)
     known = np.concatenate([v[np.isfinite(v)] for _, v, _ in panels])
     colours = "YlGnBu" if what.higher else "OrRd"
     low, high = (0.0, 1.0) if what.unit == "share" else (known.min(), known.max())
@@ -164,22 +164,22 @@ def draw_front(panels: Sequence[tuple[str, Sequence[dict]]], *, gain: str, cost:
     """
     most = max(sum(c["on_front"] for c in candidates) for _, candidates in panels)
     with drawing(len(panels), height=4.2 + 0.16 * most, width=5.2) as (figure, every):
-        scale = 100.0 if metric_term(gain).unit == "share" else 1.0
+        scale, across = scale_of(gain), scale_of(cost)
         for (heading, candidates), axes in zip(panels, every, strict=True):
             front = sorted((c for c in candidates if c["on_front"]), key=lambda c: c["cost"]["value"])
             for c in candidates:
                 if not c["on_front"]:
-                    _candidate(axes, c, scale, None)
-            spots = [(c["cost"]["value"], c["gain"]["value"] * scale) for c in front]
+                    _candidate(axes, c, (across, scale), None)
+            spots = [(c["cost"]["value"] * across, c["gain"]["value"] * scale) for c in front]
             axes.step(*zip(*spots, strict=True), where="post", color=SOFT, lw=1, zorder=4)
             for n, (c, spot) in enumerate(zip(front, spots, strict=True), 1):
-                _candidate(axes, c, scale, n)
+                _candidate(axes, c, (across, scale), n)
                 axes.text(*spot, str(n), ha="center", va="center_baseline", fontsize=7, color="#fefefe", zorder=5.5 + n)
             axes.set_title(heading)
             axes.set_xlabel(axis_label(cost))
             axes.grid(color=HAIR, lw=0.7)
             axes.set_axisbelow(True)
-            if scale == 100.0:
+            if metric_term(gain).unit == "share":
                 axes.set_ylim(-4, 104)
             names = [f"{n}  {c['name']}" for n, c in enumerate(front, 1)]
             axes.text(0, -0.17, "\n".join(names), transform=axes.transAxes, va="top", fontsize=8, color=INK)
@@ -188,16 +188,19 @@ def draw_front(panels: Sequence[tuple[str, Sequence[dict]]], *, gain: str, cost:
     return figure
 
 
-def _candidate(axes: Axes, candidate: dict, scale: float, number: int | None) -> None:
+def _candidate(axes: Axes, candidate: dict, scales: tuple[float, float], number: int | None) -> None:
     """One point with the bars of its intervals; a disc where it has a number on the front."""
     on, arm = number is not None, candidate["arm"]
     colour = COLOURS.get(arm, CYCLE[0])
-    (x, left, right), (y, low, high) = ((c["value"], *c["ci"]) for c in (candidate["cost"], candidate["gain"]))
+    cost, gain = candidate["cost"], candidate["gain"]
+    (x, left, right), (y, low, high) = (
+        np.array([side["value"], *side["ci"]]) * scale for side, scale in zip((cost, gain), scales, strict=True)
+    )
     axes.errorbar(
         x,
-        y * scale,
+        y,
         xerr=[[max(0.0, x - left)], [max(0.0, right - x)]],
-        yerr=[[max(0.0, y - low) * scale], [max(0.0, high - y) * scale]],
+        yerr=[[max(0.0, y - low)], [max(0.0, high - y)]],
         fmt="o" if on else MARKERS.get(arm, "o"),
         ms=11 if on else 4.5,
         color=colour,
@@ -229,20 +232,26 @@ def _names(curves: Sequence[Curve], lines: str) -> list[str]:
 
 
 def _looks(curves: Sequence[Curve], names: Sequence[str], lines: str) -> dict[str, dict[str, Any]]:
-    """Colour, marker and dash by name: an arm has its own colour; other lines take turns."""
+    """Colour, marker and dash by name. An arm has its own colour; where lines are values of a key, values have
+    colours, and arms markers and dashes."""
     arms = dict(zip(names, (c.arm for c in curves), strict=True))
-    looks = {}
-    for at, (name, arm) in enumerate(arms.items()):
+    values = list(dict.fromkeys(frozen(c.rest[lines]) for c in curves if lines in c.rest))
+    turns = [arm for arm in ("tell", *arms.values()) if arm in arms.values()]
+    looks: dict[str, dict[str, Any]] = {}
+    for name, curve in zip(names, curves, strict=True):
+        arm = curve.arm
         nth = [n for n, a in arms.items() if a == arm].index(name)
-        if lines == "arm" or name == arm_name(arm):
-            marker = MARKERS.get(arm, "o") if nth == 0 else TURNS[nth % len(TURNS)]
-            look = {"color": COLOURS.get(arm, CYCLE[0]), "marker": marker}
-            look["ls"] = DASHES.get(arm, STYLES[0]) if nth == 0 else STYLES[nth % len(STYLES)]
-            look |= {"lw": 2.2, "zorder": 4} if arm == "tell" else {"lw": 1.5, "zorder": 3}
+        look: dict[str, Any] = {"lw": 2.2, "zorder": 4} if arm == "tell" else {"lw": 1.5, "zorder": 3}
+        if lines in curve.rest:
+            look["color"] = CYCLE[values.index(frozen(curve.rest[lines])) % len(CYCLE)]
+            look |= {"marker": MARKERS.get(arm, "o"), "ls": STYLES[turns.index(arm) % len(STYLES)]}
         else:
-            look = {"color": CYCLE[at % len(CYCLE)], "marker": TURNS[at % len(TURNS)], "lw": 1.6, "zorder": 3}
-            look["ls"] = STYLES[at // len(CYCLE) % len(STYLES)]
-        looks[name] = {**look, "label": name}
+            look |= {
+                "color": COLOURS.get(arm, CYCLE[0]),
+                "marker": MARKERS.get(arm, "o") if nth == 0 else TURNS[nth % 7],
+            }
+            look["ls"] = DASHES.get(arm, STYLES[0]) if nth == 0 else STYLES[nth % len(STYLES)]
+        looks.setdefault(name, {**look, "label": name})
     return looks
 
 

@@ -34,8 +34,7 @@ def front(
         least as good in both and better in one.
     """
     gain, cost = canonical(gain), canonical(cost)
-    known = {name for o in study.outcomes for name in o.measured.numbers}
-    cost = cost + CHANGE if cost + CHANGE in known else cost
+    cost = cost + CHANGE if cost + CHANGE in study.known() else cost
     found = []
     for arm, points, group in merged(study):
         here = [p for p in points if all(p.get(k) == v for k, v in (within or {}).items())]

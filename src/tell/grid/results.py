@@ -23,7 +23,8 @@ from tell.run import RunFolder, read_jsonl
 from tell.study.scoring import adapter_arm
 
 ALIASES = {"probe": "probe loss", "general held out": "general held out loss"}
-CHANGE = " change"  # of a number of forgetting, from the untuned model on the same rows
+CHANGE = " change"  # of a number, from the untuned model on the same rows
+BENCHMARK = "benchmark "
 COSTS = ("steps", "tokens", "flops", "learning_rate", "seconds")
 
 
@@ -80,6 +81,7 @@ class Study:
         missing: state (or ``unreadable``) to number of rows of the study that have no numbers.
         primary: the task's primary metric.
         keys: grid keys that take more than one value.
+        benchmarks: those that some cell was asked; a group of tasks is one.
     """
 
     folder: Path
@@ -94,6 +96,7 @@ class Study:
     missing: Counter[str] = field(default_factory=Counter)
     primary: str = ""
     keys: tuple[str, ...] = ()
+    benchmarks: tuple[str, ...] = ()
 
     @property
     def seeds(self) -> list[int]:
@@ -101,11 +104,14 @@ class Study:
 
     def metrics(self) -> list[str]:
         """Names to tabulate: those the recipe asks for and some cell has, else the primary one."""
-        known = {name for o in self.outcomes for name in (*o.measured.metrics, *o.measured.numbers)}
         wanted: list[str] = []
         for name in map(canonical, self.recipe.get("metrics") or [self.primary]):
-            wanted += sorted(n for n in known if n.startswith("benchmark ")) if name == "benchmarks" else [name]
-        return [name for name in dict.fromkeys(wanted) if name in known]
+            wanted += [BENCHMARK + task for task in self.benchmarks] if name == "benchmarks" else [name]
+        return [name for name in dict.fromkeys(wanted) if name in self.known()]
+
+    def known(self) -> set[str]:
+        """Every metric and number that some outcome has."""
+        return {name for o in self.outcomes for name in (*o.measured.metrics, *o.measured.numbers)}
 
 
 def canonical(metric: str) -> str:
@@ -156,6 +162,8 @@ def read_results(folder: str | Path, cells: str | Path | None = None) -> Study:
             if cell and measured:
                 study.outcomes.append(Outcome(row["point"], row["arm"], int(row["seed"]), row["cell"], measured))
                 primaries[str(get(cell.metrics, "task", "primary", default=""))] += 1
+                tasks = mapping(cell.metrics, "benchmarks", "settings", "tasks")
+                study.benchmarks = tuple(dict.fromkeys([*study.benchmarks, *tasks]))
                 continue
             state = "failed" if cell and row["arm"] in mapping(cell.metrics, "failed") else "unreadable"
             if state == "failed":
@@ -231,22 +239,27 @@ class _Cell:
         return make_scorer(kind, labels=labels).score([r["answer"] for r in rows], [r["reference"] for r in rows])
 
     def _numbers(self, arm: str) -> dict[str, Number]:
-        """Losses on general text, as levels and as changes from the untuned model; benchmarks."""
+        """Losses on general text and benchmarks, as levels and as changes from the untuned model."""
         weights = adapter_arm(arm) or "base"
         found: dict[str, Number] = {}
+
+        def add(name: str, level: Any, change: Any) -> None:
+            if (number := _number(level)) is not None:
+                found[name] = number
+                if weights == "base":
+                    found[name + CHANGE] = Number(0.0, 0.0)
+            if (number := _number(change)) is not None:
+                found[name + CHANGE] = number
+
+        differences = mapping(self.metrics, "forgetting", "differences", f"{weights} - base")
         for name, measures in mapping(self.metrics, "forgetting", "arms", weights).items():
             for measure, entry in mapping(measures).items():
-                label = f"{name} loss" if measure == "loss" else f"{name} {measure.replace('_', ' ')}"
-                change = get(self.metrics, "forgetting", "differences", f"{weights} - base", name, measure)
-                if (number := _number(entry)) is not None:
-                    found[label] = number
-                if weights == "base" and number is not None:
-                    found[label + CHANGE] = Number(0.0, 0.0)
-                elif (number := _number(change)) is not None:
-                    found[label + CHANGE] = number
-        for name, entry in mapping(self.metrics, "benchmarks", "arms", weights).items():
-            if (number := _number(entry)) is not None:
-                found[f"benchmark {name}"] = number
+                add(f"{name} {measure.replace('_', ' ')}", entry, get(differences, name, measure))
+        asked = mapping(self.metrics, "benchmarks", "arms")
+        own = arm if arm in asked else weights  # where the anchor is on, arms of the same weights differ
+        differences = mapping(self.metrics, "benchmarks", "differences", f"{own} - base")
+        for name, entry in mapping(asked, own).items():
+            add(BENCHMARK + name, entry, get(differences, name))
         return found
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from tell.report.scores import Cell
 from tell.report.text import interval, number, power
 from tell.report.words import arm_order
 
-PROBE = ("probe loss", f"probe loss{CHANGE}")
+PROBE = "probe loss"
 ANY = "any"  # the key has no effect on the arm
 
 
@@ -44,9 +44,11 @@ class Gap:
 
 
 def tabulated(study: Study) -> list[str]:
-    """The metrics asked for, the loss of the reference answers, and the loss on general text with its change."""
-    known = {n for o in study.outcomes for n in (*o.measured.metrics, *o.measured.numbers)}
-    return list(dict.fromkeys([*study.metrics(), *(n for n in (ANSWER_LOSS, *PROBE) if n in known)]))
+    """The metrics asked for, the loss of the reference answers, and the loss on general text; each with its change
+    from the untuned model, where that was measured."""
+    known = study.known()
+    names = dict.fromkeys([*study.metrics(), ANSWER_LOSS, PROBE])
+    return [own for name in names for own in (name, name + CHANGE) if own in known]
 
 
 def lines(study: Study, bootstrap: Bootstrap) -> list[Line]:
@@ -150,7 +152,7 @@ def to_markdown(study: Study, table: Sequence[Line], differences: Sequence[Gap])
         [
             *line.point.values(),
             line.arm,
-            *(_cell(cell, bare=f"{m}{CHANGE}" in line.cells) for m, cell in line.cells.items()),
+            *map(_cell, bare(line.cells)),
             str(line.seeds),
             *costs_shown(line),
         ]
@@ -175,9 +177,16 @@ def costs_shown(line: Line) -> list[str]:
     return [*(trained if costs["steps"] else ("–",) * 3), power(costs["eval_flops"])]
 
 
-def _cell(cell: Cell, bare: bool = False) -> str:
-    """Value and interval; a level beside its change goes without: the change has the interval that matters."""
-    ends = "" if bare else interval(cell.ci, cell.unit, sign=cell.signed)
+def bare(cells: Mapping[str, Cell]) -> list[Cell]:
+    """The cells of a line; a loss beside its change goes without an interval: the change has the one that matters."""
+    return [
+        replace(cell, ci=None) if name.endswith(" loss") and f"{name}{CHANGE}" in cells else cell
+        for name, cell in cells.items()
+    ]
+
+
+def _cell(cell: Cell) -> str:
+    ends = interval(cell.ci, cell.unit, sign=cell.signed)
     return number(cell.value, cell.unit, sign=cell.signed) + (f" [{ends}]" if ends else "")
 
 

@@ -7,7 +7,7 @@ from pathlib import PurePath
 from typing import Any
 
 from tell.evaluate.names import LOSSES
-from tell.grid.results import CHANGE, canonical
+from tell.grid.results import BENCHMARK, CHANGE, canonical
 from tell.report.words import Term, term
 
 KEYS = {
@@ -93,11 +93,20 @@ def metric_term(metric: str) -> Term:
         text = "rows of the general data that were held out" if held else "general text that was in no mix"
         definition = f"Mean negative log-likelihood of {text}, in nats a token; a rise is what was forgotten."
         return Term(f"Change of {label[0].lower()}{label[1:]}" if metric != base else label, "plain", definition, False)
+    found = term(base)
     if base.endswith(" task format"):
-        return Term("General prompts answered in the task's format", "share", "", False)
-    if base.startswith("benchmark "):
-        return Term(base.removeprefix("benchmark "), "share", "Share of the benchmark's questions answered right.")
-    return term(metric)
+        found = Term("General prompts answered in the task's format", "share", "", False)
+    if base.startswith(BENCHMARK):
+        found = Term(base.removeprefix(BENCHMARK), "share", "Share of the benchmark's questions answered right.")
+    if metric != base:
+        unit = "points" if found.unit == "share" else found.unit
+        return Term(f"Change of {found.label}", unit, found.definition, found.higher)
+    return found
+
+
+def scale_of(metric: str) -> float:
+    """What values are multiplied by in figures: shares are drawn in per cent."""
+    return 100.0 if metric_term(metric).unit in ("share", "points") else 1.0
 
 
 def axis_label(metric: str) -> str:
