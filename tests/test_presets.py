@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from tell.config import learning_rate_for, load_config, repeat_for
+from tell.config import load_config
+from tell.presets import learning_rate_for, repeat_for
 
 
 def test_few_rows_are_seen_oftener() -> None:

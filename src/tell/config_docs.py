@@ -8,7 +8,8 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from tell.config import MODERN, PAPER, Config
+from tell.config import Config
+from tell.presets import MODERN, PAPER
 
 _HEAD = """\
 # Configuration

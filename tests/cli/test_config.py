@@ -11,8 +11,9 @@ from pydantic import BaseModel
 
 from tell.cli.common import FLAGS, Given, count, number
 from tell.cli.main import run
-from tell.config import Config, learning_rate_for, make_config
+from tell.config import Config, make_config
 from tell.config_docs import config_docs
+from tell.presets import learning_rate_for
 
 ROOT = Path(__file__).parents[2]
 

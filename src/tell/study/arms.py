@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from tell.config import TRAINED_ARMS, Config, repeat_for
+from tell.config import TRAINED_ARMS, Config
 from tell.errors import TellError
 from tell.mix.amount import Draw
 from tell.mix.mixture import Mixture, build, build_repeated
+from tell.presets import repeat_for
 from tell.rows.table import RowTable
 from tell.study.prepare import General
 

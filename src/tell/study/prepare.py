@@ -11,7 +11,7 @@ import numpy as np
 
 from tell.anchor.anchor import NO_ANCHOR, Anchor
 from tell.anchor.derive import derived_anchor
-from tell.config import Config, TrainConfig, learning_rate_for
+from tell.config import Config, TrainConfig
 from tell.data.budget import take_rows, take_tokens
 from tell.data.example import Example
 from tell.data.kind import Kind, detect_kind, load_schema
@@ -22,6 +22,7 @@ from tell.errors import TellError
 from tell.mix.amount import Draw, general_rows
 from tell.mix.seeds import permutation
 from tell.models.find import ModelFiles, find_model, find_tokenizer
+from tell.presets import learning_rate_for
 from tell.progress import Display, Silent
 from tell.rows.cache import cache_key, cached_table
 from tell.rows.table import Dropped, RowTable

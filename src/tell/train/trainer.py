@@ -22,10 +22,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from tell.config import TrainConfig, learning_rate_for
+from tell.config import TrainConfig
 from tell.errors import Diverged, Interrupted
 from tell.kernels import keep_memory
 from tell.mix.mixture import Mixture
+from tell.presets import learning_rate_for
 from tell.rows.table import RowTable
 from tell.train.attention import current_plan
 from tell.train.batches import TrainRow
