@@ -15,7 +15,7 @@ from tell.grid.results import read_results
 from tell.grid.table import ANY, gaps, lines, to_csv, to_markdown
 from tell.grid.words import key_name, metric_term, point_name, rounded, value_name
 
-GRID = [{"task.rows": n, "mix.repeat": k, "general.tokens": g} for n in (15, 115) for k in (1, 4) for g in (30_000, 0)]
+GRID = [{"task.rows": n, "mix.repeat": k, "general.tokens": g} for n in (15, 115) for k in (1, 4) for g in (0, 30_000)]  # ascending
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def test_a_curve_for_each_value_of_the_other_keys(study, bootstrap):
 
 def test_some_arms_and_points_only(study, bootstrap):
     found = curves(study, bootstrap, x="mix.repeat", y="answer_loss", arms=["tell"], within={"task.rows": 115})
-    assert [c.rest for c in found] == [{"task.rows": 115, "general.tokens": g} for g in (30_000, 0)]
+    assert [c.rest for c in found] == [{"task.rows": 115, "general.tokens": g} for g in (0, 30_000)]  # ascending
     assert curves(study, bootstrap, x="mix.repeat", y="nothing") == []
     assert curves(study, bootstrap, x="train.lora_r", y="schema_adherence") == []
 

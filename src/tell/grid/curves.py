@@ -76,7 +76,7 @@ def curves(
     ]
     for arm in arm_order([o.arm for o in chosen]):
         mine = [o for o in chosen if o.arm == arm]
-        for context in _distinct([{k: o.point.get(k) for k in others} for o in mine]):
+        for context in _ordered([{k: o.point.get(k) for k in others} for o in mine]):
             here = [o for o in mine if all(frozen(o.point.get(k)) == frozen(v) for k, v in context.items())]
             curve = _curve(arm, context, here, bootstrap, x, y)
             if curve is None:
@@ -96,9 +96,7 @@ def curves(
 def _curve(
     arm: str, context: dict[str, Any], outcomes: Sequence[Outcome], bootstrap: Bootstrap, x: str, y: str
 ) -> Curve | None:
-    values = [p["x"] for p in _distinct([{"x": o.point[x]} for o in outcomes])]
-    if all(is_number(v) for v in values):
-        values.sort()
+    values = [p["x"] for p in _ordered([{"x": o.point[x]} for o in outcomes])]
     at, draws, groups = [], [], []
     for value in values:
         group = [o for o in outcomes if frozen(o.point[x]) == frozen(value)]
@@ -111,5 +109,8 @@ def _curve(
     return Curve(arm, context, at, draws, groups, len(at) > 1 and len(cells) == 1) if at else None
 
 
-def _distinct(mappings: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    return list({frozen(m): m for m in mappings}.values())
+def _ordered(mappings: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each mapping once, ascending in values that are numbers, otherwise as they came."""
+    found = list({frozen(m): m for m in mappings}.values())
+    numeric = [key for key in found[0] if all(is_number(m[key]) for m in found)] if found else []
+    return sorted(found, key=lambda m: [m[key] for key in numeric])

@@ -32,7 +32,7 @@ COLOURS = {
 }
 MARKERS = {"sft": "s", "sft-matched": "D", "general": "^", "tell": "o", "icl": "v", "base": "X", "base+anchor": "P"}
 DASHES: dict[str, Any] = {"base": (0, (1.5, 2)), "base+anchor": (0, (4, 2)), "tell-anchor": (0, (4, 2))}
-CYCLE = ("#1a7fc4", "#d55e00", "#009e73", "#c8609a", "#94771c", "#7d858a")
+CYCLE = ("#1a7fc4", "#d55e00", "#009e73", "#c8609a", "#94771c", "#7d858a", "#7a5fc0")
 STYLES: tuple[Any, ...] = ("solid", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 TURNS = "osD^vXP"
 RULES = {

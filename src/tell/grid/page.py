@@ -93,7 +93,7 @@ def _page(study: Study, sections: Sequence[Section]) -> str:
         "study.html.j2",
         title=study.title,
         claim=study.claim,
-        missing=missing(study),
+        notices=notices(study),
         failed=sorted(study.failed.items()),
         facts=[
             ("Cells", f"{study.states['done']} of {study.states.total()} finished"),
@@ -110,7 +110,12 @@ def _page(study: Study, sections: Sequence[Section]) -> str:
     )
 
 
-def missing(study: Study) -> str:
-    """What has no numbers yet, in a sentence; empty where nothing is missing."""
+def notices(study: Study) -> list[str]:
+    """What has no numbers yet, and what one seed leaves open, in sentences."""
     parts = [f"{count} {state}" for state, count in study.missing.items()]
-    return f"Of {len(study.rows)} rows of the study, {', '.join(parts)}." if parts else ""
+    found = [f"Not complete. Of {len(study.rows)} rows of the study, {', '.join(parts)}."] if parts else []
+    if len(study.seeds) == 1:
+        found.append(
+            "One seed alone: intervals cover the choice of test rows, not of training rows, order or decoding."
+        )
+    return found
