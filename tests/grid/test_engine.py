@@ -85,6 +85,8 @@ def test_no_torch_where_nothing_is_run(recipe, tmp_path):
         assert (row["steps"], row["tokens"], row["flops"]) == (trained["steps"], trained["tokens"], trained["flops"])
         assert "evaluation measured" in row["basis"]
     assert json.loads(free_of_torch("--json"))["folder"] == str(root / "small")
+    other = tell.plan_study(recipe("other", seeds=[5], arms=["base"]), root=root)["cells"]
+    assert all("evaluation measured" in row["basis"] for row in other)  # by cells of another study
 
 
 def test_a_failed_cell_is_noted_and_the_others_go_on(recipe, tmp_path, capsys):

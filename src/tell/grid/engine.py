@@ -143,7 +143,6 @@ def run_study(
     display = display or Silent()
     options = {"data": data, "variables": variables, "overrides": overrides, "seeds": seeds, "out": out, "root": root}
     study = open_study(recipe, display=display, **options)
-    runner = executor if not isinstance(executor, str) else _executor(executor, study.recipe, address, cpus, gpus)
     stop = Stop(study.folder.root)
     keep = study.recipe.keep_adapters if keep_adapters is None else keep_adapters
     queue = study.queue(display, stop, retry_failed=retry_failed, keep_adapters=keep)
@@ -151,6 +150,7 @@ def run_study(
     queue.adopt()
     queue.write()
     if queue.waiting:
+        runner = executor if not isinstance(executor, str) else _executor(executor, study.recipe, address, cpus, gpus)
         with stop.listening():
             try:
                 _run(study, queue, runner, display)

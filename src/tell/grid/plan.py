@@ -39,10 +39,10 @@ GENERAL_ROW_TOKENS = 150  # of a row that forgetting is measured on; an estimate
 class Planner:
     """Plans cells one after the other; what several have in common is read and tokenised once."""
 
-    def __init__(self, root: Root, cells: Sequence[Cell], display: Display) -> None:
+    def __init__(self, root: Root, display: Display) -> None:
         self.display = display
         self.made: dict[str, Any] = {}
-        self.measured = measured_evaluation(root, cells)
+        self.measured = measured_evaluation(root)
 
     def cost(self, cell: Cell) -> dict[str, Any]:
         """Steps, tokens, FLOPs, and seconds of training and of all else; or the error the run would end in.
@@ -112,7 +112,7 @@ class Planner:
 def plan_cells(root: Root, cells: Sequence[Cell], display: Display) -> Iterator[tuple[Cell, dict[str, Any]]]:
     """Each cell with its costs, as from `Planner.cost`."""
     with display.bar("plan", len(cells), "cells") as advance:
-        planner = Planner(root, cells, InnerDisplay(advance, "plan"))
+        planner = Planner(root, InnerDisplay(advance, "plan"))
         for cell in cells:
             yield cell, planner.cost(cell)
             advance(1)
@@ -156,13 +156,13 @@ def evaluation_key(cell: Cell) -> str:
     return _key(cell.arm, parts, task)
 
 
-def measured_evaluation(root: Root, cells: Sequence[Cell]) -> dict[str, float]:
-    """Mean seconds beside training, by `evaluation_key`, of the cells that are finished."""
+def measured_evaluation(root: Root) -> dict[str, float]:
+    """Mean seconds beside training, by `evaluation_key`, of the finished cells of all studies of a root."""
     found: dict[str, list[float]] = defaultdict(list)
-    for cell in cells:
-        record = root.record(cell.name)
-        if record.get("state") == "done" and record.get("seconds") and "training_seconds" in record:
-            found[evaluation_key(cell)].append(record["seconds"] - record["training_seconds"])
+    for path in sorted(root.cells.glob("*.json")):
+        record = root.record(path.stem)
+        if record.get("state") == "done" and "evaluation" in record:
+            found[record["evaluation"]].append(record["seconds"] - record["training_seconds"])
     return {key: sum(values) / len(values) for key, values in found.items()}
 
 

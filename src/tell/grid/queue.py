@@ -15,6 +15,7 @@ from tell.evaluate.names import NAMES, OF_100, PLAIN
 from tell.grid.cells import Cell, Row
 from tell.grid.executors.cell import InnerDisplay, Outcome, prune
 from tell.grid.folder import Root, StudyFolder
+from tell.grid.plan import evaluation_key
 from tell.progress import Advance, Display
 from tell.run import write_json
 from tell.study.stop import Stop
@@ -129,7 +130,7 @@ class Queue:
     def finish(self, cell: Cell, outcome: Outcome) -> None:
         """Note how a cell ended, tell of it, and give its lock back."""
         if outcome.error is None:
-            facts: dict[str, Any] = {"state": "done", "error": None, **timing(self.root, cell.name)}
+            facts: dict[str, Any] = {"state": "done", "error": None, **timing(self.root, cell)}
         else:
             facts = {"state": "failed", "error": outcome.error, "trace": outcome.trace}
         self._note(cell.name, **facts, host=outcome.host)
@@ -171,13 +172,13 @@ class Queue:
 
     def adopt(self) -> None:
         """Note cells whose process was killed between their last number and their record."""
-        for name, state in self.states.items():
-            if state["state"] == "done" and self.root.record(name).get("state") != "done":
+        for name, cell in self.cells.items():
+            if self.states[name]["state"] == "done" and self.root.record(name).get("state") != "done":
                 with self.root.lock(name):
                     if self.root.record(name).get("state") != "done":
                         if not self.keep_adapters:
                             prune(self.root.cell(name))
-                        self._note(name, state="done", error=None, **timing(self.root, name))
+                        self._note(name, state="done", error=None, **timing(self.root, cell))
 
     def _tell(self, cell: Cell) -> None:
         """One line for a cell that has ended."""
@@ -212,12 +213,13 @@ def shared_points(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
     return shared
 
 
-def timing(root: Root, name: str) -> dict[str, float]:
-    """Seconds of a finished cell, and of its training loop."""
-    folder = root.cell(name)
+def timing(root: Root, cell: Cell) -> dict[str, Any]:
+    """Seconds of a finished cell, and of its training loop; and what its evaluation may be compared with."""
+    folder = root.cell(cell.name)
     arms = json.loads(folder.metrics.read_text(encoding="utf-8"))["train"]["arms"]
     trained = sum(arm["seconds"] for arm in arms.values())
-    return {"seconds": float(folder.read_status()["seconds"]), "training_seconds": round(trained, 3)}
+    seconds = float(folder.read_status()["seconds"])
+    return {"seconds": seconds, "training_seconds": round(trained, 3), "evaluation": evaluation_key(cell)}
 
 
 def main_score(root: Root, cell: Cell) -> str:
