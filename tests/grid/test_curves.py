@@ -15,7 +15,7 @@ from tell.grid.results import read_results
 from tell.grid.table import ANY, gaps, lines, to_csv, to_markdown
 from tell.grid.words import key_name, metric_term, point_name, rounded, value_name
 
-GRID = [{"task.rows": n, "mix.repeat": k, "general.tokens": g} for n in (15, 115) for k in (1, 4) for g in (0, 30_000)]  # ascending
+GRID = [{"task.rows": n, "mix.repeat": k, "general.tokens": g} for n in (15, 115) for k in (1, 4) for g in (30_000, 0)]
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +51,13 @@ def test_some_arms_and_points_only(study, bootstrap):
     assert [c.rest for c in found] == [{"task.rows": 115, "general.tokens": g} for g in (0, 30_000)]  # ascending
     assert curves(study, bootstrap, x="mix.repeat", y="nothing") == []
     assert curves(study, bootstrap, x="train.lora_r", y="schema_adherence") == []
+
+
+def test_a_level_arm_is_one_curve_where_contexts_have_fewer_amounts(tmp_path):
+    study = read_results(make_study(tmp_path, points=[*GRID, {"task.rows": 15, "mix.repeat": 8, "general.tokens": 0}]))
+    found = curves(study, Bootstrap(study, 100), x="general.tokens", y="schema_adherence")
+    assert [(c.rest, c.x) for c in found if c.arm == "base"] == [({}, [0, 30_000])]
+    assert [c.x for c in found if c.rest.get("mix.repeat") == 8] == [[0]]
 
 
 def test_keys_that_are_no_numbers_keep_their_order(tmp_path):

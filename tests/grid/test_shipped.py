@@ -23,7 +23,7 @@ def test_recipe(path, tmp_path):
     assert {row.seed for row in rows} == {42, 43, 44}
     assert {row.arm for row in rows} == set(recipe.arms)
     assert {row.cell for row in rows} == {cell.name for cell in cells}
-    assert recipe.title and recipe.claim and recipe.figures or path.stem == "a5"
+    assert (recipe.title and recipe.claim and recipe.figures) or path.stem == "a5"
 
 
 def test_every_recipe_is_in_the_table():

@@ -14,6 +14,7 @@ import tell
 from study.questions import FILES, write_questions
 from study.runs import Killer, config_of, read
 from tell.anchor.anchor import NO_ANCHOR, Anchor
+from tell.cli.main import run as main
 from tell.errors import Interrupted, TellError
 from tell.run import RunFolder, read_jsonl
 from tell.study import benchmarks as module
@@ -129,6 +130,21 @@ def test_anchor_chat_limit_and_shots(copy, questions):
     assert settings["shots"] == {"openbookqa": 1} and shown["base"] != plain["base"]
 
 
+def test_from_the_command_line(copy, questions, capsys, monkeypatch):
+    harness()
+    monkeypatch.setenv("COLUMNS", "160")
+    typed = ["eval", str(copy.root), "--benchmarks", "openbookqa, agieval_math", "--benchmark-data", str(questions)]
+    assert main([*typed, "--benchmark-limit", "2", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["benchmarks"]
+    assert found["settings"]["tasks"] == {"openbookqa": ["openbookqa"], "agieval_math": ["agieval_math"]}
+    assert found["arms"]["tell"]["openbookqa"]["n"] == 2
+    assert main([*typed, "--benchmark-limit", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert "openbookqa acc_norm" in shown and "tell - base" in shown and "the first 2 questions" in shown
+    assert main([*typed, "--rows", "3"]) == 2
+    assert "--rows: has no effect on benchmarks" in capsys.readouterr().err
+
+
 def test_a_run_with_benchmarks_resumes(tiny_model, questions, tmp_path):
     """Stopped between two tasks, it ends with the numbers of a run that never was; what was answered stays."""
     harness()
@@ -153,7 +169,7 @@ def test_a_run_with_benchmarks_resumes(tiny_model, questions, tmp_path):
     assert {"gsm8k", "gsm8k flexible-extract", "openbookqa"} < set(numbers["arms"]["tell"])
 
 
-def test_what_is_refused(copy, questions, tmp_path, tiny_model, monkeypatch):
+def test_what_is_refused(copy, questions, tmp_path, tiny_model):
     harness()
     with pytest.raises(TellError, match=r"unknown benchmark 'gsm'; did you mean gsm8k\?"):
         benchmark(copy.root, ["gsm"], data=str(questions))
@@ -166,10 +182,10 @@ def test_what_is_refused(copy, questions, tmp_path, tiny_model, monkeypatch):
     with pytest.raises(TellError, match="no adapter for the arm sft"):
         benchmark(copy.root, ["gsm8k"], data=str(questions), arms=["sft"])
     # a run says so before it trains
-    config = config_of(tiny_model("llama"), tmp_path / "run", eval={"benchmarks": ["gsm"]})
+    config = config_of(tiny_model("llama"), tmp_path / "new", eval={"benchmarks": ["gsm"]})
     with pytest.raises(TellError, match="unknown benchmark"):
         tell.tune(config)
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "new").exists()
 
 
 def test_without_the_harness(monkeypatch, tiny_model, tmp_path):

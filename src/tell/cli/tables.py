@@ -141,7 +141,7 @@ def benchmarks_table(benchmarks: dict) -> RenderableType:
     table = Table(title=", ".join(how), title_justify="left", header_style="bold")
     shown = {**arms, **{pair: found for pair, found in gaps.items() if pair.endswith(" - base")}}
     for title in ("benchmark", "shots", "questions", *shown):
-        table.add_column(title, justify="left" if title == "benchmark" else "right")
+        table.add_column(title, justify="left" if title == "benchmark" else "right", no_wrap=title == "benchmark")
     for name, entry in next(iter(arms.values())).items():
         shots = settings["shots"].get(name.partition(" ")[0], 0)  # a group's tasks are all asked without
         table.add_row(name, str(shots), f"{entry['n']:,}", *(_cell(found[name], name) for found in shown.values()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -65,7 +65,7 @@ def curves(
         arms: default: all.
         within: only points with these values.
     """
-    found: dict[tuple, Curve] = {}
+    found: list[Curve] = []
     others = [key for key in study.keys if key != x]
     chosen = [
         o
@@ -81,16 +81,20 @@ def curves(
             curve = _curve(arm, context, here, bootstrap, x, y)
             if curve is None:
                 continue
-            key = (
-                arm,
-                tuple((frozen(v), tuple(o.cell for o in g)) for v, g in zip(curve.x, curve.groups, strict=True)),
-            )
-            if key in found:  # the same cells in another context: what differs has no effect on them
-                same = {k: v for k, v in found[key].rest.items() if frozen(curve.rest.get(k)) == frozen(v)}
-                found[key] = Curve(arm, same, curve.x, curve.draws, curve.groups, curve.flat)
-            else:
-                found[key] = curve
-    return list(found.values())
+            twin = next((i for i, c in enumerate(found) if c.arm == arm and _same_cells(c, curve)), None)
+            if twin is None:
+                found.append(curve)
+            else:  # the same cells in another context: what differs has no effect on them
+                long, short = sorted((found[twin], curve), key=lambda c: -len(c.x))
+                same = {k: v for k, v in long.rest.items() if k in short.rest and frozen(short.rest[k]) == frozen(v)}
+                found[twin] = replace(long, rest=same)
+    return found
+
+
+def _same_cells(a: Curve, b: Curve) -> bool:
+    """Whether the curve with fewer values is a part of the other."""
+    one, two = ({frozen(v): [o.cell for o in g] for v, g in zip(c.x, c.groups, strict=True)} for c in (a, b))
+    return one.items() <= two.items() or two.items() <= one.items()
 
 
 def _curve(
