@@ -9,7 +9,7 @@ import pytest
 from tell.data.sources import _is_path, _rows, file_fingerprint, load
 from tell.errors import TellError
 
-DATA = Path(os.environ.get("TELL_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
+DATA = Path(os.environ.get("TELL_DATA") or Path(__file__).parents[3] / "shared" / "data")
 ALPACA = DATA / "general" / "alpaca_en.jsonl.gz"
 
 
@@ -80,7 +80,7 @@ def test_import_stays_light():
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.skipif(not ALPACA.exists(), reason=f"needs {ALPACA}; set TELL_TEST_DATA to the folder of public data")
+@pytest.mark.skipif(not ALPACA.exists(), reason=f"needs {ALPACA}; set TELL_DATA to the folder of public data")
 def test_alpaca():
     loaded = load(str(ALPACA), name="general")
     assert len(loaded.examples) == 51_974 and len(loaded.dropped) == 28

@@ -17,7 +17,7 @@ def demo(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run.")] = False,
     minutes: Annotated[str | None, typer.Option("--minutes", metavar="N", help="end within this time")] = None,
 ) -> None:
-    """Tune SmolLM2-135M on an example task, in about ten minutes.
+    """Tune SmolLM2-135M on an example task, in about five minutes.
 
     The task is ours: support mails to JSON. Nothing needs to be prepared or downloaded but the model.
     """

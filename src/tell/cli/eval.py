@@ -60,7 +60,10 @@ def evaluate(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone on stdout.")] = False,
 ) -> None:
-    """Score the arms of a run, with intervals: on its test rows, or on benchmarks of general ability."""
+    """Score the arms of a run on its test rows, or on benchmarks.
+
+    Scores have intervals. Benchmarks (--benchmarks) are of general ability: GSM8K, OpenBookQA, AGIEval.
+    """
     wanted = None if arms is None else read_arms(arms)
     limit, chosen = read_number("--rows", rows), read_number("--seed", seed)
     asked: dict[str, Any] = {

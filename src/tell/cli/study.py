@@ -44,7 +44,7 @@ def study(
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run failed cells again.")] = False,
     keep_adapters: Annotated[bool, typer.Option("--keep-adapters", help="Keep adapters of finished cells.")] = False,
 ) -> None:
-    """Run the grid of a recipe, and write its tables, figures and page.
+    """Run a grid of runs from RECIPE: tables, figures, a page.
 
     Cells are named by content and never run twice; give the same command again to go on where it was stopped.
 
