@@ -84,8 +84,43 @@ def test_overrides_and_seeds(tmp_path):
 
 def test_a_union_of_products_has_each_point_once():
     recipe = make_recipe({"grid": [{"task.rows": [1, 2], "mix.repeat": [1]}, {"mix.repeat": [1], "task.rows": [2, 3]}]})
-    assert [point["task.rows"] for point in points(recipe)] == [1, 2, 3]
-    assert points(make_recipe({})) == [{}]
+    assert [point["task.rows"] for point, _ in points(recipe, 42)] == [1, 2, 3]
+    assert points(make_recipe({}), 42) == [({}, ("base", "sft", "sft-matched", "tell"))]
+
+
+def test_a_product_with_arms_and_seeds_of_its_own(tmp_path):
+    grid = [
+        {"task.rows": [1], "arms": ["tell"]},
+        {"task.rows": [1, 2], "arms": ["sft"], "seeds": [42]},
+        {"task.rows": [3], "seeds": [43, 44]},
+    ]
+    path = written(tmp_path, arms=["base", "sft", "tell"], grid=grid)
+    recipe = load_recipe(path)
+    assert points(recipe, 42) == [({"task.rows": 1}, ("sft", "tell")), ({"task.rows": 2}, ("sft",))]
+    assert points(recipe, 44) == [({"task.rows": 1}, ("tell",)), ({"task.rows": 3}, ("base", "sft", "tell"))]
+    one = load_recipe(path, seeds=[43, 7], overrides=["task.rows=5"])
+    assert one.grid == ({"task.rows": [5], "arms": ["tell"]}, {"task.rows": [5], "seeds": [43]})
+    assert points(one, 7) == [({"task.rows": 5}, ("tell",))]
+
+
+@pytest.mark.parametrize(
+    ("grid", "message"),
+    [
+        ({"arms": ["tel"]}, r"arm 'tel', which the recipe's arms lack; did you mean tell\?.* They are base, sft"),
+        ({"arms": ["icl"]}, "arm 'icl', which the recipe's arms lack"),
+        ({"seeds": [7]}, "seed 7, which the recipe's seeds lack.* They are 42, 43, 44"),
+        ({"seeds": []}, "grid.seeds has no value"),
+    ],
+)
+def test_arms_and_seeds_of_a_product_are_among_the_recipes(grid, message):
+    with pytest.raises(TellError, match=message):
+        make_recipe({"grid": [{"task.rows": [15]}, {"task.rows": [30], **grid}]})
+
+
+def test_seeds_that_no_product_is_run_with(tmp_path):
+    path = written(tmp_path, grid={"task.rows": [15], "seeds": [42]})
+    with pytest.raises(TellError, match="nothing in the grid is run with seed 43, 44.* give one of those"):
+        load_recipe(path, seeds=[43, 44])
 
 
 @given(st.lists(st.text("abc_", min_size=1), min_size=1, max_size=4), st.integers())

@@ -80,17 +80,17 @@ def grid_of(recipe: Recipe, variables: Mapping[str, str], *, where: str = "recip
     cells: dict[str, Cell] = {}
     base = fill(recipe.config, variables)
     for seed in recipe.seeds:
-        for raw in points(recipe):
+        for raw, arms in points(recipe, seed):
             nested: Mapping[str, Any] = base
             for key, value in raw.items():
                 nested = override(nested, nest(key, fill(value, variables)))
             config = with_full_paths(make_config({**nested, "seed": seed}, where=where))
             point = {key: _shown(config, key, value) for key, value in raw.items()}
-            for arm in recipe.arms:
-                lead = RIDERS.get(arm, arm) if RIDERS.get(arm) in recipe.arms else arm
+            for arm in arms:
+                lead = RIDERS.get(arm, arm) if RIDERS.get(arm) in arms else arm
                 if lead == "general" and _no_general(config):
                     continue
-                riders = [a for a in recipe.arms if RIDERS.get(a) == lead and a != arm] if lead == arm else [arm]
+                riders = [a for a in arms if RIDERS.get(a) == lead and a != arm] if lead == arm else [arm]
                 cell = make_cell(config, lead, riders)
                 cells.setdefault(cell.name, cell)
                 rows.append(Row(point, arm, seed, cell.name))

@@ -7,7 +7,9 @@
     config:                                 # keys of a run, as in run.yaml
       task: {data: "${halu}/train.jsonl", test: "${halu}/test.jsonl", schema: "${halu}/schema.json"}
       general: {source: "${data}/general/alpaca_en.jsonl.gz"}
-    grid: {task.rows: [15, 115], general.tokens: [0, 3e4, 1e5]}
+    grid:                                   # one product of values, or a list of them
+      - {task.rows: [15, 115], general.tokens: [0, 3e4, 1e5]}
+      - {task.rows: [15], general.tokens: [3e5], arms: [tell], seeds: [42]}    # fewer arms or seeds where runs are dear
     arms: [base, sft, sft-matched, tell]
     figures: [{x: general.tokens, y: schema_adherence, panels: task.rows}]
 
@@ -31,6 +33,7 @@ from tell.config import Arm, Config, Section, check_keys, nearest, override, par
 from tell.errors import TellError
 
 VARIABLE = re.compile(r"\$\{([\w-]+)\}")
+OF_A_PRODUCT = ("arms", "seeds")  # beside the keys of a run: which of the recipe's a product of the grid is run with
 ELSEWHERE = {"seed": "seeds", "eval.arms": "arms", "out": "--out"}  # keys of a run that a study decides itself
 
 
@@ -94,10 +97,12 @@ class Recipe(Section):
     )
     config: dict[str, Any] = Field(default_factory=dict, description="keys of every run, nested as in run.yaml")
     grid: tuple[dict[str, list[Any]], ...] = Field(
-        ({},), description="dotted key of a run -> its values: their product; or a list of such products"
+        ({},),
+        description="dotted key of a run -> its values: their product; or a list of such products, "
+        "each with `arms` and `seeds` of its own where it is not run with all",
     )
-    arms: tuple[Arm, ...] = Field(("base", "sft", "sft-matched", "tell"), min_length=1, description="arms of each run")
-    seeds: tuple[int, ...] = Field((42, 43, 44), min_length=1, description="seeds of each run")
+    arms: tuple[Arm, ...] = Field(("base", "sft", "sft-matched", "tell"), min_length=1, description="arms of each point")
+    seeds: tuple[int, ...] = Field((42, 43, 44), min_length=1, description="seeds of each point")
     metrics: tuple[str, ...] = Field((), description="metrics to tabulate; none: the task's primary one")
     figures: tuple[Figure, ...] = ()
     fits: tuple[Fit, ...] = ()
@@ -165,7 +170,7 @@ def load_recipe(
     used = {name: value for name, value in values.items() if name in used_variables(recipe)}
     update: dict[str, Any] = {"variables": used, **_overridden(recipe, overrides)}
     if seeds is not None:
-        update["seeds"] = tuple(seeds)
+        update |= {"seeds": tuple(seeds), "grid": _with_seeds(update["grid"], seeds, where=str(path))}
     return make_recipe({**recipe.model_dump(), **update}, where=str(path))
 
 
@@ -194,7 +199,10 @@ def make_recipe(data: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
     _check_run_keys(recipe.config, where, "config")
     for product in recipe.grid:
         for key, values in product.items():
-            _check_run_keys(nest(key, values[0] if values else None), where, "grid")
+            if key in OF_A_PRODUCT:
+                _check_among(key, values, getattr(recipe, key), where)
+            else:
+                _check_run_keys(nest(key, values[0] if values else None), where, "grid")
             if not values:
                 raise TellError(f"grid.{key} has no value", where=where, remedy="Give it one, or leave it out.")
     for name, options in recipe.build.items():
@@ -214,6 +222,16 @@ def _check_run_keys(nested: Mapping[str, Any], where: str, part: str) -> None:
             )
 
 
+def _check_among(key: str, values: Sequence[Any], known: Sequence[Any], where: str) -> None:
+    for value in values:
+        if value not in known:
+            raise TellError(
+                f"grid has {key[:-1]} {value!r}, which the recipe's {key} lack{nearest(str(value), map(str, known))}",
+                where=where,
+                remedy=f"They are {', '.join(map(str, known))}: add it to them, or mend it.",
+            )
+
+
 def _overridden(recipe: Recipe, overrides: Iterable[str]) -> dict[str, Any]:
     """``config`` and ``grid`` of the recipe under ``a.b=c`` texts."""
     config: Mapping[str, Any] = recipe.config
@@ -227,6 +245,22 @@ def _overridden(recipe: Recipe, overrides: Iterable[str]) -> dict[str, Any]:
         if not holders:
             config = override(config, nested)
     return {"config": config, "grid": grid}
+
+
+def _with_seeds(grid: Iterable[Mapping[str, Any]], seeds: Sequence[int], *, where: str) -> list[dict[str, Any]]:
+    """The products that are run with one of the seeds."""
+    kept = []
+    for product in grid:
+        own = [seed for seed in product.get("seeds", seeds) if seed in seeds]
+        if own:
+            kept.append({**product, "seeds": own} if "seeds" in product else dict(product))
+    if not kept:
+        raise TellError(
+            f"nothing in the grid is run with seed {', '.join(map(str, seeds))}",
+            where=where,
+            remedy="Its products have seeds of their own: give one of those, or take them out.",
+        )
+    return kept
 
 
 def used_variables(recipe: Recipe) -> dict[str, str]:
@@ -248,14 +282,18 @@ def fill(value: Any, variables: Mapping[str, str]) -> Any:
     return [fill(inner, variables) for inner in value] if isinstance(value, list | tuple) else value
 
 
-def points(recipe: Recipe) -> list[dict[str, Any]]:
-    """The points of the grid as written, each once: the union of the products."""
-    found: dict[str, dict[str, Any]] = {}
+def points(recipe: Recipe, seed: int) -> list[tuple[dict[str, Any], tuple[str, ...]]]:
+    """The points of the grid that are run with a seed, as written, each once, with its arms: the union of the products."""
+    found: dict[str, tuple[dict[str, Any], set[str]]] = {}
     for product in recipe.grid:
-        for values in itertools.product(*product.values()):
-            point = dict(zip(product, values, strict=True))
-            found.setdefault(json.dumps(point, sort_keys=True), point)
-    return list(found.values())
+        if seed not in product.get("seeds", recipe.seeds):
+            continue
+        keys = [key for key in product if key not in OF_A_PRODUCT]
+        for values in itertools.product(*(product[key] for key in keys)):
+            point = dict(zip(keys, values, strict=True))
+            arms = found.setdefault(json.dumps(point, sort_keys=True), (point, set()))[1]
+            arms.update(product.get("arms", recipe.arms))
+    return [(point, tuple(arm for arm in recipe.arms if arm in arms)) for point, arms in found.values()]
 
 
 def nest(key: str, value: Any) -> dict[str, Any]:
