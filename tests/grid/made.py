@@ -112,7 +112,7 @@ def outcome(
 def study_of(outcomes: Sequence[Outcome]) -> Study:
     keys = tuple(dict.fromkeys(k for o in outcomes for k in o.point))
     rows = [{"point": o.point, "arm": o.arm, "seed": o.seed, "cell": o.cell} for o in outcomes]
-    return Study(Path(), "", "", {}, "", rows, list(outcomes), keys=keys)
+    return Study(Path(), Path(), "", "", {}, "", rows, list(outcomes), keys=keys)
 
 
 def curve_of(

@@ -119,7 +119,7 @@ def test_arms_and_seeds_of_a_product_are_among_the_recipes(grid, message):
 
 def test_seeds_that_no_product_is_run_with(tmp_path):
     path = written(tmp_path, grid={"task.rows": [15], "seeds": [42]})
-    with pytest.raises(TellError, match="nothing in the grid is run with seed 43, 44.* give one of those"):
+    with pytest.raises(TellError, match=r"nothing in the grid is run with seed 43, 44.* give one of those"):
         load_recipe(path, seeds=[43, 44])
 
 

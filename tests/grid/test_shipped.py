@@ -6,6 +6,7 @@ import pytest
 
 from tell.grid.cells import grid_of
 from tell.grid.recipe import load_recipe, used_variables
+from tell.grid.separation import ADDED, CONTRASTS
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 RECIPES = sorted(FOLDER.glob("*/*.yaml"))
@@ -21,9 +22,10 @@ def test_recipe(path, tmp_path):
         (tmp_path / key).write_text("Do as the task asks.")
     rows, cells = grid_of(recipe, variables, where=str(path))
     assert {row.seed for row in rows} == {42, 43, 44}
-    assert {row.arm for row in rows} == set(recipe.arms)
+    compared = {*CONTRASTS, ADDED} if recipe.separate else set()
+    assert {row.arm for row in rows} == {*recipe.arms, *compared}
     assert {row.cell for row in rows} == {cell.name for cell in cells}
-    assert (recipe.title and recipe.claim and recipe.figures) or path.stem == "a5"
+    assert (recipe.title and recipe.claim and recipe.figures) or path.stem in ("a5", "fig3_4")
 
 
 def test_every_recipe_is_in_the_table():

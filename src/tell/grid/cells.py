@@ -19,6 +19,7 @@ from tell.config import (
     Config,
     EvalConfig,
     GeneralConfig,
+    GenerateConfig,
     MixConfig,
     TrainConfig,
     make_config,
@@ -27,6 +28,7 @@ from tell.config import (
 from tell.errors import TellError
 from tell.grid.content import content_hash
 from tell.grid.recipe import Recipe, dig, fill, nest, points
+from tell.grid.separation import SEPARATE, contrasts
 from tell.study.folder import FREE as FREE_OF_RUNS
 from tell.study.folder import PATHS, with_full_paths
 from tell.study.prepare import anchor_of
@@ -44,13 +46,15 @@ class Cell:
 
     Attributes:
         name: ``<arm>-<16 hexadecimal digits>`` over all that its numbers depend on.
-        arm: what it is about; its configuration may ask for a rider too.
+        arm: what it is about; its configuration may ask for a rider too. ``separate`` trains nothing.
         config: what `tell.tune` is called with, without ``out``.
+        separate: options of `tell.study.separate.separate`, which is called instead.
     """
 
     name: str
     arm: str
     config: Config
+    separate: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,10 @@ def grid_of(recipe: Recipe, variables: Mapping[str, str], *, where: str = "recip
                 cell = make_cell(config, lead, riders)
                 cells.setdefault(cell.name, cell)
                 rows.append(Row(point, arm, seed, cell.name))
+            if recipe.separate is not None:
+                cell = separation_cell(config, recipe.separate.model_dump())
+                cells.setdefault(cell.name, cell)
+                rows += [Row(point, name, seed, cell.name) for name in contrasts(config)]
     if not rows:
         raise TellError("asks for no run at all", where=where, remedy="Add an arm besides general, or general data.")
     # A model that changes from cell to cell would be loaded as often; a stable sort keeps all else in order.
@@ -115,13 +123,22 @@ def make_cell(config: Config, arm: str, riders: Sequence[str] = ()) -> Cell:
     config.eval.arms = (arm, *riders)
     if "icl" not in config.eval.arms:
         config.eval.icl_examples = EvalConfig().icl_examples
-    text = json.dumps(
-        {"format": CELL_FORMAT, "arms": config.eval.arms, "config": identity(config)},
-        sort_keys=True,
-        ensure_ascii=False,
-        separators=(",", ":"),
-    )
-    return Cell(f"{arm}-{hashlib.sha256(text.encode()).hexdigest()[:16]}", arm, config)
+    return Cell(_name(arm, {"arms": config.eval.arms, "config": identity(config)}), arm, config)
+
+
+def separation_cell(config: Config, options: Mapping[str, Any]) -> Cell:
+    """The cell that compares hidden states, with keys that have no effect on it at their defaults."""
+    config = neutral(config, "base+anchor")
+    config.eval = EvalConfig(bootstrap=config.eval.bootstrap, arms=("base",))
+    if config.anchor.text != "auto":  # else the model writes it, from these rows
+        config.generate, config.task.rows, config.task.tokens = GenerateConfig(), None, None
+    return Cell(_name(SEPARATE, {"separate": dict(options), "config": identity(config)}), SEPARATE, config, options)
+
+
+def _name(arm: str, parts: Mapping[str, Any]) -> str:
+    data = {"format": CELL_FORMAT, **parts}
+    text = json.dumps(data, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return f"{arm}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
 def identity(config: Config) -> dict[str, Any]:

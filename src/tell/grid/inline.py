@@ -9,7 +9,13 @@ from markupsafe import Markup
 
 from tell.grid.drawing import HAIR, INK, PAPER, SOFT
 
-COLOURS = {INK: "currentColor", SOFT: "var(--soft)", HAIR: "var(--hair)", PAPER: "var(--paper)"}
+COLOURS = {
+    INK: "currentColor",
+    "#000000": "currentColor",
+    SOFT: "var(--soft)",
+    HAIR: "var(--hair)",
+    PAPER: "var(--paper)",
+}
 REFERENCE = re.compile(r"#([\w.-]+)")
 
 

@@ -18,6 +18,7 @@ from tell.grid.sections import (
     fits_blocks,
     flips_blocks,
     fronts_blocks,
+    separation_blocks,
     tables_blocks,
 )
 from tell.grid.table import gaps, lines, to_csv, to_markdown
@@ -72,6 +73,7 @@ def write_study(folder: str | Path) -> Path:
         write_json(folder / f"{name}.json", getattr(found, name))
     sections = [
         Section("figures", "Figures", list(figures_blocks(study, bootstrap, found))),
+        Section("separation", "Hidden states", list(separation_blocks(study))),
         Section("shape", "Shape of the curves", list(fits_blocks(found))),
         Section("efficiency", "Amounts for the same score", list(efficiency_blocks(found))),
         Section("front", "Gain against cost", list(fronts_blocks(study, bootstrap, found))),

@@ -15,9 +15,11 @@ from tell.errors import TellError
 from tell.grid.cells import Cell, identity
 from tell.grid.executors.cell import InnerDisplay
 from tell.grid.folder import Root
+from tell.grid.separation import TOKENS
+from tell.models.predict import predict_seconds
 from tell.progress import Display
 from tell.study.forgetting import ANSWER_TOKENS
-from tell.study.plan import ANSWER_SECONDS_SHARE, describe_plan, plan_general
+from tell.study.plan import ANSWER_SECONDS_SHARE, describe_plan, likely_place, plan_general
 from tell.study.prepare import (
     General,
     Task,
@@ -51,6 +53,8 @@ class Planner:
             ``{"steps", "tokens", "flops", "training_seconds", "evaluation_seconds", "basis", "error"}``.
         """
         try:
+            if cell.separate is not None:
+                return self._separation(cell)
             plan = self._plan(cell.config)
         except TellError as error:
             return {**_nothing(), "error": str(error)}
@@ -66,6 +70,18 @@ class Planner:
             "basis": plan["predicted"]["basis"] + (", evaluation measured" if found else ""),
             "error": None,
         }
+
+    def _separation(self, cell: Cell) -> dict[str, Any]:
+        """Four groups of queries pass the model once: a third of what training on them takes."""
+        task = self._task(cell.config)
+        found = self.measured.get(evaluation_key(cell))
+        device, dtype = likely_place(cell.config)
+        tokens = 4 * cell.separate["queries"] * TOKENS if cell.separate else 0
+        time = predict_seconds(
+            task.files.architecture, tokens, fingerprint=task.files.fingerprint, device=device, dtype=dtype
+        )
+        basis = time.basis + (", evaluation measured" if found else "")
+        return {**_nothing(), "evaluation_seconds": found or time.seconds / 3, "basis": basis}
 
     def _plan(self, config: Config) -> dict[str, Any]:
         """`tell.plan`, with its parts kept."""
@@ -153,7 +169,7 @@ def evaluation_key(cell: Cell) -> str:
     known = identity(cell.config)
     parts = {key: known.get(key) for key in ("model", "generate", "eval")}
     task = {key: known.get("task", {}).get(key) for key in ("data", "test", "test_rows")}
-    return _key(cell.arm, parts, task)
+    return _key(cell.arm, parts, task, *([cell.separate] if cell.separate is not None else []))
 
 
 def measured_evaluation(root: Root) -> dict[str, float]:

@@ -78,6 +78,22 @@ class Pareto(Section):
     cost: str = Field(description="a metric, or `<set> loss` of forgetting, lower is better")
 
 
+class Separate(Section):
+    """Hidden states of task and general queries compared at each point, without and with the anchor; trains nothing."""
+
+    layer: str = Field("middle", description="middle, or a number (0: the embeddings)")
+    queries: int = Field(50, ge=5, description="rows of each group, fewer where there are fewer")
+    state: Literal["last", "mean"] = Field("last", description="of the prompt's last token, or the mean over it")
+    match_length: bool = Field(False, description="general queries of the task queries' lengths")
+
+    @field_validator("layer", mode="before")
+    @classmethod
+    def _one_layer(cls, value: Any) -> Any:
+        if str(value) != "middle" and not str(value).isdigit():
+            raise ValueError("is neither middle nor a number")
+        return str(value)
+
+
 class Resources(Section):
     """What one cell needs of a cluster (``--executor ray``)."""
 
@@ -101,7 +117,10 @@ class Recipe(Section):
         description="dotted key of a run -> its values: their product; or a list of such products, "
         "each with `arms` and `seeds` of its own where it is not run with all",
     )
-    arms: tuple[Arm, ...] = Field(("base", "sft", "sft-matched", "tell"), min_length=1, description="arms of each point")
+    arms: tuple[Arm, ...] = Field(("base", "sft", "sft-matched", "tell"), description="arms of each point")
+    separate: Separate | None = Field(
+        None, description="compare hidden states at each point; with `arms: []` nothing else is run"
+    )
     seeds: tuple[int, ...] = Field((42, 43, 44), min_length=1, description="seeds of each point")
     metrics: tuple[str, ...] = Field((), description="metrics to tabulate; none: the task's primary one")
     figures: tuple[Figure, ...] = ()
@@ -115,6 +134,12 @@ class Recipe(Section):
     @classmethod
     def _one_product(cls, value: Any) -> Any:
         return [value] if isinstance(value, Mapping) else value
+
+    @model_validator(mode="after")
+    def _something_to_run(self) -> Recipe:
+        if not self.arms and self.separate is None:
+            raise ValueError("arms is empty, and nothing is to be separated")
+        return self
 
     @field_validator("arms", "seeds", mode="after")
     @classmethod
@@ -182,6 +207,8 @@ def make_recipe(data: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
     """
     remedy = f"The keys of a recipe are {', '.join(Recipe.model_fields)}."
     check_keys(data, Recipe, where, remedy=remedy)
+    if isinstance(data.get("separate"), Mapping):
+        check_keys(data["separate"], Separate, where, "separate.", f"Its keys are {', '.join(Separate.model_fields)}.")
     lists: dict[str, type[BaseModel]] = {"figures": Figure, "fits": Fit, "efficiency": Efficiency, "pareto": Pareto}
     for key, kind in lists.items():
         for i, item in enumerate(data.get(key) or ()):
@@ -283,7 +310,7 @@ def fill(value: Any, variables: Mapping[str, str]) -> Any:
 
 
 def points(recipe: Recipe, seed: int) -> list[tuple[dict[str, Any], tuple[str, ...]]]:
-    """The points of the grid that are run with a seed, as written, each once, with its arms: the union of the products."""
+    """The points that are run with a seed, as written, each once, with its arms: the union of the grid's products."""
     found: dict[str, tuple[dict[str, Any], set[str]]] = {}
     for product in recipe.grid:
         if seed not in product.get("seeds", recipe.seeds):

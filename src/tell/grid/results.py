@@ -75,6 +75,7 @@ class Study:
     """Everything the tables, fits and figures are made from.
 
     Attributes:
+        cells: where the run folders are.
         outcomes: of the finished cells, in the order of the study's rows.
         states: state to number of cells.
         failed: cell to its error.
@@ -85,6 +86,7 @@ class Study:
     """
 
     folder: Path
+    cells: Path
     title: str
     claim: str
     recipe: dict[str, Any]
@@ -141,8 +143,10 @@ def read_results(folder: str | Path, cells: str | Path | None = None) -> Study:
         raise TellError("no such file", where=str(path), remedy="Give a folder made by `tell study`.") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise TellError(f"is no study ({error})", where=str(path), remedy="Run `tell study` again.") from error
+    root = Path(cells) if cells is not None else folder / str(data.get("root", "..")) / "cells"
     study = Study(
         folder=folder,
+        cells=root,
         title=str(data.get("title") or folder.resolve().name),
         claim=str(data.get("claim") or ""),
         recipe=dict(data.get("recipe") or {}),
@@ -151,7 +155,6 @@ def read_results(folder: str | Path, cells: str | Path | None = None) -> Study:
         states=Counter(str(c.get("state", "waiting")) for c in states.values()),
         failed={name: str(c.get("error") or "") for name, c in states.items() if c.get("state") == "failed"},
     )
-    root = Path(cells) if cells is not None else folder / str(data.get("root", "..")) / "cells"
     open_cell = lru_cache(maxsize=None)(lambda name: _Cell.read(root / name))
     primaries: Counter[str] = Counter()
     for row in study.rows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,10 +18,12 @@ from tell.grid.fit import NAMES
 from tell.grid.inline import inline_svg
 from tell.grid.means import Bootstrap, groups
 from tell.grid.results import CHANGE, Study, canonical, frozen
+from tell.grid.separation import pictures
 from tell.grid.table import Gap, Line, bare, costs_shown
 from tell.grid.words import arm_name, key_name, metric_term, point_name, rounded, value_name
 from tell.report.scores import Cell
 from tell.report.text import number
+from tell.run import atomic_path
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -110,6 +113,19 @@ def _map(study: Study, bootstrap: Bootstrap, asked: dict[str, Any]) -> tuple[Fig
 def _as_change(study: Study, metric: str) -> str:
     """A loss on general text is drawn as its change from the untuned model, which has the interval that matters."""
     return metric + CHANGE if metric.endswith(" loss") and metric + CHANGE in study.known() else metric
+
+
+def separation_blocks(study: Study) -> Iterator[str | Picture]:
+    """The t-SNE picture of each point, of the first seed."""
+    for n, (point, path) in enumerate(pictures(study), 1):
+        stem = study.folder / "figures" / f"figure-states{n}"
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        for kind in ("svg", "png"):
+            with atomic_path(stem.with_suffix(f".{kind}")) as temporary:
+                shutil.copyfile(path.with_suffix(f".{kind}"), temporary)
+        svg = inline_svg(path.read_text(encoding="utf-8"), key=stem.name, title=f"t-SNE: {point_name(point)}")
+        yield from filter(None, [point_name(point)])
+        yield Picture(stem.name, svg)
 
 
 def fronts_blocks(study: Study, bootstrap: Bootstrap, found: Analyses) -> Iterator[str | Picture | Table]:

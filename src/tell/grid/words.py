@@ -15,6 +15,7 @@ KEYS = {
     "general.rows": "general rows",
     "general.ratio": "general tokens for each task token",
     "general.source": "general data",
+    "task.data": "task data",
     "task.rows": "task rows",
     "task.tokens": "task tokens",
     "mix.repeat": "times each task row is seen",
@@ -50,7 +51,10 @@ def value_name(value: Any, key: str = "") -> str:
         return ANCHORS[value]
     if isinstance(value, bool) or not isinstance(value, int | float):
         text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-        return PurePath(text.removeprefix("@")).name if "/" in text and " " not in text else text
+        if "/" not in text or " " in text:
+            return text
+        parts = PurePath(text.removeprefix("@")).parts
+        return "/".join(parts[-2:]) if key == "task.data" else parts[-1]  # train.jsonl is what most are called
     return f"{value:,}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:g}"
 
 

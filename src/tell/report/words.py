@@ -56,6 +56,22 @@ METRICS: dict[str, Term] = {
         "smoothly where a score is right or wrong.",
         False,
     ),
+    "linear_probe": Term(
+        "Linear probe",
+        "share",
+        "Share of queries whose group a linear classifier on hidden states names, trained without them; chance: 50 %.",
+    ),
+    "silhouette": Term(
+        "Silhouette",
+        "plain",
+        "How much nearer a query's hidden state is to its own group than to the other, -1 to 1 (Rousseeuw 1987).",
+    ),
+    "mmd2": Term("MMD²", "plain", "Squared maximum mean discrepancy of the two groups' hidden states, unbiased."),
+    "length_probe": Term(
+        "Length alone",
+        "share",
+        "Share of queries whose group is named by their length in tokens alone: what the other numbers must exceed.",
+    ),
     "loss": Term("Loss", "plain", "Mean negative log-likelihood of the reference answer, in nats a token.", False),
     "task_format": Term(
         "Answered in the task's format",
@@ -96,6 +112,6 @@ def term(metric: str) -> Term:
 
 
 def arm_order(arms: list[str]) -> list[str]:
-    """Known arms in the glossary's order, then the others by name."""
+    """Each arm once: known ones in the glossary's order, then the others as they came."""
     names = list(ARMS)
-    return sorted(set(arms), key=lambda a: (names.index(a) if a in ARMS else len(names), a))
+    return sorted(dict.fromkeys(arms), key=lambda a: names.index(a) if a in ARMS else len(names))

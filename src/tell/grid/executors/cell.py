@@ -5,13 +5,14 @@ from __future__ import annotations
 import platform
 import shutil
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from tell.config import Config
 from tell.errors import Interrupted
+from tell.grid.separation import run_separation
 from tell.progress import Advance, Display
 from tell.run import RunFolder, write_text
 
@@ -31,12 +32,20 @@ class Outcome:
     host: str = ""
 
 
-def run_cell(folder: RunFolder, config: Config, *, keep_adapters: bool, display: Display) -> Outcome:
+def run_cell(
+    folder: RunFolder,
+    config: Config,
+    *,
+    separate: Mapping[str, Any] | None = None,
+    keep_adapters: bool,
+    display: Display,
+) -> Outcome:
     """Run a cell, or go on with it where it was killed; what it raises is its outcome.
 
     Args:
         folder: its run folder; the caller holds its lock.
         config: what its name was made of.
+        separate: options of a cell that compares hidden states.
         keep_adapters: leave adapters and checkpoints there when it is finished.
 
     Raises:
@@ -46,6 +55,9 @@ def run_cell(folder: RunFolder, config: Config, *, keep_adapters: bool, display:
 
     host = platform.node()
     try:
+        if separate is not None:
+            run_separation(folder, config, separate, display)
+            return Outcome(host=host)
         resume = _prepare(folder, config)
         tune(config.model_copy(update={"out": str(folder.root)}), resume=resume, display=display, command="tell study")
     except Interrupted:

@@ -22,6 +22,7 @@ class LocalExecutor:
                 outcome = run_cell(
                     queue.root.cell(cell.name),
                     cell.config,
+                    separate=cell.separate,
                     keep_adapters=queue.keep_adapters,
                     display=queue.display_for(cell),
                 )

@@ -134,7 +134,7 @@ class RayExecutor:
                 files = []
             parts = tuple((file.relative_to(path).as_posix(), put(file)) for file in files)
             found[place] = Input(str(path), content_hash(path), parts)
-        return task.remote(cell.name, cell.config.to_yaml(), found, keep_adapters, __version__)
+        return task.remote(cell.name, cell.config.to_yaml(), cell.separate, found, keep_adapters, __version__)
 
     def _collect(self, reference: Any, folder: RunFolder, cell: Cell) -> Outcome:
         """Lay down what came back of a cell."""
@@ -202,7 +202,12 @@ _model: list[Any] = []  # what `keep_model` gave this worker
 
 
 def work(
-    name: str, settings: str, found: Mapping[tuple[str, str], Input], keep_adapters: bool, version: str
+    name: str,
+    settings: str,
+    separate: Mapping[str, Any] | None,
+    found: Mapping[tuple[str, str], Input],
+    keep_adapters: bool,
+    version: str,
 ) -> tuple[Outcome, bytes | None]:
     """Run a cell on a machine of the cluster; its outcome, and the finished run folder as a tar file."""
     import platform
@@ -222,7 +227,7 @@ def work(
     moved = land(config, found, tell_home() / "ray" / "inputs", ray.get)
     with _workplace(name) as place:
         folder = RunFolder(place / "run")
-        outcome = run_cell(folder, config, keep_adapters=keep_adapters, display=Silent())
+        outcome = run_cell(folder, config, separate=separate, keep_adapters=keep_adapters, display=Silent())
         if outcome.error:
             _model[0].drop()
             return outcome, None
