@@ -14,6 +14,7 @@ import yaml
 from filelock import FileLock
 
 import tell
+import tell.anchor.write as write
 from grid.studies import numbers
 from study.runs import Killer, read
 from tell.cli.main import run
@@ -62,6 +63,19 @@ def test_finished_cells_are_never_run_again(recipe, tmp_path):
     after = times(root)
     assert {name: after[name] for name in before} == before and len(after) == len(before) + 1
     assert other.root == tmp_path / "out/two" and other.page.exists() and len(other.read()["cells"]) == 3
+
+
+def test_an_anchor_is_written_once_for_cells_that_share_it(recipe, tmp_path, monkeypatch):
+    """General data has no part in it; other task rows have."""
+    asked = []
+    real = write.write_anchor_candidates
+    monkeypatch.setattr(write, "write_anchor_candidates", lambda *args: asked.append(args[4]) or real(*args))
+    grid = {"task.rows": [5, 6], "general.rows": [4, 8]}
+    path = recipe(grid=grid, arms=["tell"], config={"anchor": {"text": "auto", "candidates": 1}})
+    folder = tell.run_study(path, root=tmp_path / "studies")
+    assert not folder.failed() and [len(rows) for rows in asked] == [5, 6]
+    texts = {name: read(tmp_path / "studies/cells" / name / "anchor.json")["text"] for name in folder.read()["cells"]}
+    assert len(texts) == 4 and all(texts.values())
 
 
 def test_no_torch_where_nothing_is_run(recipe, tmp_path):

@@ -123,15 +123,17 @@ def plan_panel(plan: dict) -> RenderableType:
     from rich.text import Text
 
     from tell.cli.display import clock, short
+    from tell.grid.words import value_name
 
     keys = list(dict.fromkeys(key for row in plan["cells"] for key in row["point"]))
     tails = [key.rpartition(".")[2] for key in keys]
-    shown = [[Path(str(row["point"].get(key, ""))).name for key in keys] for row in plan["cells"]]
+    points = [row["point"] for row in plan["cells"]]
+    shown = [[value_name(point[key], key) if key in point else "" for key in keys] for point in points]
     table = Table(title=plan["title"], title_justify="left", header_style="bold", box=None, pad_edge=False)
     table.add_column("arm", no_wrap=True)
     for i, (key, tail) in enumerate(zip(keys, tails, strict=True)):
         width = max(len(values[i]) for values in shown)
-        table.add_column(tail if tails.count(tail) == 1 else key, overflow="fold", min_width=min(width, 12))
+        table.add_column(tail if tails.count(tail) == 1 else key, overflow="fold", min_width=min(width, 18))
     for title in ("seed", "steps", "tokens", "FLOPs", "train", "rest"):
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("")

@@ -25,7 +25,7 @@ from tell.progress import Display, Silent
 from tell.rows.table import RowTable
 from tell.rows.tokenize import RowRules, prompt_ids, tokenize
 from tell.study.prepare import Task, anchor_text, limited_rows, load_task, place_anchor, stand_in_anchor
-from tell.study.session import load_engine
+from tell.study.session import load_engine, made_once
 from tell.study.states import QUERIES, general_queries, hidden_states, layer_numbers, separation_numbers
 
 SCORES = ("loss", "separation", "short-run")
@@ -59,8 +59,16 @@ def _candidates(
     stand_in = place_anchor(task, stand_in_anchor(task), display)
     train = limited_rows(task, stand_in)
     config = task.config.model_copy(update={"anchor": task.config.anchor.model_copy(update={"place": stand_in.place})})
-    found = write_anchor_candidates(
-        config, task.chat, model, engine, train, task.validation, task.kind, display, check, compare
+    shown = [e.hash for e in train], [e.hash for e in task.validation], task.kind, list(compare)
+    parts = config.model_dump(
+        mode="json", include={"anchor": True, "generate": True, "seed": True, "train": {"max_length", "micro_tokens"}}
+    )
+    key = repr(("anchor", task.files.fingerprint, parts, *shown))  # cells of a study that differ elsewhere share it
+    found = made_once(
+        key,
+        lambda: write_anchor_candidates(
+            config, task.chat, model, engine, train, task.validation, task.kind, display, check, compare
+        ),
     )
     return stand_in.place, found
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tell.anchor.anchor import Anchor
 from tell.config import ARMS, Config
@@ -20,17 +20,21 @@ from tell.study.folder import read_run_config
 from tell.study.record import dtype_name
 from tell.study.scoring import adapter_folder
 
+T = TypeVar("T")
+
 
 class KeptModel:
-    """The base model and engine that stay in memory from run to run; one at a time."""
+    """The base model and engine that stay in memory from run to run; one at a time. With it, what it has made."""
 
     def __init__(self) -> None:
         self.key: tuple | None = None
         self.held: tuple[Any, Any] | None = None
+        self.made: dict[str, Any] = {}
 
     def drop(self) -> None:
         """Let go of it; the next run loads it anew."""
         self.key = self.held = None
+        self.made.clear()
         gc.collect()
 
 
@@ -47,6 +51,17 @@ def keep_model() -> Iterator[KeptModel]:
     finally:
         _kept.remove(kept)
         kept.drop()
+
+
+def made_once(key: str, make: Callable[[], T]) -> T:
+    """What `make` returns; while a `keep_model` is open and its model stays, later calls with the key are given the
+    same."""
+    if not _kept:
+        return make()
+    made = _kept[-1].made
+    if key not in made:
+        made[key] = make()
+    return made[key]
 
 
 def load_engine(files: ModelFiles, config: Config, *, stream: bool = False) -> tuple[Any, Any]:
