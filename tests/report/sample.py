@@ -133,6 +133,31 @@ def _ci(values: np.ndarray, rng: np.random.Generator) -> dict:
     return {"value": float(values.mean()), "ci": [float(low), float(high)], "n": len(values)}
 
 
+def benchmarks(rng, arms) -> dict:
+    """A benchmark of one task and a group of two, as ``metrics.json`` has them."""
+    groups = {"openbookqa": ["openbookqa"], "agieval": ["agieval_sat_en", "agieval_math"]}
+    right = {a: {task: rng.random(40) < 0.3 for tasks in groups.values() for task in tasks} for a in arms}
+
+    def told(rows) -> dict:
+        return {
+            "openbookqa": _ci(rows["openbookqa"], rng),
+            "agieval": _ci((rows["agieval_sat_en"] + rows["agieval_math"]) / 2, rng),
+            "agieval_sat_en": _ci(rows["agieval_sat_en"], rng),
+        }
+
+    changes = {
+        f"{a} - base": {"openbookqa": _ci(1.0 * right[a]["openbookqa"] - right["base"]["openbookqa"], rng)}
+        for a in arms[1:]
+    }
+    shots = {"openbookqa": 0, "agieval_sat_en": 0, "agieval_math": 4}
+    settings = {"harness": "0.4.9", "tasks": groups, "limit": 40, "shots": shots, "chat": False, "anchor": True}
+    return {
+        "settings": settings,
+        "arms": {a: told({k: 1.0 * v for k, v in rows.items()}) for a, rows in right.items()},
+        "differences": changes,
+    }
+
+
 def _metrics(arms: tuple[str, ...], good: dict, field: dict, rng: np.random.Generator) -> dict:
     def scores(arm: str) -> dict[str, np.ndarray]:
         return {
@@ -185,6 +210,7 @@ def _metrics(arms: tuple[str, ...], good: dict, field: dict, rng: np.random.Gene
                 {"prompt": HOSTILE[1], "reference": "", "base": HOSTILE[0], "tell": HOSTILE[4]},
             ],
         }
+        metrics["benchmarks"] = benchmarks(rng, ["base", *(a for a in ("tell",) if a in arms)])
     trained = [a for a in TRAINED if a in arms]
     if "tell" in arms:
         metrics["mixture"] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -86,6 +87,7 @@ def test_sections_stand_in_the_order_promised(page: Page) -> None:
         "mixture",
         "answers",
         "forgetting",
+        "benchmarks",
         "findings",
         "anchor",
         "again",
@@ -145,6 +147,7 @@ def test_numbers_equal_metrics_json(folder: RunFolder, html: str) -> None:
     entries = [e for part in ("arms", "differences") for row in metrics[part].values() for e in row.values()]
     for part in ("arms", "differences"):
         entries += [e for row in metrics["forgetting"][part].values() for s in row.values() for e in s.values()]
+        entries += [e for row in metrics["benchmarks"][part].values() for e in row.values()]
     assert len(entries) > 40
     for entry in entries:
         assert str(entry["value"]) in shown
@@ -297,3 +300,19 @@ def test_report_imports_no_torch(folder: RunFolder) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_benchmarks_say_how_they_were_asked(html: str, page: Page) -> None:
+    part = html[html.index('id="benchmarks"') : html.index('id="findings"')]
+    assert "The mean over 2 tasks, 0 or 4 shots, at most 40 questions of each task" in page.text
+    assert "lm-evaluation-harness 0.4.9." in page.text
+    assert part.count('class="plotted') == 2 and "minus base" in part
+    assert part.index("agieval_sat_en") > part.index("All tasks and measures")
+
+
+def test_without_benchmarks_there_is_no_such_section(folder: RunFolder, tmp_path) -> None:
+    copy = RunFolder(shutil.copytree(folder.root, tmp_path / "run"))
+    metrics = json.loads(copy.metrics.read_text(encoding="utf-8"))
+    del metrics["benchmarks"]
+    copy.metrics.write_text(json.dumps(metrics), encoding="utf-8")
+    assert 'id="benchmarks"' not in render(copy)

@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from tell.report import sections
+from tell.report.benchmarks import benchmark_grid, benchmark_tables
 from tell.report.cases import build_cases
 from tell.report.read import Run, mapping, read_run
 from tell.report.scores import (
@@ -120,6 +121,8 @@ def render(folder: RunFolder) -> str:
         mixture=sections.mixture(run),
         cases=build_cases(run),
         forgetting=forgetting_tables(run.metrics),
+        benchmarks=benchmark_tables(run.metrics),
+        benchmark_grid=benchmark_grid(run.metrics),
         general=general_answers(run.metrics),
         findings=sections.findings(run),
         anchor=sections.anchor(run),

@@ -179,29 +179,34 @@ def forgetting_tables(metrics: dict[str, Any]) -> list[Plotted]:
             }
             if not cells:
                 continue
-            scale = SHARE if what.unit == "share" else Scale.over(_extent(list(cells.values())), number=3)
-            unit = "points" if what.unit == "share" else what.unit
-            lines = []
-            for arm, cell in cells.items():
-                change = get(differences, f"{arm}{MINUS}base", name, measure)
-                more = Cell.of(change, unit, signed=True) if change is not None else None
-                side = more.side if more else 0
-                reading = {1: "more than before", -1: "less than before", 0: "no change seen"}[side] if more else ""
-                style = {1: "behind", -1: "ahead", 0: ""}[side]
-                strip = interval_strip(cell.value, cell.ci, scale, style=style)
-                lines.append(Line(arm, "", cell, strip, reading, more=more))
-            tables.append(
-                Plotted(
-                    what,
-                    lines,
-                    axis_strip(
-                        scale, lambda t, u=what.unit: number(t, u).replace(".0", "") if u == "share" else f"{t:g}"
-                    ),
-                    heading=f"{what.label}: {name}",
-                    note=_set_note(mapping(sets, name)),
-                )
-            )
+            changes = {a: get(differences, f"{a}{MINUS}base", name, measure) for a in cells}
+            heading, note = f"{what.label}: {name}", _set_note(mapping(sets, name))
+            tables.append(before_and_after(what, cells, changes, higher=False, heading=heading, note=note))
     return sorted(tables, key=lambda t: t.term.label != "Loss")
+
+
+def before_and_after(
+    what: Term, cells: dict[str, Cell], changes: dict[str, Any], *, higher: bool, heading: str, note: str
+) -> Plotted:
+    """A metric of each arm with its change from the untuned model.
+
+    Args:
+        cells: arm to its value.
+        changes: arm to its difference from the untuned model, None where there is none.
+        higher: more is better.
+    """
+    scale = SHARE if what.unit == "share" else Scale.over(_extent(list(cells.values())), number=3)
+    unit = "points" if what.unit == "share" else what.unit
+    lines = []
+    for arm, cell in cells.items():
+        more = Cell.of(changes[arm], unit, signed=True) if changes.get(arm) is not None else None
+        side = more.side if more else 0
+        reading = {1: "more than before", -1: "less than before", 0: "no change seen"}[side] if more else ""
+        style = {1: "ahead", -1: "behind", 0: ""}[side if higher else -side]
+        strip = interval_strip(cell.value, cell.ci, scale, style=style)
+        lines.append(Line(arm, "", cell, strip, reading, more=more))
+    axis = axis_strip(scale, lambda t: number(t, "share").replace(".0", "") if what.unit == "share" else f"{t:g}")
+    return Plotted(what, lines, axis, heading, note)
 
 
 def general_answers(metrics: dict[str, Any]) -> list[dict[str, Any]]:

@@ -273,7 +273,8 @@ def benchmark(
     anchor: bool | None = None,
     display: Display | None = None,
 ) -> dict:
-    """Score a finished run on benchmarks, before and after; metrics.json gets them under ``benchmarks``.
+    """Score a finished run on benchmarks, before and after; metrics.json gets them under ``benchmarks``, and so does
+    the report.
 
     Args:
         run: a run folder with its adapters.
@@ -323,4 +324,8 @@ def benchmark(
         display=display or Silent(),
     )
     write_json(path, metrics)
+    if opened.folder.report.exists():  # it shows them
+        from tell.report.page import write_report
+
+        write_report(opened.folder)
     return metrics
