@@ -66,6 +66,7 @@ def test_before_and_after(copy, questions, monkeypatch):
     before = read(copy.metrics)
     metrics = benchmark(copy.root, ["openbookqa", "agieval"], data=str(questions))
     found = metrics.pop("benchmarks")
+    assert 'id="benchmarks"' in copy.report.read_text(encoding="utf-8")
     assert metrics == before and read(copy.metrics)["benchmarks"] == json.loads(json.dumps(found))
     assert list(found["arms"]) == ["base", "tell"] and list(found["differences"]) == ["tell - base"]
     # the cloze task has no acc_norm that AGIEval could have the mean of

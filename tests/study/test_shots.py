@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import closing
+from pathlib import Path
 
 import pytest
 
 import tell
-from study.runs import ANCHORS, config_of, read
+from study.runs import ANCHORS, EXAMPLES, config_of, read
 from tell.anchor.anchor import NO_ANCHOR, Anchor
 from tell.config import ARMS
 from tell.data.example import Example, Message
 from tell.errors import TellError
-from tell.progress import Silent
 from tell.rows.template import ChatTokenizer
 from tell.study.prepare import limit_task, load_task
 from tell.study.scoring import arm_prompts, check_prompts
@@ -22,14 +23,6 @@ ANCHOR = Anchor("Sort this mail.")
 TRAIN = [Example.pair(f"training mail {i}", f"answer {i}") for i in range(6)]
 TEST = [Example.pair("Where is my parcel?", "x"), Example.pair("Refund, please! " * 3, "y")]
 SHOTS = TRAIN[3:1:-1]
-
-
-class Noting(Silent):
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
@@ -118,10 +111,35 @@ def test_a_run_with_examples(tiny_model, tmp_path):
     for arm, anchor in (("base", NO_ANCHOR), ("base+anchor", Anchor(ANCHORS["support"]))):
         prompts, _ = arm_prompts(arm, chat, anchor, task.test, [], examples=0, room=0, seed=7, shots=task.shots)
         assert costs[arm]["prompt_tokens"] == sum(map(len, prompts)) > bare[arm]["prompt_tokens"]
-    shown = Noting()
-    again = tell.evaluate(folder.root, arms=["base"], display=shown)
-    assert again["eval"]["arms"]["base"]["prompt_tokens"] == bare["base"]["prompt_tokens"]
-    assert any("task.shots" in note for note in shown.notes)
+    again = tell.evaluate(folder.root, arms=["base", "base+anchor"])
+    assert again["eval"]["arms"] == costs and again["arms"] == read(folder.metrics)["arms"]
+    rows = (EXAMPLES / "support/test.jsonl").read_text(encoding="utf-8").splitlines()[:3]
+    (tmp_path / "other.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    other = tell.evaluate(folder.root, arms=["base"], test=str(tmp_path / "other.jsonl"))["eval"]["arms"]["base"]
+    assert other["prompt_tokens"] / 3 > costs["base"]["prompt_tokens"] / len(task.test) * 0.8
+
+
+def test_chat_begins_with_the_examples(tiny_model, tmp_path, monkeypatch):
+    data = shutil.copy(EXAMPLES / "support/train.jsonl", tmp_path / "train.jsonl")
+    options = {"eval": {"arms": ["base", "tell"], "forgetting_rows": 0}, "general": {"source": "none"}}
+    task = {"data": str(data), "shots": 2}
+    folder = tell.tune(config_of(tiny_model("llama"), tmp_path / "run", task=task, **options))
+    shots = load_task(config_of(tiny_model("llama"), task=task)).shots
+    session = tell.chat(folder.root)
+    seen = []
+    real = session.opened.engine.generate
+    monkeypatch.setattr(session.opened.engine, "generate", lambda p, *a, **k: seen.append(p[0]) or real(p, *a, **k))
+    with closing(session):
+        list(session.stream("Where is it?"))
+        assert "2 fixed examples" in session.describe() and "left out" not in session.describe()
+    text = session.opened.chat.backend.decode(seen[0], skip_special_tokens=False)
+    places = [text.index(part.strip()) for e in shots for part in (e.question, e.answer)] + [text.index("Where is it?")]
+    assert places == sorted(places) and text.count(session.anchor.text) == 1
+    Path(data).write_text(Path(data).read_text(encoding="utf-8").splitlines()[0] + "\n", encoding="utf-8")
+    with closing(tell.chat(folder.root)) as session:
+        assert "left out" in session.describe() and session.shots == []
+    with pytest.raises(TellError, match=r"of the run's 2 fixed example rows are no longer in the file"):
+        tell.evaluate(folder.root, arms=["base"])
 
 
 def test_a_resumed_run_shows_the_same_examples_or_stops(tiny_model, tmp_path):

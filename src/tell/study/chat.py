@@ -9,7 +9,9 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from tell.data.example import Message
-from tell.study.scoring import arm_anchor
+from tell.errors import TellError
+from tell.study.evaluate import run_shots
+from tell.study.scoring import arm_anchor, example_turns
 from tell.study.session import OpenRun, open_run
 
 MOST_NEW_TOKENS = 512
@@ -40,7 +42,15 @@ class ChatSession:
         self._stack.enter_context(opened.engine.fixed_weights())
         self.anchor = arm_anchor(arm, opened.anchor)
         self.greedy, self.seed = greedy, opened.config.seed if seed is None else seed
+        self.shots, self.lost = self._shots()
         self.history: list[Message] = []
+
+    def _shots(self) -> tuple[list[Message], bool]:
+        """Turns of the run's fixed examples (``task.shots``), and whether they are no longer to be found."""
+        try:
+            return example_turns(run_shots(self.opened)), False
+        except TellError:
+            return [], True
 
     def reset(self) -> None:
         """Forget the conversation."""
@@ -54,7 +64,9 @@ class ChatSession:
         """One line: model, arm, anchor."""
         text = self.anchor.text if len(self.anchor.text) <= 100 else self.anchor.text[:100] + " …"
         anchor = f"anchor ({self.anchor.place}): {text}" if self.anchor else "no anchor"
-        return f"{self.opened.files.name}, arm {self.arm}, {anchor}"
+        count = self.opened.config.task.shots
+        shots = f", {count} fixed examples" + (" (no longer in the task's file: left out)" if self.lost else "")
+        return f"{self.opened.files.name}, arm {self.arm}, {anchor}{shots if count else ''}"
 
     def stream(self, text: str) -> Iterator[str]:
         """Answer a message; yields pieces of text as they come, and keeps both turns."""
@@ -62,7 +74,7 @@ class ChatSession:
 
         chat, config = self.opened.chat, self.opened.config
         turns = [*self.history, Message("user", text)]
-        prompt = chat.encode(chat.render(self.anchor.apply(turns), add_generation_prompt=True))
+        prompt = chat.encode(chat.render(self.anchor.apply([*self.shots, *turns]), add_generation_prompt=True))
         rule = config.generate
         if self.greedy is not None:
             rule = rule.model_copy(update={"greedy": self.greedy})

@@ -28,6 +28,8 @@ from tell.study.scoring import (
 )
 from tell.study.session import OpenRun, open_run
 
+WITHOUT = {"test": ", or give test rows with --test", "training": ", or leave the arm icl out", "fixed example": ""}
+
 
 def evaluate(
     run: str | Path,
@@ -69,11 +71,10 @@ def evaluate(
     adapters = {arm: opened.adapter(arm) for arm in wanted}
     facts = _read(opened.folder, opened.folder.findings)
     train, examples = _examples(opened, test, need_train="icl" in wanted)
+    shots = run_shots(opened)
     if rows is not None and rows < len(examples):
         examples = [examples[i] for i in sorted(take_rows(len(examples), rows, seed))]
-    if config.task.shots:
-        display.note(f"the run's {config.task.shots} fixed examples (task.shots) are not shown here: scores differ")
-    check_prompts(opened.chat, opened.anchor, examples, opened.files.architecture.max_positions)
+    check_prompts(opened.chat, opened.anchor, examples, opened.files.architecture.max_positions, shots)
     kind = _kind(opened, facts["kind"])
     scorer = scorer_of(config, kind)
     from tell.generate.sampler import Decoding
@@ -98,6 +99,7 @@ def evaluate(
             examples=config.eval.icl_examples,
             room=room,
             seed=config.seed,
+            shots=shots,
         )
         with adapter_merged(model, adapters[arm]):
             answers = answer_rows(
@@ -169,13 +171,26 @@ def _examples(opened: OpenRun, test: str | None, *, need_train: bool) -> tuple[l
     return train, _pick(parts["test"], by_hash, task.test or task.data, "test")
 
 
+def run_shots(opened: OpenRun) -> list[Example]:
+    """The fixed examples of the run's prompts (``task.shots``), found again by their content hashes.
+
+    Raises:
+        TellError: they are no longer in the task's file.
+    """
+    hashes = _read(opened.folder, opened.folder.split).get("shots") or []
+    if not hashes:
+        return []
+    task = opened.config.task
+    by_hash = {e.hash: e for e in load(task.data, name="task", columns=task.columns).examples}
+    return _pick(hashes, by_hash, task.data, "fixed example")
+
+
 def _pick(hashes: Sequence[str], by_hash: dict[str, Example], path: str | None, what: str) -> list[Example]:
     missing = sum(h not in by_hash for h in hashes)
     if missing:
         raise TellError(
             f"{missing} of the run's {len(hashes)} {what} rows are no longer in the file",
             where=str(path),
-            remedy="Put the file back as it was"
-            + (", or give test rows with --test." if what == "test" else ", or leave the arm icl out."),
+            remedy=f"Put the file back as it was{WITHOUT[what]}.",
         )
     return [by_hash[h] for h in hashes]

@@ -103,11 +103,11 @@ def arm_prompts(
 
 def _shot_prompt(chat: ChatTokenizer, example: Example, anchor: Anchor, shots: Sequence[Example]) -> list[int]:
     """Ids of a test prompt after examples, with the anchor once."""
-    turns = [*_context(shots), *_turns(example.prompt, len(shots))]
+    turns = [*example_turns(shots), *_turns(example.prompt, len(shots))]
     return chat.encode(chat.render(anchor.apply(turns), add_generation_prompt=True))
 
 
-def _context(examples: Sequence[Example]) -> list[Message]:
+def example_turns(examples: Sequence[Example]) -> list[Message]:
     """Examples as turns; of system messages only the first example's stays."""
     turns: list[Message] = []
     for i, example in enumerate(examples):
