@@ -8,10 +8,13 @@ import pytest
 
 import tell
 from grid.studies import recipe_of
-from study.runs import read
+from study.runs import EXAMPLES, read
 from tell.errors import TellError
 from tell.grid.cells import grid_of
+from tell.grid.curves import curves
+from tell.grid.means import Bootstrap
 from tell.grid.recipe import make_recipe
+from tell.grid.results import read_results
 from tell.grid.separation import ADDED, CONTRASTS
 from tell.progress import Silent
 
@@ -62,6 +65,28 @@ def test_numbers_table_and_pictures(recipe, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in root.glob("cells/*/metrics.json")}
     tell.run_study(recipe(**keys), root=root)
     assert before == {path: path.stat().st_mtime_ns for path in root.glob("cells/*/metrics.json")}
+
+
+def test_a_data_set_comes_with_its_own_anchor(recipe, tmp_path):
+    """The anchor goes along with the data: one curve over the data, no column in the table."""
+    grid = []
+    for name in ("one", "two"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "anchor.txt").write_text(f"Sort {name}.")
+        (folder / "train.jsonl").write_text((EXAMPLES / "support/train.jsonl").read_text(encoding="utf-8"))
+        grid.append({"task.data": [f"${{{name}}}/train.jsonl"], "anchor.text": [f"@${{{name}}}/anchor.txt"]})
+    keys = {"grid": grid, "arms": [], "separate": {"queries": 8}, "figures": [{"x": "task.data", "y": "silhouette"}]}
+    path = recipe(**keys, variables={name: str(tmp_path / name) for name in ("one", "two")})
+    folder = tell.run_study(path, root=tmp_path / "studies")
+    study = read_results(folder.root)
+    drawn = curves(study, Bootstrap(study), x="task.data", y="silhouette")
+    assert [(c.arm, len(c.x), c.rest) for c in drawn] == [(name, 2, {}) for name in (*CONTRASTS, ADDED)]
+    lines = list(csv.DictReader((folder.root / "table.csv").open(encoding="utf-8")))
+    assert "anchor.text" not in lines[0] and {line["task.data"] for line in lines} == {
+        "one/train.jsonl",
+        "two/train.jsonl",
+    }
 
 
 def test_beside_arms_that_train(tiny_model):

@@ -19,7 +19,8 @@ class Curve:
     """One arm over one key of the grid.
 
     Attributes:
-        rest: the other keys that vary, and their values here; those without effect on the arm left out.
+        rest: the other keys that vary, and their values here; left out are those without effect on the arm, and
+            texts that go along with the curve's own key.
         x: values of the key, ascending where they are numbers.
         draws: the metric at each.
         groups: the outcomes at each, one a seed.
@@ -66,7 +67,6 @@ def curves(
         within: only points with these values.
     """
     found: list[Curve] = []
-    others = [key for key in study.keys if key != x]
     chosen = [
         o
         for o in study.outcomes
@@ -74,6 +74,7 @@ def curves(
         and x in o.point
         and all(frozen(o.point.get(k)) == frozen(v) for k, v in (within or {}).items())
     ]
+    others = [key for key in study.keys if key != x and not _goes_along(chosen, x, key)]
     for arm in arm_order([o.arm for o in chosen]):
         mine = [o for o in chosen if o.arm == arm]
         for context in _ordered([{k: o.point.get(k) for k in others} for o in mine]):
@@ -89,6 +90,15 @@ def curves(
                 same = {k: v for k, v in long.rest.items() if k in short.rest and frozen(short.rest[k]) == frozen(v)}
                 found[twin] = replace(long, rest=same)
     return found
+
+
+def _goes_along(outcomes: Sequence[Outcome], x: str, key: str) -> bool:
+    """Whether a text, such as a file, has one value at each value of ``x``: data sets come with their own anchors."""
+    found: dict[str, set[str]] = {}
+    for outcome in outcomes:
+        found.setdefault(frozen(outcome.point[x]), set()).add(frozen(outcome.point.get(key)))
+    texts = all(isinstance(o.point.get(key), str) for o in outcomes)
+    return texts and len(found) > 1 and all(len(values) == 1 for values in found.values())
 
 
 def _same_cells(a: Curve, b: Curve) -> bool:

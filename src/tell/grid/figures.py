@@ -237,6 +237,7 @@ def _looks(curves: Sequence[Curve], names: Sequence[str], lines: str) -> dict[st
     arms = dict(zip(names, (c.arm for c in curves), strict=True))
     values = list(dict.fromkeys(frozen(c.rest[lines]) for c in curves if lines in c.rest))
     turns = [arm for arm in ("tell", *arms.values()) if arm in arms.values()]
+    others = [arm for arm in dict.fromkeys(arms.values()) if arm not in COLOURS]  # contrasts of hidden states
     looks: dict[str, dict[str, Any]] = {}
     for name, curve in zip(names, curves, strict=True):
         arm = curve.arm
@@ -246,10 +247,9 @@ def _looks(curves: Sequence[Curve], names: Sequence[str], lines: str) -> dict[st
             look["color"] = CYCLE[values.index(frozen(curve.rest[lines])) % len(CYCLE)]
             look |= {"marker": MARKERS.get(arm, "o"), "ls": STYLES[turns.index(arm) % len(STYLES)]}
         else:
-            look |= {
-                "color": COLOURS.get(arm, CYCLE[0]),
-                "marker": MARKERS.get(arm, "o") if nth == 0 else TURNS[nth % 7],
-            }
+            turn = others.index(arm) % len(CYCLE) if arm in others else 0
+            look["color"] = COLOURS.get(arm, CYCLE[turn])
+            look["marker"] = MARKERS.get(arm, TURNS[turn]) if nth == 0 else TURNS[nth % 7]
             look["ls"] = DASHES.get(arm, STYLES[0]) if nth == 0 else STYLES[nth % len(STYLES)]
         looks.setdefault(name, {**look, "label": name})
     return looks

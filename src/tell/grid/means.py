@@ -16,6 +16,7 @@ import numpy as np
 
 from tell.evaluate.intervals import estimate_from, newcombe_paired, percentiles, resamples, wilson
 from tell.grid.results import Measured, Outcome, Study, canonical, frozen
+from tell.grid.words import metric_term
 
 SAMPLES = 2000
 
@@ -105,6 +106,8 @@ class Bootstrap:
             every = np.concatenate([row.per_row for row in rows])
             low, high = (0.0, 1.0) if all(row.binary for row in rows) else (np.nanmin(every), np.nanmax(every))
             draws = np.clip(draws, low, high)
+        elif metric_term(metric).unit == "share":
+            draws = np.clip(draws, 0.0, 1.0)
         binary = bool(rows) and all(row.binary for row in rows)
         return Draws(float(np.mean(list(by_seed.values()))), draws, by_seed, len(hashes), binary)
 

@@ -19,7 +19,7 @@ from tell.grid.inline import inline_svg
 from tell.grid.means import Bootstrap, groups
 from tell.grid.results import CHANGE, Study, canonical, frozen
 from tell.grid.separation import pictures
-from tell.grid.table import Gap, Line, bare, costs_shown
+from tell.grid.table import Gap, Line, bare, costs_shown, keys_shown
 from tell.grid.words import arm_name, key_name, metric_term, point_name, rounded, value_name
 from tell.report.scores import Cell
 from tell.report.text import number
@@ -118,6 +118,7 @@ def _as_change(study: Study, metric: str) -> str:
 def separation_blocks(study: Study) -> Iterator[str | Picture]:
     """The t-SNE picture of each point, of the first seed."""
     for n, (point, path) in enumerate(pictures(study), 1):
+        point = {key: value for key, value in point.items() if key in keys_shown(study)}
         stem = study.folder / "figures" / f"figure-states{n}"
         stem.parent.mkdir(parents=True, exist_ok=True)
         for kind in ("svg", "png"):
@@ -264,7 +265,7 @@ def _picture(study: Study, name: str, figure: Figure, title: str) -> Picture:
 
 
 def tables_blocks(study: Study, table: Sequence[Line], differences: Sequence[Gap]) -> Iterator[Table]:
-    keys = [key_name(key).capitalize() for key in study.keys]
+    keys = [key_name(key).capitalize() for key in keys_shown(study)]
     if table:
         heads = [*keys, "Arm", *(metric_term(m).label for m in table[0].cells), "Seeds", *COSTS]
         rows = [

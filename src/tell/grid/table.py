@@ -110,10 +110,15 @@ def merged(study: Study) -> Iterator[tuple[str, list[dict], list[Outcome]]]:
 def _shown(study: Study, points: Sequence[dict]) -> dict[str, str]:
     """Values of the keys that vary; ``any`` where the points of one line differ in it."""
     shown = {}
-    for key in study.keys:
+    for key in keys_shown(study):
         values = {frozen(point.get(key)) for point in points}
         shown[key] = value_name(points[0].get(key), key) if len(values) == 1 else ANY
     return shown
+
+
+def keys_shown(study: Study) -> list[str]:
+    """The keys that vary, but for those whose values all read the same (an ``anchor.txt`` for each data set)."""
+    return [key for key in study.keys if len({value_name(row["point"].get(key), key) for row in study.rows}) > 1]
 
 
 def to_csv(study: Study, table: Sequence[Line]) -> str:
@@ -123,7 +128,7 @@ def to_csv(study: Study, table: Sequence[Line]) -> str:
     metrics = list(table[0].cells) if table else []
     costs = list(table[0].costs) if table else []
     heads = [f"{m}{end}" for m in metrics for end in ("", " low", " high")]
-    writer.writerow([*study.keys, "arm", "seeds", "test rows", *heads, *costs])
+    writer.writerow([*keys_shown(study), "arm", "seeds", "test rows", *heads, *costs])
     for line in table:
         cells: list[Any] = []
         for cell in line.cells.values():
@@ -137,7 +142,7 @@ def to_csv(study: Study, table: Sequence[Line]) -> str:
 def to_markdown(study: Study, table: Sequence[Line], differences: Sequence[Gap]) -> str:
     """Both tables, with the interval behind each value."""
     metrics = list(table[0].cells) if table else []
-    keys = [key_name(key).capitalize() for key in study.keys]
+    keys = [key_name(key).capitalize() for key in keys_shown(study)]
     heads = [
         *keys,
         "Arm",

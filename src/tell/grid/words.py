@@ -7,6 +7,7 @@ from pathlib import PurePath
 from typing import Any
 
 from tell.evaluate.names import LOSSES
+from tell.grid.recipe import VARIABLE
 from tell.grid.results import BENCHMARK, CHANGE, canonical
 from tell.report.words import Term, term
 
@@ -53,7 +54,7 @@ def value_name(value: Any, key: str = "") -> str:
         text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
         if "/" not in text or " " in text:
             return text
-        parts = PurePath(text.removeprefix("@")).parts
+        parts = PurePath(VARIABLE.sub(r"\1", text).removeprefix("@")).parts
         return "/".join(parts[-2:]) if key == "task.data" else parts[-1]  # train.jsonl is what most are called
     return f"{value:,}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:g}"
 
