@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tell.errors import TellError
-from tell.grid.recipe import dig, load_recipe, make_recipe, nest, points
+from tell.grid.recipe import Recipe, dig, load_recipe, make_recipe, nest, points
+from tell.grid.recipe_docs import PARTS, recipe_docs
 
 
 def written(tmp_path: Path, **keys) -> Path:
@@ -126,3 +128,13 @@ def test_seeds_that_no_product_is_run_with(tmp_path):
 @given(st.lists(st.text("abc_", min_size=1), min_size=1, max_size=4), st.integers())
 def test_nested_keys_are_found_again(parts, value):
     assert dig(nest(".".join(parts), value), ".".join(parts)) == value
+
+
+def test_the_documentation_has_every_key():
+    text = recipe_docs()
+    page = Path(__file__).parents[2] / "docs/recipe.md"
+    assert page.read_text(encoding="utf-8") == text, "run python -m tell.grid.recipe_docs > docs/recipe.md"
+    for model in (Recipe, *PARTS.values()):
+        assert all(f"| `{name}` |" in text for name in model.model_fields)
+    example = text.partition("\n\n    ")[2].partition("\n\n")[0]
+    assert make_recipe(yaml.safe_load(textwrap.dedent(f"    {example}"))).arms[-1] == "tell"

@@ -21,6 +21,7 @@ from tell.grid.sections import (
     separation_blocks,
     tables_blocks,
 )
+from tell.grid.separation import WORDS as CONTRAST_WORDS
 from tell.grid.table import gaps, lines, to_csv, to_markdown
 from tell.grid.words import arm_name, metric_term
 from tell.report.page import fill
@@ -106,6 +107,7 @@ def _page(study: Study, sections: Sequence[Section]) -> str:
         words=[
             *((t.label, t.definition) for t in metrics),
             *((a, f"{arm_name(a)}. {ARMS[a][1]}") for a in arms if a in ARMS),
+            *((a, CONTRAST_WORDS[a]) for a in arms if a in CONTRAST_WORDS),
             *WORDS,
         ],
         recipe=yaml.safe_dump(study.recipe, sort_keys=False, allow_unicode=True),

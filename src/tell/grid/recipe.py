@@ -68,7 +68,9 @@ class Efficiency(Section):
 
     x: str = Field(description="a key of the grid")
     y: str = Field(description="a metric")
-    arms: tuple[Arm, ...] = Field(("sft", "sft-matched", "tell"), description="compared with the last of them")
+    arms: tuple[Arm, ...] = Field(
+        ("sft", "sft-matched", "tell"), description="compared with tell, or else with the last of them"
+    )
 
 
 class Pareto(Section):

@@ -23,6 +23,12 @@ CONTRASTS = (
     "control",
 )  # what stands where a row's arm does; see `tell.study.separate`
 ADDED = "added by the anchor"
+WORDS = {
+    "without anchor": "Task queries against general queries, none with the anchor.",
+    "with anchor": "Task queries with the anchor against general queries without.",
+    "control": "General queries with the task's anchor against others without: what the anchor alone sets apart.",
+    ADDED: "With anchor minus without, over the same queries.",
+}
 METRICS = ("linear_probe", "silhouette", "mmd2", "length_probe")
 TOKENS = 300  # of a query with its anchor; an estimate
 

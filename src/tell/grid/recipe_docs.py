@@ -1,0 +1,60 @@
+"""docs/recipe.md, written from the recipe's keys: ``python -m tell.grid.recipe_docs > docs/recipe.md``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pydantic import BaseModel
+
+from tell.grid import recipe
+from tell.grid.recipe import Efficiency, Figure, Fit, Pareto, Recipe, Resources, Separate
+
+PARTS: dict[str, type[BaseModel]] = {
+    "figures": Figure,
+    "fits": Fit,
+    "efficiency": Efficiency,
+    "pareto": Pareto,
+    "separate": Separate,
+    "resources": Resources,
+}
+HEAD = """\
+# Recipes
+
+Every key of a recipe for `tell study`, with its default and meaning. Written by `python -m tell.grid.recipe_docs`;
+[config.md](config.md) has the keys of a run, which stand under `config` and `grid`. `recipes/` has one for each figure.
+"""
+
+
+def recipe_docs() -> str:
+    """All keys as Markdown: an example, a table of the top level and one of each part."""
+    example, _, variables = (recipe.__doc__ or "").partition("\n\n")[2].partition("\n\n")
+    parts = [HEAD, example, "", variables.strip().replace("``", "`"), "", *_table(Recipe)]
+    for name, model in PARTS.items():
+        parts += ["", f"## {name}", (model.__doc__ or "").strip().replace("``", "`"), "", *_table(model)]
+    return "\n".join(parts) + "\n"
+
+
+def _table(model: type[BaseModel]) -> Iterator[str]:
+    yield from ("| key | default | meaning |", "|---|---|---|")
+    for name, info in model.model_fields.items():
+        default = "must be given" if info.is_required() else _default(info.get_default(call_default_factory=True))
+        yield f"| `{name}` | {default} | {_meaning(name, info.description)} |"
+
+
+def _default(value: object) -> str:
+    if isinstance(value, BaseModel) or value in (None, "", (), {}, ({},)):
+        return ""
+    if isinstance(value, tuple):
+        return f"`{', '.join(map(str, value))}`"
+    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
+
+
+def _meaning(name: str, description: str | None) -> str:
+    """The description; parts have a table of their own."""
+    if name in PARTS:
+        return ", ".join(filter(None, (description, f"see [{name}](#{name})")))
+    return (description or "").replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    print(recipe_docs(), end="")
