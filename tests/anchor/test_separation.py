@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from tell.anchor.separation import length_hits, separate_states, tsne
+from tell.anchor.separation import _without_each, jackknife_error, length_hits, separate_states, tsne
 from tell.errors import TellError
 
 
@@ -104,3 +104,31 @@ def test_missing_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.metrics", None)
     with pytest.raises(TellError, match=r'pip install "tell-llm\[study\]"'):
         separate_states(*clouds(6, 3, 0.0), seed=0)
+
+
+def test_silhouettes_with_each_row_left_out():
+    """By scikit-learn, on the rows that are left."""
+    from sklearn.metrics import silhouette_samples
+    from sklearn.metrics.pairwise import euclidean_distances
+
+    n, rng = 7, np.random.default_rng(3)
+    states = np.concatenate([rng.normal(0.7, 1, (n, 4)), rng.normal(0, 1, (n, 4))])
+    distances, group = euclidean_distances(states), np.repeat([1, 0], n)
+    for k, mean in enumerate(_without_each(distances, group)):
+        kept = np.arange(2 * n) != k
+        left = silhouette_samples(distances[np.ix_(kept, kept)], group[kept], metric="precomputed")
+        assert mean == pytest.approx(left.mean(), abs=1e-12)
+
+
+def test_the_silhouettes_interval_holds_what_it_should():
+    """The mean over many draws, in about 95 of 100 of them; rows taken as independent would hold it in some 75."""
+    rng = np.random.default_rng(5)
+    drawn = [
+        separate_states(rng.normal(0.6, 1, (30, 3)), rng.normal(0, 1, (30, 3)), seed=0, permutations=1)
+        for _ in range(150)
+    ]
+    values = np.array([d.silhouettes.mean() for d in drawn])
+    errors = np.array([jackknife_error(d.silhouettes_without) for d in drawn])
+    assert 0.88 <= np.mean(np.abs(values - values.mean()) < 1.96 * errors) <= 1.0
+    rows = np.array([d.silhouettes.std() / np.sqrt(60) for d in drawn])
+    assert np.mean(np.abs(values - values.mean()) < 1.96 * rows) < 0.88

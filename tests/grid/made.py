@@ -97,6 +97,9 @@ def write_cell(folder: Path, arm: str, chance: float, seed: int, rows: int, loss
         "eval": {"arms": {arm: {"flops": 1e13}}},
     }
     (folder / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
+    (folder / "plan.json").write_text(json.dumps({"model": {"parameters": 1000}}), encoding="utf-8")
+    machine = {"device": "cpu", "dtype": "bf16" if seed else "fp32"}
+    (folder / "findings.json").write_text(json.dumps({"machine": machine}), encoding="utf-8")
 
 
 def outcome(

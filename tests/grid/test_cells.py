@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from study.runs import EXAMPLES, PROBE
 from tell.config import ARMS, load_config
 from tell.data.budget import take_rows
+from tell.grid import content
 from tell.grid.cells import grid_of, make_cell
 from tell.grid.content import content_hash
 from tell.grid.recipe import make_recipe
+from tell.study.folder import with_full_paths
 
 SUPPORT = EXAMPLES / "support"
 BASE = {
@@ -36,8 +38,8 @@ CHANGES: dict[str, tuple[str, set[str]]] = {
     "learning rate": ("train.learning_rate=1e-4", UNTRAINED),
     "rank": ("train.lora_r=16", UNTRAINED),
     "longest row": ("train.max_length=512", set()),
-    "anchor": ("anchor.text=Read this mail.", {"base", "general"}),
-    "anchor's place": ("anchor.place=system", {"base", "general"}),
+    "anchor": ("anchor.text=Read this mail.", {"base"}),
+    "anchor's place": ("anchor.place=system", {"base"}),
     "candidates of an anchor by hand": ("anchor.candidates=9", set(ARMS)),
     "self-written data that is not asked for": ("general.self.temperature=0.5", set(ARMS)),
     "examples in context": ("eval.icl_examples=3", set(ARMS) - {"icl"}),
@@ -113,6 +115,43 @@ def test_files_count_by_content(tmp_path):
     assert make_cell(config(f"anchor.text=@{tmp_path / 'anchor.txt'}"), "tell").name == before
 
 
+def test_a_scorer_counts_by_its_code(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    names = []
+    for code in ("def f(a, r): return a", "def f(a, r): return r", "def f(a, r): return a"):
+        (tmp_path / "my_scorer.py").write_text(code, encoding="utf-8")
+        names.append(make_cell(config("task.scorer=my_scorer:f"), "tell").name)
+    assert names[0] == names[2] != names[1]
+    assert make_cell(config("task.scorer=nowhere_at_all:f"), "tell").name not in names  # the run says what is wrong
+
+
+def test_a_word_is_no_path(tmp_path, monkeypatch):
+    """Whatever lies in the working directory."""
+    before = with_full_paths(config("general.source=self"))
+    for name in ("model", "self", "none"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    after = with_full_paths(config("general.source=self"))
+    assert (after.tokens.unit, after.general.source) == ("model", "self")
+    assert (
+        make_cell(after, "tell").name
+        == make_cell(before, "tell").name
+        == make_cell(config("general.source=self"), "tell").name
+    )
+
+
+def test_a_link_counts_as_what_it_links_to(tmp_path, monkeypatch):
+    """As the hub's cache has it: files without endings, and links with."""
+    monkeypatch.setattr(content, "WHOLE", 100)
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs/3fd1").write_bytes(bytes(range(256)) * 512)
+    for name in ("linked", "copied"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "linked/model.safetensors").symlink_to(tmp_path / "blobs/3fd1")
+    shutil.copy(tmp_path / "blobs/3fd1", tmp_path / "copied/model.safetensors")
+    assert content_hash(tmp_path / "linked") == content_hash(tmp_path / "copied")
+
+
 def test_folders_count_by_content(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
@@ -145,6 +184,18 @@ def test_the_order_of_a_grid_does_not_matter(keys, rows):
         return {(*sorted(row.point.items()), row.arm, row.seed, row.cell) for row in rows}
 
     assert lines(a[0]) == lines(b[0])
+
+
+def test_one_amount_written_two_ways_is_one_point():
+    """YAML takes 3e4 for a text."""
+    made = recipe(
+        [{"general.tokens": ["3e4"]}, {"general.tokens": [30000, 1e5], "arms": ["tell"]}], arms=["sft", "tell"]
+    )
+    rows, _ = grid_of(made, {})
+    lines = [(row.point["general.tokens"], row.arm, row.seed) for row in rows]
+    assert sorted(lines) == sorted(
+        (tokens, arm, seed) for seed in (42, 43) for tokens, arm in ((30000, "sft"), (30000, "tell"), (100000, "tell"))
+    )
 
 
 def test_what_is_shared_is_one_cell():

@@ -19,8 +19,11 @@ from grid.studies import numbers
 from study.runs import Killer, read
 from tell.cli.main import run
 from tell.errors import Interrupted, TellError
+from tell.grid.engine import open_study
 from tell.grid.executors.local import LocalExecutor
+from tell.grid.plan import Planner
 from tell.progress import Silent
+from tell.study.stop import Stop
 
 MINIMAL = {"grid": {}, "arms": ["base"]}
 
@@ -124,18 +127,17 @@ def test_a_failed_cell_is_noted_and_the_others_go_on(recipe, tmp_path, capsys):
 
 
 def test_a_fault_of_ours_is_noted_with_its_trace(recipe, tmp_path, monkeypatch):
-    """A scorer that raises what it likes, mended afterwards: training is not repeated."""
-    (tmp_path / "scores_of_a_study.py").write_text("def f(a, r): return 1 / 0\n", encoding="utf-8")
+    """A scorer that raises what it likes, until its file is there: training is not repeated."""
+    code = "from pathlib import Path\nWHERE = Path(__file__).parent / 'there'\n"
+    code += "def f(a, r): return [0.5 for _ in a] if WHERE.exists() else 1 / 0\n"
+    (tmp_path / "scores_of_a_study.py").write_text(code, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     path = recipe(**MINIMAL | {"arms": ["sft"]}, config={"task": {"scorer": "scores_of_a_study:f"}})
     folder = tell.run_study(path, root=tmp_path / "studies")
     (name, error), *_ = folder.failed().items()
     assert "division by zero" in error
     assert (tmp_path / "studies/cells" / name / "arms/sft/adapter_model.safetensors").exists()
-    (tmp_path / "scores_of_a_study.py").write_text("def f(a, r): return [0.5 for _ in a]\n", encoding="utf-8")
-    monkeypatch.delitem(sys.modules, "scores_of_a_study")
-    for cached in tmp_path.glob("__pycache__/*"):
-        cached.unlink()
+    (tmp_path / "there").touch()
     assert not tell.run_study(path, root=tmp_path / "studies", retry_failed=True).failed()
     assert folder.read()["cells"][name]["attempts"] == 2
 
@@ -150,9 +152,35 @@ def test_a_signal_ends_it_resumably(recipe, tmp_path, number):
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
     states = [cell["state"] for cell in read(tmp_path / "studies/small/study.json")["cells"].values()]
     assert set(states) <= {"done", "waiting"} and "waiting" in states
+    assert (tmp_path / "studies/small/index.html").exists() == ("done" in states)  # it can be read meanwhile
     folder = tell.run_study(recipe(), root=tmp_path / "studies")
     whole = tell.run_study(recipe(), root=tmp_path / "whole")
     assert numbers(folder, tmp_path / "studies") == numbers(whole, tmp_path / "whole")
+
+
+def test_what_kills_its_process_is_left_for_last(recipe, tmp_path):
+    """Begun twice and never ended: the others go first. Begun once, it keeps its place."""
+    study = open_study(recipe(), root=tmp_path / "studies")
+    first, second, *_ = (cell.name for cell in study.cells)
+    study.root.note(first, state="running", attempts=2)
+    study.root.note(second, state="running", attempts=1)
+    names = [cell.name for cell in study.queue(Silent(), Stop(tmp_path)).waiting]
+    assert names[0] == second and names[-1] == first and len(names) == 4
+
+
+def test_a_cell_that_cannot_be_planned_keeps_no_other_from_it(recipe, tmp_path, monkeypatch):
+    real = Planner._plan
+    calls = []
+
+    def once(self, config):
+        calls.append(config)
+        if len(calls) == 1:
+            raise RuntimeError("a fault of ours")
+        return real(self, config)
+
+    monkeypatch.setattr(Planner, "_plan", once)
+    cells = tell.plan_study(recipe(), root=tmp_path / "studies")["cells"]
+    assert [row["error"] for row in cells] == ["RuntimeError: a fault of ours", None, None, None]
 
 
 def test_adapters_are_kept_where_asked(recipe, tmp_path):

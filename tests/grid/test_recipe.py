@@ -80,8 +80,19 @@ def test_overrides_and_seeds(tmp_path):
     )
     recipe = load_recipe(path, overrides=["task.rows=30", "general.tokens=1e4", "train.lora_r=2"], seeds=[7, 7, 8])
     assert recipe.grid == ({"task.rows": [30], "mix.repeat": [1, 2]}, {"mix.repeat": [8]})
-    assert recipe.config == {"general": {"tokens": 1e4}, "train": {"lora_r": 2}}  # one amount replaces another
+    # one amount replaces another; products without the key take it from there
+    assert recipe.config == {"task": {"rows": 30}, "general": {"tokens": 1e4}, "train": {"lora_r": 2}}
     assert recipe.seeds == (7, 8)
+
+
+def test_an_override_that_the_grid_would_undo_is_refused(tmp_path):
+    path = written(tmp_path, grid=[{"task.rows": [15]}, {"general.tokens": [0, 1e4]}])
+    with pytest.raises(
+        TellError, match=r"--set general.ratio: the grid has general.tokens, .* Set general.tokens instead"
+    ):
+        load_recipe(path, overrides=["general.ratio=5"])
+    with pytest.raises(TellError, match=r"max_minutes stands under config.* cells cut short"):
+        make_recipe({"config": {"max_minutes": 5}})
 
 
 def test_a_union_of_products_has_each_point_once():

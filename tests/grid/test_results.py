@@ -27,7 +27,8 @@ def test_every_row_of_a_finished_study(tmp_path):
     change = measured.numbers["probe loss change"]
     assert change.value == pytest.approx(0.2) and change.spread == pytest.approx(0.01, rel=1e-3)
     assert measured.costs == {
-        "steps": 12, "tokens": 3456, "flops": 2.5e13, "learning_rate": 1e-3, "seconds": 60, "eval_flops": 1e13,
+        "steps": 12, "tokens": 3456, "flops": 2.5e13, "learning_rate": 1e-3, "seconds": 60, 
+        "flops_6nd": 6 * 1000 * 3456, "eval_flops": 1e13,
     }  # fmt: skip
     base = next(o.measured for o in study.outcomes if o.arm == "base")
     assert base.costs["flops"] == 0 and base.numbers["probe loss change"] == Number(0.0, 0.0)

@@ -25,6 +25,7 @@ class Separation:
     Attributes:
         hits: (2n,) 1 where the probe, trained without that row, names its group; chance is 0.5.
         silhouettes: (2n,) of each row (Rousseeuw 1987), -1 to 1, 0 where the groups lie in each other.
+        silhouettes_without: (2n,) their mean with each row left out, for the jackknife (a row is in all distances).
         mmd2: squared maximum mean discrepancy, unbiased (Gretton et al. 2012, JMLR 13, eq. 3), so it may be below 0.
         mmd2_ci: 95 % by the jackknife over rows; says little where the groups are equal, there ``p`` does.
         p: share of relabellings of the rows with an MMD as large; at least 1 / (permutations + 1).
@@ -32,6 +33,7 @@ class Separation:
 
     hits: np.ndarray
     silhouettes: np.ndarray
+    silhouettes_without: np.ndarray
     mmd2: float
     mmd2_ci: tuple[float, float]
     p: float
@@ -58,10 +60,29 @@ def separate_states(a: np.ndarray, b: np.ndarray, *, seed: int, permutations: in
     np.fill_diagonal(squared, 0.0)
     if squared.any():
         silhouettes = metrics.silhouette_samples(np.sqrt(squared), group, metric="precomputed")
+        without = _without_each(np.sqrt(squared), group)
     else:  # one point: the embedding of a template's last token, the same in every row
-        silhouettes = np.zeros(2 * n)
+        silhouettes = without = np.zeros(2 * n)
     mmd2, interval, p = _mmd(squared, n, seed, permutations)
-    return Separation(_probe(states, group, seed), silhouettes, mmd2, interval, p)
+    return Separation(_probe(states, group, seed), silhouettes, without, mmd2, interval, p)
+
+
+def _without_each(distances: np.ndarray, group: np.ndarray) -> np.ndarray:
+    """(2n,) mean silhouette of the other rows, each row left out in turn, from (2n, 2n) distances."""
+    own = group[:, None] == group  # (2n, 2n) rows of the same group
+    left = np.ones(len(group)) - np.eye(len(group))  # [k, j]: row j is there when k is left out
+    # [k, i]: sums of row i's distances to its own and the other group, and how many rows these have, without row k
+    sums = [left @ (distances * mask).T for mask in (own, ~own)]
+    counts = [left @ mask.T - (1 if mask is own else 0) for mask in (own, ~own)]
+    near, far = (total / np.maximum(count, 1) for total, count in zip(sums, counts, strict=True))
+    scores = (far - near) / np.maximum(np.maximum(far, near), 1e-300)
+    return (scores * left).sum(axis=1) / left.sum(axis=1)
+
+
+def jackknife_error(without: np.ndarray) -> float:
+    """Standard error of a statistic of two groups from (2n,) its values with each row left out, first group first."""
+    n = len(without) // 2
+    return float(np.sqrt((n - 1) * (without[:n].var() + without[n:].var())))
 
 
 def length_hits(a: np.ndarray, b: np.ndarray, *, seed: int) -> np.ndarray:
@@ -142,7 +163,7 @@ def _jackknife(kernel: np.ndarray, n: int) -> float:
         + (sums[1] - 2 * own_b.sum(axis=1)) / ((n - 1) * (n - 2))
         - 2 * (sums[2] - cross.sum(axis=0)) / (n * (n - 1))
     )
-    return float(np.sqrt((n - 1) * (without_a.var() + without_b.var())))
+    return jackknife_error(np.concatenate([without_a, without_b]))
 
 
 def _sklearn(name: str) -> Any:

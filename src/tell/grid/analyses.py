@@ -14,6 +14,7 @@ from tell.grid.flips import flips
 from tell.grid.means import Bootstrap
 from tell.grid.pareto import front, verdict
 from tell.grid.results import Study, canonical, frozen
+from tell.grid.seeds import seed_sets, seeds_name, with_seeds
 from tell.grid.words import point_name
 
 
@@ -35,19 +36,39 @@ class Analyses:
 def analyse(study: Study, bootstrap: Bootstrap) -> Analyses:
     """Everything the recipe asks for that the finished cells allow.
 
-    Each curve is treated apart: one entry for each value of the grid's other keys, named by ``where``.
+    Each curve is treated apart: one entry for each value of the grid's other keys, named by ``where``. Only what has
+    the same seeds is compared. Where some points have fewer, there is an entry for those that have all, and one for all
+    points over the seeds they share; ``compared`` says which.
     """
-    recipe, found = study.recipe, Analyses()
+    found, seen = Analyses(), set[str]()
+    sets = seed_sets(study)
+    for seeds in sets:
+        part = study if len(sets) == 1 else with_seeds(study, seeds)
+        drawn = bootstrap if part is study else Bootstrap(part, bootstrap.samples, bootstrap.seed)
+        _analyse(part, drawn, found, seen, seeds_name(seeds) if len(sets) > 1 else "")
+    return found
+
+
+def _analyse(study: Study, bootstrap: Bootstrap, found: Analyses, seen: set[str], compared: str) -> None:
+    """Add what these outcomes give, but for what the same points gave with more seeds."""
+
+    def new(*parts: Any) -> bool:
+        key = frozen(parts)
+        seen_before = key in seen
+        seen.add(key)
+        return not seen_before
+
+    recipe = study.recipe
     for asked in recipe.get("fits") or ():
         x, y, arm = asked["x"], canonical(asked["y"]), asked.get("arm") or "tell"
         for curve in curves(study, bootstrap, x=x, y=y, arms=[arm]):
-            if not curve.numeric or curve.flat or len(curve.x) < 2:
+            if not curve.numeric or curve.flat or len(curve.x) < 2 or not new("fit", x, y, arm, curve.rest, curve.x):
                 continue
-            what = {"x": x, "y": y, "arm": arm, "where": curve.rest}
+            what = {"x": x, "y": y, "arm": arm, "where": curve.rest, "compared": compared}
             fits = fit_curve(curve, y)
             found.fits.append({**what, **fits.facts})
             if fits.mark is not None:
-                found.marks[x, y, arm, frozen(curve.rest)] = fits.mark
+                found.marks.setdefault((x, y, arm, frozen(curve.rest)), fits.mark)
             turned = flips(curve, y, x)
             if turned is not None:
                 found.flips.append({**what, **turned})
@@ -56,16 +77,18 @@ def analyse(study: Study, bootstrap: Bootstrap) -> Analyses:
         arms = list(asked.get("arms") or ("sft", "sft-matched", "tell"))
         reference = "tell" if "tell" in arms else arms[-1]
         for where, group in _contexts(curves(study, bootstrap, x=x, y=y, arms=arms), reference):
-            entry = efficiency(group, x=x, y=y, reference=reference)
-            if entry is not None:
-                found.efficiency.append({"x": x, "y": y, "where": where, **entry})
+            if new("efficiency", x, y, where, [[c.arm, c.x] for c in group]):
+                entry = efficiency(group, x=x, y=y, reference=reference)
+                if entry is not None:
+                    found.efficiency.append({"x": x, "y": y, "where": where, "compared": compared, **entry})
     for asked in recipe.get("pareto") or ():
-        for heading, within in panels(study, asked.get("panels") or _task_size(study)):
-            candidates = front(study, bootstrap, gain=asked["gain"], cost=asked["cost"], within=within)
-            if candidates:
-                what = {"gain": canonical(asked["gain"]), "cost": canonical(asked["cost"]), "where": within}
-                found.pareto.append({**what, "heading": heading, "verdict": verdict(candidates), "points": candidates})
-    return found
+        gain, cost = canonical(asked["gain"]), canonical(asked["cost"])
+        for heading, within in panels(study, _task_size(study)):
+            candidates = front(study, bootstrap, gain=gain, cost=cost, within=within)
+            if candidates and new("front", gain, cost, within, sorted(c["name"] for c in candidates)):
+                heading = ", ".join(filter(None, (heading, compared)))
+                what = {"gain": gain, "cost": cost, "where": within, "compared": compared, "heading": heading}
+                found.pareto.append({**what, "verdict": verdict(candidates), "points": candidates})
 
 
 def panels(study: Study, key: str | None) -> list[tuple[str, dict[str, Any]]]:

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,9 @@ from tell.config import (
 from tell.errors import TellError
 from tell.grid.content import content_hash
 from tell.grid.recipe import Recipe, dig, fill, nest, points
-from tell.grid.separation import SEPARATE, contrasts
+from tell.grid.separation import SEPARATE, SEPARATION_FORMAT, contrasts
 from tell.study.folder import FREE as FREE_OF_RUNS
-from tell.study.folder import PATHS, with_full_paths
+from tell.study.folder import KEYWORDS, PATHS, with_full_paths
 from tell.study.prepare import anchor_of
 
 CELL_FORMAT = 1  # raise when a default, or what a run does with the same keys, changes its numbers
@@ -80,8 +81,12 @@ def grid_of(recipe: Recipe, variables: Mapping[str, str], *, where: str = "recip
     Raises:
         TellError: a value that a run refuses, or no cell at all.
     """
-    rows: list[Row] = []
+    rows: dict[str, Row] = {}
     cells: dict[str, Cell] = {}
+
+    def add(row: Row) -> None:  # 3e4 and 30000 are one point, whichever product says it
+        rows.setdefault(json.dumps([row.point, row.arm, row.seed], sort_keys=True), row)
+
     base = fill(recipe.config, variables)
     for seed in recipe.seeds:
         for raw, arms in points(recipe, seed):
@@ -97,16 +102,17 @@ def grid_of(recipe: Recipe, variables: Mapping[str, str], *, where: str = "recip
                 riders = [a for a in arms if RIDERS.get(a) == lead and a != arm] if lead == arm else [arm]
                 cell = make_cell(config, lead, riders)
                 cells.setdefault(cell.name, cell)
-                rows.append(Row(point, arm, seed, cell.name))
+                add(Row(point, arm, seed, cell.name))
             if recipe.separate is not None:
                 cell = separation_cell(config, recipe.separate.model_dump())
                 cells.setdefault(cell.name, cell)
-                rows += [Row(point, name, seed, cell.name) for name in contrasts(config)]
+                for name in contrasts(config):
+                    add(Row(point, name, seed, cell.name))
     if not rows:
         raise TellError("asks for no run at all", where=where, remedy="Add an arm besides general, or general data.")
     # A model that changes from cell to cell would be loaded as often; a stable sort keeps all else in order.
     order = list(dict.fromkeys(cell.config.model.name for cell in cells.values()))
-    return rows, sorted(cells.values(), key=lambda cell: order.index(cell.config.model.name))
+    return list(rows.values()), sorted(cells.values(), key=lambda cell: order.index(cell.config.model.name))
 
 
 def _shown(config: Config, key: str, raw: Any) -> Any:
@@ -132,7 +138,12 @@ def separation_cell(config: Config, options: Mapping[str, Any]) -> Cell:
     config.eval = EvalConfig(bootstrap=config.eval.bootstrap, arms=("base",))
     if config.anchor.text != "auto":  # else the model writes it, from these rows
         config.generate, config.task.rows, config.task.tokens = GenerateConfig(), None, None
-    return Cell(_name(SEPARATE, {"separate": dict(options), "config": identity(config)}), SEPARATE, config, options)
+    return Cell(
+        _name(SEPARATE, {"separate": {**options, "format": SEPARATION_FORMAT}, "config": identity(config)}),
+        SEPARATE,
+        config,
+        options,
+    )
 
 
 def _name(arm: str, parts: Mapping[str, Any]) -> str:
@@ -153,10 +164,24 @@ def identity(config: Config) -> dict[str, Any]:
     data = {key: value for key, value in data.items() if value != {}}
     for (section, key), path in inputs(config).items():
         data[section][key] = {"content": content_hash(path)}
+    if (code := scorer_code(config)) is not None:
+        data["task"]["scorer"] = {"name": config.task.scorer, "content": content_hash(code)}
     anchor = anchor_of(config)
     if anchor is not None:
         data["anchor"] = {"text": anchor.text} | ({"place": anchor.place} if anchor else {})
     return data
+
+
+def scorer_code(config: Config) -> Path | None:
+    """The file of a scorer that is not TELL's own: its code decides the scores as much as its name."""
+    module = (config.task.scorer or "").partition(":")[0]
+    if not module or module.partition(".")[0] == "tell":
+        return None
+    try:
+        spec = find_spec(module)
+    except (ImportError, ValueError):
+        return None  # the run says what is wrong with it
+    return Path(spec.origin) if spec is not None and spec.origin and Path(spec.origin).is_file() else None
 
 
 def inputs(config: Config) -> dict[tuple[str, str], Path]:
@@ -164,7 +189,7 @@ def inputs(config: Config) -> dict[tuple[str, str], Path]:
     found: dict[tuple[str, str], Path] = {}
     for section, key in PATHS:
         value = getattr(getattr(config, section), key)
-        if not isinstance(value, str) or (key == "text" and not value.startswith("@")):
+        if not isinstance(value, str) or value in KEYWORDS or (key == "text" and not value.startswith("@")):
             continue
         path = Path(value.removeprefix("@") if key == "text" else value)
         if path.exists():
@@ -192,12 +217,12 @@ def neutral(config: Config, arm: str) -> Config:
         out.mix.order = MixConfig().order
     elif arm == "general":
         out.mix.repeat = None
-    if arm == "base" or (arm == "general" and not by_ratio):
+    if arm == "base":
         out.anchor = AnchorConfig(text="none")
     elif not written:
         out.anchor = AnchorConfig(text=config.anchor.text, place=config.anchor.place)
     without_rows = arm in ("base", "base+anchor", "general") and not (
-        (arm == "base+anchor" and written) or (arm == "general" and by_ratio)
+        (arm != "base" and written) or (arm == "general" and by_ratio)
     )
     # Without a limit of its own, an answer may be half as long again as the longest training answer.
     if without_rows and config.generate.max_new_tokens is not None:

@@ -74,7 +74,7 @@ def curves(
         and x in o.point
         and all(frozen(o.point.get(k)) == frozen(v) for k, v in (within or {}).items())
     ]
-    others = [key for key in study.keys if key != x and not _goes_along(chosen, x, key)]
+    others = [key for key in study.keys if key != x and not _goes_along(study, x, key)]
     for arm in arm_order([o.arm for o in chosen]):
         mine = [o for o in chosen if o.arm == arm]
         for context in _ordered([{k: o.point.get(k) for k in others} for o in mine]):
@@ -86,25 +86,30 @@ def curves(
             if twin is None:
                 found.append(curve)
             else:  # the same cells in another context: what differs has no effect on them
-                long, short = sorted((found[twin], curve), key=lambda c: -len(c.x))
+                long, short = sorted((found[twin], curve), key=lambda c: -sum(map(len, c.groups)))
                 same = {k: v for k, v in long.rest.items() if k in short.rest and frozen(short.rest[k]) == frozen(v)}
                 found[twin] = replace(long, rest=same)
     return found
 
 
-def _goes_along(outcomes: Sequence[Outcome], x: str, key: str) -> bool:
-    """Whether a text, such as a file, has one value at each value of ``x``: data sets come with their own anchors."""
+def _goes_along(study: Study, x: str, key: str) -> bool:
+    """Whether a text has one value at each value of another text, ``x``: data sets come with their own anchors."""
+    points = [row["point"] for row in study.rows if x in row["point"]]
     found: dict[str, set[str]] = {}
-    for outcome in outcomes:
-        found.setdefault(frozen(outcome.point[x]), set()).add(frozen(outcome.point.get(key)))
-    texts = all(isinstance(o.point.get(key), str) for o in outcomes)
+    for point in points:
+        found.setdefault(frozen(point[x]), set()).add(frozen(point.get(key)))
+    texts = all(isinstance(point.get(k), str) for point in points for k in (x, key))
     return texts and len(found) > 1 and all(len(values) == 1 for values in found.values())
 
 
 def _same_cells(a: Curve, b: Curve) -> bool:
-    """Whether the curve with fewer values is a part of the other."""
-    one, two = ({frozen(v): [o.cell for o in g] for v, g in zip(c.x, c.groups, strict=True)} for c in (a, b))
-    return one.items() <= two.items() or two.items() <= one.items()
+    """Whether one curve is a part of the other: fewer values, or fewer seeds of the same cells."""
+    one, two = ({frozen(v): {o.cell for o in g} for v, g in zip(c.x, c.groups, strict=True)} for c in (a, b))
+
+    def within(small: dict[str, set[str]], large: dict[str, set[str]]) -> bool:
+        return all(cells <= large.get(value, set()) for value, cells in small.items())
+
+    return within(one, two) or within(two, one)
 
 
 def _curve(
@@ -119,8 +124,14 @@ def _curve(
             at.append(value)
             draws.append(found)
             groups.append(group)
-    cells = {tuple(o.cell for o in group) for group in groups}
-    return Curve(arm, context, at, draws, groups, len(at) > 1 and len(cells) == 1) if at else None
+    if not at:
+        return None
+    most = max(range(len(at)), key=lambda i: len(groups[i]))
+    cells = {o.cell for o in groups[most]}
+    flat = len(at) > 1 and all({o.cell for o in group} <= cells for group in groups)
+    if flat:  # where a point was run with fewer seeds, the others still tell of it
+        draws, groups = [draws[most]] * len(at), [groups[most]] * len(at)
+    return Curve(arm, context, at, draws, groups, flat)
 
 
 def _ordered(mappings: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

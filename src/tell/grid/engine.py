@@ -138,7 +138,7 @@ def run_study(
 
     Raises:
         TellError: bad recipe or data, said before anything is run.
-        Interrupted: SIGINT or SIGTERM; the same call goes on.
+        Interrupted: SIGINT or SIGTERM; tables and page say what is finished, and the same call goes on.
     """
     display = display or Silent()
     options = {"data": data, "variables": variables, "overrides": overrides, "seeds": seeds, "out": out, "root": root}
@@ -156,6 +156,8 @@ def run_study(
                 _run(study, queue, runner, display)
             except (Interrupted, KeyboardInterrupt) as error:
                 done = queue.counts()["done"]
+                if done:
+                    _write(study)
                 raise Interrupted(
                     f"stopped with {done} of {len(study.cells)} cells done",
                     where=str(study.folder.root),
@@ -164,10 +166,14 @@ def run_study(
             finally:
                 queue.give_back()
     if queue.counts()["done"]:
-        from tell.grid.page import write_study  # late: it draws
-
-        write_study(study.folder.root)
+        _write(study)
     return study.folder
+
+
+def _write(study: Study) -> None:
+    from tell.grid.page import write_study  # late: it draws
+
+    write_study(study.folder.root)
 
 
 def _run(study: Study, queue: Queue, runner: Executor, display: Display) -> None:

@@ -109,7 +109,10 @@ def fit_curve(curve: Curve, metric: str) -> Fits:
     draws = draws[np.isfinite(draws).all(axis=1)][:RESAMPLES]
     facts: dict[str, Any] = {"amounts": x.tolist(), "left_out": [curve.x[i] for i in zero], "seeds": _seeds(curve)}
     facts["points"] = [{"x": v, **d.summary()} for v, d in zip(curve.x, curve.draws, strict=True)]
-    if len(x) < LEAST or len(draws) < 100:
+    if len(x) >= LEAST and len(draws) < 100:
+        lost = f"too few resamples have a value at each of the {len(x)} amounts for a curve to be fitted."
+        return Fits({**facts, "verdict": f"{lost[0].upper()}{lost[1:]}"})
+    if len(x) < LEAST:
         few = f"{len(x)} amounts above 0 are too few for a curve to be fitted (at least {LEAST} are needed)."
         return Fits({**facts, "verdict": few})
     u = np.log10(x)

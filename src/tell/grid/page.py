@@ -21,6 +21,7 @@ from tell.grid.sections import (
     separation_blocks,
     tables_blocks,
 )
+from tell.grid.seeds import seed_sets, seeds_name
 from tell.grid.separation import WORDS as CONTRAST_WORDS
 from tell.grid.table import gaps, lines, to_csv, to_markdown
 from tell.grid.words import arm_name, metric_term
@@ -47,7 +48,11 @@ WORDS = (
         "Zwietering et al. 1990).",
     ),
     ("front", "The points that no other equals or beats in both gain and cost."),
-    ("FLOPs", "Floating-point operations of training; beside them, those of answering the test rows."),
+    (
+        "FLOPs",
+        "Floating-point operations of training as counted (LoRA needs no gradients of the base's weights); as 6 N D, "
+        "the paper's count (A.1); and those of answering the test rows.",
+    ),
 )
 
 
@@ -118,6 +123,16 @@ def notices(study: Study) -> list[str]:
     """What has no numbers yet, and what one seed leaves open, in sentences."""
     parts = [f"{count} {state}" for state, count in study.missing.items()]
     found = [f"Not complete. Of {len(study.rows)} rows of the study, {', '.join(parts)}."] if parts else []
+    sets = seed_sets(study)
+    if len(sets) > 1:
+        found.append(
+            f"Points and arms have different seeds ({'; '.join(map(seeds_name, sets))}). Of one seed, an interval "
+            "covers the choice of test rows alone. Fits, factors, fronts and differences compare what has the same "
+            "seeds."
+        )
+    if len(study.machines) > 1:
+        counts = [f"{count} in {name}" for name, count in study.machines.most_common()]
+        found.append(f"Rows were measured on different devices or in different number formats: {', '.join(counts)}.")
     if len(study.seeds) == 1:
         found.append(
             "One seed alone: intervals cover the choice of test rows, not of training rows, order or decoding."

@@ -56,18 +56,20 @@ class Planner:
             if cell.separate is not None:
                 return self._separation(cell)
             plan = self._plan(cell.config)
-        except TellError as error:
-            return {**_nothing(), "error": str(error)}
+        except Exception as error:  # one cell that cannot be planned keeps no other from being run
+            known = isinstance(error, TellError)
+            return {**_nothing(), "error": str(error) if known else f"{type(error).__name__}: {error}"}
         arms = plan["arms"].values()
         training = plan["predicted"]["writing_seconds"] + plan["predicted"]["training_seconds"]
         found = self.measured.get(evaluation_key(cell))
+        left_out = ", benchmarks not counted" if cell.config.eval.benchmarks else ""
         return {
             "steps": sum(arm["steps"] for arm in arms),
             "tokens": sum(arm["tokens"] for arm in arms),
             "flops": sum(arm["flops"] for arm in arms),
             "training_seconds": training,
             "evaluation_seconds": found or plan["predicted"]["answering_seconds"] + _measuring(cell, plan),
-            "basis": plan["predicted"]["basis"] + (", evaluation measured" if found else ""),
+            "basis": plan["predicted"]["basis"] + (", evaluation measured" if found else left_out),
             "error": None,
         }
 

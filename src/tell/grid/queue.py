@@ -58,7 +58,11 @@ class Queue:
         self.advance: Advance = lambda amount=1, info="": None
         for name in self.cells:
             self._look(name, retry_failed)
-        self.waiting = [cell for cell in cells if self.states[cell.name]["state"] == "waiting"]
+        # What has twice not come to its end may have killed its process: the others go first.
+        self.waiting = sorted(
+            (cell for cell in cells if self.states[cell.name]["state"] == "waiting"),
+            key=lambda cell: max(1, self.states[cell.name]["attempts"]),
+        )
         self.start()
 
     def start(self) -> None:

@@ -34,6 +34,7 @@ from tell.errors import TellError
 
 VARIABLE = re.compile(r"\$\{([\w-]+)\}")
 OF_A_PRODUCT = ("arms", "seeds")  # beside the keys of a run: which of the recipe's a product of the grid is run with
+RIVALS = (("general.tokens", "general.rows", "general.ratio"), ("task.tokens", "task.rows"))
 ELSEWHERE = {"seed": "seeds", "eval.arms": "arms", "out": "--out"}  # keys of a run that a study decides itself
 
 
@@ -245,10 +246,29 @@ def make_recipe(data: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
 def _check_run_keys(nested: Mapping[str, Any], where: str, part: str) -> None:
     check_keys(nested, Config, f"{where}: {part}")
     for key, _ in leaves(nested):
+        if key == "max_minutes":
+            raise TellError(
+                f"max_minutes stands under {part}",
+                where=where,
+                remedy="Leave it out: cells cut short by the clock cannot be compared.",
+            )
         if key in ELSEWHERE:
             raise TellError(
                 f"{key} stands under {part}", where=where, remedy=f"Give it as {ELSEWHERE[key]}, for the whole study."
             )
+
+
+def _check_rivals(key: str, recipe: Recipe) -> None:
+    """Refuse to set one way of giving an amount where the grid holds another, which would go over it."""
+    for ways in RIVALS:
+        for product in recipe.grid:
+            for other in set(ways) - {key}:
+                if key in ways and other in product:
+                    raise TellError(
+                        f"the grid has {other}, which would go over it",
+                        where=f"--set {key}",
+                        remedy=f"Set {other} instead, or change the recipe.",
+                    )
 
 
 def _check_among(key: str, values: Sequence[Any], known: Sequence[Any], where: str) -> None:
@@ -271,8 +291,8 @@ def _overridden(recipe: Recipe, overrides: Iterable[str]) -> dict[str, Any]:
         holders = [product for product in grid if key in product]
         for product in holders:
             product[key] = [dig(nested, key)]
-        if not holders:
-            config = override(config, nested)
+        _check_rivals(key, recipe)
+        config = override(config, nested)
     return {"config": config, "grid": grid}
 
 

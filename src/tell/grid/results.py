@@ -25,7 +25,7 @@ from tell.study.scoring import adapter_arm
 ALIASES = {"probe": "probe loss", "general held out": "general held out loss"}
 CHANGE = " change"  # of a number, from the untuned model on the same rows
 BENCHMARK = "benchmark "
-COSTS = ("steps", "tokens", "flops", "learning_rate", "seconds")
+COSTS = ("steps", "tokens", "flops", "learning_rate", "seconds")  # as a run notes them
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,9 @@ class Measured:
         hashes: (n,) content hashes of the test rows.
         metrics: name to Metric over these rows.
         numbers: name to Number: ``probe loss``, ``probe loss change``, benchmarks.
-        costs: ``steps``, ``tokens``, ``flops``, ``learning_rate``, ``seconds`` of its training (0 where it has none),
-            and ``eval_flops``, of answering the test rows.
+        costs: ``steps``, ``tokens``, ``flops``, ``learning_rate``, ``seconds`` of its training (0 where it has none);
+            ``flops_6nd``, 6 times all parameters times tokens, as the paper counts (A.1); and ``eval_flops``, of
+            answering the test rows.
     """
 
     hashes: np.ndarray
@@ -83,6 +84,7 @@ class Study:
         primary: the task's primary metric.
         keys: grid keys that take more than one value.
         benchmarks: those that some cell was asked; a group of tasks is one.
+        machines: device and number format, as ``cpu bf16``, to the number of rows measured so.
     """
 
     folder: Path
@@ -99,6 +101,7 @@ class Study:
     primary: str = ""
     keys: tuple[str, ...] = ()
     benchmarks: tuple[str, ...] = ()
+    machines: Counter[str] = field(default_factory=Counter)
 
     @property
     def seeds(self) -> list[int]:
@@ -164,6 +167,7 @@ def read_results(folder: str | Path, cells: str | Path | None = None) -> Study:
             measured = cell.arm(row["arm"]) if cell else None
             if cell and measured:
                 study.outcomes.append(Outcome(row["point"], row["arm"], int(row["seed"]), row["cell"], measured))
+                study.machines.update(filter(None, [cell.machine()]))
                 primaries[str(get(cell.metrics, "task", "primary", default=""))] += 1
                 tasks = mapping(cell.metrics, "benchmarks", "settings", "tasks")
                 study.benchmarks = tuple(dict.fromkeys([*study.benchmarks, *tasks]))
@@ -227,18 +231,27 @@ class _Cell:
         metrics, rest = _metrics(entries, rows, lambda: self._rescore(rows))
         trained = mapping(self.metrics, "train", "arms", adapter_arm(arm) or "")
         costs = {key: float(trained.get(key) or 0) for key in COSTS}
+        costs["flops_6nd"] = 6.0 * self._parameters() * costs["tokens"]
         costs["eval_flops"] = float(get(self.metrics, "eval", "arms", arm, "flops", default=0) or 0)
         return Measured(
             np.array([str(row["hash"]) for row in rows], dtype=str), metrics, rest | self._numbers(arm), costs
         )
+
+    def _parameters(self) -> float:
+        """Of the base model; 0 where the run does not say."""
+        return float(get(_read(self.folder.plan), "model", "parameters", default=0) or 0)
+
+    def machine(self) -> str:
+        """Device and number format, ``cpu bf16``; empty where the run does not say."""
+        known = mapping(_read(self.folder.findings), "machine")
+        return " ".join(str(known[key]) for key in ("device", "dtype") if key in known)
 
     def _rescore(self, rows: Sequence[dict]) -> Mapping[str, Metric]:
         """Metrics of the corpus, which no score of a row adds up to, from the answers."""
         kind = get(self.metrics, "task", "kind")
         if kind not in ("text", "label"):
             return {}
-        findings = json.loads(self.folder.findings.read_text(encoding="utf-8")) if self.folder.findings.exists() else {}
-        labels = get(findings, "kind", "labels") or sorted({str(row["reference"]) for row in rows})
+        labels = get(_read(self.folder.findings), "kind", "labels") or sorted({str(row["reference"]) for row in rows})
         return make_scorer(kind, labels=labels).score([r["answer"] for r in rows], [r["reference"] for r in rows])
 
     def _numbers(self, arm: str) -> dict[str, Number]:
@@ -264,6 +277,10 @@ class _Cell:
         for name, entry in mapping(asked, own).items():
             add(BENCHMARK + name, entry, get(differences, name))
         return found
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def _metrics(

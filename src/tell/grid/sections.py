@@ -19,7 +19,7 @@ from tell.grid.inline import inline_svg
 from tell.grid.means import Bootstrap, groups
 from tell.grid.results import CHANGE, Study, canonical, frozen
 from tell.grid.separation import pictures
-from tell.grid.table import Gap, Line, bare, costs_shown, keys_shown
+from tell.grid.table import FLOPS, Gap, Line, bare, costs_shown, keys_shown
 from tell.grid.words import arm_name, key_name, metric_term, point_name, rounded, value_name
 from tell.report.scores import Cell
 from tell.report.text import number
@@ -28,7 +28,7 @@ from tell.run import atomic_path
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COSTS = ("Steps", "Tokens", "FLOPs", "FLOPs to answer")
+COSTS = ("Steps", "Tokens", *FLOPS)
 
 
 @dataclass
@@ -254,8 +254,7 @@ def _named(entry: dict[str, Any]) -> str:
     """Metric, arm and where, as the head of a verdict."""
     arm = arm_name(entry["arm"]) if "arm" in entry else ""
     parts = [metric_term(entry["y"]).label, f"over {key_name(entry['x'])}", arm and f"({arm})"]
-    where = point_name(entry["where"])
-    return " ".join(filter(None, parts)) + (f", {where}" if where else "")
+    return ", ".join(filter(None, (" ".join(filter(None, parts)), point_name(entry["where"]), entry["compared"])))
 
 
 def _picture(study: Study, name: str, figure: Figure, title: str) -> Picture:

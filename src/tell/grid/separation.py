@@ -16,6 +16,7 @@ from tell.run import RunFolder, write_json, write_text
 if TYPE_CHECKING:
     from tell.grid.results import Study
 
+SEPARATION_FORMAT = 2  # raise when the same keys give other numbers
 SEPARATE = "separate"  # stands where a cell's arm does
 CONTRASTS = (
     "without anchor",

@@ -19,6 +19,7 @@ from tell.report.text import interval, number, power
 from tell.report.words import arm_order
 
 PROBE = "probe loss"
+FLOPS = ("FLOPs", "FLOPs as 6 N D", "FLOPs to answer")
 ANY = "any"  # the key has no effect on the arm
 
 
@@ -97,6 +98,12 @@ def merged(study: Study) -> Iterator[tuple[str, list[dict], list[Outcome]]]:
     for (_, arm), group in groups(study.outcomes).items():
         key = (arm, *(o.cell for o in group))
         found.setdefault(key, (arm, [], group))[1].append(dict(group[0].point))
+    for key, (arm, at, group) in list(found.items()):  # the same cells with fewer seeds, at a point that has no more
+        cells = {o.cell for o in group}
+        wider = [k for k, (a, _, g) in found.items() if a == arm and cells < {o.cell for o in g}]
+        if wider:
+            found[wider[0]][1].extend(at)
+            del found[key]
     arms = arm_order(study.recipe.get("arms") or [o.arm for o in study.outcomes])
     points = list(dict.fromkeys(frozen(row["point"]) for row in study.rows))
 
@@ -150,8 +157,7 @@ def to_markdown(study: Study, table: Sequence[Line], differences: Sequence[Gap])
         "Seeds",
         "Steps",
         "Tokens",
-        "FLOPs",
-        "FLOPs to answer",
+        *FLOPS,
     ]
     rows = [
         [
@@ -176,10 +182,10 @@ def to_markdown(study: Study, table: Sequence[Line], differences: Sequence[Gap])
 
 
 def costs_shown(line: Line) -> list[str]:
-    """Steps, tokens and FLOPs of training, and FLOPs of answering the test rows."""
+    """Steps, tokens and FLOPs of training, counted and as 6 N D, and FLOPs of answering the test rows."""
     costs = line.costs
-    trained = (f"{costs['steps']:,.0f}", f"{costs['tokens']:,.0f}", power(costs["flops"]))
-    return [*(trained if costs["steps"] else ("–",) * 3), power(costs["eval_flops"])]
+    trained = (f"{costs['steps']:,.0f}", f"{costs['tokens']:,.0f}", power(costs["flops"]), power(costs["flops_6nd"]))
+    return [*(trained if costs["steps"] else ("–",) * 4), power(costs["eval_flops"])]
 
 
 def bare(cells: Mapping[str, Cell]) -> list[Cell]:

@@ -26,12 +26,15 @@ PATHS = (
 )
 
 
+KEYWORDS = frozenset({"model", "self", "none", "auto"})  # values that mean something else than a path
+
+
 def with_full_paths(config: Config) -> Config:
     """The configuration with its files' paths made absolute, so that a run can be used from any folder."""
     out = config.model_copy(deep=True)
     for section, key in PATHS:
         value = getattr(getattr(out, section), key)
-        if not isinstance(value, str):
+        if not isinstance(value, str) or value in KEYWORDS:
             continue
         mark = "@" if key == "text" else ""
         path = Path(value.removeprefix(mark)).expanduser()

@@ -29,6 +29,7 @@ from tell.study.states import (
     State,
     general_queries,
     hidden_states,
+    jackknifed,
     layer_numbers,
     separation_numbers,
     share,
@@ -191,7 +192,10 @@ def _numbers(found: dict[str, Separation], config: Config) -> dict:
         after, before = found["with anchor"], found["without anchor"]
         out["with - without"] = {
             "probe": difference(mean_metric(after.hits), mean_metric(before.hits), **rule),
-            "silhouette": difference(mean_metric(after.silhouettes), mean_metric(before.silhouettes), **rule),
+            "silhouette": jackknifed(
+                after.silhouettes.mean() - before.silhouettes.mean(),
+                after.silhouettes_without - before.silhouettes_without,
+            ),
         }
     return out
 

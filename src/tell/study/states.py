@@ -8,12 +8,12 @@ from typing import Any, Literal
 import numpy as np
 
 from tell.anchor.anchor import NO_ANCHOR, Anchor
-from tell.anchor.separation import Separation
+from tell.anchor.separation import Separation, jackknife_error
 from tell.config import Config
 from tell.data.example import Example
 from tell.data.sources import load
 from tell.errors import TellError
-from tell.evaluate.intervals import estimate
+from tell.evaluate.intervals import Z, estimate, estimate_from
 from tell.evaluate.means import mean_metric
 from tell.evaluate.probe import load_probe
 from tell.mix.seeds import permutation
@@ -149,7 +149,7 @@ def separation_numbers(found: Separation, config: Config) -> dict:
     low, high = found.mmd2_ci
     return {
         "probe": share(found.hits, config),
-        "silhouette": estimate(mean_metric(found.silhouettes), seed=config.seed, samples=config.eval.bootstrap),
+        "silhouette": jackknifed(found.silhouettes.mean(), found.silhouettes_without),
         "mmd2": {
             "value": round(found.mmd2, 6),
             "ci": [round(low, 6), round(high, 6)],
@@ -157,6 +157,12 @@ def separation_numbers(found: Separation, config: Config) -> dict:
             "n": len(found.hits),
         },
     }
+
+
+def jackknifed(value: float, without: np.ndarray) -> dict:
+    """A statistic of two groups, with its interval from (2n,) its values with each row left out."""
+    error = Z * jackknife_error(without)
+    return estimate_from(float(value), float(value) - error, float(value) + error, len(without))
 
 
 def share(hits: np.ndarray, config: Config) -> dict:

@@ -14,7 +14,7 @@ import numpy as np
 
 from tell.anchor.anchor import Anchor
 from tell.config import Config
-from tell.errors import Diverged, Interrupted
+from tell.errors import Diverged, Interrupted, TellError
 from tell.mix.amount import Draw
 from tell.mix.orders import get_order
 from tell.progress import Display, Silent
@@ -157,6 +157,12 @@ class _Run:
         mixtures = arm_mixtures(self.config, table, general, draw)
         if "general" in self.arms and "general" not in mixtures:
             self.arms.remove("general")
+            if not self.arms:
+                raise TellError(
+                    "no general row is drawn, and no other arm is asked for",
+                    where="general",
+                    remedy="Ask for more general data: the amount is less than half a row.",
+                )
             self.task.notice("the arm general is left out: no general row is drawn", self.display)
         plan = describe_plan(self.task, table, general, draw)
         for text in plan["mixture"]["notices"]:

@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 
 from tell import __version__
 from tell.config import Config
-from tell.errors import TellError
+from tell.errors import Interrupted, TellError
 from tell.grid.cells import Cell, inputs
 from tell.grid.content import content_hash, folder_files
 from tell.grid.executors.cell import Outcome, run_cell
@@ -98,6 +98,7 @@ class RayExecutor:
                 num_gpus=self.resources.gpus,
                 memory=self.resources.memory,
                 max_retries=RETRIES,
+                retry_exceptions=[Interrupted],  # its machine was told to stop
                 max_calls=0,  # a worker stays, and its model with it
             )(work)
             store: dict[str, Any] = {}
