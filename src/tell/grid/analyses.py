@@ -85,7 +85,7 @@ def _analyse(study: Study, bootstrap: Bootstrap, found: Analyses, seen: set[str]
         gain, cost = canonical(asked["gain"]), canonical(asked["cost"])
         for heading, within in panels(study, _task_size(study)):
             candidates = front(study, bootstrap, gain=gain, cost=cost, within=within)
-            if candidates and new("front", gain, cost, within, sorted(c["name"] for c in candidates)):
+            if len(candidates) > 1 and new("front", gain, cost, within, sorted(c["name"] for c in candidates)):
                 heading = ", ".join(filter(None, (heading, compared)))
                 what = {"gain": gain, "cost": cost, "where": within, "compared": compared, "heading": heading}
                 found.pareto.append({**what, "verdict": verdict(candidates), "points": candidates})

@@ -84,6 +84,8 @@ def _curves(study: Study, bootstrap: Bootstrap, found: Analyses, asked: dict[str
     ]
     if not drawn:
         return None
+    # A panel of nothing but level lines has no cell of its own yet.
+    drawn = [entry for entry in drawn if not all(line.flat for line in entry[1])] or drawn
     marks = [[mark for line in lines if (mark := found.mark(line, x, y)) is not None] for _, lines in drawn]
     title = f"{metric_term(shown).label} over {key_name(x)}"
     return draw_curves(drawn, x=x, y=shown, title=title, lines=by, marks=marks), title

@@ -26,7 +26,7 @@ KEYS = {
     "train.learning_rate": "learning rate",
     "train.lora_r": "LoRA rank",
 }
-ANCHORS = {"auto": "written by the model", "none": "none"}
+ANCHORS = {"auto": "automatic", "none": "none"}
 ARMS = {
     "base": "untuned",
     "base+anchor": "untuned, with the anchor",
