@@ -10,9 +10,9 @@ import pytest
 
 import tell
 from study.runs import EXAMPLES, PROBE, config_of, read
+from tell.anchor.separation import CONTRASTS
 from tell.errors import TellError
 from tell.run import RunFolder
-from tell.study.separate import CONTRASTS
 
 
 def quick(model, **sections):

@@ -15,6 +15,11 @@ from tell.errors import TellError
 
 FEWEST = 5  # rows of each group; below that nothing can be held out
 FOLDS = 10
+CONTRASTS = {  # the groups of queries that are compared
+    "without anchor": ("task", "general"),
+    "with anchor": ("task + anchor", "general"),
+    "control": ("general + anchor", "general"),
+}
 PERMUTATIONS = 2000
 
 

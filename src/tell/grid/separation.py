@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tell.anchor.separation import CONTRASTS
 from tell.config import Config
 from tell.progress import Display
 from tell.run import RunFolder, write_json, write_text
@@ -18,11 +19,6 @@ if TYPE_CHECKING:
 
 SEPARATION_FORMAT = 2  # raise when the same keys give other numbers
 SEPARATE = "separate"  # stands where a cell's arm does
-CONTRASTS = (
-    "without anchor",
-    "with anchor",
-    "control",
-)  # what stands where a row's arm does; see `tell.study.separate`
 ADDED = "added by the anchor"
 WORDS = {
     "without anchor": "Task queries against general queries, none with the anchor.",
@@ -36,7 +32,8 @@ TOKENS = 300  # of a query with its anchor; an estimate
 
 def contrasts(config: Config) -> tuple[str, ...]:
     """What is compared: without an anchor there is only the first."""
-    return (*CONTRASTS, ADDED) if config.anchor.text != "none" else CONTRASTS[:1]
+    names = tuple(CONTRASTS)  # they stand where an arm does
+    return (*names, ADDED) if config.anchor.text != "none" else names[:1]
 
 
 def run_separation(folder: RunFolder, config: Config, options: Mapping[str, Any], display: Display) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from tell.anchor.anchor import Anchor
-from tell.anchor.separation import FEWEST, Separation, length_hits, separate_states, tsne
+from tell.anchor.separation import CONTRASTS, FEWEST, Separation, length_hits, separate_states, tsne
 from tell.config import Config
 from tell.data.example import Example
 from tell.errors import TellError
@@ -34,12 +34,6 @@ from tell.study.states import (
     separation_numbers,
     share,
 )
-
-CONTRASTS = {
-    "without anchor": ("task", "general"),
-    "with anchor": ("task + anchor", "general"),
-    "control": ("general + anchor", "general"),
-}
 
 
 def separate(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from tell.anchor.separation import CONTRASTS
 from tell.errors import TellError
 from tell.run import atomic_path
 
@@ -31,8 +32,6 @@ def draw(result: dict, folder: Path) -> None:
         raise TellError(
             "matplotlib is not installed", where="separation", remedy='pip install "tell-llm[study]"'
         ) from error
-    from tell.study.separate import CONTRASTS
-
     picture = result["picture"]
     places: dict[str, Any] = picture["places"]
     figure = Figure(figsize=(3.7 * len(places), 4.3), layout="constrained")
