@@ -111,7 +111,7 @@ def test_words():
     assert [value_name(v) for v in (30_000, 0.5, None, "@a/b/anchor.txt", "two words / x", ["a", "b"], True)] == [
         *("30,000", "0.5", "not set", "anchor.txt", "two words / x", "a, b", "True")
     ]
-    assert value_name("auto", "anchor.text") == "written by the model"
+    assert value_name("auto", "anchor.text") == "automatic"
     assert point_name({"task.rows": 15, "mix.repeat": 1, "model.name": "x"}) == "15 task rows, once, model: x"
     assert [rounded(v) for v in (24_350, 0.123456, 1_000_000)] == ["24,400", "0.123", "1,000,000"]
     assert not metric_term("probe").higher and not metric_term("answer_loss").higher
