@@ -87,7 +87,8 @@ class Bootstrap:
         if not found:
             return None
         columns = [self._run(o.measured, metric) for o in found]
-        if any(metric in o.measured.numbers for o in found):  # one noise for all seeds: they share the rows it is of
+        # One noise for all seeds, which share the probe's rows; of held-out rows, which differ, intervals are too wide.
+        if any(metric in o.measured.numbers for o in found):
             noise = self._noise(found[0], metric)
             columns = [c + noise * o.measured.numbers[metric].spread for c, o in zip(columns, found, strict=True)]
         values = np.stack(columns, axis=1)  # (samples, found)
