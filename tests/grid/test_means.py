@@ -124,3 +124,13 @@ def test_a_seed_that_is_missing_leaves_the_others():
 def test_the_same_seed_draws_the_same():
     group = [outcome([1, 0, 0], seed=s) for s in range(2)]
     assert bootstrap(group, seed=5).of(group, "m").summary() == bootstrap(group, seed=5).of(group, "m").summary()
+
+
+@pytest.mark.parametrize(("name", "held"), [("linear_probe", True), ("silhouette", False)])
+def test_a_share_without_rows_stays_within_0_and_1(name, held):
+    """By the run's standard error alone it would not."""
+    outcomes = [outcome([1, 0], seed=seed) for seed in (42, 43)]
+    for each, value in zip(outcomes, (0.99, 0.01), strict=True):
+        each.measured.numbers[name] = Number(value, 0.05)
+    draws = bootstrap(outcomes).of(outcomes, name).draws
+    assert (draws.min() >= 0 and draws.max() <= 1) == held

@@ -55,8 +55,9 @@ def test_same_numbers_on_a_cluster(recipe, home, tmp_path):
 
 
 @ray_installed
-def test_a_worker_that_dies_is_replaced_and_a_cell_that_fails_is_noted(recipe, tmp_path, monkeypatch):
-    """The scorer kills its process once; the second worker goes on from the trained adapter."""
+@pytest.mark.parametrize("number", ["SIGKILL", "SIGTERM"])
+def test_a_worker_that_dies_is_replaced_and_a_cell_that_fails_is_noted(recipe, tmp_path, monkeypatch, number):
+    """The scorer ends its process once, or tells it to end; the second try goes on from the trained adapter."""
     mark = tmp_path / "died"
     (tmp_path / "deadly_scores.py").write_text(
         "import os, pathlib, signal\n"
@@ -64,7 +65,7 @@ def test_a_worker_that_dies_is_replaced_and_a_cell_that_fails_is_noted(recipe, t
         "def f(answers, references):\n"
         "    if not mark.exists():\n"
         "        mark.touch()\n"
-        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"        os.kill(os.getpid(), signal.{number})\n"
         "    return [len(a) / 100 for a in answers]\n",
         encoding="utf-8",
     )

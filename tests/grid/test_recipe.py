@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tell.errors import TellError
-from tell.grid.recipe import Recipe, dig, load_recipe, make_recipe, nest, points
-from tell.grid.recipe_docs import PARTS, recipe_docs
+from tell.grid.recipe import PARTS, Recipe, dig, load_recipe, make_recipe, nest, points
+from tell.grid.recipe_docs import recipe_docs
 
 
 def written(tmp_path: Path, **keys) -> Path:

@@ -40,11 +40,12 @@ def test_numbers_table_and_pictures(recipe, tmp_path):
     data = folder.read()
     assert {name.partition("-")[0] for name in data["cells"]} == {"separate"} and not folder.failed()
     assert sum(text.startswith("✓") and "silhouette" in text for text in shown.notes) == 4
+    separated = {
+        name: tell.separate(tell.load_config(root / "cells" / name / "run.yaml"), queries=8, out=tmp_path / name)
+        for name in data["cells"]
+    }
     for row in data["rows"]:
-        cell = root / "cells" / row["cell"]
-        alone = tell.separate(
-            tell.load_config(cell / "run.yaml"), queries=8, out=tmp_path / row["cell"], overwrite=True
-        )
+        cell, alone = root / "cells" / row["cell"], separated[row["cell"]]
         layer = alone["layers"][str(alone["picture"]["layer"])]
         found = read(cell / "metrics.json")["arms"][row["arm"]]
         if row["arm"] == ADDED:

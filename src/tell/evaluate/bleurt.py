@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tell.errors import TellError
+from tell.errors import TellError, first_line
 from tell.evaluate.means import check_pairs
 from tell.evaluate.tf_checkpoint import read_variables
 
@@ -178,8 +178,7 @@ def _from_hub(name: str) -> Path:
     except TellError as error:
         raise TellError(error.what, where=WHERE, remedy=_GIVE) from error
     except Exception as error:  # httpx's errors, whose module differs between versions
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise TellError(f"{name} could not be fetched ({reason})", where=WHERE, remedy=_GIVE) from error
+        raise TellError(f"{name} could not be fetched ({first_line(error)})", where=WHERE, remedy=_GIVE) from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -241,8 +240,7 @@ def _weights(path: Path) -> dict[str, torch.Tensor]:
         # weights_only: tensors and nothing that could run
         found = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, OSError, RuntimeError, ValueError, EOFError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise TellError(f"cannot be opened safely ({reason})", where=str(path), remedy=_GIVE) from error
+        raise TellError(f"cannot be opened safely ({first_line(error)})", where=str(path), remedy=_GIVE) from error
     out = {}
     for name, tensor in found.items():
         name = name.replace("classifier.", "head.").replace("embedding_projection", "embedding_hidden_mapping_in")

@@ -230,8 +230,7 @@ def main_score(root: Root, cell: Cell) -> str:
     """``schema adherence 84.5 %`` of a finished cell."""
     metrics = json.loads(root.cell(cell.name).metrics.read_text(encoding="utf-8"))
     primary = metrics["task"]["primary"]
-    arm = "with anchor" if cell.separate is not None and "with anchor" in metrics["arms"] else cell.arm
-    value = (metrics["arms"].get(arm, {}).get(primary) or {}).get("value")
+    value = (metrics["arms"].get(metrics["task"].get("lead", cell.arm), {}).get(primary) or {}).get("value")
     name = NAMES.get(primary, primary.replace("_", " "))
     if value is None:
         return f"no {name}"

@@ -35,7 +35,12 @@ from tell.errors import TellError
 VARIABLE = re.compile(r"\$\{([\w-]+)\}")
 OF_A_PRODUCT = ("arms", "seeds")  # beside the keys of a run: which of the recipe's a product of the grid is run with
 RIVALS = (("general.tokens", "general.rows", "general.ratio"), ("task.tokens", "task.rows"))
-ELSEWHERE = {"seed": "seeds", "eval.arms": "arms", "out": "--out"}  # keys of a run that a study decides itself
+REFUSED = {  # keys of a run that a recipe cannot set, and what to do instead
+    "seed": "Give it as seeds, for the whole study.",
+    "eval.arms": "Give it as arms, for the whole study.",
+    "out": "Give it as --out, for the whole study.",
+    "max_minutes": "Leave it out: cells cut short by the clock cannot be compared.",
+}
 
 
 class Figure(Section):
@@ -103,6 +108,16 @@ class Resources(Section):
     cpus: float | None = Field(None, gt=0, description="processor cores; none: all of one machine's")
     gpus: float = Field(0, ge=0, description="GPUs")
     memory: float | None = Field(None, gt=0, description="bytes, reserved and not enforced")
+
+
+PARTS: dict[str, type[BaseModel]] = {  # of a recipe, that have keys of their own
+    "figures": Figure,
+    "fits": Fit,
+    "efficiency": Efficiency,
+    "pareto": Pareto,
+    "separate": Separate,
+    "resources": Resources,
+}
 
 
 class Recipe(Section):
@@ -210,14 +225,12 @@ def make_recipe(data: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
     """
     remedy = f"The keys of a recipe are {', '.join(Recipe.model_fields)}."
     check_keys(data, Recipe, where, remedy=remedy)
-    if isinstance(data.get("separate"), Mapping):
-        check_keys(data["separate"], Separate, where, "separate.", f"Its keys are {', '.join(Separate.model_fields)}.")
-    lists: dict[str, type[BaseModel]] = {"figures": Figure, "fits": Fit, "efficiency": Efficiency, "pareto": Pareto}
-    for key, kind in lists.items():
-        for i, item in enumerate(data.get(key) or ()):
+    for key, kind in PARTS.items():
+        given, known = data.get(key), f"Its keys are {', '.join(kind.model_fields)}."
+        named = enumerate(given) if isinstance(given, list | tuple) else [("", given)]
+        for i, item in named:
             if isinstance(item, Mapping):
-                known = f"Its keys are {', '.join(kind.model_fields)}."
-                check_keys(item, kind, where, f"{key}[{i}].", known)
+                check_keys(item, kind, where, f"{key}[{i}]." if i != "" else f"{key}.", known)
     try:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
@@ -246,16 +259,8 @@ def make_recipe(data: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
 def _check_run_keys(nested: Mapping[str, Any], where: str, part: str) -> None:
     check_keys(nested, Config, f"{where}: {part}")
     for key, _ in leaves(nested):
-        if key == "max_minutes":
-            raise TellError(
-                f"max_minutes stands under {part}",
-                where=where,
-                remedy="Leave it out: cells cut short by the clock cannot be compared.",
-            )
-        if key in ELSEWHERE:
-            raise TellError(
-                f"{key} stands under {part}", where=where, remedy=f"Give it as {ELSEWHERE[key]}, for the whole study."
-            )
+        if key in REFUSED:
+            raise TellError(f"{key} stands under {part}", where=where, remedy=REFUSED[key])
 
 
 def _check_rivals(key: str, recipe: Recipe) -> None:

@@ -7,16 +7,8 @@ from collections.abc import Iterator
 from pydantic import BaseModel
 
 from tell.grid import recipe
-from tell.grid.recipe import Efficiency, Figure, Fit, Pareto, Recipe, Resources, Separate
+from tell.grid.recipe import PARTS, Recipe
 
-PARTS: dict[str, type[BaseModel]] = {
-    "figures": Figure,
-    "fits": Fit,
-    "efficiency": Efficiency,
-    "pareto": Pareto,
-    "separate": Separate,
-    "resources": Resources,
-}
 HEAD = """\
 # Recipes
 

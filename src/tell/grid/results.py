@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +167,7 @@ def read_results(folder: str | Path, cells: str | Path | None = None) -> Study:
             measured = cell.arm(row["arm"]) if cell else None
             if cell and measured:
                 study.outcomes.append(Outcome(row["point"], row["arm"], int(row["seed"]), row["cell"], measured))
-                study.machines.update(filter(None, [cell.machine()]))
+                study.machines.update(filter(None, [cell.machine]))
                 primaries[str(get(cell.metrics, "task", "primary", default=""))] += 1
                 tasks = mapping(cell.metrics, "benchmarks", "settings", "tasks")
                 study.benchmarks = tuple(dict.fromkeys([*study.benchmarks, *tasks]))
@@ -231,16 +231,18 @@ class _Cell:
         metrics, rest = _metrics(entries, rows, lambda: self._rescore(rows))
         trained = mapping(self.metrics, "train", "arms", adapter_arm(arm) or "")
         costs = {key: float(trained.get(key) or 0) for key in COSTS}
-        costs["flops_6nd"] = 6.0 * self._parameters() * costs["tokens"]
+        costs["flops_6nd"] = 6.0 * self.parameters * costs["tokens"]
         costs["eval_flops"] = float(get(self.metrics, "eval", "arms", arm, "flops", default=0) or 0)
         return Measured(
             np.array([str(row["hash"]) for row in rows], dtype=str), metrics, rest | self._numbers(arm), costs
         )
 
-    def _parameters(self) -> float:
+    @cached_property
+    def parameters(self) -> float:
         """Of the base model; 0 where the run does not say."""
         return float(get(_read(self.folder.plan), "model", "parameters", default=0) or 0)
 
+    @cached_property
     def machine(self) -> str:
         """Device and number format, ``cpu bf16``; empty where the run does not say."""
         known = mapping(_read(self.folder.findings), "machine")

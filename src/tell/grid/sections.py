@@ -119,8 +119,9 @@ def _as_change(study: Study, metric: str) -> str:
 
 def separation_blocks(study: Study) -> Iterator[str | Picture]:
     """The t-SNE picture of each point, of the first seed."""
+    shown = keys_shown(study)
     for n, (point, path) in enumerate(pictures(study), 1):
-        point = {key: value for key, value in point.items() if key in keys_shown(study)}
+        point = {key: value for key, value in point.items() if key in shown}
         stem = study.folder / "figures" / f"figure-states{n}"
         stem.parent.mkdir(parents=True, exist_ok=True)
         for kind in ("svg", "png"):

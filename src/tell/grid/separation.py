@@ -66,8 +66,9 @@ def _metrics(result: Mapping[str, Any]) -> dict[str, Any]:
             arms[name] = dict(zip(METRICS, own, strict=True))
     if "with - without" in layer:
         arms[ADDED] = {"silhouette": layer["with - without"]["silhouette"]}
+    lead = "with anchor" if "with anchor" in arms else "without anchor"  # whose score stands for all
     return {
-        "task": {"kind": "separation", "primary": "silhouette", "queries": result["queries"]},
+        "task": {"kind": "separation", "primary": "silhouette", "lead": lead, "queries": result["queries"]},
         "layer": result["picture"]["layer"],
         "arms": arms,
         "train": {"arms": {}},

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tell.errors import TellError
+from tell.errors import TellError, first_line
 from tell.home import tell_home
 from tell.models.architecture import WEIGHTS, weight_files
 from tell.run import write_json
@@ -102,7 +102,7 @@ def download(
         folder = huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=names)
     except OSError as error:
         full = getattr(error, "errno", None) == 28
-        reason = error.strerror if full else _first_line(error)
+        reason = error.strerror if full else first_line(error)
         if full:
             raise TellError(
                 f"cannot be written ({reason})",
@@ -111,7 +111,7 @@ def download(
             ) from error
         raise HubUnreachable(f"the download of {repo} broke off: {reason}") from error
     except Exception as error:  # httpx's errors, whose module differs between versions
-        raise HubUnreachable(f"the download of {repo} broke off: {_first_line(error)}") from error
+        raise HubUnreachable(f"the download of {repo} broke off: {first_line(error)}") from error
     return Path(folder), {name: sizes[name] for name in weights}
 
 
@@ -152,7 +152,7 @@ def _ask(repo: str, revision: str | None, endpoint: str) -> dict[str, int]:
             where="--model",
             remedy="Check the spelling, or run hf auth login if the model is private.",
         ) from error
-    reason = _first_line(error) if error else f"no answer from {endpoint} within {PATIENCE:.0f} s"
+    reason = first_line(error) if error else f"no answer from {endpoint} within {PATIENCE:.0f} s"
     _unreachable[endpoint] = reason
     _remember(endpoint, reason)
     raise HubUnreachable(reason) from error
@@ -181,10 +181,6 @@ def pickles_only(where: str, names: list[str]) -> TellError:
         remedy="Convert them where you trust them: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...) "
         "writes safetensors.",
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _memory() -> Path:

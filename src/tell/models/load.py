@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
-from tell.errors import TellError
+from tell.errors import TellError, first_line
 from tell.models import machine
 from tell.models.find import ModelFiles
 
@@ -123,8 +123,7 @@ def load_model(
             remedy="Use a smaller model, or model.device=cpu.",
         ) from error
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise TellError(f"cannot be loaded ({reason})", where=str(files.path), remedy=remedy) from error
+        raise TellError(f"cannot be loaded ({first_line(error)})", where=str(files.path), remedy=remedy) from error
     model.eval().requires_grad_(False)
     return Loaded(model, kind, where, why)
 

@@ -24,8 +24,9 @@ from tell.mix.seeds import permutation
 from tell.progress import Display, Silent
 from tell.rows.table import RowTable
 from tell.rows.tokenize import RowRules, prompt_ids, tokenize
+from tell.study.once import once
 from tell.study.prepare import Task, anchor_text, limited_rows, load_task, place_anchor, stand_in_anchor
-from tell.study.session import load_engine, made_once
+from tell.study.session import load_engine
 from tell.study.states import QUERIES, general_queries, hidden_states, layer_numbers, separation_numbers
 
 SCORES = ("loss", "separation", "short-run")
@@ -63,8 +64,9 @@ def _candidates(
     parts = config.model_dump(
         mode="json", include={"anchor": True, "generate": True, "seed": True, "train": {"max_length", "micro_tokens"}}
     )
-    key = repr(("anchor", task.files.fingerprint, parts, *shown))  # cells of a study that differ elsewhere share it
-    found = made_once(
+    key = repr(("anchor", parts, *shown))  # cells of a study that differ elsewhere share it
+    found = once(
+        model,
         key,
         lambda: write_anchor_candidates(
             config, task.chat, model, engine, train, task.validation, task.kind, display, check, compare

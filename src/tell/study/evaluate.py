@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tell.config import Config, GenerateConfig, make_config, merge, parse_overrides
@@ -70,8 +70,7 @@ def evaluate(
     wanted = list(dict.fromkeys(arms or (a for a in config.eval.arms if _ready(opened, a))))
     adapters = {arm: opened.adapter(arm) for arm in wanted}
     facts = _read(opened.folder, opened.folder.findings)
-    train, examples = _examples(opened, test, need_train="icl" in wanted)
-    shots = run_shots(opened)
+    train, examples, shots = _examples(opened, test, need_train="icl" in wanted)
     if rows is not None and rows < len(examples):
         examples = [examples[i] for i in sorted(take_rows(len(examples), rows, seed))]
     check_prompts(opened.chat, opened.anchor, examples, opened.files.architecture.max_positions, shots)
@@ -157,18 +156,20 @@ def _kind(opened: OpenRun, facts: dict) -> Kind:
     return Kind(facts["name"], schema, facts["schema_inferred"], labels, facts["why"])
 
 
-def _examples(opened: OpenRun, test: str | None, *, need_train: bool) -> tuple[list[Example], list[Example]]:
-    """Training rows (for in-context examples only) and test rows, found again by their content hashes."""
+def _examples(
+    opened: OpenRun, test: str | None, *, need_train: bool
+) -> tuple[list[Example], list[Example], list[Example]]:
+    """Training rows (for in-context examples only), test rows and fixed examples, found again by their hashes."""
     task = opened.config.task
     parts = _read(opened.folder, opened.folder.split)
-    by_hash: dict[str, Example] = {}
-    for path in dict.fromkeys([task.data] * need_train + [task.test or task.data] * (test is None)):
-        if path:
-            by_hash.update((e.hash, e) for e in load(path, name="task", columns=task.columns).examples)
+    shown = parts.get("shots") or []
+    needed = [task.data] * bool(need_train or shown) + [task.test or task.data] * (test is None)
+    by_hash = _by_hash(opened, needed)
     train = _pick(parts["train"], by_hash, task.data, "training") if need_train else []
+    shots = _pick(shown, by_hash, task.data, "fixed example")
     if test:
-        return train, load(test, name="task", columns=task.columns).examples
-    return train, _pick(parts["test"], by_hash, task.test or task.data, "test")
+        return train, load(test, name="task", columns=task.columns).examples, shots
+    return train, _pick(parts["test"], by_hash, task.test or task.data, "test"), shots
 
 
 def run_shots(opened: OpenRun) -> list[Example]:
@@ -178,11 +179,15 @@ def run_shots(opened: OpenRun) -> list[Example]:
         TellError: they are no longer in the task's file.
     """
     hashes = _read(opened.folder, opened.folder.split).get("shots") or []
-    if not hashes:
-        return []
-    task = opened.config.task
-    by_hash = {e.hash: e for e in load(task.data, name="task", columns=task.columns).examples}
-    return _pick(hashes, by_hash, task.data, "fixed example")
+    data = opened.config.task.data
+    return _pick(hashes, _by_hash(opened, [data] * bool(hashes)), data, "fixed example")
+
+
+def _by_hash(opened: OpenRun, paths: Iterable[str | None]) -> dict[str, Example]:
+    """The rows of task files, each file read once."""
+    columns = opened.config.task.columns
+    files = dict.fromkeys(path for path in paths if path)
+    return {e.hash: e for path in files for e in load(path, name="task", columns=columns).examples}
 
 
 def _pick(hashes: Sequence[str], by_hash: dict[str, Example], path: str | None, what: str) -> list[Example]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
+from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -20,10 +20,8 @@ from tell.progress import Display
 from tell.rows.table import RowTable
 from tell.rows.template import ChatTokenizer
 from tell.rows.tokenize import RowRules, prompt_ids, tokenize
+from tell.study.once import once
 from tell.study.prepare import General
-
-T = TypeVar("T")
-_untuned: WeakKeyDictionary[Any, dict[Hashable, Any]] = WeakKeyDictionary()  # what was measured, by model
 
 HELD_OUT, PROBE = "general held out", "probe"
 ANSWER_TOKENS = 160
@@ -85,20 +83,6 @@ def _part(table: RowTable, rows: np.ndarray) -> RowTable:
     )
 
 
-def once_untuned(model: Any, arm: str, key: Hashable, make: Callable[[], T]) -> T:
-    """What ``make`` measures; of the untuned model once, as long as it stays in memory: runs of a study share it.
-
-    Args:
-        key: all that the numbers depend on besides the weights.
-    """
-    if arm != "base":
-        return make()
-    known = _untuned.setdefault(model, {})
-    if key not in known:
-        known[key] = make()
-    return known[key]
-
-
 def losses_of(
     model: Any,
     arm: str,
@@ -111,13 +95,13 @@ def losses_of(
     """(rows,) mean nll of each row under an arm's weights, as `tell.train.step.row_losses` has it."""
     from tell.train.step import row_losses
 
+    compute = partial(row_losses, model, table, micro_tokens=micro_tokens, device=device, progress=progress)
+    if arm != "base":
+        return compute()
     digest = hashlib.sha256()
     for column in (table.ids, table.mask, table.starts):
         digest.update(np.ascontiguousarray(column))
-    rules = {"micro_tokens": micro_tokens, "device": device, "progress": progress}
-    return once_untuned(
-        model, arm, ("losses", digest.digest(), micro_tokens), lambda: row_losses(model, table, **rules)
-    )
+    return once(model, ("losses", digest.digest(), micro_tokens), compute)
 
 
 def measure(
@@ -153,7 +137,8 @@ def measure(
 
         prompts = [prompt_ids(chat, example) for example in state.prompts]
         key = ("answers", tuple(map(tuple, prompts)), decoding)
-        found = once_untuned(model, arm, key, lambda: engine.generate(prompts, decoding, progress=progress))
+        ask = partial(engine.generate, prompts, decoding, progress=progress)
+        found = once(model, key, ask) if arm == "base" else ask()
     texts = [chat.decode(a.ids) for a in found]
     state.answers[arm] = texts
     formats = [scorer.is_task_format(text) for text in texts]

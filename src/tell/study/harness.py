@@ -27,7 +27,7 @@ from lm_eval.tasks import TaskManager
 
 from tell.anchor.anchor import Anchor
 from tell.data.example import Message
-from tell.errors import TellError
+from tell.errors import TellError, first_line
 from tell.evaluate.benchmarks import LocalTask
 from tell.generate.sampler import Decoding
 from tell.rows.template import ChatTokenizer
@@ -229,9 +229,8 @@ def load_tasks(names: Sequence[str], local: Mapping[str, LocalTask] | None) -> d
     except (OSError, ValueError, RuntimeError) as error:
         if local is not None:
             raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise TellError(
-            f"the datasets of {', '.join(names)} cannot be fetched ({reason})",
+            f"the datasets of {', '.join(names)} cannot be fetched ({first_line(error)})",
             where="benchmarks",
             remedy="Give a folder with their files: --benchmark-data DIR.",
         ) from error

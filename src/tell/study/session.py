@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from tell.anchor.anchor import Anchor
 from tell.config import ARMS, Config
-from tell.errors import TellError
+from tell.errors import TellError, first_line
 from tell.models.find import ModelFiles, find_model
 from tell.rows.template import ChatTokenizer
 from tell.run import RunFolder
@@ -20,21 +20,17 @@ from tell.study.folder import read_run_config
 from tell.study.record import dtype_name
 from tell.study.scoring import adapter_folder
 
-T = TypeVar("T")
-
 
 class KeptModel:
-    """The base model and engine that stay in memory from run to run; one at a time. With it, what it has made."""
+    """The base model and engine that stay in memory from run to run; one at a time."""
 
     def __init__(self) -> None:
         self.key: tuple | None = None
         self.held: tuple[Any, Any] | None = None
-        self.made: dict[str, Any] = {}
 
     def drop(self) -> None:
         """Let go of it; the next run loads it anew."""
         self.key = self.held = None
-        self.made.clear()
         gc.collect()
 
 
@@ -51,17 +47,6 @@ def keep_model() -> Iterator[KeptModel]:
     finally:
         _kept.remove(kept)
         kept.drop()
-
-
-def made_once(key: str, make: Callable[[], T]) -> T:
-    """What `make` returns; while a `keep_model` is open and its model stays, later calls with the key are given the
-    same."""
-    if not _kept:
-        return make()
-    made = _kept[-1].made
-    if key not in made:
-        made[key] = make()
-    return made[key]
 
 
 def load_engine(files: ModelFiles, config: Config, *, stream: bool = False) -> tuple[Any, Any]:
@@ -109,12 +94,11 @@ def _vllm_engine(files: ModelFiles, loaded: Any, config: Config) -> Any:
             rank=config.train.lora_r,
         )
     except Exception as error:  # whatever another engine's start may raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if config.generate.engine == "vllm":
             raise TellError(
-                f"vLLM does not start ({reason})", where="generate.engine", remedy="Use generate.engine=own."
+                f"vLLM does not start ({first_line(error)})", where="generate.engine", remedy="Use generate.engine=own."
             ) from error
-        warnings.warn(f"vLLM does not start ({reason}); answers are decoded without it", stacklevel=2)
+        warnings.warn(f"vLLM does not start ({first_line(error)}); answers are decoded without it", stacklevel=2)
         return None
 
 

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tell.errors import Diverged, Interrupted, TellError
+from tell.errors import Diverged, Interrupted, TellError, first_line
 from tell.train.batches import TrainRow
 from tell.train.launch import Launch
 from tell.train.plain import padded_batches
@@ -136,9 +136,8 @@ def _connected() -> Iterator[None]:
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise TellError(
-            f"another process of this run has ended ({reason})",
+            f"another process of this run has ended ({first_line(error)})",
             where="torchrun",
             remedy="Its own message says why; go on with --resume.",
         ) from error
