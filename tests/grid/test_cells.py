@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -116,12 +117,16 @@ def test_files_count_by_content(tmp_path):
 
 
 def test_a_scorer_counts_by_its_code(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(tmp_path)
+    """And by that of the modules beside it; it is found where the study is started, as by the run."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place])  # as of an installed `tell`
     names = []
-    for code in ("def f(a, r): return a", "def f(a, r): return r", "def f(a, r): return a"):
-        (tmp_path / "my_scorer.py").write_text(code, encoding="utf-8")
-        names.append(make_cell(config("task.scorer=my_scorer:f"), "tell").name)
-    assert names[0] == names[2] != names[1]
+    for code in ("from my_part import f, g", "from my_part import g as f", "from my_part import f, g"):
+        for part in ("def f(a, r): return a", "def f(a, r): return r"):
+            (tmp_path / "my_scorer.py").write_text(code, encoding="utf-8")
+            (tmp_path / "my_part.py").write_text(part, encoding="utf-8")
+            names.append(make_cell(config("task.scorer=my_scorer:f"), "tell").name)
+    assert len({*names}) == 4 and names[:2] == names[4:]
     assert make_cell(config("task.scorer=nowhere_at_all:f"), "tell").name not in names  # the run says what is wrong
 
 

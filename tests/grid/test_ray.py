@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 from importlib.util import find_spec
@@ -56,23 +55,26 @@ def test_same_numbers_on_a_cluster(recipe, home, tmp_path):
 
 @ray_installed
 @pytest.mark.parametrize("number", ["SIGKILL", "SIGTERM"])
-def test_a_worker_that_dies_is_replaced_and_a_cell_that_fails_is_noted(recipe, tmp_path, monkeypatch, number):
+def test_a_worker_that_dies_is_replaced_and_a_cell_that_fails_is_noted(recipe, home, tmp_path, monkeypatch, number):
     """The scorer ends its process once, or tells it to end; the second try goes on from the trained adapter."""
     mark = tmp_path / "died"
     (tmp_path / "deadly_scores.py").write_text(
-        "import os, pathlib, signal\n"
-        f"mark = pathlib.Path({str(mark)!r})\n"
+        "import os, signal\n"
+        "from deadly_mark import mark\n"
         "def f(answers, references):\n"
         "    if not mark.exists():\n"
-        "        mark.touch()\n"
+        "        mark.write_text(__file__)\n"
         f"        os.kill(os.getpid(), signal.{number})\n"
         "    return [len(a) / 100 for a in answers]\n",
         encoding="utf-8",
     )
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]))
+    (tmp_path / "deadly_mark.py").write_text(f"import pathlib\nmark = pathlib.Path({str(mark)!r})\n")
+    monkeypatch.chdir(tmp_path)
     path = recipe(config={"task": {"scorer": "deadly_scores:f"}}, grid={"task.rows": [6, 600]}, arms=["sft"])
     folder = tell.run_study(path, root=tmp_path / "studies", executor=cluster())
-    assert mark.exists()
+    sent = Path(mark.read_text()).parent
+    assert sent.is_relative_to(home / "ray/inputs")  # the worker has it from the study, not from a folder they share
+    assert {path.name for path in sent.glob("*.py")} == {"deadly_scores.py", "deadly_mark.py"}
     states = {row["point"]["task.rows"]: folder.read()["cells"][row["cell"]] for row in folder.read()["rows"]}
     assert states[6]["state"] == "done" and states[6]["attempts"] == 1  # Ray's own second try
     assert states[600]["state"] == "failed" and "600 rows are asked for" in states[600]["error"]

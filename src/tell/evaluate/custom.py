@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import os
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +12,7 @@ import numpy as np
 from tell.errors import TellError
 from tell.evaluate.means import check_pairs, mean_metric
 from tell.evaluate.scored import Metric
+from tell.evaluate.scorer_code import forget_changed, scorers_first
 
 
 class CustomScorer:
@@ -49,7 +47,7 @@ class CustomScorer:
         """
         check_pairs(answers, references)
         try:
-            with _current_directory_first():  # it may import its neighbours late
+            with scorers_first():  # it may import its neighbours late
                 result = self._function(list(answers), list(references))
         except Exception as error:
             raise self._wrong(f"raised {type(error).__name__}: {error}", "Mend the function.") from error
@@ -89,9 +87,9 @@ def _load(spec: str) -> Callable[[list[str], list[str]], Any]:
     module_name, separator, path = spec.partition(":")
     if not separator or not module_name or not path:
         raise TellError("is not of the form package.module:function", where=where, remedy="Write e.g. my_scores:f1.")
+    forget_changed(spec)
     try:
-        with _current_directory_first():
-            importlib.invalidate_caches()
+        with scorers_first():
             target: Any = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise TellError(
@@ -114,14 +112,3 @@ def _load(spec: str) -> Callable[[list[str], list[str]], Any]:
     if not callable(target):
         raise TellError(f"{path} is not a function", where=where, remedy="Name a function.")
     return target
-
-
-@contextmanager
-def _current_directory_first() -> Iterator[None]:
-    here = os.getcwd()
-    sys.path.insert(0, here)
-    try:
-        yield
-    finally:
-        if here in sys.path:
-            sys.path.remove(here)

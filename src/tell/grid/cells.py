@@ -10,7 +10,6 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from tell.config import (
     override,
 )
 from tell.errors import TellError
+from tell.evaluate.scorer_code import find_scorer_code
 from tell.grid.content import content_hash
 from tell.grid.recipe import Recipe, dig, fill, nest, points
 from tell.grid.separation import SEPARATE, SEPARATION_FORMAT, contrasts
@@ -164,24 +164,12 @@ def identity(config: Config) -> dict[str, Any]:
     data = {key: value for key, value in data.items() if value != {}}
     for (section, key), path in inputs(config).items():
         data[section][key] = {"content": content_hash(path)}
-    if (code := scorer_code(config)) is not None:
-        data["task"]["scorer"] = {"name": config.task.scorer, "content": content_hash(code)}
+    if (code := find_scorer_code(config.task.scorer)) is not None:  # it decides the scores as much as its name
+        data["task"]["scorer"] = {"name": config.task.scorer, "content": code.content}
     anchor = anchor_of(config)
     if anchor is not None:
         data["anchor"] = {"text": anchor.text} | ({"place": anchor.place} if anchor else {})
     return data
-
-
-def scorer_code(config: Config) -> Path | None:
-    """The file of a scorer that is not TELL's own: its code decides the scores as much as its name."""
-    module = (config.task.scorer or "").partition(":")[0]
-    if not module or module.partition(".")[0] == "tell":
-        return None
-    try:
-        spec = find_spec(module)
-    except (ImportError, ValueError):
-        return None  # the run says what is wrong with it
-    return Path(spec.origin) if spec is not None and spec.origin and Path(spec.origin).is_file() else None
 
 
 def inputs(config: Config) -> dict[tuple[str, str], Path]:

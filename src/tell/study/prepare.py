@@ -127,7 +127,7 @@ def load_task(config: Config, display: Display | None = None) -> Task:
                 remedy="Leave --drop-overlap out, or give other test rows.",
             )
         dropped, task.train = len(task.train) - len(kept), kept
-    task.shots = pick_shots(task)
+    task.shots = pick_shots(task.config, task.train, task.chat)
     display.note(f"task: {config.task.data}, {data.layout}, {len(data.examples)} rows; {kind.why}")
     task.findings = {
         "data": _describe(data),
@@ -251,7 +251,7 @@ def limit_task(task: Task, anchor: Anchor) -> None:
         TellError: fewer rows that can be shown than ``task.shots``.
     """
     task.train = limited_rows(task, anchor)
-    check_shots(task)
+    check_shots(task.config, task.train, task.shots)
     task.findings["split"]["train"] = len(task.train)
 
 

@@ -25,6 +25,7 @@ from filelock import FileLock, Timeout
 from tell import __version__
 from tell.config import Config
 from tell.errors import Interrupted, TellError
+from tell.evaluate.scorer_code import find_scorer_code, search_in
 from tell.grid.cells import Cell, inputs
 from tell.grid.content import content_hash, folder_files
 from tell.grid.executors.cell import Outcome, run_cell
@@ -135,7 +136,12 @@ class RayExecutor:
                 files = []
             parts = tuple((file.relative_to(path).as_posix(), put(file)) for file in files)
             found[place] = Input(str(path), content_hash(path), parts)
-        return task.remote(cell.name, cell.config.to_yaml(), cell.separate, found, keep_adapters, __version__)
+        code = find_scorer_code(cell.config.task.scorer)
+        scorer = None
+        if code is not None and not code.installed:
+            parts = tuple((path.relative_to(code.root).as_posix(), put(path)) for path in code.files.values())
+            scorer = Input("scorer", code.content, parts)
+        return task.remote(cell.name, cell.config.to_yaml(), cell.separate, found, scorer, keep_adapters, __version__)
 
     def _collect(self, reference: Any, folder: RunFolder, cell: Cell) -> Outcome:
         """Lay down what came back of a cell."""
@@ -207,6 +213,7 @@ def work(
     settings: str,
     separate: Mapping[str, Any] | None,
     found: Mapping[tuple[str, str], Input],
+    scorer: Input | None,
     keep_adapters: bool,
     version: str,
 ) -> tuple[Outcome, bytes | None]:
@@ -225,7 +232,9 @@ def work(
     if not _model:
         _model.append(_process.enter_context(keep_model()))
     config = make_config(yaml.safe_load(settings), where=name)
-    moved = land(config, found, tell_home() / "ray" / "inputs", ray.get)
+    inputs_here = tell_home() / "ray" / "inputs"
+    moved = land(config, found, inputs_here, ray.get)
+    search_in(_place(scorer, inputs_here, ray.get) if scorer else None)
     with _workplace(name) as place:
         folder = RunFolder(place / "run")
         outcome = run_cell(folder, config, separate=separate, keep_adapters=keep_adapters, display=Silent())
@@ -264,14 +273,20 @@ def land(
                 where=item.path,
                 remedy="Copy it there, or give a name of the hub.",
             )
-        here = folder / item.content / path.name  # its name is part of how a file is read
-        with FileLock(make_folder(folder) / f".{item.content}.lock"):
-            if not here.exists():
-                with folder_beside(here.parent) as temporary:
-                    _lay(temporary / path.name, item.parts, get)
+        here = _place(item, folder, get)
         setattr(getattr(config, section), key, f"@{here}" if key == "text" else str(here))
         moved[str(here)] = item.path
     return moved
+
+
+def _place(item: Input, folder: Path, get: Callable[[Any], bytes]) -> Path:
+    """Where an input lies below ``folder``, laid down if it is not there yet."""
+    here = folder / item.content / Path(item.path).name  # its name is part of how a file is read
+    with FileLock(make_folder(folder) / f".{item.content}.lock"):
+        if not here.exists():
+            with folder_beside(here.parent) as temporary:
+                _lay(temporary / here.name, item.parts, get)
+    return here
 
 
 def _lay(path: Path, parts: Sequence[tuple[str, Any]], get: Callable[[Any], bytes]) -> None:
