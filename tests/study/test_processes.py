@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +16,25 @@ import tell
 from study.runs import FILES, comparable, config_of, read
 from tell.cli.main import run
 from tell.errors import TellError
-from tell.run import RunFolder
+from tell.run import RunFolder, read_jsonl
 
 PLAIN = {"eval": {"arms": ["base", "sft", "tell"]}, "generate": {"greedy": True}}
 
 
-def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
+def started(*arguments: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tell"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(tell.__file__).parents[1])}
-    return subprocess.run([*command, *arguments], env=env, capture_output=True, text=True, timeout=1500)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([*command, *arguments], env=env, text=True, **pipes)
+
+
+def ended(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
+    out, err = process.communicate(timeout=1500)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return ended(started(*arguments))
 
 
 def near(a: Any, b: Any, path: str = "") -> None:
@@ -75,6 +87,30 @@ def test_their_run_goes_on_in_one_process(pair, tmp_path):
     config = tell.load_config(file, overrides=["train.parallel=auto"])
     tell.tune(config, resume=True)
     assert comparable(read(two.metrics)) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_the_middle_leaves_a_run_to_go_on_with(number, tiny_model, tmp_path):
+    """Sent to the launcher, which hands it on to both; the two end with the numbers of one that nobody stopped."""
+    plain = {"eval": {"arms": ["tell"]}, "generate": {"greedy": True}, "mix": {"repeat": 60}}
+    alone = config_of(tiny_model("llama"), tmp_path / "one", **plain)
+    one = tell.tune(alone)
+    two = RunFolder(tmp_path / "two")
+    (tmp_path / "run.yaml").write_text(alone.model_copy(update={"out": str(two.root)}).to_yaml())
+    process = started("tune", "-c", str(tmp_path / "run.yaml"))
+    log = two.losses("tell")
+    while not (log.exists() and log.read_text().count("\n") >= 3):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(number)
+    stopped = ended(process)
+    steps = len(read_jsonl(log))
+    assert stopped.returncode != 0 and 3 <= steps < len(read_jsonl(one.losses("tell")))
+    assert two.read_status()["state"] == "interrupted" and "tell tune --resume" in stopped.stderr
+    resumed = torchrun("tune", "--resume", "--out", str(two.root))
+    assert resumed.returncode == 0, resumed.stderr
+    assert [line["step"] for line in read_jsonl(log)] == [line["step"] for line in read_jsonl(one.losses("tell"))]
+    near(comparable(read(two.metrics)), comparable(read(one.metrics)))
 
 
 def test_bad_input_ends_both(pair):
