@@ -61,6 +61,7 @@ def test_list_and_mapping(module):
         ("return {'m': [1, 2], 'k': [1]}", r"returned 1 numbers for 2 answers \(k\)"),
         ("return {3: [1, 2]}", "named a metric 3"),
         ("raise KeyError('gold')", "user_scores_b:f: raised KeyError: 'gold'"),
+        ("raise SystemExit(3)", "user_scores_b:f: raised SystemExit: 3"),
     ],
 )
 def test_wrong_results_name_the_function(module, body, message):

@@ -74,7 +74,12 @@ def test_what_cannot_be_read_or_is_not_the_users(place):
     assert set(found("mine_broken:f").files) == {"mine_broken"}
     place("mine_space/scores.py", "def f(a, r): return [1.0] * len(a)\n")  # a package without __init__.py
     assert set(found("mine_space.scores:f").files) == {"mine_space.scores"}
+    place("mine_space/scores.py", "from mine_space.words import w\nfrom mine_more.part import v\nf = w\n")
+    place("mine_space/words.py", "w = 1\n")
+    place("mine_more/part.py", "v = 1\n")
+    assert set(found("mine_space.scores:f").files) == {"mine_space.scores", "mine_space.words", "mine_more.part"}
     installed = found("sacrebleu.metrics:BLEU")
-    assert installed.installed and set(installed.files) == {"sacrebleu.metrics"}
+    assert installed.installed and "sacrebleu.metrics.bleu" in installed.files  # of its own package alone
+    assert {name.partition(".")[0] for name in installed.files} == {"sacrebleu"}
     for spec in ("tell.evaluate.arithmetic:solved", "nowhere_at_all:f", "nowhere.at.all:f", "sys:f", None):
         assert find_scorer_code(spec) is None

@@ -49,7 +49,7 @@ class CustomScorer:
         try:
             with scorers_first():  # it may import its neighbours late
                 result = self._function(list(answers), list(references))
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise self._wrong(f"raised {type(error).__name__}: {error}", "Mend the function.") from error
         lists = result if isinstance(result, Mapping) else {self.primary: result}
         if not lists:

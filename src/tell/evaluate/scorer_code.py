@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib
 import os
@@ -10,7 +11,6 @@ import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from modulefinder import ModuleFinder
 from pathlib import Path
 
 INSTALLED = tuple(Path(sysconfig.get_path(name)) for name in ("purelib", "platlib", "stdlib", "platstdlib"))
@@ -26,8 +26,9 @@ class ScorerCode:
         module: its dotted name.
         root: the folder it is imported from.
         files: module name -> file; the scorer's, and those that it imports from the same root, however indirectly.
-        installed: it belongs to a package of this Python. Only its own file is listed then, and other machines must
-            have the package too.
+            Imports by name at run time and files that it reads are not among them.
+        installed: it belongs to a package of this Python. Only modules of that package are listed then, and other
+            machines must have it too.
     """
 
     module: str
@@ -54,9 +55,8 @@ def find_scorer_code(spec: str | None) -> ScorerCode | None:
     if origin is None or not origin.is_file():
         return None
     root = origin.parents[module.count(".") + (origin.name == "__init__.py")]
-    if any(origin.is_relative_to(place) for place in INSTALLED):
-        return ScorerCode(module, root, {module: origin}, installed=True)
-    return ScorerCode(module, root, {module: origin, **_imports(module, root)}, installed=False)
+    installed = any(origin.is_relative_to(place) for place in INSTALLED)
+    return ScorerCode(module, root, _files(module, origin, root, installed=installed), installed)
 
 
 def _origin(module: str) -> Path | None:
@@ -71,14 +71,40 @@ def _origin(module: str) -> Path | None:
     return Path(found.origin) if found and found.origin else None
 
 
-def _imports(module: str, root: Path) -> dict[str, Path]:
-    """What a module imports below ``root``, found without running it; nothing where its code cannot be read."""
-    finder = ModuleFinder(path=[str(root)])
+def _files(module: str, origin: Path, root: Path, *, installed: bool) -> dict[str, Path]:
+    """The files of a module and of what it imports below ``root``, read without being run."""
+    found: dict[str, Path] = {}
+    new = [(module, origin)]
+    while new:
+        name, path = new.pop()
+        if name in found:
+            continue
+        found[name] = path
+        for other in _imported_names(name, path):
+            if not installed or other.partition(".")[0] == module.partition(".")[0]:
+                place = root.joinpath(*other.split("."))
+                new += [(other, file) for file in (place.with_suffix(".py"), place / "__init__.py") if file.is_file()]
+    return found
+
+
+def _imported_names(module: str, path: Path) -> set[str]:
+    """Every name that a file imports, whether a module or a part of one, with the packages around it."""
     try:
-        finder.import_hook(module)
-    except Exception:  # a syntax error, a package without __init__.py
-        return {}
-    return {name: Path(known.__file__) for name, known in finder.modules.items() if known.__file__}
+        nodes = list(ast.walk(ast.parse(path.read_bytes())))
+    except (SyntaxError, ValueError):  # the run says what is wrong with it
+        return set()
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    names = {module}
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parts = package.split(".") if package else []
+            around = parts[: len(parts) - node.level + 1] if node.level else []
+            base = ".".join([*around, *filter(None, [node.module])])
+            names.add(base)
+            names.update(f"{base}.{alias.name}".lstrip(".") for alias in node.names)
+    return {name.rsplit(".", i)[0] for name in names if name for i in range(name.count(".") + 1)}
 
 
 def forget_changed(spec: str) -> None:
