@@ -170,7 +170,24 @@ def test_folders_count_by_content(tmp_path):
 def test_names_stay_what_they_are():
     """A change here loses every finished cell of every user; raise CELL_FORMAT where that is meant."""
     plain = load_config(flags={"task": {"data": "no-such-file.jsonl"}, "anchor": {"text": "none"}})
-    assert make_cell(plain, "base").name == "base-b0b57a509a8e4b04"
+    names = {
+        "base": "base-b0b57a509a8e4b04",
+        "sft": "sft-9c45bf1dbfdc5e5a",
+        "sft-matched": "sft-matched-78e1bd491286a52a",
+        "general": "general-d687255d4258d01e",
+        "tell": "tell-c388826ccd288a10",
+    }
+    full = load_config(
+        flags={
+            "task": {"data": "no-such-file.jsonl", "rows": 15},
+            "general": {"source": "nobody/nothing", "tokens": 3e4},
+            "anchor": {"text": "Sort this mail."},
+            "train": {"learning_rate": 1e-3},
+            "mix": {"repeat": 4},
+        }
+    )
+    found = {arm: make_cell(plain if arm == "base" else full, arm).name for arm in names}
+    assert found == names
 
 
 def recipe(grid, **keys):
@@ -242,3 +259,11 @@ def test_points_hold_numbers_and_names():
 def test_subsets_are_nested_by_seed(a, b, seed):
     small, large = sorted((a, b))
     assert set(take_rows(60, small, seed)) <= set(take_rows(60, large, seed))
+
+
+def test_every_cell_has_a_row():
+    """Of one point in two products the first one's cell counts, with the arms that ride in it."""
+    grid = [{"general.tokens": ["3e4"]}, {"general.tokens": [30000], "arms": ["tell"]}]
+    rows, cells = grid_of(recipe(grid, arms=["tell", "tell-anchor"]), {})
+    assert {row.cell for row in rows} == {cell.name for cell in cells} and len(cells) == 2
+    assert all(cell.config.eval.arms == ("tell", "tell-anchor") for cell in cells)

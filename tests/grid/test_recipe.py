@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tell.errors import TellError
-from tell.grid.recipe import PARTS, Recipe, dig, load_recipe, make_recipe, nest, points
+from tell.grid.nested import dig, nest
+from tell.grid.recipe import PARTS, Recipe, load_recipe, make_recipe, points
 from tell.grid.recipe_docs import recipe_docs
 
 
@@ -123,6 +124,7 @@ def test_a_product_with_arms_and_seeds_of_its_own(tmp_path):
         ({"arms": ["icl"]}, "arm 'icl', which the recipe's arms lack"),
         ({"seeds": [7]}, "seed 7, which the recipe's seeds lack.* They are 42, 43, 44"),
         ({"seeds": []}, "grid.seeds has no value"),
+        ({"task.tokens": [500]}, "has task.rows and task.tokens, which say the same amount twice"),
     ],
 )
 def test_arms_and_seeds_of_a_product_are_among_the_recipes(grid, message):
@@ -149,3 +151,34 @@ def test_the_documentation_has_every_key():
         assert all(f"| `{name}` |" in text for name in model.model_fields)
     example = text.partition("\n\n    ")[2].partition("\n\n")[0]
     assert make_recipe(yaml.safe_load(textwrap.dedent(f"    {example}"))).arms[-1] == "tell"
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"figures": [{"x": "task.row", "y": "m"}]}, r"figures\[0\].x is 'task.row'.*did you mean task.rows\?"),
+        ({"figures": [{"x": "task.rows", "y": "m", "lines": "general.rows"}]}, r"figures\[0\].lines is 'general.rows'"),
+        ({"figures": [{"x": "task.rows", "y": "m", "panels": "seed"}]}, r"figures\[0\].panels is 'seed'"),
+        (
+            {"figures": [{"kind": "map", "x": "task.rows", "y": "general.token", "value": "m"}]},
+            r"figures\[0\].y is 'general.token'.*did you mean general.tokens\?",
+        ),
+        ({"fits": [{"x": "mix.repeat", "y": "m"}]}, r"fits\[0\].x is 'mix.repeat', which is no key of the grid"),
+        ({"efficiency": [{"x": "rows", "y": "m"}]}, r"efficiency\[0\].x is 'rows'.* Use general.tokens or task.rows"),
+    ],
+)
+def test_what_is_drawn_is_a_key_of_the_grid(tmp_path, keys, message):
+    """Said before hours of cells, not after them."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({"grid": {"task.rows": [15], "general.tokens": [0, 10]}, **keys}), encoding="utf-8")
+    with pytest.raises(TellError, match=message):
+        load_recipe(path)
+
+
+def test_a_data_set_is_made_of_earlier_ones():
+    one, two = {"dataset": "a", "source": "${b}/x"}, {"dataset": "b"}
+    assert make_recipe({"build": {"b": two, "a": one}}).build["a"] == one
+    with pytest.raises(TellError, match=r"build.a is made of \$\{b\}, which stands after it. Put b before a"):
+        make_recipe({"build": {"a": one, "b": two}})
+    with pytest.raises(TellError, match=r"build.b is made of \$\{b\}, which is itself"):
+        make_recipe({"build": {"b": one}})

@@ -28,7 +28,8 @@ from tell.config import (
 from tell.errors import TellError
 from tell.evaluate.scorer_code import find_scorer_code
 from tell.grid.content import content_hash
-from tell.grid.recipe import Recipe, dig, fill, nest, points
+from tell.grid.nested import dig, fill, nest
+from tell.grid.recipe import Recipe, points
 from tell.grid.separation import SEPARATE, SEPARATION_FORMAT, contrasts
 from tell.study.folder import FREE as FREE_OF_RUNS
 from tell.study.folder import KEYWORDS, PATHS, with_full_paths
@@ -110,6 +111,8 @@ def grid_of(recipe: Recipe, variables: Mapping[str, str], *, where: str = "recip
                     add(Row(point, name, seed, cell.name))
     if not rows:
         raise TellError("asks for no run at all", where=where, remedy="Add an arm besides general, or general data.")
+    asked = {row.cell for row in rows.values()}  # of equal points, the first one's cells
+    cells = {name: cell for name, cell in cells.items() if name in asked}
     # A model that changes from cell to cell would be loaded as often; a stable sort keeps all else in order.
     order = list(dict.fromkeys(cell.config.model.name for cell in cells.values()))
     return list(rows.values()), sorted(cells.values(), key=lambda cell: order.index(cell.config.model.name))

@@ -16,7 +16,8 @@ from tell.config import nearest
 from tell.errors import TellError
 from tell.grid.content import content_hash
 from tell.grid.folder import Root, folder_beside
-from tell.grid.recipe import Recipe, fill
+from tell.grid.nested import fill
+from tell.grid.recipe import Recipe
 from tell.progress import Display
 from tell.run import write_json
 

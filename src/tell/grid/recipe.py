@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -29,18 +28,17 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
-from tell.config import Arm, Config, Section, check_keys, nearest, override, parse_overrides, read_yaml
+from tell.config import Arm, Section, check_keys, nearest, override, parse_overrides, read_yaml
 from tell.errors import TellError
-
-VARIABLE = re.compile(r"\$\{([\w-]+)\}")
-OF_A_PRODUCT = ("arms", "seeds")  # beside the keys of a run: which of the recipe's a product of the grid is run with
-RIVALS = (("general.tokens", "general.rows", "general.ratio"), ("task.tokens", "task.rows"))
-REFUSED = {  # keys of a run that a recipe cannot set, and what to do instead
-    "seed": "Give it as seeds, for the whole study.",
-    "eval.arms": "Give it as arms, for the whole study.",
-    "out": "Give it as --out, for the whole study.",
-    "max_minutes": "Leave it out: cells cut short by the clock cannot be compared.",
-}
+from tell.grid.nested import VARIABLE, dig, leaves
+from tell.grid.recipe_checks import (
+    OF_A_PRODUCT,
+    check_axes,
+    check_build,
+    check_grid,
+    check_rivals,
+    check_run_keys,
+)
 
 
 class Figure(Section):
@@ -192,6 +190,7 @@ def load_recipe(
     """
     path = Path(path)
     recipe = make_recipe(read_yaml(path), where=str(path))
+    check_axes(_axes(recipe), recipe.grid, str(path))
     if data is not None and not Path(data).expanduser().is_dir():
         raise TellError("no such folder", where=f"--data {data}", remedy="Give the folder that holds the data.")
     given = dict(variables or {})
@@ -239,51 +238,20 @@ def make_recipe(data: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
         shown = "" if isinstance(first.get("input"), dict) else f" (got {first.get('input')!r})"
         text = first["msg"].removeprefix("Value error, ")
         raise TellError(f"{key}: {text}{shown}", where=where, remedy=f"Change {key}.") from error
-    _check_run_keys(recipe.config, where, "config")
-    for product in recipe.grid:
-        for key, values in product.items():
-            if key in OF_A_PRODUCT:
-                _check_among(key, values, getattr(recipe, key), where)
-            else:
-                _check_run_keys(nest(key, values[0] if values else None), where, "grid")
-            if not values:
-                raise TellError(f"grid.{key} has no value", where=where, remedy="Give it one, or leave it out.")
-    for name, options in recipe.build.items():
-        if "dataset" not in options:
-            raise TellError(
-                f"build.{name} names no dataset", where=where, remedy="Add e.g. dataset: halu-cot-json to it."
-            )
+    check_run_keys(recipe.config, where, "config")
+    check_grid(recipe.grid, {"arms": recipe.arms, "seeds": recipe.seeds}, where)
+    check_build(recipe.build, where)
     return recipe
 
 
-def _check_run_keys(nested: Mapping[str, Any], where: str, part: str) -> None:
-    check_keys(nested, Config, f"{where}: {part}")
-    for key, _ in leaves(nested):
-        if key in REFUSED:
-            raise TellError(f"{key} stands under {part}", where=where, remedy=REFUSED[key])
-
-
-def _check_rivals(key: str, recipe: Recipe) -> None:
-    """Refuse to set one way of giving an amount where the grid holds another, which would go over it."""
-    for ways in RIVALS:
-        for product in recipe.grid:
-            for other in set(ways) - {key}:
-                if key in ways and other in product:
-                    raise TellError(
-                        f"the grid has {other}, which would go over it",
-                        where=f"--set {key}",
-                        remedy=f"Set {other} instead, or change the recipe.",
-                    )
-
-
-def _check_among(key: str, values: Sequence[Any], known: Sequence[Any], where: str) -> None:
-    for value in values:
-        if value not in known:
-            raise TellError(
-                f"grid has {key[:-1]} {value!r}, which the recipe's {key} lack{nearest(str(value), map(str, known))}",
-                where=where,
-                remedy=f"They are {', '.join(map(str, known))}: add it to them, or mend it.",
-            )
+def _axes(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Every place that names a key of the grid, with that key."""
+    for i, figure in enumerate(recipe.figures):
+        keys = {"x": figure.x, "panels": figure.panels, "y": figure.y if figure.kind == "map" else None}
+        keys["lines"] = figure.lines if figure.lines != "arm" else None
+        yield from ((f"figures[{i}].{name}", key) for name, key in keys.items() if key is not None)
+    for name in ("fits", "efficiency"):
+        yield from ((f"{name}[{i}].x", asked.x) for i, asked in enumerate(getattr(recipe, name)))
 
 
 def _overridden(recipe: Recipe, overrides: Iterable[str]) -> dict[str, Any]:
@@ -296,7 +264,7 @@ def _overridden(recipe: Recipe, overrides: Iterable[str]) -> dict[str, Any]:
         holders = [product for product in grid if key in product]
         for product in holders:
             product[key] = [dig(nested, key)]
-        _check_rivals(key, recipe)
+        check_rivals(key, recipe.grid)
         config = override(config, nested)
     return {"config": config, "grid": grid}
 
@@ -327,15 +295,6 @@ def used_variables(recipe: Recipe) -> dict[str, str]:
     return found
 
 
-def fill(value: Any, variables: Mapping[str, str]) -> Any:
-    """A nested value with every ``${name}`` replaced."""
-    if isinstance(value, str):
-        return VARIABLE.sub(lambda match: str(variables[match[1]]), value)
-    if isinstance(value, Mapping):
-        return {key: fill(inner, variables) for key, inner in value.items()}
-    return [fill(inner, variables) for inner in value] if isinstance(value, list | tuple) else value
-
-
 def points(recipe: Recipe, seed: int) -> list[tuple[dict[str, Any], tuple[str, ...]]]:
     """The points that are run with a seed, as written, each once, with its arms: the union of the grid's products."""
     found: dict[str, tuple[dict[str, Any], set[str]]] = {}
@@ -348,30 +307,3 @@ def points(recipe: Recipe, seed: int) -> list[tuple[dict[str, Any], tuple[str, .
             arms = found.setdefault(json.dumps(point, sort_keys=True), (point, set()))[1]
             arms.update(product.get("arms", recipe.arms))
     return [(point, tuple(arm for arm in recipe.arms if arm in arms)) for point, arms in found.values()]
-
-
-def nest(key: str, value: Any) -> dict[str, Any]:
-    """``{"a": {"b": value}}`` for ``a.b``."""
-    for part in reversed(key.split(".")):
-        value = {part: value}
-    return value
-
-
-def dig(nested: Mapping[str, Any], key: str) -> Any:
-    """The value at ``a.b`` in ``{"a": {"b": value}}``."""
-    value: Any = nested
-    for part in key.split("."):
-        value = value[part]
-    return value
-
-
-def leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted key and value of everything below nested mappings and lists."""
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from leaves(inner, f"{prefix}.{key}" if prefix else str(key))
-    elif isinstance(value, list | tuple):
-        for inner in value:
-            yield from leaves(inner, prefix)
-    else:
-        yield prefix, value

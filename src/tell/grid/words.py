@@ -7,7 +7,7 @@ from pathlib import PurePath
 from typing import Any
 
 from tell.evaluate.names import LOSSES
-from tell.grid.recipe import VARIABLE
+from tell.grid.nested import VARIABLE
 from tell.grid.results import BENCHMARK, CHANGE, canonical
 from tell.report.words import Term, term
 
