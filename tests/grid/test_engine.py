@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from study.runs import Killer, read
 from tell.cli.main import run
 from tell.errors import Interrupted, TellError
 from tell.grid.engine import open_study
+from tell.grid.executors.cell import Outcome
 from tell.grid.executors.local import LocalExecutor
 from tell.grid.plan import Planner
 from tell.progress import Silent
@@ -126,7 +128,7 @@ def test_a_failed_cell_is_noted_and_the_others_go_on(recipe, tmp_path, capsys):
     assert tried == [[1, 1, 1], [1, 1, 2]]
 
 
-def test_a_fault_of_ours_is_noted_with_its_trace(recipe, tmp_path, monkeypatch):
+def test_a_cell_that_failed_goes_on_where_it_was(recipe, tmp_path, monkeypatch):
     """A scorer that raises what it likes, until its file is there: training is not repeated."""
     code = "from pathlib import Path\nWHERE = Path(__file__).parent / 'there'\n"
     code += "def f(a, r): return [0.5 for _ in a] if WHERE.exists() else 1 / 0\n"
@@ -310,3 +312,83 @@ def test_words_on_the_command_line(recipe, tmp_path, capsys):
         assert said in capsys.readouterr().err
     assert run(["study", path, "--root", str(tmp_path), "--dry-run", "--seeds", "1,2"]) == 0
     assert "8 cells" in capsys.readouterr().out
+
+
+def opened(path, root, **rules):
+    study = open_study(path, root=root)
+    return study, study.queue(Silent(), Stop(study.folder.root), **rules)
+
+
+def test_a_cell_that_fails_elsewhere_is_not_run_again(recipe, tmp_path):
+    """Whoever looked while it ran, and whether failed ones are to be run again or not: once is enough."""
+    path, root = recipe(**MINIMAL), tmp_path / "studies"
+    _, first = opened(path, root)
+    cell = first.take()
+    assert cell is not None
+    waiting = [opened(path, root, retry_failed=again)[1] for again in (False, True)]
+    first.finish(cell, Outcome("it cannot be done"))
+    assert [queue.take() for queue in waiting] == [None, None]
+    assert [queue.states[cell.name]["attempts"] for queue in waiting] == [1, 1]
+    _, again = opened(path, root, retry_failed=True)
+    assert again.take() == cell and again.states[cell.name]["attempts"] == 2
+    again.give_back()
+
+
+def test_the_time_left_is_that_of_the_cells_left(recipe, tmp_path, monkeypatch):
+    study, queue = opened(recipe(), tmp_path / "studies")
+    now = [0.0]
+    monkeypatch.setattr("tell.grid.queue.time.monotonic", lambda: now[0])
+    queue.start()
+    queue.predicted = {cell.name: 5.0 for cell in study.cells}
+    for _ in study.cells:
+        cell = queue.take()
+        now[0] += 10.0
+        queue.finish(cell, Outcome("it cannot be done"))
+    left = [text.rpartition("; about ")[2] for text in queue.display.notes if "/4 " in text]
+    assert left[:3] == ["30 s left", "20 s left", "10 s left"] and "left" not in left[3]
+
+
+def test_two_recipes_of_one_name_keep_apart(recipe, tmp_path):
+    """The second would take the place of the first one's page; a recipe that is edited is another matter."""
+    root = tmp_path / "studies"
+    path = recipe(**MINIMAL)
+    folder = tell.run_study(path, root=root)
+    before = folder.page.read_bytes()
+    (tmp_path / "paper").mkdir()
+    other = tmp_path / "paper" / path.name
+    shutil.copy(recipe("edited", **MINIMAL | {"grid": {"task.rows": [5]}}), other)
+    with pytest.raises(TellError, match=r"holds the study of .*small.yaml.*--out"):
+        tell.run_study(other, root=root)
+    assert folder.page.read_bytes() == before
+    shutil.copy(path, other)  # the same runs from another clone
+    tell.run_study(other, root=root)
+    recipe(**MINIMAL | {"title": "Edited"})
+    assert "Edited" in tell.run_study(path, root=root).page.read_text(encoding="utf-8")
+
+
+def test_packages_are_missed_before_anything_is_run(recipe, tmp_path, monkeypatch):
+    asked = {
+        "figures": [{"x": "general.rows", "y": "answer_loss"}],
+        "fits": [{"x": "general.rows", "y": "answer_loss"}],
+    }
+    for name in ("matplotlib", "scipy"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(TellError, match=r"needs matplotlib and scipy.*tell-llm\[study\]"):
+        tell.run_study(recipe(**asked), root=tmp_path / "studies")
+    assert not (tmp_path / "studies/cells").exists()
+
+
+def test_a_fault_within_a_cell_is_noted_with_its_trace(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr("tell.study.tune.tune", lambda *_, **__: {}["no such key"])
+    folder = tell.run_study(recipe(**MINIMAL), root=tmp_path / "studies")
+    (name, error), *_ = folder.failed().items()
+    assert error == "KeyError: 'no such key'"
+    record = read(tmp_path / "studies/cells" / f"{name}.json")
+    assert "Traceback" in record["trace"] and "executors/cell.py" in record["trace"]
+
+
+def test_a_cell_without_its_adapter_says_how_to_keep_it(recipe, tmp_path):
+    folder = tell.run_study(recipe(**MINIMAL | {"arms": ["sft"]}), root=tmp_path / "studies")
+    (name,) = folder.read()["cells"]
+    with pytest.raises(TellError, match=r"has no adapter left.*keep_adapters: true"):
+        tell.evaluate(tmp_path / "studies/cells" / name)

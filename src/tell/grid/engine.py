@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -32,6 +33,7 @@ class Study:
     """A recipe made out: its folder, its rows and cells."""
 
     recipe: Recipe
+    source: Path  # the recipe's file
     folder: StudyFolder
     root: Root
     rows: list[Row]
@@ -44,8 +46,29 @@ class Study:
             created = self.folder.read().get("created", created)
         recipe = self.recipe.model_dump(mode="json")
         root = os.path.relpath(self.root.path, self.folder.root)  # where ``cells`` lies
-        about = {"title": self.recipe.title, "claim": self.recipe.claim, "recipe": recipe}
+        about = {"title": self.recipe.title, "claim": self.recipe.claim, "source": str(self.source), "recipe": recipe}
         return {**about, "created": created, "root": root}
+
+    def check_folder(self) -> None:
+        """Refuse a folder where another recipe's study lies: its tables and page would be lost.
+
+        Raises:
+            TellError: it was written from another file, whose runs are others.
+        """
+        try:
+            there = self.folder.read()
+        except TellError:
+            return
+        own, other = (
+            {key: recipe.get(key) for key in ("config", "grid")}
+            for recipe in (self.recipe.model_dump(mode="json"), there.get("recipe") or {})
+        )
+        if there.get("source") not in (None, str(self.source)) and own != other:
+            raise TellError(
+                f"holds the study of {there['source']}",
+                where=str(self.folder.root),
+                remedy="Give this one a folder of its own with --out; finished cells are shared all the same.",
+            )
 
     def queue(self, display: Display, stop: Stop, **rules: bool) -> Queue:
         """Its cells as they are to be handed out."""
@@ -74,7 +97,27 @@ def open_study(
     rows, cells = grid_of(made, filled, where=str(path))
     if not made.title:
         made.title = path.stem
-    return Study(made, StudyFolder(out or place.path / path.stem), place, rows, cells)
+    return Study(made, path.resolve(), StudyFolder(out or place.path / path.stem), place, rows, cells)
+
+
+def check_packages(recipe: Recipe) -> None:
+    """Refuse to run for hours what could not be drawn or fitted at the end.
+
+    Raises:
+        TellError: a package of the extra ``study`` is missing.
+    """
+    wanted = {
+        "matplotlib": recipe.figures or recipe.pareto or recipe.separate,
+        "scipy": recipe.fits or recipe.efficiency,
+        "sklearn": recipe.separate,
+    }
+    missing = [name for name, asked in wanted.items() if asked and find_spec(name) is None]
+    if missing:
+        raise TellError(
+            f"what the recipe asks for needs {' and '.join(missing)}",
+            where="tell study",
+            remedy='Install it: pip install "tell-llm[study]".',
+        )
 
 
 def plan_study(recipe: str | Path, *, display: Display | None = None, **options: Any) -> dict[str, Any]:
@@ -143,6 +186,8 @@ def run_study(
     display = display or Silent()
     options = {"data": data, "variables": variables, "overrides": overrides, "seeds": seeds, "out": out, "root": root}
     study = open_study(recipe, display=display, **options)
+    check_packages(study.recipe)
+    study.check_folder()
     stop = Stop(study.folder.root)
     keep = study.recipe.keep_adapters if keep_adapters is None else keep_adapters
     queue = study.queue(display, stop, retry_failed=retry_failed, keep_adapters=keep)

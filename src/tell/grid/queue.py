@@ -54,6 +54,7 @@ class Queue:
         self.points = shared_points(rows)
         self.states: dict[str, dict[str, Any]] = {}
         self.held: dict[str, FileLock] = {}
+        self.retried: dict[str, int] = {}  # failed cells to be run again, and how often they were tried when we looked
         self.predicted: Mapping[str, float] = {}
         self.advance: Advance = lambda amount=1, info="": None
         for name in self.cells:
@@ -78,6 +79,8 @@ class Queue:
             state = "failed"
         else:
             state = "waiting"
+            if record.get("state") == "failed":
+                self.retried[name] = record.get("attempts", 0)
         known = {key: record[key] for key in PUBLIC if key in record}
         error = record.get("error") if state == "failed" else None
         self.states[name] = {**NOTHING, **known, "state": state, "error": error}
@@ -113,10 +116,9 @@ class Queue:
                     self._elsewhere(cell.name)
                     continue
                 self.waiting.remove(cell)
-                before = self.states[cell.name]["attempts"]
                 record = self.root.record(cell.name)
                 over = self.root.finished(cell.name) or (
-                    record.get("state") == "failed" and record.get("attempts", 0) > before
+                    record.get("state") == "failed" and record.get("attempts", 0) != self.retried.get(cell.name)
                 )
                 if over:  # by another process, since we looked
                     self._settle(cell, lock)
@@ -138,8 +140,9 @@ class Queue:
         else:
             facts = {"state": "failed", "error": outcome.error, "trace": outcome.trace}
         self._note(cell.name, **facts, host=outcome.host)
+        lock = self.held.pop(cell.name)
         self._tell(cell)
-        self.held.pop(cell.name).release()
+        lock.release()
 
     def give_back(self) -> None:
         """Release every cell that is held; what is done of it stays for the next time."""
@@ -187,7 +190,7 @@ class Queue:
     def _tell(self, cell: Cell) -> None:
         """One line for a cell that has ended."""
         state = self.states[cell.name]
-        ended = self.first - len(self.waiting) - len(self.held) + (cell.name in self.held)
+        ended = self.first - len(self.waiting) - len(self.held)
         mark = "✓" if state["state"] == "done" else "✗"
         text = f"{mark} {ended}/{self.first} {self.label(cell)}: "
         if state["state"] == "done":
