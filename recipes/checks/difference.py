@@ -3,13 +3,15 @@
     python recipes/checks/difference.py studies/fig16 schema_adherence \\
       "tell task.rows=115 anchor.text=automatic" "tell task.rows=115 anchor.text=anchor.txt"
 
-Each side is an arm and values of the grid's keys, as the study's table has them. The interval is the study's own: a
+Each side is an arm and values of the grid's keys, as the study's table has them (quoted where there are spaces in
+them: ``"tell 'anchor.text=not set'"``). The interval is the study's own: a
 bootstrap over the seeds that both have and over test rows, paired by both.
 """
 
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -26,8 +28,13 @@ def chosen(study: Study, text: str) -> list[Outcome]:
     Raises:
         TellError: none, or those of several points that differ.
     """
-    arm, *wanted = text.split()
-    values = dict(part.split("=", 1) for part in wanted)
+    arm, *wanted = shlex.split(text) or [""]
+    values = {key: value.replace(",", "") for key, _, value in (part.partition("=") for part in wanted)}
+    known = list(dict.fromkeys(key for row in study.rows for key in row["point"]))
+    for key in values:
+        if key not in known:
+            remedy = f"Write {', '.join(f'{name}=VALUE' for name in known)}."
+            raise TellError(f"{key!r} is no key of its grid", where=text, remedy=remedy)
     found = [
         o
         for o in study.outcomes
@@ -39,7 +46,7 @@ def chosen(study: Study, text: str) -> list[Outcome]:
         by_seed.setdefault(outcome.seed, set()).add(outcome.cell)
     if not found or any(len(cells) > 1 for cells in by_seed.values()):
         what = "several points" if found else "nothing"
-        raise TellError(f"names {what}", where=repr(text), remedy=f"Its keys are {', '.join(study.keys)}.")
+        raise TellError(f"names {what}", where=text or "''", remedy=f"Its keys are {', '.join(known)}.")
     return list({outcome.cell: outcome for outcome in found}.values())
 
 

@@ -43,11 +43,21 @@ def test_it_prints_what_the_study_has(folder):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (("schema_adherence", "tell", "sft"), "names several points. Its keys are general.tokens"),
+        (("schema_adherence", "tell", "sft"), "names several points. Its keys are task.rows, general.tokens"),
         (("schema_adherence", "tell general.tokens=7", "sft"), "names nothing"),
         (("chrf", "base", "sft"), "chrf: was not measured on both"),
+        (("schema_adherence", "tell foo", "sft"), "'foo' is no key of its grid. Write task.rows=VALUE"),
+        (("schema_adherence", "tell 'task.rows=not set'", "sft"), "names nothing"),
+        (("schema_adherence", "", "sft"), "'': names nothing"),
     ],
 )
 def test_what_it_refuses(folder, argv, message):
     done = ask(str(folder), *argv)
     assert done.returncode == 2 and message in done.stderr
+
+
+def test_numbers_as_the_table_has_them(folder):
+    plain, shown = (
+        ask(str(folder), "schema_adherence", f"tell general.tokens={n}", "sft").stdout for n in ("1000000", "1,000,000")
+    )
+    assert plain == shown != ""

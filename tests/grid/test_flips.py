@@ -68,6 +68,22 @@ def test_seeds_agree_where_rows_have_amounts_of_their_own():
     assert result["agreement"]["p"] > 0.025 and "no more often than by chance" in result["verdict"]
 
 
+def test_rows_that_never_turn_are_no_agreement():
+    """Nor are rows that are right from the start: only when the others turn may tell of amounts of their own."""
+
+    def table(seed: int) -> np.ndarray:
+        at = np.full(200, len(X))
+        at[:60] = np.random.default_rng(seed).integers(1, len(X), 60)
+        at[180:] = 0
+        return np.arange(len(X))[None] >= at[:, None]
+
+    result = found({s: table(s) for s in (1, 2)}, rows="same")
+    assert result["agreement"]["p"] > 0.025 and result["agreement"]["value"] == pytest.approx(0.25, abs=0.12)
+    few = found({s: table(s)[50:] for s in (1, 2)}, rows="same")
+    assert few["agreement"]["p"] > 0.0  # ten rows are enough, nine are not
+    assert found({s: table(s)[51:] for s in (1, 2)}, rows="same")["agreement"] is None
+
+
 def test_how_close_together_rows_turn():
     """All at one amount: no entropy; equally many in equal steps of the logarithm: as a line."""
     at_once = np.tile(np.array(X) >= 100_000, (40, 1))

@@ -16,7 +16,10 @@ from grid.made import POINTS, make_study
 from tell.errors import TellError
 from tell.grid.drawing import PAPER, Axis, drawing, save
 from tell.grid.inline import inline_svg
-from tell.grid.page import write_study
+from tell.grid.means import Bootstrap
+from tell.grid.page import notices, write_study
+from tell.grid.results import read_results
+from tell.grid.sections import _map
 
 RECIPE = {
     "metrics": ["schema_adherence"],
@@ -29,7 +32,7 @@ RECIPE = {
     ],
     "fits": [{"x": "general.tokens", "y": "schema_adherence", "arm": "tell"}],
     "efficiency": [{"x": "task.rows", "y": "schema_adherence", "arms": ["sft", "tell"]}],
-    "pareto": [{"gain": "schema_adherence", "cost": "probe", "panels": "task.rows"}],
+    "pareto": [{"gain": "schema_adherence", "cost": "probe"}],
 }
 TWO = [{**point, "task.rows": n} for n in (15, 115) for point in POINTS]
 FILES = ("table.csv", "table.md", "fits.json", "efficiency.json", "flips.json", "pareto.json", "index.html")
@@ -70,6 +73,8 @@ def test_every_file_is_there(folder):
     assert all((folder / name).stat().st_size for name in FILES)
     names = sorted(path.name for path in (folder / "figures").iterdir())
     stems = ["figure1", "figure2", "figure3", "figure4", "front1"]  # the fifth asks for a metric that no cell has
+    text = Page((folder / "index.html").read_text(encoding="utf-8")).text
+    assert "Figure 5 is empty: no finished cell has no such metric over general tokens. Known are answer_loss," in text
     assert names == sorted(f"{stem}.{kind}" for stem in stems for kind in ("svg", "png"))
     for path in (folder / "figures").glob("*.svg"):
         ElementTree.parse(path)
@@ -176,3 +181,53 @@ def test_a_drawing_inside_a_page(tmp_path):
     assert used and set(used) <= ids
     assert "currentColor" in svg and "var(--soft)" in svg and "#123456" in svg
     assert PAPER not in svg and "<style" not in svg and "metadata" not in svg
+
+
+def test_a_map_has_a_panel_for_every_other_key(tmp_path):
+    points = [
+        {"task.rows": n, "general.tokens": g, "mix.repeat": k} for n in (15, 115) for g in (0, 30_000) for k in (1, 8)
+    ]
+    asked = {"kind": "map", "x": "general.tokens", "y": "task.rows", "value": "schema_adherence"}
+    made = make_study(
+        tmp_path,
+        points=points,
+        arms=["tell"],
+        recipe={"figures": [asked]},
+        chance=lambda arm, point, seed: 0.95 if point["mix.repeat"] == 8 else 0.05,
+    )
+    study = read_results(made)
+    drawn = _map(study, Bootstrap(study, 100), asked)
+    assert drawn is not None
+    titled = [axes for axes in drawn[0].axes if axes.get_title(loc="left")]
+    assert [axes.get_title(loc="left") for axes in titled] == ["once", "8 times"]
+    shown = [[text.get_text() for text in axes.texts] for axes in titled]
+    assert shown[0] != shown[1]  # not the last of the two in both
+
+
+def test_a_map_leaves_out_points_without_its_keys(tmp_path):
+    made = make_study(
+        tmp_path, arms=["tell"], points=[*POINTS[:3], {"general.tokens": 7}, {**POINTS[3], "task.rows": None}]
+    )
+    study = read_results(made)
+    asked = {"kind": "map", "x": "general.tokens", "y": "task.rows", "value": "schema_adherence"}
+    drawn = _map(study, Bootstrap(study, 100), asked)
+    assert drawn is not None
+
+
+def test_weights_that_changed_under_one_name_are_said(tmp_path):
+    made = make_study(tmp_path, arms=["base", "sft"], points=POINTS[:1], seeds=[42, 43])
+    for path in (tmp_path / "cells").glob("*/findings.json"):
+        mark = "aaaa" if path.parent.name.startswith("base") else "bbbb"
+        path.write_text(json.dumps({"machine": {"model_fingerprint": mark}}), encoding="utf-8")
+        (path.parent / "run.yaml").write_text("model: {name: some/model}\n", encoding="utf-8")
+    study = read_results(made)
+    assert study.weights == {"some/model": {"aaaa": 2, "bbbb": 2}}
+    assert [text for text in notices(study) if "some/model" in text and "2 with aaaa, 2 with bbbb" in text]
+
+
+def test_tables_are_there_where_scipy_is_not(tmp_path, monkeypatch):
+    made = make_study(tmp_path, recipe=RECIPE)
+    monkeypatch.setitem(sys.modules, "scipy.optimize", None)
+    with pytest.raises(TellError, match=r"tell-llm\[study\]"):
+        write_study(made)
+    assert (made / "table.csv").exists() and (made / "table.md").exists()

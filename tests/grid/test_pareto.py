@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from grid.made import make_study, outcome, study_of
 from tell.grid.means import Bootstrap
 from tell.grid.pareto import front, undominated, verdict
-from tell.grid.results import Number, read_results
+from tell.grid.results import Number, as_change, read_results
 
 small = st.integers(0, 4)
 
@@ -35,7 +35,9 @@ def test_points_with_gain_cost_and_how_sure():
         made(0.88, 0.01, "tell", 4),
     ]
     study = study_of(cells)
-    found = front(study, Bootstrap(study, 500), gain="m", cost="probe")
+    cost = as_change(study, "probe")
+    assert cost == "probe loss change"
+    found = front(study, Bootstrap(study, 500), gain="m", cost=cost)
     order = [("tell", 8), ("tell", 4), ("sft", 8), ("general", 8)]
     assert [(e["arm"], e["point"]) for e in found] == [(arm, {"mix.repeat": k}) for arm, k in order]
     on = {e["name"]: (e["on_front"], e["front_share"]) for e in found}

@@ -12,7 +12,7 @@ from tell.grid.curves import curves
 from tell.grid.means import Bootstrap
 from tell.grid.page import notices
 from tell.grid.results import Study, read_results
-from tell.grid.seeds import seed_sets, seeds_name, with_seeds
+from tell.grid.seeds import compared_seeds, seed_sets, seeds_name, with_seeds
 from tell.grid.table import lines
 
 X, Y = "general.tokens", "schema_adherence"
@@ -93,3 +93,19 @@ def test_cells_of_unlike_machines_are_named(tmp_path, whole):
 def test_the_page_says_so(study):
     text = " ".join(notices(study))
     assert "different seeds (seeds 42, 43, 44; seed 42 alone)" in text
+
+
+def test_what_all_share_is_compared_too(whole):
+    """Each of two amounts lacks another seed: over the third alone every amount has its place."""
+    amounts = [o for o in whole.outcomes if o.arm == "tell"]
+    lacks = {(LARGEST, 42), (300_000, 43)}
+    study = replace(whole, outcomes=[o for o in amounts if (o.point[X], o.seed) not in lacks])
+    assert seed_sets(study) == [(42, 43, 44), (42, 44), (43, 44)]
+    assert compared_seeds(study) == [(42, 43, 44), (42, 44), (43, 44), (44,)]
+    assert compared_seeds(whole) == seed_sets(whole)
+    found = analyse(study, Bootstrap(study, 200))
+    assert [(f["compared"], f["amounts"][-1], len(f["amounts"])) for f in found.fits][-1] == (
+        "seed 44 alone",
+        LARGEST,
+        5,
+    )

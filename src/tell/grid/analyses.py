@@ -13,8 +13,8 @@ from tell.grid.fit import fit_curve
 from tell.grid.flips import flips
 from tell.grid.means import Bootstrap
 from tell.grid.pareto import front, verdict
-from tell.grid.results import Study, canonical, frozen
-from tell.grid.seeds import seed_sets, seeds_name, with_seeds
+from tell.grid.results import Study, as_change, as_drawn, canonical, frozen
+from tell.grid.seeds import compared_seeds, seeds_name, with_seeds
 from tell.grid.words import point_name
 
 
@@ -41,7 +41,7 @@ def analyse(study: Study, bootstrap: Bootstrap) -> Analyses:
     points over the seeds they share; ``compared`` says which.
     """
     found, seen = Analyses(), set[str]()
-    sets = seed_sets(study)
+    sets = compared_seeds(study)
     for seeds in sets:
         part = study if len(sets) == 1 else with_seeds(study, seeds)
         drawn = bootstrap if part is study else Bootstrap(part, bootstrap.samples, bootstrap.seed)
@@ -60,7 +60,7 @@ def _analyse(study: Study, bootstrap: Bootstrap, found: Analyses, seen: set[str]
 
     recipe = study.recipe
     for asked in recipe.get("fits") or ():
-        x, y, arm = asked["x"], canonical(asked["y"]), asked.get("arm") or "tell"
+        x, y, arm = asked["x"], as_drawn(study, asked["y"]), asked.get("arm") or "tell"
         for curve in curves(study, bootstrap, x=x, y=y, arms=[arm]):
             if not curve.numeric or curve.flat or len(curve.x) < 2 or not new("fit", x, y, arm, curve.rest, curve.x):
                 continue
@@ -73,7 +73,7 @@ def _analyse(study: Study, bootstrap: Bootstrap, found: Analyses, seen: set[str]
             if turned is not None:
                 found.flips.append({**what, **turned})
     for asked in recipe.get("efficiency") or ():
-        x, y = asked["x"], canonical(asked["y"])
+        x, y = asked["x"], as_drawn(study, asked["y"])
         arms = list(asked.get("arms") or ("sft", "sft-matched", "tell"))
         reference = "tell" if "tell" in arms else arms[-1]
         for where, group in _contexts(curves(study, bootstrap, x=x, y=y, arms=arms), reference):
@@ -82,7 +82,7 @@ def _analyse(study: Study, bootstrap: Bootstrap, found: Analyses, seen: set[str]
                 if entry is not None:
                     found.efficiency.append({"x": x, "y": y, "where": where, "compared": compared, **entry})
     for asked in recipe.get("pareto") or ():
-        gain, cost = canonical(asked["gain"]), canonical(asked["cost"])
+        gain, cost = canonical(asked["gain"]), as_change(study, asked["cost"])
         for heading, within in panels(study, _task_size(study)):
             candidates = front(study, bootstrap, gain=gain, cost=cost, within=within)
             if len(candidates) > 1 and new("front", gain, cost, within, sorted(c["name"] for c in candidates)):

@@ -7,7 +7,7 @@ rows are right is a matter of chance. Two numbers tell these apart, each against
 are right (the curve stays, all memory of rows goes):
 
 - flips back: right at one amount, wrong at the next larger one;
-- agreement: whether the same row turns right at the same amount under another seed.
+- agreement: whether a row that turns right between two amounts does so at the same one under another seed.
 
 Rows may also differ in difficulty without being quanta, which makes flips back rarer than by chance as well; so few
 flips back agree with quanta and do not prove them. How steep the curve is at an amount is told by the share of rows
@@ -140,16 +140,20 @@ def _entropy(weights: np.ndarray) -> float | None:
 
 
 def _agreement(tables: dict[int, tuple[list[Any], np.ndarray, np.ndarray]], rng: np.random.Generator) -> dict | None:
-    """Share of rows, among those two seeds have in common, that turn right at the same amount, mean over pairs of
-    seeds; and what pairing the rows at random gives. None below 10 common rows."""
+    """Share of rows that turn right at the same amount, mean over pairs of seeds; and what pairing the rows at random
+    gives. Only rows that turn between two amounts under both seeds count: that some are right from the start, and some
+    never, is no sign of amounts of their own. None below 10 such rows.
+    """
     same, chance = [], []
     seeds = list(tables)
     for i, a in enumerate(seeds):
         for b in seeds[i + 1 :]:
-            common, left, right = np.intersect1d(tables[a][1], tables[b][1], return_indices=True)
-            if len(common) < 10 or tables[a][0] != tables[b][0]:
-                continue
+            _, left, right = np.intersect1d(tables[a][1], tables[b][1], return_indices=True)
             one, two = turning(tables[a][2])[left], turning(tables[b][2])[right]
+            turns = (np.minimum(one, two) > 0) & (np.maximum(one, two) < len(tables[a][0]))
+            one, two = one[turns], two[turns]
+            if len(one) < 10 or tables[a][0] != tables[b][0]:
+                continue
             same.append(float((one == two).mean()))
             chance.append([float((one == rng.permutation(two)).mean()) for _ in range(SHUFFLES)])
     if not same:
@@ -197,7 +201,7 @@ def _verdict(result: dict[str, Any], x: str) -> str:
         by_chance = agreement["by_chance"]["value"]
         words = "more often than by chance" if agreement["p"] < 0.025 else "no more often than by chance"
         parts.append(
-            f"Under another seed a row turns at the same amount in {100 * agreement['value']:.0f} % of cases, {words} "
-            f"({100 * by_chance:.0f} %)"
+            f"Under another seed a row that turns does so at the same amount in {100 * agreement['value']:.0f} % of "
+            f"cases, {words} ({100 * by_chance:.0f} %)"
         )
     return ". ".join(parts) + "."

@@ -42,11 +42,11 @@ class Draws:
     def summary(self) -> dict:
         """``{"value", "ci", "n", "seeds"}``.
 
-        Where all rows of all seeds are 0, or all are 1, no resample differs; the interval is then Wilson's over the
-        distinct rows.
+        The interval of yes and no under one seed is Wilson's, as in the run's own report. So it is where all rows of
+        all seeds are 0, or all are 1, and no resample differs; then over the distinct rows.
         """
         ci = percentiles(self.draws)
-        if self.binary and self.value in (0.0, 1.0):
+        if self.binary and (self.value in (0.0, 1.0) or len(self.by_seed) == 1):
             ci = wilson(round(self.value * self.rows), self.rows)
         return {**estimate_from(self.value, *ci, self.rows), "seeds": len(self.by_seed)}
 
@@ -88,9 +88,10 @@ class Bootstrap:
             return None
         columns = [self._run(o.measured, metric) for o in found]
         # One noise for all seeds, which share the probe's rows; of held-out rows, which differ, intervals are too wide.
-        if any(metric in o.measured.numbers for o in found):
+        alone = {i: o.measured.numbers[metric].spread for i, o in enumerate(found) if metric not in o.measured.metrics}
+        if alone:
             noise = self._noise(found[0], metric)
-            columns = [c + noise * o.measured.numbers[metric].spread for c, o in zip(columns, found, strict=True)]
+            columns = [c + noise * alone.get(i, 0.0) for i, c in enumerate(columns)]
         values = np.stack(columns, axis=1)  # (samples, found)
         times = self._times[:, [self.seeds.index(o.seed) for o in found]]
         total = times.sum(axis=1)
@@ -115,16 +116,22 @@ class Bootstrap:
     def difference(self, a: Sequence[Outcome], b: Sequence[Outcome], metric: str) -> dict | None:
         """``a`` minus ``b`` over the seeds that both have: ``{"value", "ci", "n", "seeds"}``; None where there is none.
 
-        Where every row of every seed agrees in both (0 or 1), the interval is Newcombe's for paired proportions over
-        the distinct rows.
+        The interval of yes and no under one seed is Newcombe's for paired proportions, as in the run's own report;
+        so it is where every row of every seed agrees in both (0 or 1), over the distinct rows.
         """
-        shared = {o.seed for o in a} & {o.seed for o in b}
+        metric = canonical(metric)
+        has = [{o.seed for o in group if metric in {*o.measured.metrics, *o.measured.numbers}} for group in (a, b)]
+        shared = has[0] & has[1]
         left, right = (self.of([o for o in group if o.seed in shared], metric) for group in (a, b))
         if left is None or right is None:
             return None
         ci = percentiles(left.draws - right.draws)
         if left.binary and right.binary and {left.value, right.value} <= {0.0, 1.0}:
             ci = newcombe_paired(*(np.full(min(left.rows, right.rows), side.value) for side in (left, right)))
+        elif left.binary and right.binary and len(shared) == 1:
+            one, two = (next(o.measured for o in group if o.seed in shared) for group in (a, b))
+            if np.array_equal(one.hashes, two.hashes):
+                ci = newcombe_paired(one.metrics[metric].per_row, two.metrics[metric].per_row)
         n = min(left.rows, right.rows)
         return {**estimate_from(left.value - right.value, *ci, n), "seeds": len(shared)}
 

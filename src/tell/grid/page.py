@@ -71,10 +71,10 @@ def write_study(folder: str | Path) -> Path:
     folder = Path(folder)
     study = read_results(folder)
     bootstrap = Bootstrap(study)
-    found = analyse(study, bootstrap)
     table, differences = lines(study, bootstrap), gaps(study, bootstrap)
     write_text(folder / "table.csv", to_csv(study, table))
     write_text(folder / "table.md", to_markdown(study, table, differences))
+    found = analyse(study, bootstrap)
     for name in ("fits", "efficiency", "flips", "pareto"):
         write_json(folder / f"{name}.json", getattr(found, name))
     sections = [
@@ -89,7 +89,7 @@ def write_study(folder: str | Path) -> Path:
     drawn = {block.name for section in sections for block in section.blocks if isinstance(block, Picture)}
     for path in (folder / "figures").glob("f*.*"):
         if path.stem not in drawn:  # of an earlier recipe
-            path.unlink()
+            path.unlink(missing_ok=True)
     write_text(folder / "index.html", _page(study, [s for s in sections if s.blocks]))
     return folder / "index.html"
 
@@ -133,6 +133,10 @@ def notices(study: Study) -> list[str]:
     if len(study.machines) > 1:
         counts = [f"{count} in {name}" for name, count in study.machines.most_common()]
         found.append(f"Rows were measured on different devices or in different number formats: {', '.join(counts)}.")
+    for name, weights in study.weights.items():
+        if len(weights) > 1:
+            counts = [f"{count} with {fingerprint}" for fingerprint, count in weights.most_common()]
+            found.append(f"Rows of {name} were measured with different weights or templates: {', '.join(counts)}.")
     if len(study.seeds) == 1:
         found.append(
             "One seed alone: intervals cover the choice of test rows, not of training rows, order or decoding."

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from tell.grid.means import Bootstrap
-from tell.grid.results import CHANGE, Study, canonical
+from tell.grid.results import Study, canonical
 from tell.grid.table import merged
 from tell.grid.words import arm_name, metric_term, point_name
 from tell.report.words import arm_order
@@ -21,9 +21,6 @@ def front(
 ) -> list[dict]:
     """Every point and arm with its gain and cost, best gain first.
 
-    Losses on general text are compared as changes from the untuned model, on the same rows of text: the level adds the
-    same to all of them, and only widens the intervals.
-
     Args:
         gain, cost: metrics; each counts in the direction in which it is better (higher for scores, lower for losses).
         within: only points with these values.
@@ -34,7 +31,6 @@ def front(
         least as good in both and better in one.
     """
     gain, cost = canonical(gain), canonical(cost)
-    cost = cost + CHANGE if cost + CHANGE in study.known() else cost
     found = []
     for arm, points, group in merged(study):
         here = [p for p in points if all(p.get(k) == v for k, v in (within or {}).items())]

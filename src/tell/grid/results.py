@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from tell.errors import TellError
 from tell.evaluate.intervals import Z
@@ -85,6 +86,7 @@ class Study:
         keys: grid keys that take more than one value.
         benchmarks: those that some cell was asked; a group of tasks is one.
         machines: device and number format, as ``cpu bf16``, to the number of rows measured so.
+        weights: model to the fingerprints of what lay under its name, to the number of rows measured with each.
     """
 
     folder: Path
@@ -102,6 +104,7 @@ class Study:
     keys: tuple[str, ...] = ()
     benchmarks: tuple[str, ...] = ()
     machines: Counter[str] = field(default_factory=Counter)
+    weights: dict[str, Counter[str]] = field(default_factory=dict)
 
     @property
     def seeds(self) -> list[int]:
@@ -168,6 +171,8 @@ def read_results(folder: str | Path, cells: str | Path | None = None) -> Study:
             if cell and measured:
                 study.outcomes.append(Outcome(row["point"], row["arm"], int(row["seed"]), row["cell"], measured))
                 study.machines.update(filter(None, [cell.machine]))
+                if cell.fingerprint:
+                    study.weights.setdefault(cell.model, Counter())[cell.fingerprint] += 1
                 primaries[str(get(cell.metrics, "task", "primary", default=""))] += 1
                 tasks = mapping(cell.metrics, "benchmarks", "settings", "tasks")
                 study.benchmarks = tuple(dict.fromkeys([*study.benchmarks, *tasks]))
@@ -193,6 +198,19 @@ def number_of(value: Any) -> Any:
         except ValueError:
             return value
     return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def as_change(study: Study, metric: str) -> str:
+    """A loss on general text or a benchmark as its change from the untuned model, on the same rows: the level adds the
+    same to all that are compared, and only widens the intervals. Other metrics stay."""
+    metric = canonical(metric)
+    return metric + CHANGE if metric + CHANGE in study.known() else metric
+
+
+def as_drawn(study: Study, metric: str) -> str:
+    """`as_change` for losses; benchmarks are looked at as they are."""
+    metric = canonical(metric)
+    return as_change(study, metric) if metric.endswith(" loss") else metric
 
 
 def frozen(value: Any) -> str:
@@ -241,6 +259,17 @@ class _Cell:
     def parameters(self) -> float:
         """Of the base model; 0 where the run does not say."""
         return float(get(_read(self.folder.plan), "model", "parameters", default=0) or 0)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the model's files; empty where the run does not say."""
+        return str(get(_read(self.folder.findings), "machine", "model_fingerprint", default=""))
+
+    @cached_property
+    def model(self) -> str:
+        """Its name in the configuration."""
+        text = self.folder.config.read_text(encoding="utf-8") if self.folder.config.exists() else ""
+        return str(get(yaml.safe_load(text) or {}, "model", "name", default="the model"))
 
     @cached_property
     def machine(self) -> str:

@@ -17,7 +17,7 @@ from tell.grid.figures import draw_curves, draw_front, draw_maps
 from tell.grid.fit import NAMES
 from tell.grid.inline import inline_svg
 from tell.grid.means import Bootstrap, groups
-from tell.grid.results import CHANGE, Study, canonical, frozen
+from tell.grid.results import CHANGE, Study, as_drawn, canonical, frozen
 from tell.grid.separation import pictures
 from tell.grid.table import FLOPS, Gap, Line, bare, costs_shown, keys_shown
 from tell.grid.words import arm_name, key_name, metric_term, point_name, rounded, value_name
@@ -67,16 +67,20 @@ class Section:
     blocks: Sequence[str | Picture | Table]
 
 
-def figures_blocks(study: Study, bootstrap: Bootstrap, found: Analyses) -> Iterator[Picture]:
+def figures_blocks(study: Study, bootstrap: Bootstrap, found: Analyses) -> Iterator[str | Picture]:
     for n, asked in enumerate(study.recipe.get("figures") or (), 1):
         drawn = _map(study, bootstrap, asked) if asked.get("kind") == "map" else _curves(study, bootstrap, found, asked)
         if drawn is not None:
             yield _picture(study, f"figure{n}", *drawn)
+        elif study.outcomes:
+            metric = canonical(asked.get("value") or asked["y"])
+            known = ", ".join(name for name in sorted(study.known()) if CHANGE not in name)
+            yield f"Figure {n} is empty: no finished cell has {metric} over {key_name(asked['x'])}. Known are {known}."
 
 
 def _curves(study: Study, bootstrap: Bootstrap, found: Analyses, asked: dict[str, Any]) -> tuple[Figure, str] | None:
-    x, y, by = asked["x"], canonical(asked["y"]), asked.get("lines") or "arm"
-    shown = _as_change(study, y)
+    x, by = asked["x"], asked.get("lines") or "arm"
+    shown = as_drawn(study, asked["y"])
     drawn = [
         (heading, lines)
         for heading, within in panels(study, asked.get("panels"))
@@ -86,35 +90,32 @@ def _curves(study: Study, bootstrap: Bootstrap, found: Analyses, asked: dict[str
         return None
     # A panel of nothing but level lines has no cell of its own yet.
     drawn = [entry for entry in drawn if not all(line.flat for line in entry[1])] or drawn
-    marks = [[mark for line in lines if (mark := found.mark(line, x, y)) is not None] for _, lines in drawn]
+    marks = [[mark for line in lines if (mark := found.mark(line, x, shown)) is not None] for _, lines in drawn]
     title = f"{metric_term(shown).label} over {key_name(x)}"
     return draw_curves(drawn, x=x, y=shown, title=title, lines=by, marks=marks), title
 
 
 def _map(study: Study, bootstrap: Bootstrap, asked: dict[str, Any]) -> tuple[Figure, str] | None:
-    x, y, metric = asked["x"], asked["y"], _as_change(study, canonical(asked["value"]))
+    """A panel for each value of every other key that varies, whether ``panels`` names it or not."""
+    x, y, metric = asked["x"], asked["y"], as_drawn(study, asked["value"])
     arm = asked.get("arm") or "tell"
-    outcomes = [o for o in study.outcomes if o.arm == arm]
-    axes = {key: sorted({o.point[key] for o in outcomes}) for key in (x, y)}
-    drawn = []
-    for heading, within in panels(study, asked.get("panels")):
-        values = np.full((len(axes[y]), len(axes[x])), np.nan)
-        intervals = np.full((*values.shape, 2), np.nan)
-        for group in groups(outcomes).values():
-            point = group[0].point
-            draws = bootstrap.of(group, metric)
-            if draws is not None and all(frozen(point.get(k)) == frozen(v) for k, v in within.items()):
-                at = axes[y].index(point[y]), axes[x].index(point[x])
-                values[at], intervals[at] = draws.value, draws.summary()["ci"]
-        if np.isfinite(values).any():
-            drawn.append((heading, values, intervals))
+    found = [g for g in groups(o for o in study.outcomes if o.arm == arm).values() if {x, y} <= g[0].point.keys()]
+    axes = {key: sorted({g[0].point[key] for g in found}, key=lambda v: (v is None, v)) for key in (x, y)}
+    contexts: dict[str, tuple[dict[str, Any], np.ndarray, np.ndarray]] = {}
+    for group in found:
+        point, draws = group[0].point, bootstrap.of(group, metric)
+        if draws is None:
+            continue
+        context = {key: point.get(key) for key in study.keys if key not in (x, y)}
+        empty = np.full((len(axes[y]), len(axes[x])), np.nan)
+        _, values, intervals = contexts.setdefault(
+            frozen(context), (context, empty, np.full((*empty.shape, 2), np.nan))
+        )
+        at = axes[y].index(point[y]), axes[x].index(point[x])
+        values[at], intervals[at] = draws.value, draws.summary()["ci"]
+    drawn = [(point_name(context), *numbers) for context, *numbers in contexts.values()]
     title = f"{metric_term(metric).label}, {arm_name(arm)}"
     return (draw_maps(drawn, x=(x, axes[x]), y=(y, axes[y]), value=metric, title=title), title) if drawn else None
-
-
-def _as_change(study: Study, metric: str) -> str:
-    """A loss on general text is drawn as its change from the untuned model, which has the interval that matters."""
-    return metric + CHANGE if metric.endswith(" loss") and metric + CHANGE in study.known() else metric
 
 
 def separation_blocks(study: Study) -> Iterator[str | Picture]:
@@ -136,7 +137,6 @@ def fronts_blocks(study: Study, bootstrap: Bootstrap, found: Analyses) -> Iterat
     asked = list(dict.fromkeys((entry["gain"], entry["cost"]) for entry in found.pareto))
     for n, (gain, cost) in enumerate(asked, 1):
         entries = [e for e in found.pareto if (e["gain"], e["cost"]) == (gain, cost)]
-        cost = _as_change(study, cost)
         title = f"{metric_term(gain).label} against {metric_term(cost).label[0].lower()}{metric_term(cost).label[1:]}"
         figure = draw_front([(e["heading"], e["points"]) for e in entries], gain=gain, cost=cost, title=title)
         yield _picture(study, f"front{n}", figure, title)
@@ -173,7 +173,7 @@ def _maps(
     if len(keys) == 2 and numeric:
         x, y = sorted(keys, key=lambda key: not key.startswith("general."))
         for n, metric in enumerate(metrics, 1):
-            drawn = _map(study, bootstrap, {"x": x, "y": y, "value": metric, "panels": next(iter(within), None)})
+            drawn = _map(study, bootstrap, {"x": x, "y": y, "value": metric})
             if drawn is not None:
                 yield _picture(study, f"{name}{n}", *drawn)
 

@@ -14,6 +14,13 @@ def seed_sets(study: Study) -> list[tuple[int, ...]]:
     return sorted(found, key=lambda seeds: (-len(seeds), seeds))
 
 
+def compared_seeds(study: Study) -> list[tuple[int, ...]]:
+    """`seed_sets`, and what all of them share, where that is another: over these alone everything can be compared."""
+    sets = seed_sets(study)
+    shared = tuple(sorted(set.intersection(*map(set, sets)))) if sets else ()
+    return [*sets, shared] if shared and shared not in sets else sets
+
+
 def with_seeds(study: Study, seeds: tuple[int, ...]) -> Study:
     """The study as if it had been run with these seeds alone: points and arms that have all of them."""
     whole = {key for key, group in groups(study.outcomes).items() if {o.seed for o in group} >= set(seeds)}
