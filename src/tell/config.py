@@ -44,7 +44,7 @@ class TaskConfig(Section):
     test_rows: int | None = Field(None, ge=1, description="score at most this many test rows, drawn by seed")
     drop_overlap: bool = Field(False, description="remove task and general rows that nearly equal a test row")
     shots: int = Field(
-        0, ge=0, description="fixed training examples in every test prompt of all arms but icl; eval and chat show none"
+        0, ge=0, description="fixed training examples in every test prompt of all arms but icl; eval and chat show them"
     )
 
     @model_validator(mode="after")

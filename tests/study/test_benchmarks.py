@@ -197,3 +197,21 @@ def test_without_the_harness(monkeypatch, tiny_model, tmp_path):
     config = config_of(tiny_model("llama"), tmp_path / "run", eval={"benchmarks": ["gsm8k"]})
     with pytest.raises(TellError, match=r'pip install "tell-llm\[harness\]"'):
         check_benchmarks(config)
+
+
+def test_a_second_benchmark_stands_beside_the_first(copy, questions, monkeypatch):
+    """Asked alike, nothing is asked twice; asked otherwise, the numbers could not be compared."""
+    harness()
+    benchmark(copy.root, ["openbookqa"], data=str(questions))
+    asked = []
+    original = module._answers
+    monkeypatch.setattr(
+        module,
+        "_answers",
+        lambda folder, arm, settings, *rest: asked.append(arm) or original(folder, arm, settings, *rest),
+    )
+    found = benchmark(copy.root, ["agieval"], data=str(questions), arms=["base"])["benchmarks"]
+    assert asked == ["base", "tell"] and list(found["settings"]["tasks"]) == ["openbookqa", "agieval"]
+    assert {"openbookqa", "agieval"} <= found["arms"]["tell"].keys()
+    again = benchmark(copy.root, ["openbookqa"], data=str(questions), limit=1)["benchmarks"]
+    assert list(again["settings"]["tasks"]) == ["openbookqa"] and again["arms"]["tell"]["openbookqa"]["n"] == 1

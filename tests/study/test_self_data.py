@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import tell
 from study.runs import Killer, config_of, read
+from tell.config import load_config
 from tell.errors import Interrupted
 from tell.generate.engine import Engine
 from tell.mix.manifest import read_manifest
@@ -218,3 +219,12 @@ def test_a_model_that_writes_nothing_usable(tiny_model, own_home, tmp_path):
         tell.tune(config)
     assert "--general" in str(error.value)
     assert read(tmp_path / "run/status.json")["state"] == "failed"
+
+
+def test_rows_of_another_arithmetic_are_others(talker, own_home):
+    """Number format, device, engine and batch round otherwise, and a token that tips changes all that follow."""
+    config = config_of(talker)
+    plain = self_file(config, "model", "t")
+    for key in ("model.dtype=bf16", "generate.engine=own", "generate.batch_size=3"):
+        assert self_file(load_config(flags=config.model_dump(by_alias=True), overrides=[key]), "model", "t") != plain
+    assert self_file(config_of(talker, mix={"repeat": 5}), "model", "t") == plain

@@ -198,8 +198,8 @@ def _separations(task: Task, model: Any, anchors: Sequence[Anchor], display: Dis
 def short_runs(task: Task, loaded: Any, anchors: Sequence[Anchor], steps: int, display: Display) -> list[np.ndarray]:
     """(rows,) losses of the validation rows after a short LoRA run under each anchor; NaN where training diverged.
 
-    Half of the rows of each step are general ones where there is a source. Where no row is kept for validation,
-    every fourth training row is.
+    At least half of the rows are general ones where there is a source: each task row occurs equally often. Where no
+    row is kept for validation, every fourth training row is.
     """
     from tell.anchor.write import anchor_losses
     from tell.train.lora import adapter_merged

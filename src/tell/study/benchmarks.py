@@ -30,7 +30,7 @@ from tell.models.flops import inference_flops
 from tell.progress import Display, Silent
 from tell.rows.template import ChatTokenizer
 from tell.run import RunFolder, read_jsonl, write_json, write_jsonl
-from tell.study.scoring import adapter_arm, adapter_folder, arm_anchor, arm_numbers, eval_numbers
+from tell.study.scoring import adapter_arm, adapter_folder, adapter_ready, arm_anchor, arm_numbers, eval_numbers
 from tell.study.session import open_run
 
 FORMAT = 1  # raise when asking or scoring changes its result
@@ -183,6 +183,15 @@ def run_benchmarks(
     }
 
 
+def _asked_alike(settings: Mapping[str, Any], config: Config) -> bool:
+    """Whether earlier questions (``settings`` of `run_benchmarks`) were asked as the configuration would ask them."""
+    rule = config.eval
+    same = {"harness": harness_version(), "data": rule.benchmark_data or "hub", "limit": rule.benchmark_limit}
+    same |= {"chat": rule.benchmark_chat, "anchor": rule.benchmark_anchor}
+    shots = {name: task_shots(name, rule.benchmark_shots) for name in settings.get("shots") or ()}
+    return bool(shots) and all(settings.get(key) == value for key, value in {**same, "shots": shots}.items())
+
+
 def _local(names: Sequence[str], shots: Mapping[str, int], config: Config) -> dict[str, LocalTask] | None:
     place = config.eval.benchmark_data
     return {name: read_task(name, place, shots=shots[name]) for name in names} if place else None
@@ -306,12 +315,16 @@ def benchmark(
             "no benchmark is asked for", where="benchmarks", remedy="Name one, e.g. --benchmarks openbookqa."
         )
     if arms is None:
-        places = {arm: adapter_folder(opened.folder, arm) for arm in config.eval.arms}
-        arms = [arm for arm, place in places.items() if place is None or (place / "adapter_model.safetensors").exists()]
+        arms = [arm for arm in config.eval.arms if adapter_ready(opened.folder, arm)]
     for arm in arms:
         opened.adapter(arm)  # said before the model is loaded
     model = opened.load(config)
     metrics = json.loads(path.read_text(encoding="utf-8"))
+    earlier = metrics.get("benchmarks") or {}
+    if _asked_alike(earlier.get("settings") or {}, config):  # numbers of another call stay: their answers are kept
+        names = dict.fromkeys([*earlier["settings"]["tasks"], *config.eval.benchmarks])
+        config = config.model_copy(update={"eval": config.eval.model_copy(update={"benchmarks": tuple(names)})})
+        arms = list(dict.fromkeys([*(arm for arm in earlier["arms"] if adapter_ready(opened.folder, arm)), *arms]))
     metrics["benchmarks"] = run_benchmarks(
         config,
         arms,

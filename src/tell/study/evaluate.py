@@ -16,7 +16,7 @@ from tell.progress import Display, Silent
 from tell.run import RunFolder, write_jsonl
 from tell.study.answer_loss import answer_loss_metric, answer_losses
 from tell.study.scoring import (
-    adapter_folder,
+    adapter_ready,
     answer_costs,
     answer_rows,
     arm_numbers,
@@ -67,7 +67,13 @@ def evaluate(
     if overrides:
         config = _override(config, overrides)
     seed = config.seed if seed is None else seed
-    wanted = list(dict.fromkeys(arms or (a for a in config.eval.arms if _ready(opened, a))))
+    wanted = list(dict.fromkeys(arms or (a for a in config.eval.arms if adapter_ready(opened.folder, a))))
+    if not wanted:
+        raise TellError(
+            "has no adapter left",
+            where=str(opened.folder.root),
+            remedy="Cells of a study keep theirs with keep_adapters: true in the recipe.",
+        )
     adapters = {arm: opened.adapter(arm) for arm in wanted}
     facts = _read(opened.folder, opened.folder.findings)
     train, examples, shots = _examples(opened, test, need_train="icl" in wanted)
@@ -137,11 +143,6 @@ def _override(config: Config, overrides: Sequence[str]) -> Config:
             remedy="Only generate.* and eval.* can be changed after training.",
         )
     return make_config(merge(config.model_dump(by_alias=True, mode="json"), changes), where="--set")
-
-
-def _ready(opened: OpenRun, arm: str) -> bool:
-    place = adapter_folder(opened.folder, arm)
-    return place is None or (place / "adapter_model.safetensors").exists()
 
 
 def _read(folder: RunFolder, path: Path) -> dict:

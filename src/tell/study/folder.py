@@ -11,7 +11,7 @@ from tell.config import Config, make_config
 from tell.errors import TellError
 from tell.run import RunFolder, write_text
 
-# Keys that may differ between a run and its resumption: they change no number.
+# Keys that may differ between a run and its resumption: they change numbers by rounding, and dropout's draws, at most.
 FREE = ("out", "train.parallel")
 PATHS = (
     ("task", "data"),

@@ -127,6 +127,7 @@ def write_findings(
             "dtype": dtype_name(loaded),
             "dtype_reason": loaded.why,
             "model_origin": task.files.origin,
+            "model_fingerprint": task.files.fingerprint,
         },
         "seconds": round(seconds, 1),
         "versions": {

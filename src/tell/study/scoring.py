@@ -232,3 +232,9 @@ def adapter_folder(root: Any, arm: str) -> Path | None:
     if trained is None:
         return None
     return root.adapter if trained == "tell" else root.arms / trained
+
+
+def adapter_ready(root: Any, arm: str) -> bool:
+    """Whether an arm can answer: it needs no adapter, or its adapter lies there."""
+    place = adapter_folder(root, arm)
+    return place is None or (place / "adapter_model.safetensors").exists()

@@ -40,6 +40,7 @@ def self_file(config: Config, model: str, tokenizer: str) -> Path:
         model=model,
         tokenizer=tokenizer,
         seed=config.seed,
+        arithmetic=[config.model.dtype, config.model.device, config.generate.engine, config.generate.batch_size],
         **config.general.self_.model_dump(),
     )
     return tell_home() / "self" / f"{key}.jsonl"

@@ -14,7 +14,8 @@ from tell.rows.template import ChatTokenizer
 def pick_shots(config: Config, train: Sequence[Example], chat: ChatTokenizer) -> list[Example]:
     """``task.shots`` rows, the first of the permutation that budgets draw from: the same for all budgets and arms.
 
-    Rows too long to be trained on are passed over; `check_shots` refuses too few.
+    Rows too long to be trained on are passed over, by their own length, without the anchor; `check_shots` refuses too
+    few.
 
     Args:
         train: rows to train on, before the budget.
