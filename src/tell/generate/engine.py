@@ -60,6 +60,8 @@ class Engine:
         fast: use the kernels where model and machine allow; False keeps to torch operations.
     """
 
+    name = "own"  # in ``generate.engine``
+
     def __init__(
         self,
         model: Any,

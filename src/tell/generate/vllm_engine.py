@@ -96,6 +96,8 @@ class VllmEngine:
         memory: share of the GPU's memory that vLLM may hold; training must find room beside it.
     """
 
+    name = "vllm"
+
     def __init__(
         self,
         folder: Path,

@@ -131,6 +131,7 @@ def run_benchmarks(
             "model": files.fingerprint,
             "dtype": str(model.dtype).removeprefix("torch."),
             "device": engine.device.type,
+            **({"engine": engine.name} if engine.name != "own" else {}),  # which writes the answers
         }
 
     def answer(name: str, arm: str) -> tuple[list[dict], dict]:
