@@ -390,5 +390,23 @@ def test_a_fault_within_a_cell_is_noted_with_its_trace(recipe, tmp_path, monkeyp
 def test_a_cell_without_its_adapter_says_how_to_keep_it(recipe, tmp_path):
     folder = tell.run_study(recipe(**MINIMAL | {"arms": ["sft"]}), root=tmp_path / "studies")
     (name,) = folder.read()["cells"]
-    with pytest.raises(TellError, match=r"has no adapter left.*keep_adapters: true"):
+    with pytest.raises(TellError, match=r"has no adapter left.*--keep-adapters"):
         tell.evaluate(tmp_path / "studies/cells" / name)
+
+
+def test_what_every_cell_would_say_is_said_at_once(recipe, tmp_path):
+    """A missing file, a scorer that is not there: no cell is tried."""
+    root = tmp_path / "studies"
+    with pytest.raises(TellError, match=r"no cell can be run: .*no-such-file.jsonl"):
+        tell.run_study(recipe(config={"task": {"data": str(tmp_path / "no-such-file.jsonl")}}), root=root)
+    with pytest.raises(TellError, match=r"scorer nowhere_at_all:f: module nowhere_at_all is not found"):
+        tell.run_study(recipe(config={"task": {"scorer": "nowhere_at_all:f"}}), root=root)
+    assert not list(root.glob("cells/*-*"))
+
+
+def test_files_of_others_are_left_alone(recipe, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/index.html").write_text("my page", encoding="utf-8")
+    with pytest.raises(TellError, match=r"mine: has index.html, which no study wrote.*--out"):
+        tell.run_study(recipe(**MINIMAL), root=tmp_path / "studies", out=tmp_path / "mine")
+    assert (tmp_path / "mine/index.html").read_text(encoding="utf-8") == "my page"

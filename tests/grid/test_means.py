@@ -163,3 +163,21 @@ def test_a_seed_whose_answers_are_gone_counts_by_its_number():
     object.__setattr__(group[1].measured, "metrics", {})
     found = bootstrap(group).of(group, "m")
     assert found.value == pytest.approx(0.6) and found.by_seed == {0: 0.5, 1: 0.7}
+
+
+def test_one_seed_without_rows_keeps_the_interval_of_the_run():
+    """A probe that is right on all 16 rows: Wilson's interval lies below it, not around it."""
+    group = [outcome([1], linear_probe=Number(1.0, 0.05, (0.806, 1.0)))]
+    assert bootstrap(group).of(group, "linear_probe").summary()["ci"] == [0.806, 1.0]
+
+
+def test_losses_on_general_text_are_compared_as_changes():
+    """The level's own spread is that of the text, which both sides share."""
+    a, b = (
+        outcome([1], arm=arm, **{"probe loss": Number(v, 0.2), "probe loss change": Number(v - 2, 0.01)})
+        for arm, v in (("tell", 1.7), ("sft", 2.0))
+    )
+    draws = bootstrap([a, b])
+    gap = draws.difference([a], [b], "probe")
+    assert gap == draws.difference([a], [b], "probe loss change") and gap["value"] == pytest.approx(-0.3)
+    assert np.ptp(gap["ci"]) < 0.1

@@ -125,3 +125,17 @@ def test_no_cluster_to_be_found(recipe, tmp_path, monkeypatch):
         tell.run_study(recipe(), root=tmp_path / "studies", executor="ray", address="127.0.0.1:1")
     cells = StudyFolder(tmp_path / "studies/small").read()["cells"]
     assert {cell["state"] for cell in cells.values()} == {"waiting"}
+
+
+@ray_installed
+def test_this_machine_will_not_grow(recipe, tmp_path):
+    executor = RayExecutor("local", Resources(cpus=64), {"num_cpus": 1, "object_store_memory": 80_000_000})
+    with pytest.raises(TellError, match=r"no 64 CPUs and 0 GPUs for a cell.*--cpus"):
+        tell.run_study(recipe(), root=tmp_path / "studies", executor=executor)
+
+
+@ray_installed
+def test_a_cluster_that_is_dead_is_not_waited_for(recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    with pytest.raises(TellError, match=r"no cluster can be reached.*ray start --head"):
+        tell.run_study(recipe(), root=tmp_path / "studies", executor="ray")

@@ -164,6 +164,9 @@ def test_the_documentation_has_every_key():
             r"figures\[0\].y is 'general.token'.*did you mean general.tokens\?",
         ),
         ({"fits": [{"x": "mix.repeat", "y": "m"}]}, r"fits\[0\].x is 'mix.repeat', which is no key of the grid"),
+        ({"fits": [{"x": "task.rows", "y": "m", "arm": "general"}]}, r"fits\[0\].arm is general.*Use base, sft"),
+        ({"figures": [{"kind": "map", "x": "task.rows", "y": "general.tokens", "value": "m", "arm": "icl"}]}, "is icl"),
+        ({"efficiency": [{"x": "task.rows", "y": "m", "arms": ["icl", "tell"]}]}, r"efficiency\[0\].arms is icl"),
         ({"efficiency": [{"x": "rows", "y": "m"}]}, r"efficiency\[0\].x is 'rows'.* Use general.tokens or task.rows"),
     ],
 )
@@ -182,3 +185,10 @@ def test_a_data_set_is_made_of_earlier_ones():
         make_recipe({"build": {"a": one, "b": two}})
     with pytest.raises(TellError, match=r"build.b is made of \$\{b\}, which is itself"):
         make_recipe({"build": {"b": one}})
+
+
+def test_messages_speak_of_what_stands_in_the_file():
+    with pytest.raises(TellError, match=r"^r: arms is empty, and nothing is to be separated"):
+        make_recipe({"arms": []}, where="r")
+    with pytest.raises(TellError, match=r"seeds: Input should be a valid list \(got 42\)"):
+        make_recipe({"seeds": 42}, where="r")

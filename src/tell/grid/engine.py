@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from tell.errors import Interrupted, TellError
+from tell.evaluate.custom import CustomScorer
 from tell.grid.cells import Cell, Row, grid_of
 from tell.grid.data import build_data
 from tell.grid.folder import Root, StudyFolder
@@ -50,15 +51,21 @@ class Study:
         return {**about, "created": created, "root": root}
 
     def check_folder(self) -> None:
-        """Refuse a folder where another recipe's study lies: its tables and page would be lost.
+        """Refuse a folder where another recipe's study lies, or no study: its tables and page would be lost.
 
         Raises:
-            TellError: it was written from another file, whose runs are others.
+            TellError: it was written from another file, whose runs are others; or files of ours are there without it.
         """
-        try:
-            there = self.folder.read()
-        except TellError:
+        if not self.folder.state.exists():
+            found = [path.name for path in (self.folder.page, self.folder.recipe) if path.exists()]
+            if found:
+                raise TellError(
+                    f"has {found[0]}, which no study wrote",
+                    where=str(self.folder.root),
+                    remedy="Move it away, or give another folder with --out.",
+                )
             return
+        there = self.folder.read()
         own, other = (
             {key: recipe.get(key) for key in ("config", "grid")}
             for recipe in (self.recipe.model_dump(mode="json"), there.get("recipe") or {})
@@ -187,6 +194,9 @@ def run_study(
     options = {"data": data, "variables": variables, "overrides": overrides, "seeds": seeds, "out": out, "root": root}
     study = open_study(recipe, display=display, **options)
     check_packages(study.recipe)
+    for scorer in dict.fromkeys(cell.config.task.scorer for cell in study.cells):
+        if scorer:
+            CustomScorer(scorer)  # says now what every cell would say
     study.check_folder()
     stop = Stop(study.folder.root)
     keep = study.recipe.keep_adapters if keep_adapters is None else keep_adapters
@@ -226,9 +236,13 @@ def _run(study: Study, queue: Queue, runner: Executor, display: Display) -> None
     if done:
         display.note(f"{done} of {len(study.cells)} cells are done or failed already")
     predicted: dict[str, float] = {}
+    errors: set[str | None] = set()
     for cell, cost in plan_cells(study.root, queue.waiting, display):
         queue.stop.check()
         predicted[cell.name] = seconds_of(cost)
+        errors.add(cost["error"])
+    if len(errors) == 1 and None not in errors and len(queue.waiting) == len(study.cells) > 1:
+        raise TellError(f"no cell can be run: {errors.pop()}", where=str(study.source))
     queue.predicted = predicted
     display.note(f"{len(queue.waiting)} cells to run, predicted {span(sum(predicted.values()))}")
     with display.bar(f"study {study.folder.root.name}", len(queue.waiting), "cells") as queue.advance:

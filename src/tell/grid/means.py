@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tell.evaluate.intervals import estimate_from, newcombe_paired, percentiles, resamples, wilson
-from tell.grid.results import Measured, Outcome, Study, canonical, frozen
+from tell.grid.results import CHANGE, Measured, Outcome, Study, canonical, frozen
 from tell.grid.words import metric_term
 
 SAMPLES = 2000
@@ -31,6 +31,7 @@ class Draws:
         by_seed: seed to its value.
         rows: distinct test rows; 0 for what was not measured on test rows.
         binary: every row of every seed is 0 or 1.
+        own: the run's interval, of one seed of what has no test rows.
     """
 
     value: float
@@ -38,6 +39,7 @@ class Draws:
     by_seed: dict[int, float]
     rows: int
     binary: bool
+    own: tuple[float, float] | None = None
 
     def summary(self) -> dict:
         """``{"value", "ci", "n", "seeds"}``.
@@ -45,7 +47,7 @@ class Draws:
         The interval of yes and no under one seed is Wilson's, as in the run's own report. So it is where all rows of
         all seeds are 0, or all are 1, and no resample differs; then over the distinct rows.
         """
-        ci = percentiles(self.draws)
+        ci = self.own or percentiles(self.draws)
         if self.binary and (self.value in (0.0, 1.0) or len(self.by_seed) == 1):
             ci = wilson(round(self.value * self.rows), self.rows)
         return {**estimate_from(self.value, *ci, self.rows), "seeds": len(self.by_seed)}
@@ -111,7 +113,8 @@ class Bootstrap:
         elif metric_term(metric).unit == "share":
             draws = np.clip(draws, 0.0, 1.0)
         binary = bool(rows) and all(row.binary for row in rows)
-        return Draws(float(np.mean(list(by_seed.values()))), draws, by_seed, len(hashes), binary)
+        own = found[0].measured.numbers[metric].ci if alone and len(found) == 1 else None
+        return Draws(float(np.mean(list(by_seed.values()))), draws, by_seed, len(hashes), binary, own)
 
     def difference(self, a: Sequence[Outcome], b: Sequence[Outcome], metric: str) -> dict | None:
         """``a`` minus ``b`` over the seeds that both have: ``{"value", "ci", "n", "seeds"}``; None where there is none.
@@ -120,6 +123,8 @@ class Bootstrap:
         so it is where every row of every seed agrees in both (0 or 1), over the distinct rows.
         """
         metric = canonical(metric)
+        if all(metric + CHANGE in o.measured.numbers for o in (*a, *b)):  # the same difference, better known
+            metric += CHANGE
         has = [{o.seed for o in group if metric in {*o.measured.metrics, *o.measured.numbers}} for group in (a, b)]
         shared = has[0] & has[1]
         left, right = (self.of([o for o in group if o.seed in shared], metric) for group in (a, b))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from tell.grid.analyses import analyse
 from tell.grid.means import Bootstrap
-from tell.grid.results import Study, read_results
+from tell.grid.results import CHANGE, Study, canonical, read_results
 from tell.grid.sections import (
     Picture,
     Section,
@@ -119,6 +120,22 @@ def _page(study: Study, sections: Sequence[Section]) -> str:
     )
 
 
+def unknown_metrics(study: Study) -> list[str]:
+    """Metrics that the recipe names and no finished cell has; none while nothing is finished."""
+    recipe = study.recipe
+    named = [
+        str(f.get("value") or f["y"]) if f.get("kind") == "map" else str(f["y"]) for f in _parts(recipe, "figures")
+    ]
+    named += [str(part["y"]) for key in ("fits", "efficiency") for part in _parts(recipe, key)]
+    named += [str(part[key]) for part in _parts(recipe, "pareto") for key in ("gain", "cost")]
+    named += [str(name) for name in recipe.get("metrics") or () if name != "benchmarks"]
+    return [name for name in dict.fromkeys(named) if study.outcomes and canonical(name) not in study.known()]
+
+
+def _parts(recipe: Mapping[str, Any], key: str) -> Sequence[Mapping[str, Any]]:
+    return recipe.get(key) or ()
+
+
 def notices(study: Study) -> list[str]:
     """What has no numbers yet, and what one seed leaves open, in sentences."""
     parts = [f"{count} {state}" for state, count in study.missing.items()]
@@ -130,6 +147,9 @@ def notices(study: Study) -> list[str]:
             "covers the choice of test rows alone. Fits, factors, fronts and differences compare what has the same "
             "seeds."
         )
+    if unknown := unknown_metrics(study):
+        known = ", ".join(name for name in sorted(study.known()) if CHANGE not in name)
+        found.append(f"The recipe asks for {', '.join(unknown)}, which no finished cell has. They have {known}.")
     if len(study.machines) > 1:
         counts = [f"{count} in {name}" for name, count in study.machines.most_common()]
         found.append(f"Rows were measured on different devices or in different number formats: {', '.join(counts)}.")

@@ -11,15 +11,18 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from tell.evaluate.names import NAMES, OF_100, PLAIN
+from tell.evaluate.names import NAMES
 from tell.grid.cells import Cell, Row
 from tell.grid.executors.cell import InnerDisplay, Outcome, prune
 from tell.grid.folder import Root, StudyFolder
 from tell.grid.plan import evaluation_key
+from tell.grid.words import metric_term, value_name
 from tell.progress import Advance, Display
+from tell.report.text import number
 from tell.run import write_json
 from tell.study.stop import Stop
 
+BESIDE = 10.0  # seconds that a cell takes besides what is predicted, about: without them short cells mislead
 LOOK_AGAIN = 1.0  # seconds between looks at cells that another process runs
 PUBLIC = ("state", "error", "seconds", "attempts", "host")  # of a cell's record, what study.json tells
 NOTHING = {"state": "waiting", "error": None, "seconds": None, "attempts": 0, "host": None}
@@ -157,7 +160,7 @@ class Queue:
 
     def label(self, cell: Cell) -> str:
         """``tell, task.rows 15, seed 42``."""
-        point = [f"{key} {value}" for key, value in self.points[cell.name].items()]
+        point = [f"{key} {value_name(value, key)}" for key, value in self.points[cell.name].items()]
         return ", ".join([cell.arm, *point, f"seed {cell.config.seed}"])
 
     def _note(self, name: str, **facts: Any) -> None:
@@ -206,8 +209,8 @@ class Queue:
         """Seconds until all is done: what is predicted of the rest, at the pace so far."""
         rest = [*(cell.name for cell in self.waiting), *self.held]
         ended = [name for name in self.predicted if name not in rest]
-        before = sum(self.predicted[name] for name in ended)
-        after = sum(self.predicted.get(name, 0.0) for name in rest)
+        before = sum(self.predicted[name] + BESIDE for name in ended)
+        after = sum(self.predicted.get(name, 0.0) + BESIDE for name in rest)
         return (time.monotonic() - self.begin) * after / before if before and after else None
 
 
@@ -235,9 +238,7 @@ def main_score(root: Root, cell: Cell) -> str:
     primary = metrics["task"]["primary"]
     value = (metrics["arms"].get(metrics["task"].get("lead", cell.arm), {}).get(primary) or {}).get("value")
     name = NAMES.get(primary, primary.replace("_", " "))
-    if value is None:
-        return f"no {name}"
-    return f"{name} {value:.2f}" if primary in OF_100 | PLAIN else f"{name} {value * 100:.1f} %"
+    return f"no {name}" if value is None else f"{name} {number(value, metric_term(primary).unit)}"
 
 
 def span(seconds: float) -> str:

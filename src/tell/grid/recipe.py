@@ -33,6 +33,7 @@ from tell.errors import TellError
 from tell.grid.nested import VARIABLE, dig, leaves
 from tell.grid.recipe_checks import (
     OF_A_PRODUCT,
+    check_arms,
     check_axes,
     check_build,
     check_grid,
@@ -191,6 +192,7 @@ def load_recipe(
     path = Path(path)
     recipe = make_recipe(read_yaml(path), where=str(path))
     check_axes(_axes(recipe), recipe.grid, str(path))
+    check_arms(_arms(recipe), recipe.arms, str(path))
     if data is not None and not Path(data).expanduser().is_dir():
         raise TellError("no such folder", where=f"--data {data}", remedy="Give the folder that holds the data.")
     given = dict(variables or {})
@@ -236,8 +238,9 @@ def make_recipe(data: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         shown = "" if isinstance(first.get("input"), dict) else f" (got {first.get('input')!r})"
-        text = first["msg"].removeprefix("Value error, ")
-        raise TellError(f"{key}: {text}{shown}", where=where, remedy=f"Change {key}.") from error
+        text = first["msg"].removeprefix("Value error, ").replace("tuple", "list").replace("Tuple", "List")
+        what = f"{key}: {text}{shown}" if key else text
+        raise TellError(what, where=where, remedy=f"Change {key}." if key else "Add one or the other.") from error
     check_run_keys(recipe.config, where, "config")
     check_grid(recipe.grid, {"arms": recipe.arms, "seeds": recipe.seeds}, where)
     check_build(recipe.build, where)
@@ -252,6 +255,15 @@ def _axes(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield from ((f"figures[{i}].{name}", key) for name, key in keys.items() if key is not None)
     for name in ("fits", "efficiency"):
         yield from ((f"{name}[{i}].x", asked.x) for i, asked in enumerate(getattr(recipe, name)))
+
+
+def _arms(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Every place that names an arm, with that arm; not those of ``efficiency`` that nobody wrote."""
+    yield from ((f"figures[{i}].arm", f.arm) for i, f in enumerate(recipe.figures) if f.kind == "map")
+    yield from ((f"fits[{i}].arm", fit.arm) for i, fit in enumerate(recipe.fits))
+    for i, asked in enumerate(recipe.efficiency):
+        if "arms" in asked.model_fields_set:
+            yield from ((f"efficiency[{i}].arms", arm) for arm in asked.arms)
 
 
 def _overridden(recipe: Recipe, overrides: Iterable[str]) -> dict[str, Any]:

@@ -77,6 +77,20 @@ def check_axes(asked: Iterable[tuple[str, str]], grid: Iterable[Mapping[str, Any
             )
 
 
+def check_arms(asked: Iterable[tuple[str, str]], arms: Sequence[str], where: str) -> None:
+    """Refuse a fit, map or comparison of an arm that the recipe does not run.
+
+    Args:
+        asked: (its place in the recipe, the arm it names).
+        arms: the recipe's.
+    """
+    for place, arm in asked:
+        if arm not in arms:
+            raise TellError(
+                f"{place} is {arm}, which the recipe does not run", where=where, remedy=f"Use {', '.join(arms)}."
+            )
+
+
 def check_build(build: Mapping[str, Mapping[str, Any]], where: str) -> None:
     """Refuse a data set without a builder, and one made of another that stands after it."""
     names = list(build)

@@ -6,8 +6,19 @@ from collections.abc import Iterator
 
 from pydantic import BaseModel
 
+from tell.evaluate.names import NAMES
 from tell.grid import recipe
 from tell.grid.recipe import PARTS, Recipe
+
+TAIL = """
+## Names of metrics
+Scores: {scores}. A scorer of your own goes by the name of its function, or the keys of what it returns.
+
+Losses on general text are `probe loss` (a fixed text) and `general held out loss` (rows of the general data that were
+held out), each also with ` change`, from the untuned model. Benchmarks are `benchmark openbookqa` and so on, and under
+`metrics` all of them are `benchmarks`; hidden states have `linear_probe`, `silhouette`, `mmd2` and `length_probe`. The
+page says what no finished cell has.
+"""
 
 HEAD = """\
 # Recipes
@@ -23,7 +34,8 @@ def recipe_docs() -> str:
     parts = [HEAD, example, "", variables.strip().replace("``", "`"), "", *_table(Recipe)]
     for name, model in PARTS.items():
         parts += ["", f"## {name}", (model.__doc__ or "").strip().replace("``", "`"), "", *_table(model)]
-    return "\n".join(parts) + "\n"
+    scores = ", ".join(f"`{name}`" for name in NAMES)
+    return "\n".join(parts) + "\n" + TAIL.format(scores=scores)
 
 
 def _table(model: type[BaseModel]) -> Iterator[str]:

@@ -36,10 +36,12 @@ class Number:
     Attributes:
         value: the run's own.
         spread: standard error over the rows it was measured on, from the run's interval; 0 where it has none.
+        ci: the run's interval, which may lie askew of the value.
     """
 
     value: float
     spread: float
+    ci: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -351,4 +353,6 @@ def _number(entry: Any) -> Number | None:
     if not is_number(value):
         return None
     known = isinstance(ci, list) and len(ci) == 2 and all(map(is_number, ci))
-    return Number(float(value), (ci[1] - ci[0]) / (2 * Z) if known else 0.0)
+    if not known:
+        return Number(float(value), 0.0)
+    return Number(float(value), (ci[1] - ci[0]) / (2 * Z), (float(ci[0]), float(ci[1])))

@@ -17,7 +17,7 @@ from tell.grid.figures import draw_curves, draw_front, draw_maps
 from tell.grid.fit import NAMES
 from tell.grid.inline import inline_svg
 from tell.grid.means import Bootstrap, groups
-from tell.grid.results import CHANGE, Study, as_drawn, canonical, frozen
+from tell.grid.results import CHANGE, Study, as_drawn, frozen
 from tell.grid.separation import pictures
 from tell.grid.table import FLOPS, Gap, Line, bare, costs_shown, keys_shown
 from tell.grid.words import arm_name, key_name, metric_term, point_name, rounded, value_name
@@ -67,15 +67,11 @@ class Section:
     blocks: Sequence[str | Picture | Table]
 
 
-def figures_blocks(study: Study, bootstrap: Bootstrap, found: Analyses) -> Iterator[str | Picture]:
+def figures_blocks(study: Study, bootstrap: Bootstrap, found: Analyses) -> Iterator[Picture]:
     for n, asked in enumerate(study.recipe.get("figures") or (), 1):
         drawn = _map(study, bootstrap, asked) if asked.get("kind") == "map" else _curves(study, bootstrap, found, asked)
         if drawn is not None:
             yield _picture(study, f"figure{n}", *drawn)
-        elif study.outcomes:
-            metric = canonical(asked.get("value") or asked["y"])
-            known = ", ".join(name for name in sorted(study.known()) if CHANGE not in name)
-            yield f"Figure {n} is empty: no finished cell has {metric} over {key_name(asked['x'])}. Known are {known}."
 
 
 def _curves(study: Study, bootstrap: Bootstrap, found: Analyses, asked: dict[str, Any]) -> tuple[Figure, str] | None:
@@ -284,5 +280,8 @@ def tables_blocks(study: Study, table: Sequence[Line], differences: Sequence[Gap
         rows = [
             Row([*g.point.values(), arm_name(g.arm), *(g.cells[m] for m in metrics), str(g.seeds)]) for g in differences
         ]
-        note = "Paired by seed and test row. Where an interval holds 0, the two cannot be told apart."
+        note = (
+            "Paired by seed and test row. Where an interval holds 0, the two cannot be told apart. Of losses on "
+            "general text each side's change is taken by itself, which makes the interval wide rather than narrow."
+        )
         yield Table("TELL minus the other arms", heads, rows, len(keys) + 1, note)

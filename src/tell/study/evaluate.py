@@ -72,7 +72,7 @@ def evaluate(
         raise TellError(
             "has no adapter left",
             where=str(opened.folder.root),
-            remedy="Cells of a study keep theirs with keep_adapters: true in the recipe.",
+            remedy="A cell of a study keeps its adapter with `tell study --keep-adapters`.",
         )
     adapters = {arm: opened.adapter(arm) for arm in wanted}
     facts = _read(opened.folder, opened.folder.findings)

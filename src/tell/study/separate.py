@@ -202,8 +202,9 @@ def _notices(result: dict, layer: str) -> list[str]:
         if found["ci"][0] > result["chance"]:
             told.append(f"{name}: token length alone tells the groups apart in {found['value']:.0%} (chance 50%)")
     if "control" in numbers:
-        share = numbers["control"]["probe"]["value"]
-        told.append(f"control: on general queries the anchor separates too, probe {share:.0%} at layer {layer}")
+        probe = numbers["control"]["probe"]
+        what = "separates too" if probe["ci"][0] > result["chance"] else "tells nothing apart"
+        told.append(f"control: on general queries the anchor {what}, probe {probe['value']:.0%} at layer {layer}")
     return told
 
 

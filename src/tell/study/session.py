@@ -133,7 +133,8 @@ class OpenRun:
             raise TellError(
                 f"this run has no adapter for the arm {arm}",
                 where=str(self.folder.root),
-                remedy=f"Run `tell tune` with --arms that include {arm}, or choose another arm.",
+                remedy=f"Run `tell tune` with --arms that include {arm}, or choose another arm; a cell of a study "
+                "keeps its adapter with `tell study --keep-adapters`.",
             )
         return place
 

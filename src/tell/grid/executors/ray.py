@@ -92,6 +92,12 @@ class RayExecutor:
         """
         with self._connected():
             cpus, slots = self._share()
+            if not slots and self.address == "local":
+                raise TellError(
+                    f"this machine has no {cpus:g} CPUs and {self.resources.gpus:g} GPUs for a cell",
+                    where="--address local",
+                    remedy="Ask for less with --cpus and --gpus, or give the address of a larger cluster.",
+                )
             if not slots:
                 queue.display.note(f"no machine of the cluster has {cpus:g} CPUs and {self.resources.gpus:g} GPUs yet")
             task = self.ray.remote(
@@ -199,6 +205,9 @@ class RayExecutor:
 
 def _knock(address: str) -> None:
     """Raise OSError where nobody listens; Ray itself would try for minutes."""
+    if address == "auto":
+        noted = Path(tempfile.gettempdir(), "ray", "ray_current_cluster")  # may be that of a cluster long dead
+        address = os.environ.get("RAY_ADDRESS") or (noted.read_text(encoding="utf-8").strip() if noted.exists() else "")
     host, colon, port = address.removeprefix("ray://").partition("/")[0].rpartition(":")
     if colon and port.isdigit():
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
