@@ -20,7 +20,7 @@ def test_lengths_are_those_of_the_mixture():
 
 
 @given(n=st.integers(1, 90), seed=st.integers(0, 2**32), scale=st.sampled_from([1.0, 0.3, 0.05]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_rows_hold_together(n, seed, scale):
     rows = make_rows(n, VOCABULARY, seed, scale)
     assert len(rows) == n and rows.starts[-1] == len(rows.ids)
@@ -58,7 +58,7 @@ def test_a_turn_holds_the_same_rows_in_every_order(lengths, how):
 
 
 @given(n=st.integers(1, 60), seed=st.integers(0, 2**32))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_prompts_share_their_prefix_and_nothing_exceeds_its_limit(n, seed):
     prompts = make_prompts(n, VOCABULARY, seed)
     assert len(prompts.ids) == len(prompts.limits) == n

@@ -9,7 +9,7 @@ from tell.errors import TellError
 units = st.lists(st.integers(1, 500), min_size=1, max_size=60).map(np.array)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(units, st.floats(0.001, 1), st.integers(0, 2**32 - 1))
 def test_tokens_come_within_one_row_on_the_nearer_side(unit, share, seed):
     budget = share * unit.sum()
@@ -22,7 +22,7 @@ def test_tokens_come_within_one_row_on_the_nearer_side(unit, share, seed):
     assert gap == np.abs(sums - budget).min()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(units, st.floats(0.001, 1), st.floats(0.001, 1), st.integers(0, 99))
 def test_subsets_of_one_seed_are_nested(unit, a, b, seed):
     small, large = sorted((a * unit.sum(), b * unit.sum()))

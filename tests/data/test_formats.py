@@ -45,7 +45,7 @@ NAMES = ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.json", "a.json.gz", "a.csv",
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(records=rows)
 def test_every_format_returns_what_was_written(tmp_path_factory, name, records):
     path = tmp_path_factory.mktemp("round") / name

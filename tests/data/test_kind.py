@@ -95,7 +95,7 @@ json_values = st.recursive(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.dictionaries(st.sampled_from("kl"), json_values, max_size=2), min_size=1, max_size=12))
 def test_an_inferred_schema_is_valid_and_accepts_every_row(rows):
     schema = infer_schema(rows)

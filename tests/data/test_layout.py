@@ -72,7 +72,7 @@ def test_a_later_row_may_bring_an_input_column():
     assert [to_messages(row, layout)[0].content for row in rows] == ["A", "B\nx"]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.text(), lambda x: st.lists(x) | st.dictionaries(st.text(), x)

@@ -31,7 +31,7 @@ def test_exact_near_and_different():
     assert found.pairs[2].similarity == pytest.approx(len(x & y) / len(x | y))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 10**6), st.integers(0, 12), st.floats(0.5, 0.95))
 def test_near_agrees_with_all_pairs(seed, edits, threshold):
     rng = random.Random(seed)

@@ -26,7 +26,7 @@ pairs = st.lists(
 fractions = st.floats(0.01, 0.99)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(pairs.filter(lambda p: len({q for q, _ in p}) > 1), st.integers(0, 2**31), fractions, st.floats(0, 0.9))
 def test_nothing_lost_nothing_doubled_no_prompt_straddles(rows, seed, test_fraction, validation_fraction):
     examples = make(rows)
@@ -40,7 +40,7 @@ def test_nothing_lost_nothing_doubled_no_prompt_straddles(rows, seed, test_fract
     assert parts == split(examples, seed=seed, test_fraction=test_fraction, validation_fraction=validation_fraction)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(2, 80), st.integers(0, 99), fractions, st.floats(0, 0.9))
 def test_sizes_are_exact_where_all_prompts_differ(n, seed, test_fraction, validation_fraction):
     parts = split(
@@ -103,7 +103,7 @@ def test_too_few_rows():
         split(make([("a", "1"), ("a", "2"), ("a", "1")]), seed=0, test_fraction=0.3, validation_fraction=0.1)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(pairs, pairs, st.integers(0, 99), st.floats(0, 0.9))
 def test_given_test(train, test, seed, validation_fraction):
     train, test = make(train), make(test)

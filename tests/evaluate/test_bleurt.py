@@ -82,7 +82,7 @@ words = st.lists(st.sampled_from([*" ".join(SENTENCES).split(), "日本", "[SEP]
 
 
 @given(words, words)
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_pairs_are_encoded_as_published(bleurt, reference, candidate):
     ids, mask, segments = published_rows([reference], [candidate], bleurt._pieces, 32)
     n = int(mask.sum())

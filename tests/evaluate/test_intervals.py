@@ -50,7 +50,6 @@ def test_degenerate_pairs_have_honest_width(table):
     assert low <= result["value"] <= high
 
 
-@settings(deadline=None)
 @given(st.tuples(*[st.integers(0, 40)] * 4).filter(lambda table: sum(table) > 0))
 def test_newcombe_properties(table):
     a, b = pairs(*table)
@@ -137,7 +136,7 @@ def test_no_row_and_one_row():
     assert one["value"] == 1 and one["ci"][0] == pytest.approx(0.2065, abs=1e-3)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.lists(st.floats(-100, -1) | st.floats(1.5, 100), min_size=1, max_size=30), st.integers(0, 5))
 def test_same_seed_same_interval_and_it_is_ordered(rows, seed):
     metric = mean_metric(rows)

@@ -2,7 +2,7 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tell.errors import TellError
@@ -66,7 +66,6 @@ def test_strict_parser_refuses(answer, why):
     assert score_one(answer)["valid_json"] == score_one(answer)["schema_adherence"] == 0
 
 
-@settings(deadline=None)
 @given(
     st.recursive(
         st.none()

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, f1_score
 
@@ -11,7 +11,6 @@ LABELS = ["positive", "negative", "neutral", "mixed"]
 WORDS = st.sampled_from([*LABELS, "no idea", ""])
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(WORDS, st.sampled_from(LABELS)), min_size=1, max_size=40))
 def test_equals_scikit_learn(pairs):
     answers, references = map(list, zip(*pairs, strict=True))

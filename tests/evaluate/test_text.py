@@ -27,7 +27,7 @@ def corpus_scores(answers, references):
 @given(
     st.lists(st.tuples(st.text("abc .,é\n", max_size=40), st.text("abc .,é\n", max_size=40)), min_size=1, max_size=8)
 )
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_corpus_scores_equal_sacrebleu(pairs):
     answers, references = map(list, zip(*pairs, strict=True))
     metrics = TextScorer().score(answers, references)

@@ -72,7 +72,7 @@ def test_states_of_both_ways(family, dtype, tiny_model, monkeypatch):
     greedy=st.booleans(),
     banned=st.booleans(),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_sampler_equals_torch(dtype, seed, vocabulary, top_k, top_p, temperature, penalty, greedy, banned):
     generator = torch.Generator().manual_seed(seed)
     n = 9
@@ -194,7 +194,7 @@ def test_product_of_layers_side_by_side(dtype):
     bias=st.booleans(),
     seed=st.integers(),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_packed_weight(rows, half, outputs, bias, seed):
     generator = torch.Generator().manual_seed(seed % 2**32)
     x, weight = (torch.randn(n, 2 * half, generator=generator).bfloat16() for n in (rows, outputs))

@@ -34,7 +34,7 @@ def probabilities(logits: torch.Tensor, seen: torch.Tensor, rule: Decoding) -> t
     return torch.cat(rows)
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(
     seed=st.integers(0, 10_000),
     vocabulary=st.sampled_from([2, 7, 60, 700]),

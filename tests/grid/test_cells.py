@@ -65,7 +65,7 @@ def test_only_what_has_an_effect_counts(arm, change):
     assert same == (arm in without)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40, deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
 @given(st.sampled_from(ARMS), st.sets(st.sampled_from(sorted(CHANGES)), max_size=5), st.randoms())
 def test_several_changes_count_as_each_alone(arm, changes, random):
     """In whatever order they come; only another amount of the same thing may undo an amount."""
@@ -195,7 +195,7 @@ def recipe(grid, **keys):
 
 
 @given(st.permutations(["task.rows", "general.tokens", "mix.repeat"]), st.permutations([15, 30, 45]))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_the_order_of_a_grid_does_not_matter(keys, rows):
     values = {"task.rows": rows, "general.tokens": [0, "3e4"], "mix.repeat": [1, 2]}
     a = grid_of(recipe({key: values[key] for key in keys}), {})

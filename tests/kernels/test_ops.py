@@ -165,7 +165,7 @@ def test_attention_of_long_rows_in_bf16(prefix, window, width, by_rows, monkeypa
         assert (actual.double() - wanted).norm() < 8e-3 * wanted.norm()  # several roundings of 2^-9 each
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=9), st.integers(0, 12))
 def test_positions_and_slots_of_any_plan(lengths, prefix):
     plan = PackedPlan(lengths, prefix=prefix)

@@ -21,7 +21,7 @@ def example(task, general, rows, seed, repeat=2):
 lengths = st.lists(st.integers(3, 40), min_size=1, max_size=20)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(task=lengths, general=lengths, rows=st.integers(0, 40), seed=st.integers(0, 99), batch=st.integers(1, 20))
 def test_round_trip(tmp_path_factory, task, general, rows, seed, batch):
     path = tmp_path_factory.mktemp("manifest") / "manifest.parquet"

@@ -63,7 +63,7 @@ def rows(examples, chat, frames, *, anchor=NO_ANCHOR, unit=None, size=3):
 
 
 @pytest.mark.parametrize("family", FRAMED)
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.lists(contents.filter(str.strip), min_size=2, max_size=5), min_size=1, max_size=4), st.booleans())
 def test_framed_equals_whole(chat, family, conversations, anchored):
     tokenizer = chat(family)

@@ -210,7 +210,7 @@ TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Co"]), mi
 ANCHOR = "Below is an instruction that describes a task."
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     family=st.sampled_from(tiny.FAMILIES),
     place=st.sampled_from(["system", "user"]),
@@ -241,7 +241,7 @@ def test_anchor_once_in_task_rows_never_in_general(family, place, prompts, answe
         assert table.hashes == plain.hashes
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(family=st.sampled_from(tiny.FAMILIES), template=st.booleans(), prompt=TEXT, answer=TEXT.filter(str.strip))
 def test_rows_begin_with_the_prompt_of_decoding(family, template, prompt, answer, chat):
     tokenizer = chat(family, **({} if template else {"template": False}))

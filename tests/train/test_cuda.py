@@ -60,7 +60,7 @@ def varlen_plan(lengths, *, prefix=0, device="cpu"):
     return VarlenPlan(lengths, prefix=prefix, device=device, find=lambda q, v: unseen_varlen)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     lengths=st.lists(st.integers(1, 20), min_size=1, max_size=6),
     prefix=st.integers(0, 12),

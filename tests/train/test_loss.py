@@ -11,7 +11,7 @@ import tell.train.loss as module
 from tell.train.loss import blocked_cross_entropy, position_weights
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     n=st.integers(1, 40),
     block=st.integers(1, 50),

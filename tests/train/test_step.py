@@ -139,7 +139,7 @@ def test_bfloat16_is_close(tiny_model):
     assert torch.nn.functional.cosine_similarity(a, b, dim=0) > 0.99
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     lengths=st.lists(st.integers(2, 40), min_size=1, max_size=12),
     prefix=st.integers(0, 30),
