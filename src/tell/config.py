@@ -267,7 +267,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise TellError("no such file", where=str(path), remedy="Check the path given to -c.") from error
+        raise TellError("no such file", where=str(path), remedy="Check its path.") from error
     except (OSError, UnicodeDecodeError) as error:
         raise TellError(f"cannot be read ({error})", where=str(path), remedy="Save it as UTF-8 YAML.") from error
     except yaml.YAMLError as error:
@@ -281,7 +281,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if data is None:
         return {}
     if not isinstance(data, dict):
-        raise TellError("holds no mapping of keys", where=str(path), remedy="Write e.g. task: {data: tickets.jsonl}.")
+        raise TellError(
+            "holds no mapping of keys", where=str(path), remedy="Write keys with their values, as KEY: VALUE."
+        )
     return data
 
 

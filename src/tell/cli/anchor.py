@@ -26,7 +26,10 @@ def anchor(
         typer.Option("--score", metavar="A,B,...", help="loss, separation, short-run; default: the cheap ones"),
     ] = None,
     short_steps: Annotated[
-        str | None, typer.Option("--short-steps", metavar="N", help="steps of a short run for each candidate")
+        str | None,
+        typer.Option(
+            "--short-steps", metavar="N", help="steps of a short run for each candidate; 8 where --score asks for it"
+        ),
     ] = None,
     out: Annotated[
         Path | None,

@@ -123,6 +123,7 @@ def plan_panel(plan: dict) -> RenderableType:
     from rich.text import Text
 
     from tell.cli.display import clock, short
+    from tell.grid.queue import span
     from tell.grid.words import value_name
 
     keys = list(dict.fromkeys(key for row in plan["cells"] for key in row["point"]))
@@ -134,7 +135,7 @@ def plan_panel(plan: dict) -> RenderableType:
     for i, (key, tail) in enumerate(zip(keys, tails, strict=True)):
         width = max(len(values[i]) for values in shown)
         table.add_column(tail if tails.count(tail) == 1 else key, overflow="fold", min_width=min(width, 18))
-    for title in ("seed", "steps", "tokens", "FLOPs", "train", "rest"):
+    for title in ("seed", "steps", "tokens", "FLOPs", "training", "evaluation"):
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("")
     for row, values in zip(plan["cells"], shown, strict=True):
@@ -150,7 +151,7 @@ def plan_panel(plan: dict) -> RenderableType:
     for title, total in (("in all", plan["total"]), ("to do", plan["left"])):
         lines.append(
             f"{title}: {total['cells']:,} cells, {total['steps']:,} steps, {short(total['tokens'])} tokens, "
-            f"{total['flops']:.3g} training FLOPs, {total['seconds'] / 3600:.1f} hours"
+            f"{total['flops']:.3g} training FLOPs, {span(total['seconds'])}"
         )
     lines += dict.fromkeys(row["error"] for row in plan["cells"] if row["error"])
     bases = dict.fromkeys(row["basis"] for row in plan["cells"] if row["basis"])

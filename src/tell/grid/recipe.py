@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -236,9 +237,14 @@ def make_recipe(data: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
+        place = first["loc"]
+        if place[:1] == ("grid",) and not isinstance(data.get("grid"), list | tuple):
+            place = ("grid", *place[2:])  # it was written as one product
+        key = ".".join(str(part) for part in place)
         shown = "" if isinstance(first.get("input"), dict) else f" (got {first.get('input')!r})"
         text = first["msg"].removeprefix("Value error, ").replace("tuple", "list").replace("Tuple", "List")
+        if first["type"] == "literal_error":
+            text += nearest(str(first.get("input")), re.findall(r"'([^']+)'", first["ctx"]["expected"]))
         what = f"{key}: {text}{shown}" if key else text
         raise TellError(what, where=where, remedy=f"Change {key}." if key else "Add one or the other.") from error
     check_run_keys(recipe.config, where, "config")
