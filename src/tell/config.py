@@ -263,11 +263,12 @@ def make_config(data: Mapping[str, Any], *, where: str = "configuration") -> Con
         raise TellError(f"{key}: {message}{shown}", where=where, remedy=f"Change {key}.") from error
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, given_to: str = "-c") -> dict[str, Any]:
+    """A YAML file of keys; ``given_to`` names the flag or verb behind which it was given, for errors."""
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise TellError("no such file", where=str(path), remedy="Check its path.") from error
+        raise TellError("no such file", where=str(path), remedy=f"Check the path given to {given_to}.") from error
     except (OSError, UnicodeDecodeError) as error:
         raise TellError(f"cannot be read ({error})", where=str(path), remedy="Save it as UTF-8 YAML.") from error
     except yaml.YAMLError as error:

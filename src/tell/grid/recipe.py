@@ -191,7 +191,7 @@ def load_recipe(
         TellError: an unknown key (with the nearest name), a wrong value, a variable that is missing or not used.
     """
     path = Path(path)
-    recipe = make_recipe(read_yaml(path), where=str(path))
+    recipe = make_recipe(read_yaml(path, "tell study"), where=str(path))
     check_axes(_axes(recipe), recipe.grid, str(path))
     check_arms(_arms(recipe), recipe.arms, str(path))
     if data is not None and not Path(data).expanduser().is_dir():
