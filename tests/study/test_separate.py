@@ -13,6 +13,7 @@ from study.runs import EXAMPLES, PROBE, config_of, read
 from tell.anchor.separation import CONTRASTS
 from tell.errors import TellError
 from tell.run import RunFolder
+from tell.study.separate import _notices
 
 
 def quick(model, **sections):
@@ -117,3 +118,12 @@ def test_refused(tiny_model, sections, options, match):
 def test_no_run_there(tiny_model, tmp_path):
     with pytest.raises(TellError, match="no such run folder"):
         tell.separate(quick(tiny_model("llama")), run=RunFolder(tmp_path / "nowhere").root)
+
+
+@pytest.mark.parametrize(
+    ("ci", "says"), [([0.28, 0.72], "tells nothing apart, probe 50%"), ([0.61, 0.9], "separates too")]
+)
+def test_the_control_says_what_its_probe_can(ci, says):
+    probe = {"value": sum(ci) / 2, "ci": ci}
+    (told,) = _notices({"length": {}, "chance": 0.5, "layers": {"3": {"control": {"probe": probe}}}}, "3")
+    assert says in told and "layer 3" in told
