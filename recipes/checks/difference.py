@@ -3,9 +3,8 @@
     python recipes/checks/difference.py studies/fig16 schema_adherence \\
       "tell task.rows=115 anchor.text=automatic" "tell task.rows=115 anchor.text=anchor.txt"
 
-Each side is an arm and values of the grid's keys, as the study's table has them (quoted where there are spaces in
-them: ``"tell 'anchor.text=not set'"``). The interval is the study's own: a
-bootstrap over the seeds that both have and over test rows, paired by both.
+Each side is an arm and values of the grid's keys, as the study's table has them, quoted where there are spaces in
+them: ``"tell 'anchor.text=not set'"``. The interval is the study's own, paired by seed and test row.
 """
 
 from __future__ import annotations

@@ -212,6 +212,9 @@ def test_a_map_leaves_out_points_without_its_keys(tmp_path):
     asked = {"kind": "map", "x": "general.tokens", "y": "task.rows", "value": "schema_adherence"}
     drawn = _map(study, Bootstrap(study, 100), asked)
     assert drawn is not None
+    axes = drawn[0].axes[0]
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["0", "10k", "30k", "100k"]  # without the 7
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["15", "not set"]
 
 
 def test_weights_that_changed_under_one_name_are_said(tmp_path):
@@ -219,7 +222,7 @@ def test_weights_that_changed_under_one_name_are_said(tmp_path):
     for path in (tmp_path / "cells").glob("*/findings.json"):
         mark = "aaaa" if path.parent.name.startswith("base") else "bbbb"
         path.write_text(json.dumps({"machine": {"model_fingerprint": mark}}), encoding="utf-8")
-        (path.parent / "run.yaml").write_text("model: {name: some/model}\n", encoding="utf-8")
+        (path.parent / "plan.json").write_text('{"model": {"name": "some/model"}}', encoding="utf-8")
     study = read_results(made)
     assert study.weights == {"some/model": {"aaaa": 2, "bbbb": 2}}
     assert [text for text in notices(study) if "some/model" in text and "2 with aaaa, 2 with bbbb" in text]

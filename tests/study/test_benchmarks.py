@@ -203,6 +203,8 @@ def test_a_second_benchmark_stands_beside_the_first(copy, questions, monkeypatch
     """Asked alike, nothing is asked twice; asked otherwise, the numbers could not be compared."""
     harness()
     benchmark(copy.root, ["openbookqa"], data=str(questions))
+    kept = copy.predictions / "benchmarks/tell/openbookqa.jsonl"
+    written = kept.stat().st_mtime_ns
     asked = []
     original = module._answers
     monkeypatch.setattr(
@@ -212,6 +214,6 @@ def test_a_second_benchmark_stands_beside_the_first(copy, questions, monkeypatch
     )
     found = benchmark(copy.root, ["agieval"], data=str(questions), arms=["base"])["benchmarks"]
     assert asked == ["base", "tell"] and list(found["settings"]["tasks"]) == ["openbookqa", "agieval"]
-    assert {"openbookqa", "agieval"} <= found["arms"]["tell"].keys()
+    assert {"openbookqa", "agieval"} <= found["arms"]["tell"].keys() and kept.stat().st_mtime_ns == written
     again = benchmark(copy.root, ["openbookqa"], data=str(questions), limit=1)["benchmarks"]
     assert list(again["settings"]["tasks"]) == ["openbookqa"] and again["arms"]["tell"]["openbookqa"]["n"] == 1

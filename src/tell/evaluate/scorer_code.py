@@ -11,6 +11,7 @@ import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 INSTALLED = tuple(Path(sysconfig.get_path(name)) for name in ("purelib", "platlib", "stdlib", "platstdlib"))
@@ -80,19 +81,20 @@ def _files(module: str, origin: Path, root: Path, *, installed: bool) -> dict[st
         if name in found:
             continue
         found[name] = path
-        for other in _imported_names(name, path):
+        for other in _imported_names(name, path, path.stat().st_mtime_ns):
             if not installed or other.partition(".")[0] == module.partition(".")[0]:
                 place = root.joinpath(*other.split("."))
                 new += [(other, file) for file in (place.with_suffix(".py"), place / "__init__.py") if file.is_file()]
     return found
 
 
-def _imported_names(module: str, path: Path) -> set[str]:
+@lru_cache(maxsize=4096)
+def _imported_names(module: str, path: Path, _changed: int) -> frozenset[str]:
     """Every name that a file imports, whether a module or a part of one, with the packages around it."""
     try:
         nodes = list(ast.walk(ast.parse(path.read_bytes())))
     except (SyntaxError, ValueError):  # the run says what is wrong with it
-        return set()
+        return frozenset()
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     names = {module}
     for node in nodes:
@@ -104,7 +106,7 @@ def _imported_names(module: str, path: Path) -> set[str]:
             base = ".".join([*around, *filter(None, [node.module])])
             names.add(base)
             names.update(f"{base}.{alias.name}".lstrip(".") for alias in node.names)
-    return {name.rsplit(".", i)[0] for name in names if name for i in range(name.count(".") + 1)}
+    return frozenset(name.rsplit(".", i)[0] for name in names if name for i in range(name.count(".") + 1))
 
 
 def forget_changed(spec: str) -> None:

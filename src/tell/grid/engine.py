@@ -65,12 +65,9 @@ class Study:
                     remedy="Move it away, or give another folder with --out.",
                 )
             return
-        there = self.folder.read()
-        own, other = (
-            {key: recipe.get(key) for key in ("config", "grid")}
-            for recipe in (self.recipe.model_dump(mode="json"), there.get("recipe") or {})
-        )
-        if there.get("source") not in (None, str(self.source)) and own != other:
+        there, own = self.folder.read(), self.head()
+        same_runs = all(there["recipe"].get(key) == own["recipe"][key] for key in ("config", "grid"))
+        if there.get("source") not in (None, own["source"]) and not same_runs:
             raise TellError(
                 f"holds the study of {there['source']}",
                 where=str(self.folder.root),

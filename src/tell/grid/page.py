@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -122,18 +121,13 @@ def _page(study: Study, sections: Sequence[Section]) -> str:
 
 def unknown_metrics(study: Study) -> list[str]:
     """Metrics that the recipe names and no finished cell has; none while nothing is finished."""
-    recipe = study.recipe
-    named = [
-        str(f.get("value") or f["y"]) if f.get("kind") == "map" else str(f["y"]) for f in _parts(recipe, "figures")
-    ]
-    named += [str(part["y"]) for key in ("fits", "efficiency") for part in _parts(recipe, key)]
-    named += [str(part[key]) for part in _parts(recipe, "pareto") for key in ("gain", "cost")]
-    named += [str(name) for name in recipe.get("metrics") or () if name != "benchmarks"]
-    return [name for name in dict.fromkeys(named) if study.outcomes and canonical(name) not in study.known()]
-
-
-def _parts(recipe: Mapping[str, Any], key: str) -> Sequence[Mapping[str, Any]]:
-    return recipe.get(key) or ()
+    parts = {key: study.recipe.get(key) or () for key in ("figures", "fits", "efficiency", "pareto", "metrics")}
+    named = [f["value"] if f.get("kind") == "map" else f["y"] for f in parts["figures"]]
+    named += [part["y"] for part in (*parts["fits"], *parts["efficiency"])]
+    named += [part[key] for part in parts["pareto"] for key in ("gain", "cost")]
+    named += [name for name in parts["metrics"] if name != "benchmarks"]
+    known = study.known()
+    return [name for name in dict.fromkeys(named) if known and canonical(name) not in known]
 
 
 def notices(study: Study) -> list[str]:

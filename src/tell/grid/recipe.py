@@ -50,7 +50,7 @@ class Figure(Section):
     x: str = Field(description="a key of the grid")
     y: str = Field(description="a metric; of a map, another key of the grid")
     lines: str = Field("arm", description="arm, or a key of the grid")
-    panels: str | None = Field(None, description="a key of the grid; none: one panel")
+    panels: str | None = Field(None, description="a key of the grid; a map has a panel for every other key as it is")
     value: str | None = Field(None, description="of a map: the metric")
     arm: Arm = Field("tell", description="of a map: whose scores")
 
@@ -192,6 +192,7 @@ def load_recipe(
     """
     path = Path(path)
     recipe = make_recipe(read_yaml(path, "tell study"), where=str(path))
+    # Here and not with the other checks: seeds given beside the recipe may leave products of its grid out.
     check_axes(_axes(recipe), recipe.grid, str(path))
     check_arms(_arms(recipe), recipe.arms, str(path))
     if data is not None and not Path(data).expanduser().is_dir():
@@ -229,10 +230,14 @@ def make_recipe(data: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
     check_keys(data, Recipe, where, remedy=remedy)
     for key, kind in PARTS.items():
         given, known = data.get(key), f"Its keys are {', '.join(kind.model_fields)}."
-        named = enumerate(given) if isinstance(given, list | tuple) else [("", given)]
-        for i, item in named:
+        items = (
+            {f"{key}[{i}].": item for i, item in enumerate(given)}
+            if isinstance(given, list | tuple)
+            else {f"{key}.": given}
+        )
+        for place, item in items.items():
             if isinstance(item, Mapping):
-                check_keys(item, kind, where, f"{key}[{i}]." if i != "" else f"{key}.", known)
+                check_keys(item, kind, where, place, known)
     try:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from tell.errors import TellError
 from tell.evaluate.intervals import Z
@@ -258,25 +257,32 @@ class _Cell:
         )
 
     @cached_property
+    def plan(self) -> dict[str, Any]:
+        return _read(self.folder.plan)
+
+    @cached_property
+    def findings(self) -> dict[str, Any]:
+        return _read(self.folder.findings)
+
+    @property
     def parameters(self) -> float:
         """Of the base model; 0 where the run does not say."""
-        return float(get(_read(self.folder.plan), "model", "parameters", default=0) or 0)
+        return float(get(self.plan, "model", "parameters", default=0) or 0)
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """Of the model's files; empty where the run does not say."""
-        return str(get(_read(self.folder.findings), "machine", "model_fingerprint", default=""))
+        return str(get(self.findings, "machine", "model_fingerprint", default=""))
 
-    @cached_property
+    @property
     def model(self) -> str:
-        """Its name in the configuration."""
-        text = self.folder.config.read_text(encoding="utf-8") if self.folder.config.exists() else ""
-        return str(get(yaml.safe_load(text) or {}, "model", "name", default="the model"))
+        """Its name."""
+        return str(get(self.plan, "model", "name", default="the model"))
 
-    @cached_property
+    @property
     def machine(self) -> str:
         """Device and number format, ``cpu bf16``; empty where the run does not say."""
-        known = mapping(_read(self.folder.findings), "machine")
+        known = mapping(self.findings, "machine")
         return " ".join(str(known[key]) for key in ("device", "dtype") if key in known)
 
     def _rescore(self, rows: Sequence[dict]) -> Mapping[str, Metric]:
@@ -284,7 +290,7 @@ class _Cell:
         kind = get(self.metrics, "task", "kind")
         if kind not in ("text", "label"):
             return {}
-        labels = get(_read(self.folder.findings), "kind", "labels") or sorted({str(row["reference"]) for row in rows})
+        labels = get(self.findings, "kind", "labels") or sorted({str(row["reference"]) for row in rows})
         return make_scorer(kind, labels=labels).score([r["answer"] for r in rows], [r["reference"] for r in rows])
 
     def _numbers(self, arm: str) -> dict[str, Number]:

@@ -75,15 +75,13 @@ def gaps(study: Study, bootstrap: Bootstrap) -> list[Gap]:
         if tell and arm not in ("tell", "tell-anchor"):
             key = (arm, *(o.cell for o in (*tell, *group)))
             found.setdefault(key, ([], tell, group))[0].append(dict(tell[0].point))
-    out, metrics = [], tabulated(study)
+    out, metrics = [], dict.fromkeys(name.removesuffix(CHANGE) for name in tabulated(study))
     for (arm, *_), (points, tell, group) in found.items():
         cells = {}
         for metric in metrics:
-            if f"{metric}{CHANGE}" in metrics:  # the change has the narrower interval, and the same difference
-                continue
             unit = metric_term(metric).unit
             gap = bootstrap.difference(tell, group, metric)
-            cells[metric.removesuffix(CHANGE)] = Cell.of(gap, "points" if unit == "share" else unit, signed=True)
+            cells[metric] = Cell.of(gap, "points" if unit == "share" else unit, signed=True)
         shared = {o.seed for o in tell} & {o.seed for o in group}
         if shared:
             out.append(Gap(_shown(study, points), arm, cells, len(shared)))

@@ -18,7 +18,7 @@ from tell.rows.template import ChatTokenizer
 from tell.run import RunFolder
 from tell.study.folder import read_run_config
 from tell.study.record import dtype_name
-from tell.study.scoring import adapter_folder
+from tell.study.scoring import adapter_folder, adapter_ready
 
 
 class KeptModel:
@@ -128,15 +128,14 @@ class OpenRun:
         """
         if arm not in ARMS:
             raise TellError(f"unknown arm {arm!r}", where="--arm", remedy=f"Use one of {', '.join(ARMS)}.")
-        place = adapter_folder(self.folder, arm)
-        if place is not None and not (place / "adapter_model.safetensors").exists():
+        if not adapter_ready(self.folder, arm):
             raise TellError(
                 f"this run has no adapter for the arm {arm}",
                 where=str(self.folder.root),
                 remedy=f"Run `tell tune` with --arms that include {arm}, or choose another arm; a cell of a study "
                 "keeps its adapter with `tell study --keep-adapters`.",
             )
-        return place
+        return adapter_folder(self.folder, arm)
 
 
 def open_run(run: str | Path) -> OpenRun:
