@@ -112,6 +112,11 @@ def test_a_failed_cell_is_noted_and_the_others_go_on(recipe, tmp_path, capsys):
     """600 rows are more than there are."""
     path = recipe(grid={"task.rows": [600, 6]}, arms=["tell", "base"], config={"general": {"rows": 4}})
     argv = ["study", str(path), "--root", str(tmp_path / "studies")]
+    assert run([*argv, "--dry-run", "--json"]) == 1
+    out, said = capsys.readouterr()
+    left = json.loads(out)["left"]
+    assert (left["cells"], left["unplanned"]) == (3, 1)
+    assert "1 of 3 cells to do cannot be run" in said and "600 rows are asked for" in said
     assert run(argv) == 1
     said = capsys.readouterr().err
     assert "1 cells failed" in said and "600 rows are asked for" in said
@@ -120,7 +125,7 @@ def test_a_failed_cell_is_noted_and_the_others_go_on(recipe, tmp_path, capsys):
     assert states[600]["state"] == "failed" and "600 rows are asked for" in states[600]["error"]
     assert states[6]["state"] == "done" and states[600]["error"].count("\n") == 0
     assert run(argv) == 1 and run([*argv, "--dry-run"]) == 0
-    assert "error" in capsys.readouterr().out
+    assert "600 rows are asked for" in capsys.readouterr().out
     attempts = [read(tmp_path / "studies/small/study.json")["cells"]]
     assert run([*argv, "--retry-failed"]) == 1
     attempts.append(read(tmp_path / "studies/small/study.json")["cells"])
@@ -222,6 +227,14 @@ def test_the_untuned_model_is_measured_once(recipe, tmp_path, monkeypatch):
         if not path.parent.name.startswith("base")
     ]
     assert len(changes) == 3 and all(len(next(iter(change.values()))) == 2 for change in changes)
+
+
+def test_a_dry_run_of_a_study_that_cannot_run_is_bad_input(recipe, tmp_path, capsys):
+    path = recipe(**{**MINIMAL, "config": {"model": {"name": str(tmp_path / "nowhere")}}})
+    assert run(["study", str(path), "--root", str(tmp_path / "studies"), "--dry-run"]) == 2
+    out, said = capsys.readouterr()
+    assert "1 of 1 cells to do cannot be run" in said and said.count("nowhere") == 1
+    assert "without 1 that cannot be planned" in " ".join(out.split()) and "times:" not in out
 
 
 def test_a_cell_that_another_process_runs_is_waited_for(recipe, tmp_path):

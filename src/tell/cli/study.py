@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 SHOWN_ERRORS = 20
+ENDED = ("done", "failed")
 MARKS = {"waiting": "", "done": "✓", "failed": "✗"}
 
 
@@ -72,6 +74,7 @@ def study(
                 emit(plan)
             else:
                 make_console().print(plan_panel(plan))
+            _say_unplanned(plan)
             return
         folder = tell.run_study(
             recipe,
@@ -94,6 +97,21 @@ def study(
         lines = "".join(f"\n  {name}: {failed[name]}" for name in names)
         typer.echo(f"{len(failed)} cells failed (--retry-failed runs them again):{lines}{more}", err=True)
         raise typer.Exit(1)
+
+
+def _say_unplanned(plan: Mapping[str, Any]) -> None:
+    """What the study would run into; code 2 where it could run nothing at all.
+
+    Raises:
+        typer.Exit: cells that are to be run cannot be planned.
+    """
+    left = plan["left"]
+    if not left["unplanned"]:
+        return
+    errors = dict.fromkeys(row["error"] for row in plan["cells"] if row["error"] and row["state"] not in ENDED)
+    lines = "".join(f"\n  {error}" for error in list(errors)[:SHOWN_ERRORS])
+    typer.echo(f"{left['unplanned']:,} of {left['cells']:,} cells to do cannot be run:{lines}", err=True)
+    raise typer.Exit(2 if left["unplanned"] == left["cells"] else 1)
 
 
 def _variables(texts: tuple[str, ...] | list[str]) -> dict[str, str]:
@@ -144,7 +162,7 @@ def plan_panel(plan: dict) -> RenderableType:
         table.add_row(
             *(row["arm"], *values, str(row["seed"])),
             *(costs if row["steps"] else [""] * len(costs)),
-            *(clock(row["evaluation_seconds"]), state),
+            *("" if row["error"] else clock(row["evaluation_seconds"]), state),
             style="red" if row["error"] or row["state"] == "failed" else "dim" if row["state"] == "done" else "",
         )
     lines = []
@@ -152,7 +170,9 @@ def plan_panel(plan: dict) -> RenderableType:
         lines.append(
             f"{title}: {total['cells']:,} cells, {total['steps']:,} steps, {short(total['tokens'])} tokens, "
             f"{total['flops']:.3g} training FLOPs, {span(total['seconds'])}"
+            + (f"; without {total['unplanned']:,} that cannot be planned" if total["unplanned"] else "")
         )
-    lines += dict.fromkeys(row["error"] for row in plan["cells"] if row["error"])
+    lines += dict.fromkeys(row["error"] for row in plan["cells"] if row["error"] and row["state"] in ENDED)
     bases = dict.fromkeys(row["basis"] for row in plan["cells"] if row["basis"])
-    return Group(table, Text("\n".join(lines), style="bold"), Text(f"times: {'; '.join(bases)}", style="dim"))
+    times = [Text(f"times: {'; '.join(bases)}", style="dim")] if bases else []
+    return Group(table, Text("\n".join(lines), style="bold"), *times)

@@ -151,7 +151,7 @@ def plan_table(
 
     Returns:
         ``{"cells": [{"cell", "arm", "point", "seed", "state", "steps", ...}], "total": {...}, "left": {...}}``; totals
-        have ``cells, steps, tokens, flops, seconds``.
+        have ``cells, steps, tokens, flops, seconds``, and ``unplanned``, cells with an error, which add nothing.
     """
     rows = []
     for cell, cost in plan_cells(root, cells, display):
@@ -206,7 +206,8 @@ def _nothing() -> dict[str, Any]:
 
 
 def _sum(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    return {"cells": len(rows)} | {
+    counts = {"cells": len(rows), "unplanned": sum(row["error"] is not None for row in rows)}
+    return counts | {
         key: sum(row[key] for row in rows) for key in ("steps", "tokens", "flops", "seconds")
     }
 
