@@ -96,6 +96,10 @@ class RunFolder:
         """Answers of one arm: ``predictions/<arm>.jsonl``."""
         return self.predictions / f"{arm}.jsonl"
 
+    def general_losses(self, arm: str) -> Path:
+        """Losses of an arm's weights on general rows: ``predictions/general/<arm>.jsonl``."""
+        return self.predictions / "general" / f"{arm}.jsonl"
+
     def losses(self, arm: str) -> Path:
         """Per-step training log of one arm: ``logs/<arm>.jsonl``."""
         return self.logs / f"{arm}.jsonl"

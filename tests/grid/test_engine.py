@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 
+import numpy as np
 import pytest
 import yaml
 from filelock import FileLock
@@ -23,7 +24,9 @@ from tell.errors import Interrupted, TellError
 from tell.grid.engine import open_study
 from tell.grid.executors.cell import Outcome
 from tell.grid.executors.local import LocalExecutor
+from tell.grid.means import Bootstrap
 from tell.grid.plan import Planner
+from tell.grid.results import read_results
 from tell.progress import Silent
 from tell.study.stop import Stop
 
@@ -52,6 +55,22 @@ def test_a_study_from_recipe_to_page(recipe, tmp_path):
     ended = [text for text in shown.notes if text.startswith("✓")]
     assert len(ended) == 4 and ended[-1].startswith("✓ 4/4 tell, general.rows 8, seed 42: schema adherence")
     assert yaml.safe_load(folder.recipe.read_text(encoding="utf-8"))["seeds"] == [42]
+
+
+def test_losses_on_general_rows_are_read_back_row_by_row(recipe, tmp_path):
+    """Their means are what metrics.json says, and cells are paired by them."""
+    study = read_results(tell.run_study(recipe(), root=tmp_path / "studies").root)
+    for outcome in study.outcomes:
+        for name in ("probe loss", "probe loss change", "general held out loss", "general held out loss change"):
+            number = outcome.measured.numbers[name]
+            assert number.rows is not None and len(number.rows.hashes) == 4
+            assert number.rows.losses.mean() == pytest.approx(number.value, abs=2e-6)
+    sft, most = (next(o for o in reversed(study.outcomes) if o.arm == arm) for arm in ("sft", "tell"))
+    gap = Bootstrap(study).difference([most], [sft], "probe")
+    losses = [o.measured.numbers["probe loss"].rows.losses for o in (most, sft)]
+    assert gap["value"] == pytest.approx(np.mean(losses[0] - losses[1]), abs=1e-5)
+    low, high = (losses[0] - losses[1]).min(), (losses[0] - losses[1]).max()
+    assert low - 1e-6 <= gap["ci"][0] <= gap["ci"][1] <= high + 1e-6  # of the same rows: never outside what one shows
 
 
 def test_finished_cells_are_never_run_again(recipe, tmp_path):

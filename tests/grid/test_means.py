@@ -7,6 +7,7 @@ import pytest
 
 from grid.made import outcome, study_of
 from tell.evaluate.intervals import newcombe_paired, wilson
+from tell.grid.general_rows import GeneralRows
 from tell.grid.means import Bootstrap
 from tell.grid.results import Number
 
@@ -105,6 +106,54 @@ def test_numbers_without_rows_have_their_own_spread():
     group = [outcome([1], seed=s, **{"probe loss": Number(2.0, 0.1)}) for s in range(3)]
     found = bootstrap(group, 4000).of(group, "probe")
     assert found.value == 2.0 and found.rows == 0 and np.std(found.draws) == pytest.approx(0.1, rel=0.1)
+
+
+def probe(losses, base, *, keep: bool = True, arm: str = "tell", seed: int = 1, rows: str = "probe"):
+    """An outcome with losses on general rows and their changes; ``keep`` the rows themselves."""
+
+    def number(values) -> Number:
+        spread = float(np.std(values, ddof=1) / np.sqrt(len(values)))
+        kept = GeneralRows("probe", np.array([f"{rows}-{i}" for i in range(len(values))]), np.asarray(values))
+        return Number(float(np.mean(values)), spread, None, kept if keep else None)
+
+    change = losses - base
+    return outcome([1, 0], arm=arm, seed=seed, **{"probe loss": number(losses), "probe loss change": number(change)})
+
+
+def test_losses_on_the_same_general_rows_are_paired():
+    """Two arms that change each row alike, up to little noise: what they differ by is known far better than either."""
+    rng = np.random.default_rng(4)
+    base, alike = rng.normal(2.3, 0.6, 200), rng.normal(0.3, 0.3, 200)
+    gaps = []
+    for keep in (True, False):
+        a, b = (
+            probe(base + alike + shift + rng.normal(0, 0.02, 200), base, keep=keep, arm=arm)
+            for arm, shift in (("tell", 0.0), ("sft", 0.1))
+        )
+        gaps.append(bootstrap([a, b], 4000).difference([a], [b], "probe"))
+        assert gaps[-1]["value"] == pytest.approx(-0.1, abs=0.01) and gaps[-1]["n"] == 0
+    paired, apart = (float(np.ptp(gap["ci"])) for gap in gaps)
+    assert paired == pytest.approx(2 * 1.96 * 0.02 * np.sqrt(2 / 200), rel=0.1)  # of a mean of 200 paired differences
+    assert apart == pytest.approx(2 * 1.96 * 0.3 * np.sqrt(2 / 200), rel=0.15)  # of two means of 200 changes
+
+
+def test_general_rows_are_drawn_once_for_all_seeds_that_share_them():
+    rng = np.random.default_rng(5)
+    base = rng.normal(2.3, 0.6, 300)
+    same = [probe(base, base, seed=s) for s in range(3)]
+    apart = [probe(base, base, seed=s, rows=f"held out of {s}") for s in range(3)]
+    draws = [bootstrap(group, 4000).of(group, "probe").draws for group in (same, apart)]
+    one = np.std(base) / np.sqrt(300)
+    assert np.std(draws[0]) == pytest.approx(one, rel=0.05)
+    assert np.std(draws[1]) == pytest.approx(one * np.sqrt(2 / 3), rel=0.08)  # as of test rows: seeds' rows count twice
+
+
+def test_general_rows_do_not_move_with_as_many_test_rows():
+    values = np.random.default_rng(6).normal(size=100)
+    kept = GeneralRows("probe", np.array([f"g{i}" for i in range(100)]), values)
+    group = [outcome((values > 0).astype(float), **{"probe loss": Number(float(values.mean()), 0.1, None, kept)})]
+    drawn = bootstrap(group, 4000)
+    assert abs(np.corrcoef(drawn.of(group, "m").draws, drawn.of(group, "probe").draws)[0, 1]) < 0.06
 
 
 def test_draws_stay_within_what_a_share_can_be():

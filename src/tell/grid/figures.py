@@ -25,7 +25,8 @@ from tell.grid.drawing import (
     drawing,
     legend,
 )
-from tell.grid.results import CHANGE, frozen
+from tell.grid.general_rows import CHANGE
+from tell.grid.results import frozen
 from tell.grid.words import arm_name, axis_label, key_name, metric_term, point_name, rounded, scale_of, value_name
 
 if TYPE_CHECKING:

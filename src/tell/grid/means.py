@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from tell.evaluate.intervals import estimate_from, newcombe_paired, percentiles, resamples, wilson
-from tell.grid.results import CHANGE, Measured, Outcome, Study, canonical, frozen
+from tell.grid.general_rows import CHANGE, GeneralRows
+from tell.grid.results import Measured, Outcome, Study, canonical, frozen
 from tell.grid.words import metric_term
 
 SAMPLES = 2000
@@ -68,11 +69,12 @@ class Bootstrap:
         n = len(self.seeds)
         drawn = rng.integers(0, max(n, 1), (samples, n))
         self._times = (drawn[:, :, None] == np.arange(n)).sum(axis=1).astype(float)  # (samples, seeds)
-        runs = {id(o.measured): o.measured for o in study.outcomes}.values()
+        runs = list({id(o.measured): o.measured for o in study.outcomes}.values())
         hashes = np.unique(np.concatenate([run.hashes for run in runs])) if runs else np.array([], dtype=str)
         self._row = {key: i for i, key in enumerate(hashes.tolist())}
         parts = [part.astype(np.float32) for part in resamples(len(hashes), seed, samples)] if len(hashes) else []
         self._weights = np.concatenate(parts) if parts else np.zeros((samples, 0), np.float32)
+        self._general = _GeneralDraws(runs, samples, seed)
         self._cache: dict[tuple[int, str], np.ndarray] = {}
 
     def of(self, group: Sequence[Outcome], metric: str) -> Draws | None:
@@ -89,8 +91,9 @@ class Bootstrap:
         if not found:
             return None
         columns = [self._run(o.measured, metric) for o in found]
+        numbers = {i: o.measured.numbers[metric] for i, o in enumerate(found) if metric not in o.measured.metrics}
         # One noise for all seeds, which share the probe's rows; of held-out rows, which differ, intervals are too wide.
-        alone = {i: o.measured.numbers[metric].spread for i, o in enumerate(found) if metric not in o.measured.metrics}
+        alone = {i: number.spread for i, number in numbers.items() if number.rows is None}
         if alone:
             noise = self._noise(found[0], metric)
             columns = [c + noise * alone.get(i, 0.0) for i, c in enumerate(columns)]
@@ -113,7 +116,7 @@ class Bootstrap:
         elif metric_term(metric).unit == "share":
             draws = np.clip(draws, 0.0, 1.0)
         binary = bool(rows) and all(row.binary for row in rows)
-        own = found[0].measured.numbers[metric].ci if alone and len(found) == 1 else None
+        own = numbers[0].ci if numbers and len(found) == 1 else None
         return Draws(float(np.mean(list(by_seed.values()))), draws, by_seed, len(hashes), binary, own)
 
     def difference(self, a: Sequence[Outcome], b: Sequence[Outcome], metric: str) -> dict | None:
@@ -148,6 +151,8 @@ class Bootstrap:
                 rows = self._weights[:, [self._row[h] for h in run.hashes.tolist()]]
                 stats = np.asarray(run.metrics[metric].stats, dtype=np.float64)
                 self._cache[key] = np.asarray(run.metrics[metric].combine(rows @ stats), dtype=np.float64)
+            elif (general := run.numbers[metric].rows) is not None:
+                self._cache[key] = self._general.mean(general)
             else:
                 self._cache[key] = np.full(self.samples, run.numbers[metric].value)
         return self._cache[key]
@@ -155,8 +160,36 @@ class Bootstrap:
     def _noise(self, outcome: Outcome, metric: str) -> np.ndarray:
         """(samples,) standard normal, another for each metric and group of cells."""
         text = f"{self.seed} {metric} {outcome.arm} {outcome.cell}"
-        digest = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
-        return np.random.default_rng(digest).standard_normal(self.samples)
+        return np.random.default_rng(_digest(text)).standard_normal(self.samples)
+
+
+class _GeneralDraws:
+    """Resamples of the rows of each general set, the same for every arm and point."""
+
+    def __init__(self, runs: Iterable[Measured], samples: int, seed: int) -> None:
+        self._samples, self._seed = samples, seed
+        self._row: dict[str, dict[str, int]] = {}
+        for run in runs:
+            for number in run.numbers.values():
+                if number.rows is not None:
+                    known = self._row.setdefault(number.rows.source, {})
+                    for key in number.rows.hashes.tolist():
+                        known.setdefault(key, len(known))
+        self._weights: dict[str, np.ndarray] = {}
+
+    def mean(self, rows: GeneralRows) -> np.ndarray:
+        """(samples,) mean loss in every resample; NaN where one drew none of the rows."""
+        known = self._row[rows.source]
+        if rows.source not in self._weights:  # drawn apart from test rows: a set of as many would move with them
+            parts = resamples(len(known), _digest(f"{self._seed} {rows.source}"), self._samples)
+            self._weights[rows.source] = np.concatenate([part.astype(np.float32) for part in parts])
+        times = self._weights[rows.source][:, [known[key] for key in rows.hashes.tolist()]]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return (times @ rows.losses) / times.sum(axis=1)
+
+
+def _digest(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
 
 
 def _value(run: Measured, metric: str) -> float:

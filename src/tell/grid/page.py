@@ -8,8 +8,9 @@ from pathlib import Path
 import yaml
 
 from tell.grid.analyses import analyse
+from tell.grid.general_rows import CHANGE
 from tell.grid.means import Bootstrap
-from tell.grid.results import CHANGE, Study, canonical, read_results
+from tell.grid.results import Study, canonical, read_results
 from tell.grid.sections import (
     Picture,
     Section,

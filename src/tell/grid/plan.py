@@ -207,9 +207,7 @@ def _nothing() -> dict[str, Any]:
 
 def _sum(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     counts = {"cells": len(rows), "unplanned": sum(row["error"] is not None for row in rows)}
-    return counts | {
-        key: sum(row[key] for row in rows) for key in ("steps", "tokens", "flops", "seconds")
-    }
+    return counts | {key: sum(row[key] for row in rows) for key in ("steps", "tokens", "flops", "seconds")}
 
 
 def _key(*parts: Any) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,30 +17,32 @@ from tell.evaluate.intervals import Z
 from tell.evaluate.means import mean_metric
 from tell.evaluate.scored import Metric
 from tell.evaluate.scorers import make_scorer
+from tell.grid.general_rows import CHANGE, GeneralRows, levels_and_changes, read_general_rows
 from tell.report.read import get, mapping
 from tell.report.text import is_number
 from tell.run import RunFolder, read_jsonl
 from tell.study.scoring import adapter_arm
 
 ALIASES = {"probe": "probe loss", "general held out": "general held out loss"}
-CHANGE = " change"  # of a number, from the untuned model on the same rows
 BENCHMARK = "benchmark "
 COSTS = ("steps", "tokens", "flops", "learning_rate", "seconds")  # as a run notes them
 
 
 @dataclass(frozen=True)
 class Number:
-    """A measurement without test rows of its own: a loss on general text, a benchmark.
+    """A measurement that is on no test row: a loss on general text, a benchmark.
 
     Attributes:
         value: the run's own.
         spread: standard error over the rows it was measured on, from the run's interval; 0 where it has none.
         ci: the run's interval, which may lie askew of the value.
+        rows: what it is the mean of, where the run has kept that.
     """
 
     value: float
     spread: float
     ci: tuple[float, float] | None = None
+    rows: GeneralRows | None = None
 
 
 @dataclass(frozen=True)
@@ -306,10 +308,15 @@ class _Cell:
             if (number := _number(change)) is not None:
                 found[name + CHANGE] = number
 
+        own_rows, base_rows = (read_general_rows(self.folder, arm) for arm in (weights, "base"))
         differences = mapping(self.metrics, "forgetting", "differences", f"{weights} - base")
         for name, measures in mapping(self.metrics, "forgetting", "arms", weights).items():
             for measure, entry in mapping(measures).items():
                 add(f"{name} {measure.replace('_', ' ')}", entry, get(differences, name, measure))
+            for key, rows in levels_and_changes(own_rows.get(name), base_rows.get(name)).items():
+                known = found.get(f"{name} loss{key}")
+                if known is not None and _equal(float(rows.losses.mean()), known.value):
+                    found[f"{name} loss{key}"] = replace(known, rows=rows)
         asked = mapping(self.metrics, "benchmarks", "arms")
         own = arm if arm in asked else weights  # where the anchor is on, arms of the same weights differ
         differences = mapping(self.metrics, "benchmarks", "differences", f"{own} - base")

@@ -7,8 +7,9 @@ from pathlib import PurePath
 from typing import Any
 
 from tell.evaluate.names import LOSSES
+from tell.grid.general_rows import CHANGE
 from tell.grid.nested import VARIABLE
-from tell.grid.results import BENCHMARK, CHANGE, canonical
+from tell.grid.results import BENCHMARK, canonical
 from tell.report.words import Term, term
 
 KEYS = {

@@ -146,6 +146,15 @@ def measure(
         state.formats[arm] = np.array(formats, dtype=np.float64)
 
 
+def loss_rows(state: Forgetting, arm: str) -> list[dict]:
+    """``predictions/general/<arm>.jsonl``: the loss of each general row, by which arms of several runs are paired."""
+    return [
+        {"set": name, "hash": str(key), "loss": round(float(loss), 6)}
+        for name, table in state.sets.items()
+        for key, loss in zip(table.hashes, state.losses[arm][name], strict=True)
+    ]
+
+
 def numbers(state: Forgetting, config: Config) -> dict:
     """``forgetting`` of metrics.json."""
     rule = {"seed": config.seed, "samples": config.eval.bootstrap}

@@ -12,7 +12,7 @@ from tell.rows.tokenize import tokenize
 from tell.run import RunFolder, read_jsonl, write_jsonl
 from tell.study.answer_loss import answer_loss_metric, answer_losses, kept_answer_losses
 from tell.study.benchmarks import run_benchmarks
-from tell.study.forgetting import general_sets, losses_of, measure, numbers
+from tell.study.forgetting import general_sets, loss_rows, losses_of, measure, numbers
 from tell.study.prepare import General, Task
 from tell.study.scoring import (
     adapter_arm,
@@ -71,6 +71,7 @@ def measure_arms(
         measured.add(arm)
         if state is not None:
             measure(state, arm, model, engine, scorer, config, task.chat, display, check)
+            write_jsonl(folder.general_losses(arm), loss_rows(state, arm))
         if len(validation):
             passes = {"micro_tokens": config.train.micro_tokens, "device": engine.device}
             per_row = losses_of(model, arm, validation, **passes)
