@@ -104,6 +104,27 @@ def test_no_general_data_is_the_same_however_it_is_said():
     assert len({make_cell(c, "tell").name for c in nothing}) == 1
 
 
+def test_benchmarks_count_by_their_own_files(tmp_path):
+    """Another one beside them changes nothing; nor does their folder where none is asked for."""
+    folder = tmp_path / "benchmarks"
+    (folder / "agieval").mkdir(parents=True)
+    (folder / "openbookqa_test.jsonl").write_text("{}\n")
+
+    def name(benchmarks="[openbookqa]") -> str:
+        place = f"eval.benchmark_data={folder}"
+        return make_cell(config(f"eval.benchmarks={benchmarks}", place), "tell").name
+
+    before, without = name(), name("[]")
+    assert without == make_cell(config(), "tell").name
+    (folder / "gsm8k_test.jsonl").write_text("{}\n")
+    assert name() == before and name("[]") == without
+    (folder / "openbookqa_train.jsonl").write_text("{}\n")
+    assert name() != before
+    (folder / "openbookqa_train.jsonl").unlink()
+    (folder / "openbookqa_test.jsonl").write_text("{} \n")
+    assert name() != before
+
+
 def test_files_count_by_content(tmp_path):
     """The same rows elsewhere are the same cell, other rows under the same name another; so is an anchor's text."""
     moved = tmp_path / "moved.jsonl"

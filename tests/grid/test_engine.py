@@ -168,6 +168,44 @@ def test_a_cell_that_failed_goes_on_where_it_was(recipe, tmp_path, monkeypatch):
     assert folder.read()["cells"][name]["attempts"] == 2
 
 
+def test_numbers_of_files_that_changed_meanwhile_are_thrown_away(recipe, tmp_path, monkeypatch):
+    """A scorer is edited in the midst of the first cell: none keeps numbers of code that it is not named by."""
+    path = tmp_path / "scores_that_change.py"
+    code = "from pathlib import Path\ndef f(a, r):\n    path = Path(__file__)\n    text = path.read_text()\n"
+    code += "    path.write_text(text.replace('0.' + '25', '0.75'))\n    return [0.25 for _ in a]\n"
+    path.write_text(code, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    study = recipe(**MINIMAL | {"arms": ["base", "base+anchor"]}, config={"task": {"scorer": "scores_that_change:f"}})
+    folder = tell.run_study(study, root=tmp_path / "studies")
+    failed, before = folder.failed(), set(folder.read()["cells"])
+    assert set(failed) == before and len(before) == 2 and not folder.page.exists()
+    assert all("scores_that_change:f changed while the study ran: start it again" in text for text in failed.values())
+    assert not [name for name in before if (tmp_path / "studies/cells" / name).exists()]
+    folder = tell.run_study(study, root=tmp_path / "studies")
+    assert not folder.failed() and not before & set(folder.read()["cells"])
+    assert {o.measured.metrics["f"].value for o in read_results(folder.root).outcomes} == {0.75}
+    path.write_text(code, encoding="utf-8")  # as it was: its cells are to be run
+    queue = open_study(study, root=tmp_path / "studies").queue(Silent(), Stop(tmp_path))
+    assert {cell.name for cell in queue.waiting} == before
+
+
+def test_a_signal_at_the_end_of_a_cell_stops_the_study_too(recipe, tmp_path, monkeypatch):
+    """It comes when the run asks no more: the run is finished, and the study goes no further."""
+    import tell.report.page as page
+
+    write_report = page.write_report
+
+    def interrupted(folder):
+        signal.raise_signal(signal.SIGTERM)
+        write_report(folder)
+
+    monkeypatch.setattr(page, "write_report", interrupted)
+    with pytest.raises(Interrupted, match="stopped with 1 of 4 cells done"):
+        tell.run_study(recipe(), root=tmp_path / "studies")
+    states = [cell["state"] for cell in read(tmp_path / "studies/small/study.json")["cells"].values()]
+    assert sorted(states) == ["done", "waiting", "waiting", "waiting"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_it_resumably(recipe, tmp_path, number):
     """In the middle of a cell; the next call goes on from there, and ends with the numbers of an undisturbed study."""

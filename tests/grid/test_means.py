@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from grid.made import outcome, study_of
-from tell.evaluate.intervals import newcombe_paired, wilson
+from tell.evaluate.intervals import difference, newcombe_paired, wilson
+from tell.evaluate.means import mean_metric
 from tell.grid.general_rows import GeneralRows
 from tell.grid.means import Bootstrap
 from tell.grid.results import Number
@@ -106,6 +107,22 @@ def test_numbers_without_rows_have_their_own_spread():
     group = [outcome([1], seed=s, **{"probe loss": Number(2.0, 0.1)}) for s in range(3)]
     found = bootstrap(group, 4000).of(group, "probe")
     assert found.value == 2.0 and found.rows == 0 and np.std(found.draws) == pytest.approx(0.1, rel=0.1)
+
+
+def test_rows_a_metric_does_not_apply_to_weigh_nothing():
+    """An optional field: one seed has the intervals of the run's own report, over the rows that have the field."""
+    rng = np.random.default_rng(7)
+    a, b = coin(rng, 0.9), coin(rng, 0.5)
+    a[50:] = b[40:] = np.nan
+    groups = [[outcome(right, arm=arm, rows="same")] for right, arm in ((a, "tell"), (b, "sft"))]
+    draws = bootstrap([*groups[0], *groups[1]])
+    found = draws.of(groups[0], "m").summary()
+    assert found["n"] == 50 and found["ci"] == pytest.approx(wilson(int(np.nansum(a)), 50), abs=1e-6)
+    gap, report = draws.difference(*groups, "m"), difference(mean_metric(a), mean_metric(b), seed=0)
+    assert {key: gap[key] for key in report} == report and report["n"] == 40 and gap["seeds"] == 1
+    none = [outcome(np.full(100, np.nan), arm="base", rows="same")]
+    empty = bootstrap([*groups[0], *none]).difference(groups[0], none, "m")
+    assert empty is None or empty["value"] is None
 
 
 def probe(losses, base, *, keep: bool = True, arm: str = "tell", seed: int = 1, rows: str = "probe"):

@@ -193,3 +193,12 @@ def test_messages_speak_of_what_stands_in_the_file():
         make_recipe({"arms": []}, where="r")
     with pytest.raises(TellError, match=r"seeds: Input should be a valid list \(got 42\)"):
         make_recipe({"seeds": 42}, where="r")
+
+
+def test_a_variable_does_not_hide_a_data_set(tmp_path):
+    """Whoever gives it would train on something else without a word."""
+    keys = {"build": {"halu": {"dataset": "halu-cot-json", "source": "x"}}, "config": {"task": {"data": "${halu}/a"}}}
+    with pytest.raises(TellError, match=r"--var halu: halu is a variable and a data set under build.*Rename"):
+        load_recipe(written(tmp_path, **keys), variables={"halu": "/mine"})
+    with pytest.raises(TellError, match=r"variables.halu: halu is a variable"):
+        load_recipe(written(tmp_path, **keys, variables={"halu": "/mine"}))

@@ -25,7 +25,7 @@ def estimate(metric: Metric, *, seed: int, samples: int = 2000) -> dict:
         seed: of the resampling; equal seeds draw equal rows for equal n.
         samples: bootstrap resamples.
     """
-    keep = _applies(metric)
+    keep = applies(metric)
     stats, n = metric.stats[keep], int(keep.sum())
     if n == 0:
         return estimate_from(math.nan, math.nan, math.nan, 0)
@@ -52,7 +52,7 @@ def difference(a: Metric, b: Metric, *, seed: int, samples: int = 2000) -> dict:
     """
     if len(a.stats) != len(b.stats):
         raise ValueError(f"metrics over {len(a.stats)} and {len(b.stats)} rows cannot be paired")
-    keep = _applies(a) & _applies(b)
+    keep = applies(a) & applies(b)
     n = int(keep.sum())
     if n == 0:
         return estimate_from(math.nan, math.nan, math.nan, 0)
@@ -100,7 +100,7 @@ def newcombe_paired(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
     return gap - reach(p_a - low_a, high_b - p_b), gap + reach(high_a - p_a, p_b - low_b)
 
 
-def _applies(metric: Metric) -> np.ndarray:
+def applies(metric: Metric) -> np.ndarray:
     """(n,) bool: the row counts. A metric of the corpus alone has NaN per row, but statistics."""
     stats = np.asarray(metric.stats, dtype=np.float64)
     empty = np.isnan(metric.per_row) & (stats == 0).all(axis=1)

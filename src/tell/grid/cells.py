@@ -26,6 +26,7 @@ from tell.config import (
     override,
 )
 from tell.errors import TellError
+from tell.evaluate.benchmarks import benchmark_tasks, local_files
 from tell.evaluate.scorer_code import find_scorer_code
 from tell.grid.content import content_hash
 from tell.grid.nested import dig, fill, nest
@@ -164,11 +165,12 @@ def identity(config: Config) -> dict[str, Any]:
     for key in FREE:
         section, _, last = key.rpartition(".")
         (data.get(section, {}) if section else data).pop(last, None)
+    if not config.eval.benchmarks:
+        data.get("eval", {}).pop("benchmark_data", None)
     data = {key: value for key, value in data.items() if value != {}}
-    for (section, key), path in inputs(config).items():
-        data[section][key] = {"content": content_hash(path)}
-    if (code := find_scorer_code(config.task.scorer)) is not None:  # it decides the scores as much as its name
-        data["task"]["scorer"] = {"name": config.task.scorer, "content": code.content}
+    for (section, key), content in contents(config).items():
+        named = {"name": config.task.scorer} if key == "scorer" else {}  # whose code decides as much as its name
+        data[section][key] = {**named, "content": content}
     anchor = anchor_of(config)
     if anchor is not None:
         data["anchor"] = {"text": anchor.text} | ({"place": anchor.place} if anchor else {})
@@ -186,6 +188,35 @@ def inputs(config: Config) -> dict[tuple[str, str], Path]:
         if path.exists():
             found[section, key] = path
     return found
+
+
+def contents(config: Config) -> dict[tuple[str, str], str]:
+    """What lies at `inputs`, and the code of a scorer of one's own, by (section, attribute).
+
+    Of a folder of benchmarks the files of those asked for count, so that it may hold others too.
+    """
+    found = {}
+    for place, path in inputs(config).items():
+        if place != ("eval", "benchmark_data"):
+            found[place] = content_hash(path)
+        elif config.eval.benchmarks:
+            tasks = [task for group in benchmark_tasks(config.eval.benchmarks).values() for task in group]
+            files = {task: local_files(task, path) for task in tasks}
+            known = {task: {part: content_hash(file) for part, file in parts.items()} for task, parts in files.items()}
+            found[place] = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+    if (code := find_scorer_code(config.task.scorer)) is not None:
+        found["task", "scorer"] = code.content
+    return found
+
+
+def changed_inputs(config: Config, before: Mapping[tuple[str, str], str]) -> list[str]:
+    """Files, folders and scorers of a configuration that are not what they were, as it names them."""
+    try:
+        now = contents(config)
+    except (OSError, TellError):  # what is gone has changed
+        now = {}
+    places = [place for place in {**before, **now} if before.get(place) != now.get(place)]
+    return [str(getattr(getattr(config, section), key)) for section, key in places]
 
 
 def neutral(config: Config, arm: str) -> Config:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tell.evaluate.intervals import estimate_from, newcombe_paired, percentiles, resamples, wilson
+from tell.evaluate.intervals import applies, estimate_from, newcombe_paired, percentiles, resamples, wilson
 from tell.grid.general_rows import CHANGE, GeneralRows
 from tell.grid.results import Measured, Outcome, Study, canonical, frozen
 from tell.grid.words import metric_term
@@ -30,7 +30,7 @@ class Draws:
         value: mean over the seeds of each seed's value.
         draws: (samples,) the same in every resample; NaN where a resample drew none of its seeds.
         by_seed: seed to its value.
-        rows: distinct test rows; 0 for what was not measured on test rows.
+        rows: distinct test rows that it applies to; 0 for what was not measured on test rows.
         binary: every row of every seed is 0 or 1.
         own: the run's interval, of one seed of what has no test rows.
     """
@@ -108,7 +108,7 @@ class Bootstrap:
         draws[total == 0] = np.nan
         by_seed = {o.seed: _value(o.measured, metric) for o in found}
         rows = [o.measured.metrics[metric] for o in found if metric in o.measured.metrics]
-        hashes = {h for o in found if metric in o.measured.metrics for h in o.measured.hashes.tolist()}
+        hashes = {h for o in found if metric in o.measured.metrics for h in _rows_of(o.measured, metric)}
         if rows and all(row.stats.shape[1] == 2 for row in rows):  # a mean never leaves the range of its rows
             every = np.concatenate([row.per_row for row in rows])
             low, high = (0.0, 1.0) if all(row.binary for row in rows) else (np.nanmin(every), np.nanmax(every))
@@ -133,15 +133,17 @@ class Bootstrap:
         left, right = (self.of([o for o in group if o.seed in shared], metric) for group in (a, b))
         if left is None or right is None:
             return None
-        ci = percentiles(left.draws - right.draws)
+        value, ci, n = left.value - right.value, percentiles(left.draws - right.draws), min(left.rows, right.rows)
         if left.binary and right.binary and {left.value, right.value} <= {0.0, 1.0}:
-            ci = newcombe_paired(*(np.full(min(left.rows, right.rows), side.value) for side in (left, right)))
+            ci = newcombe_paired(*(np.full(n, side.value) for side in (left, right)))
         elif left.binary and right.binary and len(shared) == 1:
             one, two = (next(o.measured for o in group if o.seed in shared) for group in (a, b))
             if np.array_equal(one.hashes, two.hashes):
-                ci = newcombe_paired(one.metrics[metric].per_row, two.metrics[metric].per_row)
-        n = min(left.rows, right.rows)
-        return {**estimate_from(left.value - right.value, *ci, n), "seeds": len(shared)}
+                rows = np.stack([run.metrics[metric].per_row for run in (one, two)])
+                rows = rows[:, np.isfinite(rows).all(axis=0)]  # where the metric applies to both
+                if n := rows.shape[1]:
+                    value, ci = float(rows[0].mean() - rows[1].mean()), newcombe_paired(*rows)
+        return {**estimate_from(value, *ci, n), "seeds": len(shared)}
 
     def _run(self, run: Measured, metric: str) -> np.ndarray:
         """(samples,) one run's value in every resample of the rows."""
@@ -190,6 +192,11 @@ class _GeneralDraws:
 
 def _digest(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
+
+
+def _rows_of(run: Measured, metric: str) -> list[str]:
+    """Hashes of the test rows that a metric applies to."""
+    return run.hashes[applies(run.metrics[metric])].tolist()
 
 
 def _value(run: Measured, metric: str) -> float:

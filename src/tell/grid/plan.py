@@ -175,11 +175,14 @@ def evaluation_key(cell: Cell) -> str:
 
 
 def measured_evaluation(root: Root) -> dict[str, float]:
-    """Mean seconds beside training, by `evaluation_key`, of the finished cells of all studies of a root."""
+    """Mean seconds beside training, by `evaluation_key`, of the finished cells of all studies of a root.
+
+    Of cells that came to their end at once: what a killed session took since its last stage is in no record.
+    """
     found: dict[str, list[float]] = defaultdict(list)
     for path in sorted(root.cells.glob("*.json")):
         record = root.record(path.stem)
-        if record.get("state") == "done" and "evaluation" in record:
+        if record.get("state") == "done" and record.get("attempts") == 1 and "evaluation" in record:
             found[record["evaluation"]].append(record["seconds"] - record["training_seconds"])
     return {key: sum(values) / len(values) for key, values in found.items()}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from tell.evaluate.names import NAMES
-from tell.grid.cells import Cell, Row
+from tell.grid.cells import Cell, Row, changed_inputs, contents
 from tell.grid.executors.cell import InnerDisplay, Outcome, prune
 from tell.grid.folder import Root, StudyFolder
 from tell.grid.plan import evaluation_key
@@ -54,6 +55,7 @@ class Queue:
         self.folder, self.root, self.head, self.rows = folder, root, head, rows
         self.display, self.stop, self.keep_adapters = display, stop, keep_adapters
         self.cells = {cell.name: cell for cell in cells}
+        self.contents = {cell.name: contents(cell.config) for cell in cells}
         self.points = shared_points(rows)
         self.states: dict[str, dict[str, Any]] = {}
         self.held: dict[str, FileLock] = {}
@@ -126,6 +128,10 @@ class Queue:
                 if over:  # by another process, since we looked
                     self._settle(cell, lock)
                     continue
+                if changed := changed_inputs(cell.config, self.contents[cell.name]):
+                    self._spoil(cell, changed)
+                    lock.release()
+                    continue
                 self.held[cell.name] = lock
                 facts = {"state": "running", "error": None, "host": platform.node()}
                 self._note(cell.name, **facts, attempts=record.get("attempts", 0) + 1)
@@ -137,7 +143,16 @@ class Queue:
         return None
 
     def finish(self, cell: Cell, outcome: Outcome) -> None:
-        """Note how a cell ended, tell of it, and give its lock back."""
+        """Note how a cell ended, tell of it, and give its lock back.
+
+        Numbers of files that changed meanwhile are thrown away: the cell's name says that they are of other ones.
+        """
+        changed = changed_inputs(cell.config, self.contents[cell.name]) if outcome.error is None else []
+        if changed:
+            shutil.rmtree(self.root.cell(cell.name).root, ignore_errors=True)
+            self._spoil(cell, changed)
+            self.held.pop(cell.name).release()
+            return
         if outcome.error is None:
             facts: dict[str, Any] = {"state": "done", "error": None, **timing(self.root, cell)}
         else:
@@ -173,6 +188,14 @@ class Queue:
             record = self.root.record(name)
             self.states[name] |= {"state": "running", "host": record.get("host")}
             self.write()
+
+    def _spoil(self, cell: Cell, changed: Sequence[str]) -> None:
+        """Leave a cell waiting for the next time, and say why."""
+        self.root.note(cell.name, state="waiting")
+        text = f"{' and '.join(changed)} changed while the study ran: start it again, cells are named by what they read"
+        self.states[cell.name] |= {"state": "failed", "error": text}
+        self.write()
+        self._tell(cell)
 
     def _settle(self, cell: Cell, lock: FileLock) -> None:
         self._look(cell.name)

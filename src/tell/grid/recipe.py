@@ -207,6 +207,13 @@ def load_recipe(
                 where=f"--var {name}",
                 remedy="Leave it out, or mend its name.",
             )
+    for name in recipe.build:
+        if name in given or name in recipe.variables:
+            raise TellError(
+                f"{name} is a variable and a data set under build",
+                where=f"--var {name}" if name in given else f"{path}: variables.{name}",
+                remedy="Rename the variable, or name its folder where ${" + name + "} stands instead of building it.",
+            )
     values = {"recipe": str(path.parent.resolve()), **recipe.variables, **given}
     for name, place in used_variables(recipe).items():
         if name not in values and name not in recipe.build:

@@ -124,6 +124,11 @@ class Study:
         """Every metric and number that some outcome has."""
         return {name for o in self.outcomes for name in (*o.measured.metrics, *o.measured.numbers)}
 
+    def without_general_rows(self) -> bool:
+        """Whether some outcome has a loss on general text without its rows, so that it cannot be paired."""
+        losses = [n for o in self.outcomes for name, n in o.measured.numbers.items() if name.endswith(" loss")]
+        return any(number.rows is None for number in losses)
+
 
 def canonical(metric: str) -> str:
     """The name a metric has here: ``probe`` is short for ``probe loss``."""

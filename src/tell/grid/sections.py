@@ -281,8 +281,10 @@ def tables_blocks(study: Study, table: Sequence[Line], differences: Sequence[Gap
         rows = [
             Row([*g.point.values(), arm_name(g.arm), *(g.cells[m] for m in metrics), str(g.seeds)]) for g in differences
         ]
-        note = (
-            "Paired by seed and test row. Where an interval holds 0, the two cannot be told apart. Of losses on "
-            "general text each side's change is taken by itself, which makes the interval wide rather than narrow."
-        )
+        note = "Paired by seed and test row. Where an interval holds 0, the two cannot be told apart."
+        if study.without_general_rows():
+            note += (
+                " Some runs have not kept what each row of general text lost: there each side's change is taken by "
+                "itself, which makes the interval wide rather than narrow."
+            )
         yield Table("TELL minus the other arms", heads, rows, len(keys) + 1, note)

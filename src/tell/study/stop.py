@@ -12,6 +12,8 @@ from types import FrameType
 from tell.errors import Interrupted
 from tell.progress import Advance, Display
 
+_listening: list[Stop] = []  # a run within a study listens within it
+
 
 class Stop:
     """Set by a signal; asked between steps and between decoded tokens."""
@@ -41,14 +43,17 @@ class Stop:
         old = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
         def caught(number: int, _: FrameType | None) -> None:
-            self.asked = True
+            for stop in _listening:  # the study stops too if the run was just over
+                stop.asked = True
             signal.signal(number, old[number])
 
         for number in old:
             signal.signal(number, caught)
+        _listening.append(self)
         try:
             yield self
         finally:
+            _listening.remove(self)
             for number, handler in old.items():
                 signal.signal(number, handler)
 
