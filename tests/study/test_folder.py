@@ -89,7 +89,7 @@ def test_overwritten_run_is_a_new_one(tiny_model, tmp_path):
     model = tiny_model("llama")
     tell.tune(config_of(model, tmp_path / "run", eval={"arms": ["base", "sft"]}))
     folder = tell.tune(config_of(model, tmp_path / "run", eval={"arms": ["base"]}), overwrite=True)
-    assert not folder.arms.exists() and [p.stem for p in folder.predictions.iterdir()] == ["base"]
+    assert not folder.arms.exists() and {p.stem for p in folder.predictions.rglob("*.jsonl")} == {"base"}
 
 
 def test_default_folder_counts_on(tiny_model, tmp_path, monkeypatch):
