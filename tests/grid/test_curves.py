@@ -60,6 +60,21 @@ def test_a_level_arm_is_one_curve_where_contexts_have_fewer_amounts(tmp_path):
     assert [c.x for c in found if c.rest.get("mix.repeat") == 8] == [[0]]
 
 
+def test_a_key_without_effect_is_left_out_of_a_panel_where_it_has_one_value(tmp_path):
+    """Two amounts of repetition without general data, one with: the untuned model is one line in both panels."""
+    points = [
+        {"task.rows": rows, "mix.repeat": times, "general.tokens": tokens}
+        for times, tokens in ((1, 0), (4, 0), (4, 30_000))
+        for rows in (15, 115)
+    ]
+    study = read_results(make_study(tmp_path, points=points))
+    for within in ({"general.tokens": 0}, {"general.tokens": 30_000}):
+        found = curves(study, Bootstrap(study, 50), x="task.rows", y="answer_loss", within=within)
+        rests = {arm: [c.rest for c in found if c.arm == arm] for arm in ("base", "sft", "tell")}
+        assert rests["base"] == rests["sft"] == [{}]
+        assert [set(rest) for rest in rests["tell"]] == [{"mix.repeat", "general.tokens"}] * len(rests["tell"])
+
+
 def test_keys_that_are_no_numbers_keep_their_order(tmp_path):
     points = [{"anchor.text": text} for text in ("none", "auto", "@a/anchor.txt")]
     study = read_results(make_study(tmp_path, points=points, chance=lambda arm, p, s: 0.5))

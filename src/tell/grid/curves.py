@@ -89,6 +89,22 @@ def curves(
                 long, short = sorted((found[twin], curve), key=lambda c: -sum(map(len, c.groups)))
                 same = {k: v for k, v in long.rest.items() if k in short.rest and frozen(short.rest[k]) == frozen(v)}
                 found[twin] = replace(long, rest=same)
+    idle = {arm: _without_effect(study, arm) for arm in {curve.arm for curve in found}}
+    return [replace(c, rest={k: v for k, v in c.rest.items() if k not in idle[c.arm]}) for c in found]
+
+
+def _without_effect(study: Study, arm: str) -> set[str]:
+    """Keys that leave an arm's cells as they are wherever they alone vary, in whatever panel that is seen."""
+    mine = [o for o in study.outcomes if o.arm == arm]
+    found = set()
+    for key in study.keys:
+        alike: dict[str, dict[str, str]] = {}
+        for o in mine:
+            rest = {k: v for k, v in o.point.items() if k != key}
+            alike.setdefault(frozen([o.seed, rest]), {})[frozen(o.point.get(key))] = o.cell
+        varied = [cells for cells in alike.values() if len(cells) > 1]
+        if varied and all(len(set(cells.values())) == 1 for cells in varied):
+            found.add(key)
     return found
 
 
