@@ -24,8 +24,9 @@ from tell.errors import Interrupted, TellError
 from tell.grid.engine import open_study
 from tell.grid.executors.cell import Outcome
 from tell.grid.executors.local import LocalExecutor
+from tell.grid.folder import Root
 from tell.grid.means import Bootstrap
-from tell.grid.plan import Planner
+from tell.grid.plan import Planner, measured_evaluation
 from tell.grid.results import read_results
 from tell.progress import Silent
 from tell.study.stop import Stop
@@ -166,6 +167,7 @@ def test_a_cell_that_failed_goes_on_where_it_was(recipe, tmp_path, monkeypatch):
     (tmp_path / "there").touch()
     assert not tell.run_study(path, root=tmp_path / "studies", retry_failed=True).failed()
     assert folder.read()["cells"][name]["attempts"] == 2
+    assert not measured_evaluation(Root(tmp_path / "studies"))  # what the first session took is in no record
 
 
 def test_numbers_of_files_that_changed_meanwhile_are_thrown_away(recipe, tmp_path, monkeypatch):
