@@ -72,7 +72,18 @@ def test_a_key_without_effect_is_left_out_of_a_panel_where_it_has_one_value(tmp_
         found = curves(study, Bootstrap(study, 50), x="task.rows", y="answer_loss", within=within)
         rests = {arm: [c.rest for c in found if c.arm == arm] for arm in ("base", "sft", "tell")}
         assert rests["base"] == rests["sft"] == [{}]
+        assert all(len(group) == 3 for c in found for group in c.groups)  # one outcome a seed, however many points
         assert [set(rest) for rest in rests["tell"]] == [{"mix.repeat", "general.tokens"}] * len(rests["tell"])
+
+
+def test_keys_that_only_vary_together_may_be_without_effect_too(tmp_path):
+    points = [
+        {"task.rows": n, "mix.repeat": k, "general.tokens": g} for k, g in ((1, 0), (4, 30_000)) for n in (15, 115)
+    ]
+    study = read_results(make_study(tmp_path, points=points))
+    found = curves(study, Bootstrap(study, 50), x="task.rows", y="answer_loss")
+    assert [(c.arm, c.rest) for c in found if c.arm != "tell"] == [("base", {}), ("sft", {})]
+    assert len([c for c in found if c.arm == "tell"]) == 2
 
 
 def test_keys_that_are_no_numbers_keep_their_order(tmp_path):

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 SHOWN_ERRORS = 20
-ENDED = ("done", "failed")
 MARKS = {"waiting": "", "done": "✓", "failed": "✗"}
 
 
@@ -108,8 +107,7 @@ def _say_unplanned(plan: Mapping[str, Any]) -> None:
     left = plan["left"]
     if not left["unplanned"]:
         return
-    errors = dict.fromkeys(row["error"] for row in plan["cells"] if row["error"] and row["state"] not in ENDED)
-    lines = "".join(f"\n  {error}" for error in list(errors)[:SHOWN_ERRORS])
+    lines = "".join(f"\n  {error}" for error in left["errors"][:SHOWN_ERRORS])
     typer.echo(f"{left['unplanned']:,} of {left['cells']:,} cells to do cannot be run:{lines}", err=True)
     raise typer.Exit(2 if left["unplanned"] == left["cells"] else 1)
 
@@ -172,7 +170,7 @@ def plan_panel(plan: dict) -> RenderableType:
             f"{total['flops']:.3g} training FLOPs, {span(total['seconds'])}"
             + (f"; without {total['unplanned']:,} that cannot be planned" if total["unplanned"] else "")
         )
-    lines += dict.fromkeys(row["error"] for row in plan["cells"] if row["error"] and row["state"] in ENDED)
+    lines += [error for error in plan["total"]["errors"] if error not in plan["left"]["errors"]]
     bases = dict.fromkeys(row["basis"] for row in plan["cells"] if row["basis"])
     times = [Text(f"times: {'; '.join(bases)}", style="dim")] if bases else []
     return Group(table, Text("\n".join(lines), style="bold"), *times)

@@ -165,8 +165,6 @@ def identity(config: Config) -> dict[str, Any]:
     for key in FREE:
         section, _, last = key.rpartition(".")
         (data.get(section, {}) if section else data).pop(last, None)
-    if not config.eval.benchmarks:
-        data.get("eval", {}).pop("benchmark_data", None)
     data = {key: value for key, value in data.items() if value != {}}
     for (section, key), content in contents(config).items():
         named = {"name": config.task.scorer} if key == "scorer" else {}  # whose code decides as much as its name
@@ -199,7 +197,7 @@ def contents(config: Config) -> dict[tuple[str, str], str]:
     for place, path in inputs(config).items():
         if place != ("eval", "benchmark_data"):
             found[place] = content_hash(path)
-        elif config.eval.benchmarks:
+        else:
             tasks = [task for group in benchmark_tasks(config.eval.benchmarks).values() for task in group]
             files = {task: local_files(task, path) for task in tasks}
             known = {task: {part: content_hash(file) for part, file in parts.items()} for task, parts in files.items()}
@@ -239,6 +237,8 @@ def neutral(config: Config, arm: str) -> Config:
         out.mix.order = MixConfig().order
     elif arm == "general":
         out.mix.repeat = None
+    if not config.eval.benchmarks:
+        out.eval.benchmark_data = None
     if arm == "base":
         out.anchor = AnchorConfig(text="none")
     elif not written:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -76,34 +77,27 @@ def curves(
     ]
     others = [key for key in study.keys if key != x and not _goes_along(study, x, key)]
     for arm in arm_order([o.arm for o in chosen]):
-        mine = [o for o in chosen if o.arm == arm]
-        for context in _ordered([{k: o.point.get(k) for k in others} for o in mine]):
+        mine, idle = [o for o in chosen if o.arm == arm], _without_effect(study, arm)
+        own = [key for key in others if key not in idle]
+        for context in _ordered([{k: o.point.get(k) for k in own} for o in mine]):
             here = [o for o in mine if all(frozen(o.point.get(k)) == frozen(v) for k, v in context.items())]
-            curve = _curve(arm, context, here, bootstrap, x, y)
-            if curve is None:
-                continue
-            twin = next((i for i, c in enumerate(found) if c.arm == arm and _same_cells(c, curve)), None)
-            if twin is None:
+            once = {(frozen(o.point[x]), o.cell): o for o in here}  # keys without effect lead to one cell several times
+            curve = _curve(arm, context, list(once.values()), bootstrap, x, y)
+            if curve is not None:
                 found.append(curve)
-            else:  # the same cells in another context: what differs has no effect on them
-                long, short = sorted((found[twin], curve), key=lambda c: -sum(map(len, c.groups)))
-                same = {k: v for k, v in long.rest.items() if k in short.rest and frozen(short.rest[k]) == frozen(v)}
-                found[twin] = replace(long, rest=same)
-    idle = {arm: _without_effect(study, arm) for arm in {curve.arm for curve in found}}
-    return [replace(c, rest={k: v for k, v in c.rest.items() if k not in idle[c.arm]}) for c in found]
+    return found
 
 
 def _without_effect(study: Study, arm: str) -> set[str]:
-    """Keys that leave an arm's cells as they are wherever they alone vary, in whatever panel that is seen."""
-    mine = [o for o in study.outcomes if o.arm == arm]
+    """Keys of which an arm's cells have several values, and that part no two cells where they alone vary."""
     found = set()
     for key in study.keys:
-        alike: dict[str, dict[str, str]] = {}
-        for o in mine:
-            rest = {k: v for k, v in o.point.items() if k != key}
-            alike.setdefault(frozen([o.seed, rest]), {})[frozen(o.point.get(key))] = o.cell
-        varied = [cells for cells in alike.values() if len(cells) > 1]
-        if varied and all(len(set(cells.values())) == 1 for cells in varied):
+        values, cells = defaultdict(set), defaultdict(set)
+        for o in study.outcomes:
+            if o.arm == arm:
+                values[o.cell].add(frozen(o.point.get(key)))
+                cells[frozen([o.seed, {k: v for k, v in o.point.items() if k != key}])].add(o.cell)
+        if any(len(v) > 1 for v in values.values()) and all(len(c) == 1 for c in cells.values()):
             found.add(key)
     return found
 
@@ -116,16 +110,6 @@ def _goes_along(study: Study, x: str, key: str) -> bool:
         found.setdefault(frozen(point[x]), set()).add(frozen(point.get(key)))
     texts = all(isinstance(point.get(k), str) for point in points for k in (x, key))
     return texts and len(found) > 1 and all(len(values) == 1 for values in found.values())
-
-
-def _same_cells(a: Curve, b: Curve) -> bool:
-    """Whether one curve is a part of the other: fewer values, or fewer seeds of the same cells."""
-    one, two = ({frozen(v): {o.cell for o in g} for v, g in zip(c.x, c.groups, strict=True)} for c in (a, b))
-
-    def within(small: dict[str, set[str]], large: dict[str, set[str]]) -> bool:
-        return all(cells <= large.get(value, set()) for value, cells in small.items())
-
-    return within(one, two) or within(two, one)
 
 
 def _curve(

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from tell.evaluate.intervals import applies, estimate_from, newcombe_paired, percentiles, resamples, wilson
-from tell.grid.general_rows import CHANGE, GeneralRows
+from tell.evaluate.means import mean_metric
+from tell.evaluate.scored import Metric
+from tell.grid.general_rows import CHANGE
 from tell.grid.results import Measured, Outcome, Study, canonical, frozen
 from tell.grid.words import metric_term
 
@@ -71,10 +73,13 @@ class Bootstrap:
         self._times = (drawn[:, :, None] == np.arange(n)).sum(axis=1).astype(float)  # (samples, seeds)
         runs = list({id(o.measured): o.measured for o in study.outcomes}.values())
         hashes = np.unique(np.concatenate([run.hashes for run in runs])) if runs else np.array([], dtype=str)
-        self._row = {key: i for i, key in enumerate(hashes.tolist())}
-        parts = [part.astype(np.float32) for part in resamples(len(hashes), seed, samples)] if len(hashes) else []
-        self._weights = np.concatenate(parts) if parts else np.zeros((samples, 0), np.float32)
-        self._general = _GeneralDraws(runs, samples, seed)
+        self._test = _Pool(hashes.tolist(), samples, seed)
+        general: dict[str, dict[str, None]] = {}
+        for rows in (number.rows for run in runs for number in run.numbers.values() if number.rows is not None):
+            general.setdefault(rows.source, {}).update(dict.fromkeys(rows.hashes.tolist()))
+        self._general = {  # drawn apart from test rows: a set of as many would move with them
+            source: _Pool(list(known), samples, _digest(f"{seed} {source}")) for source, known in general.items()
+        }
         self._cache: dict[tuple[int, str], np.ndarray] = {}
 
     def of(self, group: Sequence[Outcome], metric: str) -> Draws | None:
@@ -150,11 +155,9 @@ class Bootstrap:
         key = (id(run), metric)
         if key not in self._cache:
             if metric in run.metrics:
-                rows = self._weights[:, [self._row[h] for h in run.hashes.tolist()]]
-                stats = np.asarray(run.metrics[metric].stats, dtype=np.float64)
-                self._cache[key] = np.asarray(run.metrics[metric].combine(rows @ stats), dtype=np.float64)
-            elif (general := run.numbers[metric].rows) is not None:
-                self._cache[key] = self._general.mean(general)
+                self._cache[key] = self._test.draws(run.hashes, run.metrics[metric])
+            elif (rows := run.numbers[metric].rows) is not None:
+                self._cache[key] = self._general[rows.source].draws(rows.hashes, mean_metric(rows.losses))
             else:
                 self._cache[key] = np.full(self.samples, run.numbers[metric].value)
         return self._cache[key]
@@ -165,29 +168,18 @@ class Bootstrap:
         return np.random.default_rng(_digest(text)).standard_normal(self.samples)
 
 
-class _GeneralDraws:
-    """Resamples of the rows of each general set, the same for every arm and point."""
+class _Pool:
+    """Rows that are drawn together: how often each resample drew each of them, whatever arm and point they are of."""
 
-    def __init__(self, runs: Iterable[Measured], samples: int, seed: int) -> None:
-        self._samples, self._seed = samples, seed
-        self._row: dict[str, dict[str, int]] = {}
-        for run in runs:
-            for number in run.numbers.values():
-                if number.rows is not None:
-                    known = self._row.setdefault(number.rows.source, {})
-                    for key in number.rows.hashes.tolist():
-                        known.setdefault(key, len(known))
-        self._weights: dict[str, np.ndarray] = {}
+    def __init__(self, hashes: Sequence[str], samples: int, seed: int) -> None:
+        self._row = {key: i for i, key in enumerate(hashes)}
+        parts = [part.astype(np.float32) for part in resamples(len(hashes), seed, samples)] if hashes else []
+        self._weights = np.concatenate(parts) if parts else np.zeros((samples, 0), np.float32)
 
-    def mean(self, rows: GeneralRows) -> np.ndarray:
-        """(samples,) mean loss in every resample; NaN where one drew none of the rows."""
-        known = self._row[rows.source]
-        if rows.source not in self._weights:  # drawn apart from test rows: a set of as many would move with them
-            parts = resamples(len(known), _digest(f"{self._seed} {rows.source}"), self._samples)
-            self._weights[rows.source] = np.concatenate([part.astype(np.float32) for part in parts])
-        times = self._weights[rows.source][:, [known[key] for key in rows.hashes.tolist()]]
-        with np.errstate(invalid="ignore", divide="ignore"):
-            return (times @ rows.losses) / times.sum(axis=1)
+    def draws(self, hashes: np.ndarray, metric: Metric) -> np.ndarray:
+        """(samples,) a metric over some of the rows in every resample; NaN where a mean has none of them."""
+        times = self._weights[:, [self._row[key] for key in hashes.tolist()]]
+        return np.asarray(metric.combine(times @ np.asarray(metric.stats, dtype=np.float64)), dtype=np.float64)
 
 
 def _digest(text: str) -> int:

@@ -151,7 +151,8 @@ def plan_table(
 
     Returns:
         ``{"cells": [{"cell", "arm", "point", "seed", "state", "steps", ...}], "total": {...}, "left": {...}}``; totals
-        have ``cells, steps, tokens, flops, seconds``, and ``unplanned``, cells with an error, which add nothing.
+        have ``cells, steps, tokens, flops, seconds``, and the cells that cannot be planned, which add
+        nothing: how many in ``unplanned``, why in ``errors``.
     """
     rows = []
     for cell, cost in plan_cells(root, cells, display):
@@ -209,7 +210,8 @@ def _nothing() -> dict[str, Any]:
 
 
 def _sum(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    counts = {"cells": len(rows), "unplanned": sum(row["error"] is not None for row in rows)}
+    errors = [row["error"] for row in rows if row["error"] is not None]
+    counts = {"cells": len(rows), "unplanned": len(errors), "errors": list(dict.fromkeys(errors))}
     return counts | {key: sum(row[key] for row in rows) for key in ("steps", "tokens", "flops", "seconds")}
 
 
