@@ -13,7 +13,8 @@ import pytest
 import tell
 from study.runs import ALL_ARMS, PROBE, config_of, read
 from tell.progress import Silent
-from tell.study.plan import fit_minutes, plan_general
+from tell.study.arms import arm_mixtures
+from tell.study.plan import arm_costs, fit_minutes, plan_general
 from tell.study.prepare import CACHED_ROWS, anchor_of, limit_task, load_task, task_table
 
 
@@ -137,6 +138,32 @@ def test_max_minutes_shortens_to_a_prefix(tiny_model):
     assert fit_minutes(task, table, general, draw, whole * 1.01 / 60, 0.0) is draw
     spent = fit_minutes(task, table, general, draw, whole / 60, whole * 0.5)
     assert abs(len(spent) - len(kept[0.5])) <= 80  # found within a hundredth of the draw
+
+
+@pytest.mark.parametrize("general", [0, 1, 40])
+def test_computed_tokens_are_those_of_the_passes(tiny_model, general):
+    """Task rows share the anchor also where a step holds general rows."""
+    from tell.train.batches import pack, split_packs
+    from tell.train.trainer import step_rows
+
+    source = {"source": str(PROBE), "rows": general} if general else {"source": "none"}
+    config = config_of(tiny_model("llama"), general=source, task={"rows": 30}, train={"batch_size": 16})
+    task = load_task(config)
+    anchor = anchor_of(config)
+    limit_task(task, anchor)
+    table = task_table(task, anchor, task.train)
+    for arm, (tables, mixture) in arm_mixtures(config, table, *plan_general(task, table, Silent())).items():
+        packs = [
+            pack(group, share_prefix=True)
+            for step in range(mixture.steps(16))
+            for group in split_packs(step_rows(mixture, tables, step, 16), 3072, share_prefix=True)
+        ]
+        computed, given = sum(part.plan.total for part in packs), sum(part.real for part in packs)
+        costs = arm_costs(task, mixture)
+        assert costs["tokens"] == given
+        assert costs["computed_tokens"] == pytest.approx(computed, rel=0.03), arm
+        if arm != "general":
+            assert costs["computed_tokens"] < 0.93 * given, arm
 
 
 def test_no_time_for_general_data(tiny_model, tmp_path):

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 import tiny
 from tell.config import TrainConfig
 from tell.errors import TellError
-from tell.train.batches import common_prefix, pack, split_packs
+from tell.rows.prefix import common_prefix
+from tell.train.batches import pack, split_packs
 from tell.train.lora import add_lora
 from tell.train.step import Body, row_losses, step_loss
 from train.packed import assert_close, gradients, load, make_rows, make_table, reference_loss, wake
@@ -174,7 +175,7 @@ def test_packs_hold_every_row_once(lengths, prefix, micro, share, data):
 @given(lengths=st.lists(st.integers(1, 20), min_size=1, max_size=6), prefix=st.integers(0, 10))
 def test_common_prefix_leaves_a_token_to_each(lengths, prefix):
     rows = make_rows([length + prefix + 1 for length in lengths], prefix=prefix)
-    length = common_prefix(rows)
+    length = common_prefix([row.ids for row in rows])
     shortest = min(len(row.ids) for row in rows)
     assert prefix <= length < shortest
     heads = {tuple(row.ids[:length].tolist()) for row in rows}

@@ -7,11 +7,12 @@ import numpy as np
 from tell.config import Config
 from tell.data.example import Message
 from tell.mix.amount import Draw
-from tell.mix.mixture import Mixture
+from tell.mix.mixture import TASK, Mixture
 from tell.models.flops import lora_parameters, training_flops
 from tell.models.machine import likely_device, likely_dtype
 from tell.models.predict import predict_memory, predict_seconds
 from tell.progress import Display, Silent
+from tell.rows.prefix import common_prefix, computed_tokens
 from tell.rows.table import RowTable
 from tell.study.arms import arm_mixtures, lead_arm, trained_arms, wanted_arms
 from tell.study.prepare import (
@@ -107,21 +108,29 @@ def estimated_general(config: Config, task: Task, task_tokens: int) -> General:
     return General(table, np.arange(n), np.zeros(0, np.int64), {"path": "self", "estimated": True, "rows": n}, [])
 
 
-def shared_tokens(task: Task, mixture: Mixture) -> int:
-    """Tokens that need not be computed because the rows of a step share their prefix (an estimate from 64 rows)."""
-    config = task.config.train
+def computed_by(task: Task, mixture: Mixture) -> int:
+    """Tokens that training computes: those of the rows, but a shared prefix once a pass (an estimate from 64 rows)."""
+    config, tokens = task.config.train, mixture.column("tokens").astype(np.int64)
     if config.lora_dropout or config.neftune_alpha or not len(mixture):
-        return 0
-    sample = np.linspace(0, len(mixture) - 1, min(64, len(mixture))).astype(int)
-    tables = [mixture.tables[mixture.sources[i]] for i in mixture.source[sample]]
-    rows = [t.row(int(r))[0] for t, r in zip(tables, mixture.row[sample], strict=True) if len(t.ids)]
-    if len(rows) < 2:
-        return 0
-    length = min(map(len, rows)) - 1
-    for row in rows[1:]:
-        differs = np.flatnonzero(rows[0][:length] != row[:length])
-        length = int(differs[0]) if len(differs) else length
-    return length * (len(mixture) - mixture.steps(config.batch_size))
+        return int(tokens.sum())
+    tables = {i: mixture.tables[name] for i, name in enumerate(mixture.sources)}
+    heads: dict[bool, list[np.ndarray]] = {True: [], False: []}
+    for source, table in tables.items():
+        rows = np.unique(mixture.row[mixture.source == source])
+        if len(rows) and len(table.ids):  # rows still to be written have no tokens yet
+            sample = rows[np.linspace(0, len(rows) - 1, min(64, len(rows))).astype(int)]
+            heads[mixture.sources[source] == TASK] += [table.row(int(row))[0] for row in sample]
+    prefix = common_prefix(heads[True]) if heads[True] else 0
+    is_task = np.array([name == TASK for name in mixture.sources])[mixture.source]
+    step = np.arange(len(mixture)) // config.batch_size
+    cell, shape = 2 * step + ~is_task, (mixture.steps(config.batch_size), 2)
+    return computed_tokens(
+        np.bincount(cell, minlength=shape[0] * 2).reshape(shape),
+        np.bincount(cell, weights=tokens, minlength=shape[0] * 2).astype(np.int64).reshape(shape),
+        prefix=prefix,
+        shared=common_prefix(heads[True] + heads[False]) if heads[False] else 0,
+        micro_tokens=config.micro_tokens,
+    )
 
 
 def likely_place(config: Config) -> tuple[str, str]:
@@ -139,7 +148,7 @@ def arm_costs(task: Task, mixture: Mixture) -> dict:
     tokens = int(lengths.sum(dtype=np.int64))
     device, dtype = likely_place(config)
     facts = {"trained_tokens": trained, "lengths": lengths.tolist(), "lora_parameters": adapter}
-    computed = max(1, tokens - shared_tokens(task, mixture))
+    computed = max(1, computed_by(task, mixture))
     time = predict_seconds(arch, computed, fingerprint=task.files.fingerprint, device=device, dtype=dtype, **facts)
     return {
         "steps": mixture.steps(config.train.batch_size),

@@ -9,11 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tell.rows.prefix import MIN_PREFIX, apart, common_prefix, passes
 from tell.train.attention import PackedPlan
 from tell.train.cuda import packed_plan
 from tell.train.transfer import send
-
-MIN_PREFIX = 8  # tokens; sharing less is not worth its bookkeeping
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,21 +51,9 @@ class Pack:
     real: int
 
 
-def common_prefix(rows: Sequence[TrainRow]) -> int:
-    """Tokens that all rows begin with, leaving at least one token to each."""
-    shortest = min(len(row.ids) for row in rows)
-    first = rows[0].ids[: shortest - 1]
-    length = len(first)
-    for row in rows[1:]:
-        differs = np.flatnonzero(first[:length] != row.ids[:length])
-        if len(differs):
-            length = int(differs[0])
-    return length
-
-
 def _shared(rows: Sequence[TrainRow], share_prefix: bool) -> int:
     """Tokens of the prefix that a pass over ``rows`` computes once."""
-    prefix = common_prefix(rows) if share_prefix and len(rows) > 1 else 0
+    prefix = common_prefix([row.ids for row in rows]) if share_prefix and len(rows) > 1 else 0
     return prefix if prefix >= MIN_PREFIX else 0
 
 
@@ -80,14 +67,15 @@ def split_packs(rows: Sequence[TrainRow], micro_tokens: int, *, share_prefix: bo
     other = [row for row in rows if not row.task]
     parts = [list(rows)]
     if share_prefix and len(task) > 1 and other:
-        saved = (common_prefix(task) - common_prefix(rows)) * (len(task) - 1)
-        parts = [task, other] if saved > 128 else parts
+        prefix, shared = (common_prefix([row.ids for row in part]) for part in (task, rows))
+        parts = [task, other] if apart(prefix, shared, len(task)) else parts
     groups: list[list[TrainRow]] = []
     for part in parts:
         prefix = _shared(part, share_prefix)
         total = sum(len(row.ids) - prefix for row in part)
-        passes = -(-total // max(1, micro_tokens - prefix))
-        limit = -(-total // passes)  # even passes: as many as needed, none larger than it must be
+        limit = -(
+            -total // passes(total, prefix, micro_tokens)
+        )  # even passes: as many as needed, none larger than it must be
         group: list[TrainRow] = []
         used = 0
         for row in sorted(part, key=lambda r: -len(r.ids)):
