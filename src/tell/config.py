@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from tell.errors import TellError
-from tell.presets import PRESETS
+from tell.presets import PRESETS, general_tokens_for
 
 Arm = Literal["base", "base+anchor", "icl", "sft", "sft-matched", "general", "tell", "tell-anchor"]
 ARMS: tuple[str, ...] = get_args(Arm)
@@ -77,14 +77,29 @@ class SelfConfig(Section):
 
 
 class GeneralConfig(Section):
-    """General instruction data and how much of it. At most one of ratio, tokens, rows."""
+    """General data; at most one of ratio, tokens, rows says how much, else the task's tokens (method.md)."""
 
     source: str = Field("self", description="file, hub name, `self` (the model writes its own) or `none`")
     columns: str | None = Field(None, description="names of its columns, as for task.columns")
-    ratio: float | None = Field(None, ge=0, description="general tokens per task token (task rows counted once)")
+    ratio: float | None = Field(
+        None,
+        ge=0,
+        description="general tokens per task token (task rows counted once)",
+    )
     tokens: float | None = Field(None, ge=0, description="general tokens (unit: tokens.unit)")
     rows: int | None = Field(None, ge=0, description="general rows")
     self_: SelfConfig = Field(default_factory=SelfConfig, alias="self")
+
+    def amount(self, task_tokens: int) -> dict[str, float]:
+        """The one of ratio, tokens and rows that is set; else tokens by those of the task, each row counted once."""
+        ways = {way: getattr(self, way) for way in ("ratio", "tokens", "rows")}
+        set_ = {way: value for way, value in ways.items() if value is not None}
+        return set_ or {"tokens": general_tokens_for(task_tokens)}
+
+    @property
+    def by_task(self) -> bool:
+        """Whether the amount depends on the task's tokens."""
+        return self.tokens is None and self.rows is None and self.ratio != 0
 
     @model_validator(mode="after")
     def _one_amount(self) -> GeneralConfig:

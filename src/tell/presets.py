@@ -24,11 +24,9 @@ PAPER: dict[str, Any] = {
     },
 }
 # Found by measurement: docs/lab.md has the runs. The learning rate is `learning_rate_for` the model's size, the
-# repetition `repeat_for` the number of task rows. Of 15 rows seen 16 times, 3.5 and 12 times their tokens of general
-# data did as well as SFT's best or better (docs/study.md); seen 24 times, 25 times their tokens fell behind.
+# repetition `repeat_for` the number of task rows, general data `general_tokens_for` their tokens.
 MODERN: dict[str, Any] = {
     "mix": {"order": "spread"},
-    "general": {"ratio": 10.0},
     "train": {
         "max_grad_norm": 1.0,
         "lora_dropout": 0.0,
@@ -52,6 +50,15 @@ def repeat_for(rows: int) -> int:
     24 was measured at 15 rows and 4 at 65 (docs/lab.md); between them some 360 task rows in all are kept.
     """
     return max(4, min(24, round(360 / max(1, rows))))
+
+
+def general_tokens_for(task_tokens: int) -> float:
+    """General tokens beside so many task tokens, rows counted once: 1e5, within 1 and 10 times the task's.
+
+    From 3e4 to 1e5 did as well as any other amount up to 3e5, with 15 rows (8e3 tokens) and with 115 (6e4) of one
+    task (docs/study.md); with 2e5, 15 rows fell behind. Tasks of more than 1e5 tokens were not measured.
+    """
+    return min(10.0 * task_tokens, max(1e5, float(task_tokens)))
 
 
 PRESETS = {"paper": PAPER, "modern": MODERN}

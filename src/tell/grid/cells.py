@@ -221,7 +221,6 @@ def neutral(config: Config, arm: str) -> Config:
     """A copy in which every key that has no effect on an arm has its default."""
     out = config.model_copy(deep=True)
     written = config.anchor.text == "auto"  # from the task rows, by the model
-    by_ratio = bool(config.general.ratio)
     alone = arm in ("base", "base+anchor", "icl", "sft")  # without general data
     if alone or _no_general(config):
         kept = {"source": config.general.source, "columns": config.general.columns}  # rows held out come from there
@@ -244,7 +243,7 @@ def neutral(config: Config, arm: str) -> Config:
     elif not written:
         out.anchor = AnchorConfig(text=config.anchor.text, place=config.anchor.place)
     without_rows = arm in ("base", "base+anchor", "general") and not (
-        (arm != "base" and written) or (arm == "general" and by_ratio)
+        (arm != "base" and written) or (arm == "general" and config.general.by_task)
     )
     # Without a limit of its own, an answer may be half as long again as the longest training answer.
     if without_rows and config.generate.max_new_tokens is not None:

@@ -87,12 +87,9 @@ def estimated_general(config: Config, task: Task, task_tokens: int) -> General:
     """Rows of the lengths that self-written data has on average, as a table without tokens."""
     unit = config.general.self_.max_prompt_tokens // 3 + config.general.self_.max_answer_tokens // 2
     extra = len(task.chat.encode(task.chat.render([Message("user", ""), Message("assistant", "")])))
-    amount = config.general
-    if amount.rows is not None:
-        n = amount.rows
-    else:
-        tokens = amount.tokens if amount.tokens is not None else (amount.ratio or 0) * task_tokens
-        n = int(tokens / unit) + 1
+    ((way, amount),) = config.general.amount(task_tokens).items()
+    tokens = amount * task_tokens if way == "ratio" else amount
+    n = int(amount) if way == "rows" else int(tokens / unit) + 1
     lengths = np.full(n, unit + extra, np.int32)
     table = RowTable(
         source="general",

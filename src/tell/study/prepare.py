@@ -362,8 +362,8 @@ def load_general(task: Task, source: str, display: Display, *, overlap: bool = T
 
 
 def draw_general(config: Config, general: General, task_tokens: int) -> Draw:
-    """The general rows of the mix; the preset's ratio where no amount was given."""
-    amount = {k: getattr(config.general, k) for k in ("ratio", "tokens", "rows")}
+    """The general rows of the mix; by the task's tokens where no amount was given."""
+    amount = config.general.amount(task_tokens)
     draw = general_rows(general.table.unit[general.allowed], task_tokens=task_tokens, seed=config.seed, **amount)
     return Draw(general.allowed[draw.indices].astype(np.int32), draw.epochs, draw.notices)
 

@@ -61,9 +61,10 @@ def enough_of(config: Config, unit: ChatTokenizer, task_tokens: int) -> Enough:
         counted.extend(len(e.ids) for e in unit.backend.encode_batch(fresh, add_special_tokens=False))
         n = len(rows)
         left = n - min(held_out, n // 4)  # as `load_general` holds them out
-        if amount.rows is not None:
-            return left / max(1, amount.rows)
-        need = amount.tokens if amount.tokens is not None else (amount.ratio or 0) * task_tokens
+        ((way, wanted),) = amount.amount(task_tokens).items()
+        if way == "rows":
+            return left / max(1, wanted)
+        need = wanted * task_tokens if way == "ratio" else wanted
         return sum(counted[:n]) * left / max(1, n) / max(1.0, need)
 
     return enough
