@@ -14,7 +14,8 @@ import pytest
 
 from grid.made import POINTS, make_study
 from tell.errors import TellError
-from tell.grid.drawing import PAPER, Axis, drawing, save
+from tell.grid.drawing import PAPER, Axis, drawing, label_left, save
+from tell.grid.figures import draw_front
 from tell.grid.inline import inline_svg
 from tell.grid.means import Bootstrap
 from tell.grid.page import notices, write_study
@@ -181,6 +182,28 @@ def test_a_drawing_inside_a_page(tmp_path):
     assert used and set(used) <= ids
     assert "currentColor" in svg and "var(--soft)" in svg and "#123456" in svg
     assert PAPER not in svg and "<style" not in svg and "metadata" not in svg
+
+
+@pytest.mark.parametrize(("panels", "shape"), [(1, (1, 1)), (3, (1, 3)), (4, (2, 2)), (5, (2, 3)), (7, (3, 3))])
+def test_at_most_three_panels_stand_side_by_side(panels, shape):
+    with drawing(panels, height=2) as (figure, every):
+        label_left(every, "share")
+    assert len(every) == len(figure.axes) == panels
+    assert every[0].get_subplotspec().get_gridspec().get_geometry() == shape
+    named = [axes.get_ylabel() == "share" for axes in every]
+    assert sum(named) == shape[0] and named[0]
+
+
+def test_points_without_general_rows_are_called_sft():
+    side = {"value": 0.5, "ci": [0.4, 0.6]}
+    entries = [
+        {"name": f"TELL, {n} general tokens", "point": {"general.tokens": n}, "arm": "tell", "gain": side, "cost": side}
+        | {"on_front": n > 0}
+        for n in (0, 30_000)
+    ]
+    figure = draw_front([("", entries)], gain="schema_adherence", cost="answer_loss", title="")
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["TELL without general rows: SFT", "TELL"]
 
 
 def test_a_map_has_a_panel_for_every_other_key(tmp_path):

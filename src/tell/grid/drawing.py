@@ -116,7 +116,7 @@ def brief(value: float) -> str:
 
 @contextmanager
 def drawing(panels: int, *, height: float, width: float = 4.6) -> Iterator[tuple[Figure, list[Axes]]]:
-    """A figure with panels side by side that share their vertical axis.
+    """A figure with panels that share their vertical axis, at most three side by side.
 
     Raises:
         TellError: matplotlib is not installed.
@@ -129,9 +129,21 @@ def drawing(panels: int, *, height: float, width: float = 4.6) -> Iterator[tuple
             "figures need matplotlib", where="tell study", remedy='Install it: pip install "tell-llm[study]".'
         ) from error
     with matplotlib.rc_context(RULES):
-        figure = Figure(figsize=(max(6.4, width * panels), height + 0.3), layout="constrained")
-        every = list(figure.subplots(1, max(1, panels), sharey=True, squeeze=False)[0])
-        yield figure, every
+        rows = max(1, math.ceil(panels / 3))
+        across = max(1, math.ceil(panels / rows))
+        figure = Figure(figsize=(max(6.4, width * across), height * rows + 0.3), layout="constrained")
+        every = list(figure.subplots(rows, across, sharey=True, squeeze=False).flat)
+        for axes in every[max(1, panels) :]:
+            axes.remove()
+        yield figure, every[: max(1, panels)]
+
+
+def label_left(every: Sequence[Axes], text: str) -> None:
+    """Name the vertical axis once a row of panels."""
+    for axes in every:
+        spec = axes.get_subplotspec()
+        if spec is not None and spec.is_first_col():
+            axes.set_ylabel(text)
 
 
 def legend(figure: Figure, every: Sequence[Axes], title: str) -> None:

@@ -23,9 +23,11 @@ from tell.grid.drawing import (
     Axis,
     brief,
     drawing,
+    label_left,
     legend,
 )
 from tell.grid.general_rows import CHANGE
+from tell.grid.recipe_checks import RIVALS
 from tell.grid.results import frozen
 from tell.grid.words import arm_name, axis_label, key_name, metric_term, point_name, rounded, scale_of, value_name
 
@@ -89,7 +91,7 @@ def draw_curves(
             axes.set_axisbelow(True)
             if metric_term(y).unit == "share":
                 axes.set_ylim(-3, 103)
-        every[0].set_ylabel(axis_label(y))
+        label_left(every, axis_label(y))
         legend(figure, every, title)
     return figure
 
@@ -148,7 +150,7 @@ def draw_maps(
             axes.spines[:].set_visible(False)
             axes.set_title(heading)
             axes.set_xlabel(key_name(x[0]).capitalize())
-        every[0].set_ylabel(key_name(y[0]).capitalize())
+        label_left(every, key_name(y[0]).capitalize())
         figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
     return figure
 
@@ -184,14 +186,16 @@ def draw_front(panels: Sequence[tuple[str, Sequence[dict]]], *, gain: str, cost:
                 axes.set_ylim(-4, 104)
             names = [f"{n}  {c['name']}" for n, c in enumerate(front, 1)]
             axes.text(0, -0.17, "\n".join(names), transform=axes.transAxes, va="top", fontsize=8, color=INK)
-        every[0].set_ylabel(axis_label(gain))
+        label_left(every, axis_label(gain))
         legend(figure, every, title)
     return figure
 
 
 def _candidate(axes: Axes, candidate: dict, scales: tuple[float, float], number: int | None) -> None:
     """One point with the bars of its intervals; a disc where it has a number on the front."""
-    on, arm = number is not None, candidate["arm"]
+    on, arm, name = number is not None, candidate["arm"], arm_name(candidate["arm"])
+    if arm == "tell" and any(candidate["point"].get(key) == 0 for key in RIVALS[0]):
+        arm, name = "sft", "TELL without general rows: SFT"
     colour = COLOURS.get(arm, CYCLE[0])
     cost, gain = candidate["cost"], candidate["gain"]
     (x, left, right), (y, low, high) = (
@@ -210,7 +214,7 @@ def _candidate(axes: Axes, candidate: dict, scales: tuple[float, float], number:
         elinewidth=0.8,
         alpha=1.0 if on else 0.6,
         zorder=5 + number if number is not None else 2,
-        label=arm_name(arm),
+        label=name,
     )
 
 

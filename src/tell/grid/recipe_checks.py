@@ -10,6 +10,7 @@ from tell.errors import TellError
 from tell.grid.nested import VARIABLE, leaves, nest
 
 OF_A_PRODUCT = ("arms", "seeds")  # beside the keys of a run: which of the recipe's a product of the grid is run with
+# ways of giving one amount: general data, task data
 RIVALS = (("general.tokens", "general.rows", "general.ratio"), ("task.tokens", "task.rows"))
 REFUSED = {  # keys of a run that a recipe cannot set, and what to do instead
     "seed": "Give it as seeds, for the whole study.",
