@@ -18,6 +18,7 @@ from tell.presets import PRESETS, general_tokens_for
 
 Arm = Literal["base", "base+anchor", "icl", "sft", "sft-matched", "general", "tell", "tell-anchor"]
 ARMS: tuple[str, ...] = get_args(Arm)
+GENERAL_AMOUNTS = ("ratio", "tokens", "rows")  # the ways of saying how much general data
 DEFAULT_ARMS: tuple[Arm, ...] = ("base", "base+anchor", "icl", "sft", "sft-matched", "tell", "tell-anchor")
 TRAINED_ARMS = frozenset({"sft", "sft-matched", "general", "tell"})
 
@@ -81,29 +82,31 @@ class GeneralConfig(Section):
 
     source: str = Field("self", description="file, hub name, `self` (the model writes its own) or `none`")
     columns: str | None = Field(None, description="names of its columns, as for task.columns")
-    ratio: float | None = Field(
-        None,
-        ge=0,
-        description="general tokens per task token (task rows counted once)",
-    )
+    ratio: float | None = Field(None, ge=0, description="general tokens per task token (task rows counted once)")
     tokens: float | None = Field(None, ge=0, description="general tokens (unit: tokens.unit)")
     rows: int | None = Field(None, ge=0, description="general rows")
     self_: SelfConfig = Field(default_factory=SelfConfig, alias="self")
 
     def amount(self, task_tokens: int) -> dict[str, float]:
         """The one of ratio, tokens and rows that is set; else tokens by those of the task, each row counted once."""
-        ways = {way: getattr(self, way) for way in ("ratio", "tokens", "rows")}
-        set_ = {way: value for way, value in ways.items() if value is not None}
-        return set_ or {"tokens": general_tokens_for(task_tokens)}
+        return self._given() or {"tokens": general_tokens_for(task_tokens)}
 
     @property
     def by_task(self) -> bool:
         """Whether the amount depends on the task's tokens."""
         return self.tokens is None and self.rows is None and self.ratio != 0
 
+    @property
+    def empty(self) -> bool:
+        """Whether no general row is asked for."""
+        return self.source == "none" or 0 in self._given().values()
+
+    def _given(self) -> dict[str, float]:
+        return {way: value for way in GENERAL_AMOUNTS if (value := getattr(self, way)) is not None}
+
     @model_validator(mode="after")
     def _one_amount(self) -> GeneralConfig:
-        given = [k for k in ("ratio", "tokens", "rows") if getattr(self, k) is not None]
+        given = list(self._given())
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} are set together; set one of ratio, tokens, rows")
         return self
@@ -357,7 +360,7 @@ def nearest(word: str, names: Iterable[str]) -> str:
 def override(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
     """Nested keys of ``high`` over ``low``; one way of giving an amount replaces the ways given lower down."""
     low = {key: dict(value) if isinstance(value, Mapping) else value for key, value in low.items()}
-    for section, ways in (("general", {"ratio", "tokens", "rows"}), ("task", {"rows", "tokens"})):
+    for section, ways in (("general", set(GENERAL_AMOUNTS)), ("task", {"rows", "tokens"})):
         upper = high.get(section)
         if isinstance(upper, Mapping) and isinstance(low.get(section), dict) and ways & set(upper):
             for way in ways - set(upper):

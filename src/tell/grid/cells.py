@@ -99,7 +99,7 @@ def grid_of(recipe: Recipe, variables: Mapping[str, str], *, where: str = "recip
             point = {key: _shown(config, key, value) for key, value in raw.items()}
             for arm in arms:
                 lead = RIDERS.get(arm, arm) if RIDERS.get(arm) in arms else arm
-                if lead == "general" and _no_general(config):
+                if lead == "general" and config.general.empty:
                     continue
                 riders = [a for a in arms if RIDERS.get(a) == lead and a != arm] if lead == arm else [arm]
                 cell = make_cell(config, lead, riders)
@@ -222,7 +222,7 @@ def neutral(config: Config, arm: str) -> Config:
     out = config.model_copy(deep=True)
     written = config.anchor.text == "auto"  # from the task rows, by the model
     alone = arm in ("base", "base+anchor", "icl", "sft")  # without general data
-    if alone or _no_general(config):
+    if alone or config.general.empty:
         kept = {"source": config.general.source, "columns": config.general.columns}  # rows held out come from there
         out.general = GeneralConfig(**kept, tokens=0)
     elif config.general.source != "self":
@@ -249,8 +249,3 @@ def neutral(config: Config, arm: str) -> Config:
     if without_rows and config.generate.max_new_tokens is not None:
         out.task.rows = out.task.tokens = None
     return out
-
-
-def _no_general(config: Config) -> bool:
-    amount = config.general
-    return amount.source == "none" or 0 in (amount.ratio, amount.tokens, amount.rows)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from tell.config import Config, check_keys, nearest
+from tell.config import GENERAL_AMOUNTS, Config, check_keys, nearest
 from tell.errors import TellError
 from tell.grid.nested import VARIABLE, leaves, nest
 
 OF_A_PRODUCT = ("arms", "seeds")  # beside the keys of a run: which of the recipe's a product of the grid is run with
-# ways of giving one amount: general data, task data
-RIVALS = (("general.tokens", "general.rows", "general.ratio"), ("task.tokens", "task.rows"))
+GENERAL_KEYS = tuple(f"general.{way}" for way in GENERAL_AMOUNTS)
+RIVALS = (GENERAL_KEYS, ("task.tokens", "task.rows"))  # keys that say one amount
 REFUSED = {  # keys of a run that a recipe cannot set, and what to do instead
     "seed": "Give it as seeds, for the whole study.",
     "eval.arms": "Give it as arms, for the whole study.",

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
+from tell.config import GENERAL_AMOUNTS
 from tell.report.figures import Scale, gaps, loss_chart, series_class, stream_figure
 from tell.report.read import Manifest, Run, flatten, get, mapping, rows_of
 from tell.report.text import count, duration, is_number, number, power
@@ -21,7 +22,7 @@ def facts(run: Run) -> list[tuple[str, str]]:
     """What was asked, as label and value; only what is known."""
     general = get(run.config, "general", "source")
     amount = next(
-        (f", {k} {v:g}" for k, v in mapping(run.config, "general").items() if k in AMOUNTS and is_number(v)), ""
+        (f", {k} {v:g}" for k, v in mapping(run.config, "general").items() if k in GENERAL_AMOUNTS and is_number(v)), ""
     )
     split = mapping(run.findings, "split")
     rows = ", ".join(f"{split[k]:,} {label}" for k, label in SPLIT if is_number(split.get(k)))
@@ -38,7 +39,6 @@ def facts(run: Run) -> list[tuple[str, str]]:
     return [(label, str(value)) for label, value in known if value]
 
 
-AMOUNTS = ("ratio", "tokens", "rows")
 SPLIT = (("train", "for training"), ("validation", "for validation"), ("test", "for testing"))
 
 

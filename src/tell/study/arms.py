@@ -43,8 +43,7 @@ def wanted_arms(config: Config) -> list[str]:
     arms = [arm for arm in dict.fromkeys(config.eval.arms)]
     if not arms:
         raise TellError("no arm is asked for", where="eval.arms", remedy="Name at least one, e.g. --arms base,tell.")
-    amount = config.general
-    if "general" in arms and (amount.source == "none" or 0 in (amount.ratio, amount.tokens, amount.rows)):
+    if "general" in arms and config.general.empty:
         raise TellError("the arm general needs general data", where="--arms", remedy="Drop the arm, or set --general.")
     return arms
 

@@ -373,7 +373,7 @@ def general_source(config: Config) -> str:
     amount = config.general
     if amount.source != "self":
         return amount.source
-    unused = 0 in (amount.ratio, amount.tokens, amount.rows) or not MIXED.intersection(config.eval.arms)
+    unused = amount.empty or not MIXED.intersection(config.eval.arms)
     return "none" if unused else "self"
 
 

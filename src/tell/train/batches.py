@@ -73,9 +73,8 @@ def split_packs(rows: Sequence[TrainRow], micro_tokens: int, *, share_prefix: bo
     for part in parts:
         prefix = _shared(part, share_prefix)
         total = sum(len(row.ids) - prefix for row in part)
-        limit = -(
-            -total // passes(total, prefix, micro_tokens)
-        )  # even passes: as many as needed, none larger than it must be
+        # Even passes: as many as needed, none larger than it must be.
+        limit = -(-total // passes(total, prefix, micro_tokens))
         group: list[TrainRow] = []
         used = 0
         for row in sorted(part, key=lambda r: -len(r.ids)):
