@@ -203,7 +203,7 @@ def test_points_without_general_rows_are_called_sft():
     ]
     figure = draw_front([("", entries)], gain="schema_adherence", cost="answer_loss", title="")
     (legend,) = figure.legends
-    assert [text.get_text() for text in legend.get_texts()] == ["TELL without general rows: SFT", "TELL"]
+    assert [text.get_text() for text in legend.get_texts()] == ["SFT", "TELL"]
 
 
 def test_a_map_has_a_panel_for_every_other_key(tmp_path):

@@ -48,6 +48,19 @@ def test_points_with_gain_cost_and_how_sure():
     assert verdict(found).startswith("2 of 4 are on the front (1 of general data alone, 1 of TELL)")
 
 
+def test_task_rows_alone_are_sft_and_are_counted_so():
+    alone, mixed = ({"general.tokens": n, "mix.repeat": 4} for n in (0, 30_000))
+    right = np.ones(100)
+    cells = [
+        outcome(right, arm="tell", point=alone, **{"probe loss": Number(2.0, 0.1)}),
+        outcome(right, arm="tell", point=mixed, **{"probe loss": Number(2.0, 0.1)}),
+    ]
+    study = study_of(cells)
+    found = front(study, Bootstrap(study, 100), gain="m", cost="probe loss")
+    assert {e["name"] for e in found} == {"SFT, 4 times", "TELL, 30,000 general tokens, 4 times"}
+    assert "1 of TELL" in verdict(found) and "1 of SFT" in verdict(found)
+
+
 def test_a_loss_is_gained_by_falling():
     cells = [
         outcome([1], arm=a, point={"k": k}, **{"low loss": Number(v, 0), "probe loss": Number(c, 0)})

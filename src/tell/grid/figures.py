@@ -27,9 +27,19 @@ from tell.grid.drawing import (
     legend,
 )
 from tell.grid.general_rows import CHANGE
-from tell.grid.recipe_checks import GENERAL_KEYS
 from tell.grid.results import frozen
-from tell.grid.words import arm_name, axis_label, key_name, metric_term, point_name, rounded, scale_of, value_name
+from tell.grid.words import (
+    SFT,
+    alone,
+    arm_name,
+    axis_label,
+    key_name,
+    metric_term,
+    point_name,
+    rounded,
+    scale_of,
+    value_name,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -194,8 +204,8 @@ def draw_front(panels: Sequence[tuple[str, Sequence[dict]]], *, gain: str, cost:
 def _candidate(axes: Axes, candidate: dict, scales: tuple[float, float], number: int | None) -> None:
     """One point with the bars of its intervals; a disc where it has a number on the front."""
     on, arm, name = number is not None, candidate["arm"], arm_name(candidate["arm"])
-    if arm == "tell" and any(candidate["point"].get(key) == 0 for key in GENERAL_KEYS):
-        arm, name = "sft", "TELL without general rows: SFT"
+    if alone(arm, candidate["point"]):
+        arm, name = "sft", SFT
     colour = COLOURS.get(arm, CYCLE[0])
     cost, gain = candidate["cost"], candidate["gain"]
     (x, left, right), (y, low, high) = (

@@ -10,7 +10,7 @@ import numpy as np
 from tell.grid.means import Bootstrap
 from tell.grid.results import Study, canonical
 from tell.grid.table import merged
-from tell.grid.words import arm_name, metric_term, point_name
+from tell.grid.words import SFT, alone, arm_name, arm_point_name, metric_term
 from tell.report.words import arm_order
 
 CHUNK = 200  # resamples compared at once
@@ -48,17 +48,18 @@ def front(
         np.concatenate([undominated(d) for d in np.array_split(draws, max(1, len(draws) // CHUNK))]), axis=0
     )
     varying = [key for key in study.keys if key not in (within or {})]
+    same = [{k: p[0].get(k) for k in varying if len({str(q.get(k)) for q in p}) == 1} for _, p, *_ in found]
     entries = [
         {
-            "name": _name(arm, points, varying),
-            "point": {k: points[0].get(k) for k in varying if len({str(p.get(k)) for p in points}) == 1},
+            "name": arm_point_name(arm, same[i]),
+            "point": same[i],
             "arm": arm,
             "gain": g.summary(),
             "cost": c.summary(),
             "on_front": bool(on[i]),
             "front_share": round(float(share[i]), 4),
         }
-        for i, (arm, points, _, g, c) in enumerate(found)
+        for i, (arm, _, _, g, c) in enumerate(found)
     ]
     return sorted(entries, key=lambda e: -signs[0] * e["gain"]["value"])
 
@@ -74,15 +75,11 @@ def undominated(values: np.ndarray) -> np.ndarray:
     return ~beats.any(axis=1)
 
 
-def _name(arm: str, points: Sequence[dict], keys: Sequence[str]) -> str:
-    same = {k: points[0].get(k) for k in keys if len({str(p.get(k)) for p in points}) == 1}
-    return ", ".join(filter(None, (arm_name(arm), point_name(same))))
-
-
 def verdict(entries: Sequence[dict]) -> str:
     """Which arms stand on the front, in a sentence."""
     on = [e for e in entries if e["on_front"]]
     sure = [e for e in on if e["front_share"] >= 0.95]
-    arms = [f"{sum(e['arm'] == a for e in on)} of {arm_name(a)}" for a in arm_order([e["arm"] for e in on])]
+    kinds = [SFT if alone(e["arm"], e["point"]) else e["arm"] for e in on]
+    arms = [f"{kinds.count(a)} of {arm_name(a)}" for a in arm_order(kinds)]
     text = f"{len(on)} of {len(entries)} are on the front ({', '.join(arms)})"
     return f"{text}; {len(sure)} of these in at least 95 % of resamples." if on else ""
