@@ -65,10 +65,10 @@ def test_losses_on_general_rows_are_read_back_row_by_row(recipe, tmp_path):
         for name in ("probe loss", "probe loss change", "general held out loss", "general held out loss change"):
             number = outcome.measured.numbers[name]
             assert number.rows is not None and len(number.rows.hashes) == 4
-            assert number.rows.losses.mean() == pytest.approx(number.value, abs=2e-6)
+            assert number.rows.metric.value == pytest.approx(number.value, abs=2e-6)
     sft, most = (next(o for o in reversed(study.outcomes) if o.arm == arm) for arm in ("sft", "tell"))
     gap = Bootstrap(study).difference([most], [sft], "probe")
-    losses = [o.measured.numbers["probe loss"].rows.losses for o in (most, sft)]
+    losses = [o.measured.numbers["probe loss"].rows.metric.per_row for o in (most, sft)]
     assert gap["value"] == pytest.approx(np.mean(losses[0] - losses[1]), abs=1e-5)
     low, high = (losses[0] - losses[1]).min(), (losses[0] - losses[1]).max()
     assert low - 1e-6 <= gap["ci"][0] <= gap["ci"][1] <= high + 1e-6  # of the same rows: never outside what one shows

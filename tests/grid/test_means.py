@@ -8,9 +8,9 @@ import pytest
 from grid.made import outcome, study_of
 from tell.evaluate.intervals import difference, newcombe_paired, wilson
 from tell.evaluate.means import mean_metric
-from tell.grid.general_rows import GeneralRows
 from tell.grid.means import Bootstrap
 from tell.grid.results import Number
+from tell.grid.shared_rows import SharedRows
 
 
 def bootstrap(outcomes, samples: int = 1000, seed: int = 0) -> Bootstrap:
@@ -129,7 +129,7 @@ def probe(losses, base, *, keep: bool = True, arm: str = "tell", seed: int = 1, 
 
     def number(values) -> Number:
         spread = float(np.std(values, ddof=1) / np.sqrt(len(values)))
-        kept = GeneralRows("probe", np.array([f"{rows}-{i}" for i in range(len(values))]), np.asarray(values))
+        kept = SharedRows("probe", np.array([f"{rows}-{i}" for i in range(len(values))]), mean_metric(values))
         return Number(float(np.mean(values)), spread, None, kept if keep else None)
 
     change = losses - base
@@ -166,7 +166,7 @@ def test_general_rows_are_drawn_once_for_all_seeds_that_share_them():
 
 def test_general_rows_do_not_move_with_as_many_test_rows():
     values = np.random.default_rng(6).normal(size=100)
-    kept = GeneralRows("probe", np.array([f"g{i}" for i in range(100)]), values)
+    kept = SharedRows("probe", np.array([f"g{i}" for i in range(100)]), mean_metric(values))
     group = [outcome((values > 0).astype(float), **{"probe loss": Number(float(values.mean()), 0.1, None, kept)})]
     drawn = bootstrap(group, 4000)
     assert abs(np.corrcoef(drawn.of(group, "m").draws, drawn.of(group, "probe").draws)[0, 1]) < 0.06

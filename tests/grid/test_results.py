@@ -11,8 +11,10 @@ import pytest
 from grid.made import POINTS, make_study, write_cell
 from tell.errors import TellError
 from tell.evaluate.text import TextScorer
+from tell.grid.means import Bootstrap
 from tell.grid.results import Number, canonical, number_of, read_results
 from tell.grid.table import tabulated
+from tell.run import write_jsonl
 
 
 def test_every_row_of_a_finished_study(tmp_path):
@@ -124,6 +126,47 @@ def test_benchmarks_and_names(tmp_path):
     ]
     assert study.outcomes[0].measured.numbers["benchmark openbookqa change"].spread == pytest.approx(0.0255, rel=0.01)
     assert canonical("general held out") == "general held out loss" and canonical("bleu") == "bleu"
+
+
+def test_benchmarks_are_paired_by_question(tmp_path):
+    """Two arms that change 60 of 120 answers alike and differ in 20: the difference is known best."""
+    folder = make_study(tmp_path, points=POINTS[:1], seeds=[42], arms=["sft", "tell"])
+    study = json.loads((folder / "study.json").read_text())
+    rng = np.random.default_rng(3)
+    right = {"base": rng.integers(0, 2, 120)}
+    alike = np.where(np.arange(120) >= 60, 1 - right["base"], right["base"])
+    right["sft"], right["tell"] = alike.copy(), alike.copy()
+    right["sft"][:20], right["tell"][:20] = 0, 1
+
+    def entry(values) -> dict:
+        mean, reach = float(np.mean(values)), 1.96 * float(np.std(values)) / 120**0.5
+        return {"value": mean, "ci": [mean - reach, mean + reach], "n": 120}
+
+    for keep in (False, True):
+        for row in study["rows"]:
+            cell, arm = tmp_path / "cells" / row["cell"], row["arm"]
+            metrics = json.loads((cell / "metrics.json").read_text())
+            metrics["benchmarks"] = {
+                "settings": {"tasks": {"openbookqa": ["openbookqa"]}},
+                "arms": {a: {"openbookqa": entry(right[a])} for a in ("base", arm)},
+                "differences": {f"{arm} - base": {"openbookqa": entry(right[arm] - right["base"])}},
+            }
+            (cell / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
+            for a in ("base", arm) if keep else ():
+                rows = [{"question": i, "hash": f"{i}", "scores": {"acc": int(x)}} for i, x in enumerate(right[a])]
+                path = cell / "predictions" / "benchmarks" / a / "openbookqa.jsonl"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_jsonl(path, rows)
+        read = read_results(folder)
+        of = {o.arm: o for o in read.outcomes}
+        assert all((o.measured.numbers["benchmark openbookqa"].rows is not None) == keep for o in read.outcomes)
+        level = Bootstrap(read, 4000).of([of["tell"]], "benchmark openbookqa")
+        assert level.value == pytest.approx(np.mean(right["tell"]))
+        gap = Bootstrap(read, 4000).difference([of["tell"]], [of["sft"]], "benchmark openbookqa")
+        assert gap["value"] == pytest.approx(20 / 120, abs=1e-6)
+        wide = float(np.ptp(gap["ci"]))
+        paired = 2 * 1.96 * np.std(right["tell"] - right["sft"]) / 120**0.5
+        assert wide == pytest.approx(paired, rel=0.1) if keep else wide > 2 * paired
 
 
 def test_numbers_that_yaml_reads_as_text(tmp_path):

@@ -16,6 +16,7 @@ from study.runs import Killer, config_of, read
 from tell.anchor.anchor import NO_ANCHOR, Anchor
 from tell.cli.main import run as main
 from tell.errors import Interrupted, TellError
+from tell.grid.shared_rows import CHANGE, levels_and_changes, read_questions
 from tell.run import RunFolder, read_jsonl
 from tell.study import benchmarks as module
 from tell.study.benchmarks import benchmark, benchmark_arms, check_benchmarks
@@ -87,6 +88,17 @@ def test_before_and_after(copy, questions, monkeypatch):
     gap = found["differences"]["tell - base"]["openbookqa"]
     a, b = (found["arms"][arm]["openbookqa"]["value"] for arm in ("tell", "base"))
     assert gap["value"] == pytest.approx(a - b, abs=1e-6) and gap["n"] == len(FILES["openbookqa_test.jsonl"])
+    # a study reads every number of metrics.json back question by question
+    kept = {arm: read_questions(copy, arm, found["settings"]["tasks"]) for arm in found["arms"]}
+    for arm, numbers in found["arms"].items():
+        assert {n: round(r.metric.value, 6) for n, r in kept[arm].items()} == {
+            n: e["value"] for n, e in numbers.items()
+        }
+        assert len(kept[arm]["agieval"].hashes) == sum(len(rows[arm, task]) for task in TASKS)
+        assert all(len(r.hashes) == len(set(r.hashes.tolist())) for r in kept[arm].values())
+    for name, entry in found["differences"]["tell - base"].items():
+        change = levels_and_changes(kept["tell"][name], kept["base"][name])[CHANGE]
+        assert change.metric.value == pytest.approx(entry["value"], abs=1e-6)
     # the adapter was merged for its turn
     likelihoods = [[row["loglikelihoods"] for row in rows[arm, "openbookqa"]] for arm in ("base", "tell")]
     assert not np.allclose(*likelihoods)

@@ -26,8 +26,8 @@ from tell.grid.drawing import (
     label_left,
     legend,
 )
-from tell.grid.general_rows import CHANGE
 from tell.grid.results import frozen
+from tell.grid.shared_rows import CHANGE
 from tell.grid.words import (
     SFT,
     alone,

@@ -15,10 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from tell.evaluate.intervals import applies, estimate_from, newcombe_paired, percentiles, resamples, wilson
-from tell.evaluate.means import mean_metric
 from tell.evaluate.scored import Metric
-from tell.grid.general_rows import CHANGE
 from tell.grid.results import Measured, Outcome, Study, canonical, frozen
+from tell.grid.shared_rows import CHANGE
 from tell.grid.words import metric_term
 
 SAMPLES = 2000
@@ -74,11 +73,11 @@ class Bootstrap:
         runs = list({id(o.measured): o.measured for o in study.outcomes}.values())
         hashes = np.unique(np.concatenate([run.hashes for run in runs])) if runs else np.array([], dtype=str)
         self._test = _Pool(hashes.tolist(), samples, seed)
-        general: dict[str, dict[str, None]] = {}
+        shared: dict[str, dict[str, None]] = {}
         for rows in (number.rows for run in runs for number in run.numbers.values() if number.rows is not None):
-            general.setdefault(rows.source, {}).update(dict.fromkeys(rows.hashes.tolist()))
-        self._general = {  # drawn apart from test rows: a set of as many would move with them
-            source: _Pool(list(known), samples, _digest(f"{seed} {source}")) for source, known in general.items()
+            shared.setdefault(rows.source, {}).update(dict.fromkeys(rows.hashes.tolist()))
+        self._shared = {  # drawn apart from test rows: a set of as many would move with them
+            source: _Pool(list(known), samples, _digest(f"{seed} {source}")) for source, known in shared.items()
         }
         self._cache: dict[tuple[int, str], np.ndarray] = {}
 
@@ -157,7 +156,7 @@ class Bootstrap:
             if metric in run.metrics:
                 self._cache[key] = self._test.draws(run.hashes, run.metrics[metric])
             elif (rows := run.numbers[metric].rows) is not None:
-                self._cache[key] = self._general[rows.source].draws(rows.hashes, mean_metric(rows.losses))
+                self._cache[key] = self._shared[rows.source].draws(rows.hashes, rows.metric)
             else:
                 self._cache[key] = np.full(self.samples, run.numbers[metric].value)
         return self._cache[key]

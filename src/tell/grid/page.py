@@ -8,7 +8,6 @@ from pathlib import Path
 import yaml
 
 from tell.grid.analyses import analyse
-from tell.grid.general_rows import CHANGE
 from tell.grid.means import Bootstrap
 from tell.grid.results import Study, canonical, read_results
 from tell.grid.sections import (
@@ -24,6 +23,7 @@ from tell.grid.sections import (
 )
 from tell.grid.seeds import seed_sets, seeds_name
 from tell.grid.separation import WORDS as CONTRAST_WORDS
+from tell.grid.shared_rows import CHANGE
 from tell.grid.table import gaps, lines, to_csv, to_markdown
 from tell.grid.words import arm_name, metric_term
 from tell.report.page import fill

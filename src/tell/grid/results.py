@@ -17,7 +17,7 @@ from tell.evaluate.intervals import Z
 from tell.evaluate.means import mean_metric
 from tell.evaluate.scored import Metric
 from tell.evaluate.scorers import make_scorer
-from tell.grid.general_rows import CHANGE, GeneralRows, levels_and_changes, read_general_rows
+from tell.grid.shared_rows import CHANGE, SharedRows, levels_and_changes, read_general_rows, read_questions
 from tell.report.read import get, mapping
 from tell.report.text import is_number
 from tell.run import RunFolder, read_jsonl
@@ -42,7 +42,7 @@ class Number:
     value: float
     spread: float
     ci: tuple[float, float] | None = None
-    rows: GeneralRows | None = None
+    rows: SharedRows | None = None
 
 
 @dataclass(frozen=True)
@@ -313,20 +313,26 @@ class _Cell:
             if (number := _number(change)) is not None:
                 found[name + CHANGE] = number
 
+        def keep(name: str, own: SharedRows | None, base: SharedRows | None) -> None:
+            for key, rows in levels_and_changes(own, base).items():
+                known = found.get(name + key)
+                if known is not None and _equal(rows.metric.value, known.value):
+                    found[name + key] = replace(known, rows=rows)
+
         own_rows, base_rows = (read_general_rows(self.folder, arm) for arm in (weights, "base"))
         differences = mapping(self.metrics, "forgetting", "differences", f"{weights} - base")
         for name, measures in mapping(self.metrics, "forgetting", "arms", weights).items():
             for measure, entry in mapping(measures).items():
                 add(f"{name} {measure.replace('_', ' ')}", entry, get(differences, name, measure))
-            for key, rows in levels_and_changes(own_rows.get(name), base_rows.get(name)).items():
-                known = found.get(f"{name} loss{key}")
-                if known is not None and _equal(float(rows.losses.mean()), known.value):
-                    found[f"{name} loss{key}"] = replace(known, rows=rows)
+            keep(f"{name} loss", own_rows.get(name), base_rows.get(name))
         asked = mapping(self.metrics, "benchmarks", "arms")
         own = arm if arm in asked else weights  # where the anchor is on, arms of the same weights differ
         differences = mapping(self.metrics, "benchmarks", "differences", f"{own} - base")
+        tasks = mapping(self.metrics, "benchmarks", "settings", "tasks")
+        own_rows, base_rows = (read_questions(self.folder, each, tasks) for each in (own, "base"))
         for name, entry in mapping(asked, own).items():
             add(BENCHMARK + name, entry, get(differences, name))
+            keep(BENCHMARK + name, own_rows.get(name), base_rows.get(name))
         return found
 
 

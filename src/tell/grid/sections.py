@@ -15,11 +15,11 @@ from tell.grid.curves import curves
 from tell.grid.drawing import save
 from tell.grid.figures import draw_curves, draw_front, draw_maps
 from tell.grid.fit import NAMES
-from tell.grid.general_rows import CHANGE
 from tell.grid.inline import inline_svg
 from tell.grid.means import Bootstrap, groups
 from tell.grid.results import Study, as_drawn, frozen
 from tell.grid.separation import pictures
+from tell.grid.shared_rows import CHANGE
 from tell.grid.table import FLOPS, Gap, Line, bare, costs_shown, keys_shown
 from tell.grid.words import arm_name, key_name, metric_term, point_name, rounded, value_name
 from tell.report.scores import Cell

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from tell.evaluate.names import ANSWER_LOSS
-from tell.grid.general_rows import CHANGE
 from tell.grid.means import Bootstrap, groups
 from tell.grid.results import Outcome, Study, frozen
+from tell.grid.shared_rows import CHANGE
 from tell.grid.words import arm_name, key_name, metric_term, value_name
 from tell.report.scores import Cell
 from tell.report.text import interval, number, power

@@ -7,10 +7,10 @@ from pathlib import PurePath
 from typing import Any
 
 from tell.evaluate.names import LOSSES
-from tell.grid.general_rows import CHANGE
 from tell.grid.nested import VARIABLE
 from tell.grid.recipe_checks import GENERAL_KEYS
 from tell.grid.results import BENCHMARK, canonical
+from tell.grid.shared_rows import CHANGE
 from tell.report.words import Term, term
 
 KEYS = {

@@ -164,7 +164,7 @@ def run_benchmarks(
     for arm in benchmark_arms(arms, used):
         begin(f"benchmark {arm}")
         found = _answers(folder, arm, {name: settings(name, arm) for name in names}, model, answer)
-        metrics[arm] = _metrics(tasks, {name: rows for name, (rows, _) in found.items()})
+        metrics[arm] = benchmark_metrics(tasks, {name: rows for name, (rows, _) in found.items()})
         sums = [cost for _, cost in found.values()]
         costs[arm] = {key: sum(cost[key] for cost in sums) for key in ("prompt_tokens", "new_tokens", "flops")}
     values, gaps = arm_numbers(metrics, seed=config.seed, samples=rule.bootstrap)
@@ -251,7 +251,15 @@ def _write(place: Path, settings: dict, rows: list[dict], cost: dict) -> None:
     write_json(place.with_suffix(".json"), {"settings": settings, "cost": cost})  # last: it says that all is there
 
 
-def _metrics(tasks: Tasks, rows: Mapping[str, list[dict]]) -> dict[str, Metric]:
+def kept_answers(folder: RunFolder, arm: str, task: str) -> list[dict]:
+    """A row a question, as `tell.study.harness.answer_task` made them; empty where a run has not kept them."""
+    try:
+        return read_jsonl((folder.predictions / "benchmarks" / arm / task).with_suffix(".jsonl"))
+    except (OSError, ValueError):
+        return []
+
+
+def benchmark_metrics(tasks: Tasks, rows: Mapping[str, list[dict]]) -> dict[str, Metric]:
     """Metrics of benchmarks and tasks, by the names they have in metrics.json.
 
     The first metric of the harness goes by the benchmark's name alone, others as ``openbookqa acc_norm``. A group has
@@ -260,6 +268,7 @@ def _metrics(tasks: Tasks, rows: Mapping[str, list[dict]]) -> dict[str, Metric]:
     single = {
         name: {metric: mean_metric([row["scores"][metric] for row in found]) for metric in found[0]["scores"]}
         for name, found in rows.items()
+        if found
     }
     out: dict[str, Metric] = {}
     for name, group in tasks.items():
