@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-Advance = Callable[..., None]  # advance(amount: float, info: str = "")
+Advance = Callable[..., None]  # advance(amount: float, info: str = "", left: float | None = None)
 
 
 class Display(Protocol):
@@ -17,7 +17,10 @@ class Display(Protocol):
         ...
 
     def bar(self, title: str, total: float | None, unit: str = "rows") -> _Bar:
-        """A context manager that yields ``advance(amount, info="")``; ``total`` None: of unknown length."""
+        """A context manager that yields ``advance(amount, info="", left=None)``; ``total`` None: of unknown length.
+
+        ``left`` is how many seconds it still takes, where the caller knows better than the pace so far.
+        """
         ...
 
 
@@ -38,4 +41,4 @@ class Silent:
 
     @contextmanager
     def bar(self, title: str, total: float | None, unit: str = "rows") -> Iterator[Advance]:
-        yield lambda amount=1, info="": None
+        yield lambda amount=1, info="", left=None: None

@@ -35,6 +35,25 @@ def test_plain_lines_hold_amount_and_loss():
     assert lines[-1].startswith("train tell: 200/200 tokens, ") and "in 0:00, loss task 0.31" in lines[-1]
 
 
+def test_time_left_that_the_caller_knows_counts_down(monkeypatch):
+    """Not the pace of pieces of unlike size."""
+    now = [100.0]
+    monkeypatch.setattr("tell.cli.display.time.monotonic", lambda: now[0])
+    stream = io.StringIO()
+    with PlainDisplay(stream, every=0).bar("study map", 10, "cells") as advance:
+        now[0] += 10
+        advance(1, left=600)
+        now[0] += 90
+        advance(0, "train tell 50%")
+        now[0] += 900
+        advance(0)
+    assert stream.getvalue().splitlines()[:3] == [
+        "study map: 1/10 cells, 10:00 left",
+        "study map: 1/10 cells, 8:30 left, train tell 50%",
+        "study map: 1/10 cells, 0:00 left, train tell 50%",
+    ]
+
+
 def test_plain_display_is_quiet_about_brief_work():
     stream = io.StringIO()
     display = PlainDisplay(stream)

@@ -412,12 +412,15 @@ def test_the_time_left_is_that_of_the_cells_left(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr("tell.grid.queue.time.monotonic", lambda: now[0])
     queue.start()
     queue.predicted = {cell.name: 5.0 for cell in study.cells}
+    shown = []
+    queue.advance = lambda amount=1, info="", left=None: shown.append(left)
     for _ in study.cells:
         cell = queue.take()
         now[0] += 10.0
         queue.finish(cell, Outcome("it cannot be done"))
     left = [text.rpartition("; about ")[2] for text in queue.display.notes if "/4 " in text]
     assert left[:3] == ["30 s left", "20 s left", "10 s left"] and "left" not in left[3]
+    assert shown == [30.0, 20.0, 10.0, None]
 
 
 def test_two_recipes_of_one_name_keep_apart(recipe, tmp_path):

@@ -135,7 +135,7 @@ class Killer:
 
     @contextmanager
     def bar(self, title: str, total: float | None, unit: str = "rows"):
-        def advance(amount: float = 1, info: str = "") -> None:
+        def advance(amount: float = 1, info: str = "", left: float | None = None) -> None:
             if title.startswith(self.title):
                 self.left -= 1
                 if self.left == 0:

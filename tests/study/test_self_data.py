@@ -74,7 +74,7 @@ def test_two_runs_at_once_write_once(talker, own_home):
     class Stops(Waits):
         @contextmanager
         def bar(self, title, total, unit="rows"):
-            def advance(amount=1, info=""):
+            def advance(amount=1, info="", left=None):
                 raise Interrupted("stopped")
 
             yield advance

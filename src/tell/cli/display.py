@@ -45,6 +45,13 @@ class _Count:
     def __init__(self, title: str, total: float | None, unit: str) -> None:
         self.title, self.total, self.unit = title, total, unit
         self.done, self.info, self.began = 0.0, "", time.monotonic()
+        self.end: float | None = None  # on the same clock, where the caller has said it
+
+    def advance(self, amount: float, info: str, left: float | None) -> None:
+        self.done += amount
+        self.info = info or self.info
+        if left is not None:
+            self.end = time.monotonic() + left
 
     @property
     def seconds(self) -> float:
@@ -52,12 +59,14 @@ class _Count:
 
     @property
     def rate(self) -> str:
-        if not self.done or not self.seconds:
+        if not self.done or not self.seconds or self.end is not None:  # the pieces are of unlike size
             return ""
         return f"{short(self.done / self.seconds)} {self.unit}/s"
 
     @property
     def left(self) -> str:
+        if self.end is not None:
+            return f"{clock(max(0.0, self.end - time.monotonic()))} left"
         if not self.total or not self.done:
             return ""
         return f"{clock(max(0.0, self.total - self.done) * self.seconds / self.done)} left"
@@ -87,10 +96,9 @@ class PlainDisplay:
         said = state.began
         announced = False
 
-        def advance(amount: float = 1, info: str = "") -> None:
+        def advance(amount: float = 1, info: str = "", left: float | None = None) -> None:
             nonlocal said, announced
-            state.done += amount
-            state.info = info or state.info
+            state.advance(amount, info, left)
             now = time.monotonic()
             if now - said >= self.every:
                 said, announced = now, True
@@ -124,9 +132,8 @@ class TerminalDisplay:
         task = progress.add_task(title, total=total, state=state)
         self._open += 1
 
-        def advance(amount: float = 1, info: str = "") -> None:
-            state.done += amount
-            state.info = info or state.info
+        def advance(amount: float = 1, info: str = "", left: float | None = None) -> None:
+            state.advance(amount, info, left)
             progress.update(task, completed=state.done)
 
         try:

@@ -61,7 +61,7 @@ class Queue:
         self.held: dict[str, FileLock] = {}
         self.retried: dict[str, int] = {}  # failed cells to be run again, and how often they were tried when we looked
         self.predicted: Mapping[str, float] = {}
-        self.advance: Advance = lambda amount=1, info="": None
+        self.advance: Advance = lambda amount=1, info="", left=None: None
         for name in self.cells:
             self._look(name, retry_failed)
         # What has twice not come to its end may have killed its process: the others go first.
@@ -226,7 +226,7 @@ class Queue:
         if (left := self._left()) is not None:
             text += f"; about {span(left)} left"
         self.display.note(text)
-        self.advance(1)
+        self.advance(1, left=left)
 
     def _left(self) -> float | None:
         """Seconds until all is done: what is predicted of the rest, at the pace so far."""

@@ -71,8 +71,8 @@ class Checked:
     def bar(self, title: str, total: float | None, unit: str = "rows") -> Iterator[Advance]:
         with self.display.bar(title, total, unit) as advance:
 
-            def checked(amount: float = 1, info: str = "") -> None:
+            def checked(amount: float = 1, info: str = "", left: float | None = None) -> None:
                 self.stop.check()
-                advance(amount, info)
+                advance(amount, info, left)
 
             yield checked

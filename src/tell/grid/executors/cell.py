@@ -103,7 +103,7 @@ class InnerDisplay:
     def bar(self, title: str, total: float | None, unit: str = "rows") -> Iterator[Any]:
         done = 0.0
 
-        def advance(amount: float = 1, info: str = "") -> None:
+        def advance(amount: float = 1, info: str = "", left: float | None = None) -> None:
             nonlocal done
             done += amount
             share = f" {min(1.0, done / total):.0%}" if total else ""
