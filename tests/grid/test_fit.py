@@ -61,6 +61,14 @@ def test_a_falling_loss_is_an_s_curve_too():
     assert facts["logistic"]["ceiling"]["value"] == pytest.approx(1.1, abs=0.03)
 
 
+def test_a_score_that_falls_takes_off_nowhere():
+    found = fitted(logistic(X)[::-1])
+    assert found.facts["logistic"]["ceiling"]["value"] < found.facts["logistic"]["floor"]["value"]
+    assert "It gets worse from" in found.facts["verdict"] and "takes off" not in found.facts["verdict"]
+    assert found.mark is not None and found.mark.threshold is None
+    assert "It gets worse from" in fitted(logistic(X, floor=1.1, ceiling=2.4), "answer_loss").facts["verdict"]
+
+
 @pytest.mark.parametrize(
     ("y", "best"),
     [(0.1 + 0.2 * (np.log10(X) - 4), "line"), (0.9 - 0.6 * (X / X[0]) ** -0.8, "power law"), (0 * X + 0.4, "constant")],

@@ -52,6 +52,29 @@ def test_rows_that_turn_for_good():
     assert result["agreement"] is None  # every seed has its own test rows
 
 
+def test_few_rows_that_turn_tell_nothing_against_quanta():
+    """Perfect quanta, 20 rows, three amounts: where no flip at all could have happened by chance, none is no sign."""
+    rng, x, said = np.random.default_rng(1), [0, 30_000, 100_000], []
+    for _ in range(30):
+        at = rng.choice([1, 2, *[3] * 8], 20)
+        table = np.arange(3)[None] >= at[:, None]
+        result = flips(curve_of({42: table}, x, samples=50), "m", "general.tokens")
+        if result is not None and not table[:, 1].all():
+            said.append(result["verdict"])
+            assert ("Too few rows" in said[-1]) == (result["back"]["p_at_none"] >= 0.025)
+    assert len(said) > 20 and not any("speaks against" in each for each in said)
+
+
+def test_where_rows_turn_stands_beside_what_shuffling_gives():
+    """A level curve of rows right at random: many are wrong before the last amount and right there."""
+    table = np.random.default_rng(0).uniform(size=(1000, len(X))) < 0.4
+    result = found({42: table})
+    assert result["share"][-1] > 0.15
+    assert result["share_by_chance"] == pytest.approx(result["share"], abs=0.04)
+    assert result["entropy_by_chance"] == pytest.approx(result["entropy"], abs=0.1)
+    assert "after which nothing was measured" in result["verdict"] and "if rows were shuffled" in result["verdict"]
+
+
 def test_rows_that_are_right_by_chance():
     result = found({s: chance(s) for s in (1, 2, 3)})
     assert result["back"]["p"] > 0.025 and "speaks against quanta" in result["verdict"]

@@ -127,10 +127,12 @@ def fit_curve(curve: Curve, metric: str) -> Fits:
         for name in RIVALS
     }
     facts["logistic"], drawn = _logistic(u, y, draws, limits)
+    rises = facts["logistic"]["ceiling"]["value"] > facts["logistic"]["floor"]["value"]
+    facts["improves"] = bool(rises) == metric_term(metric).higher
     facts["verdict"] = verdict(facts)
     moves = facts["against"]["constant"]["ci"][0] > 0  # a curve that may be level takes off nowhere
     threshold = facts["logistic"]["threshold"]
-    known = moves and x[0] <= threshold["value"] <= x[-1]
+    known = moves and facts["improves"] and x[0] <= threshold["value"] <= x[-1]
     return Fits(facts, Mark(*drawn, (threshold["value"], *threshold["ci"]) if known else None) if moves else None)
 
 
@@ -235,10 +237,13 @@ def verdict(facts: dict[str, Any]) -> str:
     text = f"{'; '.join(parts)} ({given})."
     if NAMES["constant"] in beaten:
         threshold, first = facts["logistic"]["threshold"], facts["amounts"][0]
-        sure = "It takes off" if NAMES["line"] in beaten else "If it is an S-curve, it takes off"
+        turn = "takes off" if facts["improves"] else "gets worse"
+        sure = f"It {turn}" if NAMES["line"] in beaten else f"If it is an S-curve, it {turn}"
         ends = " to ".join(rounded(end) for end in threshold["ci"])
         at = (
-            f"at {rounded(threshold['value'])}" if threshold["value"] >= first else "below the smallest amount measured"
+            f"{'at' if facts['improves'] else 'from'} {rounded(threshold['value'])}"
+            if threshold["value"] >= first
+            else "below the smallest amount measured"
         )
         text += f" {sure} {at} (95 % interval {ends})."
     return text

@@ -10,8 +10,8 @@ are right (the curve stays, all memory of rows goes):
 - agreement: whether a row that turns right between two amounts does so at the same one under another seed.
 
 Rows may also differ in difficulty without being quanta, which makes flips back rarer than by chance as well; so few
-flips back agree with quanta and do not prove them. How steep the curve is at an amount is told by the share of rows
-that turn there.
+flips back agree with quanta and do not prove them. Where rows turn for good is told beside what shuffling gives: after
+the largest amount nothing was measured, so every row that is wrong before it and right there counts as turned.
 """
 
 from __future__ import annotations
@@ -41,10 +41,12 @@ def flips(curve: Curve, metric: str, x: str) -> dict[str, Any] | None:
         {seed: {hash: amount or None}}, "verdict"}``; None where the metric is not binary, the key is no number, or no
         seed has three amounts.
 
-        ``share`` are the parts of the rows that turn right for good at each amount, ``never`` of those wrong at the
-        largest; ``entropy`` is that of the shares between amounts above 0, in bits, and ``even_entropy`` what a
-        straight line in the logarithm would give: less means that they turn closer together.
-        ``back`` is the number of flips back, with what shuffling gives, mean over seeds.
+        ``share`` are the parts of the rows that turn right for good at each amount, ``share_by_chance`` the same if
+        rows were shuffled, ``never`` the part that is wrong at the largest; ``entropy`` is that of the shares between
+        amounts above 0, in bits, ``entropy_by_chance`` that of the shuffled ones, and ``even_entropy`` what a straight
+        line in the logarithm would give: less means that they turn closer together.
+        ``back`` is the number of flips back, with what shuffling gives, mean over seeds: ``p`` is how often shuffling
+        gives as few, ``p_at_none`` how often it gives none, without which nothing can be told.
     """
     if not curve.numeric or not all(d.binary for d in curve.draws):
         return None
@@ -55,12 +57,13 @@ def flips(curve: Curve, metric: str, x: str) -> dict[str, Any] | None:
     rng = np.random.default_rng(0)
     amounts = next(iter(tables.values()))[0]
     result: dict[str, Any] = {"amounts": amounts, "seeds": {}, "rows": {}}
-    turned, backs, chances = [], [], []
+    turned, by_chance, backs, chances = [], [], [], []
     for seed, (own, hashes, right) in tables.items():
-        at = turning(right)
+        at, shuffled = turning(right), [_shuffled(right, rng) for _ in range(SHUFFLES)]
         if own == amounts:  # a seed with amounts missing has no place in the shares
             turned.append(at)
-        back, chance = flips_back(right), np.array([flips_back(_shuffled(right, rng)) for _ in range(SHUFFLES)])
+            by_chance.append(np.concatenate([turning(each) for each in shuffled]))
+        back, chance = flips_back(right), np.array([flips_back(each) for each in shuffled])
         backs.append(back)
         chances.append(chance)
         result["seeds"][str(seed)] = {
@@ -74,17 +77,20 @@ def flips(curve: Curve, metric: str, x: str) -> dict[str, Any] | None:
             h: own[i] if i < len(own) else None for h, i in zip(hashes.tolist(), at.tolist(), strict=True)
         }
     every = np.concatenate(turned)  # the first seed's own are always there
-    share = np.bincount(every, minlength=len(amounts) + 1) / len(every)
+    share, chance_share = (_shares(each, len(amounts)) for each in (every, np.concatenate(by_chance)))
     result["share"], result["never"] = [round(float(v), 6) for v in share[:-1]], round(float(share[-1]), 6)
+    result["share_by_chance"] = [round(float(v), 6) for v in chance_share[:-1]]
     first = next((i for i, v in enumerate(amounts) if v > 0), 0)
     result["entropy"] = _entropy(share[first + 1 : -1])
+    result["entropy_by_chance"] = _entropy(chance_share[first + 1 : -1])
     result["even_entropy"] = _entropy(np.diff(np.log10(amounts[first:])))
     chance = np.mean(chances, axis=0)
     observed = float(np.mean(backs))
     result["back"] = {
         "value": round(observed, 4),
         "by_chance": estimate_from(chance.mean(), *percentiles(chance), len(every)),
-        "p": round(float((1 + (chance <= observed).sum()) / (1 + SHUFFLES)), 4),
+        "p": _p(chance <= observed),
+        "p_at_none": _p(chance <= 0),
     }
     result["agreement"] = _agreement(tables, rng)
     return {**result, "verdict": _verdict(result, x)}
@@ -130,6 +136,16 @@ def _shuffled(right: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return rng.permuted(right, axis=0)
 
 
+def _shares(at: np.ndarray, amounts: int) -> np.ndarray:
+    """(amounts + 1,) of rows that turn at each amount, and never."""
+    return np.bincount(at, minlength=amounts + 1) / len(at)
+
+
+def _p(extreme: np.ndarray) -> float:
+    """Of a permutation test, from which shuffles are as extreme; the data count as one of them."""
+    return round(float((1 + extreme.sum()) / (1 + len(extreme))), 4)
+
+
 def _entropy(weights: np.ndarray) -> float | None:
     """Bits; None where there is no weight."""
     total = weights.sum()
@@ -159,11 +175,10 @@ def _agreement(tables: dict[int, tuple[list[Any], np.ndarray, np.ndarray]], rng:
     if not same:
         return None
     random = np.mean(chance, axis=0)
-    p = (1 + (random >= np.mean(same)).sum()) / (1 + SHUFFLES)
     return {
         "value": round(float(np.mean(same)), 4),
         "by_chance": estimate_from(random.mean(), *percentiles(random), len(same)),
-        "p": round(float(p), 4),
+        "p": _p(random >= np.mean(same)),
     }
 
 
@@ -172,26 +187,33 @@ def _verdict(result: dict[str, Any], x: str) -> str:
     amounts, share = result["amounts"], result["share"]
     what, back = key_name(x), result["back"]
     most = int(np.argmax(share[1:])) + 1
-    turned = sum(share[1:])
+    turned, shuffled = sum(share[1:]), result["share_by_chance"]
     parts = []
     if turned > 0:
+        last = ", after which nothing was measured" if most == len(share) - 1 else ""
+        chance = (
+            f" ({100 * shuffled[most] / sum(shuffled[1:]):.0f} % if rows were shuffled)" if sum(shuffled[1:]) else ""
+        )
         parts.append(
-            f"{100 * turned:.0f} % of the test rows turn right for good between the smallest and the largest amount, "
-            f"{100 * share[most] / turned:.0f} % of these at {value_name(amounts[most])} {what}"
+            f"{100 * turned:.0f} % of the test rows turn right after the smallest amount and stay so to the largest, "
+            f"{100 * share[most] / turned:.0f} % of these at {value_name(amounts[most])} {what}{last} "
+            f"({chance} if rows were shuffled)"
         )
     else:
         parts.append("No test row turns right for good after the smallest amount")
     by_chance = back["by_chance"]
     low, high = by_chance["ci"]
-    shuffled = f"{by_chance['value']:.1f} ({low:.1f} to {high:.1f}) if rows were shuffled"
-    counts = f"{back['value']:.1f} flips back a seed, {shuffled}"
-    if by_chance["value"] < 1:
+    shuffles = f"{by_chance['value']:.1f} ({low:.1f} to {high:.1f}) if rows were shuffled"
+    counts = f"{back['value']:.1f} flips back a seed, {shuffles}"
+    if back["p_at_none"] >= 0.025:
         parts.append(f"Too few rows change for flips back to tell anything ({counts})")
     elif back["p"] < 0.025:
         parts.append(
             f"Rows that are right tend to stay right ({counts}), as quanta would have it, and as rows of unequal "
             "difficulty would too"
         )
+    elif back["p"] < 0.25:
+        parts.append(f"Fewer flips back than by chance, but not surely so ({counts}): quanta are left open")
     else:
         parts.append(
             f"Which rows are right is not remembered from one amount to the next ({counts}): this speaks against quanta"

@@ -246,7 +246,10 @@ def flips_blocks(found: Analyses) -> Iterator[str | Table]:
         note = f"Test rows by the {key_name(entry['x'])} from which they stay right."
         if entry["entropy"] is not None and entry["even_entropy"] is not None:
             bits, even = entry["entropy"], entry["even_entropy"]
-            note += f" Entropy of where they turn: {bits:.2f} bits; a line in the logarithm would give {even:.2f}."
+            note += (
+                f" Entropy of where they turn: {bits:.2f} bits; a line in the logarithm would give {even:.2f}, rows "
+                f"shuffled {entry['entropy_by_chance'] or 0.0:.2f}."
+            )
         yield Table("", heads, rows, 1, note)
 
 
