@@ -29,6 +29,7 @@ from tell.grid.means import Bootstrap
 from tell.grid.plan import Planner, measured_evaluation
 from tell.grid.results import read_results
 from tell.progress import Silent
+from tell.run import write_json
 from tell.study.stop import Stop
 
 MINIMAL = {"grid": {}, "arms": ["base"]}
@@ -406,6 +407,25 @@ def test_a_cell_that_fails_elsewhere_is_not_run_again(recipe, tmp_path):
     again.give_back()
 
 
+def test_what_another_process_has_ended_is_known_at_once(recipe, tmp_path):
+    """The same command in two terminals: the one that is stopped must not write the other's cells back to waiting."""
+    path, root = recipe(), tmp_path / "studies"
+    study, one = opened(path, root)
+    _, two = opened(path, root)
+    held = two.take()
+    ended = [one.take() for _ in range(2)]
+    one.finish(ended[0], Outcome("it cannot be done"))
+    folder = study.root.cell(ended[1].name)
+    folder.root.mkdir(parents=True)
+    write_json(folder.metrics, {"task": {"primary": "m"}, "arms": {}, "train": {"arms": {}}})
+    folder.set_status("done", seconds=1.0)
+    one.finish(ended[1], Outcome())
+    assert two.counts() == {"failed": 1, "done": 1, "running": 1, "waiting": 1}
+    two.give_back()
+    states = {name: cell["state"] for name, cell in study.folder.read()["cells"].items()}
+    assert [states[cell.name] for cell in (*ended, held)] == ["failed", "done", "waiting"]
+
+
 def test_the_time_left_is_that_of_the_cells_left(recipe, tmp_path, monkeypatch):
     study, queue = opened(recipe(), tmp_path / "studies")
     now = [0.0]
@@ -467,6 +487,9 @@ def test_a_cell_without_its_adapter_says_how_to_keep_it(recipe, tmp_path):
     (name,) = folder.read()["cells"]
     with pytest.raises(TellError, match=r"has no adapter left.*--keep-adapters"):
         tell.evaluate(tmp_path / "studies/cells" / name)
+    shutil.rmtree(tmp_path / "studies/cells" / name)  # as it says
+    tell.run_study(recipe(**MINIMAL | {"arms": ["sft"]}), root=tmp_path / "studies", keep_adapters=True)
+    assert tell.evaluate(tmp_path / "studies/cells" / name)["arms"]["sft"]
 
 
 def test_what_every_cell_would_say_is_said_at_once(recipe, tmp_path):

@@ -93,12 +93,25 @@ class Queue:
             self.states[name]["seconds"] = self.root.cell(name).read_status().get("seconds")
         return state
 
+    def _over(self, name: str, record: Mapping[str, Any]) -> bool:
+        """Whether a cell that was waiting has been ended by another process since we looked."""
+        failed = record.get("state") == "failed" and record.get("attempts", 0) != self.retried.get(name)
+        return self.root.finished(name) or failed
+
+    def _hear(self) -> None:
+        """Take over what other processes have ended meanwhile."""
+        for name in self.states.keys() - self.held.keys():
+            if self.states[name]["state"] in ("waiting", "running") and self._over(name, self.root.record(name)):
+                self._look(name)
+
     def counts(self) -> Counter[str]:
         """How many cells are in each state."""
+        self._hear()
         return Counter(state["state"] for state in self.states.values())
 
     def write(self) -> None:
         """``study.json`` as things stand."""
+        self._hear()
         rows = [row.to_dict() for row in self.rows]
         write_json(self.folder.state, {**self.head, "rows": rows, "cells": self.states})
 
@@ -122,10 +135,7 @@ class Queue:
                     continue
                 self.waiting.remove(cell)
                 record = self.root.record(cell.name)
-                over = self.root.finished(cell.name) or (
-                    record.get("state") == "failed" and record.get("attempts", 0) != self.retried.get(cell.name)
-                )
-                if over:  # by another process, since we looked
+                if self._over(cell.name, record):
                     self._settle(cell, lock)
                     continue
                 if changed := changed_inputs(cell.config, self.contents[cell.name]):

@@ -26,7 +26,7 @@ from tell.study.scoring import (
     score_rows,
     scorer_of,
 )
-from tell.study.session import OpenRun, open_run
+from tell.study.session import CELL_ADAPTER, OpenRun, open_run
 
 WITHOUT = {"test": ", or give test rows with --test", "training": ", or leave the arm icl out", "fixed example": ""}
 
@@ -72,7 +72,7 @@ def evaluate(
         raise TellError(
             "has no adapter left",
             where=str(opened.folder.root),
-            remedy="A cell of a study keeps its adapter with `tell study --keep-adapters`.",
+            remedy=f"Give `tell tune` again; {CELL_ADAPTER}",
         )
     adapters = {arm: opened.adapter(arm) for arm in wanted}
     facts = _read(opened.folder, opened.folder.findings)

@@ -20,6 +20,9 @@ from tell.study.folder import read_run_config
 from tell.study.record import dtype_name
 from tell.study.scoring import adapter_folder, adapter_ready
 
+# What to do where a cell of a study has none: a finished one is not run again as long as it is there.
+CELL_ADAPTER = "for a cell of a study, remove the cell's folder and give `tell study` again with --keep-adapters."
+
 
 class KeptModel:
     """The base model and engine that stay in memory from run to run; one at a time."""
@@ -132,8 +135,7 @@ class OpenRun:
             raise TellError(
                 f"this run has no adapter for the arm {arm}",
                 where=str(self.folder.root),
-                remedy=f"Run `tell tune` with --arms that include {arm}, or choose another arm; a cell of a study "
-                "keeps its adapter with `tell study --keep-adapters`.",
+                remedy=f"Run `tell tune` with --arms that include {arm}, or choose another arm; {CELL_ADAPTER}",
             )
         return adapter_folder(self.folder, arm)
 
