@@ -16,8 +16,8 @@ from collections.abc import Sequence
 
 from tell.errors import TellError
 from tell.grid.means import Bootstrap
-from tell.grid.results import Outcome, Study, canonical, read_results
-from tell.grid.words import arm_name, metric_term, point_name, value_name
+from tell.grid.results import Outcome, Study, read_results
+from tell.grid.words import arm_name, canonical, metric_term, point_name, value_name
 from tell.report.text import interval, number
 
 

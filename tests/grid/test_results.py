@@ -12,8 +12,9 @@ from grid.made import POINTS, make_study, write_cell
 from tell.errors import TellError
 from tell.evaluate.text import TextScorer
 from tell.grid.means import Bootstrap
-from tell.grid.results import Number, canonical, number_of, read_results
-from tell.grid.table import tabulated
+from tell.grid.results import Number, number_of, read_results
+from tell.grid.table import keys_shown, lines, tabulated
+from tell.grid.words import canonical, told_apart, value_name
 from tell.run import write_jsonl
 
 
@@ -167,6 +168,24 @@ def test_benchmarks_are_paired_by_question(tmp_path):
         wide = float(np.ptp(gap["ci"]))
         paired = 2 * 1.96 * np.std(right["tell"] - right["sft"]) / 120**0.5
         assert wide == pytest.approx(paired, rel=0.1) if keep else wide > 2 * paired
+
+
+def test_files_of_one_name_are_told_apart(tmp_path):
+    """By their folders, where no other key does; one that goes along with them stays out of the table."""
+    points = [
+        {"general.source": f"${{data}}/{name}/train.jsonl", "anchor.text": f"@/d/{name}/anchor.txt"}
+        for name in ("alpaca", "arc")
+    ]
+    made = make_study(tmp_path, points=points, arms=["base", "tell"], chance=lambda arm, point, seed: 0.5)
+    study = read_results(made)
+    assert keys_shown(study) == ["general.source"]
+    table = lines(study, Bootstrap(study, 100))
+    assert [line.point["general.source"] for line in table] == ["any", "alpaca/train.jsonl", "arc/train.jsonl"]
+    assert {o.point["general.source"] for o in study.outcomes} == {p["general.source"] for p in points}
+    alike = told_apart([{"a": "/x/1/f.txt", "b": n % 2, "c": n // 2} for n in range(4)], ["a", "b", "c"])
+    assert alike == {}  # one file, however often
+    same = told_apart([{"a": "f.txt"}, {"a": "/f.txt"}, {"a": "@f.txt"}], ["a"])
+    assert len({value_name(named) for named in same["a"].values()}) == 3
 
 
 def test_numbers_that_yaml_reads_as_text(tmp_path):

@@ -13,9 +13,9 @@ from tell.grid.fit import fit_curve
 from tell.grid.flips import flips
 from tell.grid.means import Bootstrap
 from tell.grid.pareto import front, verdict
-from tell.grid.results import Study, as_change, as_drawn, canonical, frozen
+from tell.grid.results import Study, as_change, as_drawn, frozen
 from tell.grid.seeds import compared_seeds, seeds_name, with_seeds
-from tell.grid.words import point_name
+from tell.grid.words import canonical, point_name
 
 
 @dataclass

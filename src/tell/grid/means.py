@@ -16,9 +16,9 @@ import numpy as np
 
 from tell.evaluate.intervals import applies, estimate_from, newcombe_paired, percentiles, resamples, wilson
 from tell.evaluate.scored import Metric
-from tell.grid.results import Measured, Outcome, Study, canonical, frozen
+from tell.grid.results import Measured, Outcome, Study, frozen
 from tell.grid.shared_rows import CHANGE
-from tell.grid.words import metric_term
+from tell.grid.words import canonical, metric_term
 
 SAMPLES = 2000
 

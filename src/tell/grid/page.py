@@ -9,7 +9,7 @@ import yaml
 
 from tell.grid.analyses import analyse
 from tell.grid.means import Bootstrap
-from tell.grid.results import Study, canonical, read_results
+from tell.grid.results import Study, read_results
 from tell.grid.sections import (
     Picture,
     Section,
@@ -25,7 +25,7 @@ from tell.grid.seeds import seed_sets, seeds_name
 from tell.grid.separation import WORDS as CONTRAST_WORDS
 from tell.grid.shared_rows import CHANGE
 from tell.grid.table import gaps, lines, to_csv, to_markdown
-from tell.grid.words import arm_name, metric_term
+from tell.grid.words import arm_name, canonical, metric_term
 from tell.report.page import fill
 from tell.report.words import ARMS, arm_order
 from tell.run import write_json, write_text

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from tell.grid.means import Bootstrap
-from tell.grid.results import Study, canonical
+from tell.grid.results import Study
 from tell.grid.table import merged
-from tell.grid.words import SFT, alone, arm_name, arm_point_name, metric_term
+from tell.grid.words import SFT, alone, arm_name, arm_point_name, canonical, metric_term
 from tell.report.words import arm_order
 
 CHUNK = 200  # resamples compared at once

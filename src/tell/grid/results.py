@@ -18,13 +18,12 @@ from tell.evaluate.means import mean_metric
 from tell.evaluate.scored import Metric
 from tell.evaluate.scorers import make_scorer
 from tell.grid.shared_rows import CHANGE, SharedRows, levels_and_changes, read_general_rows, read_questions
+from tell.grid.words import BENCHMARK, canonical, told_apart
 from tell.report.read import get, mapping
 from tell.report.text import is_number
 from tell.run import RunFolder, read_jsonl
 from tell.study.scoring import adapter_arm
 
-ALIASES = {"probe": "probe loss", "general held out": "general held out loss"}
-BENCHMARK = "benchmark "
 COSTS = ("steps", "tokens", "flops", "learning_rate", "seconds")  # as a run notes them
 
 
@@ -130,11 +129,6 @@ class Study:
         return any(number.rows is None for number in losses)
 
 
-def canonical(metric: str) -> str:
-    """The name a metric has here: ``probe`` is short for ``probe loss``."""
-    return ALIASES.get(metric, metric)
-
-
 def read_results(folder: str | Path, cells: str | Path | None = None) -> Study:
     """Read a study's finished cells.
 
@@ -195,6 +189,9 @@ def read_results(folder: str | Path, cells: str | Path | None = None) -> Study:
         for key in dict.fromkeys(k for row in study.rows for k in row["point"])
         if len({frozen(row["point"].get(key)) for row in study.rows}) > 1
     )
+    for key, names in told_apart([row["point"] for row in study.rows], study.keys).items():
+        for row in study.rows:  # whose points are those of the outcomes
+            row["point"][key] = names.get(row["point"].get(key), row["point"].get(key))
     return study
 
 

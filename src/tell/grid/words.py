@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
 from tell.evaluate.names import LOSSES
 from tell.grid.nested import VARIABLE
 from tell.grid.recipe_checks import GENERAL_KEYS
-from tell.grid.results import BENCHMARK, canonical
 from tell.grid.shared_rows import CHANGE
 from tell.report.words import Term, term
 
+ALIASES = {"probe": "probe loss", "general held out": "general held out loss"}
+BENCHMARK = "benchmark "
 KEYS = {
     "general.tokens": "general tokens",
     "general.rows": "general rows",
@@ -47,17 +48,70 @@ def key_name(key: str) -> str:
     return KEYS.get(key, key)
 
 
+def canonical(metric: str) -> str:
+    """The name a metric has here: ``probe`` is short for ``probe loss``."""
+    return ALIASES.get(metric, metric)
+
+
+class Named(str):
+    """A file of the grid, and what it is called among those of its study."""
+
+    label: str
+
+    def __new__(cls, path: str, label: str) -> Named:
+        made = super().__new__(cls, path)
+        made.label = label
+        return made
+
+
+def told_apart(points: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> dict[str, dict[str, Named]]:
+    """Names for files whose own do not tell them apart (``alpaca/train.jsonl``), by key and file; not for files that
+    another key goes along with (an ``anchor.txt`` for each data set)."""
+    found: dict[str, dict[str, Named]] = {}
+
+    def shown(point: Mapping[str, Any], key: str) -> str:
+        value = point.get(key)
+        return value_name(found[key].get(value, value) if key in found else value, key)
+
+    for key in keys:
+        files = list(dict.fromkeys(point[key] for point in points if isinstance(point.get(key), str)))
+        if len({value_name(file, key) for file in files}) == len(files):
+            continue
+        beside: dict[tuple[str, ...], set[Any]] = {}
+        for point in points:
+            beside.setdefault(tuple(shown(point, other) for other in keys if other != key), set()).add(point.get(key))
+        if any(len(values) > 1 for values in beside.values()):
+            found[key] = {file: Named(file, label) for file, label in zip(files, _ends(files), strict=True)}
+    return found
+
+
+def _ends(files: Sequence[str]) -> list[str]:
+    """As many last parts of each path as tell them apart."""
+    parts = [_path(file).parts for file in files]
+    for n in range(1, max(map(len, parts))):
+        ends = ["/".join(part[-n:]) for part in parts]
+        if len(set(ends)) == len(files):
+            return ends
+    return list(files)
+
+
+def _path(text: str) -> PurePath:
+    return PurePath(VARIABLE.sub(r"\1", text).removeprefix("@"))
+
+
 def value_name(value: Any, key: str = "") -> str:
     """A value of the grid, short: thousands separated, files by their names."""
     if value is None:
         return "not set"
+    if isinstance(value, Named):
+        return value.label
     if key == "anchor.text" and value in ANCHORS:
         return ANCHORS[value]
     if isinstance(value, bool) or not isinstance(value, int | float):
         text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
         if "/" not in text or " " in text:
             return text
-        parts = PurePath(VARIABLE.sub(r"\1", text).removeprefix("@")).parts
+        parts = _path(text).parts
         return "/".join(parts[-2:]) if key == "task.data" else parts[-1]  # train.jsonl is what most are called
     return f"{value:,}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:g}"
 
