@@ -104,6 +104,19 @@ def test_no_general_data_is_the_same_however_it_is_said():
     assert len({make_cell(c, "tell").name for c in nothing}) == 1
 
 
+@pytest.mark.parametrize("arm", ["base", "base+anchor", "general"])
+def test_an_arm_without_task_rows_does_not_refuse_those_beyond_the_budget(arm):
+    """Without the budget all rows are looked at, the long ones that it left out too."""
+    refuse = "train.too_long=refuse"
+    cell = make_cell(config(refuse), arm)
+    assert cell.config.task.rows is None and cell.config.train.too_long == "drop"
+    assert cell.name == make_cell(config(), arm).name
+    assert make_cell(config(refuse), "tell").config.train.too_long == "refuse"
+    whole = config(refuse).model_copy(deep=True)
+    whole.task.rows = None
+    assert make_cell(whole, arm).config.train.too_long == "refuse"
+
+
 def test_benchmarks_count_by_their_own_files(tmp_path):
     """Another one beside them changes nothing; nor does their folder where none is asked for."""
     folder = tmp_path / "benchmarks"

@@ -36,8 +36,8 @@ def written(tmp_path: Path, **keys) -> Path:
         ({"seeds": []}, "seeds"),
         ({"grid": {"task.rows": []}}, "grid.task.rows has no value"),
         ({"grid": {"task.rows": 15}}, "grid.task.rows"),
-        ({"grid": {"seed": [1, 2]}}, "Give it as seeds"),
-        ({"config": {"eval": {"arms": ["tell"]}}}, "Give it as arms"),
+        ({"grid": {"seed": [1, 2]}}, "Give them as seeds"),
+        ({"config": {"eval": {"arms": ["tell"]}}}, "Give them as arms"),
         ({"build": {"halu": {"source": "x"}}}, "build.halu names no dataset"),
         ({"figures": [{"kind": "map", "x": "task.rows", "y": "mix.repeat"}]}, "a map needs value"),
     ],
@@ -74,6 +74,18 @@ def test_recipe_is_the_folder_of_the_file(tmp_path):
     assert load_recipe(path).variables == {"recipe": str(tmp_path)}
 
 
+def test_variables_of_variables(tmp_path):
+    config = {"general": {"source": "${file}"}}
+    path = written(tmp_path, config=config, variables={"sub": "${data}/x", "file": "${sub}/g.jsonl"})
+    assert load_recipe(path, data=tmp_path).variables["file"] == f"{tmp_path}/x/g.jsonl"
+    assert load_recipe(path, variables={"sub": "/y"}).variables["file"] == "/y/g.jsonl"
+    with pytest.raises(TellError, match=r"\$\{data\} in variables.sub is not given.*--data DIR"):
+        load_recipe(path)
+    path = written(tmp_path, config=config, variables={"file": "${sub}/g.jsonl", "sub": "${file}"})
+    with pytest.raises(TellError, match=r"variables.\w+ holds itself"):
+        load_recipe(path)
+
+
 def test_overrides_and_seeds(tmp_path):
     path = written(
         tmp_path,
@@ -93,6 +105,13 @@ def test_an_override_that_the_grid_would_undo_is_refused(tmp_path):
         TellError, match=r"--set general.ratio: the grid has general.tokens, .* Set general.tokens instead"
     ):
         load_recipe(path, overrides=["general.ratio=5"])
+    with pytest.raises(TellError, match=r"--set general.ratio: the grid has general.tokens"):
+        load_recipe(path, overrides=["general={ratio: 5}"])  # the same, said as a whole section
+    whole = load_recipe(path, overrides=["general={tokens: 7, source: x}"])
+    assert whole.grid == ({"task.rows": [15]}, {"general.tokens": [7]})
+    for text, remedy in (("seed=1", "--seeds"), ("eval={arms: [tell]}", "arms in the recipe")):
+        with pytest.raises(TellError, match=rf"--set (seed|eval.arms): .*{remedy}"):
+            load_recipe(path, overrides=[text])
     with pytest.raises(TellError, match=r"max_minutes stands under config.* cells cut short"):
         make_recipe({"config": {"max_minutes": 5}})
 

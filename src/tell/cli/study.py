@@ -68,7 +68,7 @@ def study(
 
     with only_json(as_json) as emit:
         if dry_run:
-            plan = tell.plan_study(recipe, display=make_display(), **options)
+            plan = tell.plan_study(recipe, retry_failed=retry_failed, display=make_display(), **options)
             if as_json:
                 emit(plan)
             else:

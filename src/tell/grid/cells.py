@@ -247,5 +247,7 @@ def neutral(config: Config, arm: str) -> Config:
     )
     # Without a limit of its own, an answer may be half as long again as the longest training answer.
     if without_rows and config.generate.max_new_tokens is not None:
+        if (out.task.rows, out.task.tokens) != (None, None) and out.train.too_long == "refuse":
+            out.train.too_long = "drop"  # all rows are looked at, not those of the budget alone
         out.task.rows = out.task.tokens = None
     return out

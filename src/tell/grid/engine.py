@@ -124,10 +124,13 @@ def check_packages(recipe: Recipe) -> None:
         )
 
 
-def plan_study(recipe: str | Path, *, display: Display | None = None, **options: Any) -> dict[str, Any]:
+def plan_study(
+    recipe: str | Path, *, retry_failed: bool = False, display: Display | None = None, **options: Any
+) -> dict[str, Any]:
     """Cells of a study with steps, tokens, FLOPs and predicted seconds; nothing is run.
 
     Args:
+        retry_failed: failed cells count as left to do.
         options: as of `run_study`, up to ``root``.
 
     Returns:
@@ -138,7 +141,7 @@ def plan_study(recipe: str | Path, *, display: Display | None = None, **options:
     """
     display = display or Silent()
     study = open_study(recipe, display=display, **options)
-    queue = study.queue(display, Stop(study.folder.root))
+    queue = study.queue(display, Stop(study.folder.root), retry_failed=retry_failed)
     table = plan_table(study.root, study.cells, queue.states, queue.points, display)
     return {"title": study.recipe.title, "folder": str(study.folder.root), **table}
 

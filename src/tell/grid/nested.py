@@ -33,6 +33,16 @@ def dig(nested: Mapping[str, Any], key: str) -> Any:
     return value
 
 
+def flat(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted key and value of everything below nested mappings; lists are values."""
+    for key, inner in nested.items():
+        name = f"{prefix}.{key}" if prefix else str(key)
+        if isinstance(inner, Mapping) and inner:
+            yield from flat(inner, name)
+        else:
+            yield name, inner
+
+
 def leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted key and value of everything below nested mappings and lists."""
     if isinstance(value, Mapping):

@@ -23,6 +23,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,8 +39,8 @@ from tell.grid.recipe_checks import (
     check_axes,
     check_build,
     check_grid,
-    check_rivals,
     check_run_keys,
+    check_set,
 )
 
 
@@ -214,13 +215,13 @@ def load_recipe(
                 where=f"--var {name}" if name in given else f"{path}: variables.{name}",
                 remedy="Rename the variable, or name its folder where ${" + name + "} stands instead of building it.",
             )
-    values = {"recipe": str(path.parent.resolve()), **recipe.variables, **given}
-    for name, place in used_variables(recipe).items():
+    values = _filled(recipe.variables, {"recipe": str(path.parent.resolve()), **given}, where=str(path))
+    for name, place in used_variables(recipe, given).items():
         if name not in values and name not in recipe.build:
             flag = "--data DIR" if name == "data" else f"--var {name}=VALUE"
             hint = nearest(name, [*values, *recipe.build])
             raise TellError(f"${{{name}}} in {place} is not given{hint}", where=str(path), remedy=f"Add {flag}.")
-    used = {name: value for name, value in values.items() if name in used_variables(recipe)}
+    used = {name: value for name, value in values.items() if name in used_variables(recipe, given)}
     update: dict[str, Any] = {"variables": used, **_overridden(recipe, overrides)}
     if seeds is not None:
         update |= {"seeds": tuple(seeds), "grid": _with_seeds(update["grid"], seeds, where=str(path))}
@@ -290,11 +291,11 @@ def _overridden(recipe: Recipe, overrides: Iterable[str]) -> dict[str, Any]:
     grid = [dict(product) for product in recipe.grid]
     for text in overrides:
         nested = parse_overrides([text])
-        key = text.partition("=")[0].strip()
-        holders = [product for product in grid if key in product]
-        for product in holders:
-            product[key] = [dig(nested, key)]
-        check_rivals(key, recipe.grid)
+        check_set(nested, recipe.grid)
+        for product in grid:
+            for key in product.keys() - OF_A_PRODUCT:
+                with suppress(KeyError, TypeError):  # a key that the text does not set
+                    product[key] = [dig(nested, key)]
         config = override(config, nested)
     return {"config": config, "grid": grid}
 
@@ -315,14 +316,38 @@ def _with_seeds(grid: Iterable[Mapping[str, Any]], seeds: Sequence[int], *, wher
     return kept
 
 
-def used_variables(recipe: Recipe) -> dict[str, str]:
-    """Variables by name, with the first key that holds each."""
+def used_variables(recipe: Recipe, given: Iterable[str] = ()) -> dict[str, str]:
+    """Variables by name, with the first key that holds each; those of other variables too, but of the given ones."""
     found: dict[str, str] = {}
     parts = {"build": recipe.build, "config": recipe.config, "grid": list(recipe.grid)}
-    for key, value in leaves(parts):
+    texts = list(leaves(parts))
+    while texts:
+        key, value = texts.pop(0)
         for name in VARIABLE.findall(value) if isinstance(value, str) else ():
+            if name not in found and name in recipe.variables and name not in given:
+                texts.append((f"variables.{name}", recipe.variables[name]))
             found.setdefault(name, key)
     return found
+
+
+def _filled(variables: Mapping[str, str], given: Mapping[str, str], *, where: str) -> dict[str, str]:
+    """All values, those of variables within variables put in; what is not given at all stays as it is.
+
+    Raises:
+        TellError: a variable holds itself.
+    """
+    values = dict(given)
+
+    def value(name: str, above: tuple[str, ...] = ()) -> str:
+        if name in above:
+            raise TellError(f"variables.{name} holds itself", where=where, remedy="Mend the name in it.")
+        if name not in values and name in variables:
+            values[name] = VARIABLE.sub(lambda match: value(match[1], (*above, name)), variables[name])
+        return values.get(name, f"${{{name}}}")
+
+    for name in variables:
+        value(name)
+    return values
 
 
 def points(recipe: Recipe, seed: int) -> list[tuple[dict[str, Any], tuple[str, ...]]]:

@@ -7,14 +7,14 @@ from typing import Any
 
 from tell.config import GENERAL_AMOUNTS, Config, check_keys, nearest
 from tell.errors import TellError
-from tell.grid.nested import VARIABLE, leaves, nest
+from tell.grid.nested import VARIABLE, flat, leaves, nest
 
 OF_A_PRODUCT = ("arms", "seeds")  # beside the keys of a run: which of the recipe's a product of the grid is run with
 GENERAL_KEYS = tuple(f"general.{way}" for way in GENERAL_AMOUNTS)
 RIVALS = (GENERAL_KEYS, ("task.tokens", "task.rows"))  # keys that say one amount
 REFUSED = {  # keys of a run that a recipe cannot set, and what to do instead
-    "seed": "Give it as seeds, for the whole study.",
-    "eval.arms": "Give it as arms, for the whole study.",
+    "seed": "Give them as seeds in the recipe or as --seeds, for the whole study.",
+    "eval.arms": "Give them as arms in the recipe, for the whole study.",
     "out": "Give it as --out, for the whole study.",
     "max_minutes": "Leave it out: cells cut short by the clock cannot be compared.",
 }
@@ -26,6 +26,14 @@ def check_run_keys(nested: Mapping[str, Any], where: str, part: str) -> None:
     for key, _ in leaves(nested):
         if key in REFUSED:
             raise TellError(f"{key} stands under {part}", where=where, remedy=REFUSED[key])
+
+
+def check_set(nested: Mapping[str, Any], grid: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse a ``--set`` of what a recipe cannot set, or of what the grid would go over."""
+    for key, _ in flat(nested):
+        if key in REFUSED:
+            raise TellError("is not set for single runs of a study", where=f"--set {key}", remedy=REFUSED[key])
+        check_rivals(key, grid)
 
 
 def check_grid(grid: Iterable[Mapping[str, Sequence[Any]]], known: Mapping[str, Sequence[Any]], where: str) -> None:
