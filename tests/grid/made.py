@@ -103,12 +103,19 @@ def write_cell(folder: Path, arm: str, chance: float, seed: int, rows: int, loss
 
 
 def outcome(
-    right: Sequence[float], *, arm: str = "tell", seed: int = 42, point: dict | None = None, rows: str = "", **more: Any
+    right: Sequence[float],
+    *,
+    arm: str = "tell",
+    seed: int = 42,
+    point: dict | None = None,
+    rows: str = "",
+    alone: bool = False,
+    **more: Any,
 ) -> Outcome:
     """One outcome over rows of 0 and 1; ``rows`` names the set of test rows, equal names being equal rows."""
     values = np.asarray(right, dtype=float)
     hashes = np.array([f"{rows or seed}-{i}" for i in range(len(values))])
-    measured = Measured(hashes, {"m": mean_metric(values, binary=True)}, more, {})
+    measured = Measured(hashes, {"m": mean_metric(values, binary=True)}, more, {}, alone)
     return Outcome(point or {}, arm, seed, f"{arm}-{seed}-{point}", measured)
 
 

@@ -197,8 +197,7 @@ def test_at_most_three_panels_stand_side_by_side(panels, shape):
 def test_points_without_general_rows_are_called_sft():
     side = {"value": 0.5, "ci": [0.4, 0.6]}
     entries = [
-        {"name": f"TELL, {n} general tokens", "point": {"general.tokens": n}, "arm": "tell", "gain": side, "cost": side}
-        | {"on_front": n > 0}
+        {"name": f"{n}", "point": {}, "arm": "tell", "alone": n == 0, "gain": side, "cost": side, "on_front": n > 0}
         for n in (0, 30_000)
     ]
     figure = draw_front([("", entries)], gain="schema_adherence", cost="answer_loss", title="")

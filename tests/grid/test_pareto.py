@@ -52,7 +52,7 @@ def test_task_rows_alone_are_sft_and_are_counted_so():
     alone, mixed = ({"general.tokens": n, "mix.repeat": 4} for n in (0, 30_000))
     right = np.ones(100)
     cells = [
-        outcome(right, arm="tell", point=alone, **{"probe loss": Number(2.0, 0.1)}),
+        outcome(right, arm="tell", point=alone, alone=True, **{"probe loss": Number(2.0, 0.1)}),
         outcome(right, arm="tell", point=mixed, **{"probe loss": Number(2.0, 0.1)}),
     ]
     study = study_of(cells)

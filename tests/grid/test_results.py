@@ -170,6 +170,15 @@ def test_benchmarks_are_paired_by_question(tmp_path):
         assert wide == pytest.approx(paired, rel=0.1) if keep else wide > 2 * paired
 
 
+@pytest.mark.parametrize(("rows", "alone"), [({"task": 60}, True), ({"task": 60, "general": 9}, False), ({}, False)])
+def test_what_was_trained_without_general_rows(tmp_path, rows, alone):
+    folder = make_study(tmp_path, points=POINTS[:1], seeds=[42], arms=["tell"])
+    (cell,) = (tmp_path / "cells").iterdir()
+    metrics = json.loads((cell / "metrics.json").read_text()) | {"mixture": {"rows": rows}}
+    (cell / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
+    assert [o.measured.alone for o in read_results(folder).outcomes] == [alone]
+
+
 def test_files_of_one_name_are_told_apart(tmp_path):
     """By their folders, where no other key does; one that goes along with them stays out of the table."""
     points = [

@@ -30,7 +30,6 @@ from tell.grid.results import frozen
 from tell.grid.shared_rows import CHANGE
 from tell.grid.words import (
     SFT,
-    alone,
     arm_name,
     axis_label,
     key_name,
@@ -204,7 +203,7 @@ def draw_front(panels: Sequence[tuple[str, Sequence[dict]]], *, gain: str, cost:
 def _candidate(axes: Axes, candidate: dict, scales: tuple[float, float], number: int | None) -> None:
     """One point with the bars of its intervals; a disc where it has a number on the front."""
     on, arm, name = number is not None, candidate["arm"], arm_name(candidate["arm"])
-    if alone(arm, candidate["point"]):
+    if candidate["alone"]:
         arm, name = "sft", SFT
     colour = COLOURS.get(arm, CYCLE[0])
     cost, gain = candidate["cost"], candidate["gain"]

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from tell.grid.means import Bootstrap
-from tell.grid.results import Study
+from tell.grid.results import Outcome, Study
 from tell.grid.table import merged
-from tell.grid.words import SFT, alone, arm_name, arm_point_name, canonical, metric_term
+from tell.grid.words import SFT, arm_name, arm_point_name, canonical, metric_term
 from tell.report.words import arm_order
 
 CHUNK = 200  # resamples compared at once
@@ -26,9 +26,9 @@ def front(
         within: only points with these values.
 
     Returns:
-        ``{"name", "point", "arm", "gain", "cost", "on_front", "front_share"}`` each: ``on_front`` by the means,
-        ``front_share`` the part of the resamples in which it is on the front. A point is on it where no other is at
-        least as good in both and better in one.
+        ``{"name", "point", "arm", "alone", "gain", "cost", "on_front", "front_share"}`` each: ``alone`` is TELL without
+        general rows, ``on_front`` by the means, ``front_share`` the part of the resamples in which it is on the front.
+        A point is on it where no other is at least as good in both and better in one.
     """
     gain, cost = canonical(gain), canonical(cost)
     found = []
@@ -51,17 +51,23 @@ def front(
     same = [{k: p[0].get(k) for k in varying if len({str(q.get(k)) for q in p}) == 1} for _, p, *_ in found]
     entries = [
         {
-            "name": arm_point_name(arm, same[i]),
+            "name": arm_point_name(arm, same[i], alone=alone(arm, group)),
             "point": same[i],
             "arm": arm,
+            "alone": alone(arm, group),
             "gain": g.summary(),
             "cost": c.summary(),
             "on_front": bool(on[i]),
             "front_share": round(float(share[i]), 4),
         }
-        for i, (arm, _, _, g, c) in enumerate(found)
+        for i, (arm, _, group, g, c) in enumerate(found)
     ]
     return sorted(entries, key=lambda e: -signs[0] * e["gain"]["value"])
+
+
+def alone(arm: str, group: Sequence[Outcome]) -> bool:
+    """Whether these are TELL's arm without general rows, which is SFT."""
+    return arm == "tell" and all(outcome.measured.alone for outcome in group)
 
 
 def undominated(values: np.ndarray) -> np.ndarray:
@@ -79,7 +85,7 @@ def verdict(entries: Sequence[dict]) -> str:
     """Which arms stand on the front, in a sentence."""
     on = [e for e in entries if e["on_front"]]
     sure = [e for e in on if e["front_share"] >= 0.95]
-    kinds = [SFT if alone(e["arm"], e["point"]) else e["arm"] for e in on]
+    kinds = [SFT if e["alone"] else e["arm"] for e in on]
     arms = [f"{kinds.count(a)} of {arm_name(a)}" for a in arm_order(kinds)]
     text = f"{len(on)} of {len(entries)} are on the front ({', '.join(arms)})"
     return f"{text}; {len(sure)} of these in at least 95 % of resamples." if on else ""

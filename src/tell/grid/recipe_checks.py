@@ -10,8 +10,7 @@ from tell.errors import TellError
 from tell.grid.nested import VARIABLE, flat, leaves, nest
 
 OF_A_PRODUCT = ("arms", "seeds")  # beside the keys of a run: which of the recipe's a product of the grid is run with
-GENERAL_KEYS = tuple(f"general.{way}" for way in GENERAL_AMOUNTS)
-RIVALS = (GENERAL_KEYS, ("task.tokens", "task.rows"))  # keys that say one amount
+RIVALS = (tuple(f"general.{way}" for way in GENERAL_AMOUNTS), ("task.tokens", "task.rows"))  # keys that say one amount
 REFUSED = {  # keys of a run that a recipe cannot set, and what to do instead
     "seed": "Give them as seeds in the recipe or as --seeds, for the whole study.",
     "eval.arms": "Give them as arms in the recipe, for the whole study.",

@@ -55,12 +55,14 @@ class Measured:
         costs: ``steps``, ``tokens``, ``flops``, ``learning_rate``, ``seconds`` of its training (0 where it has none);
             ``flops_6nd``, 6 times all parameters times tokens, as the paper counts (A.1); and ``eval_flops``, of
             answering the test rows.
+        alone: it was trained on task rows without any general row.
     """
 
     hashes: np.ndarray
     metrics: Mapping[str, Metric]
     numbers: Mapping[str, Number]
     costs: Mapping[str, float]
+    alone: bool = False
 
 
 @dataclass(frozen=True)
@@ -256,9 +258,9 @@ class _Cell:
         costs = {key: float(trained.get(key) or 0) for key in COSTS}
         costs["flops_6nd"] = 6.0 * self.parameters * costs["tokens"]
         costs["eval_flops"] = float(get(self.metrics, "eval", "arms", arm, "flops", default=0) or 0)
-        return Measured(
-            np.array([str(row["hash"]) for row in rows], dtype=str), metrics, rest | self._numbers(arm), costs
-        )
+        hashes = np.array([str(row["hash"]) for row in rows], dtype=str)
+        mixed = mapping(self.metrics, "mixture", "rows")
+        return Measured(hashes, metrics, rest | self._numbers(arm), costs, bool(mixed) and not mixed.get("general"))
 
     @cached_property
     def plan(self) -> dict[str, Any]:

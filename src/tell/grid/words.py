@@ -8,7 +8,6 @@ from typing import Any
 
 from tell.evaluate.names import LOSSES
 from tell.grid.nested import VARIABLE
-from tell.grid.recipe_checks import GENERAL_KEYS
 from tell.grid.shared_rows import CHANGE
 from tell.report.words import Term, term
 
@@ -40,7 +39,7 @@ ARMS = {
     "tell": "TELL",
     "tell-anchor": "TELL, asked without its anchor",
 }
-SFT = "SFT"  # task rows alone, however often
+SFT = "SFT"  # what TELL is without general rows: `mix.repeat` epochs
 
 
 def key_name(key: str) -> str:
@@ -145,15 +144,10 @@ def arm_name(arm: str) -> str:
     return ARMS.get(arm, arm)
 
 
-def alone(arm: str, point: Mapping[str, Any]) -> bool:
-    """Whether this is TELL's arm at a point without general rows, which is SFT of `mix.repeat` epochs."""
-    return arm == "tell" and any(point.get(key) == 0 for key in GENERAL_KEYS)
-
-
-def arm_point_name(arm: str, point: Mapping[str, Any]) -> str:
-    """``TELL, 4 times, 30,000 general tokens``; without general rows ``SFT, 4 times``."""
-    if alone(arm, point):
-        arm, point = SFT, {key: value for key, value in point.items() if key not in GENERAL_KEYS}
+def arm_point_name(arm: str, point: Mapping[str, Any], *, alone: bool = False) -> str:
+    """``TELL, 4 times, 30,000 general tokens``; ``alone``, without general rows, ``SFT, 4 times``."""
+    if alone:
+        arm, point = SFT, {key: value for key, value in point.items() if not key.startswith("general.")}
     return ", ".join(filter(None, (arm_name(arm), point_name(point))))
 
 
