@@ -191,13 +191,11 @@ def _verdict(result: dict[str, Any], x: str) -> str:
     parts = []
     if turned > 0:
         last = ", after which nothing was measured" if most == len(share) - 1 else ""
-        chance = (
-            f" ({100 * shuffled[most] / sum(shuffled[1:]):.0f} % if rows were shuffled)" if sum(shuffled[1:]) else ""
-        )
+        chance = 100 * shuffled[most] / sum(shuffled[1:]) if sum(shuffled[1:]) else 0.0
         parts.append(
             f"{100 * turned:.0f} % of the test rows turn right after the smallest amount and stay so to the largest, "
             f"{100 * share[most] / turned:.0f} % of these at {value_name(amounts[most])} {what}{last} "
-            f"({chance} if rows were shuffled)"
+            f"({chance:.0f} % if rows were shuffled)"
         )
     else:
         parts.append("No test row turns right for good after the smallest amount")
