@@ -191,6 +191,8 @@ def test_files_of_one_name_are_told_apart(tmp_path):
     table = lines(study, Bootstrap(study, 100))
     assert [line.point["general.source"] for line in table] == ["any", "alpaca/train.jsonl", "arc/train.jsonl"]
     assert {o.point["general.source"] for o in study.outcomes} == {p["general.source"] for p in points}
+    mixed = told_apart([{"a": ["q"], "b": 1}, {"a": "/x/f.txt"}, {"a": "/y/f.txt"}], ["a"])
+    assert {key: named.label for key, named in mixed["a"].items()} == {"/x/f.txt": "x/f.txt", "/y/f.txt": "y/f.txt"}
     alike = told_apart([{"a": "/x/1/f.txt", "b": n % 2, "c": n // 2} for n in range(4)], ["a", "b", "c"])
     assert alike == {}  # one file, however often
     same = told_apart([{"a": "f.txt"}, {"a": "/f.txt"}, {"a": "@f.txt"}], ["a"])

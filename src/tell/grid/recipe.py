@@ -317,7 +317,7 @@ def _with_seeds(grid: Iterable[Mapping[str, Any]], seeds: Sequence[int], *, wher
 
 
 def used_variables(recipe: Recipe, given: Iterable[str] = ()) -> dict[str, str]:
-    """Variables by name, with the first key that holds each; those of other variables too, but of the given ones."""
+    """Variables by name, with the first key that holds each, which may be a variable that is not ``given``."""
     found: dict[str, str] = {}
     parts = {"build": recipe.build, "config": recipe.config, "grid": list(recipe.grid)}
     texts = list(leaves(parts))

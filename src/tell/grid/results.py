@@ -192,8 +192,9 @@ def read_results(folder: str | Path, cells: str | Path | None = None) -> Study:
         if len({frozen(row["point"].get(key)) for row in study.rows}) > 1
     )
     for key, names in told_apart([row["point"] for row in study.rows], study.keys).items():
-        for row in study.rows:  # whose points are those of the outcomes
-            row["point"][key] = names.get(row["point"].get(key), row["point"].get(key))
+        for point in (row["point"] for row in study.rows):  # those of the outcomes
+            if isinstance(point.get(key), str):
+                point[key] = names[point[key]]
     return study
 
 

@@ -70,15 +70,16 @@ def told_apart(points: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> dict
 
     def shown(point: Mapping[str, Any], key: str) -> str:
         value = point.get(key)
-        return value_name(found[key].get(value, value) if key in found else value, key)
+        return value_name(found[key][value] if key in found and isinstance(value, str) else value, key)
 
     for key in keys:
         files = list(dict.fromkeys(point[key] for point in points if isinstance(point.get(key), str)))
         if len({value_name(file, key) for file in files}) == len(files):
             continue
-        beside: dict[tuple[str, ...], set[Any]] = {}
+        beside: dict[tuple[str, ...], set[str]] = {}
         for point in points:
-            beside.setdefault(tuple(shown(point, other) for other in keys if other != key), set()).add(point.get(key))
+            rest = tuple(shown(point, other) for other in keys if other != key)
+            beside.setdefault(rest, set()).add(str(point.get(key)))
         if any(len(values) > 1 for values in beside.values()):
             found[key] = {file: Named(file, label) for file, label in zip(files, _ends(files), strict=True)}
     return found
