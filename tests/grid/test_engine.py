@@ -426,6 +426,21 @@ def test_what_another_process_has_ended_is_known_at_once(recipe, tmp_path):
     assert [states[cell.name] for cell in (*ended, held)] == ["failed", "done", "waiting"]
 
 
+def test_a_failed_cell_that_another_process_has_run_again_is_not_failed_any_more(recipe, tmp_path):
+    path, root = recipe(**MINIMAL), tmp_path / "studies"
+    study, one = opened(path, root)
+    one.finish(cell := one.take(), Outcome("it cannot be done"))
+    _, two = opened(path, root, retry_failed=True)
+    assert two.take() == cell
+    folder = study.root.cell(cell.name)
+    folder.root.mkdir(parents=True)
+    write_json(folder.metrics, {"task": {"primary": "m"}, "arms": {}, "train": {"arms": {}}})
+    folder.set_status("done", seconds=1.0)
+    two.finish(cell, Outcome())
+    one.write()
+    assert study.folder.read()["cells"][cell.name]["state"] == "done" and not study.folder.failed()
+
+
 def test_the_time_left_is_that_of_the_cells_left(recipe, tmp_path, monkeypatch):
     study, queue = opened(recipe(), tmp_path / "studies")
     now = [0.0]

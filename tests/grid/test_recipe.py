@@ -84,6 +84,10 @@ def test_variables_of_variables(tmp_path):
     path = written(tmp_path, config=config, variables={"file": "${sub}/g.jsonl", "sub": "${file}"})
     with pytest.raises(TellError, match=r"variables.\w+ holds itself"):
         load_recipe(path)
+    build = {"halu": {"dataset": "halu-cot-json", "source": "x.jsonl"}}
+    path = written(tmp_path, config=config, variables={"file": "${halu}/g.jsonl"}, build=build)
+    with pytest.raises(TellError, match=r"variables.file holds \$\{halu\}, which is built later"):
+        load_recipe(path)
 
 
 def test_overrides_and_seeds(tmp_path):
@@ -109,6 +113,10 @@ def test_an_override_that_the_grid_would_undo_is_refused(tmp_path):
         load_recipe(path, overrides=["general={ratio: 5}"])  # the same, said as a whole section
     whole = load_recipe(path, overrides=["general={tokens: 7, source: x}"])
     assert whole.grid == ({"task.rows": [15]}, {"general.tokens": [7]})
+    sections = written(tmp_path, grid=[{"mix": [{"repeat": 1, "order": "shuffle"}, {"repeat": 4}]}])
+    assert load_recipe(sections, overrides=["mix.repeat=2"]).grid == (
+        {"mix": [{"repeat": 2, "order": "shuffle"}, {"repeat": 2}]},
+    )
     for text, remedy in (("seed=1", "--seeds"), ("eval={arms: [tell]}", "arms in the recipe")):
         with pytest.raises(TellError, match=rf"--set (seed|eval.arms): .*{remedy}"):
             load_recipe(path, overrides=[text])

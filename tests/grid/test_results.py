@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from grid.made import POINTS, make_study, write_cell
+from grid.made import POINTS, make_study, outcome, study_of, write_cell
 from tell.errors import TellError
+from tell.evaluate.intervals import newcombe_paired, wilson
+from tell.evaluate.means import mean_metric
 from tell.evaluate.text import TextScorer
 from tell.grid.means import Bootstrap
 from tell.grid.results import Number, number_of, read_results
+from tell.grid.shared_rows import SharedRows
 from tell.grid.table import keys_shown, lines, tabulated
 from tell.grid.words import canonical, told_apart, value_name
 from tell.run import write_jsonl
@@ -170,6 +174,33 @@ def test_benchmarks_are_paired_by_question(tmp_path):
         assert wide == pytest.approx(paired, rel=0.1) if keep else wide > 2 * paired
 
 
+def test_benchmarks_that_hardly_differ_are_not_known_exactly():
+    """Forty questions answered alike, or all wrong: no resample differs, yet the truth may."""
+
+    def group(right, arm, seed=1):
+        metric = mean_metric(np.asarray(right, dtype=float))
+        level, gap = metric_of(metric), metric_of(mean_metric(metric.per_row - base))
+        hashes = np.array([f"{i}" for i in range(40)])
+        levels = {"benchmark b": (metric, level), "benchmark b change": (mean_metric(metric.per_row - base), gap)}
+        numbers = {n: replace(entry, rows=SharedRows("benchmarks", hashes, m)) for n, (m, entry) in levels.items()}
+        return outcome([1, 0], arm=arm, seed=seed, **numbers)
+
+    def metric_of(metric) -> Number:
+        low, high = wilson(0, 40)
+        return Number(metric.value, (high - low) / (2 * 1.96), (metric.value + low, metric.value + high))
+
+    base = np.zeros(40)
+    none = [[group(base, arm, seed) for seed in (1, 2, 3)] for arm in ("tell", "sft")]
+    drawn = Bootstrap(study_of([*none[0], *none[1]]), 2000)
+    assert drawn.of(none[0], "benchmark b").summary()["ci"][1] > 0.02
+    assert np.ptp(drawn.difference(*none, "benchmark b")["ci"]) > 0.05
+    one = base.copy()
+    one[0] = 1
+    pair = [[group(one, "tell")], [group(base, "sft")]]
+    gap = Bootstrap(study_of([*pair[0], *pair[1]]), 2000).difference(*pair, "benchmark b")
+    assert gap["ci"] == pytest.approx(newcombe_paired(one, base), abs=1e-6) and gap["value"] == pytest.approx(1 / 40)
+
+
 @pytest.mark.parametrize(("rows", "alone"), [({"task": 60}, True), ({"task": 60, "general": 9}, False), ({}, False)])
 def test_what_was_trained_without_general_rows(tmp_path, rows, alone):
     folder = make_study(tmp_path, points=POINTS[:1], seeds=[42], arms=["tell"])
@@ -191,12 +222,16 @@ def test_files_of_one_name_are_told_apart(tmp_path):
     table = lines(study, Bootstrap(study, 100))
     assert [line.point["general.source"] for line in table] == ["any", "alpaca/train.jsonl", "arc/train.jsonl"]
     assert {o.point["general.source"] for o in study.outcomes} == {p["general.source"] for p in points}
+    anchors = ["auto", "none", "In the and/or/not style", "f.txt", "/x/f.txt", "/y/f.txt"]
+    told = told_apart([{"anchor.text": text} for text in anchors], ["anchor.text"])["anchor.text"]
+    names = [value_name(told.get(text, text), "anchor.text") for text in anchors]
+    assert names == ["automatic", "none", "In the and/or/not style", "f.txt", "x/f.txt", "y/f.txt"]
     mixed = told_apart([{"a": ["q"], "b": 1}, {"a": "/x/f.txt"}, {"a": "/y/f.txt"}], ["a"])
     assert {key: named.label for key, named in mixed["a"].items()} == {"/x/f.txt": "x/f.txt", "/y/f.txt": "y/f.txt"}
     alike = told_apart([{"a": "/x/1/f.txt", "b": n % 2, "c": n // 2} for n in range(4)], ["a", "b", "c"])
     assert alike == {}  # one file, however often
-    same = told_apart([{"a": "f.txt"}, {"a": "/f.txt"}, {"a": "@f.txt"}], ["a"])
-    assert len({value_name(named) for named in same["a"].values()}) == 3
+    same = told_apart([{"a": "f.txt"}, {"a": "/f.txt"}, {"a": "@/f.txt"}], ["a"])["a"]
+    assert [named.label for named in same.values()] == ["/f.txt", "@/f.txt"]  # as written, where nothing shorter does
 
 
 def test_numbers_that_yaml_reads_as_text(tmp_path):

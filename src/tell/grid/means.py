@@ -97,7 +97,8 @@ class Bootstrap:
         columns = [self._run(o.measured, metric) for o in found]
         numbers = {i: o.measured.numbers[metric] for i, o in enumerate(found) if metric not in o.measured.metrics}
         # One noise for all seeds, which share the probe's rows; of held-out rows, which differ, intervals are too wide.
-        alone = {i: number.spread for i, number in numbers.items() if number.rows is None}
+        # Of rows that are all alike (no question answered right) no resample differs: theirs is the run's own spread.
+        alone = {i: n.spread for i, n in numbers.items() if n.rows is None or not np.ptp(columns[i])}
         if alone:
             noise = self._noise(found[0], metric)
             columns = [c + noise * alone.get(i, 0.0) for i, c in enumerate(columns)]
@@ -140,10 +141,10 @@ class Bootstrap:
         value, ci, n = left.value - right.value, percentiles(left.draws - right.draws), min(left.rows, right.rows)
         if left.binary and right.binary and {left.value, right.value} <= {0.0, 1.0}:
             ci = newcombe_paired(*(np.full(n, side.value) for side in (left, right)))
-        elif left.binary and right.binary and len(shared) == 1:
-            one, two = (next(o.measured for o in group if o.seed in shared) for group in (a, b))
-            if np.array_equal(one.hashes, two.hashes):
-                rows = np.stack([run.metrics[metric].per_row for run in (one, two)])
+        elif len(shared) == 1:
+            one, two = (_zeros_and_ones(next(o.measured for o in g if o.seed in shared), metric) for g in (a, b))
+            if one is not None and two is not None and np.array_equal(one[0], two[0]):
+                rows = np.stack([one[1], two[1]])
                 rows = rows[:, np.isfinite(rows).all(axis=0)]  # where the metric applies to both
                 if n := rows.shape[1]:
                     value, ci = float(rows[0].mean() - rows[1].mean()), newcombe_paired(*rows)
@@ -188,6 +189,18 @@ def _digest(text: str) -> int:
 def _rows_of(run: Measured, metric: str) -> list[str]:
     """Hashes of the test rows that a metric applies to."""
     return run.hashes[applies(run.metrics[metric])].tolist()
+
+
+def _zeros_and_ones(run: Measured, metric: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """Hashes and values, where a metric is a mean of 0 and 1: of test rows, or of a benchmark's questions."""
+    hashes, found = run.hashes, run.metrics.get(metric)
+    number = run.numbers.get(metric.removesuffix(CHANGE))
+    if found is None and number is not None and number.rows is not None:
+        hashes, found = number.rows.hashes, number.rows.metric
+    if found is None or found.stats.shape[1] != 2:
+        return None
+    known = found.per_row[np.isfinite(found.per_row)]
+    return (hashes, found.per_row) if np.isin(known, (0.0, 1.0)).all() else None
 
 
 def _value(run: Measured, metric: str) -> float:

@@ -101,7 +101,10 @@ class Queue:
     def _hear(self) -> None:
         """Take over what other processes have ended meanwhile."""
         for name in self.states.keys() - self.held.keys():
-            if self.states[name]["state"] in ("waiting", "running") and self._over(name, self.root.record(name)):
+            state = self.states[name]["state"]
+            if (state == "failed" and self.root.finished(name)) or (
+                state in ("waiting", "running") and self._over(name, self.root.record(name))
+            ):
                 self._look(name)
 
     def counts(self) -> Counter[str]:

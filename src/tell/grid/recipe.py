@@ -22,7 +22,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -32,7 +32,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 
 from tell.config import Arm, Section, check_keys, nearest, override, parse_overrides, read_yaml
 from tell.errors import TellError
-from tell.grid.nested import VARIABLE, dig, leaves
+from tell.grid.nested import VARIABLE, dig, leaves, nest
 from tell.grid.recipe_checks import (
     OF_A_PRODUCT,
     check_arms,
@@ -215,7 +215,8 @@ def load_recipe(
                 where=f"--var {name}" if name in given else f"{path}: variables.{name}",
                 remedy="Rename the variable, or name its folder where ${" + name + "} stands instead of building it.",
             )
-    values = _filled(recipe.variables, {"recipe": str(path.parent.resolve()), **given}, where=str(path))
+    known = {"recipe": str(path.parent.resolve()), **given}
+    values = _filled(recipe.variables, known, recipe.build, where=str(path))
     for name, place in used_variables(recipe, given).items():
         if name not in values and name not in recipe.build:
             flag = "--data DIR" if name == "data" else f"--var {name}=VALUE"
@@ -295,7 +296,10 @@ def _overridden(recipe: Recipe, overrides: Iterable[str]) -> dict[str, Any]:
         for product in grid:
             for key in product.keys() - OF_A_PRODUCT:
                 with suppress(KeyError, TypeError):  # a key that the text does not set
-                    product[key] = [dig(nested, key)]
+                    given = dig(nested, key)
+                    sections = isinstance(given, Mapping)  # set in part: what else they hold stays
+                    olds = product[key] if sections else [given]
+                    product[key] = [dig(override(nest(key, old), nested), key) for old in olds]
         config = override(config, nested)
     return {"config": config, "grid": grid}
 
@@ -330,17 +334,25 @@ def used_variables(recipe: Recipe, given: Iterable[str] = ()) -> dict[str, str]:
     return found
 
 
-def _filled(variables: Mapping[str, str], given: Mapping[str, str], *, where: str) -> dict[str, str]:
+def _filled(
+    variables: Mapping[str, str], given: Mapping[str, str], built: Collection[str], *, where: str
+) -> dict[str, str]:
     """All values, those of variables within variables put in; what is not given at all stays as it is.
 
+    Args:
+        built: data sets that the recipe builds, whose folders are not known yet.
+
     Raises:
-        TellError: a variable holds itself.
+        TellError: a variable holds itself, or a data set.
     """
     values = dict(given)
 
     def value(name: str, above: tuple[str, ...] = ()) -> str:
         if name in above:
             raise TellError(f"variables.{name} holds itself", where=where, remedy="Mend the name in it.")
+        if name in built and above:
+            what = f"variables.{above[-1]} holds ${{{name}}}, which is built later"
+            raise TellError(what, where=where, remedy=f"Write ${{{name}}} where ${{{above[-1]}}} stands.")
         if name not in values and name in variables:
             values[name] = VARIABLE.sub(lambda match: value(match[1], (*above, name)), variables[name])
         return values.get(name, f"${{{name}}}")

@@ -194,7 +194,7 @@ def read_results(folder: str | Path, cells: str | Path | None = None) -> Study:
     for key, names in told_apart([row["point"] for row in study.rows], study.keys).items():
         for point in (row["point"] for row in study.rows):  # those of the outcomes
             if isinstance(point.get(key), str):
-                point[key] = names[point[key]]
+                point[key] = names.get(point[key], point[key])
     return study
 
 

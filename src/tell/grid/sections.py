@@ -193,7 +193,8 @@ def fits_blocks(found: Analyses) -> Iterator[str | Table]:
             units = [metric_term(fit["y"]).unit] * 2 + ["plain"] * 3
             cells = [Cell.of(fit["logistic"][k], u) for k, u in zip(keys, units, strict=True)]
             shown = [_amount(c) if k in ("middle", "threshold") else c for k, c in zip(keys, cells, strict=True)]
-            heads = ["", "Floor", "Ceiling", "Slope, per decade", "Middle", "Takes off"]
+            turn = "Takes off" if fit["improves"] else "Gets worse from"
+            heads = ["", "Floor", "Ceiling", "Slope, per decade", "Middle", turn]
             yield Table("", heads, [Row(["S-curve", *shown])], 1)
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
+from tell.config import GENERAL_AMOUNTS
 from tell.evaluate.names import LOSSES
 from tell.grid.nested import VARIABLE
 from tell.grid.shared_rows import CHANGE
@@ -70,29 +71,35 @@ def told_apart(points: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> dict
 
     def shown(point: Mapping[str, Any], key: str) -> str:
         value = point.get(key)
-        return value_name(found[key][value] if key in found and isinstance(value, str) else value, key)
+        return value_name(found[key].get(value, value) if key in found and isinstance(value, str) else value, key)
 
     for key in keys:
-        files = list(dict.fromkeys(point[key] for point in points if isinstance(point.get(key), str)))
-        if len({value_name(file, key) for file in files}) == len(files):
+        texts = list(dict.fromkeys(point[key] for point in points if isinstance(point.get(key), str)))
+        if len({value_name(text, key) for text in texts}) == len(texts):
             continue
         beside: dict[tuple[str, ...], set[str]] = {}
         for point in points:
             rest = tuple(shown(point, other) for other in keys if other != key)
             beside.setdefault(rest, set()).add(str(point.get(key)))
         if any(len(values) > 1 for values in beside.values()):
-            found[key] = {file: Named(file, label) for file, label in zip(files, _ends(files), strict=True)}
+            files = [text for text in texts if _is_file(text)]
+            labels = _ends(files, {value_name(text, key) for text in texts if text not in files})
+            found[key] = {file: Named(file, label) for file, label in zip(files, labels, strict=True)}
     return found
 
 
-def _ends(files: Sequence[str]) -> list[str]:
-    """As many last parts of each path as tell them apart."""
+def _ends(files: Sequence[str], taken: Collection[str]) -> list[str]:
+    """As many last parts of each path as tell them apart, and from other names."""
     parts = [_path(file).parts for file in files]
-    for n in range(1, max(map(len, parts))):
+    for n in range(1, max(map(len, parts), default=0)):
         ends = ["/".join(part[-n:]) for part in parts]
-        if len(set(ends)) == len(files):
+        if len({*ends, *taken}) == len(files) + len(taken):
             return ends
     return list(files)
+
+
+def _is_file(text: str) -> bool:
+    return "/" in text and " " not in text
 
 
 def _path(text: str) -> PurePath:
@@ -109,7 +116,7 @@ def value_name(value: Any, key: str = "") -> str:
         return ANCHORS[value]
     if isinstance(value, bool) or not isinstance(value, int | float):
         text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-        if "/" not in text or " " in text:
+        if not _is_file(text):
             return text
         parts = _path(text).parts
         return "/".join(parts[-2:]) if key == "task.data" else parts[-1]  # train.jsonl is what most are called
@@ -148,7 +155,8 @@ def arm_name(arm: str) -> str:
 def arm_point_name(arm: str, point: Mapping[str, Any], *, alone: bool = False) -> str:
     """``TELL, 4 times, 30,000 general tokens``; ``alone``, without general rows, ``SFT, 4 times``."""
     if alone:
-        arm, point = SFT, {key: value for key, value in point.items() if not key.startswith("general.")}
+        amounts = {f"general.{way}" for way in GENERAL_AMOUNTS}
+        arm, point = SFT, {key: value for key, value in point.items() if key not in amounts}
     return ", ".join(filter(None, (arm_name(arm), point_name(point))))
 
 
