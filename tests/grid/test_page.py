@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -12,10 +13,10 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from grid.made import POINTS, make_study
+from grid.made import POINTS, curve_of, make_study
 from tell.errors import TellError
-from tell.grid.drawing import PAPER, Axis, drawing, label_left, save
-from tell.grid.figures import draw_front
+from tell.grid.drawing import CYCLE, PAPER, Axis, drawing, label_left, save
+from tell.grid.figures import _looks, draw_front
 from tell.grid.inline import inline_svg
 from tell.grid.means import Bootstrap
 from tell.grid.page import notices, write_study
@@ -192,6 +193,13 @@ def test_at_most_three_panels_stand_side_by_side(panels, shape):
     assert every[0].get_subplotspec().get_gridspec().get_geometry() == shape
     named = [axes.get_ylabel() == "share" for axes in every]
     assert sum(named) == shape[0] and named[0]
+
+
+def test_more_values_than_colours_do_not_look_alike():
+    table = {42: np.array([[True, False], [True, True]])}
+    several = [replace(curve_of(table, [0, 1], samples=50), rest={"mix.repeat": 2**n}) for n in range(len(CYCLE) + 2)]
+    looks = _looks(several, [f"{c.rest['mix.repeat']} times" for c in several], "mix.repeat")
+    assert len({(look["color"], look["marker"]) for look in looks.values()}) == len(several)
 
 
 def test_points_without_general_rows_are_called_sft():

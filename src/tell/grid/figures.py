@@ -258,8 +258,12 @@ def _looks(curves: Sequence[Curve], names: Sequence[str], lines: str) -> dict[st
         nth = [n for n, a in arms.items() if a == arm].index(name)
         look: dict[str, Any] = {"lw": 2.2, "zorder": 4} if arm == "tell" else {"lw": 1.5, "zorder": 3}
         if lines in curve.rest:
-            look["color"] = CYCLE[values.index(frozen(curve.rest[lines])) % len(CYCLE)]
-            look |= {"marker": MARKERS.get(arm, "o"), "ls": STYLES[turns.index(arm) % len(STYLES)]}
+            around, place = divmod(values.index(frozen(curve.rest[lines])), len(CYCLE))
+            look["color"] = CYCLE[place]  # more values than colours: another marker the second time around
+            look |= {
+                "marker": TURNS[around % 7] if around else MARKERS.get(arm, "o"),
+                "ls": STYLES[turns.index(arm) % len(STYLES)],
+            }
         else:
             turn = others.index(arm) % len(CYCLE) if arm in others else 0
             look["color"] = COLOURS.get(arm, CYCLE[turn])
