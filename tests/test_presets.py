@@ -7,8 +7,8 @@ from tell.presets import general_tokens_for, learning_rate_for, repeat_for
 
 
 def test_few_rows_are_seen_oftener() -> None:
-    assert [repeat_for(n) for n in (1, 15, 30, 90, 1000)] == [24, 24, 12, 4, 4]
-    times = [repeat_for(n) for n in range(1, 200)]
+    assert [repeat_for(n) for n in (1, 15, 30, 45, 60, 115, 230, 1000)] == [24, 24, 12, 8, 8, 8, 4, 4]
+    times = [repeat_for(n) for n in range(1, 400)]
     assert times == sorted(times, reverse=True)
 
 

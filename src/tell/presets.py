@@ -45,11 +45,13 @@ def learning_rate_for(parameters: int) -> float:
 
 
 def repeat_for(rows: int) -> int:
-    """Times each of so many task rows occurs in the mix: the fewer, the oftener, from 24 down to 4.
+    """Times each of so many task rows occurs in the mix: 24 up to 15 rows, 8 from 45 to 115, 4 from 230 on.
 
-    24 was measured at 15 rows and 4 at 65 (docs/lab.md); between them some 360 task rows in all are kept.
+    24 was measured at 15 rows (docs/lab.md), 8 against 4 and 16 at 60 and 115 (docs/study.md). Between 15 and 45 rows
+    some 360 task rows in all are kept, beyond 115 some 920; more than 115 rows were not measured.
     """
-    return max(4, min(24, round(360 / max(1, rows))))
+    rows = max(1, rows)
+    return max(4, min(24, round(max(360 / rows, min(8, 920 / rows)))))
 
 
 def general_tokens_for(task_tokens: int) -> float:
