@@ -408,6 +408,14 @@ def test_a_cell_that_fails_elsewhere_is_not_run_again(recipe, tmp_path):
     again.give_back()
 
 
+def measured(study, cell) -> None:
+    """A cell's folder as a run leaves it."""
+    folder = study.root.cell(cell.name)
+    folder.root.mkdir(parents=True)
+    write_json(folder.metrics, {"task": {"primary": "m"}, "arms": {}, "train": {"arms": {}}})
+    folder.set_status("done", seconds=1.0)
+
+
 def test_what_another_process_has_ended_is_known_at_once(recipe, tmp_path):
     """The same command in two terminals: the one that is stopped must not write the other's cells back to waiting."""
     path, root = recipe(), tmp_path / "studies"
@@ -416,10 +424,7 @@ def test_what_another_process_has_ended_is_known_at_once(recipe, tmp_path):
     held = two.take()
     ended = [one.take() for _ in range(2)]
     one.finish(ended[0], Outcome("it cannot be done"))
-    folder = study.root.cell(ended[1].name)
-    folder.root.mkdir(parents=True)
-    write_json(folder.metrics, {"task": {"primary": "m"}, "arms": {}, "train": {"arms": {}}})
-    folder.set_status("done", seconds=1.0)
+    measured(study, ended[1])
     one.finish(ended[1], Outcome())
     assert two.counts() == {"failed": 1, "done": 1, "running": 1, "waiting": 1}
     two.give_back()
@@ -433,10 +438,7 @@ def test_a_failed_cell_that_another_process_has_run_again_is_not_failed_any_more
     one.finish(cell := one.take(), Outcome("it cannot be done"))
     _, two = opened(path, root, retry_failed=True)
     assert two.take() == cell
-    folder = study.root.cell(cell.name)
-    folder.root.mkdir(parents=True)
-    write_json(folder.metrics, {"task": {"primary": "m"}, "arms": {}, "train": {"arms": {}}})
-    folder.set_status("done", seconds=1.0)
+    measured(study, cell)
     two.finish(cell, Outcome())
     one.write()
     assert study.folder.read()["cells"][cell.name]["state"] == "done" and not study.folder.failed()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -178,16 +177,14 @@ def test_benchmarks_that_hardly_differ_are_not_known_exactly():
     """Forty questions answered alike, or all wrong: no resample differs, yet the truth may."""
 
     def group(right, arm, seed=1):
-        metric = mean_metric(np.asarray(right, dtype=float))
-        level, gap = metric_of(metric), metric_of(mean_metric(metric.per_row - base))
-        hashes = np.array([f"{i}" for i in range(40)])
-        levels = {"benchmark b": (metric, level), "benchmark b change": (mean_metric(metric.per_row - base), gap)}
-        numbers = {n: replace(entry, rows=SharedRows("benchmarks", hashes, m)) for n, (m, entry) in levels.items()}
-        return outcome([1, 0], arm=arm, seed=seed, **numbers)
-
-    def metric_of(metric) -> Number:
         low, high = wilson(0, 40)
-        return Number(metric.value, (high - low) / (2 * 1.96), (metric.value + low, metric.value + high))
+        hashes = np.array([f"{i}" for i in range(40)])
+        numbers = {}
+        for name, values in (("benchmark b", right), ("benchmark b change", right - base)):
+            rows = SharedRows("benchmarks", hashes, mean_metric(values))
+            value = rows.metric.value
+            numbers[name] = Number(value, (high - low) / (2 * 1.96), (value + low, value + high), rows)
+        return outcome([1, 0], arm=arm, seed=seed, **numbers)
 
     base = np.zeros(40)
     none = [[group(base, arm, seed) for seed in (1, 2, 3)] for arm in ("tell", "sft")]

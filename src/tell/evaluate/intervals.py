@@ -58,7 +58,7 @@ def difference(a: Metric, b: Metric, *, seed: int, samples: int = 2000) -> dict:
         return estimate_from(math.nan, math.nan, math.nan, 0)
     left, right = a.stats[keep], b.stats[keep]
     value = float(a.combine(left.sum(axis=0))) - float(b.combine(right.sum(axis=0)))
-    if _zeros_and_ones(a, keep) and _zeros_and_ones(b, keep):
+    if shares(a, b):
         low, high = newcombe_paired(_rows(a, keep), _rows(b, keep))
     else:
         draws = [a.combine(weights @ left) - b.combine(weights @ right) for weights in resamples(n, seed, samples)]
@@ -115,6 +115,12 @@ def _zeros_and_ones(metric: Metric, keep: np.ndarray) -> bool:
     """Binary by nature, or a plain mean whose rows happen to be 0 or 1 (an untuned model's field accuracy)."""
     plain_mean = metric.stats.shape[1] == 2 and bool((metric.stats[keep, 1] == 1).all())
     return (metric.binary or plain_mean) and bool(np.isin(_rows(metric, keep), (0.0, 1.0)).all())
+
+
+def shares(a: Metric, b: Metric) -> bool:
+    """Whether both are means of 0 and 1 over the rows that they share, so that `difference` is Newcombe's."""
+    keep = applies(a) & applies(b)
+    return _zeros_and_ones(a, keep) and _zeros_and_ones(b, keep)
 
 
 def resamples(n: int, seed: int, samples: int) -> Iterator[np.ndarray]:

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tell.evaluate.intervals import applies, estimate_from, newcombe_paired, percentiles, resamples, wilson
+from tell.evaluate.intervals import applies, estimate_from, newcombe_paired, percentiles, resamples, shares, wilson
+from tell.evaluate.intervals import difference as paired
 from tell.evaluate.scored import Metric
 from tell.grid.results import Measured, Outcome, Study, frozen
 from tell.grid.shared_rows import CHANGE
@@ -142,12 +143,9 @@ class Bootstrap:
         if left.binary and right.binary and {left.value, right.value} <= {0.0, 1.0}:
             ci = newcombe_paired(*(np.full(n, side.value) for side in (left, right)))
         elif len(shared) == 1:
-            one, two = (_zeros_and_ones(next(o.measured for o in g if o.seed in shared), metric) for g in (a, b))
-            if one is not None and two is not None and np.array_equal(one[0], two[0]):
-                rows = np.stack([one[1], two[1]])
-                rows = rows[:, np.isfinite(rows).all(axis=0)]  # where the metric applies to both
-                if n := rows.shape[1]:
-                    value, ci = float(rows[0].mean() - rows[1].mean()), newcombe_paired(*rows)
+            one, two = (_level(next(o.measured for o in group if o.seed in shared), metric) for group in (a, b))
+            if one is not None and two is not None and np.array_equal(one[0], two[0]) and shares(one[1], two[1]):
+                return {**paired(one[1], two[1], seed=self.seed), "seeds": 1}
         return {**estimate_from(value, *ci, n), "seeds": len(shared)}
 
     def _run(self, run: Measured, metric: str) -> np.ndarray:
@@ -191,16 +189,12 @@ def _rows_of(run: Measured, metric: str) -> list[str]:
     return run.hashes[applies(run.metrics[metric])].tolist()
 
 
-def _zeros_and_ones(run: Measured, metric: str) -> tuple[np.ndarray, np.ndarray] | None:
-    """Hashes and values, where a metric is a mean of 0 and 1: of test rows, or of a benchmark's questions."""
-    hashes, found = run.hashes, run.metrics.get(metric)
+def _level(run: Measured, metric: str) -> tuple[np.ndarray, Metric] | None:
+    """Hashes and metric of test rows, or of the rows behind a number (not of their changes); None without rows."""
+    if metric in run.metrics:
+        return run.hashes, run.metrics[metric]
     number = run.numbers.get(metric.removesuffix(CHANGE))
-    if found is None and number is not None and number.rows is not None:
-        hashes, found = number.rows.hashes, number.rows.metric
-    if found is None or found.stats.shape[1] != 2:
-        return None
-    known = found.per_row[np.isfinite(found.per_row)]
-    return (hashes, found.per_row) if np.isin(known, (0.0, 1.0)).all() else None
+    return (number.rows.hashes, number.rows.metric) if number is not None and number.rows is not None else None
 
 
 def _value(run: Measured, metric: str) -> float:

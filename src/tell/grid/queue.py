@@ -94,17 +94,14 @@ class Queue:
         return state
 
     def _over(self, name: str, record: Mapping[str, Any]) -> bool:
-        """Whether a cell that was waiting has been ended by another process since we looked."""
+        """Whether a cell that was not done has been ended by another process since we looked."""
         failed = record.get("state") == "failed" and record.get("attempts", 0) != self.retried.get(name)
         return self.root.finished(name) or failed
 
     def _hear(self) -> None:
         """Take over what other processes have ended meanwhile."""
         for name in self.states.keys() - self.held.keys():
-            state = self.states[name]["state"]
-            if (state == "failed" and self.root.finished(name)) or (
-                state in ("waiting", "running") and self._over(name, self.root.record(name))
-            ):
+            if self.states[name]["state"] != "done" and self._over(name, self.root.record(name)):
                 self._look(name)
 
     def counts(self) -> Counter[str]:

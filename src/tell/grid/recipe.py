@@ -201,10 +201,11 @@ def load_recipe(
     given = dict(variables or {})
     if data is not None:
         given["data"] = str(Path(data).expanduser().resolve())
+    every, used = used_variables(recipe), used_variables(recipe, given)
     for name in given:
-        if name != "data" and name not in used_variables(recipe):
+        if name != "data" and name not in every:
             raise TellError(
-                f"the recipe has no ${{{name}}}{nearest(name, used_variables(recipe))}",
+                f"the recipe has no ${{{name}}}{nearest(name, every)}",
                 where=f"--var {name}",
                 remedy="Leave it out, or mend its name.",
             )
@@ -217,13 +218,13 @@ def load_recipe(
             )
     known = {"recipe": str(path.parent.resolve()), **given}
     values = _filled(recipe.variables, known, recipe.build, where=str(path))
-    for name, place in used_variables(recipe, given).items():
+    for name, place in used.items():
         if name not in values and name not in recipe.build:
             flag = "--data DIR" if name == "data" else f"--var {name}=VALUE"
             hint = nearest(name, [*values, *recipe.build])
             raise TellError(f"${{{name}}} in {place} is not given{hint}", where=str(path), remedy=f"Add {flag}.")
-    used = {name: value for name, value in values.items() if name in used_variables(recipe, given)}
-    update: dict[str, Any] = {"variables": used, **_overridden(recipe, overrides)}
+    filled = {name: value for name, value in values.items() if name in used}
+    update: dict[str, Any] = {"variables": filled, **_overridden(recipe, overrides)}
     if seeds is not None:
         update |= {"seeds": tuple(seeds), "grid": _with_seeds(update["grid"], seeds, where=str(path))}
     return make_recipe({**recipe.model_dump(), **update}, where=str(path))
