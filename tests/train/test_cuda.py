@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import tiny
 from tell.config import TrainConfig
-from tell.train import batches
+from tell.train import batches, cuda
 from tell.train.attention import PackedPlan, Rule
 from tell.train.cuda import VarlenPlan, _torch_varlen, find_varlen, liger_forwards, packed_plan
 from tell.train.fused import fuse_modules, unfused
@@ -128,6 +130,44 @@ def test_torch_takes_our_arguments():
         for left in (-1, 6):
             out = _torch_varlen()(q, k, k, ends, ends, 5, 7, scale=0.3, left=left)
             assert out.shape == q.shape and out.dtype == q.dtype
+
+
+@pytest.mark.parametrize("flagged", [True, False])
+def test_grouped_heads_need_no_flag(flagged, monkeypatch):
+    """torch 2.11 takes grouped heads without being told; from 2.12 on it wants ``enable_gqa``."""
+    seen = []
+
+    def old(query, key, value, cu_q, cu_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)):
+        seen.append((scale, window_size))
+        return query
+
+    def new(query, key, value, cu_q, cu_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False):
+        seen.append((scale, window_size, enable_gqa))
+        return query
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", new if flagged else old)
+    q, k, ends = torch.ones(3, 4, 8), torch.ones(3, 2, 8), torch.tensor([0, 3], dtype=torch.int32)
+    _torch_varlen.__wrapped__()(q, k, k, ends, ends, 3, 3, scale=0.5, left=6)
+    assert seen == [(0.5, (6, 0), True) if flagged else (0.5, (6, 0))]
+
+
+def test_the_attention_of_a_run_is_said(tiny_model, monkeypatch):
+    model = load(tiny_model("llama"))
+    assert cuda.attention_note(model) is None  # on a CPU
+
+    def note(dtype, capable=True, own=None):
+        monkeypatch.setattr(cuda, "_capable", lambda index: capable)
+        monkeypatch.setattr(cuda, "_own_varlen", lambda: own)
+        monkeypatch.setattr(cuda, "_package_varlen", lambda: None)
+        weight = SimpleNamespace(device=torch.device("cuda", 0), dtype=dtype)
+        return cuda.attention_note(
+            SimpleNamespace(config=model.config, get_output_embeddings=lambda: SimpleNamespace(weight=weight))
+        )
+
+    assert note(torch.bfloat16, own=reference_varlen) == "attention: flash attention (torch)"
+    assert "padded blocks (torch" in note(torch.bfloat16)
+    assert note(torch.float32, own=reference_varlen) == "attention: padded blocks (the weights are float32)"
+    assert "older than Ampere" in note(torch.bfloat16, capable=False, own=reference_varlen)
 
 
 class Fetches(TorchDispatchMode):
