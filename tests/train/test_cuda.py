@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import tiny
 from tell.config import TrainConfig
@@ -21,7 +20,7 @@ from tell.train.lora import add_lora
 from tell.train.loss import BLOCK, GPU_LOGITS, block_size
 from tell.train.plain import PlainBody, plain_step_loss
 from tell.train.step import Body, row_losses, step_loss
-from train.packed import assert_close, gradients, load, make_rows, make_table, wake
+from train.packed import Fetches, assert_close, gradients, load, make_rows, make_table, wake
 
 CONFIG = TrainConfig(lora_dropout=0.0, lora_r=4)
 LENGTHS = (70, 41, 41, 40, 12, 2)
@@ -168,23 +167,6 @@ def test_the_attention_of_a_run_is_said(tiny_model, monkeypatch):
     assert "padded blocks (torch" in note(torch.bfloat16)
     assert note(torch.float32, own=reference_varlen) == "attention: padded blocks (the weights are float32)"
     assert "older than Ampere" in note(torch.bfloat16, capable=False, own=reference_varlen)
-
-
-class Fetches(TorchDispatchMode):
-    """Counts the operations for which a GPU would have to be waited for."""
-
-    paused = False
-    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique", "is_nonzero")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        if name.startswith(self.WAITING) and not self.paused:
-            self.names.append(name)
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
