@@ -9,6 +9,8 @@ import subprocess
 from functools import cache
 from pathlib import Path
 
+BF16_CAPABILITY = 8.0  # of a GPU: Ampere
+
 
 @cache
 def cpu_bf16() -> str | None:
@@ -51,9 +53,24 @@ def likely_device() -> str:
     return "cuda" if not hidden and (Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi")) else "cpu"
 
 
+@cache
+def gpu() -> tuple[str, float | None]:
+    """Name and compute capability of the first GPU a process sees, ``("Tesla T4", 7.5)``; None where it is unknown."""
+    chosen = (os.environ.get("CUDA_VISIBLE_DEVICES") or "0").split(",")[0].strip()
+    ask = ["nvidia-smi", "-i", chosen, "--query-gpu=name,compute_cap", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(ask, capture_output=True, text=True, timeout=20)
+        name, capability = done.stdout.strip().splitlines()[0].rsplit(",", 1)
+        return name.strip(), float(capability)
+    except (OSError, subprocess.TimeoutExpired, IndexError, ValueError):
+        return f"GPU of {cpu_name()}", None
+
+
 def likely_dtype(device: str) -> str:
     """``"bf16"`` or ``"fp32"``: what ``dtype="auto"`` comes to, as far as can be said without torch."""
-    return "bf16" if device == "cuda" or cpu_bf16() else "fp32"
+    if device == "cuda":
+        return "fp32" if (gpu()[1] or BF16_CAPABILITY) < BF16_CAPABILITY else "bf16"
+    return "bf16" if cpu_bf16() else "fp32"
 
 
 @cache

@@ -185,6 +185,8 @@ def _file() -> Path:
 
 def _place(device: str, dtype: str) -> str:
     # the home may be shared between machines, and a container may be given other cores tomorrow
+    if device == "cuda":
+        return f"{machine.gpu()[0]} | {device} {dtype}"
     return f"{machine.cpu_name()} x {machine.cores()} | {device} {dtype}"
 
 

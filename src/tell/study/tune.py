@@ -216,8 +216,11 @@ class _Run:
     def _model(self) -> Any:
         """The base model, loaded once, and its engine."""
         if self.loaded is None:
+            from tell.train.fused import path_notes
+
             self.loaded, self.engine = load_engine(self.task.files, decoding_beside(self.config, self.processes))
-            self.display.note(f"{self.task.files.name} ({self.task.files.origin}); {self.loaded.why}")
+            notes = [self.loaded.why, *path_notes(self.loaded.model)]
+            self.display.note(f"{self.task.files.name} ({self.task.files.origin}); {'; '.join(notes)}")
         return self.loaded.model
 
     def _trainee(self) -> tuple[Any, Any]:
