@@ -7,6 +7,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -112,22 +113,21 @@ def liger(run: Run) -> dict[str, Any]:
 
 def _compare(run: Run, stage: str, variants: dict[str, Callable[[str], Any]]) -> dict[str, Any]:
     out = run.stages.setdefault(stage, {})
-    for size in run.sizes:
-        for batch in run.batches:
+    for name, make in variants.items():  # TELL at every size first, in case time runs out
+        for size, batch in product(run.sizes, run.batches):
+            key = f"{size}, {batch} rows: {name}"
+            if run.late(key, 45 if size == "llama3-8b" else 20):
+                continue
             rows = train_rows(rows_for(size, batch * (WARM + STEPS), run.scale))
-            for name, make in variants.items():
-                key = f"{size}, {batch} rows: {name}"
-                if run.late(key, 45 if size == "llama3-8b" else 20):
-                    continue
-                try:
-                    out[key] = _measure(run, lambda make=make, size=size: make(size), rows, batch)
-                    run.find(key, out[key])
-                except Exception as error:  # out of memory, most likely: the next variant may fit
-                    traceback.print_exc()
-                    out[key] = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
-                    run.find(key, out[key]["error"], good=not name.startswith("tell"))
-                run.clear()
-                run.save()
+            try:
+                out[key] = _measure(run, lambda make=make, size=size: make(size), rows, batch)
+                run.find(key, out[key])
+            except Exception as error:  # out of memory, most likely: the next variant may fit
+                traceback.print_exc()
+                out[key] = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
+                run.find(key, out[key]["error"], good=not name.startswith("tell"))
+            run.clear()
+            run.save()
     return out
 
 
