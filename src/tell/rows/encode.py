@@ -92,7 +92,7 @@ class Encoder:
 
     def _frame(self, messages: Sequence[Message]) -> tuple[Frame | None, int]:
         """The frame of a conversation and the tokens of the line breaks between its contents, else (None, 0)."""
-        frame = self.frames.of(messages) if self.frames else None
+        frame = self.frames.of(messages) if self.frames and all([m.is_plain for m in messages]) else None
         joins = 0
         if frame is not None and self.same_unit:
             for message in messages[:-1]:
@@ -164,6 +164,8 @@ def render_row(chat: ChatTokenizer, messages: Sequence[Message]) -> tuple[str, l
     places: list[tuple[int, int]] | None = None
     answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
     for nth, i in enumerate(answers):
+        if not messages[i].trained:
+            continue
         head = chat.render(messages[:i], add_generation_prompt=True)
         content = messages[i].content
         if full.startswith(content, len(head)) and full.startswith(head):
@@ -193,7 +195,7 @@ def _find_answers(chat: ChatTokenizer, messages: Sequence[Message], full: str) -
     Searching for the answer's text would find it in the prompt as well: "yes" in "Answer yes or no."
     """
     marked = [
-        Message(message.role, f"\ue000{i}\ue001") if message.role == "assistant" else message
+        message.with_content(f"\ue000{i}\ue001") if message.role == "assistant" else message
         for i, message in enumerate(messages)
     ]
     around, places, cursor = chat.render(marked), [], 0
