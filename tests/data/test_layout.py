@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tell.data.layout import RowFault, detect_layout, to_messages
+from tell.data.layout import detect_layout
 from tell.data.sources import load
+from tell.data.turns import RowFault, to_messages
 from tell.errors import TellError
 
 ASK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
@@ -155,7 +156,7 @@ CONVERSATION_FAULTS = [
     (None, "holds no list of turns"),
     ("text", "holds no list of turns"),
     (["Hi"], "turn 1 is no object"),
-    ([{"role": "tool", "content": "x"}, *ASK], "turn 1 has the role 'tool'"),
+    ([{"role": "narrator", "content": "x"}, *ASK], "turn 1 has the role 'narrator'"),
     ([{"content": "x"}, *ASK], "turn 1 has the role None"),
     ([*ASK, {"role": "system", "content": "x"}, *ASK], "turn 3 is a system turn"),
     ([{"role": "user", "content": ""}, ASK[1]], "turn 1 is empty"),

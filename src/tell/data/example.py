@@ -68,9 +68,7 @@ class Example:
     @classmethod
     def of(cls, messages: Iterable[Message], *, source: str, origin: str) -> Example:
         turns = tuple(messages)
-        parts = [
-            [m.role, m.content] if m.is_plain else [m.role, m.content, m.trained, m.extra, m.tools] for m in turns
-        ]
+        parts = [[m.role, m.content] if m.is_plain else [m.role, m.content, m.trained, m.extra, m.tools] for m in turns]
         text = json.dumps(parts, ensure_ascii=False)
         digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
         return cls(turns, source, origin, digest)
