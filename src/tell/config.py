@@ -120,7 +120,7 @@ class AnchorConfig(Section):
 
 
 class MixConfig(Section):
-    order: str = Field("shuffle", description="shuffle (the paper) or spread (task rows at near-equal gaps)")
+    order: str = Field("spread", description="shuffle (the paper) or spread (task rows at near-equal gaps)")
     repeat: int | None = Field(
         None, ge=1, description="times each task row occurs in the mix; none: by their number, see docs/method.md"
     )
@@ -146,7 +146,7 @@ class TrainConfig(Section):
     task_weight: float = Field(1.0, gt=0, description="weight of a task row's loss against a general row's")
     lora_r: int = Field(8, ge=1, description="rank of the adapter")
     lora_alpha: float = Field(32.0, gt=0, description="the adapter is scaled by lora_alpha / lora_r")
-    lora_dropout: float = Field(0.05, ge=0, lt=1, description="dropout on the adapter's input")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
     lora_targets: str = Field("all-linear", description="all-linear, qkv, or comma-separated module names")
     neftune_alpha: float = Field(0.0, ge=0, description="noise on embeddings (arXiv 2310.05914); 0 is off")
     fast: Literal["auto", "off"] = Field(

@@ -90,17 +90,18 @@ def add_lora(model: Any, config: TrainConfig, *, seed: int, fused: bool = True) 
     """
     from peft import LoraConfig, get_peft_model
 
-    torch.manual_seed(seed)
-    peft_model = get_peft_model(
-        model,
-        LoraConfig(
-            task_type="CAUSAL_LM",
-            r=config.lora_r,
-            lora_alpha=config.lora_alpha,
-            lora_dropout=config.lora_dropout,
-            target_modules=target_modules(model, config.lora_targets),
-        ),
-    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        peft_model = get_peft_model(
+            model,
+            LoraConfig(
+                task_type="CAUSAL_LM",
+                r=config.lora_r,
+                lora_alpha=config.lora_alpha,
+                lora_dropout=config.lora_dropout,
+                target_modules=target_modules(model, config.lora_targets),
+            ),
+        )
     if fused:
         fuse(peft_model)
     return peft_model.train()

@@ -168,7 +168,8 @@ class Trainer:
             Diverged: the loss is no longer a number; no adapter is written.
             TellError: another process failed.
         """
-        with self.processes.job() if self.processes else nullcontext():
+        # The loop seeds dropout anew at each step; a caller's own random numbers go on as if nothing had been drawn.
+        with self.processes.job() if self.processes else nullcontext(), torch.random.fork_rng():
             return self._run(resume)
 
     def _run(self, resume: bool) -> TrainResult:
