@@ -101,7 +101,7 @@ class Encoder:
 
     def _frame(self, messages: Sequence[Message]) -> tuple[Frame | None, int]:
         """The frame of a conversation and the tokens of the line breaks between its contents, else (None, 0)."""
-        frame = self.frames.of(messages) if self.frames else None
+        frame = self.frames.of(messages) if self.frames and all([m.is_plain for m in messages]) else None
         joins = 0
         if frame is not None and self.same_unit:
             for message in messages[:-1]:

@@ -48,7 +48,7 @@ def render_row(chat: ChatTokenizer, messages: Sequence[Message]) -> Rendered:
     prompt = chat.render(messages[:-1], add_generation_prompt=True)
     text, end = _with_answer(chat, messages, prompt)
     for message in messages[:-1]:
-        if message.role != "assistant" and message.content.strip() not in prompt:
+        if message.role in ("system", "user") and message.content.strip() not in prompt:
             raise _refused(
                 chat,
                 f"leaves out or changes the {message.role} text",
@@ -58,14 +58,14 @@ def render_row(chat: ChatTokenizer, messages: Sequence[Message]) -> Rendered:
     context, asked = 0, False
     for i, message in enumerate(messages[:-1]):
         asked |= message.role == "user"
-        if message.role != "assistant" or not asked or not message.content.strip():
+        if message.role != "assistant" or not message.trained or not asked or not message.content.strip():
             continue  # a greeting answers nothing
         span = _earlier_answer(chat, messages[:i], message.content, text)
         if span is None:
             context += 1
         else:
             spans.append(span)
-    if messages[-1].content.strip():
+    if messages[-1].trained and messages[-1].content.strip():
         spans.append((len(prompt), end))
     return Rendered(text, spans, context)
 
@@ -122,9 +122,17 @@ def _earlier_answer(chat: ChatTokenizer, before: Sequence[Message], content: str
 def _find(text: str, start: int, content: str, lead: str) -> int | None:
     """End of an answer that begins at ``start``, its trailing white space not counted; None if it is not there.
 
-    Templates trim answers and write thoughts on lines of their own; every word must be there.
+    Templates trim answers, and write thoughts on lines of their own: of these every word must be there.
     """
-    at = start + len(lead) if text.startswith(lead, start) else start
+    for begin in (start + len(lead), start) if lead and text.startswith(lead, start) else (start,):
+        if text.startswith(content.rstrip(), begin):
+            return begin + len(content.rstrip())
+        begin = _SPACE.match(text, begin).end()  # type: ignore[union-attr]
+        if text.startswith(content.strip(), begin):
+            return begin + len(content.strip())
+    if not has_thought(content):
+        return None
+    at = start
     for piece in _pieces(content):
         found = text.find(piece, at)
         if found < 0 or _TAG.sub("", text[at:found]).strip():

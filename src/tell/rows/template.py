@@ -11,12 +11,13 @@ import copy
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-from tell.data.example import Message
+from tell.data.example import Message, tools_of
 from tell.errors import TellError
 
 # What a model without a chat template gets; the end token closes each answer. A begin token stands first where
@@ -153,14 +154,36 @@ class ChatTokenizer:
         """The conversation as the model's text, special tokens included.
 
         Raises:
-            TellError: the template refuses the conversation (e.g. roles out of turn).
+            TellError: the template refuses the conversation (e.g. roles out of turn), or shows nothing of its tools.
         """
+        text = self._render(messages, tools_of(messages), add_generation_prompt)
+        if not all(m.is_plain for m in messages):
+            self._check_tools(messages, text, add_generation_prompt)
+        return text
+
+    def _check_tools(self, messages: Sequence[Message], text: str, header: bool) -> None:
+        """Refuse tools, tool calls and results that a template passes over without a word."""
+        tools = tools_of(messages)
+        results = [m.content.strip() for m in messages if m.role == "tool"]
+        called = [m for m in messages if m.role == "assistant" and m.extra]
+        lost = [f"{len(tools)} tools"] if tools and self._render(messages, None, header) == text else []
+        lost += ["a tool's result"] if any(result not in text for result in results) else []
+        if called and self._render([replace(m, extra="") for m in messages], tools, header) == text:
+            lost.append("tool calls")
+        if lost:
+            raise TellError(
+                f"the chat template of {self.family} leaves out {' and '.join(lost)}",
+                where=str(self.folder),
+                remedy="Use a model whose template shows tools, or write tools, calls and results into content.",
+            )
+
+    def _render(self, messages: Sequence[Message], tools: list[dict] | None, header: bool) -> str:
         try:
             return self._compiled.render(
                 messages=[m.to_dict() for m in messages],
-                tools=None,  # set, as transformers sets them: templates ask `is not none`
+                tools=tools,  # None, as transformers sets them: templates ask `is not none`
                 documents=None,
-                add_generation_prompt=add_generation_prompt,
+                add_generation_prompt=header,
                 enable_thinking=self.thinking,  # Qwen3, GLM, SmolLM3
                 thinking=self.thinking,  # DeepSeek V3.1, Granite
                 **self.special,
