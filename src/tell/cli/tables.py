@@ -145,7 +145,9 @@ def benchmarks_table(benchmarks: dict) -> RenderableType:
         table.add_column(title, justify="left" if title == "benchmark" else "right", no_wrap=title == "benchmark")
     for name, entry in next(iter(arms.values())).items():
         shots = settings["shots"].get(name.partition(" ")[0], 0)  # a group's tasks are all asked without
-        table.add_row(name, str(shots), f"{entry['n']:,}", *(_cell(found[name], name, "share") for found in shown.values()))
+        table.add_row(
+            name, str(shots), f"{entry['n']:,}", *(_cell(found[name], name, "share") for found in shown.values())
+        )
     return table
 
 

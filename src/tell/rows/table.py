@@ -32,6 +32,7 @@ class RowTable:
         starts: (n + 1,) int64, row i is ``ids[starts[i]:starts[i + 1]]``.
         dropped: rows left out, with reasons.
         notices: sentences for the user about all rows.
+        facts: about the source they were read from, for findings.json.
     """
 
     source: str
@@ -45,6 +46,7 @@ class RowTable:
     starts: np.ndarray
     dropped: list[Dropped] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
+    facts: dict = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.tokens)

@@ -28,6 +28,8 @@ from tell.study.scoring import (
 )
 from tell.study.session import CELL_ADAPTER, OpenRun, open_run
 
+EVAL_KEYS = ("answer_loss", "arms", "bleurt", "bootstrap", "icl_examples")
+"""What of ``eval`` scoring reads; the rest belongs to a run, or to ``--benchmarks``."""
 WITHOUT = {"test": ", or give test rows with --test", "training": ", or leave the arm icl out", "fixed example": ""}
 
 
@@ -141,6 +143,12 @@ def _override(config: Config, overrides: Sequence[str]) -> Config:
         raise TellError(
             f"--set {next(iter(set(changes) - {'generate', 'eval'}))} has no effect on scoring",
             remedy="Only generate.* and eval.* can be changed after training.",
+        )
+    asked = changes.get("eval")
+    if isinstance(asked, dict) and (idle := [key for key in asked if key not in EVAL_KEYS]):
+        raise TellError(
+            f"--set eval.{idle[0]} has no effect on scoring",
+            remedy=f"Of eval, {', '.join(EVAL_KEYS)} can be set; benchmarks have flags of their own (--benchmarks).",
         )
     return make_config(merge(config.model_dump(by_alias=True, mode="json"), changes), where="--set")
 

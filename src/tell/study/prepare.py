@@ -14,7 +14,7 @@ from tell.anchor.derive import derived_anchor
 from tell.config import Config, TrainConfig
 from tell.data.budget import take_rows, take_tokens
 from tell.data.example import Example
-from tell.data.kind import Kind, detect_kind, load_schema
+from tell.data.kind import Kind, detect_kind, load_schema, missing_classes, widen
 from tell.data.overlap import Overlap, find_overlap
 from tell.data.sources import Loaded, file_fingerprint, load
 from tell.data.split import Splits, split, split_given_test
@@ -109,13 +109,18 @@ def load_task(config: Config, display: Display | None = None) -> Task:
     if config.tokens.unit != "model":
         unit = ChatTokenizer(find_tokenizer(config.tokens.unit, notify=display.note))
     parts = _split(config, data, given)
-    kind = detect_kind([*parts.train, *parts.validation], override=config.task.kind, schema=schema)
+    known = [*parts.train, *parts.validation]
+    kind, said = widen(detect_kind(known, override=config.task.kind, schema=schema), known, parts.test)
     task = Task(config, files, chat, unit, parts.train, parts.validation, parts.test, kind, {})
+    for text in (*data.notices, *(given.notices if given else ()), *([said] if said else ())):
+        task.notice(text, display)
     if not chat.has_own_template:
         task.notice(f"{files.name} has no chat template; the plain default is used (docs/method.md)", display)
     task.validation = task.validation[:VALIDATION_ROWS]
     if config.task.test_rows and config.task.test_rows < len(task.test):
         task.test = [task.test[i] for i in sorted(take_rows(len(task.test), config.task.test_rows, config.seed))]
+    for text in missing_classes(kind, known, task.test):
+        task.notice(text, display)
     overlap = find_overlap(task.train, task.test)
     dropped = 0
     if config.task.drop_overlap and overlap.indices:
@@ -329,20 +334,21 @@ def load_general(task: Task, source: str, display: Display, *, overlap: bool = T
         unit=task.unit.fingerprint,
         rules=[rules.max_length, rules.loss_on],
     )
-    layout: dict = {}
 
     def make() -> RowTable:
         data = loaded or load(source, name="general", columns=columns)
-        layout.update(_describe(data))
         lost = [Dropped(origin, reason) for origin, reason in data.dropped]
         with display.bar("tokenise general data", len(data.examples)) as advance:
             table = tokenize(data.examples, task.chat, source="general", rules=rules, unit=task.unit, progress=advance)
         table.dropped[:0] = lost
+        table.facts = _describe(data)
+        table.notices += data.notices
         return table
 
     table, _ = cached_table(key, make)
-    if not layout:
-        layout = _describe(loaded) if loaded else {"path": source, "rows": len(table) + len(table.dropped)}
+    for text in table.notices:
+        task.notice(text, display)
+    layout = {**table.facts, "path": source}  # the cache knows a file by its content, whatever it is called
     blocked: set[int] = set()
     if overlap and loaded is not None:
         found = find_overlap(loaded.examples, task.test)

@@ -9,7 +9,7 @@ the input's dtype. It serves where ``fused.py`` does not join layers: on a GPU, 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,12 @@ def target_modules(model: Any, targets: str) -> str | list[str]:
     return found
 
 
+def kept_randomness(device: torch.device | str) -> AbstractContextManager[None]:
+    """Restores the global random state of the CPU and of ``device`` at the end."""
+    kind = torch.device(device)
+    return torch.random.fork_rng(devices=[kind] if kind.type == "cuda" else [])
+
+
 def add_lora(model: Any, config: TrainConfig, *, seed: int, fused: bool = True) -> Any:
     """Wrap a frozen causal model with a fresh LoRA adapter, seeded.
 
@@ -90,7 +96,7 @@ def add_lora(model: Any, config: TrainConfig, *, seed: int, fused: bool = True) 
     """
     from peft import LoraConfig, get_peft_model
 
-    with torch.random.fork_rng():
+    with kept_randomness(next(model.parameters()).device):
         torch.manual_seed(seed)
         peft_model = get_peft_model(
             model,
