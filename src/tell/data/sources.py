@@ -170,13 +170,17 @@ class _Rows:
             more = f" and {len(layout.unused) - SHOWN:,} more" if len(layout.unused) > SHOWN else ""
             lines.append(f"columns not used: {', '.join(layout.unused[:SHOWN])}{more}")
         lines += [
-            f"{count:,} rows have {key} in their turns, which is not used"
+            f"{key} in the turns of {_count(count)} is not used"
             + ("; to train thoughts, write them into content" if key in THOUGHTS else "")
             for key, count in sorted(self.seen.items())[:SHOWN]
         ]
         if self.calls:
-            lines.append(f"{self.calls:,} rows call tools; calls and results are context, without loss")
+            lines.append(f"tool calls and results in {_count(self.calls)} are context, without loss")
         return [f"{self.short}: {line}" for line in lines]
+
+
+def _count(rows: int) -> str:
+    return "1 row" if rows == 1 else f"{rows:,} rows"
 
 
 def _is_path(source: str) -> bool:

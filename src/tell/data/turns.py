@@ -219,7 +219,7 @@ def _turn(turn: Any, number: int, found: set[str]) -> Message:
             "Rename the role, or remove the row.",
         )
     content = _content(turn.get("content", turn.get("value")), number)
-    if len(turn) == 2:
+    if len(turn) == 2 and ("content" in turn or "value" in turn):
         return _called(content, number) if name == "function_call" else Message(role, content)
     found.update(key for key, value in turn.items() if key not in _READ and value is not None)
     found.update(key for key in THOUGHTS if turn.get(key))
