@@ -60,7 +60,7 @@ def split(examples: Sequence[Example], *, seed: int, test_fraction: float, valid
     if not test:  # every group is larger than the test part should be
         smallest = min(range(len(order)), key=lambda i: len(order[i]))
         test, rest = [order[smallest]], order[:smallest] + order[smallest + 1 :]
-    _share(rest, test, labels, all_of_it=True)
+    _share(rest, test, labels, all_of_it=True, leave=1)
     _share(test, rest, labels, all_of_it=False)
     left = n - _size(test)
     validation, rest = _fill(rest, min(round(validation_fraction * left), left - 1))
@@ -144,12 +144,12 @@ def _fill(groups: list[Group], wanted: int) -> tuple[list[Group], list[Group]]:
     return taken, rest
 
 
-def _share(part: list[Group], other: list[Group], labels: list[str] | None, *, all_of_it: bool) -> None:
+def _share(part: list[Group], other: list[Group], labels: list[str] | None, *, all_of_it: bool, leave: int = 0) -> None:
     """Give ``part``, in place, a group of each label that only ``other`` has, for one of the same size it can spare.
 
     Args:
-        all_of_it: take the only group of a label too, and take it for nothing where none can be spared, as long as
-            a group is left.
+        all_of_it: take the only group of a label too, and take it for nothing where none can be spared.
+        leave: groups that ``other`` keeps at least.
     """
     if labels is None:
         return
@@ -161,7 +161,7 @@ def _share(part: list[Group], other: list[Group], labels: list[str] | None, *, a
         for group in holders:
             spared = [g for g in part if len(g) == len(group) and all(mine[labels[i]] > 1 for i in g)]
             kept = all(theirs[labels[i]] > 1 for i in group) or all_of_it
-            if not kept or not (spared or (all_of_it and len(other) > 1)):
+            if not kept or not (spared or (all_of_it and len(other) > leave)):
                 continue
             other.remove(group)
             part.append(group)
