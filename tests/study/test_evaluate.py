@@ -99,5 +99,9 @@ def test_what_is_refused(run, tmp_path):
         tell.evaluate(root, arms=["best"])
     with pytest.raises(TellError, match=r"train.* has no effect on scoring"):
         tell.evaluate(root, overrides=["train.lora_r=2"])
+    with pytest.raises(
+        TellError, match=r"eval.benchmarks has no effect on scoring. Of eval, answer_loss, arms, bleurt"
+    ):
+        tell.evaluate(root, overrides=["eval.benchmarks=[gsm8k]"])
     with pytest.raises(TellError, match="no such run folder"):
         tell.evaluate(tmp_path / "nowhere")
