@@ -152,6 +152,7 @@ def test_one_column_is_not_enough():
         ),
         ({"userId": 1, "premise": "P", "hypothesis": "H", "label": 1}, "prompt=premise,input=hypothesis,answer=label"),
         ({"the text": "Q", "class": "A"}, '"prompt=the text,answer=class"'),
+        ({"question_stem": "Q", "choices": ["a"], "answer": "A"}, "prompt=question_stem,input=choices,answer=answer"),
     ],
 )
 def test_columns_that_are_suggested_exist_and_are_no_ids(row, columns):
@@ -161,20 +162,26 @@ def test_columns_that_are_suggested_exist_and_are_no_ids(row, columns):
     assert detect_layout([row], columns=columns.strip('"')).columns["answer"] in row
 
 
+def test_three_columns_of_a_prompt_have_to_be_written_into_one():
+    row = {"passage": "P", "question": "Q", "options": ["a"], "target": 1}
+    with pytest.raises(TellError, match="Write 'passage', 'question', 'options' into one column named prompt, and the"):
+        detect_layout([row])
+
+
 LOST = [
     (
         {"question": "Q", "passage": "P", "answer": True},
         "'passage' beside the prompt 'question'",
-        "--columns prompt=passage,input=question,answer=answer to join them, or --columns",
+        "--columns prompt=passage,input=question,answer=answer to join them, or give --columns",
     ),
     (
         {"question": "Q", "text": "T", "label": "L"},
         "'question' beside the prompt 'text'",
         "--columns prompt=text,input=question,answer=label to join them",
     ),
-    ({"question": "Q", "choices": ["a", "b"], "answer": 0}, "'choices'", "Write them into one column of prompts, or"),
-    ({"question": "Q", "A": "a", "B": "b", "answer": "A"}, "'A', 'B'", "Write them into one column of prompts, or"),
-    ({"article": "T", "question": "Q", "options": ["a"], "answer": "A"}, "'article', 'options'", "Write them into one"),
+    ({"question": "Q", "choices": ["a", "b"], "answer": 0}, "'choices'", " into the column of prompts, or give"),
+    ({"question": "Q", "A": "a", "B": "b", "answer": "A"}, "'A', 'B'", " into the column of prompts, or give"),
+    ({"article": "T", "question": "Q", "options": ["a"], "answer": "A"}, "'article', 'options'", "Write them into the"),
 ]
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 Role = Literal["system", "user", "assistant", "tool"]
+_encode = json.JSONEncoder(ensure_ascii=False).encode
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +69,14 @@ class Example:
     @classmethod
     def of(cls, messages: Iterable[Message], *, source: str, origin: str) -> Example:
         turns = tuple(messages)
-        parts = [[m.role, m.content] if m.is_plain else [m.role, m.content, m.trained, m.extra, m.tools] for m in turns]
-        text = json.dumps(parts, ensure_ascii=False)
+        text = _encode(
+            [
+                [m.role, m.content, m.trained, m.extra, m.tools]
+                if not m.trained or m.extra or m.tools
+                else [m.role, m.content]  # as before there was more to a turn, so that hashes stay
+                for m in turns
+            ]
+        )
         digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
         return cls(turns, source, origin, digest)
 

@@ -182,14 +182,14 @@ def _refuse_lost(
     if not lost:
         return
     plain = _quoted(f"prompt={prompt},answer={answer}")
-    joined = "Write them into one column of prompts"
+    joined = f"Write {'it' if len(lost) == 1 else 'them'} into the column of prompts"
     if len(lost) == 1 and "input" not in columns and not isinstance(records[0].get(lost[0]), (list, dict)):
         first, second = (prompt, lost[0]) if lost[0].lower() not in _FIRST else (lost[0], prompt)
         joined = f"Give {flag} {_quoted(f'prompt={first},input={second},answer={answer}')} to join them"
     raise TellError(
         f"has {_listed(lost)} beside the prompt {prompt!r}, which would be left out",
         where=where,
-        remedy=f"{joined}, or {flag} {plain} to leave {'it' if len(lost) == 1 else 'them'} out.",
+        remedy=f"{joined}, or give {flag} {plain} to leave {'it' if len(lost) == 1 else 'them'} out.",
     )
 
 
@@ -212,11 +212,14 @@ def _suggestion(records: Sequence[Mapping[str, Any]], names: Sequence[str], flag
     if len(usable) < 2:
         return "Give it a column of prompts and a column of answers."
     answer = next((n for known in _ANSWERS for n in usable if n.lower() == known), None)
-    prompt = next(n for n in usable if n != answer)
-    answer = answer or usable[1]
-    second = next((n for n in usable if n not in (prompt, answer) and _MATERIAL.fullmatch(n)), None)
-    parts = f"prompt={prompt},{f'input={second},' if second else ''}answer={answer}"
-    return f"Name them, e.g. {flag} {_quoted(parts)}."
+    others = [n for n in usable if n != answer]
+    asked = [n for n in others if n == others[0] or n.lower() in _PROMPTS or _MATERIAL.fullmatch(n)]
+    if len(asked) > 2:
+        return f"Write {_listed(asked)} into one column named prompt, and the answer into one named completion."
+    asked.sort(key=lambda n: n.lower() not in _FIRST)
+    answer = answer or next(n for n in usable if n != asked[0])
+    second = f"input={asked[1]}," if len(asked) == 2 and asked[1] != answer else ""
+    return f"Name them, e.g. {flag} {_quoted(f'prompt={asked[0]},{second}answer={answer}')}."
 
 
 def _quoted(text: str) -> str:
