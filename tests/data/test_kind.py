@@ -213,6 +213,7 @@ def test_classes_that_one_side_lacks_are_said():
 
 
 def test_labels():
+    assert detect_kind(make(["Jos\u00e9", "Jose\u0301"] * 2)).labels == ("Jos\u00e9",)
     assert are_labels(["a", "b"] * 3) and not are_labels(["a", "b", "c"]) and not are_labels(["x" * 50] * 9)
 
 

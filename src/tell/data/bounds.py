@@ -38,7 +38,7 @@ class Allowance:
             raise TellError(
                 f"has {self.size:,} bytes and grows to more than {self.limit:,}",
                 where=str(self.path),
-                remedy="Split the file, or save it uncompressed.",
+                remedy="Split the file, or save it as plain JSON Lines.",
             )
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from tell.data.example import Example
 from tell.data.formats import check_file, read_text
-from tell.data.json_text import parse_strict, read_json, shorten
+from tell.data.json_text import nfc, parse_strict, read_json, shorten
 from tell.data.schema import Schema, SlowPattern
 from tell.errors import TellError
 
@@ -114,7 +114,12 @@ def are_labels(answers: Sequence[str]) -> bool:
 
 
 def _distinct(answers: Iterable[str]) -> tuple[str, ...]:
-    return tuple(sorted({answer.strip() for answer in answers}))
+    return tuple(sorted(set(map(as_label, answers))))
+
+
+def as_label(answer: str) -> str:
+    """An answer as labels are told apart: without white space around it, in Unicode's composed form."""
+    return nfc(answer.strip())
 
 
 def widen(kind: Kind, known: Sequence[Example], test: Sequence[Example]) -> tuple[Kind, str | None]:
@@ -145,7 +150,7 @@ def missing_classes(kind: Kind, train: Sequence[Example], test: Sequence[Example
     """What is to be said about labels that are trained and not tested, or the other way round."""
     if kind.name != "label":
         return []
-    trained, tested = (Counter(example.answer.strip() for example in part) for part in (train, test))
+    trained, tested = (Counter(as_label(example.answer) for example in part) for part in (train, test))
     parts = []
     for what, have, lack in (("test", trained, tested), ("training", tested, trained)):
         names = sorted(have.keys() - lack.keys())

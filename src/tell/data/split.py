@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tell.data.example import Example, Message
-from tell.data.kind import are_labels
+from tell.data.kind import are_labels, as_label
 from tell.data.shuffle import shuffled
 from tell.errors import TellError
 
@@ -35,7 +35,8 @@ def split(examples: Sequence[Example], *, seed: int, test_fraction: float, valid
     Rows with the same prompt (all turns before the answer) form a group that is never torn apart, so no test
     prompt was trained on. Sizes are the nearest whole number of rows that such groups allow, with at least
     one row in train and one in test; validation may be empty. Where answers are labels, rows are exchanged so that
-    each is trained, and tested too where it has a second row and the test part has room.
+    each is trained, if need be at the cost of test rows, and tested too where it has a second row and the test part
+    has room.
 
     Args:
         test_fraction: of all rows, in (0, 1).
@@ -126,7 +127,7 @@ def _groups(examples: Sequence[Example]) -> list[Group]:
 
 def _labels(examples: Sequence[Example]) -> list[str] | None:
     """The label of each row; None where the answers are no labels."""
-    answers = [example.answer.strip() for example in examples]
+    answers = [as_label(example.answer) for example in examples]
     return answers if are_labels(answers) else None
 
 
