@@ -152,6 +152,11 @@ def test_one_column_is_not_enough():
         ),
         ({"userId": 1, "premise": "P", "hypothesis": "H", "label": 1}, "prompt=premise,input=hypothesis,answer=label"),
         ({"the text": "Q", "class": "A"}, '"prompt=the text,answer=class"'),
+        (
+            {"text": "Q", "options": ["a"], "accept": ["a"], "answer": "reject"},
+            "prompt=text,input=options,answer=accept",
+        ),
+        ({"question": "Q", "choices": ["a"], "answerKey": "A"}, "prompt=question,input=choices,answer=answerKey"),
         ({"question_stem": "Q", "choices": ["a"], "answer": "A"}, "prompt=question_stem,input=choices,answer=answer"),
     ],
 )
@@ -208,6 +213,13 @@ def test_columns_of_the_prompt_are_not_lost(row, what, remedy):
 )
 def test_columns_that_say_nothing_new(row):
     assert detect_layout([row]).required[0] in row
+
+
+def test_a_column_repeats_the_prompt_though_not_in_every_row():
+    rows = [{"instruction": f"I {n} ", "output": "O", "text": f"Now: I {n} Response: O"} for n in range(30)]
+    assert detect_layout([*rows, {**rows[0], "text": "cut"}]).unused == ("text",)
+    with pytest.raises(TellError, match="'text' beside the prompt 'instruction'"):
+        detect_layout([{**row, "text": "cut"} if n % 3 else row for n, row in enumerate(rows)])
 
 
 def test_columns_not_used_are_named(tmp_path):

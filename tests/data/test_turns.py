@@ -144,6 +144,7 @@ def test_what_is_left_out_of_turns_is_said(tmp_path):
     [
         ([{"prompt": "a", "completion": "b", "label": i % 2 == 0} for i in range(4)], 2, "label is false"),
         ([{"prompt": "a", "completion": "b", "label": v} for v in ("True", "False")], 1, "label is false"),
+        ([{"prompt": "a", "completion": "b", "label": v} for v in (False, None)], 1, "label is false"),
         ([{"text": "a", "label": "X", "answer": v} for v in ("accept", "reject", "ignore")], 1, "answer is reject"),
     ],
 )

@@ -122,6 +122,15 @@ def as_label(answer: str) -> str:
     return nfc(answer.strip())
 
 
+def misfits(kind: Kind, test: Sequence[Example]) -> str | None:
+    """What is to be said about test answers that break the schema, so that no answer can be right there."""
+    if kind.name != "json" or kind.schema is None:
+        return None
+    broken = _misfits(test, [_parse(example.answer) for example in test], kind.schema)
+    which = "inferred from the training answers" if kind.schema_inferred else "given"
+    return f"test rows break the schema {which}: {broken}" if broken else None
+
+
 def widen(kind: Kind, known: Sequence[Example], test: Sequence[Example]) -> tuple[Kind, str | None]:
     """``kind`` with a schema that the test answers fit as well, and what is to be said about them.
 
@@ -131,19 +140,12 @@ def widen(kind: Kind, known: Sequence[Example], test: Sequence[Example]) -> tupl
     Args:
         known: the rows that ``kind`` was detected from.
     """
-    if kind.name != "json" or kind.schema is None:
-        return kind, None
+    said = misfits(kind, test)
     values = [_parse(example.answer) for example in test]
-    broken = _misfits(test, values, kind.schema)
-    if not broken:
-        return kind, None
-    if not kind.schema_inferred:
-        return kind, f"test rows break the schema given: {broken}"
-    inferred = f"test rows break the schema inferred from the training answers: {broken}"
-    if not all(isinstance(value, (dict, list)) for value in values):
-        return kind, inferred
+    if said is None or not kind.schema_inferred or not all(isinstance(value, (dict, list)) for value in values):
+        return kind, said
     wide = infer_schema([*(_parse(example.answer) for example in known), *values])
-    return replace(kind, schema=wide, shown=kind.schema), f"{inferred}; answers are held to a wider one"
+    return replace(kind, schema=wide, shown=kind.schema), f"{said}; answers are held to a wider one"
 
 
 def missing_classes(kind: Kind, train: Sequence[Example], test: Sequence[Example]) -> list[str]:

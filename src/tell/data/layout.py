@@ -53,7 +53,7 @@ _ALIASES = {
     "label": "answer",
     "context": "input",
 }
-LABELS = ("label", "labels", "label_text")
+LABELS = ("label", "labels", "label_text", "accept")
 """Answer columns in which annotation tools write a list of labels."""
 # A column that says which rows are good examples, by its values: KTO's and Prodigy's.
 _VERDICTS = {"label": {"true", "false"}, "answer": {"accept", "reject", "ignore"}}
@@ -65,10 +65,25 @@ _MATERIAL = re.compile(
     re.IGNORECASE,
 )
 _FIRST = ("passage", "context", "article", "document", "paragraph", "story", "background")  # read before the question
-_ANSWERS = ("answer", "answers", "label", "label_text", "labels", "output", "completion", "response", "target", "class")
+_ANSWERS = (
+    "accept",
+    "answer",
+    "answerkey",
+    "answer_key",
+    "answers",
+    "label",
+    "label_text",
+    "labels",
+    "output",
+    "completion",
+    "response",
+    "target",
+    "class",
+)
 _IDS = re.compile(
     r"_.*|unnamed.*|(.*[_ ])?(id|ids|idx|index|uid|uuid|guid|key|hash|nr|no|number)|.*[a-z]I[dD]s?", re.ASCII
 )
+REPEATS = 0.9  # share of cells that hold the prompt, from which on a column repeats it
 SHOWN = 8  # names in one message
 
 
@@ -80,7 +95,7 @@ class Layout:
         name: for people, e.g. ``"prompt/completion"``.
         columns: part to column; parts are ``messages``, or ``prompt`` and ``answer``, with ``input``,
             ``system``, ``history`` and ``tools`` where there are such columns.
-        unused: the other columns, without ids.
+        unused: the other columns, without ids and empty ones.
         verdict: the column that marks bad examples, None where there is none.
     """
 
@@ -152,13 +167,17 @@ def detect_layout(
     others = [column for column in others if column != verdict]
     if "prompt" in merged and "prompt" not in given:
         _refuse_lost(records, merged, others, where, flag)
-    return Layout(name, merged, tuple(column for column in others if not _is_id(column)), verdict)
+    head = records[:1000]
+    unused = [c for c in others if not _is_id(c) and any(r.get(c) not in (None, "", []) for r in head)]
+    return Layout(name, merged, tuple(unused), verdict)
 
 
 def _is_verdict(records: Sequence[Mapping[str, Any]], column: str) -> bool:
     known = _VERDICTS.get(column)
-    values = {str(record.get(column)).strip().lower() for record in records} if known else set()
-    return bool(known) and bool(values) and values <= known
+    if not known:
+        return False
+    values = {str(value).strip().lower() for record in records if (value := record.get(column)) is not None}
+    return bool(values) and values <= known
 
 
 def _is_id(column: str) -> bool:
@@ -172,11 +191,11 @@ def _refuse_lost(
     where: str | None,
     flag: str,
 ) -> None:
-    """Refuse to leave out columns that belong to the prompt, unless they only repeat it, as Alpaca's ``text`` does."""
+    """Refuse to leave out columns that belong to the prompt, unless they repeat it, as Alpaca's ``text`` does."""
     prompt, answer = columns["prompt"], columns["answer"]
     lost = [c for c in others if c.lower() in _PROMPTS or _MATERIAL.fullmatch(c)]
     whole = [record for record in records if prompt in record and answer in record]  # others are another layout's
-    lost = [c for c in lost if any(_adds(record.get(c), record[prompt]) for record in whole)]
+    lost = [c for c in lost if _adds([(record.get(c), record[prompt]) for record in whole])]
     if len(lost) == 1 and len(lost[0]) == 1:
         lost = []  # one letter alone may be anything
     if not lost:
@@ -193,11 +212,11 @@ def _refuse_lost(
     )
 
 
-def _adds(value: Any, prompt: Any) -> bool:
-    """Whether a cell holds something that is more than the prompt in other clothes."""
-    if value is None or value == "" or isinstance(value, bool):
-        return False
-    return not (isinstance(value, str) and isinstance(prompt, str) and (prompt in value or not value.strip()))
+def _adds(cells: Sequence[tuple[Any, Any]]) -> bool:
+    """Whether a column, in pairs with the prompt, says more than the prompt in other clothes."""
+    full = [(v, p) for v, p in cells if v not in (None, "") and not isinstance(v, bool) and str(v).strip()]
+    repeats = sum(isinstance(v, str) and isinstance(p, str) and p.strip() in v for v, p in full)
+    return repeats < REPEATS * len(full)
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -208,7 +227,13 @@ def _listed(names: Sequence[str]) -> str:
 def _suggestion(records: Sequence[Mapping[str, Any]], names: Sequence[str], flag: str) -> str:
     """The remedy for unknown columns: which of them might be prompt and answer, ids and empty ones left out."""
     head = records[:100]
-    usable = [n for n in names if not _is_id(n) and any(record.get(n) not in (None, "") for record in head)]
+    usable = [
+        n
+        for n in names
+        if (n.lower() in _ANSWERS or not _is_id(n))
+        and not _is_verdict(records, n)
+        and any(record.get(n) not in (None, "") for record in head)
+    ]
     if len(usable) < 2:
         return "Give it a column of prompts and a column of answers."
     answer = next((n for known in _ANSWERS for n in usable if n.lower() == known), None)

@@ -345,8 +345,8 @@ def _check_turns(turns: list[Message]) -> None:
         before = turn
         if (not content or content.isspace()) and not turn.extra and turn.role != "tool":
             raise RowFault("has no answer (the last turn is empty)" if turn is last else f"turn {number} is empty")
-        if len(content) > MOST_CHARACTERS:
-            raise RowFault(f"turn {number} has {len(content):,} characters, more than {MOST_CHARACTERS:,}", "Cut it.")
+        if (size := len(content) + len(turn.extra) + len(turn.tools)) > MOST_CHARACTERS:
+            raise RowFault(f"turn {number} has {size:,} characters, more than {MOST_CHARACTERS:,}", "Cut it.")
         if not content.isascii():
             try:
                 content.encode()

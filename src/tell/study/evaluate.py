@@ -9,7 +9,7 @@ from pathlib import Path
 from tell.config import Config, GenerateConfig, make_config, merge, parse_overrides
 from tell.data.budget import take_rows
 from tell.data.example import Example
-from tell.data.kind import Kind
+from tell.data.kind import Kind, misfits
 from tell.data.sources import load
 from tell.errors import TellError
 from tell.progress import Display, Silent
@@ -83,6 +83,8 @@ def evaluate(
         examples = [examples[i] for i in sorted(take_rows(len(examples), rows, seed))]
     check_prompts(opened.chat, opened.anchor, examples, opened.files.architecture.max_positions, shots)
     kind = _kind(opened, facts["kind"])
+    if said := misfits(kind, examples):
+        display.note(said)
     scorer = scorer_of(config, kind)
     from tell.generate.sampler import Decoding
     from tell.train.lora import adapter_merged
