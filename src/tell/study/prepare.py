@@ -25,9 +25,11 @@ from tell.models.find import ModelFiles, find_model, find_tokenizer
 from tell.presets import learning_rate_for
 from tell.progress import Display, Silent
 from tell.rows.cache import cache_key, cached_table
+from tell.rows.render import has_thought
 from tell.rows.table import Dropped, RowTable
 from tell.rows.template import ChatTokenizer
 from tell.rows.tokenize import RowRules, tokenize
+from tell.study.fit import cleaned, general_notices
 from tell.study.shots import check_shots, pick_shots
 
 PAIRS_KEPT = 20
@@ -47,6 +49,7 @@ class Task:
             `limit_task`).
         shots: the examples that stand in every test prompt (``task.shots``).
         findings: ``findings.json`` as far as it is known.
+        display: hears notices about rows.
     """
 
     config: Config
@@ -60,6 +63,7 @@ class Task:
     findings: dict
     notices: list[str] = field(default_factory=list)
     shots: list[Example] = field(default_factory=list)
+    display: Display = field(default_factory=Silent)
 
     @property
     def training(self) -> TrainConfig:
@@ -70,7 +74,8 @@ class Task:
     @property
     def rules(self) -> RowRules:
         train = self.config.train
-        return RowRules(train.max_length, train.too_long, train.nothing_to_train, train.loss_on)
+        vocab = self.files.architecture.vocab
+        return RowRules(train.max_length, train.too_long, train.nothing_to_train, train.loss_on, vocab=vocab)
 
     def notice(self, text: str, display: Display) -> None:
         if text not in self.notices:
@@ -108,9 +113,21 @@ def load_task(config: Config, display: Display | None = None) -> Task:
     unit = chat
     if config.tokens.unit != "model":
         unit = ChatTokenizer(find_tokenizer(config.tokens.unit, notify=display.note))
+    data, notices = cleaned(data, chat)
+    if given is not None:
+        given, more = cleaned(given, chat)
+        notices += more
+    if any(has_thought(e.answer) for e in data.examples):
+        chat = chat.thoughtful()
     parts = _split(config, data, given)
     kind = detect_kind([*parts.train, *parts.validation], override=config.task.kind, schema=schema)
-    task = Task(config, files, chat, unit, parts.train, parts.validation, parts.test, kind, {})
+    task = Task(config, files, chat, unit, parts.train, parts.validation, parts.test, kind, {}, display=display)
+    if chat.thinking:
+        notices.append(f"answers hold thoughts, so the chat template of {chat.family} is told to let the model think")
+    if files.architecture.experts > 1 and config.train.lora_targets == "all-linear":
+        notices.append(f"a mixture of {files.architecture.experts} experts: LoRA leaves the experts as they are")
+    for notice in notices:
+        task.notice(notice, display)
     if not chat.has_own_template:
         task.notice(f"{files.name} has no chat template; the plain default is used (docs/method.md)", display)
     task.validation = task.validation[:VALIDATION_ROWS]
@@ -277,6 +294,8 @@ def task_table(task: Task, anchor: Anchor, examples: Sequence[Example], name: st
             rules=asdict(task.rules),
         )
         table, _ = cached_table(key, make)
+    for notice in table.notices:
+        task.notice(notice, task.display)
     if examples and not len(table):
         first = table.dropped[0]
         raise TellError(
@@ -318,7 +337,8 @@ def load_general(task: Task, source: str, display: Display, *, overlap: bool = T
     """
     config = task.config
     columns = config.general.columns
-    rules = RowRules(config.train.max_length, "drop", "drop", config.train.loss_on)
+    vocab = task.files.architecture.vocab
+    rules = RowRules(config.train.max_length, "drop", "drop", config.train.loss_on, "drop", vocab)
     loaded: Loaded | None = None
     is_file = Path(source).expanduser().is_file()
     if not is_file or overlap:
@@ -327,7 +347,7 @@ def load_general(task: Task, source: str, display: Display, *, overlap: bool = T
         data=loaded.fingerprint if loaded else file_fingerprint(Path(source).expanduser(), columns, "general"),
         tokenizer=task.chat.fingerprint,
         unit=task.unit.fingerprint,
-        rules=[rules.max_length, rules.loss_on],
+        rules=[rules.max_length, rules.loss_on, rules.vocab],
     )
     layout: dict = {}
 
@@ -335,12 +355,16 @@ def load_general(task: Task, source: str, display: Display, *, overlap: bool = T
         data = loaded or load(source, name="general", columns=columns)
         layout.update(_describe(data))
         lost = [Dropped(origin, reason) for origin, reason in data.dropped]
+        data, notices = cleaned(data, task.chat)
         with display.bar("tokenise general data", len(data.examples)) as advance:
             table = tokenize(data.examples, task.chat, source="general", rules=rules, unit=task.unit, progress=advance)
         table.dropped[:0] = lost
+        table.notices[:0] = notices
         return table
 
     table, _ = cached_table(key, make)
+    for notice in general_notices(table, source):
+        task.notice(notice, display)
     if not layout:
         layout = _describe(loaded) if loaded else {"path": source, "rows": len(table) + len(table.dropped)}
     blocked: set[int] = set()
