@@ -9,7 +9,6 @@ from torch import Tensor
 
 from tell.train.attention import PackedPlan, Rule, softmax_scores
 
-
 Call = tuple[Any, int]  # attention module, and which of its calls in a pass: DiffLlama's make two
 
 

@@ -6,7 +6,9 @@ from dataclasses import replace
 
 from tell.data.sources import Loaded
 from tell.errors import TellError
+from tell.models.find import ModelFiles
 from tell.rows.ends import ends_notice, without_ends
+from tell.rows.render import has_thought
 from tell.rows.table import RowTable
 from tell.rows.template import ChatTokenizer
 
@@ -17,6 +19,28 @@ def cleaned(loaded: Loaded, chat: ChatTokenizer) -> tuple[Loaded, list[str]]:
     if not count:
         return loaded, []
     return replace(loaded, examples=examples), [ends_notice(loaded.path, count, chat)]
+
+
+def fitted(
+    data: Loaded, given: Loaded | None, files: ModelFiles, targets: str
+) -> tuple[Loaded, Loaded | None, ChatTokenizer, list[str]]:
+    """The task's rows and test rows as the model takes them, its template, and what to say of it.
+
+    Args:
+        targets: ``train.lora_targets``.
+    """
+    chat = ChatTokenizer(files.path)
+    data, notices = cleaned(data, chat)
+    if given is not None:
+        given, more = cleaned(given, chat)
+        notices += more
+    if any(has_thought(example.answer) for example in data.examples):
+        chat = chat.thoughtful()
+    if chat.thinking:
+        notices.append(f"answers hold thoughts, so the chat template of {chat.family} is told to let the model think")
+    if files.architecture.experts > 1 and targets == "all-linear":
+        notices.append(f"a mixture of {files.architecture.experts} experts: LoRA leaves the experts as they are")
+    return data, given, chat, notices
 
 
 def general_notices(table: RowTable, source: str) -> list[str]:

@@ -25,11 +25,10 @@ from tell.models.find import ModelFiles, find_model, find_tokenizer
 from tell.presets import learning_rate_for
 from tell.progress import Display, Silent
 from tell.rows.cache import cache_key, cached_table
-from tell.rows.render import has_thought
 from tell.rows.table import Dropped, RowTable
 from tell.rows.template import ChatTokenizer
 from tell.rows.tokenize import RowRules, tokenize
-from tell.study.fit import cleaned, general_notices
+from tell.study.fit import cleaned, fitted, general_notices
 from tell.study.shots import check_shots, pick_shots
 
 PAIRS_KEPT = 20
@@ -109,23 +108,13 @@ def load_task(config: Config, display: Display | None = None) -> Task:
     positions = files.architecture.max_positions
     if positions and positions < config.train.max_length:
         config = config.model_copy(update={"train": config.train.model_copy(update={"max_length": positions})})
-    chat = ChatTokenizer(files.path)
+    data, given, chat, notices = fitted(data, given, files, config.train.lora_targets)
     unit = chat
     if config.tokens.unit != "model":
         unit = ChatTokenizer(find_tokenizer(config.tokens.unit, notify=display.note))
-    data, notices = cleaned(data, chat)
-    if given is not None:
-        given, more = cleaned(given, chat)
-        notices += more
-    if any(has_thought(e.answer) for e in data.examples):
-        chat = chat.thoughtful()
     parts = _split(config, data, given)
     kind = detect_kind([*parts.train, *parts.validation], override=config.task.kind, schema=schema)
     task = Task(config, files, chat, unit, parts.train, parts.validation, parts.test, kind, {}, display=display)
-    if chat.thinking:
-        notices.append(f"answers hold thoughts, so the chat template of {chat.family} is told to let the model think")
-    if files.architecture.experts > 1 and config.train.lora_targets == "all-linear":
-        notices.append(f"a mixture of {files.architecture.experts} experts: LoRA leaves the experts as they are")
     for notice in notices:
         task.notice(notice, display)
     if not chat.has_own_template:

@@ -26,7 +26,7 @@ from tell.train.fused_ops import Projection, Stack
 QKV = ("q_proj", "k_proj", "v_proj", "qkv_proj", "c_attn", "query_key_value", "Wqkv", "W_pack")
 DEFAULT = "default"  # peft's name of an only adapter
 EXPERTS = frozenset({"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})  # what peft takes for experts
-# Always written; whatever else is as peft has it by default is left out, for older versions refuse keys they do not know.
+# Always written. What else is at peft's default is left out: older versions refuse keys they do not know.
 WRITTEN = frozenset(
     {"peft_type", "task_type", "base_model_name_or_path", "inference_mode", "r", "lora_alpha", "lora_dropout"}
     | {"target_modules", "bias", "fan_in_fan_out"}
