@@ -9,6 +9,19 @@ from torch import Tensor
 
 from tell.train.attention import PackedPlan, Rule, softmax_scores
 
+Call = tuple[Any, int]  # attention module, and which of its calls in a pass: DiffLlama's make two
+
+
+class Calls:
+    """Tells the calls of a module in one pass apart."""
+
+    def __init__(self) -> None:
+        self._made: dict[Any, int] = {}
+
+    def next(self, layer: Any) -> Call:
+        made = self._made[layer] = self._made.get(layer, -1) + 1
+        return layer, made
+
 
 class Store:
     """Cached keys and values, layer by layer.
@@ -23,17 +36,17 @@ class Store:
 
     def __init__(self, slots: int, capacity: int) -> None:
         self.slots, self.capacity = slots, capacity
-        self.prefix: dict[Any, tuple[Tensor, Tensor]] = {}  # attention module: (1, Hk, P, D) twice
-        self.own: dict[Any, tuple[Tensor, Tensor]] = {}  # attention module: (slots, Hk, capacity, D) twice
+        self.prefix: dict[Call, tuple[Tensor, Tensor]] = {}  # (1, Hk, P, D) twice
+        self.own: dict[Call, tuple[Tensor, Tensor]] = {}  # (slots, Hk, capacity, D) twice
 
-    def slot_tensors(self, layer: Any, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """The slots of a layer; allocated at first sight of its shapes."""
-        if layer not in self.own:
-            self.own[layer] = tuple(  # type: ignore[assignment]
+    def slot_tensors(self, call: Call, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """The slots of an attention call; allocated at first sight of its shapes."""
+        if call not in self.own:
+            self.own[call] = tuple(  # type: ignore[assignment]
                 torch.zeros(self.slots, x.shape[1], self.capacity, x.shape[3], dtype=x.dtype, device=x.device)
                 for x in (key, value)
             )
-        return self.own[layer]
+        return self.own[call]
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first ``length`` tokens of one slot over another."""
@@ -47,10 +60,10 @@ class PrefixPlan(PackedPlan):
 
     def __init__(self, length: int, store: Store, device: torch.device | str) -> None:
         super().__init__([length], device=device)
-        self.store = store
+        self.store, self.calls = store, Calls()
 
     def attend(self, layer: Any, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
-        self.store.prefix[layer] = (key, value)
+        self.store.prefix[self.calls.next(layer)] = (key, value)
         return super().attend(layer, query, key, value, rule)
 
 
@@ -62,19 +75,21 @@ class PrefillPlan(PackedPlan):
     ) -> None:
         super().__init__(lengths, device=device)
         self.lengths, self.row_slots, self.store, self.stored = lengths, slots, store, prefix
+        self.calls = Calls()
 
     def positions(self) -> Tensor:
         return super().positions() + self.stored
 
     def attend(self, layer: Any, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
-        keys, values = self.store.slot_tensors(layer, key, value)
+        call = self.calls.next(layer)
+        keys, values = self.store.slot_tensors(call, key, value)
         at = 0
         for slot, length in zip(self.row_slots, self.lengths, strict=True):
             keys[slot, :, :length] = key[0, :, at : at + length]
             values[slot, :, :length] = value[0, :, at : at + length]
             at += length
         q, k, v = (self._pad(x) for x in (query * rule.scaling, key, value))
-        kp, vp = self.store.prefix.get(layer, (None, None))
+        kp, vp = self.store.prefix.get(call, (None, None))
         outputs, begin = [], 0
         for rows, longest in self.blocks:
             span = slice(begin, begin + rows * longest)
@@ -93,7 +108,7 @@ class DecodePlan:
     """
 
     def __init__(self, lengths: Tensor, store: Store, prefix: int) -> None:
-        self.lengths, self.store, self.prefix = lengths, store, prefix
+        self.lengths, self.store, self.prefix, self.calls = lengths, store, prefix, Calls()
         self.rows = torch.arange(len(lengths), device=lengths.device)
         self.longest = int(lengths.max()) + 1
         self._hidden: dict[int | None, Tensor] = {}
@@ -118,7 +133,8 @@ class DecodePlan:
 
     def attend(self, layer: Any, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
         n, heads, width = len(self.lengths), query.shape[1], query.shape[3]
-        keys, values = self.store.slot_tensors(layer, key, value)
+        call = self.calls.next(layer)
+        keys, values = self.store.slot_tensors(call, key, value)
         kv = key.shape[1]
         keys[self.rows, :, self.lengths] = key[0].transpose(0, 1)
         values[self.rows, :, self.lengths] = value[0].transpose(0, 1)
@@ -126,7 +142,7 @@ class DecodePlan:
         q = (query[0].transpose(0, 1) * rule.scaling).reshape(n, kv, heads // kv, width)
         scores = q @ k.transpose(2, 3)
         if self.prefix:
-            kp, vp = self.store.prefix[layer]
+            kp, vp = self.store.prefix[call]
             shared = q.transpose(0, 1).reshape(kv, -1, width)  # all rows ask the same keys: one product a head
             ahead = (shared @ kp[0].transpose(1, 2)).view(kv, n, heads // kv, self.prefix).transpose(0, 1)
             scores = torch.cat([ahead, scores], dim=-1)

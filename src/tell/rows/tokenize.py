@@ -96,7 +96,7 @@ def _tokenize(
         flat: list[int] = []
         spans: list[tuple[int, int]] = []
         for k, entry in enumerate(rows):
-            misfit = entry if isinstance(entry, TellError) else _unknown_token(entry[0], encoder.chat, rules.vocab)
+            misfit = entry if isinstance(entry, TellError) else unknown_token(entry[0], encoder.chat, rules.vocab)
             if misfit:
                 reason: str | None = _misfit(misfit, rules, examples[begin + k])
             else:
@@ -210,7 +210,7 @@ def _misfit(error: TellError, rules: RowRules, example: Example) -> str:
     return error.what
 
 
-def _unknown_token(ids: Sequence[int], chat: ChatTokenizer, vocab: int | None) -> TellError | None:
+def unknown_token(ids: Sequence[int], chat: ChatTokenizer, vocab: int | None) -> TellError | None:
     """The first token that the model has no embedding for."""
     if vocab is None or chat.size <= vocab or max(ids, default=0) < vocab:
         return None

@@ -13,6 +13,7 @@ from tell.data.kind import Kind, misfits
 from tell.data.sources import load
 from tell.errors import TellError
 from tell.progress import Display, Silent
+from tell.rows.ends import without_ends
 from tell.run import RunFolder, write_jsonl
 from tell.study.answer_loss import answer_loss_metric, answer_losses
 from tell.study.scoring import (
@@ -81,7 +82,8 @@ def evaluate(
     train, examples, shots = _examples(opened, test, need_train="icl" in wanted)
     if rows is not None and rows < len(examples):
         examples = [examples[i] for i in sorted(take_rows(len(examples), rows, seed))]
-    check_prompts(opened.chat, opened.anchor, examples, opened.files.architecture.max_positions, shots)
+    arch = opened.files.architecture
+    check_prompts(opened.chat, opened.anchor, examples, arch.max_positions, shots, arch.vocab)
     kind = _kind(opened, facts["kind"])
     if said := misfits(kind, examples):
         display.note(said)
@@ -179,7 +181,8 @@ def _examples(
     train = _pick(parts["train"], by_hash, task.data, "training") if need_train else []
     shots = _pick(shown, by_hash, task.data, "fixed example")
     if test:
-        return train, load(test, name="task", columns=task.columns).examples, shots
+        given = load(test, name="task", columns=task.columns).examples
+        return train, without_ends(given, opened.chat)[0], shots
     return train, _pick(parts["test"], by_hash, task.test or task.data, "test"), shots
 
 
@@ -198,7 +201,8 @@ def _by_hash(opened: OpenRun, paths: Iterable[str | None]) -> dict[str, Example]
     """The rows of task files, each file read once."""
     columns = opened.config.task.columns
     files = dict.fromkeys(path for path in paths if path)
-    return {e.hash: e for path in files for e in load(path, name="task", columns=columns).examples}
+    rows = (load(path, name="task", columns=columns).examples for path in files)
+    return {e.hash: e for examples in rows for e in without_ends(examples, opened.chat)[0]}
 
 
 def _pick(hashes: Sequence[str], by_hash: dict[str, Example], path: str | None, what: str) -> list[Example]:

@@ -28,6 +28,7 @@ from tell.rows.cache import cache_key, cached_table
 from tell.rows.table import Dropped, RowTable
 from tell.rows.template import ChatTokenizer
 from tell.rows.tokenize import RowRules, tokenize
+from tell.study.fit import cleaned, fitted, general_notices
 from tell.study.shots import check_shots, pick_shots
 
 PAIRS_KEPT = 20
@@ -47,6 +48,7 @@ class Task:
             `limit_task`).
         shots: the examples that stand in every test prompt (``task.shots``).
         findings: ``findings.json`` as far as it is known.
+        display: hears notices about rows.
     """
 
     config: Config
@@ -60,6 +62,7 @@ class Task:
     findings: dict
     notices: list[str] = field(default_factory=list)
     shots: list[Example] = field(default_factory=list)
+    display: Display = field(default_factory=Silent)
 
     @property
     def training(self) -> TrainConfig:
@@ -70,7 +73,8 @@ class Task:
     @property
     def rules(self) -> RowRules:
         train = self.config.train
-        return RowRules(train.max_length, train.too_long, train.nothing_to_train, train.loss_on)
+        vocab = self.files.architecture.vocab
+        return RowRules(train.max_length, train.too_long, train.nothing_to_train, train.loss_on, vocab=vocab)
 
     def notice(self, text: str, display: Display) -> None:
         if text not in self.notices:
@@ -104,16 +108,16 @@ def load_task(config: Config, display: Display | None = None) -> Task:
     positions = files.architecture.max_positions
     if positions and positions < config.train.max_length:
         config = config.model_copy(update={"train": config.train.model_copy(update={"max_length": positions})})
-    chat = ChatTokenizer(files.path)
+    data, given, chat, notices = fitted(data, given, files, config.train.lora_targets)
     unit = chat
     if config.tokens.unit != "model":
         unit = ChatTokenizer(find_tokenizer(config.tokens.unit, notify=display.note))
     parts = _split(config, data, given)
     known = [*parts.train, *parts.validation]
     kind, said = widen(detect_kind(known, override=config.task.kind, schema=schema), known, parts.test)
-    task = Task(config, files, chat, unit, parts.train, parts.validation, parts.test, kind, {})
-    for text in (*data.notices, *(given.notices if given else ()), *([said] if said else ())):
-        task.notice(text, display)
+    task = Task(config, files, chat, unit, parts.train, parts.validation, parts.test, kind, {}, display=display)
+    for notice in (*data.notices, *(given.notices if given else ()), *notices, *([said] if said else ())):
+        task.notice(notice, display)
     if not chat.has_own_template:
         task.notice(f"{files.name} has no chat template; the plain default is used (docs/method.md)", display)
     task.validation = task.validation[:VALIDATION_ROWS]
@@ -282,6 +286,8 @@ def task_table(task: Task, anchor: Anchor, examples: Sequence[Example], name: st
             rules=asdict(task.rules),
         )
         table, _ = cached_table(key, make)
+    for notice in table.notices:
+        task.notice(notice, task.display)
     if examples and not len(table):
         first = table.dropped[0]
         raise TellError(
@@ -323,7 +329,8 @@ def load_general(task: Task, source: str, display: Display, *, overlap: bool = T
     """
     config = task.config
     columns = config.general.columns
-    rules = RowRules(config.train.max_length, "drop", "drop", config.train.loss_on)
+    vocab = task.files.architecture.vocab
+    rules = RowRules(config.train.max_length, "drop", "drop", config.train.loss_on, "drop", vocab)
     loaded: Loaded | None = None
     is_file = Path(source).expanduser().is_file()
     if not is_file or overlap:
@@ -332,22 +339,23 @@ def load_general(task: Task, source: str, display: Display, *, overlap: bool = T
         data=loaded.fingerprint if loaded else file_fingerprint(Path(source).expanduser(), columns, "general"),
         tokenizer=task.chat.fingerprint,
         unit=task.unit.fingerprint,
-        rules=[rules.max_length, rules.loss_on],
+        rules=[rules.max_length, rules.loss_on, rules.vocab],
     )
 
     def make() -> RowTable:
         data = loaded or load(source, name="general", columns=columns)
         lost = [Dropped(origin, reason) for origin, reason in data.dropped]
+        data, notices = cleaned(data, task.chat)
         with display.bar("tokenise general data", len(data.examples)) as advance:
             table = tokenize(data.examples, task.chat, source="general", rules=rules, unit=task.unit, progress=advance)
         table.dropped[:0] = lost
+        table.notices[:0] = [*data.notices, *notices]
         table.facts = _describe(data)
-        table.notices += data.notices
         return table
 
     table, _ = cached_table(key, make)
-    for text in table.notices:
-        task.notice(text, display)
+    for notice in general_notices(table, source):
+        task.notice(notice, display)
     layout = {**table.facts, "path": source}  # the cache knows a file by its content, whatever it is called
     blocked: set[int] = set()
     if overlap and loaded is not None:
