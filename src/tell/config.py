@@ -120,7 +120,7 @@ class AnchorConfig(Section):
 
 
 class MixConfig(Section):
-    order: str = Field("spread", description="shuffle (the paper) or spread (task rows at near-equal gaps)")
+    order: str = Field("shuffle", description="shuffle (the paper) or spread (task rows at near-equal gaps)")
     repeat: int | None = Field(
         None, ge=1, description="times each task row occurs in the mix; none: by their number, see docs/method.md"
     )
@@ -146,7 +146,7 @@ class TrainConfig(Section):
     task_weight: float = Field(1.0, gt=0, description="weight of a task row's loss against a general row's")
     lora_r: int = Field(8, ge=1, description="rank of the adapter")
     lora_alpha: float = Field(32.0, gt=0, description="the adapter is scaled by lora_alpha / lora_r")
-    lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
+    lora_dropout: float = Field(0.05, ge=0, lt=1, description="dropout on the adapter's input")
     lora_targets: str = Field("all-linear", description="all-linear, qkv, or comma-separated module names")
     neftune_alpha: float = Field(0.0, ge=0, description="noise on embeddings (arXiv 2310.05914); 0 is off")
     fast: Literal["auto", "off"] = Field(
@@ -212,6 +212,13 @@ class Config(Section):
     out: str | None = Field(None, description="run folder; default runs/<data>-<n>")
     max_minutes: float | None = Field(None, gt=0, description="shrink the general data until the run fits")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _over_preset(cls, data: Any) -> Any:
+        """Keys over the preset they name. The fields' own defaults stay: names of finished cells are made by them."""
+        preset = data.get("preset", "modern") if isinstance(data, Mapping) else None
+        return override(PRESETS[preset], data) if isinstance(preset, str) and preset in PRESETS else data
+
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(by_alias=True, mode="json"), sort_keys=False, allow_unicode=True)
 
@@ -272,7 +279,7 @@ def make_config(data: Mapping[str, Any], *, where: str = "configuration") -> Con
             remedy="Use modern or paper.",
         )
     try:
-        return Config.model_validate(override(PRESETS[preset], data))
+        return Config.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])

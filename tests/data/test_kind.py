@@ -157,8 +157,8 @@ def test_load_schema(tmp_path):
 @pytest.mark.parametrize(
     ("content", "where", "what"),
     [
-        ('{"type": "objekt"}', "schema.json", "schema at $.type: not a valid JSON Schema ('objekt'"),
-        ('{"properties": {"a": {"minimum": "3"}}}', "schema.json", "schema at $.properties.a.minimum"),
+        ('{"type": "objekt"}', "schema.json", "is not a valid JSON Schema ('objekt'"),
+        ('{"properties": {"a": {"minimum": "3"}}}', "schema.json", ", schema at $.properties.a.minimum"),
         ('{"type":\n "object"', "schema.json:2", "is not valid JSON"),
         ("[]", "schema.json", "is not a JSON object"),
         ("", "schema.json:1", "is empty"),

@@ -185,9 +185,8 @@ def load_schema(path: str | Path) -> dict[str, Any]:
     try:
         Schema(schema)
     except TellError as error:
-        raise TellError(
-            f"cannot be used ({error.where}: {error.what})", where=str(path), remedy="Mend the JSON Schema there."
-        ) from error
+        verb = "is" if error.what.startswith("not a") else "cannot be used:"
+        raise TellError(f"{verb} {error.what}, {error.where}", where=str(path), remedy="Mend it there.") from error
     return schema
 
 
