@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -73,9 +74,13 @@ def _json(text: str, path: Path) -> Iterator[Record]:
     start = _skip(text, 0)
     if isinstance(data, dict):
         _refuse_columns(data, path)
+        members = list(_members(text, start))
+        twice = next((key for key, count in Counter(key for key, _, _ in members).items() if count > 1), None)
+        if twice is not None:
+            raise _not_json(ValueError(f"key {shorten(twice)} stands twice"), f"{path}:1", "Rename one of them.")
         arrays = {
             key: offset
-            for key, offset, value in _members(text, start)
+            for key, offset, value in members
             if isinstance(value, list) and value and isinstance(value[0], dict)
         }
         if _NOT_WRAPPERS & arrays.keys() or not any(isinstance(value, list) for value in data.values()):

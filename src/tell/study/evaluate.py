@@ -79,7 +79,7 @@ def evaluate(
         )
     adapters = {arm: opened.adapter(arm) for arm in wanted}
     facts = _read(opened.folder, opened.folder.findings)
-    train, examples, shots = _examples(opened, test, need_train="icl" in wanted)
+    train, examples, shots = _examples(opened, test, display, need_train="icl" in wanted)
     if rows is not None and rows < len(examples):
         examples = [examples[i] for i in sorted(take_rows(len(examples), rows, seed))]
     arch = opened.files.architecture
@@ -170,7 +170,7 @@ def _kind(opened: OpenRun, facts: dict) -> Kind:
 
 
 def _examples(
-    opened: OpenRun, test: str | None, *, need_train: bool
+    opened: OpenRun, test: str | None, display: Display, *, need_train: bool
 ) -> tuple[list[Example], list[Example], list[Example]]:
     """Training rows (for in-context examples only), test rows and fixed examples, found again by their hashes."""
     task = opened.config.task
@@ -181,8 +181,10 @@ def _examples(
     train = _pick(parts["train"], by_hash, task.data, "training") if need_train else []
     shots = _pick(shown, by_hash, task.data, "fixed example")
     if test:
-        given = load(test, name="task", columns=task.columns).examples
-        return train, without_ends(given, opened.chat)[0], shots
+        given = load(test, name="task", columns=task.columns)
+        for notice in given.notices:
+            display.note(notice)
+        return train, without_ends(given.examples, opened.chat)[0], shots
     return train, _pick(parts["test"], by_hash, task.test or task.data, "test"), shots
 
 

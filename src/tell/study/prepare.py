@@ -356,7 +356,10 @@ def load_general(task: Task, source: str, display: Display, *, overlap: bool = T
     table, _ = cached_table(key, make)
     for notice in general_notices(table, source):
         task.notice(notice, display)
-    layout = {**table.facts, "path": source}  # the cache knows a file by its content, whatever it is called
+    layout = {
+        **table.facts,
+        "path": loaded.path if loaded else source,
+    }  # the cache knows a file by its content, whatever it is called
     blocked: set[int] = set()
     if overlap and loaded is not None:
         found = find_overlap(loaded.examples, task.test)
