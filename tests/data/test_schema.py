@@ -22,6 +22,7 @@ BAD = [
     ({"$schema": 5}, "$schema is 5"),
     ({"$defs": {**DOUBLING, "a40": {}}, "$ref": "#/$defs/a0"}, "more than 10,000 subschemas"),
     ({"type": "objekt"}, "not a valid JSON Schema"),
+    ({"patternProperties": {"^(a|a)*$": {}}, "unevaluatedProperties": False}, "might never end"),
     ({"pattern": "("}, "regex"),
     ({"patternProperties": {"[": {}}}, "not a"),
 ]
@@ -39,6 +40,7 @@ def test_schemas_that_cannot_be_used(tmp_path, schema, what):
 
 
 GOOD = [
+    ({"patternProperties": {"^n_": {}}, "unevaluatedProperties": False}, {"n_a": 1}, {"m_a": 1}),
     ({"type": "object", "properties": {"next": {"$ref": "#"}}}, {"next": {"next": {}}}, {"next": {"next": 1}}),
     (
         {"$schema": "http://json-schema.org/draft-07/schema#", "properties": {"a": {"$ref": "#"}}, "pattern": "^x"},

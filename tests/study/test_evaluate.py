@@ -60,11 +60,9 @@ def test_another_test_file(run, tmp_path):
     other = tmp_path / "other.jsonl"
     rows = [{"text": f"The {word} broke at once.", "label": "negative", "mood": 1} for word in ("lamp", "kettle")]
     other.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    said: list[str] = []
     display = Silent()
-    display.note = said.append
     found = tell.evaluate(root, arms=["tell", "icl"], test=str(other), display=display)
-    assert said == ["other.jsonl: columns not used: mood"]
+    assert display.notes == ["other.jsonl: columns not used: mood"]
     assert found["arms"]["tell"]["accuracy"]["n"] == 2
     assert [row["origin"] for row in read_jsonl(root / "predictions/eval/icl.jsonl")] == [
         "other.jsonl:1",

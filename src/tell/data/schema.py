@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -18,6 +19,7 @@ MOST_PATHS = 10_000
 REFERENCES = ("$ref", "$dynamicRef", "$recursiveRef")
 VALUES = frozenset({"enum", "const", "default", "examples"})
 """Keywords that hold values, not schemas."""
+_REPEATED_GROUP = re.compile(r"\)[*+{]")
 _IN_PLACE = ("not", "if", "then", "else")
 _ALL_IN_PLACE = ("allOf", "anyOf", "oneOf")
 
@@ -65,7 +67,11 @@ class Schema:
         resource = specification.create_resource(self.schema)
         self.resolver = referencing.Registry().resolver_with_root(resource)
         self._steps: dict[int, list[Any]] = {}
+        self._repeating: list[str] = []
+        self._unevaluated = False
         self._check(self.schema, "$", self.resolver, specification)
+        if self._unevaluated and self._repeating:  # jsonschema searches for these itself, without a time limit
+            raise bad_schema(f"unevaluatedProperties with the pattern {self._repeating[0]!r} might never end", "$")
         self._refuse_loops()
         search = _Search()
         keywords = {
@@ -98,8 +104,10 @@ class Schema:
                     steps.append(resolver.lookup(ref).contents)
                 except Exception as error:  # referencing's own errors, and ValueError and the like for malformed URIs
                     raise bad_schema(f"{word} {ref!r} leads nowhere; nothing is fetched", path) from error
-        patterns = [node.get("pattern"), *_keys(node.get("patternProperties"))]
-        for pattern in patterns:
+        named = _keys(node.get("patternProperties"))
+        self._repeating += [pattern for pattern in named if _REPEATED_GROUP.search(pattern)]
+        self._unevaluated |= "unevaluatedProperties" in node
+        for pattern in (node.get("pattern"), *named):
             if isinstance(pattern, str):
                 _compiled(pattern, path)
         self._steps[id(node)] = [step for step in steps if isinstance(step, dict)]
