@@ -1,9 +1,10 @@
 """Tiny random models of each family, made on the spot: ``python tests/tiny.py qwen3 /tmp/tiny-qwen3``.
 
 Their chat templates keep the families' real habits, because those are the traps: a default system turn (llama as
-SmolLM2, qwen2), an empty thought before the last answer (qwen3), a system role that is refused (gemma2, mistral) or
-folded into the user turn (gemma3), a begin token both in the template and added by the tokenizer (gemma, mistral),
-an end of turn that is not the tokenizer's end token (gemma, phi3).
+SmolLM2, qwen2), an empty thought before the last answer, and thoughts that are cut out of answers and set anew (qwen3),
+a system role that is refused (gemma2, mistral) or folded into the user turn (gemma3), a begin token both in the
+template and added by the tokenizer (gemma, mistral), an end of turn that is not the tokenizer's end token
+(gemma, phi3).
 """
 
 from __future__ import annotations
@@ -35,9 +36,13 @@ _SMOLLM2 = _CHATML % (
 _QWEN2 = _CHATML % "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}"
 _QWEN3 = (
     "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}"
-    "{% endif %}{% endfor %}{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
-    "{% if m.role == 'assistant' and loop.index0 > ns.last and loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
-    "{{ m.content + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% endif %}{% endfor %}{% for m in messages %}{% set said = m.content %}{% set thought = '' %}"
+    "{% if m.role == 'assistant' and '</think>' in said %}"
+    "{% set thought = said.split('</think>')[0].split('<think>')[-1].strip('\n') %}"
+    "{% set said = said.split('</think>')[-1].lstrip('\n') %}{% endif %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{% if m.role == 'assistant' and loop.index0 > ns.last and (loop.last or thought) %}"
+    "{{ '<think>\n' + thought + '\n</think>\n\n' }}{% endif %}"
+    "{{ said + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
     "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
     "{% endif %}"
 )

@@ -225,6 +225,13 @@ class Config(Section):
     out: str | None = Field(None, description="run folder; default runs/<data>-<n>")
     max_minutes: float | None = Field(None, gt=0, description="shrink the general data until the run fits")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _over_preset(cls, data: Any) -> Any:
+        """Keys over the preset they name. The fields' own defaults stay: names of finished cells are made by them."""
+        preset = data.get("preset", "modern") if isinstance(data, Mapping) else None
+        return override(PRESETS[preset], data) if isinstance(preset, str) and preset in PRESETS else data
+
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(by_alias=True, mode="json"), sort_keys=False, allow_unicode=True)
 
@@ -285,7 +292,7 @@ def make_config(data: Mapping[str, Any], *, where: str = "configuration") -> Con
             remedy="Use modern or paper.",
         )
     try:
-        return Config.model_validate(override(PRESETS[preset], data))
+        return Config.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])

@@ -49,7 +49,7 @@ def _unwritable(path: Path, error: OSError) -> TellError:
 
 def write_text(path: Path, text: str) -> None:
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # half a surrogate pair, as JSON has it
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -57,7 +57,7 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
-    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as out:
+    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", errors="backslashreplace") as out:
         for row in rows:
             out.write(json.dumps(row, ensure_ascii=False) + "\n")
 

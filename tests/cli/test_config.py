@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from tell.cli.common import FLAGS, Given, count, number
 from tell.cli.main import run
-from tell.config import Config, make_config
+from tell.config import Config, MixConfig, load_config, make_config
 from tell.config_docs import config_docs
 from tell.presets import learning_rate_for
 
@@ -143,3 +143,10 @@ def test_the_rate_goes_by_the_models_size_unless_given():
     assert make_config({"train": {"learning_rate": 2e-3}}).train.learning_rate == 2e-3
     assert [learning_rate_for(n) for n in (10_000, 134_515_008)] == [1e-3, 1e-3]
     assert learning_rate_for(7_000_000_000) == pytest.approx(2e-4, rel=0.1)
+
+
+def test_a_config_made_by_hand_has_the_defaults_of_the_preset():
+    assert Config() == load_config() == make_config({})
+    assert Config(preset="paper") == load_config(flags={"preset": "paper"})
+    assert Config(train={"lora_r": 4}) == load_config(flags={"train": {"lora_r": 4}})
+    assert Config(mix=MixConfig(order="shuffle")).mix.order == "shuffle"

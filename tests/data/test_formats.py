@@ -2,6 +2,8 @@ import csv
 import gzip
 import io
 import json
+import re
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -10,6 +12,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import tell
 from tell.data.formats import read_records
 from tell.errors import TellError
 
@@ -107,7 +110,76 @@ def test_semicolons_of_spreadsheets(tmp_path):
     assert list(read_records(path)) == [(2, {"text": "hello, you", "label": "1"})]
 
 
+def test_nan_of_pandas_is_null(tmp_path):
+    for name, text in (("a.jsonl", '{"a": NaN, "b": {"c": NaN}}'), ("a.json", '[{"a": NaN, "b": {"c": NaN}}]')):
+        (tmp_path / name).write_text(text)
+        assert [record for _, record in read_records(tmp_path / name)] == [{"a": None, "b": {"c": None}}]
+
+
+SIX = 'text\tlabel\nLine 1.\tpos\n"I will be back, she said.\tneg\nLine 3.\tpos\nThe door closed."\tpos\n'
+
+
+def read(path, text):
+    path.write_text(text)
+    told = []
+    return [list(record.values()) for _, record in read_records(path, told.append)], told
+
+
+def test_quotes_of_a_tsv_that_are_text(tmp_path):
+    path = tmp_path / "a.tsv"
+    rows, told = read(path, SIX)
+    assert rows[1] == ['"I will be back, she said.', "neg"] and len(rows) == 4
+    assert told == ["a.tsv: quotes are read as part of the text, since every line has its cells without them"]
+    assert read(path, 'a\tb\n"so" he said\tx\n') == ([['"so" he said', "x"]], told)
+    assert read(path, 'a\tb\n"one\ntwo"\tx\n"three ""3"""\ty\n') == ([["one\ntwo", "x"], ['three "3"', "y"]], [])
+    assert read(path, 'a\tb\n"one"\tx\n') == ([["one", "x"]], [])
+    with pytest.raises(TellError, match="not valid TSV"):
+        read(path, 'a\tb\n"one\ntwo" and\tx\n')
+
+
+def test_empty_columns_of_spreadsheets_are_skipped(tmp_path):
+    path = tmp_path / "a.csv"
+    assert read(path, "text,label,,\na,b,,\nc,d\n") == ([["a", "b"], ["c", "d"]], [])
+    assert read(path, "text,label\na,b,,\n") == ([["a", "b"]], [])
+    rows, told = read(path, ",text,label\n0,a,b\n1,c,d\n")
+    assert rows == [["a", "b"], ["c", "d"]]
+    assert told == ["a.csv: columns without a name are not used, the first with text is in line 2"]
+
+
+def test_many_columns_take_no_longer_than_they_must(tmp_path):
+    names = [f"c{i}" for i in range(40_000)]
+    rows, _ = read(tmp_path / "a.csv", f"{','.join(names)}\n{','.join('x' * 40_000)}\n")
+    assert len(rows[0]) == 40_000
+
+
+def test_the_limit_of_csv_cells_is_put_back(tmp_path):
+    before = csv.field_size_limit()
+    assert read(tmp_path / "a.csv", f"a,b\n{'x' * 300_000},y\n")[0][0][1] == "y"
+    assert csv.field_size_limit() == before
+
+
+def test_json_is_read_in_one_place():
+    folder = Path(tell.__file__).parent / "data"
+    found = [path.name for path in folder.glob("*.py") if re.search(r"json\.loads?\(|JSONDecoder", path.read_text())]
+    # What tell itself wrote into a message, and offsets in text that was read before.
+    assert sorted(found) == ["example.py", "json_files.py", "json_text.py"]
+
+
 BAD = [
+    ("twice.jsonl", b'{"a": 1}\n{"a": 1, "a": 2}\n', "twice.jsonl:2", "key a stands twice"),
+    ("twice.json", b'[{"a": 1},\n{"a": 1, "a": 2}]', "twice.json:2", "key a stands twice"),
+    ("wrapped.json", b'{"data": [{"a": 1}], "data": [{"a": 2}]}', "wrapped.json:1", "key data stands twice"),
+    ("one.json", b'{"a": 1, "a": 2}', "one.json:1", "key a stands twice"),
+    ("huge.jsonl", b'{"a": 1e400}', "huge.jsonl:1", "number 1e400 is too large"),
+    ("huge.json", b'[{"a": 1},\n {"a": 1e400}]', "huge.json:2", "number 1e400 is too large"),
+    ("digits.json", b'[{"a": ' + b"9" * 5000 + b"}]", "digits.json:1", "too large"),
+    ("digits.jsonl", b'{"a": ' + b"9" * 5000 + b"}", "digits.jsonl:1", "too large"),
+    ("infinite.jsonl", b'{"a": -Infinity}', "infinite.jsonl:1", "-Infinity is not a JSON number"),
+    ("levels.jsonl", b'{"a": ' + b"[" * 70 + b"]" * 70 + b"}", "levels.jsonl:1", "nested too deeply"),
+    ("levels.json", b'[{"a": ' + b"[" * 70 + b"]" * 70 + b"}]", "levels.json:1", "nested too deeply"),
+    ("deep.json", b"[" * 100_000, "deep.json:1", "nested too deeply"),
+    ("pandas.json", b'{"a": {"0": "x", "1": "y"}, "b": {"0": 1, "1": 2}}', "pandas.json", "as pandas' to_json writes"),
+    ("index.json", b'{"0": {"a": "x", "b": 1}, "1": {"a": "y", "b": 2}}', "index.json", "as pandas' to_json writes"),
     ("empty.jsonl", b"", "empty.jsonl", "is empty"),
     ("blank.json", b" \n\n", "blank.json", "is empty"),
     ("empty.parquet", b"", "empty.parquet", "is empty"),

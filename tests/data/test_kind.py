@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tell.anchor.derive import derived_anchor
 from tell.data.example import Example
-from tell.data.kind import detect_kind, infer_schema, load_schema
+from tell.data.kind import are_labels, detect_kind, infer_schema, load_schema, missing_classes, widen
 from tell.errors import TellError
 
 
@@ -156,8 +157,8 @@ def test_load_schema(tmp_path):
 @pytest.mark.parametrize(
     ("content", "where", "what"),
     [
-        ('{"type": "objekt"}', "schema.json", "is not a valid JSON Schema (at type: 'objekt'"),
-        ('{"properties": {"a": {"minimum": "3"}}}', "schema.json", "at properties/a/minimum"),
+        ('{"type": "objekt"}', "schema.json", "is not a valid JSON Schema ('objekt'"),
+        ('{"properties": {"a": {"minimum": "3"}}}', "schema.json", ", schema at $.properties.a.minimum"),
         ('{"type":\n "object"', "schema.json:2", "is not valid JSON"),
         ("[]", "schema.json", "is not a JSON object"),
         ("", "schema.json:1", "is empty"),
@@ -174,3 +175,48 @@ def test_bad_schema(tmp_path, content, where, what):
 def test_missing_schema(tmp_path):
     with pytest.raises(TellError, match="no such file"):
         load_schema(tmp_path / "schema.json")
+
+
+def test_an_inferred_schema_is_widened_to_the_test_answers():
+    known = make([{"n": i, "price": i + 1} for i in range(4)])
+    kind = detect_kind(known)
+    assert widen(kind, known, make([{"n": 9, "price": 9}])) == (kind, None)
+    test = make([{"n": 3, "price": 2.5}, {"n": 4, "price": 2, "note": "ripe"}])
+    wide, said = widen(kind, known, test)
+    validator = jsonschema.Draft202012Validator(wide.schema)
+    assert all(validator.is_valid(json.loads(e.answer)) for e in [*known, *test])
+    assert "2 of 2 answers break it, the first is f.jsonl:1: 2.5 is not of type 'integer'" in said
+    assert said.endswith("answers are held to a wider one")
+    assert derived_anchor(wide, "user") == derived_anchor(kind, "user")  # nothing of the test rows is said to the model
+
+
+def test_a_given_schema_and_answers_that_are_no_json_are_said():
+    schema = {"type": "object", "required": ["a"]}
+    kind, said = widen(detect_kind(make([{"a": 1}]), schema=schema), [], make([{"b": 1}, {"a": 1}]))
+    assert kind.schema == schema and "break the schema given: 1 of 2 answers" in said
+    inferred = detect_kind(make([{"a": 1}] * 3))
+    kind, said = widen(inferred, make([{"a": 1}] * 3), make(["no json"]))
+    assert kind is inferred and "1 of 1 answers" in said
+    text = detect_kind(make(["some words of an answer"]))
+    assert widen(text, [], make([{"a": 1}])) == (text, None)
+
+
+def test_classes_that_one_side_lacks_are_said():
+    train, test = make(["a", "a", "b", "b", "c", "c"]), make(["a", "d", "d"])
+    kind = detect_kind(train)
+    assert missing_classes(kind, train, test) == [
+        "2 of 4 labels have no test row: b (2), c (2)",
+        "1 of 4 labels have no training row: d (2)",
+    ]
+    assert missing_classes(kind, train, train) == []
+    assert missing_classes(detect_kind(make(tickets())), train, test) == []
+
+
+def test_labels():
+    assert detect_kind(make(["Jos\u00e9", "Jose\u0301"] * 2)).labels == ("Jos\u00e9",)
+    assert are_labels(["a", "b"] * 3) and not are_labels(["a", "b", "c"]) and not are_labels(["x" * 50] * 9)
+
+
+def test_an_answer_with_half_of_a_pair_is_no_json():
+    with pytest.raises(TellError, match=r"f.jsonl:1: the answer is not JSON \(holds half of a surrogate pair"):
+        detect_kind(make(['{"a": "\\ud83d"}']), override="json")

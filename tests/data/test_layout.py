@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tell.data.layout import RowFault, detect_layout, to_messages
+from tell.data.layout import detect_layout
 from tell.data.sources import load
+from tell.data.turns import RowFault, to_messages
 from tell.errors import TellError
 
 ASK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
@@ -136,8 +137,104 @@ def test_unknown_layout_lists_the_columns():
 
 
 def test_one_column_is_not_enough():
-    with pytest.raises(TellError, match="a column of prompts and a column of answers"):
-        detect_layout([{"prompt": "Q"}])
+    for row in ({"prompt": "Q"}, {"id": 1, "frage": "Q", "uid": "x"}, {"": 1, "frage": "Q", "leer": None}):
+        with pytest.raises(TellError, match="a column of prompts and a column of answers"):
+            detect_layout([row])
+
+
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        ({"id": 7, "frage": "Q", "antwort": "A"}, "prompt=frage,answer=antwort"),
+        (
+            {"row_id": 7, "label": "x", "sentence1": "Q", "sentence2": "R"},
+            "prompt=sentence1,input=sentence2,answer=label",
+        ),
+        ({"userId": 1, "premise": "P", "hypothesis": "H", "label": 1}, "prompt=premise,input=hypothesis,answer=label"),
+        ({"the text": "Q", "class": "A"}, '"prompt=the text,answer=class"'),
+        (
+            {"text": "Q", "options": ["a"], "accept": ["a"], "answer": "reject"},
+            "prompt=text,input=options,answer=accept",
+        ),
+        ({"question": "Q", "choices": ["a"], "answerKey": "A"}, "prompt=question,input=choices,answer=answerKey"),
+        ({"question_stem": "Q", "choices": ["a"], "answer": "A"}, "prompt=question_stem,input=choices,answer=answer"),
+    ],
+)
+def test_columns_that_are_suggested_exist_and_are_no_ids(row, columns):
+    with pytest.raises(TellError) as caught:
+        detect_layout([row], flag="--general-columns")
+    assert caught.value.remedy == f"Name them, e.g. --general-columns {columns}."
+    assert detect_layout([row], columns=columns.strip('"')).columns["answer"] in row
+
+
+def test_three_columns_of_a_prompt_have_to_be_written_into_one():
+    row = {"passage": "P", "question": "Q", "options": ["a"], "target": 1}
+    with pytest.raises(TellError, match="Write 'passage', 'question', 'options' into one column named prompt, and the"):
+        detect_layout([row])
+
+
+LOST = [
+    (
+        {"question": "Q", "passage": "P", "answer": True},
+        "'passage' beside the prompt 'question'",
+        "--columns prompt=passage,input=question,answer=answer to join them, or give --columns",
+    ),
+    (
+        {"question": "Q", "text": "T", "label": "L"},
+        "'question' beside the prompt 'text'",
+        "--columns prompt=text,input=question,answer=label to join them",
+    ),
+    ({"question": "Q", "choices": ["a", "b"], "answer": 0}, "'choices'", " into the column of prompts, or give"),
+    ({"question": "Q", "A": "a", "B": "b", "answer": "A"}, "'A', 'B'", " into the column of prompts, or give"),
+    ({"article": "T", "question": "Q", "options": ["a"], "answer": "A"}, "'article', 'options'", "Write them into the"),
+]
+
+
+@pytest.mark.parametrize(("row", "what", "remedy"), LOST)
+def test_columns_of_the_prompt_are_not_lost(row, what, remedy):
+    with pytest.raises(TellError) as caught:
+        detect_layout([{**row, "id": 1}] * 3, where="f.jsonl")
+    assert what in caught.value.what and remedy in caught.value.remedy and caught.value.where == "f.jsonl"
+    plain = caught.value.remedy.rpartition("--columns ")[2].partition(" to ")[0]
+    assert detect_layout([row], columns=plain).unused
+    if "input=" in caught.value.remedy:
+        joined = caught.value.remedy.partition("--columns ")[2].partition(" to ")[0]
+        text = to_messages(row, detect_layout([row], columns=joined))[0].content
+        assert text in ("P\nQ", "T\nQ")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": "I", "output": "O", "text": "Below is an instruction: I Response: O"},
+        {"question": "Q", "passage": "", "choices": None, "answer": "A"},
+        {"text": "T", "a": 5, "label": "L"},
+    ],
+)
+def test_columns_that_say_nothing_new(row):
+    assert detect_layout([row]).required[0] in row
+
+
+def test_a_column_repeats_the_prompt_though_not_in_every_row():
+    rows = [{"instruction": f"I {n} ", "output": "O", "text": f"Now: I {n} Response: O"} for n in range(30)]
+    assert detect_layout([*rows, {**rows[0], "text": "cut"}]).unused == ("text",)
+    with pytest.raises(TellError, match="'text' beside the prompt 'instruction'"):
+        detect_layout([{**row, "text": "cut"} if n % 3 else row for n, row in enumerate(rows)])
+
+
+def test_columns_not_used_are_named(tmp_path):
+    rows = [{"prompt": "a", "completion": "b", "id": 1, "_hash": 3, "mood": "x", "topic": "y"}]
+    path = tmp_path / "f.jsonl"
+    path.write_text(json.dumps(rows[0]))
+    assert load(str(path)).notices == ("f.jsonl: columns not used: mood, topic",)
+    many = {f"extra {i}": "x" for i in range(2000)}
+    path.write_text(json.dumps(rows[0] | many))
+    assert load(str(path)).notices[0].endswith("and 1,994 more")
+
+
+def test_the_name_of_a_label_before_its_number():
+    row = {"text": "t", "label": 1, "label_text": "spam"}
+    assert to_messages(row, detect_layout([row]))[-1].content == "spam"
 
 
 FAULTS = [
@@ -155,7 +252,7 @@ CONVERSATION_FAULTS = [
     (None, "holds no list of turns"),
     ("text", "holds no list of turns"),
     (["Hi"], "turn 1 is no object"),
-    ([{"role": "tool", "content": "x"}, *ASK], "turn 1 has the role 'tool'"),
+    ([{"role": "narrator", "content": "x"}, *ASK], "turn 1 has the role 'narrator'"),
     ([{"content": "x"}, *ASK], "turn 1 has the role None"),
     ([*ASK, {"role": "system", "content": "x"}, *ASK], "turn 3 is a system turn"),
     ([{"role": "user", "content": ""}, ASK[1]], "turn 1 is empty"),

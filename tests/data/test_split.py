@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tell.data.example import Example
+from tell.data.shuffle import shuffled
 from tell.data.split import split, split_given_test
 from tell.errors import TellError
 
@@ -124,3 +125,42 @@ def test_given_test(train, test, seed, validation_fraction):
 def test_given_test_is_not_empty():
     with pytest.raises(TellError, match="--test: holds no rows"):
         split_given_test(make([("a", "1")]), [], seed=0, validation_fraction=0)
+
+
+def classes(part):
+    return {example.answer for example in part}
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(st.integers(2, 6), min_size=2, max_size=4), st.integers(0, 9999), st.floats(0.3, 0.7), st.floats(0, 0.5)
+)
+def test_every_class_is_trained_and_tested(counts, seed, test_fraction, validation_fraction):
+    rows = [(f"q{i} {j}", f"class {i}") for i, count in enumerate(counts) for j in range(count)]
+    parts = split(make(rows), seed=seed, test_fraction=test_fraction, validation_fraction=validation_fraction)
+    wanted = min(max(1, round(test_fraction * len(rows))), len(rows) - 1)
+    assert len(parts.test) == wanted if len(rows) - wanted >= len(counts) else len(parts.test) < wanted
+    assert classes(parts.train) == {f"class {i}" for i in range(len(counts))}
+    if len(parts.test) >= len(counts) and len(rows) - len(parts.test) >= len(counts):
+        assert classes(parts.test) == classes(parts.train)
+
+
+def test_a_class_of_one_row_is_trained():
+    rows = make([(f"mail {i}", "fraud" if i == 4 else "fine") for i in range(15)])
+    for seed in range(50):
+        parts = split(rows, seed=seed, test_fraction=0.3, validation_fraction=0.2)
+        assert "fraud" in classes(parts.train) and classes(parts.test) == {"fine"}
+
+
+def test_validation_takes_no_class_from_training():
+    rows = make([(f"mail {i}", "fraud" if i < 2 else "fine") for i in range(30)])
+    other = make([("x", "fine")])
+    for seed in range(50):
+        assert "fraud" in classes(split_given_test(rows, other, seed=seed, validation_fraction=0.4).train)
+
+
+def test_splits_that_miss_no_class_stay_as_they_were():
+    rows = make((f"q{i}", "ab"[i % 2]) for i in range(40))
+    parts = split(rows, seed=42, test_fraction=0.3, validation_fraction=0.1)
+    order = [f"f.jsonl:{i + 1}" for i in shuffled(40, 42)]
+    assert set(origins(parts.test)) == set(order[:12])

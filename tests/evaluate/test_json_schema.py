@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from tell.errors import TellError
 from tell.evaluate.json_schema import JsonScorer, parse_strict
+from tell.run import read_jsonl, write_json, write_jsonl
 
 SCHEMA = {
     "type": "object",
@@ -244,3 +245,30 @@ def test_lengths_and_emptiness_are_checked():
         JsonScorer(SCHEMA).score(["{}"], ["{}", "{}"])
     with pytest.raises(TellError, match="no test row"):
         JsonScorer(SCHEMA).score([], [])
+
+
+COMPOSED, DECOMPOSED = "Jos\u00e9", "Jose\u0301"  # the second is how macOS writes it
+
+
+@pytest.mark.parametrize(("answer", "reference"), [(COMPOSED, DECOMPOSED), (DECOMPOSED, COMPOSED)])
+def test_unicode_forms_are_one(answer, reference):
+    for enum in ([COMPOSED], [DECOMPOSED]):
+        schema = {"type": "object", "properties": {f"n{DECOMPOSED}": {"enum": enum}}, "additionalProperties": False}
+        scores = JsonScorer(schema).score(
+            [json.dumps({f"n{answer}": answer})], [json.dumps({f"n{reference}": reference})]
+        )
+        assert {name: metric.value for name, metric in scores.items()} == dict.fromkeys(scores, 1.0)
+
+
+@pytest.mark.parametrize("answer", ['{"urgency": "\\ud83d"}', '{"\\ud83d": 1}', '["\\ud83d"]'])
+def test_half_of_a_surrogate_pair_is_scored_and_written(tmp_path, answer):
+    """It cannot be encoded as UTF-8, and must not take the run's other answers with it."""
+    scorer = JsonScorer({"type": "object", "properties": {"urgency": {"enum": ["low"]}}, "additionalProperties": False})
+    assert scorer.score([answer], ['{"urgency": "low"}'])["schema_adherence"].value == 0.0
+    why = scorer.why_invalid(answer)
+    assert why == "not JSON: holds half of a surrogate pair (\\ud83d)"
+    rows = [{"answer": answer, "why": why, "raw": "\ud83d é"}]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    assert read_jsonl(tmp_path / "rows.jsonl") == rows
+    write_json(tmp_path / "row.json", rows)
+    assert json.loads((tmp_path / "row.json").read_text(encoding="utf-8")) == rows

@@ -76,3 +76,15 @@ def test_tokenizer_knows_scripts():
 
 def test_text_has_no_format():
     assert TextScorer().is_task_format("anything") is None
+
+
+def test_unicode_forms_are_one():
+    composed, decomposed = ["Jos\u00e9 bought a caf\u00e9 au lait"], ["Jose\u0301 bought a cafe\u0301 au lait"]
+    for answers, references in ((composed, decomposed), (decomposed, composed)):
+        scores = TextScorer().score(answers, references)
+        assert {name: round(metric.value, 6) for name, metric in scores.items()} == {
+            "chrf": 100.0,
+            "bleu": 100.0,
+            "rouge_l": 1.0,
+            "exact_match": 1.0,
+        }

@@ -7,16 +7,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoConfig, GPT2Config
 
 import tiny
 from tell.errors import TellError
 from tell.generate import engine as engines
-from tell.generate.cache import Store
+from tell.generate.cache import PrefillPlan, Store
 from tell.generate.engine import Engine
 from tell.generate.room import SHARE, answer_limits, free_bytes, rows_that_fit, token_bytes
 from tell.generate.sampler import Decoding
-from tell.train.attention import PackedPlan, use_plan
+from tell.train.attention import use_plan
 from tell.train.step import Body
 from train.packed import load
 
@@ -40,23 +39,13 @@ def test_prompts_and_limits_that_cannot_be():
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_a_token_takes_what_the_cache_stores(family, tiny_model):
-    model = load(tiny_model(family))
-    body, store = Body(model), Store(1, 1)
-
-    class Plan(PackedPlan):
-        def attend(self, layer, query, key, value, rule):
-            store.slot_tensors(layer, key, value)
-            return super().attend(layer, query, key, value, rule)
-
-    plan = Plan([3])
+    body, store, prompt = Body(load(tiny_model(family))), Store(1, 3), [1, 2, 3]
+    plan = PrefillPlan([len(prompt)], [0], store, 0, "cpu")
     with torch.no_grad(), use_plan(plan):
-        body.core(input_ids=torch.tensor([[1, 2, 3]]), position_ids=plan.positions(), use_cache=False)
-    stored = sum(x.numel() * x.element_size() for pair in store.own.values() for x in pair)
-    assert token_bytes(AutoConfig.from_pretrained(tiny_model(family)).get_text_config(), 4) == stored
-
-
-def test_heads_of_older_configurations():
-    assert token_bytes(GPT2Config(n_layer=3, n_head=4, n_embd=64), 2) == 2 * 3 * 64 * 2
+        body.core(input_ids=torch.tensor([prompt]), position_ids=plan.positions(), use_cache=False)
+    stored = sum(x.nbytes for pair in store.own.values() for x in pair)
+    with torch.no_grad():
+        assert token_bytes(body.core, "cpu") == stored / len(prompt)
 
 
 @given(st.integers(1, 500), st.integers(1, 5000), st.integers(1, 10**6), st.integers(0, 10**11))
@@ -86,7 +75,9 @@ def test_short_memory_changes_no_answer(tiny_model, monkeypatch):
 
     monkeypatch.setattr(Engine, "_batch", watched)
     plenty = engine.generate(prompts, decoding)
-    row = token_bytes(engine.config, 4) * 9  # one token behind the shared prefix and eight new ones
+    with torch.no_grad():
+        token = token_bytes(engine.body.core, "cpu")
+    row = token * 9  # one token behind the shared prefix and eight new ones
     monkeypatch.setattr(engines, "free_bytes", lambda device: 2 * SHARE * row)
     assert engine.generate(prompts, decoding) == plenty
     assert sizes == [6, 2]

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import tiny
 from tell.anchor.anchor import NO_ANCHOR, Anchor
 from tell.data.example import Example, Message
+from tell.errors import TellError
 from tell.rows.encode import SAMPLE, Encoder, FramesDiffer
 from tell.rows.frame import Frames
 from tell.rows.template import ChatTokenizer
@@ -59,7 +60,8 @@ def example(*texts: str) -> Example:
 
 def rows(examples, chat, frames, *, anchor=NO_ANCHOR, unit=None, size=3):
     encoder = Encoder(chat, unit or chat, anchor, frames)
-    return [row for _, chunk in encoder.encode(examples, size) for row in chunk]
+    made = [row for _, chunk in encoder.encode(examples, size) for row in chunk]
+    return [str(row) if isinstance(row, TellError) else row for row in made]
 
 
 @pytest.mark.parametrize("family", FRAMED)
@@ -106,9 +108,9 @@ def changed(folder, target, old, new):
 
 
 def test_a_template_that_fails_the_sample_is_followed(tiny_model, tmp_path):
-    """One that shortens long prompts, which no probe shows."""
-    short = "(message['content'] if message['content'] | length < 60 else message['content'][:50] + '...')"
-    tokenizer = changed(tiny_model("llama"), tmp_path / "m", "message['content']", short)
+    """One that adds to long prompts, which no probe shows."""
+    more = "(message['content'] if message['content'] | length < 60 else message['content'] + ' (long)')"
+    tokenizer = changed(tiny_model("llama"), tmp_path / "m", "message['content']", more)
     examples = [Example.pair(f"Say {n}. " + "Please, " * (n >= SAMPLE) * 9 + "do!", f"{n}") for n in range(FEW + 5)]
     with pytest.raises(FramesDiffer):
         rows(examples, tokenizer, Frames(tokenizer), size=CHUNK)
@@ -119,12 +121,13 @@ def test_a_template_that_fails_the_sample_is_followed(tiny_model, tmp_path):
 
 
 def test_a_template_with_words_between_turns(tiny_model, tmp_path):
-    """Text that ends in no special token has no frame, and the rows are right all the same."""
+    """Text that ends in no special token has no frame; the end token stands for it behind the answer."""
     tokenizer = changed(tiny_model("llama"), tmp_path / "m", "'<|im_end|>' + '\n'", "'\nover\n'")
     assert Frames(tokenizer).of(PAIR) is None
     examples = [Example.pair(f"Say {n}.", f"{n}") for n in range(FEW)]
     table = tokenize(examples, tokenizer, source="task")
-    assert table.row(7)[0].tolist()[:-1] == tokenizer.encode(tokenizer.render(examples[7].messages))[:-1]
+    text = tokenizer.render(examples[7].messages)
+    assert table.row(7)[0].tolist() == tokenizer.encode(text.removesuffix("\nover\n") + "<|im_end|>")
 
 
 def test_memory_follows_the_arrays(chat):

@@ -83,7 +83,10 @@ def test_every_turn_is_trained(family, chat):
     example, ids, mask = one(tokenizer, turns)
     end = END.get(family, "<|im_end|>")
     spans = [tokenizer.backend.decode(ids[a:b].tolist(), skip_special_tokens=False) for a, b in runs(mask)]
-    assert [span.removesuffix(end).strip() for span in spans] == ["yes", "no", "yes"]
+    # Qwen3 shows earlier answers without the empty thought that decoding has in front of them
+    trained = ["yes"] if family == "qwen3" else ["yes", "no", "yes"]
+    assert [span.removesuffix(end).strip() for span in spans] == trained
+    assert len(tokenize([example], tokenizer, source="task").notices) == (family == "qwen3")
     assert all(span.endswith(end) for span in spans)
     assert ids[: runs(mask)[-1][0]].tolist() == prompt_ids(tokenizer, example)
 
@@ -110,7 +113,7 @@ def test_template_that_changes_the_answer_is_refused(chat, tiny_model, tmp_path)
     path = folder / "chat_template.jinja"
     path.write_text(path.read_text().replace("message['content'] +", "message['content'] | upper +"))
     tokenizer = ChatTokenizer(folder)
-    with pytest.raises(TellError, match=r"t\.jsonl:1: the chat template changes the answer's text"):
+    with pytest.raises(TellError, match=r"t\.jsonl:1: the chat template of llama changes the answer's text"):
         one(tokenizer, [Message("user", "yes"), Message("assistant", "yes")])
 
 

@@ -11,6 +11,7 @@ import pytest
 import tell
 from study.runs import EXAMPLES, config_of, read
 from tell.errors import TellError
+from tell.progress import Silent
 from tell.run import read_jsonl
 
 
@@ -57,9 +58,11 @@ def test_some_arms_rows_and_decoding(run):
 def test_another_test_file(run, tmp_path):
     root, _ = run
     other = tmp_path / "other.jsonl"
-    rows = [{"text": f"The {word} broke at once.", "label": "negative"} for word in ("lamp", "kettle")]
+    rows = [{"text": f"The {word} broke at once.", "label": "negative", "mood": 1} for word in ("lamp", "kettle")]
     other.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    found = tell.evaluate(root, arms=["tell", "icl"], test=str(other))
+    display = Silent()
+    found = tell.evaluate(root, arms=["tell", "icl"], test=str(other), display=display)
+    assert display.notes == ["other.jsonl: columns not used: mood"]
     assert found["arms"]["tell"]["accuracy"]["n"] == 2
     assert [row["origin"] for row in read_jsonl(root / "predictions/eval/icl.jsonl")] == [
         "other.jsonl:1",
@@ -99,5 +102,9 @@ def test_what_is_refused(run, tmp_path):
         tell.evaluate(root, arms=["best"])
     with pytest.raises(TellError, match=r"train.* has no effect on scoring"):
         tell.evaluate(root, overrides=["train.lora_r=2"])
+    with pytest.raises(
+        TellError, match=r"eval.benchmarks has no effect on scoring. Of eval, answer_loss, arms, bleurt"
+    ):
+        tell.evaluate(root, overrides=["eval.benchmarks=[gsm8k]"])
     with pytest.raises(TellError, match="no such run folder"):
         tell.evaluate(tmp_path / "nowhere")

@@ -14,7 +14,7 @@ from study.runs import ALL_ARMS, PROBE, config_of, read
 from tell.progress import Silent
 from tell.study.arms import arm_mixtures
 from tell.study.plan import arm_costs, plan_general
-from tell.study.prepare import CACHED_ROWS, anchor_of, limit_task, load_task, task_table
+from tell.study.prepare import CACHED_ROWS, anchor_of, limit_task, load_general, load_task, task_table
 
 
 def test_plan_is_what_the_run_does(finished):
@@ -171,3 +171,29 @@ def test_dropped_rows_are_counted(tiny_model):
     assert len(reasons) == 30 - plan["task"]["rows"] and all("longer than max_length 260" in r for r in reasons)
     with pytest.raises(tell.TellError, match=r"train.jsonl:\d+: .* longer than"):
         tell.plan(config_of(tiny_model("llama"), train={"max_length": 260, "too_long": "refuse"}, task={"rows": 30}))
+
+
+def test_a_plan_from_the_cache_is_the_same(tiny_model, tmp_path, monkeypatch):
+    """Layout, columns, rows and notices of general data do not depend on who tokenised them, under which name."""
+    monkeypatch.setenv("TELL_HOME", str(tmp_path / "home"))
+    rows = [{"instruction": f"What is {n}?", "output": "" if n == 3 else f"It is {n}.", "mood": "x"} for n in range(40)]
+    paths = [tmp_path / "rows.jsonl", tmp_path / "more" / "rows.jsonl"]
+    paths[1].parent.mkdir()
+    for path in paths:
+        path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+
+    def planned(path):
+        return tell.plan(config_of(tiny_model("llama"), general={"source": str(path), "rows": 5}))
+
+    cold = planned(paths[0])
+    assert planned(paths[0]) == cold
+    assert any(text.endswith("columns not used: mood") for text in cold["notices"])
+
+    def facts(path):
+        task = load_task(config_of(tiny_model("llama"), general={"source": str(path), "rows": 5}))
+        return load_general(task, str(path), Silent(), overlap=False).facts
+
+    assert facts(paths[0]) == {"path": str(paths[0]), "layout": "Alpaca instruction/output", "rows": 39} | {
+        "columns": {"prompt": "instruction", "answer": "output"}
+    }
+    assert facts(paths[1]) == facts(paths[0]) | {"path": str(paths[1])}

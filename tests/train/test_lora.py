@@ -221,3 +221,12 @@ def test_bad_adapters_are_refused(tiny_model, tmp_path):
     (tmp_path / "a" / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
     with pytest.raises(TellError, match="not a plain LoRA"), adapter_merged(base, tmp_path / "a"):
         pass
+
+
+def test_a_fresh_adapter_leaves_the_callers_random_state(tiny_model):
+    base = load(tiny_model("llama"))
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    add_lora(base, TrainConfig(), seed=1)
+    assert torch.equal(torch.rand(3), expected)

@@ -52,14 +52,14 @@ class Anchor:
             if turns and turns[0].role == "system":
                 rest = turns[0].content
                 if not _heads(self.text, rest):
-                    turns[0] = Message("system", f"{self.text}\n\n{rest}")
+                    turns[0] = turns[0].with_content(f"{self.text}\n\n{rest}")
             else:
                 turns.insert(0, Message("system", self.text))
             return tuple(turns)
         for i, turn in enumerate(turns):
             if turn.role == "user":
                 if not _heads(self.text, turn.content):
-                    turns[i] = Message("user", f"{self.text}\n\n{turn.content}")
+                    turns[i] = turn.with_content(f"{self.text}\n\n{turn.content}")
                 return tuple(turns)
         return (Message("user", self.text), *turns)
 
@@ -69,7 +69,7 @@ class Anchor:
         for i, turn in enumerate(turns):
             if self.text and turn.role == self.place:
                 if _heads(self.text, turn.content):
-                    turns[i] = Message(turn.role, turn.content[len(self.text) :].lstrip())
+                    turns[i] = turn.with_content(turn.content[len(self.text) :].lstrip())
                 break
         return tuple(turns)
 

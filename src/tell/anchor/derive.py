@@ -16,7 +16,7 @@ def derived_anchor(kind: Kind, place: Place) -> Anchor | None:
     if kind.name == "json" and kind.schema:
         keys = ", ".join(
             f"{json.dumps(name, ensure_ascii=False)} ({_describe(part)})"
-            for name, part in kind.schema.get("properties", {}).items()
+            for name, part in (kind.shown or kind.schema).get("properties", {}).items()
         )
         text = "Answer with one JSON object and nothing else."
         if keys:

@@ -10,7 +10,7 @@ from unicodedata import category
 import yaml
 
 from tell.cli.display import clock, short
-from tell.evaluate.names import LOSSES, NAMES, OF_100, PLAIN
+from tell.evaluate.names import LOSSES, NAMES, Unit, unit_of
 from tell.report.told import told
 from tell.run import RunFolder, read_jsonl
 
@@ -118,10 +118,11 @@ def _probe(forgetting: dict) -> str | None:
     return next(iter(outside or sets), None)
 
 
-def _cell(entry: dict | None, metric: str) -> str:
-    if metric in PLAIN:
-        return _number(entry, 1, 2 if metric in LOSSES else 3, "")
-    return _number(entry, 1, 1, "") if metric in OF_100 else _number(entry, 100, 1, " %")
+def _cell(entry: dict | None, metric: str, unit: Unit | None = None) -> str:
+    unit = unit or unit_of(metric)
+    if unit == "share":
+        return _number(entry, 100, 1, " %")
+    return _number(entry, 1, 1 if unit == "score" else 2 if metric in LOSSES else 3, "")
 
 
 def _number(entry: dict | None, factor: float, decimals: int, unit: str) -> str:
@@ -149,7 +150,9 @@ def benchmarks_table(benchmarks: dict) -> RenderableType:
         table.add_column(title, justify="left" if title == "benchmark" else "right", no_wrap=title == "benchmark")
     for name, entry in next(iter(arms.values())).items():
         shots = settings["shots"].get(name.partition(" ")[0], 0)  # a group's tasks are all asked without
-        table.add_row(name, str(shots), f"{entry['n']:,}", *(_cell(found[name], name) for found in shown.values()))
+        table.add_row(
+            name, str(shots), f"{entry['n']:,}", *(_cell(found[name], name, "share") for found in shown.values())
+        )
     return table
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from tell.data.shuffle import shuffled
 from tell.errors import TellError
 
 
@@ -20,7 +21,7 @@ def take_rows(n_items: int, rows: int, seed: int) -> np.ndarray:
             f"{rows:,} rows are asked for, but only {n_items:,} exist",
             remedy=f"Ask for at most {n_items:,} rows, or give more data.",
         )
-    return _permutation(n_items, seed)[:rows]
+    return shuffled(n_items, seed)[:rows]
 
 
 def take_tokens(unit: np.ndarray, budget: float, seed: int) -> np.ndarray:
@@ -48,13 +49,9 @@ def take_tokens(unit: np.ndarray, budget: float, seed: int) -> np.ndarray:
             f"{budget:,.0f} tokens are asked for, but only {total:,} exist in {len(unit):,} rows",
             remedy=f"Ask for at most {total:,} tokens, or give more data.",
         )
-    order = _permutation(len(unit), seed)
+    order = shuffled(len(unit), seed)
     sums = np.cumsum(unit[order])
     above = int(np.searchsorted(sums, budget))  # first prefix, of above + 1 rows, that reaches the budget
     over = int(sums[above]) - budget
     under = budget - int(sums[above - 1]) if above else np.inf
     return order[: above if under < over else above + 1]
-
-
-def _permutation(n: int, seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).permutation(n)

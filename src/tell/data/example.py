@@ -5,21 +5,48 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "user", "assistant", "tool"]
+_encode = json.JSONEncoder(ensure_ascii=False).encode
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a conversation."""
+    """One turn of a conversation.
+
+    Attributes:
+        trained: the turn carries loss; only an assistant's turn does. False for examples inside a prompt, for
+            ``weight: 0`` and for tool calls.
+        extra: JSON object of what else a chat template may show: ``tool_calls``, ``tool_call_id``, ``name``.
+        tools: JSON list of the tools that the conversation's model is told about; on its first user turn alone.
+    """
 
     role: Role
     content: str
+    trained: bool = True
+    extra: str = ""
+    tools: str = ""
 
-    def to_dict(self) -> dict[str, str]:
-        return {"role": self.role, "content": self.content}
+    @property
+    def is_plain(self) -> bool:
+        """Nothing but role and content, with loss where the assistant speaks."""
+        return self.trained and not self.extra and not self.tools
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a chat template sees of the turn; tools are passed to it apart (`tools_of`)."""
+        turn: dict[str, Any] = {"role": self.role, "content": self.content}
+        return {**turn, **json.loads(self.extra)} if self.extra else turn
+
+    def with_content(self, content: str) -> Message:
+        return replace(self, content=content)
+
+
+def tools_of(messages: Iterable[Message]) -> list[dict] | None:
+    """The tools of all the conversations whose turns these are, each once; None where there are none."""
+    found = {json.dumps(tool): tool for m in messages if m.tools for tool in json.loads(m.tools)}
+    return list(found.values()) or None
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +69,14 @@ class Example:
     @classmethod
     def of(cls, messages: Iterable[Message], *, source: str, origin: str) -> Example:
         turns = tuple(messages)
-        text = json.dumps([[m.role, m.content] for m in turns], ensure_ascii=False)
+        text = _encode(
+            [
+                [m.role, m.content, m.trained, m.extra, m.tools]
+                if not m.trained or m.extra or m.tools
+                else [m.role, m.content]  # as before there was more to a turn, so that hashes stay
+                for m in turns
+            ]
+        )
         digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
         return cls(turns, source, origin, digest)
 

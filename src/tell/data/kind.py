@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from tell.data.example import Example
 from tell.data.formats import check_file, read_text
+from tell.data.json_text import nfc, parse_strict, read_json, shorten
+from tell.data.schema import Schema, SlowPattern
 from tell.errors import TellError
 
 KindName = Literal["json", "label", "text"]
@@ -25,6 +26,7 @@ SHORT_CHARACTERS, SHORT_WORDS = 40, 5
 SCHEMA_URI = "https://json-schema.org/draft/2020-12/schema"
 LABEL_VALUES = 200
 LABEL_REPEATS = 2.0
+CLASSES_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class Kind:
         schema_inferred: the schema was inferred from the answers, not given.
         labels: the distinct answers, sorted; kind label only.
         why: one sentence for people.
+        shown: the schema that the training answers alone show, where `widen` has made ``schema`` wider; what is said
+            to the model must not come from test rows.
     """
 
     name: KindName
@@ -44,6 +48,7 @@ class Kind:
     schema_inferred: bool
     labels: tuple[str, ...] | None
     why: str
+    shown: dict[str, Any] | None = None
 
 
 def detect_kind(
@@ -77,10 +82,11 @@ def detect_kind(
             return Kind(
                 "json", infer_schema(values), True, None, f"json: {asked}; the schema is inferred from {n} answers"
             )
-        return Kind("json", schema, False, None, f"json: {asked}{_misfits(examples, values, schema)}")
+        broken = _misfits(examples, values, schema)
+        return Kind("json", schema, False, None, f"json: {asked}{'; ' if broken else ''}{broken}")
     if override == "text":
         return Kind("text", None, False, None, "text: asked for")
-    labels = tuple(sorted({answer.strip() for answer in answers}))
+    labels = _distinct(answers)
     if override == "label":
         return Kind("label", None, False, labels, f"label: asked for; {_count(labels, n)}")
     parsed = [_parse(answer) for answer in answers]
@@ -88,17 +94,73 @@ def detect_kind(
     if objects == n:
         why = f"json: all {n} answers are JSON objects; the schema is inferred from them"
         return Kind("json", infer_schema(parsed), True, None, why)
-    short = all(map(_is_short, labels))
-    if short and len(labels) <= LABEL_VALUES and n >= LABEL_REPEATS * len(labels):
+    if are_labels(answers):
         return Kind("label", None, False, labels, f"label: {_count(labels, n)}")
     if objects > n / 2:
         bad = next(example for example, value in zip(examples, parsed, strict=True) if not isinstance(value, dict))
         why = f"text: {objects} of {n} answers are JSON objects, but not all; the first that is not is {bad.origin}"
-    elif short:
+    elif all(map(_is_short, labels)):
         why = f"text: the answers are short, but {_count(labels, n)} repeat too little to be labels"
     else:
         why = f"text: the {n} answers are neither JSON objects nor few short labels"
     return Kind("text", None, False, None, why)
+
+
+def are_labels(answers: Sequence[str]) -> bool:
+    """Whether answers are few, short and repeated."""
+    labels = _distinct(answers)
+    few = len(labels) <= LABEL_VALUES and len(answers) >= LABEL_REPEATS * len(labels)
+    return few and all(map(_is_short, labels))
+
+
+def _distinct(answers: Iterable[str]) -> tuple[str, ...]:
+    return tuple(sorted(set(map(as_label, answers))))
+
+
+def as_label(answer: str) -> str:
+    """An answer as labels are told apart: without white space around it, in Unicode's composed form."""
+    return nfc(answer.strip())
+
+
+def misfits(kind: Kind, test: Sequence[Example]) -> str | None:
+    """What is to be said about test answers that break the schema, so that no answer can be right there."""
+    if kind.name != "json" or kind.schema is None:
+        return None
+    broken = _misfits(test, [_parse(example.answer) for example in test], kind.schema)
+    which = "inferred from the training answers" if kind.schema_inferred else "given"
+    return f"test rows break the schema {which}: {broken}" if broken else None
+
+
+def widen(kind: Kind, known: Sequence[Example], test: Sequence[Example]) -> tuple[Kind, str | None]:
+    """``kind`` with a schema that the test answers fit as well, and what is to be said about them.
+
+    An inferred schema is inferred anew, from all rows, where a test answer breaks it: a key that training rows lack, or
+    2.5 where they have whole numbers. A given schema stays.
+
+    Args:
+        known: the rows that ``kind`` was detected from.
+    """
+    said = misfits(kind, test)
+    values = [_parse(example.answer) for example in test]
+    if said is None or not kind.schema_inferred or not all(isinstance(value, (dict, list)) for value in values):
+        return kind, said
+    wide = infer_schema([*(_parse(example.answer) for example in known), *values])
+    return replace(kind, schema=wide, shown=kind.schema), f"{said}; answers are held to a wider one"
+
+
+def missing_classes(kind: Kind, train: Sequence[Example], test: Sequence[Example]) -> list[str]:
+    """What is to be said about labels that are trained and not tested, or the other way round."""
+    if kind.name != "label":
+        return []
+    trained, tested = (Counter(as_label(example.answer) for example in part) for part in (train, test))
+    parts = []
+    for what, have, lack in (("test", trained, tested), ("training", tested, trained)):
+        names = sorted(have.keys() - lack.keys())
+        if names:
+            more = f" and {len(names) - CLASSES_SHOWN:,} more" if len(names) > CLASSES_SHOWN else ""
+            shown = ", ".join(f"{shorten(name)} ({have[name]:,})" for name in names[:CLASSES_SHOWN])
+            parts.append(f"{len(names):,} of {len(trained | tested):,} labels have no {what} row: {shown}{more}")
+    return parts
 
 
 def load_schema(path: str | Path) -> dict[str, Any]:
@@ -107,14 +169,11 @@ def load_schema(path: str | Path) -> dict[str, Any]:
     Raises:
         TellError: no such file, not JSON (with the line), not an object, or not a valid JSON Schema.
     """
-    import jsonschema
-    from jsonschema.validators import validator_for
-
     path = check_file(Path(path).expanduser(), remedy="Check the path given to --schema.")
     text = read_text(path)
     try:
-        schema = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        schema = read_json(text)
+    except ValueError as error:
         line = getattr(error, "lineno", 1)
         raise TellError(
             "is empty" if not text.strip() else f"is not valid JSON ({getattr(error, 'msg', error)})",
@@ -124,12 +183,10 @@ def load_schema(path: str | Path) -> dict[str, Any]:
     if not isinstance(schema, dict):
         raise TellError("is not a JSON object", where=str(path), remedy='Write e.g. {"type": "object", ...}.')
     try:
-        validator_for(schema, default=jsonschema.Draft202012Validator).check_schema(schema)
-    except jsonschema.SchemaError as error:
-        at = "/".join(map(str, error.absolute_path)) or "the top"
-        raise TellError(
-            f"is not a valid JSON Schema (at {at}: {error.message})", where=str(path), remedy="Mend that key."
-        ) from error
+        Schema(schema)
+    except TellError as error:
+        verb = "is" if error.what.startswith("not a") else "cannot be used:"
+        raise TellError(f"{verb} {error.what}, {error.where}", where=str(path), remedy="Mend it there.") from error
     return schema
 
 
@@ -201,22 +258,18 @@ def _count(labels: Sequence[str], n: int) -> str:
     return f"{n} answers with {len(labels)} different value{'s' if len(labels) > 1 else ''}"
 
 
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")  # Python reads NaN and Infinity, JSON has neither
-
-
 def _parse(answer: str) -> Any:
     """The parsed answer; the text itself where it is not JSON."""
     try:
-        return json.loads(answer, parse_constant=_no_constant)
-    except (ValueError, RecursionError):
+        return parse_strict(answer)
+    except ValueError:
         return answer
 
 
 def _parse_or_refuse(example: Example) -> Any:
     try:
-        return json.loads(example.answer, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
+        return parse_strict(example.answer)
+    except ValueError as error:
         raise TellError(
             f"the answer is not JSON ({error})",
             where=example.origin,
@@ -225,15 +278,23 @@ def _parse_or_refuse(example: Example) -> Any:
 
 
 def _misfits(examples: Sequence[Example], values: Sequence[Any], schema: dict[str, Any]) -> str:
-    """A clause that counts the answers which break the schema; empty when none does."""
-    from jsonschema.validators import validator_for
+    """A clause that counts the answers which break the schema; empty when none does.
 
-    validator = validator_for(schema)(schema)
+    Raises:
+        TellError: the schema cannot be used, or a pattern in it takes too long.
+    """
+    validator = Schema(schema).validator
     first, count = "", 0
     for example, value in zip(examples, values, strict=True):
-        error = next(validator.iter_errors(value), None)
+        try:
+            error = next(validator.iter_errors(value), None)
+        except SlowPattern as slow:
+            raise TellError(
+                str(slow), where=example.origin, remedy="Write it without repetitions inside repetitions."
+            ) from slow
+        except (RecursionError, OverflowError):
+            continue
         if error is not None:
             count += 1
-            message = error.message if len(error.message) <= 120 else f"{error.message[:117]}..."
-            first = first or f"{example.origin}: {message}"
-    return f"; {count} of {len(values)} answers break it, the first is {first}" if count else ""
+            first = first or f"{example.origin}: {shorten(error.message, 120)}"
+    return f"{count} of {len(values)} answers break it, the first is {first}" if count else ""

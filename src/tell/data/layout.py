@@ -1,14 +1,13 @@
-"""Which columns hold what: detect a file's layout and turn its records into conversations."""
+"""Which columns of a file hold what."""
 
 from __future__ import annotations
 
 import difflib
-import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tell.data.example import Message, Role
 from tell.errors import TellError
 
 # In order of preference; names are compared without case.
@@ -31,14 +30,17 @@ _PAIRS = (
     ("input", "output"),
     ("input", "response"),
     ("input", "answer"),
+    ("text", "label_text"),  # before label, which is its number
     ("text", "label"),
+    ("text", "labels"),
     ("prompt", "label"),
     ("input", "label"),
     ("sentence", "label"),
 )
 _INPUTS = {"instruction": ("input", "context"), "prompt": ("context",), "query": ("context",), "question": ("context",)}
 _SYSTEMS = ("system", "system_prompt")
-_KEYS = ("messages", "prompt", "answer", "input", "system", "history")
+_TOOLS = ("tools", "functions")
+_KEYS = ("messages", "prompt", "answer", "input", "system", "history", "tools")
 _ALIASES = {
     "conversations": "messages",
     "instruction": "prompt",
@@ -51,22 +53,38 @@ _ALIASES = {
     "label": "answer",
     "context": "input",
 }
-_ROLES: dict[str, Role] = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "prompter": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "model": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-}
-
-
-class RowFault(Exception):
-    """One row cannot become an example; ``str()`` says why, the caller knows where."""
+LABELS = ("label", "labels", "label_text", "accept")
+"""Answer columns in which annotation tools write a list of labels."""
+# A column that says which rows are good examples, by its values: KTO's and Prodigy's.
+_VERDICTS = {"label": {"true", "false"}, "answer": {"accept", "reject", "ignore"}}
+# Columns that belong to the prompt: a row without them asks something else.
+_PROMPTS = {"instruction", "prompt", "query", "question", "input", "text", "sentence"}
+_MATERIAL = re.compile(
+    r"passage|context|article|documents?|paragraph|story|background|premise|hypothesis|choices|options|candidates"
+    r"|(sentence|text|question|choice|option|passage|document)[_ ]?[1-9a-e]|opa|opb|opc|opd|[a-e]",
+    re.IGNORECASE,
+)
+_FIRST = ("passage", "context", "article", "document", "paragraph", "story", "background")  # read before the question
+_ANSWERS = (
+    "accept",
+    "answer",
+    "answerkey",
+    "answer_key",
+    "answers",
+    "label",
+    "label_text",
+    "labels",
+    "output",
+    "completion",
+    "response",
+    "target",
+    "class",
+)
+_IDS = re.compile(
+    r"_.*|unnamed.*|(.*[_ ])?(id|ids|idx|index|uid|uuid|guid|key|hash|nr|no|number)|.*[a-z]I[dD]s?", re.ASCII
+)
+REPEATS = 0.9  # share of cells that hold the prompt, from which on a column repeats it
+SHOWN = 8  # names in one message
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +94,15 @@ class Layout:
     Attributes:
         name: for people, e.g. ``"prompt/completion"``.
         columns: part to column; parts are ``messages``, or ``prompt`` and ``answer``, with ``input``,
-            ``system`` and ``history`` where there are such columns.
+            ``system``, ``history`` and ``tools`` where there are such columns.
+        unused: the other columns, without ids and empty ones.
+        verdict: the column that marks bad examples, None where there is none.
     """
 
     name: str
     columns: dict[str, str]
+    unused: tuple[str, ...] = ()
+    verdict: str | None = None
 
     @property
     def required(self) -> tuple[str, ...]:
@@ -89,7 +111,11 @@ class Layout:
 
 
 def detect_layout(
-    records: Sequence[Mapping[str, Any]], *, columns: str | None = None, where: str | None = None
+    records: Sequence[Mapping[str, Any]],
+    *,
+    columns: str | None = None,
+    where: str | None = None,
+    flag: str = "--columns",
 ) -> Layout:
     """Layout of a file from its column names.
 
@@ -98,47 +124,127 @@ def detect_layout(
 
     Args:
         records: all records of the file, at least one.
-        columns: names given by hand, ``"prompt=q,answer=a[,input=c][,system=s][,history=h]"`` or
+        columns: names given by hand, ``"prompt=q,answer=a[,input=c][,system=s][,history=h][,tools=t]"`` or
             ``"messages=dialog"``; parts not named are detected.
         where: file name for messages.
+        flag: by which ``columns`` are given.
 
     Raises:
-        TellError: no known layout, or ``columns`` names a part or column that does not exist.
+        TellError: no known layout, columns of the prompt that would be left out, or ``columns`` names a part or column
+            that does not exist.
     """
     seen = dict.fromkeys(records[0])
     first = records[0].keys()
     for record in records:
         if record.keys() != first:
             seen.update(dict.fromkeys(record))
-    given = _parse_columns(columns, list(seen), where) if columns else {}
+    given = _parse_columns(columns, list(seen), where, flag) if columns else {}
     found: dict[str, str] | None = {}
     if not {"messages", "prompt", "answer"} & given.keys():
         found = _detect(first, seen) or _detect(seen, seen)  # the first row itself may lack its answer
     if found is None:
         names = list(seen)
-        hint = "Give it a column of prompts and a column of answers."
-        if len(names) > 1:
-            hint = f"Name them, e.g. --columns {_quoted(f'prompt={names[0]},answer={names[1]}')}."
         raise TellError(
-            f"has the columns {', '.join(map(repr, names)) or '(none)'}, and no known layout fits them",
+            f"has the columns {_listed(names)}, and no known layout fits them",
             where=where,
-            remedy=hint,
+            remedy=_suggestion(records, names, flag),
         )
     merged = {**found, **given}
     if "messages" in merged:
-        merged = {part: merged[part] for part in ("messages", "system") if part in merged}
+        merged = {part: merged[part] for part in ("messages", "system", "tools") if part in merged}
     for part in ("prompt", "answer"):
         if "messages" not in merged and part not in merged:
-            raise TellError(
-                f"{columns!r} names no {part} column", where="--columns", remedy=f"Add {part}=COLUMN to it."
-            )
-    shown = [merged[part] for part in ("system", "history", "messages", "prompt", "input", "answer") if part in merged]
+            raise TellError(f"{columns!r} names no {part} column", where=flag, remedy=f"Add {part}=COLUMN to it.")
+    parts = ("system", "history", "messages", "prompt", "input", "answer", "tools")
+    shown = [merged[part] for part in parts if part in merged]
     name = "/".join(shown)
     if merged.get("messages", "").lower().startswith("conversation"):
         name = f"ShareGPT {name}"
     elif merged.get("prompt", "").lower() == "instruction":
         name = f"Alpaca {name}"
-    return Layout(name, merged)
+    others = [column for column in seen if column not in merged.values()]
+    verdict = next((column for column in others if "prompt" in merged and _is_verdict(records, column)), None)
+    others = [column for column in others if column != verdict]
+    if "prompt" in merged and "prompt" not in given:
+        _refuse_lost(records, merged, others, where, flag)
+    head = records[:1000]
+    unused = [c for c in others if not _is_id(c) and any(r.get(c) not in (None, "", []) for r in head)]
+    return Layout(name, merged, tuple(unused), verdict)
+
+
+def _is_verdict(records: Sequence[Mapping[str, Any]], column: str) -> bool:
+    known = _VERDICTS.get(column)
+    if not known:
+        return False
+    values = {str(value).strip().lower() for record in records if (value := record.get(column)) is not None}
+    return bool(values) and values <= known
+
+
+def _is_id(column: str) -> bool:
+    return not column or bool(_IDS.fullmatch(column) or _IDS.fullmatch(column.lower()))
+
+
+def _refuse_lost(
+    records: Sequence[Mapping[str, Any]],
+    columns: Mapping[str, str],
+    others: Sequence[str],
+    where: str | None,
+    flag: str,
+) -> None:
+    """Refuse to leave out columns that belong to the prompt, unless they repeat it, as Alpaca's ``text`` does."""
+    prompt, answer = columns["prompt"], columns["answer"]
+    lost = [c for c in others if c.lower() in _PROMPTS or _MATERIAL.fullmatch(c)]
+    whole = [record for record in records if prompt in record and answer in record]  # others are another layout's
+    lost = [c for c in lost if _adds([(record.get(c), record[prompt]) for record in whole])]
+    if len(lost) == 1 and len(lost[0]) == 1:
+        lost = []  # one letter alone may be anything
+    if not lost:
+        return
+    plain = _quoted(f"prompt={prompt},answer={answer}")
+    joined = f"Write {'it' if len(lost) == 1 else 'them'} into the column of prompts"
+    if len(lost) == 1 and "input" not in columns and not isinstance(records[0].get(lost[0]), (list, dict)):
+        first, second = (prompt, lost[0]) if lost[0].lower() not in _FIRST else (lost[0], prompt)
+        joined = f"Give {flag} {_quoted(f'prompt={first},input={second},answer={answer}')} to join them"
+    raise TellError(
+        f"has {_listed(lost)} beside the prompt {prompt!r}, which would be left out",
+        where=where,
+        remedy=f"{joined}, or give {flag} {plain} to leave {'it' if len(lost) == 1 else 'them'} out.",
+    )
+
+
+def _adds(cells: Sequence[tuple[Any, Any]]) -> bool:
+    """Whether a column, in pairs with the prompt, says more than the prompt in other clothes."""
+    full = [(v, p) for v, p in cells if v not in (None, "") and not isinstance(v, bool) and str(v).strip()]
+    repeats = sum(isinstance(v, str) and isinstance(p, str) and p.strip() in v for v, p in full)
+    return repeats < REPEATS * len(full)
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
+    return f"{', '.join(map(repr, names[:SHOWN])) or '(none)'}{more}"
+
+
+def _suggestion(records: Sequence[Mapping[str, Any]], names: Sequence[str], flag: str) -> str:
+    """The remedy for unknown columns: which of them might be prompt and answer, ids and empty ones left out."""
+    head = records[:100]
+    usable = [
+        n
+        for n in names
+        if (n.lower() in _ANSWERS or not _is_id(n))
+        and not _is_verdict(records, n)
+        and any(record.get(n) not in (None, "") for record in head)
+    ]
+    if len(usable) < 2:
+        return "Give it a column of prompts and a column of answers."
+    answer = next((n for known in _ANSWERS for n in usable if n.lower() == known), None)
+    others = [n for n in usable if n != answer]
+    asked = [n for n in others if n == others[0] or n.lower() in _PROMPTS or _MATERIAL.fullmatch(n)]
+    if len(asked) > 2:
+        return f"Write {_listed(asked)} into one column named prompt, and the answer into one named completion."
+    asked.sort(key=lambda n: n.lower() not in _FIRST)
+    answer = answer or next(n for n in usable if n != asked[0])
+    second = f"input={asked[1]}," if len(asked) == 2 and asked[1] != answer else ""
+    return f"Name them, e.g. {flag} {_quoted(f'prompt={asked[0]},{second}answer={answer}')}."
 
 
 def _quoted(text: str) -> str:
@@ -160,7 +266,7 @@ def _detect(first: Iterable[str], seen: Iterable[str]) -> dict[str, str] | None:
         else:
             return None
     more = {name.lower(): name for name in reversed(list(seen)) if name}
-    options = [("system", _SYSTEMS)]
+    options = [("system", _SYSTEMS), ("tools", _TOOLS)]
     if "prompt" in found:
         options += [("input", _INPUTS.get(found["prompt"].lower(), ())), ("history", ("history",))]
     for part, candidates in options:
@@ -170,38 +276,38 @@ def _detect(first: Iterable[str], seen: Iterable[str]) -> dict[str, str] | None:
     return found
 
 
-def _parse_columns(text: str, names: list[str], where: str | None) -> dict[str, str]:
+def _parse_columns(text: str, names: list[str], where: str | None, flag: str) -> dict[str, str]:
     given: dict[str, str] = {}
     for item in text.split(","):
         part, equals, column = (piece.strip() for piece in item.partition("="))
         if not equals or not part or not column:
             raise TellError(
                 f"{item.strip()!r} is not of the form part=column",
-                where="--columns",
-                remedy="Write e.g. --columns prompt=q,answer=a.",
+                where=flag,
+                remedy=f"Write e.g. {flag} prompt=q,answer=a.",
             )
         key = _ALIASES.get(part, part)
         if key not in _KEYS:
             close = difflib.get_close_matches(part, [*_KEYS, *_ALIASES], n=1)
             raise TellError(
                 f"unknown part {part!r}{f'; did you mean {close[0]}?' if close else ''}",
-                where="--columns",
+                where=flag,
                 remedy=f"The parts are {', '.join(_KEYS)}.",
             )
         if key in given:
-            raise TellError(f"{key} is named twice in {text!r}", where="--columns", remedy="Name it once.")
+            raise TellError(f"{key} is named twice in {text!r}", where=flag, remedy="Name it once.")
         if column not in names:
             close = difflib.get_close_matches(column, names, n=1, cutoff=0.5)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise TellError(
                 f"there is no column {column!r} in {where or 'the data'}{hint}",
-                where="--columns",
-                remedy=f"The columns are {', '.join(names)}.",
+                where=flag,
+                remedy=f"The columns are {_listed(names)}.",
             )
         given[key] = column
     if "messages" in given and {"prompt", "answer"} & given.keys():
         raise TellError(
-            f"{text!r} names messages and also prompt or answer", where="--columns", remedy="Name one or the other."
+            f"{text!r} names messages and also prompt or answer", where=flag, remedy="Name one or the other."
         )
     return given
 
@@ -220,147 +326,3 @@ def check_columns(number: int, record: Mapping[str, Any], layout: Layout, first:
         f"has the columns {', '.join(record) or '(none)'}, but line {first[0]} has {', '.join(first[1])}: "
         "two layouts are mixed"
     )
-
-
-def to_messages(record: Mapping[str, Any], layout: Layout) -> list[Message]:
-    """The conversation of one record; it ends with the assistant's answer.
-
-    Answers that are not strings become compact JSON. ``input`` follows the prompt on a line of its own, as
-    ms-swift (the paper's framework) and LLaMA-Factory join Alpaca's columns.
-
-    Raises:
-        RowFault: no prompt, no answer, a bad role, or a conversation that does not end with an answer.
-    """
-    columns = layout.columns
-    if "messages" in columns:
-        turns = _turns(record.get(columns["messages"]), columns["messages"])
-    else:
-        turns = _pair(record, columns)
-    if "system" in columns and turns[0].role != "system":
-        system = _as_text(record.get(columns["system"]))
-        if system and not system.isspace():
-            turns.insert(0, Message("system", system))
-    _check_turns(turns)
-    return turns
-
-
-def _pair(record: Mapping[str, Any], columns: Mapping[str, str]) -> list[Message]:
-    answer = record.get(columns["answer"])
-    if type(answer) is not str:
-        if _is_messages(answer):
-            answers = _turns(answer, columns["answer"])
-        else:
-            answers = [Message("assistant", _as_text(answer))]
-    else:
-        answers = [Message("assistant", answer)]
-    if len(answers) == 1 and (not answers[0].content or answers[0].content.isspace()):
-        state = "is empty" if columns["answer"] in record else "is missing"
-        raise RowFault(f"has no answer (column {columns['answer']!r} {state})")
-    prompt = record.get(columns["prompt"])
-    if type(prompt) is not str and _is_messages(prompt):
-        turns = _turns(prompt, columns["prompt"])
-    else:
-        text = prompt if type(prompt) is str else _as_text(prompt)
-        if "input" in columns:
-            extra = _as_text(record.get(columns["input"]))
-            if extra and not extra.isspace():
-                text = f"{text}\n{extra}" if text else extra
-        if not text or text.isspace():
-            raise RowFault(f"has no prompt (column {columns['prompt']!r} is empty)")
-        turns = [Message("user", text)]
-    if "history" in columns:
-        turns = [*_history(record.get(columns["history"]), columns["history"]), *turns]
-    return turns + answers
-
-
-def _as_text(value: Any) -> str:
-    if type(value) is str:
-        return value
-    return "" if value is None else json.dumps(value, ensure_ascii=False, default=str)
-
-
-def _is_messages(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and len(value) > 0
-        and all(
-            isinstance(turn, dict) and ({"role", "content"} <= turn.keys() or {"from", "value"} <= turn.keys())
-            for turn in value
-        )
-    )
-
-
-def _turns(value: Any, column: str) -> list[Message]:
-    if isinstance(value, str):  # a CSV cell, or a column that was serialised
-        try:
-            value = json.loads(value)
-        except ValueError as error:
-            raise RowFault(f"holds no list of turns in column {column!r}") from error
-    if isinstance(value, dict) and value and all(isinstance(part, list) for part in value.values()):
-        value = [dict(zip(value, parts, strict=False)) for parts in zip(*value.values(), strict=False)]
-    if not isinstance(value, list) or not value:
-        raise RowFault(f"holds no list of turns in column {column!r}")
-    turns: list[Message] = []
-    for number, turn in enumerate(value, 1):
-        if not isinstance(turn, dict):
-            raise RowFault(f"turn {number} is no object with role and content")
-        name = turn.get("role", turn.get("from"))
-        role = _ROLES.get(name.lower()) if isinstance(name, str) else None
-        if role is None:
-            raise RowFault(f"turn {number} has the role {name!r}; known are system, user (human), assistant (gpt)")
-        content = turn.get("content", turn.get("value"))
-        turns.append(Message(role, _content(content, number)))
-    return turns
-
-
-def _content(content: Any, number: int) -> str:
-    if isinstance(content, str):
-        return content
-    if isinstance(content, list) and all(
-        isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str)
-        for part in content
-    ):
-        return "".join(part["text"] for part in content)
-    if content is None:
-        return ""
-    if isinstance(content, list) and any(isinstance(part, dict) and "type" in part for part in content):
-        raise RowFault(f"turn {number} holds parts that are not text")
-    return _as_text(content)
-
-
-def _history(value: Any, column: str) -> list[Message]:
-    if isinstance(value, str):
-        try:
-            value = json.loads(value) if value.strip() else []
-        except ValueError as error:
-            raise RowFault(f"holds no list of [question, answer] pairs in column {column!r}") from error
-    turns: list[Message] = []
-    for pair in value or []:
-        if not isinstance(pair, list | tuple) or len(pair) != 2:
-            raise RowFault(f"holds no list of [question, answer] pairs in column {column!r}")
-        turns += [Message("user", _as_text(pair[0])), Message("assistant", _as_text(pair[1]))]
-    return turns
-
-
-def _check_turns(turns: list[Message]) -> None:
-    last = turns[-1]
-    if last.role != "assistant":
-        raise RowFault(f"ends with a {last.role} turn, so there is no answer")
-    asked = False
-    for number, turn in enumerate(turns, 1):
-        content = turn.content
-        if turn.role == "user":
-            asked = True
-        elif turn.role == "system" and number > 1:
-            raise RowFault(f"turn {number} is a system turn; only the first may be")
-        if not content or content.isspace():
-            raise RowFault("has no answer (the last turn is empty)" if turn is last else f"turn {number} is empty")
-        if not content.isascii():
-            try:
-                content.encode()
-            except UnicodeEncodeError as error:
-                raise RowFault(
-                    f"turn {number} holds half of a surrogate pair (\\u{ord(content[error.start]):x})"
-                ) from error
-    if not asked:
-        raise RowFault("has no user turn before the answer")

@@ -7,6 +7,7 @@ import hashlib
 import os
 import re
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,9 @@ from typing import Any, Literal
 
 from tell.data.example import Example
 from tell.data.formats import Record, check_file, format_of, read_records
-from tell.data.layout import Layout, RowFault, check_columns, detect_layout, to_messages
+from tell.data.layout import SHOWN, Layout, check_columns, detect_layout
+from tell.data.parquet import batch_rows
+from tell.data.turns import THOUGHTS, Rejected, RowFault, to_messages
 from tell.errors import TellError
 
 HUB_TIMEOUT = 5.0  # seconds the hub may take to answer before it counts as unreachable
@@ -32,7 +35,8 @@ class Loaded:
         columns: part to column, e.g. ``{"prompt": "q", "answer": "a"}``.
         path: the path or hub name as given.
         fingerprint: SHA-256 (hexadecimal) over the file's bytes, the columns and the source's name.
-        dropped: (origin, reason) of rows left out; only with ``bad_rows="drop"``.
+        dropped: (origin, reason) of rows left out: bad ones with ``bad_rows="drop"``, and those marked as bad examples.
+        notices: what was guessed or left out, for people.
     """
 
     examples: list[Example]
@@ -41,6 +45,7 @@ class Loaded:
     path: str
     fingerprint: str
     dropped: tuple[tuple[str, str], ...] = ()
+    notices: tuple[str, ...] = ()
 
 
 def load(
@@ -71,11 +76,14 @@ def load(
     if not _is_path(source):
         return _load_hub(source, name, columns, bad_rows)
     path = Path(source).expanduser()
+    told: list[str] = []
     with _no_collector():
-        records = list(read_records(path))
-        layout = detect_layout([record for _, record in records], columns=columns, where=source)
-        examples, dropped = _to_examples(records, layout, name, str(path), path.name, bad_rows)
-    return Loaded(examples, layout.name, layout.columns, source, file_fingerprint(path, columns, name), dropped)
+        records = list(read_records(path, told.append))
+        rows = _Rows(name, str(path), path.name, bad_rows)
+        layout = rows.read(records, columns, source)
+    fingerprint = file_fingerprint(path, columns, name)
+    notices = (*told, *rows.notices(layout))
+    return Loaded(rows.examples, layout.name, layout.columns, source, fingerprint, tuple(rows.dropped), notices)
 
 
 def file_fingerprint(path: str | Path, columns: str | None = None, name: str = "task") -> str:
@@ -104,44 +112,75 @@ def _no_collector() -> Iterator[None]:
             gc.enable()
 
 
-def _to_examples(
-    records: list[Record], layout: Layout, name: str, where: str, short: str, bad_rows: str
-) -> tuple[list[Example], tuple[tuple[str, str], ...]]:
-    """Examples and (origin, reason) of the rows dropped; ``where`` is for errors, ``short`` for origins."""
-    examples: list[Example] = []
-    dropped: list[tuple[str, str]] = []
-    required = layout.required
-    for number, record in records:
-        for column in required:
-            if column not in record:
-                fault = check_columns(number, record, layout, records[0])
-                if fault:
-                    raise TellError(
-                        fault, where=f"{where}:{number}", remedy="Give every row the same columns, or split the file."
-                    )
-        try:
-            messages = to_messages(record, layout)
-        except RowFault as fault:
-            if bad_rows == "refuse":
-                raise _row_error(fault, f"{where}:{number}") from fault
-            dropped.append((f"{short}:{number}", str(fault)))
-            continue
-        examples.append(Example.of(messages, source=name, origin=f"{short}:{number}"))
-    if not examples:
-        origin, reason = dropped[0]
-        raise TellError(
-            f"no row can be used; the first {reason}",
-            where=f"{where}:{origin.rsplit(':', 1)[1]}",
-            remedy="Mend the rows.",
-        )
-    return examples, tuple(dropped)
+class _Rows:
+    """Reads records into examples, and keeps account of what is left out.
+
+    Args:
+        where: the source in errors.
+        short: the source in origins.
+    """
+
+    def __init__(self, name: str, where: str, short: str, bad_rows: str) -> None:
+        self.name, self.where, self.short, self.bad_rows = name, where, short, bad_rows
+        self.examples: list[Example] = []
+        self.dropped: list[tuple[str, str]] = []
+        self.rejected: Counter[str] = Counter()
+        self.seen: Counter[str] = Counter()
+        self.calls = 0
+
+    def read(self, records: list[Record], columns: str | None, source: str) -> Layout:
+        """Detect the layout and read every record by it."""
+        flag = "--general-columns" if self.name == "general" else "--columns"
+        layout = detect_layout([record for _, record in records], columns=columns, where=source, flag=flag)
+        for number, record in records:
+            self._check_columns(number, record, layout, records[0])
+            try:
+                messages = to_messages(record, layout, self.seen)
+            except RowFault as fault:
+                if isinstance(fault, Rejected):
+                    self.rejected[str(fault)] += 1
+                elif self.bad_rows == "refuse":
+                    raise TellError(str(fault), where=f"{self.where}:{number}", remedy=fault.remedy) from fault
+                self.dropped.append((f"{self.short}:{number}", str(fault)))
+                continue
+            example = Example.of(messages, source=self.name, origin=f"{self.short}:{number}")
+            self.calls += any(m.extra for m in example.messages)
+            self.examples.append(example)
+        if not self.examples:
+            origin, reason = self.dropped[0]
+            raise TellError(
+                f"no row can be used; the first {reason}",
+                where=f"{self.where}:{origin.rsplit(':', 1)[1]}",
+                remedy="Mend the rows.",
+            )
+        return layout
+
+    def _check_columns(self, number: int, record: dict[str, Any], layout: Layout, first: Record) -> None:
+        for column in layout.required:
+            if column not in record and (fault := check_columns(number, record, layout, first)):
+                raise TellError(
+                    fault, where=f"{self.where}:{number}", remedy="Give every row the same columns, or split the file."
+                )
+
+    def notices(self, layout: Layout) -> list[str]:
+        """What was left out, for people."""
+        total = len(self.examples) + len(self.dropped)
+        lines = [f"{count:,} of {total:,} rows are left out: {why}" for why, count in self.rejected.items()]
+        if layout.unused:
+            more = f" and {len(layout.unused) - SHOWN:,} more" if len(layout.unused) > SHOWN else ""
+            lines.append(f"columns not used: {', '.join(layout.unused[:SHOWN])}{more}")
+        lines += [
+            f"{key} in the turns of {_count(count)} is not used"
+            + ("; to train thoughts, write them into content" if key in THOUGHTS else "")
+            for key, count in sorted(self.seen.items())[:SHOWN]
+        ]
+        if self.calls:
+            lines.append(f"tool calls and results in {_count(self.calls)} are context, without loss")
+        return [f"{self.short}: {line}" for line in lines]
 
 
-def _row_error(fault: RowFault, where: str) -> TellError:
-    remedy = "Fill in that row, or remove it."
-    if "role" in str(fault):
-        remedy = "Rename the role, or remove the row."
-    return TellError(str(fault), where=where, remedy=remedy)
+def _count(rows: int) -> str:
+    return "1 row" if rows == 1 else f"{rows:,} rows"
 
 
 def _is_path(source: str) -> bool:
@@ -163,12 +202,13 @@ def _load_hub(source: str, name: str, columns: str | None, bad_rows: str) -> Loa
     records = list(enumerate(rows, 1))
     if not records:
         raise TellError("holds no rows", where=source, remedy="Choose another split: NAME@SPLIT.")
-    layout = detect_layout(rows, columns=columns, where=source)
-    examples, dropped = _to_examples(records, layout, name, source, source, bad_rows)
+    made = _Rows(name, source, source, bad_rows)
+    layout = made.read(records, columns, source)
     digest = hashlib.sha256(repr((source, columns or "", name)).encode())
-    for example in examples:
+    for example in made.examples:
         digest.update(example.hash.encode())
-    return Loaded(examples, layout.name, layout.columns, source, digest.hexdigest(), dropped)
+    notices = tuple(made.notices(layout))
+    return Loaded(made.examples, layout.name, layout.columns, source, digest.hexdigest(), tuple(made.dropped), notices)
 
 
 def _hub_rows(source: str, name: str, config: str | None, split: str) -> list[dict[str, Any]]:
@@ -211,15 +251,9 @@ def _first_line(error: BaseException) -> str:
 
 def _rows(dataset: Any) -> list[dict[str, Any]]:
     """Rows of a `datasets.Dataset`, class labels as their names rather than numbers."""
-    import datasets
-
-    labels = {key: kind for key, kind in dataset.features.items() if isinstance(kind, datasets.ClassLabel)}
-    rows = dataset.with_format("arrow")[:].to_pylist()
-    for key, kind in labels.items():
-        for row in rows:
-            value = row[key]
-            row[key] = kind.int2str(value) if value is not None and value >= 0 else None
-    return rows
+    features = dataset.features.to_dict()
+    batches = dataset.with_format("arrow")[:].to_batches()
+    return [row for batch in batches for row in batch_rows(batch, features)]
 
 
 def hub_reachable(timeout: float = HUB_TIMEOUT) -> tuple[bool, str]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from tell.data.example import Example, Message
+from tell.data.kind import are_labels, as_label
+from tell.data.shuffle import shuffled
 from tell.errors import TellError
+
+Group = list[int]  # rows of equal prompt
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,9 @@ def split(examples: Sequence[Example], *, seed: int, test_fraction: float, valid
 
     Rows with the same prompt (all turns before the answer) form a group that is never torn apart, so no test
     prompt was trained on. Sizes are the nearest whole number of rows that such groups allow, with at least
-    one row in train and one in test; validation may be empty.
+    one row in train and one in test; validation may be empty. Where answers are labels, rows are exchanged so that
+    each is trained, if need be at the cost of test rows, and tested too where it has a second row and the test part
+    has room.
 
     Args:
         test_fraction: of all rows, in (0, 1).
@@ -49,17 +54,20 @@ def split(examples: Sequence[Example], *, seed: int, test_fraction: float, valid
             where=_file(examples),
             remedy="Add rows with other prompts, or give test rows with --test.",
         )
-    order = [groups[i] for i in np.random.default_rng(seed).permutation(len(groups))]
+    labels = _labels(examples)
+    order = [groups[i] for i in shuffled(len(groups), seed)]
     wanted = min(max(1, round(test_fraction * n)), n - 1)
     test, rest = _fill(order, wanted)
     if not test:  # every group is larger than the test part should be
         smallest = min(range(len(order)), key=lambda i: len(order[i]))
-        test, rest = order[smallest], order[:smallest] + order[smallest + 1 :]
-    left = n - len(test)
+        test, rest = [order[smallest]], order[:smallest] + order[smallest + 1 :]
+    _share(rest, test, labels, all_of_it=True, leave=1)
+    _share(test, rest, labels, all_of_it=False)
+    left = n - _size(test)
     validation, rest = _fill(rest, min(round(validation_fraction * left), left - 1))
-    train = [i for group in rest for i in group]
+    _share(rest, validation, labels, all_of_it=True)
     return Splits(
-        _pick(examples, train),
+        _pick(examples, rest),
         _pick(examples, validation),
         _pick(examples, test),
         n - len({example.hash for example in examples}),
@@ -89,10 +97,10 @@ def split_given_test(
             remedy="Give training rows that are not test rows.",
         )
     groups = _groups(kept)
-    order = [groups[i] for i in np.random.default_rng(seed).permutation(len(groups))]
+    order = [groups[i] for i in shuffled(len(groups), seed)]
     validation, rest = _fill(order, min(round(validation_fraction * len(kept)), len(kept) - 1))
-    train = [i for group in rest for i in group]
-    return Splits(_pick(kept, train), _pick(kept, validation), list(test_examples), removed)
+    _share(rest, validation, _labels(kept), all_of_it=True)
+    return Splits(_pick(kept, rest), _pick(kept, validation), list(test_examples), removed)
 
 
 def _refuse_too_few(examples: Sequence[Example], need: str) -> None:
@@ -109,25 +117,70 @@ def _file(examples: Sequence[Example]) -> str | None:
     return (examples[0].origin.rpartition(":")[0] or None) if examples else None
 
 
-def _groups(examples: Sequence[Example]) -> list[list[int]]:
+def _groups(examples: Sequence[Example]) -> list[Group]:
     """Indices by equal prompt, in order of first appearance (a dict keeps it, so hashing plays no part)."""
-    groups: dict[tuple[Message, ...], list[int]] = {}
+    groups: dict[tuple[Message, ...], Group] = {}
     for i, example in enumerate(examples):
         groups.setdefault(example.prompt, []).append(i)
     return list(groups.values())
 
 
-def _fill(groups: list[list[int]], wanted: int) -> tuple[list[int], list[list[int]]]:
-    """Indices of the first groups that fit into ``wanted`` rows, and the groups left over."""
-    taken: list[int] = []
-    rest: list[list[int]] = []
+def _labels(examples: Sequence[Example]) -> list[str] | None:
+    """The label of each row; None where the answers are no labels."""
+    answers = [as_label(example.answer) for example in examples]
+    return answers if are_labels(answers) else None
+
+
+def _fill(groups: list[Group], wanted: int) -> tuple[list[Group], list[Group]]:
+    """The first groups that fit into ``wanted`` rows, and the groups left over."""
+    taken: list[Group] = []
+    rest: list[Group] = []
+    size = 0
     for group in groups:
-        if len(taken) + len(group) <= wanted:
-            taken += group
+        if size + len(group) <= wanted:
+            taken.append(group)
+            size += len(group)
         else:
             rest.append(group)
     return taken, rest
 
 
-def _pick(examples: Sequence[Example], indices: list[int]) -> list[Example]:
-    return [examples[i] for i in sorted(indices)]
+def _share(part: list[Group], other: list[Group], labels: list[str] | None, *, all_of_it: bool, leave: int = 0) -> None:
+    """Give ``part``, in place, a group of each label that only ``other`` has, for one of the same size it can spare.
+
+    Args:
+        all_of_it: take the only group of a label too, and take it for nothing where none can be spared.
+        leave: groups that ``other`` keeps at least.
+    """
+    if labels is None:
+        return
+    mine, theirs = _holders(part, labels), _holders(other, labels)
+    for label in sorted(theirs.keys() - mine.keys()):
+        if mine[label] or (theirs[label] < 2 and not all_of_it):
+            continue
+        holders = [group for group in other if label in {labels[i] for i in group}]
+        for group in holders:
+            spared = [g for g in part if len(g) == len(group) and all(mine[labels[i]] > 1 for i in g)]
+            kept = all(theirs[labels[i]] > 1 for i in group) or all_of_it
+            if not kept or not (spared or (all_of_it and len(other) > leave)):
+                continue
+            other.remove(group)
+            part.append(group)
+            if spared:
+                part.remove(spared[0])
+                other.append(spared[0])
+            mine, theirs = _holders(part, labels), _holders(other, labels)
+            break
+
+
+def _holders(groups: list[Group], labels: list[str]) -> Counter[str]:
+    """In how many groups each label occurs."""
+    return Counter(label for group in groups for label in {labels[i] for i in group})
+
+
+def _size(groups: list[Group]) -> int:
+    return sum(map(len, groups))
+
+
+def _pick(examples: Sequence[Example], groups: list[Group]) -> list[Example]:
+    return [examples[i] for i in sorted(i for group in groups for i in group)]

@@ -9,7 +9,6 @@ kind; the older English ones, on BERT, are not taken.
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tell.data.json_text import read_json
 from tell.errors import TellError, first_line
 from tell.evaluate.means import check_pairs
 from tell.evaluate.tf_checkpoint import read_variables
@@ -183,9 +183,12 @@ def _from_hub(name: str) -> Path:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("it holds no JSON object")
+        return found
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
+        reason = getattr(error, "strerror", None) or str(error)
         raise TellError(f"cannot be read ({reason})", where=f"{WHERE}: {path}", remedy=_GIVE) from error
 
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import math
 import re
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from tell.errors import TellError
+from tell.data.json_text import items, nfc, parse_strict, shorten
+from tell.data.schema import Schema, SlowPattern
 from tell.evaluate.means import check_pairs, mean_metric
 from tell.evaluate.scored import Metric
 
@@ -21,78 +20,6 @@ _WORD = re.compile(r"[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff]|[^\W_\u0e00-\u0e7
 _LONG_WORDS = 3  # references with a higher median number of words are free text, if they also vary
 _VARIED = 0.5  # share of distinct references above which a string field varies
 _MISSING = ("missing",)
-_DEPTH = 64  # of nesting; deeper values would exhaust the stack of validator and comparison
-
-
-def parse_strict(text: str) -> Any:
-    """The JSON value that ``text`` is, by RFC 8259, with JSON whitespace around it at most.
-
-    Raises:
-        ValueError: anything else: code fences, text around the value, NaN, Infinity, numbers that
-            overflow a double, duplicate keys, nesting over 64 levels.
-    """
-    try:
-        value = _DECODER.decode(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(_syntax(text, error)) from None
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-    level = [value]
-    for _ in range(_DEPTH):
-        level = [item for node in level if isinstance(node, (list, dict)) for item in _items(node)]
-        if not level:
-            return value
-    raise ValueError("nested too deeply")
-
-
-def _items(node: list | dict) -> Iterable[Any]:
-    return node.values() if isinstance(node, dict) else node
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    out = dict(pairs)
-    if len(out) < len(pairs):
-        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise ValueError(f"key {_short(twice)} stands twice")
-    return out
-
-
-def _refuse(constant: str) -> Any:
-    raise ValueError(f"{constant} is not a JSON number")
-
-
-def _finite(digits: str) -> float:
-    number = float(digits)
-    if math.isinf(number):  # 1e999 would be read as Infinity
-        raise ValueError(f"number {_short(digits)} is too large")
-    return number
-
-
-def _integer(digits: str) -> int:
-    _finite(digits)  # also keeps int() from refusing thousands of digits
-    return int(digits)
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse, parse_float=_finite, parse_int=_integer)
-
-
-def _syntax(text: str, error: json.JSONDecodeError) -> str:
-    if not text.strip():
-        return "the answer is empty"
-    if text.lstrip().startswith("```"):
-        return "a code fence stands around it"
-    if error.msg == "Extra data":
-        return "text follows the value"
-    if error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated string"):
-        return "it ends too early"
-    if error.pos == len(text) - len(text.lstrip()):
-        return "it starts with other text"
-    return f"{error.msg} at character {error.pos + 1}"
-
-
-def _short(value: Any, width: int = 40) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= width else f"{text[: width - 1]}…"
 
 
 class JsonScorer:
@@ -105,7 +32,7 @@ class JsonScorer:
         exact_match: every counted field is equal. Binary.
         ``field:<name>``: accuracy of one field over the rows whose reference has it. Binary.
 
-    Equal means: strings without surrounding whitespace, and without case where the schema gives an
+    Equal means: strings in NFC without surrounding whitespace, and without case where the schema gives an
     enumeration; numbers by value; lists of scalars as multisets. A field of free text is not counted:
     one whose strings, outside any enumeration, have a median of more than three words and differ in
     more than half of the references. Rows whose reference is not JSON count for the first two only.
@@ -121,43 +48,10 @@ class JsonScorer:
     primary = "schema_adherence"
 
     def __init__(self, schema: dict) -> None:
-        import referencing.jsonschema
-        from jsonschema import Draft202012Validator
-        from jsonschema.exceptions import SchemaError
-        from jsonschema.validators import validator_for
-
-        self.schema = schema
-        cls = validator_for(schema, default=Draft202012Validator)
-        try:
-            cls.check_schema(schema)
-        except SchemaError as error:
-            raise _bad_schema(f"not a valid JSON Schema ({_short(error.message, 120)})", error.json_path) from error
-        # An empty registry: the default one would fetch unknown $refs from the network.
-        self._validator = cls(schema, registry=referencing.Registry())
-        resource = referencing.Resource.from_contents(schema, default_specification=referencing.jsonschema.DRAFT202012)
-        self._resolver = (
-            referencing.Registry().with_resource(resource.id() or "", resource).resolver(resource.id() or "")
-        )
-        self._check(schema, "$")
-        self.keys = tuple(dict.fromkeys(key for key, _ in self._properties(schema)))
-
-    def _check(self, node: Any, path: str) -> None:
-        """Refuse references that ``check_schema`` lets through and validation would trip over."""
-        from referencing.exceptions import Unresolvable
-
-        if isinstance(node, list):
-            for i, item in enumerate(node):
-                self._check(item, f"{path}[{i}]")
-        if not isinstance(node, dict):
-            return
-        if isinstance(ref := node.get("$ref"), str):
-            try:
-                self._resolver.lookup(ref)
-            except Unresolvable as error:
-                raise _bad_schema(f"$ref {ref!r} leads nowhere; nothing is fetched", path) from error
-        for key, value in node.items():
-            if key not in ("enum", "const", "default", "examples"):
-                self._check(value, f"{path}.{key}")
+        self._checked = Schema(nfc(schema))
+        self.schema = self._checked.schema
+        self._validator = self._checked.validator
+        self.keys = tuple(dict.fromkeys(key for key, _ in self._properties(self.schema)))
 
     def _parts(self, node: Any, seen: set[int]) -> Iterator[dict]:
         """``node`` and the schemas that ``$ref``, ``anyOf``, ``oneOf`` and ``allOf`` put in its place."""
@@ -166,7 +60,7 @@ class JsonScorer:
         seen.add(id(node))
         yield node
         if isinstance(ref := node.get("$ref"), str):
-            yield from self._parts(self._resolver.lookup(ref).contents, seen)
+            yield from self._parts(self._checked.resolver.lookup(ref).contents, seen)
         for word in ("anyOf", "oneOf", "allOf"):
             for part in node.get(word, ()):
                 yield from self._parts(part, seen)
@@ -189,23 +83,46 @@ class JsonScorer:
     def why_invalid(self, answer: str) -> str | None:
         """A short reason why ``answer`` does not adhere to the schema; None if it does."""
         try:
-            value = parse_strict(answer)
+            value = nfc(parse_strict(answer))
         except ValueError as error:
             return f"not JSON: {error}"
         return self._violation(value)
 
     def _violation(self, value: Any) -> str | None:
         from jsonschema.exceptions import best_match
+        from referencing.exceptions import Unresolvable
 
         try:
             errors = list(self._validator.iter_errors(value))
-        except (RecursionError, OverflowError):
+        except SlowPattern as slow:
+            return f"wrong value: {slow}"
+        except (RecursionError, OverflowError, Unresolvable):
             return "wrong value: nested too deeply or too large to check"
         if not errors:
             return None
         rank = {"required": 0, "additionalProperties": 1, "unevaluatedProperties": 1}
         first = min(errors, key=lambda e: (len(e.absolute_path), rank.get(str(e.validator), 2)))
-        return _reason(best_match([first]) or first)
+        return self._reason(best_match([first]) or first)
+
+    def _reason(self, error: Any) -> str:
+        place = ".".join(str(part) for part in error.absolute_path)
+        inside = f" in {place}" if place else ""
+        if error.validator == "required" and isinstance(error.instance, dict):
+            missing = [key for key in error.validator_value if key not in error.instance]
+            return f"missing key {shorten(', '.join(missing))}{inside}"
+        if error.validator == "additionalProperties" and isinstance(error.instance, dict):
+            extra = self._checked.extra_keys(error.instance, error.schema)
+            if error.validator_value is False and extra:
+                return f"extra key {shorten(', '.join(extra))}{inside}"
+        shown = shorten(error.instance)
+        if error.validator == "enum":
+            why = f"not one of {shorten(', '.join(shorten(v) for v in error.validator_value), 80)}"
+        elif error.validator == "type":
+            kinds = error.validator_value
+            why = f"not of type {kinds if isinstance(kinds, str) else ' or '.join(kinds)}"
+        else:
+            why = f"breaks {error.validator} {shorten(error.validator_value)}"
+        return f"wrong value for {place or 'the whole answer'}: {shown} ({why})"
 
     def is_task_format(self, answer: str) -> bool:
         """The answer is a JSON object with at least half of the schema's keys.
@@ -213,7 +130,7 @@ class JsonScorer:
         For a schema without keys: a JSON object, or a JSON list where the schema asks for one.
         """
         try:
-            value = parse_strict(answer)
+            value = nfc(parse_strict(answer))
         except ValueError:
             return False
         if self.keys:
@@ -276,13 +193,9 @@ class JsonScorer:
         return counted
 
 
-def _bad_schema(what: str, path: str) -> TellError:
-    return TellError(what, where=f"schema at {path}", remedy="Mend the JSON Schema given with --schema.")
-
-
 def _parse_or_missing(text: str) -> Any:
     try:
-        return parse_strict(text)
+        return nfc(parse_strict(text))
     except ValueError:
         return _MISSING
 
@@ -297,7 +210,7 @@ def _strings(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value.strip()
     elif isinstance(value, (list, dict)):
-        for item in _items(value):
+        for item in items(value):
             yield from _strings(item)
 
 
@@ -327,26 +240,3 @@ def _normal(value: Any, choices: frozenset[str]) -> tuple:
     if any(isinstance(item, (list, dict)) for item in value):
         return ("list", tuple(items))
     return ("list", frozenset(Counter(items).items()))
-
-
-def _reason(error: Any) -> str:
-    place = ".".join(str(part) for part in error.absolute_path)
-    inside = f" in {place}" if place else ""
-    if error.validator == "required" and isinstance(error.instance, dict):
-        missing = [key for key in error.validator_value if key not in error.instance]
-        return f"missing key {_short(', '.join(missing))}{inside}"
-    if error.validator == "additionalProperties" and isinstance(error.instance, dict):
-        known = error.schema.get("properties", {})
-        patterns = error.schema.get("patternProperties", {})
-        extra = [k for k in error.instance if k not in known and not any(re.search(p, k) for p in patterns)]
-        if error.validator_value is False and extra:
-            return f"extra key {_short(', '.join(extra))}{inside}"
-    shown = _short(error.instance)
-    if error.validator == "enum":
-        why = f"not one of {_short(', '.join(_short(v) for v in error.validator_value), 80)}"
-    elif error.validator == "type":
-        kinds = error.validator_value
-        why = f"not of type {kinds if isinstance(kinds, str) else ' or '.join(kinds)}"
-    else:
-        why = f"breaks {error.validator} {_short(error.validator_value)}"
-    return f"wrong value for {place or 'the whole answer'}: {shown} ({why})"

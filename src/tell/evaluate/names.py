@@ -1,6 +1,10 @@
-"""What people call each metric and how it is written; the one table for the verdict and the screen."""
+"""What people call each metric and how it is written; the one table for the verdict, the screen and the page."""
 
 from __future__ import annotations
+
+from typing import Literal
+
+Unit = Literal["share", "score", "plain"]
 
 OF_100 = frozenset({"chrf", "bleu"})
 ANSWER_LOSS = "answer_loss"
@@ -22,3 +26,13 @@ NAMES = {
     "bleurt": "BLEURT",
     "answer_loss": "answer loss",
 }
+
+
+def unit_of(metric: str) -> Unit:
+    """How values of a metric are written: ``share`` in per cent, ``score`` out of 100, ``plain`` as they are.
+
+    A user's own metric is plain, since nothing is known of its range.
+    """
+    if metric in OF_100:
+        return "score"
+    return "share" if metric.startswith("field:") or (metric in NAMES and metric not in PLAIN) else "plain"

@@ -31,7 +31,7 @@ class UnicodeTokenizer:
 
 
 class TextScorer:
-    """Likeness to a reference text.
+    """Likeness to a reference text, both in Unicode's composed form (NFC).
 
     Metrics:
         chrf: corpus chrF++ (word order 2), 0 to 100, equal to ``sacrebleu.corpus_chrf``.
@@ -66,6 +66,8 @@ class TextScorer:
         from sacrebleu.metrics import BLEU, CHRF
 
         rouge = RougeScorer(["rougeL"], tokenizer=UnicodeTokenizer())
+        # macOS writes é as two characters; no metric may tell the two forms apart.
+        answers, references = ([unicodedata.normalize("NFC", text) for text in side] for side in (answers, references))
         pairs = list(zip(answers, references, strict=True))
         chrf = CHRF(word_order=2)
         learned = {"bleurt": mean_metric(self._bleurt.score(answers, references))} if self._bleurt else {}

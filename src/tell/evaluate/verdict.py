@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from tell.evaluate.names import NAMES, OF_100, PLAIN
+from tell.evaluate.names import NAMES, unit_of
 
 MIN_ROWS = 6  # with fewer rows even a sign test of all rows in one direction is not significant at 5 %
 
@@ -35,10 +35,8 @@ class _Scale:
 
     @classmethod
     def of(cls, metric: str) -> _Scale:
-        if metric in OF_100:
-            return cls(1.0, "", True)
-        share = (metric in _LABELS and metric not in PLAIN) or metric.startswith("field:")
-        return cls(100.0, " %", True) if share else cls(1.0, "", False)
+        unit = unit_of(metric)
+        return cls(100.0, " %", True) if unit == "share" else cls(1.0, "", unit == "score")
 
     def number(self, value: float) -> str:
         scaled = value * self.factor

@@ -12,6 +12,19 @@ from torch import Tensor
 from tell.train.attention import PackedPlan, Rule, softmax_scores
 from tell.train.transfer import send
 
+Call = tuple[Any, int]  # attention module, and which of its calls in a pass: DiffLlama's make two
+
+
+class Calls:
+    """Tells the calls of a module in one pass apart."""
+
+    def __init__(self) -> None:
+        self._made: dict[Any, int] = {}
+
+    def next(self, layer: Any) -> Call:
+        made = self._made[layer] = self._made.get(layer, -1) + 1
+        return layer, made
+
 
 class Store:
     """Cached keys and values, layer by layer.
@@ -26,21 +39,21 @@ class Store:
 
     def __init__(self, slots: int, capacity: int) -> None:
         self.slots, self.capacity = slots, capacity
-        self.prefix: dict[Any, tuple[Tensor, Tensor]] = {}  # attention module: (1, Hk, P, D) twice
-        self.own: dict[Any, tuple[Tensor, Tensor]] = {}  # attention module: (slots, Hk, capacity, D) twice
+        self.prefix: dict[Call, tuple[Tensor, Tensor]] = {}  # (1, Hk, P, D) twice
+        self.own: dict[Call, tuple[Tensor, Tensor]] = {}  # (slots, Hk, capacity, D) twice
 
-    def slot_tensors(self, layer: Any, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """The slots of a layer; allocated at first sight of its shapes."""
-        if layer not in self.own:
-            self.own[layer] = tuple(  # type: ignore[assignment]
+    def slot_tensors(self, call: Call, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """The slots of an attention call; allocated at first sight of its shapes."""
+        if call not in self.own:
+            self.own[call] = tuple(  # type: ignore[assignment]
                 torch.zeros(self.slots, x.shape[1], self.capacity, x.shape[3], dtype=x.dtype, device=x.device)
                 for x in (key, value)
             )
-        return self.own[layer]
+        return self.own[call]
 
-    def put(self, layer: Any, key: Tensor, value: Tensor, places: Places) -> tuple[Tensor, Tensor]:
-        """Write keys and values (1, Hk, T, D) of a layer to their places; its slots."""
-        slots = self.slot_tensors(layer, key, value)
+    def put(self, call: Call, key: Tensor, value: Tensor, places: Places) -> tuple[Tensor, Tensor]:
+        """Write keys and values (1, Hk, T, D) of a module's call to their places; its slots."""
+        slots = self.slot_tensors(call, key, value)
         index = places.of(key.shape[1], self.capacity)
         for own, x in zip(slots, (key, value), strict=True):
             own.view(-1, x.shape[3]).index_copy_(0, index, x[0].transpose(0, 1).reshape(-1, x.shape[3]))
@@ -74,10 +87,10 @@ class PrefixPlan(PackedPlan):
 
     def __init__(self, length: int, store: Store, device: torch.device | str) -> None:
         super().__init__([length], device=device)
-        self.store = store
+        self.store, self.calls = store, Calls()
 
     def attend(self, layer: Any, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
-        self.store.prefix[layer] = (key, value)
+        self.store.prefix[self.calls.next(layer)] = (key, value)
         return super().attend(layer, query, key, value, rule)
 
 
@@ -91,14 +104,16 @@ class PrefillPlan(PackedPlan):
         self.store, self.stored = store, prefix
         at = np.concatenate([np.arange(length) for length in lengths])
         self.places = Places(*(send(torch.from_numpy(x), device) for x in (np.repeat(slots, lengths), at)))
+        self.calls = Calls()
 
     def positions(self) -> Tensor:
         return super().positions() + self.stored
 
     def attend(self, layer: Any, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
-        self.store.put(layer, key, value, self.places)
+        call = self.calls.next(layer)
+        self.store.put(call, key, value, self.places)
         q, k, v = (self._pad(x) for x in (query * rule.scaling, key, value))
-        kp, vp = self.store.prefix.get(layer, (None, None))
+        kp, vp = self.store.prefix.get(call, (None, None))
         outputs, begin = [], 0
         for rows, longest in self.blocks:
             span = slice(begin, begin + rows * longest)
@@ -119,6 +134,7 @@ class DecodePlan:
     def __init__(self, lengths: Sequence[int], store: Store, prefix: int, device: torch.device | str) -> None:
         self.longest = max(lengths) + 1  # on the CPU: a GPU is not waited for
         self.lengths, self.store, self.prefix = send(torch.tensor(lengths), device), store, prefix
+        self.calls = Calls()
         self.places = Places(torch.arange(len(lengths), device=self.lengths.device), self.lengths)
         self._hidden: dict[int | None, Tensor] = {}
 
@@ -142,13 +158,14 @@ class DecodePlan:
 
     def attend(self, layer: Any, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
         n, heads, width = len(self.lengths), query.shape[1], query.shape[3]
-        keys, values = self.store.put(layer, key, value, self.places)
+        call = self.calls.next(layer)
+        keys, values = self.store.put(call, key, value, self.places)
         kv = key.shape[1]
         k, v = keys[:n, :, : self.longest], values[:n, :, : self.longest]
         q = (query[0].transpose(0, 1) * rule.scaling).reshape(n, kv, heads // kv, width)
         scores = q @ k.transpose(2, 3)
         if self.prefix:
-            kp, vp = self.store.prefix[layer]
+            kp, vp = self.store.prefix[call]
             shared = q.transpose(0, 1).reshape(kv, -1, width)  # all rows ask the same keys: one product a head
             ahead = (shared @ kp[0].transpose(1, 2)).view(kv, n, heads // kv, self.prefix).transpose(0, 1)
             scores = torch.cat([ahead, scores], dim=-1)

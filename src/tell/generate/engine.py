@@ -75,6 +75,7 @@ class Engine:
         self.config = config = model.config.get_text_config()
         self.fast = fast and self.device.type == "cpu"
         self.trusted: bool | None = None  # whether the kernels compute what the model computes; None: not asked yet
+        self._token_bytes: int | None = None
         self._fixed = False
         self._packed: Packed | None = None
         self.max_positions = max_positions or getattr(config, "max_position_embeddings", None) or 1 << 30
@@ -134,8 +135,10 @@ class Engine:
         # Long prompts first, so that rows prefilled together are alike in length; ties by number.
         waiting = sorted(rows, key=lambda r: (len(r.prompt), -r.number))
         capacity = max(len(r.prompt) + r.limit for r in rows)
-        wanted, token = min(decoding.batch_size, len(rows)), token_bytes(self.config, self.body.head.element_size())
-        slots = rows_that_fit(wanted, capacity, token, free_bytes(self.device))
+        if self._token_bytes is None:
+            self._token_bytes = token_bytes(self.body.core, self.device)
+        wanted = min(decoding.batch_size, len(rows))
+        slots = rows_that_fit(wanted, capacity, self._token_bytes, free_bytes(self.device))
         batch = self._batch(decoding, slots, capacity, prompts[0][:prefix])
         active: list[_Row] = []
         last: list[int] = []

@@ -8,8 +8,10 @@ from typing import Any
 
 import psutil
 import torch
+from torch import Tensor
 
 from tell.errors import TellError
+from tell.train.attention import PackedPlan, Rule, use_plan
 
 SHARE = 4  # the cache of keys and values takes at most one in so many free bytes
 
@@ -42,11 +44,29 @@ def answer_limits(
     return [min(n, max_positions - len(prompt)) for n, prompt in zip(wanted, prompts, strict=True)]
 
 
-def token_bytes(config: Any, itemsize: int) -> int:
-    """Bytes of one token's keys and values in all layers of a transformers text configuration."""
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * width * itemsize
+class _Sizes(PackedPlan):
+    """One token; adds up the keys and values that all attention calls of a pass are given."""
+
+    def __init__(self, device: torch.device | str) -> None:
+        super().__init__([1], device=device)
+        self.bytes = 0
+
+    def attend(self, layer: Any, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
+        self.bytes += key.nbytes + value.nbytes
+        return super().attend(layer, query, key, value, rule)
+
+
+def token_bytes(core: Any, device: torch.device | str) -> int:
+    """Bytes of one token's keys and values, in all attention calls of a transformer body.
+
+    Seen in a pass rather than read from the configuration: layers differ in width (Gemma 4), and some call attention
+    twice (DiffLlama).
+    """
+    plan = _Sizes(device)
+    with use_plan(plan):
+        ids = torch.zeros(1, 1, dtype=torch.long, device=device)
+        core(input_ids=ids, position_ids=plan.positions(), use_cache=False)
+    return plan.bytes
 
 
 def free_bytes(device: torch.device) -> int:

@@ -26,6 +26,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 131072,
     }
 }
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _TIED_BY_DEFAULT = ("gemma", "gpt2", "bloom", "cohere")
 
 
@@ -37,6 +38,7 @@ class Architecture:
         parameters: all parameters; tied embeddings count once.
         linear_parameters: weights of the matrices inside the blocks. Of a mixture of experts all are counted.
         embedding_parameters: the token embedding, and the output layer where it is not tied.
+        experts: of a mixture, in each of its layers; 0 for a dense model.
         max_positions: longest row the positions allow, in tokens, or None where the config does not say.
         exact: True where the counts come from the weights' headers, False where from the config alone.
     """
@@ -56,6 +58,7 @@ class Architecture:
     linear_parameters: int
     embedding_parameters: int
     exact: bool
+    experts: int = 0
 
 
 def read_architecture(folder: Path, config: Mapping[str, Any]) -> Architecture:
@@ -106,6 +109,7 @@ def read_architecture(folder: Path, config: Mapping[str, Any]) -> Architecture:
         tied=bool(tied),
         max_positions=size("max_position_embeddings", "n_positions", "n_ctx", "seq_length", default=0) or None,
         exact=bool(files),
+        experts=size(*_EXPERTS, default=0),
         **shape,
         **counts,
     )

@@ -63,7 +63,7 @@ def inference_flops(
 def lora_parameters(arch: Architecture, rank: int, targets: str = "all-linear") -> int:
     """Parameters of an adapter of ``rank`` on Llama's layout; ``targets`` as in ``train.lora_targets``.
 
-    Fused matrices (Phi-3's qkv and gate-up) have somewhat fewer.
+    Fused matrices (Phi-3's qkv and gate-up) have somewhat fewer. ``all-linear`` leaves experts out.
     """
     h, q, kv = arch.hidden, arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
     sides = {
@@ -76,7 +76,7 @@ def lora_parameters(arch: Architecture, rank: int, targets: str = "all-linear") 
         "down_proj": arch.intermediate + h,
     }
     if targets == "all-linear":
-        names = list(sides)
+        names = list(sides)[: 4 if arch.experts > 1 else None]
     elif targets == "qkv":
         names = ["q_proj", "k_proj", "v_proj"]
     else:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from tell.evaluate.names import unit_of
+
 
 class Term(NamedTuple):
     """A metric's label, unit (see ``text.number``), definition, and whether more of it is better."""
@@ -108,7 +110,9 @@ def term(metric: str) -> Term:
         return Term(
             f"Field {name}", "share", f"Share of test rows whose answer gives the field {name} as the reference does."
         )
-    return METRICS.get(metric) or Term(metric.replace("_", " ").capitalize(), "plain", "A scorer of this run's own.")
+    return METRICS.get(metric) or Term(
+        metric.replace("_", " ").capitalize(), unit_of(metric), "A scorer of this run's own."
+    )
 
 
 def arm_order(arms: list[str]) -> list[str]:

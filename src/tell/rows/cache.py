@@ -16,7 +16,7 @@ import numpy as np
 from tell.home import tell_home
 from tell.rows.table import Dropped, RowTable
 
-VERSION = 2  # raise when tokenising changes its result
+VERSION = 4  # raise when tokenising changes its result
 COLUMNS = ("hashes", "origins", "tokens", "trained", "unit", "ids", "mask", "starts")
 
 
@@ -48,9 +48,11 @@ def _read(folder: Path) -> RowTable | None:
         facts = json.loads((folder / "table.json").read_text(encoding="utf-8"))
         # mmap_mode fails on empty arrays, and small ones are as well read
         columns = {name: np.load(folder / f"{name}.npy", mmap_mode="r" if facts["total"] else None) for name in COLUMNS}
+        dropped = [Dropped(**d) for d in facts["dropped"]]
+        more = {key: facts[key] for key in ("source", "notices", "facts")}
     except (OSError, ValueError, KeyError, TypeError, EOFError):  # missing, cut short or of another version
         return None
-    return RowTable(source=facts["source"], dropped=[Dropped(**d) for d in facts["dropped"]], **columns)
+    return RowTable(dropped=dropped, **more, **columns)
 
 
 def _write(folder: Path, table: RowTable) -> None:
@@ -59,7 +61,9 @@ def _write(folder: Path, table: RowTable) -> None:
     try:
         for name in COLUMNS:
             np.save(temporary / f"{name}.npy", getattr(table, name))
-        facts = {"source": table.source, "total": len(table.ids), "dropped": [asdict(d) for d in table.dropped]}
+        dropped = [asdict(d) for d in table.dropped]
+        facts = {"source": table.source, "total": len(table.ids), "dropped": dropped}
+        facts |= {"notices": table.notices, "facts": table.facts}
         (temporary / "table.json").write_text(json.dumps(facts), encoding="utf-8")
         if folder.exists():  # another process was first, or a broken leftover
             shutil.rmtree(folder, ignore_errors=True)

@@ -11,13 +11,13 @@ from tell.anchor.anchor import Anchor
 from tell.data.example import Example, Message
 from tell.errors import TellError
 from tell.rows.frame import Frame, Frames
+from tell.rows.render import Rendered, Span, render_row
 from tell.rows.template import ChatTokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
 
 SAMPLE = 128  # every 128th row that a frame made is made the long way too, and compared
-Span = tuple[int, int]
 Row = tuple[list[int], list[Span], int]  # ids, trained tokens [first, last), tokens of the contents in the unit
 
 
@@ -32,7 +32,8 @@ class _Chunk:
     begin: int
     rows: list[tuple[Frame, int, int] | None] = field(default_factory=list)  # frame, first part, join tokens
     parts: list[str] = field(default_factory=list)
-    long: dict[int, tuple[str, list[Span]]] = field(default_factory=dict)  # row: text and trained characters
+    long: dict[int, Rendered] = field(default_factory=dict)
+    refused: dict[int, TellError] = field(default_factory=dict)
     contents: dict[int, str] = field(default_factory=dict)  # row: what is counted in the unit
     encoded: list[list[Encoding]] = field(default_factory=list)  # of parts, long and contents
 
@@ -45,17 +46,22 @@ class Encoder:
         unit: the tokenizer that budgets are counted in.
         anchor: put on every row.
         frames: of ``chat``; None to render and encode every row whole.
+
+    Attributes:
+        context: earlier answers without loss, by the rows that have them, so far.
     """
 
     def __init__(self, chat: ChatTokenizer, unit: ChatTokenizer, anchor: Anchor, frames: Frames | None) -> None:
         self.chat, self.unit, self.anchor, self.frames = chat, unit, anchor, frames
         self.same_unit = unit is chat
+        self.context: dict[int, int] = {}
 
-    def encode(self, examples: Sequence[Example], size: int) -> Iterator[tuple[int, list[Row]]]:
+    def encode(self, examples: Sequence[Example], size: int) -> Iterator[tuple[int, list[Row | TellError]]]:
         """Yield (index of the first, rows) of every ``size`` examples; the next ones are encoded meanwhile.
 
+        In place of a row stands why it cannot be trained as it will be decoded.
+
         Raises:
-            TellError: the template refuses a conversation.
             FramesDiffer: a frame fails its sample.
         """
         begins = range(0, len(examples), size)
@@ -85,14 +91,17 @@ class Encoder:
                 try:
                     chunk.long[k] = render_row(self.chat, messages)
                 except TellError as error:
-                    raise TellError(error.what, where=example.origin or error.where, remedy=error.remedy) from error
+                    chunk.refused[k] = error
+                    continue
+                if count := chunk.long[k].context:
+                    self.context[begin + k] = count
             if sampled or not self.same_unit:
                 chunk.contents[k] = "\n".join([m.content for m in messages])
         return chunk
 
     def _frame(self, messages: Sequence[Message]) -> tuple[Frame | None, int]:
         """The frame of a conversation and the tokens of the line breaks between its contents, else (None, 0)."""
-        frame = self.frames.of(messages) if self.frames else None
+        frame = self.frames.of(messages) if self.frames and all([m.is_plain for m in messages]) else None
         joins = 0
         if frame is not None and self.same_unit:
             for message in messages[:-1]:
@@ -106,28 +115,46 @@ class Encoder:
         chat, unit = self.chat.backend, self.unit.backend
         chunk.encoded = [
             chat.encode_batch_fast(chunk.parts, add_special_tokens=False),
-            chat.encode_batch([text for text, _ in chunk.long.values()], add_special_tokens=False),
+            chat.encode_batch([row.text for row in chunk.long.values()], add_special_tokens=False),
             unit.encode_batch_fast(list(chunk.contents.values()), add_special_tokens=False),
         ]
         return chunk
 
-    def _finish(self, chunk: _Chunk) -> tuple[int, list[Row]]:
+    def _finish(self, chunk: _Chunk) -> tuple[int, list[Row | TellError]]:
         parts, whole, counted = chunk.encoded
         units = {k: len(encoding) for k, encoding in zip(chunk.contents, counted, strict=True)}
         long: dict[int, Row] = {}
-        for (k, (text, spans)), encoding in zip(chunk.long.items(), whole, strict=True):
-            long[k] = (*_whole(self.chat, text, encoding, spans), units[k])
-        rows: list[Row] = []
+        for (k, rendered), encoding in zip(chunk.long.items(), whole, strict=True):
+            long[k] = (*_whole(self.chat, rendered, encoding), units[k])
+        rows: list[Row | TellError] = []
         for k, entry in enumerate(chunk.rows):
             if entry is None:
-                rows.append(long[k])
-                continue
-            ids, spans, unit = _assemble(*entry, parts)
-            row = (ids, spans, unit if self.same_unit else units[k])
-            if k in long and row != long[k]:
-                raise FramesDiffer
-            rows.append(row)
+                row: Row | TellError = long[k] if k in long else chunk.refused[k]
+            else:
+                ids, spans, unit = _assemble(*entry, parts)
+                row = (ids, spans, unit if self.same_unit else units[k])
+                if k in chunk.refused or (k in long and row != long[k]):
+                    raise FramesDiffer
+            rows.append(row if isinstance(row, TellError) else self._ends(row) or row)
         return chunk.begin, rows
+
+    def _ends(self, row: Row) -> TellError | None:
+        """What is wrong with the end of a row's answer: decoding has to stop there, and not before."""
+        ids, spans, _ = row
+        if not spans or spans[-1][0] >= spans[-1][1]:
+            return None  # nothing to train
+        first, last = spans[-1]
+        if ids[last - 1] not in self.chat.stop_ids:
+            return TellError(
+                f"decoding of {self.chat.family} does not stop at {self.chat.end_of_turn!r}, which ends its answers",
+                remedy="Set eos_token in tokenizer_config.json to a token of the tokenizer.",
+            )
+        inside = next((i for i in ids[first : last - 1] if i in self.chat.stop_ids), None)
+        if inside is None:
+            return None
+        token = self.chat.backend.id_to_token(inside)
+        what = f"the answer holds {token}, at which decoding of {self.chat.family} stops"
+        return TellError(what, remedy="Take it out of the answer.")
 
 
 def _assemble(frame: Frame, first: int, joins: int, parts: list[Encoding]) -> Row:
@@ -149,95 +176,29 @@ def _assemble(frame: Frame, first: int, joins: int, parts: list[Encoding]) -> Ro
     return ids, spans, unit
 
 
-def render_row(chat: ChatTokenizer, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]]]:
-    """Text of a conversation and the character spans [start, end) that are trained.
-
-    A span is an answer with its end-of-turn text; white space after that is not trained. What the template
-    writes between the answer's header and the answer is trained too, where decoding would have to write it.
-
-    Raises:
-        TellError: the template does not reproduce an answer.
-    """
-    full = chat.render(messages)
-    turn = chat.end_of_turn
-    spans: list[tuple[int, int]] = []
-    places: list[tuple[int, int]] | None = None
-    answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
-    for nth, i in enumerate(answers):
-        head = chat.render(messages[:i], add_generation_prompt=True)
-        content = messages[i].content
-        if full.startswith(content, len(head)) and full.startswith(head):
-            start, end = len(head), len(head) + len(content)
-        else:  # the template trims the answer or alters the head (Qwen3 drops old thoughts)
-            if places is None:
-                places = _find_answers(chat, messages, full)
-            start, end = places[nth]
-            if full.startswith(head) and len(head) < start:
-                start = len(head)
-        gap = len(full[end:]) - len(full[end:].lstrip())
-        if turn and full.startswith(turn, end):
-            end += len(turn)
-        elif turn and full.startswith(turn, end + gap):
-            end += gap + len(turn)
-        elif i == len(messages) - 1:  # the template closes no answer: end it ourselves, or it never learns to stop
-            full = full[:end] + turn
-            end = len(full)
-        if content.strip():
-            spans.append((start, end))
-    return full, spans
-
-
-def _find_answers(chat: ChatTokenizer, messages: Sequence[Message], full: str) -> list[tuple[int, int]]:
-    """[start, end) of each answer's content in ``full``, by what the template writes around marked answers.
-
-    Searching for the answer's text would find it in the prompt as well: "yes" in "Answer yes or no."
-    """
-    marked = [
-        Message(message.role, f"\ue000{i}\ue001") if message.role == "assistant" else message
-        for i, message in enumerate(messages)
-    ]
-    around, places, cursor = chat.render(marked), [], 0
-    for i, message in enumerate(messages):
-        if message.role != "assistant":
-            continue
-        before, found, around = around.partition(marked[i].content)
-        start = cursor + len(before)
-        content = message.content
-        shown = next((c for c in (content, content.strip(), content.lstrip()) if full.startswith(c, start)), None)
-        if not found or shown is None or full[cursor:start] != before:
-            # an answer with thoughts of its own (Qwen3) moves what stands around it; only such long texts get here
-            turns, shown = chat.render(messages[:i]), content.strip()
-            start = full.find(shown, len(turns)) if full.startswith(turns) else -1
-            if start < 0:
-                raise TellError(
-                    "the chat template changes the answer's text",
-                    where=str(chat.folder),
-                    remedy="Use the base model's default template or another chat template.",
-                )
-        cursor = start + len(shown)
-        places.append((start, cursor))
-    return places
-
-
-def _whole(chat: ChatTokenizer, text: str, encoding: Encoding, spans: list[Span]) -> tuple[list[int], list[Span]]:
+def _whole(chat: ChatTokenizer, row: Rendered, encoding: Encoding) -> tuple[list[int], list[Span]]:
     """(n,) ids of a rendered row and its trained spans in tokens.
 
-    Decoding starts from the prompt's ids alone. Where a token of the whole text reaches across the border between
-    prompt and last answer (``]{``), or the prompt's last tokens would be others without the answer behind them, the
-    two are encoded apart, so that training and decoding see the same ids.
+    Decoding starts from the prompt's ids alone, so the row begins with exactly these. Where a token of the whole text
+    reaches across the border between prompt and last answer (``]{``), or the prompt's last tokens would be others
+    without the answer behind them, the two are encoded apart. Text is cut at added tokens first: what follows the
+    prompt's last one decides.
     """
     ids = encoding.ids
-    tokens = [_token_span(encoding, ids, start, end) for start, end in spans]
-    if spans and tokens[-1][0] < tokens[-1][1]:
-        border, first = spans[-1][0], tokens[-1][0]
+    tokens = [_token_span(encoding, ids, start, end) for start, end in row.spans]
+    if tokens and tokens[-1][0] < tokens[-1][1]:
+        border, first = row.spans[-1][0], tokens[-1][0]
         begin = next((at for at in range(first - 1, -1, -1) if ids[at] in chat.added_ids), 0)
-        tail = text[encoding.token_to_chars(begin)[0] if first else 0 : border]
+        tail = row.text[encoding.token_to_chars(begin)[0] if first else 0 : border]
         if ids[begin:first] != list(chat.encode_header(tail)):
-            head, rest = chat.backend.encode_batch([text[:border], text[border:]], add_special_tokens=False)
-            tokens = [_token_span(head, head.ids, start, end) for start, end in spans[:-1]]
-            a, b = _token_span(rest, rest.ids, 0, spans[-1][1] - border)
-            tokens.append((len(head.ids) + a, len(head.ids) + b))
-            ids = head.ids + rest.ids
+            head, rest = chat.backend.encode_batch([row.text[:border], row.text[border:]], add_special_tokens=False)
+            if ids[: len(head.ids)] == head.ids:  # a special token took the white space behind it
+                tokens[-1] = (len(head.ids), tokens[-1][1])
+            else:
+                tokens = [_token_span(head, head.ids, start, end) for start, end in row.spans[:-1]]
+                _, last = _token_span(rest, rest.ids, 0, row.spans[-1][1] - border)
+                tokens.append((len(head.ids), len(head.ids) + last))
+                ids = head.ids + rest.ids
     return ids, tokens
 
 

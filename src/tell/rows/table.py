@@ -31,6 +31,8 @@ class RowTable:
         mask: (sum of tokens,) bool, True where the token is trained.
         starts: (n + 1,) int64, row i is ``ids[starts[i]:starts[i + 1]]``.
         dropped: rows left out, with reasons.
+        notices: sentences for the user about all rows.
+        facts: about the source they were read from, for findings.json.
     """
 
     source: str
@@ -43,6 +45,8 @@ class RowTable:
     mask: np.ndarray
     starts: np.ndarray
     dropped: list[Dropped] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+    facts: dict = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.tokens)

@@ -7,15 +7,17 @@ transformers' own tokenizer classes import torch; planning must not. The same fi
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-from tell.data.example import Message
+from tell.data.example import Message, tools_of
 from tell.errors import TellError
 
 # What a model without a chat template gets; the end token closes each answer. A begin token stands first where
@@ -39,12 +41,14 @@ class ChatTokenizer:
         template: the jinja source in use.
         has_own_template: False when DEFAULT_TEMPLATE stands in.
         eos_ids: ids that end an answer, from tokenizer and generation config.
+        thinking: whether the template's switch for thoughts is on, where it has one.
+        family: ``model_type`` of the model, for messages.
     """
 
     def __init__(self, folder: str | Path) -> None:
         from tokenizers import Tokenizer
 
-        self.folder = Path(folder)
+        self.folder, self.thinking = Path(folder), False
         path = self.folder / "tokenizer.json"
         if not path.exists():
             raise TellError(
@@ -66,7 +70,9 @@ class ChatTokenizer:
         self.template = template if template is not None else DEFAULT_TEMPLATE
         self._headers: dict[str, tuple[int, ...]] = {}
         self.eos_ids = self._find_eos_ids()
-        if "eos_token" not in self.special and (end := self.backend.id_to_token(self.eos_ids[0])):
+        self.family = str(_read_json(self.folder / "config.json").get("model_type") or self.folder.name)
+        end = self.backend.id_to_token(self.eos_ids[0])
+        if end and self.backend.token_to_id(self.special.get("eos_token", "")) is None:
             self.special["eos_token"] = end  # named by the generation config alone
         if not self.has_own_template:
             self.template = self.template.replace("begins", str(self._begins()).lower())
@@ -77,6 +83,7 @@ class ChatTokenizer:
         digest = hashlib.sha256((self.folder / "tokenizer.json").read_bytes())
         digest.update(self.template.encode())
         digest.update(json.dumps(self.special, sort_keys=True).encode())
+        digest.update(b"thinking" * self.thinking)
         return digest.hexdigest()[:16]
 
     def _find_eos_ids(self) -> tuple[int, ...]:
@@ -147,20 +154,43 @@ class ChatTokenizer:
         """The conversation as the model's text, special tokens included.
 
         Raises:
-            TellError: the template refuses the conversation (e.g. roles out of turn).
+            TellError: the template refuses the conversation (e.g. roles out of turn), or shows nothing of its tools.
         """
+        text = self._render(messages, tools_of(messages), add_generation_prompt)
+        if not all(m.is_plain for m in messages):
+            self._check_tools(messages, text, add_generation_prompt)
+        return text
+
+    def _check_tools(self, messages: Sequence[Message], text: str, header: bool) -> None:
+        """Refuse tools, tool calls and results that a template passes over without a word."""
+        tools = tools_of(messages)
+        results = [m.content.strip() for m in messages if m.role == "tool"]
+        called = [m for m in messages if m.role == "assistant" and m.extra]
+        lost = [f"{len(tools)} tools"] if tools and self._render(messages, None, header) == text else []
+        lost += ["a tool's result"] if any(result not in text for result in results) else []
+        if called and self._render([replace(m, extra="") for m in messages], tools, header) == text:
+            lost.append("tool calls")
+        if lost:
+            raise TellError(
+                f"the chat template of {self.family} leaves out {' and '.join(lost)}",
+                where=str(self.folder),
+                remedy="Use a model whose template shows tools, or write tools, calls and results into content.",
+            )
+
+    def _render(self, messages: Sequence[Message], tools: list[dict] | None, header: bool) -> str:
         try:
             return self._compiled.render(
                 messages=[m.to_dict() for m in messages],
-                tools=None,  # set, as transformers sets them: templates ask `is not none`
+                tools=tools,  # None, as transformers sets them: templates ask `is not none`
                 documents=None,
-                add_generation_prompt=add_generation_prompt,
-                enable_thinking=False,
+                add_generation_prompt=header,
+                enable_thinking=self.thinking,  # Qwen3, GLM, SmolLM3
+                thinking=self.thinking,  # DeepSeek V3.1, Granite
                 **self.special,
             )
         except Exception as error:
             raise TellError(
-                f"the chat template refuses the conversation ({error})",
+                f"the chat template of {self.family} refuses the conversation ({error})",
                 where=str(self.folder),
                 remedy="Let roles alternate user, assistant; a template without system role needs anchor.place user.",
             ) from error
@@ -175,30 +205,63 @@ class ChatTokenizer:
             return False
         return probe in text
 
+    def thoughtful(self) -> ChatTokenizer:
+        """The same with the template's switch for thoughts on; itself where it has no switch."""
+        other = copy.copy(self)
+        other.thinking = True
+        for name in ("fingerprint", "_probe", "end_of_turn", "stop_ids"):
+            vars(other).pop(name, None)
+        user = [Message("user", "x")]
+        ours, theirs = (chat.render(user, add_generation_prompt=True) for chat in (self, other))
+        return self if ours == theirs else other
+
+    @cached_property
+    def _probe(self) -> tuple[str, str, bool]:
+        """Text between the prompt of decoding and an answer, text behind the answer, whether answers are trimmed."""
+        answer = "tell-answer-probe"
+        turns = [Message("user", "x"), Message("assistant", f"\t{answer}\t")]  # templates write spaces, never tabs
+        prompt, text = self.render(turns[:1], add_generation_prompt=True), self.render(turns)
+        before, found, after = text.rpartition(answer)
+        lead = before[len(prompt) :].rstrip("\t") if before.startswith(prompt) else ""
+        return lead, after if found else "", turns[1].content not in text
+
+    @property
+    def lead(self) -> str:
+        """What the template writes between the prompt of decoding and an answer, e.g. a space (Mistral)."""
+        return self._probe[0]
+
+    @property
+    def trims(self) -> bool:
+        """Whether the template takes white space off the ends of answers."""
+        return self._probe[2]
+
     @cached_property
     def end_of_turn(self) -> str:
-        """The text that closes an answer, white space after it cut: ``<|im_end|>``, ``</s>``, ``<end_of_turn>``.
+        """The text that closes an answer, white space before it cut: ``<|im_end|>``, ``</s>``, ``<end_of_turn>``.
 
-        Ends with the first special token: Phi-3 writes ``<|end|>`` behind each answer and ``<|endoftext|>`` behind
-        the last. Falls back to the end token where the template writes nothing behind an answer.
+        Ends with the first added token: Phi-3 writes ``<|end|>`` behind each answer and ``<|endoftext|>`` behind
+        the last. The end token where the template writes none that the tokenizer knows: decoding stops at a token.
         """
-        answer = "tell-answer-probe"
-        text = self.render([Message("user", "x"), Message("assistant", answer)])
-        tail = text.rpartition(answer)[2].strip() if answer in text else ""
-        ends = [tail.index(token) + len(token) for token in self._added if token in tail]
-        return tail[: min(ends)] if ends else tail or self.special.get("eos_token", "")
+        tail = self._probe[1].strip()
+        ends = [tail.index(token) + len(token) for token in self._added if token.strip() and token in tail]
+        return tail[: min(ends)] if ends else self.special.get("eos_token", "")
 
     @cached_property
     def stop_ids(self) -> tuple[int, ...]:
-        """Ids at which decoding stops: the end tokens and the first token of ``end_of_turn``."""
+        """Ids at which decoding stops: the end tokens and the last token of ``end_of_turn``."""
         turn = self.encode(self.end_of_turn)
-        single = [turn[0]] if turn and self.backend.id_to_token(turn[0]) in self._added else []
+        single = [turn[-1]] if turn and turn[-1] in self.added_ids else []
         return tuple(dict.fromkeys([*self.eos_ids, *single]))
 
     @cached_property
     def added_ids(self) -> frozenset[int]:
         """Ids of tokens that stand outside the vocabulary's merges: text is split at them first."""
         return frozenset(self.backend.get_added_tokens_decoder())
+
+    @cached_property
+    def size(self) -> int:
+        """One more than the highest token id."""
+        return max(self.backend.get_vocab_size(with_added_tokens=False) - 1, *self.added_ids, 0) + 1
 
     @cached_property
     def _added(self) -> set[str]:

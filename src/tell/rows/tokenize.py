@@ -29,12 +29,16 @@ class RowRules:
         max_length: longest row in tokens.
         too_long, nothing_to_train: ``drop`` (counted, named) or ``refuse``.
         loss_on: ``answer`` trains answers and their end tokens, ``all`` every token but the first.
+        misfit: ``drop`` or ``refuse`` rows that cannot be trained as they will be decoded.
+        vocab: rows of the model's embedding; ids beyond them are a misfit. None: not known.
     """
 
     max_length: int = 2048
     too_long: Literal["drop", "refuse"] = "drop"
     nothing_to_train: Literal["drop", "refuse"] = "refuse"
     loss_on: Literal["answer", "all"] = "answer"
+    misfit: Literal["drop", "refuse"] = "refuse"
+    vocab: int | None = None
 
 
 def tokenize(
@@ -66,7 +70,7 @@ def tokenize(
         A RowTable of the rows kept, the others in ``dropped``.
 
     Raises:
-        TellError: a row is too long or has nothing to train and the rules refuse that.
+        TellError: a row is too long, has nothing to train or does not fit the model, and the rules refuse that.
     """
     rules, unit = rules or RowRules(), unit or chat
     if len(examples) >= FEW:
@@ -91,9 +95,14 @@ def _tokenize(
     for begin, rows in encoder.encode(examples, CHUNK):
         flat: list[int] = []
         spans: list[tuple[int, int]] = []
-        for k, (row, trained_spans, length) in enumerate(rows):
-            count = _trained(trained_spans, len(row), rules)
-            reason = _reason(len(row), count, rules, examples[begin + k])
+        for k, entry in enumerate(rows):
+            misfit = entry if isinstance(entry, TellError) else unknown_token(entry[0], encoder.chat, rules.vocab)
+            if misfit:
+                reason: str | None = _misfit(misfit, rules, examples[begin + k])
+            else:
+                row, trained_spans, length = entry
+                count = _trained(trained_spans, len(row), rules)
+                reason = _reason(len(row), count, rules, examples[begin + k])
             if reason:
                 dropped.append(Dropped(examples[begin + k].origin, reason))
                 continue
@@ -123,7 +132,18 @@ def _tokenize(
         mask=mask.array(),
         starts=np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64),
         dropped=dropped,
+        notices=_notices(source, encoder),
     )
+
+
+def _notices(source: str, encoder: Encoder) -> list[str]:
+    if not encoder.context:
+        return []
+    answers, rows = sum(encoder.context.values()), len(encoder.context)
+    return [
+        f"{source}: {answers:,} earlier answers of {rows:,} rows are context without loss, since the chat template of "
+        f"{encoder.chat.family} shows them otherwise than decoding writes them; a row of its own trains one"
+    ]
 
 
 class Buffer:
@@ -181,6 +201,26 @@ def _reason(length: int, trained: int, rules: RowRules, example: Example) -> str
     if policy == "refuse":
         raise TellError(reason, where=example.origin, remedy=remedy)
     return reason
+
+
+def _misfit(error: TellError, rules: RowRules, example: Example) -> str:
+    """Why a row is dropped that cannot be trained as it will be decoded; raises where the rules refuse."""
+    if rules.misfit == "refuse":
+        raise TellError(error.what, where=example.origin or error.where, remedy=error.remedy) from error
+    return error.what
+
+
+def unknown_token(ids: Sequence[int], chat: ChatTokenizer, vocab: int | None) -> TellError | None:
+    """The first token that the model has no embedding for."""
+    if vocab is None or chat.size <= vocab or max(ids, default=0) < vocab:
+        return None
+    token = next(i for i in ids if i >= vocab)
+    return TellError(
+        f"{chat.backend.id_to_token(token)} is token {token} of the tokenizer, and the embedding of {chat.family} has "
+        f"{vocab:,} rows",
+        remedy="Resize the model's embedding to its tokenizer (resize_token_embeddings) and train it, or leave the "
+        "token out of the data.",
+    )
 
 
 def prompt_ids(chat: ChatTokenizer, example: Example, anchor: Anchor = NO_ANCHOR) -> list[int]:

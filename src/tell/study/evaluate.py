@@ -9,10 +9,11 @@ from pathlib import Path
 from tell.config import Config, GenerateConfig, make_config, merge, parse_overrides
 from tell.data.budget import take_rows
 from tell.data.example import Example
-from tell.data.kind import Kind
+from tell.data.kind import Kind, misfits
 from tell.data.sources import load
 from tell.errors import TellError
 from tell.progress import Display, Silent
+from tell.rows.ends import without_ends
 from tell.run import RunFolder, write_jsonl
 from tell.study.answer_loss import answer_loss_metric, answer_losses
 from tell.study.scoring import (
@@ -28,6 +29,8 @@ from tell.study.scoring import (
 )
 from tell.study.session import CELL_ADAPTER, OpenRun, open_run
 
+EVAL_KEYS = ("answer_loss", "arms", "bleurt", "bootstrap", "icl_examples")
+"""What of ``eval`` scoring reads; the rest belongs to a run, or to ``--benchmarks``."""
 WITHOUT = {"test": ", or give test rows with --test", "training": ", or leave the arm icl out", "fixed example": ""}
 
 
@@ -76,11 +79,14 @@ def evaluate(
         )
     adapters = {arm: opened.adapter(arm) for arm in wanted}
     facts = _read(opened.folder, opened.folder.findings)
-    train, examples, shots = _examples(opened, test, need_train="icl" in wanted)
+    train, examples, shots = _examples(opened, test, display, need_train="icl" in wanted)
     if rows is not None and rows < len(examples):
         examples = [examples[i] for i in sorted(take_rows(len(examples), rows, seed))]
-    check_prompts(opened.chat, opened.anchor, examples, opened.files.architecture.max_positions, shots)
+    arch = opened.files.architecture
+    check_prompts(opened.chat, opened.anchor, examples, arch.max_positions, shots, arch.vocab)
     kind = _kind(opened, facts["kind"])
+    if said := misfits(kind, examples):
+        display.note(said)
     scorer = scorer_of(config, kind)
     from tell.generate.sampler import Decoding
     from tell.train.lora import adapter_merged
@@ -142,6 +148,12 @@ def _override(config: Config, overrides: Sequence[str]) -> Config:
             f"--set {next(iter(set(changes) - {'generate', 'eval'}))} has no effect on scoring",
             remedy="Only generate.* and eval.* can be changed after training.",
         )
+    asked = changes.get("eval")
+    if isinstance(asked, dict) and (idle := [key for key in asked if key not in EVAL_KEYS]):
+        raise TellError(
+            f"--set eval.{idle[0]} has no effect on scoring",
+            remedy=f"Of eval, {', '.join(EVAL_KEYS)} can be set; benchmarks have flags of their own (--benchmarks).",
+        )
     return make_config(merge(config.model_dump(by_alias=True, mode="json"), changes), where="--set")
 
 
@@ -158,7 +170,7 @@ def _kind(opened: OpenRun, facts: dict) -> Kind:
 
 
 def _examples(
-    opened: OpenRun, test: str | None, *, need_train: bool
+    opened: OpenRun, test: str | None, display: Display, *, need_train: bool
 ) -> tuple[list[Example], list[Example], list[Example]]:
     """Training rows (for in-context examples only), test rows and fixed examples, found again by their hashes."""
     task = opened.config.task
@@ -169,7 +181,10 @@ def _examples(
     train = _pick(parts["train"], by_hash, task.data, "training") if need_train else []
     shots = _pick(shown, by_hash, task.data, "fixed example")
     if test:
-        return train, load(test, name="task", columns=task.columns).examples, shots
+        given = load(test, name="task", columns=task.columns)
+        for notice in given.notices:
+            display.note(notice)
+        return train, without_ends(given.examples, opened.chat)[0], shots
     return train, _pick(parts["test"], by_hash, task.test or task.data, "test"), shots
 
 
@@ -188,7 +203,8 @@ def _by_hash(opened: OpenRun, paths: Iterable[str | None]) -> dict[str, Example]
     """The rows of task files, each file read once."""
     columns = opened.config.task.columns
     files = dict.fromkeys(path for path in paths if path)
-    return {e.hash: e for path in files for e in load(path, name="task", columns=columns).examples}
+    rows = (load(path, name="task", columns=columns).examples for path in files)
+    return {e.hash: e for examples in rows for e in without_ends(examples, opened.chat)[0]}
 
 
 def _pick(hashes: Sequence[str], by_hash: dict[str, Example], path: str | None, what: str) -> list[Example]:

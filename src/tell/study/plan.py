@@ -32,7 +32,7 @@ from tell.study.prepare import (
     stand_in_anchor,
     task_table,
 )
-from tell.study.scoring import answer_limit
+from tell.study.scoring import answer_limit, check_prompts
 from tell.study.self_data import cached_self_file, enough_of
 
 SELF_KEPT = 0.7  # share of the model's own rows that pass the filters (91 of 128, SmolLM2-135M)
@@ -65,6 +65,8 @@ def plan(config: Config, *, display: Display | None = None) -> dict:
     anchor = place_anchor(task, anchor, display)
     limit_task(task, anchor)
     table = task_table(task, anchor, task.train)
+    arch = task.files.architecture
+    check_prompts(task.chat, anchor, task.test, arch.max_positions, task.shots, arch.vocab)
     general, draw = plan_general(task, table, display)
     if config.max_minutes:
         from tell.study.budget import fit_minutes

@@ -15,7 +15,7 @@ from tell.config import Config, TrainConfig
 from tell.data.budget import take_rows, take_tokens
 from tell.data.builtin import load_builtin
 from tell.data.example import Example
-from tell.data.kind import Kind, detect_kind, load_schema
+from tell.data.kind import Kind, detect_kind, load_schema, missing_classes, widen
 from tell.data.overlap import Overlap, find_overlap
 from tell.data.sources import Loaded, file_fingerprint, load
 from tell.data.split import Splits, split, split_given_test
@@ -30,6 +30,7 @@ from tell.rows.cache import cache_key, cached_table
 from tell.rows.table import Dropped, RowTable
 from tell.rows.template import ChatTokenizer
 from tell.rows.tokenize import RowRules, tokenize
+from tell.study.fit import cleaned, fitted, general_notices
 from tell.study.shots import check_shots, pick_shots
 
 PAIRS_KEPT = 20
@@ -49,6 +50,7 @@ class Task:
             `limit_task`).
         shots: the examples that stand in every test prompt (``task.shots``).
         findings: ``findings.json`` as far as it is known.
+        display: hears notices about rows.
     """
 
     config: Config
@@ -62,6 +64,7 @@ class Task:
     findings: dict
     notices: list[str] = field(default_factory=list)
     shots: list[Example] = field(default_factory=list)
+    display: Display = field(default_factory=Silent)
 
     @property
     def training(self) -> TrainConfig:
@@ -72,7 +75,8 @@ class Task:
     @property
     def rules(self) -> RowRules:
         train = self.config.train
-        return RowRules(train.max_length, train.too_long, train.nothing_to_train, train.loss_on)
+        vocab = self.files.architecture.vocab
+        return RowRules(train.max_length, train.too_long, train.nothing_to_train, train.loss_on, vocab=vocab)
 
     def notice(self, text: str, display: Display) -> None:
         if text not in self.notices:
@@ -106,18 +110,23 @@ def load_task(config: Config, display: Display | None = None) -> Task:
     positions = files.architecture.max_positions
     if positions and positions < config.train.max_length:
         config = config.model_copy(update={"train": config.train.model_copy(update={"max_length": positions})})
-    chat = ChatTokenizer(files.path)
+    data, given, chat, notices = fitted(data, given, files, config.train.lora_targets)
     unit = chat
     if config.tokens.unit != "model":
         unit = ChatTokenizer(find_tokenizer(config.tokens.unit, notify=display.note))
     parts = _split(config, data, given)
-    kind = detect_kind([*parts.train, *parts.validation], override=config.task.kind, schema=schema)
-    task = Task(config, files, chat, unit, parts.train, parts.validation, parts.test, kind, {})
+    known = [*parts.train, *parts.validation]
+    kind, said = widen(detect_kind(known, override=config.task.kind, schema=schema), known, parts.test)
+    task = Task(config, files, chat, unit, parts.train, parts.validation, parts.test, kind, {}, display=display)
+    for notice in (*data.notices, *(given.notices if given else ()), *notices, *([said] if said else ())):
+        task.notice(notice, display)
     if not chat.has_own_template:
         task.notice(f"{files.name} has no chat template; the plain default is used (docs/method.md)", display)
     task.validation = task.validation[:VALIDATION_ROWS]
     if config.task.test_rows and config.task.test_rows < len(task.test):
         task.test = [task.test[i] for i in sorted(take_rows(len(task.test), config.task.test_rows, config.seed))]
+    for text in missing_classes(kind, known, task.test):
+        task.notice(text, display)
     overlap = find_overlap(task.train, task.test)
     dropped = 0
     if config.task.drop_overlap and overlap.indices:
@@ -279,6 +288,8 @@ def task_table(task: Task, anchor: Anchor, examples: Sequence[Example], name: st
             rules=asdict(task.rules),
         )
         table, _ = cached_table(key, make)
+    for notice in table.notices:
+        task.notice(notice, task.display)
     if examples and not len(table):
         first = table.dropped[0]
         raise TellError(
@@ -320,7 +331,8 @@ def load_general(task: Task, source: str, display: Display, *, overlap: bool = T
     """
     config = task.config
     columns = config.general.columns
-    rules = RowRules(config.train.max_length, "drop", "drop", config.train.loss_on)
+    vocab = task.files.architecture.vocab
+    rules = RowRules(config.train.max_length, "drop", "drop", config.train.loss_on, "drop", vocab)
     loaded = load_builtin() if source == "builtin" else None
     is_file = Path(source).expanduser().is_file()
     if loaded is None and (not is_file or overlap):
@@ -329,22 +341,27 @@ def load_general(task: Task, source: str, display: Display, *, overlap: bool = T
         data=loaded.fingerprint if loaded else file_fingerprint(Path(source).expanduser(), columns, "general"),
         tokenizer=task.chat.fingerprint,
         unit=task.unit.fingerprint,
-        rules=[rules.max_length, rules.loss_on],
+        rules=[rules.max_length, rules.loss_on, rules.vocab],
     )
-    layout: dict = {}
 
     def make() -> RowTable:
         data = loaded or load(source, name="general", columns=columns)
-        layout.update(_describe(data))
         lost = [Dropped(origin, reason) for origin, reason in data.dropped]
+        data, notices = cleaned(data, task.chat)
         with display.bar("tokenise general data", len(data.examples)) as advance:
             table = tokenize(data.examples, task.chat, source="general", rules=rules, unit=task.unit, progress=advance)
         table.dropped[:0] = lost
+        table.notices[:0] = [*data.notices, *notices]
+        table.facts = _describe(data)
         return table
 
     table, _ = cached_table(key, make)
-    if not layout:
-        layout = _describe(loaded) if loaded else {"path": source, "rows": len(table) + len(table.dropped)}
+    for notice in general_notices(table, source):
+        task.notice(notice, display)
+    layout = {
+        **table.facts,
+        "path": loaded.path if loaded else source,
+    }  # the cache knows a file by its content, whatever it is called
     blocked: set[int] = set()
     if overlap and loaded is not None:
         found = find_overlap(loaded.examples, task.test)

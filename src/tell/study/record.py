@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from tell import __version__
@@ -44,23 +45,34 @@ def write_decided(
     write_text(folder.split, split)
     if task.kind.schema is not None:
         write_json(folder.schema, task.kind.schema)
-    write_json(folder.plan, plan)
+    write_json(folder.plan, {**plan, "thinking": task.chat.thinking})
     if lead is not None:
         tables, mixture = lead
         write_manifest(folder.manifest, mixture, tables, task.config.train.batch_size)
 
 
-def write_adapter_notes(folder: RunFolder, task: Task) -> None:
-    """What the adapter needs to be used elsewhere: its anchor, and its base model by name, or by path of a folder."""
+def thinks(folder: RunFolder) -> bool:
+    """Whether a run's prompts let the model think."""
+    if not folder.plan.exists():
+        return False
+    return bool(json.loads(folder.plan.read_text(encoding="utf-8")).get("thinking"))
+
+
+def write_adapter_notes(folder: RunFolder, task: Task, place: Path) -> None:
+    """What an adapter needs to be used elsewhere: the anchor, and its base model by name, or by path of a folder.
+
+    Args:
+        place: the adapter's folder, of whichever arm.
+    """
     files = task.files
     name = str(files.path) if files.origin == "folder" else files.name
     anchor = json.loads(folder.anchor.read_text(encoding="utf-8"))
     anchor.pop("candidates", None)
     revision = task.config.model.revision
     notes = {"anchor": anchor, "base_model": name, "revision": revision, "origin": files.origin}
-    write_json(folder.adapter / "tell.json", notes)
+    write_json(place / "tell.json", {**notes, "thinking": task.chat.thinking})
     # peft notes the folder the weights lay in, for a model of the hub one of its cache.
-    path = folder.adapter / "adapter_config.json"
+    path = place / "adapter_config.json"
     write_json(path, {**json.loads(path.read_text(encoding="utf-8")), "base_model_name_or_path": name})
 
 

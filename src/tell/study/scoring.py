@@ -21,6 +21,7 @@ from tell.models.architecture import Architecture
 from tell.models.flops import inference_flops
 from tell.progress import Display
 from tell.rows.template import ChatTokenizer
+from tell.rows.tokenize import unknown_token
 
 if TYPE_CHECKING:
     from tell.generate.sampler import Decoding
@@ -50,18 +51,23 @@ def check_prompts(
     test: Sequence[Example],
     positions: int | None,
     shots: Sequence[Example] = (),
+    vocab: int | None = None,
 ) -> None:
-    """Refuse test rows whose prompt leaves no room for an answer.
+    """Refuse test rows whose prompt leaves no room for an answer, or that the model cannot read.
 
     Args:
         positions: longest row the model takes, in tokens; None where it does not say.
         shots: examples in every prompt.
+        vocab: rows of the model's embedding; None where it is not known.
 
     Raises:
         TellError: the first such row.
     """
-    for example in test if positions else ():
-        if (length := len(_shot_prompt(chat, example, anchor, shots))) >= positions:
+    for example in test:
+        prompt = _shot_prompt(chat, example, anchor, shots)
+        if error := unknown_token(prompt, chat, vocab):
+            raise TellError(error.what, where=example.origin, remedy=error.remedy)
+        if positions and (length := len(prompt)) >= positions:
             raise TellError(
                 f"the prompt has {length:,} tokens and the model takes {positions:,}",
                 where=example.origin,
@@ -103,20 +109,29 @@ def arm_prompts(
 
 def _shot_prompt(chat: ChatTokenizer, example: Example, anchor: Anchor, shots: Sequence[Example]) -> list[int]:
     """Ids of a test prompt after examples, with the anchor once."""
-    turns = [*example_turns(shots), *_turns(example.prompt, len(shots))]
-    return chat.encode(chat.render(anchor.apply(turns), add_generation_prompt=True))
+    system = list(example.prompt[:1]) if shots and example.prompt and example.prompt[0].role == "system" else []
+    turns = [*system, *_turns(shots, system), *example.prompt[len(system) :]]
+    try:
+        return chat.encode(chat.render(anchor.apply(turns), add_generation_prompt=True))
+    except TellError as error:
+        raise TellError(error.what, where=example.origin or error.where, remedy=error.remedy) from error
 
 
 def example_turns(examples: Sequence[Example]) -> list[Message]:
-    """Examples as turns; of system messages only the first example's stays."""
+    """Examples as turns, behind the system text of the first that has one."""
+    system = next((list(e.messages[:1]) for e in examples if e.messages[0].role == "system"), [])
+    return [*system, *_turns(examples, system)]
+
+
+def _turns(examples: Sequence[Example], system: Sequence[Message]) -> list[Message]:
+    """The turns of examples; a system text of their own that is not ``system`` heads their first user turn."""
     turns: list[Message] = []
-    for i, example in enumerate(examples):
-        turns += _turns(example.messages, i)
+    for example in examples:
+        own = [m for m in example.messages if m.role == "system" and m not in system]
+        rest = [m for m in example.messages if m.role != "system"]
+        text = "\n\n".join(m.content for m in own if m.content.strip())
+        turns += Anchor(text).apply(rest) if text else rest
     return turns
-
-
-def _turns(messages: Sequence[Message], before: int) -> list[Message]:
-    return [m for m in messages if before == 0 or m.role != "system"]
 
 
 def answer_rows(

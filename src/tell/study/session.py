@@ -17,7 +17,7 @@ from tell.models.find import ModelFiles, find_model
 from tell.rows.template import ChatTokenizer
 from tell.run import RunFolder
 from tell.study.folder import read_run_config
-from tell.study.record import dtype_name
+from tell.study.record import dtype_name, thinks
 from tell.study.scoring import adapter_folder, adapter_ready
 
 # What to do where a cell of a study has none: a finished one is not run again as long as it is there.
@@ -156,4 +156,5 @@ def open_run(run: str | Path) -> OpenRun:
     files = find_model(
         config.model.name, revision=config.model.revision, trust_remote_code=config.model.trust_remote_code
     )
-    return OpenRun(folder, config, anchor, files, ChatTokenizer(files.path))
+    chat = ChatTokenizer(files.path)
+    return OpenRun(folder, config, anchor, files, chat.thoughtful() if thinks(folder) else chat)

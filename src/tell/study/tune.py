@@ -140,7 +140,8 @@ class _Run:
         train, split = task.train, dict(task.findings["split"])
         limit_task(task, stand_in)
         task_table(task, stand_in, task.train)
-        check_prompts(task.chat, stand_in, task.test, task.files.architecture.max_positions, task.shots)
+        arch = task.files.architecture
+        check_prompts(task.chat, stand_in, task.test, arch.max_positions, task.shots, arch.vocab)
         task.train, task.findings["split"] = train, split  # the true anchor decides again
         if (source := general_source(task, self.display)) not in ("self", "none"):
             self.general = load_general(task, source, self.display)
@@ -430,11 +431,10 @@ class _Run:
                     write_json(gave_up, {"error": error.what})  # a resumed run need not find out again
                     self._leave_out(arm, error.what)
                     continue
-            if arm == "tell":
-                write_adapter_notes(self.folder, self.task)
-                if result.steps >= 10 and result.seconds > 0 and self.processes is None:
-                    computed = arm_costs(self.task, mixture)["computed_tokens"]
-                    keep_speed(self.task, self.loaded, computed / result.seconds)
+            write_adapter_notes(self.folder, self.task, place)
+            if arm == "tell" and result.steps >= 10 and result.seconds > 0 and self.processes is None:
+                computed = arm_costs(self.task, mixture)["computed_tokens"]
+                keep_speed(self.task, self.loaded, computed / result.seconds)
             results[arm] = result.to_dict()
             write_json(done, results[arm])  # last: from here on the arm counts as trained
             shutil.rmtree(place / "checkpoint", ignore_errors=True)

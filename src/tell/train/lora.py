@@ -8,8 +8,9 @@ the input's dtype. It serves where ``fused.py`` does not join layers: on a GPU, 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,12 @@ from tell.train.fused_ops import Projection, Stack
 
 QKV = ("q_proj", "k_proj", "v_proj", "qkv_proj", "c_attn", "query_key_value", "Wqkv", "W_pack")
 DEFAULT = "default"  # peft's name of an only adapter
+EXPERTS = frozenset({"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})  # what peft takes for experts
+# Always written. What else is at peft's default is left out: older versions refuse keys they do not know.
+WRITTEN = frozenset(
+    {"peft_type", "task_type", "base_model_name_or_path", "inference_mode", "r", "lora_alpha", "lora_dropout"}
+    | {"target_modules", "bias", "fan_in_fan_out"}
+)
 
 
 def _fused_forward(layer: Any) -> Any:
@@ -63,7 +70,7 @@ def target_modules(model: Any, targets: str) -> str | list[str]:
     Raises:
         TellError: none of the names is a linear layer of this model.
     """
-    if targets == "all-linear":
+    if targets == "all-linear" and not _joined_experts(model):
         return targets
     # The output layer is left out: the loss reads its frozen weight block by block.
     layers = {
@@ -71,6 +78,8 @@ def target_modules(model: Any, targets: str) -> str | list[str]:
         for name, m in model.named_modules()
         if isinstance(m, (nn.Linear, Conv1D)) and m is not model.get_output_embeddings()
     }
+    if targets == "all-linear":
+        return sorted(layers - EXPERTS)
     wanted = QKV if targets == "qkv" else tuple(part.strip() for part in targets.split(",") if part.strip())
     found = [name for name in wanted if name in layers]
     unknown = [] if targets == "qkv" else [name for name in wanted if name not in layers]
@@ -83,25 +92,47 @@ def target_modules(model: Any, targets: str) -> str | list[str]:
     return found
 
 
+def kept_randomness(device: torch.device | str) -> AbstractContextManager[None]:
+    """Restores the global random state of the CPU and of ``device`` at the end."""
+    kind = torch.device(device)
+    return torch.random.fork_rng(devices=[kind] if kind.type == "cuda" else [])
+
+
+def _joined_experts(model: Any) -> bool:
+    """Whether the experts of a mixture are one tensor of three dimensions, which no LoRA layer adapts."""
+    return any(".experts." in name and weight.ndim == 3 for name, weight in model.named_parameters())
+
+
 def add_lora(model: Any, config: TrainConfig, *, seed: int, fused: bool = True) -> Any:
     """Wrap a frozen causal model with a fresh LoRA adapter, seeded.
 
     Returns:
         The PeftModel, in training mode, adapters in fp32.
+
+    Raises:
+        TellError: the targets name no linear layer, or experts that are one tensor.
     """
     from peft import LoraConfig, get_peft_model
 
-    torch.manual_seed(seed)
-    peft_model = get_peft_model(
-        model,
-        LoraConfig(
-            task_type="CAUSAL_LM",
-            r=config.lora_r,
-            lora_alpha=config.lora_alpha,
-            lora_dropout=config.lora_dropout,
-            target_modules=target_modules(model, config.lora_targets),
-        ),
-    )
+    names = target_modules(model, config.lora_targets)
+    if _joined_experts(model) and (taken := sorted(EXPERTS.intersection(names))):
+        raise TellError(
+            f"{', '.join(taken)} would name the experts, which are one tensor and cannot be adapted",
+            where="train.lora_targets",
+            remedy="Use all-linear, which leaves the experts out, or qkv.",
+        )
+    with kept_randomness(next(model.parameters()).device):
+        torch.manual_seed(seed)
+        peft_model = get_peft_model(
+            model,
+            LoraConfig(
+                task_type="CAUSAL_LM",
+                r=config.lora_r,
+                lora_alpha=config.lora_alpha,
+                lora_dropout=config.lora_dropout,
+                target_modules=names,
+            ),
+        )
     if fused:
         fuse(peft_model)
     return peft_model.train()
@@ -109,7 +140,14 @@ def add_lora(model: Any, config: TrainConfig, *, seed: int, fused: bool = True) 
 
 def save_adapter(model: Any, folder: Path) -> None:
     """Write the adapter in peft's format: ``adapter_model.safetensors`` and ``adapter_config.json``."""
+    from peft import LoraConfig
+
     model.save_pretrained(str(folder), safe_serialization=True)
+    path, defaults = folder / "adapter_config.json", LoraConfig().to_dict()
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config.pop("peft_version", None)
+    kept = {k: v for k, v in config.items() if k in WRITTEN or (v or None) != (defaults.get(k) or None)}
+    path.write_text(json.dumps({**kept, "target_modules": sorted(kept["target_modules"])}, indent=2), encoding="utf-8")
     readme = folder / "README.md"  # peft's template card: all "More information needed"
     readme.unlink(missing_ok=True)
 

@@ -31,7 +31,7 @@ from tell.rows.table import RowTable
 from tell.train.attention import current_plan
 from tell.train.batches import TrainRow
 from tell.train.checkpoint import load_checkpoint, put_state, save_checkpoint, state_tensors
-from tell.train.lora import add_lora, remove_lora, save_adapter
+from tell.train.lora import add_lora, kept_randomness, remove_lora, save_adapter
 from tell.train.parallel import Processes, SharedStep, shard
 from tell.train.plain import PaddedRows, PlainBody, plain_step_loss
 from tell.train.step import Body, StepLoss, batch_total, step_loss
@@ -168,7 +168,8 @@ class Trainer:
             Diverged: the loss is no longer a number; no adapter is written.
             TellError: another process failed.
         """
-        with self.processes.job() if self.processes else nullcontext():
+        # The loop seeds dropout anew at each step; a caller's own random numbers go on as if nothing had been drawn.
+        with self.processes.job() if self.processes else nullcontext(), kept_randomness(self.device):
             return self._run(resume)
 
     def _run(self, resume: bool) -> TrainResult:

@@ -1,0 +1,95 @@
+"""Records of CSV and TSV files, each with the line it begins on."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tell.errors import TellError
+
+Row = tuple[int, list[str]]  # the line it begins on, its cells
+
+
+def read_delimited(
+    text: str, path: Path, suffix: str, notify: Callable[[str], None] = lambda text: None
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Records of a file with a header line; columns without a name are left out, and reported where they hold text.
+
+    In a TSV file, which knows no quotes by itself, a quoted cell that runs over several lines is taken for text with
+    quotes in it where every line has its cells without that.
+
+    Args:
+        suffix: ``.csv`` or ``.tsv``.
+        notify: told what was guessed.
+    """
+    if suffix == ".tsv" and (plain := _plain_rows(text)) is not None:
+        notify(f"{path.name}: quotes are read as part of the text, since every line has its cells without them")
+        rows = iter(plain)
+    else:
+        head = text.partition("\n")[0]
+        # Spreadsheets of many countries write semicolons.
+        delimiter = "\t" if suffix == ".tsv" else ";" if ";" in head and "," not in head else ","
+        rows = _quoted_rows(text, delimiter, path, suffix)
+    line, header = next(rows, (1, []))
+    names = [name.strip() for name in header]
+    named = [name for name in names if name]
+    twice = next((name for name, count in Counter(named).items() if count > 1), None)
+    if twice is not None:
+        raise TellError(f"names the column {twice!r} twice", where=f"{path}:{line}", remedy="Rename one of them.")
+    unnamed = len(named) < len(names)
+    for line, cells in rows:
+        short, long = names[len(cells) :], cells[len(names) :]
+        if any(short) or any(long):  # spreadsheets pad rows and headers with empty cells
+            raise TellError(
+                f"has {len(cells)} cells where the header has {len(names)}",
+                where=f"{path}:{line}",
+                remedy="Put quotes around cells that hold the separator.",
+            )
+        if unnamed and any(cell for name, cell in zip(names, cells, strict=False) if not name):
+            notify(f"{path.name}: columns without a name are not used, the first with text is in line {line}")
+            unnamed = False  # said once
+        record = dict(zip(names, cells, strict=False))
+        record.pop("", None)
+        yield line, record
+
+
+def _quoted_rows(text: str, delimiter: str, path: Path, suffix: str) -> Iterator[Row]:
+    previous = csv.field_size_limit(2**31 - 1)  # the default of 128 KiB refuses long documents
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    line = 1
+    try:
+        for cells in reader:
+            start, line = line, reader.line_num + 1
+            if cells:
+                yield start, cells
+    except csv.Error as error:
+        raise TellError(
+            f"is not valid {suffix[1:].upper()} ({error})",
+            where=f"{path}:{line}",
+            remedy="Close the quotes of that row, and double quotes inside a quoted cell.",
+        ) from error
+    finally:
+        csv.field_size_limit(previous)
+
+
+def _plain_rows(text: str) -> list[Row] | None:
+    """The rows of a TSV file whose quotes are text, line by line; None where quotes may enclose cells.
+
+    They are text where they would join lines (or break the file) although each line has the header's number of cells.
+    """
+    if '"' not in text:
+        return None
+    rows = [(n, line.rstrip("\r").split("\t")) for n, line in enumerate(text.split("\n"), 1) if line.strip("\r\n")]
+    width = len(rows[0][1])
+    if width < 2 or any(len(cells) != width for _, cells in rows):
+        return None
+    try:
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t", strict=True)
+        joined = sum(1 for cells in reader if cells) < len(rows)
+    except csv.Error:
+        return rows
+    return rows if joined else None

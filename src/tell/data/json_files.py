@@ -1,0 +1,163 @@
+"""Records of JSON and JSON Lines files, each with the line it begins on."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tell.data.json_text import FILES, check_depth, read_json, shorten
+from tell.errors import TellError
+
+Record = tuple[int, dict[str, Any]]
+
+_NOT_WRAPPERS = {"messages", "conversations", "conversation"}
+_SPACE = re.compile(r"[ \t\r\n]*")
+
+
+def read_json_file(text: str, path: Path, suffix: str) -> Iterator[Record]:
+    """Records of JSON Lines, of an array, of an object around one array, or one record on its own.
+
+    Args:
+        text: the file's, not empty.
+        suffix: ``.json``, ``.jsonl`` or ``.ndjson``; JSON Lines named ``.json`` and an array named ``.jsonl`` are read
+            as what they are.
+    """
+    return _json_lines(text, path) if _is_lines(text, suffix) else _json(text, path)
+
+
+def _skip(text: str, position: int) -> int:
+    """Offset of the first character from ``position`` that is not white space."""
+    found = _SPACE.match(text, position)
+    return found.end() if found else position
+
+
+def _is_lines(text: str, suffix: str) -> bool:
+    start = _skip(text, 0)
+    if suffix != ".json":
+        return text[start] != "["
+    if text[start] != "{":
+        return False
+    # JSON Lines under the name .json: the first line is a whole object and something follows it.
+    first, _, rest = text[start:].partition("\n")
+    if not rest.strip():
+        return False
+    try:
+        read_json(first)
+    except ValueError:
+        return False
+    return True
+
+
+def _json_lines(text: str, path: Path) -> Iterator[Record]:
+    # Not splitlines(): it would also break at U+2028 and others that JSON strings may hold.
+    for number, line in enumerate(text.split("\n"), 1):
+        try:
+            record = read_json(line)
+        except ValueError as error:
+            if not line or line.isspace():
+                continue
+            raise _not_json(error, f"{path}:{number}", "Mend that line: JSON Lines holds one object a line.") from error
+        if type(record) is not dict:
+            raise _not_an_object(record, f"{path}:{number}")
+        yield number, record
+
+
+def _json(text: str, path: Path) -> Iterator[Record]:
+    try:
+        data = json.loads(text)  # syntax alone; the elements are read again below, strictly and with their lines
+    except (ValueError, RecursionError) as error:
+        raise _not_json(error, f"{path}:{getattr(error, 'lineno', 1)}", "Mend that line.") from error
+    start = _skip(text, 0)
+    if isinstance(data, dict):
+        _refuse_columns(data, path)
+        members = list(_members(text, start))
+        twice = next((key for key, count in Counter(key for key, _, _ in members).items() if count > 1), None)
+        if twice is not None:
+            raise _not_json(ValueError(f"key {shorten(twice)} stands twice"), f"{path}:1", "Rename one of them.")
+        arrays = {
+            key: offset
+            for key, offset, value in members
+            if isinstance(value, list) and value and isinstance(value[0], dict)
+        }
+        if _NOT_WRAPPERS & arrays.keys() or not any(isinstance(value, list) for value in data.values()):
+            try:
+                yield 1, read_json(text)  # one record on its own
+            except ValueError as error:
+                raise _not_json(error, f"{path}:1", "Mend it.") from error
+            return
+        if len(arrays) != 1:
+            found = f"{len(arrays)} arrays of objects ({', '.join(arrays)})" if arrays else "no array of objects"
+            raise TellError(
+                f"holds {found}", where=str(path), remedy="Save the one array you want, as a file of its own."
+            )
+        start = next(iter(arrays.values()))
+    elif not isinstance(data, list):
+        raise _not_an_object(data, f"{path}:1")
+    del data
+    line, last, position = 1, 0, _skip(text, start + 1)
+    while text[position] != "]":
+        line, last = line + text.count("\n", last, position), position
+        try:
+            record, end = FILES.raw_decode(text, position)
+            check_depth(record)
+        except (ValueError, RecursionError) as error:
+            raise _not_json(error, f"{path}:{line}", "Mend that record.") from error
+        if not isinstance(record, dict):
+            raise _not_an_object(record, f"{path}:{line}")
+        yield line, record
+        position = _next(text, end)
+
+
+def _members(text: str, start: int) -> Iterator[tuple[str, int, Any]]:
+    """(key, offset of the value, value) of every member of the object that begins at ``start`` in valid JSON."""
+    decode = json.JSONDecoder().raw_decode
+    position = _skip(text, start + 1)
+    while text[position] != "}":
+        key, end = decode(text, position)
+        position = _skip(text, text.index(":", end) + 1)
+        value, end = decode(text, position)
+        yield key, position, value
+        position = _next(text, end)
+
+
+def _next(text: str, end: int) -> int:
+    """Offset of the element behind the one that ends at ``end``, or of the closing bracket."""
+    position = _skip(text, end)
+    return _skip(text, position + 1) if text[position] == "," else position
+
+
+def _refuse_columns(data: dict[str, Any], path: Path) -> None:
+    """Refuse what ``DataFrame.to_json`` writes by default: an object of columns (or rows), each keyed by row number."""
+    parts = list(data.values())
+    if not parts or not all(isinstance(part, dict) and part for part in parts):
+        return
+    keys = parts[0].keys()
+    if any(part.keys() != keys for part in parts):
+        return
+    if all(key.isdigit() for key in keys) or all(key.isdigit() for key in data):
+        raise TellError(
+            "holds columns, not rows, as pandas' to_json writes them by default",
+            where=str(path),
+            remedy='Write it with df.to_json(path, orient="records", lines=True).',
+        )
+
+
+def _not_json(error: BaseException, where: str, remedy: str) -> TellError:
+    fault = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+    if isinstance(error, json.JSONDecodeError):
+        fault = f"{error.msg}, column {error.colno}"
+    elif "int_max_str_digits" in fault:
+        fault = "a number is too large"
+    return TellError(f"is not valid JSON ({fault})", where=where, remedy=remedy)
+
+
+def _not_an_object(value: Any, where: str) -> TellError:
+    return TellError(
+        f"is {shorten(json.dumps(value, ensure_ascii=False))}, not an object",
+        where=where,
+        remedy='Write {"prompt": ..., "completion": ...}.',
+    )

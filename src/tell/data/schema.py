@@ -1,0 +1,214 @@
+"""JSON Schemas ready to validate with: nothing is fetched, no reference loops, patterns have a time limit."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from tell.errors import TellError
+
+SECONDS = 1.0
+"""Longest search for one pattern in one string; backtracking can take longer than the universe is old."""
+STRIKES = 3
+"""Searches given up before a pattern is no longer tried."""
+MOST_PATHS = 10_000
+"""Subschemas that apply to one value, at most; references can double them at every step."""
+REFERENCES = ("$ref", "$dynamicRef", "$recursiveRef")
+VALUES = frozenset({"enum", "const", "default", "examples"})
+"""Keywords that hold values, not schemas."""
+_REPEATED_GROUP = re.compile(r"\)[*+{]")
+_IN_PLACE = ("not", "if", "then", "else")
+_ALL_IN_PLACE = ("allOf", "anyOf", "oneOf")
+
+
+class SlowPattern(Exception):
+    """A regular expression of the schema takes too long on a string."""
+
+    def __init__(self, pattern: str) -> None:
+        super().__init__(f"the pattern {pattern!r} takes longer than {SECONDS:g} s to search for")
+
+
+class Schema:
+    """A checked JSON Schema.
+
+    Args:
+        schema: of any draft; ``$schema`` names it, else draft 2020-12.
+
+    Attributes:
+        validator: a `jsonschema` validator; ``iter_errors`` may raise `SlowPattern`.
+        resolver: looks up references of the top.
+
+    Raises:
+        TellError: it is not a valid JSON Schema, or a ``$ref`` leads nowhere (none is fetched), or in a circle.
+    """
+
+    def __init__(self, schema: Any) -> None:
+        import referencing
+        from jsonschema import Draft202012Validator, validators
+        from jsonschema.exceptions import SchemaError
+        from referencing.jsonschema import specification_with
+
+        if isinstance(schema, dict) and not isinstance(schema.get("$schema", ""), str):
+            raise bad_schema(f"$schema is {schema['$schema']!r}, not the name of a draft", "$")
+        cls = validators.validator_for(schema, default=Draft202012Validator)
+        try:
+            cls.check_schema(schema)
+        except SchemaError as error:
+            message = error.message if len(error.message) <= 120 else f"{error.message[:119]}…"
+            raise bad_schema(f"not a valid JSON Schema ({message})", error.json_path) from error
+        except RecursionError as error:
+            raise bad_schema("nested too deeply", "$") from error
+        # Without $schema, by which a reference to the top would leave our own class of validator for jsonschema's.
+        self.schema = _without_dialect(schema)
+        specification = specification_with(cls.ID_OF(cls.META_SCHEMA))
+        resource = specification.create_resource(self.schema)
+        self.resolver = referencing.Registry().resolver_with_root(resource)
+        self._steps: dict[int, list[Any]] = {}
+        self._repeating: list[str] = []
+        self._unevaluated = False
+        self._check(self.schema, "$", self.resolver, specification)
+        if self._unevaluated and self._repeating:  # jsonschema searches for these itself, without a time limit
+            raise bad_schema(f"unevaluatedProperties with the pattern {self._repeating[0]!r} might never end", "$")
+        self._refuse_loops()
+        search = _Search()
+        keywords = {
+            "pattern": search.pattern,
+            "patternProperties": search.pattern_properties,
+            "additionalProperties": search.additional_properties,
+        }
+        known = {name: check for name, check in keywords.items() if name in cls.VALIDATORS}
+        # An empty registry: the default one would fetch unknown $refs from the network.
+        self.validator = validators.extend(cls, known)(self.schema, registry=referencing.Registry())
+        self.extra_keys = search.extra_keys
+
+    def _check(self, node: Any, path: str, resolver: Any, specification: Any) -> None:
+        """Refuse what ``check_schema`` lets through and validation would trip over; note what applies in place."""
+        if isinstance(node, list):
+            for i, item in enumerate(node):
+                self._check(item, f"{path}[{i}]", resolver, specification)
+        if not isinstance(node, dict):
+            return
+        if any(isinstance(node.get(key), str) for key in ("$id", "id")):  # id up to draft 4
+            resolver = resolver.in_subresource(specification.create_resource(node))
+        steps = [node[word] for word in _IN_PLACE if word in node]
+        for word in _ALL_IN_PLACE:
+            steps += node[word] if isinstance(node.get(word), list) else []
+        dependent = node.get("dependentSchemas")
+        steps += dependent.values() if isinstance(dependent, dict) else []
+        for word in REFERENCES:
+            if isinstance(ref := node.get(word), str):
+                try:
+                    steps.append(resolver.lookup(ref).contents)
+                except Exception as error:  # referencing's own errors, and ValueError and the like for malformed URIs
+                    raise bad_schema(f"{word} {ref!r} leads nowhere; nothing is fetched", path) from error
+        named = _keys(node.get("patternProperties"))
+        self._repeating += [pattern for pattern in named if _REPEATED_GROUP.search(pattern)]
+        self._unevaluated |= "unevaluatedProperties" in node
+        for pattern in (node.get("pattern"), *named):
+            if isinstance(pattern, str):
+                _compiled(pattern, path)
+        self._steps[id(node)] = [step for step in steps if isinstance(step, dict)]
+        for key, value in node.items():
+            if key not in VALUES:
+                self._check(value, f"{path}.{key}", resolver, specification)
+
+    def _refuse_loops(self) -> None:
+        """Refuse references that lead back to where they began without going into the value, or double endlessly."""
+        paths: dict[int, int] = {}
+        for start in self._steps:
+            stack, open_ = [(start, iter(self._steps[start]))], {start}
+            while stack:
+                node, left = stack[-1]
+                step = next(left, None)
+                if step is None:
+                    paths[node] = 1 + sum(paths.get(id(s), 1) for s in self._steps[node])
+                    if paths[node] > MOST_PATHS:
+                        raise bad_schema(f"more than {MOST_PATHS:,} subschemas apply to one value", "$")
+                    open_.discard(node)
+                    stack.pop()
+                elif id(step) in open_:
+                    raise bad_schema("a $ref leads back to itself", "$")
+                elif id(step) in self._steps and id(step) not in paths:
+                    open_.add(id(step))
+                    stack.append((id(step), iter(self._steps[id(step)])))
+
+
+def bad_schema(what: str, path: str) -> TellError:
+    return TellError(what, where=f"schema at {path}", remedy="Mend the JSON Schema given with --schema.")
+
+
+def _keys(value: Any) -> list[str]:
+    return list(value) if isinstance(value, dict) else []
+
+
+def _without_dialect(node: Any) -> Any:
+    if isinstance(node, list):
+        return [_without_dialect(item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    return {
+        key: value if key in VALUES else _without_dialect(value)
+        for key, value in node.items()
+        if not (key == "$schema" and isinstance(value, str))
+    }
+
+
+@functools.lru_cache(maxsize=1024)
+def _compiled(pattern: str, path: str = "$") -> Any:
+    import regex  # sacrebleu depends on it; `re` knows no time limit
+
+    try:
+        return regex.compile(pattern)
+    except (regex.error, RecursionError, OverflowError) as error:
+        raise bad_schema(f"the pattern {pattern[:80]!r} is not a regular expression ({error})", path) from error
+
+
+class _Search:
+    """The keywords of JSON Schema that search for patterns."""
+
+    def __init__(self) -> None:
+        self._strikes: Counter[str] = Counter()
+
+    def finds(self, pattern: str, text: str) -> bool:
+        if self._strikes[pattern] >= STRIKES:
+            raise SlowPattern(pattern)
+        try:
+            return _compiled(pattern).search(text, timeout=SECONDS) is not None
+        except TimeoutError as error:
+            self._strikes[pattern] += 1
+            raise SlowPattern(pattern) from error
+
+    def extra_keys(self, instance: dict, schema: dict) -> list[str]:
+        """Keys of ``instance`` that neither ``properties`` nor ``patternProperties`` of ``schema`` know."""
+        known, patterns = schema.get("properties", {}), schema.get("patternProperties", {})
+        return [key for key in instance if key not in known and not any(self.finds(p, key) for p in patterns)]
+
+    def pattern(self, validator: Any, pattern: str, instance: Any, schema: dict) -> Iterator[Any]:
+        from jsonschema import ValidationError
+
+        if validator.is_type(instance, "string") and not self.finds(pattern, instance):
+            yield ValidationError(f"{instance!r} does not match {pattern!r}")
+
+    def pattern_properties(self, validator: Any, patterns: dict, instance: Any, schema: dict) -> Iterator[Any]:
+        if not validator.is_type(instance, "object"):
+            return
+        for pattern, subschema in patterns.items():
+            for key, value in instance.items():
+                if self.finds(pattern, key):
+                    yield from validator.descend(value, subschema, path=key, schema_path=pattern)
+
+    def additional_properties(self, validator: Any, allowed: Any, instance: Any, schema: dict) -> Iterator[Any]:
+        from jsonschema import ValidationError
+
+        if not validator.is_type(instance, "object") or not (extra := self.extra_keys(instance, schema)):
+            return
+        if validator.is_type(allowed, "object"):
+            for key in extra:
+                yield from validator.descend(instance[key], allowed, path=key)
+        elif not allowed:
+            verb = "was" if len(extra) == 1 else "were"
+            shown = ", ".join(map(repr, extra))
+            yield ValidationError(f"Additional properties are not allowed ({shown} {verb} unexpected)")
