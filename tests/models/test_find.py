@@ -321,7 +321,9 @@ def test_families_that_cannot_be_trained_are_refused_without_their_weights(confi
         find_model(str(folder), need_weights=False)
 
 
-@pytest.mark.parametrize("config", [{"layer_types": ["full_attention", "sliding_attention"]}, {"model_type": "gpt-sw3"}])
+@pytest.mark.parametrize(
+    "config", [{"layer_types": ["full_attention", "sliding_attention"]}, {"model_type": "gpt-sw3"}]
+)
 def test_plain_attention_is_found(config, tiny_model, tmp_path):
     assert find_model(str(copy(tiny_model("llama"), tmp_path / "m", config=config)), need_weights=False)
 
