@@ -18,7 +18,7 @@ def cleaned(loaded: Loaded, chat: ChatTokenizer) -> tuple[Loaded, list[str]]:
     examples, count = without_ends(loaded.examples, chat)
     notices = [ends_notice(loaded.path, count, chat)] if count else []
     if end := foreign_end(examples):
-        notices.append(f"{loaded.path}: every answer ends in {end}, which {chat.family} takes for plain text; it is trained")
+        notices.append(f"{loaded.path}: every answer ends in {end}, plain text to {chat.family}, and it is trained")
     return (replace(loaded, examples=examples) if count else loaded), notices
 
 
