@@ -2,7 +2,7 @@
 
 A template gets a small tokenizer that knows the special tokens it writes. Rows of several kinds are made as a run makes
 them; each must begin with the ids that decoding is given, carry loss right behind them and end where decoding stops.
-Prints a line per template: the kinds that hold, and what the others are refused with.
+Prints a table of the kinds that hold, and what the others are refused with; fails where a row breaks the rule.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ PLAIN = [("u", "Which shelf for parcel 3? "), ("a", "north")]
 MORE = [("u", "Is it yes?"), ("a", "yes"), ("u", "And now, yes or no?"), ("a", '{"shelf": "no"}')]
 LONG = RowRules(max_length=20_000)
 KINDS = {
-    "plain": conversation(*PLAIN),
-    "several turns": conversation(*MORE),
+    "one turn": conversation(*PLAIN),
+    "turns": conversation(*MORE),
     "system": conversation(("s", "Answer with one word."), *PLAIN),
-    "system, several turns": conversation(("s", "Answer with one word."), *MORE),
-    "greeting first": conversation(("a", "How can I help?"), *PLAIN),
+    "system + turns": conversation(("s", "Answer with one word."), *MORE),
+    "greeting": conversation(("a", "How can I help?"), *PLAIN),
     "thought": conversation(("u", "What is 1 plus 2?"), ("a", THOUGHT)),
     "earlier thought": conversation(("u", "What is 1 plus 2?"), ("a", THOUGHT), *PLAIN),
 }
@@ -96,27 +96,37 @@ def verdict(chat: ChatTokenizer, messages: list[Message]) -> str:
     return "holds, earlier answers without loss" if alone.notices else "holds"
 
 
-def main(folder: Path) -> int:
-    failures = 0
-    for path in sorted(folder.glob("*.jinja")):
-        results: dict[str, list[str]] = defaultdict(list)
-        facts = ""
-        for pieces in ("bytes", "metaspace"):
-            with tempfile.TemporaryDirectory() as place:
+def results_of(path: Path) -> dict[str, str]:
+    """Verdict of each kind, the same for both tokenizers or else named apart."""
+    found: dict[str, dict[str, None]] = defaultdict(dict)
+    for pieces in ("bytes", "metaspace"):
+        with tempfile.TemporaryDirectory() as place:
+            chat = ChatTokenizer(tokenizer_of(path.read_text(encoding="utf-8"), Path(place), pieces))
+            chat.family = "X"
+            for kind, messages in KINDS.items():
                 try:
-                    chat = ChatTokenizer(tokenizer_of(path.read_text(encoding="utf-8"), Path(place), pieces))
-                    chat.family = path.stem
-                    thinking = chat.thoughtful()
-                    facts = f": end {chat.end_of_turn!r}, lead {chat.lead!r}" + ", switch" * (thinking is not chat)
-                    for kind, messages in KINDS.items():
-                        by_run = thinking if "thought" in kind else chat
-                        results[verdict(by_run, messages)].append(kind)
+                    found[kind][verdict(chat.thoughtful() if "thought" in kind else chat, messages)] = None
                 except TellError as error:
-                    results[error.what].append("all")
-        print(f"## {path.stem}{facts}")
-        for words, kinds in results.items():
-            failures += words.startswith("FAILS")
-            print(f"  {words}: {', '.join(dict.fromkeys(kinds))}")
+                    found[kind][error.what] = None
+    return {kind: " / ".join(verdicts) for kind, verdicts in found.items()}
+
+
+def main(folder: Path) -> int:
+    """Print a Markdown table: what holds, ``*`` where earlier answers are context, and the words of refusals."""
+    print("| template | holds | refused |\n|---|---|---|")
+    failures = 0
+    for path in sorted(folder.glob("*.jinja"), key=lambda path: path.stem.partition("--")[::-1]):
+        source, _, name = path.stem.partition("--")
+        results = results_of(path)
+        failures += any("FAILS" in words for words in results.values())
+        holds = [kind + "*" * (words != "holds") for kind, words in results.items() if words.startswith("holds")]
+        refused: dict[str, list[str]] = defaultdict(list)
+        for kind, words in results.items():
+            if not words.startswith("holds"):
+                refused[words.removeprefix("the chat template of X ")].append(kind)
+        told = "; ".join(f"{', '.join(kinds)}: {words}" for words, kinds in refused.items())
+        held = "all" if holds == list(KINDS) else ", ".join(holds)
+        print(f"| {name} ({source}) | {held} | {told.replace('|', chr(166))} |")
     return failures
 
 

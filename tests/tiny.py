@@ -1,10 +1,9 @@
 """Tiny random models of each family, made on the spot: ``python tests/tiny.py qwen3 /tmp/tiny-qwen3``.
 
 Their chat templates keep the families' real habits, because those are the traps: a default system turn (llama as
-SmolLM2, qwen2), an empty thought before the last answer, and thoughts that are cut out of answers and set anew (qwen3),
+SmolLM2, qwen2), an empty thought before the last answer, and thoughts that are cut out of answers (qwen3),
 a system role that is refused (gemma2, mistral) or folded into the user turn (gemma3), a begin token both in the
-template and added by the tokenizer (gemma, mistral), an end of turn that is not the tokenizer's end token
-(gemma, phi3).
+template and added by the tokenizer (gemma, mistral), an end of turn other than the end token (gemma, phi3).
 """
 
 from __future__ import annotations

@@ -302,3 +302,33 @@ def test_read_config_and_hashing(tiny_model):
     assert read_config(tiny_model("mistral"))["model_type"] == "mistral"
     file = tiny_model("mistral") / "config.json"
     assert wheel.sha256(file) == hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"layer_types": ["full_attention", "linear_attention"]}, "has linear_attention layers"),
+        ({"model_type": "qwen3_5"}, "has layers that are not attention"),
+        ({"model_type": "lfm2", "full_attn_idxs": [1]}, "has conv layers"),
+        ({"model_type": "gpt_oss", "quantization_config": {"quant_method": "mxfp4"}}, "has attention sinks"),
+        ({"model_type": "mpt"}, "has attention of its own"),
+        ({"model_type": "nobody_knows"}, "knows no model of type nobody_knows"),
+    ],
+)
+def test_families_that_cannot_be_trained_are_refused_without_their_weights(config, words, tiny_model, tmp_path):
+    folder = copy(tiny_model("llama"), tmp_path / "m", config=config)
+    with pytest.raises(TellError, match=words):
+        find_model(str(folder), need_weights=False)
+
+
+@pytest.mark.parametrize(
+    "config", [{"layer_types": ["full_attention", "sliding_attention"]}, {"model_type": "gpt-sw3"}]
+)
+def test_plain_attention_is_found(config, tiny_model, tmp_path):
+    assert find_model(str(copy(tiny_model("llama"), tmp_path / "m", config=config)), need_weights=False)
+
+
+def test_experts_are_counted(tiny_model, tmp_path):
+    assert find_model(str(tiny_model("llama"))).architecture.experts == 0
+    folder = copy(tiny_model("llama"), tmp_path / "m", config={"num_local_experts": 8})
+    assert find_model(str(folder)).architecture.experts == 8

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tell.data.example import Example, Message
-from tell.rows.ends import without_ends
+from tell.rows.ends import foreign_end, without_ends
 from tell.rows.template import ChatTokenizer
 
 
@@ -19,3 +19,9 @@ def test_end_tokens_behind_answers_are_taken_off(tiny_model):
     assert all(example.messages[0] == asked for example in cleaned)
     assert cleaned[0].hash == Example.of((asked, Message("assistant", "spam")), source="task", origin="").hash
     assert cleaned[2:] == examples[2:]
+
+
+def test_the_end_token_of_another_model_is_seen():
+    answers = [Example.pair("a", f"{text}</s>") for text in ("x", "y")]
+    assert foreign_end(answers) == "</s>"
+    assert foreign_end([*answers, Example.pair("a", "z")]) is None and foreign_end([]) is None

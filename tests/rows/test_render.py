@@ -117,6 +117,13 @@ def test_a_template_that_opens_a_thought_keeps_the_row_s_own(chat):
     assert written(chat("r1"), USER, THOUGHT) == "It is cold.\n</think>\n\nnorth</s>"
 
 
+def test_answers_are_shown_with_the_thought_that_the_prompt_opened(chat):
+    ids = chat("r1").encode("It is cold.\n</think>\n\nnorth")
+    assert chat("r1").answer(ids) == THOUGHT.content
+    assert chat("r1").answer(chat("r1").encode("north")) == "north"
+    assert chat("v3.1").answer(ids) == "It is cold.\n</think>\n\nnorth"
+
+
 @pytest.mark.parametrize("template", ["v3.1", None])
 def test_a_template_with_a_switch_for_thoughts(template, chat, tiny_model):
     tokenizer = chat(template) if template else ChatTokenizer(tiny_model("qwen3"))

@@ -71,6 +71,29 @@ def test_icl_of_rows_with_system_messages(tiny_model):
     assert used == 2 and text.count("Be brief.") == 1 and text.count("Sort this mail.") == 1
 
 
+def told(language: str, word: str) -> Example:
+    turns = (Message("system", f"Translate into {language}."), Message("user", word), Message("assistant", "x"))
+    return Example.of(turns, source="task", origin="t:1")
+
+
+@pytest.mark.parametrize("family", ["qwen3", "mistral"])
+def test_each_row_is_asked_under_its_own_system_text(family, tiny_model):
+    """Also with examples before it, whose own instructions go to their user turns; those that are the same do not."""
+    chat = ChatTokenizer(tiny_model(family))
+    if family == "mistral":  # it takes no system turn
+        chat = ChatTokenizer(tiny_model(family, template=False))
+    shown = [told("Polish", "one"), told("German", "two")]
+    for arm, options in (("icl", {}), ("tell", {"shots": shown})):
+        options |= {"examples": 2, "room": 999, "seed": 5}
+        ids, _ = arm_prompts(arm, chat, ANCHOR, [told("German", "three")], shown, **options)
+        text = chat.decode(ids[0])
+        assert text.count("Translate into German.") == 1 == text.count("Translate into Polish.")
+        assert text.index("German") < min(text.index(word) for word in ("one", "two", "three", "Polish"))
+        assert "Translate into Polish.\n\none" in text and text.count(ANCHOR.text) == 1
+        bare, _ = arm_prompts(arm, chat, ANCHOR, TEST[:1], shown, **options)
+        assert "Translate into German.\n\ntwo" in chat.decode(bare[0])
+
+
 def metric(*values: float) -> dict:
     return {"accuracy": mean_metric(np.array(values), binary=True)}
 

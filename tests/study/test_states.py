@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from study.runs import config_of
 from tell.errors import TellError
-from tell.study.states import hidden_states, layer_numbers
+from tell.progress import Silent
+from tell.study.prepare import load_task
+from tell.study.states import general_queries, hidden_states, layer_numbers
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
@@ -37,3 +42,13 @@ def test_layers_by_name():
     for wrong in ("3", "-1", "last", "1.5"):
         with pytest.raises(TellError, match=r"--layer.*0 to 2, middle or all"):
             layer_numbers(wrong, 2)
+
+
+def test_general_queries_pass_over_rows_that_the_template_refuses(tiny_model, tmp_path):
+    turns = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+    rows = [{"messages": turns}] * 3 + [{"messages": [{"role": "system", "content": "Be brief."}, *turns]}]
+    (tmp_path / "g.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    task = load_task(config_of(tiny_model("gemma2"), general={"source": str(tmp_path / "g.jsonl")}))
+    for lengths in (None, [5, 5, 5, 5]):
+        chosen = general_queries(task, Silent(), most=4, lengths=lengths)
+        assert [e.messages[0].role for e in chosen] == ["user"] * 3

@@ -230,3 +230,55 @@ def test_a_fresh_adapter_leaves_the_callers_random_state(tiny_model):
     torch.manual_seed(5)
     add_lora(base, TrainConfig(), seed=1)
     assert torch.equal(torch.rand(3), expected)
+
+
+def experts_model():
+    """A mixture whose experts are one tensor, with a dense layer of the same names first."""
+    from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}
+    mixture = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "mlp_only_layers": [0]}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.12}
+    model = AutoModelForCausalLM.from_config(Qwen3MoeConfig(**sizes, **heads, **mixture), dtype=torch.float32)
+    return model.eval().requires_grad_(False)
+
+
+def test_experts_are_left_out_and_the_adapter_saves_and_merges(tmp_path):
+    base = experts_model()
+    state, plain = snapshot(base), base(input_ids=IDS).logits
+    model = add_lora(base, TrainConfig(lora_r=4, lora_targets="all-linear"), seed=1)
+    wake(model)
+    tuned = model.eval()(input_ids=IDS).logits
+    assert (tuned - plain).abs().max() > 1e-3
+    save_adapter(model, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["k_proj", "o_proj", "q_proj", "v_proj"]
+    base = remove_lora(model)
+    with adapter_merged(base, tmp_path) as merged:
+        torch.testing.assert_close(merged(input_ids=IDS).logits, tuned, rtol=1e-4, atol=1e-4)
+    assert_identical(base, state)
+    theirs = PeftModel.from_pretrained(experts_model(), tmp_path)(input_ids=IDS).logits
+    torch.testing.assert_close(theirs, tuned, rtol=1e-4, atol=1e-4)
+
+
+def test_experts_named_by_hand_are_refused():
+    with pytest.raises(TellError, match=r"lora_targets: down_proj would name the experts.*Use all-linear"):
+        add_lora(experts_model(), TrainConfig(lora_targets="q_proj,down_proj"), seed=1)
+
+
+def test_adapter_config_has_no_key_that_says_peft_s_default(tiny_model, tmp_path):
+    """Versions of peft before a key was invented refuse the file for it."""
+    from peft import LoraConfig
+
+    model = add_lora(load(tiny_model("llama")), TrainConfig(lora_r=4, lora_targets="qkv"), seed=1)
+    save_adapter(model, tmp_path)
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    # all of them fields of LoraConfig in peft 0.3 already
+    old = {"peft_type", "task_type", "base_model_name_or_path", "inference_mode", "r", "lora_alpha", "lora_dropout"}
+    assert set(written) == old | {"target_modules", "bias", "fan_in_fan_out"}
+    again = LoraConfig.from_pretrained(str(tmp_path)).to_dict()
+    now = model.peft_config["default"].to_dict()
+    assert {k: v for k, v in again.items() if k != "inference_mode"} == {
+        k: v for k, v in now.items() if k != "inference_mode"
+    }

@@ -30,6 +30,39 @@ _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_exp
 _TIED_BY_DEFAULT = ("gemma", "gpt2", "bloom", "cohere")
 
 
+_ATTENTION = frozenset({"full_attention", "sliding_attention"})
+# What config.json does not say of a family, as transformers 5 builds it. Rows of one pass are kept apart by our own
+# attention function: what mixes tokens elsewhere, or needs what that function does not compute, cannot be trained.
+_UNFIT = {
+    "attention sinks": "flint gpt_oss granite_swa granitemoe_swa mimo_v2_flash",
+    "attention of its own": (
+        "big_bird bloom codegen cpmant falcon gpt_neox_japanese gptj megatron-bert mpt mvp openai-gpt rembert roformer "
+        "rwkv trocr xglm xlm xlnet"
+    ),
+    "layers that are not attention": (
+        "bailing_hybrid bamba falcon_h1 falcon_mamba granitemoehybrid inkling_text inkling2_text jamba kimi_linear "
+        "lfm2_moe lfm3 llama4_text mamba mamba2 minimax nemotron_h olmo_hybrid qwen3_5_moe_text qwen3_5_text "
+        "qwen3_next qwen4_exp_text recurrent_gemma xlstm zamba zamba2"
+    ),
+    "indexed attention": "axk2 deepseek_v32 deepseek_v4 glm_moe_dsa hy_v4",
+}
+_UNFIT_FAMILIES = {family: what for what, families in _UNFIT.items() for family in families.split()}
+
+
+def unfit(config: Mapping[str, Any]) -> str | None:
+    """What keeps a model from being trained over packed rows, as far as its parsed ``config.json`` tells; else None."""
+    text = config.get("text_config") or config
+    layers = text.get("layer_types")
+    other = {str(kind) for kind in layers} - _ATTENTION if isinstance(layers, list) else set()
+    if other:
+        return f"{min(other)} layers"
+    family = str(text.get("model_type") or config.get("model_type") or "")
+    attending = text.get("full_attn_idxs")  # LFM2: the other layers are convolutions
+    if family == "lfm2" and isinstance(attending, list) and len(attending) < (text.get("num_hidden_layers") or 0):
+        return "conv layers"
+    return _UNFIT_FAMILIES.get(family) or _UNFIT_FAMILIES.get(f"{family}_text")
+
+
 @dataclass(frozen=True, slots=True)
 class Architecture:
     """Sizes that counting FLOPs and memory needs.

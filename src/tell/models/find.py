@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from tell.errors import TellError
 from tell.models import hub, wheel
-from tell.models.architecture import Architecture, read_architecture, weight_files
+from tell.models.architecture import Architecture, read_architecture, unfit, weight_files
 
 SMOLLM2 = "smollm2-135m"
 Origin = Literal["folder", "hugging face cache", "hub", "wheel"]
@@ -197,6 +197,7 @@ def _not_a_model(folder: Path) -> TellError:
 def _check(folder: Path, config: Mapping[str, Any], shown: str, need_weights: bool, trust_remote_code: bool) -> None:
     architectures = [str(a) for a in config.get("architectures") or ()]
     kind = ", ".join(architectures) or str(config.get("model_type"))
+    model_type = str(config.get("model_type") or "")
     if config.get("is_encoder_decoder"):
         raise TellError(
             f"{kind} is an encoder-decoder",
@@ -208,11 +209,23 @@ def _check(folder: Path, config: Mapping[str, Any], shown: str, need_weights: bo
         raise TellError(
             f"{kind} is no causal language model", where=shown, remedy="Choose a decoder-only model (...ForCausalLM)."
         )
-    if "auto_map" in config and not trust_remote_code and not _known(str(config.get("model_type") or "")):
+    if "auto_map" in config and not trust_remote_code and not _known(model_type):
         raise TellError(
             f"{kind} runs Python code that lies with the model",
             where=shown,
             remedy="Read that code; if you trust it, add --set model.trust_remote_code=true.",
+        )
+    if model_type and "auto_map" not in config and not _known(model_type):
+        raise TellError(
+            f"the installed transformers knows no model of type {model_type}",
+            where=shown,
+            remedy="Update transformers (pip install -U transformers), or choose another model.",
+        )
+    if what := unfit(config):
+        raise TellError(
+            f"{kind} has {what}, which cannot be computed over packed rows",
+            where=shown,
+            remedy="Use a plain transformer: Llama, Qwen2, Qwen3, Gemma, Phi-3, Mistral, SmolLM and their like.",
         )
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "unknown")
@@ -234,8 +247,12 @@ def _known(model_type: str) -> bool:
     """Whether the installed transformers has its own code for ``model_type`` (asked without importing it)."""
     spec = importlib.util.find_spec("transformers")
     folder = model_type.removesuffix("_text").replace("-", "_")
-    places = (spec.submodule_search_locations or ()) if spec else ()
-    return any((Path(place) / "models" / folder / "__init__.py").exists() for place in places if folder)
+    places = [Path(place) / "models" for place in (spec.submodule_search_locations or ())] if spec else []
+    if any((place / folder / "__init__.py").exists() for place in places if folder):
+        return True
+    named = f'"{model_type}"'  # some families live in another's folder
+    lists = [file for place in places for file in (*place.glob("auto/auto_mapp*.py"), *place.glob("auto/config*.py"))]
+    return any(named in file.read_text(encoding="utf-8") for file in lists)
 
 
 def _fingerprint(folder: Path, sizes: Mapping[str, int]) -> str:

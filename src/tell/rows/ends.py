@@ -11,6 +11,9 @@ from collections.abc import Sequence
 from tell.data.example import Example, Message
 from tell.rows.template import ChatTokenizer
 
+# End tokens of published families. Behind every answer, one that is not the model's own was written for another model.
+FOREIGN = ("</s>", "<|im_end|>", "<|eot_id|>", "<|endoftext|>", "<end_of_turn>", "<eos>", "<|end|>")
+
 
 def without_ends(examples: Sequence[Example], chat: ChatTokenizer) -> tuple[list[Example], int]:
     """The examples without stop tokens at the end of answers, and how many examples had one."""
@@ -32,6 +35,12 @@ def _cut(turn: Message, ends: tuple[str, ...]) -> Message:
     while turn.role == "assistant" and (bare := text.rstrip()).endswith(ends):
         text = bare.removesuffix(next(end for end in ends if bare.endswith(end)))
     return turn if text == turn.content else turn.with_content(text)
+
+
+def foreign_end(examples: Sequence[Example]) -> str | None:
+    """The end token of another model behind all the answers, once the model's own are taken off."""
+    found = (end for end in FOREIGN if examples and all(e.answer.rstrip().endswith(end) for e in examples))
+    return next(found, None)
 
 
 def ends_notice(path: str, count: int, chat: ChatTokenizer) -> str:

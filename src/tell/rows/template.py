@@ -209,7 +209,7 @@ class ChatTokenizer:
         """The same with the template's switch for thoughts on; itself where it has no switch."""
         other = copy.copy(self)
         other.thinking = True
-        for name in ("fingerprint", "_probe", "end_of_turn", "stop_ids"):
+        for name in ("fingerprint", "_probe", "end_of_turn", "stop_ids", "_opens"):
             vars(other).pop(name, None)
         user = [Message("user", "x")]
         ours, theirs = (chat.render(user, add_generation_prompt=True) for chat in (self, other))
@@ -281,6 +281,15 @@ class ChatTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.backend.decode(list(ids), skip_special_tokens=True)
+
+    def answer(self, ids: Sequence[int]) -> str:
+        """A decoded answer, with the tag of a thought that the prompt opened (R1): references have it too."""
+        text = self.decode(ids)
+        return f"<think>\n{text}" if self._opens and "</think>" in text and "<think>" not in text else text
+
+    @cached_property
+    def _opens(self) -> bool:
+        return self.render([Message("user", "x")], add_generation_prompt=True).rstrip().endswith("<think>")
 
 
 def _read_json(path: Path) -> dict:

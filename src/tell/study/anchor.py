@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -212,7 +213,7 @@ def short_runs(task: Task, loaded: Any, anchors: Sequence[Anchor], steps: int, d
     total = steps * config.train.batch_size
     if config.general.is_given:
         examples = general_queries(task, display, most=total // 2)
-        general = tokenize(examples, chat, source="general", rules=rules)
+        general = tokenize(examples, chat, source="general", rules=replace(rules, misfit="drop"))
     training = task.training.model_copy(update={"checkpoint_every": 0})
     out: list[np.ndarray] = []
     with display.bar("anchor: short runs", steps * len(anchors), "steps") as advance:

@@ -79,7 +79,7 @@ def answer_ids(chat: ChatTokenizer, examples: Sequence[Example]) -> dict[str, np
 
     Without the anchor: an answer's ids are the same behind any prompt. Examples with an empty answer are left out.
     """
-    rules = RowRules(ANY_LENGTH, "drop", "drop")
+    rules = RowRules(ANY_LENGTH, "drop", "drop", misfit="drop")
     table = tokenize([e for e in examples if e.answer.strip()], chat, source="test", rules=rules)
     found = {}
     for i, key in enumerate(table.hashes):

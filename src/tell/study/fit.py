@@ -7,7 +7,7 @@ from dataclasses import replace
 from tell.data.sources import Loaded
 from tell.errors import TellError
 from tell.models.find import ModelFiles
-from tell.rows.ends import ends_notice, without_ends
+from tell.rows.ends import ends_notice, foreign_end, without_ends
 from tell.rows.render import has_thought
 from tell.rows.table import RowTable
 from tell.rows.template import ChatTokenizer
@@ -16,9 +16,10 @@ from tell.rows.template import ChatTokenizer
 def cleaned(loaded: Loaded, chat: ChatTokenizer) -> tuple[Loaded, list[str]]:
     """The rows without end tokens written into their answers, and what to say of it."""
     examples, count = without_ends(loaded.examples, chat)
-    if not count:
-        return loaded, []
-    return replace(loaded, examples=examples), [ends_notice(loaded.path, count, chat)]
+    notices = [ends_notice(loaded.path, count, chat)] if count else []
+    if end := foreign_end(examples):
+        notices.append(f"{loaded.path}: every answer ends in {end}, plain text to {chat.family}, and it is trained")
+    return (replace(loaded, examples=examples) if count else loaded), notices
 
 
 def fitted(

@@ -65,7 +65,7 @@ def general_sets(config: Config, chat: ChatTokenizer, general: General | None) -
             "rows": len(general.held_out),
             "in_mix_source": True,
         }
-    rules = RowRules(config.train.max_length, "drop", "drop")
+    rules = RowRules(config.train.max_length, "drop", "drop", misfit="drop")
     sets[PROBE] = tokenize(probe, chat, source=PROBE, rules=rules)
     facts[PROBE] = {"origin": "written for TELL", "rows": len(sets[PROBE]), "in_mix_source": False}
     witness = load_witness()[: config.eval.forgetting_rows]

@@ -62,8 +62,11 @@ def measure_arms(
     limit = answer_limit(config, task.chat, task.train)
     decoding = Decoding.of(config.generate, max_new_tokens=limit, stop_ids=task.chat.stop_ids, seed=config.seed)
     state = general_sets(config, task.chat, general)
-    rules = replace(task.rules, too_long="drop", nothing_to_train="drop")
+    rules = replace(task.rules, too_long="drop", nothing_to_train="drop", misfit="drop")
     validation = tokenize(task.validation, task.chat, source="validation", anchor=anchor, rules=rules)
+    if lost := validation.dropped:
+        first = f"the first: {lost[0].origin}: {lost[0].reason}"
+        task.notice(f"{len(lost)} of {len(task.validation)} validation rows are left out, {first}", display)
     losses: dict[str, float] = {}
     measured: set[str] = set()
 

@@ -257,6 +257,7 @@ def describe_plan(task: Task, table: RowTable, general: General | None, draw: Dr
             "origin": files.origin,
             "path": str(files.path),
             "parameters": files.architecture.parameters,
+            "thinking": task.chat.thinking,
         },
         "task": {
             "data": config.task.data,

@@ -45,7 +45,7 @@ def write_decided(
     write_text(folder.split, split)
     if task.kind.schema is not None:
         write_json(folder.schema, task.kind.schema)
-    write_json(folder.plan, {**plan, "thinking": task.chat.thinking})
+    write_json(folder.plan, plan)
     if lead is not None:
         tables, mixture = lead
         write_manifest(folder.manifest, mixture, tables, task.config.train.batch_size)
@@ -55,7 +55,7 @@ def thinks(folder: RunFolder) -> bool:
     """Whether a run's prompts let the model think."""
     if not folder.plan.exists():
         return False
-    return bool(json.loads(folder.plan.read_text(encoding="utf-8")).get("thinking"))
+    return bool(json.loads(folder.plan.read_text(encoding="utf-8"))["model"].get("thinking"))
 
 
 def write_adapter_notes(folder: RunFolder, task: Task, place: Path) -> None:

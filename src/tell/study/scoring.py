@@ -162,7 +162,7 @@ def answer_rows(
             "origin": example.origin,
             "prompt": example.question,
             "reference": example.answer,
-            "answer": chat.decode(answer.ids),
+            "answer": chat.answer(answer.ids),
             "finish": answer.finish,
             "tokens": len(answer.ids),
         }

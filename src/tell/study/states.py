@@ -18,6 +18,7 @@ from tell.evaluate.means import mean_metric
 from tell.evaluate.probe import load_probe
 from tell.mix.seeds import permutation
 from tell.progress import Display
+from tell.rows.template import ChatTokenizer
 from tell.rows.tokenize import CHUNK, prompt_ids
 from tell.study.prepare import Task
 
@@ -124,16 +125,18 @@ def general_queries(
     rows = [rows[int(i)] for i in permutation(len(rows), config.seed, "separate", "general")]
     positions = task.files.architecture.max_positions or 10**9
     if lengths is None:
-        fitting = (e for e in rows if len(prompt_ids(task.chat, e, anchor)) < positions)
+        fitting = (e for e in rows if _prompt_length(task.chat, e, anchor) < positions)
         return [e for _, e in zip(range(most), fitting, strict=False)]
     tokens = np.empty(len(rows))
     with display.bar("lengths of general queries", len(rows)) as advance:
         for begin in range(0, len(rows), CHUNK):
-            texts = [task.chat.render(e.prompt, add_generation_prompt=True) for e in rows[begin : begin + CHUNK]]
-            encoded = task.chat.backend.encode_batch_fast(texts, add_special_tokens=False)
-            tokens[begin : begin + CHUNK] = [len(ids) for ids in encoded]
+            texts = [_prompt_text(task.chat, e) for e in rows[begin : begin + CHUNK]]
+            encoded = task.chat.backend.encode_batch_fast([text or "" for text in texts], add_special_tokens=False)
+            lost = [np.inf if text is None else 0 for text in texts]
+            tokens[begin : begin + CHUNK] = np.array([len(ids) for ids in encoded]) + lost
             advance(len(texts))
-    added = len(prompt_ids(task.chat, rows[0], anchor)) - tokens[0]
+    first = int(np.argmin(tokens))
+    added = _prompt_length(task.chat, rows[first], anchor) - tokens[first]
     tokens[tokens + added >= positions] = np.inf
     chosen: list[Example] = []
     for length in lengths[: min(most, int(np.isfinite(tokens).sum()))]:
@@ -167,3 +170,19 @@ def jackknifed(value: float, without: np.ndarray) -> dict:
 def share(hits: np.ndarray, config: Config) -> dict:
     """The share of (rows,) zeros and ones, with Wilson's interval."""
     return estimate(mean_metric(hits, binary=True), seed=config.seed, samples=config.eval.bootstrap)
+
+
+def _prompt_text(chat: ChatTokenizer, example: Example) -> str | None:
+    """The rendered prompt; None where the template refuses it, as it may refuse a general row."""
+    try:
+        return chat.render(example.prompt, add_generation_prompt=True)
+    except TellError:
+        return None
+
+
+def _prompt_length(chat: ChatTokenizer, example: Example, anchor: Anchor) -> float:
+    """Tokens of a prompt; infinite where the template refuses it."""
+    try:
+        return len(prompt_ids(chat, example, anchor))
+    except TellError:
+        return np.inf
