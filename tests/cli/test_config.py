@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from tell.cli.common import FLAGS, Given, count, number
 from tell.cli.main import run
 from tell.config import Config, make_config
 from tell.config_docs import config_docs
+from tell.errors import TellError
 from tell.presets import learning_rate_for
 
 ROOT = Path(__file__).parents[2]
@@ -143,3 +145,22 @@ def test_the_rate_goes_by_the_models_size_unless_given():
     assert make_config({"train": {"learning_rate": 2e-3}}).train.learning_rate == 2e-3
     assert [learning_rate_for(n) for n in (10_000, 134_515_008)] == [1e-3, 1e-3]
     assert learning_rate_for(7_000_000_000) == pytest.approx(2e-4, rel=0.1)
+
+
+@pytest.mark.parametrize("value", ["inf", ".inf", "nan", "-.inf", "1e999", "9" * 5000, "2001-99-99", "!!int x", "[a]"])
+@pytest.mark.parametrize("key", ["train.lora_alpha", "train.weight_decay", "generate.temperature", "seed", "preset"])
+def test_values_that_are_no_number_are_refused(key, value, capsys):
+    assert run(["plan", "x.jsonl", "--set", f"{key}={value}"]) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("error: ") and key in line and len(line) < 2100 and line.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["a\0b", "a\ud800b"])
+def test_texts_that_nothing_can_be_named_are_refused(name):
+    with pytest.raises(TellError, match=r"task\.data: holds a character"):
+        make_config({"task": {"data": name}})
+
+
+def test_arguments_that_are_not_utf8_are_refused(capsys):
+    assert run(["plan", os.fsdecode(b"r\xff.jsonl")]) == 2
+    assert "argument r?.jsonl: is not UTF-8" in capsys.readouterr().err
