@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
@@ -54,14 +53,14 @@ def write_adapter_notes(folder: RunFolder, task: Task) -> None:
     """What the adapter needs to be used elsewhere: its anchor, and its base model by name, or by path of a folder."""
     files = task.files
     name = str(files.path) if files.origin == "folder" else files.name
-    anchor = json.loads(folder.anchor.read_text(encoding="utf-8"))
+    anchor = folder.read(folder.anchor)
     anchor.pop("candidates", None)
     revision = task.config.model.revision
     notes = {"anchor": anchor, "base_model": name, "revision": revision, "origin": files.origin}
     write_json(folder.adapter / "tell.json", notes)
     # peft notes the folder the weights lay in, for a model of the hub one of its cache.
     path = folder.adapter / "adapter_config.json"
-    write_json(path, {**json.loads(path.read_text(encoding="utf-8")), "base_model_name_or_path": name})
+    write_json(path, {**folder.read(path), "base_model_name_or_path": name})
 
 
 def train_numbers(
