@@ -12,6 +12,7 @@ from typing import Any, Literal
 from tell.data.example import Example
 from tell.data.formats import check_file, read_text
 from tell.errors import TellError
+from tell.files import expanded
 
 KindName = Literal["json", "label", "text"]
 
@@ -110,7 +111,7 @@ def load_schema(path: str | Path) -> dict[str, Any]:
     import jsonschema
     from jsonschema.validators import validator_for
 
-    path = check_file(Path(path).expanduser(), remedy="Check the path given to --schema.")
+    path = check_file(expanded(path), remedy="Check the path given to --schema.")
     text = read_text(path)
     try:
         schema = json.loads(text)
