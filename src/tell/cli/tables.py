@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from tell.cli.display import clock, short
 from tell.evaluate.names import LOSSES, NAMES, OF_100, PLAIN
-from tell.run import RunFolder, read_jsonl, reading
+from tell.run import RunFolder, read_jsonl
 from tell.shown import clean
 
 if TYPE_CHECKING:
@@ -185,13 +185,12 @@ def show_run(console: Console, run: RunFolder) -> None:
     """What a finished run found: arms, three answers, and where the report lies."""
     from rich.text import Text
 
-    with reading(run.root):
-        metrics = run.read(run.metrics)
-        sides = [arm for arm in ("base", "tell") if arm in metrics["arms"]]
-        answers = answers_side_by_side(run, sides or list(metrics["arms"])[:2])
-        if answers is not None:
-            console.print(answers)
-        show_metrics(console, metrics)
+    metrics = run.read(run.metrics)
+    sides = [arm for arm in ("base", "tell") if arm in metrics["arms"]]
+    answers = answers_side_by_side(run, sides or list(metrics["arms"])[:2])
+    if answers is not None:
+        console.print(answers)
+    show_metrics(console, metrics)
     lines = [f"adapter  {run.adapter}"] if run.adapter.exists() else []
     lines += [f"report   {run.report}"] if run.report.exists() else []
     lines.append(f"try it   tell chat {run.root}" + ("" if run.adapter.exists() else " --arm base"))

