@@ -121,6 +121,15 @@ def _plan(name: str, places: Places, *more: str) -> list[str]:
     return ["plan", name, "--model", str(places.model), "--general", "none", "--anchor", "none", *more]
 
 
+def as_yaml(tree: Any) -> bytes:
+    """A tree as YAML, in the form of JSON where it is too deep for the writer."""
+    try:
+        text = yaml.safe_dump(tree, allow_unicode=True)
+    except RecursionError:
+        text = json.dumps(tree)
+    return text.encode("utf-8", "surrogatepass")
+
+
 def data(rng: random.Random, here: Path, places: Places) -> Case:
     """The bytes of a data file."""
     form = rng.choice(FORMATS)
@@ -144,8 +153,7 @@ def config(rng: random.Random, here: Path, places: Places) -> Case:
     """A configuration, by its values or its bytes."""
     (here / "rows.jsonl").write_bytes(encoded(ROWS, "jsonl"))
     tree = {**CONFIG, "model": {"name": str(places.model)}}
-    text = yaml.safe_dump(mutate_tree(rng, tree) if rng.random() < 0.5 else tree, allow_unicode=True)
-    content = text.encode("utf-8", "surrogatepass")
+    content = as_yaml(mutate_tree(rng, tree) if rng.random() < 0.5 else tree)
     if rng.random() < 0.5:
         content = mutate_bytes(rng, content)
     (here / "run.yaml").write_bytes(content)
@@ -177,7 +185,7 @@ def recipe(rng: random.Random, here: Path, places: Places) -> Case:
     """A recipe, by its values or its bytes."""
     (here / "rows.jsonl").write_bytes(encoded(ROWS, "jsonl"))
     tree = {**RECIPE, "config": {**RECIPE["config"], "model": {"name": str(places.model)}}}
-    content = yaml.safe_dump(mutate_tree(rng, tree) if rng.random() < 0.6 else tree).encode("utf-8", "surrogatepass")
+    content = as_yaml(mutate_tree(rng, tree) if rng.random() < 0.6 else tree)
     if rng.random() < 0.5:
         content = mutate_bytes(rng, content)
     (here / "recipe.yaml").write_bytes(content)
@@ -258,7 +266,7 @@ def _changed(rng: random.Random, path: Path) -> bytes:
             )
         tree = mutate_tree(rng, yaml.safe_load(content) if path.suffix == ".yaml" else json.loads(content))
         if path.suffix == ".yaml":
-            return yaml.safe_dump(tree, allow_unicode=True).encode("utf-8", "surrogatepass")
+            return as_yaml(tree)
         return json.dumps(tree).encode()
     return mutate_bytes(rng, content)
 

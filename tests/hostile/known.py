@@ -7,4 +7,7 @@ from __future__ import annotations
 
 import re
 
-KNOWN: list[tuple[str, re.Pattern[str]]] = []
+KNOWN: list[tuple[str, re.Pattern[str]]] = [
+    ("layout", re.compile("'float' object is not iterable")),  # "history" that is a number
+    ("schema", re.compile("unhashable type")),  # "$schema" that is a list or an object
+]

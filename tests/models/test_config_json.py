@@ -24,7 +24,7 @@ BAD = [
     {"quantization_config": 4},
     {"auto_map": "x"},
     {"text_config": "x"},
-    {"text_config": {"hidden_size": []}},
+    {"text_config": {"hidden_size": {}}},
     {"rope_scaling": "linear"},
     {"tie_word_embeddings": "yes"},
 ]

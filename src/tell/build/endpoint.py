@@ -196,7 +196,7 @@ class OpenAITeacher:
                     where=where,
                     remedy="Wait, then run the same command again: finished rows are kept.",
                 ) from error
-        choices = getattr(answer, "choices", answer)
+        choices = getattr(answer, "choices", 0)  # a page of HTML with status 200 is a text here
         if not isinstance(choices, list | None):
             raise TellError(
                 "does not answer as a chat completions endpoint does",

@@ -175,7 +175,7 @@ class ChatTokenizer:
         """
         try:
             self._environment.start()
-            return self._compiled.render(
+            text = self._compiled.render(
                 messages=[m.to_dict() for m in messages],
                 tools=None,  # set, as transformers sets them: templates ask `is not none`
                 documents=None,
@@ -183,12 +183,14 @@ class ChatTokenizer:
                 enable_thinking=False,
                 **self.special,
             )
+            text.encode()  # half a character, written by the template or a row, is none that a tokenizer knows
         except Exception as error:
             raise TellError(
                 f"the chat template refuses the conversation ({error})",
                 where=str(self.folder),
                 remedy="Let roles alternate user, assistant; a template without system role needs anchor.place user.",
             ) from error
+        return text
 
     @cached_property
     def supports_system(self) -> bool:
@@ -266,7 +268,7 @@ def _read_template(folder: Path, config: dict) -> str | None:
     if template is None:
         template = _read_json(folder / "chat_template.json").get("chat_template")
     if isinstance(template, list):  # several named templates
-        named = {str(entry.get("name")): entry.get("template") for entry in template if isinstance(entry, dict)}
+        named = {str(entry.get("name")): entry.get("template", 0) for entry in template if isinstance(entry, dict)}
         template = named.get("default") or next(iter(named.values()), 0)
     if template is not None and not isinstance(template, str):
         raise TellError("its chat_template is not a text", where=str(folder), remedy=FETCH)
