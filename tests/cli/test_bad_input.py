@@ -266,3 +266,13 @@ def test_a_tokenizer_that_gives_up(here, monkeypatch, capsys):
 
     monkeypatch.setattr("tell.plan", panic)
     refused(["plan", str(SUPPORT / "train.jsonl")], capsys, ["the tokenizer gave up", "called unwrap"], here)
+
+
+def test_a_pipe_that_never_ends_is_no_message(here, monkeypatch, capsys):
+    with open("/dev/zero", encoding="utf-8") as zeros:
+        monkeypatch.setattr("sys.stdin", zeros)
+        refused(["chat", "run"], capsys, ["the message from the pipe", "more than"], here)
+    (here / "latin").write_bytes("é".encode("latin-1"))
+    with (here / "latin").open(encoding="utf-8") as text:
+        monkeypatch.setattr("sys.stdin", text)
+        refused(["chat", "run"], capsys, ["the message from the pipe: is not UTF-8"], here)

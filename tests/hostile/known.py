@@ -8,6 +8,6 @@ from __future__ import annotations
 import re
 
 KNOWN: list[tuple[str, re.Pattern[str]]] = [
-    ("layout", re.compile("'float' object is not iterable")),  # "history" that is a number
-    ("schema", re.compile("unhashable type")),  # "$schema" that is a list or an object
+    ("layout", re.compile("'(float|int)' object is not iterable")),  # "history" that is a number
+    ("schema", re.compile("unhashable type|has no attribute 'decode'")),  # "$schema" that is no text
 ]

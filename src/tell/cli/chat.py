@@ -12,6 +12,7 @@ import typer
 
 from tell.cli.common import TRUST_CODE, nearest, read_number
 from tell.errors import TellError
+from tell.files import MOST_TEXT
 from tell.shown import clean, one_line
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def chat(
         )
     chosen = read_number("--seed", seed)
     if message is None and not sys.stdin.isatty():
-        message = sys.stdin.read()
+        message = _piped()
     if message is not None and not message.strip():
         raise TellError("the message is empty", where="MESSAGE", remedy="Write one, or leave it out to chat.")
     import tell
@@ -50,6 +51,22 @@ def chat(
         _say(session.stream(message))
     else:
         _converse(session)
+
+
+def _piped() -> str:
+    """The message from a pipe.
+
+    Raises:
+        TellError: it is too long, or no text.
+    """
+    try:
+        text = sys.stdin.read(MOST_TEXT + 1)
+    except UnicodeDecodeError as error:
+        raise TellError("is not UTF-8", where="the message from the pipe", remedy="Save it as UTF-8.") from error
+    if len(text) > MOST_TEXT:
+        what = f"has more than {MOST_TEXT:,} characters"
+        raise TellError(what, where="the message from the pipe", remedy="Shorten it.")
+    return text
 
 
 def _converse(session: ChatSession) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from tell.config import Config, GenerateConfig, make_config, merge, parse_overrides
 from tell.data.budget import take_rows
@@ -84,6 +84,8 @@ def evaluate(
         )
     adapters = {arm: opened.adapter(arm) for arm in wanted}
     facts = opened.folder.read_as(opened.folder.findings, Findings)
+    opened.folder.read_as(opened.folder.metrics, Metrics)  # said now, not after the arms have answered
+    metrics = opened.folder.read(opened.folder.metrics)
     train, examples, shots = _examples(opened, test, need_train="icl" in wanted)
     if rows is not None and rows < len(examples):
         examples = [examples[i] for i in sorted(take_rows(len(examples), rows, seed))]
@@ -136,7 +138,6 @@ def evaluate(
         costs[arm] = answer_costs(opened.files.architecture, prompts, answers)
         write_jsonl(opened.folder.predictions / "eval" / f"{arm}.jsonl", answers)
     values, gaps = arm_numbers(scored, seed=seed, samples=config.eval.bootstrap)
-    metrics = opened.folder.read(opened.folder.metrics)
     kept = {key: metrics.get(key) for key in ("forgetting", "mixture", "train", "failed")}
     kept |= {key: metrics[key] for key in ("benchmarks",) if key in metrics}
     task = {"kind": kind.name, "primary": scorer.primary}
@@ -167,6 +168,39 @@ class Findings(BaseModel):
 
     kind: KindFacts
     answer_limit: int = Field(ge=1, le=1_000_000)
+
+
+class Number(BaseModel):
+    """A score with its interval; metrics.json has more of them than are named here."""
+
+    model_config = ConfigDict(extra="allow")
+    value: float | None = None
+    ci: tuple[float | None, float | None] | None = None
+
+
+class ForgettingSet(BaseModel):
+    """A set of rows that forgetting was measured on."""
+
+    model_config = ConfigDict(extra="allow")
+    in_mix_source: bool = False
+
+
+class Forgetting(BaseModel):
+    """``forgetting`` of metrics.json."""
+
+    model_config = ConfigDict(extra="allow")
+    sets: dict[str, ForgettingSet] | None = None
+    arms: dict[str, dict[str, dict[str, Number | None]] | None] = {}
+
+
+class Metrics(BaseModel):
+    """What is kept of metrics.json: the run's own measurements, shown beside the new scores."""
+
+    forgetting: Forgetting | None = None
+    mixture: dict[str, Any] | None = None
+    train: dict[str, Any] | None = None
+    failed: dict[str, Any] | None = None
+    benchmarks: dict[str, Any] = {}
 
 
 class Split(BaseModel):
