@@ -6,14 +6,16 @@ Precedence, lowest first: the model's defaults, the preset, the YAML file, flags
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from tell.errors import TellError
+from tell.files import parse_yaml, read_text
 from tell.presets import PRESETS, general_tokens_for
 
 Arm = Literal["base", "base+anchor", "icl", "sft", "sft-matched", "general", "tell", "tell-anchor"]
@@ -24,8 +26,19 @@ DEFAULT_ARMS: tuple[Arm, ...] = ("base", "base+anchor", "icl", "sft", "sft-match
 TRAINED_ARMS = frozenset({"sft", "sft-matched", "general", "tell"})
 
 
+_UNWRITABLE = re.compile("[\\0\ud800-\udfff]")  # surrogates stand for bytes of an argument that are no UTF-8
+
+
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, populate_by_name=True)
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, populate_by_name=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _writable(cls, value: Any) -> Any:
+        """No text that can be neither saved nor a file's name."""
+        if isinstance(value, str) and _UNWRITABLE.search(value):
+            raise ValueError("holds a character that is no UTF-8, or NUL")
+        return value
 
 
 class TaskConfig(Section):
@@ -285,7 +298,7 @@ def make_config(data: Mapping[str, Any], *, where: str = "configuration") -> Con
     """Validate nested keys over the preset they name."""
     check_keys(data, Config, where)
     preset = data.get("preset", Config.model_fields["preset"].default)
-    if preset not in PRESETS:
+    if not isinstance(preset, str) or preset not in PRESETS:
         raise TellError(
             f"preset {preset!r} is unknown{nearest(str(preset), PRESETS)}",
             where=where,
@@ -301,22 +314,13 @@ def make_config(data: Mapping[str, Any], *, where: str = "configuration") -> Con
         raise TellError(f"{key}: {message}{shown}", where=where, remedy=f"Change {key}.") from error
 
 
-def read_yaml(path: Path, given_to: str = "-c") -> dict[str, Any]:
+def read_yaml(path: Path, given_to: str = "-c", *, remedy: str = "Save it as UTF-8 YAML.") -> dict[str, Any]:
     """A YAML file of keys; ``given_to`` names the flag or verb behind which it was given, for errors."""
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = read_text(path, remedy=remedy)
     except FileNotFoundError as error:
         raise TellError("no such file", where=str(path), remedy=f"Check the path given to {given_to}.") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise TellError(f"cannot be read ({error})", where=str(path), remedy="Save it as UTF-8 YAML.") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise TellError(
-            f"is not valid YAML ({getattr(error, 'problem', error)})",
-            where=f"{path}{line}",
-            remedy="Mend that line.",
-        ) from error
+    data = parse_yaml(text, where=str(path))
     if data is None:
         return {}
     if not isinstance(data, dict):
@@ -390,8 +394,8 @@ def override(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
 
 def _parse_scalar(text: str) -> Any:
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
+        value = parse_yaml(text, where="--set")
+    except TellError:  # 2001-99-99, or "a: b: c": the text itself
         return text
     if isinstance(value, str):  # YAML 1.1 reads 1e4 as a string
         try:

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from tell.shown import shorten
+
+LONGEST = {"what": 1000, "where": 400, "remedy": 500}  # characters of each part: what they quote may be a whole file
+
 
 def first_line(error: BaseException) -> str:
     """What an error says, as far as one line goes; its class where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether a library written in Rust gave up (tokenizers, safetensors): its error is no Exception."""
+    return type(error).__name__ == "PanicException"
 
 
 class TellError(Exception):
@@ -20,6 +29,8 @@ class TellError(Exception):
     exit_code = 2
 
     def __init__(self, what: str, *, where: str | None = None, remedy: str | None = None) -> None:
+        what = shorten(what, LONGEST["what"])
+        where, remedy = where and shorten(where, LONGEST["where"]), remedy and shorten(remedy, LONGEST["remedy"])
         self.what, self.where, self.remedy = what, where, remedy
         text = f"{where}: {what}" if where else what
         if remedy:

@@ -6,11 +6,12 @@ import os
 from pathlib import Path
 
 from tell.errors import TellError
+from tell.files import expanded
 
 
 def tell_home() -> Path:
     """The cache folder; not created here."""
-    return Path(os.environ.get("TELL_HOME") or "~/.cache/tell").expanduser()
+    return expanded(os.environ.get("TELL_HOME") or "~/.cache/tell")
 
 
 def make_folder(path: Path) -> Path:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-Reply = tuple[int, dict | str]
+Reply = tuple[int, dict | str | bytes]
 NOW = {"retry-after-ms": "1"}  # the client honours it, so that no test waits for its backoff
 
 
@@ -62,8 +62,8 @@ def serve(answer: Callable[[dict], Reply] = good) -> Iterator[Endpoint]:
             finally:
                 with endpoint.lock:
                     endpoint.under_way -= 1
-            body = content if isinstance(content, dict) else completion(request["model"], content)
-            data = json.dumps(body).encode()
+            body = completion(request["model"], content) if isinstance(content, str) else content
+            data = content if isinstance(content, bytes) else json.dumps(body).encode()
             try:
                 self.send_response(status)
                 for name, value in {**NOW, "content-type": "application/json", "content-length": len(data)}.items():

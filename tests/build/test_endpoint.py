@@ -13,7 +13,7 @@ from tell.build import OpenAITeacher, build_halu_cot_json
 from tell.build.halueval import HaluRow
 from tell.errors import TellError
 
-from .server import good, row_of, serve
+from .server import completion, good, row_of, serve
 
 
 def rows(n):
@@ -298,3 +298,79 @@ def test_bad_settings_are_refused(monkeypatch):
         OpenAITeacher("localhost:1", "m")
     with pytest.raises(TellError, match="concurrency is 0"):
         OpenAITeacher("http://localhost:1", "m", concurrency=0)
+
+
+def reply(**changes) -> dict:
+    return {**completion("m", '{"thought": "There is no hallucination.", "hallucination": "no"}'), **changes}
+
+
+STRANGE = {
+    "HTML": b"<html>login</html>",
+    "a text": b'"hello"',
+    "a list": b"[1, 2]",
+    "choices that are none": json.dumps(reply(choices="x")).encode(),
+    "null": b"null",
+    "nothing": b"",
+}
+
+
+@pytest.mark.parametrize("kind", STRANGE)
+def test_replies_of_what_is_no_such_endpoint_are_one_line(tmp_path, kind):
+    with serve(lambda request: (200, STRANGE[kind])) as endpoint, pytest.raises(TellError) as raised:
+        teacher(endpoint, retries=0, attempts=1, concurrency=1).write(rows(25), cache=tmp_path / "c.jsonl")
+    assert "\n" not in str(raised.value) and endpoint.url in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"usage": None},
+        {"usage": {"prompt_tokens": None, "completion_tokens": "many"}},
+        {"usage": []},
+        {
+            "choices": [
+                {
+                    "index": 0,
+                    "message": {
+                        "role": "assistant",
+                        "content": [
+                            {
+                                "type": "text",
+                                "text": '{"thought": "There is no hallucination.", "hallucination": "no"}',
+                            },
+                            {"type": "image"},
+                        ],
+                    },
+                }
+            ]
+        },
+    ],
+    ids=["null usage", "null counts", "a list", "parts"],
+)
+def test_usage_that_is_not_there_and_answers_in_parts(tmp_path, changes):
+    wanted = [row for row in rows(8) if row.label == "no"]
+    with serve(lambda request: (200, reply(**changes))) as endpoint:
+        thoughts = teacher(endpoint).write(wanted, cache=tmp_path / "c.jsonl")
+    assert all(thought.text == "There is no hallucination." for thought in thoughts)
+
+
+@pytest.mark.parametrize("content", [None, 5, {}, "[" * 100_000, '{"thought": "\\ud83d", "hallucination": "no"}'])
+def test_contents_that_cannot_be_used_drop_the_row(tmp_path, content):
+    body = reply(choices=[{"index": 0, "message": {"role": "assistant", "content": content}}])
+    with serve(lambda request: (200, body)) as endpoint:
+        thoughts = teacher(endpoint, attempts=1).write(rows(3), cache=tmp_path / "c.jsonl")
+    assert [thought.text for thought in thoughts] == [None] * 3
+
+
+def test_keys_and_passwords_are_not_printed(tmp_path):
+    def echo(request):
+        return 401, error("the key secret-key is not known")
+
+    with serve(echo) as endpoint:
+        endpoint.url = endpoint.url.replace("//", "//user:password@")
+        with pytest.raises(TellError) as raised:
+            teacher(endpoint, retries=0).write(rows(1), cache=tmp_path / "c.jsonl")
+        assert "secret-key" not in str(raised.value) and "password" not in str(raised.value)
+    with pytest.raises(TellError) as raised:
+        OpenAITeacher("ftp://user:password@host/v1", "m", "secret-key")
+    assert "password" not in str(raised.value)

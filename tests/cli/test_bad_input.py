@@ -218,3 +218,61 @@ def test_run_folder_that_is_not_there(argv, here, capsys):
 @pytest.mark.parametrize("argv", [["eval", "."], ["chat", ".", "hello"], ["report", "."]])
 def test_folder_that_holds_no_run(argv, here, capsys):
     refused(argv, capsys, ["tell tune"], here)
+
+
+@pytest.mark.parametrize("flag", ["-c", "--anchor"])
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
+def test_what_never_ends_is_not_read(flag, kind, here, capsys):
+    os.mkfifo(here / "pipe")
+    path = {"pipe": "pipe", "device": "/dev/zero", "folder": "."}[kind]
+    argv = ["plan", str(SUPPORT / "train.jsonl"), flag, f"@{path}" if flag == "--anchor" else path]
+    refused(argv, capsys, ["is a folder" if kind == "folder" else "a pipe or device"], here)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "~no-such-user/x", "a/" * 3000, "con\x1b]0;title\x07"])
+@pytest.mark.parametrize("place", ["DATA", "--test", "-c", "--anchor", "--model", "--general", "--schema", "--out"])
+def test_names_that_are_no_names(name, place, here, tiny_model, capsys):
+    argv = ["tune", str(SUPPORT / "train.jsonl"), "--model", str(tiny_model("llama"))]
+    argv += ["--set", "tokens.unit=./none"]  # so that it ends before it starts whatever else is accepted
+    if place == "DATA":
+        argv[1] = name
+    else:
+        argv += [place, f"@{name}" if place == "--anchor" else name]
+    assert run(argv) == 2
+    out, err = capsys.readouterr()
+    line = err.splitlines()[-1]
+    assert out == "" and line.startswith("error: ") and len(line) < 2100 and "\x1b" not in err
+    assert not list(here.iterdir())
+
+
+def test_a_run_of_too_many_rows(here, tiny_model, capsys):
+    argv = ["plan", str(SUPPORT / "train.jsonl"), "--model", str(tiny_model("llama")), "--anchor", "none"]
+    refused([*argv, "--general", "none", "--repeat", "1e8"], capsys, ["mix.repeat", "at most 10,000,000 rows"], here)
+    refused([*argv, "--general-tokens", "1e15"], capsys, ["general.tokens", "at most"], here)
+
+
+def test_plan_refuses_the_scorer_that_tune_refuses(here, tiny_model, capsys):
+    argv = [str(SUPPORT / "train.jsonl"), "--model", str(tiny_model("llama")), "--scorer", "no.such:f"]
+    for verb in ("plan", "tune"):
+        refused([verb, *argv], capsys, ["no.such"], here)
+
+
+def test_a_tokenizer_that_gives_up(here, monkeypatch, capsys):
+    class PanicException(BaseException):
+        pass
+
+    def panic(*_, **__):
+        raise PanicException("called unwrap on a None value")
+
+    monkeypatch.setattr("tell.plan", panic)
+    refused(["plan", str(SUPPORT / "train.jsonl")], capsys, ["the tokenizer gave up", "called unwrap"], here)
+
+
+def test_a_pipe_that_never_ends_is_no_message(here, monkeypatch, capsys):
+    with open("/dev/zero", encoding="utf-8") as zeros:
+        monkeypatch.setattr("sys.stdin", zeros)
+        refused(["chat", "run"], capsys, ["the message from the pipe", "more than"], here)
+    (here / "latin").write_bytes("é".encode("latin-1"))
+    with (here / "latin").open(encoding="utf-8") as text:
+        monkeypatch.setattr("sys.stdin", text)
+        refused(["chat", "run"], capsys, ["the message from the pipe: is not UTF-8"], here)

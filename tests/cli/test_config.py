@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from tell.cli.common import FLAGS, Given, count, number
 from tell.cli.main import run
 from tell.config import Config, MixConfig, load_config, make_config
 from tell.config_docs import config_docs
+from tell.errors import TellError
 from tell.presets import learning_rate_for
 
 ROOT = Path(__file__).parents[2]
@@ -150,3 +152,22 @@ def test_a_config_made_by_hand_has_the_defaults_of_the_preset():
     assert Config(preset="paper") == load_config(flags={"preset": "paper"})
     assert Config(train={"lora_r": 4}) == load_config(flags={"train": {"lora_r": 4}})
     assert Config(mix=MixConfig(order="shuffle")).mix.order == "shuffle"
+
+
+@pytest.mark.parametrize("value", ["inf", ".inf", "nan", "-.inf", "1e999", "9" * 5000, "2001-99-99", "!!int x", "[a]"])
+@pytest.mark.parametrize("key", ["train.lora_alpha", "train.weight_decay", "generate.temperature", "seed", "preset"])
+def test_values_that_are_no_number_are_refused(key, value, capsys):
+    assert run(["plan", "x.jsonl", "--set", f"{key}={value}"]) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("error: ") and key in line and len(line) < 2100 and line.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["a\0b", "a\ud800b"])
+def test_texts_that_nothing_can_be_named_are_refused(name):
+    with pytest.raises(TellError, match=r"task\.data: holds a character"):
+        make_config({"task": {"data": name}})
+
+
+def test_arguments_that_are_not_utf8_are_refused(capsys):
+    assert run(["plan", os.fsdecode(b"r\xff.jsonl")]) == 2
+    assert "argument r?.jsonl: is not UTF-8" in capsys.readouterr().err

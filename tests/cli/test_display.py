@@ -6,8 +6,10 @@ import io
 
 import pytest
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
-from tell.cli.display import PlainDisplay, TerminalDisplay, clock, short
+from tell.cli.display import PlainDisplay, TerminalDisplay, clock, make_console, short
 
 
 @pytest.mark.parametrize(
@@ -92,3 +94,19 @@ def test_brackets_in_notes_are_no_markup():
     display, stream = terminal()
     display.note("dropped [bold]row[/bold] [3]")
     assert "[bold]row[/bold] [3]" in stream.getvalue()
+
+
+def test_names_and_notes_steer_no_terminal_and_end(capsys):
+    PlainDisplay().note("task: a\x1b]0;owned\x07.jsonl " + "x" * 10**6)
+    err = capsys.readouterr().err
+    assert "\x1b" not in err and len(err) < 3000
+    console = make_console()
+    console.file = stream = io.StringIO()
+    table = Table(title="[/] \x1b[2J")
+    table.add_column("[red]f1")
+    table.add_row("[/x] :smile: \ud800")
+    console.print(table)
+    console.print(Text("a\x9b b"))
+    shown = stream.getvalue()
+    assert "[/] " in shown and "[red]f1" in shown and "[/x] :smile:" in shown
+    assert not any(char in shown for char in "\x1b\x9b\ud800")

@@ -198,9 +198,9 @@ def test_a_signal_at_the_end_of_a_cell_stops_the_study_too(recipe, tmp_path, mon
 
     write_report = page.write_report
 
-    def interrupted(folder):
+    def interrupted(folder, **options):
         signal.raise_signal(signal.SIGTERM)
-        write_report(folder)
+        write_report(folder, **options)
 
     monkeypatch.setattr(page, "write_report", interrupted)
     with pytest.raises(Interrupted, match="stopped with 1 of 4 cells done"):

@@ -264,3 +264,12 @@ def test_tables_are_there_where_scipy_is_not(tmp_path, monkeypatch):
     with pytest.raises(TellError, match=r"tell-llm\[study\]"):
         write_study(made)
     assert (made / "table.csv").exists() and (made / "table.md").exists()
+
+
+def test_dollar_signs_and_braces_are_no_formulas(tmp_path: Path) -> None:
+    with drawing(1, height=2) as (figure, (axes,)):
+        axes.set_title(r"$\frac{ $ and 5 $ and $x$")
+        axes.plot([1, 10], [1, 2], label=r"$\undefined$")
+        axes.set_xscale("log")
+        save(figure, tmp_path / "figure")
+    assert (tmp_path / "figure.svg").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import textwrap
 from pathlib import Path
 
@@ -229,3 +230,16 @@ def test_a_variable_does_not_hide_a_data_set(tmp_path):
         load_recipe(written(tmp_path, **keys), variables={"halu": "/mine"})
     with pytest.raises(TellError, match=r"variables.halu: halu is a variable"):
         load_recipe(written(tmp_path, **keys, variables={"halu": "/mine"}))
+
+
+def test_a_grid_of_a_billion_cells_is_refused_before_its_points_are_made(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    values = list(range(1, 1001))
+    grid = {"task.rows": values, "general.rows": values, "mix.repeat": values}
+    path.write_text(yaml.safe_dump({"config": {"task": {"data": "x.jsonl"}}, "grid": grid}))
+    with pytest.raises(TellError, match=r"12,000,000,000 cells; a study has at most 10,000"):
+        load_recipe(path)
+    os.mkfifo(tmp_path / "pipe")
+    for place in (tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(TellError, match="a pipe or device"):
+            load_recipe(place)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -65,3 +66,24 @@ def test_runtimes_in_folders_with_spaces(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "read_text", missing)
     with pytest.raises(lib.Unavailable, match="/proc/self/maps"):
         lib._runtimes()
+
+
+@pytest.mark.skipif(not shutil.which("cc"), reason="needs a compiler")
+def test_a_library_that_is_cut_short_is_made_again(tmp_path, monkeypatch):
+    """Loaded, it would end the process by a signal."""
+    monkeypatch.setenv("TELL_HOME", str(tmp_path))
+    made: list[int] = []
+
+    def compile_(command):
+        if "-o" in command:
+            made.append(1)
+            Path(command[command.index("-o") + 1]).write_bytes(b"a whole library")
+        return subprocess.CompletedProcess(command, 0, "a compiler", "")
+
+    monkeypatch.setattr(lib, "_run", compile_)
+    path = lib._build()
+    assert lib._build() == path and len(made) == 1
+    path.write_bytes(b"a whole")
+    assert lib._build() == path and len(made) == 2 and path.read_bytes() == b"a whole library"
+    path.with_suffix(".sha256").unlink()
+    assert lib._build() == path and len(made) == 3

@@ -104,3 +104,9 @@ def test_bad_amounts_are_refused(unit, amount, message):
 def test_a_ratio_to_nothing_is_refused():
     with pytest.raises(TellError, match="ratio 2 to 0 task tokens"):
         general_rows(np.array([5]), task_tokens=0, ratio=2, seed=1)
+
+
+@pytest.mark.parametrize("amount", [{"rows": 10**9}, {"tokens": 1e300}, {"ratio": 1.7e308}, {"tokens": 1e12}])
+def test_more_rows_than_can_be_mixed_are_refused(amount):
+    with pytest.raises(TellError, match="at most 10,000,000 rows"):
+        general_rows(np.array([5, 7]), task_tokens=1000, seed=1, **amount)

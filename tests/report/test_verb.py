@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 from report.sample import make_sample
 from tell.errors import TellError
 from tell.report.verb import report
+from tell.run import write_text
 
 
 def test_one_run_writes_into_its_folder(tmp_path: Path) -> None:
@@ -43,3 +46,41 @@ def test_public_call_works_whatever_was_imported_before(before: str, tmp_path: P
     code = f"{before}import tell; print(tell.report({str(folder.root)!r})); from tell.report import render; tell.report"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str(folder.report)
+
+
+def test_only_pages_that_tell_wrote_are_replaced(tmp_path: Path) -> None:
+    folder = make_sample(tmp_path / "run", arms=("base",), rows=12)
+    own = tmp_path / "page.html"
+    assert report(folder, out=own) == report(folder, out=own) == own
+    for path in (folder.report, tmp_path / "thesis.html"):
+        path.write_text("<!doctype html><title>mine</title>")
+        with pytest.raises(TellError, match=r"no report that tell wrote.*-o"):
+            report(folder, out=None if path == folder.report else path)
+        assert "mine" in path.read_text()
+    with pytest.raises(TellError, match="left as it is"):
+        report(folder, out=tmp_path)
+    older = own.read_text().replace('<meta name="generator" content="tell report">', "")
+    folder.report.write_text(older)
+    assert report(folder) == folder.report and "generator" in folder.report.read_text()
+
+
+def test_a_device_is_not_replaced_by_a_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(TellError, match="it is no file"):
+        write_text(tmp_path / "pipe", "x")
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
+
+
+def test_metrics_of_other_shapes_end_in_a_page_or_in_one_line(tmp_path: Path) -> None:
+    folder = make_sample(tmp_path / "run", arms=("base", "tell"), rows=12)
+    metrics = json.loads(folder.metrics.read_text(encoding="utf-8"))
+    for wrong in ([], "x", {"arms": [1]}, {"task": 3}, {"arms": {"tell": {"x": {"value": "a", "ci": 3}}}}, None):
+        for value in (
+            wrong,
+            {**metrics, **(wrong if isinstance(wrong, dict) else {"arms": wrong, "forgetting": wrong})},
+        ):
+            folder.metrics.write_text(json.dumps(value))
+            try:
+                report(folder)
+            except TellError as error:
+                assert "not as tell wrote" in str(error)

@@ -143,3 +143,47 @@ def test_rows_import_no_torch():
         "sys.exit(sum(name in sys.modules for name in ('torch', 'transformers')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def broken(folder, tmp_path, name: str, content: bytes):
+    copy = shutil.copytree(folder, tmp_path / "broken")
+    (copy / name).write_bytes(content)
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("tokenizer.json", b'{"version": "1.0", "trunc', "tokenizer.json: is not a tokenizer, or cut short"),
+        ("tokenizer.json", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a Git LFS pointer"),
+        ("tokenizer.json", b"", "cut short"),
+        ("tokenizer_config.json", b"[1]", "tokenizer_config.json: does not hold an object"),
+        ("tokenizer_config.json", b'{"eos_token": "</s>"', "tokenizer_config.json: is not valid JSON"),
+        ("tokenizer_config.json", b"[" * 100_000, "nested too deeply"),
+        ("generation_config.json", b'{"eos_token_id": "x"}', "generation_config.json: eos_token_id is 'x'"),
+        ("generation_config.json", b'{"eos_token_id": [1, -5]}', r"eos_token_id is \[1, -5\]"),
+        ("chat_template.jinja", b"\xff\xfe", "chat_template.jinja: is not UTF-8"),
+    ],
+)
+def test_files_that_are_damaged_are_named(name, content, said, tiny_model, tmp_path):
+    with pytest.raises(TellError, match=said):
+        ChatTokenizer(broken(tiny_model("llama"), tmp_path, name, content))
+
+
+@pytest.mark.parametrize("template", [5, {"a": 1}, [], [{"name": 3}], ["x"]])
+def test_a_template_that_is_no_text(template, tiny_model, tmp_path):
+    copy = shutil.copytree(tiny_model("llama"), tmp_path / "m")
+    (copy / "chat_template.jinja").unlink(missing_ok=True)
+    path = copy / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template}))
+    with pytest.raises(TellError, match="chat_template is not a text"):
+        ChatTokenizer(copy)
+
+
+@pytest.mark.parametrize(
+    "template", ["{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "{% if %}"]
+)
+def test_a_template_that_never_ends_or_is_not_valid_is_refused(template, tiny_model, tmp_path):
+    chat = ChatTokenizer(broken(tiny_model("llama"), tmp_path, "chat_template.jinja", template.encode()))
+    with pytest.raises(TellError, match="the chat template"):
+        chat.render([USER])

@@ -108,3 +108,33 @@ def test_what_is_refused(run, tmp_path):
         tell.evaluate(root, overrides=["eval.benchmarks=[gsm8k]"])
     with pytest.raises(TellError, match="no such run folder"):
         tell.evaluate(tmp_path / "nowhere")
+
+
+DAMAGED = {
+    "findings.json": ["", "[]", "{}", '{"kind": 3, "answer_limit": 5}', '{"kind": {"name": "label"}}'],
+    "split.json": ["{", "[]", "{}", '{"train": 5, "test": []}', '{"train": [], "test": [3]}'],
+    "anchor.json": [
+        "",
+        "[]",
+        '{"text": 5, "place": "user", "origin": "hand"}',
+        '{"text": "x", "place": "up", "origin": 1}',
+    ],
+    "schema.json": ["[]", "{"],
+    "metrics.json": ["[]", "{"],
+    "adapter/adapter_config.json": ["", "[]", '{"r": "x"}'],
+    "run.yaml": ["", "[]", "a: [", "seed: {}", "&a [*a]"],
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damaged_files_of_a_run_are_named(name, run, tmp_path):
+    root, _ = run
+    copy = shutil.copytree(root, tmp_path / "copy")
+    if name == "schema.json":
+        findings = read(copy / "findings.json")
+        findings["kind"]["name"] = "json"
+        (copy / "findings.json").write_text(json.dumps(findings))
+    for text in DAMAGED[name]:
+        (copy / name).write_text(text)
+        with pytest.raises(TellError, match=Path(name).name):
+            tell.evaluate(copy, arms=["tell"], rows=1)

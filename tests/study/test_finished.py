@@ -18,7 +18,7 @@ from tell.anchor.anchor import Anchor
 from tell.mix.manifest import read_manifest
 from tell.progress import Silent
 from tell.run import read_jsonl
-from tell.study.folder import read_run_config
+from tell.study.folder import LOCK, read_run_config
 from tell.study.prepare import load_general, load_task
 
 
@@ -34,7 +34,7 @@ def test_every_file_is_there(finished):
     assert (status["state"], status["stage"]) == ("done", "done")
     assert 0 < status["seconds"] <= read(folder.findings)["seconds"] + 5
     assert read_run_config(folder) == config
-    assert not [path for path in folder.root.rglob(".*")]  # nothing half-written
+    assert [path.name for path in folder.root.rglob(".*")] == [LOCK]  # nothing half-written
 
 
 def test_metrics_have_the_documented_shape(finished):

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
 import pytest
 
 import tell
 from study.runs import config_of
 from tell.errors import TellError
-from tell.study.folder import claim, default_out, open_folder, read_run_config
+from tell.run import RunFolder, write_json
+from tell.study.folder import LOCK, claim, default_out, open_folder, read_run_config
 
 
 @pytest.fixture
@@ -16,7 +24,8 @@ def run(tiny_model, tmp_path):
     config = config_of(tiny_model("llama"), tmp_path / "run")
     folder, resumed = claim(config, resume=False, overwrite=False)
     assert not resumed and not folder.root.exists()
-    open_folder(folder, fresh=True, config=config)
+    with open_folder(folder, fresh=True, config=config):
+        pass
     return config, folder
 
 
@@ -81,8 +90,176 @@ def test_overwriting_removes_the_run_and_nothing_else(run):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("{}")
     (folder.root / "notes.md").write_text("mine")
-    open_folder(folder, fresh=True, config=config)
-    assert sorted(path.name for path in folder.root.iterdir()) == ["notes.md", "run.yaml", "status.json"]
+    with open_folder(folder, fresh=True, config=config, overwrite=True):
+        pass
+    assert names(folder) == ["notes.md", "run.yaml", "status.json"]
+
+
+def names(folder) -> list[str]:
+    """What lies in a folder, but for the lock, which stays, and temporary files of this process, which lives."""
+    return sorted(path.name for path in folder.root.iterdir() if path.name != LOCK and path.suffix != ".tmp")
+
+
+class Killed(BaseException):
+    """The process ends here: nobody catches it."""
+
+
+def killed_at(monkeypatch, event: int) -> None:
+    """Let the process die before its n-th change on the disk."""
+    left = [event]
+
+    def dying(change):
+        def before(*args, **kwargs):
+            left[0] -= 1
+            if left[0] < 0:
+                raise Killed
+            return change(*args, **kwargs)
+
+        return before
+
+    for owner, name in (
+        (os, "replace"),
+        (os, "fsync"),
+        (tempfile, "mkdtemp"),
+        (tempfile, "mkstemp"),
+        (shutil, "rmtree"),
+    ):
+        monkeypatch.setattr(owner, name, dying(getattr(owner, name)))
+    for name in ("touch", "unlink", "mkdir"):
+        monkeypatch.setattr(Path, name, dying(getattr(Path, name)))
+
+
+OLD = "the old run's"
+
+
+@pytest.mark.parametrize("begun", [True, False], ids=["overwritten", "fresh"])
+@pytest.mark.parametrize("how", ["resume", "overwrite", "again"])
+def test_a_start_that_is_killed_anywhere_can_be_repeated(tiny_model, tmp_path, monkeypatch, begun, how):
+    ends = set()
+    for event in range(60):
+        config = config_of(tiny_model("llama"), tmp_path / str(event))
+        folder = RunFolder(tmp_path / str(event))
+        if begun:
+            with open_folder(folder, fresh=True, config=config):
+                pass
+            folder.arms.mkdir()
+            folder.metrics.write_text(OLD)
+            (folder.root / "notes.md").write_text("mine")
+        with monkeypatch.context() as patch:
+            killed_at(patch, event)
+            try:
+                with open_folder(folder, fresh=True, config=config, overwrite=begun):
+                    pass
+                ends.add("whole")
+            except Killed:
+                ends.add("killed")
+        began = folder.status.exists()
+        if how == "resume" and not (folder.root.is_dir() and any(folder.root.iterdir())):
+            continue  # not even begun
+        if how == "again" and began:
+            with pytest.raises(TellError, match="exists already"):
+                claim(config, resume=False, overwrite=False)
+            continue
+        _, resumed = claim(config, resume=how == "resume", overwrite=how == "overwrite")
+        assert resumed == (how == "resume" and began)
+        with open_folder(folder, fresh=not resumed, config=config, overwrite=how == "overwrite"):
+            assert folder.read_status()["state"] == "running"
+        kept = ["arms", "metrics.json"] if resumed and folder.arms.exists() else []
+        kept += ["notes.md"] if begun else []
+        assert names(folder) == sorted([*kept, "run.yaml", "status.json"]), event
+    assert ends == {"whole", "killed"}
+
+
+def test_a_start_that_cannot_be_written_leaves_all_as_it_was(run, monkeypatch):
+    config, folder = run
+    folder.metrics.write_text(OLD)
+    before = {path.name: path.read_bytes() for path in folder.root.iterdir()}
+
+    def full(*_, **__):
+        raise TellError("cannot be written (No space left on device)")
+
+    monkeypatch.setattr(type(folder), "set_status", full)
+    with (
+        pytest.raises(TellError, match="No space left"),
+        open_folder(folder, fresh=True, config=config, overwrite=True),
+    ):
+        pass
+    assert {path.name: path.read_bytes() for path in folder.root.iterdir()} == before
+    new = RunFolder(folder.root.with_name("new"))
+    with pytest.raises(TellError, match="No space left"), open_folder(new, fresh=True, config=config):
+        pass
+    assert not new.root.exists()
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from tell.config import load_config
+from tell.run import RunFolder
+from tell.study.folder import open_folder
+folder = RunFolder(sys.argv[1])
+with open_folder(folder, fresh=True, config=load_config(folder.config), overwrite=True):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_one_process_at_a_time(run):
+    """Others are refused in one line as long as it lives, readers are not, and death frees the folder."""
+    config, folder = run
+    child = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(folder.root)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    try:
+        assert child.stdout.readline() == b"held\n"
+        before = names(folder)
+        for how in ({"resume": True, "overwrite": False}, {"resume": False, "overwrite": True}):
+            with pytest.raises(TellError, match="another process works on this run"):
+                claim(config, **how)
+        with pytest.raises(TellError, match="another process"), open_folder(folder, fresh=False, config=config):
+            pass
+        assert read_run_config(folder).seed == config.seed and folder.read_status()["state"] == "running"
+        assert names(folder) == before
+    finally:
+        child.kill()
+        child.wait()
+        child.stdin.close()
+        child.stdout.close()
+    assert claim(config, resume=True, overwrite=False)[1]
+
+
+def test_temporary_files_of_dead_processes_are_removed(run):
+    config, folder = run
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    folder.predictions.mkdir()
+    for number in (dead.pid, os.getpid()):
+        (folder.predictions / f".tell.jsonl.{number}-abc.tmp").write_text("half")
+        (folder.root / f".metrics.json.{number}-abc.tmp").write_text("half")
+    (folder.root / ".notes.tmp").write_text("mine")
+    with open_folder(folder, fresh=False, config=config):
+        pass
+    left = sorted(path.name for path in folder.root.rglob(".*.tmp"))
+    assert left == [f".metrics.json.{os.getpid()}-abc.tmp", ".notes.tmp", f".tell.jsonl.{os.getpid()}-abc.tmp"]
+    (folder.root / f".plan.json.{dead.pid}-x.tmp").write_text("half")
+    write_json(folder.plan, {})  # whoever writes a file again removes what was left of it
+    assert not list(folder.root.glob(".plan*"))
+
+
+def test_files_are_on_the_disk_before_they_have_their_name(tmp_path, monkeypatch):
+    done: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda handle, real=os.fsync: (done.append("fsync"), real(handle)))
+    monkeypatch.setattr(os, "replace", lambda a, b, real=os.replace: (done.append("rename"), real(a, b)))
+    write_json(tmp_path / "x.json", {})
+    assert done == ["fsync", "rename", "fsync"]
+
+
+def test_what_a_run_makes_is_declared(finished):
+    """Nothing else is removed when it is overwritten."""
+    folder, _ = finished
+    made = {path.name for path in folder.root.iterdir()} - {LOCK}
+    assert made <= {path.name for path in folder.files()}
+    assert all(path.parent == folder.root for path in folder.files())
 
 
 def test_overwritten_run_is_a_new_one(tiny_model, tmp_path):
@@ -106,6 +283,9 @@ def test_run_config_that_cannot_be_read(tmp_path, run):
         read_run_config(type(folder)(tmp_path / "nowhere"))
     folder.config.write_text("seed: [")
     with pytest.raises(TellError, match="not valid YAML"):
+        read_run_config(folder)
+    folder.config.write_text("# nothing\n")
+    with pytest.raises(TellError, match="is empty"):  # not the defaults, which are another run
         read_run_config(folder)
 
 

@@ -22,6 +22,7 @@ from tell.evaluate.verdict import verdict
 from tell.mix.manifest import read_manifest
 from tell.progress import Silent
 from tell.rows.template import ChatTokenizer
+from tell.run import RunFolder
 from tell.study.prepare import limit_task, load_task, task_table
 
 FAMILIES = [
@@ -261,3 +262,28 @@ def test_bad_input_leaves_nothing(tiny_model, tmp_path):
             tell.tune(config_of(model, out, **sections))
         assert words in str(error.value) and "\n" not in str(error.value)
         assert not out.exists()
+
+
+def test_a_run_is_done_once_its_report_is_written(tiny_model, tmp_path, monkeypatch):
+    """The page says of the run what it will be, and a page that fails is no run that is done."""
+    import tell.report.page as page
+
+    config = config_of(tiny_model("llama"), tmp_path / "run", eval={"arms": ["base"]})
+    whole = page.write_report
+    seen = []
+
+    def looked_at(folder, **options):
+        seen.append(folder.read_status()["state"])
+        if len(seen) == 1:
+            raise OSError("no room")
+        return whole(folder, **options)
+
+    monkeypatch.setattr(page, "write_report", looked_at)
+    with pytest.raises(OSError, match="no room"):
+        tell.tune(config)
+    folder = RunFolder(tmp_path / "run")
+    assert (folder.read_status()["state"], folder.read_status()["stage"]) == ("failed", "report")
+    tell.tune(config, resume=True)
+    assert seen == ["running", "running"] and folder.read_status()["state"] == "done"
+    text = folder.report.read_text(encoding="utf-8")
+    assert all(words not in text for words in page.STATES.values())

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from tell.data.example import Message
+from tell.errors import TellError
+from tell.files import read_json
+from tell.run import DAMAGED
 
 Place = Literal["system", "user"]
 Origin = Literal["hand", "self", "derived", "none"]
@@ -82,8 +84,17 @@ class Anchor:
 
     @classmethod
     def load(cls, path: str | Path) -> Anchor:
-        """Read ``anchor.json`` of a run folder."""
-        return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        """Read ``anchor.json`` of a run folder.
+
+        Raises:
+            TellError: it is not one that tell wrote.
+        """
+        data = read_json(Path(path), remedy=DAMAGED)
+        known = {"text": (), "place": get_args(Place), "origin": get_args(Origin)}
+        for key, values in known.items():
+            if not isinstance(data.get(key), str) or (values and data[key] not in values):
+                raise TellError(f"is damaged ({key} is {data.get(key)!r})", where=str(path), remedy=DAMAGED)
+        return cls.from_dict(data)
 
 
 def _heads(anchor: str, text: str) -> bool:

@@ -13,7 +13,8 @@ from typing import Any
 
 from tell.build.halueval import HaluRow
 from tell.build.teacher import Progress, Thought, Usage, contradicts
-from tell.errors import TellError
+from tell.errors import TellError, first_line
+from tell.shown import without_secrets
 
 _SYSTEM = """\
 You write training data for a hallucination detector. You are given a user's query, a chatbot's response, the label \
@@ -73,7 +74,9 @@ class OpenAITeacher:
             )
         if base_url is not None and not base_url.startswith(("http://", "https://")):
             raise TellError(
-                f"base URL {base_url!r} is no http address", where="teacher", remedy="Write http://host:port/v1."
+                f"base URL {without_secrets(base_url)!r} is no http address",
+                where="teacher",
+                remedy="Write http://host:port/v1.",
             )
         self.name = model
         self.usage = Usage(price_in=price_in, price_out=price_out)
@@ -84,6 +87,7 @@ class OpenAITeacher:
             self._options["temperature"] = temperature
         if max_tokens is not None:
             self._options["max_tokens"] = max_tokens
+        self._key = key
         self._lock = threading.Lock()
         self._stop = threading.Event()
 
@@ -159,7 +163,7 @@ class OpenAITeacher:
         """Content of one answer, its tokens counted."""
         import openai
 
-        where = f"{self._client.base_url} ({self._model})"
+        where = without_secrets(f"{self._client.base_url} ({self._model})", self._key)
         while True:
             options = dict(self._options)
             try:
@@ -167,35 +171,49 @@ class OpenAITeacher:
                 break
             except openai.BadRequestError as error:
                 if not self._do_without(options, error):
-                    raise _Refused(_message(error)) from error
+                    raise _Refused(self._message(error)) from error
             except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
                 raise TellError(
-                    f"refuses the key ({_message(error)})", where=where, remedy="Set OPENAI_API_KEY to a valid key."
+                    f"refuses the key ({self._message(error)})",
+                    where=where,
+                    remedy="Set OPENAI_API_KEY to a valid key.",
                 ) from error
             except openai.NotFoundError as error:
                 raise TellError(
-                    f"is not found ({_message(error)})",
+                    f"is not found ({self._message(error)})",
                     where=where,
                     remedy="Check the base URL (it mostly ends in /v1) and the model's name.",
                 ) from error
             except openai.APIConnectionError as error:
                 raise TellError(
-                    f"cannot be reached ({error.__cause__ or error})",
+                    f"cannot be reached ({self._message(error.__cause__ or error)})",
                     where=where,
                     remedy="Check the base URL, then run the same command again: finished rows are kept.",
                 ) from error
-            except openai.OpenAIError as error:
+            except (openai.OpenAIError, ValueError) as error:  # ValueError: no JSON where JSON was promised
                 raise TellError(
-                    f"keeps failing ({_message(error)})",
+                    f"keeps failing ({self._message(error)})",
                     where=where,
                     remedy="Wait, then run the same command again: finished rows are kept.",
                 ) from error
+        choices = getattr(answer, "choices", 0)  # a page of HTML with status 200 is a text here
+        if not isinstance(choices, list | None):
+            raise TellError(
+                "does not answer as a chat completions endpoint does",
+                where=where,
+                remedy="Check the base URL: it mostly ends in /v1.",
+            )
         with self._lock:
             self.usage.answers += 1
-            if answer.usage:
-                self.usage.prompt_tokens += answer.usage.prompt_tokens
-                self.usage.completion_tokens += answer.usage.completion_tokens
-        return (answer.choices[0].message.content or "") if answer.choices else ""
+            for count in ("prompt_tokens", "completion_tokens"):
+                tokens = getattr(getattr(answer, "usage", None), count, None)
+                if isinstance(tokens, int) and tokens > 0:
+                    setattr(self.usage, count, getattr(self.usage, count) + tokens)
+        return _content(choices[0]) if choices else ""
+
+    def _message(self, error: BaseException) -> str:
+        """The first line of what the endpoint said, without the key that it may repeat."""
+        return without_secrets(first_line(error), self._key)[:200]
 
     def _do_without(self, sent: dict[str, Any], error: Exception) -> bool:
         """Leave out the option that a 400 complains of; whether there was one."""
@@ -226,10 +244,13 @@ def _hash(messages: _Messages) -> str:
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
 
 
-def _message(error: Exception) -> str:
-    """The first line of what the endpoint said."""
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:200]
+def _content(choice: Any) -> str:
+    """Text of an answer; of parts, as some servers send it, the texts; empty where there is none."""
+    content = getattr(getattr(choice, "message", None), "content", None)
+    if isinstance(content, list):
+        texts = [part.get("text") if isinstance(part, dict) else getattr(part, "text", None) for part in content]
+        content = "".join(text for text in texts if isinstance(text, str))
+    return content if isinstance(content, str) else ""
 
 
 def _judge(content: str, row: HaluRow) -> tuple[str | None, str]:
@@ -239,7 +260,7 @@ def _judge(content: str, row: HaluRow) -> tuple[str | None, str]:
         text = text.removeprefix("```json").strip("`").strip()
     try:
         answer = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None, "is no JSON"
     if not isinstance(answer, dict) or not isinstance(answer.get("thought"), str) or not answer["thought"].strip():
         return None, "has no thought"
@@ -247,6 +268,8 @@ def _judge(content: str, row: HaluRow) -> tuple[str | None, str]:
     if label != row.label:
         return None, f"has hallucination {label!r}, against the label"
     thought = " ".join(answer["thought"].split())
+    if any("\ud800" <= char <= "\udfff" for char in thought):
+        return None, "has half a character in its thought"
     if contradicts(thought, row.label):
         return None, "has a thought that concludes against the label"
     return thought, ""

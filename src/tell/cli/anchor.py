@@ -48,9 +48,8 @@ def anchor(
     if out is not None and out.exists() and not overwrite:
         raise TellError("exists already", where=str(out), remedy="Give another file with -o, or --overwrite.")
     import tell
-    from tell.cli.display import make_display
-    from tell.cli.output import only_json
-    from tell.cli.tables import make_console
+    from tell.cli.display import make_console, make_display
+    from tell.cli.output import only_json, say
     from tell.run import write_text
 
     with only_json(as_json) as emit:
@@ -64,7 +63,7 @@ def anchor(
         else:
             _show(make_console(), result)
     if out is not None:
-        typer.echo(f"written to {out}; use it with --anchor @{out}", err=True)
+        say(f"written to {out}; use it with --anchor @{out}", err=True)
 
 
 def _show(console: Console, result: dict) -> None:

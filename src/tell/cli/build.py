@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from tell.cli.common import number, read_number
+from tell.cli.output import say
 from tell.errors import TellError
 
 
@@ -68,7 +69,7 @@ def halu_cot_json(
             source, out, teacher=writer, test=test, overwrite=overwrite, progress=progress, **numbers
         )
     for line in built.lines():
-        typer.echo(line)
+        say(line)
 
 
 def is_en_news(
@@ -99,4 +100,4 @@ def is_en_news(
         source, out, train=train, extra=extra or (), direction=direction, overwrite=overwrite, **numbers
     )
     for line in built.lines():
-        typer.echo(line)
+        say(line)

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tell.cli.common import nearest, read_number
+from tell.cli.common import TRUST_CODE, nearest, read_number
 from tell.errors import TellError
+from tell.files import MOST_TEXT
+from tell.shown import clean, one_line
 
 if TYPE_CHECKING:
     from tell.study.chat import ChatSession
@@ -27,6 +29,7 @@ def chat(
     arm: Annotated[str, typer.Option("--arm", metavar="ARM", help="tell, base or another arm of the run")] = "tell",
     seed: Annotated[str | None, typer.Option("--seed", metavar="N", help="seed of the decoding")] = None,
     greedy: Annotated[bool | None, typer.Option("--greedy/--no-greedy", help="decode greedily")] = None,
+    trust_remote_code: Annotated[bool, TRUST_CODE] = False,
 ) -> None:
     """Chat with the tuned model, or with --arm base to compare."""
     from tell.config import ARMS
@@ -37,17 +40,33 @@ def chat(
         )
     chosen = read_number("--seed", seed)
     if message is None and not sys.stdin.isatty():
-        message = sys.stdin.read()
+        message = _piped()
     if message is not None and not message.strip():
         raise TellError("the message is empty", where="MESSAGE", remedy="Write one, or leave it out to chat.")
     import tell
 
-    session = tell.chat(run, arm=arm, seed=chosen, greedy=greedy)
-    print(session.describe(), file=sys.stderr)
+    session = tell.chat(run, arm=arm, seed=chosen, greedy=greedy, trust_remote_code=trust_remote_code)
+    print(one_line(session.describe()), file=sys.stderr)
     if message is not None:
         _say(session.stream(message))
     else:
         _converse(session)
+
+
+def _piped() -> str:
+    """The message from a pipe.
+
+    Raises:
+        TellError: it is too long, or no text.
+    """
+    try:
+        text = sys.stdin.read(MOST_TEXT + 1)
+    except UnicodeDecodeError as error:
+        raise TellError("is not UTF-8", where="the message from the pipe", remedy="Save it as UTF-8.") from error
+    if len(text) > MOST_TEXT:
+        what = f"has more than {MOST_TEXT:,} characters"
+        raise TellError(what, where="the message from the pipe", remedy="Shorten it.")
+    return text
 
 
 def _converse(session: ChatSession) -> None:
@@ -78,13 +97,11 @@ def _converse(session: ChatSession) -> None:
             except KeyboardInterrupt:
                 print(" (stopped)", file=sys.stderr)
             except TellError as error:  # the conversation outgrew the model, say; it can be reset
-                print(f"error: {error}", file=sys.stderr)
+                print(f"error: {one_line(str(error))}", file=sys.stderr)
 
 
 def _say(pieces: Iterable[str]) -> None:
     """Print an answer as it comes. On a terminal a model must not move the cursor or set the title."""
-    from tell.cli.tables import clean
-
     steer = sys.stdout.isatty()
     for piece in pieces:
         sys.stdout.write(clean(piece) if steer else piece)

@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     from tell.config import Config
 
 
+# For verbs that read a run folder, which may be somebody else's: what it trusts, its user must trust too.
+TRUST_CODE = typer.Option("--trust-remote-code", help="run code that comes with the model, as the run did")
+TRUST_SCORER = typer.Option("--trust-scorer", help="score by the run's own function (task.scorer)")
+
+
 def nearest(word: str, names: Iterable[str]) -> str:
     """``"; did you mean NAME?"`` for the name most like ``word``, or nothing."""
     close = difflib.get_close_matches(word, list(names), n=1, cutoff=0.6)
@@ -245,6 +250,26 @@ class Given:
         if len(typed) > 1:  # two amounts at once
             return TellError(rest, where=" and ".join(typed), remedy="Give one of them.")
         return error
+
+
+def configured_by_run(given: Given, folder: Path, *, scores: bool) -> None:
+    """Let a folder's run.yaml stand for what would have been typed, but for code: that is trusted by flags alone.
+
+    Args:
+        scores: the run's scorer will be called.
+
+    Raises:
+        TellError: the run was made with code, and the flag that trusts it was not given.
+    """
+    from tell.run import RunFolder
+    from tell.study.folder import check_trust, read_run_config
+
+    run = RunFolder(folder)
+    config, flags = read_run_config(run), given.flags
+    scorer = not scores or flags.get("--scorer") == config.task.scorer
+    flag = f"--scorer {config.task.scorer}"
+    check_trust(run, config, code="--trust-remote-code" in flags, scorer=scorer, scorer_flag=flag)
+    given.file = run.config
 
 
 def _no_data(verb: str) -> TellError:

@@ -23,8 +23,8 @@ def demo(
     """
     limit = read_number("--minutes", minutes, number)
     import tell
-    from tell.cli.display import make_display
-    from tell.cli.tables import make_console, show_run
+    from tell.cli.display import make_console, make_display
+    from tell.cli.tables import show_run
     from tell.study.demo import OUT
 
     if not (resume or overwrite):

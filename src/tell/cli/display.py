@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from tell.progress import Advance
+from tell.shown import LONGEST_LINE, clean, shorten
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -16,11 +17,22 @@ if TYPE_CHECKING:
 BRIEF_SECONDS = 1.0  # work shorter than this leaves no line on the screen
 
 
+def make_console(*, stderr: bool = False) -> Console:
+    """A console that shows text of models, files and names as text: no markup, no sequences that steer a terminal."""
+    from rich.console import Console
+    from rich.segment import Segment
+
+    class Clean(Console):
+        def render(self, renderable: Any, options: Any = None) -> Iterator[Segment]:
+            for segment in super().render(renderable, options):
+                yield segment if segment.control else Segment(clean(segment.text), segment.style)
+
+    return Clean(stderr=stderr, highlight=False, markup=False, emoji=False)
+
+
 def make_display() -> TerminalDisplay | PlainDisplay:
     """The display that fits what stderr is."""
-    from rich.console import Console
-
-    console = Console(stderr=True, highlight=False)
+    console = make_console(stderr=True)
     return TerminalDisplay(console) if console.is_terminal and not console.is_dumb_terminal else PlainDisplay()
 
 
@@ -37,6 +49,11 @@ def clock(seconds: float) -> str:
     minutes, rest = divmod(int(seconds + 0.5), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _bounded(text: str) -> str:
+    """A note as it is shown."""
+    return shorten(clean(text), LONGEST_LINE)
 
 
 class _Count:
@@ -88,7 +105,7 @@ class PlainDisplay:
         self.stream, self.every = stream, every
 
     def note(self, text: str) -> None:
-        print(text, file=self.stream or sys.stderr, flush=True)
+        print(_bounded(text), file=self.stream or sys.stderr, flush=True)
 
     @contextmanager
     def bar(self, title: str, total: float | None, unit: str = "rows") -> Iterator[Advance]:
@@ -120,7 +137,7 @@ class TerminalDisplay:
     def note(self, text: str) -> None:
         from rich.text import Text
 
-        self.console.print(Text(text))
+        self.console.print(Text(_bounded(text)))
 
     @contextmanager
     def bar(self, title: str, total: float | None, unit: str = "rows") -> Iterator[Advance]:

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from tell.cli.common import TRUST_CODE, TRUST_SCORER, read_number
 from tell.cli.common import arms as read_arms
-from tell.cli.common import read_number
 from tell.errors import TellError
 
 PANEL = "Benchmarks (lm-evaluation-harness)"
@@ -58,6 +58,8 @@ def evaluate(
             "--benchmark-anchor/--no-benchmark-anchor", help="put the anchor on questions", rich_help_panel=PANEL
         ),
     ] = None,
+    trust_remote_code: Annotated[bool, TRUST_CODE] = False,
+    trust_scorer: Annotated[bool, TRUST_SCORER] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone on stdout.")] = False,
 ) -> None:
     """Score the arms of a run on its test rows, or on benchmarks.
@@ -76,13 +78,14 @@ def evaluate(
     }
     if any(value is not None for value in asked.values()):
         other = {"--test": test, "--rows": rows, "--greedy": greedy, "--seed": seed, "--set": sets or None}
+        other["--trust-scorer"] = trust_scorer or None
         if given := [flag for flag, value in other.items() if value is not None]:
             raise TellError("has no effect on benchmarks", where=given[0], remedy="Leave it out.")
-        return _benchmark(run, wanted, asked, as_json)
+        return _benchmark(run, wanted, {**asked, "trust_remote_code": trust_remote_code}, as_json)
     import tell
-    from tell.cli.display import make_display
+    from tell.cli.display import make_console, make_display
     from tell.cli.output import only_json
-    from tell.cli.tables import make_console, show_metrics
+    from tell.cli.tables import show_metrics
 
     with only_json(as_json) as emit:
         metrics = tell.evaluate(
@@ -93,6 +96,8 @@ def evaluate(
             seed=chosen,
             rows=limit,
             overrides=tuple(sets or ()),
+            trust_remote_code=trust_remote_code,
+            trust_scorer=trust_scorer,
             display=make_display(),
         )
         if as_json:
@@ -102,9 +107,9 @@ def evaluate(
 
 
 def _benchmark(run: Path, arms: tuple[str, ...] | None, asked: dict[str, Any], as_json: bool) -> None:
-    from tell.cli.display import make_display
+    from tell.cli.display import make_console, make_display
     from tell.cli.output import only_json
-    from tell.cli.tables import benchmarks_table, make_console
+    from tell.cli.tables import benchmarks_table
     from tell.study.benchmarks import benchmark
 
     with only_json(as_json) as emit:

@@ -7,6 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +17,8 @@ from typer.core import TyperGroup
 from tell import __version__
 from tell.cli import anchor, build, chat, demo, eval, plan, report, separate, study, tune
 from tell.cli.common import nearest
-from tell.errors import TellError
+from tell.errors import TellError, is_panic
+from tell.shown import one_line
 from tell.train.launch import refuse_several
 
 # The base of all usage errors; typer brings click along in some versions and depends on it in others.
@@ -96,6 +98,7 @@ def run(argv: Sequence[str]) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # we never fork after tokenising
     try:
+        _check_arguments(arguments)
         command: Any = typer.main.get_command(app)
         command.rich_markup_mode = None  # `tell --help` in plain text: rich would double the time to answer
         code = command.main(arguments, prog_name="tell", standalone_mode=False)
@@ -112,7 +115,9 @@ def run(argv: Sequence[str]) -> int:
     except BrokenPipeError:  # `tell plan --json | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except Exception as error:
+    except BaseException as error:
+        if not (isinstance(error, Exception) or is_panic(error)):
+            raise
         if debug:
             import traceback
 
@@ -125,6 +130,8 @@ def main() -> None:
     """Entry point of the command ``tell``."""
     if not _take_debug(sys.argv[1:])[1]:
         warnings.simplefilter("ignore", FutureWarning)  # libraries talk to their callers' authors, not to users
+    with suppress(AttributeError, ValueError):
+        sys.stdout.reconfigure(errors="backslashreplace")  # half characters in answers, for one  # type: ignore[union-attr]
     sys.exit(run(sys.argv[1:]))
 
 
@@ -138,13 +145,8 @@ def _take_debug(argv: list[str]) -> tuple[list[str], bool]:
 
 def _fail(message: str, code: int) -> int:
     label = "\x1b[1;31merror:\x1b[0m" if sys.stderr.isatty() and "NO_COLOR" not in os.environ else "error:"
-    print(label, _one_line(message), file=sys.stderr)
+    print(label, one_line(message), file=sys.stderr)
     return code
-
-
-def _one_line(message: str) -> str:
-    """Data quoted in a message may hold line breaks and terminal sequences."""
-    return "".join(char if char.isprintable() else " " for char in " ".join(message.split()))
 
 
 def _usage(error: Any, arguments: list[str]) -> str:
@@ -162,18 +164,36 @@ def _usage(error: Any, arguments: list[str]) -> str:
     return str(TellError(text[:1].lower() + text[1:], where=path, remedy=remedy))
 
 
-def _known(error: Exception) -> str | None:
+def _check_arguments(arguments: Sequence[str]) -> None:
+    """Refuse what could be neither shown nor saved.
+
+    Raises:
+        TellError: an argument is not UTF-8.
+    """
+    for text in arguments:
+        if any("\ud800" <= char <= "\udfff" for char in text):
+            shown = text.encode("utf-8", "replace").decode()
+            raise TellError("is not UTF-8", where=f"argument {shown}", remedy="Rename the file, or set a UTF-8 locale.")
+
+
+def _known(error: BaseException) -> str | None:
     """One line for what no check could foresee: a full disk, no permission, no memory."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+    if isinstance(error, OSError) and (error.filename or error.errno in (errno.ENOSPC, errno.EDQUOT)):
         at = str(error.filename) if error.filename else None
         why = (error.strerror or str(error)).lower()
-        return str(TellError(why, where=at, remedy="Free disk space, or choose a folder you can write to with --out."))
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+        remedy = "Free disk space, or choose a folder you can write to with --out." if full else "Check that path."
+        return str(TellError(why, where=at, remedy=remedy))
+    if isinstance(error, RecursionError):
+        return "a file or value is nested too deeply. Make it flatter."
+    if is_panic(error):
+        return f"the tokenizer gave up ({error}). Fetch the model again, or shorten the row it was given."
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return "out of memory. Lower it with --set train.micro_tokens=1024 --set generate.batch_size=8."
     return None
 
 
-def _unexpected(error: Exception, debug: bool) -> str:
+def _unexpected(error: BaseException, debug: bool) -> str:
     more = "" if debug else "add --debug for the traceback, and "
     return (
         f"unexpected {type(error).__name__}: {error} -- this is a fault in tell {__version__}, not in your input; "

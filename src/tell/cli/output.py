@@ -8,6 +8,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
+from tell.shown import clean
+
+
+def say(text: Any, *, err: bool = False) -> None:
+    """Print a line; on a terminal without what steers it, for scripts as it is."""
+    stream = sys.stderr if err else sys.stdout
+    print(clean(str(text)) if stream.isatty() else text, file=stream)
+
 
 @contextmanager
 def only_json(wanted: bool) -> Iterator[Callable[[Any], None]]:

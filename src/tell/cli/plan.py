@@ -20,9 +20,9 @@ def plan(
     """
     config = given.load("plan")
     import tell
-    from tell.cli.display import make_display
+    from tell.cli.display import make_console, make_display
     from tell.cli.output import only_json
-    from tell.cli.tables import make_console, plan_box
+    from tell.cli.tables import plan_box
 
     with only_json(as_json) as emit:
         result = tell.plan(config, display=make_display())

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from tell.cli.output import say
+
 
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="run folders", show_default=False)],
@@ -15,4 +17,4 @@ def report(
     """Write the report of a run, or one page for several."""
     import tell
 
-    typer.echo(tell.report(runs, out=out))
+    say(tell.report(runs, out=out))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tell.cli.common import Given, configured, one_of, read_number
+from tell.cli.common import Given, configured, configured_by_run, one_of, read_number
 from tell.errors import TellError
 
 if TYPE_CHECKING:
@@ -47,9 +47,8 @@ def separate(
     run = _run_of(given)
     config = given.load("separate")
     import tell
-    from tell.cli.display import make_display
-    from tell.cli.output import only_json
-    from tell.cli.tables import make_console
+    from tell.cli.display import make_console, make_display
+    from tell.cli.output import only_json, say
 
     with only_json(as_json) as emit:
         result = tell.separate(
@@ -69,7 +68,7 @@ def separate(
         else:
             make_console().print(_table(result))
     if out is not None:
-        typer.echo(f"written to {out}: separation.json, separation.svg, separation.png", err=True)
+        say(f"written to {out}: separation.json, separation.svg, separation.png", err=True)
 
 
 def _run_of(given: Given) -> Path | None:
@@ -85,7 +84,8 @@ def _run_of(given: Given) -> Path | None:
         raise TellError("holds no run", where=given.data, remedy="Give a file, or the folder `tell tune` wrote.")
     if given.file is not None:
         raise TellError("a run and -c are both given", where=given.data, remedy="Give one of them.")
-    given.data, given.file = None, folder / "run.yaml"
+    configured_by_run(given, folder, scores=False)
+    given.data = None
     return folder
 
 

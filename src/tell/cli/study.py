@@ -10,6 +10,7 @@ import typer
 
 from tell.cli.common import count, number, one_of, read_number
 from tell.errors import TellError
+from tell.shown import one_line
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -62,9 +63,8 @@ def study(
         "root": root,
     }
     import tell
-    from tell.cli.display import make_display
-    from tell.cli.output import only_json
-    from tell.cli.tables import make_console
+    from tell.cli.display import make_console, make_display
+    from tell.cli.output import only_json, say
 
     with only_json(as_json) as emit:
         if dry_run:
@@ -88,12 +88,12 @@ def study(
         if as_json:
             emit({"folder": str(folder.root), **folder.read()})
         elif folder.page.exists():
-            typer.echo(folder.page)
+            say(folder.page)
     failed = folder.failed()
     if failed:
         names = list(failed)[:SHOWN_ERRORS]
         more = f"\n  and {len(failed) - len(names)} more" if len(failed) > len(names) else ""
-        lines = "".join(f"\n  {name}: {failed[name]}" for name in names)
+        lines = "".join(f"\n  {name}: {one_line(failed[name])}" for name in names)
         typer.echo(f"{len(failed)} cells failed (--retry-failed runs them again):{lines}{more}", err=True)
         raise typer.Exit(1)
 
@@ -107,7 +107,7 @@ def _say_unplanned(plan: Mapping[str, Any]) -> None:
     left = plan["left"]
     if not left["unplanned"]:
         return
-    lines = "".join(f"\n  {error}" for error in left["errors"][:SHOWN_ERRORS])
+    lines = "".join(f"\n  {one_line(error)}" for error in left["errors"][:SHOWN_ERRORS])
     typer.echo(f"{left['unplanned']:,} of {left['cells']:,} cells to do cannot be run:{lines}", err=True)
     raise typer.Exit(2 if left["unplanned"] == left["cells"] else 1)
 

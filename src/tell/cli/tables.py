@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
-from unicodedata import category
 
 import yaml
 
@@ -13,24 +12,13 @@ from tell.cli.display import clock, short
 from tell.evaluate.names import LOSSES, NAMES, Unit, unit_of
 from tell.report.told import told
 from tell.run import RunFolder, read_jsonl
+from tell.shown import clean
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-_BIDIRECTIONAL = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # they reorder a whole line
 METRICS_SHOWN = 3
 ANSWER_LENGTH, PROMPT_LENGTH = 400, 150  # characters
-
-
-def clean(text: str) -> str:
-    """Text of a model or a data file, without the sequences that steer a terminal."""
-    return "".join(char for char in text if char in "\n\t" or not (category(char) == "Cc" or char in _BIDIRECTIONAL))
-
-
-def make_console(*, stderr: bool = False) -> Console:
-    from rich.console import Console
-
-    return Console(stderr=stderr, highlight=False)
 
 
 def plan_box(plan: dict) -> RenderableType:
@@ -205,7 +193,7 @@ def show_run(console: Console, run: RunFolder) -> None:
     """What a finished run found: arms, three answers, and where the report lies."""
     from rich.text import Text
 
-    metrics = json.loads(run.metrics.read_text(encoding="utf-8"))
+    metrics = run.read(run.metrics)
     sides = [arm for arm in ("base", "tell") if arm in metrics["arms"]]
     answers = answers_side_by_side(run, sides or list(metrics["arms"])[:2])
     if answers is not None:

@@ -9,8 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from tell.cli.common import Given, configured
+from tell.cli.common import Given, configured, configured_by_run
 from tell.errors import TellError
+from tell.shown import one_line
 from tell.train.launch import launched
 
 _Switch = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.", rich_help_panel="Run")]
@@ -40,8 +41,8 @@ def tune(
         resume, overwrite = ask_about(Path(config.out))
 
     import tell
-    from tell.cli.display import make_display
-    from tell.cli.tables import make_console, show_run
+    from tell.cli.display import make_console, make_display
+    from tell.cli.tables import show_run
 
     run = tell.tune(config, resume=resume, overwrite=overwrite, display=make_display(), command=command_line())
     if leads:
@@ -52,7 +53,7 @@ def _resume_alone(given: Given, resume: bool) -> None:
     """``tell tune --resume --out DIR`` needs nothing typed twice: the folder has its run.yaml."""
     out: Any = given.flags.get("--out")
     if resume and out and given.data is None and given.file is None and (Path(out) / "run.yaml").exists():
-        given.file = Path(out) / "run.yaml"
+        configured_by_run(given, Path(out), scores=True)
 
 
 def ask_about(folder: Path) -> tuple[bool, bool]:
@@ -64,7 +65,7 @@ def ask_about(folder: Path) -> tuple[bool, bool]:
     filled = folder.is_dir() and any(folder.iterdir())
     if not filled or not (sys.stdin.isatty() and sys.stderr.isatty()):
         return False, False
-    print(f"{folder} exists: [r]esume, [o]verwrite or [c]ancel? ", end="", file=sys.stderr, flush=True)
+    print(f"{one_line(str(folder))} exists: [r]esume, [o]verwrite or [c]ancel? ", end="", file=sys.stderr, flush=True)
     answer = sys.stdin.readline().strip().lower()
     if answer not in ("r", "resume", "o", "overwrite"):
         raise TellError("cancelled; nothing was changed", where=str(folder), remedy="Choose another folder with --out.")

@@ -13,6 +13,7 @@ from tell.data.formats import check_file, read_text
 from tell.data.json_text import nfc, parse_strict, read_json, shorten
 from tell.data.schema import Schema, SlowPattern
 from tell.errors import TellError
+from tell.files import expanded
 
 KindName = Literal["json", "label", "text"]
 
@@ -169,7 +170,7 @@ def load_schema(path: str | Path) -> dict[str, Any]:
     Raises:
         TellError: no such file, not JSON (with the line), not an object, or not a valid JSON Schema.
     """
-    path = check_file(Path(path).expanduser(), remedy="Check the path given to --schema.")
+    path = check_file(expanded(path), remedy="Check the path given to --schema.")
     text = read_text(path)
     try:
         schema = read_json(text)

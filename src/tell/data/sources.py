@@ -20,6 +20,7 @@ from tell.data.layout import SHOWN, Layout, check_columns, detect_layout
 from tell.data.parquet import batch_rows
 from tell.data.turns import THOUGHTS, Rejected, RowFault, to_messages
 from tell.errors import TellError
+from tell.files import expanded
 
 HUB_TIMEOUT = 5.0  # seconds the hub may take to answer before it counts as unreachable
 _HUB_NAME = re.compile(r"(?P<name>[\w.-]+(?:/[\w.-]+)?)(?::(?P<config>[\w.-]+))?(?:@(?P<split>[\w.\[\]:%-]+))?")
@@ -75,7 +76,7 @@ def load(
         bad_rows = "refuse" if name == "task" else "drop"
     if not _is_path(source):
         return _load_hub(source, name, columns, bad_rows)
-    path = Path(source).expanduser()
+    path = expanded(source)
     told: list[str] = []
     with _no_collector():
         records = list(read_records(path, told.append))
@@ -92,7 +93,7 @@ def file_fingerprint(path: str | Path, columns: str | None = None, name: str = "
     Raises:
         TellError: no such file.
     """
-    path = check_file(Path(path).expanduser())
+    path = check_file(expanded(path))
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256")
     digest.update(f"\0{path.name}\0{columns or ''}\0{name}".encode())

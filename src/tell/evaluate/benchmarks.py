@@ -19,6 +19,7 @@ from tell.data.formats import check_file, format_of, read_records
 from tell.errors import TellError
 from tell.evaluate.means import ratio
 from tell.evaluate.scored import Metric
+from tell.files import expanded
 
 Row = dict[str, Any]
 AGIEVAL_EN = (
@@ -109,7 +110,7 @@ def local_files(task: str, folder: str | Path) -> dict[str, Path]:
     Raises:
         TellError: ``folder`` is no folder.
     """
-    root = Path(folder).expanduser()
+    root = expanded(folder)
     if not root.is_dir():
         raise TellError("no such folder", where=str(folder), remedy="Give the folder that holds the benchmarks' files.")
     if task in SHOTS:

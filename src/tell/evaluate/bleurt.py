@@ -22,6 +22,7 @@ from tell.data.json_text import read_json
 from tell.errors import TellError, first_line
 from tell.evaluate.means import check_pairs
 from tell.evaluate.tf_checkpoint import read_variables
+from tell.files import expanded
 
 if TYPE_CHECKING:
     import torch
@@ -124,7 +125,7 @@ def find_bleurt(name: str) -> BleurtFiles:
     Raises:
         TellError: it cannot be reached, a file is missing, or it is a BLEURT of another kind.
     """
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     if not folder.is_dir():
         if folder.exists():
             raise TellError(f"{name} is a file, not a folder", where=WHERE, remedy=_GIVE)

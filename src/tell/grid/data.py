@@ -15,11 +15,11 @@ import tell.build
 from tell.config import nearest
 from tell.errors import TellError
 from tell.grid.content import content_hash
-from tell.grid.folder import Root, folder_beside
+from tell.grid.folder import Root
 from tell.grid.nested import fill
 from tell.grid.recipe import Recipe
 from tell.progress import Display
-from tell.run import write_json
+from tell.run import atomic_folder, write_json
 
 DATA_FORMAT = 1  # raise when a builder makes other rows of the same sources and options
 
@@ -59,7 +59,7 @@ def _built(dataset: str, options: Mapping[str, Any], root: Root, display: Displa
         return folder
     with root.lock(key, "data"):
         if not folder.exists():  # another study may have made it while we waited
-            with folder_beside(folder) as temporary:
+            with atomic_folder(folder) as temporary:
                 built = make(**options, out=temporary, overwrite=True)
                 write_json(temporary / "build.json", {"dataset": dataset, "options": options})
             for line in built.lines():

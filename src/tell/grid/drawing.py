@@ -48,6 +48,7 @@ RULES = {
     "ytick.color": SOFT,
     "figure.facecolor": PAPER,
     "axes.facecolor": "none",
+    "text.parse_math": False,  # a dollar sign in an anchor or a name is one
     "svg.fonttype": "path",  # looks the same everywhere
     "svg.hashsalt": "tell",
 }

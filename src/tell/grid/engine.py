@@ -19,7 +19,7 @@ from tell.grid.plan import plan_cells, plan_table, seconds_of
 from tell.grid.queue import Queue, span
 from tell.grid.recipe import Recipe, load_recipe
 from tell.progress import Display, Silent
-from tell.run import write_text
+from tell.run import reading, write_text
 from tell.study.stop import Stop
 
 
@@ -66,7 +66,7 @@ class Study:
                 )
             return
         there, own = self.folder.read(), self.head()
-        same_runs = all(there["recipe"].get(key) == own["recipe"][key] for key in ("config", "grid"))
+        same_runs = all(there.get("recipe", {}).get(key) == own["recipe"][key] for key in ("config", "grid"))
         if there.get("source") not in (None, own["source"]) and not same_runs:
             raise TellError(
                 f"holds the study of {there['source']}",
@@ -141,6 +141,7 @@ def plan_study(
     """
     display = display or Silent()
     study = open_study(recipe, display=display, **options)
+    _check_scorers(study)
     queue = study.queue(display, Stop(study.folder.root), retry_failed=retry_failed)
     table = plan_table(study.root, study.cells, queue.states, queue.points, display)
     return {"title": study.recipe.title, "folder": str(study.folder.root), **table}
@@ -194,9 +195,7 @@ def run_study(
     options = {"data": data, "variables": variables, "overrides": overrides, "seeds": seeds, "out": out, "root": root}
     study = open_study(recipe, display=display, **options)
     check_packages(study.recipe)
-    for scorer in dict.fromkeys(cell.config.task.scorer for cell in study.cells):
-        if scorer:
-            CustomScorer(scorer)  # says now what every cell would say
+    _check_scorers(study)
     study.check_folder()
     stop = Stop(study.folder.root)
     keep = study.recipe.keep_adapters if keep_adapters is None else keep_adapters
@@ -225,10 +224,18 @@ def run_study(
     return study.folder
 
 
+def _check_scorers(study: Study) -> None:
+    """Say now what every cell would say."""
+    for scorer in dict.fromkeys(cell.config.task.scorer for cell in study.cells):
+        if scorer:
+            CustomScorer(scorer)
+
+
 def _write(study: Study) -> None:
     from tell.grid.page import write_study  # late: it draws
 
-    write_study(study.folder.root)
+    with reading(study.folder.root):
+        write_study(study.folder.root)
 
 
 def _run(study: Study, queue: Queue, runner: Executor, display: Display) -> None:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
 from tell.errors import TellError
+from tell.files import expanded, read_json
 from tell.home import make_folder
 from tell.run import RunFolder, write_json
 
@@ -22,7 +18,7 @@ class Root:
     """What all studies below one folder share. Creating the object touches nothing on disk."""
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path).expanduser()
+        self.path = expanded(path)
 
     cells = property(lambda self: self.path / "cells")
     data = property(lambda self: self.path / "data")
@@ -38,8 +34,8 @@ class Root:
     def record(self, name: str) -> dict[str, Any]:
         """What is noted of a cell beside its folder: state, error, seconds, attempts, host; empty where nothing is."""
         try:
-            return json.loads((self.cells / f"{name}.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            return read_json(self.cells / f"{name}.json", remedy="")
+        except (FileNotFoundError, TellError):
             return {}
 
     def note(self, name: str, **facts: Any) -> dict[str, Any]:
@@ -70,29 +66,17 @@ class StudyFolder:
         Raises:
             TellError: there is none.
         """
+        remedy = "Give the folder that `tell study` wrote, or run it again into another."
         try:
-            return json.loads(self.state.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise TellError(
-                "holds no study", where=str(self.root), remedy="Give the folder that `tell study` wrote."
-            ) from error
+            data = read_json(self.state, remedy=remedy)
+        except FileNotFoundError as error:
+            raise TellError("holds no study", where=str(self.root), remedy=remedy) from error
+        for key, kind in (("cells", dict), ("rows", list), ("recipe", dict)):
+            if not isinstance(data.get(key, kind()), kind):
+                raise TellError(f"is damaged ({key} is no {kind.__name__})", where=str(self.state), remedy=remedy)
+        return data
 
     def failed(self) -> dict[str, str]:
         """The error of each failed cell, by name."""
         cells: Mapping[str, Mapping[str, Any]] = self.read()["cells"]
         return {name: str(cell["error"]) for name, cell in cells.items() if cell["state"] == "failed"}
-
-
-@contextmanager
-def folder_beside(path: Path) -> Iterator[Path]:
-    """A temporary folder that is renamed to ``path`` on success, in place of what was there, and removed on failure."""
-    make_folder(path.parent)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        temporary.chmod(0o755)  # mkdtemp makes 0700; what is shared must stay readable
-        yield temporary
-        if path.exists():
-            shutil.rmtree(path)
-        os.replace(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

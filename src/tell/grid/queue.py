@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import shutil
 import time
@@ -20,7 +19,7 @@ from tell.grid.plan import evaluation_key
 from tell.grid.words import metric_term, value_name
 from tell.progress import Advance, Display
 from tell.report.text import number
-from tell.run import write_json
+from tell.run import reading, write_json
 from tell.study.stop import Stop
 
 BESIDE = 10.0  # seconds that a cell takes besides what is predicted, about: without them short cells mislead
@@ -259,15 +258,16 @@ def shared_points(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
 def timing(root: Root, cell: Cell) -> dict[str, Any]:
     """Seconds of a finished cell, and of its training loop; and what its evaluation may be compared with."""
     folder = root.cell(cell.name)
-    arms = json.loads(folder.metrics.read_text(encoding="utf-8"))["train"]["arms"]
-    trained = sum(arm["seconds"] for arm in arms.values())
-    seconds = float(folder.read_status()["seconds"])
+    with reading(folder.root):
+        trained = sum(arm["seconds"] for arm in folder.read(folder.metrics)["train"]["arms"].values())
+    seconds = float(folder.read_status().get("seconds", 0))
     return {"seconds": seconds, "training_seconds": round(trained, 3), "evaluation": evaluation_key(cell)}
 
 
 def main_score(root: Root, cell: Cell) -> str:
     """``schema adherence 84.5 %`` of a finished cell."""
-    metrics = json.loads(root.cell(cell.name).metrics.read_text(encoding="utf-8"))
+    folder = root.cell(cell.name)
+    metrics = folder.read(folder.metrics)
     primary = metrics["task"]["primary"]
     value = (metrics["arms"].get(metrics["task"].get("lead", cell.arm), {}).get(primary) or {}).get("value")
     name = NAMES.get(primary, primary.replace("_", " "))

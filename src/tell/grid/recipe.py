@@ -32,6 +32,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 
 from tell.config import Arm, Section, check_keys, nearest, override, parse_overrides, read_yaml
 from tell.errors import TellError
+from tell.files import expanded
 from tell.grid.nested import VARIABLE, dig, leaves, nest
 from tell.grid.recipe_checks import (
     OF_A_PRODUCT,
@@ -41,6 +42,7 @@ from tell.grid.recipe_checks import (
     check_grid,
     check_run_keys,
     check_set,
+    check_size,
 )
 
 
@@ -196,11 +198,11 @@ def load_recipe(
     # Here and not with the other checks: seeds given beside the recipe may leave products of its grid out.
     check_axes(_axes(recipe), recipe.grid, str(path))
     check_arms(_arms(recipe), recipe.arms, str(path))
-    if data is not None and not Path(data).expanduser().is_dir():
+    if data is not None and not expanded(data).is_dir():
         raise TellError("no such folder", where=f"--data {data}", remedy="Give the folder that holds the data.")
     given = dict(variables or {})
     if data is not None:
-        given["data"] = str(Path(data).expanduser().resolve())
+        given["data"] = str(expanded(data).resolve())
     every, used = used_variables(recipe), used_variables(recipe, given)
     for name in given:
         if name != "data" and name not in every:
@@ -263,7 +265,9 @@ def make_recipe(data: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
         what = f"{key}: {text}{shown}" if key else text
         raise TellError(what, where=where, remedy=f"Change {key}." if key else "Add one or the other.") from error
     check_run_keys(recipe.config, where, "config")
-    check_grid(recipe.grid, {"arms": recipe.arms, "seeds": recipe.seeds}, where)
+    known = {"arms": recipe.arms, "seeds": recipe.seeds}
+    check_size(recipe.grid, known, where)
+    check_grid(recipe.grid, known, where)
     check_build(recipe.build, where)
     return recipe
 

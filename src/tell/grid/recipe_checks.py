@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,28 @@ REFUSED = {  # keys of a run that a recipe cannot set, and what to do instead
     "out": "Give it as --out, for the whole study.",
     "max_minutes": "Leave it out: cells cut short by the clock cannot be compared.",
 }
+
+
+MOST_CELLS = 10_000
+
+
+def check_size(grid: Iterable[Mapping[str, Sequence[Any]]], known: Mapping[str, Sequence[Any]], where: str) -> None:
+    """Refuse a grid that no machine could run, before its points are made.
+
+    Args:
+        known: the recipe's ``arms`` and ``seeds``.
+    """
+    total = 0
+    for product in grid:
+        arms, seeds = (product.get(key, known[key]) for key in OF_A_PRODUCT)
+        points = math.prod(len(values) for key, values in product.items() if key not in OF_A_PRODUCT)
+        total += points * max(1, len(arms)) * len(seeds)
+    if total > MOST_CELLS:
+        raise TellError(
+            f"the grid has {total:,} cells; a study has at most {MOST_CELLS:,}",
+            where=where,
+            remedy="Give its keys fewer values, or run it with fewer arms or seeds.",
+        )
 
 
 def check_run_keys(nested: Mapping[str, Any], where: str, part: str) -> None:

@@ -21,7 +21,9 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from tell.errors import TellError
 from tell.home import tell_home
+from tell.run import sync, write_text
 
 FOLDER = Path(__file__).parent
 FLAGS = (
@@ -92,12 +94,12 @@ def _build() -> Path:
         digest.update(text.encode())
     folder = tell_home() / "kernels"
     target = folder / f"tell-{digest.hexdigest()[:16]}.so"
-    if target.exists():
+    if _whole(target):
         return target
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock"):
-            if target.exists():
+            if _whole(target):
                 return target
             with tempfile.TemporaryDirectory(dir=folder) as scratch:
                 out = Path(scratch) / target.name
@@ -106,12 +108,32 @@ def _build() -> Path:
                 if done.returncode:
                     first = (done.stderr.strip().splitlines() or ["no message"])[0]
                     raise Unavailable(f"{Path(compiler).name} failed: {first}")
+                sync(out)
                 os.replace(out, target)
+                write_text(_seal(target), _sha256(target))
     except OSError as error:
         raise Unavailable(f"{folder} cannot be written: {error.strerror or error}") from None
+    except TellError as error:
+        raise Unavailable(str(error)) from None
     except NotImplementedError:  # network file systems
         raise Unavailable(f"{folder} cannot be locked") from None
     return target
+
+
+def _seal(library: Path) -> Path:
+    """The file that holds what a library's hash must be: one that is cut short would end the process by a signal."""
+    return library.with_suffix(".sha256")
+
+
+def _whole(library: Path) -> bool:
+    try:
+        return _seal(library).read_text(encoding="utf-8") == _sha256(library)
+    except (OSError, ValueError):
+        return False
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:

@@ -9,7 +9,7 @@ import numpy as np
 from tell.errors import TellError
 from tell.mix.seeds import permutation
 
-MOST_ROWS = 100_000_000  # beyond this it is a typing error, and the indices alone would fill the memory
+MOST_ROWS = 10_000_000  # of a mixture; beyond this it is a typing error, and the indices alone would fill the memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +97,8 @@ def _rows_for(unit: np.ndarray, target: float, seed: int, where: str) -> int:
         raise TellError(
             "the general rows hold no tokens at all", where=where, remedy="Check the answers of the general source."
         )
+    check_size(target / epoch_tokens * len(unit), where)
     whole = int(target // epoch_tokens)
-    _check_size(whole * len(unit), where)
     reached = np.concatenate([[0], np.cumsum(unit[_epoch(len(unit), seed, whole)])])
     rest = target - whole * epoch_tokens
     after = int(np.searchsorted(reached, rest))  # reached[after - 1] < rest <= reached[after]
@@ -109,7 +109,7 @@ def _rows_for(unit: np.ndarray, target: float, seed: int, where: str) -> int:
 
 
 def _draw(size: int, count: int, seed: int, where: str, target: float | None = None) -> Draw:
-    _check_size(count, where)
+    check_size(count, where)
     epochs = [_epoch(size, seed, e) for e in range(-(-count // size))]
     indices = np.concatenate(epochs)[:count] if epochs else np.empty(0)
     notices = []
@@ -127,6 +127,13 @@ def _epoch(size: int, seed: int, epoch: int) -> np.ndarray:
     return permutation(size, seed, "general", epoch)
 
 
-def _check_size(count: int, where: str) -> None:
+def check_size(count: float, where: str, kind: str = "general") -> None:
+    """Refuse more rows than can be mixed.
+
+    Raises:
+        TellError: more than `MOST_ROWS`.
+    """
     if count > MOST_ROWS:
-        raise TellError(f"asks for {count:,} general rows", where=where, remedy=f"Ask for at most {MOST_ROWS:,} rows.")
+        raise TellError(
+            f"asks for {count:,.0f} {kind} rows", where=where, remedy=f"Ask for at most {MOST_ROWS:,} rows."
+        )

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from tell.errors import TellError
-from tell.mix.amount import Draw
+from tell.mix.amount import Draw, check_size
 from tell.mix.orders import get_order
 from tell.mix.seeds import permutation
 from tell.rows.table import RowTable
@@ -130,6 +130,7 @@ def build(
         raise TellError(f"{repeat} repetitions", where="mix.repeat", remedy="Set mix.repeat to 1 or more.")
     queues: dict[str, np.ndarray] = {}
     if TASK in tables and len(use := _task_rows(tables[TASK], task_rows)):
+        check_size(len(use) * repeat, "mix.repeat", "task")
         queues[TASK] = _epochs(use, len(use) * repeat, seed)
     if general is not None and len(general):
         if GENERAL not in tables:

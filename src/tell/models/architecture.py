@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tell.errors import TellError
+from tell.files import read_json
 
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")  # the names transformers loads
 _BLOCK = re.compile(r"(^|\.)(layers|h|blocks|block)\.\d+\.")
@@ -159,10 +159,10 @@ def weight_files(folder: Path) -> list[Path]:
         return [single]
     if not index.exists():
         return []
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise TellError("is no index of safetensors", where=str(index), remedy="Fetch the model again.") from error
+    weights = read_json(index, remedy="Fetch the model again.").get("weight_map")
+    if not isinstance(weights, dict) or not all(isinstance(n, str) and "/" not in n for n in weights.values()):
+        raise TellError("is no index of safetensors", where=str(index), remedy="Fetch the model again.")
+    names = sorted(set(weights.values()))
     files = [folder / name for name in names]
     return files if all(file.exists() for file in files) else []
 

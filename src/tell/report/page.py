@@ -27,6 +27,7 @@ from tell.report.text import NARROW, count, duration, interval, number, plain, p
 from tell.report.words import ARMS, GLOSSARY, METRICS, Term
 from tell.run import RunFolder, write_text
 
+GENERATOR = '<meta name="generator" content="tell report">'  # by which a page is known as one that may be replaced
 STATES = {
     "running": "This run is still under way; what is below is what it has written so far.",
     "interrupted": "This run was interrupted; what is below is what it wrote until then. Continue it with --resume.",
@@ -77,7 +78,11 @@ def prose(text: object) -> str:
 def fill(template: str, **context: Any) -> str:
     """The page as text; lone surrogates that reached it by another way than a printed value become ``?``."""
     style, digest = stylesheet()
-    html = environment().get_template(template).render(style=style, style_digest=digest, **context)
+    html = (
+        environment()
+        .get_template(template)
+        .render(style=style, style_digest=digest, generator=Markup(GENERATOR), **context)
+    )
     return html.encode("utf-8", "replace").decode("utf-8")
 
 
@@ -90,16 +95,21 @@ def verdict_of(run: Run) -> str | None:
     return verdict(run.metrics)
 
 
-def render(folder: RunFolder) -> str:
+def render(folder: RunFolder, *, state: str | None = None) -> str:
     """The report of one run as one self-contained HTML page.
 
     Built from the files of the run folder alone; where a file is missing, its section is left out or says so.
     It loads nothing from anywhere and runs no script: the page's policy forbids both.
 
+    Args:
+        state: the run's, where status.json does not say it yet.
+
     Raises:
         TellError: the folder does not exist.
     """
     run = read_run(folder)
+    if state is not None:
+        run.status = {"state": state}
     data, model = sections.data_name(run), sections.model_name(run)
     used = [*mapping(run.metrics, "arms"), *run.predictions, *run.logs]
     metrics = {m for arm in mapping(run.metrics, "arms").values() if isinstance(arm, dict) for m in arm}
@@ -137,11 +147,14 @@ def _metric_words(names: set[str]) -> list[Term]:
     return [t for n, t in METRICS.items() if n in names]
 
 
-def write_report(folder: RunFolder) -> Path:
+def write_report(folder: RunFolder, *, state: str | None = None) -> Path:
     """Write ``report.html`` into the run folder, whole or not at all.
+
+    Args:
+        state: as for `render`.
 
     Raises:
         TellError: the folder does not exist or cannot be written.
     """
-    write_text(folder.report, render(folder))
+    write_text(folder.report, render(folder, state=state))
     return folder.report

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pyarrow
 import pyarrow.parquet as parquet
-import yaml
 
 from tell.errors import TellError
+from tell.files import parse_yaml
 from tell.report.words import arm_order
 from tell.run import RunFolder, read_jsonl
 
@@ -77,7 +77,7 @@ def read_run(folder: RunFolder) -> Run:
             return default
         try:
             value = read(path)
-        except (OSError, ValueError, KeyError, yaml.YAMLError, pyarrow.ArrowException) as error:
+        except (OSError, ValueError, KeyError, RecursionError, TellError, pyarrow.ArrowException) as error:
             run.problems.append(f"{path.relative_to(folder.root)} could not be read: {error}")
             return default
         if not isinstance(value, kind):
@@ -88,7 +88,7 @@ def read_run(folder: RunFolder) -> Run:
     for name in ("metrics", "findings", "anchor", "plan", "status"):
         setattr(run, name, attempt(getattr(folder, name), _read_json, {}))
     run.config_text = attempt(folder.config, _read_text, "", str)
-    run.config = attempt(folder.config, lambda p: yaml.safe_load(_read_text(p)), {})
+    run.config = attempt(folder.config, lambda p: parse_yaml(_read_text(p), where=p.name), {})
     run.manifest = attempt(folder.manifest, read_manifest, None, Manifest)
     for target, place in ((run.predictions, folder.predictions), (run.logs, folder.logs)):
         files = {path.stem: path for path in sorted(place.glob("*.jsonl"))} if place.is_dir() else {}

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from tell.errors import TellError
 from tell.report.compare import compare
-from tell.report.page import render
-from tell.run import RunFolder, write_text
+from tell.report.page import GENERATOR, render
+from tell.run import RunFolder, reading, write_text
 
 
 def report(runs: str | Path | RunFolder | Sequence[str | Path | RunFolder], *, out: str | Path | None = None) -> Path:
@@ -23,7 +23,8 @@ def report(runs: str | Path | RunFolder | Sequence[str | Path | RunFolder], *, o
         The page's path.
 
     Raises:
-        TellError: a folder does not exist or holds no run, or the page cannot be written.
+        TellError: a folder does not exist or holds no run or files that tell did not write so; the page cannot be
+            written, or a file is in its place that is no report.
     """
     given = [runs] if isinstance(runs, str | Path | RunFolder) else list(runs)
     folders = [r if isinstance(r, RunFolder) else RunFolder(r) for r in given]
@@ -36,10 +37,25 @@ def report(runs: str | Path | RunFolder | Sequence[str | Path | RunFolder], *, o
                 where=str(folder.root),
                 remedy="Give a folder made by tell tune.",
             )
-    if len(folders) == 1:
-        path = Path(out) if out else folders[0].report
-        write_text(path, render(folders[0]))
-    else:
-        path = Path(out) if out else folders[0].root.resolve().parent / "compare.html"
-        write_text(path, compare(folders))
+    one = len(folders) == 1
+    default = folders[0].report if one else folders[0].root.resolve().parent / "compare.html"
+    path = Path(out) if out else default
+    if path.exists() and not _is_ours(path):
+        raise TellError(
+            "exists already and is no report that tell wrote, so it is left as it is",
+            where=str(path),
+            remedy="Give another file with -o, or move it away.",
+        )
+    with reading(folders[0].root):
+        page = render(folders[0]) if one else compare(folders)
+    write_text(path, page)
     return path
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a file is a page that a report may replace."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        head = file.read(4096)
+    return GENERATOR.encode() in head or b"TELL report</title>" in head  # the title: of earlier versions

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +12,7 @@ import numpy as np
 
 from tell.home import tell_home
 from tell.rows.table import Dropped, RowTable
+from tell.run import atomic_folder
 
 VERSION = 4  # raise when tokenising changes its result
 COLUMNS = ("hashes", "origins", "tokens", "trained", "unit", "ids", "mask", "starts")
@@ -56,17 +54,10 @@ def _read(folder: Path) -> RowTable | None:
 
 
 def _write(folder: Path, table: RowTable) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
+    with atomic_folder(folder) as temporary:
         for name in COLUMNS:
             np.save(temporary / f"{name}.npy", getattr(table, name))
         dropped = [asdict(d) for d in table.dropped]
         facts = {"source": table.source, "total": len(table.ids), "dropped": dropped}
         facts |= {"notices": table.notices, "facts": table.facts}
         (temporary / "table.json").write_text(json.dumps(facts), encoding="utf-8")
-        if folder.exists():  # another process was first, or a broken leftover
-            shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

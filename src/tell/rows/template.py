@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from tell.data.example import Message, tools_of
-from tell.errors import TellError
+from tell.errors import TellError, first_line, is_panic
+from tell.files import MOST_JSON, read_bytes, read_json, read_text
 
 # What a model without a chat template gets; the end token closes each answer. A begin token stands first where
 # the tokenizer itself would write one: Gemma, for one, is lost without it.
@@ -31,6 +32,9 @@ DEFAULT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '### Response:\\n' }}{% endif %}"
 )
+
+
+FETCH = "Fetch the model again."
 
 
 class ChatTokenizer:
@@ -56,7 +60,14 @@ class ChatTokenizer:
                 where=str(folder),
                 remedy="Save the tokenizer with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...).",
             )
-        self.backend = Tokenizer.from_file(str(path))
+        try:
+            self.backend = Tokenizer.from_buffer(read_bytes(path, most=MOST_JSON, remedy=FETCH))
+        except BaseException as error:
+            if isinstance(error, TellError) or not (isinstance(error, Exception) or is_panic(error)):
+                raise
+            raise TellError(
+                f"is not a tokenizer, or cut short ({first_line(error)})", where=str(path), remedy=FETCH
+            ) from error
         self.backend.no_truncation()
         self.backend.no_padding()
         config = _read_json(self.folder / "tokenizer_config.json")
@@ -93,7 +104,10 @@ class ChatTokenizer:
             ids.append(token)
         for name in ("generation_config.json", "config.json"):
             value = _read_json(self.folder / name).get("eos_token_id")
-            ids += value if isinstance(value, list) else [value] if isinstance(value, int) else []
+            found = value if isinstance(value, list) else [] if value is None else [value]
+            if not all(type(token) is int and 0 <= token < 2**31 for token in found):
+                raise TellError(f"eos_token_id is {value!r}", where=str(self.folder / name), remedy=FETCH)
+            ids += found
         if not ids:
             raise TellError(
                 "defines no end token", where=str(self.folder), remedy="Set eos_token in tokenizer_config.json."
@@ -108,8 +122,19 @@ class ChatTokenizer:
 
     @cached_property
     def parsed(self) -> Any:
-        """The template as jinja's syntax tree (``jinja2.nodes.Template``)."""
-        return self._environment.parse(self.template)
+        """The template as jinja's syntax tree (``jinja2.nodes.Template``).
+
+        Raises:
+            TellError: it is not valid.
+        """
+        try:
+            return self._environment.parse(self.template)
+        except Exception as error:
+            raise TellError(
+                f"the chat template cannot be read ({first_line(error)})",
+                where=str(self.folder),
+                remedy="Fetch the model again.",
+            ) from error
 
     @cached_property
     def _compiled(self) -> Any:
@@ -119,7 +144,8 @@ class ChatTokenizer:
     def _environment(self) -> Any:
         from jinja2 import nodes
         from jinja2.ext import Extension, loopcontrols
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        from tell.rows.sandbox import BoundedEnvironment
 
         def raise_exception(message: str) -> None:
             raise ValueError(message)
@@ -141,10 +167,8 @@ class ChatTokenizer:
                 body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
                 return nodes.Scope(body).set_lineno(line)
 
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation]
-        )
-        environment.filters["tojson"] = tojson
+        environment = BoundedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation])
+        environment.filters["tojson"] = environment.counted("tojson", tojson)
         environment.globals["raise_exception"] = raise_exception
         # A fixed date: templates that print today's would make the mixture change overnight.
         environment.globals["strftime_now"] = lambda form: datetime(2024, 7, 26).strftime(form)
@@ -179,7 +203,8 @@ class ChatTokenizer:
 
     def _render(self, messages: Sequence[Message], tools: list[dict] | None, header: bool) -> str:
         try:
-            return self._compiled.render(
+            self._environment.start()
+            text = self._compiled.render(
                 messages=[m.to_dict() for m in messages],
                 tools=tools,  # None, as transformers sets them: templates ask `is not none`
                 documents=None,
@@ -188,12 +213,14 @@ class ChatTokenizer:
                 thinking=self.thinking,  # DeepSeek V3.1, Granite
                 **self.special,
             )
+            text.encode()  # half a character, written by the template or a row, is none that a tokenizer knows
         except Exception as error:
             raise TellError(
                 f"the chat template of {self.family} refuses the conversation ({error})",
                 where=str(self.folder),
                 remedy="Let roles alternate user, assistant; a template without system role needs anchor.place user.",
             ) from error
+        return text
 
     @cached_property
     def supports_system(self) -> bool:
@@ -293,12 +320,10 @@ class ChatTokenizer:
 
 
 def _read_json(path: Path) -> dict:
-    if not path.exists():
-        return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise TellError(f"is not valid JSON ({error})", where=str(path), remedy="Fetch the model again.") from error
+        return read_json(path, remedy=FETCH)
+    except FileNotFoundError:
+        return {}
 
 
 def _token_text(value: Any) -> str | None:
@@ -310,11 +335,13 @@ def _token_text(value: Any) -> str | None:
 def _read_template(folder: Path, config: dict) -> str | None:
     path = folder / "chat_template.jinja"
     if path.exists():
-        return path.read_text(encoding="utf-8")
+        return read_text(path, remedy=FETCH)
     template = config.get("chat_template")
     if template is None:
         template = _read_json(folder / "chat_template.json").get("chat_template")
     if isinstance(template, list):  # several named templates
-        named = {entry["name"]: entry["template"] for entry in template}
-        template = named.get("default") or next(iter(named.values()))
+        named = {str(entry.get("name")): entry.get("template", 0) for entry in template if isinstance(entry, dict)}
+        template = named.get("default") or next(iter(named.values()), 0)
+    if template is not None and not isinstance(template, str):
+        raise TellError("its chat_template is not a text", where=str(folder), remedy=FETCH)
     return template

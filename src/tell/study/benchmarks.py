@@ -24,6 +24,7 @@ from tell.evaluate.benchmarks import (
 )
 from tell.evaluate.means import mean_metric
 from tell.evaluate.scored import Metric
+from tell.files import expanded
 from tell.home import tell_home
 from tell.models.find import ModelFiles
 from tell.models.flops import inference_flops
@@ -241,7 +242,7 @@ def _read(place: Path, settings: dict) -> tuple[list[dict], dict] | None:
         if facts["settings"] != settings:
             return None
         return read_jsonl(place.with_suffix(".jsonl")), facts["cost"]
-    except (OSError, ValueError, KeyError):  # not there, or cut short
+    except (OSError, ValueError, KeyError, TellError):  # not there, or cut short
         return None
 
 
@@ -255,7 +256,7 @@ def kept_answers(folder: RunFolder, arm: str, task: str) -> list[dict]:
     """A row a question, as `tell.study.harness.answer_task` made them; empty where a run has not kept them."""
     try:
         return read_jsonl((folder.predictions / "benchmarks" / arm / task).with_suffix(".jsonl"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, TellError):
         return []
 
 
@@ -290,6 +291,7 @@ def benchmark(
     shots: int | None = None,
     chat: bool | None = None,
     anchor: bool | None = None,
+    trust_remote_code: bool = False,
     display: Display | None = None,
 ) -> dict:
     """Score a finished run on benchmarks, before and after; metrics.json gets them under ``benchmarks``, and so does
@@ -301,6 +303,7 @@ def benchmark(
             those of the run's configuration.
         arms: default: those of the run that have an adapter; the untuned model is always scored.
         data, limit, shots, chat, anchor: as ``eval.benchmark_data`` and so on; None keeps the run's own.
+        trust_remote_code: run code that comes with the model, as the run did; its own word is not enough.
 
     Returns:
         metrics.json as it is now.
@@ -308,10 +311,10 @@ def benchmark(
     Raises:
         TellError: no run, no adapter for an arm, or as `run_benchmarks`.
     """
-    opened = open_run(run)
+    opened = open_run(run, trust_remote_code=trust_remote_code)
     given = {
         "benchmarks": benchmarks and list(benchmarks),
-        "benchmark_data": data and str(Path(data).expanduser().resolve()),
+        "benchmark_data": data and str(expanded(data).resolve()),
         "benchmark_limit": limit,
         "benchmark_shots": shots,
         "benchmark_chat": chat,
@@ -329,7 +332,7 @@ def benchmark(
     for arm in arms:
         opened.adapter(arm)  # said before the model is loaded
     model = opened.load(config)
-    metrics = json.loads(path.read_text(encoding="utf-8"))
+    metrics = opened.folder.read(path)
     earlier = metrics.get("benchmarks") or {}
     if _asked_alike(earlier.get("settings") or {}, config):  # numbers of another call stay: their answers are kept
         names = dict.fromkeys([*earlier["settings"]["tasks"], *config.eval.benchmarks])

@@ -118,14 +118,22 @@ class ChatSession:
         self.history += [turns[-1], Message("assistant", whole)]
 
 
-def chat(run: str | Path, *, arm: str = "tell", seed: int | None = None, greedy: bool | None = None) -> ChatSession:
+def chat(
+    run: str | Path,
+    *,
+    arm: str = "tell",
+    seed: int | None = None,
+    greedy: bool | None = None,
+    trust_remote_code: bool = False,
+) -> ChatSession:
     """Open a run for talking.
 
     Args:
         run: a run folder.
         arm: ``tell``, ``base`` (untuned, no anchor) or another arm of the run.
+        trust_remote_code: run code that comes with the model, as the run did; its own word is not enough.
 
     Raises:
         TellError: no such run or arm.
     """
-    return ChatSession(open_run(run), arm=arm, greedy=greedy, seed=seed)
+    return ChatSession(open_run(run, trust_remote_code=trust_remote_code), arm=arm, greedy=greedy, seed=seed)

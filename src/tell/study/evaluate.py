@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from tell.config import Config, GenerateConfig, make_config, merge, parse_overrides
 from tell.data.budget import take_rows
@@ -14,8 +16,9 @@ from tell.data.sources import load
 from tell.errors import TellError
 from tell.progress import Display, Silent
 from tell.rows.ends import without_ends
-from tell.run import RunFolder, write_jsonl
+from tell.run import write_jsonl
 from tell.study.answer_loss import answer_loss_metric, answer_losses
+from tell.study.folder import check_trust
 from tell.study.scoring import (
     adapter_ready,
     answer_costs,
@@ -43,6 +46,8 @@ def evaluate(
     seed: int | None = None,
     rows: int | None = None,
     overrides: Sequence[str] = (),
+    trust_remote_code: bool = False,
+    trust_scorer: bool = False,
     display: Display | None = None,
 ) -> dict:
     """Score arms of a run.
@@ -54,6 +59,8 @@ def evaluate(
         greedy, seed: decoding other than the run's.
         rows: score at most this many test rows, drawn by seed.
         overrides: ``generate.x=y`` as for ``--set``.
+        trust_remote_code, trust_scorer: run code that comes with the model, and the run's own ``task.scorer``. The
+            folder may be somebody else's, so its own word is not enough.
         display: shows progress.
 
     Returns:
@@ -65,8 +72,9 @@ def evaluate(
         TellError: no run, no adapter for an arm, bad test file, rows that are no longer there.
     """
     display = display or Silent()
-    opened = open_run(run)
+    opened = open_run(run, trust_remote_code=trust_remote_code)
     config = opened.config
+    check_trust(opened.folder, config, code=trust_remote_code, scorer=trust_scorer)
     if overrides:
         config = _override(config, overrides)
     seed = config.seed if seed is None else seed
@@ -78,13 +86,15 @@ def evaluate(
             remedy=f"Give `tell tune` again; {CELL_ADAPTER}",
         )
     adapters = {arm: opened.adapter(arm) for arm in wanted}
-    facts = _read(opened.folder, opened.folder.findings)
+    facts = opened.folder.read_as(opened.folder.findings, Findings)
+    opened.folder.read_as(opened.folder.metrics, Metrics)  # said now, not after the arms have answered
+    metrics = opened.folder.read(opened.folder.metrics)
     train, examples, shots = _examples(opened, test, display, need_train="icl" in wanted)
     if rows is not None and rows < len(examples):
         examples = [examples[i] for i in sorted(take_rows(len(examples), rows, seed))]
     arch = opened.files.architecture
     check_prompts(opened.chat, opened.anchor, examples, arch.max_positions, shots, arch.vocab)
-    kind = _kind(opened, facts["kind"])
+    kind = _kind(opened, facts.kind)
     if said := misfits(kind, examples):
         display.note(said)
     scorer = scorer_of(config, kind)
@@ -92,7 +102,7 @@ def evaluate(
     from tell.train.lora import adapter_merged
 
     model = opened.load(config)
-    limit = config.generate.max_new_tokens or facts["answer_limit"]
+    limit = config.generate.max_new_tokens or facts.answer_limit
     rule: GenerateConfig = config.generate
     if greedy is not None:
         rule = rule.model_copy(update={"greedy": greedy})
@@ -134,7 +144,6 @@ def evaluate(
         costs[arm] = answer_costs(opened.files.architecture, prompts, answers)
         write_jsonl(opened.folder.predictions / "eval" / f"{arm}.jsonl", answers)
     values, gaps = arm_numbers(scored, seed=seed, samples=config.eval.bootstrap)
-    metrics = _read(opened.folder, opened.folder.metrics)
     kept = {key: metrics.get(key) for key in ("forgetting", "mixture", "train", "failed")}
     kept |= {key: metrics[key] for key in ("benchmarks",) if key in metrics}
     task = {"kind": kind.name, "primary": scorer.primary}
@@ -157,16 +166,68 @@ def _override(config: Config, overrides: Sequence[str]) -> Config:
     return make_config(merge(config.model_dump(by_alias=True, mode="json"), changes), where="--set")
 
 
-def _read(folder: RunFolder, path: Path) -> dict:
-    return json.loads(folder.require(path, "`tell tune`").read_text(encoding="utf-8"))
+class KindFacts(BaseModel):
+    """``kind`` of findings.json."""
+
+    name: Literal["json", "label", "text"]
+    why: str
+    schema_inferred: bool
+    labels: list[str] | None = None
 
 
-def _kind(opened: OpenRun, facts: dict) -> Kind:
+class Findings(BaseModel):
+    """What is needed of findings.json."""
+
+    kind: KindFacts
+    answer_limit: int = Field(ge=1, le=1_000_000)
+
+
+class Number(BaseModel):
+    """A score with its interval; metrics.json has more of them than are named here."""
+
+    model_config = ConfigDict(extra="allow")
+    value: float | None = None
+    ci: tuple[float | None, float | None] | None = None
+
+
+class ForgettingSet(BaseModel):
+    """A set of rows that forgetting was measured on."""
+
+    model_config = ConfigDict(extra="allow")
+    in_mix_source: bool = False
+
+
+class Forgetting(BaseModel):
+    """``forgetting`` of metrics.json."""
+
+    model_config = ConfigDict(extra="allow")
+    sets: dict[str, ForgettingSet] | None = None
+    arms: dict[str, dict[str, dict[str, Number | None]] | None] = {}
+
+
+class Metrics(BaseModel):
+    """What is kept of metrics.json: the run's own measurements, shown beside the new scores."""
+
+    forgetting: Forgetting | None = None
+    mixture: dict[str, Any] | None = None
+    train: dict[str, Any] | None = None
+    failed: dict[str, Any] | None = None
+    benchmarks: dict[str, Any] = {}
+
+
+class Split(BaseModel):
+    """split.json: content hashes."""
+
+    train: list[str]
+    test: list[str]
+    shots: list[str] | None = None
+
+
+def _kind(opened: OpenRun, facts: KindFacts) -> Kind:
     """The kind of task as the run found it."""
     folder = opened.folder
-    schema = json.loads(folder.schema.read_text(encoding="utf-8")) if folder.schema.exists() else None
-    labels = tuple(facts["labels"]) if facts.get("labels") else None
-    return Kind(facts["name"], schema, facts["schema_inferred"], labels, facts["why"])
+    schema = folder.read(folder.schema) if folder.schema.exists() else None
+    return Kind(facts.name, schema, facts.schema_inferred, tuple(facts.labels) if facts.labels else None, facts.why)
 
 
 def _examples(
@@ -174,18 +235,18 @@ def _examples(
 ) -> tuple[list[Example], list[Example], list[Example]]:
     """Training rows (for in-context examples only), test rows and fixed examples, found again by their hashes."""
     task = opened.config.task
-    parts = _read(opened.folder, opened.folder.split)
-    shown = parts.get("shots") or []
+    parts = opened.folder.read_as(opened.folder.split, Split)
+    shown = parts.shots or []
     needed = [task.data] * bool(need_train or shown) + [task.test or task.data] * (test is None)
     by_hash = _by_hash(opened, needed)
-    train = _pick(parts["train"], by_hash, task.data, "training") if need_train else []
+    train = _pick(parts.train, by_hash, task.data, "training") if need_train else []
     shots = _pick(shown, by_hash, task.data, "fixed example")
     if test:
         given = load(test, name="task", columns=task.columns)
         for notice in given.notices:
             display.note(notice)
         return train, without_ends(given.examples, opened.chat)[0], shots
-    return train, _pick(parts["test"], by_hash, task.test or task.data, "test"), shots
+    return train, _pick(parts.test, by_hash, task.test or task.data, "test"), shots
 
 
 def run_shots(opened: OpenRun) -> list[Example]:
@@ -194,7 +255,7 @@ def run_shots(opened: OpenRun) -> list[Example]:
     Raises:
         TellError: they are no longer in the task's file.
     """
-    hashes = _read(opened.folder, opened.folder.split).get("shots") or []
+    hashes = opened.folder.read_as(opened.folder.split, Split).shots or []
     data = opened.config.task.data
     return _pick(hashes, _by_hash(opened, [data] * bool(hashes)), data, "fixed example")
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from tell.config import Config
 from tell.data.example import Message
-from tell.mix.amount import Draw
+from tell.mix.amount import Draw, check_size
 from tell.mix.mixture import TASK, Mixture
 from tell.models.flops import lora_parameters, training_flops
 from tell.models.machine import likely_device, likely_dtype
@@ -32,7 +32,7 @@ from tell.study.prepare import (
     stand_in_anchor,
     task_table,
 )
-from tell.study.scoring import answer_limit, check_prompts
+from tell.study.scoring import answer_limit, check_prompts, scorer_of
 from tell.study.self_data import cached_self_file, enough_of
 
 SELF_KEPT = 0.7  # share of the model's own rows that pass the filters (91 of 128, SmolLM2-135M)
@@ -57,6 +57,7 @@ def plan(config: Config, *, display: Display | None = None) -> dict:
     """
     display = display or Silent()
     task = load_task(config, display)
+    scorer_of(config, task.kind)  # what `tune` refuses
     wanted_arms(config)
     anchor = anchor_of(config)
     if anchor is None:
@@ -103,6 +104,7 @@ def estimated_general(config: Config, task: Task, task_tokens: int) -> General:
     extra = len(task.chat.encode(task.chat.render([Message("user", ""), Message("assistant", "")])))
     ((way, amount),) = config.general.amount(task_tokens).items()
     tokens = amount * task_tokens if way == "ratio" else amount
+    check_size(amount if way == "rows" else tokens / unit, f"general.{way}")
     n = int(amount) if way == "rows" else int(tokens / unit) + 1
     lengths = np.full(n, unit + extra, np.int32)
     table = RowTable(

@@ -20,6 +20,7 @@ from tell.data.overlap import Overlap, find_overlap
 from tell.data.sources import Loaded, file_fingerprint, load
 from tell.data.split import Splits, split, split_given_test
 from tell.errors import TellError
+from tell.files import expanded, read_text
 from tell.mix.amount import Draw, general_rows
 from tell.mix.seeds import permutation
 from tell.models.find import ModelFiles, find_model, find_tokenizer
@@ -212,15 +213,12 @@ def anchor_text(text: str, flag: str) -> str:
         TellError: the file cannot be read, or there is no text.
     """
     if text.startswith("@"):
-        path = Path(text[1:])
+        remedy = "Give an existing UTF-8 text file behind the @."
         try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise TellError(
-                f"cannot be read ({getattr(error, 'strerror', None) or error})",
-                where=f"{flag} {text}",
-                remedy="Give an existing UTF-8 text file behind the @.",
-            ) from error
+            text = read_text(Path(text[1:]), remedy=remedy)
+        except (FileNotFoundError, TellError) as error:
+            why = error.what if isinstance(error, TellError) else f"cannot be read ({error.strerror})"
+            raise TellError(why, where=f"{flag} {text}", remedy=remedy) from error
     if not text.strip():
         raise TellError("the anchor is empty", where=flag, remedy="Write a text, or `none`.")
     return text.strip()
@@ -334,11 +332,11 @@ def load_general(task: Task, source: str, display: Display, *, overlap: bool = T
     vocab = task.files.architecture.vocab
     rules = RowRules(config.train.max_length, "drop", "drop", config.train.loss_on, "drop", vocab)
     loaded = load_builtin() if source == "builtin" else None
-    is_file = Path(source).expanduser().is_file()
+    is_file = expanded(source).is_file()
     if loaded is None and (not is_file or overlap):
         loaded = load(source, name="general", columns=columns)
     key = cache_key(
-        data=loaded.fingerprint if loaded else file_fingerprint(Path(source).expanduser(), columns, "general"),
+        data=loaded.fingerprint if loaded else file_fingerprint(expanded(source), columns, "general"),
         tokenizer=task.chat.fingerprint,
         unit=task.unit.fingerprint,
         rules=[rules.max_length, rules.loss_on, rules.vocab],

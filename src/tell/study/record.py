@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -55,7 +54,7 @@ def thinks(folder: RunFolder) -> bool:
     """Whether a run's prompts let the model think."""
     if not folder.plan.exists():
         return False
-    return bool(json.loads(folder.plan.read_text(encoding="utf-8"))["model"].get("thinking"))
+    return bool(folder.read(folder.plan)["model"].get("thinking"))
 
 
 def write_adapter_notes(folder: RunFolder, task: Task, place: Path) -> None:
@@ -66,14 +65,14 @@ def write_adapter_notes(folder: RunFolder, task: Task, place: Path) -> None:
     """
     files = task.files
     name = str(files.path) if files.origin == "folder" else files.name
-    anchor = json.loads(folder.anchor.read_text(encoding="utf-8"))
+    anchor = folder.read(folder.anchor)
     anchor.pop("candidates", None)
     revision = task.config.model.revision
     notes = {"anchor": anchor, "base_model": name, "revision": revision, "origin": files.origin}
     write_json(place / "tell.json", {**notes, "thinking": task.chat.thinking})
     # peft notes the folder the weights lay in, for a model of the hub one of its cache.
     path = place / "adapter_config.json"
-    write_json(path, {**json.loads(path.read_text(encoding="utf-8")), "base_model_name_or_path": name})
+    write_json(path, {**folder.read(path), "base_model_name_or_path": name})
 
 
 def train_numbers(

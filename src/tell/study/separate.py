@@ -57,7 +57,8 @@ def separate(
     Args:
         config: task data, anchor (``auto`` is the run's, or written by the model) and general source; without one, the
             general probe's prompts.
-        run: the folder `config` is of; its test rows are the queries then, else all rows of the data.
+        run: the folder `config` is of; its test rows are the queries then, else all rows of the data. What
+            ``config.model.trust_remote_code`` says counts, not the folder.
         layer: a number (0: the embeddings), ``middle`` or ``all``; the picture shows the middle of those asked for.
         queries: rows of each group, fewer where there are fewer.
         state: of the last token of the prompt, which the template fixes, or the mean over all its tokens.
@@ -79,7 +80,7 @@ def separate(
     given = config.general.is_given
     if not given:
         display.note("no general source given: TELL's own general prompts stand for it")
-    opened = open_run(run) if run is not None else None
+    opened = open_run(run, trust_remote_code=config.model.trust_remote_code) if run is not None else None
     place = opened.adapter(adapter) if opened is not None and adapter is not None else None
     task = load_task(config, display)
     layers = layer_numbers(layer, task.files.architecture.layers)

@@ -16,7 +16,7 @@ from tell.errors import TellError, first_line
 from tell.models.find import ModelFiles, find_model
 from tell.rows.template import ChatTokenizer
 from tell.run import RunFolder
-from tell.study.folder import read_run_config
+from tell.study.folder import check_trust, read_run_config
 from tell.study.record import dtype_name, thinks
 from tell.study.scoring import adapter_folder, adapter_ready
 
@@ -144,17 +144,20 @@ class OpenRun:
         return adapter_folder(self.folder, arm)
 
 
-def open_run(run: str | Path) -> OpenRun:
+def open_run(run: str | Path, *, trust_remote_code: bool = False) -> OpenRun:
     """Open a run folder.
 
+    Args:
+        trust_remote_code: run code that comes with the model. The folder may be somebody else's, so what its run.yaml
+            says of trust counts for nothing.
+
     Raises:
-        TellError: no run there, or its model cannot be found.
+        TellError: no run there, its model cannot be found, or it was made with code that is not trusted now.
     """
     folder = RunFolder(run)
     config = read_run_config(folder)
+    check_trust(folder, config, code=trust_remote_code)
     anchor = Anchor.load(folder.require(folder.anchor, "`tell tune`"))
-    files = find_model(
-        config.model.name, revision=config.model.revision, trust_remote_code=config.model.trust_remote_code
-    )
+    files = find_model(config.model.name, revision=config.model.revision, trust_remote_code=trust_remote_code)
     chat = ChatTokenizer(files.path)
     return OpenRun(folder, config, anchor, files, chat.thoughtful() if thinks(folder) else chat)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Callable
@@ -94,8 +93,8 @@ def _tune(
     earlier = float(folder.read_status().get("seconds", 0)) if resumed else 0.0
     run = _Run(config, folder, task, arms, display, Stop(folder.root), begin, command, earlier, processes)
     run.check_rows()
-    open_folder(folder, fresh=not resumed, config=config, seconds=run.seconds)
-    with run.stop.listening():
+    opened = open_folder(folder, fresh=not resumed, config=config, seconds=run.seconds, overwrite=overwrite)
+    with opened, run.stop.listening():
         try:
             run.go()
         except (Interrupted, KeyboardInterrupt):
@@ -196,9 +195,9 @@ class _Run:
         self._at("report")
         from tell.report.page import write_report
 
+        write_report(self.folder, state="done")  # which it is once the page is there
         self.stage = "done"
-        self.status("done")  # the page says what state the run is in
-        write_report(self.folder)
+        self.status("done")
 
     def _at(self, stage: str) -> None:
         self.stage = stage
@@ -298,7 +297,7 @@ class _Run:
         """What plan.json of the session before says; None in a first session."""
         if not self.folder.plan.exists():
             return None
-        return json.loads(self.folder.plan.read_text(encoding="utf-8")).get(key)
+        return self.folder.read(self.folder.plan).get(key)
 
     def _take(self, extent: Extent) -> None:
         """Do no more than this from here on."""
@@ -322,7 +321,7 @@ class _Run:
         spent = time.monotonic() - self.begin
         extent, given_up = fit_minutes(self.task, table, general, draw, minutes=minutes, spent=spent, trained=arm)
         self._give_up(given_up)
-        plan = json.loads(self.folder.plan.read_text(encoding="utf-8"))
+        plan = self.folder.read(self.folder.plan)
         write_json(self.folder.plan, {**plan, "fit": self._fit(extent)})
         self._take(extent)
 
@@ -388,10 +387,10 @@ class _Run:
             place = adapter_folder(self.folder, arm)
             done = place / "result.json"
             if done.exists():
-                results[arm] = json.loads(done.read_text(encoding="utf-8"))
+                results[arm] = self.folder.read(done)
                 continue
             if (gave_up := place / "failed.json").exists():
-                self._leave_out(arm, json.loads(gave_up.read_text(encoding="utf-8"))["error"])
+                self._leave_out(arm, str(self.folder.read(gave_up).get("error")))
                 continue
             tables, mixture = mixtures[arm]
             base, device = self._trainee()

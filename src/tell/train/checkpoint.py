@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tell.errors import TellError
+from tell.run import sync_files, temporary_folder
 
 
 def save_checkpoint(folder: Path, parameters: dict[str, torch.nn.Parameter], optimizer: Any, facts: dict) -> None:
@@ -30,9 +30,10 @@ def save_checkpoint(folder: Path, parameters: dict[str, torch.nn.Parameter], opt
     temporary = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        temporary = temporary_folder(folder)
         save_file(tensors, str(temporary / "state.safetensors"))
         (temporary / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
+        sync_files(temporary)
         old = folder.with_name(f".{folder.name}.old")
         shutil.rmtree(old, ignore_errors=True)
         if folder.exists():

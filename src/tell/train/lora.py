@@ -22,6 +22,8 @@ from transformers.pytorch_utils import Conv1D
 from tell.config import TrainConfig
 from tell.errors import TellError
 from tell.generate.room import SHARE, free_bytes
+from tell.run import sync_files
+from tell.train.adapter_file import read_adapter
 from tell.train.fused_ops import Projection, Stack
 
 QKV = ("q_proj", "k_proj", "v_proj", "qkv_proj", "c_attn", "query_key_value", "Wqkv", "W_pack")
@@ -150,6 +152,7 @@ def save_adapter(model: Any, folder: Path) -> None:
     path.write_text(json.dumps({**kept, "target_modules": sorted(kept["target_modules"])}, indent=2), encoding="utf-8")
     readme = folder / "README.md"  # peft's template card: all "More information needed"
     readme.unlink(missing_ok=True)
+    sync_files(folder)
 
 
 def remove_lora(model: Any) -> Any:
@@ -223,28 +226,14 @@ def adapter_factors(model: Any, folder: Path) -> tuple[dict[str, tuple[Tensor, T
     Raises:
         TellError: the folder holds no LoRA adapter of this model.
     """
-    import json
-
-    from safetensors.torch import load_file
-
-    path = folder / "adapter_model.safetensors"
-    if not path.exists():
-        raise TellError("has no adapter_model.safetensors", where=str(folder), remedy="Give a finished run.")
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    if config.get("use_dora") or config.get("rank_pattern") or config.get("alpha_pattern"):
-        raise TellError("is not a plain LoRA adapter", where=str(folder), remedy="Load it with peft instead.")
-    rank = config["r"]
-    scale = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
-    tensors = load_file(str(path))
-    names = {name for name, _ in model.named_modules()}
-    factors = {}
-    for key, a in tensors.items():
-        if not key.endswith(".lora_A.weight"):
-            continue
-        name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-        if name not in names:
+    scale, pairs = read_adapter(folder)
+    modules = dict(model.named_modules())
+    for name, (a, b) in pairs.items():
+        shape = getattr(getattr(modules.get(name), "weight", None), "shape", None)
+        if shape is None:
             raise TellError(
                 f"adapts {name}, which the model lacks", where=str(folder), remedy="Use its own base model."
             )
-        factors[name] = a, tensors[key.replace(".lora_A.", ".lora_B.")]
-    return factors, scale
+        if sorted(shape) != sorted((b.shape[0], a.shape[1])):
+            raise TellError(f"adapts {name} of another size", where=str(folder), remedy="Use its own base model.")
+    return pairs, scale

@@ -29,12 +29,11 @@ from tell.evaluate.scorer_code import find_scorer_code, search_in
 from tell.grid.cells import Cell, inputs
 from tell.grid.content import content_hash, folder_files
 from tell.grid.executors.cell import Outcome, run_cell
-from tell.grid.folder import folder_beside
 from tell.grid.queue import Queue
 from tell.grid.recipe import Resources
 from tell.home import make_folder, tell_home
 from tell.progress import Silent
-from tell.run import RunFolder, write_text
+from tell.run import RunFolder, atomic_folder, write_text
 
 MOST_BYTES = 2 << 30  # a larger folder has to lie on every machine
 RETRIES = 3  # times that Ray runs a cell again whose worker died
@@ -159,7 +158,7 @@ class RayExecutor:
             reason = " ".join(str(error).split())[:300]
             return Outcome(f"its worker was lost, {RETRIES + 1} times ({type(error).__name__}: {reason})", None, "ray")
         if data is not None:
-            with folder_beside(folder.root) as temporary, tarfile.open(fileobj=io.BytesIO(data)) as archive:
+            with atomic_folder(folder.root) as temporary, tarfile.open(fileobj=io.BytesIO(data)) as archive:
                 archive.extractall(temporary, filter="data")
                 settings = cell.config.model_copy(update={"out": str(folder.root)})
                 write_text(RunFolder(temporary).config, settings.to_yaml())
@@ -293,7 +292,7 @@ def _place(item: Input, folder: Path, get: Callable[[Any], bytes]) -> Path:
     here = folder / item.content / Path(item.path).name  # its name is part of how a file is read
     with FileLock(make_folder(folder) / f".{item.content}.lock"):
         if not here.exists():
-            with folder_beside(here.parent) as temporary:
+            with atomic_folder(here.parent) as temporary:
                 _lay(temporary / here.name, item.parts, get)
     return here
 

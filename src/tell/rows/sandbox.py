@@ -1,0 +1,197 @@
+"""Jinja for chat templates, which come with models: no way to Python, and bounded time and memory.
+
+jinja2's sandbox keeps a template from Python's objects, but not from running for days or filling the memory. Here each
+round of a loop, each call and each filter costs one step and each 256 characters it handles one more; a rendering has
+`MOST_STEPS`, and no text or list in it grows beyond `MOST_TEXT`.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from jinja2 import nodes
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.visitor import NodeTransformer
+
+MOST_STEPS = 300_000  # of one rendering; a conversation of 1,000 turns takes some ten thousand
+MOST_TEXT = 16_000_000  # characters of a text, items of a list
+MOST_BITS = 4096  # of a whole number
+MOST_NUMBER = 1_000_000  # given to a function of texts: most are widths
+_CHARACTERS = 256  # that cost a step
+_WIDTH = re.compile(r"\*|\d{5,}")  # of a field in a format
+
+
+class Exceeded(Exception):
+    """The template takes too long, or too much memory."""
+
+
+class BoundedEnvironment(ImmutableSandboxedEnvironment):
+    """A sandbox whose templates end. ``start`` gives the next rendering its steps."""
+
+    intercepted_binops = frozenset({"+", "*", "**", "%"})
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, finalize=self._shown)
+        self.left = MOST_STEPS
+        self.globals.pop("lipsum", None)
+        self.filters = {name: self.counted(name, function) for name, function in self.filters.items()}
+
+    def start(self) -> None:
+        """Count the steps of a rendering from here on."""
+        self.left = MOST_STEPS
+
+    def tick(self, characters: int = 0) -> bool:
+        """Pay for a step that handles so many characters; true, as part of a condition."""
+        self.left -= 1 + characters // _CHARACTERS
+        if self.left < 0:
+            raise Exceeded("it takes too many steps")
+        return True
+
+    def joined(self, *parts: Any) -> str:
+        """``a ~ b``."""
+        return self._join("", parts)
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if operator == "%" and isinstance(left, str):
+            self._check_format(left)
+        if isinstance(left, int) and isinstance(right, int):
+            bits, more = left.bit_length(), right.bit_length()
+            if (bits * abs(right) if operator == "**" else bits + more) > MOST_BITS:
+                raise Exceeded("it computes with huge numbers")
+        elif operator == "*":
+            for text, times in ((left, right), (right, left)):
+                if isinstance(text, str | list | tuple) and isinstance(times, int):
+                    self._room(len(text) * times)
+        elif operator == "+" and isinstance(left, str | list | tuple) and isinstance(right, str | list | tuple):
+            self._room(len(left) + len(right))
+        return super().call_binop(context, operator, left, right)
+
+    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+        owner = getattr(getattr(__obj, "__wrapped__", __obj), "__self__", None)  # the sandbox wraps str.format
+        if owner is not __self:  # not our own `tick` and `joined`
+            __self.tick(__self._size(owner) + sum(map(__self._size, (*args, *kwargs.values()))))
+        if isinstance(owner, str):
+            name = getattr(__obj, "__name__", "")
+            __self._check_text(name, owner, (*args, *kwargs.values()))
+        return super().call(__context, __obj, *args, **kwargs)
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        if isinstance(argument, slice):
+            self.tick(self._size(obj))
+        return super().getitem(obj, argument)
+
+    def _generate(self, source: nodes.Template, *args: Any, **kwargs: Any) -> str:
+        return super()._generate(_Counting().visit(source), *args, **kwargs)
+
+    def counted(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A filter that pays for what it handles and what it makes."""
+        passed = int(hasattr(function, "jinja_pass_arg"))  # the environment or context, before the value
+
+        @functools.wraps(function)
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            given = (*args[passed:], *kwargs.values())
+            self.tick(sum(map(self._size, given)))
+            value = given[0] if given else None
+            if name == "join" and len(given) < 3 and "attribute" not in kwargs:
+                return self._join(str(given[1]) if len(given) > 1 else "", value)
+            self._check_text(name, value if isinstance(value, str) else "", given[1:])
+            out = function(*args, **kwargs)
+            self.tick(self._size(out))
+            return out
+
+        return counted
+
+    def _check_text(self, name: str, text: str, given: Iterable[Any]) -> None:
+        """Refuse calls on texts whose result alone would be too much."""
+        given = tuple(given)
+        if any(isinstance(value, int) and abs(value) > MOST_NUMBER for value in given):
+            raise Exceeded("it gives a huge number to a function")
+        if name in ("format", "format_map"):
+            self._check_format(text)
+        if name == "replace" and len(given) > 1:
+            self._room(len(text) + text.count(str(given[0])) * len(str(given[1])))
+        if name == "join" and given:
+            self._join(text, given[0] if not isinstance(given[0], str) else list(given[0]))
+
+    def _check_format(self, text: str) -> None:
+        if _WIDTH.search(text):
+            raise Exceeded("it writes fields of huge or variable width")
+
+    def _join(self, separator: str, parts: Iterable[Any]) -> str:
+        texts: list[str] = []
+        total = 0
+        for part in parts:
+            self._size(part)
+            texts.append(str(part))
+            total += len(texts[-1]) + len(separator)
+            self._room(total)
+        self.tick(total)
+        return separator.join(texts)
+
+    def _shown(self, value: Any) -> Any:
+        self.tick(self._size(value))
+        return value
+
+    def _size(self, value: Any, most: int = MOST_TEXT) -> int:
+        """Characters of a text, items below a list: a list may hold another a thousand times.
+
+        Raises:
+            Exceeded: more than ``most``.
+        """
+        if isinstance(value, str):
+            return len(value)
+        if isinstance(value, range):
+            return len(value) * _CHARACTERS
+        if not isinstance(value, list | tuple | dict):
+            return 0
+        total = 0
+        parts = [value]
+        while parts:
+            part = parts.pop()
+            if isinstance(part, dict):
+                parts += part.values()
+                total += _CHARACTERS * len(part)
+            elif isinstance(part, list | tuple):
+                parts += part
+                total += _CHARACTERS * len(part)
+            else:
+                total += len(part) if isinstance(part, str) else 1
+            self._room(total)
+        return total
+
+    def _room(self, size: int) -> None:
+        if size > MOST_TEXT:
+            raise Exceeded("it makes a text or list of huge size")
+
+
+class _Counting(NodeTransformer):
+    """Puts a step into every loop and macro, and joins texts where they are counted."""
+
+    def visit_For(self, node: nodes.For) -> nodes.For:
+        self.generic_visit(node)
+        node.body.insert(0, nodes.ExprStmt(_call("tick", nodes.Const(_constant(node)))))
+        if node.test is not None:
+            node.test = nodes.And(_call("tick"), node.test)
+        return node.set_environment(node.environment).set_lineno(node.lineno, override=False)
+
+    def visit_Macro(self, node: nodes.Macro) -> nodes.Macro:
+        self.generic_visit(node)
+        node.body.insert(0, nodes.ExprStmt(_call("tick", nodes.Const(_constant(node)))))
+        return node.set_environment(node.environment).set_lineno(node.lineno, override=False)
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Call:
+        self.generic_visit(node)
+        call = _call("joined", *node.nodes)
+        return call.set_environment(node.environment).set_lineno(node.lineno)
+
+
+def _call(name: str, *args: nodes.Expr) -> nodes.Call:
+    return nodes.Call(nodes.EnvironmentAttribute(name), list(args), [], None, None)
+
+
+def _constant(node: nodes.Node) -> int:
+    """Characters of plain text within a loop or macro."""
+    return sum(len(text.data) for text in node.find_all(nodes.TemplateData))

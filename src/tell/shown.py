@@ -1,0 +1,41 @@
+"""Text of models, files and servers made fit to be shown: no sequences that steer a terminal, and bounded in length."""
+
+from __future__ import annotations
+
+import re
+from unicodedata import category
+
+_BIDIRECTIONAL = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # they reorder a whole line
+_PASSWORD = re.compile(r"(?<=//)[^/@\s'\"]*@")  # of a URL
+LONGEST_LINE = 2000  # characters of one line of an error or a note
+
+
+def clean(text: str) -> str:
+    """Text without control characters, unpaired surrogates and marks that reorder a line; line breaks and tabs stay."""
+    return "".join(
+        char for char in text if char in "\n\t" or not (category(char) in ("Cc", "Cs") or char in _BIDIRECTIONAL)
+    )
+
+
+def shorten(text: str, most: int) -> str:
+    """At most ``most`` characters of a text: its beginning and its end, which often says the most."""
+    if len(text) <= most:
+        return text
+    tail = most // 4
+    return f"{text[: most - tail - 5]} ... {text[-tail:]}"
+
+
+def one_line(text: str, most: int = LONGEST_LINE) -> str:
+    """Text as one line: cleaned, white space joined, bounded."""
+    if len(text) > 4 * most:  # what is cut away below need not be looked at
+        text = shorten(text, 4 * most)
+    joined = " ".join(text.split())
+    return shorten("".join(char if char.isprintable() and char not in _BIDIRECTIONAL else " " for char in joined), most)
+
+
+def without_secrets(text: str, *secrets: str | None) -> str:
+    """Text without keys that a server may repeat, and without the user and password of a URL."""
+    for secret in secrets:
+        if secret and len(secret) > 3:
+            text = text.replace(secret, "***")
+    return _PASSWORD.sub("***@", text)

@@ -1,0 +1,68 @@
+"""A LoRA adapter's files, checked before they are folded into a model: they may be cut short, or not ours."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tell.errors import TellError, first_line, is_panic
+from tell.files import read_json
+
+REMEDY = "Fetch or train the adapter again."
+
+
+def read_adapter(folder: Path) -> tuple[float, dict[str, tuple[Tensor, Tensor]]]:
+    """Scale, and (A, B) of each adapted module by name, of an adapter in peft's format.
+
+    Raises:
+        TellError: there is none, it is damaged, or it holds more than plain LoRA.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = folder / "adapter_model.safetensors"
+    if not path.exists():
+        raise TellError("has no adapter_model.safetensors", where=str(folder), remedy="Give a finished run.")
+    scale = _scale(folder / "adapter_config.json")
+    try:
+        tensors = load_file(str(path))
+    except BaseException as error:
+        if not isinstance(error, SafetensorError | OSError | ValueError | KeyError | RuntimeError) and not is_panic(
+            error
+        ):
+            raise
+        raise TellError(f"cannot be read ({first_line(error)})", where=str(path), remedy=REMEDY) from error
+    pairs: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, part, tail = key.removeprefix("base_model.model.").rpartition(".lora_")
+        if not part or tail not in ("A.weight", "B.weight") or tensor.ndim != 2:
+            raise TellError(
+                f"holds {key}, which plain LoRA lacks", where=str(path), remedy="Load it with peft instead."
+            )
+        if not torch.isfinite(tensor).all():
+            raise TellError(f"{key} holds values that are no numbers", where=str(path), remedy=REMEDY)
+        pairs.setdefault(name, {})[tail[0]] = tensor
+    if not pairs:
+        raise TellError("holds no LoRA weights", where=str(path), remedy=REMEDY)
+    for name, pair in pairs.items():
+        if len(pair) < 2 or pair["A"].shape[0] != pair["B"].shape[1]:
+            raise TellError(f"the weights of {name} do not belong together", where=str(path), remedy=REMEDY)
+    return scale, {name: (pair["A"], pair["B"]) for name, pair in pairs.items()}
+
+
+def _scale(path: Path) -> float:
+    try:
+        config = read_json(path, remedy=REMEDY)
+    except FileNotFoundError as error:
+        raise TellError("is missing", where=str(path), remedy=REMEDY) from error
+    if config.get("use_dora") or config.get("rank_pattern") or config.get("alpha_pattern"):
+        raise TellError("is not a plain LoRA adapter", where=str(path.parent), remedy="Load it with peft instead.")
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    for key, value in (("r", rank), ("lora_alpha", alpha)):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not 0 < value < math.inf:
+            raise TellError(f"{key} is {value!r}", where=str(path), remedy=REMEDY)
+    return alpha / (rank**0.5 if config.get("use_rslora") else rank)

@@ -1,0 +1,26 @@
+"""What is shown steers no terminal, is of bounded length, and gives no secret away."""
+
+from __future__ import annotations
+
+from tell.errors import TellError
+from tell.shown import LONGEST_LINE, clean, one_line, shorten, without_secrets
+
+
+def test_sequences_and_marks_are_gone_and_languages_stay():
+    assert clean("a\x1b]0;title\x07b\u202ec\x9bd\ud800e\n\tf") == "a]0;titlebcde\n\tf"
+    assert clean("naïve 東京 \U0001f600 Ω") == "naïve 東京 \U0001f600 Ω"
+    assert one_line("a\n b\x1b[2J\u2066c") == "a b [2J c"
+
+
+def test_length_is_bounded_and_both_ends_are_kept():
+    assert shorten("abc", 10) == "abc"
+    short = shorten("start" + "x" * 10**6 + "end.", 100)
+    assert len(short) <= 100 and short.startswith("start") and short.endswith("end.")
+    assert len(one_line("y " * 10**6)) <= LONGEST_LINE
+    error = TellError("value " + "9" * 10**6, where="f" * 10**5, remedy="Mend it. " * 10**4)
+    assert len(str(error)) < LONGEST_LINE and "Mend it." in str(error)
+
+
+def test_keys_and_passwords_are_left_out():
+    assert without_secrets("https://me:pw@host/v1 says sk-123456", "sk-123456") == "https://***@host/v1 says ***"
+    assert without_secrets("http://host/a@b", None) == "http://host/a@b"
