@@ -92,9 +92,12 @@ def _shared() -> tuple[CDLL | None, int]:
     if shared is None:
         return None, 0
     shared.train_attention_lanes.restype = _N
+    lanes = int(shared.train_attention_lanes())
+    if not lanes:  # compiled without the functions
+        return shared, 0
     for function in (shared.train_attention, shared.train_attention_back):
         function.argtypes, function.restype = (POINTER(_Task),), None
-    return shared, int(shared.train_attention_lanes())
+    return shared, lanes
 
 
 def row_attention(dtype: torch.dtype, width: int) -> CDLL | None:
