@@ -203,11 +203,19 @@ def _write_more(
     seen = {row["instruction"].strip().lower() for row in rows}
     empty = 0
     share = max(0.0, min(1.0, enough(rows)))
+    gain = 0.0  # of the share, by the block before: what one under way is taken to add
     with display.bar("general data, written by the model", 100, "%") as advance:
         advance(share * 100)
         while True:
-            before, thrown = len(rows), Counter()
-            for pair in _block(config, chat, engine, len(blocks), thrown, lambda *_: advance(0, f"{len(rows)} rows")):
+            before, thrown, shown = len(rows), Counter(), share
+
+            def progress(_: int, further: float) -> None:
+                nonlocal shown
+                step = min(gain * further / (2 * BLOCK), 1 - shown)  # noqa: B023  (each prompt, then its answer)
+                shown += step
+                advance(step * 100, f"{len(rows)} rows")
+
+            for pair in _block(config, chat, engine, len(blocks), thrown, progress):
                 name = pair["instruction"].strip().lower()
                 if name in seen:
                     thrown["duplicate"] += 1
@@ -225,8 +233,8 @@ def _write_more(
                     remedy="Give a file of general instruction data with --general.",
                 )
             new = max(0.0, min(1.0, enough(rows)))
-            advance((new - share) * 100, f"{len(rows)} rows")
-            share = new
+            advance((new - shown) * 100, f"{len(rows)} rows")
+            gain, share = new - share, new
             if share >= 1 and rows:
                 return
 

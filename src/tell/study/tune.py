@@ -213,7 +213,8 @@ class _Run:
     def _model(self) -> Any:
         """The base model, loaded once, and its engine."""
         if self.loaded is None:
-            self.loaded, self.engine = load_engine(self.task.files, decoding_beside(self.config, self.processes))
+            config = decoding_beside(self.config, self.processes)
+            self.loaded, self.engine = load_engine(self.task.files, config, display=self.display)
             self.display.note(f"{self.task.files.name} ({self.task.files.origin}); {self.loaded.why}")
         return self.loaded.model
 
@@ -327,6 +328,11 @@ class _Run:
                     advance(report.tokens_total - counted, f"step {report.step}/{report.steps}, loss {losses}")
                     counted = report.tokens_total
 
+                def moved(tokens: int, advance: Any = advance) -> None:
+                    nonlocal counted
+                    counted += tokens
+                    advance(tokens)
+
                 if self.processes:
                     start_job(self.processes, self.task, base, place, tables, mixture)
                 trainer = Trainer(
@@ -340,6 +346,7 @@ class _Run:
                     device=device,
                     stopped=self.stop,
                     progress=progress,
+                    moved=moved,
                     processes=self.processes,
                 )
                 try:
