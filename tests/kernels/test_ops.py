@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tell.kernels.attention import row_attention
 from tell.kernels.library import reason
 from tell.kernels.ops import GELU_TANH, SILU, kernels_for
 from tell.train.attention import PackedPlan
@@ -138,18 +139,21 @@ def test_attention(dtype, window, prefix, rot):
         close(actual, wanted)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 8e-3), (torch.float32, 2e-6)])  # several roundings
 @pytest.mark.parametrize("by_rows", [True, False])  # and by the library's batched products
 @pytest.mark.parametrize(("prefix", "window", "width"), [(0, None, 64), (37, None, 80), (37, 50, 16)])
-def test_attention_of_long_rows_in_bf16(prefix, window, width, by_rows, monkeypatch):
+def test_attention_of_long_rows(prefix, window, width, by_rows, dtype, tolerance, monkeypatch):
+    if by_rows and dtype == torch.float32:
+        assert row_attention(dtype, width) is not None
     if not by_rows:
         monkeypatch.setattr("tell.train.fused_ops.row_attention", lambda *_: None)
     heads, kv, lengths, scale = 6, 2, (7, 203, 1, 98), width**-0.5
     total = prefix + sum(lengths)
-    whole = leaf(total, (heads + 2 * kv) * width, dtype=torch.bfloat16)
+    whole = leaf(total, (heads + 2 * kv) * width, dtype=dtype)
     parts = whole.split([heads * width, kv * width, kv * width], dim=1)
     plan = PackedPlan(lengths, prefix=prefix)
     angle = plan.positions()[0][:, None] * torch.rand(8, generator=torch.Generator().manual_seed(3))
-    angle = torch.cat([angle, angle], dim=1).bfloat16()
+    angle = torch.cat([angle, angle], dim=1).to(dtype)
     cosine, sine = angle.cos(), angle.sin()
     out = Attention.apply(*parts, cosine, sine, plan, heads, kv, scale, window)
     (exact,) = double(whole)
@@ -163,7 +167,7 @@ def test_attention_of_long_rows_in_bf16(prefix, window, width, by_rows, monkeypa
     for one, two in zip(found, gradients(again, parts), strict=True):
         assert torch.equal(one, two)
     for actual, wanted in pairs:
-        assert (actual.double() - wanted).norm() < 8e-3 * wanted.norm()  # several roundings of 2^-9 each
+        assert (actual.double() - wanted).norm() < tolerance * wanted.norm()
 
 
 @settings(max_examples=25)
