@@ -38,8 +38,7 @@ class Worker:
         path = folder / f"{name}-{number}.json"
         path.write_text(json.dumps(spec), encoding="utf-8")
         self.log = path.with_suffix(".log")
-        paths = [str(ROOT), str(ROOT / "src")] if python is None else [str(ROOT)]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **QUIET}
+        environment = {**os.environ, "PYTHONPATH": python_path(own=python is None), **QUIET}
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 [python or sys.executable, "-m", "bench.worker", module, str(path)],
@@ -107,6 +106,13 @@ class Worker:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+
+
+def python_path(*, own: bool) -> str:
+    """Where a worker finds modules; in our own interpreter also what the caller's path holds (wheels without pip)."""
+    given = os.environ.get("PYTHONPATH", "")
+    paths = [str(ROOT), str(ROOT / "src"), *filter(None, given.split(os.pathsep))] if own else [str(ROOT)]
+    return os.pathsep.join(paths)
 
 
 QUIET = {

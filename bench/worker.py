@@ -43,12 +43,13 @@ class Meter:
     """Times whole optimiser steps between the driver's commands; an engine calls `wait` once and `step` after each.
 
     Attributes:
-        tokens: real tokens since the turn began; the engine adds to it.
+        tokens: real tokens since the turn began, a number or a scalar on the device; the engine adds to it.
         model: whose trainable parameters are reported.
     """
 
     def __init__(self, channel: Channel) -> None:
-        self.channel, self.left, self.steps, self.tokens, self.begin = channel, 0, 0, 0, 0.0
+        self.channel, self.left, self.steps, self.begin = channel, 0, 0, 0.0
+        self.tokens: Any = 0
         self.model: Any = None
 
     def wait(self) -> None:
@@ -73,7 +74,7 @@ class Meter:
         synchronize()
         seconds = time.perf_counter() - self.begin
         trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        facts = {"steps": self.steps, "tokens": self.tokens, "trainable_parameters": trainable}
+        facts = {"steps": self.steps, "tokens": int(self.tokens), "trainable_parameters": trainable}
         self.channel.send(seconds=seconds, **facts, **peak_memory())
         self.wait()
 

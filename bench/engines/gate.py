@@ -33,7 +33,7 @@ class Gate(TrainerCallback):
     def _count(self, _: Any, args: Any, kwargs: dict[str, Any]) -> None:
         mask = kwargs.get("attention_mask")
         if isinstance(mask, torch.Tensor) and mask.ndim == 2:
-            self.meter.tokens += int((mask != 0).sum())
+            self.meter.tokens = self.meter.tokens + (mask != 0).sum()  # stays on the device: fetching it would wait
         else:
             self.meter.tokens += (kwargs["input_ids"] if "input_ids" in kwargs else args[0]).numel()
 

@@ -21,6 +21,7 @@ ARMS: tuple[str, ...] = get_args(Arm)
 Device = Literal["auto", "cuda", "xpu", "mps", "cpu"]
 DEVICES: tuple[str, ...] = get_args(Device)[1:]  # in the order in which auto looks for them
 GENERAL_AMOUNTS = ("ratio", "tokens", "rows")  # the ways of saying how much general data
+GENERAL_SOURCES = ("auto", "builtin", "self", "none")  # what `general.source` may name besides a file or a hub name
 DEFAULT_ARMS: tuple[Arm, ...] = ("base", "base+anchor", "icl", "sft", "sft-matched", "tell", "tell-anchor")
 TRAINED_ARMS = frozenset({"sft", "sft-matched", "general", "tell"})
 
@@ -68,8 +69,11 @@ class ModelConfig(Section):
 
 
 class SelfConfig(Section):
-    """How the model writes its own general data (Magpie, arXiv 2406.08464)."""
+    """How the model writes its own general data: it answers our prompts, or invents them (Magpie, arXiv 2406.08464)."""
 
+    prompts: Literal["builtin", "invented"] = Field(
+        "builtin", description="what is answered: the prompts on board, then invented ones; or invented ones alone"
+    )
     max_prompt_tokens: int = Field(64, ge=8, description="longer instructions are left out")
     max_answer_tokens: int = Field(192, ge=8, description="answers that do not end before are left out")
     temperature: float = Field(1.0, gt=0, description="sampling of the instructions")
@@ -84,7 +88,11 @@ class SelfConfig(Section):
 class GeneralConfig(Section):
     """General data; at most one of ratio, tokens, rows says how much, else the task's tokens (method.md)."""
 
-    source: str = Field("self", description="file, hub name, `self` (the model writes its own) or `none`")
+    source: str = Field(
+        "auto",
+        description="file, hub name, `builtin` (rows on board, answered by SmolLM2-135M), `self` (the model answers "
+        "their prompts itself), `none`, or `auto`: builtin for SmolLM2-135M, self for any other model",
+    )
     columns: str | None = Field(None, description="names of its columns, as for task.columns")
     ratio: float | None = Field(None, ge=0, description="general tokens per task token (task rows counted once)")
     tokens: float | None = Field(None, ge=0, description="general tokens (unit: tokens.unit)")
@@ -104,6 +112,11 @@ class GeneralConfig(Section):
     def empty(self) -> bool:
         """Whether no general row is asked for."""
         return self.source == "none" or 0 in self._given().values()
+
+    @property
+    def is_given(self) -> bool:
+        """Whether the source is the user's: a file or a hub name."""
+        return self.source not in GENERAL_SOURCES
 
     def _given(self) -> dict[str, float]:
         return {way: value for way in GENERAL_AMOUNTS if (value := getattr(self, way)) is not None}

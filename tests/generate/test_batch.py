@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 
 import tiny
 from tell.generate.batch import KernelBatch, Packed, PlainBatch
-from tell.generate.engine import TOLERANCE, Engine
+from tell.generate.engine import TOLERANCE, Answer, Engine, _Row
 from tell.generate.layers import Product, describe
 from tell.generate.sampler import Decoding, choose
 from tell.kernels import decode as c
 from tell.kernels import reason
 from tell.train.step import Body
-from train.packed import load
+from train.packed import Fetches, load
 
 needs_kernels = pytest.mark.skipif(c.kernels(torch.float32) is None, reason=f"no kernels: {reason()}")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -51,7 +51,7 @@ def test_states_of_both_ways(family, dtype, tiny_model, monkeypatch):
             out = [batch.prefill(rows[:4], 0), batch.prefill(rows[4:], 4)]
             lengths = [len(row) for row in rows]
             out.append(batch.decode(lengths, [5, 6, 7, 8, 9]))
-            batch.move(4, 1, lengths[4] + 1)  # row 1 is finished
+            batch.move([4], [1], lengths[4] + 1)  # row 1 is finished
             out.append(batch.decode([46, 131, 18, 34], [1, 2, 3, 4]))
             out.append(batch.prefill([[3, 4, 5]], 4))  # a new row in the slot that came free
             out.append(batch.decode([47, 132, 19, 35, 3], [1, 2, 3, 4, 5]))
@@ -161,6 +161,41 @@ def test_a_model_that_computes_otherwise_is_found_out(tiny_model):
     engine = Engine(model)
     got = engine.generate([[5, 6, 7]], decoding)
     assert engine.trusted is False and got == Engine(model, fast=False).generate([[5, 6, 7]], decoding) and got != first
+
+
+@torch.inference_mode()
+def test_a_step_waits_for_no_gpu_and_prefill_has_no_loop_of_rows(tiny_model):
+    body, counts = Body(load(tiny_model("qwen3"))), []
+    for rows in (2, 12):
+        batch = PlainBatch(body, Decoding(4, (), banned_ids=(7,)), rows, 20, [5, 6, 7, 8], torch.device("cpu"))
+        with Fetches() as fetches:
+            states = batch.prefill([[3, 4, 5]] * rows, 0)
+            batch.see(0, [[3, 4, 5]] * rows)
+            batch.decode([3] * rows, [9] * rows)
+            batch.move([rows - 1], [0], 4)
+        assert fetches.names == []
+        counts.append(fetches.operations)
+        assert batch.seen.nonzero().tolist() == [[row, token] for row in range(rows) for token in (3, 4, 5)]
+        assert 7 not in batch.choose(states, 0, torch.rand(rows))
+    assert counts[1] - counts[0] <= 10  # positions are counted row by row, once, on the CPU
+
+
+@given(n=st.integers(1, 12), data=st.data())
+def test_rows_that_go_on_fill_the_places_of_finished_ones(n, data):
+    class Places:
+        def __init__(self) -> None:
+            self.rows = list(range(n))
+
+        def move(self, sources, targets, length):
+            assert not set(sources) & set(targets) and length == max(len(active[s].prompt) for s in sources)
+            for source, target in zip(sources, targets, strict=True):
+                self.rows[target] = self.rows[source]
+
+    finished = sorted(data.draw(st.sets(st.integers(0, n - 1))))
+    active, last, batch = [_Row(i, [0] * (i + 1), 1, np.zeros(1), Answer()) for i in range(n)], list(range(n)), Places()
+    Engine._retire(active, last, finished, batch)
+    assert sorted(row.number for row in active) == sorted(set(range(n)) - set(finished))
+    assert [row.number for row in active] == last == batch.rows[: len(active)]
 
 
 def test_limits_of_single_rows(tiny_model):

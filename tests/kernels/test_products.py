@@ -9,7 +9,7 @@ from tell.kernels.ops import kernels_for
 from tell.kernels.products import Dropout, products_for
 
 products = products_for(torch.zeros(64, 2, dtype=torch.bfloat16))
-pytestmark = pytest.mark.skipif(products is None, reason="no dot products of bf16 pairs, or a tile unit")
+needs_products = pytest.mark.skipif(products is None, reason="no dot products of bf16 pairs, or a tile unit")
 
 
 def draw(*shape: int, seed: int) -> torch.Tensor:
@@ -24,6 +24,7 @@ def error(actual: torch.Tensor, exact: torch.Tensor) -> float:
 SHAPES = [(12, 64, 64, 8), (31, 70, 50, 5), (50, 200, 96, 24), (40, 48, 34, 70), (600, 40, 3300, 17)]
 
 
+@needs_products
 @pytest.mark.parametrize(("tokens", "outputs", "inputs", "rank"), SHAPES)
 @pytest.mark.parametrize("adapted", [True, False])
 def test_products_both_ways(tokens, outputs, inputs, rank, adapted):
@@ -47,6 +48,7 @@ def test_products_both_ways(tokens, outputs, inputs, rank, adapted):
     assert error(gx, gx_exact) < 3e-3
 
 
+@needs_products
 @pytest.mark.parametrize(("tokens", "rank", "columns"), [(12, 8, 32), (129, 5, 50), (301, 24, 100), (128, 1, 1)])
 def test_outer_products(tokens, rank, columns):
     g, x = draw(tokens, rank + 3, seed=1)[:, :rank], draw(tokens, columns + 2, seed=2)[:, :columns]
@@ -57,6 +59,7 @@ def test_outer_products(tokens, rank, columns):
     assert error(products.outer(g, x, 0.5, transposed=True), exact.t()) < 1e-6
 
 
+@needs_products
 @pytest.mark.parametrize(("tokens", "outputs", "inputs"), [(31, 70, 50), (300, 40, 1700)])
 def test_dropout_is_that_of_the_kernel(tokens, outputs, inputs):
     """Every adapter has a mask of its own, the same on both ways."""
@@ -78,8 +81,14 @@ def test_dropout_is_that_of_the_kernel(tokens, outputs, inputs):
     assert error(gx, gx_exact) < 3e-3
 
 
+@needs_products
 def test_where_the_library_is_left_to_it():
     assert products_for(torch.zeros(64, 2)) is None
     assert products_for(torch.zeros(2, 64, dtype=torch.bfloat16)) is None
     assert products_for(torch.zeros(64, 3, dtype=torch.bfloat16)) is None
     assert products_for(torch.zeros(1, 1, dtype=torch.bfloat16).expand(64, 2)) is None
+
+
+def test_nothing_is_compiled_for_tensors_of_other_devices(monkeypatch):
+    monkeypatch.setattr("tell.kernels.products._products", lambda: pytest.fail("compiled"))
+    assert products_for(torch.zeros(64, 2, dtype=torch.bfloat16, device="meta")) is None

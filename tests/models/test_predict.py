@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -94,6 +95,39 @@ def test_time_prefers_what_was_measured(tmp_path, monkeypatch):
     assert ask("aaa").seconds == 400.0
     monkeypatch.setattr(machine, "cores", lambda: 64)  # the same home on another machine
     assert "guess from 64 cores" in ask("aaa").basis
+
+
+def test_speeds_of_a_gpu_are_kept_under_its_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("TELL_HOME", str(tmp_path))
+    monkeypatch.setattr(machine, "gpu", lambda: ("NVIDIA H100 80GB HBM3", 9.0))
+    record_speed("aaa", "cuda", "bf16", 500.0)
+    monkeypatch.setattr(machine, "cores", lambda: 64)  # the same card in a larger share of its machine
+    assert predict_seconds(SMOLLM2, 1e5, fingerprint="aaa", device="cuda").seconds == 200.0
+    monkeypatch.setattr(machine, "gpu", lambda: ("Tesla T4", 7.5))
+    assert predict_seconds(SMOLLM2, 1e5, fingerprint="aaa", device="cuda").basis == "guess for a GPU in fp32"
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected", "dtype"),
+    [
+        ("NVIDIA H100 80GB HBM3, 9.0\n", ("NVIDIA H100 80GB HBM3", 9.0), "bf16"),
+        ("Tesla T4, 7.5\n", ("Tesla T4", 7.5), "fp32"),
+        ("No devices were found\n", ("GPU of EPYC", None), "bf16"),
+        (None, ("GPU of EPYC", None), "bf16"),
+    ],
+)
+def test_the_card_says_its_number_format(answer, expected, dtype, monkeypatch):
+    def run(command, **_):
+        assert command[1:3] == ["-i", "1"]
+        if answer is None:
+            raise FileNotFoundError("nvidia-smi")
+        return SimpleNamespace(stdout=answer)
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,0")
+    monkeypatch.setattr(machine.subprocess, "run", run)
+    monkeypatch.setattr(machine, "cpu_name", lambda: "EPYC")
+    monkeypatch.setattr(machine, "gpu", machine.gpu.__wrapped__)
+    assert machine.gpu() == expected and machine.likely_dtype("cuda") == dtype
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"x": 3}', '{"x": {"tokens_per_second": 0}}'])

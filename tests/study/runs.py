@@ -142,3 +142,13 @@ class Killer:
                     os.kill(os.getpid(), self.number)
 
         yield advance
+
+
+def steady_pace(monkeypatch: Any, *, train: float, decode: float) -> None:
+    """Let --max-minutes go by these speeds in tokens a second, whatever the machine does meanwhile."""
+    from tell.study.speed import keep_speed
+
+    def measure(task: Any, table: Any, loaded: Any, engine: Any) -> None:
+        keep_speed(task, loaded, train, decode)
+
+    monkeypatch.setattr("tell.study.tune.measure_pace", measure)

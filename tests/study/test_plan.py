@@ -7,14 +7,13 @@ import os
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 
 import tell
 from study.runs import ALL_ARMS, PROBE, config_of, read
 from tell.progress import Silent
 from tell.study.arms import arm_mixtures
-from tell.study.plan import arm_costs, fit_minutes, plan_general
+from tell.study.plan import arm_costs, plan_general
 from tell.study.prepare import CACHED_ROWS, anchor_of, limit_task, load_task, task_table
 
 
@@ -118,28 +117,6 @@ def test_unit_of_another_tokenizer(tiny_model):
     assert there["task"]["unit_tokens"] > here["task"]["unit_tokens"]  # a smaller vocabulary cuts finer
 
 
-def test_max_minutes_shortens_to_a_prefix(tiny_model):
-    config = config_of(tiny_model("llama"), general={"source": str(PROBE), "rows": 4000})
-    task = load_task(config)
-    anchor = anchor_of(config)
-    limit_task(task, anchor)
-    table = task_table(task, anchor, task.train)
-    general, draw = plan_general(task, table, Silent())
-    assert len(draw) == 4000 and any("exhausted" in text for text in draw.notices)
-    kept = {}
-    whole = tell.plan(config)["predicted"]["seconds"]
-    for share in (0.9, 0.5, 1e-9):
-        kept[share] = part = fit_minutes(task, table, general, draw, whole * share / 60, 0.0)
-        assert np.array_equal(part.indices, draw.indices[: len(part)])
-        assert len(part.notices) == 1 and "--max-minutes" in part.notices[0]
-        assert (f"passed {part.epochs:.2f} times" in part.notices[0]) == (len(part) > 0)
-    assert 4000 > len(kept[0.9]) > len(kept[0.5]) > 1000 and len(kept[1e-9]) == 0
-    assert "even without general data" in kept[1e-9].notices[-1]
-    assert fit_minutes(task, table, general, draw, whole * 1.01 / 60, 0.0) is draw
-    spent = fit_minutes(task, table, general, draw, whole / 60, whole * 0.5)
-    assert abs(len(spent) - len(kept[0.5])) <= 80  # found within a hundredth of the draw
-
-
 @pytest.mark.parametrize("general", [0, 1, 40])
 def test_computed_tokens_are_those_of_the_passes(tiny_model, general):
     """Task rows share the anchor also where a step holds general rows."""
@@ -166,16 +143,25 @@ def test_computed_tokens_are_those_of_the_passes(tiny_model, general):
             assert costs["computed_tokens"] < 0.93 * given, arm
 
 
-def test_no_time_for_general_data(tiny_model, tmp_path):
+def test_less_than_a_general_row(tiny_model, tmp_path):
     """The arm that trains on general data alone is left out, and that is said; the rest goes on."""
-    config = config_of(
-        tiny_model("llama"), tmp_path / "run", eval={"arms": ["base", "general", "tell"]}, max_minutes=1e-6
-    )
-    folder = tell.tune(config)
+    general = {"source": str(PROBE), "rows": None, "tokens": 1}
+    arms = ["base", "general", "tell"]
+    folder = tell.tune(config_of(tiny_model("llama"), tmp_path / "run", eval={"arms": arms}, general=general))
     metrics, found = read(folder.metrics), read(folder.findings)
     assert list(metrics["arms"]) == ["base", "tell"] and metrics["mixture"]["rows"] == {"task": 12}
     assert any("arm general is left out" in text for text in found["notices"])
-    assert "--max-minutes" in metrics["mixture"]["notices"][0]
+    assert any("no general row is drawn" in text for text in found["notices"])
+
+
+def test_no_time_is_refused_and_nothing_is_trained(tiny_model, tmp_path):
+    """The method is never given up: too few minutes are refused, by the plan as by the run."""
+    config = config_of(tiny_model("llama"), tmp_path / "run", max_minutes=1e-6)
+    for verb in (tell.tune, tell.plan):
+        with pytest.raises(tell.TellError, match=r"too short.*Give --max-minutes 1,"):
+            verb(config)
+    assert read(tmp_path / "run/status.json")["state"] == "failed"
+    assert not (tmp_path / "run/adapter").exists()
 
 
 def test_dropped_rows_are_counted(tiny_model):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import tell
-from study.runs import PROBE, Killer, comparable, config_of, read
+from study.runs import PROBE, Killer, comparable, config_of, read, steady_pace
 from tell.errors import Interrupted, TellError
 from tell.run import RunFolder, write_json
 
@@ -130,15 +130,18 @@ def test_finished_run_resumed_changes_nothing(whole):
     assert (files(folder), comparable(read(folder.metrics))) == before
 
 
-def test_a_run_in_time_goes_on_with_the_rows_it_drew(tiny_model, tmp_path):
+def test_a_run_in_time_goes_on_with_the_rows_it_drew(tiny_model, tmp_path, monkeypatch):
     """--max-minutes: how much fits is decided once, however fast the machine is the second time."""
-    sections = {"general": {"source": str(PROBE), "ratio": 1000.0, "rows": None}, "max_minutes": 0.1}
+    monkeypatch.setenv("TELL_HOME", str(tmp_path / "home"))
+    steady_pace(monkeypatch, train=300, decode=1000)
+    sections = {"general": {"source": str(PROBE), "ratio": 1000.0, "rows": None}, "max_minutes": 2}
     config = config_of(tiny_model("llama"), tmp_path / "run", **sections)
     with pytest.raises(Interrupted):
         tell.tune(config, display=Killer("train tell", 2))
     folder = RunFolder(tmp_path / "run")
     manifest, plan = folder.manifest.read_bytes(), read(folder.plan)
-    assert any("--max-minutes" in text for text in plan["mixture"]["notices"])
+    assert any("general rows are mixed in" in text for text in plan["notices"])
+    steady_pace(monkeypatch, train=30_000, decode=1000)
     tell.tune(config, resume=True)
     assert folder.manifest.read_bytes() == manifest and read(folder.plan)["mixture"] == plan["mixture"]
     assert read(folder.metrics)["mixture"] == plan["mixture"]

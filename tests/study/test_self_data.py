@@ -13,7 +13,7 @@ from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
 import tell
-from study.runs import Killer, config_of, read
+from study.runs import Killer, config_of, read, steady_pace
 from tell.config import load_config
 from tell.errors import Interrupted
 from tell.generate.engine import Engine
@@ -25,7 +25,7 @@ from tell.run import read_jsonl
 from tell.study.prepare import load_task
 from tell.study.self_data import MARK, enough_of, is_good, self_file, user_header, write_self_data
 
-SHORT = {"max_prompt_tokens": 24, "max_answer_tokens": 32}
+SHORT = {"prompts": "invented", "max_prompt_tokens": 24, "max_answer_tokens": 32}
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +178,7 @@ def test_runs_with_self_written_data(talker, own_home, tmp_path):
     assert sources.count("general") == 5 and sources.count("task") == 12
     found = read(first.findings)
     assert found["general"]["path"].startswith("self: written by")
-    assert any("the model wrote 128 instructions" in text for text in found["notices"])
+    assert any("the model answered 128 prompts" in text for text in found["notices"])
     plan = tell.plan(config(None))
     assert plan["mixture"] == read(first.metrics)["mixture"]
     assert not any("estimated" in text for text in plan["notices"])
@@ -189,6 +189,55 @@ def test_runs_with_self_written_data(talker, own_home, tmp_path):
     assert read(larger.metrics)["mixture"]["unique_rows"]["general"] == 25 and files(own_home) != before
     assert tell.tune(config("again")).manifest.read_bytes() == manifest
     assert any("estimated" in text for text in tell.plan(config(None, 500))["notices"])
+
+
+def test_the_prompts_on_board_are_answered_first(talker, own_home, monkeypatch):
+    """Their answers are the model's own; once they are used up, it invents further prompts."""
+    given = [f"{word} is a word, isn't it? Say so." for word in ("One", "Two", "Three", "Four") * 50]
+    given = [f"{i}. {text}" for i, text in enumerate(given)]
+    monkeypatch.setattr("tell.study.self_data.load_prompts", lambda: given)
+    rules = {**SHORT, "prompts": "builtin"}
+    config = config_of(talker, general={"source": "self", "rows": 9, "self": rules}, eval={"forgetting_rows": 0})
+    task = load_task(config)
+    loaded = load_model(task.files, dtype="fp32", device="cpu")
+    engine = Engine(loaded.model)
+    facts = {"model": task.files.fingerprint, "display": Silent()}
+
+    def written(rows: int) -> list[dict]:
+        enough = lambda have: len(have) / rows  # noqa: E731
+        return read_jsonl(write_self_data(config, task.chat, engine, enough=enough, **facts)[0])
+
+    few = written(9)
+    places = [given.index(row["instruction"]) for row in few]
+    assert places == sorted(places) and max(places) < 128 and all(row["output"] for row in few)
+    answers = {row["instruction"]: row["output"] for row in few}
+    assert len(set(answers.values())) > len(answers) / 2
+    most = written(len(few) + len(given))
+    assert most[: len(few)] == few
+    invented = [row for row in most if row["instruction"] not in given]
+    last = max(i for i, row in enumerate(most) if row["instruction"] in given)
+    assert invented and all(row not in invented for row in most[: last + 1])
+
+
+def test_a_run_in_time_goes_on_with_the_rows_it_wrote(talker, own_home, tmp_path, monkeypatch):
+    """--max-minutes decides once how many rows are written; resumed, the run neither writes more nor is refused."""
+    steady_pace(monkeypatch, train=3000, decode=60)
+    config = config_of(
+        talker,
+        tmp_path / "run",
+        general={"source": "self", "ratio": 1000.0, "rows": None, "self": SHORT},
+        eval={"arms": ["tell"], "forgetting_rows": 0},
+        max_minutes=1.5,
+    )
+    with pytest.raises(Interrupted):
+        tell.tune(config, display=Killer("train tell", 2))
+    manifest, plan = (tmp_path / "run/manifest.parquet").read_bytes(), read(tmp_path / "run/plan.json")
+    before = files(own_home)
+    assert any("general rows are mixed in" in text for text in plan["notices"])
+    steady_pace(monkeypatch, train=30_000, decode=1200)
+    folder = tell.tune(config, resume=True)
+    assert folder.manifest.read_bytes() == manifest and files(own_home) == before
+    assert any("general rows are mixed in" in text for text in read(folder.findings)["notices"])
 
 
 def test_stopped_while_writing(talker, own_home, tmp_path):
@@ -213,9 +262,9 @@ def test_an_amount_of_nothing_writes_nothing(talker, own_home, tmp_path):
 
 
 def test_a_model_that_writes_nothing_usable(tiny_model, own_home, tmp_path):
-    short = {"max_prompt_tokens": 8, "max_answer_tokens": 8}
+    short = {"prompts": "invented", "max_prompt_tokens": 8, "max_answer_tokens": 8}
     config = config_of(tiny_model("llama"), tmp_path / "run", general={"source": "self", "rows": 9, "self": short})
-    with pytest.raises(tell.TellError, match="no usable instruction in 512 tries") as error:
+    with pytest.raises(tell.TellError, match="no usable row in 512 tries") as error:
         tell.tune(config)
     assert "--general" in str(error.value)
     assert read(tmp_path / "run/status.json")["state"] == "failed"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +14,7 @@ from tell.config import make_config
 from tell.errors import TellError
 from tell.generate.engine import Engine
 from tell.models.find import find_model
-from tell.study.session import _vllm_engine, load_engine
+from tell.study.session import _vllm_engine, keep_model, load_engine
 from train.packed import load
 
 
@@ -28,6 +29,20 @@ def test_our_engine_decodes_on_a_processor(tiny_model):
     with pytest.raises(TellError, match=r"generate\.engine: vLLM (is not installed|needs a GPU)"):
         load_engine(files, config_for("vllm"))
     assert isinstance(load_engine(files, config_for("vllm"), stream=True)[1], Engine)
+
+
+def test_memory_of_a_dropped_model_is_given_back(tiny_model, monkeypatch):
+    """What torch keeps for itself, vLLM would find taken; given back once nothing holds the model."""
+    emptied, gone = [], []
+    files = find_model(str(tiny_model("llama")))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(list(gone)))
+    with keep_model():
+        weakref.finalize(load_engine(files, config_for("own"))[0].model, gone.append, True)
+        assert not emptied
+    assert emptied == [[True]]
+    with keep_model():
+        pass
+    assert len(emptied) == 1
 
 
 def test_vllm_that_does_not_start(tiny_model, monkeypatch):

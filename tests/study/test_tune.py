@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 import tell
 from study.runs import EXAMPLES, FILES, PROBE, check_anchor_and_counts, config_of, is_number, read, trained_rows
 from tell.anchor.anchor import Anchor
+from tell.cli.tables import show_metrics
 from tell.data.sources import load
 from tell.errors import TellError
 from tell.evaluate.verdict import verdict
@@ -77,6 +81,24 @@ def test_no_anchor_and_no_general_data(tiny_model, tmp_path):
     assert metrics["mixture"]["rows"] == {"task": 12} and metrics["mixture"]["ratio"] == 0
     assert metrics["forgetting"] == {} and read(folder.anchor)["text"] == ""
     assert set(read_manifest(folder.manifest)["source"].to_pylist()) == {"task"}
+
+
+def test_arms_of_the_same_rows_are_one_run(tiny_model, tmp_path):
+    """Without general rows TELL is SFT: trained once, and table, verdict and page say so."""
+    arms = ["base", "sft-matched", "tell"]
+    config = config_of(tiny_model("llama"), tmp_path / "run", general={"source": "none"}, eval={"arms": arms})
+    assert list(tell.plan(config)["arms"]) == ["tell"]
+    folder = tell.tune(config)
+    metrics = read(folder.metrics)
+    assert metrics["same"] == {"sft-matched": "tell"} and list(metrics["train"]["arms"]) == ["tell"]
+    assert list(metrics["arms"]) == ["base", "tell"] and not folder.arms.exists()
+    told = verdict(metrics)
+    assert told.startswith("Without general rows this is SFT, not TELL") and "TELL " not in told.partition(": ")[2]
+    page = folder.report.read_text(encoding="utf-8")
+    assert "one run with sft-matched" in page and "one run: they are trained on the same rows" in page
+    stream = StringIO()
+    show_metrics(Console(file=stream, width=160), metrics)
+    assert re.search(r"sft-matched\s*│?\s*one run with tell", stream.getvalue())
 
 
 def test_arms_without_tell(tiny_model, tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from tell.rows.table import RowTable
@@ -85,3 +86,22 @@ def assert_close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor],
         size = value.norm()
         assert size > 0, name
         assert (ours[name] - value).norm() <= tolerance * size, (name, float((ours[name] - value).norm() / size))
+
+
+class Fetches(TorchDispatchMode):
+    """Counts operations, and names those for which a GPU would have to be waited for."""
+
+    paused = False
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique", "is_nonzero")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.operations = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        self.operations += 1
+        if name.startswith(self.WAITING) and not self.paused:
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))

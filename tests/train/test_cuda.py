@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import tiny
 from tell.config import TrainConfig
-from tell.train import batches
+from tell.train import batches, cuda
 from tell.train.attention import PackedPlan, Rule
 from tell.train.cuda import VarlenPlan, _torch_varlen, find_varlen, liger_forwards, packed_plan
 from tell.train.fused import fuse_modules, unfused
@@ -19,7 +20,7 @@ from tell.train.lora import add_lora
 from tell.train.loss import BLOCK, GPU_LOGITS, block_size
 from tell.train.plain import PlainBody, plain_step_loss
 from tell.train.step import Body, row_losses, step_loss
-from train.packed import assert_close, gradients, load, make_rows, make_table, wake
+from train.packed import Fetches, assert_close, gradients, load, make_rows, make_table, wake
 
 CONFIG = TrainConfig(lora_dropout=0.0, lora_r=4)
 LENGTHS = (70, 41, 41, 40, 12, 2)
@@ -130,21 +131,42 @@ def test_torch_takes_our_arguments():
             assert out.shape == q.shape and out.dtype == q.dtype
 
 
-class Fetches(TorchDispatchMode):
-    """Counts the operations for which a GPU would have to be waited for."""
+@pytest.mark.parametrize("flagged", [True, False])
+def test_grouped_heads_need_no_flag(flagged, monkeypatch):
+    """torch 2.11 takes grouped heads without being told; from 2.12 on it wants ``enable_gqa``."""
+    seen = []
 
-    paused = False
-    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique", "is_nonzero")
+    def old(query, key, value, cu_q, cu_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)):
+        seen.append((scale, window_size))
+        return query
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
+    def new(query, key, value, cu_q, cu_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False):
+        seen.append((scale, window_size, enable_gqa))
+        return query
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        if name.startswith(self.WAITING) and not self.paused:
-            self.names.append(name)
-        return func(*args, **(kwargs or {}))
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", new if flagged else old)
+    q, k, ends = torch.ones(3, 4, 8), torch.ones(3, 2, 8), torch.tensor([0, 3], dtype=torch.int32)
+    _torch_varlen.__wrapped__()(q, k, k, ends, ends, 3, 3, scale=0.5, left=6)
+    assert seen == [(0.5, (6, 0), True) if flagged else (0.5, (6, 0))]
+
+
+def test_the_attention_of_a_run_is_said(tiny_model, monkeypatch):
+    model = load(tiny_model("llama"))
+    assert cuda.attention_note(model) is None  # on a CPU
+
+    def note(dtype, capable=True, own=None):
+        monkeypatch.setattr(cuda, "_capable", lambda index: capable)
+        monkeypatch.setattr(cuda, "_own_varlen", lambda: own)
+        monkeypatch.setattr(cuda, "_package_varlen", lambda: None)
+        weight = SimpleNamespace(device=torch.device("cuda", 0), dtype=dtype)
+        return cuda.attention_note(
+            SimpleNamespace(config=model.config, get_output_embeddings=lambda: SimpleNamespace(weight=weight))
+        )
+
+    assert note(torch.bfloat16, own=reference_varlen) == "attention: flash attention (torch)"
+    assert "padded blocks (torch" in note(torch.bfloat16)
+    assert note(torch.float32, own=reference_varlen) == "attention: padded blocks (the weights are float32)"
+    assert "older than Ampere" in note(torch.bfloat16, capable=False, own=reference_varlen)
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

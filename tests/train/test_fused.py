@@ -9,7 +9,9 @@ import tiny
 from tell.config import TrainConfig
 from tell.kernels import ops
 from tell.kernels.ops import kernels_for
-from tell.train.fused import fuse_modules, unfuse_modules
+from tell.train.attention import install
+from tell.train.cuda import Forwards
+from tell.train.fused import fuse_modules, path_notes, unfuse_modules
 from tell.train.lora import add_lora, remove_lora
 from tell.train.plain import PlainBody, padded_batches, plain_step_loss
 from tell.train.step import Body, step_loss
@@ -44,6 +46,24 @@ def test_what_computes_something_else_is_left_alone(tiny_model):
     counts = fuse_modules(model)
     assert counts["mlp"] == 0 and counts["attention"] == len(model.model.layers)
     assert counts["norm"] == 2 * len(model.model.layers)
+
+
+def test_a_kernel_that_fails_leaves_the_module_alone_and_says_why(tiny_model):
+    """Triton's errors (CompilationError, OutOfResources) derive from Exception alone."""
+
+    class CompilationError(Exception):
+        pass
+
+    def fail(*_):
+        raise CompilationError("at 12:4: no such instruction\nmore")
+
+    model = load(tiny_model("llama"))
+    install(model)
+    assert fuse_modules(model, Forwards(fail, fail, fail)) == {"norm": 0, "attention": 0, "mlp": 0}
+    assert path_notes(model) == [
+        f"{name} keeps its own forward (CompilationError: at 12:4: no such instruction)"
+        for name in ("LlamaAttention", "LlamaMLP", "LlamaRMSNorm")
+    ]
 
 
 @needs_kernels

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from peft import PeftModel
 import tiny
 from tell.config import TrainConfig
 from tell.errors import TellError
+from tell.train import lora
 from tell.train.lora import adapter_merged, add_lora, lora_layers, remove_lora, save_adapter, target_modules
 from train.packed import assert_close, gradients, load, wake
 
@@ -112,6 +114,51 @@ def test_merging_leaves_bfloat16_exact(tiny_model, tmp_path):
     with adapter_merged(base, tmp_path):
         assert not torch.equal(base.model.layers[0].mlp.up_proj.weight, state["model.layers.0.mlp.up_proj.weight"])
         assert base.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
+    assert_identical(base, state)
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_originals_are_kept_where_there_is_room(room, tiny_model, tmp_path, monkeypatch):
+    """On a GPU without room for them, in pinned host memory; as a GPU would, bits come back from there exactly."""
+    base = load(tiny_model("gemma3"), dtype=torch.bfloat16)
+    state, copied = snapshot(base), []
+    model = add_lora(base, TrainConfig(), seed=1)
+    wake(model)
+    save_adapter(model, tmp_path)
+    base = remove_lora(model)
+    monkeypatch.setattr(lora, "_room_for_copies", lambda weights: room)
+    keep = lora._copy_to_host
+    monkeypatch.setattr(lora, "_copy_to_host", lambda weight: copied.append(weight) or keep(weight))
+    results = []
+    with adapter_merged(base, tmp_path):
+        results.append(base.model.layers[0].mlp.up_proj.weight.clone())
+    assert_identical(base, state)
+    factors, scale = lora.adapter_factors(base, tmp_path)
+    assert len(copied) == (0 if room else len(factors))
+    a, b = factors["model.layers.0.mlp.up_proj"]
+    exact = state["model.layers.0.mlp.up_proj.weight"].float() + (b @ a) * scale
+    assert torch.equal(results[0], exact.bfloat16())
+
+
+def test_copies_take_a_small_share_of_a_gpu(monkeypatch):
+    monkeypatch.setattr(lora, "free_bytes", lambda device: 1000)
+    weight = SimpleNamespace(device=torch.device("cuda", 0), nbytes=125)
+    assert lora._room_for_copies([weight] * 2) and not lora._room_for_copies([weight] * 3)
+    assert lora._room_for_copies([SimpleNamespace(device=torch.device("cpu"), nbytes=2000)])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("room", [True, False])
+def test_merging_on_a_gpu(room, tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(lora, "_room_for_copies", lambda weights: room)
+    base = load(tiny_model("llama"), dtype=torch.bfloat16)
+    model = add_lora(base, TrainConfig(), seed=1)
+    wake(model)
+    save_adapter(model, tmp_path)
+    base = remove_lora(model).cuda()
+    state = snapshot(base)
+    with adapter_merged(base, tmp_path):
+        assert not torch.equal(base.model.layers[0].mlp.up_proj.weight, state["model.layers.0.mlp.up_proj.weight"])
     assert_identical(base, state)
 
 

@@ -7,8 +7,11 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 from unicodedata import category
 
+import yaml
+
 from tell.cli.display import clock, short
 from tell.evaluate.names import LOSSES, NAMES, OF_100, PLAIN
+from tell.report.told import told
 from tell.run import RunFolder, read_jsonl
 
 if TYPE_CHECKING:
@@ -95,6 +98,8 @@ def arms_table(metrics: dict) -> RenderableType:
             loss = (forgetting.get("arms", {}).get(arm) or {}).get(probe, {}).get("loss")
             cells.append(_number(loss, 1, 2, ""))
         table.add_row(arm, *cells, style="bold" if arm == "tell" else "")
+    for arm, other in (metrics.get("same") or {}).items():
+        table.add_row(arm, f"one run with {other}", style="dim")
     return table
 
 
@@ -203,6 +208,10 @@ def show_run(console: Console, run: RunFolder) -> None:
     if answers is not None:
         console.print(answers)
     show_metrics(console, metrics)
+    findings = json.loads(run.findings.read_text(encoding="utf-8"))
+    config = yaml.safe_load(run.config.read_text(encoding="utf-8"))
+    for text in told(findings, config):
+        console.print(Text(f"note: {clean(text)}", style="yellow"))
     lines = [f"adapter  {run.adapter}"] if run.adapter.exists() else []
     lines += [f"report   {run.report}"] if run.report.exists() else []
     lines.append(f"try it   tell chat {run.root}" + ("" if run.adapter.exists() else " --arm base"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from tell.evaluate.names import NAMES, OF_100, PLAIN
@@ -81,7 +82,20 @@ def verdict(metrics: dict) -> str:
     failed in training.
     """
     failed = [f"{_ARMS.get(arm, arm)} was not scored ({why})" for arm, why in (metrics.get("failed") or {}).items()]
-    return "; ".join([_verdict(metrics).removesuffix("."), *failed]) + "."
+    same = [f"the arms {other} and {arm} are one run" for arm, other in (metrics.get("same") or {}).items()]
+    sentence = "; ".join([_verdict(metrics).removesuffix("."), *same, *failed]) + "."
+    return sentence if _has_general_rows(metrics) else _as_sft(sentence)
+
+
+def _has_general_rows(metrics: dict) -> bool:
+    """Whether `tell` was trained with general rows, or that is not said."""
+    rows = (metrics.get("mixture") or {}).get("rows")
+    return not rows or bool(rows.get("general"))
+
+
+def _as_sft(sentence: str) -> str:
+    """The verdict on a run of task rows alone, which is plain fine-tuning under whatever name."""
+    return "Without general rows this is SFT, not TELL: " + re.sub(r"\bTELL\b", "this run", sentence)
 
 
 def _verdict(metrics: dict) -> str:

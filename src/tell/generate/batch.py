@@ -10,6 +10,7 @@ import mmap
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -20,6 +21,7 @@ from tell.generate.sampler import Decoding, choose
 from tell.kernels import decode as c
 from tell.train.attention import Plan, Rule, use_plan
 from tell.train.step import Body
+from tell.train.transfer import send
 
 PREFILL_TOKENS = 1024  # tokens of one pass through the kernels: its activations stay in the cache
 
@@ -35,16 +37,16 @@ class Batch(Protocol):
         """(n, h) final states of all rows, one token further; ``lengths``: tokens of each row already cached."""
         ...
 
-    def see(self, at: int, prompt: Sequence[int]) -> None:
-        """A row begins: only its prompt counts for the repetition penalty."""
+    def see(self, begin: int, prompts: Sequence[Sequence[int]]) -> None:
+        """Rows begin at ``begin``: only their prompts count for the repetition penalty."""
         ...
 
     def choose(self, states: Tensor, begin: int, draws: Tensor) -> list[int]:
         """Next tokens of the rows from place ``begin`` on; draws (n,) fp32 in [0, 1)."""
         ...
 
-    def move(self, source: int, target: int, length: int) -> None:
-        """The row at ``source``, ``length`` tokens long, takes the place of a finished one."""
+    def move(self, sources: Sequence[int], targets: Sequence[int], length: int) -> None:
+        """Rows at ``sources``, at most ``length`` tokens long, take the places of finished ones at ``targets``."""
         ...
 
 
@@ -66,9 +68,12 @@ class PlainBatch:
         if prefix:
             self._forward(PrefixPlan(len(prefix), self.store, device), prefix)
 
+    def _indices(self, ids: Any) -> Tensor:
+        return send(torch.as_tensor(ids, dtype=torch.long), self.device)
+
     def _forward(self, plan: Plan, ids: Sequence[int]) -> Tensor:
         with use_plan(plan):
-            tokens = torch.tensor(ids, dtype=torch.long, device=self.device)[None]
+            tokens = self._indices(ids)[None]
             out = self.body.core(input_ids=tokens, position_ids=plan.positions(), use_cache=False)  # type: ignore[attr-defined]
         return out.last_hidden_state[0]
 
@@ -76,28 +81,29 @@ class PlainBatch:
         lengths = [len(row) for row in rows]
         plan = PrefillPlan(lengths, list(range(begin, begin + len(rows))), self.store, self.prefix, self.device)
         states = self._forward(plan, [token for row in rows for token in row])
-        return states[torch.tensor(lengths, device=self.device).cumsum(0) - 1]
+        return states.index_select(0, self._indices(np.cumsum(lengths) - 1))
 
     def decode(self, lengths: Sequence[int], last: Sequence[int]) -> Tensor:
-        cached = torch.tensor(lengths, device=self.device)
-        return self._forward(DecodePlan(cached, self.store, self.prefix), last)
+        return self._forward(DecodePlan(lengths, self.store, self.prefix, self.device), last)
 
-    def see(self, at: int, prompt: Sequence[int]) -> None:
-        self.seen[at] = False
-        self.seen[at, torch.tensor(prompt, device=self.device)] = True
+    def see(self, begin: int, prompts: Sequence[Sequence[int]]) -> None:
+        seen = self.seen[begin : begin + len(prompts)].fill_(False)
+        starts = np.repeat(np.arange(len(prompts)) * seen.shape[1], [len(prompt) for prompt in prompts])
+        seen.view(-1).index_fill_(0, self._indices(starts + np.concatenate(prompts)), True)
 
     def choose(self, states: Tensor, begin: int, draws: Tensor) -> list[int]:
         body, end = self.body, begin + len(states)
         logits = functional.linear(states * body.logit_scale, body.head, body.bias).float()
         if body.softcap is not None:
             logits = torch.tanh(logits / body.softcap) * body.softcap
-        chosen = choose(logits, self.seen[begin:end], draws.to(self.device), self.decoding)
-        self.seen[torch.arange(begin, end, device=self.device), chosen] = True
-        return chosen.tolist()
+        chosen = choose(logits, self.seen[begin:end], send(draws, self.device), self.decoding)
+        self.seen[begin:end].scatter_(1, chosen[:, None], True)
+        return chosen.tolist()  # the one wait for a GPU in each step
 
-    def move(self, source: int, target: int, length: int) -> None:
+    def move(self, sources: Sequence[int], targets: Sequence[int], length: int) -> None:
+        source, target = self._indices(sources), self._indices(targets)
         self.store.move(source, target, length)
-        self.seen[target] = self.seen[source]
+        self.seen.index_copy_(0, target, self.seen.index_select(0, source))
 
 
 class Packed:
@@ -223,10 +229,11 @@ class KernelBatch:
     def decode(self, lengths: Sequence[int], last: Sequence[int]) -> Tensor:
         return self._forward(last, self.slot[: len(last)], lengths)
 
-    def see(self, at: int, prompt: Sequence[int]) -> None:
-        row = self.seen[int(self.slot[at])]
-        row.zero_()
-        row[torch.tensor(prompt)] = 1
+    def see(self, begin: int, prompts: Sequence[Sequence[int]]) -> None:
+        for slot, prompt in zip(self.slot[begin:].tolist(), prompts, strict=False):
+            row = self.seen[slot]
+            row.zero_()
+            row[torch.tensor(prompt)] = 1
 
     def choose(self, states: Tensor, begin: int, draws: Tensor) -> list[int]:
         body, rule, slot = self.packed.body, self.decoding, self.slot[begin : begin + len(states)]
@@ -240,9 +247,9 @@ class KernelBatch:
         self.seen[slot.long(), chosen] = 1
         return chosen.tolist()
 
-    def move(self, source: int, target: int, length: int) -> None:
-        """Nothing is copied: the two places change slots."""
-        self.slot[[source, target]] = self.slot[[target, source]]
+    def move(self, sources: Sequence[int], targets: Sequence[int], length: int) -> None:
+        """Nothing is copied: the places change slots."""
+        self.slot[[*sources, *targets]] = self.slot[[*targets, *sources]]
 
 
 class _Cache:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from tell.train.attention import PackedPlan, Rule, softmax_scores
+from tell.train.transfer import send
 
 
 class Store:
@@ -35,11 +38,35 @@ class Store:
             )
         return self.own[layer]
 
-    def move(self, source: int, target: int, length: int) -> None:
-        """Copy the first ``length`` tokens of one slot over another."""
-        for keys, values in self.own.values():
-            keys[target, :, :length] = keys[source, :, :length]
-            values[target, :, :length] = values[source, :, :length]
+    def put(self, layer: Any, key: Tensor, value: Tensor, places: Places) -> tuple[Tensor, Tensor]:
+        """Write keys and values (1, Hk, T, D) of a layer to their places; its slots."""
+        slots = self.slot_tensors(layer, key, value)
+        index = places.of(key.shape[1], self.capacity)
+        for own, x in zip(slots, (key, value), strict=True):
+            own.view(-1, x.shape[3]).index_copy_(0, index, x[0].transpose(0, 1).reshape(-1, x.shape[3]))
+        return slots
+
+    def move(self, sources: Tensor, targets: Tensor, length: int) -> None:
+        """Copy the first ``length`` tokens of some slots over others."""
+        for pair in self.own.values():
+            for own in pair:
+                seen = own[:, :, :length]
+                seen.index_copy_(0, targets, seen.index_select(0, sources))
+
+
+class Places:
+    """Where T tokens go in the store: (T,) slot of each and (T,) position in it."""
+
+    def __init__(self, slots: Tensor, at: Tensor) -> None:
+        self.slots, self.at = slots, at
+        self._index: dict[int, Tensor] = {}
+
+    def of(self, heads: int, capacity: int) -> Tensor:
+        """(T * heads,) index into slots x heads x capacity, heads of a token together."""
+        if heads not in self._index:
+            head = torch.arange(heads, device=self.at.device)[None]
+            self._index[heads] = ((self.slots[:, None] * heads + head) * capacity + self.at[:, None]).flatten()
+        return self._index[heads]
 
 
 class PrefixPlan(PackedPlan):
@@ -61,18 +88,15 @@ class PrefillPlan(PackedPlan):
         self, lengths: list[int], slots: list[int], store: Store, prefix: int, device: torch.device | str
     ) -> None:
         super().__init__(lengths, device=device)
-        self.lengths, self.row_slots, self.store, self.stored = lengths, slots, store, prefix
+        self.store, self.stored = store, prefix
+        at = np.concatenate([np.arange(length) for length in lengths])
+        self.places = Places(*(send(torch.from_numpy(x), device) for x in (np.repeat(slots, lengths), at)))
 
     def positions(self) -> Tensor:
         return super().positions() + self.stored
 
     def attend(self, layer: Any, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
-        keys, values = self.store.slot_tensors(layer, key, value)
-        at = 0
-        for slot, length in zip(self.row_slots, self.lengths, strict=True):
-            keys[slot, :, :length] = key[0, :, at : at + length]
-            values[slot, :, :length] = value[0, :, at : at + length]
-            at += length
+        self.store.put(layer, key, value, self.places)
         q, k, v = (self._pad(x) for x in (query * rule.scaling, key, value))
         kp, vp = self.store.prefix.get(layer, (None, None))
         outputs, begin = [], 0
@@ -92,10 +116,10 @@ class DecodePlan:
         prefix: tokens of the shared prefix.
     """
 
-    def __init__(self, lengths: Tensor, store: Store, prefix: int) -> None:
-        self.lengths, self.store, self.prefix = lengths, store, prefix
-        self.rows = torch.arange(len(lengths), device=lengths.device)
-        self.longest = int(lengths.max()) + 1
+    def __init__(self, lengths: Sequence[int], store: Store, prefix: int, device: torch.device | str) -> None:
+        self.longest = max(lengths) + 1  # on the CPU: a GPU is not waited for
+        self.lengths, self.store, self.prefix = send(torch.tensor(lengths), device), store, prefix
+        self.places = Places(torch.arange(len(lengths), device=self.lengths.device), self.lengths)
         self._hidden: dict[int | None, Tensor] = {}
 
     def positions(self) -> Tensor:
@@ -118,10 +142,8 @@ class DecodePlan:
 
     def attend(self, layer: Any, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
         n, heads, width = len(self.lengths), query.shape[1], query.shape[3]
-        keys, values = self.store.slot_tensors(layer, key, value)
+        keys, values = self.store.put(layer, key, value, self.places)
         kv = key.shape[1]
-        keys[self.rows, :, self.lengths] = key[0].transpose(0, 1)
-        values[self.rows, :, self.lengths] = value[0].transpose(0, 1)
         k, v = keys[:n, :, : self.longest], values[:n, :, : self.longest]
         q = (query[0].transpose(0, 1) * rule.scaling).reshape(n, kv, heads // kv, width)
         scores = q @ k.transpose(2, 3)

@@ -151,8 +151,7 @@ class Engine:
                     fresh.append(row)
                 begin = len(active)
                 states = batch.prefill([row.prompt for row in fresh], begin)
-                for at, row in enumerate(fresh, begin):
-                    batch.see(at, prompts[row.number])
+                batch.see(begin, [prompts[row.number] for row in fresh])
                 active += fresh
                 last += batch.choose(states, begin, self._draws(fresh))
                 finished = self._record(active, last, len(active) - len(fresh), decoding, on_token)
@@ -241,11 +240,11 @@ class Engine:
     @staticmethod
     def _retire(active: list[_Row], last: list[int], finished: list[int], batch: Batch) -> None:
         """Take finished rows out; the last rows move into the holes."""
-        for at in sorted(finished, reverse=True):
-            end = len(active) - 1
-            if at != end:
-                row = active[end]
-                batch.move(end, at, len(row.prompt) + len(row.answer.ids))
-                active[at], last[at] = active[end], last[end]
-            active.pop()
-            last.pop()
+        left = len(active) - len(finished)
+        targets = [at for at in finished if at < left]
+        sources = sorted(set(range(left, len(active))) - set(finished), reverse=True)
+        if targets:
+            batch.move(sources, targets, max(len(active[s].prompt) + len(active[s].answer.ids) for s in sources))
+        for source, target in zip(sources, targets, strict=True):
+            active[target], last[target] = active[source], last[source]
+        del active[left:], last[left:]

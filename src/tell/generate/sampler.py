@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tell.config import GenerateConfig
+from tell.train.transfer import send
 
 WIDE = 512  # candidates sorted when only top-p limits them; the whole vocabulary where that is too few
 
@@ -53,6 +55,12 @@ def uniforms(seed: int, row: int, n: int) -> np.ndarray:
     return np.random.default_rng([seed, row]).random(n)
 
 
+@lru_cache(maxsize=4)
+def _indices(ids: tuple[int, ...], device: torch.device) -> Tensor:
+    """On a GPU they are sent once, not for each token."""
+    return send(torch.tensor(ids, dtype=torch.long), device)
+
+
 def choose(logits: Tensor, seen: Tensor, draws: Tensor, rule: Decoding) -> Tensor:
     """Next token of each row.
 
@@ -68,7 +76,7 @@ def choose(logits: Tensor, seen: Tensor, draws: Tensor, rule: Decoding) -> Tenso
         penalised = torch.where(logits > 0, logits / rule.repetition_penalty, logits * rule.repetition_penalty)
         logits = torch.where(seen, penalised, logits)
     if rule.banned_ids:
-        logits[:, list(rule.banned_ids)] = float("-inf")
+        logits.index_fill_(1, _indices(rule.banned_ids, logits.device), float("-inf"))
     if rule.greedy:
         return logits.argmax(dim=-1)
     logits = logits / rule.temperature

@@ -166,6 +166,8 @@ def identity(config: Config) -> dict[str, Any]:
         section, _, last = key.rpartition(".")
         (data.get(section, {}) if section else data).pop(last, None)
     data = {key: value for key, value in data.items() if value != {}}
+    if config.general.source == "auto":  # named although it is the default: the default was `self` once
+        data.setdefault("general", {})["source"] = "auto"
     for (section, key), content in contents(config).items():
         named = {"name": config.task.scorer} if key == "scorer" else {}  # whose code decides as much as its name
         data[section][key] = {**named, "content": content}
@@ -225,7 +227,7 @@ def neutral(config: Config, arm: str) -> Config:
     if alone or config.general.empty:
         kept = {"source": config.general.source, "columns": config.general.columns}  # rows held out come from there
         out.general = GeneralConfig(**kept, tokens=0)
-    elif config.general.source != "self":
+    elif config.general.source not in ("auto", "self"):
         out.general.self_ = GeneralConfig().self_
     if arm not in TRAINED_ARMS | RIDERS.keys():
         out.preset = Config().preset

@@ -18,8 +18,7 @@ from tell.grid.folder import Root
 from tell.grid.separation import TOKENS
 from tell.models.predict import predict_seconds
 from tell.progress import Display
-from tell.study.forgetting import ANSWER_TOKENS
-from tell.study.plan import ANSWER_SECONDS_SHARE, describe_plan, likely_place, plan_general
+from tell.study.plan import describe_plan, likely_place, plan_general
 from tell.study.prepare import (
     General,
     Task,
@@ -35,7 +34,6 @@ from tell.study.prepare import (
 )
 
 T = TypeVar("T")
-GENERAL_ROW_TOKENS = 150  # of a row that forgetting is measured on; an estimate
 
 
 class Planner:
@@ -68,7 +66,8 @@ class Planner:
             "tokens": sum(arm["tokens"] for arm in arms),
             "flops": sum(arm["flops"] for arm in arms),
             "training_seconds": training,
-            "evaluation_seconds": found or plan["predicted"]["answering_seconds"] + _measuring(cell, plan),
+            "evaluation_seconds": found
+            or plan["predicted"]["answering_seconds"] + plan["predicted"]["measuring_seconds"],
             "basis": plan["predicted"]["basis"] + (", evaluation measured" if found else left_out),
             "error": None,
         }
@@ -92,7 +91,7 @@ class Planner:
         anchor = place_anchor(task, stand_in_anchor(task) if anchor is None else anchor, self.display)
         limit_task(task, anchor)
         table = task_table(task, anchor, task.train)
-        source = general_source(config)
+        source = general_source(task)
         if source in ("self", "none"):
             general, draw = plan_general(task, table, self.display)
         else:
@@ -186,22 +185,6 @@ def measured_evaluation(root: Root) -> dict[str, float]:
         if record.get("state") == "done" and record.get("attempts") == 1 and "evaluation" in record:
             found[record["evaluation"]].append(record["seconds"] - record["training_seconds"])
     return {key: sum(values) / len(values) for key, values in found.items()}
-
-
-def _measuring(cell: Cell, plan: Mapping[str, Any]) -> float:
-    """Predicted seconds to measure forgetting, of the untuned model and the arm's own."""
-    answering, rows, arms = plan["predicted"]["answering_seconds"], plan["task"]["test_rows"], len(plan["arms"])
-    rules = cell.config.eval
-    if not (rows and answering and rules.forgetting_rows):
-        return 0.0
-    # the speed of answering, in tokens of an average test row, is not known here: scale by training costs instead
-    costs = next(iter(plan["arms"].values()), None)
-    speed = costs["computed_tokens"] / costs["seconds"] if costs and costs["seconds"] else None
-    if speed is None:
-        return answering * rules.forgetting_answers / rows
-    tokens = 2 * rules.forgetting_rows * GENERAL_ROW_TOKENS / 3
-    tokens += rules.forgetting_answers * ANSWER_TOKENS * ANSWER_SECONDS_SHARE
-    return (arms + 1) * tokens / speed
 
 
 def _nothing() -> dict[str, Any]:

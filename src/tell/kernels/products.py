@@ -147,6 +147,7 @@ def _products() -> tuple[Products, int] | None:
 
 def products_for(x: Tensor) -> Products | None:
     """The products for rows x (T, K); None where the library's own are to be used (device, format, few rows)."""
-    found = _products()
-    fits = x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.shape[1] % 2 == 0 and x.stride(1) == 1
-    return found[0] if found is not None and fits and len(x) >= found[1] else None
+    if x.device.type != "cpu" or x.dtype != torch.bfloat16 or x.shape[1] % 2 or x.stride(1) != 1:
+        return None
+    found = _products()  # compiles them where they are not yet
+    return found[0] if found is not None and len(x) >= found[1] else None

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from tell.cpu import cpu_level
 
+BF16_CAPABILITY = 8.0  # of a GPU: Ampere
+
 
 def cpu_bf16() -> str | None:
     """The processor's feature that multiplies bf16 matrices (``"avx512_bf16"``, ``"amx_bf16"``, ...), or None.
@@ -71,11 +73,26 @@ def likely_device() -> str:
     return "mps" if (platform.system(), platform.machine()) == ("Darwin", "arm64") else "cpu"
 
 
+@cache
+def gpu() -> tuple[str, float | None]:
+    """Name and compute capability of the first GPU a process sees, ``("Tesla T4", 7.5)``; None where it is unknown."""
+    chosen = (os.environ.get("CUDA_VISIBLE_DEVICES") or "0").split(",")[0].strip()
+    ask = ["nvidia-smi", "-i", chosen, "--query-gpu=name,compute_cap", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(ask, capture_output=True, text=True, timeout=20)
+        name, capability = done.stdout.strip().splitlines()[0].rsplit(",", 1)
+        return name.strip(), float(capability)
+    except (OSError, subprocess.TimeoutExpired, IndexError, ValueError):
+        return f"GPU of {cpu_name()}", None
+
+
 def likely_dtype(device: str) -> str:
     """``"bf16"`` or ``"fp32"``: what ``dtype="auto"`` comes to, as far as can be said without torch."""
+    if device == "cuda":
+        return "fp32" if (gpu()[1] or BF16_CAPABILITY) < BF16_CAPABILITY else "bf16"
     if device == "mps":
         return "bf16" if mps_bf16() else "fp32"
-    return "bf16" if device in ("cuda", "xpu") or cpu_bf16() else "fp32"
+    return "bf16" if device == "xpu" or cpu_bf16() else "fp32"
 
 
 def mps_bf16() -> bool:

@@ -63,6 +63,7 @@ def record_speed(
     tokens_per_second: float,
     *,
     flops_per_second: float | None = None,
+    answer_tokens_per_second: float | None = None,
 ) -> None:
     """Remember the training speed of a real run for `predict_seconds`; the newest one counts.
 
@@ -72,6 +73,7 @@ def record_speed(
         dtype: ``"bf16"`` or ``"fp32"``.
         tokens_per_second: tokens fed per second of training.
         flops_per_second: `training_flops` per second; lets other models be predicted from this run.
+        answer_tokens_per_second: tokens decoded per second; None leaves what is on record.
 
     Raises:
         ValueError: a speed that is not positive.
@@ -84,9 +86,12 @@ def record_speed(
     make_folder(tell_home())
     with FileLock(tell_home() / ".speed.lock"):  # two runs may end at the same time
         records = _records()
-        records[f"{_place(device, dtype)} | {fingerprint}"] = {
+        key = f"{_place(device, dtype)} | {fingerprint}"
+        known = records.get(key, {}).get("answer_tokens_per_second")
+        records[key] = {
             "tokens_per_second": tokens_per_second,
             "flops_per_second": flops_per_second,
+            "answer_tokens_per_second": answer_tokens_per_second or known,
             "time": time.time(),
         }
         write_json(_file(), records)
@@ -134,6 +139,12 @@ def predict_seconds(
     return Prediction(flops / speed, f"guess from {cores} core{'s' if cores > 1 else ''} in {dtype}", False)
 
 
+def answer_speed(fingerprint: str, *, device: str, dtype: str) -> float | None:
+    """Tokens that this model decodes in a second here; None where that was not measured."""
+    speed = _records().get(f"{_place(device, dtype)} | {fingerprint}", {}).get("answer_tokens_per_second")
+    return float(speed) if speed else None
+
+
 def predict_memory(
     arch: Architecture,
     *,
@@ -178,6 +189,8 @@ def _file() -> Path:
 
 def _place(device: str, dtype: str) -> str:
     # the home may be shared between machines, and a container may be given other cores tomorrow
+    if device == "cuda":
+        return f"{machine.gpu()[0]} | {device} {dtype}"
     return f"{machine.cpu_name()} x {machine.cores()} | {device} {dtype}"
 
 

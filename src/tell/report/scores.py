@@ -119,7 +119,7 @@ def arm_table(metrics: dict[str, Any]) -> Plotted | None:
     lines = [
         Line(
             name=a,
-            note=ARMS[a][0] if a in ARMS else "",
+            note=_note(a, mapping(metrics, "same")),
             cell=cells[a],
             strip=interval_strip(
                 cells[a].value, cells[a].ci, scale, style="ahead" if a == best else "own" if a == "tell" else ""
@@ -129,6 +129,13 @@ def arm_table(metrics: dict[str, Any]) -> Plotted | None:
         for a in names
     ]
     return Plotted(what, lines, axis_strip(scale, lambda t: number(t, what.unit).replace(".0", "")))
+
+
+def _note(arm: str, same: dict[str, Any]) -> str:
+    """What an arm is, and which others are one run with it."""
+    twins = [other for other, standing in same.items() if standing == arm]
+    words = [ARMS[arm][0]] if arm in ARMS else []
+    return "; ".join([*words, *([f"one run with {', '.join(twins)}"] if twins else [])])
 
 
 def arm_grid(metrics: dict[str, Any]) -> Grid | None:

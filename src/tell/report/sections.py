@@ -11,6 +11,7 @@ from tell.config import GENERAL_AMOUNTS
 from tell.report.figures import Scale, gaps, loss_chart, series_class, stream_figure
 from tell.report.read import Manifest, Run, flatten, get, mapping, rows_of
 from tell.report.text import count, duration, is_number, number, power
+from tell.report.told import told
 from tell.report.words import arm_order
 
 PAIR = ("a", "b", "similarity", "a_text", "b_text")
@@ -96,20 +97,19 @@ def losses(run: Run) -> dict[str, Any] | None:
 
 def mixture(run: Run) -> dict[str, Any] | None:
     """The drawn stream, the counts per source, and what was said of them."""
-    told = mapping(run.metrics, "mixture") if "mixture" in run.metrics else mapping(run.plan, "mixture")
-    if not told and run.manifest is not None:
-        told = counted(run.manifest)
-    if not told:
+    mixed = mapping(run.metrics, "mixture") if "mixture" in run.metrics else mapping(run.plan, "mixture")
+    if not mixed and run.manifest is not None:
+        mixed = counted(run.manifest)
+    if not mixed:
         return None
-    columns = [(k, label) for k, label in MIXTURE if mapping(told, k)]
-    sources = list(dict.fromkeys(s for k, _ in columns for s in told[k]))
+    columns = [(k, label) for k, label in MIXTURE if mapping(mixed, k)]
+    sources = list(dict.fromkeys(s for k, _ in columns for s in mixed[k]))
     out: dict[str, Any] = {
         "columns": [label for _, label in columns],
-        "rows": [(s, [told[k].get(s) for k, _ in columns]) for s in sorted(sources, key=lambda s: (s != "task", s))],
-        "ratio": told.get("ratio"),
-        "repeat": told.get("repeat"),
-        "order": told.get("order"),
-        "notices": [str(n) for n in rows_of(told, "notices")],
+        "rows": [(s, [mixed[k].get(s) for k, _ in columns]) for s in sorted(sources, key=lambda s: (s != "task", s))],
+        "ratio": mixed.get("ratio"),
+        "repeat": mixed.get("repeat"),
+        "order": mixed.get("order"),
         "figure": None,
     }
     if run.manifest is not None and len(run.manifest.source):
@@ -158,15 +158,15 @@ def findings(run: Run) -> dict[str, Any]:
                     "hidden": max(0, len(pairs) - PAIRS),
                 }
             )
-    told = rows_of(run.findings, "dropped_rows")
-    dropped = [{k: r.get(k, "") for k in ("origin", "reason")} for r in told if isinstance(r, dict)]
+    left_out = rows_of(run.findings, "dropped_rows")
+    dropped = [{k: r.get(k, "") for k in ("origin", "reason")} for r in left_out if isinstance(r, dict)]
     return {
         "overlap": overlap,
         "overlap_dropped": get(run.findings, "overlap", "dropped"),
         "duplicates": get(run.findings, "split", "exact_duplicates_removed"),
         "dropped": dropped[:DROPPED],
         "dropped_count": len(dropped),
-        "notices": [str(n) for n in rows_of(run.findings, "notices")],
+        "notices": told(run.findings, run.config) if run.findings else [],
     }
 
 

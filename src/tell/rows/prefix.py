@@ -8,6 +8,9 @@ import numpy as np
 
 MIN_PREFIX = 8  # tokens; sharing less is not worth its bookkeeping
 APART = 128  # tokens of a step that passes of the task rows alone must save
+# And for each pass more that this takes: on a GPU the CPU launches kernels for 60 to 100 ms a pass, in which an 8B
+# model computes some two thousand tokens.
+PASS = {"cpu": 0, "cuda": 2048}
 
 
 def common_prefix(rows: Sequence[np.ndarray]) -> int:
@@ -27,12 +30,27 @@ def passes(total: int, prefix: int, micro_tokens: int) -> int:
     return -(-total // max(1, micro_tokens - prefix))
 
 
-def apart(prefix: int, shared: int, rows: int) -> bool:
-    """Whether a step's task rows go through the model by themselves: their prefix against that of all its rows."""
-    return (prefix - shared) * (rows - 1) > APART
+def apart(
+    rows: tuple[int, int], tokens: tuple[int, int], *, prefix: int, shared: int, micro_tokens: int, device: str
+) -> bool:
+    """Whether a step's task rows go through the model by themselves: their prefix against that of all its rows.
+
+    Args:
+        rows: task rows and other rows of the step.
+        tokens: theirs.
+        prefix, shared, micro_tokens, device: as for `computed_tokens`.
+    """
+    task, other = (
+        passes(size - count * ahead, ahead, micro_tokens)
+        for count, size, ahead in zip(rows, tokens, (prefix, shared), strict=True)
+    )
+    more = task + other - passes(sum(tokens) - sum(rows) * shared, shared, micro_tokens)
+    return (prefix - shared) * (rows[0] - 1) > max(APART, more * PASS.get(device, 0))
 
 
-def computed_tokens(count: np.ndarray, tokens: np.ndarray, *, prefix: int, shared: int, micro_tokens: int) -> int:
+def computed_tokens(
+    count: np.ndarray, tokens: np.ndarray, *, prefix: int, shared: int, micro_tokens: int, device: str
+) -> int:
     """Tokens that the passes of all steps compute, shared prefixes once a pass.
 
     Args:
@@ -41,15 +59,16 @@ def computed_tokens(count: np.ndarray, tokens: np.ndarray, *, prefix: int, share
         prefix: tokens that all task rows begin with.
         shared: tokens that all rows begin with.
         micro_tokens: tokens of one pass.
+        device: ``cpu`` or ``cuda``.
     """
-    total = 0
+    total, facts = 0, {"prefix": prefix, "shared": shared, "micro_tokens": micro_tokens, "device": device}
     for (task, other), (task_tokens, other_tokens) in zip(count.tolist(), tokens.tolist(), strict=True):
         common = shared if other else prefix
         parts = [(task + other, task_tokens + other_tokens, common)]
-        if task > 1 and other and apart(prefix, shared, task):
+        if task > 1 and other and apart((task, other), (task_tokens, other_tokens), **facts):
             parts = [(task, task_tokens, prefix), (other, other_tokens, shared)]
-        for rows, size, ahead in parts:
-            ahead = ahead if rows > 1 and ahead >= MIN_PREFIX else 0
+        for rows, size, common in parts:
+            ahead = common if rows > 1 and common >= MIN_PREFIX else 0
             own = size - rows * ahead
             total += own + ahead * passes(own, ahead, micro_tokens)
     return total

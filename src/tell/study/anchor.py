@@ -139,7 +139,7 @@ def _wanted(config: Config, scores: Sequence[str] | None, short_steps: int | Non
     Raises:
         TellError: an unknown score, or one that lacks its data.
     """
-    general = config.general.source not in ("self", "none")
+    general = config.general.is_given
     if short_steps is not None and short_steps < 1:
         raise TellError(f"{short_steps} steps", where="--short-steps", remedy="Give 1 or more.")
     if scores is None:
@@ -210,7 +210,7 @@ def short_runs(task: Task, loaded: Any, anchors: Sequence[Anchor], steps: int, d
     train, validation = _short_rows(task, anchors, rules)
     general = None
     total = steps * config.train.batch_size
-    if config.general.source not in ("self", "none"):
+    if config.general.is_given:
         examples = general_queries(task, display, most=total // 2)
         general = tokenize(examples, chat, source="general", rules=rules)
     training = task.training.model_copy(update={"checkpoint_every": 0})

@@ -57,3 +57,19 @@ def lead_arm(arms: Sequence[str], mixtures: Mapping[str, object]) -> str | None:
     """The arm that a run's mixture, manifest and totals tell of: `tell`, else the first that is trained."""
     trained = [arm for arm in trained_arms(arms) if arm in mixtures]
     return "tell" if "tell" in trained else next(iter(trained), None)
+
+
+def same_runs(arms: Sequence[str], mixtures: Mapping[str, tuple[dict[str, RowTable], Mixture]]) -> dict[str, str]:
+    """Arms that are trained on the very rows of another, in the same order, and which: they are one run.
+
+    Without general rows, `tell` and `sft-matched` are. The leading arm stands for the others.
+    """
+    lead = lead_arm(arms, mixtures)
+    trained = sorted((arm for arm in trained_arms(arms) if arm in mixtures), key=lambda arm: arm != lead)
+    first: dict[str, str] = {}
+    same = {}
+    for arm in trained:
+        standing = first.setdefault(mixtures[arm][1].digest(), arm)
+        if standing != arm:
+            same[arm] = standing
+    return same

@@ -13,8 +13,8 @@ from tell.study.tune import tune
 
 MINUTES = 12.0
 OUT = Path("runs/demo")
-# Small enough for twelve minutes on two cores; a run of one's own has some twenty times the task's tokens.
-GENERAL_ROWS = 256
+# Small enough for five minutes on two cores with bf16; a run of one's own has more general rows.
+GENERAL_TOKENS = 3e4
 REPEAT = 4
 
 
@@ -32,7 +32,7 @@ def example_folder(name: str = "support") -> Path:
 
 
 def demo_config(out: str | Path | None = None, minutes: float | None = None) -> Config:
-    """The demo's configuration: support mails to JSON, general data written by the model itself."""
+    """The demo's configuration: support mails to JSON among the general rows on board."""
     folder = example_folder()
     return load_config(
         flags={
@@ -42,7 +42,7 @@ def demo_config(out: str | Path | None = None, minutes: float | None = None) -> 
                 "schema": str(folder / "schema.json"),
             },
             "anchor": {"text": f"@{folder / 'anchor.txt'}"},
-            "general": {"source": "self", "rows": GENERAL_ROWS},
+            "general": {"source": "builtin", "tokens": GENERAL_TOKENS},
             "mix": {"repeat": REPEAT},
             "eval": {
                 "arms": ["base", "base+anchor", "icl", "sft-matched", "tell"],
@@ -70,7 +70,7 @@ def demo(
         out: run folder; default ``runs/demo``.
         resume: go on with an interrupted demo there.
         overwrite: replace an earlier demo there.
-        minutes: the general data is shortened until the run is predicted to fit.
+        minutes: less is done until the run is predicted to fit, as with ``--max-minutes``.
 
     Returns:
         The run folder with the report.

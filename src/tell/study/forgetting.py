@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from tell.config import Config
+from tell.data.builtin import load_witness
 from tell.data.example import Example
 from tell.evaluate.intervals import difference, estimate
 from tell.evaluate.means import mean_metric
@@ -23,7 +24,8 @@ from tell.rows.tokenize import RowRules, prompt_ids, tokenize
 from tell.study.once import once
 from tell.study.prepare import General
 
-HELD_OUT, PROBE = "general held out", "probe"
+HELD_OUT, PROBE, WITNESS = "general held out", "probe", "witness"
+SETS = 3  # of general rows that loss is measured on
 ANSWER_TOKENS = 160
 
 
@@ -47,7 +49,10 @@ class Forgetting:
 
 
 def general_sets(config: Config, chat: ChatTokenizer, general: General | None) -> Forgetting | None:
-    """Held-out rows of the general source, and our own probe, which is in no mix; None where switched off."""
+    """Held-out rows of the general source, our own probe and the witness set; None where switched off.
+
+    The probe and the witness set are in no mix. Whoever wrote the witness set's answers wrote the rows on board too.
+    """
     if not config.eval.forgetting_rows:
         return None
     probe = load_probe()[: config.eval.forgetting_rows]
@@ -63,6 +68,14 @@ def general_sets(config: Config, chat: ChatTokenizer, general: General | None) -
     rules = RowRules(config.train.max_length, "drop", "drop")
     sets[PROBE] = tokenize(probe, chat, source=PROBE, rules=rules)
     facts[PROBE] = {"origin": "written for TELL", "rows": len(sets[PROBE]), "in_mix_source": False}
+    witness = load_witness()[: config.eval.forgetting_rows]
+    sets[WITNESS] = tokenize(witness, chat, source=WITNESS, rules=rules)
+    on_board = general is not None and str(general.facts.get("path", "")).startswith("builtin")
+    facts[WITNESS] = {
+        "origin": "prompts written for TELL, answered by SmolLM2-135M",
+        "rows": len(sets[WITNESS]),
+        "in_mix_source": on_board,
+    }
     return Forgetting(sets, facts, probe[: config.eval.forgetting_answers])
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 
 from tell.config import Config
@@ -10,11 +13,12 @@ from tell.mix.amount import Draw
 from tell.mix.mixture import TASK, Mixture
 from tell.models.flops import lora_parameters, training_flops
 from tell.models.machine import likely_device, likely_dtype
-from tell.models.predict import predict_memory, predict_seconds
+from tell.models.predict import answer_speed, predict_memory, predict_seconds
 from tell.progress import Display, Silent
 from tell.rows.prefix import common_prefix, computed_tokens
 from tell.rows.table import RowTable
-from tell.study.arms import arm_mixtures, lead_arm, trained_arms, wanted_arms
+from tell.study.arms import ADAPTED, arm_mixtures, lead_arm, same_runs, trained_arms, wanted_arms
+from tell.study.forgetting import ANSWER_TOKENS, SETS
 from tell.study.prepare import (
     General,
     Task,
@@ -28,10 +32,13 @@ from tell.study.prepare import (
     stand_in_anchor,
     task_table,
 )
+from tell.study.scoring import answer_limit
 from tell.study.self_data import cached_self_file, enough_of
 
 SELF_KEPT = 0.7  # share of the model's own rows that pass the filters (91 of 128, SmolLM2-135M)
 ANSWER_SECONDS_SHARE = 3.0  # decoding a token costs about this many times training on one (docs/lab.md)
+GENERAL_ROW_TOKENS = 150  # of a row that forgetting is measured on; an estimate
+OTHER_SECONDS = 2.0  # of an arm: its adapter merged, its answers scored; and once for the report
 
 
 def plan(config: Config, *, display: Display | None = None) -> dict:
@@ -59,15 +66,20 @@ def plan(config: Config, *, display: Display | None = None) -> dict:
     limit_task(task, anchor)
     table = task_table(task, anchor, task.train)
     general, draw = plan_general(task, table, display)
-    if general is not None and draw is not None and config.max_minutes:
-        draw = fit_minutes(task, table, general, draw, config.max_minutes, 0.0)
+    if config.max_minutes:
+        from tell.study.budget import fit_minutes
+
+        extent, given_up = fit_minutes(task, table, general, draw, minutes=config.max_minutes, spent=0.0)
+        for text in given_up:
+            task.notice(text, display)
+        task, draw = extent.apply(task), extent.draw
     return describe_plan(task, table, general, draw)
 
 
 def plan_general(task: Task, table: RowTable, display: Display) -> tuple[General | None, Draw | None]:
     """The general side for counting: a file's rows, what the model has written, or an estimate of that."""
     config, tokens = task.config, int(table.unit.sum())
-    source = general_source(config)
+    source = general_source(task, display)
     if source == "none":
         return None, None
     if source == "self":
@@ -127,6 +139,7 @@ def computed_by(task: Task, mixture: Mixture) -> int:
         prefix=prefix,
         shared=common_prefix(heads[True] + heads[False]) if heads[False] else 0,
         micro_tokens=config.micro_tokens,
+        device=likely_place(task.config)[0],
     )
 
 
@@ -159,21 +172,49 @@ def arm_costs(task: Task, mixture: Mixture) -> dict:
     }
 
 
-def answer_seconds(task: Task, costs: dict) -> float:
-    """Predicted seconds to answer the test rows once, from the training speed."""
-    speed = costs["computed_tokens"] / costs["seconds"] if costs["seconds"] else 1.0
-    answers = np.mean([len(task.chat.encode(e.answer)) for e in task.test[:50]]) if task.test else 0.0
-    prompts = np.mean([len(task.chat.encode(e.question)) for e in task.test[:50]]) if task.test else 0.0
-    prompts += sum(len(task.chat.encode(m.content)) for e in task.shots for m in e.messages)
-    return len(task.test) * (answers * ANSWER_SECONDS_SHARE + prompts / 3) / speed
+@dataclass(frozen=True)
+class Pace:
+    """Tokens a second: ``train`` computed in training, ``decode`` decoded."""
+
+    train: float
+    decode: float
+
+    @classmethod
+    def of(cls, task: Task, costs: dict) -> Pace:
+        """From what an arm's training is predicted to take, and the decoding speed measured here, if any."""
+        train = costs["computed_tokens"] / costs["seconds"] if costs["seconds"] else 1.0
+        device, dtype = likely_place(task.config)
+        measured = answer_speed(task.files.fingerprint, device=device, dtype=dtype)
+        return cls(train, measured or train / ANSWER_SECONDS_SHARE)
 
 
-def writing_seconds(general: General | None, costs: dict) -> float:
-    """Predicted seconds until the model has written the general rows that are only estimated so far."""
-    if general is None or not general.facts.get("estimated"):
+def answer_seconds(task: Task, arm: str, pace: Pace) -> float:
+    """Predicted seconds to answer the test rows once: an untuned model does not know where to stop."""
+    if not task.test:
         return 0.0
-    speed = costs["computed_tokens"] / costs["seconds"] if costs["seconds"] else 1.0
-    return float(general.table.unit.sum()) / SELF_KEPT * ANSWER_SECONDS_SHARE / speed
+    tuned = arm in ADAPTED
+    sample = task.test[:50]
+    length = np.mean([len(task.chat.encode(e.answer)) for e in sample])
+    answers = length if tuned else answer_limit(task.config, task.chat, task.train)
+    prompts = np.mean([len(task.chat.encode(e.question)) for e in sample])
+    shots = sum(len(task.chat.encode(m.content)) for e in task.shots for m in e.messages)
+    return float(len(task.test) * (answers / pace.decode + (prompts + shots) / (3 * pace.train)))
+
+
+def measuring_seconds(task: Task, arms: Sequence[str], pace: Pace) -> float:
+    """Predicted seconds to measure forgetting, of the untuned model and each trained arm."""
+    rules = task.config.eval
+    if not rules.forgetting_rows:
+        return 0.0
+    loss = SETS * rules.forgetting_rows * GENERAL_ROW_TOKENS / (3 * pace.train)
+    return (len(arms) + 1) * (loss + rules.forgetting_answers * ANSWER_TOKENS / pace.decode)
+
+
+def writing_seconds(general: General | None, draw: Draw | None, pace: Pace) -> float:
+    """Predicted seconds until the model has written the general rows that are only estimated so far."""
+    if general is None or draw is None or not general.facts.get("estimated"):
+        return 0.0
+    return float(general.table.trained[draw.indices].sum(dtype=np.int64)) / SELF_KEPT / pace.decode
 
 
 def describe_plan(task: Task, table: RowTable, general: General | None, draw: Draw | None) -> dict:
@@ -183,7 +224,9 @@ def describe_plan(task: Task, table: RowTable, general: General | None, draw: Dr
     arms = wanted_arms(config)
     lead = lead_arm(arms, mixtures) or "tell"
     _, mixture = mixtures[lead]
-    costs = {arm: arm_costs(task, mixtures[arm][1]) for arm in trained_arms(arms) if arm in mixtures}
+    same = same_runs(arms, mixtures)
+    trained = [arm for arm in trained_arms(arms) if arm in mixtures and arm not in same]
+    costs = {arm: arm_costs(task, mixtures[arm][1]) for arm in trained}
     main = costs.get(lead) or arm_costs(task, mixture)
     counts = mixture.counts()
     per_step = mixture.examples_per_step(config.train.batch_size)
@@ -200,9 +243,11 @@ def describe_plan(task: Task, table: RowTable, general: General | None, draw: Dr
         device=device,
         dtype=dtype,
     )
-    answering = answer_seconds(task, main)
+    pace = Pace.of(task, main)
+    answering = sum(answer_seconds(task, arm, pace) for arm in arms if arm not in same)
+    measuring = measuring_seconds(task, list(costs), pace)
     training = sum(c["seconds"] for c in costs.values())
-    writing = writing_seconds(general, main)
+    writing = writing_seconds(general, draw, pace)
     dropped = [{"origin": d.origin, "reason": d.reason} for d in table.dropped]
     return {
         "model": {
@@ -241,10 +286,11 @@ def describe_plan(task: Task, table: RowTable, general: General | None, draw: Dr
         },
         "arms": costs,
         "predicted": {
-            "seconds": writing + training + answering * len(arms),
+            "seconds": writing + training + answering + measuring + OTHER_SECONDS * (len(arms) + 1),
             "writing_seconds": writing,
             "training_seconds": training,
-            "answering_seconds": answering * len(arms),
+            "answering_seconds": answering,
+            "measuring_seconds": measuring,
             "basis": main["basis"],
             "memory_gb": round(memory.total / 1e9, 2),
         },
@@ -254,33 +300,3 @@ def describe_plan(task: Task, table: RowTable, general: General | None, draw: Dr
         "dropped_rows": dropped + (general.dropped if general else []),
         "notices": [*task.notices, *counts["notices"]],
     }
-
-
-def fit_minutes(task: Task, table: RowTable, general: General, draw: Draw, minutes: float, spent: float) -> Draw:
-    """Shorten the draw until the whole run is predicted to end in time; it stays a prefix of the full draw.
-
-    Args:
-        minutes: ``--max-minutes``.
-        spent: seconds already gone.
-    """
-    low, high = 0, len(draw)
-    if _fits(task, table, general, draw, high, minutes * 60 - spent):
-        return draw
-    while high - low > max(1, len(draw) // 100):
-        middle = (low + high) // 2
-        if _fits(task, table, general, draw, middle, minutes * 60 - spent):
-            low = middle
-        else:
-            high = middle
-    epochs = draw.epochs * low / max(1, len(draw))
-    notice = f"--max-minutes {minutes:g}: {low:,} of {len(draw):,} general rows fit the time predicted"
-    if epochs > 1:
-        notice += f"; the source is passed {epochs:.2f} times"
-    if not low:
-        notice += "; even without general data the run is predicted to take longer"
-    return Draw(draw.indices[:low], epochs, [notice])  # what was said of the whole draw holds no longer
-
-
-def _fits(task: Task, table: RowTable, general: General, draw: Draw, rows: int, seconds: float) -> bool:
-    part = Draw(draw.indices[:rows], 0.0, [])
-    return describe_plan(task, table, general, part)["predicted"]["seconds"] <= seconds

@@ -13,6 +13,7 @@ from tell.anchor.anchor import NO_ANCHOR, Anchor
 from tell.anchor.derive import derived_anchor
 from tell.config import Config, TrainConfig
 from tell.data.budget import take_rows, take_tokens
+from tell.data.builtin import load_builtin
 from tell.data.example import Example
 from tell.data.kind import Kind, detect_kind, load_schema
 from tell.data.overlap import Overlap, find_overlap
@@ -22,6 +23,7 @@ from tell.errors import TellError
 from tell.mix.amount import Draw, general_rows
 from tell.mix.seeds import permutation
 from tell.models.find import ModelFiles, find_model, find_tokenizer
+from tell.models.wheel import HUB_NAME
 from tell.presets import learning_rate_for
 from tell.progress import Display, Silent
 from tell.rows.cache import cache_key, cached_table
@@ -311,7 +313,7 @@ def load_general(task: Task, source: str, display: Display, *, overlap: bool = T
     """Tokenise a general source (cached), hold rows out, find its overlap with the test rows.
 
     Args:
-        source: a file or hub name; `self` was written to a file before.
+        source: a file, a hub name or `builtin`; what `self` wrote is a file.
         overlap: False skips the comparison with the test rows, which needs the texts and not only the cache.
 
     Raises:
@@ -320,9 +322,9 @@ def load_general(task: Task, source: str, display: Display, *, overlap: bool = T
     config = task.config
     columns = config.general.columns
     rules = RowRules(config.train.max_length, "drop", "drop", config.train.loss_on)
-    loaded: Loaded | None = None
+    loaded = load_builtin() if source == "builtin" else None
     is_file = Path(source).expanduser().is_file()
-    if not is_file or overlap:
+    if loaded is None and (not is_file or overlap):
         loaded = load(source, name="general", columns=columns)
     key = cache_key(
         data=loaded.fingerprint if loaded else file_fingerprint(Path(source).expanduser(), columns, "general"),
@@ -369,13 +371,25 @@ def draw_general(config: Config, general: General, task_tokens: int) -> Draw:
     return Draw(general.allowed[draw.indices].astype(np.int32), draw.epochs, draw.notices)
 
 
-def general_source(config: Config) -> str:
-    """The general source, or `none` where the model would write rows that no arm asked for is trained on."""
-    amount = config.general
-    if amount.source != "self":
+def general_source(task: Task, display: Display | None = None) -> str:
+    """Where general rows come from: a file or hub name, `builtin`, `self`, or `none`.
+
+    Rows on board are answers of one model: they are the default for that model, while any other answers the prompts
+    itself, so that what it rehearses is its own (arXiv 2402.13669). Nothing is written that no arm asked for is
+    trained on.
+    """
+    amount = task.config.general
+    if amount.is_given or amount.source == "none":
         return amount.source
-    unused = amount.empty or not MIXED.intersection(config.eval.arms)
-    return "none" if unused else "self"
+    if amount.empty or not MIXED.intersection(task.config.eval.arms):
+        return "none"
+    own = task.files.name == HUB_NAME
+    if amount.source == "builtin" and not own:
+        text = f"general data: the rows on board are SmolLM2-135M's answers, not {task.files.name}'s; "
+        task.notice(text + "with --general self the model answers the prompts itself", display or Silent())
+    if amount.source == "auto":
+        return "builtin" if own else "self"
+    return amount.source
 
 
 def split_file(task: Task) -> str:

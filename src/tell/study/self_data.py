@@ -1,21 +1,24 @@
-"""General data written by the model itself (Magpie, arXiv 2406.08464; rehearsal, arXiv 2403.01244).
+"""General data written by the model itself (self-distillation, arXiv 2402.13669; rehearsal, arXiv 2403.01244).
 
-From its chat header alone the model writes an instruction, then answers it. It is asked for short answers
+The model answers the prompts on board. Once they are used up, or with ``general.self.prompts: invented``, it writes
+prompts too: from its chat header alone comes an instruction (Magpie, arXiv 2406.08464). It is asked for short answers
 (the wish is not kept in the row), since an answer that runs into the limit is thrown away. Rows are written in
 blocks with a seed each, so a larger amount extends a smaller one; the file is kept by model and settings. A run
-takes the first blocks that suffice, however many lie there, so what it draws from does not depend on other runs.
+takes the first blocks that suffice, however many the file holds, so what it draws from does not depend on other runs.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tell.config import Config
+from tell.data.builtin import load_prompts
 from tell.data.example import Message
 from tell.errors import TellError
 from tell.home import make_folder, tell_home
@@ -24,11 +27,16 @@ from tell.rows.cache import cache_key
 from tell.rows.template import ChatTokenizer
 from tell.run import read_jsonl, write_json, write_jsonl
 
+if TYPE_CHECKING:
+    from tell.generate.sampler import Decoding
+
 Enough = Callable[[Sequence[dict]], float]
 
 BLOCK = 128
-VERSION = 2
+VERSION = 3
 MOST_EMPTY_BLOCKS = 4
+USUAL_ROW = {"instruction": "word " * 20, "output": "word " * 60}  # to guess what a first block will give
+_WORD = re.compile(r"[\u3040-\u30ff\u4e00-\u9fff]|[^\s\u3040-\u30ff\u4e00-\u9fff]+")  # a letter of those scripts is one
 MARK = "\ufffdtell\ufffd"
 
 
@@ -40,6 +48,7 @@ def self_file(config: Config, model: str, tokenizer: str) -> Path:
         model=model,
         tokenizer=tokenizer,
         seed=config.seed,
+        questions=load_prompts() if config.general.self_.prompts == "builtin" else [],
         arithmetic=[config.model.dtype, config.model.device, config.generate.engine, config.generate.batch_size],
         **config.general.self_.model_dump(),
     )
@@ -54,18 +63,17 @@ def enough_of(config: Config, unit: ChatTokenizer, task_tokens: int) -> Enough:
         task_tokens: tokens of the task rows in the same unit, for a ratio.
     """
     amount, held_out = config.general, config.eval.forgetting_rows
-    counted: list[int] = []
 
     def enough(rows: Sequence[dict]) -> float:
-        fresh = [f"{row['instruction']}\n{row['output']}" for row in rows[len(counted) :]]
-        counted.extend(len(e.ids) for e in unit.backend.encode_batch(fresh, add_special_tokens=False))
+        texts = [f"{row['instruction']}\n{row['output']}" for row in rows]
+        counted = [len(e.ids) for e in unit.backend.encode_batch(texts, add_special_tokens=False)]
         n = len(rows)
         left = n - min(held_out, n // 4)  # as `load_general` holds them out
         ((way, wanted),) = amount.amount(task_tokens).items()
         if way == "rows":
             return left / max(1, wanted)
         need = wanted * task_tokens if way == "ratio" else wanted
-        return sum(counted[:n]) * left / max(1, n) / max(1.0, need)
+        return sum(counted) * left / max(1, n) / max(1.0, need)
 
     return enough
 
@@ -115,13 +123,13 @@ def user_header(chat: ChatTokenizer) -> tuple[str, str]:
 
 def is_good(instruction: str, answer: str) -> str | None:
     """Why a pair is thrown away; None to keep it."""
-    if len(instruction.split()) < 3:
+    words = _WORD.findall(answer.lower())
+    if len(_WORD.findall(instruction)) < 3:
         return "instruction too short"
-    if len(answer.split()) < 2:
+    if len(words) < 2:
         return "answer too short"
     if instruction.strip() == answer.strip():
         return "answer repeats the instruction"
-    words = answer.lower().split()
     for n, most in ((1, 0.4), (3, 0.2)):
         grams = Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
         if len(words) >= 12 and grams and max(grams.values()) / max(1, len(words) - n + 1) > most:
@@ -203,19 +211,23 @@ def _write_more(
     seen = {row["instruction"].strip().lower() for row in rows}
     empty = 0
     share = max(0.0, min(1.0, enough(rows)))
-    gain = 0.0  # of the share, by the block before: what one under way is taken to add
+    gain = enough([USUAL_ROW] * BLOCK)
     with display.bar("general data, written by the model", 100, "%") as advance:
-        advance(share * 100)
+        shown = 0.0
+
+        def show(target: float) -> None:
+            nonlocal shown
+            step = max(0.0, min(1.0, target) - shown)
+            shown += step
+            advance(step * 100, f"{len(rows)} rows")
+
+        def moved(part: float) -> None:
+            show(share + part * gain)
+
+        show(share)
         while True:
-            before, thrown, shown = len(rows), Counter(), share
-
-            def progress(_: int, further: float) -> None:
-                nonlocal shown
-                step = min(gain * further / (2 * BLOCK), 1 - shown)  # noqa: B023  (each prompt, then its answer)
-                shown += step
-                advance(step * 100, f"{len(rows)} rows")
-
-            for pair in _block(config, chat, engine, len(blocks), thrown, progress):
+            before, thrown = len(rows), Counter()
+            for pair in _block(config, chat, engine, len(blocks), thrown, moved):
                 name = pair["instruction"].strip().lower()
                 if name in seen:
                     thrown["duplicate"] += 1
@@ -228,40 +240,46 @@ def _write_more(
             empty = empty + 1 if len(rows) == before else 0
             if empty >= MOST_EMPTY_BLOCKS:
                 raise TellError(
-                    f"the model wrote no usable instruction in {empty * BLOCK} tries ({dict(thrown)})",
+                    f"the model wrote no usable row in {empty * BLOCK} tries ({dict(thrown)})",
                     where="general.source self",
                     remedy="Give a file of general instruction data with --general.",
                 )
             new = max(0.0, min(1.0, enough(rows)))
-            advance((new - shown) * 100, f"{len(rows)} rows")
-            gain, share = new - share, new
+            gain, share = max(0.0, new - share), new
+            show(share)
             if share >= 1 and rows:
                 return
 
 
 def _block(
-    config: Config, chat: ChatTokenizer, engine: Any, block: int, thrown: Counter, progress: Callable[..., None]
+    config: Config, chat: ChatTokenizer, engine: Any, block: int, thrown: Counter, moved: Callable[[float], None]
 ) -> list[dict]:
-    """One block of instructions with answers."""
-    from tell.generate.sampler import Decoding
+    """One block of instructions with answers; ``moved`` hears what share of it is done."""
+    rules = config.general.self_
+    given = load_prompts() if rules.prompts == "builtin" else []
+    given_blocks = -(-len(given) // BLOCK)
+    seed = config.seed * 100_003 + block * 2
+    if block < given_blocks:
+        prompts = given[block * BLOCK : (block + 1) * BLOCK]
+        outputs = answered(config, chat, engine, prompts, seed + 1, thrown, moved)
+    else:
+        prompts = _invented(config, chat, engine, seed, thrown, lambda part: moved(part / 3))
+        outputs = answered(config, chat, engine, prompts, seed + 1, thrown, lambda part: moved((1 + 2 * part) / 3))
+    pairs = zip(prompts, outputs, strict=True)
+    return [{"instruction": text, "output": output} for text, output in pairs if output is not None]
 
+
+def _invented(
+    config: Config, chat: ChatTokenizer, engine: Any, seed: int, thrown: Counter, moved: Callable[[float], None]
+) -> list[str]:
+    """Instructions that the model writes from its chat header alone."""
     rules = config.general.self_
     head, tail = user_header(chat)
     # The words of the user end where the template's turn ends: at its first special token, or a line break.
     stop = chat.encode(tail.lstrip() or tail)[:1]
-    stops = tuple({*chat.stop_ids, *stop})
-    seed = config.seed * 100_003 + block * 2
-    ask = Decoding(
-        max_new_tokens=rules.max_prompt_tokens,
-        stop_ids=stops,
-        temperature=rules.temperature,
-        top_k=0,
-        top_p=rules.top_p,
-        repetition_penalty=1.0,
-        batch_size=config.generate.batch_size,
-        seed=seed,
-    )
-    written = engine.generate([chat.encode(head)] * BLOCK, ask, progress=progress)
+    limit = rules.max_prompt_tokens
+    ask = _decoding(config, limit, (*chat.stop_ids, *stop), rules.temperature, seed)
+    written = engine.generate([chat.encode(head)] * BLOCK, ask, progress=_shares(BLOCK, moved))
     instructions = []
     for answer in written:
         text = chat.decode(answer.ids).strip()
@@ -271,29 +289,66 @@ def _block(
             instructions.append(text)
         else:
             thrown["instruction empty"] += 1
-    if not instructions:
-        return []
-    reply = Decoding(
-        max_new_tokens=rules.max_answer_tokens,
-        stop_ids=chat.stop_ids,
-        temperature=rules.answer_temperature,
-        top_k=0,
-        top_p=rules.top_p,
-        repetition_penalty=1.0,
-        batch_size=config.generate.batch_size,
-        seed=seed + 1,
-    )
+    return instructions
+
+
+def answered(
+    config: Config,
+    chat: ChatTokenizer,
+    engine: Any,
+    instructions: Sequence[str],
+    seed: int,
+    thrown: Counter,
+    moved: Callable[[float], None] = lambda part: None,
+) -> list[str | None]:
+    """The model's answer to each instruction; None where it does not end in time or does not pass `is_good`.
+
+    Args:
+        config: ``general.self`` says how answers are drawn, and with what wish.
+        seed: of the draws.
+        thrown: counts why answers are thrown away.
+        moved: called with the share that is done.
+    """
+    rules = config.general.self_
     wish = f"\n\n{rules.answer_wish}" if rules.answer_wish else ""
     prompts = [
         chat.encode(chat.render([Message("user", text + wish)], add_generation_prompt=True)) for text in instructions
     ]
-    answers = engine.generate(prompts, reply, progress=progress)
-    pairs = []
+    limit = rules.max_answer_tokens
+    reply = _decoding(config, limit, chat.stop_ids, rules.answer_temperature, seed)
+    answers = engine.generate(prompts, reply, progress=_shares(len(prompts), moved))
+    outputs: list[str | None] = []
     for text, answer in zip(instructions, answers, strict=True):
         output = chat.decode(answer.ids).strip()
         reason = "answer truncated" if answer.finish != "stop" else is_good(text, output)
         if reason:
             thrown[reason] += 1
-        else:
-            pairs.append({"instruction": text, "output": output})
-    return pairs
+        outputs.append(None if reason else output)
+    return outputs
+
+
+def _decoding(config: Config, limit: int, stops: Sequence[int], temperature: float, seed: int) -> Decoding:
+    from tell.generate.sampler import Decoding
+
+    return Decoding(
+        max_new_tokens=limit,
+        stop_ids=tuple(dict.fromkeys(stops)),
+        temperature=temperature,
+        top_k=0,
+        top_p=config.general.self_.top_p,
+        repetition_penalty=1.0,
+        batch_size=config.generate.batch_size,
+        seed=seed,
+    )
+
+
+def _shares(rows: int, moved: Callable[[float], None]) -> Callable[[int, float], None]:
+    """A decoding progress that says what share of the rows is done."""
+    done = 0.0
+
+    def progress(_: int, further: float) -> None:
+        nonlocal done
+        done += further
+        moved(done / max(1, rows))
+
+    return progress

@@ -76,7 +76,7 @@ def separate(
     files = _output(out, overwrite)
     if adapter is not None and run is None:
         raise TellError("an adapter needs its run", where="--adapter", remedy="Give a run folder instead of data.")
-    given = config.general.source not in ("self", "none")
+    given = config.general.is_given
     if not given:
         display.note("no general source given: TELL's own general prompts stand for it")
     opened = open_run(run) if run is not None else None

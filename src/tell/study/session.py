@@ -33,9 +33,13 @@ class KeptModel:
         self.held: tuple[Any, Any] | None = None
 
     def drop(self) -> None:
-        """Let go of it; the next run loads it anew."""
-        self.key = self.held = None
+        """Let go of it and of its GPU memory; the next run loads it anew."""
+        held, self.key, self.held = self.held is not None, None, None
         gc.collect()
+        if held:
+            import torch
+
+            torch.cuda.empty_cache()  # what torch keeps for itself, another engine would see as taken
 
 
 _kept: list[KeptModel] = []  # the innermost `keep_model` is last

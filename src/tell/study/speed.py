@@ -1,4 +1,4 @@
-"""How fast this machine trains a model: measured before a run that must end in time, kept for later plans."""
+"""How fast this machine trains and decodes: measured before a run that must end in time, kept for later plans."""
 
 from __future__ import annotations
 
@@ -10,16 +10,21 @@ from typing import Any
 from tell.errors import TellError
 from tell.models.predict import record_speed
 from tell.rows.table import RowTable
+from tell.rows.tokenize import prompt_ids
 from tell.study.prepare import Task
 from tell.study.record import dtype_name
 
+PROMPTS, NEW_TOKENS = 32, 8  # decoded to measure the pace: some seconds on two slow cores
+WARM_UP_ROWS = 2
 
-def measure_speed(task: Task, table: RowTable, loaded: Any) -> None:
-    """Measure two training steps, so that --max-minutes goes by this machine as it is now, and keep what they show.
+
+def measure_pace(task: Task, table: RowTable, loaded: Any, engine: Any) -> None:
+    """Measure a training step and a few decoded tokens, so that --max-minutes goes by this machine as it is now.
 
     Args:
         table: the task's rows.
         loaded: the base model, a `tell.models.load.Loaded`.
+        engine: decodes with it.
     """
     import torch
 
@@ -30,16 +35,17 @@ def measure_speed(task: Task, table: RowTable, loaded: Any) -> None:
     from tell.train.transfer import trains_fast
 
     config = task.config
+    decode = _decoding_speed(task, engine)
     fast = trains_fast(config.train.fast, loaded.device)
     tuned = add_lora(loaded.model, task.training, seed=config.seed, fused=fast)
     plain = None if fast else PlainBody(tuned)
     try:
         step = partial(step_loss, Body(tuned)) if plain is None else partial(plain_step_loss, plain)
         rows = [TrainRow(*table.row(i % len(table)), 0, True) for i in range(config.train.batch_size)]
-        for _ in range(2):  # the first warms up
+        for part in (rows[:WARM_UP_ROWS], rows):
             begin = time.monotonic()
             out = step(
-                rows,
+                part,
                 normalization=config.train.loss_normalization,
                 micro_tokens=config.train.micro_tokens,
                 device=loaded.device,
@@ -51,10 +57,34 @@ def measure_speed(task: Task, table: RowTable, loaded: Any) -> None:
         remove_lora(tuned)
         if plain is not None:
             plain.give_back()
-    keep_speed(task, loaded, out.tokens / seconds)
+    keep_speed(task, loaded, out.tokens / seconds, decode)
 
 
-def keep_speed(task: Task, loaded: Any, tokens_per_second: float) -> None:
-    """Remember how fast a model trained here."""
+def _decoding_speed(task: Task, engine: Any) -> float | None:
+    """Tokens a second while several test prompts are answered, their prefill left out; None without test rows."""
+    from tell.generate.sampler import Decoding
+
+    prompts = [prompt_ids(task.chat, example) for example in task.test[:PROMPTS]]
+    if not prompts:
+        return None
+    told: list[tuple[float, int]] = []
+    rule = Decoding(max_new_tokens=NEW_TOKENS, stop_ids=(), greedy=True, batch_size=len(prompts))
+    engine.generate(prompts, rule, progress=lambda new, _: told.append((time.monotonic(), new)))
+    if len(told) < 2:
+        return None
+    prefilled = next((i for i, (_, new) in enumerate(told) if new == len(prompts)), 0)
+    seconds = told[-1][0] - told[prefilled][0]
+    tokens = sum(new for _, new in told[prefilled + 1 :])
+    return tokens / seconds if tokens and seconds > 0 else None
+
+
+def keep_speed(task: Task, loaded: Any, tokens_per_second: float, decoded_per_second: float | None = None) -> None:
+    """Remember how fast a model trained and decoded here."""
     with suppress(TellError):  # a home that cannot be written costs the next plan's accuracy, not this run
-        record_speed(task.files.fingerprint, loaded.device.type, dtype_name(loaded), tokens_per_second)
+        record_speed(
+            task.files.fingerprint,
+            loaded.device.type,
+            dtype_name(loaded),
+            tokens_per_second,
+            answer_tokens_per_second=decoded_per_second,
+        )

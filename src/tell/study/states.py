@@ -120,9 +120,8 @@ def general_queries(
         lengths: (most,) tokens of prompts; of the rows not yet taken, each takes the one nearest to it in length.
     """
     config = task.config
-    source = config.general.source
-    given = source not in ("self", "none")
-    rows = load(source, name="general", columns=config.general.columns).examples if given else load_probe()
+    general = config.general
+    rows = load(general.source, name="general", columns=general.columns).examples if general.is_given else load_probe()
     rows = [rows[int(i)] for i in permutation(len(rows), config.seed, "separate", "general")]
     positions = task.files.architecture.max_positions or 10**9
     if lengths is None:

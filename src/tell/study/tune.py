@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tell.anchor.anchor import Anchor
-from tell.config import Config
+from tell.config import Config, GeneralConfig
 from tell.errors import Diverged, Interrupted, TellError
 from tell.mix.amount import Draw
 from tell.mix.orders import get_order
@@ -21,11 +21,12 @@ from tell.progress import Display, Silent
 from tell.rows.table import RowTable
 from tell.run import RunFolder, write_json
 from tell.study.anchor import choose_anchor
-from tell.study.arms import arm_mixtures, lead_arm, trained_arms, wanted_arms
+from tell.study.arms import arm_mixtures, lead_arm, same_runs, trained_arms, wanted_arms
 from tell.study.benchmarks import check_benchmarks
+from tell.study.budget import Extent, fit_minutes, read_extent
 from tell.study.folder import claim, open_folder, with_full_paths
 from tell.study.measure import measure_arms
-from tell.study.plan import arm_costs, describe_plan, fit_minutes
+from tell.study.plan import arm_costs, describe_plan, estimated_general
 from tell.study.prepare import (
     General,
     Task,
@@ -42,9 +43,9 @@ from tell.study.prepare import (
 from tell.study.processes import decoding_beside, load_spread, start_job, with_processes
 from tell.study.record import train_numbers, write_adapter_notes, write_decided, write_findings
 from tell.study.scoring import adapter_folder, check_prompts, scorer_of
-from tell.study.self_data import enough_of, write_self_data
+from tell.study.self_data import Enough, enough_of, write_self_data
 from tell.study.session import load_engine
-from tell.study.speed import keep_speed, measure_speed
+from tell.study.speed import keep_speed, measure_pace
 from tell.study.stop import Checked, Stop
 
 if TYPE_CHECKING:
@@ -108,9 +109,6 @@ def _tune(
     return folder
 
 
-WRITING_SHARE = 0.4  # of --max-minutes, the most that writing general data may take
-
-
 @dataclass
 class _Run:
     """One run on its way; ``go`` is the whole story."""
@@ -128,6 +126,8 @@ class _Run:
     stage: str = "start"
     failed: dict[str, str] = field(default_factory=dict)  # control arms that diverged, and how
     general: General | None = None
+    same: dict[str, str] = field(default_factory=dict)  # arms that are one run with another
+    given_up: list[str] = field(default_factory=list)  # for --max-minutes
     loaded: Any = None
     engine: Any = None
 
@@ -142,7 +142,7 @@ class _Run:
         task_table(task, stand_in, task.train)
         check_prompts(task.chat, stand_in, task.test, task.files.architecture.max_positions, task.shots)
         task.train, task.findings["split"] = train, split  # the true anchor decides again
-        if (source := general_source(config)) not in ("self", "none"):
+        if (source := general_source(task, self.display)) not in ("self", "none"):
             self.general = load_general(task, source, self.display)
 
     def go(self) -> None:
@@ -152,9 +152,10 @@ class _Run:
         table = task_table(self.task, anchor, self.task.train)
         self._at("general data")
         general, draw = self._general(table)
-        if general is not None and draw is not None and self.config.max_minutes:
-            draw = self._in_time(table, general, draw, self.config.max_minutes)
-        mixtures = arm_mixtures(self.config, table, general, draw)
+        extent = self._extent(table, general, draw)
+        self._take(extent)
+        draw = extent.draw
+        mixtures = arm_mixtures(self.task.config, table, general, draw)
         if "general" in self.arms and "general" not in mixtures:
             self.arms.remove("general")
             if not self.arms:
@@ -164,12 +165,13 @@ class _Run:
                     remedy="Ask for more general data: the amount is less than half a row.",
                 )
             self.task.notice("the arm general is left out: no general row is drawn", self.display)
-        plan = describe_plan(self.task, table, general, draw)
+        self._join(same_runs(self.arms, mixtures))
+        plan = describe_plan(self.task, table, general, draw) | {"fit": self._fit(extent)}
         for text in plan["mixture"]["notices"]:
-            self.display.note(text)
+            self.task.notice(text, self.display)
         lead = lead_arm(self.arms, mixtures)
         write_decided(self.folder, self.task, plan, mixtures[lead] if lead else None)
-        results = self._train(mixtures, lead)
+        results = self._train(mixtures, lead, lambda arm: self._correct(table, general, draw, arm))
         self.dismiss()
         self._at("evaluate")
         metrics, validation = measure_arms(
@@ -187,6 +189,7 @@ class _Run:
         metrics["mixture"] = plan["mixture"] if lead else {}
         metrics["train"] = train_numbers(self.task, results, mixtures, validation, lead)
         metrics["failed"] = self.failed
+        metrics["same"] = self.same
         write_findings(self.folder, self.task, table, general, self.loaded, seconds=self.seconds, command=self.command)
         write_json(self.folder.metrics, metrics)
         self._at("report")
@@ -213,9 +216,12 @@ class _Run:
     def _model(self) -> Any:
         """The base model, loaded once, and its engine."""
         if self.loaded is None:
+            from tell.train.fused import path_notes
+
             config = decoding_beside(self.config, self.processes)
             self.loaded, self.engine = load_engine(self.task.files, config, display=self.display)
-            self.display.note(f"{self.task.files.name} ({self.task.files.origin}); {self.loaded.why}")
+            notes = [self.loaded.why, *path_notes(self.loaded.model)]
+            self.display.note(f"{self.task.files.name} ({self.task.files.origin}); {'; '.join(notes)}")
         return self.loaded.model
 
     def _trainee(self) -> tuple[Any, Any]:
@@ -248,7 +254,7 @@ class _Run:
         return anchor
 
     def _general(self, table: RowTable) -> tuple[General | None, Draw | None]:
-        source = general_source(self.config)
+        source = general_source(self.task)
         if source == "none":
             return None, None
         general = self.general
@@ -257,48 +263,117 @@ class _Run:
             general.facts["path"] = f"self: written by {self.task.files.name}"
         return general, draw_general(self.config, general, int(table.unit.sum()))
 
-    def _in_time(self, table: RowTable, general: General, draw: Draw, minutes: float) -> Draw:
-        """The draw as far as it fits --max-minutes; when resumed, as it was decided the first time."""
+    def _extent(self, table: RowTable, general: General | None, draw: Draw | None) -> Extent:
+        """As much of the run as fits --max-minutes; when resumed, as it was decided the first time."""
+        minutes = self.config.max_minutes
+        if (kept := self._planned("fit")) is not None:
+            self._give_up(kept["given_up"])
+            return read_extent(kept, draw)
+        if not minutes:
+            return Extent.of(self.task, table, draw)
+        self._measure_pace(table)
+        written = general_source(self.task) == "self" and general is not None
+        extent, given_up = fit_minutes(
+            self.task,
+            table,
+            general,
+            draw,
+            minutes=minutes,
+            spent=time.monotonic() - self.begin,
+            most_general=len(general.allowed) if written and general else None,
+        )
+        self._give_up(given_up)
+        return extent
+
+    def _fit(self, extent: Extent) -> dict:
+        """``fit`` of plan.json, which a resumed run goes by."""
+        return {**extent.to_dict(), "given_up": self.given_up}
+
+    def _give_up(self, what: list[str]) -> None:
+        self.given_up += what
+        for text in what:
+            self.task.notice(text, self.display)
+
+    def _planned(self, key: str) -> Any:
+        """What plan.json of the session before says; None in a first session."""
         if not self.folder.plan.exists():
-            self._model()
-            measure_speed(self.task, table, self.loaded)
-            return fit_minutes(self.task, table, general, draw, minutes, time.monotonic() - self.begin)
-        old = json.loads(self.folder.plan.read_text(encoding="utf-8"))["draw"]
-        rows = old["rows"]
-        return Draw(draw.indices[:rows], draw.epochs * rows / max(1, len(draw)), old["notices"])
+            return None
+        return json.loads(self.folder.plan.read_text(encoding="utf-8")).get(key)
+
+    def _take(self, extent: Extent) -> None:
+        """Do no more than this from here on."""
+        self.task = extent.apply(self.task)
+        self.arms = [arm for arm in self.arms if arm in extent.arms]
+        self.task.findings["split"]["test"] = len(self.task.test)
+
+    def _join(self, same: dict[str, str]) -> None:
+        """Leave out arms that would be trained on the very rows of another."""
+        self.same = same
+        for arm, other in same.items():
+            self.arms.remove(arm)
+            text = f"the arms {other} and {arm} are one run: they are trained on the same rows in the same order"
+            self.task.notice(text, self.display)
+
+    def _correct(self, table: RowTable, general: General | None, draw: Draw | None, arm: str) -> None:
+        """Give up more if training an arm took longer than predicted; what is trained stays as it is."""
+        minutes = self.config.max_minutes
+        if not minutes or arm != lead_arm(self.arms, dict.fromkeys(self.arms)):
+            return
+        spent = time.monotonic() - self.begin
+        extent, given_up = fit_minutes(self.task, table, general, draw, minutes=minutes, spent=spent, trained=arm)
+        self._give_up(given_up)
+        plan = json.loads(self.folder.plan.read_text(encoding="utf-8"))
+        write_json(self.folder.plan, {**plan, "fit": self._fit(extent)})
+        self._take(extent)
+
+    def _measure_pace(self, table: RowTable) -> None:
+        self._model()
+        measure_pace(self.task, table, self.loaded, self.engine)
 
     def _self_file(self, table: RowTable) -> str:
-        """Rows that the model writes itself, until they suffice for the mix and the held-out rows."""
-        enough = enough_of(self.config, self.task.unit, int(table.unit.sum()))
-        minutes = self.config.max_minutes
-        deadline = self.begin + WRITING_SHARE * minutes * 60 if minutes else float("inf")
+        """Rows that the model writes itself, until they suffice for the mix and the held-out rows.
 
-        def in_time(rows: Sequence[dict]) -> float:
-            share = enough(rows)
-            if share < 1 and rows and time.monotonic() > deadline:
-                text = f"--max-minutes {minutes:g}: the model wrote {share:.0%} of the general rows asked for"
-                self.task.notice(text, self.display)
-                return 1.0
-            return share
-
+        With --max-minutes, as many as the run is predicted to have time for, and a resumed run takes those that the
+        session before took.
+        """
+        enough = self._enough(table)
         self._model()
         path, facts = write_self_data(
             self.config,
             self.task.chat,
             self.engine,
             model=self.task.files.fingerprint,
-            enough=in_time,
+            enough=enough,
             display=Checked(self.display, self.stop),
         )
         if facts["thrown"]:
             thrown = ", ".join(f"{n} {reason}" for reason, n in sorted(facts["thrown"].items(), key=lambda x: -x[1]))
             self.task.notices.append(
-                f"general data: the model wrote {facts['asked']:,} instructions, {facts['kept']:,} kept ({thrown})"
+                f"general data: the model answered {facts['asked']:,} prompts, {facts['kept']:,} kept ({thrown})"
             )
         return str(path)
 
-    def _train(self, mixtures: dict, lead: str | None) -> dict[str, dict]:
+    def _enough(self, table: RowTable) -> Enough:
+        config, minutes = self.config, self.config.max_minutes
+        if (kept := self._planned("general")) is not None:
+            return lambda rows: len(rows) / max(1, kept["rows"])
+        if not minutes:
+            return enough_of(config, self.task.unit, int(table.unit.sum()))
+        self._measure_pace(table)
+        general = estimated_general(config, self.task, int(table.unit.sum()))
+        draw = draw_general(config, general, int(table.unit.sum()))
+        spent = time.monotonic() - self.begin
+        extent, _ = fit_minutes(self.task, table, general, draw, minutes=minutes, spent=spent)
+        wanted = len(extent.draw) if extent.draw is not None else 0
+        shorter = config.model_copy(deep=True)
+        shorter.general = GeneralConfig(rows=wanted)
+        return enough_of(shorter, self.task.unit, 0)
+
+    def _train(self, mixtures: dict, lead: str | None, trained: Callable[[str], None]) -> dict[str, dict]:
         """Train the arms that are asked for; finished ones are kept. Their results by arm.
+
+        Args:
+            trained: called with each arm that has just been trained; it may give up others.
 
         A control arm that diverges is left out and told of; without the leading arm there is nothing to go on with.
         """
@@ -307,6 +382,8 @@ class _Run:
         results: dict[str, dict] = {}
         wanted = trained_arms(self.arms)
         for arm in sorted(wanted, key=lambda a: a != lead):  # the adapter people wait for comes first
+            if arm not in trained_arms(self.arms):
+                continue  # given up meanwhile
             self._at(f"train {arm}")
             place = adapter_folder(self.folder, arm)
             done = place / "result.json"
@@ -368,6 +445,7 @@ class _Run:
             results[arm] = result.to_dict()
             write_json(done, results[arm])  # last: from here on the arm counts as trained
             shutil.rmtree(place / "checkpoint", ignore_errors=True)
+            trained(arm)
         return results
 
     def _leave_out(self, arm: str, why: str) -> None:

@@ -57,7 +57,9 @@ def _shared(rows: Sequence[TrainRow], share_prefix: bool) -> int:
     return prefix if prefix >= MIN_PREFIX else 0
 
 
-def split_packs(rows: Sequence[TrainRow], micro_tokens: int, *, share_prefix: bool) -> list[list[TrainRow]]:
+def split_packs(
+    rows: Sequence[TrainRow], micro_tokens: int, *, share_prefix: bool, device: torch.device | str = "cpu"
+) -> list[list[TrainRow]]:
     """Rows of a step in groups of at most ``micro_tokens`` (a longer row stands alone).
 
     Every row lands in exactly one group. Task rows, which share the anchor, stay together where that saves
@@ -68,7 +70,9 @@ def split_packs(rows: Sequence[TrainRow], micro_tokens: int, *, share_prefix: bo
     parts = [list(rows)]
     if share_prefix and len(task) > 1 and other:
         prefix, shared = (common_prefix([row.ids for row in part]) for part in (task, rows))
-        parts = [task, other] if apart(prefix, shared, len(task)) else parts
+        tokens = tuple(sum(len(row.ids) for row in part) for part in (task, other))
+        facts = {"prefix": prefix, "shared": shared, "micro_tokens": micro_tokens, "device": torch.device(device).type}
+        parts = [task, other] if apart((len(task), len(other)), tokens, **facts) else parts
     groups: list[list[TrainRow]] = []
     for part in parts:
         prefix = _shared(part, share_prefix)

@@ -97,8 +97,10 @@ def put_state(tensors: dict[str, torch.Tensor], parameters: dict[str, torch.nn.P
     with torch.no_grad():
         for name, p in parameters.items():
             p.copy_(tensors[f"weight/{name}"])
+            # a fused AdamW reads its step on the parameter's device, any other on the CPU
+            places = {"step": p.device if optimizer.defaults.get("fused") else torch.device("cpu")}
             state = {
-                key: tensors[f"{key}/{name}"].to(p.device if key != "step" else "cpu")
+                key: tensors[f"{key}/{name}"].to(places.get(key, p.device))
                 for key in ("exp_avg", "exp_avg_sq", "step")
                 if f"{key}/{name}" in tensors
             }

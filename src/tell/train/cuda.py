@@ -50,16 +50,18 @@ def _torch_varlen() -> Varlen | None:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
-    if not {"scale", "window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys():
-        return None  # as it was before torch 2.11
+    parameters = inspect.signature(varlen_attn).parameters
+    if not {"scale", "window_size"} <= parameters.keys():
+        return None  # before torch 2.11
+    flagged = "enable_gqa" in parameters  # from torch 2.12 on; 2.11 takes grouped heads as they are
 
     def attend(
         query: Tensor, key: Tensor, value: Tensor, ends_q: Tensor, ends_k: Tensor, max_q: int, max_k: int, *,
         scale: float, left: int,
     ) -> Tensor:  # fmt: skip
+        more = {"enable_gqa": query.shape[1] != key.shape[1]} if flagged else {}
         return varlen_attn(
-            query, key, value, ends_q, ends_k, max_q, max_k,
-            scale=scale, window_size=(left, 0), enable_gqa=query.shape[1] != key.shape[1],
+            query, key, value, ends_q, ends_k, max_q, max_k, scale=scale, window_size=(left, 0), **more
         )  # fmt: skip
 
     return attend
@@ -96,13 +98,39 @@ def find_varlen(query: Tensor, value: Tensor) -> Varlen | None:
     flash-attn serves where torch was built without flash attention.
     """
     width = query.shape[-1]
-    if query.device.type != "cuda" or not _capable(query.device.index or 0):
+    if query.device.type != "cuda" or _refusal(query.device, query.dtype, width) or width != value.shape[-1]:
         return None
-    half = query.dtype in (torch.bfloat16, torch.float16)
-    if not half or width != value.shape[-1] or width % 8 or width > WIDEST:
+    return _own_varlen() or _package_varlen()
+
+
+def _own_varlen() -> Varlen | None:
+    return _torch_varlen() if torch.backends.cuda.is_flash_attention_available() else None
+
+
+def _refusal(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
+    """Why flash attention cannot serve heads of ``width``; None where it can."""
+    if not _capable(device.index or 0):
+        return "the GPU is older than Ampere"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"the weights are {str(dtype).removeprefix('torch.')}"
+    return f"heads are {width} wide" if width % 8 or width > WIDEST else None
+
+
+def attention_note(model: Any) -> str | None:
+    """Which attention a causal model on a GPU trains with, and why not flash attention; None on other devices."""
+    weight, config = model.get_output_embeddings().weight, model.config.get_text_config()
+    if weight.device.type != "cuda":
         return None
-    own = _torch_varlen() if torch.backends.cuda.is_flash_attention_available() else None
-    return own or _package_varlen()
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    why = _refusal(weight.device, weight.dtype, width)
+    if why is None and getattr(config, "attn_logit_softcapping", None):
+        why = "the model caps its attention scores"
+    if why is None and _own_varlen():
+        return "attention: flash attention (torch)"
+    if why is None and _package_varlen():
+        return "attention: flash attention (flash-attn)"
+    why = why or f"torch {torch.__version__} has no variable-length attention with windows, and flash-attn is missing"
+    return f"attention: padded blocks ({why})"
 
 
 class _Repeat(torch.autograd.Function):

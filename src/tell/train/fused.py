@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tell.errors import first_line
 from tell.kernels.ops import GELU_TANH, SILU, kernels_for
 from tell.train.attention import PackedPlan, Rule, use_plan
-from tell.train.cuda import Forwards, liger_forwards
+from tell.train.cuda import Forwards, attention_note, liger_forwards
 from tell.train.exchange import (
     Exchange,
     epsilon,
@@ -327,13 +328,15 @@ def fuse_modules(model: Any, forwards: Forwards | None = None) -> dict[str, int]
         for hook in hooks:
             hook.remove()
     known: dict[tuple[Any, ...], Any] = {}
+    refused: dict[str, str] = {}
 
     def once(key: tuple[Any, ...], find: Callable[[], Any]) -> Any:
         if key not in known:
             try:
                 known[key] = find()
-            except (AttributeError, RuntimeError, TypeError, ValueError):  # it wants to be called in another way
+            except Exception as error:  # it wants to be called in another way, or a kernel's compiler fails
                 known[key] = None
+                refused[key[0].__name__] = f"{type(error).__name__}: {first_line(error)}"
         return known[key]
 
     counts = {"norm": 0, "attention": 0, "mlp": 0}
@@ -360,8 +363,14 @@ def fuse_modules(model: Any, forwards: Forwards | None = None) -> dict[str, int]
                 module.forward = Exchange(forwards.mlp, module, kind)
                 counts["mlp"] += 1
     torch.set_rng_state(state)
-    model._tell_fused = counts
+    model._tell_fused, model._tell_refused = counts, refused
     return counts
+
+
+def path_notes(model: Any) -> list[str]:
+    """Sentences on what ``model`` trains through: its attention on a GPU, modules that no kernel computes and why."""
+    refused = getattr(model, "_tell_refused", {}).items()
+    return [*filter(None, [attention_note(model)]), *(f"{name} keeps its own forward ({why})" for name, why in refused)]
 
 
 def unfuse_modules(model: Any) -> None:

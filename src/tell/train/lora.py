@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tell.config import TrainConfig
 from tell.errors import TellError
+from tell.generate.room import SHARE, free_bytes
 from tell.train.fused_ops import Projection, Stack
 
 QKV = ("q_proj", "k_proj", "v_proj", "qkv_proj", "c_attn", "query_key_value", "Wqkv", "W_pack")
@@ -131,21 +132,46 @@ def adapter_merged(model: Any, folder: Path | None) -> Iterator[Any]:
     if folder is None:
         yield model
         return
+    factors, scale = adapter_factors(model, folder)
+    weights = {name: model.get_submodule(name).weight.data for name in factors}
+    on_device = _room_for_copies(list(weights.values()))
     saved: dict[str, Tensor] = {}
     try:
         with torch.no_grad():
-            for name, delta in adapter_deltas(model, folder):
-                module = model.get_submodule(name)
-                weight = module.weight.data
-                delta = delta.t() if isinstance(module, Conv1D) else delta  # GPT-2 keeps (in, out)
-                saved[name] = weight.clone()
-                weight.copy_(weight.float() + delta.to(weight.device))  # in place: others may hold views
+            for name, weight in weights.items():
+                a, b = (x.to(weight.device, torch.float32) for x in factors[name])
+                merged = (b @ a).mul_(scale)
+                merged = (
+                    merged.t() if isinstance(model.get_submodule(name), Conv1D) else merged
+                )  # GPT-2 keeps (in, out)
+                merged += weight
+                saved[name] = weight.clone() if on_device else _copy_to_host(weight)
+                weight.copy_(merged)  # in place: others may hold views
         model._tell_adapter = folder
         yield model
     finally:
         model._tell_adapter = None
         for name, data in saved.items():
-            model.get_submodule(name).weight.data.copy_(data)
+            model.get_submodule(name).weight.data.copy_(data, non_blocking=True)
+
+
+def _room_for_copies(weights: list[Tensor]) -> bool:
+    """Whether copies of ``weights`` stay on their device: on a GPU only where they take a small share of what is free.
+
+    The rest is for the cache of keys and values.
+    """
+    if not weights or weights[0].device.type != "cuda":
+        return True
+    return SHARE * sum(weight.nbytes for weight in weights) <= free_bytes(weights[0].device)
+
+
+def _copy_to_host(weight: Tensor) -> Tensor:
+    """A copy in pinned memory, which a GPU fills and reads without being waited for."""
+    try:
+        host = torch.empty_like(weight, device="cpu", pin_memory=True)
+    except RuntimeError:  # the system pins no more
+        host = torch.empty_like(weight, device="cpu")
+    return host.copy_(weight, non_blocking=True)
 
 
 def merged_adapter(model: Any) -> Path | None:
@@ -153,8 +179,8 @@ def merged_adapter(model: Any) -> Path | None:
     return getattr(model, "_tell_adapter", None)
 
 
-def adapter_deltas(model: Any, folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """(module name, scaled B A in fp32) for each adapted layer.
+def adapter_factors(model: Any, folder: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], float]:
+    """(A, B) of each adapted layer by module name, and the scale of B A.
 
     Raises:
         TellError: the folder holds no LoRA adapter of this model.
@@ -173,6 +199,7 @@ def adapter_deltas(model: Any, folder: Path) -> Iterator[tuple[str, Tensor]]:
     scale = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
     tensors = load_file(str(path))
     names = {name for name, _ in model.named_modules()}
+    factors = {}
     for key, a in tensors.items():
         if not key.endswith(".lora_A.weight"):
             continue
@@ -181,5 +208,5 @@ def adapter_deltas(model: Any, folder: Path) -> Iterator[tuple[str, Tensor]]:
             raise TellError(
                 f"adapts {name}, which the model lacks", where=str(folder), remedy="Use its own base model."
             )
-        b = tensors[key.replace(".lora_A.", ".lora_B.")]
-        yield name, (b.float() @ a.float()) * scale
+        factors[name] = a, tensors[key.replace(".lora_A.", ".lora_B.")]
+    return factors, scale

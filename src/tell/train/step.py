@@ -215,7 +215,7 @@ def step_loss(
         loss, nll = blocked_cross_entropy(states, body.head, batch.targets, weight, body.softcap, body.bias)
         return Pass(loss, row_means(nll, batch.row, batch.trained), batch.source.numpy(), batch.real)
 
-    groups = split_packs(rows, micro_tokens, share_prefix=share_prefix)
+    groups = split_packs(rows, micro_tokens, share_prefix=share_prefix, device=device)
     return accumulate(map(forward, groups), backward=backward, clip=clip, moved=moved)
 
 

@@ -1,0 +1,1 @@
+"""A prepared run on one GPU: ``python -m bench.gpu``."""

@@ -1,0 +1,117 @@
+"""What the stages share: device, clock, findings, models with random weights, rows."""
+
+from __future__ import annotations
+
+import gc
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bench.rows import Rows, make_rows
+from tell.train.batches import TrainRow
+
+SIZES: dict[str, dict[str, Any]] = {
+    "smollm2-135m": {
+        "kind": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+        "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True, "theta": 1e5,
+    },
+    "qwen3-0.6b": {
+        "kind": "qwen3", "vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
+        "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": True, "theta": 1e6,
+    },
+    "llama3-8b": {
+        "kind": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False, "theta": 5e5,
+    },
+    "tiny": {
+        "kind": "llama", "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True, "theta": 1e4,
+    },
+}  # fmt: skip
+
+
+@dataclass
+class Run:
+    """One run of the stages; ``findings`` are (name, value, whether it is as it should be)."""
+
+    out: Path
+    device: str
+    tiny: bool
+    sizes: list[str]
+    batches: list[int]
+    micro: int
+    deadline: float
+    stages: dict[str, Any] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    findings: list[tuple[str, Any, bool]] = field(default_factory=list)
+    begin: float = field(default_factory=time.monotonic)
+
+    def find(self, name: str, value: Any, *, good: bool = True) -> None:
+        """One line, kept in ``result.json`` too."""
+        self.findings.append((name, value, good))
+        print(f"[{time.monotonic() - self.begin:6.1f}s] {'  ' if good else '! '}{name}: {value}", flush=True)
+
+    def late(self, name: str, seconds: float) -> bool:
+        """Whether what takes ``seconds`` would end after the deadline; says so."""
+        late = time.monotonic() - self.begin > self.deadline - seconds
+        if late:
+            self.find(name, "no time left")
+        return late
+
+    def save(self) -> None:
+        self.out.mkdir(parents=True, exist_ok=True)
+        content = {"findings": self.findings, "stages": self.stages, "seconds": self.seconds}
+        temporary = self.out / ".result.json"
+        temporary.write_text(json.dumps(content, indent=1, default=str), encoding="utf-8")
+        temporary.replace(self.out / "result.json")
+
+    @property
+    def scale(self) -> float:
+        """Of all row lengths."""
+        return 0.2 if self.tiny else 1.0
+
+    def sync(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+    def clear(self) -> None:
+        """Give memory back, so that the peak of what follows is its own."""
+        gc.collect()
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+    def peak_gb(self) -> float | None:
+        return round(torch.cuda.max_memory_allocated() / 1e9, 2) if self.device == "cuda" else None
+
+
+def make_model(size: str, device: str, dtype: torch.dtype, seed: int = 0) -> Any:
+    """A frozen model with seeded random weights, made on the device."""
+    from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+
+    facts = dict(SIZES[size])
+    config_class = {"llama": LlamaConfig, "qwen3": Qwen3Config}[facts.pop("kind")]
+    rope = {"rope_type": "default", "rope_theta": facts.pop("theta")}
+    config = config_class(max_position_embeddings=8192, rope_parameters=rope, **facts)
+    torch.manual_seed(seed)
+    with torch.device(device):  # not .to(dtype): it would round the rotary frequencies
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    return model.eval().requires_grad_(False)
+
+
+def rows_for(size: str, n: int, scale: float, seed: int = 0) -> Rows:
+    """The benchmark's mixture of task and general rows over a model's vocabulary."""
+    return make_rows(n, np.arange(5, SIZES[size]["vocab_size"], dtype=np.int32), seed, scale)
+
+
+def train_rows(rows: Rows) -> list[TrainRow]:
+    out = []
+    for i in range(len(rows)):
+        ids, prompt = rows.row(i)
+        out.append(TrainRow(ids, np.arange(len(ids)) >= prompt, int(rows.task[i]), bool(rows.task[i])))
+    return out

@@ -1,0 +1,36 @@
+"""What a run dropped, guessed or shrank: the one list at the end of its output and on its page."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from tell.report.read import mapping, rows_of
+
+
+def told(findings: dict[str, Any], config: dict[str, Any]) -> list[str]:
+    """A sentence for each, from findings.json and run.yaml: guesses, rows left out, then the run's own notices."""
+    return [*_guesses(findings, config), *_dropped(findings), *map(str, rows_of(findings, "notices"))]
+
+
+def _guesses(findings: dict[str, Any], config: dict[str, Any]) -> list[str]:
+    task, data, kind, split = mapping(config, "task"), *(mapping(findings, k) for k in ("data", "kind", "split"))
+    out = []
+    if data.get("layout") and not task.get("columns"):
+        columns = ", ".join(f"{part} from {column}" for part, column in mapping(data, "columns").items())
+        out.append(f"guessed from the data: layout {data['layout']}" + (f" ({columns})" if columns else ""))
+    if kind.get("why") and task.get("kind", "auto") == "auto":
+        out.append(f"guessed from the answers: {kind['why']}")
+    if data.get("layout") and not findings.get("test") and split.get("test"):
+        out.append(f"no test file was given: {split['test']} rows were split off, drawn by the seed")
+    return out
+
+
+def _dropped(findings: dict[str, Any]) -> list[str]:
+    rows = [row for row in rows_of(findings, "dropped_rows") if isinstance(row, dict)]
+    counts = Counter(str(row.get("reason", "")) for row in rows)
+    first = {str(row.get("reason", "")): row.get("origin", "") for row in reversed(rows)}
+    return [
+        f"{n:,} row{'s' if n > 1 else ''} left out: {why} ({'the first: ' if n > 1 else ''}{first[why]})"
+        for why, n in counts.most_common()
+    ]
