@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.options import DECODE_PEERS, PARTS, PEERS, Bench, Options, prepare, require_positive
+from tell.config import DEVICES
 from tell.errors import TellError
 
 
@@ -22,7 +23,7 @@ def parse(arguments: list[str] | None = None) -> tuple[Options, bool]:
     p.add_argument("--only", default=",".join(PARTS), help=f"parts, of {','.join(PARTS)}")
     p.add_argument("--peers", default=",".join(PEERS), help=f"of {','.join(PEERS)}, or none")
     p.add_argument("--model", default=d.model, help="folder, hub name or smollm2-135m")
-    p.add_argument("--device", default=d.device, choices=("auto", "cpu", "cuda"))
+    p.add_argument("--device", default=d.device, choices=("auto", *DEVICES))
     p.add_argument("--seed", type=int, default=d.seed, help="of rows and prompts")
     p.add_argument("--turns", type=int, default=d.turns, help="turns of each engine in training; the median counts")
     p.add_argument("--steps", type=int, default=d.steps, help="optimiser steps of a turn")

@@ -83,8 +83,8 @@ def synchronize() -> None:
     """Wait for the GPU, where one is in use."""
     import torch
 
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        torch.cuda.synchronize()
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
 
 
 def reset_peak() -> None:

@@ -13,7 +13,7 @@ import pytest
 import tell
 
 PACKAGE = Path(tell.__file__).parent
-GROUND = {"__init__", "errors", "shown", "files", "home", "progress", "run", "config", "presets"}
+GROUND = {"__init__", "errors", "shown", "files", "home", "cpu", "progress", "run", "config", "presets"}
 ROOMS = {
     "data": set(),
     "anchor": {"data"},

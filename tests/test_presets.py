@@ -37,6 +37,16 @@ def test_the_papers_numbers_are_fixed() -> None:
     config = load_config(flags={"preset": "paper"})
     assert (config.train.learning_rate, config.mix.repeat, config.mix.order) == (1e-4, 1, "shuffle")
     assert (config.train.lora_r, config.train.lora_alpha, config.train.lora_dropout) == (8, 32, 0.05)
+    drawn = config.generate
+    assert (drawn.temperature, drawn.top_k, drawn.top_p, drawn.repetition_penalty) == (0.3, 20, 0.7, 1.05)
+    assert not drawn.greedy
+
+
+def test_modern_answers_with_the_likeliest_tokens() -> None:
+    config = load_config().generate
+    assert config.greedy and config.repetition_penalty == 1
+    sampled = load_config(overrides=["generate.greedy=false", "generate.temperature=0.8"]).generate
+    assert not sampled.greedy and sampled.temperature == 0.8
 
 
 def test_modern_leaves_rate_and_repetition_open() -> None:

@@ -12,6 +12,10 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+from tell.cpu import limit_libraries
+
+limit_libraries()  # before anything imports torch
+
 __version__ = "0.1.0"
 
 _PLACES = {

@@ -20,6 +20,8 @@ from tell.presets import PRESETS, general_tokens_for
 
 Arm = Literal["base", "base+anchor", "icl", "sft", "sft-matched", "general", "tell", "tell-anchor"]
 ARMS: tuple[str, ...] = get_args(Arm)
+Device = Literal["auto", "cuda", "xpu", "mps", "cpu"]
+DEVICES: tuple[str, ...] = get_args(Device)[1:]  # in the order in which auto looks for them
 GENERAL_AMOUNTS = ("ratio", "tokens", "rows")  # the ways of saying how much general data
 GENERAL_SOURCES = ("auto", "builtin", "self", "none")  # what `general.source` may name besides a file or a hub name
 DEFAULT_ARMS: tuple[Arm, ...] = ("base", "base+anchor", "icl", "sft", "sft-matched", "tell", "tell-anchor")
@@ -73,7 +75,9 @@ class ModelConfig(Section):
     name: str = Field("smollm2-135m", description="folder, hub name, or smollm2-135m")
     revision: str | None = Field(None, description="branch, tag or commit on the hub")
     dtype: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto: bf16 where the hardware computes in it")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where there is one")
+    device: Device = Field(
+        "auto", description="auto: the first that torch sees of cuda, xpu (Intel), mps (Apple silicon) and cpu"
+    )
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
 
 
@@ -189,7 +193,7 @@ class TokensConfig(Section):
 
 
 class GenerateConfig(Section):
-    """Decoding; the defaults are the paper's."""
+    """Decoding: greedy, or the paper's sampling by `preset: paper` or `greedy: false` and a penalty of 1.05."""
 
     greedy: bool = Field(False, description="always the likeliest token; temperature, top_k, top_p have no effect")
     temperature: float = Field(0.3, gt=0, description="sampling temperature")

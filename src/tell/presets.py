@@ -22,9 +22,10 @@ PAPER: dict[str, Any] = {
         "lora_dropout": 0.05,
         "lora_targets": "qkv",
     },
+    "generate": {"greedy": False, "temperature": 0.3, "top_k": 20, "top_p": 0.7, "repetition_penalty": 1.05},
 }
-# Found by measurement: docs/lab.md has the runs. The learning rate is `learning_rate_for` the model's size, the
-# repetition `repeat_for` the number of task rows, general data `general_tokens_for` their tokens.
+# Training found by measurement: docs/lab.md has the runs. The learning rate is `learning_rate_for` the model's size,
+# the repetition `repeat_for` the number of task rows, general data `general_tokens_for` their tokens.
 MODERN: dict[str, Any] = {
     "mix": {"order": "spread"},
     "train": {
@@ -32,6 +33,8 @@ MODERN: dict[str, Any] = {
         "lora_dropout": 0.0,
         "lora_targets": "all-linear",
     },
+    # The likeliest answer, and nothing against repeating: structured answers repeat keys and words of the prompt.
+    "generate": {"greedy": True, "repetition_penalty": 1.0},
 }
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import re
+import threading
 
 import pytest
 from rich.console import Console
@@ -54,6 +56,95 @@ def test_time_left_that_the_caller_knows_counts_down(monkeypatch):
         "study map: 1/10 cells, 8:30 left, train tell 50%",
         "study map: 1/10 cells, 0:00 left, train tell 50%",
     ]
+
+
+@pytest.fixture
+def now(monkeypatch):
+    """A clock that tests move; no thread speaks on its own."""
+    times = [100.0]
+    monkeypatch.setattr("tell.cli.display.time.monotonic", lambda: times[0])
+    monkeypatch.setattr("tell.cli.display.threading.Thread.start", lambda self: None)
+    return times
+
+
+def seconds_left(line: str) -> int:
+    minutes, seconds = re.search(r"(\d+):(\d\d) left", line).groups()
+    return 60 * int(minutes) + int(seconds)
+
+
+def test_silent_work_moves_every_five_seconds(now):
+    """The last amount took 40 s of 160 s; from then on nothing reports for a minute."""
+    stream = io.StringIO()
+    display = PlainDisplay(stream)
+    with display.bar("answer test rows", 128, "answers") as advance:
+        now[0] += 40
+        advance(32)
+        for _ in range(240):
+            now[0] += 0.25
+            display.tick()
+    lines = stream.getvalue().splitlines()[:-1]
+    assert len(lines) == 13 and all("32/128 answers" in line for line in lines)
+    assert [seconds_left(line) for line in lines] == list(range(120, 59, -5))
+
+
+def test_work_of_unknown_length_tells_how_long_it_takes(now):
+    stream = io.StringIO()
+    display = PlainDisplay(stream)
+    with display.bar("load the model", None):
+        for _ in range(3):
+            now[0] += 5
+            display.tick()
+    assert stream.getvalue().splitlines() == [
+        *(f"load the model: 0:{seconds:02}" for seconds in (5, 10, 15)),
+        "load the model: in 0:15",
+    ]
+
+
+def test_the_innermost_bar_speaks_and_the_outer_one_after_it(now):
+    stream = io.StringIO()
+    display = PlainDisplay(stream)
+    with display.bar("outer", 10):
+        with display.bar("inner", 4) as advance:
+            now[0] += 5
+            advance(1)
+        now[0] += 5
+        display.tick()
+    lines = stream.getvalue().splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["inner", "inner", "outer", "outer"]
+
+
+def test_a_thread_speaks_while_the_work_is_silent():
+    heard = threading.Event()
+    display = PlainDisplay(io.StringIO(), every=0.01)
+    display.note = lambda text: heard.set()
+    with display.bar("compile", None):
+        assert heard.wait(10)
+        assert display._ended is not None
+    assert display._ended is None  # it has been told to end
+
+
+def test_parts_of_a_row_make_whole_ones(now):
+    stream = io.StringIO()
+    with PlainDisplay(stream, every=0).bar("answer", 3, "answers") as advance:
+        for _ in range(30):
+            now[0] += 1
+            advance(0.1)
+    lines = stream.getvalue().splitlines()
+    assert lines[0].startswith("answer: 0.1/3 answers") and lines[-1].startswith("answer: 3/3 answers")
+    left = [seconds_left(line) for line in lines[:-1]]
+    assert left == sorted(left, reverse=True) and left[0] == 29 and left[-1] == 0
+
+
+def test_a_terminal_bar_falls_by_itself(now):
+    display, stream = terminal()
+    with display.bar("train tell", 200, "tokens") as advance:
+        now[0] += 10
+        advance(100)
+        display._progress.refresh()
+        now[0] += 4
+        stream.truncate(0)
+        display._progress.refresh()
+        assert "0:06 left" in stream.getvalue()
 
 
 def test_plain_display_is_quiet_about_brief_work():

@@ -81,3 +81,14 @@ def test_short_memory_changes_no_answer(tiny_model, monkeypatch):
     monkeypatch.setattr(engines, "free_bytes", lambda device: 2 * SHARE * row)
     assert engine.generate(prompts, decoding) == plenty
     assert sizes == [6, 2]
+
+
+def test_memory_of_other_devices(monkeypatch):
+    free = psutil.virtual_memory()._replace(available=10**12)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
+    for name, value in (("memory_reserved", 500), ("memory_allocated", 200), ("mem_get_info", (1000, 9999))):
+        monkeypatch.setattr(torch.xpu, name, lambda device, value=value: value)
+    assert free_bytes(torch.device("xpu")) == 1300
+    monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 1000)
+    monkeypatch.setattr(torch.mps, "current_allocated_memory", lambda: 400)
+    assert free_bytes(torch.device("mps")) == 600

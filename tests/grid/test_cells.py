@@ -203,7 +203,8 @@ def test_folders_count_by_content(tmp_path):
 
 def test_names_stay_what_they_are():
     """A change here loses every finished cell of every user; raise CELL_FORMAT where that is meant."""
-    plain = load_config(flags={"task": {"data": "no-such-file.jsonl"}, "anchor": {"text": "none"}})
+    sampled = {"greedy": False, "repetition_penalty": 1.05}  # the defaults before `modern` decoded greedily
+    plain = load_config(flags={"task": {"data": "no-such-file.jsonl"}, "anchor": {"text": "none"}, "generate": sampled})
     names = {
         "base": "base-b0b57a509a8e4b04",
         "sft": "sft-9c45bf1dbfdc5e5a",
@@ -218,6 +219,7 @@ def test_names_stay_what_they_are():
             "anchor": {"text": "Sort this mail."},
             "train": {"learning_rate": 1e-3},
             "mix": {"repeat": 4},
+            "generate": sampled,
         }
     )
     found = {arm: make_cell(plain if arm == "base" else full, arm).name for arm in names}

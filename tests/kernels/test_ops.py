@@ -9,10 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tell.kernels.attention import row_attention
 from tell.kernels.library import reason
 from tell.kernels.ops import GELU_TANH, SILU, kernels_for
 from tell.train.attention import PackedPlan
-from tell.train.fused_ops import Attention, Gated, GatedProjection, Projection, RmsNorm, Stack, joined
+from tell.train.fused_ops import Attention, Gated, GatedProjection, Projection, RmsNorm, joined
+from tell.train.stacked import Lora, Stack
 
 pytestmark = pytest.mark.skipif(kernels_for(torch.zeros(1)) is None, reason=f"no kernels: {reason()}")
 DTYPES = [torch.float32, torch.bfloat16]
@@ -137,18 +139,21 @@ def test_attention(dtype, window, prefix, rot):
         close(actual, wanted)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 8e-3), (torch.float32, 2e-6)])  # several roundings
 @pytest.mark.parametrize("by_rows", [True, False])  # and by the library's batched products
 @pytest.mark.parametrize(("prefix", "window", "width"), [(0, None, 64), (37, None, 80), (37, 50, 16)])
-def test_attention_of_long_rows_in_bf16(prefix, window, width, by_rows, monkeypatch):
+def test_attention_of_long_rows(prefix, window, width, by_rows, dtype, tolerance, monkeypatch):
+    if by_rows and dtype == torch.float32:
+        assert row_attention(dtype, width) is not None
     if not by_rows:
         monkeypatch.setattr("tell.train.fused_ops.row_attention", lambda *_: None)
     heads, kv, lengths, scale = 6, 2, (7, 203, 1, 98), width**-0.5
     total = prefix + sum(lengths)
-    whole = leaf(total, (heads + 2 * kv) * width, dtype=torch.bfloat16)
+    whole = leaf(total, (heads + 2 * kv) * width, dtype=dtype)
     parts = whole.split([heads * width, kv * width, kv * width], dim=1)
     plan = PackedPlan(lengths, prefix=prefix)
     angle = plan.positions()[0][:, None] * torch.rand(8, generator=torch.Generator().manual_seed(3))
-    angle = torch.cat([angle, angle], dim=1).bfloat16()
+    angle = torch.cat([angle, angle], dim=1).to(dtype)
     cosine, sine = angle.cos(), angle.sin()
     out = Attention.apply(*parts, cosine, sine, plan, heads, kv, scale, window)
     (exact,) = double(whole)
@@ -162,7 +167,7 @@ def test_attention_of_long_rows_in_bf16(prefix, window, width, by_rows, monkeypa
     for one, two in zip(found, gradients(again, parts), strict=True):
         assert torch.equal(one, two)
     for actual, wanted in pairs:
-        assert (actual.double() - wanted).norm() < 8e-3 * wanted.norm()  # several roundings of 2^-9 each
+        assert (actual.double() - wanted).norm() < tolerance * wanted.norm()
 
 
 @settings(max_examples=25)
@@ -194,6 +199,35 @@ def test_projection_of_three_layers_two_adapted(dtype):
     for actual, wanted in zip(got, gradients(expected + delta, leaves), strict=True):
         close(actual.to(dtype), wanted)  # adapters' gradients are products in the model's format, kept in fp32
     assert all(g.dtype == torch.float32 for g in got[1:])
+
+
+@pytest.mark.parametrize("widths", [(12, 6, 10), (28,)])
+def test_many_rows_meet_weights_with_their_adapters_folded_in(widths, monkeypatch):
+    """As many rows as inputs, in fp32: one product a way; the same numbers as with the adapter beside the weight."""
+    scales = (2.0, None, 0.5) if len(widths) > 1 else (2.0,)
+    adapted = [width for width, scale in zip(widths, scales, strict=True) if scale]
+    shapes = [shape for width in adapted for shape in ((4, 16), (width, 4))]
+    leaves = [leaf(20, 16, dtype=torch.float32), *(leaf(*s, dtype=torch.float32, seed=i) for i, s in enumerate(shapes))]
+    stack = Stack(leaf(28, 16, dtype=torch.float32, seed=9).detach(), torch.randn(28), widths, scales, 0.0)
+    folds = []
+    original = Lora.folded
+    monkeypatch.setattr(Lora, "folded", lambda self, *args: folds.append(self) or original(self, *args))
+    whole = torch.cat(Projection.apply(leaves[0], stack, *leaves[1:]), -1)
+    found = [whole, *gradients(whole, leaves)]
+    assert len(folds) == 2
+    monkeypatch.setattr(Lora, "__init__", unfolded(Lora.__init__))
+    apart = torch.cat(Projection.apply(leaves[0], stack, *leaves[1:]), -1)
+    for actual, expected in zip(found, [apart, *gradients(apart, leaves)], strict=True):
+        close(actual, expected)
+    assert len(folds) == 2
+
+
+def unfolded(init):
+    def without(self, *args):
+        init(self, *args)
+        self.folds = False
+
+    return without
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -18,7 +18,9 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_loads_frozen_in_evaluation_mode_and_silent(family, tiny_model, capfd):
-    loaded = load_model(find_model(str(tiny_model(family))), dtype="fp32", device="cpu")
+    files = find_model(str(tiny_model(family)))
+    capfd.readouterr()  # making it shows a bar
+    loaded = load_model(files, dtype="fp32", device="cpu")
     assert not loaded.model.training and not any(p.requires_grad for p in loaded.model.parameters())
     assert (loaded.dtype, loaded.device.type) == (torch.float32, "cpu")
     assert loaded.model.config._attn_implementation == ("eager" if family == "gemma2" else "sdpa")
@@ -41,12 +43,64 @@ def test_number_format_as_asked_and_by_hardware(tiny_model, monkeypatch):
 
 def test_devices(monkeypatch):
     assert choose_device("cpu") == CPU
-    assert choose_device().type == ("cuda" if torch.cuda.is_available() else "cpu")
     with pytest.raises(TellError, match=r"model\.device"):
         choose_device("tpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(TellError, match="cuda was asked for"):
         choose_device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("there", "chosen"),
+    [({"cuda", "xpu", "mps"}, "cuda"), ({"xpu", "mps"}, "xpu"), ({"mps"}, "mps"), (set(), "cpu")],
+)
+def test_auto_takes_the_first_device_that_torch_sees(there, chosen, monkeypatch):
+    for name, backend in (("cuda", torch.cuda), ("xpu", torch.xpu), ("mps", torch.backends.mps)):
+        monkeypatch.setattr(backend, "is_available", lambda name=name: name in there)
+    assert choose_device().type == chosen
+    for name in ("xpu", "mps"):
+        if name in there:
+            assert choose_device(name).type == name
+        else:
+            with pytest.raises(TellError, match=f"{name} was asked for"):
+                choose_device(name)
+
+
+@pytest.mark.parametrize(
+    ("system", "expected"),
+    [("15.1", torch.bfloat16), ("14.0", torch.bfloat16), ("13.6", torch.float32), ("", torch.float32)],
+)
+def test_number_format_of_apple_silicon(system, expected, monkeypatch):
+    monkeypatch.setattr(machine.platform, "mac_ver", lambda: (system, ("", "", ""), "arm64"))
+    dtype, why = choose_dtype("auto", torch.device("mps"))
+    assert dtype == expected and "Metal" in why
+    assert machine.likely_dtype("mps") == why.partition(":")[0]
+
+
+def test_number_format_of_intel_gpus(monkeypatch):
+    monkeypatch.setattr(torch.xpu, "get_device_name", lambda device: "Arc A770")
+    assert choose_dtype("auto", torch.device("xpu")) == (torch.bfloat16, "bf16: the GPU (Arc A770) has it in hardware")
+    assert machine.likely_dtype("xpu") == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("files", "torch_version", "system", "expected"),
+    [
+        (["/dev/nvidia0", "/dev/dri"], "2.13.0+xpu", ("Linux", "x86_64"), "cuda"),
+        (["/dev/dri"], "2.13.0+xpu", ("Linux", "x86_64"), "xpu"),
+        (["/dev/dri"], "2.13.0+cpu", ("Linux", "x86_64"), "cpu"),
+        ([], "2.13.0", ("Darwin", "arm64"), "mps"),
+        ([], "2.2.2", ("Darwin", "x86_64"), "cpu"),
+    ],
+)
+def test_likely_devices(files, torch_version, system, expected, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(machine.Path, "exists", lambda path: str(path) in files)
+    monkeypatch.setattr(machine.shutil, "which", lambda name: None)
+    monkeypatch.setattr(machine, "_torch_version", lambda: torch_version)
+    monkeypatch.setattr(machine.platform, "system", lambda: system[0])
+    monkeypatch.setattr(machine.platform, "machine", lambda: system[1])
+    assert machine.likely_device() == expected
 
 
 @pytest.mark.parametrize(
@@ -60,7 +114,7 @@ def test_devices(monkeypatch):
 def test_processor_flags(flags, expected, monkeypatch):
     monkeypatch.setattr(machine.platform, "system", lambda: "Linux")
     monkeypatch.setattr(machine, "_cpuinfo", lambda: {"flags": flags})
-    assert machine.cpu_bf16.__wrapped__() == expected
+    assert machine._bf16_feature.__wrapped__() == expected
 
 
 def test_weights_that_do_not_fit_the_configuration_are_refused(tiny_model, tmp_path):

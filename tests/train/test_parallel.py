@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from tell.errors import TellError
 from tell.train.launch import Launch, launched, refuse_several
-from tell.train.parallel import split_rows
+from tell.train.parallel import Processes, split_rows
 from train.packed import assert_close, make_rows
 from train.processes import CASES, train
 
@@ -141,3 +141,9 @@ def test_launch(monkeypatch):
         refuse_several("chat")
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert launched() is None
+
+
+@pytest.mark.parametrize("device", ["xpu", "mps"])
+def test_several_processes_on_a_device_they_do_not_share(device):
+    with pytest.raises(TellError, match=f"several processes do not train on {device}"):
+        Processes(Launch(0, 2, 0), device, sharded=False)

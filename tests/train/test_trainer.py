@@ -19,10 +19,14 @@ from tell.config import TrainConfig
 from tell.errors import Interrupted, TellError
 from tell.mix.amount import general_rows
 from tell.mix.mixture import build
+from tell.train import trainer as trainers
+from tell.train import transfer
 from tell.train.checkpoint import save_checkpoint
 from tell.train.lora import add_lora
+from tell.train.plain import PlainBody
 from tell.train.step import Body, step_loss
 from tell.train.trainer import Trainer, _add_noise, learning_rate, step_rows
+from tell.train.transfer import trains_fast
 from train.packed import assert_close, gradients, load, make_rows, make_table, reference_loss, wake
 
 CONFIG = TrainConfig(batch_size=4, learning_rate=5e-3, lora_r=4, lora_dropout=0.2, checkpoint_every=0, micro_tokens=90)
@@ -99,6 +103,30 @@ def test_equals_a_loop_over_plain_transformers(tiny_model, tmp_path):
     theirs = {n.replace(".default", ""): p.detach() for n, p in model.named_parameters() if p.requires_grad}
     # Adam divides by tiny second moments: elements without gradient signal differ, the whole does not
     assert_close(adapter(tmp_path), theirs, tolerance=1e-2)
+
+
+@pytest.mark.parametrize("fast", ["auto", "off"])
+def test_tokens_move_within_a_step(fast, tiny_model, tmp_path):
+    """Pass by pass: a step may take longer than anybody waits for a sign."""
+    moved, steps = [], []
+    config = CONFIG.model_copy(update={"fast": fast, "micro_tokens": 60})
+
+    def stepped(report):
+        steps.append(report.tokens)
+        assert sum(moved) == report.tokens_total
+
+    trainer(load(tiny_model("llama")), tmp_path, config, progress=stepped, moved=moved.append).run()
+    assert len(moved) > len(steps) and max(moved) < max(steps)
+
+
+def test_devices_without_packed_rows_train_by_the_plain_path(tiny_model, tmp_path, monkeypatch):
+    assert [trains_fast("auto", name) for name in ("cpu", "cuda", "xpu", "mps")] == [True, True, False, False]
+    assert not trains_fast("off", "cpu")
+    made = []
+    monkeypatch.setattr(transfer, "FAST_DEVICES", ("cuda",))  # as if the processor were such a device
+    monkeypatch.setattr(trainers, "PlainBody", lambda model: made.append(PlainBody(model)) or made[-1])
+    trainer(load(tiny_model("llama")), tmp_path).run()
+    assert len(made) == 1
 
 
 def test_logs_and_totals(tiny_model, tmp_path):

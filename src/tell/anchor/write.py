@@ -141,8 +141,8 @@ def _written(
     )
     with display.bar("anchor: the model writes candidates", len(prompts), "candidates") as advance:
 
-        def progress(_: int, finished: int) -> None:
-            advance(finished)
+        def progress(_: int, further: float) -> None:
+            advance(further)
             check()
 
         answers = engine.generate(prompts, decoding, progress=progress)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 BRIEF_SECONDS = 1.0  # work shorter than this leaves no line on the screen
+EVERY = 5.0  # seconds between lines of a log file
 
 
 def make_console(*, stderr: bool = False) -> Console:
@@ -62,13 +64,17 @@ class _Count:
     def __init__(self, title: str, total: float | None, unit: str) -> None:
         self.title, self.total, self.unit = title, total, unit
         self.done, self.info, self.began = 0.0, "", time.monotonic()
-        self.end: float | None = None  # on the same clock, where the caller has said it
+        self.end: float | None = None  # on the same clock, as far as can be said
+        self.told = False  # by the caller, not by the pace so far
 
     def advance(self, amount: float, info: str, left: float | None) -> None:
-        self.done += amount
+        now = time.monotonic()
+        self.done = round(self.done + amount, 6)  # fractions of a row add up to whole ones
         self.info = info or self.info
         if left is not None:
-            self.end = time.monotonic() + left
+            self.end, self.told = now + left, True
+        elif amount and self.total and self.done and not self.told:
+            self.end = now + max(0.0, self.total - self.done) * (now - self.began) / self.done
 
     @property
     def seconds(self) -> float:
@@ -76,20 +82,21 @@ class _Count:
 
     @property
     def rate(self) -> str:
-        if not self.done or not self.seconds or self.end is not None:  # the pieces are of unlike size
+        if not self.done or not self.seconds or self.told:  # the pieces are of unlike size
             return ""
         return f"{short(self.done / self.seconds)} {self.unit}/s"
 
     @property
     def left(self) -> str:
-        if self.end is not None:
-            return f"{clock(max(0.0, self.end - time.monotonic()))} left"
-        if not self.total or not self.done:
-            return ""
-        return f"{clock(max(0.0, self.total - self.done) * self.seconds / self.done)} left"
+        """Falls from one amount to the next too; until one can tell, how long it has taken."""
+        if self.end is None:
+            return clock(self.seconds)
+        return f"{clock(max(0.0, self.end - time.monotonic()))} left"
 
     @property
     def amount(self) -> str:
+        if not self.total and not self.done:
+            return ""
         of = f"/{short(self.total)}" if self.total else ""
         return f"{short(self.done)}{of} {self.unit}"
 
@@ -99,10 +106,14 @@ class _Count:
 
 
 class PlainDisplay:
-    """A line when work begins and ends, and one every ``every`` seconds between."""
+    """A line when work ends, and one every ``every`` seconds before, whether the work reports anything or not."""
 
-    def __init__(self, stream: Any = None, *, every: float = 15.0) -> None:
+    def __init__(self, stream: Any = None, *, every: float = EVERY) -> None:
         self.stream, self.every = stream, every
+        self._open: list[_Count] = []  # the innermost last: it alone is shown
+        self._said = 0.0
+        self._ended: threading.Event | None = None  # of the thread that speaks where the work is silent
+        self._lock = threading.RLock()
 
     def note(self, text: str) -> None:
         print(_bounded(text), file=self.stream or sys.stderr, flush=True)
@@ -110,20 +121,45 @@ class PlainDisplay:
     @contextmanager
     def bar(self, title: str, total: float | None, unit: str = "rows") -> Iterator[Advance]:
         state = _Count(title, total, unit)
-        said = state.began
-        announced = False
 
         def advance(amount: float = 1, info: str = "", left: float | None = None) -> None:
-            nonlocal said, announced
-            state.advance(amount, info, left)
-            now = time.monotonic()
-            if now - said >= self.every:
-                said, announced = now, True
-                self.note(state.line())
+            with self._lock:
+                state.advance(amount, info, left)
+                self.tick()
 
-        yield advance
-        if announced or state.seconds >= BRIEF_SECONDS or not self.every:
+        self._enter(state)
+        try:
+            yield advance
+        finally:
+            self._leave(state)
+        if state.seconds >= BRIEF_SECONDS or not self.every:
             self.note(state.line(finished=True))
+
+    def tick(self) -> None:
+        """Print how far the innermost work is, where that is due."""
+        with self._lock:
+            now = time.monotonic()
+            if self._open and now - max(self._said, self._open[-1].began) >= self.every:
+                self._said = now
+                self.note(self._open[-1].line())
+
+    def _enter(self, state: _Count) -> None:
+        with self._lock:
+            self._open.append(state)
+            if self._ended is None and self.every:
+                self._ended = threading.Event()
+                threading.Thread(target=self._speak, args=(self._ended,), name="progress", daemon=True).start()
+
+    def _leave(self, state: _Count) -> None:
+        with self._lock:
+            self._open.remove(state)
+            if not self._open and self._ended is not None:
+                self._ended.set()
+                self._ended = None
+
+    def _speak(self, ended: threading.Event) -> None:
+        while not ended.wait(self.every / 4):
+            self.tick()
 
 
 class TerminalDisplay:

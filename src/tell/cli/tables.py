@@ -6,9 +6,8 @@ import json
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-import yaml
-
 from tell.cli.display import clock, short
+from tell.config import read_yaml
 from tell.evaluate.names import LOSSES, NAMES, Unit, unit_of
 from tell.report.told import told
 from tell.run import RunFolder, read_jsonl
@@ -199,9 +198,7 @@ def show_run(console: Console, run: RunFolder) -> None:
     if answers is not None:
         console.print(answers)
     show_metrics(console, metrics)
-    findings = json.loads(run.findings.read_text(encoding="utf-8"))
-    config = yaml.safe_load(run.config.read_text(encoding="utf-8"))
-    for text in told(findings, config):
+    for text in told(run.read(run.findings), read_yaml(run.config)):
         console.print(Text(f"note: {clean(text)}", style="yellow"))
     lines = [f"adapter  {run.adapter}"] if run.adapter.exists() else []
     lines += [f"report   {run.report}"] if run.report.exists() else []

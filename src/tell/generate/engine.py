@@ -87,7 +87,7 @@ class Engine:
         decoding: Decoding,
         *,
         limits: Sequence[int] | None = None,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Callable[[int, float], None] | None = None,
         on_token: Callable[[int, int], object] | None = None,
     ) -> list[Answer]:
         """Answer each prompt.
@@ -96,7 +96,8 @@ class Engine:
             prompts: token ids, at least one each.
             decoding: sampler, limits, batch size and seed.
             limits: new tokens of each prompt at most; None: ``decoding.max_new_tokens`` for all.
-            progress: called with (new tokens, finished rows) after each step.
+            progress: called after each step with (new tokens, how much further the rows are): a row counts by the
+                share of its limit that is written, and as one when it is finished.
             on_token: called with (prompt number, token) as tokens come; where it returns True, that token is the
                 answer's last.
 
@@ -123,7 +124,7 @@ class Engine:
         prompts: list[list[int]],
         decoding: Decoding,
         limits: Sequence[int],
-        progress: Callable[[int, int], None] | None,
+        progress: Callable[[int, float], None] | None,
         on_token: Callable[[int, int], object] | None,
     ) -> list[Answer]:
         prefix = shared_prefix(prompts)
@@ -142,6 +143,7 @@ class Engine:
         batch = self._batch(decoding, slots, capacity, prompts[0][:prefix])
         active: list[_Row] = []
         last: list[int] = []
+        ended, before = 0, 0.0
         while waiting or active:
             free = slots - len(active)
             if waiting and (not active or free >= max(1, slots // 4)):
@@ -163,8 +165,11 @@ class Engine:
                 finished = self._record(active, last, 0, decoding, on_token)
                 new = len(active)
             self._retire(active, last, finished, batch)
+            ended += len(finished)
             if progress:
-                progress(new, len(finished))
+                now = ended + sum(len(row.answer.ids) / row.limit for row in active)
+                progress(new, now - before)
+                before = now
         return answers
 
     @contextmanager

@@ -74,7 +74,12 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch gives it out again
         return torch.cuda.mem_get_info(device)[0] + kept
+    if device.type == "xpu":
+        kept = torch.xpu.memory_reserved(device) - torch.xpu.memory_allocated(device)
+        return torch.xpu.mem_get_info(device)[0] + kept
     free = psutil.virtual_memory().available
+    if device.type == "mps":  # the machine's own memory, of which Metal wants to use so much
+        free = min(free, torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory())
     group = Path("/sys/fs/cgroup")
     try:
         limit = int((group / "memory.max").read_text())

@@ -141,7 +141,7 @@ class VllmEngine:
         decoding: Decoding,
         *,
         limits: Sequence[int] | None = None,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Callable[[int, float], None] | None = None,
         on_token: Callable[[int, int], object] | None = None,
     ) -> list[Answer]:
         """As ``Engine.generate``; ``progress`` and ``on_token`` are called when all answers are there, and cut then.

@@ -1,12 +1,16 @@
-"""Attention of training over rows laid end to end, in bf16: the kernels of ``train_attention.h`` as functions.
+"""Attention of training over rows laid end to end: the kernels of ``train_attention*.h`` as functions.
+
+In fp32 on any processor, in bf16 where there are dot products of pairs.
 
 All tensors lie on the processor; their last dimension is contiguous.
 """
 
 from __future__ import annotations
 
-from ctypes import CDLL, POINTER, Structure, byref, c_float, c_int64, c_void_p
+from collections.abc import Callable
+from ctypes import POINTER, Structure, byref, c_float, c_int64, c_void_p
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,10 +18,11 @@ from torch import Tensor
 from tell.kernels.library import library
 
 _P, _N = c_void_p, c_int64
+_SUFFIX = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
 class _Task(Structure):
-    """``train_attention_task``."""
+    """``train_attention_task_bf16`` and ``_fp32``."""
 
     _fields_ = [
         *((name, _N) for name in ("tokens", "rows", "prefix", "heads", "key_heads", "width", "rotary", "window")),
@@ -27,6 +32,14 @@ class _Task(Structure):
         *((name, _P) for name in ("go", "gq", "gk", "gv")),
         ("g_stride", _N),
     ]
+
+
+class Functions(NamedTuple):
+    """The kernels of one number format, for heads whose width is a multiple of ``lanes``."""
+
+    lanes: int
+    forward: Callable[..., None]
+    backward: Callable[..., None]
 
 
 class RowAttention:
@@ -44,7 +57,7 @@ class RowAttention:
 
     def __init__(
         self,
-        shared: CDLL,
+        functions: Functions,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -58,7 +71,7 @@ class RowAttention:
         scaling: float,
         window: int | None,
     ) -> None:
-        self._shared = shared
+        self._functions = functions
         self._kept = q, k, v, cosine, sine, start, length  # the task borrows their memory
         self._task = _Task(
             len(q), len(start), prefix, heads, kv, q.shape[1] // heads, cosine.shape[1], window or 1 << 40,
@@ -71,7 +84,7 @@ class RowAttention:
         q, task = self._kept[0], self._task
         out, lse = q.new_empty(q.shape), torch.empty(len(q), task.heads)
         task.out, task.lse = out.data_ptr(), lse.data_ptr()
-        self._shared.train_attention(byref(task))
+        self._functions.forward(byref(task))
         return out, lse
 
     def backward(self, out: Tensor, lse: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -82,22 +95,28 @@ class RowAttention:
         gq, gk, gv = gradients.split([q.shape[1], k.shape[1], v.shape[1]], dim=1)
         task.out, task.lse, task.go = out.data_ptr(), lse.data_ptr(), grad.data_ptr()
         task.gq, task.gk, task.gv, task.g_stride = gq.data_ptr(), gk.data_ptr(), gv.data_ptr(), gradients.stride(0)
-        self._shared.train_attention_back(byref(task))
+        self._functions.backward(byref(task))
         return gq, gk, gv
 
 
-@lru_cache(maxsize=1)
-def _shared() -> tuple[CDLL | None, int]:
+@lru_cache(maxsize=4)
+def _functions(dtype: torch.dtype) -> Functions | None:
     shared = library()
-    if shared is None:
-        return None, 0
-    shared.train_attention_lanes.restype = _N
-    for function in (shared.train_attention, shared.train_attention_back):
+    if shared is None or dtype not in _SUFFIX:
+        return None
+    suffix = _SUFFIX[dtype]
+    count = shared[f"train_attention_lanes_{suffix}"]
+    count.restype = _N
+    lanes = int(count())
+    if not lanes:  # compiled without the functions
+        return None
+    forward, backward = shared[f"train_attention_{suffix}"], shared[f"train_attention_back_{suffix}"]
+    for function in (forward, backward):
         function.argtypes, function.restype = (POINTER(_Task),), None
-    return shared, int(shared.train_attention_lanes())
+    return Functions(lanes, forward, backward)
 
 
-def row_attention(dtype: torch.dtype, width: int) -> CDLL | None:
+def row_attention(dtype: torch.dtype, width: int) -> Functions | None:
     """The kernels for heads of ``width``; None where batched products are to be used."""
-    shared, lanes = _shared()
-    return shared if dtype == torch.bfloat16 and lanes and width % lanes == 0 else None
+    found = _functions(dtype)
+    return found if found is not None and width % found.lanes == 0 else None

@@ -21,13 +21,14 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from tell.cpu import cpu_level
 from tell.errors import TellError
 from tell.home import tell_home
 from tell.run import sync, write_text
 
 FOLDER = Path(__file__).parent
 FLAGS = (
-    *("-O3", "-march=native", "-fPIC", "-shared", "-fopenmp", "-std=c11", "-w"),
+    *("-O3", "-fPIC", "-shared", "-fopenmp", "-std=c11", "-w"),
     # Sums may be reordered; infinities and NaN keep their meaning.
     *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-ffp-contract=fast"),
 )
@@ -56,6 +57,12 @@ def library() -> ctypes.CDLL | None:
 def reason() -> str:
     """Why ``library`` is None; empty when it is not."""
     return _load()[1]
+
+
+def _flags() -> tuple[str, ...]:
+    """Of the compiler, for this processor or the part of it that ``TELL_CPU`` leaves."""
+    level = cpu_level()
+    return (f"-march={level.march if level else 'native'}", *FLAGS)
 
 
 def _compiler() -> str:
@@ -90,7 +97,8 @@ def _build() -> Path:
     for path in sorted(FOLDER.glob("*.[ch]")):
         digest.update(path.read_bytes())
     version = _run([compiler, "--version"]).stdout
-    for text in (*FLAGS, compiler, version, _processor(), platform.machine()):
+    flags = _flags()
+    for text in (*flags, compiler, version, _processor(), platform.machine()):
         digest.update(text.encode())
     folder = tell_home() / "kernels"
     target = folder / f"tell-{digest.hexdigest()[:16]}.so"
@@ -103,7 +111,7 @@ def _build() -> Path:
                 return target
             with tempfile.TemporaryDirectory(dir=folder) as scratch:
                 out = Path(scratch) / target.name
-                command = [compiler, *FLAGS, "-o", str(out), *map(str, sources), "-lm"]
+                command = [compiler, *flags, "-o", str(out), *map(str, sources), "-lm"]
                 done = _run(command)
                 if done.returncode:
                     first = (done.stderr.strip().splitlines() or ["no message"])[0]

@@ -8,31 +8,7 @@
 #ifdef TELL_TILES
 #define SPAN 96 /* queries whose probabilities are held for the gradients of keys and values; a multiple of ROWS */
 
-int64_t train_attention_lanes(void) { return LANES; }
-
-typedef struct {
-  i64 tokens, rows, prefix, heads, key_heads, width, rotary, window;
-  const i64 *start, *length; /* of each row, the longest first; each sees the tokens 0 .. prefix in front of it */
-  const bf16 *q, *k, *v;     /* tokens x heads of width */
-  i64 q_stride, k_stride, v_stride;
-  const bf16 *cosine, *sine; /* tokens x rotary */
-  float scaling;
-  bf16 *out;      /* (tokens, heads * width) */
-  float *lse;     /* (tokens, heads): logarithm of the sum of exponentials */
-  const bf16 *go; /* gradient of out, (tokens, heads * width) */
-  bf16 *gq, *gk, *gv;
-  i64 g_stride;
-} train_attention_task;
-
-/* One row of a task: its first token, queries, keys in front of them, all keys. */
-typedef struct { i64 start, length, ahead, keys; } train_row;
-
-static inline i64 row_token(const train_row *r, i64 i) { return i < r->ahead ? i : r->start + i - r->ahead; }
-
-static train_row row_of(const train_attention_task *t, i64 r) {
-  if (r < 0) return (train_row){0, t->prefix, 0, t->prefix};
-  return (train_row){t->start[r], t->length[r], t->prefix, t->prefix + t->length[r]};
-}
+int64_t train_attention_lanes_bf16(void) { return LANES; }
 
 /* e^x for x <= 0, relative error under 3e-6; NaN stays. */
 INLINE __m512 exp_lanes(__m512 x) {
@@ -47,7 +23,7 @@ INLINE __m512 exp_lanes(__m512 x) {
 }
 
 /* Tokens from .. from + n of a row, turned and scaled, one below the other; zeros up to `padded`. */
-static void gather(const train_attention_task *t, const train_row *r, i64 from, i64 n, i64 padded, const bf16 *x,
+static void gather(const train_attention_task_bf16 *t, const train_row *r, i64 from, i64 n, i64 padded, const bf16 *x,
                    i64 stride, int turned, float scale, bf16 *to) {
   for (i64 i = 0; i < n; i++) {
     i64 at = row_token(r, from + i), rot = t->rotary;
@@ -116,14 +92,10 @@ INLINE void mix(const bf16 *x, i64 row, i64 step, i64 pairs, const bf16 *panels,
   }
 }
 
-/* Keys of the row that its query i sees: from, up to and without end. */
-static inline i64 sight_end(const train_row *r, i64 i) { return i < r->length ? r->ahead + i + 1 : 0; }
-static inline i64 sight_begin(const train_attention_task *t, i64 end) { return end > t->window ? end - t->window : 0; }
-
 /* Lanes from j on that lie in sight. */
 static inline __mmask16 seen(i64 begin, i64 end, i64 j) { return first(end - j) & ~first(begin - j); }
 
-static void forward_job(const train_attention_task *t, const train_row *r, i64 key_head, char *memory) {
+static void forward_job_bf16(const train_attention_task_bf16 *t, const train_row *r, i64 key_head, char *memory) {
   const i64 width = t->width, n = r->keys, padded = up(n, PANEL), pitch = padded + LANES, group = t->heads / t->key_heads;
   const i64 queries = up(r->length, ROWS), deep = up(n, LANES);
   float *scores = (float *)memory, *mixed = scores + ROWS * pitch;
@@ -140,7 +112,7 @@ static void forward_job(const train_attention_task *t, const train_row *r, i64 k
       float inverse[ROWS];
       dots(q + i * width, width, keys, limit, scores, pitch);
       for (i64 m = 0; m < ROWS; m++) {
-        const i64 end = sight_end(r, i + m), begin = sight_begin(t, end);
+        const i64 end = sight_end(r, i + m), begin = sight_begin_bf16(t, end);
         const float *s = scores + m * pitch;
         __m512 top = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
         for (i64 j = begin / LANES * LANES; j < end; j += LANES) {
@@ -189,7 +161,7 @@ INLINE void store_pairs(int32_t *to, __m512 a, __m512 b) {
 
 /* Gradients of one job. dk, dv (keys, width): fp32 sums, of which those of the prefix go to or come from `totals`
    (2, prefix, width): a row adds to them, the prefix itself (ahead = 0) begins with them. */
-static void backward_job(const train_attention_task *t, const train_row *r, i64 key_head, float *totals, char *memory) {
+static void backward_job_bf16(const train_attention_task_bf16 *t, const train_row *r, i64 key_head, float *totals, char *memory) {
   const i64 width = t->width, n = r->keys, padded = up(n, PANEL), pitch = padded + LANES, group = t->heads / t->key_heads;
   const i64 queries = up(r->length, ROWS), deep = up(n, LANES), rot = t->rotary, sums = up(n, ROWS) * width;
   float *scores = (float *)memory, *slopes = scores + ROWS * pitch, *mixed = slopes + ROWS * pitch;
@@ -226,7 +198,7 @@ static void backward_job(const train_attention_task *t, const train_row *r, i64 
           __m512 lse[2], mean[2]; /* mean slope: sum of p dp = out . go */
           for (int e = 0; e < 2; e++) {
             const i64 at = i + m + e, token = (r->start + at) * t->heads + h;
-            end[e] = sight_end(r, at), begin[e] = sight_begin(t, end[e]);
+            end[e] = sight_end(r, at), begin[e] = sight_begin_bf16(t, end[e]);
             float dot = 0;
             if (end[e]) {
               const bf16 *a = t->out + token * width, *b = go + at * width;
@@ -284,60 +256,16 @@ static void backward_job(const train_attention_task *t, const train_row *r, i64 
 }
 
 /* Bytes that a job may need: generous, so that each is a sum of plain terms. */
-static i64 job_memory(const train_attention_task *t) {
+static i64 job_bytes_bf16(const train_attention_task_bf16 *t) {
   i64 longest = t->prefix;
   for (i64 r = 0; r < t->rows; r++) longest = t->prefix + t->length[r] > longest ? t->prefix + t->length[r] : longest;
   const i64 n = up(longest, PANEL) + PANEL;
   return 4 * (2 * ROWS * n + ROWS * t->width + 2 * n * t->width + SPAN * n) + 2 * (6 * n * t->width + ROWS * n + 2 * SPAN * t->width) + 64;
 }
 
-void train_attention(const train_attention_task *t) {
-  const i64 size = job_memory(t);
-#pragma omp parallel
-  {
-    char *memory = aligned_alloc(64, up(size, 64));
-#pragma omp for schedule(dynamic, 1)
-    for (i64 job = 0; job < (t->rows + (t->prefix > 0)) * t->key_heads; job++) {
-      const train_row r = row_of(t, job / t->key_heads - (t->prefix > 0));
-      forward_job(t, &r, job % t->key_heads, memory);
-    }
-    free(memory);
-  }
-}
-
-void train_attention_back(const train_attention_task *t) {
-  const i64 size = job_memory(t), prefix = t->prefix, part = 2 * prefix * t->width, all = part * t->key_heads;
-  const i64 threads = omp_get_max_threads();
-  float *totals = prefix ? calloc(threads * all, sizeof(float)) : NULL; /* a thread's own */
-#pragma omp parallel
-  {
-    char *memory = aligned_alloc(64, up(size, 64));
-    float *own = prefix ? totals + omp_get_thread_num() * all : NULL;
-    if (!prefix) {
-#pragma omp for schedule(dynamic, 1)
-      for (i64 job = 0; job < t->rows * t->key_heads; job++) {
-        const train_row r = row_of(t, job / t->key_heads);
-        backward_job(t, &r, job % t->key_heads, NULL, memory);
-      }
-    } else {
-#pragma omp for schedule(static, 1) /* so that a thread's totals are the same at every call */
-      for (i64 job = 0; job < t->rows * t->key_heads; job++) {
-        const train_row r = row_of(t, job / t->key_heads);
-        backward_job(t, &r, job % t->key_heads, own + job % t->key_heads * part, memory);
-      }
-#pragma omp for schedule(dynamic, 1)
-      for (i64 h = 0; h < t->key_heads; h++) {
-        float *sum = totals + h * part;
-        for (i64 c = 1; c < threads; c++)
-          for (i64 d = 0; d < part; d++) sum[d] += sum[c * all + d];
-        const train_row r = row_of(t, -1);
-        backward_job(t, &r, h, sum, memory);
-      }
-    }
-    free(memory);
-  }
-  free(totals);
-}
+#define N(name) name##_bf16
+#include "train_attention_jobs.h"
+#undef N
 #else
-int64_t train_attention_lanes(void) { return 0; } /* leave it to the products of the library */
+int64_t train_attention_lanes_bf16(void) { return 0; } /* leave it to the products of the library */
 #endif

@@ -11,6 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
+from tell.config import DEVICES
+from tell.cpu import SWITCH, cpu_level
 from tell.errors import TellError, first_line, is_panic
 from tell.models import machine
 from tell.models.find import ModelFiles
@@ -36,19 +38,26 @@ class Loaded:
 
 
 def choose_device(device: str = "auto") -> torch.device:
-    """``auto``: the GPU when torch sees one.
+    """``auto``: the first of ``config.DEVICES`` that torch sees.
 
     Raises:
-        TellError: unknown name, or cuda where torch sees none.
+        TellError: unknown name, or a device that torch does not see.
     """
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device not in ("cpu", "cuda"):
-        raise TellError(f"{device!r} is no device", where="model.device", remedy="Use auto, cpu or cuda.")
-    if device == "cuda" and not torch.cuda.is_available():
-        built = "torch is built without CUDA" if torch.version.cuda is None else "torch sees no GPU"
-        raise TellError(f"cuda was asked for, but {built}", where="model.device", remedy="Use auto or cpu.")
+        return torch.device(next(name for name in DEVICES if _is_there(name)))
+    if device not in DEVICES:
+        names = ", ".join(["auto", *DEVICES])
+        raise TellError(f"{device!r} is no device", where="model.device", remedy=f"Use one of {names}.")
+    if not _is_there(device):
+        without = device == "cuda" and torch.version.cuda is None and torch.version.hip is None
+        why = "torch is built without CUDA" if without else f"torch {torch.__version__} sees none"
+        raise TellError(f"{device} was asked for, but {why}", where="model.device", remedy="Use auto or cpu.")
     return torch.device(device)
+
+
+def _is_there(device: str) -> bool:
+    backend = {"cuda": torch.cuda, "xpu": torch.xpu, "mps": torch.backends.mps}.get(device)
+    return backend is None or backend.is_available()
 
 
 def choose_dtype(dtype: str, device: torch.device) -> tuple[torch.dtype, str]:
@@ -67,12 +76,36 @@ def choose_dtype(dtype: str, device: torch.device) -> tuple[torch.dtype, str]:
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return torch.bfloat16, f"bf16: the GPU ({name}) has it in hardware"
         return torch.float32, f"fp32: the GPU ({name}) has no bf16 in hardware"
+    if device.type == "xpu":
+        return torch.bfloat16, f"bf16: the GPU ({torch.xpu.get_device_name(device)}) has it in hardware"
+    if device.type == "mps":
+        if machine.mps_bf16():
+            return torch.bfloat16, "bf16: Metal computes in it"
+        return torch.float32, "fp32: Metal computes in bf16 only from macOS 14 on"
     feature = machine.cpu_bf16()
     if feature and torch.backends.mkldnn.is_available():
         return torch.bfloat16, f"bf16: the processor has {feature}"
     if feature:
         return torch.float32, f"fp32: the processor has {feature}, but this torch is built without oneDNN"
+    if (level := cpu_level()) is not None:
+        return torch.float32, f"fp32: ${SWITCH}={level.name} leaves the processor no bf16"
     return torch.float32, "fp32: the processor has no bf16 in hardware"
+
+
+def _check_level() -> None:
+    """Refuse ``TELL_CPU`` where torch had begun before tell could hold it to that.
+
+    Raises:
+        TellError: it computes with other instructions.
+    """
+    level = cpu_level()
+    found = torch.backends.cpu.get_cpu_capability()
+    if level is not None and found != level.capability:
+        raise TellError(
+            f"is {level.name}, but torch computes with {found}",
+            where=f"${SWITCH}",
+            remedy="Import tell before anything computes with torch, or unset it.",
+        )
 
 
 def load_model(
@@ -87,14 +120,15 @@ def load_model(
 
     Args:
         dtype: ``auto`` (bf16 where the hardware has it), ``bf16`` or ``fp32``.
-        device: ``auto`` (a GPU when there is one), ``cpu`` or ``cuda``.
+        device: ``auto`` (a GPU when there is one) or one of ``config.DEVICES``.
         attn_implementation: one of transformers' names, or one registered with its ``AttentionInterface``; ``sdpa``
             becomes ``eager`` for families without it (Gemma 2, whose scores are capped).
 
     Raises:
-        TellError: unknown device or dtype, an architecture transformers does not know, weights that do not fit
-            the configuration, not enough memory.
+        TellError: unknown device or dtype, a processor that ``TELL_CPU`` cannot hold to less, an architecture
+            transformers does not know, weights that do not fit the configuration, not enough memory.
     """
+    _check_level()
     where = choose_device(device)
     kind, why = choose_dtype(dtype, where)
     remedy = "Fetch the model again, or update transformers (pip install -U transformers)."
@@ -116,7 +150,7 @@ def load_model(
                 f"its weights lack {len(missing)} tensors, first {missing[0]}", where=str(files.path), remedy=remedy
             )
         model = model.to(where)
-    except (torch.cuda.OutOfMemoryError, MemoryError) as error:
+    except (torch.OutOfMemoryError, MemoryError) as error:
         raise TellError(
             f"{files.architecture.parameters / 1e6:,.0f} M parameters do not fit into the memory of {where}",
             where=files.name,

@@ -7,14 +7,25 @@ import platform
 import shutil
 import subprocess
 from functools import cache
+from importlib import metadata
 from pathlib import Path
+
+from tell.cpu import cpu_level
 
 BF16_CAPABILITY = 8.0  # of a GPU: Ampere
 
 
-@cache
 def cpu_bf16() -> str | None:
-    """The processor's feature that multiplies bf16 matrices (``"avx512_bf16"``, ``"amx_bf16"``, ...), or None."""
+    """The processor's feature that multiplies bf16 matrices (``"avx512_bf16"``, ``"amx_bf16"``, ...), or None.
+
+    Raises:
+        TellError: ``TELL_CPU`` has an unknown value.
+    """
+    return None if cpu_level() else _bf16_feature()
+
+
+@cache
+def _bf16_feature() -> str | None:
     system = platform.system()
     if system == "Linux":
         flags = _cpuinfo().get("flags") or _cpuinfo().get("Features") or ""
@@ -26,9 +37,14 @@ def cpu_bf16() -> str | None:
     return None  # elsewhere there is no way to ask without a driver or assembler
 
 
-@cache
 def cpu_name() -> str:
-    """``"AMD EPYC 9R14"`` or what the system gives."""
+    """``"AMD EPYC 9R14"`` or what the system gives, and what part of it is used."""
+    level = cpu_level()
+    return f"{_model_name()} ({level.name})" if level else _model_name()
+
+
+@cache
+def _model_name() -> str:
     if platform.system() == "Darwin":
         done = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True)
         return done.stdout.strip() or platform.machine()
@@ -48,9 +64,13 @@ def cores() -> int:
 
 
 def likely_device() -> str:
-    """``"cuda"`` where an NVIDIA driver is visible, else ``"cpu"``; torch has the last word when a model is loaded."""
+    """What ``device="auto"`` comes to, by the drivers in sight; torch has the last word when a model is loaded."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    return "cuda" if not hidden and (Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi")) else "cpu"
+    if not hidden and (Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi")):
+        return "cuda"
+    if Path("/dev/dri").exists() and "xpu" in _torch_version():
+        return "xpu"
+    return "mps" if (platform.system(), platform.machine()) == ("Darwin", "arm64") else "cpu"
 
 
 @cache
@@ -70,7 +90,23 @@ def likely_dtype(device: str) -> str:
     """``"bf16"`` or ``"fp32"``: what ``dtype="auto"`` comes to, as far as can be said without torch."""
     if device == "cuda":
         return "fp32" if (gpu()[1] or BF16_CAPABILITY) < BF16_CAPABILITY else "bf16"
-    return "bf16" if cpu_bf16() else "fp32"
+    if device == "mps":
+        return "bf16" if mps_bf16() else "fp32"
+    return "bf16" if device == "xpu" or cpu_bf16() else "fp32"
+
+
+def mps_bf16() -> bool:
+    """Whether Metal computes in bf16 here: from macOS 14 on, which torch knows of from its version 2.6 on."""
+    version = platform.mac_ver()[0].split(".")[0]
+    return version.isdigit() and int(version) >= 14
+
+
+def _torch_version() -> str:
+    """``"2.13.0+xpu"``: what it is built for comes last."""
+    try:
+        return metadata.version("torch")
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 @cache

@@ -18,7 +18,11 @@ from tell.run import write_json
 # Sustained LoRA training, GFLOP/s per core, before any run was measured here. Small matrices and LoRA's thin ones
 # reach a fifth of what a large product does (96 fp32, 437 bf16 on one core of an AMD EPYC with avx512_bf16).
 CPU_GFLOPS = {"fp32": 30.0, "avx512_bf16": 80.0, "amx_bf16": 150.0, "bf16": 40.0}
-CUDA_GFLOPS = {"fp32": 8_000.0, "bf16": 40_000.0}
+GPU_GFLOPS = {
+    "cuda": {"fp32": 8_000.0, "bf16": 40_000.0},
+    "xpu": {"fp32": 2_000.0, "bf16": 8_000.0},
+    "mps": {"fp32": 800.0, "bf16": 800.0},
+}
 _PROCESS_BYTES = 450e6  # Python, torch and transformers themselves, measured
 
 
@@ -65,7 +69,7 @@ def record_speed(
 
     Args:
         fingerprint: of the `ModelFiles`.
-        device: ``"cpu"`` or ``"cuda"``.
+        device: one of ``config.DEVICES``.
         dtype: ``"bf16"`` or ``"fp32"``.
         tokens_per_second: tokens fed per second of training.
         flops_per_second: `training_flops` per second; lets other models be predicted from this run.
@@ -109,7 +113,7 @@ def predict_seconds(
     Best basis first: this model measured here; another model measured here, by FLOPs; a stated speed per core.
 
     Args:
-        device: ``"cpu"``, ``"cuda"``, or None for the likely one.
+        device: one of ``config.DEVICES``, or None for the likely one.
         dtype: ``"bf16"``, ``"fp32"``, or None for the likely one.
 
     The other arguments are those of `training_flops`.
@@ -127,8 +131,8 @@ def predict_seconds(
     if others:
         newest = max(others, key=lambda record: record["time"])
         return Prediction(flops / newest["flops_per_second"], "scaled from another model on this machine", False)
-    if device == "cuda":
-        return Prediction(flops / (CUDA_GFLOPS[dtype] * 1e9), f"guess for a GPU in {dtype}", False)
+    if device in GPU_GFLOPS:
+        return Prediction(flops / (GPU_GFLOPS[device][dtype] * 1e9), f"guess for a GPU in {dtype}", False)
     cores = machine.cores()
     kind = (machine.cpu_bf16() or "bf16") if dtype == "bf16" else dtype
     speed = CPU_GFLOPS.get(kind, CPU_GFLOPS["bf16"]) * cores * 1e9

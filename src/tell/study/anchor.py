@@ -109,7 +109,7 @@ def write_anchor(
     by_hand = list(dict.fromkeys(anchor_text(text, "--compare") for text in compare))
     wanted = _wanted(config, scores, short_steps)
     task = load_task(config, display)
-    loaded, engine = load_engine(task.files, config)
+    loaded, engine = load_engine(task.files, config, display=display)
     place, candidates = _candidates(task, loaded.model, engine, display, compare=by_hand)
     usable = [c for c in candidates if c.losses is not None]
     anchors = [Anchor(c.text, place, c.origin) for c in usable]

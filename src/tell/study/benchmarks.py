@@ -331,7 +331,7 @@ def benchmark(
         arms = [arm for arm in config.eval.arms if adapter_ready(opened.folder, arm)]
     for arm in arms:
         opened.adapter(arm)  # said before the model is loaded
-    model = opened.load(config)
+    model = opened.load(config, display=display)
     metrics = opened.folder.read(path)
     earlier = metrics.get("benchmarks") or {}
     if _asked_alike(earlier.get("settings") or {}, config):  # numbers of another call stay: their answers are kept

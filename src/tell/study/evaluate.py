@@ -101,7 +101,7 @@ def evaluate(
     from tell.generate.sampler import Decoding
     from tell.train.lora import adapter_merged
 
-    model = opened.load(config)
+    model = opened.load(config, display=display)
     limit = config.generate.max_new_tokens or facts.answer_limit
     rule: GenerateConfig = config.generate
     if greedy is not None:

@@ -144,8 +144,8 @@ def measure(
     decoding = Decoding.of(config.generate, max_new_tokens=ANSWER_TOKENS, stop_ids=chat.stop_ids, seed=config.seed)
     with display.bar(f"{arm}: general answers", len(state.prompts), "answers") as advance:
 
-        def progress(_: int, finished: int) -> None:
-            advance(finished)
+        def progress(_: int, further: float) -> None:
+            advance(further)
             check()
 
         prompts = [prompt_ids(chat, example) for example in state.prompts]

@@ -176,7 +176,7 @@ class EngineLM(TemplateLM):
         answers = self.engine.generate(
             prompts,
             decoding,
-            progress=lambda _, finished: self.advance(finished),
+            progress=lambda _, further: self.advance(further),
             on_token=self._watch(until, len(prompts)),
         )
         texts = [self.chat.decode(answer.ids) for answer in answers]

@@ -102,12 +102,13 @@ def load_task(config: Config, display: Display | None = None) -> Task:
     data = load(config.task.data, name="task", columns=config.task.columns)
     given = load(config.task.test, name="task", columns=config.task.columns) if config.task.test else None
     anchor_of(config)  # a missing @FILE is said before a model is looked for
-    files = find_model(
-        config.model.name,
-        revision=config.model.revision,
-        trust_remote_code=config.model.trust_remote_code,
-        notify=display.note,
-    )
+    with display.bar("find the model", None):
+        files = find_model(
+            config.model.name,
+            revision=config.model.revision,
+            trust_remote_code=config.model.trust_remote_code,
+            notify=display.note,
+        )
     positions = files.architecture.max_positions
     if positions and positions < config.train.max_length:
         config = config.model_copy(update={"train": config.train.model_copy(update={"max_length": positions})})

@@ -149,10 +149,10 @@ def answer_rows(
     with display.bar(title, len(test), "answers") as advance:
         written = 0
 
-        def progress(new: int, finished: int) -> None:
+        def progress(new: int, further: float) -> None:
             nonlocal written
             written += new
-            advance(finished, f"{written} tokens")
+            advance(further, f"{written} tokens")
             check()
 
         answers = engine.generate(prompts, decoding, progress=progress)

@@ -279,7 +279,7 @@ def _invented(
     stop = chat.encode(tail.lstrip() or tail)[:1]
     limit = rules.max_prompt_tokens
     ask = _decoding(config, limit, (*chat.stop_ids, *stop), rules.temperature, seed)
-    written = engine.generate([chat.encode(head)] * BLOCK, ask, progress=_shares(BLOCK, limit, moved))
+    written = engine.generate([chat.encode(head)] * BLOCK, ask, progress=_shares(BLOCK, moved))
     instructions = []
     for answer in written:
         text = chat.decode(answer.ids).strip()
@@ -316,7 +316,7 @@ def answered(
     ]
     limit = rules.max_answer_tokens
     reply = _decoding(config, limit, chat.stop_ids, rules.answer_temperature, seed)
-    answers = engine.generate(prompts, reply, progress=_shares(len(prompts), limit, moved))
+    answers = engine.generate(prompts, reply, progress=_shares(len(prompts), moved))
     outputs: list[str | None] = []
     for text, answer in zip(instructions, answers, strict=True):
         output = chat.decode(answer.ids).strip()
@@ -342,14 +342,13 @@ def _decoding(config: Config, limit: int, stops: Sequence[int], temperature: flo
     )
 
 
-def _shares(rows: int, limit: int, moved: Callable[[float], None]) -> Callable[[int, int], None]:
-    """A decoding progress that says what share of the rows' longest answers is decoded or will not be needed."""
-    tokens = finished = 0
+def _shares(rows: int, moved: Callable[[float], None]) -> Callable[[int, float], None]:
+    """A decoding progress that says what share of the rows is done."""
+    done = 0.0
 
-    def progress(new: int, ended: int) -> None:
-        nonlocal tokens, finished
-        tokens, finished = tokens + new, finished + ended
-        # a row that ends early is done, however short it is: so the share is at least that of the rows that ended
-        moved(max(finished / max(1, rows), tokens / max(1, rows * limit)))
+    def progress(_: int, further: float) -> None:
+        nonlocal done
+        done += further
+        moved(done / max(1, rows))
 
     return progress

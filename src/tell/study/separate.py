@@ -84,7 +84,7 @@ def separate(
     place = opened.adapter(adapter) if opened is not None and adapter is not None else None
     task = load_task(config, display)
     layers = layer_numbers(layer, task.files.architecture.layers)
-    loaded, engine = load_engine(task.files, config, stream=True)
+    loaded, engine = load_engine(task.files, config, stream=True, display=display)
     anchor = anchor_of(config)
     if anchor is None:
         anchor = opened.anchor if opened else choose_anchor(task, loaded.model, engine, display)[0]

@@ -14,6 +14,7 @@ from tell.anchor.anchor import Anchor
 from tell.config import ARMS, Config
 from tell.errors import TellError, first_line
 from tell.models.find import ModelFiles, find_model
+from tell.progress import Display, Silent
 from tell.rows.template import ChatTokenizer
 from tell.run import RunFolder
 from tell.study.folder import check_trust, read_run_config
@@ -56,11 +57,14 @@ def keep_model() -> Iterator[KeptModel]:
         kept.drop()
 
 
-def load_engine(files: ModelFiles, config: Config, *, stream: bool = False) -> tuple[Any, Any]:
+def load_engine(
+    files: ModelFiles, config: Config, *, stream: bool = False, display: Display | None = None
+) -> tuple[Any, Any]:
     """The base model, a `tell.models.load.Loaded`, and what decodes with it: an `Engine` or a `VllmEngine`.
 
     Args:
         stream: tokens are wanted one by one, as vLLM's offline engine does not give them.
+        display: told that the model is being loaded.
 
     Raises:
         TellError: it cannot be loaded, its attention cannot be computed over packed rows, or vLLM is asked for and
@@ -78,10 +82,11 @@ def load_engine(files: ModelFiles, config: Config, *, stream: bool = False) -> t
     if kept.held is not None and kept.key == key:
         return kept.held
     kept.drop()  # before the next one is loaded: two may not fit
-    loaded = load_model(
-        files, dtype=settings.dtype, device=settings.device, trust_remote_code=settings.trust_remote_code
-    )
-    engine = _vllm_engine(files, loaded, config) if choice == "vllm" else None
+    with (display or Silent()).bar("load the model", None):
+        loaded = load_model(
+            files, dtype=settings.dtype, device=settings.device, trust_remote_code=settings.trust_remote_code
+        )
+        engine = _vllm_engine(files, loaded, config) if choice == "vllm" else None
     if engine is None:
         engine = Engine(loaded.model, device=loaded.device, max_positions=files.architecture.max_positions)
     kept.key, kept.held = key, (loaded, engine)
@@ -121,10 +126,11 @@ class OpenRun:
     loaded: Any = None
     engine: Any = None
 
-    def load(self, config: Config | None = None, *, stream: bool = False) -> Any:
+    def load(self, config: Config | None = None, *, stream: bool = False, display: Display | None = None) -> Any:
         """The base model and its engine, loaded once; ``config`` (default: the run's) and ``stream`` choose it."""
         if self.loaded is None:
-            self.loaded, self.engine = load_engine(self.files, config or self.config, stream=stream)
+            config = config or self.config
+            self.loaded, self.engine = load_engine(self.files, config, stream=stream, display=display)
         return self.loaded.model
 
     def adapter(self, arm: str) -> Path | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from tell.errors import TellError
@@ -29,28 +30,33 @@ def measure_pace(task: Task, table: RowTable, loaded: Any, engine: Any) -> None:
 
     from tell.train.batches import TrainRow
     from tell.train.lora import add_lora, remove_lora
+    from tell.train.plain import PlainBody, plain_step_loss
     from tell.train.step import Body, step_loss
+    from tell.train.transfer import trains_fast
 
     config = task.config
     decode = _decoding_speed(task, engine)
-    tuned = add_lora(loaded.model, task.training, seed=config.seed)
+    fast = trains_fast(config.train.fast, loaded.device)
+    tuned = add_lora(loaded.model, task.training, seed=config.seed, fused=fast)
+    plain = None if fast else PlainBody(tuned)
     try:
-        body = Body(tuned)
+        step = partial(step_loss, Body(tuned)) if plain is None else partial(plain_step_loss, plain)
         rows = [TrainRow(*table.row(i % len(table)), 0, True) for i in range(config.train.batch_size)]
         for part in (rows[:WARM_UP_ROWS], rows):
             begin = time.monotonic()
-            out = step_loss(
-                body,
+            out = step(
                 part,
                 normalization=config.train.loss_normalization,
                 micro_tokens=config.train.micro_tokens,
                 device=loaded.device,
             )
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            if loaded.device.type != "cpu":
+                torch.accelerator.synchronize()
             seconds = time.monotonic() - begin
     finally:
         remove_lora(tuned)
+        if plain is not None:
+            plain.give_back()
     keep_speed(task, loaded, out.tokens / seconds, decode)
 
 

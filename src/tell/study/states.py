@@ -94,9 +94,10 @@ def hidden_states(
                 if state == "last":
                     kept.append(tokens.index_select(0, batch.predictors).float())
                     continue
+                tokens = tokens.cpu() if device.type == "mps" else tokens  # Metal has no fp64
                 sums = torch.cat([tokens.new_zeros(1, tokens.shape[1]), tokens]).double().cumsum(0)
-                ends, lengths = batch.predictors + 1, [len(row.ids) - 1 for row in group]
-                n = torch.tensor(lengths, device=device)
+                ends, lengths = batch.predictors.to(sums.device) + 1, [len(row.ids) - 1 for row in group]
+                n = torch.tensor(lengths, device=sums.device)
                 prefix = batch.plan.prefix
                 total = sums[ends] - sums[ends - n + prefix] + sums[prefix]
                 kept.append((total / n[:, None]).float())

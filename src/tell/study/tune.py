@@ -218,7 +218,8 @@ class _Run:
         if self.loaded is None:
             from tell.train.fused import path_notes
 
-            self.loaded, self.engine = load_engine(self.task.files, decoding_beside(self.config, self.processes))
+            config = decoding_beside(self.config, self.processes)
+            self.loaded, self.engine = load_engine(self.task.files, config, display=self.display)
             notes = [self.loaded.why, *path_notes(self.loaded.model)]
             self.display.note(f"{self.task.files.name} ({self.task.files.origin}); {'; '.join(notes)}")
         return self.loaded.model
@@ -404,6 +405,11 @@ class _Run:
                     advance(report.tokens_total - counted, f"step {report.step}/{report.steps}, loss {losses}")
                     counted = report.tokens_total
 
+                def moved(tokens: int, advance: Any = advance) -> None:
+                    nonlocal counted
+                    counted += tokens
+                    advance(tokens)
+
                 if self.processes:
                     start_job(self.processes, self.task, base, place, tables, mixture)
                 trainer = Trainer(
@@ -417,6 +423,7 @@ class _Run:
                     device=device,
                     stopped=self.stop,
                     progress=progress,
+                    moved=moved,
                     processes=self.processes,
                 )
                 try:

@@ -6,24 +6,15 @@ operations round after every pass. Frozen weights get no gradient.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tell.kernels.attention import RowAttention, row_attention
-from tell.kernels.ops import Kernels, kernels_for
-from tell.kernels.products import Dropout, products_for
 from tell.train.attention import PackedPlan
-
-
-def _kernels(x: Tensor) -> Kernels:
-    found = kernels_for(x)
-    if found is None:
-        raise RuntimeError(f"no kernels for {x.dtype} on {x.device}")
-    return found
+from tell.train.stacked import Lora, Stack, kernels_of
 
 
 class RmsNorm(torch.autograd.Function):
@@ -35,7 +26,7 @@ class RmsNorm(torch.autograd.Function):
         heads = flat.shape[1] // weight.shape[0]
         y = torch.empty(flat.shape, dtype=x.dtype)
         rstd = torch.empty(len(flat), heads)
-        _kernels(x).rmsnorm(flat, y, weight, rstd, heads=heads, eps=eps, offset=offset)
+        kernels_of(x).rmsnorm(flat, y, weight, rstd, heads=heads, eps=eps, offset=offset)
         ctx.save_for_backward(flat, weight, rstd)
         ctx.offset, ctx.heads, ctx.shape = offset, heads, x.shape
         return y.view(x.shape)
@@ -47,7 +38,7 @@ class RmsNorm(torch.autograd.Function):
         if dy.stride(1) != 1:  # the gradient of a sum is one number, expanded
             dy = dy.contiguous()
         dx = torch.empty(x.shape, dtype=x.dtype)
-        _kernels(x).rmsnorm_back(dy, x, weight, rstd, dx, heads=ctx.heads, offset=ctx.offset)
+        kernels_of(x).rmsnorm_back(dy, x, weight, rstd, dx, heads=ctx.heads, offset=ctx.offset)
         return dx.view(ctx.shape), None, None, None
 
 
@@ -65,129 +56,6 @@ def joined(parts: Sequence[Tensor]) -> Tensor:
     return first.as_strided((first.shape[0], width), (width, 1))
 
 
-@dataclass(frozen=True, slots=True)
-class Stack:
-    """Frozen weights of linear layers over one input, one below the other.
-
-    Attributes:
-        weight, bias: (N, K), (N,) or None.
-        widths: N_i of each layer.
-        scales: s_i of each layer's adapter; None where it has none.
-        dropout: rate on the adapters' inputs; every layer draws its own mask.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-    widths: tuple[int, ...]
-    scales: tuple[float | None, ...]
-    dropout: float
-
-
-class _Lora:
-    """x W^T + b, plus (dropout_i(x) s_i A_i^T) B_i^T in the columns of each adapted layer, and its gradients."""
-
-    def __init__(self, stack: Stack, adapters: Sequence[Tensor], x: Tensor) -> None:
-        self.stack, self.seed, dtype = stack, 0, x.dtype
-        self.products = products_for(x) if sum(stack.widths) % 2 == 0 else None  # they read pairs on both ways
-        self.parts: list[tuple[slice, slice]] = []  # columns and ranks of each adapter
-        column, rank, scales = 0, 0, []
-        for width, scale in zip(stack.widths, stack.scales, strict=True):
-            if scale is not None:
-                r = adapters[2 * len(self.parts)].shape[0]
-                self.parts.append((slice(column, column + width), slice(rank, rank + r)))
-                scales += [scale] * r
-                rank += r
-            column += width
-        if not self.parts:
-            return
-        if stack.dropout:
-            self.seed = int(torch.randint(2**31, ()))
-        self.ends = [ranks.stop for _, ranks in self.parts]
-        if stack.dropout and any(end % 2 for end in self.ends):
-            self.products = None
-        if self.products is not None:
-            scales = [scale / (1 - stack.dropout) for scale in scales]  # what is kept is not scaled itself
-        self.scale: Tensor | float = scales[0] if len(set(scales)) == 1 else torch.tensor(scales)[:, None]
-        a = adapters[0] if len(self.parts) == 1 else torch.cat(adapters[0::2])
-        self.a = (a * self.scale).to(dtype)  # (R, K)
-        if len(stack.widths) == 1:
-            self.b = adapters[1].to(dtype)  # (N, R), a block for each adapter
-        else:
-            self.b = torch.zeros(column, rank, dtype=dtype)
-            for (columns, ranks), matrix in zip(self.parts, adapters[1::2], strict=True):
-                self.b[columns, ranks] = matrix
-
-    def _dropped(self, x: Tensor) -> Iterator[tuple[int, slice, Tensor]]:
-        """Each adapter's number, ranks and input; the inputs share one buffer."""
-        kept = torch.empty_like(x)
-        for i, (_, ranks) in enumerate(self.parts):
-            _kernels(x).dropout(x, kept, self.stack.dropout, self.seed + i)
-            yield i, ranks, kept
-
-    def _adapters(self, into: Tensor, out_of: Tensor) -> tuple[Tensor, Tensor, list[int], Dropout]:
-        return into, out_of, self.ends, Dropout(self.stack.dropout, self.seed)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(T, N) outputs of x (T, K), and u (T, R), the adapters' inner states."""
-        stack = self.stack
-        if self.products is not None:
-            adapters = self._adapters(self.a, self.b) if self.parts else ()
-            return self.products.forward(x, stack.weight, stack.bias, *adapters)
-        y = torch.nn.functional.linear(x, stack.weight, stack.bias)
-        if not self.parts:
-            return y, None
-        if stack.dropout:
-            u = torch.empty(len(x), len(self.a), dtype=x.dtype)
-            for _, ranks, kept in self._dropped(x):
-                u[:, ranks] = kept @ self.a[ranks].t()
-        else:
-            u = x @ self.a.t()
-        return y.addmm_(u, self.b.t()), u
-
-    def input_gradient(self, gy: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(T, K) gradient of x, and that of u."""
-        stack = self.stack
-        if self.products is not None:
-            return self.products.backward(gy, stack.weight, *(self._adapters(self.b, self.a) if self.parts else ()))
-        gx = gy @ stack.weight
-        if not self.parts:
-            return gx, None
-        gu = gy @ self.b
-        if stack.dropout:
-            for i, (_, ranks) in enumerate(self.parts):
-                part = gu[:, ranks] @ self.a[ranks]
-                _kernels(gx).dropout(part, gx, stack.dropout, self.seed + i, add=True)
-        else:
-            gx.addmm_(gu, self.a)
-        return gx, gu
-
-    def adapter_gradients(self, x: Tensor, gy: Tensor, u: Tensor, gu: Tensor) -> list[Tensor]:
-        """Gradients of A_i and B_i in turn."""
-        if self.products is not None:
-            return self._exact_gradients(x, gy, u, gu)
-        if self.stack.dropout:
-            ga = torch.empty_like(self.a)
-            for _, ranks, kept in self._dropped(x):
-                torch.mm(gu[:, ranks].t(), kept, out=ga[ranks])
-        else:
-            ga = gu.t() @ x
-        ga = ga * self.scale  # in fp32 where the layers' scales differ
-        gb = gy.t() @ u
-        return [g for columns, ranks in self.parts for g in (ga[ranks], gb[columns, ranks])]
-
-    def _exact_gradients(self, x: Tensor, gy: Tensor, u: Tensor, gu: Tensor) -> list[Tensor]:
-        """The same in fp32, by the kernels."""
-        outer, rate = self.products.outer, self.stack.dropout
-        if rate:
-            parts = [outer(gu[:, r], x, dropout=Dropout(rate, self.seed + i)) for i, (_, r) in enumerate(self.parts)]
-            ga = torch.cat(parts)
-        else:
-            ga = outer(gu, x)
-        ga *= self.scale
-        pairs = ((ga[ranks], outer(u[:, ranks], gy[:, columns], transposed=True)) for columns, ranks in self.parts)
-        return [g for pair in pairs for g in pair]
-
-
 class Projection(torch.autograd.Function):
     """Linear layers over one input as one product, with their adapters.
 
@@ -203,7 +71,7 @@ class Projection(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, stack: Stack, *adapters: Tensor) -> tuple[Tensor, ...]:
         flat = x.reshape(-1, x.shape[-1]).contiguous()
-        ctx.lora = _Lora(stack, adapters, flat)
+        ctx.lora = Lora(stack, adapters, flat)
         y, u = ctx.lora.forward(flat)
         if u is not None:
             ctx.save_for_backward(flat, u)
@@ -212,7 +80,7 @@ class Projection(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        lora: _Lora = ctx.lora
+        lora: Lora = ctx.lora
         gy = joined([grad.reshape(-1, grad.shape[-1]) for grad in grads])
         gx, gu = lora.input_gradient(gy) if ctx.needs_input_grad[0] or not lora.parts else (None, gy @ lora.b)
         out: list[Tensor] = []
@@ -230,7 +98,7 @@ class Gated(torch.autograd.Function):
         shape = g.shape
         g, u = _flat_pair(g, u)
         h = torch.empty(g.shape, dtype=g.dtype)
-        _kernels(g).gated(g, u, h, kind)
+        kernels_of(g).gated(g, u, h, kind)
         ctx.save_for_backward(g, u)
         ctx.kind, ctx.shape = kind, shape
         return h.view(shape)
@@ -253,7 +121,7 @@ def _gated_back(dh: Tensor, g: Tensor, u: Tensor, kind: int) -> tuple[Tensor, Te
     width = g.shape[1]
     both = torch.empty(len(g), 2 * width, dtype=g.dtype)
     dg, du = both[:, :width], both[:, width:]
-    _kernels(g).gated_back(dh, g, u, dg, du, kind)
+    kernels_of(g).gated_back(dh, g, u, dg, du, kind)
     return dg, du
 
 
@@ -272,8 +140,8 @@ class GatedProjection(torch.autograd.Function):
         shape = g.shape
         g, u = _flat_pair(g, u)
         h = torch.empty(g.shape, dtype=g.dtype)
-        _kernels(g).gated(g, u, h, kind)
-        ctx.lora = _Lora(stack, adapters, h)
+        kernels_of(g).gated(g, u, h, kind)
+        ctx.lora = Lora(stack, adapters, h)
         y, inner = ctx.lora.forward(h)
         ctx.save_for_backward(g, u, *([] if inner is None else [inner]))
         ctx.kind, ctx.shape = kind, shape
@@ -324,7 +192,7 @@ class Attention(torch.autograd.Function):
             out, lse = RowAttention(rows, q, k, v, cosine, sine, *plan.rows(), *ctx.facts, window).forward()
             ctx.save_for_backward(q, k, v, cosine, sine, out, lse)
             return out
-        kernels, rope = _kernels(q), (cosine, sine)
+        kernels, rope = kernels_of(q), (cosine, sine)
         out = torch.empty(q.shape[0], heads * width, dtype=q.dtype)
         saved: list[Tensor] = []
         for number, block in enumerate(plan.packed_blocks()):
@@ -351,7 +219,7 @@ class Attention(torch.autograd.Function):
             attention = RowAttention(rows, q, k, v, cosine, sine, *plan.rows(), *ctx.facts, ctx.window)
             return *attention.backward(out, lse, grad), *[None] * 7
         cosine, sine, *saved = ctx.saved_tensors
-        kernels, rope = _kernels(grad), (cosine, sine)
+        kernels, rope = kernels_of(grad), (cosine, sine)
         group, width = heads // kv, grad.shape[1] // heads
         both = grad.new_empty(grad.shape[0], (heads + 2 * kv) * width)
         gq, gk, gv = both.split([heads * width, kv * width, kv * width], dim=1)

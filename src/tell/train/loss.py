@@ -36,10 +36,14 @@ class _BlockedCrossEntropy(torch.autograd.Function):
         grad = torch.empty_like(hidden) if wanted else None
         kernels = kernels_for(hidden) if softcap is None else None
         weights = weights.float().contiguous()
-        block = block_size(hidden.device, len(head))
+        block = min(block_size(hidden.device, len(head)), len(targets))
+        room = hidden.new_empty(block, len(head))  # one for all blocks: too large for the allocator to keep
         for begin in range(0, len(targets), block):
             span = slice(begin, begin + block)
-            logits = torch.nn.functional.linear(hidden[span], head, bias)
+            logits = room[: len(targets[span])]
+            torch.mm(hidden[span], head.t(), out=logits)
+            if bias is not None:
+                logits += bias
             if kernels is not None:
                 part = nll[span]
                 kernels.cross_entropy(logits, targets[span], weights[span] if wanted else None, part)

@@ -36,7 +36,7 @@ class Processes:
         sharded: the base model's weights are spread over the processes (FSDP), not copied to each.
 
     Raises:
-        TellError: no GPU for this process.
+        TellError: no GPU for this process, or a device that processes do not share.
     """
 
     def __init__(self, launch: Launch, device: str, *, sharded: bool) -> None:
@@ -44,6 +44,12 @@ class Processes:
         self.leads = launch.rank == 0
         self.busy = False  # in the middle of a training, where the others may be anywhere
         self.dismissed = False
+        if device not in ("cpu", "cuda"):
+            raise TellError(
+                f"several processes do not train on {device}",
+                where="torchrun",
+                remedy="Start one process, without torchrun, or use --set model.device=cpu.",
+            )
         if device == "cuda":
             if launch.local >= (count := torch.cuda.device_count()):
                 raise TellError(

@@ -66,6 +66,7 @@ def plain_step_loss(
     backward: bool = True,
     device: torch.device | str = "cpu",
     clip: Callable[[], Tensor] | None = None,
+    moved: Callable[[int], None] | None = None,
     total: float | None = None,
 ) -> StepLoss:
     """Loss of one step's rows as ``step.step_loss`` defines it, gradients accumulated over padded micro-batches.
@@ -76,7 +77,7 @@ def plain_step_loss(
         normalization: ``example`` or ``token``.
         task_weight: weight of task rows.
         micro_tokens: tokens of one pass, padding included.
-        backward, clip: as in ``step.accumulate``.
+        backward, clip, moved: as in ``step.accumulate``.
         total: as in ``step.step_loss``.
     """
     if total is None:
@@ -112,4 +113,4 @@ def plain_step_loss(
         tokens = sum(len(row.ids) for row in group)
         return Pass((nll * weight).sum(), row_means(nll.detach(), at, counts), source, tokens)
 
-    return accumulate(map(forward, padded_batches(rows, micro_tokens)), backward=backward, clip=clip)
+    return accumulate(map(forward, padded_batches(rows, micro_tokens)), backward=backward, clip=clip, moved=moved)

@@ -54,7 +54,13 @@ class Pass(NamedTuple):
     tokens: int
 
 
-def accumulate(passes: Iterable[Pass], *, backward: bool, clip: Callable[[], Tensor] | None) -> StepLoss:
+def accumulate(
+    passes: Iterable[Pass],
+    *,
+    backward: bool,
+    clip: Callable[[], Tensor] | None,
+    moved: Callable[[int], None] | None = None,
+) -> StepLoss:
     """The sum of passes, each made when its turn comes and sent backward before the next: one graph at a time.
 
     What they leave on the device is fetched in one transfer: a GPU is waited for once a step.
@@ -63,6 +69,7 @@ def accumulate(passes: Iterable[Pass], *, backward: bool, clip: Callable[[], Ten
         passes: at least one.
         backward: accumulate gradients.
         clip: called after the last pass; gives the gradient's norm, a scalar on the device.
+        moved: called after each pass with its tokens.
     """
     parts, means, source, tokens = [], [], [], 0
     for done in passes:
@@ -72,6 +79,8 @@ def accumulate(passes: Iterable[Pass], *, backward: bool, clip: Callable[[], Ten
         means.append(done.means)
         source.append(done.source)
         tokens += done.tokens
+        if moved:
+            moved(done.tokens)
     tail = [] if clip is None else [clip().detach().float().reshape(1)]
     values = torch.cat([torch.stack(parts).float(), *means, *tail]).cpu().numpy()
     rows = values[len(parts) : len(values) - len(tail)]
@@ -172,6 +181,7 @@ def step_loss(
     backward: bool = True,
     device: torch.device | str = "cpu",
     clip: Callable[[], Tensor] | None = None,
+    moved: Callable[[int], None] | None = None,
     total: float | None = None,
 ) -> StepLoss:
     """Loss of one step's rows, gradients accumulated over packs.
@@ -185,7 +195,7 @@ def step_loss(
         task_weight: weight of task rows.
         micro_tokens: tokens of one pass.
         share_prefix: compute the prefix that rows share once; only right without dropout and noise.
-        backward, clip: as in ``accumulate``.
+        backward, clip, moved: as in ``accumulate``.
         total: what the weighted sum is divided by where these rows are not the whole step.
     """
     if total is None:
@@ -206,7 +216,7 @@ def step_loss(
         return Pass(loss, row_means(nll, batch.row, batch.trained), batch.source.numpy(), batch.real)
 
     groups = split_packs(rows, micro_tokens, share_prefix=share_prefix, device=device)
-    return accumulate(map(forward, groups), backward=backward, clip=clip)
+    return accumulate(map(forward, groups), backward=backward, clip=clip, moved=moved)
 
 
 @torch.no_grad()

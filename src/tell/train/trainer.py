@@ -35,7 +35,7 @@ from tell.train.lora import add_lora, kept_randomness, remove_lora, save_adapter
 from tell.train.parallel import Processes, SharedStep, shard
 from tell.train.plain import PaddedRows, PlainBody, plain_step_loss
 from tell.train.step import Body, StepLoss, batch_total, step_loss
-from tell.train.transfer import send
+from tell.train.transfer import FAST_DEVICES, send, trains_fast
 
 Step = Callable[..., StepLoss]  # (rows, clip=) of one step; clip() clips the gradients and gives their norm before it
 
@@ -130,6 +130,7 @@ class Trainer:
         device: where the model lies.
         stopped: asked between steps; True leaves a checkpoint and raises Interrupted.
         progress: called after each step.
+        moved: called within a step, after each pass, with the tokens that this process has trained on in it.
         processes: that train together, this one among them; the first alone writes. With weights spread over them
             (``sharded``) the model is not given back as it was.
     """
@@ -147,13 +148,14 @@ class Trainer:
         device: torch.device | str = "cpu",
         stopped: Callable[[], bool] | None = None,
         progress: Callable[[StepReport], None] | None = None,
+        moved: Callable[[int], None] | None = None,
         processes: Processes | None = None,
     ) -> None:
         if config.learning_rate is None:
             config = config.model_copy(update={"learning_rate": learning_rate_for(model.num_parameters())})
         self.base, self.tables, self.mixture, self.config = model, tables, mixture, config
         self.folder, self.log, self.seed, self.device = folder, log, seed, device
-        self.stopped, self.progress = stopped or (lambda: False), progress
+        self.stopped, self.progress, self.moved = stopped or (lambda: False), progress, moved
         self.processes = processes
         self.writes = processes is None or processes.leads
         self.steps = mixture.steps(config.batch_size)
@@ -175,7 +177,7 @@ class Trainer:
     def _run(self, resume: bool) -> TrainResult:
         config, processes = self.config, self.processes
         was_training = self.base.training
-        fast = config.fast == "auto" and not (processes and processes.sharded)
+        fast = trains_fast(config.fast, self.device) and not (processes and processes.sharded)
         if fast:
             keep_memory()
         peft_model = add_lora(self.base, config, seed=self.seed, fused=fast)
@@ -189,8 +191,9 @@ class Trainer:
             with self._agreed():
                 if processes and processes.sharded:
                     shard(peft_model, torch.device(self.device))
+                fused = torch.device(self.device).type in FAST_DEVICES or None  # None: as torch finds best
                 optimizer = torch.optim.AdamW(
-                    parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+                    parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=fused
                 )
                 if resume and self.writes:
                     facts = load_checkpoint(checkpoint, parameters, optimizer, digest=digest)
@@ -294,6 +297,7 @@ class Trainer:
             "task_weight": config.task_weight,
             "micro_tokens": config.micro_tokens,
             "device": self.device,
+            "moved": self.moved,
         }
 
     def _by_source(self, out: StepLoss) -> dict[str, float]:

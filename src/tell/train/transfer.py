@@ -5,6 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+FAST_DEVICES = ("cpu", "cuda")  # where rows are packed and operations fused
+
+
+def trains_fast(fast: str, device: torch.device | str) -> bool:
+    """Whether ``train.fast`` comes to packed rows on ``device``; other devices have the plain path alone."""
+    return fast == "auto" and torch.device(device).type in FAST_DEVICES
+
 
 def send(x: Tensor, device: torch.device | str) -> Tensor:
     """``x`` on ``device``, without waiting for a GPU: neither for the copy nor for what it still computes."""

@@ -1,0 +1,68 @@
+"""``TELL_CPU=avx2``: compute as on a processor that has AVX2 and no more. Imports no torch.
+
+For tests and measurements: the product on a newer processor behaves as on an older one. Declared here for torch and
+its libraries, for the compiler of the kernels, and for what ``models.machine`` says about the processor.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+
+from tell.errors import TellError
+
+SWITCH = "TELL_CPU"
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """A set of instructions.
+
+    Attributes:
+        name: value of the switch.
+        march: what the kernels are compiled for.
+        capability: what ``torch.backends.cpu.get_cpu_capability`` says under it.
+        environment: variables that hold torch, oneDNN and MKL to it, read when each is first used.
+    """
+
+    name: str
+    march: str
+    capability: str
+    environment: dict[str, str]
+
+
+LEVELS = {
+    "avx2": Level(
+        "avx2",
+        "haswell",
+        "AVX2",
+        {
+            "ATEN_CPU_CAPABILITY": "avx2",
+            "ONEDNN_MAX_CPU_ISA": "AVX2",
+            "DNNL_MAX_CPU_ISA": "AVX2",
+            "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+        },
+    )
+}
+
+
+def cpu_level() -> Level | None:
+    """The level asked for; None: all that the processor has.
+
+    Raises:
+        TellError: an unknown one.
+    """
+    name = os.environ.get(SWITCH, "").lower()
+    if not name:
+        return None
+    if name not in LEVELS:
+        raise TellError(f"{name!r} is no set of instructions", where=f"${SWITCH}", remedy="Use avx2, or unset it.")
+    return LEVELS[name]
+
+
+def limit_libraries(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Hold the numeric libraries to the level; before they are imported. An unknown one is left to ``cpu_level``."""
+    level = LEVELS.get(environment.get(SWITCH, "").lower())
+    if level is not None:
+        environment.update(level.environment)

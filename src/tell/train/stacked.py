@@ -1,0 +1,172 @@
+"""Frozen linear layers over one input with their LoRA adapters: their outputs and gradients, without autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tell.kernels.ops import Kernels, kernels_for
+from tell.kernels.products import Dropout, products_for
+
+
+def kernels_of(x: Tensor) -> Kernels:
+    """The kernels for tensors like ``x``, which somebody has made sure of."""
+    found = kernels_for(x)
+    if found is None:
+        raise RuntimeError(f"no kernels for {x.dtype} on {x.device}")
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """Frozen weights of linear layers over one input, one below the other.
+
+    Attributes:
+        weight, bias: (N, K), (N,) or None.
+        widths: N_i of each layer.
+        scales: s_i of each layer's adapter; None where it has none.
+        dropout: rate on the adapters' inputs; every layer draws its own mask.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    widths: tuple[int, ...]
+    scales: tuple[float | None, ...]
+    dropout: float
+
+
+class Lora:
+    """x W^T + b, plus (dropout_i(x) s_i A_i^T) B_i^T in the columns of each adapted layer, and its gradients."""
+
+    def __init__(self, stack: Stack, adapters: Sequence[Tensor], x: Tensor) -> None:
+        self.stack, self.seed, self.folds, dtype = stack, 0, False, x.dtype
+        self.products = products_for(x) if sum(stack.widths) % 2 == 0 else None  # they read pairs on both ways
+        self.parts: list[tuple[slice, slice]] = []  # columns and ranks of each adapter
+        column, rank, scales = 0, 0, []
+        for width, scale in zip(stack.widths, stack.scales, strict=True):
+            if scale is not None:
+                r = adapters[2 * len(self.parts)].shape[0]
+                self.parts.append((slice(column, column + width), slice(rank, rank + r)))
+                scales += [scale] * r
+                rank += r
+            column += width
+        if not self.parts:
+            return
+        if stack.dropout:
+            self.seed = int(torch.randint(2**31, ()))
+        self.ends = [ranks.stop for _, ranks in self.parts]
+        if stack.dropout and any(end % 2 for end in self.ends):
+            self.products = None
+        if self.products is not None:
+            scales = [scale / (1 - stack.dropout) for scale in scales]  # what is kept is not scaled itself
+        self.scale: Tensor | float = scales[0] if len(set(scales)) == 1 else torch.tensor(scales)[:, None]
+        a = adapters[0] if len(self.parts) == 1 else torch.cat(adapters[0::2])
+        self.a = (a * self.scale).to(dtype)  # (R, K)
+        if len(stack.widths) == 1:
+            self.b = adapters[1].to(dtype)  # (N, R), a block for each adapter
+        else:
+            self.b = torch.zeros(column, rank, dtype=dtype)
+            for (columns, ranks), matrix in zip(self.parts, adapters[1::2], strict=True):
+                self.b[columns, ranks] = matrix
+        # In fp32 W + B A is exact enough, and from so many rows on cheaper to make than B A is to add to the output.
+        exact = dtype == torch.float32 and not stack.dropout and self.products is None
+        self.folds = exact and len(x) >= x.shape[1]
+
+    def folded(self, beside: Tensor, dim: int) -> Tensor:
+        """W + B A, with the adapters' thin matrix beside it so that one product serves both: where its rows or columns
+        are split again anyway, for several layers."""
+        weight, inner = self.stack.weight, len(self.stack.widths) > 1
+        shape = [n + (beside.shape[dim] if inner and d == dim else 0) for d, n in enumerate(weight.shape)]
+        whole = weight.new_empty(shape)
+        own = whole.narrow(dim, 0, weight.shape[dim])
+        torch.addmm(weight, self.b, self.a, out=own)
+        if inner:
+            whole.narrow(dim, weight.shape[dim], beside.shape[dim]).copy_(beside)
+        return whole
+
+    def _fold(self, x: Tensor, thin: Tensor, *, back: bool) -> tuple[Tensor, Tensor]:
+        """x times W + B A, and x times the adapters' first matrix on this way."""
+        whole = self.folded(thin, 1 if back else 0)
+        product = x @ (whole if back else whole.t())
+        if len(self.stack.widths) == 1:
+            return product, x @ (thin if back else thin.t())
+        y, inner = product.tensor_split((product.shape[1] - len(self.a),), dim=1)
+        return y, inner.contiguous()  # a view would keep the whole product
+
+    def _dropped(self, x: Tensor) -> Iterator[tuple[int, slice, Tensor]]:
+        """Each adapter's number, ranks and input; the inputs share one buffer."""
+        kept = torch.empty_like(x)
+        for i, (_, ranks) in enumerate(self.parts):
+            kernels_of(x).dropout(x, kept, self.stack.dropout, self.seed + i)
+            yield i, ranks, kept
+
+    def _adapters(self, into: Tensor, out_of: Tensor) -> tuple[Tensor, Tensor, list[int], Dropout]:
+        return into, out_of, self.ends, Dropout(self.stack.dropout, self.seed)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(T, N) outputs of x (T, K), and u (T, R), the adapters' inner states."""
+        stack = self.stack
+        if self.products is not None:
+            adapters = self._adapters(self.a, self.b) if self.parts else ()
+            return self.products.forward(x, stack.weight, stack.bias, *adapters)
+        if self.parts and self.folds:
+            y, u = self._fold(x, self.a, back=False)
+            return y if stack.bias is None else y.add_(stack.bias), u
+        y = torch.nn.functional.linear(x, stack.weight, stack.bias)
+        if not self.parts:
+            return y, None
+        if stack.dropout:
+            u = torch.empty(len(x), len(self.a), dtype=x.dtype)
+            for _, ranks, kept in self._dropped(x):
+                u[:, ranks] = kept @ self.a[ranks].t()
+        else:
+            u = x @ self.a.t()
+        return y.addmm_(u, self.b.t()), u
+
+    def input_gradient(self, gy: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(T, K) gradient of x, and that of u."""
+        stack = self.stack
+        if self.products is not None:
+            return self.products.backward(gy, stack.weight, *(self._adapters(self.b, self.a) if self.parts else ()))
+        if self.parts and self.folds:
+            return self._fold(gy, self.b, back=True)
+        gx = gy @ stack.weight
+        if not self.parts:
+            return gx, None
+        gu = gy @ self.b
+        if stack.dropout:
+            for i, (_, ranks) in enumerate(self.parts):
+                part = gu[:, ranks] @ self.a[ranks]
+                kernels_of(gx).dropout(part, gx, stack.dropout, self.seed + i, add=True)
+        else:
+            gx.addmm_(gu, self.a)
+        return gx, gu
+
+    def adapter_gradients(self, x: Tensor, gy: Tensor, u: Tensor, gu: Tensor) -> list[Tensor]:
+        """Gradients of A_i and B_i in turn."""
+        if self.products is not None:
+            return self._exact_gradients(x, gy, u, gu)
+        if self.stack.dropout:
+            ga = torch.empty_like(self.a)
+            for _, ranks, kept in self._dropped(x):
+                torch.mm(gu[:, ranks].t(), kept, out=ga[ranks])
+        else:
+            ga = gu.t() @ x
+        ga = ga * self.scale  # in fp32 where the layers' scales differ
+        gb = (u.t() @ gy).t()  # the library is several times as fast on it this way round
+        return [g for columns, ranks in self.parts for g in (ga[ranks], gb[columns, ranks])]
+
+    def _exact_gradients(self, x: Tensor, gy: Tensor, u: Tensor, gu: Tensor) -> list[Tensor]:
+        """The same in fp32, by the kernels."""
+        outer, rate = self.products.outer, self.stack.dropout
+        if rate:
+            parts = [outer(gu[:, r], x, dropout=Dropout(rate, self.seed + i)) for i, (_, r) in enumerate(self.parts)]
+            ga = torch.cat(parts)
+        else:
+            ga = outer(gu, x)
+        ga *= self.scale
+        pairs = ((ga[ranks], outer(u[:, ranks], gy[:, columns], transposed=True)) for columns, ranks in self.parts)
+        return [g for pair in pairs for g in pair]
