@@ -57,9 +57,7 @@ def tokenizer_of(template: str, folder: Path, pieces: str) -> Path:
         initial = sorted({*map(chr, range(32, 127)), "\n", "▁"})
     else:
         backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=700, special_tokens=special, initial_alphabet=initial, show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=special, initial_alphabet=initial, show_progress=False)
     backend.train_from_iterator(CORPUS.splitlines(keepends=True), trainer)
     backend.add_tokens([AddedToken(tag, normalized=False) for tag in ("<think>", "</think>")])
     backend.save(str(folder / "tokenizer.json"))

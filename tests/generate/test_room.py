@@ -13,9 +13,10 @@ from tell.errors import TellError
 from tell.generate import engine as engines
 from tell.generate.cache import PrefillPlan, Store
 from tell.generate.engine import Engine
-from tell.generate.room import SHARE, answer_limits, free_bytes, rows_that_fit, token_bytes
+from tell.generate.room import answer_limits, rows_that_fit, token_bytes
 from tell.generate.sampler import Decoding
 from tell.train.attention import use_plan
+from tell.train.memory import SHARE, free_bytes
 from tell.train.step import Body
 from train.packed import load
 

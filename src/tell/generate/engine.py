@@ -12,9 +12,10 @@ import torch
 
 from tell.generate.batch import Batch, KernelBatch, Packed, PlainBatch
 from tell.generate.layers import describe
-from tell.generate.room import answer_limits, free_bytes, rows_that_fit, token_bytes
+from tell.generate.room import answer_limits, rows_that_fit, token_bytes
 from tell.generate.sampler import Decoding, uniforms
 from tell.kernels.decode import kernels
+from tell.train.memory import free_bytes
 from tell.train.step import Body
 
 PREFILL_TOKENS = 4096

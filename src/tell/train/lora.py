@@ -21,10 +21,10 @@ from transformers.pytorch_utils import Conv1D
 
 from tell.config import TrainConfig
 from tell.errors import TellError
-from tell.generate.room import SHARE, free_bytes
 from tell.run import sync_files
 from tell.train.adapter_file import read_adapter
 from tell.train.fused_ops import Projection, Stack
+from tell.train.memory import SHARE, free_bytes
 
 QKV = ("q_proj", "k_proj", "v_proj", "qkv_proj", "c_attn", "query_key_value", "Wqkv", "W_pack")
 DEFAULT = "default"  # peft's name of an only adapter
