@@ -28,6 +28,7 @@ DEFAULT_ARMS: tuple[Arm, ...] = ("base", "base+anchor", "icl", "sft", "sft-match
 TRAINED_ARMS = frozenset({"sft", "sft-matched", "general", "tell"})
 
 
+LARGEST = 10**7  # of counts that memory or time grows with: more is a typing error
 _UNWRITABLE = re.compile("[\\0\ud800-\udfff]")  # surrogates stand for bytes of an argument that are no UTF-8
 
 
@@ -87,8 +88,8 @@ class SelfConfig(Section):
     prompts: Literal["builtin", "invented"] = Field(
         "builtin", description="what is answered: the prompts on board, then invented ones; or invented ones alone"
     )
-    max_prompt_tokens: int = Field(64, ge=8, description="longer instructions are left out")
-    max_answer_tokens: int = Field(192, ge=8, description="answers that do not end before are left out")
+    max_prompt_tokens: int = Field(64, ge=8, le=LARGEST, description="longer instructions are left out")
+    max_answer_tokens: int = Field(192, ge=8, le=LARGEST, description="answers that do not end before are left out")
     temperature: float = Field(1.0, gt=0, description="sampling of the instructions")
     top_p: float = Field(0.95, gt=0, le=1, description="sampling of instructions and answers")
     answer_temperature: float = Field(0.6, gt=0, description="sampling of the answers")
@@ -164,9 +165,9 @@ class TrainConfig(Section):
     schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="decay after the warm-up")
     warmup_ratio: float = Field(0.03, ge=0, lt=1, description="share of the steps in which the rate rises")
     max_grad_norm: float = Field(1.0, ge=0, description="0 turns clipping off")
-    batch_size: int = Field(16, ge=1, description="examples per optimiser step")
-    micro_tokens: int = Field(3072, ge=1, description="tokens per forward pass; smaller needs less memory")
-    max_length: int = Field(2048, ge=8, description="tokens; longer rows are never cut, see too_long")
+    batch_size: int = Field(16, ge=1, le=LARGEST, description="examples per optimiser step")
+    micro_tokens: int = Field(3072, ge=1, le=LARGEST, description="tokens per forward pass; smaller needs less memory")
+    max_length: int = Field(2048, ge=8, le=LARGEST, description="tokens; longer rows are never cut, see too_long")
     too_long: Literal["drop", "refuse"] = Field("drop", description="what happens to a row above max_length")
     nothing_to_train: Literal["drop", "refuse"] = Field("refuse", description="and to a row with an empty answer")
     loss_normalization: Literal["example", "token"] = Field(
@@ -174,7 +175,7 @@ class TrainConfig(Section):
     )
     loss_on: Literal["answer", "all"] = Field("answer", description="all: prompts are trained too (arXiv 2405.14394)")
     task_weight: float = Field(1.0, gt=0, description="weight of a task row's loss against a general row's")
-    lora_r: int = Field(8, ge=1, description="rank of the adapter")
+    lora_r: int = Field(8, ge=1, le=8192, description="rank of the adapter")
     lora_alpha: float = Field(32.0, gt=0, description="the adapter is scaled by lora_alpha / lora_r")
     lora_dropout: float = Field(0.05, ge=0, lt=1, description="dropout on the adapter's input")
     lora_targets: str = Field("all-linear", description="all-linear, qkv, or comma-separated module names")
@@ -185,7 +186,9 @@ class TrainConfig(Section):
     parallel: Literal["auto", "ddp", "fsdp"] = Field(
         "auto", description="under torchrun: ddp (auto) copies the model to each process, fsdp spreads its weights"
     )
-    checkpoint_every: int = Field(50, ge=0, description="optimiser steps between checkpoints; 0: only on a signal")
+    checkpoint_every: int = Field(
+        50, ge=0, le=LARGEST, description="optimiser steps between checkpoints; 0: only on a signal"
+    )
 
 
 class TokensConfig(Section):
@@ -197,18 +200,20 @@ class GenerateConfig(Section):
 
     greedy: bool = Field(False, description="always the likeliest token; temperature, top_k, top_p have no effect")
     temperature: float = Field(0.3, gt=0, description="sampling temperature")
-    top_k: int = Field(20, ge=0, description="sample among this many tokens; 0: all")
+    top_k: int = Field(20, ge=0, le=LARGEST, description="sample among this many tokens; 0: all")
     top_p: float = Field(0.7, gt=0, le=1, description="sample among the likeliest tokens of this total probability")
     repetition_penalty: float = Field(1.05, gt=0, description="1 turns it off")
-    max_new_tokens: int | None = Field(None, ge=1, description="default: 1.5 times the longest training answer")
-    batch_size: int = Field(128, ge=1, description="rows decoded at once, fewer where memory is short")
+    max_new_tokens: int | None = Field(
+        None, ge=1, le=LARGEST, description="default: 1.5 times the longest training answer"
+    )
+    batch_size: int = Field(128, ge=1, le=LARGEST, description="rows decoded at once, fewer where memory is short")
     engine: Literal["auto", "own", "vllm"] = Field("auto", description="auto: vLLM on a GPU where it is installed")
 
 
 class EvalConfig(Section):
     arms: tuple[Arm, ...] = Field(DEFAULT_ARMS, description="what is trained and scored")
     icl_examples: int = Field(8, ge=1, description="training examples in context, as many as fit")
-    bootstrap: int = Field(2000, ge=100, description="resamples for 95 % intervals")
+    bootstrap: int = Field(2000, ge=100, le=100_000, description="resamples for 95 % intervals")
     forgetting_rows: int = Field(64, ge=0, description="general rows for loss before and after; 0 turns it off")
     forgetting_answers: int = Field(24, ge=0, description="general prompts answered before and after")
     bleurt: str | None = Field(
@@ -238,7 +243,7 @@ class Config(Section):
     train: TrainConfig = Field(default_factory=TrainConfig)
     generate: GenerateConfig = Field(default_factory=GenerateConfig)
     eval: EvalConfig = Field(default_factory=EvalConfig)
-    seed: int = Field(42, ge=0, description="of every draw: split, subset, order, dropout, decoding")
+    seed: int = Field(42, ge=0, le=10**18, description="of every draw: split, subset, order, dropout, decoding")
     out: str | None = Field(None, description="run folder; default runs/<data>-<n>")
     max_minutes: float | None = Field(None, gt=0, description="shrink the general data until the run fits")
 

@@ -117,8 +117,8 @@ def test_what_is_no_model_is_refused(tiny_model, tmp_path, home):
     assert "neither a folder nor a hub name" in refusal("spaces are no name")
     assert "is a file" in refusal(source / "config.json")
     for name, content, expected in (
-        ("broken", "{", "config.json: cannot be read"),
-        ("list", "[]", "config.json: cannot be read"),
+        ("broken", "{", "config.json: is not valid JSON"),
+        ("list", "[]", "config.json: does not hold an object"),
         ("nothing", "{}", "has no hidden_size"),
     ):
         folder = copy(source, tmp_path / name, leave=("config.json",))
