@@ -15,7 +15,8 @@ from tell.config import ARMS, Config, load_config, merge
 from tell.mix.manifest import read_manifest
 from tell.progress import Silent
 from tell.run import RunFolder, read_jsonl
-from tell.study.prepare import load_general, load_task, task_table
+from tell.study.general import load_general
+from tell.study.prepare import load_task, task_table
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PROBE = Path(__file__).parents[2] / "src/tell/evaluate/probe/general.jsonl"

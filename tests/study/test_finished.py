@@ -19,7 +19,8 @@ from tell.mix.manifest import read_manifest
 from tell.progress import Silent
 from tell.run import read_jsonl
 from tell.study.folder import LOCK, read_run_config
-from tell.study.prepare import load_general, load_task
+from tell.study.general import load_general
+from tell.study.prepare import load_task
 
 
 def test_every_file_is_there(finished):

@@ -13,8 +13,9 @@ import tell
 from study.runs import ALL_ARMS, PROBE, config_of, read
 from tell.progress import Silent
 from tell.study.arms import arm_mixtures
+from tell.study.general import load_general
 from tell.study.plan import arm_costs, plan_general
-from tell.study.prepare import CACHED_ROWS, anchor_of, limit_task, load_general, load_task, task_table
+from tell.study.prepare import CACHED_ROWS, anchor_of, limit_task, load_task, task_table
 
 
 def test_plan_is_what_the_run_does(finished):

@@ -18,20 +18,9 @@ from tell.grid.folder import Root
 from tell.grid.separation import TOKENS
 from tell.models.predict import predict_seconds
 from tell.progress import Display
+from tell.study.general import General, draw_general, general_source, load_general
 from tell.study.plan import describe_plan, likely_place, plan_general
-from tell.study.prepare import (
-    General,
-    Task,
-    anchor_of,
-    draw_general,
-    general_source,
-    limit_task,
-    load_general,
-    load_task,
-    place_anchor,
-    stand_in_anchor,
-    task_table,
-)
+from tell.study.prepare import Task, anchor_of, limit_task, load_task, place_anchor, stand_in_anchor, task_table
 
 T = TypeVar("T")
 

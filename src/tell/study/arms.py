@@ -10,7 +10,7 @@ from tell.mix.amount import Draw
 from tell.mix.mixture import Mixture, build, build_repeated
 from tell.presets import repeat_for
 from tell.rows.table import RowTable
-from tell.study.prepare import General
+from tell.study.general import General
 
 ADAPTED = TRAINED_ARMS | {"tell-anchor"}
 

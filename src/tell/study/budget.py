@@ -19,8 +19,9 @@ from tell.mix.amount import Draw
 from tell.presets import repeat_for
 from tell.rows.table import RowTable
 from tell.study.arms import lead_arm
+from tell.study.general import General
 from tell.study.plan import describe_plan
-from tell.study.prepare import General, Task
+from tell.study.prepare import Task
 
 OPTIONAL_ARMS = ("tell-anchor", "general", "sft", "base+anchor", "icl")  # the first is given up first
 LEAST_TEST_ROWS = 60  # the interval of a share of one half is then 25 points wide

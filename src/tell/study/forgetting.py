@@ -21,8 +21,8 @@ from tell.progress import Display
 from tell.rows.table import RowTable
 from tell.rows.template import ChatTokenizer
 from tell.rows.tokenize import RowRules, prompt_ids, tokenize
+from tell.study.general import General
 from tell.study.once import once
-from tell.study.prepare import General
 
 HELD_OUT, PROBE, WITNESS = "general held out", "probe", "witness"
 SETS = 3  # of general rows that loss is measured on

@@ -13,7 +13,8 @@ from tell.run import RunFolder, read_jsonl, write_jsonl
 from tell.study.answer_loss import answer_loss_metric, answer_losses, kept_answer_losses
 from tell.study.benchmarks import run_benchmarks
 from tell.study.forgetting import general_sets, loss_rows, losses_of, measure, numbers
-from tell.study.prepare import General, Task
+from tell.study.general import General
+from tell.study.prepare import Task
 from tell.study.scoring import (
     adapter_arm,
     adapter_folder,

@@ -19,19 +19,8 @@ from tell.rows.prefix import common_prefix, computed_tokens
 from tell.rows.table import RowTable
 from tell.study.arms import ADAPTED, arm_mixtures, lead_arm, same_runs, trained_arms, wanted_arms
 from tell.study.forgetting import ANSWER_TOKENS, SETS
-from tell.study.prepare import (
-    General,
-    Task,
-    anchor_of,
-    draw_general,
-    general_source,
-    limit_task,
-    load_general,
-    load_task,
-    place_anchor,
-    stand_in_anchor,
-    task_table,
-)
+from tell.study.general import General, draw_general, general_source, load_general
+from tell.study.prepare import Task, anchor_of, limit_task, load_task, place_anchor, stand_in_anchor, task_table
 from tell.study.scoring import answer_limit, check_prompts, scorer_of
 from tell.study.self_data import cached_self_file, enough_of
 

@@ -13,25 +13,21 @@ from tell.anchor.anchor import NO_ANCHOR, Anchor
 from tell.anchor.derive import derived_anchor
 from tell.config import Config, TrainConfig
 from tell.data.budget import take_rows, take_tokens
-from tell.data.builtin import load_builtin
 from tell.data.example import Example
 from tell.data.kind import Kind, detect_kind, load_schema, missing_classes, widen
 from tell.data.overlap import Overlap, find_overlap
-from tell.data.sources import Loaded, file_fingerprint, load
+from tell.data.sources import Loaded, load
 from tell.data.split import Splits, split, split_given_test
 from tell.errors import TellError
-from tell.files import expanded, read_text
-from tell.mix.amount import Draw, general_rows
-from tell.mix.seeds import permutation
+from tell.files import read_text
 from tell.models.find import ModelFiles, find_model, find_tokenizer
-from tell.models.wheel import HUB_NAME
 from tell.presets import learning_rate_for
 from tell.progress import Display, Silent
 from tell.rows.cache import cache_key, cached_table
-from tell.rows.table import Dropped, RowTable
+from tell.rows.table import RowTable
 from tell.rows.template import ChatTokenizer
 from tell.rows.tokenize import RowRules, tokenize
-from tell.study.fit import cleaned, fitted, general_notices
+from tell.study.fit import fitted
 from tell.study.shots import check_shots, pick_shots
 
 PAIRS_KEPT = 20
@@ -143,8 +139,8 @@ def load_task(config: Config, display: Display | None = None) -> Task:
     task.shots = pick_shots(task.config, task.train, task.chat)
     display.note(f"task: {config.task.data}, {data.layout}, {len(data.examples)} rows; {kind.why}")
     task.findings = {
-        "data": _describe(data),
-        "test": _describe(given) if given else None,
+        "data": describe(data),
+        "test": describe(given) if given else None,
         "general": None,
         "split": {
             "train": len(task.train),
@@ -178,7 +174,7 @@ def _split(config: Config, data: Loaded, given: Loaded | None) -> Splits:
     return split(data.examples, test_fraction=config.task.test_fraction, **fractions)
 
 
-def _describe(data: Loaded) -> dict:
+def describe(data: Loaded) -> dict:
     return {"path": data.path, "layout": data.layout, "columns": data.columns, "rows": len(data.examples)}
 
 
@@ -297,114 +293,6 @@ def task_table(task: Task, anchor: Anchor, examples: Sequence[Example], name: st
             remedy="Raise train.max_length, or shorten the rows.",
         )
     return table
-
-
-@dataclass
-class General:
-    """General data of a run.
-
-    Attributes:
-        table: all usable rows, tokenised.
-        allowed: (m,) indices of rows that may be mixed in.
-        held_out: indices of rows kept for measuring what was forgotten.
-        facts: ``general`` of findings.json.
-        dropped: rows left out, with reasons.
-    """
-
-    table: RowTable
-    allowed: np.ndarray
-    held_out: np.ndarray
-    facts: dict
-    dropped: list[dict]
-
-
-def load_general(task: Task, source: str, display: Display, *, overlap: bool = True) -> General:
-    """Tokenise a general source (cached), hold rows out, find its overlap with the test rows.
-
-    Args:
-        source: a file, a hub name or `builtin`; what `self` wrote is a file.
-        overlap: False skips the comparison with the test rows, which needs the texts and not only the cache.
-
-    Raises:
-        TellError: whatever is wrong with the source.
-    """
-    config = task.config
-    columns = config.general.columns
-    vocab = task.files.architecture.vocab
-    rules = RowRules(config.train.max_length, "drop", "drop", config.train.loss_on, "drop", vocab)
-    loaded = load_builtin() if source == "builtin" else None
-    is_file = expanded(source).is_file()
-    if loaded is None and (not is_file or overlap):
-        loaded = load(source, name="general", columns=columns)
-    key = cache_key(
-        data=loaded.fingerprint if loaded else file_fingerprint(expanded(source), columns, "general"),
-        tokenizer=task.chat.fingerprint,
-        unit=task.unit.fingerprint,
-        rules=[rules.max_length, rules.loss_on, rules.vocab],
-    )
-
-    def make() -> RowTable:
-        data = loaded or load(source, name="general", columns=columns)
-        lost = [Dropped(origin, reason) for origin, reason in data.dropped]
-        data, notices = cleaned(data, task.chat)
-        with display.bar("tokenise general data", len(data.examples)) as advance:
-            table = tokenize(data.examples, task.chat, source="general", rules=rules, unit=task.unit, progress=advance)
-        table.dropped[:0] = lost
-        table.notices[:0] = [*data.notices, *notices]
-        table.facts = _describe(data)
-        return table
-
-    table, _ = cached_table(key, make)
-    for notice in general_notices(table, source):
-        task.notice(notice, display)
-    layout = {
-        **table.facts,
-        "path": loaded.path if loaded else source,
-    }  # the cache knows a file by its content, whatever it is called
-    blocked: set[int] = set()
-    if overlap and loaded is not None:
-        found = find_overlap(loaded.examples, task.test)
-        task.findings["overlap"]["general_test"] = overlap_facts(found, loaded.examples, task.test)
-        if config.task.drop_overlap and found.indices:
-            hashes = {loaded.examples[i].hash for i in found.indices}
-            blocked = {i for i, h in enumerate(table.hashes) if str(h) in hashes}
-            task.findings["overlap"]["dropped"] += len(blocked)
-    usable = np.array([i for i in range(len(table)) if i not in blocked], dtype=np.int64)
-    wanted = min(config.eval.forgetting_rows, len(usable) // 4)
-    order = permutation(len(usable), config.seed, "held out")
-    held_out, rest = np.sort(usable[order[:wanted]]), np.sort(usable[order[wanted:]])
-    rest = rest[~np.isin(table.hashes[rest], table.hashes[held_out])]  # a row that occurs twice is held out twice
-    dropped = [{"origin": d.origin, "reason": d.reason} for d in table.dropped]
-    task.findings["general"] = layout
-    return General(table, rest, held_out, layout, dropped)
-
-
-def draw_general(config: Config, general: General, task_tokens: int) -> Draw:
-    """The general rows of the mix; by the task's tokens where no amount was given."""
-    amount = config.general.amount(task_tokens)
-    draw = general_rows(general.table.unit[general.allowed], task_tokens=task_tokens, seed=config.seed, **amount)
-    return Draw(general.allowed[draw.indices].astype(np.int32), draw.epochs, draw.notices)
-
-
-def general_source(task: Task, display: Display | None = None) -> str:
-    """Where general rows come from: a file or hub name, `builtin`, `self`, or `none`.
-
-    Rows on board are answers of one model: they are the default for that model, while any other answers the prompts
-    itself, so that what it rehearses is its own (arXiv 2402.13669). Nothing is written that no arm asked for is
-    trained on.
-    """
-    amount = task.config.general
-    if amount.is_given or amount.source == "none":
-        return amount.source
-    if amount.empty or not MIXED.intersection(task.config.eval.arms):
-        return "none"
-    own = task.files.name == HUB_NAME
-    if amount.source == "builtin" and not own:
-        text = f"general data: the rows on board are SmolLM2-135M's answers, not {task.files.name}'s; "
-        task.notice(text + "with --general self the model answers the prompts itself", display or Silent())
-    if amount.source == "auto":
-        return "builtin" if own else "self"
-    return amount.source
 
 
 def split_file(task: Task) -> str:

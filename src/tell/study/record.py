@@ -14,8 +14,9 @@ from tell.mix.mixture import Mixture
 from tell.models.machine import cpu_name
 from tell.rows.table import RowTable
 from tell.run import RunFolder, write_json, write_text
+from tell.study.general import General
 from tell.study.plan import arm_costs
-from tell.study.prepare import General, Task, split_file
+from tell.study.prepare import Task, split_file
 from tell.study.scoring import answer_limit
 
 

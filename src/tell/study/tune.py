@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tell.anchor.anchor import Anchor
-from tell.config import Config, GeneralConfig
+from tell.config import Config
 from tell.errors import Diverged, Interrupted, TellError
 from tell.mix.amount import Draw
 from tell.mix.orders import get_order
@@ -22,27 +22,17 @@ from tell.run import RunFolder, write_json
 from tell.study.anchor import choose_anchor
 from tell.study.arms import arm_mixtures, lead_arm, same_runs, trained_arms, wanted_arms
 from tell.study.benchmarks import check_benchmarks
-from tell.study.budget import Extent, fit_minutes, read_extent
+from tell.study.budget import Extent
 from tell.study.folder import claim, open_folder, with_full_paths
+from tell.study.general import General, draw_general, general_source, load_general
+from tell.study.in_time import InTime
 from tell.study.measure import measure_arms
-from tell.study.plan import arm_costs, describe_plan, estimated_general
-from tell.study.prepare import (
-    General,
-    Task,
-    anchor_of,
-    draw_general,
-    general_source,
-    limit_task,
-    load_general,
-    load_task,
-    place_anchor,
-    stand_in_anchor,
-    task_table,
-)
+from tell.study.plan import arm_costs, describe_plan
+from tell.study.prepare import Task, anchor_of, limit_task, load_task, place_anchor, stand_in_anchor, task_table
 from tell.study.processes import decoding_beside, load_spread, start_job, with_processes
 from tell.study.record import train_numbers, write_adapter_notes, write_decided, write_findings
 from tell.study.scoring import adapter_folder, check_prompts, scorer_of
-from tell.study.self_data import Enough, enough_of, write_self_data
+from tell.study.self_data import write_self_data
 from tell.study.session import load_engine
 from tell.study.speed import keep_speed, measure_pace
 from tell.study.stop import Checked, Stop
@@ -126,9 +116,11 @@ class _Run:
     failed: dict[str, str] = field(default_factory=dict)  # control arms that diverged, and how
     general: General | None = None
     same: dict[str, str] = field(default_factory=dict)  # arms that are one run with another
-    given_up: list[str] = field(default_factory=list)  # for --max-minutes
     loaded: Any = None
     engine: Any = None
+
+    def __post_init__(self) -> None:
+        self.clock = InTime(self.config.max_minutes, self.begin, self.folder, self.display)
 
     def check_rows(self) -> None:
         """Refuse bad rows, prompts, budgets, orders and general data before anything is written."""
@@ -152,7 +144,7 @@ class _Run:
         table = task_table(self.task, anchor, self.task.train)
         self._at("general data")
         general, draw = self._general(table)
-        extent = self._extent(table, general, draw)
+        extent = self.clock.extent(self.task, table, general, draw, self._measure_pace)
         self._take(extent)
         draw = extent.draw
         mixtures = arm_mixtures(self.task.config, table, general, draw)
@@ -166,12 +158,12 @@ class _Run:
                 )
             self.task.notice("the arm general is left out: no general row is drawn", self.display)
         self._join(same_runs(self.arms, mixtures))
-        plan = describe_plan(self.task, table, general, draw) | {"fit": self._fit(extent)}
+        plan = describe_plan(self.task, table, general, draw) | {"fit": self.clock.fit(extent)}
         for text in plan["mixture"]["notices"]:
             self.task.notice(text, self.display)
         lead = lead_arm(self.arms, mixtures)
         write_decided(self.folder, self.task, plan, mixtures[lead] if lead else None)
-        results = self._train(mixtures, lead, lambda arm: self._correct(table, general, draw, arm))
+        results = self._train(mixtures, lead, lambda: self._take(self.clock.corrected(self.task, table, general, draw)))
         self.dismiss()
         self._at("evaluate")
         metrics, validation = measure_arms(
@@ -263,43 +255,6 @@ class _Run:
             general.facts["path"] = f"self: written by {self.task.files.name}"
         return general, draw_general(self.config, general, int(table.unit.sum()))
 
-    def _extent(self, table: RowTable, general: General | None, draw: Draw | None) -> Extent:
-        """As much of the run as fits --max-minutes; when resumed, as it was decided the first time."""
-        minutes = self.config.max_minutes
-        if (kept := self._planned("fit")) is not None:
-            self._give_up(kept["given_up"])
-            return read_extent(kept, draw)
-        if not minutes:
-            return Extent.of(self.task, table, draw)
-        self._measure_pace(table)
-        written = general_source(self.task) == "self" and general is not None
-        extent, given_up = fit_minutes(
-            self.task,
-            table,
-            general,
-            draw,
-            minutes=minutes,
-            spent=time.monotonic() - self.begin,
-            most_general=len(general.allowed) if written and general else None,
-        )
-        self._give_up(given_up)
-        return extent
-
-    def _fit(self, extent: Extent) -> dict:
-        """``fit`` of plan.json, which a resumed run goes by."""
-        return {**extent.to_dict(), "given_up": self.given_up}
-
-    def _give_up(self, what: list[str]) -> None:
-        self.given_up += what
-        for text in what:
-            self.task.notice(text, self.display)
-
-    def _planned(self, key: str) -> Any:
-        """What plan.json of the session before says; None in a first session."""
-        if not self.folder.plan.exists():
-            return None
-        return self.folder.read(self.folder.plan).get(key)
-
     def _take(self, extent: Extent) -> None:
         """Do no more than this from here on."""
         self.task = extent.apply(self.task)
@@ -314,18 +269,6 @@ class _Run:
             text = f"the arms {other} and {arm} are one run: they are trained on the same rows in the same order"
             self.task.notice(text, self.display)
 
-    def _correct(self, table: RowTable, general: General | None, draw: Draw | None, arm: str) -> None:
-        """Give up more if training an arm took longer than predicted; what is trained stays as it is."""
-        minutes = self.config.max_minutes
-        if not minutes or arm != lead_arm(self.arms, dict.fromkeys(self.arms)):
-            return
-        spent = time.monotonic() - self.begin
-        extent, given_up = fit_minutes(self.task, table, general, draw, minutes=minutes, spent=spent, trained=arm)
-        self._give_up(given_up)
-        plan = self.folder.read(self.folder.plan)
-        write_json(self.folder.plan, {**plan, "fit": self._fit(extent)})
-        self._take(extent)
-
     def _measure_pace(self, table: RowTable) -> None:
         self._model()
         measure_pace(self.task, table, self.loaded, self.engine)
@@ -336,8 +279,8 @@ class _Run:
         With --max-minutes, as many as the run is predicted to have time for, and a resumed run takes those that the
         session before took.
         """
-        enough = self._enough(table)
         self._model()
+        enough = self.clock.enough(self.task, table, self._measure_pace)
         path, facts = write_self_data(
             self.config,
             self.task.chat,
@@ -353,27 +296,11 @@ class _Run:
             )
         return str(path)
 
-    def _enough(self, table: RowTable) -> Enough:
-        config, minutes = self.config, self.config.max_minutes
-        if (kept := self._planned("general")) is not None:
-            return lambda rows: len(rows) / max(1, kept["rows"])
-        if not minutes:
-            return enough_of(config, self.task.unit, int(table.unit.sum()))
-        self._measure_pace(table)
-        general = estimated_general(config, self.task, int(table.unit.sum()))
-        draw = draw_general(config, general, int(table.unit.sum()))
-        spent = time.monotonic() - self.begin
-        extent, _ = fit_minutes(self.task, table, general, draw, minutes=minutes, spent=spent)
-        wanted = len(extent.draw) if extent.draw is not None else 0
-        shorter = config.model_copy(deep=True)
-        shorter.general = GeneralConfig(rows=wanted)
-        return enough_of(shorter, self.task.unit, 0)
-
-    def _train(self, mixtures: dict, lead: str | None, trained: Callable[[str], None]) -> dict[str, dict]:
+    def _train(self, mixtures: dict, lead: str | None, lead_trained: Callable[[], None]) -> dict[str, dict]:
         """Train the arms that are asked for; finished ones are kept. Their results by arm.
 
         Args:
-            trained: called with each arm that has just been trained; it may give up others.
+            lead_trained: called once the leading arm has been trained; it may give up others.
 
         A control arm that diverges is left out and told of; without the leading arm there is nothing to go on with.
         """
@@ -444,7 +371,8 @@ class _Run:
             results[arm] = result.to_dict()
             write_json(done, results[arm])  # last: from here on the arm counts as trained
             shutil.rmtree(place / "checkpoint", ignore_errors=True)
-            trained(arm)
+            if arm == lead:
+                lead_trained()
         return results
 
     def _leave_out(self, arm: str, why: str) -> None:
