@@ -55,6 +55,7 @@ PRODUCTS = (
     (torch, "mm", (0, 1)),
     (torch, "bmm", (0, 1)),
     (torch.Tensor, "__matmul__", (0, 1)),
+    (torch, "addmm", (1, 2)),
     (torch.Tensor, "addmm_", (1, 2)),
     (torch.Tensor, "baddbmm_", (1, 2)),
 )
