@@ -57,7 +57,7 @@ NUMBERS = ("seconds", "training_seconds", "attempts")
 
 def _is_fact(key: str, value: Any) -> bool:
     """Whether a value of a record is one that `Root.note` writes; others are as good as missing."""
-    if key in NUMBERS and value is not None:
+    if key in NUMBERS:
         return type(value) in (int, FACTS.get(key, float)) and 0 <= value < 1e15
     return value is None or isinstance(value, FACTS.get(key, object))
 
