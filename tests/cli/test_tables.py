@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+
 from rich.console import Console
 
+from tell.cli.display import make_console
 from tell.cli.tables import answers_side_by_side, arms_table, clean, plan_box, show_metrics
 from tell.run import RunFolder, write_jsonl
 
@@ -114,3 +117,11 @@ def test_plan_box_has_a_row_a_source():
     for part in ("104 steps of 16", "1.36e+14 FLOPs", "tell 104 261,432 1.36e+14 14:13", "15:00 (measured", "2.5 GB"):
         assert part in text
     assert "1 row dropped, the first: a.jsonl:3: too long" in text and "general data is used 1.2 times" in text
+
+
+def test_brackets_in_names_of_metrics_are_no_markup():
+    metrics = {"task": {"primary": "[/]"}, "arms": {"base": {"[/]": {"value": 0.5, "ci": [0.4, 0.6], "n": 3}}}}
+    console = make_console()
+    console.file = stream = io.StringIO()
+    console.print(arms_table(metrics))
+    assert "[/]" in stream.getvalue()

@@ -192,6 +192,31 @@ def recipe(rng: random.Random, here: Path, places: Places) -> Case:
     return Case(["study", "recipe.yaml", "--dry-run"], f"recipe.yaml: {content[:600]!r}", codes=(0, 1, 2))
 
 
+STUDY = {
+    "title": "A study",
+    "source": "recipe.yaml",
+    "created": "2026-01-01T00:00:00+00:00",
+    "root": "..",
+    "recipe": {"config": {"seed": 1}, "grid": [{"task.rows": [2]}]},
+    "rows": [{"point": {"task.rows": 2}, "arm": "base", "seed": 1, "cell": "base-0123456789abcdef"}],
+    "cells": {"base-0123456789abcdef": {"state": "done", "error": None, "seconds": 1.5, "attempts": 1, "host": "x"}},
+}
+RECORD = {"state": "done", "seconds": 2.0, "training_seconds": 1.0, "attempts": 1, "evaluation": "x", "host": "x"}
+
+
+def studied(rng: random.Random, here: Path, places: Places) -> Case:
+    """What an earlier study left: its state, or the record of a cell."""
+    case = recipe(random.Random(0), here, places)
+    (here / "recipe.yaml").write_bytes(
+        as_yaml({**RECIPE, "config": {**RECIPE["config"], "model": {"name": str(places.model)}}})
+    )
+    for path, tree in (("recipe/study.json", STUDY), ("cells/base-0123456789abcdef.json", RECORD)):
+        (here / "studies" / path).parent.mkdir(parents=True)
+        content = json.dumps(mutate_tree(rng, tree)).encode()
+        (here / "studies" / path).write_bytes(mutate_bytes(rng, content) if rng.random() < 0.4 else content)
+    return Case(case.argv, f"{content[:300]!r}", case.codes)
+
+
 def schema(rng: random.Random, here: Path, places: Places) -> Case:
     """A schema of answers."""
     (here / "rows.jsonl").write_bytes(encoded([LAYOUTS[0](i) for i in range(8)], "jsonl"))
@@ -274,5 +299,5 @@ def _changed(rng: random.Random, path: Path) -> bytes:
 KINDS: dict[str, tuple[Callable[[random.Random, Path, Places], Case], int]] = {  # and how many by default
     **{make.__name__: (make, 28) for make in (data, layout, schema, override, flag)},
     **{make.__name__: (make, 36) for make in (config, recipe, model, report)},
-    **{make.__name__: (make, 16) for make in (evaluate, resume)},
+    **{make.__name__: (make, 16) for make in (evaluate, resume, studied)},
 }

@@ -15,7 +15,7 @@ import tell
 from study.runs import config_of
 from tell.errors import TellError
 from tell.run import RunFolder, write_json
-from tell.study.folder import LOCK, claim, default_out, open_folder, read_run_config
+from tell.study.folder import ASIDE, LOCK, claim, default_out, open_folder, read_run_config
 
 
 @pytest.fixture
@@ -189,6 +189,38 @@ def test_a_start_that_cannot_be_written_leaves_all_as_it_was(run, monkeypatch):
     with pytest.raises(TellError, match="No space left"), open_folder(new, fresh=True, config=config):
         pass
     assert not new.root.exists()
+
+
+def test_an_old_run_that_cannot_be_moved_stays_whole(run, monkeypatch):
+    config, folder = run
+    for path in (folder.metrics, folder.anchor):
+        path.write_text(OLD)
+    before = {path.name: path.read_bytes() for path in folder.root.iterdir()}
+    for last in range(4):
+        moved = []
+
+        def stuck(source, target, moved=moved, last=last, real=os.replace):
+            if ASIDE in str(target):
+                moved.append(source)
+                if len(moved) > last:
+                    raise PermissionError(13, "Permission denied")
+            real(source, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", stuck)
+            with pytest.raises(TellError, match="Permission denied"):
+                open_folder(folder, fresh=True, config=config, overwrite=True).__enter__()
+        assert {path.name: path.read_bytes() for path in folder.root.iterdir()} == before
+
+
+def test_files_that_came_since_the_folder_was_looked_at_are_left(tiny_model, tmp_path):
+    config = config_of(tiny_model("llama"), tmp_path / "run")
+    folder, _ = claim(config, resume=False, overwrite=False)
+    folder.root.mkdir()
+    folder.config.write_text("mine")
+    with pytest.raises(TellError, match="left as it is"):
+        open_folder(folder, fresh=True, config=config).__enter__()
+    assert [path.read_text() for path in folder.root.iterdir()] == ["mine"]
 
 
 HOLD = """

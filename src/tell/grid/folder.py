@@ -34,9 +34,10 @@ class Root:
     def record(self, name: str) -> dict[str, Any]:
         """What is noted of a cell beside its folder: state, error, seconds, attempts, host; empty where nothing is."""
         try:
-            return read_json(self.cells / f"{name}.json", remedy="")
+            found = read_json(self.cells / f"{name}.json", remedy="")
         except (FileNotFoundError, TellError):
             return {}
+        return {key: value for key, value in found.items() if _is_fact(key, value)}
 
     def note(self, name: str, **facts: Any) -> dict[str, Any]:
         """Change a cell's record; only the holder of its lock may."""
@@ -48,6 +49,17 @@ class Root:
         """Whether a cell's numbers are all there."""
         folder = self.cell(name)
         return folder.metrics.exists() and folder.read_status().get("state") == "done"
+
+
+FACTS: dict[str, type] = {"state": str, "error": str, "host": str, "evaluation": str, "trace": str, "attempts": int}
+NUMBERS = ("seconds", "training_seconds", "attempts")
+
+
+def _is_fact(key: str, value: Any) -> bool:
+    """Whether a value of a record is one that `Root.note` writes; others are as good as missing."""
+    if key in NUMBERS:
+        return type(value) in (int, FACTS.get(key, float)) and 0 <= value < 1e15
+    return value is None or isinstance(value, FACTS.get(key, object))
 
 
 class StudyFolder:

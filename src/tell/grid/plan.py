@@ -171,8 +171,9 @@ def measured_evaluation(root: Root) -> dict[str, float]:
     found: dict[str, list[float]] = defaultdict(list)
     for path in sorted(root.cells.glob("*.json")):
         record = root.record(path.stem)
-        if record.get("state") == "done" and record.get("attempts") == 1 and "evaluation" in record:
-            found[record["evaluation"]].append(record["seconds"] - record["training_seconds"])
+        seconds, training, key = (record.get(name) for name in ("seconds", "training_seconds", "evaluation"))
+        if record.get("state") == "done" and record.get("attempts") == 1 and None not in (seconds, training, key):
+            found[key].append(seconds - training)
     return {key: sum(values) / len(values) for key, values in found.items()}
 
 

@@ -80,11 +80,7 @@ def claim(config: Config, *, resume: bool, overwrite: bool) -> tuple[RunFolder, 
     if state == "empty" and resume:
         raise TellError("holds no run to resume", where=f"--out {root}", remedy="Leave --resume out.")
     if state == "other":
-        raise TellError(
-            f"holds other files and no run{' to resume' if resume else ''}, so it is left as it is",
-            where=f"--out {root}",
-            remedy="Choose another --out.",
-        )
+        raise _foreign(folder, " to resume" if resume else "")
     if (root / LOCK).exists():
         with _locked(folder):  # a run that lives is told of before any work
             pass
@@ -114,6 +110,14 @@ def _state(folder: RunFolder) -> Literal["empty", "begun", "run", "other"]:
     if folder.config.exists() and folder.status.exists():  # a start takes status.json away first and writes it last
         return "run"
     return "begun" if MARK in found or found == {LOCK} else "other"
+
+
+def _foreign(folder: RunFolder, more: str = "") -> TellError:
+    return TellError(
+        f"holds other files and no run{more}, so it is left as it is",
+        where=f"--out {folder.root}",
+        remedy="Choose another --out.",
+    )
 
 
 def _exists(folder: RunFolder) -> TellError:
@@ -173,6 +177,8 @@ def open_folder(
         TellError: another process works on it, or has begun a run in it since `claim`; the folder cannot be written.
     """
     new = not folder.root.exists()
+    if _state(folder) == "other":  # since `claim`; a lock would be one file more in it
+        raise _foreign(folder)
     with _locked(folder):
         if _state(folder) == "run" and fresh and not overwrite:
             raise _exists(folder)
@@ -193,10 +199,10 @@ def _start(folder: RunFolder, config: Config, seconds: float, new: bool) -> None
     root, mark = folder.root, folder.root / MARK
     begun = mark.exists()
     aside: Path | None = None
+    old = [path for path in folder.files() if os.path.lexists(path)]
     try:
         mark.touch()
         sync(root)
-        old = [path for path in folder.files() if os.path.lexists(path)]
         if old:
             aside = Path(tempfile.mkdtemp(prefix=ASIDE, dir=root))
             for path in sorted(old, key=lambda path: path != folder.status):  # first: the folder holds no run now
@@ -205,7 +211,10 @@ def _start(folder: RunFolder, config: Config, seconds: float, new: bool) -> None
         folder.set_status("running", stage="start", seconds=round(seconds, 1))
     except (OSError, TellError) as error:
         with suppress(OSError):
-            _put_back(folder, aside)
+            for path in {folder.config, folder.status}.difference(old):
+                path.unlink(missing_ok=True)
+            if aside is not None:
+                _put_back(folder, aside)
             if not begun:
                 mark.unlink(missing_ok=True)
             if new:
@@ -219,13 +228,11 @@ def _start(folder: RunFolder, config: Config, seconds: float, new: bool) -> None
         ) from error
 
 
-def _put_back(folder: RunFolder, aside: Path | None) -> None:
-    folder.config.unlink(missing_ok=True)
-    folder.status.unlink(missing_ok=True)
-    if aside is not None:
-        for path in sorted(aside.iterdir(), key=lambda path: path.name == folder.status.name):
-            os.replace(path, folder.root / path.name)
-        aside.rmdir()
+def _put_back(folder: RunFolder, aside: Path) -> None:
+    """The old run's files over those of the new one; status.json last, which makes it a run again."""
+    for path in sorted(aside.iterdir(), key=lambda path: path.name == folder.status.name):
+        os.replace(path, folder.root / path.name)
+    aside.rmdir()
 
 
 def read_run_config(folder: RunFolder) -> Config:
