@@ -43,8 +43,9 @@ TEMPLATES = {
     ),
     # Qwen3 and its like: an empty thought before answers without one; in the prompt where the switch is off
     "hybrid": (
-        "{% set empty = '<think>\n\n</think>\n\n' %}{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}"
-        "{{ '<bot>' + ('' if '</think>' in m.content else empty) + m.content + eos_token }}{% else %}"
+        "{% set empty = '<think>\n\n</think>\n\n' %}{{ bos_token }}{% for m in messages %}"
+        "{% if m.role == 'assistant' %}{{ '<bot>' + ('' if '</think>' in m.content else empty) + m.content }}"
+        "{{ eos_token }}{% else %}"
         "{{ '<user>' + m.content }}{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<bot>' + ('' if enable_thinking else empty) }}{% endif %}"
     ),
