@@ -41,6 +41,14 @@ TEMPLATES = {
         "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<bot>' }}"
         "{{ '<think>' if thinking else '</think>' }}{% endif %}"
     ),
+    # Qwen3 and its like: an empty thought before answers without one; in the prompt where the switch is off
+    "hybrid": (
+        "{% set empty = '<think>\n\n</think>\n\n' %}{{ bos_token }}{% for m in messages %}"
+        "{% if m.role == 'assistant' %}{{ '<bot>' + ('' if '</think>' in m.content else empty) + m.content }}"
+        "{{ eos_token }}{% else %}"
+        "{{ '<user>' + m.content }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<bot>' + ('' if enable_thinking else empty) }}{% endif %}"
+    ),
 }
 LLAMA31 = (  # a date, a system turn in any case, contents trimmed
     "{% set date = strftime_now('%d %b %Y') %}{% set first = messages[0].role == 'system' %}"
@@ -124,7 +132,15 @@ def test_answers_are_shown_with_the_thought_that_the_prompt_opened(chat):
     assert chat("v3.1").answer(ids) == "It is cold.\n</think>\n\nnorth"
 
 
-@pytest.mark.parametrize("template", ["v3.1", None])
+def test_an_empty_thought_that_the_template_writes_is_no_part_of_the_answer(chat):
+    thinking = chat("hybrid").thoughtful()
+    assert written(thinking, USER, ANSWER) == "<think>\n\n</think>\n\nnorth</s>"
+    assert thinking.answer(thinking.encode("<think>\n\n</think>\n\nnorth")) == "north"
+    assert thinking.answer(thinking.encode(THOUGHT.content)) == THOUGHT.content
+    assert written(chat("hybrid"), USER, ANSWER) == "north</s>"
+
+
+@pytest.mark.parametrize("template", ["v3.1", "hybrid", None])
 def test_a_template_with_a_switch_for_thoughts(template, chat, tiny_model):
     tokenizer = chat(template) if template else ChatTokenizer(tiny_model("qwen3"))
     with pytest.raises(TellError, match=r"t:1: the chat template of \w+ closes the thought .* so that the run thinks"):

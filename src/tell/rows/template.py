@@ -310,8 +310,10 @@ class ChatTokenizer:
         return self.backend.decode(list(ids), skip_special_tokens=True)
 
     def answer(self, ids: Sequence[int]) -> str:
-        """A decoded answer, with the tag of a thought that the prompt opened (R1): references have it too."""
-        text = self.decode(ids)
+        """A decoded answer as references have it: without what the template writes ahead of answers (an empty thought),
+        and with the tag of a thought that the prompt opened (R1)."""
+        text, lead = self.decode(ids), self.decode(self.encode_header(self.lead))
+        text = text.removeprefix(lead) if lead.strip() else text
         return f"<think>\n{text}" if self._opens and "</think>" in text and "<think>" not in text else text
 
     @cached_property
