@@ -46,6 +46,7 @@ def test_aliases_that_stand_for_little_are_fine():
 
 def test_what_is_no_regular_file_is_not_read(tmp_path: Path):
     os.mkfifo(tmp_path / "pipe")
+    before = os.listdir("/proc/self/fd") if Path("/proc/self/fd").exists() else []
     for path in (tmp_path / "pipe", Path("/dev/zero"), tmp_path):
         with pytest.raises(TellError, match=r"is a (pipe or device|folder), not a file"):
             read_text(path, remedy="Give a file.")
@@ -57,6 +58,7 @@ def test_what_is_no_regular_file_is_not_read(tmp_path: Path):
             read_text(tmp_path / name, remedy="Give a file.")
     with pytest.raises(FileNotFoundError):
         read_json(tmp_path / "none", remedy="")
+    assert not before or len(os.listdir("/proc/self/fd")) == len(before)  # nothing stays open
 
 
 def test_homes_that_nobody_has():

@@ -32,23 +32,24 @@ def read_bytes(path: Path, *, most: int, remedy: str) -> bytes:
     """
     where = str(path)
     try:
-        with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
-            facts = os.fstat(file.fileno())
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        try:
+            facts = os.fstat(handle)
             if not stat.S_ISREG(facts.st_mode):
                 kind = "a folder" if stat.S_ISDIR(facts.st_mode) else "a pipe or device"
                 raise TellError(f"is {kind}, not a file", where=where, remedy=remedy)
             if facts.st_size > most:
                 size = f"{facts.st_size / 1e6:,.0f} MB; at most {most / 1e6:,.0f} MB are read"
                 raise TellError(f"has {size}", where=where, remedy=remedy)
-            data = file.read(most + 1)
+            with open(handle, "rb", closefd=False) as file:
+                data = file.read(most + 1)
+        finally:
+            os.close(handle)
     except FileNotFoundError:
         raise
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        if isinstance(error, IsADirectoryError):
-            raise TellError("is a folder, not a file", where=where, remedy=remedy) from error
-        raise TellError(
-            f"cannot be read ({getattr(error, 'strerror', None) or error})", where=where, remedy=remedy
-        ) from error
+        why = getattr(error, "strerror", None) or error
+        raise TellError(f"cannot be read ({why})", where=where, remedy=remedy) from error
     if data.startswith(_LFS) and len(data) < 1024:
         raise TellError("is a Git LFS pointer, not the file", where=where, remedy="Run git lfs pull in its folder.")
     return data
