@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from tell.cli.display import clock, short
 from tell.config import read_yaml
-from tell.evaluate.names import LOSSES, NAMES, Unit, unit_of
+from tell.evaluate.names import HELD_OUT, LOSSES, NAMES, Unit, unit_of
 from tell.report.told import told
 from tell.run import RunFolder, read_jsonl
 from tell.shown import clean
@@ -71,18 +71,18 @@ def arms_table(metrics: dict) -> RenderableType:
     arms = metrics.get("arms", {})
     names = _columns(metrics)
     forgetting = metrics.get("forgetting") or {}
-    probe = _probe(forgetting)
+    sets = _sets(forgetting)
     n = max((entry.get("n", 0) for scores in arms.values() for entry in scores.values() if entry), default=0)
     table = Table(title=f"{n:,} test rows, 95 % intervals", title_justify="left", header_style="bold")
     table.add_column("arm", no_wrap=True)
     for name in names:
         table.add_column(NAMES.get(name, name.replace("_", " ")), justify="right")
-    if probe:
-        table.add_column(f"loss, {probe}", justify="right")
+    for name in sets:
+        table.add_column(f"loss, {name}", justify="right")
     for arm, scores in arms.items():
         cells = [_cell(scores.get(name), name) for name in names]
-        if probe:
-            loss = (forgetting.get("arms", {}).get(arm) or {}).get(probe, {}).get("loss")
+        for name in sets:
+            loss = (forgetting.get("arms", {}).get(arm) or {}).get(name, {}).get("loss")
             cells.append(_number(loss, 1, 2, ""))
         table.add_row(arm, *cells, style="bold" if arm == "tell" else "")
     for arm, other in (metrics.get("same") or {}).items():
@@ -98,11 +98,10 @@ def _columns(metrics: dict) -> list[str]:
     return ([primary] if primary in found else []) + plain[: METRICS_SHOWN - 1] + asked
 
 
-def _probe(forgetting: dict) -> str | None:
-    """The set that was not in the mix, where there is one."""
-    sets = forgetting.get("sets") or {}
-    outside = [name for name, about in sets.items() if not about.get("in_mix_source", False)]
-    return next(iter(outside or sets), None)
+def _sets(forgetting: dict) -> list[str]:
+    """The sets that are in no mix, where there are any."""
+    found = [name for name in forgetting.get("sets") or {} if name != HELD_OUT]
+    return found or list(forgetting.get("sets") or {})
 
 
 def _cell(entry: dict | None, metric: str, unit: Unit | None = None) -> str:

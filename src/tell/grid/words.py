@@ -7,12 +7,12 @@ from pathlib import PurePath
 from typing import Any
 
 from tell.config import GENERAL_AMOUNTS
-from tell.evaluate.names import LOSSES
+from tell.evaluate.names import HELD_OUT, LOSSES, PROBE, WITNESS
 from tell.grid.nested import VARIABLE
 from tell.grid.shared_rows import CHANGE
 from tell.report.words import Term, term
 
-ALIASES = {"probe": "probe loss", "general held out": "general held out loss"}
+ALIASES = {name: f"{name} loss" for name in (PROBE, HELD_OUT, WITNESS)}
 BENCHMARK = "benchmark "
 KEYS = {
     "general.tokens": "general tokens",

@@ -15,6 +15,7 @@ from tell.data.builtin import load_witness
 from tell.data.example import Example
 from tell.evaluate.intervals import difference, estimate
 from tell.evaluate.means import mean_metric
+from tell.evaluate.names import HELD_OUT, PROBE, WITNESS
 from tell.evaluate.probe import load_probe
 from tell.evaluate.scored import Metric, Scorer
 from tell.progress import Display
@@ -24,7 +25,6 @@ from tell.rows.tokenize import RowRules, prompt_ids, tokenize
 from tell.study.general import General
 from tell.study.once import once
 
-HELD_OUT, PROBE, WITNESS = "general held out", "probe", "witness"
 SETS = 3  # of general rows that loss is measured on
 ANSWER_TOKENS = 160
 

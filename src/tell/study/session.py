@@ -70,6 +70,11 @@ def load_engine(
         TellError: it cannot be loaded, its attention cannot be computed over packed rows, or vLLM is asked for and
             cannot be had.
     """
+    with (display or Silent()).bar("load the model", None):  # importing torch and compiling kernels takes seconds too
+        return _load_engine(files, config, stream)
+
+
+def _load_engine(files: ModelFiles, config: Config, stream: bool) -> tuple[Any, Any]:
     from tell.generate.engine import Engine
     from tell.generate.vllm_engine import pick_engine
     from tell.models.load import choose_device, load_model
@@ -82,11 +87,10 @@ def load_engine(
     if kept.held is not None and kept.key == key:
         return kept.held
     kept.drop()  # before the next one is loaded: two may not fit
-    with (display or Silent()).bar("load the model", None):
-        loaded = load_model(
-            files, dtype=settings.dtype, device=settings.device, trust_remote_code=settings.trust_remote_code
-        )
-        engine = _vllm_engine(files, loaded, config) if choice == "vllm" else None
+    loaded = load_model(
+        files, dtype=settings.dtype, device=settings.device, trust_remote_code=settings.trust_remote_code
+    )
+    engine = _vllm_engine(files, loaded, config) if choice == "vllm" else None
     if engine is None:
         engine = Engine(loaded.model, device=loaded.device, max_positions=files.architecture.max_positions)
     kept.key, kept.held = key, (loaded, engine)

@@ -271,7 +271,8 @@ class _Run:
 
     def _measure_pace(self, table: RowTable) -> None:
         self._model()
-        measure_pace(self.task, table, self.loaded, self.engine)
+        with self.display.bar("measure the pace", None):
+            measure_pace(self.task, table, self.loaded, self.engine)
 
     def _self_file(self, table: RowTable) -> str:
         """Rows that the model writes itself, until they suffice for the mix and the held-out rows.
