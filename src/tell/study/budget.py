@@ -23,7 +23,7 @@ from tell.study.general import General
 from tell.study.plan import describe_plan
 from tell.study.prepare import Task
 
-OPTIONAL_ARMS = ("tell-anchor", "general", "sft", "base+anchor", "icl")  # the first is given up first
+OPTIONAL_ARMS = ("tell-anchor", "general", "sft", "base+anchor")  # the first is given up first
 LEAST_TEST_ROWS = 60  # the interval of a share of one half is then 25 points wide
 LEAST_REPEAT = 4  # nor less than a quarter of the repetitions asked for
 HALVINGS = 7  # the largest extent that fits is found within 1 % of the way from the least to what was asked for
