@@ -245,7 +245,11 @@ class Config(Section):
     eval: EvalConfig = Field(default_factory=EvalConfig)
     seed: int = Field(42, ge=0, le=10**18, description="of every draw: split, subset, order, dropout, decoding")
     out: str | None = Field(None, description="run folder; default runs/<data>-<n>")
-    max_minutes: float | None = Field(None, gt=0, description="shrink the general data until the run fits")
+    max_minutes: float | None = Field(
+        None,
+        gt=0,
+        description="do less until the run is predicted to fit; docs/method.md has the order",
+    )
 
     @model_validator(mode="before")
     @classmethod

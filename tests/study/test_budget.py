@@ -102,6 +102,28 @@ def test_less_than_the_least_is_refused_with_minutes_that_do(prepared):
     assert len(extent.draw) > 0
 
 
+def test_what_scores_the_method_stays(prepared):
+    """`tell-anchor` is given up first, but not where it alone is scored with TELL's adapter."""
+    task, *rest = prepared
+    config = task.config.model_copy(deep=True)
+    config.eval.arms = ("base", "tell-anchor", "sft")
+    fewer = replace(task, config=config)
+    whole = Extent.of(fewer, prepared[1], prepared[3])
+    cost = describe_plan(replace(whole, arms=("base", "tell-anchor")).apply(fewer), *rest)["predicted"]["seconds"]
+    extent, _ = fit_minutes(fewer, *rest, minutes=cost * 1.001 / 60, spent=0)
+    assert extent.arms == ("base", "tell-anchor")
+
+
+def test_fewer_test_rows_are_among_more(prepared):
+    task, *_ = prepared
+    whole = Extent.of(task, prepared[1], prepared[3])
+    few, more = (replace(whole, test_rows=n).apply(task) for n in (60, 90))
+    again = replace(whole, test_rows=60).apply(more)
+    assert [e.hash for e in again.test] == [e.hash for e in few.test] and len(few.test) == 60
+    order = [e.hash for e in task.test]
+    assert [e.hash for e in few.test] == sorted((e.hash for e in few.test), key=order.index)
+
+
 def test_no_general_rows_where_none_are_wanted(prepared):
     task, table, *_ = prepared
     extent, notices = fit_minutes(task, table, None, None, minutes=1e6, spent=0)

@@ -15,7 +15,8 @@ import pytest
 import tell
 from study.runs import PROBE, Killer, comparable, config_of, read, steady_pace
 from tell.errors import Interrupted, TellError
-from tell.run import RunFolder, write_json
+from tell.run import RunFolder, read_jsonl, write_json
+from tell.study.speed import keep_speed
 
 SECTIONS = {
     "eval": {"arms": ["base", "icl", "sft", "tell"]},
@@ -145,6 +146,45 @@ def test_a_run_in_time_goes_on_with_the_rows_it_drew(tiny_model, tmp_path, monke
     tell.tune(config, resume=True)
     assert folder.manifest.read_bytes() == manifest and read(folder.plan)["mixture"] == plan["mixture"]
     assert read(folder.metrics)["mixture"] == plan["mixture"]
+
+
+def test_what_is_given_up_after_training_is_given_up_when_resumed(tiny_model, tmp_path, monkeypatch):
+    """A leading arm slower than predicted costs test rows; a resumed run scores the same, as split.json says."""
+    monkeypatch.setenv("TELL_HOME", str(tmp_path / "home"))
+    steady_pace(monkeypatch, train=30_000, decode=3000)
+    monkeypatch.setattr("tell.study.tune.keep_speed", lambda task, loaded, speed: keep_speed(task, loaded, speed, 12))
+    sections = {
+        "general": {"source": str(PROBE), "rows": 40},
+        "task": {"rows": 6, "test_rows": 90},
+        "eval": {"arms": ["base", "sft-matched", "tell"], "forgetting_rows": 0},
+        "max_minutes": 3,
+    }
+
+    def config(name: str) -> tell.Config:
+        return config_of(tiny_model("llama"), tmp_path / name, **sections)
+
+    whole = tell.tune(config("whole"))
+    with pytest.raises(Interrupted):
+        tell.tune(config("run"), display=Killer("train sft-matched", 2))
+    folder = RunFolder(tmp_path / "run")
+    assert read(folder.plan)["fit"]["test_rows"] == len(read(folder.split)["test"]) == 60
+    tell.tune(config("run"), resume=True)
+    assert read(folder.split) == read(whole.split)
+    assert comparable(read(folder.metrics))["arms"] == comparable(read(whole.metrics))["arms"]
+    assert [row["hash"] for row in read_jsonl(folder.prediction("tell"))] == read(folder.split)["test"]
+    assert any("60 of 90 test rows" in text for text in read(folder.findings)["notices"])
+
+
+def test_too_few_minutes_can_be_raised(tiny_model, tmp_path):
+    """The refusal names minutes; with them the run goes on, but not with others once they decided what is done."""
+    short = config_of(tiny_model("llama"), tmp_path / "run", max_minutes=1e-6)
+    with pytest.raises(TellError, match="too short"):
+        tell.tune(short)
+    longer = config_of(tiny_model("llama"), tmp_path / "run", max_minutes=50)
+    folder = tell.tune(longer, resume=True)
+    assert folder.read_status()["state"] == "done"
+    with pytest.raises(TellError, match="max_minutes"):
+        tell.tune(short, resume=True)
 
 
 def test_changed_data_is_refused(tiny_model, tmp_path):

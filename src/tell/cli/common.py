@@ -187,7 +187,7 @@ FLAGS: tuple[Flag, ...] = (
         "Mixture and training",
         _RUN,
     ),
-    Flag("--max-minutes", "max_minutes", "use less general data until it fits", "N", number, "Run", _RUN),
+    Flag("--max-minutes", "max_minutes", "do less until it is predicted to fit", "N", number, "Run", _RUN),
     Flag("--arms", "eval.arms", "arms to score, comma-separated", "A,B,...", arms, "Run", _RUN),
     Flag("--greedy", "generate.greedy", "decode greedily", parse=None, panel="Run", verbs=_TUNE),
     Flag("--seed", "seed", "seed of every draw", "N", count, "Run", _ALL),

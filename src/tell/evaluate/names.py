@@ -37,4 +37,5 @@ def unit_of(metric: str) -> Unit:
         return "score"
     return "share" if metric.startswith("field:") or (metric in NAMES and metric not in PLAIN) else "plain"
 
+
 HELD_OUT, PROBE, WITNESS = "general held out", "probe", "witness"  # sets of general rows; the last two are in no mix

@@ -14,10 +14,10 @@ TAIL = """
 ## Names of metrics
 Scores: {scores}. A scorer of your own goes by the name of its function, or the keys of what it returns.
 
-Losses on general text are `probe loss` and `witness loss` (fixed texts) and `general held out loss` (rows of the general
-data that were held out), each also with ` change`, from the untuned model. Benchmarks are `benchmark openbookqa` and so on, and under
-`metrics` all of them are `benchmarks`; hidden states have `linear_probe`, `silhouette`, `mmd2` and `length_probe`. The
-page says what no finished cell has.
+Losses on general text are `probe loss` and `witness loss` (fixed texts) and `general held out loss` (rows of the
+general data that were held out), each also with ` change`, from the untuned model. Benchmarks are `benchmark
+openbookqa` and so on, and under `metrics` all of them are `benchmarks`; hidden states have `linear_probe`,
+`silhouette`, `mmd2` and `length_probe`. The page says what no finished cell has.
 """
 
 HEAD = """\

@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from tell.data.budget import take_rows
 from tell.errors import TellError
 from tell.mix.amount import Draw
+from tell.mix.seeds import below
 from tell.presets import repeat_for
 from tell.rows.table import RowTable
-from tell.study.arms import lead_arm
+from tell.study.arms import lead_arm, trained_arms
 from tell.study.general import General
 from tell.study.plan import describe_plan
 from tell.study.prepare import Task
@@ -52,13 +52,16 @@ class Extent:
         return cls(tuple(dict.fromkeys(task.config.eval.arms)), len(task.test), repeat, draw)
 
     def apply(self, task: Task) -> Task:
-        """A copy of the task in which this much is asked for; test rows are drawn by the run's seed."""
+        """A copy of the task in which this much is asked for.
+
+        Which test rows stay is drawn by the run's seed and their content: fewer are always among more, however often
+        and from whatever part of them they are drawn.
+        """
         config = task.config.model_copy(deep=True)
         config.eval.arms, config.mix.repeat = self.arms, self.repeat
-        test = task.test
-        if self.test_rows < len(test):
-            test = [test[i] for i in sorted(take_rows(len(test), self.test_rows, config.seed))]
-        return replace(task, config=config, test=test)
+        keys = [below(1 << 60, config.seed, "test rows", example.hash) for example in task.test]
+        kept = sorted(range(len(keys)), key=keys.__getitem__)[: self.test_rows]
+        return replace(task, config=config, test=[task.test[i] for i in sorted(kept)])
 
     def to_dict(self) -> dict[str, Any]:
         """``fit`` of plan.json."""
@@ -101,14 +104,15 @@ def fit_minutes(
     whole = extent = Extent.of(task, table, draw)
     if extent.draw is not None and most_general is not None:
         extent = replace(extent, draw=_first(extent.draw, most_general))
-    lead = lead_arm(whole.arms, dict.fromkeys(whole.arms))
+    lead = lead_arm(whole.arms, dict.fromkeys(trained_arms(whole.arms)))
 
     def cost(of: Extent) -> float:
         return _seconds(task, table, general, of, trained)
 
     for arm in OPTIONAL_ARMS:
-        if cost(extent) > room and arm in extent.arms and arm != lead and len(extent.arms) > 1:
-            extent = replace(extent, arms=tuple(a for a in extent.arms if a != arm))
+        fewer = tuple(a for a in extent.arms if a != arm)
+        if cost(extent) > room and arm in extent.arms and lead in (None, *trained_arms(fewer)) and fewer:
+            extent = replace(extent, arms=fewer)
     shrinks = (_fewer_test_rows, *(() if trained else (_smaller_mixture(table, general),)))
     for shrink in shrinks:
         if cost(extent) > room:

@@ -89,7 +89,7 @@ def claim(config: Config, *, resume: bool, overwrite: bool) -> tuple[RunFolder, 
     if not resume:
         raise _exists(folder)
     old = read_run_config(folder)
-    if (changed := _changed(old, config)) is not None:
+    if (changed := _changed(old, config, decided=folder.plan.exists())) is not None:
         raise TellError(
             f"the run was made with {changed}",
             where=f"--out {root}",
@@ -276,11 +276,16 @@ def check_trust(
         )
 
 
-def _changed(old: Config, new: Config) -> str | None:
-    """The first key that differs, with both values; None where nothing does."""
+def _changed(old: Config, new: Config, decided: bool) -> str | None:
+    """The first key that differs, with both values; None where nothing does.
+
+    Args:
+        decided: what fits into ``max_minutes`` is decided already, so that the minutes must stay.
+    """
     a, b = _flat(old), _flat(new)
+    free = FREE if decided else (*FREE, "max_minutes")
     for key in a:
-        if key not in FREE and a[key] != b.get(key):
+        if key not in free and a[key] != b.get(key):
             return f"{key} = {a[key]!r}, not {b.get(key)!r}"
     return None
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from tell.config import Config
-from tell.data.builtin import load_witness
+from tell.data.builtin import ON_BOARD, load_witness
 from tell.data.example import Example
 from tell.evaluate.intervals import difference, estimate
 from tell.evaluate.means import mean_metric
@@ -70,7 +70,7 @@ def general_sets(config: Config, chat: ChatTokenizer, general: General | None) -
     facts[PROBE] = {"origin": "written for TELL", "rows": len(sets[PROBE]), "in_mix_source": False}
     witness = load_witness()[: config.eval.forgetting_rows]
     sets[WITNESS] = tokenize(witness, chat, source=WITNESS, rules=rules)
-    on_board = general is not None and str(general.facts.get("path", "")).startswith("builtin")
+    on_board = general is not None and general.facts.get("path") == ON_BOARD
     facts[WITNESS] = {
         "origin": "prompts written for TELL, answered by SmolLM2-135M",
         "rows": len(sets[WITNESS]),

@@ -11,13 +11,13 @@ from tell.config import GeneralConfig
 from tell.mix.amount import Draw
 from tell.progress import Display
 from tell.rows.table import RowTable
-from tell.run import RunFolder, write_json
-from tell.study.arms import lead_arm
+from tell.run import RunFolder, write_json, write_text
+from tell.study.arms import lead_arm, trained_arms
 from tell.study.budget import Extent, fit_minutes, read_extent
 from tell.study.general import General, draw_general, general_source
 from tell.study.plan import estimated_general
-from tell.study.prepare import Task
-from tell.study.self_data import Enough, enough_of
+from tell.study.prepare import Task, split_file
+from tell.study.self_data import Enough, cached_self_file, enough_of
 
 Measure = Callable[[RowTable], None]  # measures the pace of training and decoding, with the task's rows
 
@@ -48,8 +48,10 @@ class InTime:
         tokens = int(table.unit.sum())
         if (kept := self._planned("general")) is not None:
             return lambda rows: len(rows) / max(1, kept["rows"])
-        if not self.minutes:
-            return enough_of(task.config, task.unit, tokens)
+        enough = enough_of(task.config, task.unit, tokens)
+        written = cached_self_file(task.config, task.files.fingerprint, task.chat.fingerprint, enough)
+        if not self.minutes or written is not None:
+            return enough
         self._measure_once(measure, table)
         general = estimated_general(task.config, task, tokens)
         draw = draw_general(task.config, general, tokens)
@@ -82,13 +84,15 @@ class InTime:
         """The extent once the leading arm is trained: less if that took longer than predicted."""
         if not self.minutes:
             return Extent.of(task, table, draw)
-        lead = lead_arm(task.config.eval.arms, dict.fromkeys(task.config.eval.arms))
+        arms = trained_arms(task.config.eval.arms)
+        lead = lead_arm(arms, dict.fromkeys(arms))
         extent, given_up = fit_minutes(
             task, table, general, draw, minutes=self.minutes, spent=self._spent, trained=lead
         )
         self._give_up(task, given_up)
         plan = self.folder.read(self.folder.plan)
         write_json(self.folder.plan, {**plan, "fit": self.fit(extent)})
+        write_text(self.folder.split, split_file(extent.apply(task)))
         return extent
 
     def fit(self, extent: Extent) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from tell.data.example import Example
 from tell.data.sources import Loaded
 
 PROMPTS, WITNESS = "prompts.jsonl", "witness.jsonl"
+ON_BOARD = "builtin: on board, answered by SmolLM2-135M"  # the path in facts
 
 
 def load_builtin() -> Loaded:
@@ -24,7 +25,7 @@ def load_builtin() -> Loaded:
     examples = _examples(PROMPTS, "general")
     digest = hashlib.sha256(_text(PROMPTS).encode()).hexdigest()
     columns = {"prompt": "prompt", "answer": "completion"}
-    return Loaded(examples, "prompt/completion", columns, "builtin: on board, answered by SmolLM2-135M", digest)
+    return Loaded(examples, "prompt/completion", columns, ON_BOARD, digest)
 
 
 def load_prompts() -> list[str]:
