@@ -20,7 +20,7 @@ CALL = {
     "content": "",
     "tool_calls": [{"function": {"name": "weather", "arguments": '{"town": 7}'}}],
 }
-CALLED = Message("assistant", "", False, json.dumps({"tool_calls": [{"function": {"name": "weather", "arguments": {}}}]}))
+CALLED = Message("assistant", "", False, '{"tool_calls": [{"function": {"name": "weather", "arguments": {}}}]}')
 TURNS = [
     {"role": "user", "content": "Rain?"},
     CALL,
