@@ -23,8 +23,8 @@ MOST_NUMBER = 1_000_000  # given to a function of texts: most are widths
 _CHARACTERS = 256  # that cost a step
 # Tests that look at no more than a value's type or number; all others pay for what they handle.
 _TYPE_TESTS = frozenset(
-    ("defined", "undefined", "none", "boolean", "false", "true", "integer", "float", "number", "string", "mapping")
-    + ("iterable", "sequence", "callable", "sameas", "escaped", "odd", "even", "divisibleby")
+    {"defined", "undefined", "none", "boolean", "false", "true", "integer", "float", "number", "string", "mapping"}
+    | {"iterable", "sequence", "callable", "sameas", "escaped", "odd", "even", "divisibleby"}
 )
 _WIDTH = re.compile(r"\*|\d{5,}")  # of a field in a format
 
