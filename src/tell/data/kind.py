@@ -284,6 +284,8 @@ def _misfits(examples: Sequence[Example], values: Sequence[Any], schema: dict[st
     Raises:
         TellError: the schema cannot be used, or a pattern in it takes too long.
     """
+    from referencing.exceptions import Unresolvable
+
     validator = Schema(schema).validator
     first, count = "", 0
     for example, value in zip(examples, values, strict=True):
@@ -293,6 +295,12 @@ def _misfits(examples: Sequence[Example], values: Sequence[Any], schema: dict[st
             raise TellError(
                 str(slow), where=example.origin, remedy="Write it without repetitions inside repetitions."
             ) from slow
+        except Unresolvable as dead:
+            raise TellError(
+                f"the schema refers to {dead.ref!r}, which leads nowhere; nothing is fetched",
+                where=example.origin,
+                remedy="Mend the JSON Schema given with --schema.",
+            ) from dead
         except (RecursionError, OverflowError):
             continue
         if error is not None:
