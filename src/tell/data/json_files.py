@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tell.data.json_text import FILES, check_depth, read_json, shorten
+from tell.data.json_text import FILES, check_depth, read_json
 from tell.errors import TellError
+from tell.shown import brief
 
 Record = tuple[int, dict[str, Any]]
 
@@ -77,7 +78,7 @@ def _json(text: str, path: Path) -> Iterator[Record]:
         members = list(_members(text, start))
         twice = next((key for key, count in Counter(key for key, _, _ in members).items() if count > 1), None)
         if twice is not None:
-            raise _not_json(ValueError(f"key {shorten(twice)} stands twice"), f"{path}:1", "Rename one of them.")
+            raise _not_json(ValueError(f"key {brief(twice)} stands twice"), f"{path}:1", "Rename one of them.")
         arrays = {
             key: offset
             for key, offset, value in members
@@ -157,7 +158,7 @@ def _not_json(error: BaseException, where: str, remedy: str) -> TellError:
 
 def _not_an_object(value: Any, where: str) -> TellError:
     return TellError(
-        f"is {shorten(json.dumps(value, ensure_ascii=False))}, not an object",
+        f"is {brief(json.dumps(value, ensure_ascii=False))}, not an object",
         where=where,
         remedy='Write {"prompt": ..., "completion": ...}.',
     )

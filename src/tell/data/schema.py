@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from tell.errors import TellError
+from tell.shown import brief
 
 SECONDS = 1.0
 """Longest search for one pattern in one string; backtracking can take longer than the universe is old."""
@@ -59,8 +60,7 @@ class Schema:
         try:
             cls.check_schema(schema)
         except SchemaError as error:
-            message = error.message if len(error.message) <= 120 else f"{error.message[:119]}…"
-            raise bad_schema(f"not a valid JSON Schema ({message})", error.json_path) from error
+            raise bad_schema(f"not a valid JSON Schema ({brief(error.message, 120)})", error.json_path) from error
         except RecursionError as error:
             raise bad_schema("nested too deeply", "$") from error
         # Without $schema, by which a reference to the top would leave our own class of validator for jsonschema's.
