@@ -54,6 +54,7 @@ def _is_lines(text: str, suffix: str) -> bool:
 
 
 def _json_lines(text: str, path: Path) -> Iterator[Record]:
+    whole = len(text.strip())
     # Not splitlines(): it would also break at U+2028 and others that JSON strings may hold.
     for number, line in enumerate(text.split("\n"), 1):
         try:
@@ -64,6 +65,8 @@ def _json_lines(text: str, path: Path) -> Iterator[Record]:
             raise _not_json(error, f"{path}:{number}", "Mend that line: JSON Lines holds one object a line.") from error
         if type(record) is not dict:
             raise _not_an_object(record, f"{path}:{number}")
+        if len(line) >= whole:  # the only one
+            _refuse_columns(record, path)
         yield number, record
 
 
@@ -132,14 +135,14 @@ def _next(text: str, end: int) -> int:
 
 
 def _refuse_columns(data: dict[str, Any], path: Path) -> None:
-    """Refuse what ``DataFrame.to_json`` writes by default: an object of columns (or rows), each keyed by row number."""
+    """Refuse what ``DataFrame.to_json`` writes by default: an object of columns (or rows), each keyed by the index."""
     parts = list(data.values())
     if not parts or not all(isinstance(part, dict) and part for part in parts):
         return
     keys = parts[0].keys()
     if any(part.keys() != keys for part in parts):
         return
-    if all(key.isdigit() for key in keys) or all(key.isdigit() for key in data):
+    if len(parts) > 1 or all(key.isdigit() for key in keys) or all(key.isdigit() for key in data):
         raise TellError(
             "holds columns, not rows, as pandas' to_json writes them by default",
             where=str(path),
