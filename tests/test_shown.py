@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tell.errors import TellError
-from tell.shown import LONGEST_LINE, clean, one_line, shorten, without_secrets
+from tell.shown import LONGEST_LINE, brief, clean, one_line, shorten, without_secrets
 
 
 def test_sequences_and_marks_are_gone_and_languages_stay():
@@ -19,6 +19,13 @@ def test_length_is_bounded_and_both_ends_are_kept():
     assert len(one_line("y " * 10**6)) <= LONGEST_LINE
     error = TellError("value " + "9" * 10**6, where="f" * 10**5, remedy="Mend it. " * 10**4)
     assert len(str(error)) < LONGEST_LINE and "Mend it." in str(error)
+
+
+def test_values_are_shown_on_one_line_that_can_be_written():
+    assert brief({"a": ["é", 1, None]}) == '{"a": ["é", 1, null]}' and brief("é\nb") == "é b" and brief(None) == "null"
+    cut = brief(["x" * 100, "last"])
+    assert len(cut) <= 40 and cut.startswith('["xxx') and cut.endswith('"last"]')
+    brief("half of a pair \ud83d").encode()
 
 
 def test_keys_and_passwords_are_left_out():

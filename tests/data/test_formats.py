@@ -158,6 +158,19 @@ def test_the_limit_of_csv_cells_is_put_back(tmp_path):
     assert csv.field_size_limit() == before
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("turns.json", '{"messages": {"role": ["user", "assistant"], "content": ["q", "a"]}}'),
+        ("one.json", '{"prompt": {"q": "x"}, "completion": {"a": "y"}}'),
+        ("lines.jsonl", '{"prompt": {"q": "x"}, "completion": {"q": "y"}}\n' * 2),
+    ],
+)
+def test_records_whose_cells_are_objects_are_records(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    assert next(read_records(tmp_path / name))[1] == json.loads(text.partition("\n")[0])
+
+
 def test_json_is_read_in_one_place():
     folder = Path(tell.__file__).parent / "data"
     found = [path.name for path in folder.glob("*.py") if re.search(r"json\.loads?\(|JSONDecoder", path.read_text())]
@@ -180,6 +193,10 @@ BAD = [
     ("deep.json", b"[" * 100_000, "deep.json:1", "nested too deeply"),
     ("pandas.json", b'{"a": {"0": "x", "1": "y"}, "b": {"0": 1, "1": 2}}', "pandas.json", "as pandas' to_json writes"),
     ("index.json", b'{"0": {"a": "x", "b": 1}, "1": {"a": "y", "b": 2}}', "index.json", "as pandas' to_json writes"),
+    ("names.json", b'{"q": {"a": "x", "b": "y"}, "answer": {"a": "1", "b": "2"}}', "names.json", "as pandas' to_json"),
+    ("named.json", b'{"a": {"q": "x", "answer": "y"}, "b": {"q": "x", "answer": "z"}}', "named.json", "not rows"),
+    ("names.jsonl", b'\n{"q": {"a": "x"}, "answer": {"a": "1"}} \n', "names.jsonl", "as pandas' to_json writes"),
+    ("pandas.jsonl", b'{"a": {"0": "x", "1": "y"}, "b": {"0": 1, "1": 2}}', "pandas.jsonl", "as pandas' to_json"),
     ("empty.jsonl", b"", "empty.jsonl", "is empty"),
     ("blank.json", b" \n\n", "blank.json", "is empty"),
     ("empty.parquet", b"", "empty.parquet", "is empty"),

@@ -6,7 +6,7 @@ import pytest
 
 from tell.data import schema as schemas
 from tell.data.example import Example
-from tell.data.kind import detect_kind, load_schema
+from tell.data.kind import SCHEMA_URI, detect_kind, load_schema
 from tell.data.schema import Schema
 from tell.errors import TellError
 from tell.evaluate.json_schema import JsonScorer
@@ -17,6 +17,13 @@ BAD = [
     ({"properties": {"a": {"$ref": "file:///etc/hostname"}}}, "leads nowhere; nothing is fetched"),
     ({"$ref": "http://["}, "leads nowhere"),
     ({"$ref": "#/$defs/a"}, "leads nowhere"),
+    *(({"properties": {name: {"$ref": "#/$defs/a"}}}, "leads nowhere") for name in ("default", "examples", "enum")),
+    ({"$defs": {"const": {"items": {"$ref": "#/$defs/a"}}}}, "leads nowhere"),
+    ({"patternProperties": {"enum": {"$ref": "http://127.0.0.1:9/x.json"}}}, "leads nowhere"),
+    ({"definitions": {"default": {"pattern": "(a|a)*", "properties": {"a": {"$ref": "#/b"}}}}}, "leads nowhere"),
+    ({"$ref": "#/examples", "examples": [{"$ref": "#/examples"}], "not": {"$ref": "#/b"}}, "leads nowhere"),
+    ({"items": {"$ref": "#/default"}, "default": {"items": {"$ref": "#/b"}}}, "leads nowhere"),
+    ({"default": {"anyOf": [{"$ref": "#/default"}]}, "$ref": "#/default"}, "leads back to itself"),
     ({"anyOf": [{"$ref": "#"}]}, "leads back to itself"),
     ({"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"not": {"$ref": "#/$defs/a"}}}}, "leads back to itself"),
     ({"$schema": 5}, "$schema is 5"),
@@ -55,6 +62,20 @@ GOOD = [
         {"b": 1},
     ),
     ({"patternProperties": {"^n_": {"type": "integer"}}}, {"b": 1}, {"n_b": "x"}),
+    (
+        {"properties": {"unevaluatedProperties": {"type": "null"}}, "patternProperties": {"(ab)*": {}}},
+        {"unevaluatedProperties": None},
+        {"unevaluatedProperties": 1},
+    ),
+    (
+        {
+            "properties": {"default": {"$schema": SCHEMA_URI, "$ref": "#/$defs/enum"}},
+            "$defs": {"enum": {"type": "null"}},
+        },
+        {"default": None},
+        {"default": 1},
+    ),
+    ({"enum": [{"properties": {"$schema": "x"}}]}, {"properties": {"$schema": "x"}}, {}),
     ({"properties": {"$schema": {"type": "string"}}, "enum": [{"$schema": "x"}]}, {"$schema": "x"}, {"$schema": 1}),
 ]
 
@@ -63,6 +84,12 @@ GOOD = [
 def test_schemas_that_can(schema, right, wrong):
     validator = Schema(schema).validator
     assert validator.is_valid(right) and not validator.is_valid(wrong)
+
+
+def test_a_reference_that_is_dead_only_for_the_validator_is_refused(monkeypatch):
+    monkeypatch.setattr(Schema, "_check", lambda *_: None)
+    with pytest.raises(TellError, match=r"f.jsonl:3: the schema refers to '/\$defs/a', which leads nowhere"):
+        detect_kind([Example.pair("q", "{}", origin="f.jsonl:3")], schema={"allOf": [{"$ref": "#/$defs/a"}]})
 
 
 SLOW = {"type": "object", "properties": {"a": {"type": "string", "pattern": "^(a|a)*$"}}}

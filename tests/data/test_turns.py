@@ -146,6 +146,12 @@ def test_what_is_left_out_of_turns_is_said(tmp_path):
         ([{"prompt": "a", "completion": "b", "label": v} for v in ("True", "False")], 1, "label is false"),
         ([{"prompt": "a", "completion": "b", "label": v} for v in (False, None)], 1, "label is false"),
         ([{"text": "a", "label": "X", "answer": v} for v in ("accept", "reject", "ignore")], 1, "answer is reject"),
+        ([{"messages": [QUESTION, ANSWER], "label": v} for v in (True, False)], 1, "label is false"),
+        ([{"conversations": [QUESTION, ANSWER], "kto_tag": v} for v in (True, False)], 1, "kto_tag is false"),
+        ([{"messages": [QUESTION, ANSWER], "label": v} for v in (1, 0, None)], 2, "label is 0"),
+        ([{"messages": [QUESTION, ANSWER], "answer": v} for v in ("accept", "reject")], 1, "answer is reject"),
+        ([{"prompt": "a", "completion": f"b{i}", "label": float(i % 2)} for i in range(4)], 2, "label is 0.0"),
+        ([{"prompt": i, "completion": "ab"[i % 2], "label": i // 2} for i in range(4)], 2, "label is 0"),
     ],
 )
 def test_rejected_rows_are_left_out_with_a_count(tmp_path, rows, kept, notice):
@@ -158,6 +164,17 @@ def test_answers_that_look_like_verdicts_are_answers():
     rows = [{"question": "q", "answer": a} for a in ("accept", "reject")]
     assert detect_layout(rows).verdict is None
     assert detect_layout([{"prompt": "q", "label": True}, {"prompt": "q", "label": False}]).verdict is None
+
+
+def test_the_number_of_the_answers_class_is_no_verdict():
+    rows = [{"prompt": f"q{i}", "completion": ("ham", "spam")[i % 2], "label": i % 2} for i in range(6)]
+    layout = detect_layout(rows)
+    assert layout.verdict is None and layout.unused == ("label",)
+    assert detect_layout([{"text": "t", "label_text": "ham", "label": 0}]).verdict is None
+    assert detect_layout([{"prompt": "q", "label": 1}, {"prompt": "q", "label": 0}]).verdict is None
+    premises = [{"premise": "p", "hypothesis": "h", "label": 1}] * 2
+    with pytest.raises(TellError, match="answer=label"):
+        detect_layout(premises)
 
 
 @pytest.mark.parametrize(("label", "answer"), [(["billing"], "billing"), ([3], "3"), ("billing", "billing")])

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 
 from tell.anchor.anchor import Anchor
 from tell.data.example import Example, Message
 from tell.errors import TellError
+from tell.rows import render
+from tell.rows.frame import Frames
+from tell.rows.render import render_row
 from tell.rows.template import ChatTokenizer
 from tell.rows.tokenize import RowRules, prompt_ids, tokenize
 
@@ -167,6 +171,23 @@ def test_earlier_answers_that_decoding_would_write_otherwise_are_context(tiny_mo
     ]
     _, mask = table.row(0)
     assert mask[: len(prompt_ids(tokenizer, example))].sum() == 0
+
+
+def test_more_answers_than_can_be_looked_at_are_refused(chat, monkeypatch, tiny_model):
+    turns = [USER, ANSWER] * 4
+    framed = ChatTokenizer(tiny_model("llama"))
+    assert Frames(framed).of(turns) is not None
+    spans = render_row(chat("chatml"), turns).spans
+    assert len(spans) == 4
+    monkeypatch.setattr(render, "MOST_TURNS", 8)  # 1 + 3 + 5 are asked for
+    example = Example.of(turns, source="task", origin="f.jsonl:7")
+    with pytest.raises(TellError, match=r"f.jsonl:7: has 4 answers to train in 8 turns; .* 9 turns .* more than 8\. S"):
+        tokenize([example], chat("chatml"), source="task")
+    general = tokenize([example] * 300, chat("chatml"), source="general", rules=RowRules(misfit="drop"))
+    assert [row.origin for row in general.dropped] == ["f.jsonl:7"] * 300  # enough for frames
+    assert Frames(framed).of(turns) is None
+    few = [USER, replace(ANSWER, trained=False), *turns[2:]]
+    assert render_row(chat("chatml"), few).spans == spans[1:]
 
 
 def test_a_template_that_loses_the_system_text_is_refused(chat):

@@ -10,6 +10,11 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tell.rows.sandbox import BoundedEnvironment, Exceeded
 
 DOUBLED = "{% set n = namespace(s=START) %}{% for i in range(60) %}{% set n.s = MORE %}{% endfor %}{{ n.s }}"
+LARGE = "{% set x, z = [1] * 300000, [1] * 300000 %}{% for i in range(1000) %}DONE{% endfor %}"
+NESTED = (
+    "{% set n, m = namespace(s=[1], t=(1,)), namespace(s=[1]) %}{% for i in range(25) %}"
+    "{% set n.s = [n.s, n.s] %}{% set m.s = [m.s, m.s] %}{% set n.t = (n.t, n.t) %}{% endfor %}{{ DONE }}"
+)
 ENDLESS = {
     "loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
     "loops without a round": "{% for i in range(99999) %}{% for j in range(99999) if false %}{% endfor %}{% endfor %}",
@@ -38,6 +43,20 @@ ENDLESS = {
     "padding": "{{ 'x'.ljust(999999999) }}",
     "centring": "{{ 'x' | center(999999999) }}",
     "indenting": "{{ 'x\nx' | indent(999999999) }}",
+    "adding to a list": LARGE.replace("DONE", "{% set y = x + [2] %}"),
+    "adding to a text": LARGE.replace("[1]", "'ab'").replace("DONE", "{% set y = x + 'c' %}"),
+    "repeating": LARGE.replace("DONE", "{% set y = [1] * 300000 %}"),
+    "searching a list": LARGE.replace("DONE", "{% set y = 2 in x %}"),
+    "searching a text": LARGE.replace("[1]", "'ab'").replace("DONE", "{% set y = 'c' not in x %}"),
+    "comparing": LARGE.replace("DONE", "{% set y = x == z %}"),
+    "comparing in a chain": LARGE.replace("DONE", "{% set y = 'a' < 'b' in x %}"),
+    "a test that compares": LARGE.replace("DONE", "{% set y = x is eq(z) %}"),
+    "comparing doubled lists": NESTED.replace("DONE", "n.s == m.s"),
+    "searching doubled lists": NESTED.replace("DONE", "1 in [n.s] or m.s in [n.s]"),
+    "a doubled list in a format": NESTED.replace("DONE", "'%s' % n.s"),
+    "a doubled key": NESTED.replace("DONE", "{n.t: 1}"),
+    "a doubled key that is looked up": NESTED.replace("DONE", "{}[n.t]"),
+    "a doubled key that is searched": NESTED.replace("DONE", "n.t in {}"),
 }
 
 
@@ -59,7 +78,11 @@ ORDINARY = """{% macro one(m) %}<{{ m.role | upper }}>{{ m['content'] | trim }}{
 {{ n.i }}
 {{ messages | selectattr('role', 'equalto', 'user') | list | length }} {{ messages | groupby('role') | length }}
 {% filter upper %}text{% endfilter %} {% set block %}inner {{ 1 }}{% endset %}{{ block }} {{ [[1, 2], [3]] | tojson }}
-{{ messages | join('+', attribute='role') }} {{ 'x' | indent(2, true) }} {{ 7 % 4 }} {{ 1.5 * 2 }} {{ 'ab' * 2 }}
+{{ messages | join('+', attribute='role') }} {{ 'x' | indent(2, true) }} {{ 1 < n.i <= 99 in [9, true] }}
+{{ 'role' in messages[0] }} {{ n.i is eq 2 }}
+{{ messages[0] == messages[1] or messages[0] in messages }} {{ 'a' in 'ab' }} {{ 3 not in [n.i] }} {{ {n.i: 1}[n.i] }}
+{{ 'x' is in(['x']) }} {{ ('a', 'b') == ('a', 'b') }} {{ {('a', 1): 'pair'}[('a', 1)] }}
+{{ 7 % 4 }} {{ 1.5 * 2 }} {{ 'ab' * 2 }}
 """
 
 

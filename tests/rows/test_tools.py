@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from tell.anchor.anchor import Anchor
-from tell.data.example import Example
+from tell.data.example import Example, Message
 from tell.data.sources import load
 from tell.errors import TellError
 from tell.rows.template import ChatTokenizer
@@ -20,6 +20,7 @@ CALL = {
     "content": "",
     "tool_calls": [{"function": {"name": "weather", "arguments": '{"town": 7}'}}],
 }
+CALLED = Message("assistant", "", False, '{"tool_calls": [{"function": {"name": "weather", "arguments": {}}}]}')
 TURNS = [
     {"role": "user", "content": "Rain?"},
     CALL,
@@ -75,6 +76,23 @@ def test_a_template_without_tools_refuses_the_row(tiny_model, tmp_path):
             chat.render(example.prompt, add_generation_prompt=True)
         with pytest.raises(TellError, match=r"rows.jsonl:1: .*leaves out"):
             tokenize([example], chat, source="task")
+
+
+@pytest.mark.parametrize("result", ['{"temp": 20}', "two\nlines", " padded ", ""])
+def test_results_written_as_json_are_shown(chat, result):
+    folder = chat.folder
+    written = TEMPLATE.replace("m.content }}", "(m.content | tojson if m.role == 'tool' else m.content) }}")
+    (folder / "chat_template.jinja").write_text(written)  # as Llama 3.1's
+    turns = [Message("user", "Rain?"), CALLED, Message("tool", result), Message("assistant", "no")]
+    assert json.dumps(result) in ChatTokenizer(folder).render(turns)
+
+
+def test_a_template_that_leaves_out_one_result_is_refused(chat):
+    last = TEMPLATE.replace("+ m.content }}", "+ (m.content if m.role != 'tool' or loop.index > 3 else '') }}")
+    (chat.folder / "chat_template.jinja").write_text(last)
+    turns = [Message("user", "Rain? Is it dry?"), CALLED, Message("tool", "dry"), Message("tool", "warm")]
+    with pytest.raises(TellError, match="leaves out a tool's result"):
+        ChatTokenizer(chat.folder).render([*turns, Message("assistant", "no")])
 
 
 def test_only_turns_with_loss_are_trained(chat, tmp_path):

@@ -104,6 +104,28 @@ def test_tokens_without_an_embedding_are_refused_by_the_plan(place, wider, tmp_p
         tell.plan(config)
 
 
+def test_experts_named_by_hand_are_refused_by_the_plan(tiny_model, tmp_path):
+    folder = tmp_path / "mixture"
+    shutil.copytree(tiny_model("llama"), folder)
+    sizes = json.loads((folder / "config.json").read_text())
+    said = r"train.lora_targets: down_proj, gate_proj would name the experts"
+
+    def planned(targets: str, trust: bool = False, **more):
+        (folder / "config.json").write_text(json.dumps({**sizes, "num_local_experts": 4, **more}))
+        config = config_of(folder, train={"lora_targets": targets}, general={"source": "none"})
+        model = config.model.model_copy(update={"trust_remote_code": trust})
+        return tell.plan(config.model_copy(update={"model": model}))["notices"]
+
+    with pytest.raises(TellError, match=said):
+        planned("q_proj, gate_proj,down_proj")
+    assert any("LoRA leaves the experts as they are" in notice for notice in planned("all-linear"))
+    assert not any("experts" in notice for notice in planned("q_proj"))
+    own = {"auto_map": {"AutoModelForCausalLM": "code.Model"}}
+    with pytest.raises(TellError, match=said):
+        planned("gate_proj,down_proj", **own)  # not trusted: transformers' own code
+    assert not any("experts" in n for t in ("all-linear", "gate_proj") for n in planned(t, trust=True, **own))
+
+
 def test_a_test_prompt_that_the_template_refuses_is_refused_by_the_plan(tiny_model, tmp_path):
     turns = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
     test = written(tmp_path / "t.jsonl", [{"messages": [{"role": "system", "content": "Be brief."}, *turns]}])

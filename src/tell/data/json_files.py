@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tell.data.json_text import FILES, check_depth, read_json, shorten
+from tell.data.json_text import FILES, check_depth, read_json
 from tell.errors import TellError
+from tell.shown import brief
 
 Record = tuple[int, dict[str, Any]]
 
@@ -53,6 +54,7 @@ def _is_lines(text: str, suffix: str) -> bool:
 
 
 def _json_lines(text: str, path: Path) -> Iterator[Record]:
+    whole = len(text.strip())
     # Not splitlines(): it would also break at U+2028 and others that JSON strings may hold.
     for number, line in enumerate(text.split("\n"), 1):
         try:
@@ -63,6 +65,8 @@ def _json_lines(text: str, path: Path) -> Iterator[Record]:
             raise _not_json(error, f"{path}:{number}", "Mend that line: JSON Lines holds one object a line.") from error
         if type(record) is not dict:
             raise _not_an_object(record, f"{path}:{number}")
+        if len(line) >= whole:  # the only one
+            _refuse_columns(record, path)
         yield number, record
 
 
@@ -77,7 +81,7 @@ def _json(text: str, path: Path) -> Iterator[Record]:
         members = list(_members(text, start))
         twice = next((key for key, count in Counter(key for key, _, _ in members).items() if count > 1), None)
         if twice is not None:
-            raise _not_json(ValueError(f"key {shorten(twice)} stands twice"), f"{path}:1", "Rename one of them.")
+            raise _not_json(ValueError(f"key {brief(twice)} stands twice"), f"{path}:1", "Rename one of them.")
         arrays = {
             key: offset
             for key, offset, value in members
@@ -131,14 +135,14 @@ def _next(text: str, end: int) -> int:
 
 
 def _refuse_columns(data: dict[str, Any], path: Path) -> None:
-    """Refuse what ``DataFrame.to_json`` writes by default: an object of columns (or rows), each keyed by row number."""
+    """Refuse what ``DataFrame.to_json`` writes by default: an object of columns (or rows), each keyed by the index."""
     parts = list(data.values())
     if not parts or not all(isinstance(part, dict) and part for part in parts):
         return
     keys = parts[0].keys()
     if any(part.keys() != keys for part in parts):
         return
-    if all(key.isdigit() for key in keys) or all(key.isdigit() for key in data):
+    if len(parts) > 1 or all(key.isdigit() for key in keys) or all(key.isdigit() for key in data):
         raise TellError(
             "holds columns, not rows, as pandas' to_json writes them by default",
             where=str(path),
@@ -157,7 +161,7 @@ def _not_json(error: BaseException, where: str, remedy: str) -> TellError:
 
 def _not_an_object(value: Any, where: str) -> TellError:
     return TellError(
-        f"is {shorten(json.dumps(value, ensure_ascii=False))}, not an object",
+        f"is {brief(json.dumps(value, ensure_ascii=False))}, not an object",
         where=where,
         remedy='Write {"prompt": ..., "completion": ...}.',
     )

@@ -10,6 +10,8 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
+from tell.shown import brief
+
 DEPTH = 64  # of nesting; deeper values would exhaust the stack of validator and comparison
 _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
@@ -86,18 +88,11 @@ def items(node: list | dict) -> Iterable[Any]:
     return node.values() if isinstance(node, dict) else node
 
 
-def shorten(value: Any, width: int = 40) -> str:
-    """A value or text on one line of at most ``width`` characters, fit to be written as UTF-8."""
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    text = text if len(text) <= width else f"{text[: width - 1]}…"
-    return text.encode("utf-8", "backslashreplace").decode()
-
-
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     out = dict(pairs)
     if len(out) < len(pairs):
         twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise ValueError(f"key {shorten(twice)} stands twice")
+        raise ValueError(f"key {brief(twice)} stands twice")
     return out
 
 
@@ -113,7 +108,7 @@ def _null(constant: str) -> None:
 def _finite(digits: str) -> float:
     number = float(digits)
     if math.isinf(number):  # 1e999 would be read as Infinity
-        raise ValueError(f"number {shorten(digits)} is too large")
+        raise ValueError(f"number {brief(digits)} is too large")
     return number
 
 

@@ -10,10 +10,11 @@ from typing import Any, Literal
 
 from tell.data.example import Example
 from tell.data.formats import check_file, read_text
-from tell.data.json_text import nfc, parse_strict, read_json, shorten
+from tell.data.json_text import nfc, parse_strict, read_json
 from tell.data.schema import Schema, SlowPattern
 from tell.errors import TellError
 from tell.files import expanded
+from tell.shown import brief
 
 KindName = Literal["json", "label", "text"]
 
@@ -159,7 +160,7 @@ def missing_classes(kind: Kind, train: Sequence[Example], test: Sequence[Example
         names = sorted(have.keys() - lack.keys())
         if names:
             more = f" and {len(names) - CLASSES_SHOWN:,} more" if len(names) > CLASSES_SHOWN else ""
-            shown = ", ".join(f"{shorten(name)} ({have[name]:,})" for name in names[:CLASSES_SHOWN])
+            shown = ", ".join(f"{brief(name)} ({have[name]:,})" for name in names[:CLASSES_SHOWN])
             parts.append(f"{len(names):,} of {len(trained | tested):,} labels have no {what} row: {shown}{more}")
     return parts
 
@@ -284,6 +285,8 @@ def _misfits(examples: Sequence[Example], values: Sequence[Any], schema: dict[st
     Raises:
         TellError: the schema cannot be used, or a pattern in it takes too long.
     """
+    from referencing.exceptions import Unresolvable
+
     validator = Schema(schema).validator
     first, count = "", 0
     for example, value in zip(examples, values, strict=True):
@@ -293,9 +296,15 @@ def _misfits(examples: Sequence[Example], values: Sequence[Any], schema: dict[st
             raise TellError(
                 str(slow), where=example.origin, remedy="Write it without repetitions inside repetitions."
             ) from slow
+        except Unresolvable as dead:
+            raise TellError(
+                f"the schema refers to {dead.ref!r}, which leads nowhere; nothing is fetched",
+                where=example.origin,
+                remedy="Mend the JSON Schema given with --schema.",
+            ) from dead
         except (RecursionError, OverflowError):
             continue
         if error is not None:
             count += 1
-            first = first or f"{example.origin}: {shorten(error.message, 120)}"
+            first = first or f"{example.origin}: {brief(error.message, 120)}"
     return f"{count} of {len(values)} answers break it, the first is {first}" if count else ""

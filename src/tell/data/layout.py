@@ -55,8 +55,14 @@ _ALIASES = {
 }
 LABELS = ("label", "labels", "label_text", "accept")
 """Answer columns in which annotation tools write a list of labels."""
-# A column that says which rows are good examples, by its values: KTO's and Prodigy's.
-_VERDICTS = {"label": {"true", "false"}, "answer": {"accept", "reject", "ignore"}}
+# A column that says which rows are good examples, by its values: KTO's (TRL, ms-swift; LLaMA-Factory) and Prodigy's.
+_VERDICTS = {
+    "label": {"true", "false"},
+    "kto_tag": {"true", "false"},
+    "answer": {"accept", "reject", "ignore"},
+}
+REJECTED = frozenset({"false", "0", "0.0", "reject", "ignore"})
+"""Values of a verdict column, as texts in lower case, that mark a bad example."""
 # Columns that belong to the prompt: a row without them asks something else.
 _PROMPTS = {"instruction", "prompt", "query", "question", "input", "text", "sentence"}
 _MATERIAL = re.compile(
@@ -163,7 +169,7 @@ def detect_layout(
     elif merged.get("prompt", "").lower() == "instruction":
         name = f"Alpaca {name}"
     others = [column for column in seen if column not in merged.values()]
-    verdict = next((column for column in others if "prompt" in merged and _is_verdict(records, column)), None)
+    verdict = next((c for c in others if _is_verdict(records, c) or _is_binary_verdict(records, c, merged)), None)
     others = [column for column in others if column != verdict]
     if "prompt" in merged and "prompt" not in given:
         _refuse_lost(records, merged, others, where, flag)
@@ -173,11 +179,24 @@ def detect_layout(
 
 
 def _is_verdict(records: Sequence[Mapping[str, Any]], column: str) -> bool:
-    known = _VERDICTS.get(column)
-    if not known:
+    values = _values(records, column) if column in _VERDICTS else set()
+    return bool(values) and values <= _VERDICTS[column]
+
+
+def _is_binary_verdict(records: Sequence[Mapping[str, Any]], column: str, columns: Mapping[str, str]) -> bool:
+    """Whether a column ``label`` or ``kto_tag`` of 0 and 1 is a verdict, and not the number of the answer's class."""
+    values = _values(records, column) if "true" in _VERDICTS.get(column, ()) else set()
+    answer = columns.get("answer", "")
+    if not values or not values <= {"0", "1", "0.0", "1.0"} or answer.lower() in LABELS:
         return False
-    values = {str(value).strip().lower() for record in records if (value := record.get(column)) is not None}
-    return bool(values) and values <= known
+    pairs = {(str(record.get(answer)), str(record.get(column))) for record in records}
+    answers = {text for text, _ in pairs}
+    return not answer or len(pairs) > len(answers) or 2 * len(answers) > len(records)
+
+
+def _values(records: Sequence[Mapping[str, Any]], column: str) -> set[str]:
+    cells = (record.get(column) for record in records)
+    return {str(cell).strip().lower() for cell in cells if cell is not None and cell == cell}  # neither null nor NaN
 
 
 def _is_id(column: str) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from tell.errors import TellError
+from tell.shown import brief
 
 SECONDS = 1.0
 """Longest search for one pattern in one string; backtracking can take longer than the universe is old."""
@@ -19,6 +20,8 @@ MOST_PATHS = 10_000
 REFERENCES = ("$ref", "$dynamicRef", "$recursiveRef")
 VALUES = frozenset({"enum", "const", "default", "examples"})
 """Keywords that hold values, not schemas."""
+NAMED = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas", "dependencies"})
+"""Keywords that hold schemas by name; a name may be that of any keyword."""
 _REPEATED_GROUP = re.compile(r"\)[*+{]")
 _IN_PLACE = ("not", "if", "then", "else")
 _ALL_IN_PLACE = ("allOf", "anyOf", "oneOf")
@@ -57,8 +60,7 @@ class Schema:
         try:
             cls.check_schema(schema)
         except SchemaError as error:
-            message = error.message if len(error.message) <= 120 else f"{error.message[:119]}…"
-            raise bad_schema(f"not a valid JSON Schema ({message})", error.json_path) from error
+            raise bad_schema(f"not a valid JSON Schema ({brief(error.message, 120)})", error.json_path) from error
         except RecursionError as error:
             raise bad_schema("nested too deeply", "$") from error
         # Without $schema, by which a reference to the top would leave our own class of validator for jsonschema's.
@@ -69,7 +71,12 @@ class Schema:
         self._steps: dict[int, list[Any]] = {}
         self._repeating: list[str] = []
         self._unevaluated = False
+        self._targets: list[tuple[Any, str, Any]] = []
         self._check(self.schema, "$", self.resolver, specification)
+        while self._targets:  # a reference may lead into values, or anywhere
+            target, path, resolver = self._targets.pop()
+            if isinstance(target, dict) and id(target) not in self._steps:
+                self._check(target, path, resolver, specification)
         if self._unevaluated and self._repeating:  # jsonschema searches for these itself, without a time limit
             raise bad_schema(f"unevaluatedProperties with the pattern {self._repeating[0]!r} might never end", "$")
         self._refuse_loops()
@@ -101,9 +108,11 @@ class Schema:
         for word in REFERENCES:
             if isinstance(ref := node.get(word), str):
                 try:
-                    steps.append(resolver.lookup(ref).contents)
+                    found = resolver.lookup(ref)
                 except Exception as error:  # referencing's own errors, and ValueError and the like for malformed URIs
                     raise bad_schema(f"{word} {ref!r} leads nowhere; nothing is fetched", path) from error
+                steps.append(found.contents)
+                self._targets.append((found.contents, f"{path}.{word}", found.resolver))
         named = _keys(node.get("patternProperties"))
         self._repeating += [pattern for pattern in named if _REPEATED_GROUP.search(pattern)]
         self._unevaluated |= "unevaluatedProperties" in node
@@ -112,7 +121,10 @@ class Schema:
                 _compiled(pattern, path)
         self._steps[id(node)] = [step for step in steps if isinstance(step, dict)]
         for key, value in node.items():
-            if key not in VALUES:
+            if key in NAMED and isinstance(value, dict):
+                for name, part in value.items():
+                    self._check(part, f"{path}.{key}.{name}", resolver, specification)
+            elif key not in VALUES:
                 self._check(value, f"{path}.{key}", resolver, specification)
 
     def _refuse_loops(self) -> None:
@@ -149,11 +161,13 @@ def _without_dialect(node: Any) -> Any:
         return [_without_dialect(item) for item in node]
     if not isinstance(node, dict):
         return node
-    return {
-        key: value if key in VALUES else _without_dialect(value)
-        for key, value in node.items()
-        if not (key == "$schema" and isinstance(value, str))
-    }
+    out = {key: value for key, value in node.items() if not (key == "$schema" and isinstance(value, str))}
+    for key, value in out.items():
+        if key in NAMED and isinstance(value, dict):
+            out[key] = {name: _without_dialect(part) for name, part in value.items()}
+        elif key not in VALUES:
+            out[key] = _without_dialect(value)
+    return out
 
 
 @functools.lru_cache(maxsize=1024)

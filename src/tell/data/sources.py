@@ -19,7 +19,7 @@ from tell.data.formats import Record, check_file, format_of, read_records
 from tell.data.layout import SHOWN, Layout, check_columns, detect_layout
 from tell.data.parquet import batch_rows
 from tell.data.turns import THOUGHTS, Rejected, RowFault, to_messages
-from tell.errors import TellError
+from tell.errors import TellError, first_line
 from tell.files import expanded
 
 HUB_TIMEOUT = 5.0  # seconds the hub may take to answer before it counts as unreachable
@@ -224,7 +224,7 @@ def _hub_rows(source: str, name: str, config: str | None, split: str) -> list[di
         dataset = datasets.load_dataset(name, config, split=split)
     except DatasetNotFoundError as error:
         raise TellError(
-            f"no such file, and the hub says: {_first_line(error)}",
+            f"no such file, and the hub says: {first_line(error)}",
             where=source,
             remedy="Check the name, or log in with `hf auth login` if it is private.",
         ) from error
@@ -236,18 +236,13 @@ def _hub_rows(source: str, name: str, config: str | None, split: str) -> list[di
                 remedy="Give the path of a file, or try again with a network connection.",
             ) from error
         raise TellError(
-            f"cannot be loaded from the hub ({_first_line(error)})",
+            f"cannot be loaded from the hub ({first_line(error)})",
             where=source,
             remedy="Write NAME:CONFIG@SPLIT to choose a configuration and a split.",
         ) from error
     finally:
         datasets.config.HF_HUB_OFFLINE = previous
     return _rows(dataset)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines)[:200] if lines else type(error).__name__
 
 
 def _rows(dataset: Any) -> list[dict[str, Any]]:

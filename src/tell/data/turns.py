@@ -11,7 +11,7 @@ from typing import Any
 
 from tell.data.example import Message, Role
 from tell.data.json_text import half_surrogate, read_json
-from tell.data.layout import LABELS, Layout
+from tell.data.layout import LABELS, REJECTED, Layout
 from tell.data.parquet import BadCell
 
 MOST_CHARACTERS = 10_000_000  # of one turn; no model reads so much, and tokenizers abort at some more
@@ -85,7 +85,7 @@ def to_messages(record: Mapping[str, Any], layout: Layout, seen: Counter[str] | 
 
 def _check_verdict(value: Any, column: str) -> None:
     shown = str(value).strip().lower()
-    if shown in ("false", "reject", "ignore"):
+    if shown in REJECTED:
         raise Rejected(f"{column} is {shown}")
 
 

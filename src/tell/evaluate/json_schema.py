@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from tell.data.json_text import items, nfc, parse_strict, shorten
+from tell.data.json_text import items, nfc, parse_strict
 from tell.data.schema import Schema, SlowPattern
 from tell.evaluate.means import check_pairs, mean_metric
 from tell.evaluate.scored import Metric
+from tell.shown import brief
 
 # Writing systems without spaces count a word a character; Chinese, Japanese, Thai.
 _WORD = re.compile(r"[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff]|[^\W_\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff]+")
@@ -109,19 +110,19 @@ class JsonScorer:
         inside = f" in {place}" if place else ""
         if error.validator == "required" and isinstance(error.instance, dict):
             missing = [key for key in error.validator_value if key not in error.instance]
-            return f"missing key {shorten(', '.join(missing))}{inside}"
+            return f"missing key {brief(', '.join(missing))}{inside}"
         if error.validator == "additionalProperties" and isinstance(error.instance, dict):
             extra = self._checked.extra_keys(error.instance, error.schema)
             if error.validator_value is False and extra:
-                return f"extra key {shorten(', '.join(extra))}{inside}"
-        shown = shorten(error.instance)
+                return f"extra key {brief(', '.join(extra))}{inside}"
+        shown = brief(error.instance)
         if error.validator == "enum":
-            why = f"not one of {shorten(', '.join(shorten(v) for v in error.validator_value), 80)}"
+            why = f"not one of {brief(', '.join(brief(v) for v in error.validator_value), 80)}"
         elif error.validator == "type":
             kinds = error.validator_value
             why = f"not of type {kinds if isinstance(kinds, str) else ' or '.join(kinds)}"
         else:
-            why = f"breaks {error.validator} {shorten(error.validator_value)}"
+            why = f"breaks {error.validator} {brief(error.validator_value)}"
         return f"wrong value for {place or 'the whole answer'}: {shown} ({why})"
 
     def is_task_format(self, answer: str) -> bool:

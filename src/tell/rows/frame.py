@@ -16,6 +16,7 @@ from typing import Any
 
 from tell.data.example import Message, Role
 from tell.errors import TellError
+from tell.rows.render import earlier_answers
 from tell.rows.template import ChatTokenizer
 
 LEFT, RIGHT = 'a1.)"é中', 'aZ1"(#-é中'  # characters of each kind that word patterns tell apart
@@ -133,6 +134,7 @@ class Frames:
         """n + 1 texts around contents of that form; None where an answer stands elsewhere than decoding begins."""
         contents = [form.format(i) for i in range(len(roles))]
         messages = [Message(role, content) for role, content in zip(roles, contents, strict=True)]
+        earlier_answers(messages)  # refuses too many
         rest, parts, place = self.chat.render(messages), [], 0
         full = rest
         for i, content in enumerate(contents):

@@ -19,6 +19,7 @@ Span = tuple[int, int]
 THINK, DONE = "<think>", "</think>"
 _TAG = re.compile(r"</?think>")
 _SPACE = re.compile(r"\s*")
+MOST_TURNS = 250_000  # rendered for the earlier answers of one row: 500 answers in 1,000 turns, about a second
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +44,9 @@ def render_row(chat: ChatTokenizer, messages: Sequence[Message]) -> Rendered:
     the prompt and the answer is trained, since decoding has to write it.
 
     Raises:
-        TellError: the template refuses the conversation, or loses a part of it.
+        TellError: the template refuses the conversation, or loses a part of it; too many answers.
     """
+    earlier = earlier_answers(messages)
     prompt = chat.render(messages[:-1], add_generation_prompt=True)
     text, end = _with_answer(chat, messages, prompt)
     for message in messages[:-1]:
@@ -55,12 +57,9 @@ def render_row(chat: ChatTokenizer, messages: Sequence[Message]) -> Rendered:
                 "Write that text into the user turn, or train another model.",
             )
     spans: list[Span] = []
-    context, asked = 0, False
-    for i, message in enumerate(messages[:-1]):
-        asked |= message.role == "user"
-        if message.role != "assistant" or not message.trained or not asked or not message.content.strip():
-            continue  # a greeting answers nothing
-        span = _earlier_answer(chat, messages[:i], message.content, text)
+    context = 0
+    for i in earlier:
+        span = _earlier_answer(chat, messages[:i], messages[i].content, text)
         if span is None:
             context += 1
         else:
@@ -68,6 +67,27 @@ def render_row(chat: ChatTokenizer, messages: Sequence[Message]) -> Rendered:
     if messages[-1].trained and messages[-1].content.strip():
         spans.append((len(prompt), end))
     return Rendered(text, spans, context)
+
+
+def earlier_answers(messages: Sequence[Message]) -> list[int]:
+    """Which turns are trained answers ahead of the last one.
+
+    Raises:
+        TellError: so many that rendering the turns before each of them would take minutes.
+    """
+    first = next((i for i, m in enumerate(messages) if m.role == "user"), len(messages))  # a greeting answers nothing
+    found = [
+        i
+        for i, m in enumerate(messages[:-1])
+        if i > first and m.role == "assistant" and m.trained and m.content.strip()
+    ]
+    if (turns := sum(found)) > MOST_TURNS:
+        raise TellError(
+            f"has {len(found) + 1:,} answers to train in {len(messages):,} turns; to find them, {turns:,} turns would "
+            f"be rendered, more than {MOST_TURNS:,}",
+            remedy="Split the conversation, or give all answers but the last few weight 0.",
+        )
+    return found
 
 
 def has_thought(text: str) -> bool:

@@ -1,8 +1,8 @@
 """Jinja for chat templates, which come with models: no way to Python, and bounded time and memory.
 
 jinja2's sandbox keeps a template from Python's objects, but not from running for days or filling the memory. Here each
-round of a loop, each call and each filter costs one step and each 256 characters it handles one more; a rendering has
-`MOST_STEPS`, and no text or list in it grows beyond `MOST_TEXT`.
+round of a loop, call, filter, test and comparison costs one step, and each 256 characters that these or an operator
+handle one more; a rendering has `MOST_STEPS`, and no text or list in it grows beyond `MOST_TEXT`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,11 @@ MOST_TEXT = 16_000_000  # characters of a text, items of a list
 MOST_BITS = 4096  # of a whole number
 MOST_NUMBER = 1_000_000  # given to a function of texts: most are widths
 _CHARACTERS = 256  # that cost a step
+# Tests that look at no more than a value's type or number; all others pay for what they handle.
+_TYPE_TESTS = frozenset(
+    {"defined", "undefined", "none", "boolean", "false", "true", "integer", "float", "number", "string", "mapping"}
+    | {"iterable", "sequence", "callable", "sameas", "escaped", "odd", "even", "divisibleby"}
+)
 _WIDTH = re.compile(r"\*|\d{5,}")  # of a field in a format
 
 
@@ -38,6 +43,10 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         self.left = MOST_STEPS
         self.globals.pop("lipsum", None)
         self.filters = {name: self.counted(name, function) for name, function in self.filters.items()}
+        self.tests = {
+            name: function if name in _TYPE_TESTS else self.counted(name, function)
+            for name, function in self.tests.items()
+        }
 
     def start(self) -> None:
         """Count the steps of a rendering from here on."""
@@ -58,16 +67,26 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             raise Exceeded("it takes too many steps")
         return True
 
+    def weighed(self, value: Any) -> Any:
+        """A value that is compared or becomes a key."""
+        self.tick(self._size(value))
+        return value
+
+    def searched(self, value: Any) -> Any:
+        """A value that is searched with ``in``; a dictionary has its keys at hand."""
+        return value if isinstance(value, dict) else self.weighed(value)
+
     def joined(self, *parts: Any) -> str:
         """``a ~ b``."""
         return self._join("", parts)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if operator == "+" and type(left) is str and type(right) is str:  # most of what templates compute
-            self._room(len(left) + len(right))
+            self._copied(len(left) + len(right))
             return left + right
         if operator == "%" and isinstance(left, str):
             self._check_format(left)
+            self.tick(len(left) + self._size(right))
         if isinstance(left, int) and isinstance(right, int):
             bits, more = left.bit_length(), right.bit_length()
             if (bits * abs(right) if operator == "**" else bits + more) > MOST_BITS:
@@ -75,14 +94,14 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         elif operator == "*":
             for text, times in ((left, right), (right, left)):
                 if isinstance(text, str | list | tuple) and isinstance(times, int):
-                    self._room(len(text) * times)
+                    self._copied(len(text) * times)
         elif operator == "+" and isinstance(left, str | list | tuple) and isinstance(right, str | list | tuple):
-            self._room(len(left) + len(right))
+            self._copied(len(left) + len(right))
         return super().call_binop(context, operator, left, right)
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         owner = getattr(getattr(__obj, "__wrapped__", __obj), "__self__", None)  # the sandbox wraps str.format
-        if owner is not __self:  # not our own `tick` and `joined`
+        if owner is not __self:  # not our own `tick`, `joined` and the like
             __self.tick(__self._size(owner) + sum(map(__self._size, (*args, *kwargs.values()))))
         if isinstance(owner, str):
             name = getattr(__obj, "__name__", "")
@@ -92,6 +111,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
     def getitem(self, obj: Any, argument: Any) -> Any:
         if isinstance(argument, slice):
             self.tick(self._size(obj))
+        elif isinstance(argument, tuple):  # a key, whose hash is computed
+            self.tick(self._size(argument))
         return super().getitem(obj, argument)
 
     def _generate(self, source: nodes.Template, *args: Any, **kwargs: Any) -> str:
@@ -176,13 +197,19 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             self._room(total)
         return total
 
+    def _copied(self, size: int) -> None:
+        """Pay for a text or list of so many characters or items, made of others."""
+        self._room(size)
+        if size >= _CHARACTERS:
+            self.tick(size)
+
     def _room(self, size: int) -> None:
         if size > MOST_TEXT:
             raise Exceeded("it makes a text or list of huge size")
 
 
 class _Counting(NodeTransformer):
-    """Puts a step into every loop and macro, and joins texts where they are counted."""
+    """Puts a step into every loop and macro, joins texts where they are counted, and weighs what is compared."""
 
     def visit_For(self, node: nodes.For) -> nodes.For:
         self.generic_visit(node)
@@ -196,10 +223,35 @@ class _Counting(NodeTransformer):
         node.body.insert(0, _step(node))
         return node.set_environment(node.environment).set_lineno(node.lineno, override=False)
 
+    def visit_Compare(self, node: nodes.Compare) -> nodes.Compare:
+        self.generic_visit(node)
+        searches = any(operand.op in ("in", "notin") for operand in node.ops)
+        if not searches and any(map(_is_constant, (node.expr, *(operand.expr for operand in node.ops)))):
+            return node  # most comparisons: with a role, a number
+        node.expr = _weighed("weighed", node.expr)
+        for operand in node.ops:
+            operand.expr = _weighed("searched" if operand.op in ("in", "notin") else "weighed", operand.expr)
+        return node.set_environment(node.environment).set_lineno(node.lineno, override=False)
+
+    def visit_Pair(self, node: nodes.Pair) -> nodes.Pair:
+        self.generic_visit(node)
+        node.key = _weighed("weighed", node.key)
+        return node.set_environment(node.environment).set_lineno(node.lineno, override=False)
+
     def visit_Concat(self, node: nodes.Concat) -> nodes.Call:
         self.generic_visit(node)
         call = _call("joined", *node.nodes)
         return call.set_environment(node.environment).set_lineno(node.lineno)
+
+
+def _is_constant(node: nodes.Expr) -> bool:
+    return isinstance(node, nodes.Const) or (
+        isinstance(node, nodes.List | nodes.Tuple) and all(isinstance(item, nodes.Const) for item in node.items)
+    )
+
+
+def _weighed(name: str, node: nodes.Expr) -> nodes.Expr:
+    return node if _is_constant(node) else _call(name, node)
 
 
 def _call(name: str, *args: nodes.Expr) -> nodes.Call:

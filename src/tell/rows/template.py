@@ -35,6 +35,7 @@ DEFAULT_TEMPLATE = (
 
 
 FETCH = "Fetch the model again."
+MARK = 73_010_000_000_000_000_000  # a number no row holds: neither JSON nor a change of case alters its digits
 
 
 class ChatTokenizer:
@@ -188,10 +189,9 @@ class ChatTokenizer:
     def _check_tools(self, messages: Sequence[Message], text: str, header: bool) -> None:
         """Refuse tools, tool calls and results that a template passes over without a word."""
         tools = tools_of(messages)
-        results = [m.content.strip() for m in messages if m.role == "tool"]
         called = [m for m in messages if m.role == "assistant" and m.extra]
         lost = [f"{len(tools)} tools"] if tools and self._render(messages, None, header) == text else []
-        lost += ["a tool's result"] if any(result not in text for result in results) else []
+        lost += ["a tool's result"] if self._loses_results(messages, tools, header) else []
         if called and self._render([replace(m, extra="") for m in messages], tools, header) == text:
             lost.append("tool calls")
         if lost:
@@ -200,6 +200,15 @@ class ChatTokenizer:
                 where=str(self.folder),
                 remedy="Use a model whose template shows tools, or write tools, calls and results into content.",
             )
+
+    def _loses_results(self, messages: Sequence[Message], tools: list[dict] | None, header: bool) -> bool:
+        """Whether a tool's result is missing from the text; templates may write it as JSON, trimmed or cut in lines."""
+        marks = {i: str(MARK + i) for i, m in enumerate(messages) if m.role == "tool" and m.content.strip()}
+        if not marks:
+            return False
+        marked = [m.with_content(marks.get(i, m.content)) for i, m in enumerate(messages)]
+        text = self._render(marked, tools, header)
+        return not all(mark in text for mark in marks.values())
 
     def _render(self, messages: Sequence[Message], tools: list[dict] | None, header: bool) -> str:
         try:

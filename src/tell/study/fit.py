@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from tell.config import TrainConfig
 from tell.data.sources import Loaded
 from tell.errors import TellError
+from tell.models.config_json import read_config
 from tell.models.find import ModelFiles
 from tell.rows.ends import ends_notice, foreign_end, without_ends
 from tell.rows.render import has_thought
 from tell.rows.table import RowTable
 from tell.rows.template import ChatTokenizer
+from tell.train.targets import refuse_experts
 
 
 def cleaned(loaded: Loaded, chat: ChatTokenizer) -> tuple[Loaded, list[str]]:
@@ -23,12 +26,15 @@ def cleaned(loaded: Loaded, chat: ChatTokenizer) -> tuple[Loaded, list[str]]:
 
 
 def fitted(
-    data: Loaded, given: Loaded | None, files: ModelFiles, targets: str
+    data: Loaded, given: Loaded | None, files: ModelFiles, train: TrainConfig, *, own_code: bool = False
 ) -> tuple[Loaded, Loaded | None, ChatTokenizer, list[str]]:
     """The task's rows and test rows as the model takes them, its template, and what to say of it.
 
     Args:
-        targets: ``train.lora_targets``.
+        own_code: the model may run code that comes with it.
+
+    Raises:
+        TellError: ``train.lora_targets`` names experts.
     """
     chat = ChatTokenizer(files.path)
     data, notices = cleaned(data, chat)
@@ -39,9 +45,17 @@ def fitted(
         chat = chat.thoughtful()
     if chat.thinking:
         notices.append(f"answers hold thoughts, so the chat template of {chat.family} is told to let the model think")
-    if files.architecture.experts > 1 and targets == "all-linear":
-        notices.append(f"a mixture of {files.architecture.experts} experts: LoRA leaves the experts as they are")
+    notices += _experts_notice(files, train, own_code)
     return data, given, chat, notices
+
+
+def _experts_notice(files: ModelFiles, train: TrainConfig, own_code: bool) -> list[str]:
+    """What to say of a mixture's experts; only with the weights is it seen how code of its own keeps them."""
+    count, targets = files.architecture.experts, train.lora_targets
+    if count < 2 or (own_code and "auto_map" in read_config(files.path / "config.json")):
+        return []
+    refuse_experts(name.strip() for name in targets.split(","))
+    return [f"a mixture of {count} experts: LoRA leaves the experts as they are"] if targets == "all-linear" else []
 
 
 def general_notices(table: RowTable, source: str) -> list[str]:

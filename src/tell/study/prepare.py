@@ -108,7 +108,7 @@ def load_task(config: Config, display: Display | None = None) -> Task:
     positions = files.architecture.max_positions
     if positions and positions < config.train.max_length:
         config = config.model_copy(update={"train": config.train.model_copy(update={"max_length": positions})})
-    data, given, chat, notices = fitted(data, given, files, config.train.lora_targets)
+    data, given, chat, notices = fitted(data, given, files, config.train, own_code=config.model.trust_remote_code)
     unit = chat
     if config.tokens.unit != "model":
         unit = ChatTokenizer(find_tokenizer(config.tokens.unit, notify=display.note))

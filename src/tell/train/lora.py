@@ -25,10 +25,10 @@ from tell.run import sync_files
 from tell.train.adapter_file import read_adapter
 from tell.train.fused_ops import Projection, Stack
 from tell.train.memory import SHARE, free_bytes
+from tell.train.targets import EXPERTS, refuse_experts
 
 QKV = ("q_proj", "k_proj", "v_proj", "qkv_proj", "c_attn", "query_key_value", "Wqkv", "W_pack")
 DEFAULT = "default"  # peft's name of an only adapter
-EXPERTS = frozenset({"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})  # what peft takes for experts
 # Always written. What else is at peft's default is left out: older versions refuse keys they do not know.
 WRITTEN = frozenset(
     {"peft_type", "task_type", "base_model_name_or_path", "inference_mode", "r", "lora_alpha", "lora_dropout"}
@@ -117,12 +117,8 @@ def add_lora(model: Any, config: TrainConfig, *, seed: int, fused: bool = True) 
     from peft import LoraConfig, get_peft_model
 
     names = target_modules(model, config.lora_targets)
-    if _joined_experts(model) and (taken := sorted(EXPERTS.intersection(names))):
-        raise TellError(
-            f"{', '.join(taken)} would name the experts, which are one tensor and cannot be adapted",
-            where="train.lora_targets",
-            remedy="Use all-linear, which leaves the experts out, or qkv.",
-        )
+    if _joined_experts(model):
+        refuse_experts(names)
     with kept_randomness(next(model.parameters()).device):
         torch.manual_seed(seed)
         peft_model = get_peft_model(
