@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -145,6 +146,16 @@ def test_a_run_in_time_goes_on_with_the_rows_it_drew(tiny_model, tmp_path, monke
     tell.tune(config, resume=True)
     assert folder.manifest.read_bytes() == manifest and read(folder.plan)["mixture"] == plan["mixture"]
     assert read(folder.metrics)["mixture"] == plan["mixture"]
+
+
+def test_a_damaged_plan_is_refused(whole, tmp_path):
+    folder, config = whole
+    shutil.copytree(folder.root, tmp_path / "run")
+    fit = {"arms": [], "test_rows": 5, "repeat": 4, "general_rows": 10}
+    for part in ({"fit": 5}, {"fit": {"arms": ["tell"]}}, {"fit": fit}, {"general": {"path": "x"}}, {"general": 5}):
+        (tmp_path / "run/plan.json").write_text(json.dumps(read(folder.plan) | part), encoding="utf-8")
+        with pytest.raises(TellError, match=r"plan\.json: is damaged"):
+            tell.tune(config(tmp_path / "run"), resume=True)
 
 
 def test_changed_data_is_refused(tiny_model, tmp_path):
