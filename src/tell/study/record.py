@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -65,7 +66,7 @@ def write_decided(
         TellError: the data is no longer what it was when the run began.
     """
     split = split_file(task)
-    if (folder.split.exists() and folder.split.read_text(encoding="utf-8") != split) or (
+    if (folder.split.exists() and folder.read(folder.split) != json.loads(split)) or (
         lead is not None
         and folder.manifest.exists()
         and read_manifest(folder.manifest).schema.metadata[b"tell.digest"] != lead[1].digest().encode()
