@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tell.errors import TellError
-from tell.shown import LONGEST_LINE, brief, clean, one_line, shorten, without_secrets
+from tell.shown import LONGEST_LINE, MOST_REASONS, brief, clean, left_out, one_line, shorten, without_secrets
 
 
 def test_sequences_and_marks_are_gone_and_languages_stay():
@@ -31,3 +31,19 @@ def test_values_are_shown_on_one_line_that_can_be_written():
 def test_keys_and_passwords_are_left_out():
     assert without_secrets("https://me:pw@host/v1 says sk-123456", "sk-123456") == "https://***@host/v1 says ***"
     assert without_secrets("http://host/a@b", None) == "http://host/a@b"
+
+
+def test_rows_left_out_are_counted_by_reason_whatever_its_numbers():
+    rows = [(f"a.jsonl:{n}", f"{2049 + n:,} tokens, longer than max_length 2,048") for n in range(1, 501)]
+    rows.insert(0, ("a.jsonl:9", "the answer is empty"))
+    assert left_out(rows) == [
+        "500 rows left out, the first: a.jsonl:1: 2,050 tokens, longer than max_length 2,048",
+        "1 row left out: a.jsonl:9: the answer is empty",
+    ]
+    assert left_out([]) == []
+
+
+def test_reasons_are_bounded():
+    rows = [(f"a.jsonl:{n}", f"the token {'x' * n} has no embedding") for n in range(MOST_REASONS + 3)]
+    lines = left_out([*rows, rows[-1]])
+    assert len(lines) == MOST_REASONS + 1 and lines[-1] == "and 3 more left out, for 3 other reasons"

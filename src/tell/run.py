@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import errno
 import glob
+import hashlib
 import json
 import math
 import os
+import platform
 import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,7 +32,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary path beside ``path`` that is renamed to it on success and removed on failure.
 
     What is renamed is on the disk before: after a power loss the file is the old or the new one, and whole. Temporary
-    files that killed processes left of the same path are removed.
+    files that killed processes of this machine left of the same path are removed.
 
     Raises:
         TellError: the disk is full or the folder is not writable, or there is something at ``path`` that is no file.
@@ -39,7 +42,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
             raise TellError("cannot be written (it is no file)", where=str(path), remedy="Name another file.")
         path.parent.mkdir(parents=True, exist_ok=True)
         clean_temporary(path.parent.glob(f".{glob.escape(path.name)}.*.tmp"))
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.{os.getpid()}-", suffix=".tmp", dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=temporary_prefix(path), suffix=".tmp", dir=path.parent)
     except OSError as error:
         raise _unwritable(path, error) from error
     os.close(handle)
@@ -82,7 +85,22 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 def temporary_folder(path: Path) -> Path:
     """A new folder beside ``path``; those that killed processes left are removed."""
     clean_temporary(path.parent.glob(f".{glob.escape(path.name)}.*.tmp"))
-    return Path(tempfile.mkdtemp(prefix=f".{path.name}.{os.getpid()}-", suffix=".tmp", dir=path.parent))
+    return Path(tempfile.mkdtemp(prefix=temporary_prefix(path), suffix=".tmp", dir=path.parent))
+
+
+def temporary_prefix(path: Path, number: int | None = None) -> str:
+    """How the names of temporary files of ``path`` begin that a process of this machine writes; by default this one."""
+    return f".{path.name}.{_here()}.{os.getpid() if number is None else number}-"
+
+
+@lru_cache(1)
+def _here() -> str:
+    """Where process numbers mean the same: the host and, as containers may share its name, their namespace."""
+    try:
+        namespace = os.readlink("/proc/self/ns/pid")
+    except OSError:  # no Linux
+        namespace = ""
+    return hashlib.sha256(f"{platform.node()} {namespace}".encode()).hexdigest()[:12]
 
 
 def sync_files(folder: Path) -> None:
@@ -107,13 +125,14 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-_TEMPORARY = re.compile(r"\..+\.(\d+)-[^.]+\.tmp")
+_TEMPORARY = re.compile(r"\..+\.([0-9a-f]{12})\.(\d+)-[^.]+\.tmp")
 
 
 def clean_temporary(paths: Iterable[Path]) -> None:
-    """Remove temporary files and folders whose process is gone."""
+    """Remove temporary files and folders whose process is gone; nobody can tell of those of other machines."""
     for path in paths:
-        if (found := _TEMPORARY.fullmatch(path.name)) and not _is_writing(int(found[1]), path):
+        found = _TEMPORARY.fullmatch(path.name)
+        if found and found[1] == _here() and not _is_writing(int(found[2]), path):
             with suppress(OSError):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from typing import Any
 from unicodedata import category
 
 _BIDIRECTIONAL = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # they reorder a whole line
 _PASSWORD = re.compile(r"(?<=//)[^/@\s'\"]*@")  # of a URL
 LONGEST_LINE = 2000  # characters of one line of an error or a note
+MOST_REASONS = 10  # why rows were left out; the rows themselves are listed in findings.json
+_NUMBER = re.compile(r"\d[\d,.]*")
 
 
 def clean(text: str) -> str:
@@ -46,3 +49,23 @@ def without_secrets(text: str, *secrets: str | None) -> str:
         if secret and len(secret) > 3:
             text = text.replace(secret, "***")
     return _PASSWORD.sub("***@", text)
+
+
+def left_out(rows: Iterable[tuple[str, str]]) -> list[str]:
+    """A line for each of the most frequent reasons why rows were left out, with the first row of each.
+
+    Args:
+        rows: origin and reason of each row. Reasons that differ in numbers alone (a row's own length) are one.
+    """
+    groups: dict[str, list[tuple[str, str]]] = {}
+    for origin, reason in rows:
+        groups.setdefault(_NUMBER.sub("#", reason), []).append((origin, reason))
+    ranked = sorted(groups.values(), key=len, reverse=True)
+    lines = []
+    for group in ranked[:MOST_REASONS]:
+        origin, reason = group[0]
+        count = "1 row left out" if len(group) == 1 else f"{len(group):,} rows left out, the first"
+        lines.append(f"{count}: {origin}: {reason}")
+    if rest := ranked[MOST_REASONS:]:
+        lines.append(f"and {sum(map(len, rest)):,} more left out, for {len(rest):,} other reasons")
+    return lines

@@ -116,7 +116,7 @@ def test_plan_box_has_a_row_a_source():
     assert "general 1,484 1,484 173,628 221,116 142,464 14.27" in text
     for part in ("104 steps of 16", "1.36e+14 FLOPs", "tell 104 261,432 1.36e+14 14:13", "15:00 (measured", "2.5 GB"):
         assert part in text
-    assert "1 row dropped, the first: a.jsonl:3: too long" in text and "general data is used 1.2 times" in text
+    assert "1 row left out: a.jsonl:3: too long" in text and "general data is used 1.2 times" in text
 
 
 def test_brackets_in_names_of_metrics_are_no_markup():

@@ -240,7 +240,7 @@ def model(rng: random.Random, here: Path, places: Places) -> Case:
 
 RUN_FILES = ("run.yaml", "status.json", "anchor.json", "split.json", "findings.json", "metrics.json", "plan.json")
 RUN_FILES += ("manifest.parquet", "schema.json", "predictions/tell.jsonl", "logs/tell.jsonl", "report.html")
-OF_EVAL = ("run.yaml", "anchor.json", "split.json", "findings.json", "metrics.json", "schema.json")
+OF_EVAL = ("run.yaml", "anchor.json", "split.json", "plan.json", "findings.json", "metrics.json", "schema.json")
 OF_EVAL += ("adapter/adapter_config.json", "adapter/adapter_model.safetensors")
 
 

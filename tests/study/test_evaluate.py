@@ -121,6 +121,7 @@ DAMAGED = {
     ],
     "schema.json": ["[]", "{"],
     "metrics.json": ["[]", "{"],
+    "plan.json": ["[]", "{}", '{"model": 5}', '{"model": {"thinking": "x"}}'],
     "adapter/adapter_config.json": ["", "[]", '{"r": "x"}'],
     "run.yaml": ["", "[]", "a: [", "seed: {}", "&a [*a]"],
 }

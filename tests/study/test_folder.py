@@ -14,7 +14,7 @@ import pytest
 import tell
 from study.runs import config_of
 from tell.errors import TellError
-from tell.run import RunFolder, write_json
+from tell.run import RunFolder, temporary_prefix, write_json
 from tell.study.folder import ASIDE, LOCK, claim, default_out, open_folder, read_run_config
 
 
@@ -265,17 +265,22 @@ def test_temporary_files_of_dead_processes_are_removed(run):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     folder.predictions.mkdir()
+    alive = [f"{temporary_prefix(path)}abc.tmp" for path in (folder.metrics, folder.prediction("tell"))]
+    elsewhere = f".metrics.json.{'0' * 12}.{dead.pid}-abc.tmp"  # of a machine whose processes nobody here knows
     for number in (dead.pid, os.getpid()):
-        (folder.predictions / f".tell.jsonl.{number}-abc.tmp").write_text("half")
-        (folder.root / f".metrics.json.{number}-abc.tmp").write_text("half")
+        for path in (folder.metrics, folder.prediction("tell")):
+            path.with_name(f"{temporary_prefix(path, number)}abc.tmp").write_text("half")
+    (folder.root / elsewhere).write_text("half")
     (folder.root / ".notes.tmp").write_text("mine")
     with open_folder(folder, fresh=False, config=config):
         pass
     left = sorted(path.name for path in folder.root.rglob(".*.tmp"))
-    assert left == [f".metrics.json.{os.getpid()}-abc.tmp", ".notes.tmp", f".tell.jsonl.{os.getpid()}-abc.tmp"]
-    (folder.root / f".plan.json.{dead.pid}-x.tmp").write_text("half")
+    assert left == sorted([*alive, elsewhere, ".notes.tmp"])
+    (folder.root / f"{temporary_prefix(folder.plan, dead.pid)}x.tmp").write_text("half")
+    theirs = folder.root / f".plan.json.{'0' * 12}.{dead.pid}-x.tmp"
+    theirs.write_text("half")
     write_json(folder.plan, {})  # whoever writes a file again removes what was left of it
-    assert not list(folder.root.glob(".plan*"))
+    assert list(folder.root.glob(".plan*")) == [theirs]
 
 
 def test_files_are_on_the_disk_before_they_have_their_name(tmp_path, monkeypatch):

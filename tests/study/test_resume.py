@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 import tell
@@ -185,6 +187,28 @@ def test_too_few_minutes_can_be_raised(tiny_model, tmp_path):
     assert folder.read_status()["state"] == "done"
     with pytest.raises(TellError, match="max_minutes"):
         tell.tune(short, resume=True)
+
+
+def test_a_damaged_plan_is_refused(whole, tmp_path):
+    folder, config = whole
+    shutil.copytree(folder.root, tmp_path / "run")
+    fit = {"arms": [], "test_rows": 5, "repeat": 4, "general_rows": 10}
+    for part in ({"fit": 5}, {"fit": {"arms": ["tell"]}}, {"fit": fit}, {"general": {"path": "x"}}, {"general": 5}):
+        (tmp_path / "run/plan.json").write_text(json.dumps(read(folder.plan) | part), encoding="utf-8")
+        with pytest.raises(TellError, match=r"plan\.json: is damaged"):
+            tell.tune(config(tmp_path / "run"), resume=True)
+
+
+def test_a_damaged_split_or_manifest_is_refused(whole, tmp_path):
+    folder, config = whole
+    shutil.copytree(folder.root, tmp_path / "run")
+    other = RunFolder(tmp_path / "run")
+    pq.write_table(pq.read_table(other.manifest).replace_schema_metadata(None), other.manifest)
+    with pytest.raises(TellError, match=r"manifest\.parquet: is no manifest"):
+        tell.tune(config(other.root), resume=True)
+    other.split.write_bytes(other.split.read_bytes().replace(b"test", b"t\xc0st"))
+    with pytest.raises(TellError, match=r"split\.json: "):
+        tell.tune(config(other.root), resume=True)
 
 
 def test_changed_data_is_refused(tiny_model, tmp_path):

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 
 import tell
@@ -22,6 +22,7 @@ from tell.models.load import load_model
 from tell.progress import Silent
 from tell.rows.template import ChatTokenizer
 from tell.run import read_jsonl
+from tell.study import self_data
 from tell.study.prepare import load_task
 from tell.study.self_data import MARK, enough_of, is_good, self_file, user_header, write_self_data
 
@@ -49,8 +50,18 @@ def files(home: Path) -> dict[str, tuple[bytes, int]]:
     return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in (home / "self").glob("*")}
 
 
-def test_two_runs_at_once_write_once(talker, own_home):
+def test_two_runs_at_once_write_once(talker, own_home, monkeypatch):
     """The one that comes second waits, says so, and takes what the first wrote; it may be stopped meanwhile."""
+    locked: list[bool] = []
+
+    def part(path, *rest, real=self_data._part):
+        try:
+            FileLock(path.parent / f".{path.stem}.lock").acquire(timeout=0).lock.release()
+            locked.append(False)
+        except Timeout:
+            locked.append(True)
+        return real(path, *rest)
+
     config = config_of(talker, general={"source": "self", "rows": 2, "self": SHORT})
     task = load_task(config)
     loaded = load_model(task.files, dtype="fp32", device="cpu")
@@ -92,7 +103,9 @@ def test_two_runs_at_once_write_once(talker, own_home):
             for file in away.glob("*.json*"):
                 shutil.copy(file, place.parent)
         assert second.result(30) == (path, facts)
+    monkeypatch.setattr(self_data, "_part", part)
     assert write(None, Silent()) == (path, facts)
+    assert locked == [True]  # nobody else writes the file of the run's own rows meanwhile
 
 
 def test_is_good():

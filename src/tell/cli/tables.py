@@ -11,7 +11,7 @@ from tell.config import read_yaml
 from tell.evaluate.names import HELD_OUT, LOSSES, NAMES, Unit, unit_of
 from tell.report.told import told
 from tell.run import RunFolder, read_jsonl
-from tell.shown import clean
+from tell.shown import clean, left_out
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -56,10 +56,8 @@ def plan_box(plan: dict) -> RenderableType:
     if plan["arms"]:
         parts += [arms, Text()]
     parts.append(Text(cost, style="bold"))
-    if dropped := plan.get("dropped_rows"):
-        first = dropped[0]
-        n = "1 row" if len(dropped) == 1 else f"{len(dropped):,} rows"
-        parts.append(Text(f"{n} dropped, the first: {first['origin']}: {first['reason']}", "yellow"))
+    dropped = left_out((row["origin"], row["reason"]) for row in plan.get("dropped_rows", ()))
+    parts += [Text(clean(text), style="yellow") for text in dropped]
     parts += [Text(f"note: {clean(notice)}", style="yellow") for notice in plan.get("notices", ())]
     return Panel(Group(*parts), title="plan", title_align="left", expand=False)
 

@@ -37,7 +37,7 @@ class Loaded:
         path: the path or hub name as given.
         fingerprint: SHA-256 (hexadecimal) over the file's bytes, the columns and the source's name.
         dropped: (origin, reason) of rows left out: bad ones with ``bad_rows="drop"``, and those marked as bad examples.
-        notices: what was guessed or left out, for people.
+        notices: what was guessed or is not used, for people; rows left out stand in ``dropped`` alone.
     """
 
     examples: list[Example]
@@ -125,7 +125,6 @@ class _Rows:
         self.name, self.where, self.short, self.bad_rows = name, where, short, bad_rows
         self.examples: list[Example] = []
         self.dropped: list[tuple[str, str]] = []
-        self.rejected: Counter[str] = Counter()
         self.seen: Counter[str] = Counter()
         self.calls = 0
 
@@ -138,9 +137,7 @@ class _Rows:
             try:
                 messages = to_messages(record, layout, self.seen)
             except RowFault as fault:
-                if isinstance(fault, Rejected):
-                    self.rejected[str(fault)] += 1
-                elif self.bad_rows == "refuse":
+                if self.bad_rows == "refuse" and not isinstance(fault, Rejected):
                     raise TellError(str(fault), where=f"{self.where}:{number}", remedy=fault.remedy) from fault
                 self.dropped.append((f"{self.short}:{number}", str(fault)))
                 continue
@@ -164,9 +161,8 @@ class _Rows:
                 )
 
     def notices(self, layout: Layout) -> list[str]:
-        """What was left out, for people."""
-        total = len(self.examples) + len(self.dropped)
-        lines = [f"{count:,} of {total:,} rows are left out: {why}" for why, count in self.rejected.items()]
+        """What of the rows is not used, for people; rows that are left out stand in ``dropped``."""
+        lines = []
         if layout.unused:
             more = f" and {len(layout.unused) - SHOWN:,} more" if len(layout.unused) > SHOWN else ""
             lines.append(f"columns not used: {', '.join(layout.unused[:SHOWN])}{more}")

@@ -90,7 +90,7 @@ def read_manifest(path: str | Path) -> pa.Table:
         raise TellError(
             f"cannot be read as Parquet ({error})", where=str(path), remedy="Make it again with `tell plan`."
         ) from error
-    if not table.schema.equals(_schema()):
+    if not table.schema.equals(_schema()) or b"tell.digest" not in (table.schema.metadata or {}):
         raise TellError(
             "is no manifest of this version", where=str(path), remedy="Make it again with `tell plan` or `tell tune`."
         )

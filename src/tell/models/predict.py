@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +61,6 @@ def record_speed(
     dtype: str,
     tokens_per_second: float,
     *,
-    flops_per_second: float | None = None,
     answer_tokens_per_second: float | None = None,
 ) -> None:
     """Remember the training speed of a real run for `predict_seconds`; the newest one counts.
@@ -72,7 +70,6 @@ def record_speed(
         device: one of ``config.DEVICES``.
         dtype: ``"bf16"`` or ``"fp32"``.
         tokens_per_second: tokens fed per second of training.
-        flops_per_second: `training_flops` per second; lets other models be predicted from this run.
         answer_tokens_per_second: tokens decoded per second; None leaves what is on record.
 
     Raises:
@@ -90,9 +87,7 @@ def record_speed(
         known = records.get(key, {}).get("answer_tokens_per_second")
         records[key] = {
             "tokens_per_second": tokens_per_second,
-            "flops_per_second": flops_per_second,
             "answer_tokens_per_second": answer_tokens_per_second or known,
-            "time": time.time(),
         }
         write_json(_file(), records)
 
@@ -110,7 +105,7 @@ def predict_seconds(
 ) -> Prediction:
     """Time to train on ``tokens`` tokens (all epochs together).
 
-    Best basis first: this model measured here; another model measured here, by FLOPs; a stated speed per core.
+    From this model's speed measured here; else from its FLOPs and a stated speed per core.
 
     Args:
         device: one of ``config.DEVICES``, or None for the likely one.
@@ -120,17 +115,12 @@ def predict_seconds(
     """
     device = device or machine.likely_device()
     dtype = dtype or machine.likely_dtype(device)
-    records, place = _records(), _place(device, dtype)
-    own = records.get(f"{place} | {fingerprint}")
+    own = _records().get(f"{_place(device, dtype)} | {fingerprint}")
     if own:
         return Prediction(tokens / own["tokens_per_second"], "measured on this machine", True)
     flops = training_flops(
         arch, tokens, trained_tokens=trained_tokens, lengths=lengths, lora_parameters=lora_parameters
     )
-    others = [r for key, r in records.items() if key.startswith(f"{place} | ") and r.get("flops_per_second")]
-    if others:
-        newest = max(others, key=lambda record: record["time"])
-        return Prediction(flops / newest["flops_per_second"], "scaled from another model on this machine", False)
     if device in GPU_GFLOPS:
         return Prediction(flops / (GPU_GFLOPS[device][dtype] * 1e9), f"guess for a GPU in {dtype}", False)
     cores = machine.cores()

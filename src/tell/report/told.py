@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 from tell.report.read import mapping, rows_of
+from tell.shown import left_out
 
 
 def told(findings: dict[str, Any], config: dict[str, Any]) -> list[str]:
@@ -28,9 +28,4 @@ def _guesses(findings: dict[str, Any], config: dict[str, Any]) -> list[str]:
 
 def _dropped(findings: dict[str, Any]) -> list[str]:
     rows = [row for row in rows_of(findings, "dropped_rows") if isinstance(row, dict)]
-    counts = Counter(str(row.get("reason", "")) for row in rows)
-    first = {str(row.get("reason", "")): row.get("origin", "") for row in reversed(rows)}
-    return [
-        f"{n:,} row{'s' if n > 1 else ''} left out: {why} ({'the first: ' if n > 1 else ''}{first[why]})"
-        for why, n in counts.most_common()
-    ]
+    return left_out((str(row.get("origin", "")), str(row.get("reason", ""))) for row in rows)

@@ -321,9 +321,19 @@ class ChatTokenizer:
     def answer(self, ids: Sequence[int]) -> str:
         """A decoded answer as references have it: without what the template writes ahead of answers (an empty thought),
         and with the tag of a thought that the prompt opened (R1)."""
-        text, lead = self.decode(ids), self.decode(self.encode_header(self.lead))
-        text = text.removeprefix(lead) if lead.strip() else text
+        text = self.without_lead(ids)
         return f"<think>\n{text}" if self._opens and "</think>" in text and "<think>" not in text else text
+
+    def without_lead(self, ids: Sequence[int], *, more: bool = False) -> str:
+        """A decoded answer without what the template writes ahead of answers.
+
+        Args:
+            more: further tokens come: nothing as long as all may still be what the template writes.
+        """
+        text, lead = self.decode(ids), self.decode(self.encode_header(self.lead))
+        if not lead.strip():
+            return text
+        return "" if more and lead.startswith(text) else text.removeprefix(lead)
 
     @cached_property
     def _opens(self) -> bool:

@@ -69,7 +69,10 @@ class ChatSession:
         return f"{self.opened.files.name}, arm {self.arm}, {anchor}{shots if count else ''}"
 
     def stream(self, text: str) -> Iterator[str]:
-        """Answer a message; yields pieces of text as they come, and keeps both turns."""
+        """Answer a message; yields pieces of text as they come, and keeps both turns.
+
+        The turn that is kept has the tag of a thought that the prompt opened, known only once the thought ends.
+        """
         from tell.generate.sampler import Decoding
 
         chat, config = self.opened.chat, self.opened.config
@@ -105,17 +108,17 @@ class ChatSession:
                 if isinstance(item, BaseException):
                     raise item
                 ids.append(item)
-                whole = chat.decode(ids)
+                whole = chat.without_lead(ids, more=True)
                 if not whole.endswith("\ufffd") and len(whole) > len(shown):  # half a character waits for its rest
                     yield whole[len(shown) :]
                     shown = whole
-            whole = chat.decode(ids)
+            whole = chat.without_lead(ids)
             if len(whole) > len(shown):
                 yield whole[len(shown) :]
         finally:  # on Ctrl-C, or when the reader has heard enough, the engine must be free for the next answer
             left.set()
             thread.join()
-        self.history += [turns[-1], Message("assistant", whole)]
+        self.history += [turns[-1], Message("assistant", chat.answer(ids))]
 
 
 def chat(

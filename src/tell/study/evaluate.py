@@ -17,6 +17,7 @@ from tell.errors import TellError
 from tell.progress import Display, Silent
 from tell.rows.ends import without_ends
 from tell.run import write_jsonl
+from tell.shown import left_out
 from tell.study.answer_loss import answer_loss_metric, answer_losses
 from tell.study.folder import check_trust
 from tell.study.scoring import (
@@ -243,7 +244,7 @@ def _examples(
     shots = _pick(shown, by_hash, task.data, "fixed example")
     if test:
         given = load(test, name="task", columns=task.columns)
-        for notice in given.notices:
+        for notice in (*left_out(given.dropped), *given.notices):
             display.note(notice)
         return train, without_ends(given.examples, opened.chat)[0], shots
     return train, _pick(parts.test, by_hash, task.test or task.data, "test"), shots

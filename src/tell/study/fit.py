@@ -58,20 +58,16 @@ def _experts_notice(files: ModelFiles, train: TrainConfig, own_code: bool) -> li
     return [f"a mixture of {count} experts: LoRA leaves the experts as they are"] if targets == "all-linear" else []
 
 
-def general_notices(table: RowTable, source: str) -> list[str]:
-    """What to say of general rows, first of all how many are dropped.
+def check_general(table: RowTable, source: str) -> None:
+    """Refuse general data without a row that can be trained on.
 
     Raises:
-        TellError: no row is left.
+        TellError: there is none.
     """
-    if not table.dropped:
-        return table.notices
-    first, count, total = table.dropped[0], len(table.dropped), len(table) + len(table.dropped)
-    if not len(table):
+    if table.dropped and not len(table):
+        first, total = table.dropped[0], len(table.dropped)
         raise TellError(
             f"none of the {total:,} general rows can be trained on; the first: {first.reason}",
             where=first.origin or source,
             remedy="Give other general data.",
         )
-    said = f"general: {count:,} of {total:,} rows are dropped, the first: {first.origin}: {first.reason}"
-    return [said, *table.notices]

@@ -152,7 +152,7 @@ def measure(
         key = ("answers", tuple(map(tuple, prompts)), decoding)
         ask = partial(engine.generate, prompts, decoding, progress=progress)
         found = once(model, key, ask) if arm == "base" else ask()
-    texts = [chat.decode(a.ids) for a in found]
+    texts = [chat.answer(a.ids) for a in found]
     state.answers[arm] = texts
     formats = [scorer.is_task_format(text) for text in texts]
     if None not in formats:

@@ -18,7 +18,8 @@ from tell.progress import Display, Silent
 from tell.rows.cache import cache_key, cached_table
 from tell.rows.table import Dropped, RowTable
 from tell.rows.tokenize import RowRules, tokenize
-from tell.study.fit import cleaned, general_notices
+from tell.shown import left_out
+from tell.study.fit import check_general, cleaned
 from tell.study.prepare import MIXED, Task, describe, overlap_facts
 
 
@@ -78,7 +79,11 @@ def load_general(task: Task, source: str, display: Display, *, overlap: bool = T
         return table
 
     table, _ = cached_table(key, make)
-    for notice in general_notices(table, source):
+    check_general(table, source)
+    dropped = [{"origin": d.origin, "reason": d.reason} for d in table.dropped]
+    for text in left_out((d.origin, d.reason) for d in table.dropped):
+        display.note(text)  # no notice: findings.json and plan.json list the rows themselves
+    for notice in table.notices:
         task.notice(notice, display)
     layout = {
         **table.facts,
@@ -97,7 +102,6 @@ def load_general(task: Task, source: str, display: Display, *, overlap: bool = T
     order = permutation(len(usable), config.seed, "held out")
     held_out, rest = np.sort(usable[order[:wanted]]), np.sort(usable[order[wanted:]])
     rest = rest[~np.isin(table.hashes[rest], table.hashes[held_out])]  # a row that occurs twice is held out twice
-    dropped = [{"origin": d.origin, "reason": d.reason} for d in table.dropped]
     task.findings["general"] = layout
     return General(table, rest, held_out, layout, dropped)
 

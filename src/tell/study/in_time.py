@@ -17,6 +17,7 @@ from tell.study.budget import Extent, fit_minutes, read_extent
 from tell.study.general import General, draw_general, general_source
 from tell.study.plan import estimated_general
 from tell.study.prepare import Task, split_file
+from tell.study.record import Planned
 from tell.study.self_data import Enough, cached_self_file, enough_of
 
 Measure = Callable[[RowTable], None]  # measures the pace of training and decoding, with the task's rows
@@ -47,7 +48,7 @@ class InTime:
         """
         tokens = int(table.unit.sum())
         if (kept := self._planned("general")) is not None:
-            return lambda rows: len(rows) / max(1, kept["rows"])
+            return lambda rows: len(rows) / max(1, kept.rows)
         enough = enough_of(task.config, task.unit, tokens)
         written = cached_self_file(task.config, task.files.fingerprint, task.chat.fingerprint, enough)
         if not self.minutes or written is not None:
@@ -69,8 +70,8 @@ class InTime:
             TellError: not even the least of it fits.
         """
         if (kept := self._planned("fit")) is not None:
-            self._give_up(task, kept["given_up"])
-            return read_extent(kept, draw)
+            self._give_up(task, kept.given_up)
+            return read_extent(kept.model_dump(), draw)
         if not self.minutes:
             return Extent.of(task, table, draw)
         self._measure_once(measure, table)
@@ -115,4 +116,4 @@ class InTime:
 
     def _planned(self, key: str) -> Any:
         """What plan.json of the session before says; None in a first session."""
-        return self.folder.read(self.folder.plan).get(key) if self.folder.plan.exists() else None
+        return getattr(self.folder.read_as(self.folder.plan, Planned), key) if self.folder.plan.exists() else None

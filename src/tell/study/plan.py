@@ -291,6 +291,6 @@ def describe_plan(task: Task, table: RowTable, general: General | None, draw: Dr
         "data": task.findings["data"],
         "split": task.findings["split"],
         "unit": config.tokens.unit,
-        "dropped_rows": dropped + (general.dropped if general else []),
+        "dropped_rows": [*task.findings["dropped_rows"], *dropped, *(general.dropped if general else [])],
         "notices": [*task.notices, *counts["notices"]],
     }

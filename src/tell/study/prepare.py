@@ -27,6 +27,7 @@ from tell.rows.cache import cache_key, cached_table
 from tell.rows.table import RowTable
 from tell.rows.template import ChatTokenizer
 from tell.rows.tokenize import RowRules, tokenize
+from tell.shown import left_out
 from tell.study.fit import fitted
 from tell.study.shots import check_shots, pick_shots
 
@@ -118,6 +119,9 @@ def load_task(config: Config, display: Display | None = None) -> Task:
     task = Task(config, files, chat, unit, parts.train, parts.validation, parts.test, kind, {}, display=display)
     for notice in (*data.notices, *(given.notices if given else ()), *notices, *([said] if said else ())):
         task.notice(notice, display)
+    dropped_rows = [*data.dropped, *(given.dropped if given else ())]
+    for text in left_out(dropped_rows):
+        display.note(text)  # no notice: findings.json and plan.json list the rows themselves
     if not chat.has_own_template:
         task.notice(f"{files.name} has no chat template; the plain default is used (docs/method.md)", display)
     task.validation = task.validation[:VALIDATION_ROWS]
@@ -160,7 +164,7 @@ def load_task(config: Config, display: Display | None = None) -> Task:
             "general_test": None,
             "dropped": dropped,
         },
-        "dropped_rows": [{"origin": origin, "reason": reason} for origin, reason in data.dropped],
+        "dropped_rows": [{"origin": origin, "reason": reason} for origin, reason in dropped_rows],
     }
     return task
 

@@ -8,7 +8,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, Field
+
 from tell import __version__
+from tell.config import LARGEST, Arm
 from tell.errors import TellError
 from tell.mix.manifest import read_manifest, write_manifest
 from tell.mix.mixture import Mixture
@@ -19,6 +22,36 @@ from tell.study.general import General
 from tell.study.plan import arm_costs
 from tell.study.prepare import Task, split_file
 from tell.study.scoring import answer_limit
+
+
+class PlannedModel(BaseModel):
+    """``model`` of plan.json."""
+
+    thinking: bool = False
+
+
+class PlannedGeneral(BaseModel):
+    """``general`` of plan.json."""
+
+    rows: int = Field(ge=0, le=LARGEST)
+
+
+class Fit(BaseModel):
+    """``fit`` of plan.json: how much of the run is done, and what was given up for --max-minutes."""
+
+    arms: tuple[Arm, ...] = Field(min_length=1)
+    test_rows: int = Field(ge=0, le=LARGEST)
+    repeat: int = Field(ge=1, le=LARGEST)
+    general_rows: int = Field(ge=0, le=LARGEST)
+    given_up: list[str] = []
+
+
+class Planned(BaseModel):
+    """What is read back of plan.json."""
+
+    model: PlannedModel
+    general: PlannedGeneral | None = None
+    fit: Fit | None = None
 
 
 def write_decided(
@@ -61,7 +94,7 @@ def thinks(folder: RunFolder) -> bool:
     """Whether a run's prompts let the model think."""
     if not folder.plan.exists():
         return False
-    return bool(folder.read(folder.plan)["model"].get("thinking"))
+    return folder.read_as(folder.plan, Planned).model.thinking
 
 
 def write_adapter_notes(folder: RunFolder, task: Task, place: Path) -> None:

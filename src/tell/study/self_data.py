@@ -170,10 +170,11 @@ def write_self_data(
         if taken is None:
             _write_more(config, chat, engine, path, rows, blocks, enough, display)
             taken = len(blocks)
-    blocks = blocks[:taken]
+        blocks = blocks[:taken]
+        part = _part(path, rows, blocks)
     thrown = sum((Counter(block["thrown"]) for block in blocks), Counter())
     facts = {"asked": len(blocks) * BLOCK, "kept": sum(b["rows"] for b in blocks), "thrown": dict(thrown)}
-    return _part(path, rows, blocks), facts
+    return part, facts
 
 
 @contextmanager
