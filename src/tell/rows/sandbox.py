@@ -69,12 +69,15 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
     def weighed(self, value: Any) -> Any:
         """A value that is compared or becomes a key."""
-        self.tick(self._size(value))
+        if isinstance(value, str | list | tuple | dict | range):
+            self.tick(self._size(value))
+        else:
+            self.left -= 1  # the round it is in looks
         return value
 
     def searched(self, value: Any) -> Any:
         """A value that is searched with ``in``; a dictionary has its keys at hand."""
-        return value if isinstance(value, dict) else self.weighed(value)
+        return value if type(value) is dict else self.weighed(value)
 
     def joined(self, *parts: Any) -> str:
         """``a ~ b``."""
@@ -101,8 +104,9 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         owner = getattr(getattr(__obj, "__wrapped__", __obj), "__self__", None)  # the sandbox wraps str.format
-        if owner is not __self:  # not our own `tick`, `joined` and the like
-            __self.tick(__self._size(owner) + sum(map(__self._size, (*args, *kwargs.values()))))
+        if owner is __self:  # our own `tick`, `joined` and the like, which no template can name
+            return __obj(*args)
+        __self.tick(__self._size(owner) + sum(map(__self._size, (*args, *kwargs.values()))))
         if isinstance(owner, str):
             name = getattr(__obj, "__name__", "")
             __self._check_text(name, owner, (*args, *kwargs.values()))
