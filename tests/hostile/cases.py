@@ -81,11 +81,16 @@ class Places:
 
 @dataclass
 class Case:
-    """A command line, and what stands for its input in a message."""
+    """A command line, and what stands for its input in a message.
+
+    Attributes:
+        writes: it may write before it is refused, as a run that is resumed does.
+    """
 
     argv: list[str]
     about: str
     codes: tuple[int, ...] = (0, 2)
+    writes: bool = False
 
 
 def encoded(rows: list[Any], form: str) -> bytes:
@@ -230,7 +235,7 @@ def schema(rng: random.Random, here: Path, places: Places) -> Case:
 def model(rng: random.Random, here: Path, places: Places) -> Case:
     """A file of the model's folder."""
     (here / "rows.jsonl").write_bytes(encoded(ROWS, "jsonl"))
-    _linked(places.model, here / "model")
+    shutil.copytree(places.model, here / "model", copy_function=os.link)
     name = rng.choice([name for name in os.listdir(places.model) if name in OF_MODEL or name.endswith(".safetensors")])
     path = here / "model" / name
     content = _changed(rng, path)
@@ -242,6 +247,7 @@ RUN_FILES = ("run.yaml", "status.json", "anchor.json", "split.json", "findings.j
 RUN_FILES += ("manifest.parquet", "schema.json", "predictions/tell.jsonl", "logs/tell.jsonl", "report.html")
 OF_EVAL = ("run.yaml", "anchor.json", "split.json", "plan.json", "findings.json", "metrics.json", "schema.json")
 OF_EVAL += ("adapter/adapter_config.json", "adapter/adapter_model.safetensors")
+OF_RESUME = ("anchor.json", "split.json", "plan.json", "manifest.parquet", "adapter/result.json")
 
 
 def report(rng: random.Random, here: Path, places: Places) -> Case:
@@ -265,16 +271,20 @@ def resume(rng: random.Random, here: Path, places: Places) -> Case:
     return Case(["tune", "--resume", "--out", "run", "--order", "none"], f"resume run/{name}: {about}")
 
 
-def _tampered(rng: random.Random, here: Path, places: Places, names: tuple[str, ...]) -> tuple[str, str]:
-    _linked(places.run, here / "run")
+def resumed(rng: random.Random, here: Path, places: Places) -> Case:
+    """A file of a run folder that is read while the run is resumed, to its end."""
+    name, about = _tampered(rng, here, places, OF_RESUME, copy=shutil.copy2)
+    return Case(["tune", "--resume", "--out", "run"], f"resumed run/{name}: {about}", writes=True)
+
+
+def _tampered(
+    rng: random.Random, here: Path, places: Places, names: tuple[str, ...], copy: Callable[..., object] = os.link
+) -> tuple[str, str]:
+    shutil.copytree(places.run, here / "run", copy_function=copy)
     name = rng.choice([name for name in names if (places.run / name).exists()])
     content = _changed(rng, here / "run" / name)
     _replace(here / "run" / name, content)
     return name, repr(content[:400])
-
-
-def _linked(source: Path, to: Path) -> None:
-    shutil.copytree(source, to, copy_function=os.link)
 
 
 def _replace(path: Path, content: bytes) -> None:
@@ -300,4 +310,5 @@ KINDS: dict[str, tuple[Callable[[random.Random, Path, Places], Case], int]] = { 
     **{make.__name__: (make, 28) for make in (data, layout, schema, override, flag)},
     **{make.__name__: (make, 36) for make in (config, recipe, model, report)},
     **{make.__name__: (make, 16) for make in (evaluate, resume, studied)},
+    resumed.__name__: (resumed, 10),
 }
