@@ -206,7 +206,7 @@ def test_names_stay_what_they_are():
     sampled = {"greedy": False, "repetition_penalty": 1.05}  # the defaults before `modern` decoded greedily
     plain = load_config(flags={"task": {"data": "no-such-file.jsonl"}, "anchor": {"text": "none"}, "generate": sampled})
     names = {
-        "base": "base-b0b57a509a8e4b04",
+        "base": "base-bee076224683e319",  # another than when the default source was `self`: other rows are held out
         "sft": "sft-9c45bf1dbfdc5e5a",
         "sft-matched": "sft-matched-78e1bd491286a52a",
         "general": "general-d687255d4258d01e",

@@ -66,8 +66,8 @@ def evaluate(
 
     Returns:
         The shape of metrics.json: ``task``, ``arms``, ``differences`` and ``eval`` as scored now; ``forgetting``,
-        ``mixture``, ``train`` and ``failed`` as the run measured them. The run's own metrics and answers stay as they
-        are; the new answers go to ``predictions/eval/``.
+        ``mixture``, ``train``, ``failed`` and ``same`` as the run measured them. The run's own metrics and answers
+        stay as they are; the new answers go to ``predictions/eval/``.
 
     Raises:
         TellError: no run, no adapter for an arm, bad test file, rows that are no longer there.
@@ -145,7 +145,7 @@ def evaluate(
         costs[arm] = answer_costs(opened.files.architecture, prompts, answers)
         write_jsonl(opened.folder.predictions / "eval" / f"{arm}.jsonl", answers)
     values, gaps = arm_numbers(scored, seed=seed, samples=config.eval.bootstrap)
-    kept = {key: metrics.get(key) for key in ("forgetting", "mixture", "train", "failed")}
+    kept = {key: metrics.get(key) for key in ("forgetting", "mixture", "train", "failed", "same")}
     kept |= {key: metrics[key] for key in ("benchmarks",) if key in metrics}
     task = {"kind": kind.name, "primary": scorer.primary}
     return {"task": task, "arms": values, "differences": gaps, "eval": eval_numbers(costs), **kept}
@@ -213,6 +213,7 @@ class Metrics(BaseModel):
     mixture: dict[str, Any] | None = None
     train: dict[str, Any] | None = None
     failed: dict[str, Any] | None = None
+    same: dict[str, str] | None = None
     benchmarks: dict[str, Any] = {}
 
 
