@@ -167,7 +167,7 @@ def test_a_scorer_counts_by_its_code(tmp_path, monkeypatch):
 def test_a_word_is_no_path(tmp_path, monkeypatch):
     """Whatever lies in the working directory."""
     before = with_full_paths(config("general.source=self"))
-    for name in ("model", "self", "none"):
+    for name in ("model", "self", "none", "builtin", "auto"):
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path)
     after = with_full_paths(config("general.source=self"))

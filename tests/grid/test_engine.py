@@ -273,20 +273,20 @@ def test_one_model_for_all_cells(recipe, tmp_path, monkeypatch):
 
 
 def test_the_untuned_model_is_measured_once(recipe, tmp_path, monkeypatch):
-    """Two sets of general rows, and validation rows with and without the anchor: not anew for each cell."""
+    """Three sets of general rows, and validation rows with and without the anchor: not anew for each cell."""
     from tell.train import step
 
     calls = []
     original = step.row_losses
     monkeypatch.setattr(step, "row_losses", lambda *a, **k: calls.append(a) or original(*a, **k))
     tell.run_study(recipe(config={"eval": {"forgetting_answers": 2}}), root=tmp_path / "studies")
-    assert len(calls) == (2 + 2) + 3 * (2 + 1)  # the untuned model's own, and each of three trained ones'
+    assert len(calls) == (3 + 2) + 3 * (3 + 1)  # the untuned model's own, and each of three trained ones'
     changes = [
         read(path)["forgetting"]["differences"]
         for path in (tmp_path / "studies/cells").glob("*/metrics.json")
         if not path.parent.name.startswith("base")
     ]
-    assert len(changes) == 3 and all(len(next(iter(change.values()))) == 2 for change in changes)
+    assert len(changes) == 3 and all(len(next(iter(change.values()))) == 3 for change in changes)
 
 
 def test_a_dry_run_of_a_study_that_cannot_run_is_bad_input(recipe, tmp_path, capsys):

@@ -41,8 +41,8 @@ def test_every_file_is_there(finished):
 def test_metrics_have_the_documented_shape(finished):
     folder, _ = finished
     metrics = read(folder.metrics)
-    parts = {"task", "arms", "differences", "forgetting", "eval", "mixture", "train", "failed"}
-    assert set(metrics) == parts and metrics["failed"] == {}
+    parts = {"task", "arms", "differences", "forgetting", "eval", "mixture", "train", "failed", "same"}
+    assert set(metrics) == parts and metrics["failed"] == metrics["same"] == {}
     assert metrics["task"] == {"kind": "json", "primary": "schema_adherence"}
     assert list(metrics["arms"]) == ALL_ARMS
     for numbers in metrics["arms"].values():
@@ -146,7 +146,7 @@ def test_findings(finished):
     assert found["test"]["rows"] == 108 and found["split"]["test"] == 5
     assert found["kind"]["name"] == "json" and found["kind"]["schema_inferred"] is False
     assert found["overlap"]["general_test"] == {"exact": 0, "near": 0, "pairs": []}
-    assert found["notices"] == ["icl: 2 examples fit into the context"]
+    assert found["notices"] == ["general.jsonl: columns not used: category", "icl: 2 examples fit into the context"]
     assert found["machine"]["dtype"] == "fp32" and found["answer_limit"] == 8
 
 

@@ -337,6 +337,6 @@ def test_paths_are_made_absolute_and_names_left_alone(tmp_path, monkeypatch):
     full = with_full_paths(load_config(flags=given))
     assert full.task.data == str(tmp_path / "t.jsonl")
     assert full.anchor.text == f"@{tmp_path / 'a.txt'}"
-    assert (full.model.name, full.general.source) == ("org/model", "self")
+    assert (full.model.name, full.general.source) == ("org/model", "auto")
     text = load_config(flags={"anchor": {"text": "t.jsonl"}})  # without the @ it is the anchor itself
     assert with_full_paths(text).anchor.text == "t.jsonl"

@@ -27,7 +27,7 @@ def chat(
         str | None, typer.Argument(metavar="MESSAGE", help="answer this and end; also from a pipe", show_default=False)
     ] = None,
     arm: Annotated[str, typer.Option("--arm", metavar="ARM", help="tell, base or another arm of the run")] = "tell",
-    seed: Annotated[str | None, typer.Option("--seed", metavar="N", help="seed of the decoding")] = None,
+    seed: Annotated[str | None, typer.Option("--seed", metavar="N", help="sample, with this seed")] = None,
     greedy: Annotated[bool | None, typer.Option("--greedy/--no-greedy", help="decode greedily")] = None,
     trust_remote_code: Annotated[bool, TRUST_CODE] = False,
 ) -> None:

@@ -27,7 +27,7 @@ class ChatSession:
     Args:
         opened: the run, model loaded.
         arm: whose adapter answers; ``base`` is the untuned model without the anchor.
-        greedy: overrides the run's decoding.
+        greedy: overrides the run's decoding; a seed alone asks to sample.
         seed: of the first answer; each later one counts on.
     """
 
@@ -41,7 +41,8 @@ class ChatSession:
         self._stack.enter_context(adapter_merged(model, adapter))
         self._stack.enter_context(opened.engine.fixed_weights())
         self.anchor = arm_anchor(arm, opened.anchor)
-        self.greedy, self.seed = greedy, opened.config.seed if seed is None else seed
+        self.greedy = False if greedy is None and seed is not None else greedy
+        self.seed = opened.config.seed if seed is None else seed
         self.shots, self.lost = self._shots()
         self.history: list[Message] = []
 

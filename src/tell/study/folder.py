@@ -12,7 +12,7 @@ from typing import Literal
 
 from filelock import FileLock, Timeout
 
-from tell.config import Config, make_config, read_yaml
+from tell.config import GENERAL_SOURCES, Config, make_config, read_yaml
 from tell.errors import TellError
 from tell.files import expanded
 from tell.run import DAMAGED, RunFolder, clean_temporary, sync, write_text
@@ -37,7 +37,7 @@ PATHS = (
 )
 
 
-KEYWORDS = frozenset({"model", "self", "none", "auto"})  # values that mean something else than a path
+KEYWORDS = frozenset({"model", *GENERAL_SOURCES})  # values that mean something else than a path
 
 
 def with_full_paths(config: Config) -> Config:
