@@ -1,8 +1,9 @@
 """Answer the prompts on board by SmolLM2-135M: python recipes/checks/builtin_rows.py src/tell/data/builtin
 
-Each prompt is asked as it is. Where that answer does not end within `MOST` tokens, or does not pass the filters, the
-prompt is asked again with the wish of ``general.self``, which is not kept in the row. An answer in another language
-than its prompt is not kept. Both files of the folder are written again, their order and prompts as they are.
+Prompts of the mix are asked with the wish of ``general.self`` for a brief answer, which is not kept in the row, and
+where that does not pass the filters, as they are, with at most `MOST` tokens; those of the witness set the other way
+round. An answer in another language than its prompt is not kept. Both files of the folder are written again, their
+order and prompts as they are.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from tell.study.self_data import answered
 from tell.study.session import load_engine
 
 MOST = 400  # tokens of an answer
-FILES = {PROMPTS: 7, WITNESS: 11}  # and their seeds
+BRIEF, PLAIN = SelfConfig(), SelfConfig(answer_wish="", max_answer_tokens=MOST)
+FILES = {PROMPTS: (7, BRIEF, PLAIN), WITNESS: (11, PLAIN, BRIEF)}  # seed, and how a prompt is asked first and then
 # Words that nearly every sentence has one of; other scripts are told by their letters.
 WORDS = {
     "en": "the a of to is and in for with that it you",
@@ -62,12 +64,12 @@ def main(folder: Path) -> None:
     files = find_model("smollm2-135m")
     chat = ChatTokenizer(files.path)
     _, engine = load_engine(files, config)
-    for name, seed in FILES.items():
+    for name, (seed, first, then) in FILES.items():
         rows, thrown = read_jsonl(folder / name), Counter()
-        config.general.self_ = SelfConfig(answer_wish="", max_answer_tokens=MOST)
+        config.general.self_ = first
         outputs = answered(config, chat, engine, [row["prompt"] for row in rows], seed, thrown)
         left = [i for i, output in enumerate(outputs) if output is None]
-        config.general.self_ = SelfConfig()
+        config.general.self_ = then
         again = answered(config, chat, engine, [rows[i]["prompt"] for i in left], seed + 1, Counter())
         for i, output in zip(left, again, strict=True):
             outputs[i] = output
