@@ -14,7 +14,7 @@ from tell.study.tune import tune
 MINUTES = 11.0  # predictions are right within some 10 %, and a slow machine has 12
 OUT = Path("runs/demo")
 # Small enough for five minutes on two cores with bf16; a run of one's own has more general rows.
-GENERAL_TOKENS = 1.5e4
+GENERAL_TOKENS = 1.4e4
 REPEAT = 4
 
 
@@ -48,7 +48,7 @@ def demo_config(out: str | Path | None = None, minutes: float | None = None) -> 
                 "arms": ["base", "icl", "sft-matched", "tell"],
                 "icl_examples": 4,
                 "forgetting_rows": 24,
-                "forgetting_answers": 8,
+                "forgetting_answers": 4,
             },
             "out": str(out or OUT),
             "max_minutes": MINUTES if minutes is None else minutes,
