@@ -28,7 +28,7 @@ def test_there_are_enough(rows):
     loaded = load_builtin()
     assert len(load_prompts()) == len(rows) >= 1000 and len(loaded.examples) >= 1000 and len(load_witness()) == 200
     assert {example.source for example in loaded.examples} == {"general"}
-    assert sum(len(e.question.split()) + len(e.answer.split()) for e in loaded.examples) > 75_000  # words; 1.09e5 tokens
+    assert sum(len(e.question.split()) + len(e.answer.split()) for e in loaded.examples) > 75_000  # 1.09e5 tokens
 
 
 def test_witness_and_probe_are_in_no_mix(rows):
