@@ -47,7 +47,7 @@ def demo_config(out: str | Path | None = None, minutes: float | None = None) -> 
             "eval": {
                 "arms": ["base", "icl", "sft-matched", "tell"],
                 "icl_examples": 4,
-                "forgetting_rows": 24,
+                "forgetting_rows": 16,
                 "forgetting_answers": 4,
             },
             "out": str(out or OUT),
