@@ -29,13 +29,13 @@ from bench.rows import Rows, make_rows, plain_tokens
 from tell.config import TrainConfig
 from tell.errors import TellError
 from tell.kernels import keep_memory, library, reason
-from tell.kernels.attention import RowAttention
 from tell.kernels.ops import Kernels
+from tell.kernels.packed_attention import RowAttention
 from tell.kernels.products import Products
 from tell.models.find import find_model
 from tell.models.load import load_model
-from tell.train.batches import TrainRow
 from tell.train.lora import add_lora
+from tell.train.packing import TrainRow
 from tell.train.step import Body, step_loss
 
 WARMUP = 2  # steps before the clock counts

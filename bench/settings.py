@@ -8,8 +8,8 @@ from typing import Any
 
 from bench.drive import Worker, say
 from tell.errors import TellError
+from tell.folder import write_json
 from tell.home import make_folder, tell_home
-from tell.run import write_json
 
 Setting = dict[str, Any]
 FAR_BEHIND = 0.8  # of the best: larger batches of that kind are not tried

@@ -13,7 +13,20 @@ import pytest
 import tell
 
 PACKAGE = Path(tell.__file__).parent
-GROUND = {"__init__", "errors", "shown", "files", "home", "cpu", "progress", "run", "config", "presets"}
+GROUND = {
+    "__init__",
+    "errors",
+    "shown",
+    "files",
+    "home",
+    "cpu",
+    "progress",
+    "folder",
+    "config",
+    "presets",
+    "names",
+    "seeds",
+}
 ROOMS = {
     "data": set(),
     "anchor": {"data"},
@@ -22,20 +35,35 @@ ROOMS = {
     "mix": {"rows"},
     "kernels": set(),
     "train": {"rows", "mix", "kernels"},
-    "generate": {"train", "kernels"},
-    "evaluate": {"data"},
-    "report": {"evaluate"},
-    "study": {"data", "anchor", "rows", "models", "mix", "train", "generate", "evaluate", "report"},
-    "build": {"data"},
-    "grid": {"rows", "models", "mix", "data", "anchor", "train", "generate", "evaluate", "report", "study", "build"},
+    "decode": {"train", "kernels"},
+    "score": {"data"},
+    "report": {"score"},
+    "run": {"data", "anchor", "rows", "models", "mix", "train", "decode", "score", "report"},
+    "verbs": {"data", "anchor", "rows", "models", "mix", "train", "decode", "score", "report", "run"},
+    "paper": {"data"},
+    "studies": {
+        "rows",
+        "models",
+        "mix",
+        "data",
+        "anchor",
+        "train",
+        "decode",
+        "score",
+        "report",
+        "run",
+        "verbs",
+        "paper",
+    },
 }
 EXCEPTIONS = {
-    "anchor/write.py": {"mix", "rows", "train", "generate"},
-    "evaluate/__init__.py": {"study"},
-    "evaluate/bleurt.py": {"models"},
+    "score/bleurt.py": {"models"},
+    "run/benchmarks/run_benchmarks.py": {"verbs"},
+    "run/choose_anchor.py": {"verbs"},
+    "run/tune.py": {"verbs"},
 }
-NO_TORCH = ("config", "data", "anchor", "rows", "mix", "models", "evaluate", "report", "build", "grid")
-WITH_TORCH = ("anchor.write", "models.convert", "models.load")
+NO_TORCH = ("config", "names", "data", "anchor", "rows", "mix", "models", "score", "report", "paper", "studies")
+WITH_TORCH = ("models.convert", "models.load")
 
 
 def imported(path: Path) -> Iterator[str]:
@@ -74,7 +102,7 @@ def test_every_room_has_a_rule():
 
 
 def test_planning_and_drawing_load_no_torch():
-    modules = ["tell.study.plan"]
+    modules = ["tell.run.plan"]
     for room in NO_TORCH:
         place = PACKAGE / room
         files = sorted(place.rglob("*.py")) if place.is_dir() else [place.with_suffix(".py")]
@@ -83,3 +111,8 @@ def test_planning_and_drawing_load_no_torch():
     code = f"import importlib, sys; [importlib.import_module(m) for m in {modules!r}]; sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+def test_no_file_name_stands_twice():
+    names = [path.name for path in PACKAGE.rglob("*.py") if path.name not in ("__init__.py", "__main__.py")]
+    assert sorted(names) == sorted(set(names))

@@ -21,12 +21,12 @@ import json, sys
 import tell
 import numpy as np, torch
 from tell.kernels import library
-from tell.kernels.attention import row_attention
+from tell.kernels.packed_attention import row_attention
 from tell.kernels.products import products_for
 from tell.models import machine
 from tell.models.find import find_model
 from tell.models.load import load_model
-from tell.train.batches import TrainRow
+from tell.train.packing import TrainRow
 from tell.config import TrainConfig
 from tell.train.lora import add_lora
 from tell.train.plain import PlainBody, plain_step_loss

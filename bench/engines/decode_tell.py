@@ -7,8 +7,8 @@ from typing import Any
 from bench.engines.serve import Setting, serve_prompts
 from bench.rows import Prompts
 from bench.worker import Channel
-from tell.generate.engine import Engine
-from tell.generate.sampler import Decoding
+from tell.decode.engine import Engine
+from tell.decode.sampler import Decoding
 from tell.models.find import find_model
 from tell.models.load import load_model
 

@@ -16,7 +16,7 @@ from tell.config import TrainConfig
 from tell.mix.mixture import Mixture
 from tell.models.find import find_model
 from tell.models.load import load_model
-from tell.rows.table import RowTable
+from tell.rows.row_table import RowTable
 from tell.train.trainer import StepReport, Trainer
 
 

@@ -59,7 +59,7 @@ def _seconds(call: Any, times: int = 10) -> float:
 def attention(run: Run) -> dict[str, Any]:
     """Which attention serves, and its output and gradients for grouped heads against fp64."""
     from tell.train.attention import PackedPlan, Rule
-    from tell.train.cuda import attention_note, liger_forwards, packed_plan
+    from tell.train.fast.cuda import attention_note, liger_forwards, packed_plan
 
     model = make_model("tiny", run.device, torch.bfloat16)
     out: dict[str, Any] = {"note": attention_note(model), "liger": liger_forwards() is not None}

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from bench.rows import Rows, make_rows
-from tell.train.batches import TrainRow
+from tell.train.packing import TrainRow
 
 SIZES: dict[str, dict[str, Any]] = {
     "smollm2-135m": {

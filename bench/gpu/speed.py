@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from bench.gpu.run import Run, make_model, rows_for, train_rows
-from tell.train.batches import TrainRow
+from tell.train.packing import TrainRow
 
 WARM, STEPS = 3, 8
 
@@ -187,8 +187,8 @@ def waits_of(run: Run, call: Callable[[], Any]) -> int | None:
 
 def decode(run: Run) -> dict[str, Any]:
     """New tokens a second, greedy: TELL's engine and transformers' generate, 64 rows behind 300 shared tokens."""
-    from tell.generate.engine import Engine
-    from tell.generate.sampler import Decoding
+    from tell.decode.engine import Engine
+    from tell.decode.sampler import Decoding
 
     out: dict[str, Any] = {}
     for size in run.sizes:
@@ -239,7 +239,7 @@ def _timed(run: Run, call: Callable[[], Any]) -> tuple[float, Any]:
 @torch.inference_mode()
 def _transformers(run: Run, model: Any, prompts: list[list[int]], new: int) -> tuple[float, list[list[int]]]:
     from tell.train.attention import restore
-    from tell.train.fused import unfuse_modules
+    from tell.train.fast.fused import unfuse_modules
 
     unfuse_modules(model)
     restore(model)

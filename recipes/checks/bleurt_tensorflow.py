@@ -1,4 +1,4 @@
-"""Write the tiny TensorFlow checkpoints that tests/evaluate/test_bleurt.py holds our BLEURT to.
+"""Write the tiny TensorFlow checkpoints that tests/score/test_bleurt.py holds our BLEURT to.
 
     python recipes/checks/bleurt_tensorflow.py tanh|erf PIECES.model OUT.tar.xz
 

@@ -16,11 +16,11 @@ from pathlib import Path
 
 from tell.config import Config, SelfConfig
 from tell.data.builtin import PROMPTS, WITNESS
+from tell.folder import read_jsonl, write_jsonl
 from tell.models.find import find_model
 from tell.rows.template import ChatTokenizer
-from tell.run import read_jsonl, write_jsonl
-from tell.study.self_data import answered
-from tell.study.session import load_engine
+from tell.run.self_written import answered
+from tell.verbs.open_run import load_engine
 
 MOST = 400  # tokens of an answer
 BRIEF, PLAIN = SelfConfig(), SelfConfig(answer_wish="", max_answer_tokens=MOST)

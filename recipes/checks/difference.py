@@ -15,10 +15,10 @@ import sys
 from collections.abc import Sequence
 
 from tell.errors import TellError
-from tell.grid.means import Bootstrap
-from tell.grid.results import Outcome, Study, read_results
-from tell.grid.words import arm_name, canonical, metric_term, point_name, value_name
-from tell.report.text import interval, number
+from tell.report.html_text import interval, number
+from tell.studies.labels import arm_name, canonical, metric_term, point_name, value_name
+from tell.studies.results import Outcome, Study, read_results
+from tell.studies.stats.seed_means import Bootstrap
 
 
 def chosen(study: Study, text: str) -> list[Outcome]:

@@ -16,13 +16,13 @@ from pathlib import Path
 
 import numpy as np
 
-from tell.build.parallel import Document, read_wmt
 from tell.data.formats import check_file, read_text
 from tell.errors import TellError
-from tell.evaluate.correlation import correlations
-from tell.evaluate.names import NAMES
-from tell.evaluate.scored import Metric
-from tell.evaluate.text import TextScorer
+from tell.names import NAMES
+from tell.paper.parallel_texts import Document, read_wmt
+from tell.score.correlation import correlations
+from tell.score.scored import Metric
+from tell.score.text import TextScorer
 
 XML, SCORES = "newstest2021.is-en.all.xml.gz", "ad-seg-scores-is-en.csv.gz"
 METRICS = ("bleurt", "chrf", "bleu", "rouge_l")

@@ -1,7 +1,7 @@
 """TELL: fine-tune a language model well when there are only 15 to 1,000 examples of a task.
 
 Every verb of the command line is one call here, imported on first use so that ``import tell`` stays quick:
-``tell.tune``, ``tell.plan``, ``tell.evaluate``, ``tell.chat``, ``tell.report``, ``tell.write_anchor``,
+``tell.tune``, ``tell.plan``, ``tell.evaluate``, ``tell.chat``, ``tell.write_report``, ``tell.write_anchor``,
 ``tell.separate``, ``tell.build_halu_cot_json``, ``tell.build_is_en_news``, ``tell.demo``, ``tell.run_study``,
 ``tell.plan_study``; and ``tell.load_config``, ``tell.Config``,
 ``tell.Anchor``, ``tell.Example``, ``tell.RunFolder``, ``tell.TellError``.
@@ -19,24 +19,24 @@ limit_libraries()  # before anything imports torch
 __version__ = "0.1.0"
 
 _PLACES = {
-    "tune": "tell.study.tune",
-    "plan": "tell.study.plan",
-    "evaluate": "tell.study.evaluate",
-    "demo": "tell.study.demo",
-    "chat": "tell.study.chat",
-    "report": "tell.report.verb",
-    "write_anchor": "tell.study.anchor",
-    "separate": "tell.study.separate",
-    "build_halu_cot_json": "tell.build.halu_cot_json",
-    "build_is_en_news": "tell.build.is_en_news",
-    "run_study": "tell.grid.engine",
-    "plan_study": "tell.grid.engine",
+    "tune": "tell.run.tune",
+    "plan": "tell.run.plan",
+    "evaluate": "tell.verbs.evaluate",
+    "demo": "tell.verbs.demo",
+    "chat": "tell.verbs.chat",
+    "write_report": "tell.report.write",
+    "write_anchor": "tell.run.choose_anchor",
+    "separate": "tell.verbs.separate",
+    "build_halu_cot_json": "tell.paper.halu_cot_json",
+    "build_is_en_news": "tell.paper.is_en_news",
+    "run_study": "tell.studies.study",
+    "plan_study": "tell.studies.study",
     "load_config": "tell.config",
     "make_config": "tell.config",
     "Config": "tell.config",
     "Anchor": "tell.anchor.anchor",
     "Example": "tell.data.example",
-    "RunFolder": "tell.run",
+    "RunFolder": "tell.folder",
     "TellError": "tell.errors",
 }
 __all__ = ["__version__", *_PLACES]

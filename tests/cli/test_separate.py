@@ -11,7 +11,7 @@ from tell.cli.main import run
 
 ROOT = Path(__file__).parents[2]
 DATA = str(ROOT / "examples/support/train.jsonl")
-GENERAL = str(ROOT / "src/tell/evaluate/probe/general.jsonl")
+GENERAL = str(ROOT / "src/tell/score/probe/general.jsonl")
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tell.data.budget import take_rows, take_tokens
+from tell.data.subset import take_rows, take_tokens
 from tell.errors import TellError
 
 units = st.lists(st.integers(1, 500), min_size=1, max_size=60).map(np.array)

@@ -10,8 +10,8 @@ from importlib.resources import files
 import pytest
 
 from tell.data.builtin import PROMPTS, WITNESS, load_builtin, load_prompts, load_witness
-from tell.evaluate.probe import load_probe
-from tell.study.self_data import is_good
+from tell.run.self_written import is_good
+from tell.score.probe import load_probe
 
 
 def words(text: str) -> str:

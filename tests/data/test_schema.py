@@ -9,7 +9,7 @@ from tell.data.example import Example
 from tell.data.kind import SCHEMA_URI, detect_kind, load_schema
 from tell.data.schema import Schema
 from tell.errors import TellError
-from tell.evaluate.json_schema import JsonScorer
+from tell.score.json_schema import JsonScorer
 
 DOUBLING = {f"a{i}": {"anyOf": [{"$ref": f"#/$defs/a{i + 1}"}] * 2} for i in range(40)}
 BAD = [

@@ -20,7 +20,7 @@ import pytest
 
 import tell
 from hostile.cases import KINDS, Case, Places
-from study.runs import config_of
+from run.runs import config_of
 from tell.cli.main import run as command
 from tell.errors import TellError
 

@@ -9,12 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tell.kernels.attention import row_attention
 from tell.kernels.library import reason
 from tell.kernels.ops import GELU_TANH, SILU, kernels_for
+from tell.kernels.packed_attention import row_attention
 from tell.train.attention import PackedPlan
-from tell.train.fused_ops import Attention, Gated, GatedProjection, Projection, RmsNorm, joined
-from tell.train.stacked import Lora, Stack
+from tell.train.fast.fused_ops import Attention, Gated, GatedProjection, Projection, RmsNorm, joined
+from tell.train.fast.stacked import Lora, Stack
 
 pytestmark = pytest.mark.skipif(kernels_for(torch.zeros(1)) is None, reason=f"no kernels: {reason()}")
 DTYPES = [torch.float32, torch.bfloat16]
@@ -146,7 +146,7 @@ def test_attention_of_long_rows(prefix, window, width, by_rows, dtype, tolerance
     if by_rows and dtype == torch.float32:
         assert row_attention(dtype, width) is not None
     if not by_rows:
-        monkeypatch.setattr("tell.train.fused_ops.row_attention", lambda *_: None)
+        monkeypatch.setattr("tell.train.fast.fused_ops.row_attention", lambda *_: None)
     heads, kv, lengths, scale = 6, 2, (7, 203, 1, 98), width**-0.5
     total = prefix + sum(lengths)
     whole = leaf(total, (heads + 2 * kv) * width, dtype=dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from tell.rows.table import RowTable
+from tell.rows.row_table import RowTable
 
 
 def make_table(source: str, lengths: list[int]) -> RowTable:

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tell.errors import TellError
-from tell.mix.orders import ORDERS, get_order, register, shuffle, spread
+from tell.mix.orderings import ORDERS, get_order, register, shuffle, spread
 
 counts = st.dictionaries(st.sampled_from(["task", "general", "probe", "extra"]), st.integers(0, 60), min_size=1)
 seeds = st.integers(0, 2**32)

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from tell.run import RunFolder, write_json, write_jsonl, write_text
+from tell.folder import RunFolder, write_json, write_jsonl, write_text
 
 HOSTILE = [
     "<script>alert('x')</script><img src=x onerror=alert(1)>",
@@ -343,6 +343,6 @@ FINDINGS = {
 
 
 if __name__ == "__main__":
-    from tell.report import write_report
+    from tell.report import write_page
 
-    print(write_report(make_sample(Path(sys.argv[1]))))
+    print(write_page(make_sample(Path(sys.argv[1]))))

@@ -11,8 +11,8 @@ import yaml
 
 from report.sample import make_sample
 from tell.errors import TellError
+from tell.folder import RunFolder
 from tell.report import compare
-from tell.run import RunFolder
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tell.report.figures import Scale, gaps, interval_strip, loss_chart, nice, outcome_figure, smooth, stream_figure
-from tell.report.text import HIDDEN, count, duration, interval, number, plain, power, visible, word_diff
+from tell.report.html_text import HIDDEN, count, duration, interval, number, plain, power, visible, word_diff
+from tell.report.svg import Scale, gaps, interval_strip, loss_chart, nice, outcome_figure, smooth, stream_figure
 
 
 def svg(markup: str) -> ElementTree.Element:

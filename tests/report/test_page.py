@@ -14,10 +14,10 @@ import pytest
 
 from report.sample import ARMS, HOSTILE, make_sample
 from tell.errors import TellError
-from tell.evaluate.verdict import verdict
-from tell.report import render, write_report
+from tell.folder import RunFolder, write_json
+from tell.report import render, write_page
 from tell.report.page import stylesheet
-from tell.run import RunFolder, write_json
+from tell.score.verdict import verdict
 
 VOID = {"meta", "input", "br", "hr", "img", "link", "base"}
 
@@ -283,19 +283,19 @@ def test_same_folder_gives_the_same_page(folder: RunFolder, html: str) -> None:
 
 def test_report_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     folder = make_sample(tmp_path / "run", rows=12)
-    path = write_report(folder)
+    path = write_page(folder)
     assert path == folder.report and path.read_text(encoding="utf-8") == render(folder)
     assert [p.name for p in folder.root.iterdir() if p.name.startswith(".")] == []
     folder.report.unlink()
     folder.report.mkdir()
     with pytest.raises(TellError, match="cannot be written"):
-        write_report(folder)
+        write_page(folder)
     assert [p.name for p in folder.root.iterdir() if p.name.startswith(".")] == []
 
 
 def test_report_imports_no_torch(folder: RunFolder) -> None:
     code = (
-        "import sys; from tell.report import render; from tell.run import RunFolder; "
+        "import sys; from tell.report import render; from tell.folder import RunFolder; "
         f"render(RunFolder({str(folder.root)!r})); print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import tell
-from study.runs import config_of, read
+from run.runs import config_of, read
 from tell.report.told import told
 
 

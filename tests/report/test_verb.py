@@ -1,4 +1,4 @@
-"""``tell.report``: one call for one run or several."""
+"""``tell.write_report``: one call for one run or several."""
 
 from __future__ import annotations
 
@@ -12,38 +12,40 @@ import pytest
 
 from report.sample import make_sample
 from tell.errors import TellError
-from tell.report.verb import report
-from tell.run import write_text
+from tell.folder import write_text
+from tell.report.write import write_report
 
 
 def test_one_run_writes_into_its_folder(tmp_path: Path) -> None:
     folder = make_sample(tmp_path / "run", arms=("base",), rows=12)
-    assert report(folder.root) == folder.report and folder.report.read_text(encoding="utf-8").startswith("<!doctype")
-    assert report([folder], out=tmp_path / "deep" / "page.html").is_file()
+    assert write_report(folder.root) == folder.report and folder.report.read_text(encoding="utf-8").startswith(
+        "<!doctype"
+    )
+    assert write_report([folder], out=tmp_path / "deep" / "page.html").is_file()
 
 
 def test_several_runs_write_beside_the_first(tmp_path: Path) -> None:
     runs = [make_sample(tmp_path / name, arms=("base",), rows=12).root for name in ("a", "b")]
-    path = report(runs)
+    path = write_report(runs)
     assert path == tmp_path / "compare.html" and "2 runs side by side" in path.read_text(encoding="utf-8")
     assert not (runs[0] / "report.html").exists()
 
 
 def test_what_is_no_run_is_refused_and_nothing_written(tmp_path: Path) -> None:
     with pytest.raises(TellError, match="no such run folder"):
-        report(tmp_path / "nowhere")
+        write_report(tmp_path / "nowhere")
     (tmp_path / "photos").mkdir()
     with pytest.raises(TellError, match="holds no run"):
-        report(tmp_path / "photos")
+        write_report(tmp_path / "photos")
     with pytest.raises(TellError, match="no run given"):
-        report([])
+        write_report([])
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["photos"]
 
 
 @pytest.mark.parametrize("before", ["", "import tell.report.page; "])
 def test_public_call_works_whatever_was_imported_before(before: str, tmp_path: Path) -> None:
     folder = make_sample(tmp_path / "run", arms=("base",), rows=12)
-    code = f"{before}import tell; print(tell.report({str(folder.root)!r})); from tell.report import render; tell.report"
+    code = f"{before}import tell; print(tell.write_report({str(folder.root)!r})); from tell.report import render"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str(folder.report)
 
@@ -51,17 +53,17 @@ def test_public_call_works_whatever_was_imported_before(before: str, tmp_path: P
 def test_only_pages_that_tell_wrote_are_replaced(tmp_path: Path) -> None:
     folder = make_sample(tmp_path / "run", arms=("base",), rows=12)
     own = tmp_path / "page.html"
-    assert report(folder, out=own) == report(folder, out=own) == own
+    assert write_report(folder, out=own) == write_report(folder, out=own) == own
     for path in (folder.report, tmp_path / "thesis.html"):
         path.write_text("<!doctype html><title>mine</title>")
         with pytest.raises(TellError, match=r"no report that tell wrote.*-o"):
-            report(folder, out=None if path == folder.report else path)
+            write_report(folder, out=None if path == folder.report else path)
         assert "mine" in path.read_text()
     with pytest.raises(TellError, match="left as it is"):
-        report(folder, out=tmp_path)
+        write_report(folder, out=tmp_path)
     older = own.read_text().replace('<meta name="generator" content="tell report">', "")
     folder.report.write_text(older)
-    assert report(folder) == folder.report and "generator" in folder.report.read_text()
+    assert write_report(folder) == folder.report and "generator" in folder.report.read_text()
 
 
 def test_a_device_is_not_replaced_by_a_file(tmp_path: Path) -> None:
@@ -81,6 +83,6 @@ def test_metrics_of_other_shapes_end_in_a_page_or_in_one_line(tmp_path: Path) ->
         ):
             folder.metrics.write_text(json.dumps(value))
             try:
-                report(folder)
+                write_report(folder)
             except TellError as error:
                 assert "not as tell wrote" in str(error)

@@ -10,8 +10,8 @@ import pytest
 
 from tell.data.example import Example
 from tell.home import tell_home
-from tell.rows.cache import COLUMNS, cache_key, cached_table
-from tell.rows.table import RowTable
+from tell.rows.row_cache import COLUMNS, cache_key, cached_table
+from tell.rows.row_table import RowTable
 from tell.rows.template import ChatTokenizer
 from tell.rows.tokenize import RowRules, tokenize
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tell.rows.prefix import common_prefix, computed_tokens
-from tell.train.batches import TrainRow, pack, split_packs
+from tell.train.packing import TrainRow, pack, split_packs
 
 
 def rows_of(rng: np.random.Generator, number: int, prefix: int, shared: np.ndarray, *, task: bool) -> list[TrainRow]:

@@ -139,7 +139,7 @@ def test_fingerprint_follows_the_template(tiny_model, tmp_path):
 
 def test_rows_import_no_torch():
     code = (
-        "import sys, tell.rows.tokenize, tell.rows.cache, tell.rows.template; "
+        "import sys, tell.rows.tokenize, tell.rows.row_cache, tell.rows.template; "
         "sys.exit(sum(name in sys.modules for name in ('torch', 'transformers')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

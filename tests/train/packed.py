@@ -10,8 +10,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from tell.rows.table import RowTable
-from tell.train.batches import TrainRow
+from tell.rows.row_table import RowTable
+from tell.train.packing import TrainRow
 
 torch.set_num_threads(1)
 

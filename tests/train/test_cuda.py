@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 
 import tiny
 from tell.config import TrainConfig
-from tell.train import batches, cuda
+from tell.train import packing as batches
 from tell.train.attention import PackedPlan, Rule
-from tell.train.cuda import VarlenPlan, _torch_varlen, find_varlen, liger_forwards, packed_plan
-from tell.train.fused import fuse_modules, unfused
+from tell.train.fast import cuda
+from tell.train.fast.cuda import VarlenPlan, _torch_varlen, find_varlen, liger_forwards, packed_plan
+from tell.train.fast.fused import fuse_modules, unfused
 from tell.train.lora import add_lora
 from tell.train.loss import BLOCK, GPU_LOGITS, block_size
 from tell.train.plain import PlainBody, plain_step_loss

@@ -11,9 +11,9 @@ import torch
 from tell.config import TrainConfig
 from tell.kernels.ops import kernels_for
 from tell.train.attention import PackedPlan, use_plan
-from tell.train.exchange import Exchange
-from tell.train.fused import fuse_modules, unfuse_modules
-from tell.train.fused_ops import RmsNorm
+from tell.train.fast.exchange import Exchange
+from tell.train.fast.fused import fuse_modules, unfuse_modules
+from tell.train.fast.fused_ops import RmsNorm
 from tell.train.lora import add_lora, remove_lora
 from tell.train.plain import PlainBody, plain_step_loss
 from tell.train.step import Body, step_loss

@@ -10,8 +10,8 @@ from tell.config import TrainConfig
 from tell.kernels import ops
 from tell.kernels.ops import kernels_for
 from tell.train.attention import install
-from tell.train.cuda import Forwards
-from tell.train.fused import fuse_modules, path_notes, unfuse_modules
+from tell.train.fast.cuda import Forwards
+from tell.train.fast.fused import fuse_modules, path_notes, unfuse_modules
 from tell.train.lora import add_lora, remove_lora
 from tell.train.plain import PlainBody, padded_batches, plain_step_loss
 from tell.train.step import Body, step_loss

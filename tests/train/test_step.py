@@ -12,8 +12,8 @@ import tiny
 from tell.config import TrainConfig
 from tell.errors import TellError
 from tell.rows.prefix import common_prefix
-from tell.train.batches import pack, split_packs
 from tell.train.lora import add_lora
+from tell.train.packing import pack, split_packs
 from tell.train.step import Body, row_losses, step_loss
 from train.packed import assert_close, gradients, load, make_rows, make_table, reference_loss, wake
 

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 from tell.data.example import Message
 from tell.errors import TellError
 from tell.files import read_json
-from tell.run import DAMAGED
+from tell.folder import DAMAGED
 
 Place = Literal["system", "user"]
 Origin = Literal["hand", "self", "derived", "none"]

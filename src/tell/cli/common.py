@@ -261,8 +261,8 @@ def configured_by_run(given: Given, folder: Path, *, scores: bool) -> None:
     Raises:
         TellError: the run was made with code, and the flag that trusts it was not given.
     """
-    from tell.run import RunFolder
-    from tell.study.folder import check_trust, read_run_config
+    from tell.folder import RunFolder
+    from tell.run.claim import check_trust, read_run_config
 
     run = RunFolder(folder)
     config, flags = read_run_config(run), given.flags

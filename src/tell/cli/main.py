@@ -15,7 +15,16 @@ import typer
 from typer.core import TyperGroup
 
 from tell import __version__
-from tell.cli import anchor, build, chat, demo, eval, plan, report, separate, study, tune
+from tell.cli import anchor_command as anchor
+from tell.cli import build_command as build
+from tell.cli import chat_command as chat
+from tell.cli import demo_command as demo
+from tell.cli import eval_command as eval
+from tell.cli import plan_command as plan
+from tell.cli import report_command as report
+from tell.cli import separate_command as separate
+from tell.cli import study_command as study
+from tell.cli import tune_command as tune
 from tell.cli.common import nearest
 from tell.errors import TellError, is_panic
 from tell.shown import one_line

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from tell.cli.display import clock, short
 from tell.config import read_yaml
-from tell.evaluate.names import HELD_OUT, LOSSES, NAMES, Unit, unit_of
+from tell.folder import RunFolder, read_jsonl
+from tell.names import HELD_OUT, LOSSES, NAMES, Unit, unit_of
 from tell.report.told import told
-from tell.run import RunFolder, read_jsonl
 from tell.shown import clean, left_out
 
 if TYPE_CHECKING:
@@ -179,7 +179,7 @@ def show_metrics(console: Console, metrics: dict) -> None:
     """The verdict and the table of arms."""
     from rich.text import Text
 
-    from tell.evaluate.verdict import verdict
+    from tell.score.verdict import verdict
 
     console.print(arms_table(metrics))
     console.print(Text(verdict(metrics), style="bold"))

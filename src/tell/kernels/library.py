@@ -23,8 +23,8 @@ from filelock import FileLock
 
 from tell.cpu import cpu_level
 from tell.errors import TellError
+from tell.folder import sync, write_text
 from tell.home import tell_home
-from tell.run import sync, write_text
 
 FOLDER = Path(__file__).parent
 FLAGS = (

@@ -3,7 +3,7 @@
 from tell.mix.amount import Draw, general_rows
 from tell.mix.manifest import read_manifest, write_manifest
 from tell.mix.mixture import Mixture, build, build_repeated
-from tell.mix.orders import ORDERS, get_order, register
+from tell.mix.orderings import ORDERS, get_order, register
 
 __all__ = [
     "ORDERS",

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from tell.errors import TellError
-from tell.mix.seeds import permutation
+from tell.seeds import permutation
 
 MOST_ROWS = 10_000_000  # of a mixture; beyond this it is a typing error, and the indices alone would fill the memory
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tell.errors import TellError
+from tell.folder import atomic_path
 from tell.mix.mixture import Mixture
-from tell.rows.table import RowTable
-from tell.run import atomic_path
+from tell.rows.row_table import RowTable
 
 if TYPE_CHECKING:
     import pyarrow as pa

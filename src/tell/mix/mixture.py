@@ -10,9 +10,9 @@ import numpy as np
 
 from tell.errors import TellError
 from tell.mix.amount import Draw, check_size
-from tell.mix.orders import get_order
-from tell.mix.seeds import permutation
-from tell.rows.table import RowTable
+from tell.mix.orderings import get_order
+from tell.rows.row_table import RowTable
+from tell.seeds import permutation
 
 TASK, GENERAL = "task", "general"
 

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from tell.errors import TellError, first_line
+from tell.folder import write_json
 from tell.home import tell_home
 from tell.models.architecture import WEIGHTS, weight_files
-from tell.run import write_json
 from tell.shown import without_secrets
 
 PATIENCE = 4.0  # seconds for name lookup, connection and answer together

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from tell.report.figures import outcome_figure
-from tell.report.read import Run, mapping
-from tell.report.scores import primary_metric
-from tell.report.text import is_number, shorten, word_diff
-from tell.report.words import term
+from tell.report.glossary import term
+from tell.report.html_text import is_number, shorten, word_diff
+from tell.report.read_run import Run, mapping
+from tell.report.score_tables import primary_metric
+from tell.report.svg import outcome_figure
 
 DISAGREEMENTS, FAILURES, LEAST = 12, 8, 6
 LONG = 4000

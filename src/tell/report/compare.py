@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from tell.errors import TellError
-from tell.report.figures import axis_strip, interval_strip
+from tell.folder import RunFolder
+from tell.report.glossary import arm_order, term
+from tell.report.html_text import number
 from tell.report.page import fill, verdict_of
-from tell.report.read import Run, flatten, get, mapping, read_run
-from tell.report.scores import Cell, Line, Plotted, metric_names, primary_metric, scale_of
+from tell.report.read_run import Run, flatten, get, mapping, read_run
+from tell.report.score_tables import Cell, Line, Plotted, metric_names, primary_metric, scale_of
 from tell.report.sections import TRAIN, model_name
-from tell.report.text import number
-from tell.report.words import arm_order, term
-from tell.run import RunFolder
+from tell.report.svg import axis_strip, interval_strip
 
 ABSENT = "–"
 IGNORED = {"out"}

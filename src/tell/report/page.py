@@ -11,11 +11,14 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from tell.folder import RunFolder, write_text
 from tell.report import sections
-from tell.report.benchmarks import benchmark_grid, benchmark_tables
+from tell.report.benchmark_section import benchmark_grid, benchmark_tables
 from tell.report.cases import build_cases
-from tell.report.read import Run, mapping, read_run
-from tell.report.scores import (
+from tell.report.glossary import ARMS, GLOSSARY, METRICS, Term
+from tell.report.html_text import NARROW, count, duration, interval, number, plain, power, shorten, visible, word_diff
+from tell.report.read_run import Run, mapping, read_run
+from tell.report.score_tables import (
     arm_grid,
     arm_table,
     difference_grid,
@@ -23,9 +26,6 @@ from tell.report.scores import (
     forgetting_tables,
     general_answers,
 )
-from tell.report.text import NARROW, count, duration, interval, number, plain, power, shorten, visible, word_diff
-from tell.report.words import ARMS, GLOSSARY, METRICS, Term
-from tell.run import RunFolder, write_text
 
 GENERATOR = '<meta name="generator" content="tell report">'  # by which a page is known as one that may be replaced
 STATES = {
@@ -90,7 +90,7 @@ def verdict_of(run: Run) -> str | None:
     """The verdict sentence, or None without scores."""
     if not mapping(run.metrics, "arms"):
         return None
-    from tell.evaluate.verdict import verdict
+    from tell.score.verdict import verdict
 
     return verdict(run.metrics)
 
@@ -147,7 +147,7 @@ def _metric_words(names: set[str]) -> list[Term]:
     return [t for n, t in METRICS.items() if n in names]
 
 
-def write_report(folder: RunFolder, *, state: str | None = None) -> Path:
+def write_page(folder: RunFolder, *, state: str | None = None) -> Path:
     """Write ``report.html`` into the run folder, whole or not at all.
 
     Args:

@@ -8,11 +8,11 @@ import numpy as np
 from markupsafe import Markup
 
 from tell.config import GENERAL_AMOUNTS
-from tell.report.figures import Scale, gaps, loss_chart, series_class, stream_figure
-from tell.report.read import Manifest, Run, flatten, get, mapping, rows_of
-from tell.report.text import count, duration, is_number, number, power
+from tell.report.glossary import arm_order
+from tell.report.html_text import count, duration, is_number, number, power
+from tell.report.read_run import Manifest, Run, flatten, get, mapping, rows_of
+from tell.report.svg import Scale, gaps, loss_chart, series_class, stream_figure
 from tell.report.told import told
-from tell.report.words import arm_order
 
 PAIR = ("a", "b", "similarity", "a_text", "b_text")
 PAIRS, DROPPED = 20, 50

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tell.report.read import mapping, rows_of
+from tell.report.read_run import mapping, rows_of
 from tell.shown import left_out
 
 

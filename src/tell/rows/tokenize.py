@@ -14,7 +14,7 @@ from tell.data.example import Example
 from tell.errors import TellError
 from tell.rows.encode import Encoder, FramesDiffer
 from tell.rows.frame import Frames
-from tell.rows.table import Dropped, RowTable
+from tell.rows.row_table import Dropped, RowTable
 from tell.rows.template import ChatTokenizer
 
 CHUNK = 2048  # rows handed to the tokenizer at once; it works on them in parallel

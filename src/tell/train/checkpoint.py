@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from tell.errors import TellError
-from tell.run import sync_files, temporary_folder
+from tell.folder import sync_files, temporary_folder
 
 
 def save_checkpoint(folder: Path, parameters: dict[str, torch.nn.Parameter], optimizer: Any, facts: dict) -> None:

@@ -21,9 +21,9 @@ from transformers.pytorch_utils import Conv1D
 
 from tell.config import TrainConfig
 from tell.errors import TellError
-from tell.run import sync_files
+from tell.folder import sync_files
 from tell.train.adapter_file import read_adapter
-from tell.train.fused_ops import Projection, Stack
+from tell.train.fast.fused_ops import Projection, Stack
 from tell.train.memory import SHARE, free_bytes
 from tell.train.targets import EXPERTS, refuse_experts
 

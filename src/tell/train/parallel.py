@@ -19,8 +19,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tell.errors import Diverged, Interrupted, TellError, first_line
-from tell.train.batches import TrainRow
 from tell.train.launch import Launch
+from tell.train.packing import TrainRow
 from tell.train.plain import padded_batches
 from tell.train.step import StepLoss
 

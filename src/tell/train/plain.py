@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from tell.train.attention import install, restore, use_plan
-from tell.train.batches import TrainRow
-from tell.train.fused import fuse_modules, is_fused, unfuse_modules
+from tell.train.fast.fused import fuse_modules, is_fused, unfuse_modules
 from tell.train.loss import position_weights
+from tell.train.packing import TrainRow
 from tell.train.step import Pass, StepLoss, accumulate, batch_total, row_means
 from tell.train.transfer import send
 

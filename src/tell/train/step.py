@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from tell.errors import TellError
-from tell.rows.table import RowTable
+from tell.rows.row_table import RowTable
 from tell.train.attention import PackedPlan, install, use_plan
-from tell.train.batches import Pack, TrainRow, pack, split_packs
-from tell.train.fused import fuse_modules
+from tell.train.fast.fused import fuse_modules
 from tell.train.loss import blocked_cross_entropy, position_weights
+from tell.train.packing import Pack, TrainRow, pack, split_packs
 from tell.train.transfer import send
 
 

@@ -27,11 +27,11 @@ from tell.errors import Diverged, Interrupted
 from tell.kernels import keep_memory
 from tell.mix.mixture import Mixture
 from tell.presets import learning_rate_for
-from tell.rows.table import RowTable
+from tell.rows.row_table import RowTable
 from tell.train.attention import current_plan
-from tell.train.batches import TrainRow
 from tell.train.checkpoint import load_checkpoint, put_state, save_checkpoint, state_tensors
 from tell.train.lora import add_lora, kept_randomness, remove_lora, save_adapter
+from tell.train.packing import TrainRow
 from tell.train.parallel import Processes, SharedStep, shard
 from tell.train.plain import PaddedRows, PlainBody, plain_step_loss
 from tell.train.step import Body, StepLoss, batch_total, step_loss

@@ -1,7 +1,7 @@
 """General instruction rows on board: open prompts written for TELL, answered by SmolLM2-135M-Instruct.
 
 ``prompts.jsonl`` has a row per prompt, ``{"prompt", "completion", "kind", "language"}``; ``completion`` is null where
-the model's answer did not pass the filters of `tell.study.self_data`. Any model can answer the prompts itself.
+the model's answer did not pass the filters of `tell.run.self_written`. Any model can answer the prompts itself.
 ``witness.jsonl`` has 200 further prompts with answers, of which none is in any mix: loss on them shows what was
 forgotten. ``README.md`` says how both were made.
 """

@@ -1,0 +1,109 @@
+"""``tell chat``: talk to a tuned model, anchor and adapter applied."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tell.cli.common import TRUST_CODE, nearest, read_number
+from tell.errors import TellError
+from tell.files import MOST_TEXT
+from tell.shown import clean, one_line
+
+if TYPE_CHECKING:
+    from tell.verbs.chat import ChatSession
+
+COMMANDS = ("/reset", "/quit", "/help")
+
+
+def chat(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="run folder", show_default=False)],
+    message: Annotated[
+        str | None, typer.Argument(metavar="MESSAGE", help="answer this and end; also from a pipe", show_default=False)
+    ] = None,
+    arm: Annotated[str, typer.Option("--arm", metavar="ARM", help="tell, base or another arm of the run")] = "tell",
+    seed: Annotated[str | None, typer.Option("--seed", metavar="N", help="sample, with this seed")] = None,
+    greedy: Annotated[bool | None, typer.Option("--greedy/--no-greedy", help="decode greedily")] = None,
+    trust_remote_code: Annotated[bool, TRUST_CODE] = False,
+) -> None:
+    """Chat with the tuned model, or with --arm base to compare."""
+    from tell.config import ARMS
+
+    if arm not in ARMS:
+        raise TellError(
+            f"unknown arm {arm!r}{nearest(arm, ARMS)}", where="--arm", remedy=f"The arms are {', '.join(ARMS)}."
+        )
+    chosen = read_number("--seed", seed)
+    if message is None and not sys.stdin.isatty():
+        message = _piped()
+    if message is not None and not message.strip():
+        raise TellError("the message is empty", where="MESSAGE", remedy="Write one, or leave it out to chat.")
+    import tell
+
+    session = tell.chat(run, arm=arm, seed=chosen, greedy=greedy, trust_remote_code=trust_remote_code)
+    print(one_line(session.describe()), file=sys.stderr)
+    if message is not None:
+        _say(session.stream(message))
+    else:
+        _converse(session)
+
+
+def _piped() -> str:
+    """The message from a pipe.
+
+    Raises:
+        TellError: it is too long, or no text.
+    """
+    try:
+        text = sys.stdin.read(MOST_TEXT + 1)
+    except UnicodeDecodeError as error:
+        raise TellError("is not UTF-8", where="the message from the pipe", remedy="Save it as UTF-8.") from error
+    if len(text) > MOST_TEXT:
+        what = f"has more than {MOST_TEXT:,} characters"
+        raise TellError(what, where="the message from the pipe", remedy="Shorten it.")
+    return text
+
+
+def _converse(session: ChatSession) -> None:
+    """Read, answer, repeat, until /quit or the end of the input."""
+    with suppress(ImportError):
+        import readline  # noqa: F401  # arrow keys and history in input()
+    print("/reset starts anew, /quit ends; Ctrl-C stops an answer", file=sys.stderr)
+    while True:
+        try:
+            text = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print(file=sys.stderr)
+            return
+        if not text:
+            continue
+        if text == "/quit":
+            return
+        if text == "/reset":
+            session.reset()
+            print("forgotten; a new conversation", file=sys.stderr)
+        elif text == "/help":
+            print(", ".join(COMMANDS), file=sys.stderr)
+        elif text.startswith("/") and text.split()[0] not in COMMANDS and nearest(text.split()[0], COMMANDS):
+            print(f"unknown command {text.split()[0]}{nearest(text.split()[0], COMMANDS)}", file=sys.stderr)
+        else:
+            try:
+                _say(session.stream(text))
+            except KeyboardInterrupt:
+                print(" (stopped)", file=sys.stderr)
+            except TellError as error:  # the conversation outgrew the model, say; it can be reset
+                print(f"error: {one_line(str(error))}", file=sys.stderr)
+
+
+def _say(pieces: Iterable[str]) -> None:
+    """Print an answer as it comes. On a terminal a model must not move the cursor or set the title."""
+    steer = sys.stdout.isatty()
+    for piece in pieces:
+        sys.stdout.write(clean(piece) if steer else piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")

@@ -1,0 +1,254 @@
+"""One decoding engine: rows end to end, the shared prefix once, finished rows replaced at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from tell.decode.batch import Batch, KernelBatch, Packed, PlainBatch
+from tell.decode.layers import describe
+from tell.decode.room import answer_limits, rows_that_fit, token_bytes
+from tell.decode.sampler import Decoding, uniforms
+from tell.kernels.decode_ops import kernels
+from tell.train.memory import free_bytes
+from tell.train.step import Body
+
+PREFILL_TOKENS = 4096
+TOLERANCE = {torch.bfloat16: 0.05, torch.float32: 1e-3}  # relative distance of states that rounding explains
+
+
+@dataclass(slots=True)
+class Answer:
+    """Decoded tokens without the stop token, and why decoding ended."""
+
+    ids: list[int] = field(default_factory=list)
+    finish: Literal["stop", "length"] = "length"
+
+
+@dataclass(slots=True)
+class _Row:
+    number: int
+    prompt: list[int]  # behind the shared prefix
+    limit: int
+    draws: np.ndarray
+    answer: Answer
+
+
+def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
+    """Tokens that all prompts begin with, leaving at least one to each; 0 for a single prompt."""
+    if len(prompts) < 2:
+        return 0
+    low, high = min(prompts), max(prompts)  # whatever the extremes share, all share
+    length = 0
+    shortest = min(len(p) for p in prompts) - 1
+    while length < shortest and low[length] == high[length]:
+        length += 1
+    return length
+
+
+class Engine:
+    """Decodes with a causal model whose adapter, if any, is merged.
+
+    Args:
+        model: a transformers causal model.
+        device: where it lies.
+        max_positions: longest sequence the model knows, in tokens.
+        fast: use the kernels where model and machine allow; False keeps to torch operations.
+    """
+
+    name = "own"  # in ``generate.engine``
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        device: str | torch.device = "cpu",
+        max_positions: int | None = None,
+        fast: bool = True,
+    ) -> None:
+        self.model, self.device = model, torch.device(device)
+        self.body = Body(model)
+        self.config = config = model.config.get_text_config()
+        self.fast = fast and self.device.type == "cpu"
+        self.trusted: bool | None = None  # whether the kernels compute what the model computes; None: not asked yet
+        self._token_bytes: int | None = None
+        self._fixed = False
+        self._packed: Packed | None = None
+        self.max_positions = max_positions or getattr(config, "max_position_embeddings", None) or 1 << 30
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        decoding: Decoding,
+        *,
+        limits: Sequence[int] | None = None,
+        progress: Callable[[int, float], None] | None = None,
+        on_token: Callable[[int, int], object] | None = None,
+    ) -> list[Answer]:
+        """Answer each prompt.
+
+        Args:
+            prompts: token ids, at least one each.
+            decoding: sampler, limits, batch size and seed.
+            limits: new tokens of each prompt at most; None: ``decoding.max_new_tokens`` for all.
+            progress: called after each step with (new tokens, how much further the rows are): a row counts by the
+                share of its limit that is written, and as one when it is finished.
+            on_token: called with (prompt number, token) as tokens come; where it returns True, that token is the
+                answer's last.
+
+        Returns:
+            An Answer for each prompt, in their order. Neither batch size nor order changes the random
+            numbers a prompt gets.
+
+        Raises:
+            TellError: a prompt fills the model's context.
+            ValueError: ``limits`` are not one positive number a prompt.
+        """
+        limits = answer_limits(prompts, decoding.max_new_tokens, limits, self.max_positions)
+        if not prompts:
+            return []
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            return self._run([list(p) for p in prompts], decoding, limits, progress, on_token)
+        finally:
+            self.model.train(was_training)
+
+    def _run(
+        self,
+        prompts: list[list[int]],
+        decoding: Decoding,
+        limits: Sequence[int],
+        progress: Callable[[int, float], None] | None,
+        on_token: Callable[[int, int], object] | None,
+    ) -> list[Answer]:
+        prefix = shared_prefix(prompts)
+        rows = []
+        for number, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
+            draws = uniforms(decoding.seed, number, limit)
+            rows.append(_Row(number, prompt[prefix:], limit, draws, Answer()))
+        answers = [row.answer for row in rows]
+        # Long prompts first, so that rows prefilled together are alike in length; ties by number.
+        waiting = sorted(rows, key=lambda r: (len(r.prompt), -r.number))
+        capacity = max(len(r.prompt) + r.limit for r in rows)
+        if self._token_bytes is None:
+            self._token_bytes = token_bytes(self.body.core, self.device)
+        wanted = min(decoding.batch_size, len(rows))
+        slots = rows_that_fit(wanted, capacity, self._token_bytes, free_bytes(self.device))
+        batch = self._batch(decoding, slots, capacity, prompts[0][:prefix])
+        active: list[_Row] = []
+        last: list[int] = []
+        ended, before = 0, 0.0
+        while waiting or active:
+            free = slots - len(active)
+            if waiting and (not active or free >= max(1, slots // 4)):
+                fresh, used = [], 0
+                while waiting and len(fresh) < free and (not fresh or used + len(waiting[-1].prompt) <= PREFILL_TOKENS):
+                    row = waiting.pop()
+                    used += len(row.prompt)
+                    fresh.append(row)
+                begin = len(active)
+                states = batch.prefill([row.prompt for row in fresh], begin)
+                batch.see(begin, [prompts[row.number] for row in fresh])
+                active += fresh
+                last += batch.choose(states, begin, self._draws(fresh))
+                finished = self._record(active, last, len(active) - len(fresh), decoding, on_token)
+                new = len(fresh)
+            else:
+                states = batch.decode([len(r.prompt) + len(r.answer.ids) - 1 for r in active], last)
+                last = batch.choose(states, 0, self._draws(active))
+                finished = self._record(active, last, 0, decoding, on_token)
+                new = len(active)
+            self._retire(active, last, finished, batch)
+            ended += len(finished)
+            if progress:
+                now = ended + sum(len(row.answer.ids) / row.limit for row in active)
+                progress(new, now - before)
+                before = now
+        return answers
+
+    @contextmanager
+    def fixed_weights(self) -> Iterator[None]:
+        """The caller's word that no weight changes inside: the kernels' copy is made once and kept for all calls."""
+        self._fixed = True
+        try:
+            yield
+        finally:
+            self._fixed, self._packed = False, None
+
+    def _batch(self, decoding: Decoding, slots: int, capacity: int, prefix: list[int]) -> Batch:
+        packed = self._packed or self._pack() if self.fast and self.trusted is not False else None
+        if packed is not None:
+            if self.trusted is None:
+                self.trusted = self._check(packed, decoding)
+            if self.trusted:
+                # Otherwise made anew each time: weights may have changed, and the copy takes their memory again.
+                self._packed = packed if self._fixed else None
+                return KernelBatch(packed, decoding, slots, capacity, prefix)
+        return PlainBatch(self.body, decoding, slots, capacity, prefix, self.device)
+
+    def _pack(self) -> Packed | None:
+        """The weights as the kernels want them; None where there are none for this model."""
+        description = describe(self.body.core)
+        if description is None or kernels(description.dtype) is None:
+            return None
+        return Packed(description, self.body)
+
+    def _check(self, packed: Packed, decoding: Decoding) -> bool:
+        """Whether both ways give the same states, within rounding, for some rows of this model."""
+        size = len(self.body.head)
+        head, *rows = [[i % size for i in ids] for ids in (range(1, 20), range(3, 40), [5], range(9, 15))]
+        ours: Batch = KernelBatch(packed, decoding, 3, 48, head)
+        theirs: Batch = PlainBatch(self.body, decoding, 3, 48, head, self.device)
+        states = []
+        for batch in (ours, theirs):
+            first = batch.prefill(rows, 0)
+            states.append(torch.cat([first, batch.decode([len(row) for row in rows], [0, 1, 2])]).float())
+        error = float((states[0] - states[1]).norm() / states[1].norm())
+        return error <= TOLERANCE[packed.description.dtype]
+
+    @staticmethod
+    def _draws(rows: list[_Row]) -> torch.Tensor:
+        return torch.tensor([r.draws[len(r.answer.ids)] for r in rows], dtype=torch.float32)
+
+    @staticmethod
+    def _record(
+        active: list[_Row],
+        last: list[int],
+        begin: int,
+        decoding: Decoding,
+        on_token: Callable[[int, int], object] | None,
+    ) -> list[int]:
+        """Append the tokens just drawn; the positions of rows that are finished."""
+        finished = []
+        for at in range(begin, len(active)):
+            row, token = active[at], last[at]
+            if token in decoding.stop_ids:
+                row.answer.finish = "stop"
+                finished.append(at)
+                continue
+            row.answer.ids.append(token)
+            if on_token and on_token(row.number, token) is True:
+                row.answer.finish = "stop"
+                finished.append(at)
+            elif len(row.answer.ids) >= row.limit:
+                finished.append(at)
+        return finished
+
+    @staticmethod
+    def _retire(active: list[_Row], last: list[int], finished: list[int], batch: Batch) -> None:
+        """Take finished rows out; the last rows move into the holes."""
+        left = len(active) - len(finished)
+        targets = [at for at in finished if at < left]
+        sources = sorted(set(range(left, len(active))) - set(finished), reverse=True)
+        if targets:
+            batch.move(sources, targets, max(len(active[s].prompt) + len(active[s].answer.ids) for s in sources))
+        for source, target in zip(sources, targets, strict=True):
+            active[target], last[target] = active[source], last[source]
+        del active[left:], last[left:]

@@ -1,0 +1,176 @@
+"""vLLM as the decoding engine on a GPU: paged cache, prefix caching and the adapter beside an untouched base.
+
+vLLM draws its own random numbers: a row's answer depends on seed and row alone, as with our own engine, but
+it is another answer unless decoding is greedy. Not measured by us: written after vLLM's documentation.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from tell.decode.engine import Answer
+from tell.decode.room import answer_limits
+from tell.decode.sampler import Decoding
+from tell.errors import TellError
+from tell.train.lora import merged_adapter
+
+RANKS = (8, 16, 32, 64, 128, 256, 512)  # sizes vLLM reserves for adapters
+LONGEST = 32_768  # tokens; vLLM refuses to start where its memory does not hold one sequence of full length
+NEVER = -100.0  # the least bias vLLM takes; no logit makes up for it
+
+
+def pick_engine(choice: Literal["auto", "own", "vllm"], device: str) -> Literal["own", "vllm"]:
+    """The engine to decode with: ``auto`` is vLLM on a GPU where it is installed.
+
+    Raises:
+        TellError: vLLM is asked for and cannot be had.
+    """
+    installed = importlib.util.find_spec("vllm") is not None
+    if choice == "vllm" and not (installed and device.startswith("cuda")):
+        why = "is not installed" if not installed else f"needs a GPU, and the model is on {device}"
+        remedy = "Install tell-llm[vllm], or use generate.engine=own." if not installed else "Use generate.engine=own."
+        raise TellError(f"vLLM {why}", where="generate.engine", remedy=remedy)
+    return "vllm" if choice != "own" and installed and device.startswith("cuda") else "own"
+
+
+def sampling(decoding: Decoding, row: int, limit: int) -> dict[str, Any]:
+    """Arguments of ``vllm.SamplingParams`` for one prompt.
+
+    The end tokens are ours alone (``ignore_eos``), and a row's seed is its own, so that neighbours do not matter.
+    """
+    out: dict[str, Any] = {
+        "max_tokens": limit,
+        "repetition_penalty": decoding.repetition_penalty,
+        "stop_token_ids": list(decoding.stop_ids),
+        "ignore_eos": True,
+        "detokenize": False,
+    }
+    if decoding.greedy:
+        out["temperature"] = 0.0
+    else:
+        out |= {
+            "temperature": decoding.temperature,
+            "top_p": decoding.top_p,
+            "top_k": decoding.top_k or -1,
+            "seed": (decoding.seed * 1_000_003 + row) % (1 << 31),
+        }
+    if decoding.banned_ids:
+        out["logit_bias"] = dict.fromkeys(decoding.banned_ids, NEVER)
+    return out
+
+
+def answer_of(token_ids: Sequence[int], finish: str | None, stop_ids: Sequence[int]) -> Answer:
+    """vLLM's tokens, which may end with the stop token, as an Answer, which never does."""
+    ids = list(token_ids)
+    stopped = finish == "stop" or bool(ids and ids[-1] in stop_ids)
+    if ids and ids[-1] in stop_ids:
+        ids.pop()
+    return Answer(ids, "stop" if stopped else "length")
+
+
+def reserved_rank(rank: int) -> int:
+    """The smallest adapter size of vLLM's that holds ``rank``.
+
+    Raises:
+        TellError: none does.
+    """
+    for size in RANKS:
+        if rank <= size:
+            return size
+    raise TellError(f"rank {rank} is more than vLLM's {RANKS[-1]}", where="adapter", remedy="Use generate.engine=own.")
+
+
+class VllmEngine:
+    """Decodes with vLLM; the counterpart of ``Engine``.
+
+    Args:
+        folder: the base model's files.
+        model: the base model as training holds it; answers are given with the adapter merged into it at the time.
+        max_positions: longest sequence, in tokens; at most ``LONGEST`` are taken.
+        dtype: ``bf16`` or ``fp32``.
+        rank: highest rank of the adapters to come.
+        memory: share of the GPU's memory that vLLM may hold; training must find room beside it.
+    """
+
+    name = "vllm"
+
+    def __init__(
+        self,
+        folder: Path,
+        model: Any,
+        *,
+        max_positions: int,
+        dtype: str = "bf16",
+        rank: int = 64,
+        memory: float = 0.45,
+    ) -> None:
+        from vllm import LLM
+
+        self.model, self.device = model, model.device
+        self.max_positions = max_positions = min(max_positions, LONGEST)
+        self.llm = LLM(
+            model=str(folder),
+            dtype={"bf16": "bfloat16", "fp32": "float32"}[dtype],
+            max_model_len=max_positions,
+            enable_prefix_caching=True,
+            enable_lora=True,
+            max_lora_rank=reserved_rank(rank),
+            gpu_memory_utilization=memory,
+            skip_tokenizer_init=True,  # ids go in, ids come out
+        )
+        self._numbers: dict[tuple[str, int], int] = {}
+
+    def _adapter(self, folder: Path | None) -> Any:
+        """vLLM caches adapters by number: a retrained one in the same folder gets a new number."""
+        if folder is None:
+            return None
+        from vllm.lora.request import LoRARequest
+
+        json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))  # fails here, not in a worker
+        written = (folder / "adapter_model.safetensors").stat().st_mtime_ns
+        number = self._numbers.setdefault((str(folder), written), len(self._numbers) + 1)
+        return LoRARequest(f"adapter-{number}", number, str(folder))
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        decoding: Decoding,
+        *,
+        limits: Sequence[int] | None = None,
+        progress: Callable[[int, float], None] | None = None,
+        on_token: Callable[[int, int], object] | None = None,
+    ) -> list[Answer]:
+        """As ``Engine.generate``; ``progress`` and ``on_token`` are called when all answers are there, and cut then.
+
+        Raises:
+            TellError: a prompt fills the model's context.
+            ValueError: ``limits`` are not one positive number a prompt.
+        """
+        from vllm import SamplingParams
+
+        limits = answer_limits(prompts, decoding.max_new_tokens, limits, self.max_positions)
+        if not prompts:
+            return []
+        parameters = [SamplingParams(**sampling(decoding, row, limit)) for row, limit in enumerate(limits)]
+        outputs = self.llm.generate(
+            [{"prompt_token_ids": list(prompt)} for prompt in prompts],
+            parameters,
+            lora_request=self._adapter(merged_adapter(self.model)),
+            use_tqdm=False,
+        )
+        answers = []
+        for row, output in enumerate(outputs):
+            done = output.outputs[0]
+            answer = answer_of(done.token_ids, done.finish_reason, decoding.stop_ids)
+            for at, token in enumerate(answer.ids if on_token else (), 1):
+                if on_token(row, token) is True:  # type: ignore[misc]
+                    answer = Answer(answer.ids[:at], "stop")
+                    break
+            answers.append(answer)
+            if progress:
+                progress(len(done.token_ids), 1)
+        return answers

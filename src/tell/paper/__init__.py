@@ -1,0 +1,21 @@
+"""Datasets of the paper, made from their public sources."""
+
+from tell.paper.endpoint import OpenAITeacher
+from tell.paper.halu_cot_json import Built, build_halu_cot_json
+from tell.paper.halueval import ANCHOR, SCHEMA
+from tell.paper.is_en_news import BuiltNews, build_is_en_news
+from tell.paper.offline import OfflineTeacher
+from tell.paper.teacher import Teacher, Usage
+
+__all__ = [
+    "ANCHOR",
+    "SCHEMA",
+    "Built",
+    "BuiltNews",
+    "OfflineTeacher",
+    "OpenAITeacher",
+    "Teacher",
+    "Usage",
+    "build_halu_cot_json",
+    "build_is_en_news",
+]

@@ -1,0 +1,101 @@
+"""Teachers write the thought of each Halu-CoT-JSON answer; the label is always the people's."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from tell.paper.halueval import HaluRow, Label
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Thought:
+    """What a teacher made of one row: a thought, or the reason there is none."""
+
+    text: str | None
+    reason: str = ""
+
+
+@dataclass(slots=True)
+class Usage:
+    """What an endpoint was asked for.
+
+    Attributes:
+        answers: answers received in this run, those thrown away included.
+        reused: rows taken from the cache of an earlier run.
+        prompt_tokens, completion_tokens: as the endpoint counted them, this run.
+        price_in, price_out: price of a million of each, in any currency; None where not given.
+    """
+
+    answers: int = 0
+    reused: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    price_in: float | None = None
+    price_out: float | None = None
+
+    @property
+    def cost(self) -> float | None:
+        """Price of this run, or None without prices."""
+        if self.price_in is None and self.price_out is None:
+            return None
+        return (self.prompt_tokens * (self.price_in or 0) + self.completion_tokens * (self.price_out or 0)) / 1e6
+
+    def line(self) -> str:
+        cost = "" if self.cost is None else f", cost {self.cost:.4f}"
+        reused = f"; {self.reused:,} rows reused from an earlier run" if self.reused else ""
+        return (
+            f"{self.answers:,} answers, {self.prompt_tokens:,} tokens in, "
+            f"{self.completion_tokens:,} tokens out{cost}{reused}"
+        )
+
+
+class Teacher(Protocol):
+    """Writes thoughts; ``usage`` is None where nothing is bought."""
+
+    name: str
+    usage: Usage | None
+
+    def write(self, rows: Sequence[HaluRow], *, cache: Path, progress: Progress | None = None) -> list[Thought]:
+        """A thought for each row, in order.
+
+        Args:
+            rows: what to judge; the label is given, the teacher explains it.
+            cache: JSON Lines file in which finished rows are kept, so that a stopped run can go on.
+            progress: called with (rows done, rows in all).
+        """
+        ...
+
+
+# Between a negation and what it denies: "no part of it is a hallucination", but not "no basis, so a hallucination".
+_LINK = r"(?:(?!(?:and|so|therefore|thus|hence|which|making|but|because)\b)[\w']+\s+){0,8}"
+_DENIED = re.compile(
+    rf"\b(?:no|none|nothing|without|free of|free from|zero)\s+{_LINK}hallucinat"
+    r"|(?:\bnot|n't)\s+(?:(?:a|an|any|contain|include|exhibit|show|present|constitute|have|appear|to|be|been|considered"
+    r"|seem|as|count|qualify)\s+){0,5}(?:\w+\s+)?hallucinat"
+    r"|hallucinat\w*\s+(?:is|are|was|were|has been|have been)\s+(?:not|absent)"
+)
+_NAMED = re.compile(
+    r"hallucinat\w*\W{0,3}(?:label|field|verdict)?\W{0,3}(?:is|should be|must be|:|=)?\W{1,4}(yes|no)\b\W*$"
+)
+
+
+def concluded(thought: str) -> Label | None:
+    """The label that the last sentence of a thought comes to, or None where it names none."""
+    sentences = re.split(r"(?<=[.!?])\s+", thought.strip().lower())
+    last = sentences[-1]
+    if named := _NAMED.search(last):
+        return "yes" if named[1] == "yes" else "no"
+    if "hallucinat" not in last:
+        return None
+    return "no" if _DENIED.search(last) else "yes"
+
+
+def contradicts(thought: str, label: Label) -> bool:
+    """Whether a thought ends on the opposite of the people's label."""
+    return concluded(thought) not in (None, label)

@@ -1,0 +1,178 @@
+"""A run folder read for the page: what is there, and what could not be read. A missing file is no error."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet as parquet
+
+from tell.errors import TellError
+from tell.files import parse_yaml
+from tell.folder import RunFolder, read_jsonl
+from tell.report.glossary import arm_order
+
+
+@dataclass
+class Manifest:
+    """The training stream in order.
+
+    Attributes:
+        source: (n,) str, source of each row.
+        step: (n,) int64, optimiser step of each row.
+        hash: (n,) str, content hashes.
+        numbers: column name to (n,) int64: tokens, trained, unit, repetition, where the file has them.
+        digest: the mixture's own digest where the file carries one, else the SHA-256 of the file; hexadecimal.
+    """
+
+    source: np.ndarray
+    step: np.ndarray
+    hash: np.ndarray
+    numbers: dict[str, np.ndarray]
+    digest: str
+
+
+@dataclass
+class Run:
+    """Everything the page is built from; absent files leave their default."""
+
+    folder: RunFolder
+    metrics: dict[str, Any] = field(default_factory=dict)
+    findings: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    anchor: dict[str, Any] = field(default_factory=dict)
+    plan: dict[str, Any] = field(default_factory=dict)
+    status: dict[str, Any] = field(default_factory=dict)
+    config_text: str = ""
+    predictions: dict[str, list[dict]] = field(default_factory=dict)
+    logs: dict[str, list[dict]] = field(default_factory=dict)
+    manifest: Manifest | None = None
+    date: str = ""
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return self.folder.root.resolve().name
+
+
+def read_run(folder: RunFolder) -> Run:
+    """Read what the folder holds; a file that is there but broken is named in ``problems``.
+
+    Raises:
+        TellError: the folder itself does not exist.
+    """
+    if not folder.root.is_dir():
+        raise TellError("no such run folder", where=str(folder.root), remedy="Give a folder made by tell tune.")
+    run = Run(folder)
+
+    def attempt(path: Path, read: Callable[[Path], Any], default: Any, kind: type = dict) -> Any:
+        if not path.is_file():
+            return default
+        try:
+            value = read(path)
+        except (OSError, ValueError, KeyError, RecursionError, TellError, pyarrow.ArrowException) as error:
+            run.problems.append(f"{path.relative_to(folder.root)} could not be read: {error}")
+            return default
+        if not isinstance(value, kind):
+            run.problems.append(f"{path.relative_to(folder.root)} holds no {kind.__name__}")
+            return default
+        return value
+
+    for name in ("metrics", "findings", "anchor", "plan", "status"):
+        setattr(run, name, attempt(getattr(folder, name), _read_json, {}))
+    run.config_text = attempt(folder.config, _read_text, "", str)
+    run.config = attempt(folder.config, lambda p: parse_yaml(_read_text(p), where=p.name), {})
+    run.manifest = attempt(folder.manifest, read_manifest, None, Manifest)
+    for target, place in ((run.predictions, folder.predictions), (run.logs, folder.logs)):
+        files = {path.stem: path for path in sorted(place.glob("*.jsonl"))} if place.is_dir() else {}
+        for arm in arm_order(list(files)):
+            rows = [row for row in attempt(files[arm], read_jsonl, [], list) if isinstance(row, dict)]
+            if rows:
+                target[arm] = rows
+    run.date = _date(run)
+    return run
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read ``manifest.parquet``.
+
+    Raises:
+        KeyError: it lacks the columns source or step.
+        pyarrow.ArrowException, OSError: it is not a Parquet file.
+    """
+    table = parquet.read_table(path)
+    names = table.column_names
+    digest = (table.schema.metadata or {}).get(b"tell.digest")
+    for column in ("source", "step"):
+        if column not in names:
+            raise KeyError(f"column {column} is missing")
+    if "position" in names:
+        table = table.sort_by("position")
+    columns = {name: table.column(name).to_numpy(zero_copy_only=False) for name in names}
+    blank = np.full(len(table), "", dtype=object)
+    return Manifest(
+        source=columns["source"].astype(str),
+        step=columns["step"].astype(np.int64),
+        hash=columns.get("hash", blank).astype(str),
+        numbers={n: columns[n].astype(np.int64) for n in ("tokens", "trained", "unit", "repetition") if n in names},
+        digest=digest.decode() if digest else hashlib.sha256(path.read_bytes()).hexdigest(),
+    )
+
+
+def get(data: Any, *keys: str, default: Any = None) -> Any:
+    """``data[k1][k2]...``, or the default where any level is absent or no mapping."""
+    for key in keys:
+        if not isinstance(data, dict) or data.get(key) is None:
+            return default
+        data = data[key]
+    return data
+
+
+def mapping(data: Any, *keys: str) -> dict[str, Any]:
+    """Like ``get``, for a mapping; empty where there is none."""
+    value = get(data, *keys)
+    return value if isinstance(value, dict) else {}
+
+
+def rows_of(data: Any, *keys: str) -> list[Any]:
+    """Like ``get``, for a list; empty where there is none."""
+    value = get(data, *keys)
+    return value if isinstance(value, list) else []
+
+
+def flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"a": {"b": 1}}`` to ``{"a.b": 1}``."""
+    out: dict[str, Any] = {}
+    for key, value in data.items():
+        if isinstance(value, dict):
+            out |= flatten(value, f"{prefix}{key}.")
+        else:
+            out[f"{prefix}{key}"] = value
+    return out
+
+
+def _read_text(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(_read_text(path))
+
+
+def _date(run: Run) -> str:
+    """The date the run recorded, else when its scores (or settings) were written."""
+    for source in (run.findings, run.status):
+        for key in ("date", "finished", "started"):
+            if isinstance(source.get(key), str):
+                return source[key]
+    for path in (run.folder.metrics, run.folder.findings, run.folder.config):
+        if path.is_file():
+            return datetime.fromtimestamp(path.stat().st_mtime).strftime("%Y-%m-%d %H:%M")
+    return ""

@@ -1,0 +1,107 @@
+"""How likely a model finds the reference answers: the continuous companion of scores that are right or wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from tell.data.example import Example
+from tell.names import ANSWER_LOSS
+from tell.progress import Display
+from tell.rows.row_table import RowTable
+from tell.rows.template import ChatTokenizer
+from tell.rows.tokenize import RowRules, tokenize
+from tell.score.means import mean_metric
+from tell.score.scored import Metric
+
+ANY_LENGTH = np.iinfo(np.int32).max
+
+
+def answer_loss_metric(values: Sequence[float] | np.ndarray) -> dict[str, Metric]:
+    """The metric by its name; ``values`` (n,) in nats a token, NaN where a row has none."""
+    return {ANSWER_LOSS: mean_metric(np.round(values, 6))}  # as rows keep it: read back, it gives the same mean
+
+
+def kept_answer_losses(rows: Sequence[dict]) -> np.ndarray | None:
+    """(n,) values in rows of ``predictions/<arm>.jsonl``; None where none has any."""
+    values = np.array([row.get("scores", {}).get(ANSWER_LOSS, np.nan) for row in rows], dtype=np.float64)
+    return values if np.isfinite(values).any() else None
+
+
+def answer_losses(
+    model: Any,
+    chat: ChatTokenizer,
+    prompts: Sequence[Sequence[int]],
+    test: Sequence[Example],
+    *,
+    positions: int | None,
+    micro_tokens: int,
+    device: Any,
+    title: str,
+    display: Display,
+    check: Callable[[], None] = lambda: None,
+) -> np.ndarray:
+    """(n,) mean nll, in nats a token, of each reference answer with its end of turn.
+
+    Args:
+        model: with the arm's adapter merged.
+        prompts: the arm's own, token ids.
+        test: n examples, one for each prompt.
+        positions: longest row the model takes; None where it does not say.
+        check: called at every block of rows; may raise to stop.
+
+    Returns:
+        NaN where the reference is empty, or prompt and answer together are longer than ``positions``.
+    """
+    from tell.train.step import row_losses
+
+    answers = answer_ids(chat, test)
+    room = positions or ANY_LENGTH
+    fits = [i for i, e in enumerate(test) if e.hash in answers and len(prompts[i]) + len(answers[e.hash]) <= room]
+    values = np.full(len(test), np.nan)
+    if not fits:
+        return values
+    table = _table([(prompts[i], answers[test[i].hash]) for i in fits], [test[i] for i in fits])
+    with display.bar(title, len(fits)) as advance:
+
+        def progress(n: int) -> None:
+            advance(n)
+            check()
+
+        values[fits] = row_losses(model, table, micro_tokens=micro_tokens, device=device, progress=progress)
+    return values
+
+
+def answer_ids(chat: ChatTokenizer, examples: Sequence[Example]) -> dict[str, np.ndarray]:
+    """Ids of each last answer as training would see it, end of turn included, by content hash.
+
+    Without the anchor: an answer's ids are the same behind any prompt. Examples with an empty answer are left out.
+    """
+    rules = RowRules(ANY_LENGTH, "drop", "drop", misfit="drop")
+    table = tokenize([e for e in examples if e.answer.strip()], chat, source="test", rules=rules)
+    found = {}
+    for i, key in enumerate(table.hashes):
+        ids, mask = table.row(i)
+        trained = np.flatnonzero(mask)
+        first = trained[np.flatnonzero(np.diff(trained) > 1)[-1] + 1] if (np.diff(trained) > 1).any() else trained[0]
+        found[str(key)] = ids[first : trained[-1] + 1]
+    return found
+
+
+def _table(rows: Sequence[tuple[Sequence[int], np.ndarray]], examples: Sequence[Example]) -> RowTable:
+    """Prompts with their answers, of which only the answers count."""
+    tokens = np.array([len(prompt) + len(answer) for prompt, answer in rows], dtype=np.int32)
+    trained = np.array([len(answer) for _, answer in rows], dtype=np.int32)
+    return RowTable(
+        source="test",
+        hashes=np.array([e.hash for e in examples]),
+        origins=np.array([e.origin for e in examples]),
+        tokens=tokens,
+        trained=trained,
+        unit=tokens,
+        ids=np.concatenate([np.asarray(part, dtype=np.int32) for row in rows for part in row]),
+        mask=np.repeat(np.tile([False, True], len(rows)), np.stack([tokens - trained, trained], axis=1).ravel()),
+        starts=np.concatenate([[0], np.cumsum(tokens, dtype=np.int64)]),
+    )

@@ -1,0 +1,255 @@
+"""Answers of an arm to the test rows, their scores, and the numbers that go into metrics.json."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tell.anchor.anchor import NO_ANCHOR, Anchor
+from tell.config import Config
+from tell.data.example import Example, Message
+from tell.data.kind import Kind
+from tell.errors import TellError
+from tell.models.architecture import Architecture
+from tell.models.flops import inference_flops
+from tell.progress import Display
+from tell.rows.template import ChatTokenizer
+from tell.rows.tokenize import unknown_token
+from tell.score.intervals import difference, estimate
+from tell.score.scored import Metric, Scorer
+from tell.score.scorers import make_scorer
+from tell.seeds import permutation
+
+if TYPE_CHECKING:
+    from tell.decode.sampler import Decoding
+
+MOST_NEW_TOKENS = 1024
+WITHOUT_ANCHOR = frozenset({"base", "tell-anchor"})
+
+
+def scorer_of(config: Config, kind: Kind) -> Scorer:
+    """The scorer of a task: the user's own function, or by the kind of answers."""
+    return make_scorer(
+        kind.name, schema=kind.schema, labels=kind.labels, custom=config.task.scorer, bleurt=config.eval.bleurt
+    )
+
+
+def answer_limit(config: Config, chat: ChatTokenizer, examples: Sequence[Example]) -> int:
+    """New tokens an answer may have: 1.5 times the longest training answer, unless configured."""
+    if config.generate.max_new_tokens:
+        return config.generate.max_new_tokens
+    longest = max(len(e.ids) for e in chat.backend.encode_batch([x.answer for x in examples], add_special_tokens=False))
+    return int(min(MOST_NEW_TOKENS, max(16, np.ceil(1.5 * (longest + 1)))))
+
+
+def check_prompts(
+    chat: ChatTokenizer,
+    anchor: Anchor,
+    test: Sequence[Example],
+    positions: int | None,
+    shots: Sequence[Example] = (),
+    vocab: int | None = None,
+) -> None:
+    """Refuse test rows whose prompt leaves no room for an answer, or that the model cannot read.
+
+    Args:
+        positions: longest row the model takes, in tokens; None where it does not say.
+        shots: examples in every prompt.
+        vocab: rows of the model's embedding; None where it is not known.
+
+    Raises:
+        TellError: the first such row.
+    """
+    for example in test:
+        prompt = _shot_prompt(chat, example, anchor, shots)
+        if error := unknown_token(prompt, chat, vocab):
+            raise TellError(error.what, where=example.origin, remedy=error.remedy)
+        if positions and (length := len(prompt)) >= positions:
+            raise TellError(
+                f"the prompt has {length:,} tokens and the model takes {positions:,}",
+                where=example.origin,
+                remedy="Shorten that test row, or remove it" + (", or lower task.shots." if shots else "."),
+            )
+
+
+def arm_prompts(
+    arm: str,
+    chat: ChatTokenizer,
+    anchor: Anchor,
+    test: Sequence[Example],
+    train: Sequence[Example],
+    *,
+    examples: int,
+    room: int,
+    seed: int,
+    shots: Sequence[Example] = (),
+) -> tuple[list[list[int]], int]:
+    """Token ids of the prompts of an arm, and the examples put in context.
+
+    Args:
+        arm: ``base`` and ``tell-anchor`` go without the anchor; ``icl`` has training examples in context.
+        examples: in-context examples wanted.
+        room: tokens a prompt may have; as many examples are used as fit beside the longest test prompt.
+        seed: decides which training rows are the examples, and their order; a file may be sorted.
+        shots: examples in every prompt of all arms but ``icl``, whatever the room; the anchor stands once, before
+            the first.
+    """
+    if arm != "icl":
+        return [_shot_prompt(chat, example, arm_anchor(arm, anchor), shots) for example in test], 0
+    shown = [train[int(i)] for i in permutation(len(train), seed, "icl")[:examples]]
+    for n in range(len(shown), -1, -1):
+        prompts = [_shot_prompt(chat, example, anchor, shown[:n]) for example in test]
+        if n == 0 or max(map(len, prompts)) <= room:
+            return prompts, n
+    raise AssertionError("unreachable: n == 0 returns")
+
+
+def _shot_prompt(chat: ChatTokenizer, example: Example, anchor: Anchor, shots: Sequence[Example]) -> list[int]:
+    """Ids of a test prompt after examples, with the anchor once."""
+    system = list(example.prompt[:1]) if shots and example.prompt and example.prompt[0].role == "system" else []
+    turns = [*system, *_turns(shots, system), *example.prompt[len(system) :]]
+    try:
+        return chat.encode(chat.render(anchor.apply(turns), add_generation_prompt=True))
+    except TellError as error:
+        raise TellError(error.what, where=example.origin or error.where, remedy=error.remedy) from error
+
+
+def example_turns(examples: Sequence[Example]) -> list[Message]:
+    """Examples as turns, behind the system text of the first that has one."""
+    system = next((list(e.messages[:1]) for e in examples if e.messages[0].role == "system"), [])
+    return [*system, *_turns(examples, system)]
+
+
+def _turns(examples: Sequence[Example], system: Sequence[Message]) -> list[Message]:
+    """The turns of examples; a system text of their own that is not ``system`` heads their first user turn."""
+    turns: list[Message] = []
+    for example in examples:
+        own = [m for m in example.messages if m.role == "system" and m not in system]
+        rest = [m for m in example.messages if m.role != "system"]
+        text = "\n\n".join(m.content for m in own if m.content.strip())
+        turns += Anchor(text).apply(rest) if text else rest
+    return turns
+
+
+def answer_rows(
+    engine: Any,
+    chat: ChatTokenizer,
+    prompts: Sequence[Sequence[int]],
+    test: Sequence[Example],
+    decoding: Decoding,
+    *,
+    title: str,
+    display: Display,
+    check: Callable[[], None] = lambda: None,
+) -> list[dict]:
+    """predictions/<arm>.jsonl without scores: an answer for each test row."""
+    with display.bar(title, len(test), "answers") as advance:
+        written = 0
+
+        def progress(new: int, further: float) -> None:
+            nonlocal written
+            written += new
+            advance(further, f"{written} tokens")
+            check()
+
+        answers = engine.generate(prompts, decoding, progress=progress)
+    return [
+        {
+            "hash": example.hash,
+            "origin": example.origin,
+            "prompt": example.question,
+            "reference": example.answer,
+            "answer": chat.answer(answer.ids),
+            "finish": answer.finish,
+            "tokens": len(answer.ids),
+        }
+        for example, answer in zip(test, answers, strict=True)
+    ]
+
+
+def score_rows(scorer: Scorer, rows: list[dict], more: Mapping[str, Metric] | None = None) -> dict[str, Metric]:
+    """Metrics over the rows; each row gets its own scores, and why it is invalid.
+
+    Args:
+        more: metrics over the same rows that do not come from the answers; they stand behind the scorer's.
+    """
+    metrics = scorer.score([r["answer"] for r in rows], [r["reference"] for r in rows]) | dict(more or {})
+    explain = getattr(scorer, "why_invalid", None)
+    for i, row in enumerate(rows):
+        values = {name: float(metric.per_row[i]) for name, metric in metrics.items()}
+        row["scores"] = {name: round(v, 6) for name, v in values.items() if np.isfinite(v)}
+        if explain and (why := explain(row["answer"])):
+            row["why"] = why
+    return metrics
+
+
+def arm_numbers(arms: Mapping[str, Mapping[str, Metric]], *, seed: int, samples: int) -> tuple[dict, dict]:
+    """``arms`` and ``differences`` of metrics.json: TELL against each arm, and each arm against the untuned model.
+
+    Where neither of the two is among the arms, each is set against the first.
+    """
+    values = {
+        arm: {name: estimate(metric, seed=seed, samples=samples) for name, metric in metrics.items()}
+        for arm, metrics in arms.items()
+    }
+    pairs = [("tell", arm) for arm in arms if arm != "tell"] if "tell" in arms else []
+    pairs += [(arm, "base") for arm in arms if arm not in ("base", "tell")] if "base" in arms else []
+    if "tell" not in arms and "base" not in arms:
+        first, *others = arms
+        pairs = [(arm, first) for arm in others]
+    gaps = {
+        f"{a} - {b}": {
+            name: difference(arms[a][name], arms[b][name], seed=seed, samples=samples)
+            for name in arms[a]
+            if name in arms[b]
+        }
+        for a, b in pairs
+    }
+    return values, gaps
+
+
+def answer_costs(arch: Architecture, prompts: Sequence[Sequence[int]], rows: Sequence[dict]) -> dict:
+    """Tokens and FLOPs of answering, each prompt counted in full however much of it the engine shared.
+
+    Args:
+        prompts: token ids, one for each of ``rows``.
+        rows: as from `answer_rows`.
+    """
+    new = [row["tokens"] + (row["finish"] == "stop") for row in rows]  # the end of turn is drawn too, but not kept
+    fed = [len(prompt) + max(0, n - 1) for prompt, n in zip(prompts, new, strict=True)]  # the last token is only drawn
+    flops = inference_flops(arch, sum(fed), output_tokens=sum(new), lengths=fed)
+    return {"prompt_tokens": sum(map(len, prompts)), "new_tokens": sum(new), "flops": flops}
+
+
+def eval_numbers(costs: Mapping[str, dict]) -> dict:
+    """``eval`` of metrics.json, from `answer_costs` of each arm."""
+    return {"flops": sum(c["flops"] for c in costs.values()), "arms": dict(costs)}
+
+
+def arm_anchor(arm: str, anchor: Anchor) -> Anchor:
+    """The run's anchor, or none for the arms that are asked without it."""
+    return NO_ANCHOR if arm in WITHOUT_ANCHOR else anchor
+
+
+def adapter_arm(arm: str) -> str | None:
+    """Which trained arm's adapter an arm answers with."""
+    if arm == "tell-anchor":
+        return "tell"
+    return arm if arm in ("sft", "sft-matched", "general", "tell") else None
+
+
+def adapter_folder(root: Any, arm: str) -> Path | None:
+    """The folder of the adapter an arm answers with, in a run folder; None for the untuned model."""
+    trained = adapter_arm(arm)
+    if trained is None:
+        return None
+    return root.adapter if trained == "tell" else root.arms / trained
+
+
+def adapter_ready(root: Any, arm: str) -> bool:
+    """Whether an arm can answer: it needs no adapter, or its adapter lies there."""
+    place = adapter_folder(root, arm)
+    return place is None or (place / "adapter_model.safetensors").exists()

@@ -1,0 +1,304 @@
+"""Claiming a run folder: a fresh one, an interrupted one to resume, or one to overwrite."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Literal
+
+from filelock import FileLock, Timeout
+
+from tell.config import GENERAL_SOURCES, Config, make_config, read_yaml
+from tell.errors import TellError
+from tell.files import expanded
+from tell.folder import DAMAGED, RunFolder, clean_temporary, sync, write_text
+
+LOCK = ".lock"  # held by the process that works on the run
+MARK = ".starting"  # there while a run is begun: what lies in the folder is ours, and not yet a run
+ASIDE = ".old-"  # folder of the run that is replaced
+PATIENCE = 1.0  # seconds: another process may look whether the lock is held
+
+# Keys that may differ between a run and its resumption: they change numbers by rounding, and dropout's draws, at most.
+FREE = ("out", "train.parallel")
+PATHS = (
+    ("task", "data"),
+    ("task", "test"),
+    ("task", "json_schema"),
+    ("general", "source"),
+    ("anchor", "text"),
+    ("model", "name"),
+    ("tokens", "unit"),
+    ("eval", "benchmark_data"),
+    ("eval", "bleurt"),
+)
+
+
+KEYWORDS = frozenset({"model", *GENERAL_SOURCES})  # values that mean something else than a path
+
+
+def with_full_paths(config: Config) -> Config:
+    """The configuration with its files' paths made absolute, so that a run can be used from any folder."""
+    out = config.model_copy(deep=True)
+    for section, key in PATHS:
+        value = getattr(getattr(out, section), key)
+        if not isinstance(value, str) or value in KEYWORDS:
+            continue
+        mark = "@" if key == "text" else ""
+        path = expanded(value.removeprefix(mark))
+        if value.startswith(mark) and path.exists():
+            setattr(getattr(out, section), key, f"{mark}{path.resolve()}")
+    return out
+
+
+def default_out(config: Config) -> Path:
+    """``runs/<data>-<n>``, the first n that is free."""
+    stem = Path(str(config.task.data)).name.split(".")[0] or "run"
+    n = 1
+    while (Path("runs") / f"{stem}-{n}").exists():
+        n += 1
+    return Path("runs") / f"{stem}-{n}"
+
+
+def claim(config: Config, *, resume: bool, overwrite: bool) -> tuple[RunFolder, bool]:
+    """Check the output folder without writing anything; and whether there is a run to resume in it.
+
+    Raises:
+        TellError: the folder exists and neither resume nor overwrite was said; it holds something else; the run in
+            it was made with other settings; or another process works on it.
+    """
+    root = Path(config.out) if config.out else default_out(config)
+    folder = RunFolder(root)
+    if resume and overwrite:
+        raise TellError("--resume and --overwrite are both given", remedy="Give one of them.")
+    if root.is_file():
+        raise TellError("is a file", where=f"--out {root}", remedy="Name a folder.")
+    state = _state(folder)
+    if state == "empty" and resume:
+        raise TellError("holds no run to resume", where=f"--out {root}", remedy="Leave --resume out.")
+    if state == "other":
+        raise _foreign(folder, " to resume" if resume else "")
+    if (root / LOCK).exists():
+        with _locked(folder):  # a run that lives is told of before any work
+            pass
+    if state != "run" or overwrite:
+        return folder, False
+    if not resume:
+        raise _exists(folder)
+    old = read_run_config(folder)
+    if (changed := _changed(old, config, decided=folder.plan.exists())) is not None:
+        raise TellError(
+            f"the run was made with {changed}",
+            where=f"--out {root}",
+            remedy="Resume with the settings in run.yaml (`tell tune -c run.yaml --resume`), or use --overwrite.",
+        )
+    return folder, True
+
+
+def _state(folder: RunFolder) -> Literal["empty", "begun", "run", "other"]:
+    """What a folder is: without files, left by a start that was killed, a run, or somebody else's.
+
+    run.yaml alone may be somebody's own configuration, lying among their files.
+    """
+    root = folder.root
+    found = {path.name for path in root.iterdir()} if root.is_dir() else set()
+    if not found:
+        return "empty"
+    if folder.config.exists() and folder.status.exists():  # a start takes status.json away first and writes it last
+        return "run"
+    return "begun" if MARK in found or found == {LOCK} else "other"
+
+
+def _foreign(folder: RunFolder, more: str = "") -> TellError:
+    return TellError(
+        f"holds other files and no run{more}, so it is left as it is",
+        where=f"--out {folder.root}",
+        remedy="Choose another --out.",
+    )
+
+
+def _exists(folder: RunFolder) -> TellError:
+    return TellError(
+        f"exists already (state: {folder.read_status().get('state', 'unknown')})",
+        where=f"--out {folder.root}",
+        remedy="Add --resume to go on with it, --overwrite to start anew, or choose another --out.",
+    )
+
+
+@contextmanager
+def _locked(folder: RunFolder) -> Iterator[None]:
+    """Hold the folder's lock, which the system takes back when its holder dies.
+
+    Raises:
+        TellError: another process holds it, or the folder cannot be written.
+    """
+    lock = FileLock(folder.root / LOCK)
+    try:
+        folder.root.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=PATIENCE)
+    except Timeout as error:
+        raise TellError(
+            "another process works on this run",
+            where=f"--out {folder.root}",
+            remedy="Wait for its end, or choose another --out.",
+        ) from error
+    except NotImplementedError:  # a file system without locks
+        yield
+        return
+    except OSError as error:
+        raise TellError(
+            f"cannot be written ({error.strerror or error})",
+            where=f"--out {folder.root}",
+            remedy="Choose another --out.",
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def open_folder(
+    folder: RunFolder, *, fresh: bool, config: Config, seconds: float = 0.0, overwrite: bool = False
+) -> Iterator[None]:
+    """Create the folder with its resolved configuration, and keep other processes from it while this is open.
+
+    An old run in it is moved aside and deleted last. Killed at any moment, the folder is one that `claim` takes:
+    `MARK` says so from before the first change until run.yaml and status.json are there.
+
+    Args:
+        seconds: what earlier sessions of this run took.
+        overwrite: a run may be there.
+
+    Raises:
+        TellError: another process works on it, or has begun a run in it since `claim`; the folder cannot be written.
+    """
+    new = not folder.root.exists()
+    if _state(folder) == "other":  # since `claim`; a lock would be one file more in it
+        raise _foreign(folder)
+    with _locked(folder):
+        if _state(folder) == "run" and fresh and not overwrite:
+            raise _exists(folder)
+        clean_temporary(folder.root.rglob(".*.tmp"))
+        if fresh:
+            _start(folder, config, seconds, new)
+        else:
+            write_text(folder.config, config.to_yaml())
+            folder.set_status("running", stage="start", seconds=round(seconds, 1))
+        for old in folder.root.glob(f"{ASIDE}*"):  # also of starts that were killed
+            shutil.rmtree(old, ignore_errors=True)
+        (folder.root / MARK).unlink(missing_ok=True)
+        yield
+
+
+def _start(folder: RunFolder, config: Config, seconds: float, new: bool) -> None:
+    """Put a new run in the place of what is there; what cannot be written leaves all as it was."""
+    root, mark = folder.root, folder.root / MARK
+    begun = mark.exists()
+    aside: Path | None = None
+    old = [path for path in folder.files() if os.path.lexists(path)]
+    try:
+        mark.touch()
+        sync(root)
+        if old:
+            aside = Path(tempfile.mkdtemp(prefix=ASIDE, dir=root))
+            for path in sorted(old, key=lambda path: path != folder.status):  # first: the folder holds no run now
+                os.replace(path, aside / path.name)
+        write_text(folder.config, config.to_yaml())
+        folder.set_status("running", stage="start", seconds=round(seconds, 1))
+    except (OSError, TellError) as error:
+        with suppress(OSError):
+            for path in {folder.config, folder.status}.difference(old):
+                path.unlink(missing_ok=True)
+            if aside is not None:
+                _put_back(folder, aside)
+            if not begun:
+                mark.unlink(missing_ok=True)
+            if new:
+                shutil.rmtree(root)
+        if isinstance(error, TellError):
+            raise
+        raise TellError(
+            f"the old run cannot be removed ({error.strerror or error})",
+            where=f"--out {root}",
+            remedy="Choose another --out.",
+        ) from error
+
+
+def _put_back(folder: RunFolder, aside: Path) -> None:
+    """The old run's files over those of the new one; status.json last, which makes it a run again."""
+    for path in sorted(aside.iterdir(), key=lambda path: path.name == folder.status.name):
+        os.replace(path, folder.root / path.name)
+    aside.rmdir()
+
+
+def read_run_config(folder: RunFolder) -> Config:
+    """The resolved configuration of a run.
+
+    Raises:
+        TellError: there is no run, or its run.yaml is not one that tell wrote.
+    """
+    if not folder.root.is_dir():
+        raise TellError("no such run folder", where=str(folder.root), remedy="Give the folder `tell tune` wrote.")
+    data = read_yaml(folder.require(folder.config, "`tell tune`"), "a run", remedy=DAMAGED)
+    if not data:  # the defaults would be another run
+        raise TellError("is empty", where=str(folder.config), remedy=DAMAGED)
+    return make_config(data, where=str(folder.config))
+
+
+def check_trust(
+    folder: RunFolder, config: Config, *, code: bool, scorer: bool = True, scorer_flag: str = "--trust-scorer"
+) -> None:
+    """Refuse to run code because a run folder says so: whoever uses it now must say it too.
+
+    Args:
+        code: code that comes with the model is trusted now.
+        scorer: the run's own scorer is trusted now, or not needed.
+        scorer_flag: the flag that would trust it.
+
+    Raises:
+        TellError: the run was made with code that is not trusted now.
+    """
+    if config.model.trust_remote_code and not code:
+        raise TellError(
+            f"the run was made with Python code that comes with the model {config.model.name}",
+            where=str(folder.config),
+            remedy="Read that code; if you trust it, add --trust-remote-code.",
+        )
+    if config.task.scorer is not None and not scorer:
+        raise TellError(
+            f"the run is scored by a function of its own, {config.task.scorer}",
+            where=str(folder.config),
+            remedy=f"Read that code; if you trust it, add {scorer_flag}.",
+        )
+
+
+def _changed(old: Config, new: Config, decided: bool) -> str | None:
+    """The first key that differs, with both values; None where nothing does.
+
+    Args:
+        decided: what fits into ``max_minutes`` is decided already, so that the minutes must stay.
+    """
+    a, b = _flat(old), _flat(new)
+    free = FREE if decided else (*FREE, "max_minutes")
+    for key in a:
+        if key not in free and a[key] != b.get(key):
+            return f"{key} = {a[key]!r}, not {b.get(key)!r}"
+    return None
+
+
+def _flat(config: Config) -> dict:
+    out: dict = {}
+
+    def walk(value: object, prefix: str) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                walk(inner, f"{prefix}.{key}" if prefix else key)
+        else:
+            out[prefix] = value
+
+    walk(config.model_dump(by_alias=True, mode="json"), "")
+    return out

@@ -1,0 +1,355 @@
+"""General data written by the model itself (self-distillation, arXiv 2402.13669; rehearsal, arXiv 2403.01244).
+
+The model answers the prompts on board. Once they are used up, or with ``general.self.prompts: invented``, it writes
+prompts too: from its chat header alone comes an instruction (Magpie, arXiv 2406.08464). It is asked for short answers
+(the wish is not kept in the row), since an answer that runs into the limit is thrown away. Rows are written in
+blocks with a seed each, so a larger amount extends a smaller one; the file is kept by model and settings. A run
+takes the first blocks that suffice, however many the file holds, so what it draws from does not depend on other runs.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tell.config import Config
+from tell.data.builtin import load_prompts
+from tell.data.example import Message
+from tell.errors import TellError
+from tell.folder import read_jsonl, write_json, write_jsonl
+from tell.home import make_folder, tell_home
+from tell.progress import Display
+from tell.rows.row_cache import cache_key
+from tell.rows.template import ChatTokenizer
+
+if TYPE_CHECKING:
+    from tell.decode.sampler import Decoding
+
+Enough = Callable[[Sequence[dict]], float]
+
+BLOCK = 128
+VERSION = 3
+MOST_EMPTY_BLOCKS = 4
+USUAL_ROW = {"instruction": "word " * 20, "output": "word " * 60}  # to guess what a first block will give
+_WORD = re.compile(r"[\u3040-\u30ff\u4e00-\u9fff]|[^\s\u3040-\u30ff\u4e00-\u9fff]+")  # a letter of those scripts is one
+MARK = "\ufffdtell\ufffd"
+
+
+def self_file(config: Config, model: str, tokenizer: str) -> Path:
+    """Where the rows of this model with these settings lie."""
+    key = cache_key(
+        what="self",
+        version=VERSION,
+        model=model,
+        tokenizer=tokenizer,
+        seed=config.seed,
+        questions=load_prompts() if config.general.self_.prompts == "builtin" else [],
+        arithmetic=[config.model.dtype, config.model.device, config.generate.engine, config.generate.batch_size],
+        **config.general.self_.model_dump(),
+    )
+    return tell_home() / "self" / f"{key}.jsonl"
+
+
+def enough_of(config: Config, unit: ChatTokenizer, task_tokens: int) -> Enough:
+    """Whether rows suffice for the mix and for the rows held out, as a share of what is needed.
+
+    Args:
+        unit: tokenizer that amounts are counted in.
+        task_tokens: tokens of the task rows in the same unit, for a ratio.
+    """
+    amount, held_out = config.general, config.eval.forgetting_rows
+
+    def enough(rows: Sequence[dict]) -> float:
+        texts = [f"{row['instruction']}\n{row['output']}" for row in rows]
+        counted = [len(e.ids) for e in unit.backend.encode_batch(texts, add_special_tokens=False)]
+        n = len(rows)
+        left = n - min(held_out, n // 4)  # as `load_general` holds them out
+        ((way, wanted),) = amount.amount(task_tokens).items()
+        if way == "rows":
+            return left / max(1, wanted)
+        need = wanted * task_tokens if way == "ratio" else wanted
+        return sum(counted) * left / max(1, n) / max(1.0, need)
+
+    return enough
+
+
+def cached_self_file(config: Config, model: str, tokenizer: str, enough: Enough) -> Path | None:
+    """The rows a run would take, where enough of them were written before."""
+    rows, blocks = _read(self_file(config, model, tokenizer))
+    taken = _first_blocks(rows, blocks, enough)
+    return None if taken is None else _part(self_file(config, model, tokenizer), rows, blocks[:taken])
+
+
+def _read(path: Path) -> tuple[list[dict], list[dict]]:
+    """All rows, and how many each block gave and threw away."""
+    facts = path.with_suffix(".json")
+    if not path.exists() or not facts.exists():
+        return [], []
+    rows, blocks = read_jsonl(path), json.loads(facts.read_text(encoding="utf-8"))["blocks"]
+    written = sum(block["rows"] for block in blocks)
+    return (rows[:written], blocks) if len(rows) >= written else ([], [])
+
+
+def _first_blocks(rows: list[dict], blocks: list[dict], enough: Enough) -> int | None:
+    """How many blocks suffice; None where all together do not."""
+    end = 0
+    for number, block in enumerate(blocks, start=1):
+        end += block["rows"]
+        if end and enough(rows[:end]) >= 1:
+            return number
+    return None
+
+
+def _part(path: Path, rows: list[dict], blocks: list[dict]) -> Path:
+    """A file of its own for the rows of the first blocks."""
+    end = sum(block["rows"] for block in blocks)
+    part = path.with_name(f"{path.stem}-{end}.jsonl")
+    if not part.exists() or read_jsonl(part) != rows[:end]:
+        write_jsonl(part, rows[:end])
+    return part
+
+
+def user_header(chat: ChatTokenizer) -> tuple[str, str]:
+    """Text up to where a user's words begin, and the text that follows them, from the chat template."""
+    text = chat.render([Message("user", MARK)], add_generation_prompt=True)
+    head, _, tail = text.partition(MARK)
+    return head, tail
+
+
+def is_good(instruction: str, answer: str) -> str | None:
+    """Why a pair is thrown away; None to keep it."""
+    words = _WORD.findall(answer.lower())
+    if len(_WORD.findall(instruction)) < 3:
+        return "instruction too short"
+    if len(words) < 2:
+        return "answer too short"
+    if instruction.strip() == answer.strip():
+        return "answer repeats the instruction"
+    for n, most in ((1, 0.4), (3, 0.2)):
+        grams = Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
+        if len(words) >= 12 and grams and max(grams.values()) / max(1, len(words) - n + 1) > most:
+            return "repetitive"
+    lines = [line.strip().lower() for line in answer.splitlines() if len(line.strip()) > 12]
+    if len(lines) >= 4 and len(set(lines)) < 0.7 * len(lines):
+        return "repeated lines"
+    return None
+
+
+def write_self_data(
+    config: Config,
+    chat: ChatTokenizer,
+    engine: Any,
+    *,
+    model: str,
+    enough: Enough,
+    display: Display,
+) -> tuple[Path, dict]:
+    """Write until there is enough; rows already written for this model and these settings are kept.
+
+    Args:
+        engine: decodes with the untuned model.
+        model: the model's fingerprint.
+        enough: share of what is needed that a list of rows makes up, 1 or more when it suffices.
+        display: shows a bar; its advance is called with 0 at each token decoded, and may raise to stop.
+
+    Returns:
+        The file of the rows to use, and ``{"asked", "kept", "thrown": {reason: rows}}`` of their blocks.
+
+    Raises:
+        TellError: the model writes nothing usable.
+    """
+    path = self_file(config, model, chat.fingerprint)
+    with _locked(path, display):  # two runs would write the same blocks, and one over the other
+        rows, blocks = _read(path)
+        taken = _first_blocks(rows, blocks, enough)
+        if taken is None:
+            _write_more(config, chat, engine, path, rows, blocks, enough, display)
+            taken = len(blocks)
+        blocks = blocks[:taken]
+        part = _part(path, rows, blocks)
+    thrown = sum((Counter(block["thrown"]) for block in blocks), Counter())
+    facts = {"asked": len(blocks) * BLOCK, "kept": sum(b["rows"] for b in blocks), "thrown": dict(thrown)}
+    return part, facts
+
+
+@contextmanager
+def _locked(path: Path, display: Display) -> Iterator[None]:
+    """Hold the lock of a file of rows; while another run holds it, the display is asked whether to stop."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(make_folder(path.parent) / f".{path.stem}.lock")  # released by the system if its holder dies
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        display.note("another run is writing this general data; waiting for it")
+        with display.bar("wait for another run", None, "s") as advance:
+            while not lock.is_locked:
+                with suppress(Timeout):
+                    lock.acquire(timeout=1)
+                advance(0)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _write_more(
+    config: Config,
+    chat: ChatTokenizer,
+    engine: Any,
+    path: Path,
+    rows: list[dict],
+    blocks: list[dict],
+    enough: Enough,
+    display: Display,
+) -> None:
+    """Extend rows and blocks, in place and on disk, until there is enough."""
+    seen = {row["instruction"].strip().lower() for row in rows}
+    empty = 0
+    share = max(0.0, min(1.0, enough(rows)))
+    gain = enough([USUAL_ROW] * BLOCK)
+    with display.bar("general data, written by the model", 100, "%") as advance:
+        shown = 0.0
+
+        def show(target: float) -> None:
+            nonlocal shown
+            step = max(0.0, min(1.0, target) - shown)
+            shown += step
+            advance(step * 100, f"{len(rows)} rows")
+
+        def moved(part: float) -> None:
+            show(share + part * gain)
+
+        show(share)
+        while True:
+            before, thrown = len(rows), Counter()
+            for pair in _block(config, chat, engine, len(blocks), thrown, moved):
+                name = pair["instruction"].strip().lower()
+                if name in seen:
+                    thrown["duplicate"] += 1
+                    continue
+                seen.add(name)
+                rows.append(pair)
+            blocks.append({"rows": len(rows) - before, "thrown": dict(thrown)})
+            write_jsonl(path, rows)
+            write_json(path.with_suffix(".json"), {"blocks": blocks})
+            empty = empty + 1 if len(rows) == before else 0
+            if empty >= MOST_EMPTY_BLOCKS:
+                raise TellError(
+                    f"the model wrote no usable row in {empty * BLOCK} tries ({dict(thrown)})",
+                    where="general.source self",
+                    remedy="Give a file of general instruction data with --general.",
+                )
+            new = max(0.0, min(1.0, enough(rows)))
+            gain, share = max(0.0, new - share), new
+            show(share)
+            if share >= 1 and rows:
+                return
+
+
+def _block(
+    config: Config, chat: ChatTokenizer, engine: Any, block: int, thrown: Counter, moved: Callable[[float], None]
+) -> list[dict]:
+    """One block of instructions with answers; ``moved`` hears what share of it is done."""
+    rules = config.general.self_
+    given = load_prompts() if rules.prompts == "builtin" else []
+    given_blocks = -(-len(given) // BLOCK)
+    seed = config.seed * 100_003 + block * 2
+    if block < given_blocks:
+        prompts = given[block * BLOCK : (block + 1) * BLOCK]
+        outputs = answered(config, chat, engine, prompts, seed + 1, thrown, moved)
+    else:
+        prompts = _invented(config, chat, engine, seed, thrown, lambda part: moved(part / 3))
+        outputs = answered(config, chat, engine, prompts, seed + 1, thrown, lambda part: moved((1 + 2 * part) / 3))
+    pairs = zip(prompts, outputs, strict=True)
+    return [{"instruction": text, "output": output} for text, output in pairs if output is not None]
+
+
+def _invented(
+    config: Config, chat: ChatTokenizer, engine: Any, seed: int, thrown: Counter, moved: Callable[[float], None]
+) -> list[str]:
+    """Instructions that the model writes from its chat header alone."""
+    rules = config.general.self_
+    head, tail = user_header(chat)
+    # The words of the user end where the template's turn ends: at its first special token, or a line break.
+    stop = chat.encode(tail.lstrip() or tail)[:1]
+    limit = rules.max_prompt_tokens
+    ask = _decoding(config, limit, (*chat.stop_ids, *stop), rules.temperature, seed)
+    written = engine.generate([chat.encode(head)] * BLOCK, ask, progress=_shares(BLOCK, moved))
+    instructions = []
+    for answer in written:
+        text = chat.decode(answer.ids).strip()
+        if answer.finish != "stop":
+            thrown["instruction truncated"] += 1
+        elif text:
+            instructions.append(text)
+        else:
+            thrown["instruction empty"] += 1
+    return instructions
+
+
+def answered(
+    config: Config,
+    chat: ChatTokenizer,
+    engine: Any,
+    instructions: Sequence[str],
+    seed: int,
+    thrown: Counter,
+    moved: Callable[[float], None] = lambda part: None,
+) -> list[str | None]:
+    """The model's answer to each instruction; None where it does not end in time or does not pass `is_good`.
+
+    Args:
+        config: ``general.self`` says how answers are drawn, and with what wish.
+        seed: of the draws.
+        thrown: counts why answers are thrown away.
+        moved: called with the share that is done.
+    """
+    rules = config.general.self_
+    wish = f"\n\n{rules.answer_wish}" if rules.answer_wish else ""
+    prompts = [
+        chat.encode(chat.render([Message("user", text + wish)], add_generation_prompt=True)) for text in instructions
+    ]
+    limit = rules.max_answer_tokens
+    reply = _decoding(config, limit, chat.stop_ids, rules.answer_temperature, seed)
+    answers = engine.generate(prompts, reply, progress=_shares(len(prompts), moved))
+    outputs: list[str | None] = []
+    for text, answer in zip(instructions, answers, strict=True):
+        output = chat.decode(answer.ids).strip()
+        reason = "answer truncated" if answer.finish != "stop" else is_good(text, output)
+        if reason:
+            thrown[reason] += 1
+        outputs.append(None if reason else output)
+    return outputs
+
+
+def _decoding(config: Config, limit: int, stops: Sequence[int], temperature: float, seed: int) -> Decoding:
+    from tell.decode.sampler import Decoding
+
+    return Decoding(
+        max_new_tokens=limit,
+        stop_ids=tuple(dict.fromkeys(stops)),
+        temperature=temperature,
+        top_k=0,
+        top_p=config.general.self_.top_p,
+        repetition_penalty=1.0,
+        batch_size=config.generate.batch_size,
+        seed=seed,
+    )
+
+
+def _shares(rows: int, moved: Callable[[float], None]) -> Callable[[int, float], None]:
+    """A decoding progress that says what share of the rows is done."""
+    done = 0.0
+
+    def progress(_: int, further: float) -> None:
+        nonlocal done
+        done += further
+        moved(done / max(1, rows))
+
+    return progress

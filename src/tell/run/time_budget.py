@@ -1,0 +1,197 @@
+"""``--max-minutes``: what a run gives up to end in time, and in which order. No torch.
+
+First the optional arms, then test rows, then general tokens and repetitions together. The method itself is given up
+last: where even the least of it takes longer, the run is refused with the minutes that it needs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from tell.errors import TellError
+from tell.mix.amount import Draw
+from tell.presets import repeat_for
+from tell.rows.row_table import RowTable
+from tell.run.arms import lead_arm, trained_arms
+from tell.run.general_rows import General
+from tell.run.plan import describe_plan
+from tell.run.prepare import Task
+from tell.seeds import below
+
+OPTIONAL_ARMS = ("tell-anchor", "general", "sft", "base+anchor")  # the first is given up first
+LEAST_TEST_ROWS = 60  # the interval of a share of one half is then 25 points wide
+LEAST_REPEAT = 4  # nor less than a quarter of the repetitions asked for
+HALVINGS = 7  # the largest extent that fits is found within 1 % of the way from the least to what was asked for
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much of a run is done.
+
+    Attributes:
+        arms: trained and scored.
+        test_rows: scored.
+        repeat: times each task row occurs.
+        draw: the general rows; None without general data.
+    """
+
+    arms: tuple[str, ...]
+    test_rows: int
+    repeat: int
+    draw: Draw | None
+
+    @classmethod
+    def of(cls, task: Task, table: RowTable, draw: Draw | None) -> Extent:
+        """What the configuration asks for."""
+        repeat = task.config.mix.repeat or repeat_for(len(table))
+        return cls(tuple(dict.fromkeys(task.config.eval.arms)), len(task.test), repeat, draw)
+
+    def apply(self, task: Task) -> Task:
+        """A copy of the task in which this much is asked for.
+
+        Which test rows stay is drawn by the run's seed and their content: fewer are always among more, however often
+        and from whatever part of them they are drawn.
+        """
+        config = task.config.model_copy(deep=True)
+        config.eval.arms, config.mix.repeat = self.arms, self.repeat
+        keys = [below(1 << 60, config.seed, "test rows", example.hash) for example in task.test]
+        kept = sorted(range(len(keys)), key=keys.__getitem__)[: self.test_rows]
+        return replace(task, config=config, test=[task.test[i] for i in sorted(kept)])
+
+    def to_dict(self) -> dict[str, Any]:
+        """``fit`` of plan.json."""
+        rows = 0 if self.draw is None else len(self.draw)
+        return {"arms": list(self.arms), "test_rows": self.test_rows, "repeat": self.repeat, "general_rows": rows}
+
+
+def read_extent(data: Mapping[str, Any], draw: Draw | None) -> Extent:
+    """The extent that plan.json has, of a draw that is made again."""
+    short = None if draw is None else _first(draw, data["general_rows"])
+    return Extent(tuple(data["arms"]), data["test_rows"], data["repeat"], short)
+
+
+def fit_minutes(
+    task: Task,
+    table: RowTable,
+    general: General | None,
+    draw: Draw | None,
+    *,
+    minutes: float,
+    spent: float,
+    trained: str | None = None,
+    most_general: int | None = None,
+) -> tuple[Extent, list[str]]:
+    """The largest extent of a run that is predicted to end in time, and what was given up for it.
+
+    Args:
+        minutes: ``--max-minutes``.
+        spent: seconds already gone.
+        trained: an arm that is trained already; its time is not counted, and no mixture is changed any more.
+        most_general: general rows at most, where no more of them were written than there was time for.
+
+    Returns:
+        The extent; a notice for each thing given up.
+
+    Raises:
+        TellError: not even the least fits; it names the minutes that do.
+    """
+    room = minutes * 60 - spent
+    whole = extent = Extent.of(task, table, draw)
+    if extent.draw is not None and most_general is not None:
+        extent = replace(extent, draw=_first(extent.draw, most_general))
+    lead = lead_arm(whole.arms, dict.fromkeys(trained_arms(whole.arms)))
+
+    def cost(of: Extent) -> float:
+        return _seconds(task, table, general, of, trained)
+
+    for arm in OPTIONAL_ARMS:
+        fewer = tuple(a for a in extent.arms if a != arm)
+        if cost(extent) > room and arm in extent.arms and lead in (None, *trained_arms(fewer)) and fewer:
+            extent = replace(extent, arms=fewer)
+    shrinks = (_fewer_test_rows, *(() if trained else (_smaller_mixture(table, general),)))
+    for shrink in shrinks:
+        if cost(extent) > room:
+            extent = _largest(extent, shrink, lambda of: cost(of) <= room)
+    given_up = _given_up(whole, extent, minutes)
+    if (least := cost(extent)) > room:
+        needed = math.ceil((least * 1.1 + spent) / 60)  # predictions are right within some 10 %
+        if trained is None:
+            raise TellError(
+                f"is too short: with the least test rows, general rows and repetitions the run takes {needed} minutes",
+                where=f"--max-minutes {minutes:g}",
+                remedy=f"Give --max-minutes {needed}, or leave it out.",
+            )
+        given_up.append(f"--max-minutes {minutes:g}: training was slower than predicted; {needed} minutes are likely")
+    return extent, given_up
+
+
+def _seconds(task: Task, table: RowTable, general: General | None, extent: Extent, trained: str | None) -> float:
+    plan = describe_plan(extent.apply(task), table, general, extent.draw)
+    done = plan["arms"].get(trained, {"seconds": 0.0})["seconds"]
+    return float(plan["predicted"]["seconds"] - done)
+
+
+def _largest(extent: Extent, shrink: Callable[[Extent, float], Extent], fits: Callable[[Extent], bool]) -> Extent:
+    """The largest extent on the way from the least (share 0) to the whole (1) that fits, else the least."""
+    low, high = 0.0, 1.0
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        if fits(shrink(extent, middle)):
+            low = middle
+        else:
+            high = middle
+    return shrink(extent, low)
+
+
+def _fewer_test_rows(extent: Extent, share: float) -> Extent:
+    least = min(LEAST_TEST_ROWS, extent.test_rows)
+    return replace(extent, test_rows=least + int(share * (extent.test_rows - least)))
+
+
+def _smaller_mixture(table: RowTable, general: General | None) -> Callable[[Extent, float], Extent]:
+    """Shrink general rows and repetitions together; the least is `least_general` and `LEAST_REPEAT`."""
+
+    def shrink(extent: Extent, share: float) -> Extent:
+        repeat = min(extent.repeat, max(LEAST_REPEAT, math.ceil(extent.repeat / 4)))
+        repeat += round(share * (extent.repeat - repeat))
+        if extent.draw is None or general is None:
+            return replace(extent, repeat=repeat)
+        least = least_general(table, general, extent.draw)
+        rows = least + int(share * (len(extent.draw) - least))
+        return replace(extent, repeat=repeat, draw=_first(extent.draw, rows))
+
+    return shrink
+
+
+def least_general(table: RowTable, general: General, draw: Draw) -> int:
+    """The fewest general rows that `tell` is trained with: as many tokens as the task rows have, counted once."""
+    reached = np.cumsum(np.asarray(general.table.unit)[draw.indices], dtype=np.int64)
+    return int(min(len(draw), np.searchsorted(reached, int(table.unit.sum())) + 1))
+
+
+def _first(draw: Draw, rows: int) -> Draw:
+    """The first rows of a draw; what was said of the whole draw holds no longer."""
+    if rows >= len(draw):
+        return draw
+    epochs = draw.epochs * rows / max(1, len(draw))
+    notices = [f"the general source is passed {epochs:.2f} times"] if epochs > 1 else []
+    return Draw(draw.indices[:rows], epochs, notices)
+
+
+def _given_up(whole: Extent, extent: Extent, minutes: float) -> list[str]:
+    flag = f"--max-minutes {minutes:g}"
+    notices = []
+    if lost := [arm for arm in whole.arms if arm not in extent.arms]:
+        notices.append(f"{flag}: without the arms {', '.join(lost)}")
+    if extent.test_rows < whole.test_rows:
+        notices.append(f"{flag}: {extent.test_rows:,} of {whole.test_rows:,} test rows are scored")
+    if whole.draw is not None and extent.draw is not None and len(extent.draw) < len(whole.draw):
+        notices.append(f"{flag}: {len(extent.draw):,} of {len(whole.draw):,} general rows are mixed in")
+    if extent.repeat < whole.repeat:
+        notices.append(f"{flag}: task rows occur {extent.repeat} times instead of {whole.repeat}")
+    return notices

@@ -1,0 +1,1 @@
+"""Scorers, intervals, the verdict and the general probe. Imports no torch."""

@@ -1,0 +1,243 @@
+"""Scores answers that must be one JSON value held to a JSON Schema."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from tell.data.json_text import items, nfc, parse_strict
+from tell.data.schema import Schema, SlowPattern
+from tell.score.means import check_pairs, mean_metric
+from tell.score.scored import Metric
+from tell.shown import brief
+
+# Writing systems without spaces count a word a character; Chinese, Japanese, Thai.
+_WORD = re.compile(r"[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff]|[^\W_\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff]+")
+_LONG_WORDS = 3  # references with a higher median number of words are free text, if they also vary
+_VARIED = 0.5  # share of distinct references above which a string field varies
+_MISSING = ("missing",)
+
+
+class JsonScorer:
+    """Adherence to a JSON Schema, and agreement with the reference field by field.
+
+    Metrics, all in [0, 1]:
+        schema_adherence: the whole answer parses under a strict parser and validates. Binary.
+        valid_json: the whole answer parses. Binary.
+        field_accuracy: mean over rows of the share of the reference's counted fields that are equal.
+        exact_match: every counted field is equal. Binary.
+        ``field:<name>``: accuracy of one field over the rows whose reference has it. Binary.
+
+    Equal means: strings in NFC without surrounding whitespace, and without case where the schema gives an
+    enumeration; numbers by value; lists of scalars as multisets. A field of free text is not counted:
+    one whose strings, outside any enumeration, have a median of more than three words and differ in
+    more than half of the references. Rows whose reference is not JSON count for the first two only.
+
+    Args:
+        schema: a JSON Schema of any draft; ``$schema`` names it, else draft 2020-12.
+
+    Raises:
+        TellError: it is not a valid JSON Schema, or a ``$ref`` leads nowhere (none is fetched).
+    """
+
+    name = "json"
+    primary = "schema_adherence"
+
+    def __init__(self, schema: dict) -> None:
+        self._checked = Schema(nfc(schema))
+        self.schema = self._checked.schema
+        self._validator = self._checked.validator
+        self.keys = tuple(dict.fromkeys(key for key, _ in self._properties(self.schema)))
+
+    def _parts(self, node: Any, seen: set[int]) -> Iterator[dict]:
+        """``node`` and the schemas that ``$ref``, ``anyOf``, ``oneOf`` and ``allOf`` put in its place."""
+        if not isinstance(node, dict) or id(node) in seen:
+            return
+        seen.add(id(node))
+        yield node
+        if isinstance(ref := node.get("$ref"), str):
+            yield from self._parts(self._checked.resolver.lookup(ref).contents, seen)
+        for word in ("anyOf", "oneOf", "allOf"):
+            for part in node.get(word, ()):
+                yield from self._parts(part, seen)
+
+    def _properties(self, node: Any) -> Iterator[tuple[str, Any]]:
+        for part in self._parts(node, set()):
+            yield from part.get("properties", {}).items()
+
+    def _choices(self, node: Any, seen: set[int]) -> Iterator[str]:
+        """Every string that an enumeration at or below ``node`` names, without case."""
+        for part in self._parts(node, seen):
+            named = part.get("enum", []) if isinstance(part.get("enum", []), list) else []
+            for value in [*named, part.get("const")]:
+                if isinstance(value, str):
+                    yield value.strip().casefold()
+            below = [part.get("items"), part.get("additionalProperties"), *part.get("prefixItems", ())]
+            for child in [*below, *part.get("properties", {}).values()]:
+                yield from self._choices(child, seen)
+
+    def why_invalid(self, answer: str) -> str | None:
+        """A short reason why ``answer`` does not adhere to the schema; None if it does."""
+        try:
+            value = nfc(parse_strict(answer))
+        except ValueError as error:
+            return f"not JSON: {error}"
+        return self._violation(value)
+
+    def _violation(self, value: Any) -> str | None:
+        from jsonschema.exceptions import best_match
+        from referencing.exceptions import Unresolvable
+
+        try:
+            errors = list(self._validator.iter_errors(value))
+        except SlowPattern as slow:
+            return f"wrong value: {slow}"
+        except (RecursionError, OverflowError, Unresolvable):
+            return "wrong value: nested too deeply or too large to check"
+        if not errors:
+            return None
+        rank = {"required": 0, "additionalProperties": 1, "unevaluatedProperties": 1}
+        first = min(errors, key=lambda e: (len(e.absolute_path), rank.get(str(e.validator), 2)))
+        return self._reason(best_match([first]) or first)
+
+    def _reason(self, error: Any) -> str:
+        place = ".".join(str(part) for part in error.absolute_path)
+        inside = f" in {place}" if place else ""
+        if error.validator == "required" and isinstance(error.instance, dict):
+            missing = [key for key in error.validator_value if key not in error.instance]
+            return f"missing key {brief(', '.join(missing))}{inside}"
+        if error.validator == "additionalProperties" and isinstance(error.instance, dict):
+            extra = self._checked.extra_keys(error.instance, error.schema)
+            if error.validator_value is False and extra:
+                return f"extra key {brief(', '.join(extra))}{inside}"
+        shown = brief(error.instance)
+        if error.validator == "enum":
+            why = f"not one of {brief(', '.join(brief(v) for v in error.validator_value), 80)}"
+        elif error.validator == "type":
+            kinds = error.validator_value
+            why = f"not of type {kinds if isinstance(kinds, str) else ' or '.join(kinds)}"
+        else:
+            why = f"breaks {error.validator} {brief(error.validator_value)}"
+        return f"wrong value for {place or 'the whole answer'}: {shown} ({why})"
+
+    def is_task_format(self, answer: str) -> bool:
+        """The answer is a JSON object with at least half of the schema's keys.
+
+        For a schema without keys: a JSON object, or a JSON list where the schema asks for one.
+        """
+        try:
+            value = nfc(parse_strict(answer))
+        except ValueError:
+            return False
+        if self.keys:
+            return isinstance(value, dict) and 2 * sum(key in value for key in self.keys) >= len(self.keys)
+        return isinstance(value, dict) or (isinstance(value, list) and self._validator.is_type(value, "array"))
+
+    def score(self, answers: Sequence[str], references: Sequence[str]) -> dict[str, Metric]:
+        """Metrics by name, each over the same n rows. Field metrics are there if a reference is JSON.
+
+        Raises:
+            TellError: the lengths differ, or there is no row.
+        """
+        check_pairs(answers, references)
+        values = [_parse_or_missing(answer) for answer in answers]
+        parsed = [value is not _MISSING for value in values]
+        adheres = [ok and self._violation(value) is None for ok, value in zip(parsed, values, strict=True)]
+        metrics = {
+            "schema_adherence": mean_metric(adheres, binary=True),
+            "valid_json": mean_metric(parsed, binary=True),
+        }
+        wanted = [_parse_or_missing(text) for text in references]
+        gold = [_fields(value) for value in wanted]
+        given = [
+            _fields(got) if isinstance(got, dict) == isinstance(want, dict) else {}
+            for got, want in zip(values, wanted, strict=True)
+        ]
+        counted = self.counted_fields(references)
+        if not counted:
+            return metrics
+        equal = np.full((len(answers), len(counted)), np.nan)
+        for column, (field, choices) in enumerate(counted.items()):
+            for i, (want, got) in enumerate(zip(gold, given, strict=True)):
+                if field in want:
+                    equal[i, column] = _normal(want[field], choices) == _normal(got.get(field, _MISSING), choices)
+        asked = (~np.isnan(equal)).sum(axis=1)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            share = np.nansum(equal, axis=1) / asked  # 0 / 0 is NaN: no counted field in this reference
+        metrics["field_accuracy"] = mean_metric(share)
+        metrics["exact_match"] = mean_metric(np.where(asked > 0, share == 1, np.nan), binary=True)
+        for column, field in enumerate(counted):
+            metrics[f"field:{field}"] = mean_metric(equal[:, column], binary=True)
+        return metrics
+
+    def counted_fields(self, references: Sequence[str]) -> dict[str, frozenset[str]]:
+        """The fields of the references that are compared, each with its enumerated strings (no case).
+
+        They come in the schema's order, then as the references bring them. A reference that is JSON
+        but no object is one field, ``answer``.
+        """
+        gold = [_fields(_parse_or_missing(text)) for text in references]
+        specs: dict[str, list[Any]] = {}
+        for key, spec in self._properties(self.schema):
+            specs.setdefault(key, []).append(spec)
+        counted = {}
+        for field in dict.fromkeys([*specs, *(key for row in gold for key in row)]):
+            choices = frozenset(c for spec in specs.get(field, []) for c in self._choices(spec, set()))
+            present = [row[field] for row in gold if field in row]
+            if present and not _free_text(present, choices):
+                counted[field] = choices
+        return counted
+
+
+def _parse_or_missing(text: str) -> Any:
+    try:
+        return nfc(parse_strict(text))
+    except ValueError:
+        return _MISSING
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    if isinstance(value, dict):
+        return value
+    return {} if value is _MISSING else {"answer": value}
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value.strip()
+    elif isinstance(value, (list, dict)):
+        for item in items(value):
+            yield from _strings(item)
+
+
+def _free_text(values: Sequence[Any], choices: frozenset[str]) -> bool:
+    """Long and varied strings have no single right wording, so equality would say nothing."""
+    texts = [text for value in values for text in _strings(value) if text and text.casefold() not in choices]
+    if not texts:
+        return False
+    words = statistics.median(len(_WORD.findall(text)) for text in texts)
+    return words > _LONG_WORDS and len(set(texts)) > _VARIED * len(texts)
+
+
+def _normal(value: Any, choices: frozenset[str]) -> tuple:
+    """A hashable form that is equal for equal values; the tag keeps true apart from 1."""
+    if value is _MISSING or value is None:
+        return _MISSING if value is _MISSING else ("null",)
+    if isinstance(value, bool):
+        return ("boolean", value)
+    if isinstance(value, (int, float)):
+        return ("number", value)
+    if isinstance(value, str):
+        text = value.strip()
+        return ("string", text.casefold() if text.casefold() in choices else text)
+    if isinstance(value, dict):
+        return ("object", frozenset((key, _normal(item, choices)) for key, item in value.items()))
+    items = [_normal(item, choices) for item in value]
+    if any(isinstance(item, (list, dict)) for item in value):
+        return ("list", tuple(items))
+    return ("list", frozenset(Counter(items).items()))

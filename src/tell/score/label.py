@@ -1,0 +1,97 @@
+"""Scores answers that must be one of a few labels."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from tell.errors import TellError
+from tell.score.means import check_pairs, mean_metric
+from tell.score.scored import Metric
+
+_TRAILING = " \t\r\n.,;:!?…。、，；：！？"
+
+
+class LabelScorer:
+    """Accuracy and macro-F1 over known labels.
+
+    Answers and labels are compared without surrounding whitespace, case and trailing punctuation
+    (which counts only where two labels differ by nothing else). Metrics, all in [0, 1]:
+        accuracy: the answer is the reference's label. Binary.
+        macro_f1: unweighted mean of F1 over the known labels that occur in references or answers, as
+            scikit-learn's ``f1_score(average="macro", labels=known, zero_division=nan)``; an answer
+            outside the labels is a miss for the reference's label and a false alarm for none.
+        valid_label: the answer is one of the labels. Binary.
+
+    Raises:
+        TellError: no label is left after normalisation.
+    """
+
+    name = "label"
+    primary = "accuracy"
+
+    def __init__(self, labels: Sequence[str]) -> None:
+        exact = dict.fromkeys(folded for label in labels if (folded := _fold(label)))
+        if not exact:
+            raise TellError("no label is given", where="labels", remedy="Name at least one label.")
+        self._exact = {folded: i for i, folded in enumerate(exact)}
+        bare = Counter(folded.rstrip(_TRAILING) for folded in exact)
+        self._bare = {
+            stripped: i for folded, i in self._exact.items() if bare[stripped := folded.rstrip(_TRAILING)] == 1
+        }
+        self.labels = tuple(exact)
+
+    def index(self, text: str) -> int:
+        """Place of the label that ``text`` is, or ``len(labels)`` for any other text."""
+        folded = _fold(text)
+        if folded in self._exact:
+            return self._exact[folded]
+        stripped = folded.rstrip(_TRAILING)
+        return self._bare.get(stripped, len(self.labels)) if stripped else len(self.labels)
+
+    def is_task_format(self, answer: str) -> bool:
+        """The answer is one of the labels."""
+        return self.index(answer) < len(self.labels)
+
+    def score(self, answers: Sequence[str], references: Sequence[str]) -> dict[str, Metric]:
+        """Metrics by name, each over the same n rows.
+
+        A reference outside the labels is matched by an answer with the same text after normalisation.
+
+        Raises:
+            TellError: the lengths differ, or there is no row.
+        """
+        check_pairs(answers, references)
+        other = len(self.labels)
+        given = np.array([self.index(text) for text in answers])
+        gold = np.array([self.index(text) for text in references])
+        same_text = [
+            _fold(a).rstrip(_TRAILING) == _fold(r).rstrip(_TRAILING) for a, r in zip(answers, references, strict=True)
+        ]
+        right = np.where(gold == other, (given == other) & np.array(same_text), given == gold)
+        return {
+            "accuracy": mean_metric(right, binary=True),
+            "macro_f1": Metric(self._counts(given, gold), _macro_f1, np.full(len(answers), np.nan)),
+            "valid_label": mean_metric(given < other, binary=True),
+        }
+
+    def _counts(self, given: np.ndarray, gold: np.ndarray) -> np.ndarray:
+        """(n, 3 L): the confusion matrix's diagonal, row sums and column sums, all that F1 needs."""
+        known = np.arange(len(self.labels))
+        is_given, is_gold = given[:, None] == known, gold[:, None] == known
+        return np.concatenate([is_given & is_gold, is_given, is_gold], axis=1).astype(np.float64)
+
+
+def _fold(text: str) -> str:
+    return unicodedata.normalize("NFC", text).strip().casefold()
+
+
+def _macro_f1(sums: np.ndarray) -> np.ndarray:
+    true_positives, given, gold = np.split(sums, 3, axis=-1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        f1 = 2 * true_positives / (given + gold)  # NaN for a label that neither side names
+        occurs = given + gold > 0
+        return np.where(occurs, f1, 0.0).sum(axis=-1) / occurs.sum(axis=-1)

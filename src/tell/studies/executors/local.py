@@ -1,0 +1,31 @@
+"""Cells one after the other in this process, with one base model in memory for all of them."""
+
+from __future__ import annotations
+
+from tell.studies.executors.run_cell import run_cell
+from tell.studies.queue import Queue
+
+
+class LocalExecutor:
+    """Runs every cell here. Two processes with the same root share the work: a cell has a lock."""
+
+    def run(self, queue: Queue) -> None:
+        """Run what the queue hands out, until it is empty.
+
+        Raises:
+            Interrupted: SIGINT or SIGTERM; the cell it was at can be resumed.
+        """
+        from tell.verbs.open_run import keep_model
+
+        with keep_model() as kept:
+            while (cell := queue.take()) is not None:
+                outcome = run_cell(
+                    queue.root.cell(cell.name),
+                    cell.config,
+                    separate=cell.separate,
+                    keep_adapters=queue.keep_adapters,
+                    display=queue.display_for(cell),
+                )
+                queue.finish(cell, outcome)
+                if outcome.error:
+                    kept.drop()  # a run that broke off may have left the model changed

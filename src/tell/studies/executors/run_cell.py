@@ -1,0 +1,112 @@
+"""One cell run to its end, wherever that is."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from tell.config import Config
+from tell.errors import Interrupted
+from tell.folder import RunFolder, write_text
+from tell.progress import Advance, Display
+from tell.studies.separation_cells import run_separation
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a cell ended.
+
+    Attributes:
+        error: one line, None where it is finished.
+        trace: the traceback of an error that is no `TellError`.
+        host: where it ran.
+    """
+
+    error: str | None = None
+    trace: str | None = None
+    host: str = ""
+
+
+def run_cell(
+    folder: RunFolder,
+    config: Config,
+    *,
+    separate: Mapping[str, Any] | None = None,
+    keep_adapters: bool,
+    display: Display,
+) -> Outcome:
+    """Run a cell, or go on with it where it was killed; what it raises is its outcome.
+
+    Args:
+        folder: its run folder; the caller holds its lock.
+        config: what its name was made of.
+        separate: options of a cell that compares hidden states.
+        keep_adapters: leave adapters and checkpoints there when it is finished.
+
+    Raises:
+        Interrupted: SIGINT or SIGTERM; it can be resumed.
+    """
+    from tell.run.tune import tune
+
+    host = platform.node()
+    try:
+        if separate is not None:
+            run_separation(folder, config, separate, display)
+            return Outcome(host=host)
+        resume = _prepare(folder, config)
+        tune(config.model_copy(update={"out": str(folder.root)}), resume=resume, display=display, command="tell study")
+    except Interrupted:
+        raise
+    except Exception as error:  # whatever it is, the other cells go on
+        known = type(error).__module__.startswith("tell.")
+        text = str(error) if known else f"{type(error).__name__}: {error}"
+        trace = None if known else traceback.format_exc()
+        return Outcome(" ".join(text.split()) or type(error).__name__, trace, host)
+    if not keep_adapters:
+        prune(folder)
+    return Outcome(host=host)
+
+
+def _prepare(folder: RunFolder, config: Config) -> bool:
+    """Whether there is a run to resume; a killed one that had not even begun is removed."""
+    if not folder.root.exists():
+        return False
+    if not (folder.config.exists() and folder.status.exists()):
+        shutil.rmtree(folder.root)
+        return False
+    # Its name says that it is the same run; its files may lie elsewhere by now.
+    write_text(folder.config, config.model_copy(update={"out": str(folder.root)}).to_yaml())
+    return True
+
+
+def prune(folder: RunFolder) -> None:
+    """Delete adapters and checkpoints, which are most of a finished cell's size."""
+    for path in (folder.adapter, folder.arms):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+class InnerDisplay:
+    """Shows a cell's bars as the last words of the study's bar."""
+
+    def __init__(self, advance: Advance, label: str) -> None:
+        self.advance, self.label = advance, label
+
+    def note(self, text: str) -> None:
+        pass  # it stands in the cell's own findings
+
+    @contextmanager
+    def bar(self, title: str, total: float | None, unit: str = "rows") -> Iterator[Any]:
+        done = 0.0
+
+        def advance(amount: float = 1, info: str = "", left: float | None = None) -> None:
+            nonlocal done
+            done += amount
+            share = f" {min(1.0, done / total):.0%}" if total else ""
+            self.advance(0, f"{self.label}: {title}{share}{', ' if info else ''}{info}")
+
+        yield advance

@@ -1,0 +1,159 @@
+"""Everything a study's folder says: tables, figures, fits and one self-contained page, from whatever is finished."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from tell.folder import write_json, write_text
+from tell.report.glossary import ARMS, arm_order
+from tell.report.page import fill
+from tell.studies.labels import arm_name, canonical, metric_term
+from tell.studies.page.study_sections import (
+    Picture,
+    Section,
+    efficiency_blocks,
+    figures_blocks,
+    fits_blocks,
+    flips_blocks,
+    fronts_blocks,
+    separation_blocks,
+    tables_blocks,
+)
+from tell.studies.results import Study, read_results
+from tell.studies.separation_cells import WORDS as CONTRAST_WORDS
+from tell.studies.stats.analyses import analyse
+from tell.studies.stats.comparable_seeds import seed_sets, seeds_name
+from tell.studies.stats.results_table import gaps, lines, to_csv, to_markdown
+from tell.studies.stats.seed_means import Bootstrap
+from tell.studies.stats.shared_rows import CHANGE
+
+WORDS = (
+    (
+        "interval",
+        "Where the value would lie in 95 of 100 repetitions with other seeds and other test rows of the same kind, by "
+        "a bootstrap over both. A seed decides the training rows, their order, the test rows and the decoding. Three "
+        "seeds show little of how much seeds differ: take intervals over seeds as too narrow rather than too wide.",
+    ),
+    ("difference", "TELL minus the other arm, paired by seed and test row; shares in percentage points."),
+    (
+        "held-out error",
+        "How far a shape fitted to all other amounts misses the mean at one left out; root mean square over the "
+        "amounts. Its interval covers seeds and test rows, not the choice of amounts.",
+    ),
+    (
+        "takes off",
+        "Where the tangent at the steepest point of the fitted S-curve leaves its floor (the end of the lag phase; "
+        "Zwietering et al. 1990).",
+    ),
+    ("front", "The points that no other equals or beats in both gain and cost."),
+    (
+        "FLOPs",
+        "Floating-point operations of training as counted (LoRA needs no gradients of the base's weights); as 6 N D, "
+        "the paper's count (A.1); and those of answering the test rows.",
+    ),
+)
+
+
+def write_study(folder: str | Path) -> Path:
+    """Write everything a study says, each file whole or not at all: ``table.csv``, ``table.md``, ``fits.json``,
+    ``efficiency.json``, ``flips.json``, ``pareto.json``, ``figures/`` and ``index.html``.
+
+    Cells that are not finished are left out and counted on the page, so a study can be read while it runs.
+
+    Returns:
+        The page.
+
+    Raises:
+        TellError: no ``study.json``, a folder that cannot be written, or matplotlib or scipy missing.
+    """
+    folder = Path(folder)
+    study = read_results(folder)
+    bootstrap = Bootstrap(study)
+    table, differences = lines(study, bootstrap), gaps(study, bootstrap)
+    write_text(folder / "table.csv", to_csv(study, table))
+    write_text(folder / "table.md", to_markdown(study, table, differences))
+    found = analyse(study, bootstrap)
+    for name in ("fits", "efficiency", "flips", "pareto"):
+        write_json(folder / f"{name}.json", getattr(found, name))
+    sections = [
+        Section("figures", "Figures", list(figures_blocks(study, bootstrap, found))),
+        Section("separation", "Hidden states", list(separation_blocks(study))),
+        Section("shape", "Shape of the curves", list(fits_blocks(found))),
+        Section("efficiency", "Amounts for the same score", list(efficiency_blocks(found))),
+        Section("front", "Gain against cost", list(fronts_blocks(study, bootstrap, found))),
+        Section("rows", "Row by row", list(flips_blocks(found))),
+        Section("scores", "Scores, and what they cost", list(tables_blocks(study, table, differences))),
+    ]
+    drawn = {block.name for section in sections for block in section.blocks if isinstance(block, Picture)}
+    for path in (folder / "figures").glob("f*.*"):
+        if path.stem not in drawn:  # of an earlier recipe
+            path.unlink(missing_ok=True)
+    write_text(folder / "index.html", _page(study, [s for s in sections if s.blocks]))
+    return folder / "index.html"
+
+
+def _page(study: Study, sections: Sequence[Section]) -> str:
+    arms = arm_order([row["arm"] for row in study.rows])
+    metrics = [metric_term(m) for m in study.metrics()]
+    return fill(
+        "study.html.j2",
+        title=study.title,
+        claim=study.claim,
+        notices=notices(study),
+        failed=sorted(study.failed.items()),
+        facts=[
+            ("Cells", f"{study.states['done']} of {study.states.total()} finished"),
+            ("Seeds", ", ".join(str(s) for s in sorted({row["seed"] for row in study.rows}))),
+            ("Begun", study.created),
+        ],
+        sections=sections,
+        words=[
+            *((t.label, t.definition) for t in metrics),
+            *((a, f"{arm_name(a)}. {ARMS[a][1]}") for a in arms if a in ARMS),
+            *((a, CONTRAST_WORDS[a]) for a in arms if a in CONTRAST_WORDS),
+            *WORDS,
+        ],
+        recipe=yaml.safe_dump(study.recipe, sort_keys=False, allow_unicode=True),
+    )
+
+
+def unknown_metrics(study: Study) -> list[str]:
+    """Metrics that the recipe names and no finished cell has; none while nothing is finished."""
+    parts = {key: study.recipe.get(key) or () for key in ("figures", "fits", "efficiency", "pareto", "metrics")}
+    named = [f["value"] if f.get("kind") == "map" else f["y"] for f in parts["figures"]]
+    named += [part["y"] for part in (*parts["fits"], *parts["efficiency"])]
+    named += [part[key] for part in parts["pareto"] for key in ("gain", "cost")]
+    named += [name for name in parts["metrics"] if name != "benchmarks"]
+    known = study.known()
+    return [name for name in dict.fromkeys(named) if known and canonical(name) not in known]
+
+
+def notices(study: Study) -> list[str]:
+    """What has no numbers yet, and what one seed leaves open, in sentences."""
+    parts = [f"{count} {state}" for state, count in study.missing.items()]
+    found = [f"Not complete. Of {len(study.rows)} rows of the study, {', '.join(parts)}."] if parts else []
+    sets = seed_sets(study)
+    if len(sets) > 1:
+        found.append(
+            f"Points and arms have different seeds ({'; '.join(map(seeds_name, sets))}). Of one seed, an interval "
+            "covers the choice of test rows alone. Fits, factors, fronts and differences compare what has the same "
+            "seeds."
+        )
+    if unknown := unknown_metrics(study):
+        known = ", ".join(name for name in sorted(study.known()) if CHANGE not in name)
+        found.append(f"The recipe asks for {', '.join(unknown)}, which no finished cell has. They have {known}.")
+    if len(study.machines) > 1:
+        counts = [f"{count} in {name}" for name, count in study.machines.most_common()]
+        found.append(f"Rows were measured on different devices or in different number formats: {', '.join(counts)}.")
+    for name, weights in study.weights.items():
+        if len(weights) > 1:
+            counts = [f"{count} with {fingerprint}" for fingerprint, count in weights.most_common()]
+            found.append(f"Rows of {name} were measured with different weights or templates: {', '.join(counts)}.")
+    if len(study.seeds) == 1:
+        found.append(
+            "One seed alone: intervals cover the choice of test rows, not of training rows, order or decoding."
+        )
+    return found

@@ -1,0 +1,381 @@
+"""The recipe of a study: a YAML file that says which runs to make and what to draw of them. Imports no torch.
+
+    title: "Figure 11: schema adherence over general tokens"
+    claim: "S-curve: 1 % untuned to 39.54 %"
+    build:                                  # data sets made once, by content
+      halu: {dataset: halu-cot-json, source: "${data}/halu_cot_json/halueval_general.jsonl.gz"}
+    config:                                 # keys of a run, as in run.yaml
+      task: {data: "${halu}/train.jsonl", test: "${halu}/test.jsonl", schema: "${halu}/schema.json"}
+      general: {source: "${data}/general/alpaca_en.jsonl.gz"}
+    grid:                                   # one product of values, or a list of them
+      - {task.rows: [15, 115], general.tokens: [0, 3e4, 1e5]}
+      - {task.rows: [15], general.tokens: [3e5], arms: [tell], seeds: [42]}    # fewer arms or seeds where runs are dear
+    arms: [base, sft, sft-matched, tell]
+    figures: [{x: general.tokens, y: schema_adherence, panels: task.rows}]
+
+``${name}`` stands for a variable (``--data DIR`` is ``${data}``, ``--var name=value``), for the folder of a data set
+under ``build``, or, as ``${recipe}``, for the folder of the recipe itself.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+
+from tell.config import Arm, Section, check_keys, nearest, override, parse_overrides, read_yaml
+from tell.errors import TellError
+from tell.files import expanded
+from tell.studies.nested import VARIABLE, dig, leaves, nest
+from tell.studies.recipe_checks import (
+    OF_A_PRODUCT,
+    check_arms,
+    check_axes,
+    check_build,
+    check_grid,
+    check_run_keys,
+    check_set,
+    check_size,
+)
+
+
+class Figure(Section):
+    """A curve for each value of ``lines``, or a map of one arm; a panel for each value of ``panels``."""
+
+    kind: Literal["curves", "map"] = Field("curves", description="curves of y over x, or a field of x and y for value")
+    x: str = Field(description="a key of the grid")
+    y: str = Field(description="a metric; of a map, another key of the grid")
+    lines: str = Field("arm", description="arm, or a key of the grid")
+    panels: str | None = Field(None, description="a key of the grid; a map has a panel for every other key as it is")
+    value: str | None = Field(None, description="of a map: the metric")
+    arm: Arm = Field("tell", description="of a map: whose scores")
+
+    @model_validator(mode="after")
+    def _map_of_something(self) -> Figure:
+        if self.kind == "map" and self.value is None:
+            raise ValueError("a map needs value, the metric it shows")
+        return self
+
+
+class Fit(Section):
+    """A curve fitted to one arm's scores, one for each value of the grid's other keys."""
+
+    x: str = Field(description="a key of the grid")
+    y: str = Field(description="a metric")
+    arm: Arm = Field("tell", description="whose scores")
+
+
+class Efficiency(Section):
+    """How much of ``x`` each arm needs for the same score."""
+
+    x: str = Field(description="a key of the grid")
+    y: str = Field(description="a metric")
+    arms: tuple[Arm, ...] = Field(
+        ("sft", "sft-matched", "tell"), description="compared with tell, or else with the last of them"
+    )
+
+
+class Pareto(Section):
+    """Gain against cost of every cell, and the cells that no other beats in both."""
+
+    gain: str = Field(description="a metric, higher is better")
+    cost: str = Field(description="a metric, or `<set> loss` of forgetting, lower is better")
+
+
+class Separate(Section):
+    """Hidden states of task and general queries compared at each point, without and with the anchor; trains nothing."""
+
+    layer: str = Field("middle", description="middle, or a number (0: the embeddings)")
+    queries: int = Field(50, ge=5, description="rows of each group, fewer where there are fewer")
+    state: Literal["last", "mean"] = Field("last", description="of the prompt's last token, or the mean over it")
+    match_length: bool = Field(False, description="general queries of the task queries' lengths")
+
+    @field_validator("layer", mode="before")
+    @classmethod
+    def _one_layer(cls, value: Any) -> Any:
+        if str(value) != "middle" and not str(value).isdigit():
+            raise ValueError("is neither middle nor a number")
+        return str(value)
+
+
+class Resources(Section):
+    """What one cell needs of a cluster (``--executor ray``)."""
+
+    cpus: float | None = Field(None, gt=0, description="processor cores; none: all of one machine's")
+    gpus: float = Field(0, ge=0, description="GPUs")
+    memory: float | None = Field(None, gt=0, description="bytes, reserved and not enforced")
+
+
+PARTS: dict[str, type[BaseModel]] = {  # of a recipe, that have keys of their own
+    "figures": Figure,
+    "fits": Fit,
+    "efficiency": Efficiency,
+    "pareto": Pareto,
+    "separate": Separate,
+    "resources": Resources,
+}
+
+
+class Recipe(Section):
+    """Everything a study depends on; saved as ``recipe.yaml`` in its folder."""
+
+    title: str = Field("", description="heading of its page")
+    claim: str = Field("", description="what the paper says")
+    variables: dict[str, str] = Field(default_factory=dict, description="values of `${name}`; `--var` goes over them")
+    build: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="name -> {dataset: as in `tell build`, source: ..., options of that builder}"
+    )
+    config: dict[str, Any] = Field(default_factory=dict, description="keys of every run, nested as in run.yaml")
+    grid: tuple[dict[str, list[Any]], ...] = Field(
+        ({},),
+        description="dotted key of a run -> its values: their product; or a list of such products, "
+        "each with `arms` and `seeds` of its own where it is not run with all",
+    )
+    arms: tuple[Arm, ...] = Field(("base", "sft", "sft-matched", "tell"), description="arms of each point")
+    separate: Separate | None = Field(
+        None, description="compare hidden states at each point; with `arms: []` nothing else is run"
+    )
+    seeds: tuple[int, ...] = Field((42, 43, 44), min_length=1, description="seeds of each point")
+    metrics: tuple[str, ...] = Field((), description="metrics to tabulate; none: the task's primary one")
+    figures: tuple[Figure, ...] = ()
+    fits: tuple[Fit, ...] = ()
+    efficiency: tuple[Efficiency, ...] = ()
+    pareto: tuple[Pareto, ...] = ()
+    resources: Resources = Field(default_factory=Resources)
+    keep_adapters: bool = Field(False, description="keep the adapters of finished cells")
+
+    @field_validator("grid", mode="before")
+    @classmethod
+    def _one_product(cls, value: Any) -> Any:
+        return [value] if isinstance(value, Mapping) else value
+
+    @model_validator(mode="after")
+    def _something_to_run(self) -> Recipe:
+        if not self.arms and self.separate is None:
+            raise ValueError("arms is empty, and nothing is to be separated")
+        return self
+
+    @field_validator("arms", "seeds", mode="after")
+    @classmethod
+    def _without_repeats(cls, value: tuple) -> tuple:
+        return tuple(dict.fromkeys(value))
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def load_recipe(
+    path: str | Path,
+    *,
+    data: str | Path | None = None,
+    variables: Mapping[str, str] | None = None,
+    overrides: Iterable[str] = (),
+    seeds: Sequence[int] | None = None,
+) -> Recipe:
+    """Read a recipe and put in what was given beside it.
+
+    Args:
+        data: folder that ``${data}`` stands for.
+        variables: values of other variables; they go over the recipe's own.
+        overrides: ``a.b=c`` over keys of every run; a key of the grid keeps this value alone.
+        seeds: other seeds than the recipe's.
+
+    Returns:
+        The recipe, its ``variables`` complete.
+
+    Raises:
+        TellError: an unknown key (with the nearest name), a wrong value, a variable that is missing or not used.
+    """
+    path = Path(path)
+    recipe = make_recipe(read_yaml(path, "tell study"), where=str(path))
+    # Here and not with the other checks: seeds given beside the recipe may leave products of its grid out.
+    check_axes(_axes(recipe), recipe.grid, str(path))
+    check_arms(_arms(recipe), recipe.arms, str(path))
+    if data is not None and not expanded(data).is_dir():
+        raise TellError("no such folder", where=f"--data {data}", remedy="Give the folder that holds the data.")
+    given = dict(variables or {})
+    if data is not None:
+        given["data"] = str(expanded(data).resolve())
+    every, used = used_variables(recipe), used_variables(recipe, given)
+    for name in given:
+        if name != "data" and name not in every:
+            raise TellError(
+                f"the recipe has no ${{{name}}}{nearest(name, every)}",
+                where=f"--var {name}",
+                remedy="Leave it out, or mend its name.",
+            )
+    for name in recipe.build:
+        if name in given or name in recipe.variables:
+            raise TellError(
+                f"{name} is a variable and a data set under build",
+                where=f"--var {name}" if name in given else f"{path}: variables.{name}",
+                remedy="Rename the variable, or name its folder where ${" + name + "} stands instead of building it.",
+            )
+    known = {"recipe": str(path.parent.resolve()), **given}
+    values = _filled(recipe.variables, known, recipe.build, where=str(path))
+    for name, place in used.items():
+        if name not in values and name not in recipe.build:
+            flag = "--data DIR" if name == "data" else f"--var {name}=VALUE"
+            hint = nearest(name, [*values, *recipe.build])
+            raise TellError(f"${{{name}}} in {place} is not given{hint}", where=str(path), remedy=f"Add {flag}.")
+    filled = {name: value for name, value in values.items() if name in used}
+    update: dict[str, Any] = {"variables": filled, **_overridden(recipe, overrides)}
+    if seeds is not None:
+        update |= {"seeds": tuple(seeds), "grid": _with_seeds(update["grid"], seeds, where=str(path))}
+    return make_recipe({**recipe.model_dump(), **update}, where=str(path))
+
+
+def make_recipe(data: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
+    """Validate a recipe's keys, those of its runs and of its grid among them.
+
+    Raises:
+        TellError: an unknown key (with the nearest name) or a wrong value.
+    """
+    remedy = f"The keys of a recipe are {', '.join(Recipe.model_fields)}."
+    check_keys(data, Recipe, where, remedy=remedy)
+    for key, kind in PARTS.items():
+        given, known = data.get(key), f"Its keys are {', '.join(kind.model_fields)}."
+        items = (
+            {f"{key}[{i}].": item for i, item in enumerate(given)}
+            if isinstance(given, list | tuple)
+            else {f"{key}.": given}
+        )
+        for place, item in items.items():
+            if isinstance(item, Mapping):
+                check_keys(item, kind, where, place, known)
+    try:
+        recipe = Recipe.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = first["loc"]
+        if place[:1] == ("grid",) and not isinstance(data.get("grid"), list | tuple):
+            place = ("grid", *place[2:])  # it was written as one product
+        key = ".".join(str(part) for part in place)
+        shown = "" if isinstance(first.get("input"), dict) else f" (got {first.get('input')!r})"
+        text = first["msg"].removeprefix("Value error, ").replace("tuple", "list").replace("Tuple", "List")
+        if first["type"] == "literal_error":
+            text += nearest(str(first.get("input")), re.findall(r"'([^']+)'", first["ctx"]["expected"]))
+        what = f"{key}: {text}{shown}" if key else text
+        raise TellError(what, where=where, remedy=f"Change {key}." if key else "Add one or the other.") from error
+    check_run_keys(recipe.config, where, "config")
+    known = {"arms": recipe.arms, "seeds": recipe.seeds}
+    check_size(recipe.grid, known, where)
+    check_grid(recipe.grid, known, where)
+    check_build(recipe.build, where)
+    return recipe
+
+
+def _axes(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Every place that names a key of the grid, with that key."""
+    for i, figure in enumerate(recipe.figures):
+        keys = {"x": figure.x, "panels": figure.panels, "y": figure.y if figure.kind == "map" else None}
+        keys["lines"] = figure.lines if figure.lines != "arm" else None
+        yield from ((f"figures[{i}].{name}", key) for name, key in keys.items() if key is not None)
+    for name in ("fits", "efficiency"):
+        yield from ((f"{name}[{i}].x", asked.x) for i, asked in enumerate(getattr(recipe, name)))
+
+
+def _arms(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Every place that names an arm, with that arm; not those of ``efficiency`` that nobody wrote."""
+    yield from ((f"figures[{i}].arm", f.arm) for i, f in enumerate(recipe.figures) if f.kind == "map")
+    yield from ((f"fits[{i}].arm", fit.arm) for i, fit in enumerate(recipe.fits))
+    for i, asked in enumerate(recipe.efficiency):
+        if "arms" in asked.model_fields_set:
+            yield from ((f"efficiency[{i}].arms", arm) for arm in asked.arms)
+
+
+def _overridden(recipe: Recipe, overrides: Iterable[str]) -> dict[str, Any]:
+    """``config`` and ``grid`` of the recipe under ``a.b=c`` texts."""
+    config: Mapping[str, Any] = recipe.config
+    grid = [dict(product) for product in recipe.grid]
+    for text in overrides:
+        nested = parse_overrides([text])
+        check_set(nested, recipe.grid)
+        for product in grid:
+            for key in product.keys() - OF_A_PRODUCT:
+                with suppress(KeyError, TypeError):  # a key that the text does not set
+                    given = dig(nested, key)
+                    sections = isinstance(given, Mapping)  # set in part: what else they hold stays
+                    olds = product[key] if sections else [given]
+                    product[key] = [dig(override(nest(key, old), nested), key) for old in olds]
+        config = override(config, nested)
+    return {"config": config, "grid": grid}
+
+
+def _with_seeds(grid: Iterable[Mapping[str, Any]], seeds: Sequence[int], *, where: str) -> list[dict[str, Any]]:
+    """The products that are run with one of the seeds."""
+    kept = []
+    for product in grid:
+        own = [seed for seed in product.get("seeds", seeds) if seed in seeds]
+        if own:
+            kept.append({**product, "seeds": own} if "seeds" in product else dict(product))
+    if not kept:
+        raise TellError(
+            f"nothing in the grid is run with seed {', '.join(map(str, seeds))}",
+            where=where,
+            remedy="Its products have seeds of their own: give one of those, or take them out.",
+        )
+    return kept
+
+
+def used_variables(recipe: Recipe, given: Iterable[str] = ()) -> dict[str, str]:
+    """Variables by name, with the first key that holds each, which may be a variable that is not ``given``."""
+    found: dict[str, str] = {}
+    parts = {"build": recipe.build, "config": recipe.config, "grid": list(recipe.grid)}
+    texts = list(leaves(parts))
+    while texts:
+        key, value = texts.pop(0)
+        for name in VARIABLE.findall(value) if isinstance(value, str) else ():
+            if name not in found and name in recipe.variables and name not in given:
+                texts.append((f"variables.{name}", recipe.variables[name]))
+            found.setdefault(name, key)
+    return found
+
+
+def _filled(
+    variables: Mapping[str, str], given: Mapping[str, str], built: Collection[str], *, where: str
+) -> dict[str, str]:
+    """All values, those of variables within variables put in; what is not given at all stays as it is.
+
+    Args:
+        built: data sets that the recipe builds, whose folders are not known yet.
+
+    Raises:
+        TellError: a variable holds itself, or a data set.
+    """
+    values = dict(given)
+
+    def value(name: str, above: tuple[str, ...] = ()) -> str:
+        if name in above:
+            raise TellError(f"variables.{name} holds itself", where=where, remedy="Mend the name in it.")
+        if name in built and above:
+            what = f"variables.{above[-1]} holds ${{{name}}}, which is built later"
+            raise TellError(what, where=where, remedy=f"Write ${{{name}}} where ${{{above[-1]}}} stands.")
+        if name not in values and name in variables:
+            values[name] = VARIABLE.sub(lambda match: value(match[1], (*above, name)), variables[name])
+        return values.get(name, f"${{{name}}}")
+
+    for name in variables:
+        value(name)
+    return values
+
+
+def points(recipe: Recipe, seed: int) -> list[tuple[dict[str, Any], tuple[str, ...]]]:
+    """The points that are run with a seed, as written, each once, with its arms: the union of the grid's products."""
+    found: dict[str, tuple[dict[str, Any], set[str]]] = {}
+    for product in recipe.grid:
+        if seed not in product.get("seeds", recipe.seeds):
+            continue
+        keys = [key for key in product if key not in OF_A_PRODUCT]
+        for values in itertools.product(*(product[key] for key in keys)):
+            point = dict(zip(keys, values, strict=True))
+            arms = found.setdefault(json.dumps(point, sort_keys=True), (point, set()))[1]
+            arms.update(product.get("arms", recipe.arms))
+    return [(point, tuple(arm for arm in recipe.arms if arm in arms)) for point, arms in found.values()]

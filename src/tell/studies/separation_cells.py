@@ -1,0 +1,86 @@
+"""Cells that train nothing: hidden states of task and general queries compared at a point (figures 3 and 4)."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tell.anchor.separation import CONTRASTS
+from tell.config import Config
+from tell.folder import RunFolder, write_json, write_text
+from tell.progress import Display
+
+if TYPE_CHECKING:
+    from tell.studies.results import Study
+
+SEPARATION_FORMAT = 2  # raise when the same keys give other numbers
+SEPARATE = "separate"  # stands where a cell's arm does
+ADDED = "added by the anchor"
+WORDS = {
+    "without anchor": "Task queries against general queries, none with the anchor.",
+    "with anchor": "Task queries with the anchor against general queries without.",
+    "control": "General queries with the task's anchor against others without: what the anchor alone sets apart.",
+    ADDED: "With anchor minus without, over the same queries.",
+}
+METRICS = ("linear_probe", "silhouette", "mmd2", "length_probe")
+TOKENS = 300  # of a query with its anchor; an estimate
+
+
+def contrasts(config: Config) -> tuple[str, ...]:
+    """What is compared: without an anchor there is only the first."""
+    names = tuple(CONTRASTS)  # they stand where an arm does
+    return (*names, ADDED) if config.anchor.text != "none" else names[:1]
+
+
+def run_separation(folder: RunFolder, config: Config, options: Mapping[str, Any], display: Display) -> None:
+    """Compare the states and leave the numbers where a run leaves its own; one that was killed begins anew.
+
+    Args:
+        options: of `tell.verbs.separate.separate`.
+
+    Raises:
+        TellError: what `separate` refuses.
+    """
+    from tell.verbs.separate import separate
+
+    begin = time.monotonic()
+    shutil.rmtree(folder.root, ignore_errors=True)
+    write_text(folder.config, config.model_copy(update={"out": str(folder.root)}).to_yaml())
+    result = separate(config, **options, out=folder.root, display=display)
+    write_json(folder.metrics, _metrics(result))
+    folder.set_status("done", seconds=round(time.monotonic() - begin, 3), host=platform.node())
+
+
+def _metrics(result: Mapping[str, Any]) -> dict[str, Any]:
+    """``metrics.json`` as a run has it, with contrasts for arms; of the layer that the picture shows."""
+    layer = result["layers"][str(result["picture"]["layer"])]
+    arms: dict[str, Any] = {}
+    for name in CONTRASTS:
+        if name in layer:
+            found = layer[name]
+            own = (found["probe"], found["silhouette"], found["mmd2"], result["length"][name])
+            arms[name] = dict(zip(METRICS, own, strict=True))
+    if "with - without" in layer:
+        arms[ADDED] = {"silhouette": layer["with - without"]["silhouette"]}
+    lead = "with anchor" if "with anchor" in arms else "without anchor"  # whose score stands for all
+    return {
+        "task": {"kind": "separation", "primary": "silhouette", "lead": lead, "queries": result["queries"]},
+        "layer": result["picture"]["layer"],
+        "arms": arms,
+        "train": {"arms": {}},
+    }
+
+
+def pictures(study: Study) -> Iterator[tuple[dict[str, Any], Path]]:
+    """Point and ``separation.svg`` of each separation, of the first seed that has one."""
+    shown: set[str] = set()
+    for outcome in sorted(study.outcomes, key=lambda o: o.seed):
+        path = study.cells / outcome.cell / "separation.svg"
+        point = {key: value for key, value in outcome.point.items() if key in study.keys}
+        if str(point) not in shown and path.is_file():
+            shown.add(str(point))
+            yield point, path

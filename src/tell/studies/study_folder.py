@@ -1,0 +1,94 @@
+"""Where studies lie: cells and data sets by content, shared by all studies of one root, and a folder for each study."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from tell.errors import TellError
+from tell.files import expanded, read_json
+from tell.folder import RunFolder, write_json
+from tell.home import make_folder
+
+
+class Root:
+    """What all studies below one folder share. Creating the object touches nothing on disk."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = expanded(path)
+
+    cells = property(lambda self: self.path / "cells")
+    data = property(lambda self: self.path / "data")
+
+    def cell(self, name: str) -> RunFolder:
+        """A cell's run folder."""
+        return RunFolder(self.cells / name)
+
+    def lock(self, name: str, kind: str = "cells") -> FileLock:
+        """The lock of a cell or data set; the system releases it when its holder dies."""
+        return FileLock(make_folder(self.path / kind / ".locks") / f"{name}.lock")
+
+    def record(self, name: str) -> dict[str, Any]:
+        """What is noted of a cell beside its folder: state, error, seconds, attempts, host; empty where nothing is."""
+        try:
+            found = read_json(self.cells / f"{name}.json", remedy="")
+        except (FileNotFoundError, TellError):
+            return {}
+        return {key: value for key, value in found.items() if _is_fact(key, value)}
+
+    def note(self, name: str, **facts: Any) -> dict[str, Any]:
+        """Change a cell's record; only the holder of its lock may."""
+        record = {**self.record(name), **facts}
+        write_json(self.cells / f"{name}.json", record)
+        return record
+
+    def finished(self, name: str) -> bool:
+        """Whether a cell's numbers are all there."""
+        folder = self.cell(name)
+        return folder.metrics.exists() and folder.read_status().get("state") == "done"
+
+
+FACTS: dict[str, type] = {"state": str, "error": str, "host": str, "evaluation": str, "trace": str, "attempts": int}
+NUMBERS = ("seconds", "training_seconds", "attempts")
+
+
+def _is_fact(key: str, value: Any) -> bool:
+    """Whether a value of a record is one that `Root.note` writes; others are as good as missing."""
+    if key in NUMBERS:
+        return type(value) in (int, FACTS.get(key, float)) and 0 <= value < 1e15
+    return value is None or isinstance(value, FACTS.get(key, object))
+
+
+class StudyFolder:
+    """Paths of one study, and its state."""
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+
+    recipe = property(lambda self: self.root / "recipe.yaml")
+    state = property(lambda self: self.root / "study.json")
+    page = property(lambda self: self.root / "index.html")
+
+    def read(self) -> dict[str, Any]:
+        """``study.json``.
+
+        Raises:
+            TellError: there is none.
+        """
+        remedy = "Give the folder that `tell study` wrote, or run it again into another."
+        try:
+            data = read_json(self.state, remedy=remedy)
+        except FileNotFoundError as error:
+            raise TellError("holds no study", where=str(self.root), remedy=remedy) from error
+        for key, kind in (("cells", dict), ("rows", list), ("recipe", dict)):
+            if not isinstance(data.get(key, kind()), kind):
+                raise TellError(f"is damaged ({key} is no {kind.__name__})", where=str(self.state), remedy=remedy)
+        return data
+
+    def failed(self) -> dict[str, str]:
+        """The error of each failed cell, by name."""
+        cells: Mapping[str, Mapping[str, Any]] = self.read()["cells"]
+        return {name: str(cell["error"]) for name, cell in cells.items() if cell["state"] == "failed"}

@@ -1,0 +1,193 @@
+"""What a study will do, before any weight is loaded: steps, tokens, FLOPs and hours of each cell. Imports no torch."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from tell.config import Config
+from tell.errors import TellError
+from tell.models.predict import predict_seconds
+from tell.progress import Display
+from tell.run.general_rows import General, draw_general, general_source, load_general
+from tell.run.plan import describe_plan, likely_place, plan_general
+from tell.run.prepare import Task, anchor_of, limit_task, load_task, place_anchor, stand_in_anchor, task_table
+from tell.studies.cells import Cell, identity
+from tell.studies.executors.run_cell import InnerDisplay
+from tell.studies.separation_cells import TOKENS
+from tell.studies.study_folder import Root
+
+T = TypeVar("T")
+
+
+class Planner:
+    """Plans cells one after the other; what several have in common is read and tokenised once."""
+
+    def __init__(self, root: Root, display: Display) -> None:
+        self.display = display
+        self.made: dict[str, Any] = {}
+        self.measured = measured_evaluation(root)
+
+    def cost(self, cell: Cell) -> dict[str, Any]:
+        """Steps, tokens, FLOPs, and seconds of training and of all else; or the error the run would end in.
+
+        Returns:
+            ``{"steps", "tokens", "flops", "training_seconds", "evaluation_seconds", "basis", "error"}``.
+        """
+        try:
+            if cell.separate is not None:
+                return self._separation(cell)
+            plan = self._plan(cell.config)
+        except Exception as error:  # one cell that cannot be planned keeps no other from being run
+            known = isinstance(error, TellError)
+            return {**_nothing(), "error": str(error) if known else f"{type(error).__name__}: {error}"}
+        arms = plan["arms"].values()
+        training = plan["predicted"]["writing_seconds"] + plan["predicted"]["training_seconds"]
+        found = self.measured.get(evaluation_key(cell))
+        left_out = ", benchmarks not counted" if cell.config.eval.benchmarks else ""
+        return {
+            "steps": sum(arm["steps"] for arm in arms),
+            "tokens": sum(arm["tokens"] for arm in arms),
+            "flops": sum(arm["flops"] for arm in arms),
+            "training_seconds": training,
+            "evaluation_seconds": found
+            or plan["predicted"]["answering_seconds"] + plan["predicted"]["measuring_seconds"],
+            "basis": plan["predicted"]["basis"] + (", evaluation measured" if found else left_out),
+            "error": None,
+        }
+
+    def _separation(self, cell: Cell) -> dict[str, Any]:
+        """Four groups of queries pass the model once: a third of what training on them takes."""
+        task = self._task(cell.config)
+        found = self.measured.get(evaluation_key(cell))
+        device, dtype = likely_place(cell.config)
+        tokens = 4 * cell.separate["queries"] * TOKENS if cell.separate else 0
+        time = predict_seconds(
+            task.files.architecture, tokens, fingerprint=task.files.fingerprint, device=device, dtype=dtype
+        )
+        basis = time.basis + (", evaluation measured" if found else "")
+        return {**_nothing(), "evaluation_seconds": found or time.seconds / 3, "basis": basis}
+
+    def _plan(self, config: Config) -> dict[str, Any]:
+        """`tell.plan`, with its parts kept."""
+        task = self._task(config)
+        anchor = anchor_of(config)
+        anchor = place_anchor(task, stand_in_anchor(task) if anchor is None else anchor, self.display)
+        limit_task(task, anchor)
+        table = task_table(task, anchor, task.train)
+        source = general_source(task)
+        if source in ("self", "none"):
+            general, draw = plan_general(task, table, self.display)
+        else:
+            general = self._general(task, source)
+            draw = draw_general(task.config, general, int(table.unit.sum()))
+        return describe_plan(task, table, general, draw)
+
+    def _task(self, config: Config) -> Task:
+        """A task of its own for a cell, from the rows that cells with the same data share."""
+        parts = [config.task.model_copy(update={"rows": None, "tokens": None}), config.model, config.tokens]
+        key = _key("task", *parts, config.seed, config.train.max_length)
+        kept = self._once(key, lambda: load_task(config, self.display))
+        train = config.train.model_copy(update={"max_length": kept.config.train.max_length})
+        return replace(
+            kept,
+            config=config.model_copy(update={"train": train}),
+            findings=copy.deepcopy(kept.findings),
+            notices=list(kept.notices),
+        )
+
+    def _general(self, task: Task, source: str) -> General:
+        config = task.config
+        rules = [config.train.max_length, config.train.loss_on, config.eval.forgetting_rows, config.seed]
+        where = [source, config.general.columns, config.model, config.tokens]
+        dropped = config.task if config.task.drop_overlap else None  # only then the task decides which rows there are
+        key = _key("general", *where, *rules, dropped)
+        return self._once(key, lambda: load_general(task, source, self.display, overlap=config.task.drop_overlap))
+
+    def _once(self, key: str, make: Callable[[], T]) -> T:
+        if key not in self.made:
+            self.made[key] = make()
+        return self.made[key]
+
+
+def plan_cells(root: Root, cells: Sequence[Cell], display: Display) -> Iterator[tuple[Cell, dict[str, Any]]]:
+    """Each cell with its costs, as from `Planner.cost`."""
+    with display.bar("plan", len(cells), "cells") as advance:
+        planner = Planner(root, InnerDisplay(advance, "plan"))
+        for cell in cells:
+            yield cell, planner.cost(cell)
+            advance(1)
+
+
+def plan_table(
+    root: Root,
+    cells: Sequence[Cell],
+    states: Mapping[str, Mapping[str, Any]],
+    points: Mapping[str, Mapping[str, Any]],
+    display: Display,
+) -> dict[str, Any]:
+    """All cells with their costs, and totals of what there is and of what is left to do.
+
+    Args:
+        states: of each cell, as in study.json.
+        points: what the rows of each cell have in common.
+
+    Returns:
+        ``{"cells": [{"cell", "arm", "point", "seed", "state", "steps", ...}], "total": {...}, "left": {...}}``; totals
+        have ``cells, steps, tokens, flops, seconds``, and the cells that cannot be planned, which add
+        nothing: how many in ``unplanned``, why in ``errors``.
+    """
+    rows = []
+    for cell, cost in plan_cells(root, cells, display):
+        about = {"cell": cell.name, "arm": cell.arm, "point": points[cell.name], "seed": cell.config.seed}
+        rows.append({**about, "state": states[cell.name]["state"], **cost, "seconds": seconds_of(cost)})
+    left = [row for row in rows if row["state"] not in ("done", "failed")]
+    return {"cells": rows, "total": _sum(rows), "left": _sum(left)}
+
+
+def seconds_of(cost: Mapping[str, Any]) -> float:
+    """All that a cell is predicted to take."""
+    return float(cost["training_seconds"] + cost["evaluation_seconds"])
+
+
+def evaluation_key(cell: Cell) -> str:
+    """Equal for cells whose evaluation is the same work."""
+    known = identity(cell.config)
+    parts = {key: known.get(key) for key in ("model", "generate", "eval")}
+    task = {key: known.get("task", {}).get(key) for key in ("data", "test", "test_rows")}
+    return _key(cell.arm, parts, task, *([cell.separate] if cell.separate is not None else []))
+
+
+def measured_evaluation(root: Root) -> dict[str, float]:
+    """Mean seconds beside training, by `evaluation_key`, of the finished cells of all studies of a root.
+
+    Of cells that came to their end at once: what a killed session took since its last stage is in no record.
+    """
+    found: dict[str, list[float]] = defaultdict(list)
+    for path in sorted(root.cells.glob("*.json")):
+        record = root.record(path.stem)
+        seconds, training, key = (record.get(name) for name in ("seconds", "training_seconds", "evaluation"))
+        if record.get("state") == "done" and record.get("attempts") == 1 and None not in (seconds, training, key):
+            found[key].append(seconds - training)
+    return {key: sum(values) / len(values) for key, values in found.items()}
+
+
+def _nothing() -> dict[str, Any]:
+    zeros = dict.fromkeys(("steps", "tokens", "flops", "training_seconds", "evaluation_seconds"), 0)
+    return {**zeros, "basis": "", "error": None}
+
+
+def _sum(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    errors = [row["error"] for row in rows if row["error"] is not None]
+    counts = {"cells": len(rows), "unplanned": len(errors), "errors": list(dict.fromkeys(errors))}
+    return counts | {key: sum(row[key] for row in rows) for key in ("steps", "tokens", "flops", "seconds")}
+
+
+def _key(*parts: Any) -> str:
+    text = json.dumps([p.model_dump(mode="json") if hasattr(p, "model_dump") else p for p in parts], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,251 @@
+"""Differentiable operations over the compiled kernels: norm, projections with LoRA, gated product, packed attention.
+
+Each computes what the model's own modules compute, rounding to the model's number format once where torch
+operations round after every pass. Frozen weights get no gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tell.kernels.packed_attention import RowAttention, row_attention
+from tell.train.attention import PackedPlan
+from tell.train.fast.stacked import Lora, Stack, kernels_of
+
+
+class RmsNorm(torch.autograd.Function):
+    """x / rms(x) * (offset + weight) over each head of x (..., heads * width); Zhang and Sennrich 2019."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+        flat = x if x.dim() == 2 else x.view(-1, x.shape[-1])
+        heads = flat.shape[1] // weight.shape[0]
+        y = torch.empty(flat.shape, dtype=x.dtype)
+        rstd = torch.empty(len(flat), heads)
+        kernels_of(x).rmsnorm(flat, y, weight, rstd, heads=heads, eps=eps, offset=offset)
+        ctx.save_for_backward(flat, weight, rstd)
+        ctx.offset, ctx.heads, ctx.shape = offset, heads, x.shape
+        return y.view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, rstd = ctx.saved_tensors
+        dy = grad.reshape(-1, x.shape[1])
+        if dy.stride(1) != 1:  # the gradient of a sum is one number, expanded
+            dy = dy.contiguous()
+        dx = torch.empty(x.shape, dtype=x.dtype)
+        kernels_of(x).rmsnorm_back(dy, x, weight, rstd, dx, heads=ctx.heads, offset=ctx.offset)
+        return dx.view(ctx.shape), None, None, None
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """Column blocks (T, n_i) as one (T, sum n_i): without a copy where they already lie side by side."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first.contiguous()
+    width = sum(part.shape[1] for part in parts)
+    at = first.data_ptr()
+    for part in parts:
+        if part.data_ptr() != at or part.stride() != (width, 1):
+            return torch.cat(list(parts), dim=1)
+        at += part.shape[1] * part.element_size()
+    return first.as_strided((first.shape[0], width), (width, 1))
+
+
+class Projection(torch.autograd.Function):
+    """Linear layers over one input as one product, with their adapters.
+
+    Args:
+        x: (..., K).
+        stack: the frozen part.
+        adapters: A_i (r, K) and B_i (N_i, r) of each adapted layer, in turn.
+
+    Returns:
+        The layers' outputs (..., N_i), column blocks of one buffer.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, stack: Stack, *adapters: Tensor) -> tuple[Tensor, ...]:
+        flat = x.reshape(-1, x.shape[-1]).contiguous()
+        ctx.lora = Lora(stack, adapters, flat)
+        y, u = ctx.lora.forward(flat)
+        if u is not None:
+            ctx.save_for_backward(flat, u)
+        ctx.shape = x.shape
+        return tuple(part.view(*x.shape[:-1], -1) for part in y.split(stack.widths, dim=1))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        lora: Lora = ctx.lora
+        gy = joined([grad.reshape(-1, grad.shape[-1]) for grad in grads])
+        gx, gu = lora.input_gradient(gy) if ctx.needs_input_grad[0] or not lora.parts else (None, gy @ lora.b)
+        out: list[Tensor] = []
+        if gu is not None:
+            flat, u = ctx.saved_tensors
+            out = lora.adapter_gradients(flat, gy, u, gu)
+        return (None if gx is None else gx.view(ctx.shape), None, *out)
+
+
+class Gated(torch.autograd.Function):
+    """act(g) u for g, u (..., width), equally strided."""
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, u: Tensor, kind: int) -> Tensor:
+        shape = g.shape
+        g, u = _flat_pair(g, u)
+        h = torch.empty(g.shape, dtype=g.dtype)
+        kernels_of(g).gated(g, u, h, kind)
+        ctx.save_for_backward(g, u)
+        ctx.kind, ctx.shape = kind, shape
+        return h.view(shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        g, u = ctx.saved_tensors
+        dh = grad.reshape(g.shape).clone(memory_format=torch.contiguous_format)
+        return *(x.view(ctx.shape) for x in _gated_back(dh, g, u, ctx.kind)), None
+
+
+def _flat_pair(g: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Both as (T, width), equally strided."""
+    g, u = (x if x.dim() == 2 else x.view(-1, x.shape[-1]) for x in (g, u))
+    return (g, u) if g.stride() == u.stride() else (g.contiguous(), u.contiguous())
+
+
+def _gated_back(dh: Tensor, g: Tensor, u: Tensor, kind: int) -> tuple[Tensor, Tensor]:
+    """dg and du, side by side in one buffer; dh becomes act(g) u."""
+    width = g.shape[1]
+    both = torch.empty(len(g), 2 * width, dtype=g.dtype)
+    dg, du = both[:, :width], both[:, width:]
+    kernels_of(g).gated_back(dh, g, u, dg, du, kind)
+    return dg, du
+
+
+class GatedProjection(torch.autograd.Function):
+    """A linear layer with its adapter over act(g) u; that product is not kept but computed anew on the way back.
+
+    Args:
+        g, u: (..., K), equally strided.
+        kind: of the activation, ``SILU`` or ``GELU_TANH``.
+        stack: the frozen part, of one layer.
+        adapters: A (r, K) and B (N, r), or none.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, u: Tensor, kind: int, stack: Stack, *adapters: Tensor) -> Tensor:
+        shape = g.shape
+        g, u = _flat_pair(g, u)
+        h = torch.empty(g.shape, dtype=g.dtype)
+        kernels_of(g).gated(g, u, h, kind)
+        ctx.lora = Lora(stack, adapters, h)
+        y, inner = ctx.lora.forward(h)
+        ctx.save_for_backward(g, u, *([] if inner is None else [inner]))
+        ctx.kind, ctx.shape = kind, shape
+        return y.view(*shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        g, u, *inner = ctx.saved_tensors
+        gy = grad.reshape(len(g), -1).contiguous()
+        gh, gu = ctx.lora.input_gradient(gy)
+        dg, du = _gated_back(gh, g, u, ctx.kind)  # gh is act(g) u now
+        out = ctx.lora.adapter_gradients(gh, gy, inner[0], gu) if gu is not None else []
+        return dg.view(ctx.shape), du.view(ctx.shape), None, None, *out
+
+
+class Attention(torch.autograd.Function):
+    """Rotary positions, causal attention within each row of a plan, and the shared prefix, over packed tokens.
+
+    Args:
+        q, k, v: (T, H D), (T, Hk D), (T, Hk D) projections, rows may be strided.
+        cosine, sine: (T, rot) of the tokens' positions.
+        plan: what attends to what.
+        heads, kv: H and Hk.
+        scaling: of the scores.
+        window: keys in sight, the query's own included; None for all.
+
+    Returns:
+        (T, H D).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cosine: Tensor,
+        sine: Tensor,
+        plan: PackedPlan,
+        heads: int,
+        kv: int,
+        scaling: float,
+        window: int | None,
+    ) -> Tensor:
+        ctx.plan, ctx.facts, ctx.window = plan, (heads, kv, scaling), window
+        width, group = q.shape[1] // heads, heads // kv
+        if (rows := row_attention(q.dtype, width)) is not None:
+            out, lse = RowAttention(rows, q, k, v, cosine, sine, *plan.rows(), *ctx.facts, window).forward()
+            ctx.save_for_backward(q, k, v, cosine, sine, out, lse)
+            return out
+        kernels, rope = kernels_of(q), (cosine, sine)
+        out = torch.empty(q.shape[0], heads * width, dtype=q.dtype)
+        saved: list[Tensor] = []
+        for number, block in enumerate(plan.packed_blocks()):
+            prefix = plan.prefix if number else 0  # the prefix, where there is one, is the first block
+            longest, keys = _rounded(block.longest), _rounded(prefix + block.longest)
+            qb = q.new_empty(kv * block.rows, group * longest, width)
+            kb, vb = (q.new_empty(kv * block.rows, keys, width) for _ in range(2))
+            kernels.pack(q, rope, qb, block, heads=heads, group=group, scale=scaling)
+            kernels.pack(k, rope, kb, block, heads=kv, prefix=prefix, scale=1.0)
+            kernels.pack(v, None, vb, block, heads=kv, prefix=prefix, scale=1.0)
+            probs = torch.bmm(qb, kb.transpose(1, 2))
+            kernels.softmax(probs, longest, prefix, window)
+            ob = torch.bmm(probs, vb)
+            kernels.unpack(ob, None, out, block, heads=heads, group=group, scale=1.0)
+            saved += [qb, kb, vb, probs]
+        ctx.save_for_backward(cosine, sine, *saved)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        plan, (heads, kv, scaling), grad = ctx.plan, ctx.facts, grad.contiguous()
+        if (rows := row_attention(grad.dtype, grad.shape[1] // heads)) is not None:
+            q, k, v, cosine, sine, out, lse = ctx.saved_tensors
+            attention = RowAttention(rows, q, k, v, cosine, sine, *plan.rows(), *ctx.facts, ctx.window)
+            return *attention.backward(out, lse, grad), *[None] * 7
+        cosine, sine, *saved = ctx.saved_tensors
+        kernels, rope = kernels_of(grad), (cosine, sine)
+        group, width = heads // kv, grad.shape[1] // heads
+        both = grad.new_empty(grad.shape[0], (heads + 2 * kv) * width)
+        gq, gk, gv = both.split([heads * width, kv * width, kv * width], dim=1)
+        totals = [torch.zeros(kv, plan.prefix, width) for _ in range(2)]  # of the prefix's keys and values
+        for number, block in reversed(list(enumerate(plan.packed_blocks()))):  # the prefix last: it gathers from all
+            qb, kb, vb, probs = saved[4 * number : 4 * number + 4]
+            prefix = plan.prefix if number else 0
+            longest = _rounded(block.longest)
+            go = torch.empty_like(qb)
+            kernels.pack(grad, None, go, block, heads=heads, group=group, scale=1.0)
+            dv = torch.bmm(probs.transpose(1, 2), go)
+            ds = torch.bmm(go, vb.transpose(1, 2))
+            kernels.softmax_back(probs, ds, longest, prefix)
+            dq = torch.bmm(ds, kb)
+            dk = torch.bmm(ds.transpose(1, 2), qb)
+            for x, total in zip((dk, dv), totals, strict=True):
+                if prefix:
+                    kernels.gather_prefix(x, block.rows, total)
+                elif plan.prefix:
+                    kernels.add_prefix(x, total)
+            kernels.unpack(dq, rope, gq, block, heads=heads, group=group, scale=scaling)
+            kernels.unpack(dk, rope, gk, block, heads=kv, prefix=prefix, scale=1.0)
+            kernels.unpack(dv, None, gv, block, heads=kv, prefix=prefix, scale=1.0)
+        return gq, gk, gv, *[None] * 7
+
+
+def _rounded(n: int) -> int:
+    """Lengths in whole vectors, which the kernels count on and products run faster with."""
+    return -(-n // 16) * 16

@@ -1,0 +1,123 @@
+"""From the rows of one optimiser step to packed forward passes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tell.rows.prefix import MIN_PREFIX, apart, common_prefix, passes
+from tell.train.attention import PackedPlan
+from tell.train.fast.cuda import packed_plan
+from tell.train.transfer import send
+
+
+@dataclass(frozen=True, slots=True)
+class TrainRow:
+    """One row of a step: (n,) ids, (n,) mask of trained tokens, and which source it is of."""
+
+    ids: np.ndarray
+    mask: np.ndarray
+    source: int
+    task: bool
+
+
+@dataclass(slots=True)
+class Pack:
+    """Rows of one forward pass, end to end.
+
+    Attributes:
+        ids: (T,) int64 tokens, the shared prefix once at the head.
+        plan: what attends to what.
+        predictors: (n,) index into T of the state that predicts each trained token.
+        targets: (n,) the trained tokens.
+        row: (n,) which row of this pack each trained token belongs to.
+        trained, task: (rows,) trained tokens and task flag of each row.
+        source: (rows,) source index of each row, on the processor.
+        real: tokens of the rows as given, before sharing.
+    """
+
+    ids: Tensor
+    plan: PackedPlan
+    predictors: Tensor
+    targets: Tensor
+    row: Tensor
+    trained: Tensor
+    source: Tensor
+    task: Tensor
+    real: int
+
+
+def _shared(rows: Sequence[TrainRow], share_prefix: bool) -> int:
+    """Tokens of the prefix that a pass over ``rows`` computes once."""
+    prefix = common_prefix([row.ids for row in rows]) if share_prefix and len(rows) > 1 else 0
+    return prefix if prefix >= MIN_PREFIX else 0
+
+
+def split_packs(
+    rows: Sequence[TrainRow], micro_tokens: int, *, share_prefix: bool, device: torch.device | str = "cpu"
+) -> list[list[TrainRow]]:
+    """Rows of a step in groups of at most ``micro_tokens`` (a longer row stands alone).
+
+    Every row lands in exactly one group. Task rows, which share the anchor, stay together where that saves
+    computing it again. The order inside a step does not change its gradient.
+    """
+    task = [row for row in rows if row.task]
+    other = [row for row in rows if not row.task]
+    parts = [list(rows)]
+    if share_prefix and len(task) > 1 and other:
+        prefix, shared = (common_prefix([row.ids for row in part]) for part in (task, rows))
+        tokens = tuple(sum(len(row.ids) for row in part) for part in (task, other))
+        facts = {"prefix": prefix, "shared": shared, "micro_tokens": micro_tokens, "device": torch.device(device).type}
+        parts = [task, other] if apart((len(task), len(other)), tokens, **facts) else parts
+    groups: list[list[TrainRow]] = []
+    for part in parts:
+        prefix = _shared(part, share_prefix)
+        total = sum(len(row.ids) - prefix for row in part)
+        # Even passes: as many as needed, none larger than it must be.
+        limit = -(-total // passes(total, prefix, micro_tokens))
+        group: list[TrainRow] = []
+        used = 0
+        for row in sorted(part, key=lambda r: -len(r.ids)):
+            cost = len(row.ids) - prefix
+            if group and (prefix + used + cost > micro_tokens or used >= limit):
+                groups.append(group)
+                group, used = [], 0
+            group.append(row)
+            used += cost
+        groups.append(group)
+    return groups
+
+
+def pack(rows: Sequence[TrainRow], *, share_prefix: bool, device: torch.device | str = "cpu") -> Pack:
+    """Lay rows end to end, their common prefix once where ``share_prefix`` allows it."""
+    prefix = _shared(rows, share_prefix)
+    pieces = [rows[0].ids[:prefix]] if prefix else []
+    predictors, targets, owner = [], [], []
+    at = prefix
+    for r, row in enumerate(rows):
+        pieces.append(row.ids[prefix:])
+        trained = np.flatnonzero(row.mask)
+        before = trained - 1  # the token whose state predicts
+        predictors.append(np.where(before < prefix, before, before - prefix + at))
+        targets.append(row.ids[trained])
+        owner.append(np.full(len(trained), r))
+        at += len(row.ids) - prefix
+
+    def tensor(parts: list[np.ndarray]) -> Tensor:
+        return send(torch.from_numpy(np.concatenate(parts).astype(np.int64)), device)
+
+    return Pack(
+        ids=tensor(pieces),
+        plan=packed_plan([len(row.ids) - prefix for row in rows], prefix=prefix, device=device),
+        predictors=tensor(predictors),
+        targets=tensor(targets),
+        row=tensor(owner),
+        trained=send(torch.tensor([int(row.mask.sum()) for row in rows]), device),
+        source=torch.tensor([row.source for row in rows]),
+        task=send(torch.tensor([row.task for row in rows]), device),
+        real=sum(len(row.ids) for row in rows),
+    )

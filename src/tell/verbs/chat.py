@@ -1,0 +1,143 @@
+"""Talking to a tuned model: anchor and adapter applied, answers streamed."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+from tell.data.example import Message
+from tell.errors import TellError
+from tell.run.answers import arm_anchor, example_turns
+from tell.verbs.evaluate import run_shots
+from tell.verbs.open_run import OpenRun, open_run
+
+MOST_NEW_TOKENS = 512
+
+
+class _ReaderLeft(Exception):
+    """Nobody reads the answer any longer."""
+
+
+class ChatSession:
+    """A conversation with one arm of a run.
+
+    Args:
+        opened: the run, model loaded.
+        arm: whose adapter answers; ``base`` is the untuned model without the anchor.
+        greedy: overrides the run's decoding; a seed alone asks to sample.
+        seed: of the first answer; each later one counts on.
+    """
+
+    def __init__(self, opened: OpenRun, *, arm: str, greedy: bool | None, seed: int | None) -> None:
+        from tell.train.lora import adapter_merged
+
+        self.opened, self.arm = opened, arm
+        adapter = opened.adapter(arm)
+        model = opened.load(stream=True)
+        self._stack = ExitStack()
+        self._stack.enter_context(adapter_merged(model, adapter))
+        self._stack.enter_context(opened.engine.fixed_weights())
+        self.anchor = arm_anchor(arm, opened.anchor)
+        self.greedy = False if greedy is None and seed is not None else greedy
+        self.seed = opened.config.seed if seed is None else seed
+        self.shots, self.lost = self._shots()
+        self.history: list[Message] = []
+
+    def _shots(self) -> tuple[list[Message], bool]:
+        """Turns of the run's fixed examples (``task.shots``), and whether they are no longer to be found."""
+        try:
+            return example_turns(run_shots(self.opened)), False
+        except TellError:
+            return [], True
+
+    def reset(self) -> None:
+        """Forget the conversation."""
+        self.history.clear()
+
+    def close(self) -> None:
+        """Give the base weights back."""
+        self._stack.close()
+
+    def describe(self) -> str:
+        """One line: model, arm, anchor."""
+        text = self.anchor.text if len(self.anchor.text) <= 100 else self.anchor.text[:100] + " …"
+        anchor = f"anchor ({self.anchor.place}): {text}" if self.anchor else "no anchor"
+        count = self.opened.config.task.shots
+        shots = f", {count} fixed examples" + (" (no longer in the task's file: left out)" if self.lost else "")
+        return f"{self.opened.files.name}, arm {self.arm}, {anchor}{shots if count else ''}"
+
+    def stream(self, text: str) -> Iterator[str]:
+        """Answer a message; yields pieces of text as they come, and keeps both turns.
+
+        The turn that is kept has the tag of a thought that the prompt opened, known only once the thought ends.
+        """
+        from tell.decode.sampler import Decoding
+
+        chat, config = self.opened.chat, self.opened.config
+        turns = [*self.history, Message("user", text)]
+        prompt = chat.encode(chat.render(self.anchor.apply([*self.shots, *turns]), add_generation_prompt=True))
+        rule = config.generate
+        if self.greedy is not None:
+            rule = rule.model_copy(update={"greedy": self.greedy})
+        decoding = Decoding.of(
+            rule, max_new_tokens=MOST_NEW_TOKENS, stop_ids=chat.stop_ids, seed=self.seed + len(turns)
+        )
+        tokens: queue.Queue[int | BaseException | None] = queue.Queue()
+        left = threading.Event()
+
+        def hand_over(_: int, token: int) -> None:
+            if left.is_set():
+                raise _ReaderLeft
+            tokens.put(token)
+
+        def work() -> None:
+            try:
+                self.opened.engine.generate([prompt], decoding, on_token=hand_over)
+                tokens.put(None)
+            except BaseException as error:  # handed to the reader
+                tokens.put(error)
+
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        ids: list[int] = []
+        shown = ""
+        try:
+            while (item := tokens.get()) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                ids.append(item)
+                whole = chat.without_lead(ids, more=True)
+                if not whole.endswith("\ufffd") and len(whole) > len(shown):  # half a character waits for its rest
+                    yield whole[len(shown) :]
+                    shown = whole
+            whole = chat.without_lead(ids)
+            if len(whole) > len(shown):
+                yield whole[len(shown) :]
+        finally:  # on Ctrl-C, or when the reader has heard enough, the engine must be free for the next answer
+            left.set()
+            thread.join()
+        self.history += [turns[-1], Message("assistant", chat.answer(ids))]
+
+
+def chat(
+    run: str | Path,
+    *,
+    arm: str = "tell",
+    seed: int | None = None,
+    greedy: bool | None = None,
+    trust_remote_code: bool = False,
+) -> ChatSession:
+    """Open a run for talking.
+
+    Args:
+        run: a run folder.
+        arm: ``tell``, ``base`` (untuned, no anchor) or another arm of the run.
+        trust_remote_code: run code that comes with the model, as the run did; its own word is not enough.
+
+    Raises:
+        TellError: no such run or arm.
+    """
+    return ChatSession(open_run(run, trust_remote_code=trust_remote_code), arm=arm, greedy=greedy, seed=seed)

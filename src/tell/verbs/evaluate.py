@@ -1,0 +1,281 @@
+"""`tell eval`: score the arms of a finished run again, on its own test rows or on others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from tell.config import Config, GenerateConfig, make_config, merge, parse_overrides
+from tell.data.example import Example
+from tell.data.kind import Kind, misfits
+from tell.data.sources import load
+from tell.data.subset import take_rows
+from tell.errors import TellError
+from tell.folder import write_jsonl
+from tell.progress import Display, Silent
+from tell.rows.ends import without_ends
+from tell.run.answer_loss import answer_loss_metric, answer_losses
+from tell.run.answers import (
+    adapter_ready,
+    answer_costs,
+    answer_rows,
+    arm_numbers,
+    arm_prompts,
+    check_prompts,
+    eval_numbers,
+    score_rows,
+    scorer_of,
+)
+from tell.run.claim import check_trust
+from tell.shown import left_out
+from tell.verbs.open_run import CELL_ADAPTER, OpenRun, open_run
+
+EVAL_KEYS = ("answer_loss", "arms", "bleurt", "bootstrap", "icl_examples")
+"""What of ``eval`` scoring reads; the rest belongs to a run, or to ``--benchmarks``."""
+WITHOUT = {"test": ", or give test rows with --test", "training": ", or leave the arm icl out", "fixed example": ""}
+
+
+def evaluate(
+    run: str | Path,
+    *,
+    arms: Sequence[str] | None = None,
+    test: str | None = None,
+    greedy: bool | None = None,
+    seed: int | None = None,
+    rows: int | None = None,
+    overrides: Sequence[str] = (),
+    trust_remote_code: bool = False,
+    trust_scorer: bool = False,
+    display: Display | None = None,
+) -> dict:
+    """Score arms of a run.
+
+    Args:
+        run: a run folder with its adapters.
+        arms: default: those of the run that can be answered with.
+        test: another test file; default: the run's own test rows.
+        greedy, seed: decoding other than the run's.
+        rows: score at most this many test rows, drawn by seed.
+        overrides: ``generate.x=y`` as for ``--set``.
+        trust_remote_code, trust_scorer: run code that comes with the model, and the run's own ``task.scorer``. The
+            folder may be somebody else's, so its own word is not enough.
+        display: shows progress.
+
+    Returns:
+        The shape of metrics.json: ``task``, ``arms``, ``differences`` and ``eval`` as scored now; ``forgetting``,
+        ``mixture``, ``train``, ``failed`` and ``same`` as the run measured them. The run's own metrics and answers
+        stay as they are; the new answers go to ``predictions/eval/``.
+
+    Raises:
+        TellError: no run, no adapter for an arm, bad test file, rows that are no longer there.
+    """
+    display = display or Silent()
+    opened = open_run(run, trust_remote_code=trust_remote_code)
+    config = opened.config
+    check_trust(opened.folder, config, code=trust_remote_code, scorer=trust_scorer)
+    if overrides:
+        config = _override(config, overrides)
+    seed = config.seed if seed is None else seed
+    wanted = list(dict.fromkeys(arms or (a for a in config.eval.arms if adapter_ready(opened.folder, a))))
+    if not wanted:
+        raise TellError(
+            "has no adapter left",
+            where=str(opened.folder.root),
+            remedy=f"Give `tell tune` again; {CELL_ADAPTER}",
+        )
+    adapters = {arm: opened.adapter(arm) for arm in wanted}
+    facts = opened.folder.read_as(opened.folder.findings, Findings)
+    opened.folder.read_as(opened.folder.metrics, Metrics)  # said now, not after the arms have answered
+    metrics = opened.folder.read(opened.folder.metrics)
+    train, examples, shots = _examples(opened, test, display, need_train="icl" in wanted)
+    if rows is not None and rows < len(examples):
+        examples = [examples[i] for i in sorted(take_rows(len(examples), rows, seed))]
+    arch = opened.files.architecture
+    check_prompts(opened.chat, opened.anchor, examples, arch.max_positions, shots, arch.vocab)
+    kind = _kind(opened, facts.kind)
+    if said := misfits(kind, examples):
+        display.note(said)
+    scorer = scorer_of(config, kind)
+    from tell.decode.sampler import Decoding
+    from tell.train.lora import adapter_merged
+
+    model = opened.load(config, display=display)
+    limit = config.generate.max_new_tokens or facts.answer_limit
+    rule: GenerateConfig = config.generate
+    if greedy is not None:
+        rule = rule.model_copy(update={"greedy": greedy})
+    decoding = Decoding.of(rule, max_new_tokens=limit, stop_ids=opened.chat.stop_ids, seed=seed)
+    scored: dict[str, dict] = {}
+    costs: dict[str, dict] = {}
+    for arm in wanted:
+        room = min(opened.engine.max_positions - limit, config.train.max_length * 2)
+        prompts, _ = arm_prompts(
+            arm,
+            opened.chat,
+            opened.anchor,
+            examples,
+            train,
+            examples=config.eval.icl_examples,
+            room=room,
+            seed=config.seed,
+            shots=shots,
+        )
+        with adapter_merged(model, adapters[arm]):
+            answers = answer_rows(
+                opened.engine, opened.chat, prompts, examples, decoding, title=f"answer {arm}", display=display
+            )
+            more = {}
+            if config.eval.answer_loss:
+                values = answer_losses(
+                    model,
+                    opened.chat,
+                    prompts,
+                    examples,
+                    positions=opened.files.architecture.max_positions,
+                    micro_tokens=config.train.micro_tokens,
+                    device=opened.engine.device,
+                    title=f"answer loss {arm}",
+                    display=display,
+                )
+                more = answer_loss_metric(values)
+        scored[arm] = score_rows(scorer, answers, more)
+        costs[arm] = answer_costs(opened.files.architecture, prompts, answers)
+        write_jsonl(opened.folder.predictions / "eval" / f"{arm}.jsonl", answers)
+    values, gaps = arm_numbers(scored, seed=seed, samples=config.eval.bootstrap)
+    kept = {key: metrics.get(key) for key in ("forgetting", "mixture", "train", "failed", "same")}
+    kept |= {key: metrics[key] for key in ("benchmarks",) if key in metrics}
+    task = {"kind": kind.name, "primary": scorer.primary}
+    return {"task": task, "arms": values, "differences": gaps, "eval": eval_numbers(costs), **kept}
+
+
+def _override(config: Config, overrides: Sequence[str]) -> Config:
+    changes = parse_overrides(overrides)
+    if set(changes) - {"generate", "eval"}:
+        raise TellError(
+            f"--set {next(iter(set(changes) - {'generate', 'eval'}))} has no effect on scoring",
+            remedy="Only generate.* and eval.* can be changed after training.",
+        )
+    asked = changes.get("eval")
+    if isinstance(asked, dict) and (idle := [key for key in asked if key not in EVAL_KEYS]):
+        raise TellError(
+            f"--set eval.{idle[0]} has no effect on scoring",
+            remedy=f"Of eval, {', '.join(EVAL_KEYS)} can be set; benchmarks have flags of their own (--benchmarks).",
+        )
+    return make_config(merge(config.model_dump(by_alias=True, mode="json"), changes), where="--set")
+
+
+class KindFacts(BaseModel):
+    """``kind`` of findings.json."""
+
+    name: Literal["json", "label", "text"]
+    why: str
+    schema_inferred: bool
+    labels: list[str] | None = None
+
+
+class Findings(BaseModel):
+    """What is needed of findings.json."""
+
+    kind: KindFacts
+    answer_limit: int = Field(ge=1, le=1_000_000)
+
+
+class Number(BaseModel):
+    """A score with its interval; metrics.json has more of them than are named here."""
+
+    model_config = ConfigDict(extra="allow")
+    value: float | None = None
+    ci: tuple[float | None, float | None] | None = None
+
+
+class ForgettingSet(BaseModel):
+    """A set of rows that forgetting was measured on."""
+
+    model_config = ConfigDict(extra="allow")
+    in_mix_source: bool = False
+
+
+class Forgetting(BaseModel):
+    """``forgetting`` of metrics.json."""
+
+    model_config = ConfigDict(extra="allow")
+    sets: dict[str, ForgettingSet] | None = None
+    arms: dict[str, dict[str, dict[str, Number | None]] | None] = {}
+
+
+class Metrics(BaseModel):
+    """What is kept of metrics.json: the run's own measurements, shown beside the new scores."""
+
+    forgetting: Forgetting | None = None
+    mixture: dict[str, Any] | None = None
+    train: dict[str, Any] | None = None
+    failed: dict[str, Any] | None = None
+    same: dict[str, str] | None = None
+    benchmarks: dict[str, Any] = {}
+
+
+class Split(BaseModel):
+    """split.json: content hashes."""
+
+    train: list[str]
+    test: list[str]
+    shots: list[str] | None = None
+
+
+def _kind(opened: OpenRun, facts: KindFacts) -> Kind:
+    """The kind of task as the run found it."""
+    folder = opened.folder
+    schema = folder.read(folder.schema) if folder.schema.exists() else None
+    return Kind(facts.name, schema, facts.schema_inferred, tuple(facts.labels) if facts.labels else None, facts.why)
+
+
+def _examples(
+    opened: OpenRun, test: str | None, display: Display, *, need_train: bool
+) -> tuple[list[Example], list[Example], list[Example]]:
+    """Training rows (for in-context examples only), test rows and fixed examples, found again by their hashes."""
+    task = opened.config.task
+    parts = opened.folder.read_as(opened.folder.split, Split)
+    shown = parts.shots or []
+    needed = [task.data] * bool(need_train or shown) + [task.test or task.data] * (test is None)
+    by_hash = _by_hash(opened, needed)
+    train = _pick(parts.train, by_hash, task.data, "training") if need_train else []
+    shots = _pick(shown, by_hash, task.data, "fixed example")
+    if test:
+        given = load(test, name="task", columns=task.columns)
+        for notice in (*left_out(given.dropped), *given.notices):
+            display.note(notice)
+        return train, without_ends(given.examples, opened.chat)[0], shots
+    return train, _pick(parts.test, by_hash, task.test or task.data, "test"), shots
+
+
+def run_shots(opened: OpenRun) -> list[Example]:
+    """The fixed examples of the run's prompts (``task.shots``), found again by their content hashes.
+
+    Raises:
+        TellError: they are no longer in the task's file.
+    """
+    hashes = opened.folder.read_as(opened.folder.split, Split).shots or []
+    data = opened.config.task.data
+    return _pick(hashes, _by_hash(opened, [data] * bool(hashes)), data, "fixed example")
+
+
+def _by_hash(opened: OpenRun, paths: Iterable[str | None]) -> dict[str, Example]:
+    """The rows of task files, each file read once."""
+    columns = opened.config.task.columns
+    files = dict.fromkeys(path for path in paths if path)
+    rows = (load(path, name="task", columns=columns).examples for path in files)
+    return {e.hash: e for examples in rows for e in without_ends(examples, opened.chat)[0]}
+
+
+def _pick(hashes: Sequence[str], by_hash: dict[str, Example], path: str | None, what: str) -> list[Example]:
+    missing = sum(h not in by_hash for h in hashes)
+    if missing:
+        raise TellError(
+            f"{missing} of the run's {len(hashes)} {what} rows are no longer in the file",
+            where=str(path),
+            remedy=f"Put the file back as it was{WITHOUT[what]}.",
+        )
+    return [by_hash[h] for h in hashes]

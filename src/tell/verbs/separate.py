@@ -1,0 +1,225 @@
+"""`tell separate`: does the model tell task queries from general ones, and what does the anchor change?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tell.anchor.anchor import Anchor
+from tell.anchor.separation import CONTRASTS, FEWEST, Separation, length_hits, separate_states, tsne
+from tell.config import Config
+from tell.data.example import Example
+from tell.errors import TellError
+from tell.folder import write_json
+from tell.progress import Display, Silent
+from tell.rows.tokenize import prompt_ids
+from tell.run.answers import check_prompts
+from tell.run.choose_anchor import choose_anchor
+from tell.run.hidden_states import (
+    QUERIES,
+    State,
+    general_queries,
+    hidden_states,
+    jackknifed,
+    layer_numbers,
+    separation_numbers,
+    share,
+)
+from tell.run.prepare import Task, anchor_of, load_task, place_anchor
+from tell.score.intervals import difference
+from tell.score.means import mean_metric
+from tell.seeds import permutation
+from tell.verbs.open_run import load_engine, open_run
+
+
+def separate(
+    config: Config,
+    *,
+    run: str | Path | None = None,
+    layer: str = "middle",
+    queries: int = QUERIES,
+    state: State = "last",
+    adapter: str | None = None,
+    match_length: bool = False,
+    out: str | Path | None = None,
+    overwrite: bool = False,
+    display: Display | None = None,
+) -> dict:
+    """Compare hidden states of task and general queries, without and with the anchor (figures 3 and 4 of the paper).
+
+    The control puts the anchor on other general queries: what separates these from general ones is the prefix, not
+    the task.
+
+    Args:
+        config: task data, anchor (``auto`` is the run's, or written by the model) and general source; without one, the
+            general probe's prompts.
+        run: the folder `config` is of; its test rows are the queries then, else all rows of the data. What
+            ``config.model.trust_remote_code`` says counts, not the folder.
+        layer: a number (0: the embeddings), ``middle`` or ``all``; the picture shows the middle of those asked for.
+        queries: rows of each group, fewer where there are fewer.
+        state: of the last token of the prompt, which the template fixes, or the mean over all its tokens.
+        adapter: an arm of the run whose adapter is folded in.
+        match_length: choose general queries of the task queries' lengths in tokens, instead of a random sample.
+        out: folder for ``separation.json``, ``separation.svg`` and ``separation.png``.
+
+    Returns:
+        The content of ``separation.json``: ``layers``, by number, with ``probe``, ``silhouette`` and ``mmd2`` of each
+        of `CONTRASTS` and what the anchor adds; ``length``, the probe on token counts alone; ``picture``.
+
+    Raises:
+        TellError: bad data, model, layer or arm; a missing extra.
+    """
+    display = display or Silent()
+    files = _output(out, overwrite)
+    if adapter is not None and run is None:
+        raise TellError("an adapter needs its run", where="--adapter", remedy="Give a run folder instead of data.")
+    given = config.general.is_given
+    if not given:
+        display.note("no general source given: TELL's own general prompts stand for it")
+    opened = open_run(run, trust_remote_code=config.model.trust_remote_code) if run is not None else None
+    place = opened.adapter(adapter) if opened is not None and adapter is not None else None
+    task = load_task(config, display)
+    layers = layer_numbers(layer, task.files.architecture.layers)
+    loaded, engine = load_engine(task.files, config, stream=True, display=display)
+    anchor = anchor_of(config)
+    if anchor is None:
+        anchor = opened.anchor if opened else choose_anchor(task, loaded.model, engine, display)[0]
+    anchor = place_anchor(task, anchor, display)
+    rows = task.test if run is not None else [*task.train, *task.validation, *task.test]
+    prompts = _prompts(task, anchor, rows, queries, match_length, display)
+    n = len(prompts["task"])
+    if n < queries:
+        display.note(f"{n} queries of each group, as many as there are")
+    from tell.train.lora import adapter_merged
+
+    states: dict[str, np.ndarray] = {}
+    settings = {"state": state, "micro_tokens": config.train.micro_tokens}
+    with (
+        adapter_merged(loaded.model, place),
+        display.bar("hidden states", sum(map(len, prompts.values())), "queries") as advance,
+    ):
+        for name, ids in prompts.items():
+            states[name] = hidden_states(loaded.model, ids, layers, progress=advance, **settings)
+    contrasts = {name: pair for name, pair in CONTRASTS.items() if pair[0] in prompts}
+    tokens = {name: np.array([len(ids) for ids in rows]) for name, rows in prompts.items()}
+    result: dict[str, Any] = {
+        "model": task.files.name,
+        "adapter": adapter,
+        "task": config.task.data,
+        "general": config.general.source if given else "written for TELL",
+        "anchor": anchor.to_dict(),
+        "state": state,
+        "queries": n,
+        "match_length": match_length,
+        "seed": config.seed,
+        "chance": 0.5,
+        "tokens": {name: float(np.median(lengths)) for name, lengths in tokens.items()},
+        "length": {
+            name: share(length_hits(tokens[a], tokens[b], seed=config.seed), config)
+            for name, (a, b) in contrasts.items()
+        },
+        "layers": {},
+    }
+    with display.bar("separation", len(layers) * len(contrasts), "comparisons") as advance:
+        for k, number in enumerate(layers):
+            found: dict[str, Separation] = {}
+            for name, (a, b) in contrasts.items():
+                found[name] = separate_states(states[a][k], states[b][k], seed=config.seed)
+                advance(1)
+            result["layers"][str(number)] = _numbers(found, config)
+    shown = len(layers) // 2
+    result["notices"] = _notices(result, str(layers[shown]))
+    if files:
+        places = {
+            name: tsne(states[a][shown], states[b][shown], seed=config.seed) for name, (a, b) in contrasts.items()
+        }
+        result["picture"] = {
+            "layer": layers[shown],
+            "places": {name: np.round(xy.astype(float), 3).tolist() for name, xy in places.items()},
+        }
+        from tell.verbs.separation_figure import draw
+
+        draw(result, files)
+        write_json(files / "separation.json", result)
+    return result
+
+
+def _prompts(
+    task: Task, anchor: Anchor, rows: Sequence[Example], queries: int, match_length: bool, display: Display
+) -> dict[str, list[list[int]]]:
+    """Token ids of the queries of each group, as the model's template renders them; all groups of one size.
+
+    Data published with its instruction at the head loses it where the anchor is not wanted.
+
+    Raises:
+        TellError: too few rows, or one too long.
+    """
+    order = permutation(len(rows), task.config.seed, "separate", "task")[:queries]
+    chosen = [rows[int(i)] for i in order]
+    check_prompts(task.chat, anchor, chosen, task.files.architecture.max_positions)
+    bare = [replace(e, messages=anchor.remove(e.messages)) for e in chosen]
+    alone = [prompt_ids(task.chat, e) for e in bare]
+    lengths = [len(ids) for ids in alone for _ in range(2)] if match_length else None
+    general = general_queries(task, display, most=2 * len(chosen), anchor=anchor, lengths=lengths)
+    n = min(len(chosen), len(general) // 2)
+    if n < FEWEST:
+        raise TellError(
+            f"{len(chosen)} task and {len(general)} general queries",
+            where=str(task.config.task.data),
+            remedy=f"Give at least {FEWEST} task and {2 * FEWEST} general rows.",
+        )
+    groups = {"task": alone[:n], "general": [prompt_ids(task.chat, e) for e in general[0 : 2 * n : 2]]}
+    if anchor:
+        groups["task + anchor"] = [prompt_ids(task.chat, e, anchor) for e in chosen[:n]]
+        groups["general + anchor"] = [prompt_ids(task.chat, e, anchor) for e in general[1 : 2 * n : 2]]
+    return groups
+
+
+def _numbers(found: dict[str, Separation], config: Config) -> dict:
+    """Of one layer: each contrast, and what the anchor adds, paired over the same queries."""
+    out: dict[str, Any] = {name: separation_numbers(value, config) for name, value in found.items()}
+    if "with anchor" in found:
+        rule = {"seed": config.seed, "samples": config.eval.bootstrap}
+        after, before = found["with anchor"], found["without anchor"]
+        out["with - without"] = {
+            "probe": difference(mean_metric(after.hits), mean_metric(before.hits), **rule),
+            "silhouette": jackknifed(
+                after.silhouettes.mean() - before.silhouettes.mean(),
+                after.silhouettes_without - before.silhouettes_without,
+            ),
+        }
+    return out
+
+
+def _notices(result: dict, layer: str) -> list[str]:
+    """What a reader must know before believing the numbers."""
+    length, numbers = result["length"], result["layers"][layer]
+    told = []
+    for name, found in length.items():
+        if found["ci"][0] > result["chance"]:
+            told.append(f"{name}: token length alone tells the groups apart in {found['value']:.0%} (chance 50%)")
+    if "control" in numbers:
+        probe = numbers["control"]["probe"]
+        what = "separates too" if probe["ci"][0] > result["chance"] else "tells nothing apart"
+        told.append(f"control: on general queries the anchor {what}, probe {probe['value']:.0%} at layer {layer}")
+    return told
+
+
+def _output(out: str | Path | None, overwrite: bool) -> Path | None:
+    """The folder to write to.
+
+    Raises:
+        TellError: a separation lies there already.
+    """
+    if out is None:
+        return None
+    folder = Path(out)
+    if folder.is_file():
+        raise TellError("is a file", where=f"--out {folder}", remedy="Name a folder.")
+    if (folder / "separation.json").exists() and not overwrite:
+        raise TellError("holds a separation already", where=f"--out {folder}", remedy="Give another, or --overwrite.")
+    return folder

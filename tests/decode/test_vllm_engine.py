@@ -1,0 +1,146 @@
+"""What can be tested of the vLLM engine without vLLM and a GPU: how it is chosen, and what goes in and comes out."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+import types
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tell.config import TrainConfig
+from tell.decode.engine import Answer
+from tell.decode.sampler import Decoding
+from tell.decode.vllm_engine import LONGEST, NEVER, VllmEngine, answer_of, pick_engine, reserved_rank, sampling
+from tell.errors import TellError
+from tell.train.lora import adapter_merged, add_lora, remove_lora, save_adapter
+from train.packed import load
+
+
+def test_the_engine_is_ours_without_vllm_or_gpu(monkeypatch):
+    assert pick_engine("auto", "cpu") == pick_engine("own", "cuda") == "own"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name == "vllm" else None)
+    assert pick_engine("auto", "cuda:0") == pick_engine("vllm", "cuda") == "vllm"
+    assert pick_engine("own", "cuda") == pick_engine("auto", "cpu") == "own"
+    with pytest.raises(TellError, match="vLLM needs a GPU, and the model is on cpu"):
+        pick_engine("vllm", "cpu")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert pick_engine("auto", "cuda") == "own"
+    with pytest.raises(TellError, match=r"vLLM is not installed\. Install tell-llm\[vllm\]"):
+        pick_engine("vllm", "cuda")
+
+
+def test_sampling_parameters():
+    paper = sampling(Decoding(64, (2, 7), seed=3), 5, 20)
+    assert paper.pop("seed") != sampling(Decoding(64, (2, 7), seed=3), 6, 20)["seed"]
+    assert paper == {
+        "max_tokens": 20,
+        "repetition_penalty": 1.05,
+        "stop_token_ids": [2, 7],
+        "ignore_eos": True,
+        "detokenize": False,
+        "temperature": 0.3,
+        "top_p": 0.7,
+        "top_k": 20,
+    }
+    greedy = sampling(Decoding(64, (), greedy=True, banned_ids=(4, 9)), 0, 64)
+    assert greedy["temperature"] == 0 and "top_p" not in greedy and "seed" not in greedy
+    assert greedy["logit_bias"] == {4: NEVER, 9: NEVER}
+    assert sampling(Decoding(64, (), top_k=0), 0, 64)["top_k"] == -1
+
+
+def test_answers_hold_no_stop_token():
+    assert answer_of([5, 6, 2], "stop", (2,)) == Answer([5, 6], "stop")
+    assert answer_of([5, 6], "stop", (2,)) == Answer([5, 6], "stop")
+    assert answer_of((2,), "length", (2,)) == Answer([], "stop")  # a stop token in the last place allowed
+    assert answer_of([5, 6], "length", (2,)) == Answer([5, 6], "length")
+    assert answer_of([], "length", (2,)) == Answer([], "length")
+
+
+def test_reserved_rank():
+    assert [reserved_rank(r) for r in (1, 8, 9, 64, 200)] == [8, 8, 16, 64, 256]
+    with pytest.raises(TellError, match="rank 513 is more than vLLM's 512"):
+        reserved_rank(513)
+
+
+@dataclass
+class LoRARequest:
+    """As vLLM's: name, number, folder."""
+
+    name: str
+    number: int
+    folder: str
+
+
+class LLM:
+    """Where vLLM would begin: keeps what it is given, and answers each prompt with its own first token and a stop."""
+
+    def __init__(self, **settings):
+        self.settings, self.calls = settings, []
+
+    def generate(self, prompts, parameters, *, lora_request, use_tqdm):
+        self.calls.append((prompts, parameters, lora_request))
+        ids = [prompt["prompt_token_ids"] for prompt in prompts]
+        return [
+            SimpleNamespace(outputs=[SimpleNamespace(token_ids=(*row[:1], 2), finish_reason="stop")]) for row in ids
+        ]
+
+
+@pytest.fixture
+def vllm(monkeypatch):
+    """vLLM's entrances; what lies behind them needs a GPU."""
+    names = {"vllm": {"LLM": LLM, "SamplingParams": SimpleNamespace}, "vllm.lora": {}}
+    names["vllm.lora.request"] = {"LoRARequest": LoRARequest}
+    for name, content in names.items():
+        module = types.ModuleType(name)
+        vars(module).update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+
+
+def test_the_adapter_merged_at_the_time_is_asked_for(vllm, tiny_model, tmp_path):
+    folder, model = tiny_model("llama"), load(tiny_model("llama"))
+    for seed in (1, 2):
+        tuned = add_lora(model, TrainConfig(lora_r=4), seed=seed)
+        save_adapter(tuned, tmp_path / str(seed))
+        remove_lora(tuned)
+    engine = VllmEngine(folder, model, max_positions=1 << 20, dtype="fp32", rank=4)
+    settings = engine.llm.settings
+    assert (settings["model"], settings["dtype"], settings["max_lora_rank"]) == (str(folder), "float32", 8)
+    assert settings["max_model_len"] == engine.max_positions == LONGEST
+    assert engine.device == torch.device("cpu")
+    decoding = Decoding(64, (2,))
+    answers, streamed, steps = [], [], []
+    for adapter in (None, tmp_path / "1", tmp_path / "2", tmp_path / "1"):
+        with adapter_merged(model, adapter):
+            answers += engine.generate(
+                [[5, 6], [7]], decoding, limits=[3, 9], on_token=lambda *x: streamed.append(x),
+                progress=lambda *x: steps.append(x),
+            )  # fmt: skip
+    engine.generate([[5]], decoding)
+    assert [call[2] and (call[2].number, call[2].folder) for call in engine.llm.calls] == [
+        None,
+        (1, str(tmp_path / "1")),
+        (2, str(tmp_path / "2")),
+        (1, str(tmp_path / "1")),
+        None,
+    ]
+    assert [p.max_tokens for p in engine.llm.calls[0][1]] == [3, 9]
+    assert answers == [Answer([5], "stop"), Answer([7], "stop")] * 4
+    assert streamed == [(0, 5), (1, 7)] * 4 and steps == [(2, 1)] * 8
+
+
+def test_a_broken_adapter_or_a_full_prompt_is_refused(vllm, tiny_model, tmp_path):
+    engine = VllmEngine(tiny_model("llama"), load(tiny_model("llama")), max_positions=4)
+    assert engine.generate([], Decoding(8, (2,))) == [] and not engine.llm.calls
+    with pytest.raises(TellError, match=r"prompt 2: the prompt has 4 tokens and the model takes 4"):
+        engine.generate([[1], [1, 2, 3, 4]], Decoding(8, (2,)))
+    with pytest.raises(ValueError, match="1 limits for 2 prompts"):
+        engine.generate([[1], [1, 2]], Decoding(8, (2,)), limits=[3])
+    (tmp_path / "adapter_config.json").write_text("{half")
+    engine.model._tell_adapter = tmp_path
+    with pytest.raises(json.JSONDecodeError):
+        engine.generate([[1]], Decoding(8, (2,)))

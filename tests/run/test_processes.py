@@ -1,0 +1,149 @@
+"""`tell tune` under torchrun: a run folder with the numbers of one process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tell
+from run.runs import FILES, comparable, config_of, read
+from tell.cli.main import run
+from tell.errors import TellError
+from tell.folder import RunFolder, read_jsonl
+
+PLAIN = {"eval": {"arms": ["base", "sft", "tell"]}, "generate": {"greedy": True}}
+
+
+def started(*arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tell"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(tell.__file__).parents[1])}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([*command, *arguments], env=env, text=True, **pipes)
+
+
+def ended(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
+    out, err = process.communicate(timeout=1500)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return ended(started(*arguments))
+
+
+def near(a: Any, b: Any, path: str = "") -> None:
+    """Equal, numbers within rounding."""
+    if isinstance(b, dict):
+        assert a.keys() == b.keys(), path
+        for key in b:
+            near(a[key], b[key], f"{path}.{key}")
+    elif isinstance(b, list):
+        assert len(a) == len(b), path
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            near(x, y, f"{path}.{i}")
+    else:
+        assert a == (pytest.approx(b, rel=1e-3, abs=1e-4) if isinstance(b, float) else b), path
+
+
+@pytest.fixture(scope="module", params=["auto", "fsdp"])
+def pair(request, tiny_model, tmp_path_factory) -> tuple[RunFolder, RunFolder, str, Path]:
+    """A run by one process and one by two, what the two wrote, and their configuration."""
+    place = tmp_path_factory.mktemp(request.param)
+    fast = "auto" if request.param == "auto" else "off"
+    alone = config_of(tiny_model("llama"), place / "one", **PLAIN, train={"fast": fast})
+    one = tell.tune(alone)
+    file = place / "run.yaml"
+    train = alone.train.model_copy(update={"parallel": request.param})
+    file.write_text(alone.model_copy(update={"train": train, "out": str(place / "two")}).to_yaml())
+    done = torchrun("tune", "-c", str(file))
+    assert done.returncode == 0, done.stderr
+    return one, RunFolder(place / "two"), done.stdout, file
+
+
+def test_two_processes_leave_the_run_of_one(pair):
+    one, two, shown, _ = pair
+    assert all((two.root / name).exists() for name in FILES)
+    assert sorted(p.name for p in one.root.rglob("*") if "tfevents" not in p.name) == sorted(
+        p.name for p in two.root.rglob("*") if "tfevents" not in p.name
+    )
+    assert two.manifest.read_bytes() == one.manifest.read_bytes()
+    near(comparable(read(two.metrics)), comparable(read(one.metrics)))
+    assert two.read_status()["state"] == "done"
+    assert "trained by 2 processes" in " ".join(read(two.findings)["notices"])
+    assert shown.count(f"tell chat {two.root}") == 1  # the second process shows nothing
+
+
+def test_their_run_goes_on_in_one_process(pair, tmp_path):
+    _, two, _, file = pair
+    before = comparable(read(two.metrics))
+    two.metrics.unlink()
+    two.prediction("tell").unlink()
+    config = tell.load_config(file, overrides=["train.parallel=auto"])
+    tell.tune(config, resume=True)
+    assert comparable(read(two.metrics)) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_the_middle_leaves_a_run_to_go_on_with(number, tiny_model, tmp_path):
+    """Sent to the launcher, which hands it on to both; the two end with the numbers of one that nobody stopped."""
+    plain = {"eval": {"arms": ["tell"]}, "generate": {"greedy": True}, "mix": {"repeat": 60}}
+    alone = config_of(tiny_model("llama"), tmp_path / "one", **plain)
+    one = tell.tune(alone)
+    two = RunFolder(tmp_path / "two")
+    (tmp_path / "run.yaml").write_text(alone.model_copy(update={"out": str(two.root)}).to_yaml())
+    process = started("tune", "-c", str(tmp_path / "run.yaml"))
+    log = two.losses("tell")
+    while not (log.exists() and log.read_text().count("\n") >= 3):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(number)
+    stopped = ended(process)
+    steps = len(read_jsonl(log))
+    assert stopped.returncode != 0 and 3 <= steps < len(read_jsonl(one.losses("tell")))
+    assert two.read_status()["state"] == "interrupted" and "tell tune --resume" in stopped.stderr
+    resumed = torchrun("tune", "--resume", "--out", str(two.root))
+    assert resumed.returncode == 0, resumed.stderr
+    assert [line["step"] for line in read_jsonl(log)] == [line["step"] for line in read_jsonl(one.losses("tell"))]
+    near(comparable(read(two.metrics)), comparable(read(one.metrics)))
+
+
+def test_bad_input_ends_both(pair):
+    *_, file = pair
+    done = torchrun("tune", "-c", str(file))
+    assert done.returncode != 0 and "exists already" in done.stderr
+
+
+def test_spreading_weights_needs_processes(tiny_model, tmp_path):
+    config = config_of(tiny_model("llama"), tmp_path / "run", train={"parallel": "fsdp"})
+    with pytest.raises(TellError, match="needs several processes"):
+        tell.tune(config)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def launched(monkeypatch) -> None:
+    told = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize(
+    ("sections", "what"),
+    [({"generate": {"engine": "vllm"}}, "vLLM does not run"), ({"max_minutes": 5.0}, "times are measured")],
+)
+def test_what_several_processes_refuse(launched, tiny_model, tmp_path, sections, what):
+    config = config_of(tiny_model("llama"), tmp_path / "run", train={"parallel": "fsdp"}, **sections)
+    with pytest.raises(TellError, match=what):
+        tell.tune(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_verbs_run_in_one_process(launched, capsys):
+    assert run(["report", "runs/any"]) == 2
+    assert "tell report: runs in one process" in capsys.readouterr().err

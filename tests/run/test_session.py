@@ -1,0 +1,62 @@
+"""Which engine a run decodes with."""
+
+from __future__ import annotations
+
+import sys
+import types
+import weakref
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tell.config import make_config
+from tell.decode.engine import Engine
+from tell.errors import TellError
+from tell.models.find import find_model
+from tell.verbs.open_run import _vllm_engine, keep_model, load_engine
+from train.packed import load
+
+
+def config_for(engine: str):
+    return make_config({"model": {"device": "cpu"}, "generate": {"engine": engine}})
+
+
+def test_our_engine_decodes_on_a_processor(tiny_model):
+    files = find_model(str(tiny_model("llama")))
+    loaded, engine = load_engine(files, config_for("auto"))
+    assert isinstance(engine, Engine) and engine.model is loaded.model
+    with pytest.raises(TellError, match=r"generate\.engine: vLLM (is not installed|needs a GPU)"):
+        load_engine(files, config_for("vllm"))
+    assert isinstance(load_engine(files, config_for("vllm"), stream=True)[1], Engine)
+
+
+def test_memory_of_a_dropped_model_is_given_back(tiny_model, monkeypatch):
+    """What torch keeps for itself, vLLM would find taken; given back once nothing holds the model."""
+    emptied, gone = [], []
+    files = find_model(str(tiny_model("llama")))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(list(gone)))
+    with keep_model():
+        weakref.finalize(load_engine(files, config_for("own"))[0].model, gone.append, True)
+        assert not emptied
+    assert emptied == [[True]]
+    with keep_model():
+        pass
+    assert len(emptied) == 1
+
+
+def test_vllm_that_does_not_start(tiny_model, monkeypatch):
+    """By name it is an error, else our own engine decodes and a warning says why."""
+
+    def refuse(**settings):
+        raise RuntimeError("no room for the cache\nmore of it")
+
+    vllm = types.ModuleType("vllm")
+    vllm.LLM = refuse
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    files = find_model(str(tiny_model("llama")))
+    loaded = SimpleNamespace(model=load(tiny_model("llama")), dtype=torch.float32)
+    with pytest.warns(UserWarning, match=r"vLLM does not start \(no room for the cache\)"):
+        assert _vllm_engine(files, loaded, config_for("auto")) is None
+    with pytest.raises(TellError, match=r"vLLM does not start \(no room for the cache\)\. Use generate\.engine=own"):
+        _vllm_engine(files, loaded, config_for("vllm"))

@@ -1,0 +1,41 @@
+"""A recipe of cells that take a second each, on a tiny random model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from studies.studies import recipe_of
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("tell-home")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def surroundings(home: Path) -> Iterator[None]:
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # tiny matrices: more threads only get in each other's way
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TELL_HOME", str(home))
+        yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def recipe(tiny_model: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
+    """``recipe(name, **keys)``: the file of a small recipe with these keys over its own."""
+
+    def write(name: str = "small", **keys: Any) -> Path:
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(recipe_of(tiny_model("llama"), **keys)), encoding="utf-8")
+        return path
+
+    return write
