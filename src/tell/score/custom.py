@@ -15,7 +15,9 @@ from tell.score.scored import Metric
 from tell.score.scorer_code import forget_changed, scorers_first
 
 
-RENAMED = {"tell.evaluate.arithmetic:solved": "tell.score.arithmetic:solved"}  # names in recipes that name finished cells
+RENAMED = {
+    "tell.evaluate.arithmetic:solved": "tell.score.arithmetic:solved"
+}  # names in recipes that name finished cells
 
 
 class CustomScorer:
