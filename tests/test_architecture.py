@@ -1,4 +1,4 @@
-"""Rooms import what docs/architecture.md says, and those that plan or draw load no torch."""
+"""Rooms import what docs/explanation/architecture.md says, and those that plan or draw load no torch."""
 
 from __future__ import annotations
 

@@ -123,7 +123,7 @@ def load_task(config: Config, display: Display | None = None) -> Task:
     for text in left_out(dropped_rows):
         display.note(text)  # no notice: findings.json and plan.json list the rows themselves
     if not chat.has_own_template:
-        task.notice(f"{files.name} has no chat template; the plain default is used (docs/method.md)", display)
+        task.notice(f"{files.name} has no chat template; the plain default is used (docs/howto/models.md)", display)
     task.validation = task.validation[:VALIDATION_ROWS]
     if config.task.test_rows and config.task.test_rows < len(task.test):
         task.test = [task.test[i] for i in sorted(take_rows(len(task.test), config.task.test_rows, config.seed))]
