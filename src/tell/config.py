@@ -153,7 +153,9 @@ class AnchorConfig(Section):
 class MixConfig(Section):
     order: str = Field("shuffle", description="shuffle (the paper) or spread (task rows at near-equal gaps)")
     repeat: int | None = Field(
-        None, ge=1, description="times each task row occurs in the mix; none: by their number, docs/explanation/method.md"
+        None,
+        ge=1,
+        description="times each task row occurs in the mix; none: by row count (docs/explanation/method.md)",
     )
 
 

@@ -25,7 +25,7 @@ Every key of a run, with its default and meaning. Written by `python -m tell.con
       ratio: 20
 
 `tell tune -c run.yaml` reads it. Flags override the file, and `--set general.ratio=50` overrides both; all three
-override the preset. Where a key has two defaults, the first is that of `preset: modern`, the second that of `preset: paper`.
+override the preset. Where a key has two defaults, the first is for `preset: modern`, the second for `preset: paper`.
 """
 
 

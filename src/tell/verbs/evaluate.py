@@ -57,11 +57,13 @@ def evaluate(
         run: a run folder with its adapters.
         arms: default: those of the run that can be answered with.
         test: another test file; default: the run's own test rows.
-        greedy, seed: decoding other than the run's.
+        greedy: decode greedily, or sample; default: as the run did.
+        seed: of the decoding; default: the run's.
         rows: score at most this many test rows, drawn by seed.
         overrides: ``generate.x=y`` as for ``--set``.
-        trust_remote_code, trust_scorer: run code that comes with the model, and the run's own ``task.scorer``. The
-            folder may be somebody else's, so its own word is not enough.
+        trust_remote_code: run code that comes with the model. The run folder may be somebody else's, so it cannot give
+            this permission.
+        trust_scorer: run the run's own ``task.scorer``, likewise.
         display: shows progress.
 
     Returns:
