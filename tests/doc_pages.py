@@ -1,8 +1,8 @@
 """Fenced blocks of the documentation, and a runner for those that are marked.
 
-A block that follows ``<!-- run -->`` is run; one that follows ``<!-- file NAME -->`` is written to that file first. Blocks of
-one page share a folder. Models named in a block are replaced by a tiny one, and runs are made small, so a test shows that
-the commands work and fit together, not what they score.
+A block that follows ``<!-- run -->`` is run; one that follows ``<!-- file NAME -->`` is written to that file. Blocks of one
+page share a folder. Models named in a block are replaced by a tiny one, and runs are made small, so a test shows that
+commands work and fit together, not what they score.
 """
 
 from __future__ import annotations
@@ -100,13 +100,12 @@ def _run(block: Block, words: list[str], tiny: Path) -> None:
     if words[0] != "tell":
         subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
         return
-    arguments = words[1:]
-    if (small := SMALL.get(arguments[0])) is not None:
-        extra = [part for setting in small for part in ("--set", setting)]
-        given = " ".join(arguments)
-        extra = [] if "--resume" in arguments else extra
-        extra += [] if "--model" in arguments or "-c" in arguments or "--resume" in arguments else ["--model", str(tiny)]
-        if "--general" not in given and "-c" not in arguments and "--resume" not in arguments:
-            extra += ["--general", "builtin"]  # a tiny model would write nothing that is kept
-        arguments = [arguments[0], *extra, *arguments[1:]]
+    verb, *rest = words[1:]
+    extra: list[str] = []
+    if verb in SMALL and "--resume" not in rest:
+        extra = [part for setting in SMALL[verb] for part in ("--set", setting)]
+        if "-c" not in rest:
+            extra += [] if "--model" in rest else ["--model", str(tiny)]
+            extra += [] if "--general" in rest else ["--general", "builtin"]  # a tiny model would write nothing usable
+    arguments = [verb, *extra, *rest]
     assert run(arguments) == 0, f"{block}: tell {shlex.join(arguments)}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,9 @@ import yaml
 import tell
 from doc_pages import ROOT, Block, blocks, pages, tell_commands
 from tell.cli.main import run
-from tell.config import Config, make_config
+from tell.config import make_config
 from tell.config_docs import config_docs
+from tell.studies.recipe import make_recipe
 
 LINK = re.compile(r"\]\(([^)\s]+)\)|(?:src|srcset|href)=\"([^\"]+)\"")
 COMMANDS = [pytest.param(block, words, id=f"{block}-{i}") for i, (block, words) in enumerate(tell_commands())]
@@ -45,7 +47,7 @@ def test_every_command_has_a_known_verb_and_known_flags(
     for flag in (word.partition("=")[0] for word in words if re.match(r"--?[a-z]", word)):
         assert re.search(rf"(?<![\w-]){re.escape(flag)}(?![\w-])", known), f"{block}: {flag}"
     names = set(re.findall(r"^\| `([\w.]+)` \|", config_docs(), re.M))
-    for word, value in zip(words, words[1:], strict=False):
+    for word, value in pairwise(words):
         if word == "--set":
             assert value.partition("=")[0] in names, f"{block}: {value}"
 
@@ -78,9 +80,9 @@ def test_code_of_a_page_is_valid(page: Path) -> None:
             for node in ast.walk(ast.parse(block.text)):
                 if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "tell":
                     assert hasattr(tell, node.attr), f"{block}: tell.{node.attr}"
-        if block.language == "yaml" and block.name != "recipe.yaml" and (settings := yaml.safe_load(block.text)):
-            if set(settings) <= set(Config.model_fields) and "config" not in settings:
-                make_config(settings)
+        if block.language == "yaml":
+            settings = yaml.safe_load(block.text)
+            make_recipe(settings) if "grid" in settings else make_config(settings)
 
 
 @pytest.mark.parametrize("page", pages(), ids=relative)

@@ -43,10 +43,12 @@ def _verb(command: Any, path: str, *, top: bool = False) -> Iterator[str]:
     names = [f"[{_metavar(a)}]" if not a.required else _metavar(a) for a in arguments] + ["VERB"] * below
     if not top:
         yield f"## {path}\n"
-    for part in about:
-        example = part.removeprefix("Example: ")
-        yield f"{part}\n" if example == part else f"```bash\n{example}\n```\n"
-    yield f"```text\n{' '.join([path, '[FLAGS]', *names])}\n```\n"
+    usage = " ".join([path, "[FLAGS]", *names])
+    example = next((part.removeprefix("Example: ") for part in about if part.startswith("Example: ")), "")
+    yield from (f"{part}\n" for part in about if not part.startswith("Example: "))
+    yield f"```text\n{usage}\n```\n"
+    if example:
+        yield f"For example:\n\n```bash\n{example}\n```\n"
     if arguments and any(getattr(a, "help", None) for a in arguments):
         yield "| argument | meaning |\n|---|---|"
         yield from (f"| `{_metavar(a)}` | {_cell(a.help or '')} |" for a in arguments)
