@@ -7,17 +7,14 @@ or the general data, only the first needs the files, and nothing is tokenised tw
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tell.config import Config, TrainConfig
+from tell.config import Config
 from tell.errors import TellError
 from tell.folder import RunFolder
-from tell.mix.mixture import Mixture
 from tell.models.find import ModelFiles, find_model
-from tell.rows.row_table import RowTable
 from tell.run.prepare import Task
 from tell.run.record import dtype_name
 from tell.run.stop import Stop
@@ -25,6 +22,7 @@ from tell.train.launch import launched
 
 if TYPE_CHECKING:
     from tell.train.parallel import Processes
+    from tell.train.trainer import TrainingJob
 
 
 @dataclass(frozen=True)
@@ -34,37 +32,29 @@ class Job:
     Attributes:
         model: fingerprint of the base model.
         dtype: ``bf16`` or ``fp32``.
-        folder: of the arm.
     """
 
     model: str
     dtype: str
-    tables: Mapping[str, RowTable]
-    mixture: Mixture
-    training: TrainConfig
-    seed: int
-    folder: Path
+    training: TrainingJob
 
 
-def with_processes(config: Config, lead: Callable[[Processes | None], RunFolder]) -> RunFolder:
-    """``lead`` in the first process of a run, or the only one; the others help it to train.
+@contextmanager
+def processes_of(config: Config) -> Iterator[Processes | None]:
+    """The processes that this one was started with; None where it was started alone.
 
     Raises:
         TellError: the configuration asks for what several processes cannot do, or what one cannot.
     """
     processes = _join(config)
-    if processes is None:
-        return lead(None)
-    if not processes.leads:
-        return _help(processes, config)
     try:
-        return lead(processes)
+        yield processes
     finally:
-        processes.dismiss(None)
+        if processes is not None and processes.leads:
+            processes.dismiss(None)
 
 
 def _join(config: Config) -> Processes | None:
-    """The processes that this one was started with; None where it was started alone."""
     launch = launched()
     sharded = config.train.parallel == "fsdp"
     if launch is None:
@@ -108,7 +98,7 @@ def load_spread(files: ModelFiles, config: Config) -> tuple[Any, Any]:
     return load_model(files, dtype=dtype, device="cpu", trust_remote_code=config.model.trust_remote_code), device
 
 
-def _help(processes: Processes, config: Config) -> RunFolder:
+def help_training(processes: Processes, config: Config) -> RunFolder:
     """Train with the first process what it says, until it says that training is over.
 
     Returns:
@@ -156,34 +146,20 @@ def _base(job: Job, config: Config, processes: Processes, held: tuple[Any, Any] 
 
 
 def _train(job: Job, model: Any, device: Any, processes: Processes, stop: Stop) -> None:
-    from tell.train.trainer import Trainer
+    from tell.train.trainer import Trainer, TrainingHooks
 
-    Trainer(
-        model,
-        job.tables,
-        job.mixture,
-        job.training,
-        folder=job.folder,
-        log=job.folder,  # only the first writes
-        seed=job.seed,
-        device=device,
-        stopped=stop,
-        processes=processes,
-    ).run(resume=True)
+    hooks = TrainingHooks(stopped=stop)
+    Trainer(model, job.training, device=device, hooks=hooks, processes=processes).run(resume=True)
 
 
-def start_job(
-    processes: Processes, task: Task, loaded: Any, folder: Path, tables: Mapping[str, RowTable], mixture: Mixture
-) -> None:
+def start_job(processes: Processes, task: Task, loaded: Any, training: TrainingJob) -> None:
     """Call the others to train an arm; the caller trains next.
 
     Args:
         loaded: the base model, a `tell.models.load.Loaded`.
-        folder: of the arm.
 
     Raises:
         TellError: one of them cannot.
     """
-    job = Job(task.files.fingerprint, dtype_name(loaded), tables, mixture, task.training, task.config.seed, folder)
-    processes.tell(job)
+    processes.tell(Job(task.files.fingerprint, dtype_name(loaded), training))
     processes.agree()
