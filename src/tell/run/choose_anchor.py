@@ -204,7 +204,7 @@ def short_runs(task: Task, loaded: Any, anchors: Sequence[Anchor], steps: int, d
     """
     from tell.run.anchor_candidates import anchor_losses
     from tell.train.lora import adapter_merged
-    from tell.train.trainer import Trainer
+    from tell.train.trainer import Trainer, TrainingHooks, TrainingJob
 
     config, chat, seed = task.config, task.chat, task.config.seed
     rules = RowRules(config.train.max_length, "drop", "drop", config.train.loss_on)
@@ -222,19 +222,10 @@ def short_runs(task: Task, loaded: Any, anchors: Sequence[Anchor], steps: int, d
             tables, mixture = _short_mixture(table, general, total, config)
             with tempfile.TemporaryDirectory() as name:
                 folder = Path(name)
-                trainer = Trainer(
-                    loaded.model,
-                    tables,
-                    mixture,
-                    training,
-                    folder=folder / "adapter",
-                    log=folder / "log.jsonl",
-                    seed=seed,
-                    device=loaded.device,
-                    progress=lambda report: advance(1, f"loss {report.loss:.3f}"),
-                )
+                job = TrainingJob(tables, mixture, training, seed, folder / "adapter", folder / "log.jsonl")
+                hooks = TrainingHooks(progress=lambda report: advance(1, f"loss {report.loss:.3f}"))
                 try:
-                    trainer.run()
+                    Trainer(loaded.model, job, device=loaded.device, hooks=hooks).run()
                 except Diverged:
                     out.append(np.full(len(validation), np.nan))
                     continue

@@ -7,17 +7,15 @@ or the general data, only the first needs the files, and nothing is tokenised tw
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tell.config import Config, TrainConfig
+from tell.config import Config
 from tell.errors import TellError
 from tell.folder import RunFolder
-from tell.mix.mixture import Mixture
 from tell.models.find import ModelFiles, find_model
-from tell.rows.row_table import RowTable
 from tell.run.prepare import Task
 from tell.run.record import dtype_name
 from tell.run.stop import Stop
@@ -25,6 +23,7 @@ from tell.train.launch import launched
 
 if TYPE_CHECKING:
     from tell.train.parallel import Processes
+    from tell.train.trainer import TrainingJob
 
 
 @dataclass(frozen=True)
@@ -34,16 +33,11 @@ class Job:
     Attributes:
         model: fingerprint of the base model.
         dtype: ``bf16`` or ``fp32``.
-        folder: of the arm.
     """
 
     model: str
     dtype: str
-    tables: Mapping[str, RowTable]
-    mixture: Mixture
-    training: TrainConfig
-    seed: int
-    folder: Path
+    training: TrainingJob
 
 
 def with_processes(config: Config, lead: Callable[[Processes | None], RunFolder]) -> RunFolder:
@@ -156,34 +150,20 @@ def _base(job: Job, config: Config, processes: Processes, held: tuple[Any, Any] 
 
 
 def _train(job: Job, model: Any, device: Any, processes: Processes, stop: Stop) -> None:
-    from tell.train.trainer import Trainer
+    from tell.train.trainer import Trainer, TrainingHooks
 
-    Trainer(
-        model,
-        job.tables,
-        job.mixture,
-        job.training,
-        folder=job.folder,
-        log=job.folder,  # only the first writes
-        seed=job.seed,
-        device=device,
-        stopped=stop,
-        processes=processes,
-    ).run(resume=True)
+    hooks = TrainingHooks(stopped=stop)
+    Trainer(model, job.training, device=device, hooks=hooks, processes=processes).run(resume=True)
 
 
-def start_job(
-    processes: Processes, task: Task, loaded: Any, folder: Path, tables: Mapping[str, RowTable], mixture: Mixture
-) -> None:
+def start_job(processes: Processes, task: Task, loaded: Any, training: TrainingJob) -> None:
     """Call the others to train an arm; the caller trains next.
 
     Args:
         loaded: the base model, a `tell.models.load.Loaded`.
-        folder: of the arm.
 
     Raises:
         TellError: one of them cannot.
     """
-    job = Job(task.files.fingerprint, dtype_name(loaded), tables, mixture, task.training, task.config.seed, folder)
-    processes.tell(job)
+    processes.tell(Job(task.files.fingerprint, dtype_name(loaded), training))
     processes.agree()

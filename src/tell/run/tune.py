@@ -305,7 +305,7 @@ class _Run:
 
         A control arm that diverges is left out and told of; without the leading arm there is nothing to go on with.
         """
-        from tell.train.trainer import Trainer
+        from tell.train.trainer import Trainer, TrainingHooks, TrainingJob
 
         results: dict[str, dict] = {}
         wanted = trained_arms(self.arms)
@@ -338,22 +338,13 @@ class _Run:
                     counted += tokens
                     advance(tokens)
 
-                if self.processes:
-                    start_job(self.processes, self.task, base, place, tables, mixture)
-                trainer = Trainer(
-                    base.model,
-                    tables,
-                    mixture,
-                    self.task.training,
-                    folder=place,
-                    log=self.folder.losses(arm),
-                    seed=self.config.seed,
-                    device=device,
-                    stopped=self.stop,
-                    progress=progress,
-                    moved=moved,
-                    processes=self.processes,
+                job = TrainingJob(
+                    tables, mixture, self.task.training, self.config.seed, folder=place, log=self.folder.losses(arm)
                 )
+                if self.processes:
+                    start_job(self.processes, self.task, base, job)
+                hooks = TrainingHooks(stopped=self.stop, progress=progress, moved=moved)
+                trainer = Trainer(base.model, job, device=device, hooks=hooks, processes=self.processes)
                 try:
                     result = trainer.run(resume=True)
                 except Interrupted as error:
