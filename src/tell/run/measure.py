@@ -56,7 +56,6 @@ def measure_arms(
         validation.
     """
     from tell.decode.sampler import Decoding
-    from tell.train.lora import adapter_merged
 
     config = task.config
     scorer = scorer_of(config, task.kind)
@@ -85,7 +84,7 @@ def measure_arms(
     costs: dict[str, dict] = {}
     for arm in arms:
         begin(f"evaluate {arm}")
-        with adapter_merged(model, adapter_folder(folder, arm)):
+        with engine.adapter(adapter_folder(folder, arm)):
             path = folder.prediction(arm)
             prompts, used = arm_prompts(
                 arm,

@@ -172,7 +172,7 @@ class Trainer:
         job: TrainingJob,
         *,
         device: torch.device | str = "cpu",
-        hooks: TrainingHooks = TrainingHooks(),  # noqa: B008  (frozen)
+        hooks: TrainingHooks = TrainingHooks(),
         processes: Processes | None = None,
     ) -> None:
         config, mixture = job.settings, job.mixture

@@ -32,13 +32,11 @@ class ChatSession:
     """
 
     def __init__(self, opened: OpenRun, *, arm: str, greedy: bool | None, seed: int | None) -> None:
-        from tell.train.lora import adapter_merged
-
         self.opened, self.arm = opened, arm
         adapter = opened.adapter(arm)
-        model = opened.load(stream=True)
+        opened.load(stream=True)
         self._stack = ExitStack()
-        self._stack.enter_context(adapter_merged(model, adapter))
+        self._stack.enter_context(opened.engine.adapter(adapter))
         self._stack.enter_context(opened.engine.fixed_weights())
         self.anchor = arm_anchor(arm, opened.anchor)
         self.greedy = False if greedy is None and seed is not None else greedy

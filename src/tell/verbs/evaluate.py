@@ -100,7 +100,6 @@ def evaluate(
         display.note(said)
     scorer = scorer_of(config, kind)
     from tell.decode.sampler import Decoding
-    from tell.train.lora import adapter_merged
 
     model = opened.load(config, display=display)
     limit = config.generate.max_new_tokens or facts.answer_limit
@@ -123,7 +122,7 @@ def evaluate(
             seed=config.seed,
             shots=shots,
         )
-        with adapter_merged(model, adapters[arm]):
+        with opened.engine.adapter(adapters[arm]):
             answers = answer_rows(
                 opened.engine, opened.chat, prompts, examples, decoding, title=f"answer {arm}", display=display
             )

@@ -94,12 +94,10 @@ def separate(
     n = len(prompts["task"])
     if n < queries:
         display.note(f"{n} queries of each group, as many as there are")
-    from tell.train.lora import adapter_merged
-
     states: dict[str, np.ndarray] = {}
     settings = {"state": state, "micro_tokens": config.train.micro_tokens}
     with (
-        adapter_merged(loaded.model, place),
+        engine.adapter(place),
         display.bar("hidden states", sum(map(len, prompts.values())), "queries") as advance,
     ):
         for name, ids in prompts.items():

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tell.anchor.anchor import NO_ANCHOR, Anchor
 from tell.config import Config, make_config, merge
@@ -33,6 +33,9 @@ from tell.score.benchmark_tasks import (
 from tell.score.means import mean_metric
 from tell.score.scored import Metric
 from tell.verbs.open_run import open_run
+
+if TYPE_CHECKING:
+    from tell.decode.protocol import DecodingEngine
 
 FORMAT = 1  # raise when asking or scoring changes its result
 Tasks = Mapping[str, tuple[str, ...]]
@@ -164,7 +167,7 @@ def run_benchmarks(
     costs: dict[str, dict] = {}
     for arm in benchmark_arms(arms, used):
         begin(f"benchmark {arm}")
-        found = _answers(folder, arm, {name: settings(name, arm) for name in names}, model, answer)
+        found = _answers(folder, arm, {name: settings(name, arm) for name in names}, engine, answer)
         metrics[arm] = benchmark_metrics(tasks, {name: rows for name, (rows, _) in found.items()})
         sums = [cost for _, cost in found.values()]
         costs[arm] = {key: sum(cost[key] for cost in sums) for key in ("prompt_tokens", "new_tokens", "flops")}
@@ -203,12 +206,10 @@ def _answers(
     folder: RunFolder,
     arm: str,
     settings: Mapping[str, dict],
-    model: Any,
+    engine: DecodingEngine,
     answer: Callable[[str, str], tuple[list[dict], dict]],
 ) -> dict[str, tuple[list[dict], dict]]:
     """Rows and cost of each task for one arm, from the folder, from the home cache, or asked now."""
-    from tell.train.lora import adapter_merged
-
     out: dict[str, tuple[list[dict], dict]] = {}
     place = folder.predictions / "benchmarks" / arm
     untuned = adapter_arm(arm) is None
@@ -220,7 +221,7 @@ def _answers(
             out[name] = kept
     missing = [name for name in settings if name not in out]
     if missing:
-        with adapter_merged(model, adapter_folder(folder, arm)):
+        with engine.adapter(adapter_folder(folder, arm)):
             for name in missing:
                 out[name] = answer(name, arm)
                 _write(place / name, settings[name], *out[name])
