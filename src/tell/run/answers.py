@@ -219,6 +219,11 @@ def arm_anchor(arm: str, anchor: Anchor) -> Anchor:
     return anchor if ARMS[arm].anchored else NO_ANCHOR
 
 
+def adapter_arm(arm: str) -> str | None:
+    """The trained arm whose adapter an arm answers with; None also for an arm of another version of TELL."""
+    return ARMS[arm].adapter if arm in ARMS else None
+
+
 def adapter_folder(root: RunFolder, arm: str) -> Path | None:
     """The folder of the adapter an arm answers with, in a run folder; None for the untuned model."""
     trained = ARMS[arm].adapter

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -100,13 +100,13 @@ def _part(table: RowTable, rows: np.ndarray) -> RowTable:
     )
 
 
-def losses_of(session: Session, arm: str, table: RowTable, advance=None) -> np.ndarray:
+def losses_of(session: Session, arm: str, table: RowTable, advance: Callable[[int], None] | None = None) -> np.ndarray:
     """(rows,) mean nll of each row under an arm's weights, once for all runs of an untuned model in memory."""
     if arm != BASE:
         return session.row_losses(table, advance)
     digest = hashlib.sha256()
     for column in (table.ids, table.mask, table.starts):
-        digest.update(np.ascontiguousarray(column))
+        digest.update(np.ascontiguousarray(column).tobytes())
     key = ("losses", digest.digest(), session.config.train.micro_tokens)
     return once(session.model, key, lambda: session.row_losses(table, advance))
 

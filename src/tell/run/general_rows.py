@@ -135,6 +135,14 @@ def _table(task: Task, source: GeneralSource, loaded: Loaded | None) -> RowTable
 
 def draw_general(config: Config, general: General, task_tokens: int) -> Draw:
     """The general rows of the mix; by the task's tokens where no amount is given."""
-    amount = config.general.amount(task_tokens)
-    draw = general_rows(general.table.unit[general.allowed], task_tokens=task_tokens, seed=config.seed, **amount)
+    ((way, amount),) = config.general.amount(task_tokens).items()
+    unit = general.table.unit[general.allowed]
+    draw = general_rows(
+        unit,
+        task_tokens=task_tokens,
+        seed=config.seed,
+        rows=int(amount) if way == "rows" else None,
+        tokens=amount if way == "tokens" else None,
+        ratio=amount if way == "ratio" else None,
+    )
     return Draw(general.allowed[draw.indices].astype(np.int32), draw.epochs, draw.notices)

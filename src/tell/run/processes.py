@@ -7,6 +7,8 @@ or the general data, only the first needs the files, and nothing is tokenised tw
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,12 +17,14 @@ from tell.config import Config
 from tell.errors import TellError
 from tell.folder import RunFolder
 from tell.models.find import ModelFiles, find_model
-from tell.run.prepare import Task
-from tell.run.record import dtype_name
+from tell.run.session import dtype_name
 from tell.run.stop import Stop
 from tell.train.launch import launched
 
 if TYPE_CHECKING:
+    import torch
+
+    from tell.models.load import Loaded
     from tell.train.parallel import Processes
     from tell.train.trainer import TrainingJob
 
@@ -86,8 +90,8 @@ def decoding_beside(config: Config, processes: Processes | None) -> Config:
     return config.model_copy(update={"generate": config.generate.model_copy(update={"engine": "own"})})
 
 
-def load_spread(files: ModelFiles, config: Config) -> tuple[Any, Any]:
-    """A `tell.models.load.Loaded` on the processor, to be spread over processes, and the device it will compute on."""
+def load_spread(files: ModelFiles, config: Config) -> tuple[Loaded, torch.device]:
+    """The model on the CPU, to be spread over processes, and the device it will compute on."""
     from tell.models.load import choose_device, choose_dtype, load_model
 
     gc.collect()  # the shares of an arm before it hang in cycles
@@ -99,7 +103,7 @@ def load_spread(files: ModelFiles, config: Config) -> tuple[Any, Any]:
 
 
 def help_training(processes: Processes, config: Config) -> RunFolder:
-    """Train with the first process what it says, until it says that training is over.
+    """Train along with the first process until it says that training is over.
 
     Returns:
         The run folder; the first process may still be at work in it.
@@ -152,14 +156,14 @@ def _train(job: Job, model: Any, device: Any, processes: Processes, stop: Stop) 
     Trainer(model, job.training, device=device, hooks=hooks, processes=processes).run(resume=True)
 
 
-def start_job(processes: Processes, task: Task, loaded: Any, training: TrainingJob) -> None:
+def start_job(processes: Processes, files: ModelFiles, loaded: Loaded, training: TrainingJob) -> None:
     """Call the others to train an arm; the caller trains next.
 
     Args:
-        loaded: the base model, a `tell.models.load.Loaded`.
+        files, loaded: the base model.
 
     Raises:
         TellError: one of them cannot.
     """
-    processes.tell(Job(task.files.fingerprint, dtype_name(loaded), training))
+    processes.tell(Job(files.fingerprint, dtype_name(loaded), training))
     processes.agree()

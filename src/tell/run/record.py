@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -149,7 +149,7 @@ class Metrics:
     benchmarks: dict | None = None
 
     def to_dict(self) -> dict:
-        parts = asdict(self)
+        parts = dict(vars(self))
         benchmarks = parts.pop("benchmarks")
         if benchmarks is None:
             return parts
@@ -195,6 +195,9 @@ class Findings:
     seconds: float
     versions: dict[str, str]
     command: str
+
+    def to_dict(self) -> dict:
+        return dict(vars(self))
 
     @classmethod
     def of(cls, prepared: Prepared, loaded: Loaded, *, seconds: float, command: str) -> Findings:

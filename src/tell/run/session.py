@@ -116,9 +116,7 @@ class Session:
     @contextmanager
     def adapter(self, folder: Path | None) -> Iterator[None]:
         """While this is open, the model answers with an adapter; None: untuned."""
-        from tell.train.lora import adapter_merged
-
-        with adapter_merged(self.model, folder):
+        with self.engine.adapter(folder):
             yield
 
     def answer(self, prompts: Sequence[Sequence[int]], decoding: Decoding, title: str) -> list[Answer]:
@@ -154,22 +152,19 @@ def _load(session: Session) -> tuple[Loaded, DecodingEngine]:
     from tell.models.load import choose_device, load_model
 
     files, config = session.files, session.config
-    chosen = {
-        "dtype": config.model.dtype,
-        "device": config.model.device,
-        "trust_remote_code": config.model.trust_remote_code,
-    }
-    device = str(choose_device(config.model.device))
+    chosen = config.model
+    device = str(choose_device(chosen.device))
     choice = "own" if session.stream else pick_engine(config.generate.engine, device)
 
     def make() -> tuple[Loaded, DecodingEngine]:
-        loaded = load_model(files, **chosen)
+        loaded = load_model(files, dtype=chosen.dtype, device=chosen.device, trust_remote_code=chosen.trust_remote_code)
         engine = _vllm_engine(files, loaded, config) if choice == "vllm" else None
         positions = files.architecture.max_positions
         return loaded, engine or Engine(loaded.model, device=loaded.device, max_positions=positions)
 
     rank = config.train.lora_r if choice == "vllm" else None  # vLLM is started for adapters of one size
-    return session.models.get((files.path, files.fingerprint, *chosen.values(), choice, rank), make)
+    key = (files.path, files.fingerprint, chosen.dtype, chosen.device, chosen.trust_remote_code, choice, rank)
+    return session.models.get(key, make)
 
 
 def _vllm_engine(files: ModelFiles, loaded: Loaded, config: Config) -> DecodingEngine | None:

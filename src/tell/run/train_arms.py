@@ -115,7 +115,7 @@ def _train(
     total = int(mixture.column("tokens").sum(dtype=np.int64))
     with _bar(session.display, f"train {arm}", total, journal) as hooks:
         if processes:
-            start_job(processes, task, base, job)
+            start_job(processes, task.files, base, job)
         return Trainer(base.model, job, device=device, hooks=hooks, processes=processes).run(resume=True)
 
 

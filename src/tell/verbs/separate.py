@@ -20,7 +20,7 @@ from tell.progress import Display, Silent
 from tell.rows.tokenize import prompt_ids
 from tell.run.answers import check_prompts
 from tell.run.choose_anchor import choose_anchor
-from tell.run.session import Session
+from tell.run.session import ModelCache, Session
 from tell.run.task import Task, anchor_of, load_task, place_anchor
 from tell.score.intervals import difference
 from tell.score.means import mean_metric
@@ -47,23 +47,25 @@ class Comparison:
         queries: rows of each group, fewer where there are fewer.
         state: of the last token of the prompt, which the template fixes, or the mean over all its tokens.
         match_length: choose general queries of the task queries' lengths in tokens, instead of a random sample.
+        adapter: an arm of the run whose adapter is applied.
     """
 
     layer: str = "middle"
     queries: int = QUERIES
     state: State = "last"
     match_length: bool = False
+    adapter: str | None = None
 
 
 def separate(
     config: Config,
     *,
     run: str | Path | None = None,
-    adapter: str | None = None,
     compare: Comparison = Comparison(),
     out: str | Path | None = None,
     overwrite: bool = False,
     display: Display | None = None,
+    models: ModelCache | None = None,
 ) -> dict:
     """Compare hidden states of task and general queries, without and with the anchor (figures 3 and 4 of the paper).
 
@@ -75,8 +77,9 @@ def separate(
             general probe's prompts.
         run: the folder `config` is of; its test rows are the queries then, else all rows of the data. What
             ``config.model.trust_remote_code`` says counts, not the folder.
-        adapter: an arm of the run whose adapter is applied.
+        compare: which states.
         out: folder for ``separation.json``, ``separation.svg`` and ``separation.png``.
+        models: keeps the loaded model for the next call.
 
     Returns:
         The content of ``separation.json``: ``layers``, by number, with ``probe``, ``silhouette`` and ``mmd2`` of each
@@ -87,16 +90,16 @@ def separate(
     """
     display = display or Silent()
     files = _output(out, overwrite)
-    if adapter is not None and run is None:
+    if compare.adapter is not None and run is None:
         raise TellError("an adapter needs its run", where="--adapter", remedy="Give a run folder instead of data.")
     given = is_file_or_hub(config.general)
     if not given:
         display.note("no general source given: TELL's own general prompts stand for it")
     opened = open_run(run, trust_remote_code=config.model.trust_remote_code) if run is not None else None
-    place = opened.adapter(adapter) if opened is not None and adapter is not None else None
+    place = opened.adapter(compare.adapter) if opened is not None and compare.adapter is not None else None
     task = load_task(config, display)
     layers = layer_numbers(compare.layer, task.files.architecture.layers)
-    session = Session(task.files, config, task.chat, display, stream=True)
+    session = Session(task.files, config, task.chat, display, models=models or ModelCache(), stream=True)
     session.load()
     anchor = anchor_of(config)
     if anchor is None:
@@ -112,7 +115,7 @@ def separate(
     tokens = {name: np.array([len(ids) for ids in rows]) for name, rows in prompts.items()}
     result: dict[str, Any] = {
         "model": task.files.name,
-        "adapter": adapter,
+        "adapter": compare.adapter,
         "task": config.task.data,
         "general": config.general.source if given else "written for TELL",
         "anchor": anchor.to_dict(),
