@@ -30,6 +30,12 @@ class Journal:
     earlier: float = 0.0
     stage: str = "start"
 
+    @classmethod
+    def of(cls, folder: RunFolder, *, resumed: bool = False) -> Journal:
+        """The journal of a run in a folder; a resumed one goes on counting seconds."""
+        earlier = float(folder.read_status().get("seconds", 0)) if resumed else 0.0
+        return cls(folder, Stop(folder.root), earlier=earlier)
+
     @property
     def seconds(self) -> float:
         """The whole run's so far, all its sessions together."""

@@ -7,7 +7,7 @@ or the general data, only the first needs the files, and nothing is tokenised tw
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +56,20 @@ def processes_of(config: Config) -> Iterator[Processes | None]:
     finally:
         if processes is not None and processes.leads:
             processes.dismiss(None)
+
+
+@contextmanager
+def helpers(processes: Processes | None, folder: RunFolder) -> Iterator[Callable[[], None]]:
+    """While this is open, the other processes wait for trainings; calling what it yields lets them end, as its end does."""
+
+    def dismiss() -> None:
+        if processes is not None:
+            processes.dismiss(str(folder.root))
+
+    try:
+        yield dismiss
+    finally:
+        dismiss()
 
 
 def _join(config: Config) -> Processes | None:
