@@ -61,7 +61,7 @@ class Journal:
         self.folder.set_status(state, stage=self.stage, seconds=round(self.seconds, 1), **more)
 
     @contextmanager
-    def open(self, config: Config, *, fresh: bool, overwrite: bool) -> Iterator[None]:
+    def open(self, config: Config, *, fresh: bool = True, overwrite: bool = False) -> Iterator[None]:
         """Hold the run's folder, listen for signals, and record how the run ended."""
         opened = open_folder(self.folder, fresh=fresh, config=config, seconds=self.seconds, overwrite=overwrite)
         with opened, self.stop.listening():

@@ -8,6 +8,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from tell import __version__
+from tell.folder import RunFolder, write_json
 from tell.models.machine import cpu_name
 from tell.run.answers import answer_limit
 from tell.run.costs import arm_costs
@@ -104,7 +105,7 @@ class Findings:
         return dict(vars(self))
 
     @classmethod
-    def of(cls, prepared: Prepared, loaded: Loaded, *, seconds: float, command: str) -> Findings:
+    def of(cls, prepared: Prepared, loaded: Loaded, *, seconds: float, command: str = "") -> Findings:
         """What is known of a run at its end; ``seconds`` are of all its sessions."""
         task, general, kind = prepared.task, prepared.general, prepared.task.kind
         return cls(
@@ -141,3 +142,9 @@ class Findings:
             },
             command=command,
         )
+
+
+def write_results(folder: RunFolder, metrics: Metrics, findings: Findings) -> None:
+    """Write findings.json and metrics.json."""
+    write_json(folder.findings, findings.to_dict())
+    write_json(folder.metrics, metrics.to_dict())

@@ -60,7 +60,7 @@ def processes_of(config: Config) -> Iterator[Processes | None]:
 
 @contextmanager
 def helpers(processes: Processes | None, folder: RunFolder) -> Iterator[Callable[[], None]]:
-    """While this is open, the other processes wait for trainings; calling what it yields lets them end, as its end does."""
+    """Keeps the other processes waiting for trainings; calling what it yields, or its end, lets them go."""
 
     def dismiss() -> None:
         if processes is not None:

@@ -50,16 +50,16 @@ class Planned(BaseModel):
     fit: Fit | None = None
 
 
-def write_plan(folder: RunFolder, prepared: Prepared, fit: dict) -> None:
+def write_plan(folder: RunFolder, prepared: Prepared, fit: dict | None = None) -> None:
     """Write everything that is decided before training; a resumed run must decide the same again.
 
     Args:
-        fit: of plan.json.
+        fit: how much of the run is done and what was given up for it, as `tell.run.in_time.InTime` decides.
 
     Raises:
         TellError: the data is no longer what it was when the run began.
     """
-    plan = describe_plan(prepared) | {"fit": fit}
+    plan = describe_plan(prepared) | ({"fit": fit} if fit else {})
     for text in plan["mixture"]["notices"]:
         prepared.task.notices.add(text)
     task, lead = prepared.task, prepared.mixtures.get(prepared.lead or "")

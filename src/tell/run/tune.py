@@ -10,7 +10,7 @@ from tell.config import Config
 from tell.data.general import general_source
 from tell.folder import RunFolder, write_json
 from tell.mix.orderings import get_order
-from tell.progress import Display, Silent
+from tell.progress import Display
 from tell.report.page import write_page
 from tell.rows.row_table import RowTable
 from tell.run.answers import scorer_of
@@ -22,7 +22,7 @@ from tell.run.general_rows import General, load_general, read_general, source_of
 from tell.run.in_time import InTime
 from tell.run.journal import Journal
 from tell.run.measure import measure_arms
-from tell.run.metrics import Findings, run_metrics
+from tell.run.metrics import Findings, run_metrics, write_results
 from tell.run.prepare import Writer, check_rows, prepare
 from tell.run.processes import decoding_beside, help_training, helpers, processes_of
 from tell.run.record import write_plan
@@ -66,7 +66,7 @@ def tune(
             return help_training(processes, config)
         config = with_full_paths(config)
         folder, resumed = claim(config, resume=resume, overwrite=overwrite)
-        task, general = read_inputs(config, display or Silent(), str(processes or ""))
+        task, general = read_inputs(config, display, str(processes or ""))
         journal = Journal.of(folder, resumed=resumed)
         session = open_session(task, journal, models, processes)
         clock = InTime(config.max_minutes, session, journal)
@@ -81,14 +81,13 @@ def tune(
             measured = measure_arms(prepared, trained, session, journal)
             metrics = run_metrics(prepared, trained, measured)
             findings = Findings.of(prepared, session.loaded, seconds=journal.seconds, command=command)
-            write_json(folder.findings, findings.to_dict())
-            write_json(folder.metrics, metrics.to_dict())
+            write_results(folder, metrics, findings)
             journal.at("report")
             write_page(folder, state="done")  # which it is once the page is there
     return folder
 
 
-def read_inputs(config: Config, display: Display, processes: str = "") -> tuple[Task, General | None]:
+def read_inputs(config: Config, display: Display | None = None, processes: str = "") -> tuple[Task, General | None]:
     """The task and its general rows; whatever is wrong with them is reported before anything is written.
 
     Args:
@@ -111,7 +110,9 @@ def read_inputs(config: Config, display: Display, processes: str = "") -> tuple[
     return task, read_general(task)
 
 
-def open_session(task: Task, journal: Journal, models: ModelCache | None, processes: Processes | None) -> Session:
+def open_session(
+    task: Task, journal: Journal, models: ModelCache | None = None, processes: Processes | None = None
+) -> Session:
     """The run's model, which stops at a signal; our own engine decodes where several processes train."""
     config = decoding_beside(task.config, processes)
     check, models = journal.stop.check, models or ModelCache()
