@@ -1,8 +1,8 @@
 """Fenced blocks of the documentation, and a runner for those that are marked.
 
-A block that follows ``<!-- run -->`` is run; one that follows ``<!-- file NAME -->`` is written to that file. Blocks of one
-page share a folder. Models named in a block are replaced by a tiny one, and runs are made small, so a test shows that
-commands work and fit together, not what they score.
+A block that follows ``<!-- run -->`` is run; one that follows ``<!-- file NAME -->`` is written to that file. Blocks of
+one page share a folder. Models named in a block are replaced by a tiny one, and runs are made small, so a test shows
+that commands work and fit together, not what they score.
 """
 
 from __future__ import annotations

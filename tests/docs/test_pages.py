@@ -92,6 +92,14 @@ def test_paths_in_backticks_exist(page: Path) -> None:
         assert (ROOT / path).exists(), f"{relative(page)}: {path}"
 
 
+def test_pages_that_code_mentions_exist() -> None:
+    files = [path for folder in ("src", "recipes", "bench") for path in (ROOT / folder).rglob("*")]
+    for path in files:
+        if path.suffix in (".py", ".yaml", ".md", ".c"):
+            for page in re.findall(r"\bdocs/[\w/]+\.md\b", path.read_text(encoding="utf-8")):
+                assert (ROOT / page).exists(), f"{relative(path)}: {page}"
+
+
 def test_every_page_is_in_the_site() -> None:
     listed = set(re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text(encoding="utf-8")))
     pages_of_site = {p.relative_to(ROOT / "docs").as_posix() for p in pages() if p.is_relative_to(ROOT / "docs")}
