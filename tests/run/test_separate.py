@@ -13,6 +13,8 @@ from run.runs import EXAMPLES, PROBE, config_of, read
 from tell.anchor.separation import CONTRASTS
 from tell.errors import TellError
 from tell.folder import RunFolder
+from tell.models.find import find_model
+from tell.run.anchor_candidates import anchor_losses
 from tell.verbs.separate import Comparison, _notices
 
 
@@ -86,6 +88,21 @@ def test_without_any_anchor_or_source(tiny_model):
     assert unnamed.pop("general") == "written for TELL" and result.pop("general") == str(PROBE)
     assert unnamed == result
     assert list(result["layers"]["1"]) == list(result["length"]) == ["without anchor"]
+
+
+def test_an_anchor_is_written_within_the_positions(tiny_model, monkeypatch):
+    """However long rows may be by the configuration, none beyond what the model takes scores a candidate."""
+    lengths = []
+
+    def losses(session, *rest):
+        lengths.append(session.config.train.max_length)
+        return anchor_losses(session, *rest)
+
+    monkeypatch.setattr("tell.run.anchor_candidates.anchor_losses", losses)
+    model = tiny_model("llama")
+    config = quick(model, anchor={"text": "auto", "candidates": 1}, train={"max_length": 1_000_000})
+    tell.separate(config, compare=Comparison(queries=5))
+    assert set(lengths) == {find_model(str(model)).architecture.max_positions}
 
 
 def test_a_run_with_its_adapter(finished):

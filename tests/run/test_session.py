@@ -50,6 +50,15 @@ def test_memory_of_a_dropped_model_is_given_back(tiny_model, monkeypatch):
     assert len(emptied) == 1
 
 
+def test_a_released_model_is_given_back(tiny_model):
+    """Weights spread over processes may not fit next to a whole copy, so nothing keeps one."""
+    gone: list[bool] = []
+    session = session_of(tiny_model("llama"), "own")
+    weakref.finalize(session.model, gone.append, True)
+    session.release()
+    assert gone and session.model is not None
+
+
 def test_vllm_that_does_not_start(tiny_model, monkeypatch):
     """By name it is an error, else our own engine decodes and a warning says why."""
 

@@ -58,6 +58,16 @@ def processes_of(config: Config) -> Iterator[Processes | None]:
             processes.dismiss(None)
 
 
+@contextmanager
+def training_in(folder: RunFolder, processes: Processes | None) -> Iterator[None]:
+    """The run has begun: however it ends, the others are let go with its folder."""
+    try:
+        yield
+    finally:
+        if processes is not None:
+            processes.dismiss(str(folder.root))
+
+
 def _join(config: Config) -> Processes | None:
     launch = launched()
     sharded = config.train.parallel == "fsdp"

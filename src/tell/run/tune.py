@@ -22,7 +22,7 @@ from tell.run.in_time import InTime
 from tell.run.journal import Journal
 from tell.run.measure import answer_arms, measure_weights, score_arms, validation_table
 from tell.run.prepare import Writer, check_rows, prepare
-from tell.run.processes import decoding_beside, help_training, processes_of
+from tell.run.processes import decoding_beside, help_training, processes_of, training_in
 from tell.run.record import Findings, Metrics, train_numbers, write_plan
 from tell.run.self_written import write_self_data
 from tell.run.session import ModelCache, Session
@@ -68,7 +68,7 @@ def tune(
         session = Session(task.files, decoding_beside(task.config, processes), task.chat, task.display)
         session.check, session.models, session.announce = journal.stop.check, models or ModelCache(), True
         clock = InTime(config.max_minutes, session, journal)
-        with journal.open(config, fresh=not resumed, overwrite=overwrite):
+        with journal.open(config, fresh=not resumed, overwrite=overwrite), training_in(folder, processes):
             journal.at("anchor")
             anchor = settle_anchor(task, session, folder)
             journal.at("general data")
@@ -77,7 +77,8 @@ def tune(
             prepared.check_arms()
             plan = write_plan(folder, prepared, fit)
             trained = train_arms(prepared, prepared.trained[:1], session, journal, processes)
-            prepared = clock.corrected(prepared)
+            if trained.new:
+                prepared = clock.corrected(prepared)
             trained.add(train_arms(prepared, prepared.trained[1:], session, journal, processes))
             if processes is not None:
                 processes.dismiss(str(folder.root))
