@@ -38,6 +38,23 @@ _PLACES = {
     "Example": "tell.data.example",
     "RunFolder": "tell.folder",
     "TellError": "tell.errors",
+    # The steps of `tune`, each of which can be called alone.
+    "Journal": "tell.run.journal",
+    "Session": "tell.run.session",
+    "ModelCache": "tell.run.session",
+    "Prepared": "tell.run.prepare",
+    "Trust": "tell.run.claim",
+    "Findings": "tell.run.metrics",
+    "load_task": "tell.run.task",
+    "read_inputs": "tell.run.tune",
+    "open_session": "tell.run.tune",
+    "settle_anchor": "tell.run.tune",
+    "prepare": "tell.run.prepare",
+    "write_plan": "tell.run.record",
+    "train_arms": "tell.run.train_arms",
+    "measure_arms": "tell.run.measure",
+    "run_metrics": "tell.run.metrics",
+    "write_results": "tell.run.metrics",
 }
 __all__ = ["__version__", *_PLACES]
 

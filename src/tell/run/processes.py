@@ -7,7 +7,7 @@ or the general data, only the first needs the files, and nothing is tokenised tw
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,13 +59,17 @@ def processes_of(config: Config) -> Iterator[Processes | None]:
 
 
 @contextmanager
-def training_in(folder: RunFolder, processes: Processes | None) -> Iterator[None]:
-    """The run has begun: however it ends, the others are let go with its folder."""
-    try:
-        yield
-    finally:
+def helpers(processes: Processes | None, folder: RunFolder) -> Iterator[Callable[[], None]]:
+    """Keeps the other processes waiting for trainings; calling what it yields, or its end, lets them go."""
+
+    def dismiss() -> None:
         if processes is not None:
             processes.dismiss(str(folder.root))
+
+    try:
+        yield dismiss
+    finally:
+        dismiss()
 
 
 def _join(config: Config) -> Processes | None:

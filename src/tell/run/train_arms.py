@@ -39,17 +39,17 @@ class Trained:
     Attributes:
         results: what each arm's training reported, as in its ``result.json``.
         failed: control arms that diverged, and how.
-        new: arms trained in this session of the run.
+        now: arms trained in this session of the run.
     """
 
     results: dict[str, dict] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
-    new: list[str] = field(default_factory=list)
+    now: list[str] = field(default_factory=list)
 
     def add(self, other: Trained) -> None:
         self.results |= other.results
         self.failed |= other.failed
-        self.new += other.new
+        self.now += other.now
 
     def arms(self, arms: Sequence[str]) -> list[str]:
         """Those of ``arms`` that can be scored."""
@@ -94,9 +94,9 @@ def train_arms(
             computed = arm_costs(prepared.task, prepared.mixtures[arm][1])["computed_tokens"]
             keep_speed(prepared.task, session.loaded, computed / result.seconds)
         trained.results[arm] = result.to_dict()
+        trained.now.append(arm)
         write_json(done, trained.results[arm])  # last: from here on the arm counts as trained
         shutil.rmtree(place / "checkpoint", ignore_errors=True)
-        trained.new.append(arm)
     return trained
 
 
