@@ -20,7 +20,7 @@ __version__ = "0.1.0"
 
 _PLACES = {
     "tune": "tell.run.tune",
-    "plan": "tell.run.plan",
+    "plan": "tell.verbs.plan_run",
     "evaluate": "tell.verbs.evaluate",
     "demo": "tell.verbs.demo",
     "chat": "tell.verbs.chat",

@@ -192,7 +192,7 @@ def test_what_is_refused(copy, questions, tmp_path, tiny_model):
     harness()
     with pytest.raises(TellError, match=r"unknown benchmark 'gsm'; did you mean gsm8k\?"):
         ask(copy, ["gsm"], data=questions)
-    with pytest.raises(TellError, match="no benchmark is asked for"):
+    with pytest.raises(TellError, match="no benchmark is requested"):
         benchmark(copy.root)
     with pytest.raises(TellError, match="holds no file for gsm8k"):
         ask(copy, ["gsm8k"], data=tmp_path)

@@ -20,7 +20,7 @@ from tell.files import expanded
 from tell.folder import DAMAGED, RunFolder, clean_temporary, sync, write_text
 
 LOCK = ".lock"  # held by the process that works on the run
-MARK = ".starting"  # there while a run is begun: what lies in the folder is ours, and not yet a run
+MARK = ".starting"  # there while a run is begun: what is in the folder is ours, and not yet a run
 ASIDE = ".old-"  # folder of the run that is replaced
 PATIENCE = 1.0  # seconds: another process may look whether the lock is held
 
@@ -69,7 +69,7 @@ def claim(config: Config, *, resume: bool, overwrite: bool) -> tuple[RunFolder, 
     """Check the output folder without writing anything; and whether there is a run to resume in it.
 
     Raises:
-        TellError: the folder exists and neither resume nor overwrite was said; it holds something else; the run in
+        TellError: the folder exists and neither resume nor overwrite was given; it holds something else; the run in
             it was made with other settings; or another process works on it.
     """
     root = Path(config.out) if config.out else default_out(config)
@@ -84,7 +84,7 @@ def claim(config: Config, *, resume: bool, overwrite: bool) -> tuple[RunFolder, 
     if state == "other":
         raise _foreign(folder, " to resume" if resume else "")
     if (root / LOCK).exists():
-        with _locked(folder):  # a run that lives is told of before any work
+        with _locked(folder):  # a live run is reported before any work
             pass
     if state != "run" or overwrite:
         return folder, False
@@ -126,7 +126,7 @@ def _exists(folder: RunFolder) -> TellError:
     return TellError(
         f"exists already (state: {folder.read_status().get('state', 'unknown')})",
         where=f"--out {folder.root}",
-        remedy="Add --resume to go on with it, --overwrite to start anew, or choose another --out.",
+        remedy="Add --resume to go on with it, --overwrite to start again, or choose another --out.",
     )
 
 

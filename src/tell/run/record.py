@@ -71,7 +71,7 @@ def write_plan(folder: RunFolder, prepared: Prepared, fit: dict | None = None) -
         raise TellError(
             "the data has changed since this run began",
             where=str(folder.root),
-            remedy="Put the files back as they were, or start anew with --overwrite.",
+            remedy="Put the files back as they were, or start again with --overwrite.",
         )
     write_text(folder.split, split_file(task))
     if task.kind.schema is not None:
@@ -116,6 +116,6 @@ def write_adapter_notes(folder: RunFolder, task: Task, place: Path) -> None:
     revision = task.config.model.revision
     notes = {"anchor": anchor, "base_model": name, "revision": revision, "origin": files.origin}
     write_json(place / "tell.json", {**notes, "thinking": task.chat.thinking})
-    # peft notes the folder the weights lay in, for a model of the hub one of its cache.
+    # peft records the folder of the weights, which for a model of the hub is in its cache.
     path = place / "adapter_config.json"
     write_json(path, {**folder.read(path), "base_model_name_or_path": name})

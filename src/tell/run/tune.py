@@ -88,7 +88,7 @@ def tune(
 
 
 def read_inputs(config: Config, display: Display | None = None, processes: str = "") -> tuple[Task, General | None]:
-    """The task and its general rows; whatever is wrong with them is reported before anything is written.
+    """The task and its general rows; anything wrong with them is reported before anything is written.
 
     Args:
         processes: that train together, in words.
