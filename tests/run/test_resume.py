@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
@@ -20,6 +21,7 @@ from tell.errors import Interrupted, TellError
 from tell.folder import RunFolder, read_jsonl, write_json
 from tell.run.speed import keep_speed
 from tell.run.time_budget import fit_minutes
+from tell.run.tune import read_inputs
 
 SECTIONS = {
     "eval": {"arms": ["base", "icl", "sft", "tell"]},
@@ -125,6 +127,21 @@ def test_seconds_add_up(tiny_model, tmp_path):
     assert 1000 < read(folder.findings)["seconds"] < 1500
     tell.tune(config, overwrite=True)
     assert 0 < read(folder.findings)["seconds"] < 500
+
+
+def test_reading_the_inputs_counts(tiny_model, tmp_path, monkeypatch):
+    """Of a run's seconds, and so of --max-minutes."""
+    clock = SimpleNamespace(monotonic=lambda: clock.now, now=0.0)
+    monkeypatch.setattr("tell.run.journal.time", clock)
+
+    def slow(*args):
+        clock.now += 1000
+        return read_inputs(*args)
+
+    monkeypatch.setattr("tell.run.tune.read_inputs", slow)
+    sections = {"general": {"source": "none"}, "eval": {"arms": ["base"], "forgetting_rows": 0}}
+    folder = tell.tune(config_of(tiny_model("llama"), tmp_path / "run", **sections))
+    assert read(folder.findings)["seconds"] == folder.read_status()["seconds"] == 1000
 
 
 def test_finished_run_resumed_changes_nothing(whole):

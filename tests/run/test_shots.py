@@ -81,7 +81,7 @@ def test_examples_are_trained_on_and_the_same_for_all_budgets(budget, tiny_model
 @pytest.mark.parametrize("shots", [3, 10_000])
 def test_more_examples_than_rows_are_refused(shots, tiny_model):
     task = load_task(config_of(tiny_model("llama"), task={"shots": shots, "rows": 2}))
-    with pytest.raises(TellError, match=rf"task\.shots: {shots} examples are asked for, and 2 of 2 training rows"):
+    with pytest.raises(TellError, match=rf"task\.shots: {shots} examples are requested, and 2 of 2 training rows"):
         limit_task(task, ANCHOR)
 
 
