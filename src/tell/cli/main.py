@@ -83,20 +83,23 @@ def _tell(
         refuse_several(ctx.invoked_subcommand)
 
 
-app.command("tune")(tune.tune)
-app.command("plan")(plan.plan)
-app.command("eval")(eval.evaluate)
-app.command("chat")(chat.chat)
-app.command("report")(report.report)
-app.command("anchor")(anchor.anchor)
-app.command("separate")(separate.separate)
-_build = typer.Typer(cls=_Verbs, help=build.__doc__.splitlines()[0] if build.__doc__ else "")
+_build = typer.Typer(cls=_Verbs, help=(build.__doc__ or "").partition("\n")[0])
 _build.callback()(build.group)
 _build.command("halu-cot-json")(build.halu_cot_json)
 _build.command("is-en-news")(build.is_en_news)
+for _name, _verb in (
+    ("tune", tune.tune),
+    ("plan", plan.plan),
+    ("eval", eval.evaluate),
+    ("chat", chat.chat),
+    ("report", report.report),
+    ("anchor", anchor.anchor),
+    ("separate", separate.separate),
+    ("study", study.study),
+    ("demo", demo.demo),
+):
+    app.command(_name)(_verb)
 app.add_typer(_build, name="build")
-app.command("study")(study.study)
-app.command("demo")(demo.demo)
 
 
 def run(argv: Sequence[str]) -> int:
