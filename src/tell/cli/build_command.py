@@ -38,10 +38,17 @@ def halu_cot_json(options: HaluCotJsonOptions) -> None:
         raise TellError("an endpoint without a model", where="--base-url", remedy=remedy)
     import tell
     from tell.cli.display import make_display
-    from tell.paper import OfflineTeacher, OpenAITeacher
+    from tell.paper import OfflineTeacher, OpenAITeacher, Teacher
 
-    prices = {"price_in": options.price_in, "price_out": options.price_out}
-    online = OpenAITeacher(options.base_url, name, concurrency=options.concurrency, **prices) if not offline else None
+    writer: Teacher = OfflineTeacher()
+    if not offline:
+        writer = OpenAITeacher(
+            options.base_url,
+            name,
+            concurrency=options.concurrency,
+            price_in=options.price_in,
+            price_out=options.price_out,
+        )
     with make_display().bar(f"thoughts by {name}", None) as advance:
         done = 0
 
@@ -53,7 +60,7 @@ def halu_cot_json(options: HaluCotJsonOptions) -> None:
         built = tell.build_halu_cot_json(
             options.source,
             options.out,
-            teacher=online or OfflineTeacher(),
+            teacher=writer,
             rows=options.rows,
             seed=options.seed,
             test=options.test,

@@ -223,9 +223,10 @@ class Given:
         typed: dict[str, object] = {} if self.data is None else {"task": {"data": self.data}}
         for flag in FLAGS:
             if flag.name in self.flags:
-                nested = self.flags[flag.name]
-                for part in reversed(flag.key.split(".")):
-                    nested = {part: nested}
+                *sections, last = flag.key.split(".")
+                nested = {last: self.flags[flag.name]}
+                for section in reversed(sections):
+                    nested = {section: nested}
                 typed = merge(typed, nested)
         try:
             config = load_config(self.file, typed, self.sets)

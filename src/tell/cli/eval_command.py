@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tell.cli.common import (
     argument,
@@ -19,6 +20,9 @@ from tell.cli.common import (
     words,
 )
 from tell.errors import TellError
+
+if TYPE_CHECKING:
+    from tell.progress import Display
 
 _of_benchmarks = partial(option, rich_help_panel="Benchmarks (lm-evaluation-harness)")
 
@@ -55,41 +59,54 @@ def evaluate(options: EvalOptions) -> None:
 
     Scores have intervals. Benchmarks (--benchmarks) are of general ability: GSM8K, OpenBookQA, AGIEval.
     """
-    benchmarks = {
-        "benchmarks": options.benchmarks,
-        "data": options.benchmark_data,
-        "limit": options.benchmark_limit,
-        "shots": options.benchmark_shots,
-        "chat": options.benchmark_chat,
-        "anchor": options.benchmark_anchor,
-    }
-    shared = {"arms": options.arms, "trust_remote_code": options.trust_remote_code}
-    import tell
-    from tell.cli.tables import benchmarks_table, show_metrics
-
-    if any(value is not None for value in benchmarks.values()):
-        _refuse_others(options)
-        from tell.run.benchmarks.run_benchmarks import benchmark
-
-        show(
-            options.as_json,
-            lambda display: benchmark(options.run, display=display, **benchmarks, **shared),
-            lambda console, metrics: console.print(benchmarks_table(metrics["benchmarks"])),
-        )
+    if any(value is not None for name, value in vars(options).items() if name.startswith("benchmark")):
+        _benchmark(options)
         return
-    rows = {"test": options.test, "rows": options.rows, "greedy": options.greedy, "seed": options.seed}
-    more = {"overrides": options.sets, "trust_scorer": options.trust_scorer}
-    show(
-        options.as_json,
-        lambda display: tell.evaluate(options.run, display=display, **rows, **more, **shared),
-        show_metrics,
-    )
+    import tell
+    from tell.cli.tables import show_metrics
+
+    def work(display: Display) -> dict:
+        return tell.evaluate(
+            options.run,
+            arms=options.arms,
+            test=options.test,
+            greedy=options.greedy,
+            seed=options.seed,
+            rows=options.rows,
+            overrides=options.sets,
+            trust_remote_code=options.trust_remote_code,
+            trust_scorer=options.trust_scorer,
+            display=display,
+        )
+
+    show(options.as_json, work, show_metrics)
 
 
-def _refuse_others(options: EvalOptions) -> None:
-    """Refuse flags that benchmarks have no use for."""
-    flags = {"--test": options.test, "--rows": options.rows, "--greedy": options.greedy, "--seed": options.seed}
+def _benchmark(options: EvalOptions) -> None:
+    flags: dict[str, object] = {
+        "--test": options.test,
+        "--rows": options.rows,
+        "--greedy": options.greedy,
+        "--seed": options.seed,
+    }
     flags |= {"--set": options.sets or None, "--trust-scorer": options.trust_scorer or None}
-    for flag, value in flags.items():
-        if value is not None:
-            raise TellError("has no effect on benchmarks", where=flag, remedy="Leave it out.")
+    if given := [flag for flag, value in flags.items() if value is not None]:
+        raise TellError("has no effect on benchmarks", where=given[0], remedy="Leave it out.")
+    from tell.cli.tables import benchmarks_table
+    from tell.run.benchmarks.run_benchmarks import benchmark
+
+    def work(display: Display) -> dict:
+        return benchmark(
+            options.run,
+            options.benchmarks,
+            arms=options.arms,
+            data=options.benchmark_data,
+            limit=options.benchmark_limit,
+            shots=options.benchmark_shots,
+            chat=options.benchmark_chat,
+            anchor=options.benchmark_anchor,
+            trust_remote_code=options.trust_remote_code,
+            display=display,
+        )
+
+    show(options.as_json, work, lambda console, metrics: console.print(benchmarks_table(metrics["benchmarks"])))

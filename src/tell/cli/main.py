@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 import warnings
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -141,8 +141,8 @@ def main() -> None:
     """Entry point of the command ``tell``."""
     if not _take_debug(sys.argv[1:])[1]:
         warnings.simplefilter("ignore", FutureWarning)  # libraries talk to their callers' authors, not to users
-    with suppress(AttributeError, ValueError):
-        sys.stdout.reconfigure(errors="backslashreplace")  # half characters in answers, for one  # type: ignore[union-attr]
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # halves of surrogate pairs in answers, for one
     sys.exit(run(sys.argv[1:]))
 
 
