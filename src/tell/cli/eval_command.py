@@ -64,18 +64,20 @@ def evaluate(options: EvalOptions) -> None:
         return
     import tell
     from tell.cli.tables import show_metrics
+    from tell.run.claim import Trust
+
+    overrides = list(options.sets)
+    overrides += [] if options.greedy is None else [f"generate.greedy={str(options.greedy).lower()}"]
+    overrides += [] if options.seed is None else [f"seed={options.seed}"]
 
     def work(display: Display) -> dict:
         return tell.evaluate(
             options.run,
             arms=options.arms,
             test=options.test,
-            greedy=options.greedy,
-            seed=options.seed,
             rows=options.rows,
-            overrides=options.sets,
-            trust_remote_code=options.trust_remote_code,
-            trust_scorer=options.trust_scorer,
+            overrides=overrides,
+            trust=Trust(options.trust_remote_code, options.trust_scorer),
             display=display,
         )
 
@@ -93,18 +95,20 @@ def _benchmark(options: EvalOptions) -> None:
     if given := [flag for flag, value in flags.items() if value is not None]:
         raise TellError("has no effect on benchmarks", where=given[0], remedy="Leave it out.")
     from tell.cli.tables import benchmarks_table
-    from tell.run.benchmarks.run_benchmarks import benchmark
+    from tell.verbs.benchmark import BenchmarkOptions, benchmark
 
     def work(display: Display) -> dict:
         return benchmark(
             options.run,
             options.benchmarks,
             arms=options.arms,
-            data=options.benchmark_data,
-            limit=options.benchmark_limit,
-            shots=options.benchmark_shots,
-            chat=options.benchmark_chat,
-            anchor=options.benchmark_anchor,
+            options=BenchmarkOptions(
+                options.benchmark_data,
+                options.benchmark_limit,
+                options.benchmark_shots,
+                options.benchmark_chat,
+                options.benchmark_anchor,
+            ),
             trust_remote_code=options.trust_remote_code,
             display=display,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from tell.cli.common import Given, configured_by_run, count, json_switch, option, show, switch, takes_options
 from tell.errors import TellError
@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 class SeparateOptions:
     layer: str = option("--layer", "layer, 0 for the embeddings; middle; or all", "N", default="middle")
     queries: int = option("--queries", "queries of each group", "N", count, default=50)
-    state: str = option("--state", "last prompt token, or mean", "KIND", ("last", "mean"), default="last")
+    state: Literal["last", "mean"] = option(
+        "--state", "last prompt token, or mean", "KIND", ("last", "mean"), default="last"
+    )
     adapter: str | None = option("--adapter", "with this arm's adapter of the run", "ARM")
     match_length: bool = switch("--match-length", "Choose general queries of the task queries' lengths.")
     out: Path | None = option("-o --out", "write numbers and t-SNE picture here", "DIR")
@@ -39,11 +41,14 @@ def separate(given: Given, options: SeparateOptions) -> None:
     config = (configured_by_run(given, run, scores=False) if run else given).load("separate")
     import tell
     from tell.cli.output import say
+    from tell.verbs.separate import Comparison
 
-    asked = {key: value for key, value in vars(options).items() if key != "as_json"}
+    compare = Comparison(options.layer, options.queries, options.state, options.match_length, options.adapter)
     show(
         options.as_json,
-        lambda display: tell.separate(config, run=run, display=display, **asked),
+        lambda display: tell.separate(
+            config, run=run, compare=compare, out=options.out, overwrite=options.overwrite, display=display
+        ),
         lambda console, found: console.print(_table(found)),
     )
     if options.out is not None:
