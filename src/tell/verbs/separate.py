@@ -16,6 +16,7 @@ from tell.data.example import Example
 from tell.data.general import is_file_or_hub
 from tell.errors import TellError
 from tell.files import write_json
+from tell.folder import RunFolder
 from tell.progress import Display, Silent
 from tell.rows.tokenize import prompt_ids
 from tell.run.answers import check_prompts
