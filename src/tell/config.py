@@ -28,7 +28,7 @@ GENERAL_AMOUNTS = ("ratio", "tokens", "rows")  # the ways of saying how much gen
 DEFAULT_ARMS: tuple[ArmName, ...] = ("base", "base+anchor", "icl", "sft", "sft-matched", "tell", "tell-anchor")
 
 LARGEST = 10**7  # of counts that memory or time grows with: more is a typing error
-_UNWRITABLE = re.compile("[\\0\ud800-\udfff]")  # surrogates stand for bytes of an argument that are no UTF-8
+_UNWRITABLE = re.compile("[\\0\ud800-\udfff]")  # surrogates stand for bytes of an argument that are not UTF-8
 
 
 class _Conflict(ValueError):
@@ -47,7 +47,7 @@ class Section(BaseModel):
     def _writable(cls, value: Any) -> Any:
         """No text that can be neither saved nor a file's name."""
         if isinstance(value, str) and _UNWRITABLE.search(value):
-            raise ValueError("holds a character that is no UTF-8, or NUL")
+            raise ValueError("holds a character that is not UTF-8, or NUL")
         return value
 
 
@@ -107,7 +107,7 @@ class SelfConfig(Section):
 
 
 class GeneralConfig(Section):
-    """General data; at most one of ratio, tokens, rows says how much, else the task's tokens (method.md)."""
+    """Set at most one of `ratio`, `tokens`, `rows`; the default follows the size of the task (docs/method.md)."""
 
     source: str = Field(
         "auto",

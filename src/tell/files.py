@@ -98,8 +98,8 @@ def read_json(path: Path, *, most: int = MOST_JSON, remedy: str) -> dict[str, An
 class _Loader(yaml.SafeLoader):
     """YAML's plain types, bounded: a few aliases can stand for billions of values."""
 
-    def compose_document(self) -> Any:
-        root = super().compose_document()
+    def compose_document(self) -> yaml.Node | None:
+        root: yaml.Node | None = super().compose_document()
         if root is not None:
             _count(root, {}, set())
         return root
@@ -109,7 +109,7 @@ class _Bomb(ValueError):
     pass
 
 
-def _count(node: Any, known: dict[int, int], above: set[int]) -> int:
+def _count(node: yaml.Node, known: dict[int, int], above: set[int]) -> int:
     """Nodes below one, aliases counted as often as they occur."""
     if id(node) in known:
         return known[id(node)]
@@ -117,7 +117,7 @@ def _count(node: Any, known: dict[int, int], above: set[int]) -> int:
         raise _Bomb("an alias stands within what it stands for")
     above.add(id(node))
     total = 1
-    for part in node.value if not isinstance(node, yaml.ScalarNode) else ():
+    for part in () if isinstance(node, yaml.ScalarNode) else node.value:
         total += sum(_count(n, known, above) for n in (part if isinstance(part, tuple) else (part,)))
         if total > MOST_NODES:
             raise _Bomb(f"it holds more than {MOST_NODES:,} values, aliases filled in")
@@ -293,7 +293,7 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # half a surrogate pair, as JSON has it
 
 
-def write_json(path: Path, data: Any) -> None:
+def write_json(path: Path, data: object) -> None:
     write_text(path, json.dumps(data, ensure_ascii=False, indent=2) + "\n")
 
 

@@ -101,7 +101,7 @@ class RunFolder:
         """What `tell separate` found: ``json``, ``svg`` or ``png``."""
         return self.root / f"separation.{kind}"
 
-    def set_status(self, state: str, **more: Any) -> None:
+    def set_status(self, state: str, **more: object) -> None:
         """``running``, ``interrupted``, ``failed`` or ``done``, with what else is worth knowing."""
         write_json(self.status, {"state": state, **more})
 

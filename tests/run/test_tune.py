@@ -265,7 +265,7 @@ def test_bad_input_leaves_nothing(tiny_model, tmp_path):
 
 def test_a_run_is_done_once_its_report_is_written(tiny_model, tmp_path, monkeypatch):
     """The page says of the run what it will be, and a page that fails is no run that is done."""
-    import tell.report.page as page
+    import tell.run.tune as page
 
     config = config_of(tiny_model("llama"), tmp_path / "run", eval={"arms": ["base"]})
     whole = page.write_page

@@ -88,32 +88,34 @@ def reader(flag: str, parse: Parse) -> Callable[[str], object]:
 
 
 def option(
-    names: str, help: str, metavar: str | None = None, parse: Parse | None = None, default: Any = None, **more: Any
+    names: str,
+    help: str,
+    metavar: str | None = None,
+    parse: Parse | None = None,
+    default: object = None,
+    panel: str | None = None,
 ) -> Any:
     """A field of a dataclass of options that is a flag.
 
     Args:
         names: as typed, e.g. ``"-o --out"``.
         parse: reads its text; without it Typer does, by the field's type.
-        more: as of `typer.Option`.
+        panel: the group of flags in which the help lists it.
     """
     flags = names.split()
     read = reader(flags[-1], parse) if parse else None
-    return _field(typer.Option(*flags, help=help, metavar=metavar, parser=read, **more), default)
-
-
-def switch(name: str, help: str, **more: Any) -> Any:
-    """A field of a dataclass of options that is off unless its flag is given."""
-    return option(name, help, default=False, **more)
-
-
-def argument(metavar: str, help: str, default: Any = MISSING) -> Any:
-    """A field of a dataclass of options that is given by its position."""
-    return _field(typer.Argument(metavar=metavar, help=help, show_default=False), default)
-
-
-def _field(info: Any, default: Any) -> Any:
+    info = typer.Option(*flags, help=help, metavar=metavar, parser=read, rich_help_panel=panel)
     return field(default=default, metadata={"typer": info})
+
+
+def switch(name: str, help: str, panel: str | None = None) -> Any:
+    """A field of a dataclass of options that is off unless its flag is given."""
+    return option(name, help, default=False, panel=panel)
+
+
+def argument(metavar: str, help: str, default: object = MISSING) -> Any:
+    """A field of a dataclass of options that is given by its position."""
+    return field(default=default, metadata={"typer": typer.Argument(metavar=metavar, help=help, show_default=False)})
 
 
 def json_switch() -> Any:
@@ -148,10 +150,9 @@ class Flag:
     @property
     def parameter(self) -> Parameter:
         """As a parameter of a Typer command."""
-        more = {"rich_help_panel": self.panel, "show_default": False}
         name = self.name[2:].replace("-", "_") + "_"  # a verb may have an option of the same name
         kind, default = (bool, False) if self.parse is None else (str, None)
-        made = option(self.name, f"{self.help} ({self.key})", self.metavar, self.parse, default, **more)
+        made = option(self.name, f"{self.help} ({self.key})", self.metavar, self.parse, default, self.panel)
         return _parameter(name, kind, made)
 
 
@@ -199,16 +200,17 @@ FLAGS: tuple[Flag, ...] = (
 )
 
 
+_KEYS = typer.Option("--keys", callback=_show_keys, is_eager=True, help="List every key with default and meaning.")
+
+
 @dataclass(frozen=True)
 class Given:
     """What was given on the command line, before it is a Config."""
 
     data: str | None = argument("DATA", "file or hub name of the task data (task.data)", None)
-    file: Path | None = option("-c --config", "YAML file; flags go over it", "FILE", show_default=False)
-    sets: tuple[str, ...] = option(
-        "--set", "any key, over all else; repeatable", "KEY=VALUE", default=(), show_default=False
-    )
-    keys: bool = switch("--keys", "List every key with default and meaning.", callback=_show_keys, is_eager=True)
+    file: Path | None = option("-c --config", "YAML file; flags go over it", "FILE")
+    sets: tuple[str, ...] = option("--set", "any key, over all else; repeatable", "KEY=VALUE", default=())
+    keys: bool = field(default=False, metadata={"typer": _KEYS})
     flags: Mapping[str, object] = field(default_factory=dict)
     """Values of `FLAGS`, by name."""
 
@@ -275,7 +277,7 @@ def configured_by_run(given: Given, folder: Path, *, scores: bool) -> Given:
     return replace(given, data=None, file=run.config)
 
 
-def _parameter(name: str, kind: Any, made: Field[Any]) -> Parameter:
+def _parameter(name: str, kind: Any, made: Field[object]) -> Parameter:
     """An argument or flag for Typer, which must see text where we parse, and lists where we keep tuples."""
     info, default = made.metadata["typer"], made.default
     if info.parser:
@@ -288,7 +290,7 @@ def _parameter(name: str, kind: Any, made: Field[Any]) -> Parameter:
     return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info])
 
 
-def _parameters(options: Any) -> list[Parameter]:
+def _parameters(options: type) -> list[Parameter]:
     hints = get_type_hints(options)
     return [_parameter(f.name, hints[f.name], f) for f in fields(options) if "typer" in f.metadata]
 
@@ -303,7 +305,7 @@ def takes_options(function: Callable[..., None]) -> Callable[..., None]:
     parameters = [*(_parameters(Given) if flags else ()), *(f.parameter for f in flags), *_parameters(hints["options"])]
 
     @wraps(function)
-    def command(**values: Any) -> None:
+    def command(**values: object) -> None:
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if v is not None}
 
         def make(kind: type, **more: object) -> object:

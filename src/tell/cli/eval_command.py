@@ -24,7 +24,7 @@ from tell.errors import TellError
 if TYPE_CHECKING:
     from tell.progress import Display
 
-_of_benchmarks = partial(option, rich_help_panel="Benchmarks (lm-evaluation-harness)")
+_of_benchmarks = partial(option, panel="Benchmarks (lm-evaluation-harness)")
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from tell.train.launch import launched
 
 @dataclass(frozen=True)
 class TuneOptions:
-    resume: bool = switch("--resume", "Go on with an interrupted run.", rich_help_panel="Run")
-    overwrite: bool = switch("--overwrite", "Replace an earlier run.", rich_help_panel="Run")
+    resume: bool = switch("--resume", "Go on with an interrupted run.", panel="Run")
+    overwrite: bool = switch("--overwrite", "Replace an earlier run.", panel="Run")
 
 
 @takes_options

@@ -51,7 +51,7 @@ class Candidate:
         return round(float(np.nanmean(self.losses)), 6)
 
     def to_dict(self) -> dict:
-        """As it stands in ``anchor.json``."""
+        """As in ``anchor.json``."""
         out = {"text": self.text, "origin": self.origin, "score": self.score}
         return {**out, "reason": self.reason} if self.reason else out
 

@@ -82,10 +82,10 @@ class Prompting:
     """How the test rows become prompts.
 
     Attributes:
-        shots: examples in every prompt of all arms but those with examples in context; the anchor stands once, before
+        shots: examples in every prompt of all arms but those with examples in context; the anchor comes once, before
             the first.
         examples: in-context examples wanted.
-        room: tokens a prompt may have; as many examples are used as fit beside the longest test prompt.
+        room: tokens a prompt may have; as many examples are used as fit with the longest test prompt.
         seed: decides which training rows are the examples, and their order; a file may be sorted.
     """
 
@@ -159,7 +159,7 @@ def score_rows(scorer: Scorer, rows: list[dict], more: Mapping[str, Metric] | No
     """Metrics over the rows; each row gets its own scores, and why it is invalid.
 
     Args:
-        more: metrics over the same rows that do not come from the answers; they stand behind the scorer's.
+        more: metrics over the same rows that do not come from the answers; they follow the scorer's.
     """
     metrics = scorer.score([r["answer"] for r in rows], [r["reference"] for r in rows]) | dict(more or {})
     explain = getattr(scorer, "why_invalid", None)

@@ -66,7 +66,7 @@ def claim(config: Config, *, resume: bool, overwrite: bool) -> tuple[RunFolder, 
     """Check the output folder without writing anything; and whether there is a run to resume in it.
 
     Raises:
-        TellError: the folder exists and neither resume nor overwrite was said; it holds something else; the run in
+        TellError: the folder exists and neither resume nor overwrite was given; it holds something else; the run in
             it was made with other settings; or another process works on it.
     """
     root = Path(config.out) if config.out else default_out(config)
@@ -81,7 +81,7 @@ def claim(config: Config, *, resume: bool, overwrite: bool) -> tuple[RunFolder, 
     if state == "other":
         raise _foreign(folder, " to resume" if resume else "")
     if folder.lock.exists():
-        with _locked(folder):  # a run that lives is told of before any work
+        with _locked(folder):  # a live run is reported before any work
             pass
     if state != "run" or overwrite:
         return folder, False
@@ -123,7 +123,7 @@ def _exists(folder: RunFolder) -> TellError:
     return TellError(
         f"exists already (state: {folder.read_status().get('state', 'unknown')})",
         where=f"--out {folder.root}",
-        remedy="Add --resume to go on with it, --overwrite to start anew, or choose another --out.",
+        remedy="Add --resume to go on with it, --overwrite to start again, or choose another --out.",
     )
 
 

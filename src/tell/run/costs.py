@@ -52,7 +52,7 @@ def computed_by(task: Task, mixture: Mixture) -> int:
 
 
 def likely_place(config: Config) -> tuple[str, str]:
-    """Device and number format that the run will compute in, as far as can be said without torch."""
+    """Device and number format that the run will compute in, as far as can be known without torch."""
     device = likely_device() if config.model.device == "auto" else config.model.device
     return device, likely_dtype(device) if config.model.dtype == "auto" else config.model.dtype
 

@@ -78,7 +78,7 @@ def load_general(task: Task, source: GeneralSource, *, overlap: bool = True) -> 
         overlap: False skips the comparison with the test rows, which needs the texts and not only the cache.
 
     Raises:
-        TellError: whatever is wrong with the source.
+        TellError: anything wrong with the source.
     """
     config = task.config
     if source.read is None:

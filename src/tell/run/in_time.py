@@ -20,6 +20,7 @@ from tell.run.session import Session
 from tell.run.speed import measure_pace
 from tell.run.task import Task
 from tell.run.time_budget import Extent, fit_minutes, read_extent
+from tell.run.train_arms import Trained
 
 
 @dataclass
@@ -31,6 +32,7 @@ class InTime:
         session: its pace is measured.
         given_up: what was given up so far, a notice each.
         measured: whether the pace was measured in this session of the run.
+        decided: ``fit`` of plan.json, from `fit` on.
     """
 
     minutes: float | None
@@ -38,6 +40,7 @@ class InTime:
     journal: Journal
     given_up: list[str] = field(default_factory=list)
     measured: bool = False
+    decided: dict[str, Any] = field(default_factory=dict)
 
     def enough(self, task: Task, table: RowTable) -> Enough:
         """When the model has written enough general rows: as many as there is predicted to be time for.
@@ -60,11 +63,11 @@ class InTime:
         shorter.general = GeneralConfig(rows=0 if extent.draw is None else len(extent.draw))
         return enough_of(shorter, task.unit, 0)
 
-    def fit(self, prepared: Prepared) -> tuple[Prepared, dict[str, Any]]:
-        """As much of the run as fits, and ``fit`` of plan.json; when resumed, as was decided the first time.
+    def fit(self, prepared: Prepared) -> Prepared:
+        """As much of the run as fits; when resumed, as was decided the first time.
 
         Raises:
-            TellError: not even the least of it fits.
+            TellError: not even the least of it fits, or no arm is left.
         """
         if (kept := self._planned("fit")) is not None:
             self._give_up(prepared, kept.given_up)
@@ -78,11 +81,14 @@ class InTime:
             minutes, spent = self.minutes, self.journal.spent
             extent, given_up = fit_minutes(prepared, minutes=minutes, spent=spent, most_general=written)
             self._give_up(prepared, given_up)
-        return extent.apply(prepared), self._kept(extent)
+        prepared = extent.apply(prepared)
+        prepared.check_arms()
+        self.decided = self._kept(extent)
+        return prepared
 
-    def corrected(self, prepared: Prepared) -> Prepared:
-        """The run once the leading arm is trained: less of it if that took longer than predicted."""
-        if not self.minutes:
+    def corrected(self, prepared: Prepared, trained: Trained) -> Prepared:
+        """The run once its leading arm was trained: less of it if that took longer than predicted."""
+        if not self.minutes or prepared.lead not in trained.now:
             return prepared
         arms = trained_arms(prepared.task.config.eval.arms)
         lead, spent = lead_arm(arms, dict.fromkeys(arms)), self.journal.spent

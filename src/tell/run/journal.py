@@ -30,6 +30,12 @@ class Journal:
     earlier: float = 0.0
     stage: str = "start"
 
+    @classmethod
+    def of(cls, folder: RunFolder, *, resumed: bool = False) -> Journal:
+        """The journal of a run in a folder; a resumed one goes on counting seconds."""
+        earlier = float(folder.read_status().get("seconds", 0)) if resumed else 0.0
+        return cls(folder, Stop(folder.root), earlier=earlier)
+
     @property
     def seconds(self) -> float:
         """The whole run's so far, all its sessions together."""
@@ -55,7 +61,7 @@ class Journal:
         self.folder.set_status(state, stage=self.stage, seconds=round(self.seconds, 1), **more)
 
     @contextmanager
-    def open(self, config: Config, *, fresh: bool, overwrite: bool) -> Iterator[None]:
+    def open(self, config: Config, *, fresh: bool = True, overwrite: bool = False) -> Iterator[None]:
         """Hold the run's folder, listen for signals, and record how the run ended."""
         opened = open_folder(self.folder, fresh=fresh, config=config, seconds=self.seconds, overwrite=overwrite)
         with opened, self.stop.listening():

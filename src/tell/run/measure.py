@@ -26,10 +26,12 @@ from tell.run.answers import (
     score_rows,
     scorer_of,
 )
+from tell.run.benchmarks.run_benchmarks import run_benchmarks
 from tell.run.forgetting import BASE, Forgetting, general_sets, losses_of, measure_arm
 from tell.run.journal import Journal
 from tell.run.prepare import Prepared
 from tell.run.session import Session
+from tell.run.train_arms import Trained
 from tell.score.scored import Metric, Scorer
 
 if TYPE_CHECKING:
@@ -51,6 +53,41 @@ class Answers:
     metrics: dict[str, Metric]
     costs: dict
     shown: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """All that was measured of a run.
+
+    Attributes:
+        answers: of each scored arm.
+        forgetting: losses and answers on general rows; None where switched off.
+        validation: mean validation loss by arm, empty without validation rows.
+        benchmarks: of metrics.json; None where none is requested.
+        primary: the metric of the verdict.
+    """
+
+    answers: dict[str, Answers]
+    forgetting: Forgetting | None
+    validation: dict[str, float]
+    benchmarks: dict | None
+    primary: str
+
+
+def measure_arms(prepared: Prepared, trained: Trained, session: Session, journal: Journal) -> Measured:
+    """Answer the test rows by every arm, and measure general and validation loss of its weights, and benchmarks."""
+    config, arms = prepared.task.config, trained.arms(prepared.arms)
+    exam, validation = run_exam(prepared), validation_table(prepared)
+    answers = answer_arms(exam, arms, session, journal)
+    for arm, found in answers.items():
+        if ARMS[arm].in_context:
+            prepared.task.notices.add(f"{arm}: {found.shown} examples fit into the context")
+    state = general_sets(config, session.chat, prepared.general)
+    losses = measure_weights(arms, state, validation, exam.scorer, session, journal)
+    benchmarks = None
+    if config.eval.benchmarks:
+        benchmarks = run_benchmarks(config, arms, prepared.anchor, session, journal.folder, journal.at)
+    return Measured(answers, state, losses, benchmarks, exam.scorer.primary)
 
 
 @dataclass(frozen=True)
@@ -88,17 +125,14 @@ class Exam:
         return Answers(rows, metrics, answer_costs(session.files.architecture, prompts, rows), shown)
 
 
-def answer_arms(prepared: Prepared, arms: Sequence[str], session: Session, journal: Journal) -> dict[str, Answers]:
+def answer_arms(exam: Exam, arms: Sequence[str], session: Session, journal: Journal) -> dict[str, Answers]:
     """Each arm's answers to the test rows, scored; answers that are in the run's folder are scored as they are."""
-    exam = run_exam(prepared)
     found = {}
     for arm in arms:
         journal.at(f"evaluate {arm}")
         path = journal.folder.prediction(arm)
         kept = read_jsonl(path) if path.exists() else None
         found[arm] = exam.take(arm, session, adapter_folder(journal.folder, arm), kept)
-        if ARMS[arm].in_context:
-            prepared.task.notices.add(f"{arm}: {found[arm].shown} examples fit into the context")
         write_jsonl(path, found[arm].rows)
     return found
 
@@ -134,23 +168,27 @@ def validation_table(prepared: Prepared) -> RowTable:
 
 
 def measure_weights(
-    prepared: Prepared, arms: Sequence[str], validation: RowTable, session: Session, journal: Journal
-) -> tuple[Forgetting | None, dict[str, float]]:
-    """General loss and mean validation loss of the untuned model and each adapter that ``arms`` answer with.
+    arms: Sequence[str],
+    state: Forgetting | None,
+    validation: RowTable,
+    scorer: Scorer,
+    session: Session,
+    journal: Journal,
+) -> dict[str, float]:
+    """Measure the untuned model and each adapter that ``arms`` answer with.
+
+    Args:
+        state: general rows; receives their losses and answers. None: they are not measured.
 
     Returns:
-        What was measured on general rows, None where switched off; validation loss by arm, empty without rows.
+        Mean validation loss by arm; empty without validation rows.
     """
-    task = prepared.task
-    state = general_sets(task.config, task.chat, prepared.general)
-    scorer = scorer_of(task.config, task.kind)
     losses: dict[str, float] = {}
-    weights = dict.fromkeys([*(ARMS[arm].adapter or BASE for arm in arms), BASE])
-    for arm in weights:
+    for arm in dict.fromkeys([*(ARMS[arm].adapter or BASE for arm in arms), BASE]):
         with session.adapter(adapter_folder(journal.folder, arm)):
             if state is not None:
                 measure_arm(state, arm, session, scorer)
                 write_jsonl(journal.folder.general_losses(arm), state.rows(arm))
             if len(validation):
                 losses[arm] = round(float(losses_of(session, arm, validation).mean()), 6)
-    return state, losses
+    return losses

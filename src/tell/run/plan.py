@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from tell.config import Config
 from tell.data.example import Message
 from tell.data.general import general_source
 from tell.mix.amount import check_size
 from tell.models.flops import lora_parameters
 from tell.models.predict import predict_memory
-from tell.progress import Display
 from tell.rows.row_table import RowTable
-from tell.run.answers import scorer_of
 from tell.run.arms import trained_arms, wanted_arms
 from tell.run.costs import (
     OTHER_SECONDS,
@@ -23,44 +20,10 @@ from tell.run.costs import (
     measuring_seconds,
     writing_seconds,
 )
-from tell.run.general_rows import General, load_general, read_general, source_of
-from tell.run.prepare import Prepared, check_rows, prepare
+from tell.run.general_rows import General, load_general, source_of
+from tell.run.prepare import Prepared
 from tell.run.self_written import cached_self_file, enough_of
-from tell.run.task import Task, anchor_of, load_task, placed_anchor
-
-
-def plan(config: Config, *, display: Display | None = None) -> dict:
-    """Count a run without loading weights.
-
-    Args:
-        config: as for `tell.tune`.
-
-    Returns:
-        What ``plan.json`` holds. With ``general: self`` and nothing written yet, the general part is an
-        estimate and says so; so is the anchor's length with ``anchor: auto``. ``max_minutes`` is met by the
-        speed on record, where a run measures it again.
-
-    Raises:
-        TellError: bad data, model or configuration.
-    """
-    task = load_task(config, display)
-    scorer_of(config, task.kind)  # what `tune` refuses
-    wanted_arms(config)
-    if anchor_of(config) is None:
-        task.notices.add("the model will write the anchor; a stand-in of similar length is counted")
-    anchor = placed_anchor(task)
-    check_rows(task, anchor)
-    # Comparing texts with the test rows takes longer than all else here, and only dropping changes a count.
-    general = read_general(task, overlap=config.task.drop_overlap)
-    prepared = prepare(task, anchor, general or unwritten_general)
-    if config.max_minutes:
-        from tell.run.time_budget import fit_minutes
-
-        extent, given_up = fit_minutes(prepared, minutes=config.max_minutes, spent=0.0)
-        for text in given_up:
-            task.notices.add(text)
-        prepared = extent.apply(prepared)
-    return describe_plan(prepared)
+from tell.run.task import Task
 
 
 def unwritten_general(task: Task, table: RowTable) -> General | None:

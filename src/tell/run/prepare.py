@@ -88,7 +88,7 @@ class Prepared:
         lost = [arm for arm in trained_arms(wanted) if arm not in self.mixtures]
         if lost and not self.arms:
             raise TellError(
-                "no general row is drawn, and no other arm is asked for",
+                "no general row is drawn, and no other arm is requested",
                 where="general",
                 remedy="Ask for more general data: the amount is less than half a row.",
             )

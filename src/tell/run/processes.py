@@ -1,13 +1,13 @@
-"""One run trained by several processes: the first does all a run does, the others come in for its training alone.
+"""One run trained by several processes: the first does all of the run, the others only train.
 
-What they train on is sent to them, tables and mixture as they are: it is the same to the byte whatever wrote the anchor
+What they train on is sent to them, tables and mixture as they are: it is the same to the byte whoever wrote the anchor
 or the general data, only the first needs the files, and nothing is tokenised twice.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Job:
-    """One arm's training, as the first process tells it the others.
+    """One arm's training, as the first process sends it to the others.
 
     Attributes:
         model: fingerprint of the base model.
@@ -58,6 +58,20 @@ def processes_of(config: Config) -> Iterator[Processes | None]:
             processes.dismiss(None)
 
 
+@contextmanager
+def helpers(processes: Processes | None, folder: RunFolder) -> Iterator[Callable[[], None]]:
+    """Keeps the other processes waiting for trainings; calling what it yields, or its end, lets them go."""
+
+    def dismiss() -> None:
+        if processes is not None:
+            processes.dismiss(str(folder.root))
+
+    try:
+        yield dismiss
+    finally:
+        dismiss()
+
+
 def _join(config: Config) -> Processes | None:
     launch = launched()
     sharded = config.train.parallel == "fsdp"
@@ -70,7 +84,7 @@ def _join(config: Config) -> Processes | None:
             )
         return None
     if config.generate.engine == "vllm":
-        raise TellError("vLLM does not run beside torchrun", where="generate.engine", remedy="Use generate.engine=own.")
+        raise TellError("vLLM does not run under torchrun", where="generate.engine", remedy="Use generate.engine=own.")
     if sharded and config.max_minutes:
         raise TellError(
             "times are measured on a model that one device holds",

@@ -41,7 +41,7 @@ MARK = "\ufffdtell\ufffd"
 
 
 def self_file(config: Config, model: str, tokenizer: str) -> Path:
-    """Where the rows of this model with these settings lie."""
+    """The file of the rows of this model with these settings."""
     key = cache_key(
         what="self",
         version=VERSION,

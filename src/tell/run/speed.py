@@ -23,7 +23,7 @@ WARM_UP_ROWS = 2
 
 
 def measure_pace(task: Task, table: RowTable, session: Session) -> None:
-    """Measure a training step and a few decoded tokens, so that --max-minutes goes by this machine as it is now.
+    """Measure a training step and a few decoded tokens, so that --max-minutes reflects this machine as it is now.
 
     Args:
         table: the task's rows.
@@ -69,14 +69,14 @@ def _decoding_speed(task: Task, engine: DecodingEngine) -> float | None:
     prompts = [prompt_ids(task.chat, example) for example in task.test[:PROMPTS]]
     if not prompts:
         return None
-    told: list[tuple[float, int]] = []
+    seen: list[tuple[float, int]] = []
     rule = Decoding(max_new_tokens=NEW_TOKENS, stop_ids=(), greedy=True, batch_size=len(prompts))
-    engine.generate(prompts, rule, progress=lambda new, _: told.append((time.monotonic(), new)))
-    if len(told) < 2:
+    engine.generate(prompts, rule, progress=lambda new, _: seen.append((time.monotonic(), new)))
+    if len(seen) < 2:
         return None
-    prefilled = next((i for i, (_, new) in enumerate(told) if new == len(prompts)), 0)
-    seconds = told[-1][0] - told[prefilled][0]
-    tokens = sum(new for _, new in told[prefilled + 1 :])
+    prefilled = next((i for i, (_, new) in enumerate(seen) if new == len(prompts)), 0)
+    seconds = seen[-1][0] - seen[prefilled][0]
+    tokens = sum(new for _, new in seen[prefilled + 1 :])
     return tokens / seconds if tokens and seconds > 0 else None
 
 

@@ -120,7 +120,7 @@ def load_task(config: Config, display: Display | None = None) -> Task:
     """Find the model's files, read and split the task's data, detect its kind.
 
     Raises:
-        TellError: whatever is wrong with the model or the data.
+        TellError: anything wrong with the model or the data.
     """
     notices = Notices(display or Silent())
     display = notices.display

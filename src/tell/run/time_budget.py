@@ -25,8 +25,8 @@ from tell.seeds import below
 
 OPTIONAL_ARMS = sorted((arm for arm in ARMS if ARMS[arm].optional is not None), key=lambda arm: ARMS[arm].optional or 0)
 LEAST_TEST_ROWS = 60  # the interval of a share of one half is then 25 points wide
-LEAST_REPEAT = 4  # nor less than a quarter of the repetitions asked for
-HALVINGS = 7  # the largest extent that fits is found within 1 % of the way from the least to what was asked for
+LEAST_REPEAT = 4  # nor less than a quarter of the requested repetitions
+HALVINGS = 7  # the largest extent that fits is found within 1 % of the way from the least to what was requested
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ def least_general(table: RowTable, general: General, draw: Draw) -> int:
 
 
 def _first(draw: Draw, rows: int) -> Draw:
-    """The first rows of a draw; what was said of the whole draw holds no longer."""
+    """The first rows of a draw; notices about the whole draw no longer hold."""
     if rows >= len(draw):
         return draw
     epochs = draw.epochs * rows / max(1, len(draw))

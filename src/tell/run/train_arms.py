@@ -39,14 +39,17 @@ class Trained:
     Attributes:
         results: what each arm's training reported, as in its ``result.json``.
         failed: control arms that diverged, and how.
+        now: arms trained in this session of the run.
     """
 
     results: dict[str, dict] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
+    now: list[str] = field(default_factory=list)
 
     def add(self, other: Trained) -> None:
         self.results |= other.results
         self.failed |= other.failed
+        self.now += other.now
 
     def arms(self, arms: Sequence[str]) -> list[str]:
         """Those of ``arms`` that can be scored."""
@@ -88,6 +91,7 @@ def train_arms(
             computed = arm_costs(prepared.task, prepared.mixtures[arm][1])["computed_tokens"]
             keep_speed(prepared.task, session.loaded, computed / result.seconds)
         trained.results[arm] = result.to_dict()
+        trained.now.append(arm)
         write_json(adapter.result, trained.results[arm])  # last: from here on the arm counts as trained
         shutil.rmtree(adapter.checkpoint, ignore_errors=True)
     return trained

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 from tell.anchor.anchor import Anchor
 from tell.config import Config
@@ -11,26 +12,29 @@ from tell.data.general import general_source
 from tell.files import write_json
 from tell.folder import RunFolder
 from tell.mix.orderings import get_order
-from tell.progress import Display, Silent
+from tell.progress import Display
+from tell.report.page import write_page
 from tell.rows.row_table import RowTable
 from tell.run.answers import scorer_of
 from tell.run.arms import trained_arms, wanted_arms
-from tell.run.benchmarks.run_benchmarks import check_benchmarks, run_benchmarks
+from tell.run.benchmarks.run_benchmarks import check_benchmarks
 from tell.run.choose_anchor import choose_anchor
 from tell.run.claim import claim, with_full_paths
-from tell.run.forgetting import numbers
 from tell.run.general_rows import General, load_general, read_general, source_of
 from tell.run.in_time import InTime
 from tell.run.journal import Journal
-from tell.run.measure import answer_arms, measure_weights, score_arms, validation_table
+from tell.run.measure import measure_arms
+from tell.run.metrics import Findings, run_metrics, write_results
 from tell.run.prepare import Writer, check_rows, prepare
-from tell.run.processes import decoding_beside, help_training, processes_of
-from tell.run.record import Findings, Metrics, train_numbers, write_plan
+from tell.run.processes import decoding_beside, help_training, helpers, processes_of
+from tell.run.record import write_plan
 from tell.run.self_written import write_self_data
 from tell.run.session import ModelCache, Session
-from tell.run.stop import Stop
 from tell.run.task import Task, anchor_of, load_task, place_anchor, placed_anchor
 from tell.run.train_arms import train_arms
+
+if TYPE_CHECKING:
+    from tell.train.parallel import Processes
 
 
 def tune(
@@ -64,54 +68,29 @@ def tune(
             return help_training(processes, config)
         config = with_full_paths(config)
         folder, resumed = claim(config, resume=resume, overwrite=overwrite)
-        journal = Journal(folder, Stop(folder.root))
-        journal.earlier = float(folder.read_status().get("seconds", 0)) if resumed else 0.0
-        task, general = read_inputs(config, display or Silent(), str(processes or ""))
-        session = Session(task.files, decoding_beside(task.config, processes), task.chat, task.display)
-        session.check, session.models, session.announce = journal.stop.check, models or ModelCache(), True
+        task, general = read_inputs(config, display, str(processes or ""))
+        journal = Journal.of(folder, resumed=resumed)
+        session = open_session(task, journal, models, processes)
         clock = InTime(config.max_minutes, session, journal)
-        with journal.open(config, fresh=not resumed, overwrite=overwrite):
-            journal.at("anchor")
-            anchor = settle_anchor(task, session, folder)
-            journal.at("general data")
-            prepared = prepare(task, anchor, general or written_by(session, clock))
-            prepared, fit = clock.fit(prepared)
-            prepared.check_arms()
-            plan = write_plan(folder, prepared, fit)
+        with journal.open(config, fresh=not resumed, overwrite=overwrite), helpers(processes, folder) as dismiss:
+            anchor = settle_anchor(task, session, journal)
+            prepared = clock.fit(prepare(task, anchor, general or written_by(session, clock)))
+            write_plan(folder, prepared, clock.decided)
             trained = train_arms(prepared, prepared.trained[:1], session, journal, processes)
-            prepared = clock.corrected(prepared)
+            prepared = clock.corrected(prepared, trained)
             trained.add(train_arms(prepared, prepared.trained[1:], session, journal, processes))
-            if processes is not None:
-                processes.dismiss(str(folder.root))
-            journal.at("evaluate")
-            arms, validation = trained.arms(prepared.arms), validation_table(prepared)
-            answers = answer_arms(prepared, arms, session, journal)
-            forgetting, losses = measure_weights(prepared, arms, validation, session, journal)
-            benchmarks = None
-            if config.eval.benchmarks:
-                benchmarks = run_benchmarks(task.config, arms, anchor, session, folder, journal.at)
-            metrics = Metrics(
-                task={"kind": task.kind.name, "primary": scorer_of(config, task.kind).primary},
-                **score_arms(answers, config),
-                forgetting={} if forgetting is None else numbers(forgetting, config),
-                mixture=plan["mixture"] if prepared.lead else {},
-                train=train_numbers(prepared, trained.results, losses),
-                failed=trained.failed,
-                same=prepared.same,
-                benchmarks=benchmarks,
-            )
+            dismiss()
+            measured = measure_arms(prepared, trained, session, journal)
+            metrics = run_metrics(prepared, trained, measured)
             findings = Findings.of(prepared, session.loaded, seconds=journal.seconds, command=command)
-            write_json(folder.findings, findings.to_dict())
-            write_json(folder.metrics, metrics.to_dict())
+            write_results(folder, metrics, findings)
             journal.at("report")
-            from tell.report.page import write_page
-
             write_page(folder, state="done")  # which it is once the page is there
     return folder
 
 
-def read_inputs(config: Config, display: Display, processes: str = "") -> tuple[Task, General | None]:
-    """The task and its general rows; whatever is wrong with them is reported before anything is written.
+def read_inputs(config: Config, display: Display | None = None, processes: str = "") -> tuple[Task, General | None]:
+    """The task and its general rows; anything wrong with them is reported before anything is written.
 
     Args:
         processes: that train together, in words.
@@ -135,8 +114,19 @@ def read_inputs(config: Config, display: Display, processes: str = "") -> tuple[
     return task, read_general(task)
 
 
-def settle_anchor(task: Task, session: Session, folder: RunFolder) -> Anchor:
+def open_session(
+    task: Task, journal: Journal, models: ModelCache | None = None, processes: Processes | None = None
+) -> Session:
+    """The run's model, which stops at a signal; our own engine decodes where several processes train."""
+    config = decoding_beside(task.config, processes)
+    check, models = journal.stop.check, models or ModelCache()
+    return Session(task.files, config, task.chat, task.display, check=check, models=models, announce=True)
+
+
+def settle_anchor(task: Task, session: Session, journal: Journal) -> Anchor:
     """The anchor given by hand, of the folder when resumed, or written by the model."""
+    journal.at("anchor")
+    folder = journal.folder
     if folder.anchor.exists():
         return Anchor.load(folder.anchor)
     anchor = anchor_of(task.config)
@@ -157,6 +147,7 @@ def written_by(session: Session, clock: InTime) -> Writer:
     """
 
     def write(task: Task, table: RowTable) -> General | None:
+        clock.journal.at("general data")
         if not source_of(task).written:
             return None
         session.load()

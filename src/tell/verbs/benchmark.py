@@ -64,12 +64,12 @@ def benchmark(
     path = opened.folder.require(opened.folder.metrics, "`tell tune`")
     if not check_benchmarks(config):
         raise TellError(
-            "no benchmark is asked for", where="benchmarks", remedy="Name one, e.g. --benchmarks openbookqa."
+            "no benchmark is requested", where="benchmarks", remedy="Name one, e.g. --benchmarks openbookqa."
         )
     if arms is None:
         arms = [arm for arm in config.eval.arms if adapter_ready(opened.folder, arm)]
     for arm in arms:
-        opened.adapter(arm)  # said before the model is loaded
+        opened.adapter(arm)  # checked before the model is loaded
     session = opened.session(config, display or Silent())
     metrics = opened.folder.read(path)
     earlier = metrics.get("benchmarks") or {}

@@ -166,7 +166,7 @@ class Forgetting(BaseModel):
 
 
 class Metrics(BaseModel):
-    """What is kept of metrics.json: the run's own measurements, shown beside the new scores."""
+    """What is kept of metrics.json: the run's own measurements, shown next to the new scores."""
 
     forgetting: Forgetting | None = None
     mixture: dict[str, Any] | None = None

@@ -74,7 +74,7 @@ def hidden_states(
     from tell.train.step import Body
 
     body, device = Body(model), model.device
-    # A pack tells where the state lies that predicts a trained token: one stands in behind each prompt.
+    # A pack knows the states that predict trained tokens: a stand-in token follows each prompt.
     rows = [
         TrainRow(np.array([*ids, 0]), np.arange(len(ids) + 1) == len(ids), i, False) for i, ids in enumerate(prompts)
     ]

@@ -58,7 +58,7 @@ def open_run(run: str | Path, *, trust_remote_code: bool = False) -> OpenRun:
 
     Args:
         trust_remote_code: run code that comes with the model. The folder may be somebody else's, so what its run.yaml
-            says of trust counts for nothing.
+            says of trust does not count.
 
     Raises:
         TellError: no run there, its model cannot be found, or it was made with code that is not trusted now.

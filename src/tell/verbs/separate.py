@@ -225,22 +225,22 @@ def _numbers(found: dict[str, Separation], config: Config) -> dict:
 def _notices(result: dict, layer: str) -> list[str]:
     """What a reader must know before believing the numbers."""
     length, numbers = result["length"], result["layers"][layer]
-    told = []
+    notices = []
     for name, found in length.items():
         if found["ci"][0] > result["chance"]:
-            told.append(f"{name}: token length alone tells the groups apart in {found['value']:.0%} (chance 50%)")
+            notices.append(f"{name}: token length alone tells the groups apart in {found['value']:.0%} (chance 50%)")
     if "control" in numbers:
         probe = numbers["control"]["probe"]
         what = "separates too" if probe["ci"][0] > result["chance"] else "tells nothing apart"
-        told.append(f"control: on general queries the anchor {what}, probe {probe['value']:.0%} at layer {layer}")
-    return told
+        notices.append(f"control: on general queries the anchor {what}, probe {probe['value']:.0%} at layer {layer}")
+    return notices
 
 
 def _output(out: str | Path | None, overwrite: bool) -> Path | None:
     """The folder to write to.
 
     Raises:
-        TellError: a separation lies there already.
+        TellError: a separation is there already.
     """
     if out is None:
         return None

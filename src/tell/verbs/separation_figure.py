@@ -10,7 +10,7 @@ from tell.errors import TellError
 from tell.files import atomic_path
 from tell.folder import RunFolder
 
-# Okabe and Ito's colours, told apart by shape as well
+# Okabe and Ito's colours, with a shape each as well
 GROUPS = {
     "task": ("#D55E00", "o"),
     "task + anchor": ("#D55E00", "o"),

@@ -46,7 +46,7 @@ def write_anchor(
     """Candidates for the anchor, written by the model and by hand, scored, the best first.
 
     The lowest loss decides: that of the right answers under the untuned model, or, where there are short runs, that
-    of the validation rows after them. Separation is told and never decides.
+    of the validation rows after them. Separation is reported and never decides.
 
     Args:
         config: as for `tell.tune`; ``anchor.text`` is ignored. Separation and short runs take general rows from
@@ -119,7 +119,7 @@ def _rank(value: float | None) -> float:
 
 
 def _add_numbers(entries: list[dict], name: str, values: list[Metric], first: int | None, config: Config) -> None:
-    """A score with its interval to each entry, and how far it lies from the ``first`` entry's."""
+    """A score with its interval to each entry, and its difference from the ``first`` entry's."""
     rule = {"seed": config.seed, "samples": config.eval.bootstrap}
     for i, (entry, value) in enumerate(zip(entries, values, strict=True)):
         entry[name] = estimate(value, **rule)

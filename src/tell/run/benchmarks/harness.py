@@ -168,7 +168,7 @@ class EngineLM(TemplateLM):
         room = self.engine.max_positions - most
         if room < 1:
             raise TellError(
-                f"answers of {most} tokens are asked for and the model takes {self.engine.max_positions:,}",
+                f"answers of {most} tokens are requested and the model takes {self.engine.max_positions:,}",
                 where="benchmark",
                 remedy="Leave that benchmark out, or use a model with a longer context.",
             )
@@ -307,7 +307,7 @@ def _row(task: Any, sample: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No bars, warnings or prints of the harness: what matters in them is said by us."""
+    """No bars, warnings or prints of the harness: what matters in them is reported by us."""
     logger, bar = logging.getLogger("lm_eval"), task_module.tqdm
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -38,7 +38,7 @@ Tasks = Mapping[str, tuple[str, ...]]
 
 
 def check_benchmarks(config: Config) -> Tasks:
-    """Tasks under each benchmark of ``eval.benchmarks``, said before any work is done.
+    """Tasks under each benchmark of ``eval.benchmarks``, checked before any work is done.
 
     Raises:
         TellError: an unknown benchmark, a missing file, or lm-evaluation-harness is not installed.
@@ -115,7 +115,7 @@ class Questions:
         return cls(config, tasks, shots, local, anchor if rule.benchmark_anchor else NO_ANCHOR)
 
     def settings(self, name: str, arm: str, session: Session) -> dict:
-        """All that an arm's answers to a task depend on besides its adapter."""
+        """All that an arm's answers to a task depend on, apart from its adapter."""
         rule, on, engine = self.config.eval, arm_anchor(arm, self.anchor), session.engine
         return {
             "format": FORMAT,
@@ -237,7 +237,7 @@ def _answers(questions: Questions, arm: str, folder: RunFolder, session: Session
 
 
 def _shared(name: str, settings: dict) -> Path:
-    """Where the untuned model's answers lie for every run of this machine."""
+    """The untuned model's answers, shared by every run on this machine."""
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:24]
     return tell_home() / "benchmarks" / key / name
 
