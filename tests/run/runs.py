@@ -13,7 +13,8 @@ from typing import Any
 
 from tell.anchor.anchor import Anchor
 from tell.config import Config, load_config, merge
-from tell.folder import RunFolder, read_jsonl
+from tell.files import read_jsonl
+from tell.folder import RunFolder
 from tell.mix.manifest import read_manifest
 from tell.models.find import find_model
 from tell.names import ARMS

@@ -15,7 +15,7 @@ from tell.anchor.anchor import Anchor
 from tell.cli.tables import arms_table
 from tell.config import make_config
 from tell.data.example import Example, Message
-from tell.folder import read_jsonl
+from tell.files import read_jsonl
 from tell.names import ANSWER_LOSS
 from tell.report.page import render
 from tell.rows.template import ChatTokenizer

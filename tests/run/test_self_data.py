@@ -16,7 +16,7 @@ import tell
 from run.runs import Killer, config_of, open_session, read, steady_pace
 from tell.config import load_config
 from tell.errors import Interrupted
-from tell.folder import read_jsonl
+from tell.files import read_jsonl
 from tell.mix.manifest import read_manifest
 from tell.progress import Silent
 from tell.rows.template import ChatTokenizer
