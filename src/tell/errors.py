@@ -1,6 +1,9 @@
-"""Errors a user can mend: each says what is wrong, where, and the remedy."""
+"""Errors a user can fix: each says what is wrong, where, and the remedy."""
 
 from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
 
 from tell.shown import shorten
 
@@ -17,6 +20,16 @@ def is_panic(error: BaseException) -> bool:
     return type(error).__name__ == "PanicException"
 
 
+def did_you_mean(name: str, choices: Iterable[str]) -> str | None:
+    """The choice most like ``name``, if need be by its last dotted part (``ratio`` for ``general.ratio``), or None."""
+    names = list(dict.fromkeys(choices))
+    if close := difflib.get_close_matches(name, names, n=1):
+        return close[0]
+    tails = {choice.rpartition(".")[2]: choice for choice in reversed(names)}
+    close = difflib.get_close_matches(name.rpartition(".")[2], list(tails), n=1, cutoff=0.7)
+    return tails[close[0]] if close else None
+
+
 class TellError(Exception):
     """Bad input. The command line prints it as one line and exits with code 2.
 
@@ -24,12 +37,15 @@ class TellError(Exception):
         what: what is wrong, with the offending value.
         where: file, row, key or argument, e.g. ``"tickets.jsonl:12"`` or ``"--model"``.
         remedy: what to do about it, as an imperative sentence.
+        nearest: what was probably meant, from `did_you_mean`; ``what`` then ends with "did you mean ...?".
     """
 
     exit_code = 2
 
-    def __init__(self, what: str, *, where: str | None = None, remedy: str | None = None) -> None:
-        what = shorten(what, LONGEST["what"])
+    def __init__(
+        self, what: str, *, where: str | None = None, remedy: str | None = None, nearest: str | None = None
+    ) -> None:
+        what = shorten(f"{what}; did you mean {nearest}?" if nearest else what, LONGEST["what"])
         where, remedy = where and shorten(where, LONGEST["where"]), remedy and shorten(remedy, LONGEST["remedy"])
         self.what, self.where, self.remedy = what, where, remedy
         text = f"{where}: {what}" if where else what

@@ -23,14 +23,14 @@ def arm_mixtures(
     tables = {"task": table}
     if general is not None:
         tables["general"] = general.table
-    tell = build(tables, general=draw, repeat=mix.repeat or repeat_for(len(table)), order=mix.order, seed=seed)
+    tell = build(tables, general=draw, repeat=mix.repeat or repeat_for(len(table)), ordering=mix.order, seed=seed)
     arms = {"tell": (tables, tell)}
     only_task = {"task": table}
     arms["sft"] = (only_task, build_repeated(table, len(table), seed))
     arms["sft-matched"] = (only_task, build_repeated(table, len(tell), seed))
     if general is not None and draw is not None and len(draw):
         only_general = {"general": general.table}
-        arms["general"] = (only_general, build(only_general, general=draw, repeat=1, order=mix.order, seed=seed))
+        arms["general"] = (only_general, build(only_general, general=draw, repeat=1, ordering=mix.order, seed=seed))
     return arms
 
 

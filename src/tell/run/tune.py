@@ -16,7 +16,7 @@ from tell.config import Config
 from tell.errors import Diverged, Interrupted, TellError
 from tell.folder import RunFolder, write_json
 from tell.mix.amount import Draw
-from tell.mix.orderings import get_order
+from tell.mix.orderings import get_ordering
 from tell.progress import Display, Silent
 from tell.rows.row_table import RowTable
 from tell.run.answers import adapter_folder, check_prompts, scorer_of
@@ -125,7 +125,7 @@ class _Run:
     def check_rows(self) -> None:
         """Refuse bad rows, prompts, budgets, orders and general data before anything is written."""
         config, task = self.config, self.task
-        get_order(config.mix.order)
+        get_ordering(config.mix.order)
         anchor = anchor_of(config)
         stand_in = place_anchor(task, stand_in_anchor(task) if anchor is None else anchor, self.display)
         train, split = task.train, dict(task.findings["split"])
