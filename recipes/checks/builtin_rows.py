@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tell.config import Config, SelfConfig
 from tell.data.builtin import PROMPTS, WITNESS
-from tell.folder import read_jsonl, write_jsonl
+from tell.files import read_jsonl, write_jsonl
 from tell.models.find import find_model
 from tell.rows.template import ChatTokenizer
 from tell.run.self_written import answered

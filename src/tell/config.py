@@ -5,7 +5,6 @@ Precedence, lowest first: the model's defaults, the preset, the YAML file, flags
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from tell.errors import TellError
+from tell.errors import TellError, did_you_mean
 from tell.files import parse_yaml, read_text
 from tell.presets import PRESETS, general_tokens_for
 
@@ -313,9 +312,10 @@ def make_config(data: Mapping[str, Any], *, where: str = "configuration") -> Con
     preset = data.get("preset", Config.model_fields["preset"].default)
     if not isinstance(preset, str) or preset not in PRESETS:
         raise TellError(
-            f"preset {preset!r} is unknown{nearest(str(preset), PRESETS)}",
+            f"preset {preset!r} is unknown",
             where=where,
             remedy="Use modern or paper.",
+            nearest=did_you_mean(str(preset), PRESETS),
         )
     try:
         return Config.model_validate(data)
@@ -356,9 +356,10 @@ def check_keys(
         if key not in names:
             paths = [f"{prefix}{name}" for name in names]
             raise TellError(
-                f"unknown key {prefix}{key}{nearest(f'{prefix}{key}', [*paths, *key_paths()])}",
+                f"unknown key {prefix}{key}",
                 where=where,
                 remedy=remedy,
+                nearest=did_you_mean(f"{prefix}{key}", [*paths, *key_paths()]),
             )
         kind = names[key].annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):
@@ -382,16 +383,6 @@ def key_paths(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
         else:
             paths.append(path)
     return paths
-
-
-def nearest(word: str, names: Iterable[str]) -> str:
-    """``"; did you mean NAME?"`` for the name most like ``word``, by its last part if need be; or nothing."""
-    names = list(dict.fromkeys(names))
-    close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
-    if not close:  # `ratio` for `general.ratio`: compare the last parts
-        tails = {name.rsplit(".", 1)[-1]: name for name in reversed(names)}
-        close = [tails[t] for t in difflib.get_close_matches(word.rsplit(".", 1)[-1], list(tails), n=1, cutoff=0.7)]
-    return f"; did you mean {close[0]}?" if close else ""
 
 
 def override(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:

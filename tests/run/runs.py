@@ -12,7 +12,8 @@ from typing import Any
 
 from tell.anchor.anchor import Anchor
 from tell.config import ARMS, Config, load_config, merge
-from tell.folder import RunFolder, read_jsonl
+from tell.files import read_jsonl
+from tell.folder import RunFolder
 from tell.mix.manifest import read_manifest
 from tell.progress import Silent
 from tell.run.general_rows import load_general

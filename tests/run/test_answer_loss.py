@@ -13,7 +13,7 @@ from run.runs import config_of, read
 from tell.anchor.anchor import Anchor
 from tell.cli.tables import arms_table
 from tell.data.example import Example, Message
-from tell.folder import read_jsonl
+from tell.files import read_jsonl
 from tell.models.find import find_model
 from tell.models.load import load_model
 from tell.names import ANSWER_LOSS

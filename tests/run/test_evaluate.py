@@ -11,7 +11,7 @@ import pytest
 import tell
 from run.runs import EXAMPLES, config_of, read
 from tell.errors import TellError
-from tell.folder import read_jsonl
+from tell.files import read_jsonl
 from tell.progress import Silent
 
 

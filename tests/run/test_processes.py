@@ -16,7 +16,8 @@ import tell
 from run.runs import FILES, comparable, config_of, read
 from tell.cli.main import run
 from tell.errors import TellError
-from tell.folder import RunFolder, read_jsonl
+from tell.files import read_jsonl
+from tell.folder import RunFolder
 
 PLAIN = {"eval": {"arms": ["base", "sft", "tell"]}, "generate": {"greedy": True}}
 

@@ -50,7 +50,7 @@ def anchor(
     import tell
     from tell.cli.display import make_console, make_display
     from tell.cli.output import only_json, say
-    from tell.folder import write_text
+    from tell.files import write_text
 
     with only_json(as_json) as emit:
         result = tell.write_anchor(

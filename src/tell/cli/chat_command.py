@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tell.cli.common import TRUST_CODE, nearest, read_number
-from tell.errors import TellError
+from tell.cli.common import TRUST_CODE, read_number
+from tell.errors import TellError, did_you_mean
 from tell.files import MOST_TEXT
 from tell.shown import clean, one_line
 
@@ -36,7 +36,10 @@ def chat(
 
     if arm not in ARMS:
         raise TellError(
-            f"unknown arm {arm!r}{nearest(arm, ARMS)}", where="--arm", remedy=f"The arms are {', '.join(ARMS)}."
+            f"unknown arm {arm!r}",
+            where="--arm",
+            remedy=f"The arms are {', '.join(ARMS)}.",
+            nearest=did_you_mean(arm, ARMS),
         )
     chosen = read_number("--seed", seed)
     if message is None and not sys.stdin.isatty():
@@ -89,8 +92,8 @@ def _converse(session: ChatSession) -> None:
             print("forgotten; a new conversation", file=sys.stderr)
         elif text == "/help":
             print(", ".join(COMMANDS), file=sys.stderr)
-        elif text.startswith("/") and text.split()[0] not in COMMANDS and nearest(text.split()[0], COMMANDS):
-            print(f"unknown command {text.split()[0]}{nearest(text.split()[0], COMMANDS)}", file=sys.stderr)
+        elif text.startswith("/") and (word := text.split()[0]) not in COMMANDS and did_you_mean(word, COMMANDS):
+            print(f"unknown command {word}; did you mean {did_you_mean(word, COMMANDS)}?", file=sys.stderr)
         else:
             try:
                 _say(session.stream(text))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import wraps
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tell.errors import TellError
+from tell.errors import TellError, did_you_mean
 
 if TYPE_CHECKING:
     from tell.config import Config
@@ -21,12 +20,6 @@ if TYPE_CHECKING:
 # For verbs that read a run folder, which may be somebody else's: what it trusts, its user must trust too.
 TRUST_CODE = typer.Option("--trust-remote-code", help="run code that comes with the model, as the run did")
 TRUST_SCORER = typer.Option("--trust-scorer", help="score by the run's own function (task.scorer)")
-
-
-def nearest(word: str, names: Iterable[str]) -> str:
-    """``"; did you mean NAME?"`` for the name most like ``word``, or nothing."""
-    close = difflib.get_close_matches(word, list(names), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]}?" if close else ""
 
 
 def number(text: str) -> float:
@@ -60,7 +53,10 @@ def arms(text: str) -> tuple[str, ...]:
     for name in names or ("",):
         if name not in ARMS:
             raise TellError(
-                f"unknown arm {name!r}{nearest(name, ARMS)}", where="--arms", remedy=f"The arms are {', '.join(ARMS)}."
+                f"unknown arm {name!r}",
+                where="--arms",
+                remedy=f"The arms are {', '.join(ARMS)}.",
+                nearest=did_you_mean(name, ARMS),
             )
     return names
 
@@ -70,8 +66,12 @@ def one_of(flag: str, *names: str) -> Callable[[str], str]:
 
     def parse(text: str) -> str:
         if text not in names:
-            hint = nearest(text, names)
-            raise TellError(f"unknown value {text!r}{hint}", where=flag, remedy=f"Use {' or '.join(names)}.")
+            raise TellError(
+                f"unknown value {text!r}",
+                where=flag,
+                remedy=f"Use {' or '.join(names)}.",
+                nearest=did_you_mean(text, names),
+            )
         return text
 
     return parse

@@ -25,8 +25,7 @@ from tell.cli import report_command as report
 from tell.cli import separate_command as separate
 from tell.cli import study_command as study
 from tell.cli import tune_command as tune
-from tell.cli.common import nearest
-from tell.errors import TellError, is_panic
+from tell.errors import TellError, did_you_mean, is_panic
 from tell.shown import one_line
 from tell.train.launch import refuse_several
 
@@ -44,11 +43,11 @@ class _Verbs(TyperGroup):
         name = args[0]
         if self.get_command(ctx, name) is None and not name.startswith("-"):
             path = ctx.command_path
-            hint = nearest(name, self.commands)
+            nearest = did_you_mean(name, self.commands)
             remedy = f"`{path} --help` lists the verbs."
-            if not hint and (Path(name).suffix or "/" in name):
+            if not nearest and (Path(name).suffix or "/" in name):
                 remedy = f"Did you mean `tell tune {name}`?"
-            raise TellError(f"unknown verb {name!r}{hint}", remedy=remedy)
+            raise TellError(f"unknown verb {name!r}", remedy=remedy, nearest=nearest)
         return super().resolve_command(ctx, args)
 
 
@@ -168,7 +167,8 @@ def _usage(error: Any, arguments: list[str]) -> str:
     if option and type(error).__name__ == "NoSuchOption":
         known = [name for p in context.command.params for name in (*p.opts, *p.secondary_opts)] if context else []
         known = [name for name in known if name.startswith("--")]
-        return str(TellError(f"unknown flag {option}{nearest(option, known)}", where=path, remedy=remedy))
+        nearest = did_you_mean(option, known)
+        return str(TellError(f"unknown flag {option}", where=path, remedy=remedy, nearest=nearest))
     text = error.format_message().rstrip(".")
     return str(TellError(text[:1].lower() + text[1:], where=path, remedy=remedy))
 

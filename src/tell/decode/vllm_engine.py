@@ -16,6 +16,7 @@ from tell.decode.engine import Answer
 from tell.decode.room import answer_limits
 from tell.decode.sampler import Decoding
 from tell.errors import TellError
+from tell.folder import AdapterFolder
 from tell.train.lora import merged_adapter
 
 RANKS = (8, 16, 32, 64, 128, 256, 512)  # sizes vLLM reserves for adapters
@@ -130,8 +131,8 @@ class VllmEngine:
             return None
         from vllm.lora.request import LoRARequest
 
-        json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))  # fails here, not in a worker
-        written = (folder / "adapter_model.safetensors").stat().st_mtime_ns
+        json.loads(AdapterFolder(folder).config.read_text(encoding="utf-8"))  # fails here, not in a worker
+        written = AdapterFolder(folder).weights.stat().st_mtime_ns
         number = self._numbers.setdefault((str(folder), written), len(self._numbers) + 1)
         return LoRARequest(f"adapter-{number}", number, str(folder))
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tell.config import GeneralConfig
-from tell.folder import RunFolder, write_json, write_text
+from tell.files import write_json, write_text
+from tell.folder import RunFolder
 from tell.mix.amount import Draw
 from tell.progress import Display
 from tell.rows.row_table import RowTable

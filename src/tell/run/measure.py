@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from tell.anchor.anchor import Anchor
-from tell.folder import RunFolder, read_jsonl, write_jsonl
+from tell.files import read_jsonl, write_jsonl
+from tell.folder import RunFolder
 from tell.progress import Display
 from tell.rows.tokenize import tokenize
 from tell.run.answer_loss import answer_loss_metric, answer_losses, kept_answer_losses

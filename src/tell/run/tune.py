@@ -14,12 +14,13 @@ import numpy as np
 from tell.anchor.anchor import Anchor
 from tell.config import Config
 from tell.errors import Diverged, Interrupted, TellError
-from tell.folder import RunFolder, write_json
+from tell.files import write_json
+from tell.folder import RunFolder
 from tell.mix.amount import Draw
 from tell.mix.orderings import get_ordering
 from tell.progress import Display, Silent
 from tell.rows.row_table import RowTable
-from tell.run.answers import adapter_folder, check_prompts, scorer_of
+from tell.run.answers import check_prompts, scorer_of
 from tell.run.arms import arm_mixtures, lead_arm, same_runs, trained_arms, wanted_arms
 from tell.run.benchmarks.run_benchmarks import check_benchmarks
 from tell.run.choose_anchor import choose_anchor
@@ -313,13 +314,13 @@ class _Run:
             if arm not in trained_arms(self.arms):
                 continue  # given up meanwhile
             self._at(f"train {arm}")
-            place = adapter_folder(self.folder, arm)
-            done = place / "result.json"
-            if done.exists():
-                results[arm] = self.folder.read(done)
+            adapter = self.folder.adapter_of(arm)
+            place = adapter.root
+            if adapter.result.exists():
+                results[arm] = self.folder.read(adapter.result)
                 continue
-            if (gave_up := place / "failed.json").exists():
-                self._leave_out(arm, str(self.folder.read(gave_up).get("error")))
+            if adapter.failed.exists():
+                self._leave_out(arm, str(self.folder.read(adapter.failed).get("error")))
                 continue
             tables, mixture = mixtures[arm]
             base, device = self._trainee()
@@ -361,17 +362,17 @@ class _Run:
                 except Diverged as error:
                     if arm == lead:
                         raise
-                    shutil.rmtree(place / "checkpoint", ignore_errors=True)
-                    write_json(gave_up, {"error": error.what})  # a resumed run need not find out again
+                    shutil.rmtree(adapter.checkpoint, ignore_errors=True)
+                    write_json(adapter.failed, {"error": error.what})  # a resumed run need not find out again
                     self._leave_out(arm, error.what)
                     continue
-            write_adapter_notes(self.folder, self.task, place)
+            write_adapter_notes(self.folder, self.task, adapter)
             if arm == "tell" and result.steps >= 10 and result.seconds > 0 and self.processes is None:
                 computed = arm_costs(self.task, mixture)["computed_tokens"]
                 keep_speed(self.task, self.loaded, computed / result.seconds)
             results[arm] = result.to_dict()
-            write_json(done, results[arm])  # last: from here on the arm counts as trained
-            shutil.rmtree(place / "checkpoint", ignore_errors=True)
+            write_json(adapter.result, results[arm])  # last: from here on the arm counts as trained
+            shutil.rmtree(adapter.checkpoint, ignore_errors=True)
             if arm == lead:
                 lead_trained()
         return results

@@ -14,7 +14,7 @@ from tell.data.kind import Kind, misfits
 from tell.data.sources import load
 from tell.data.subset import take_rows
 from tell.errors import TellError
-from tell.folder import write_jsonl
+from tell.files import write_jsonl
 from tell.progress import Display, Silent
 from tell.rows.ends import without_ends
 from tell.run.answer_loss import answer_loss_metric, answer_losses
@@ -143,7 +143,7 @@ def evaluate(
                 more = answer_loss_metric(values)
         scored[arm] = score_rows(scorer, answers, more)
         costs[arm] = answer_costs(opened.files.architecture, prompts, answers)
-        write_jsonl(opened.folder.predictions / "eval" / f"{arm}.jsonl", answers)
+        write_jsonl(opened.folder.evaluated(arm), answers)
     values, gaps = arm_numbers(scored, seed=seed, samples=config.eval.bootstrap)
     kept = {key: metrics.get(key) for key in ("forgetting", "mixture", "train", "failed", "same")}
     kept |= {key: metrics[key] for key in ("benchmarks",) if key in metrics}

@@ -14,7 +14,8 @@ from tell.anchor.separation import CONTRASTS, FEWEST, Separation, length_hits, s
 from tell.config import Config
 from tell.data.example import Example
 from tell.errors import TellError
-from tell.folder import write_json
+from tell.files import write_json
+from tell.folder import RunFolder
 from tell.progress import Display, Silent
 from tell.rows.tokenize import prompt_ids
 from tell.run.answers import check_prompts
@@ -144,7 +145,7 @@ def separate(
         from tell.verbs.separation_figure import draw
 
         draw(result, files)
-        write_json(files / "separation.json", result)
+        write_json(RunFolder(files).separation("json"), result)
     return result
 
 
@@ -220,6 +221,6 @@ def _output(out: str | Path | None, overwrite: bool) -> Path | None:
     folder = Path(out)
     if folder.is_file():
         raise TellError("is a file", where=f"--out {folder}", remedy="Name a folder.")
-    if (folder / "separation.json").exists() and not overwrite:
+    if RunFolder(folder).separation("json").exists() and not overwrite:
         raise TellError("holds a separation already", where=f"--out {folder}", remedy="Give another, or --overwrite.")
     return folder

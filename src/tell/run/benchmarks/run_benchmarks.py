@@ -13,8 +13,8 @@ from typing import Any
 from tell.anchor.anchor import NO_ANCHOR, Anchor
 from tell.config import Config, make_config, merge
 from tell.errors import TellError
-from tell.files import expanded
-from tell.folder import RunFolder, read_jsonl, write_json, write_jsonl
+from tell.files import expanded, read_jsonl, write_json, write_jsonl
+from tell.folder import RunFolder
 from tell.home import tell_home
 from tell.models.find import ModelFiles
 from tell.models.flops import inference_flops
@@ -210,12 +210,11 @@ def _answers(
     from tell.train.lora import adapter_merged
 
     out: dict[str, tuple[list[dict], dict]] = {}
-    place = folder.predictions / "benchmarks" / arm
     untuned = adapter_arm(arm) is None
     for name, asked in settings.items():
-        kept = _read(place / name, asked)
+        kept = _read(folder.benchmark(arm, name), asked)
         if kept is None and untuned and (kept := _read(_shared(name, asked), asked)) is not None:
-            _write(place / name, asked, *kept)
+            _write(folder.benchmark(arm, name), asked, *kept)
         if kept is not None:
             out[name] = kept
     missing = [name for name in settings if name not in out]
@@ -223,7 +222,7 @@ def _answers(
         with adapter_merged(model, adapter_folder(folder, arm)):
             for name in missing:
                 out[name] = answer(name, arm)
-                _write(place / name, settings[name], *out[name])
+                _write(folder.benchmark(arm, name), settings[name], *out[name])
                 if untuned:
                     with suppress(TellError):  # a home that cannot be written costs the next run's time, not this run
                         _write(_shared(name, settings[name]), settings[name], *out[name])
@@ -255,7 +254,7 @@ def _write(place: Path, settings: dict, rows: list[dict], cost: dict) -> None:
 def kept_answers(folder: RunFolder, arm: str, task: str) -> list[dict]:
     """A row a question, as `tell.run.benchmarks.harness.answer_task` made them; empty where a run has not kept them."""
     try:
-        return read_jsonl((folder.predictions / "benchmarks" / arm / task).with_suffix(".jsonl"))
+        return read_jsonl(folder.benchmark(arm, task).with_suffix(".jsonl"))
     except (OSError, ValueError, TellError):
         return []
 
