@@ -41,10 +41,7 @@ def halu_cot_json(
 ) -> None:
     """Halu-CoT-JSON from HaluEval rows: a thought by a teacher, the people's label, strict JSON."""
     numbers = {"rows": read_number("--rows", rows), "seed": read_number("--seed", seed)}
-    prices = {
-        "price_in": read_number("--price-in", price_in, number),
-        "price_out": read_number("--price-out", price_out, number),
-    }
+    prices = read_number("--price-in", price_in, number), read_number("--price-out", price_out, number)
     parallel = read_number("--concurrency", concurrency)
     if teacher == "offline" and base_url is not None:
         raise TellError(
@@ -52,11 +49,11 @@ def halu_cot_json(
         )
     import tell
     from tell.cli.display import make_display
-    from tell.paper import OfflineTeacher, OpenAITeacher
+    from tell.paper import Limits, OfflineTeacher, OpenAITeacher, Prices, Replace
 
-    writer = (
-        OfflineTeacher() if teacher == "offline" else OpenAITeacher(base_url, teacher, concurrency=parallel, **prices)
-    )
+    writer = OfflineTeacher()
+    if teacher != "offline":
+        writer = OpenAITeacher(base_url, teacher, limits=Limits(concurrency=parallel), prices=Prices(*prices))
     with make_display().bar(f"thoughts by {teacher}", None) as advance:
         done = 0
 
@@ -66,7 +63,7 @@ def halu_cot_json(
             done = now
 
         built = tell.build_halu_cot_json(
-            source, out, teacher=writer, test=test, overwrite=overwrite, progress=progress, **numbers
+            source, Replace(out) if overwrite else out, teacher=writer, test=test, progress=progress, **numbers
         )
     for line in built.lines():
         say(line)
@@ -95,9 +92,9 @@ def is_en_news(
     """IS-EN-NEWS from WMT21's documents: whole news texts between English and Icelandic."""
     numbers = {"times": read_number("--times", times, number), "seed": read_number("--seed", seed)}
     import tell
+    from tell.paper import Replace
 
-    built = tell.build_is_en_news(
-        source, out, train=train, extra=extra or (), direction=direction, overwrite=overwrite, **numbers
-    )
+    place = Replace(out) if overwrite else out
+    built = tell.build_is_en_news(source, place, train=train, extra=extra or (), direction=direction, **numbers)
     for line in built.lines():
         say(line)
