@@ -5,16 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from tell.data.layouts import (
-    ALIASES,
-    LABELS,
-    PARTS,
-    PROMPTS,
-    VERDICTS,
-    Layout,
-    find_columns,
-    layout_name,
-)
+from tell.data.layouts import ALIASES, LABELS, PARTS, PROMPTS, VERDICTS, Layout, find_columns, layout_name
 from tell.errors import TellError, did_you_mean
 
 Record = Mapping[str, object]
@@ -27,8 +18,10 @@ _MATERIAL = re.compile(
 )
 _FIRST = ("passage", "context", "article", "document", "paragraph", "story", "background")  # read before the question
 # Columns that are suggested as the answer, the likeliest first.
-_ANSWERS = ("accept", "answer", "answerkey", "answer_key", "answers", "label", "label_text", "labels", "output")
-_ANSWERS += ("completion", "response", "target", "class")
+_ANSWERS = (
+    *("accept", "answer", "answerkey", "answer_key", "answers", "label", "label_text", "labels", "output"),
+    *("completion", "response", "target", "class"),
+)
 _IDS = re.compile(
     r"_.*|unnamed.*|(.*[_ ])?(id|ids|idx|index|uid|uuid|guid|key|hash|nr|no|number)|.*[a-z]I[dD]s?", re.ASCII
 )

@@ -91,10 +91,7 @@ def kind(name: KindName) -> Callable[[Detect], Detect]:
 
 
 def detect_kind(
-    examples: Sequence[Example],
-    *,
-    override: Literal["auto"] | KindName = "auto",
-    schema: dict[str, Any] | None = None,
+    examples: Sequence[Example], *, override: Literal["auto"] | KindName = "auto", schema: dict[str, Any] | None = None
 ) -> Kind:
     """Kind of the task from its answers.
 

@@ -118,7 +118,7 @@ def find_columns(first: Mapping[str, object], seen: Mapping[str, object]) -> dic
     else:
         return None
     names = {name.lower(): name for name in reversed(list(seen)) if name}
-    more = {"system": SYSTEMS, "tools": TOOLS}
+    more: dict[str, tuple[str, ...]] = {"system": SYSTEMS, "tools": TOOLS}
     if known.answers:
         more |= {"input": known.inputs, "history": HISTORIES}
     for part, candidates in more.items():

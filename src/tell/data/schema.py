@@ -58,7 +58,7 @@ class Schema:
         TellError: it is not a valid JSON Schema, or a ``$ref`` leads nowhere (none is fetched) or back to itself.
     """
 
-    def __init__(self, schema: object) -> None:
+    def __init__(self, schema: Any) -> None:
         import referencing
         from jsonschema import Draft202012Validator, validators
         from jsonschema.exceptions import SchemaError
@@ -216,7 +216,7 @@ class _Search:
         if validator.is_type(instance, "string") and not self.finds(pattern, instance):
             yield ValidationError(f"{instance!r} does not match {pattern!r}")
 
-    def pattern_properties(self, validator: Validator, patterns: dict, instance: dict, schema: dict) -> Errors:
+    def pattern_properties(self, validator: Any, patterns: dict, instance: dict, schema: dict) -> Errors:
         if not validator.is_type(instance, "object"):
             return
         for pattern, subschema in patterns.items():
@@ -224,7 +224,7 @@ class _Search:
                 if self.finds(pattern, key):
                     yield from validator.descend(value, subschema, path=key, schema_path=pattern)
 
-    def additional_properties(self, validator: Validator, allowed: object, instance: dict, schema: dict) -> Errors:
+    def additional_properties(self, validator: Any, allowed: object, instance: dict, schema: dict) -> Errors:
         from jsonschema import ValidationError
 
         if not validator.is_type(instance, "object") or not (extra := self.extra_keys(instance, schema)):

@@ -55,11 +55,7 @@ class Loaded:
 
 
 def load(
-    source: str,
-    *,
-    name: str = "task",
-    columns: str | None = None,
-    bad_rows: Literal["refuse", "drop"] | None = None,
+    source: str, *, name: str = "task", columns: str | None = None, bad_rows: Literal["refuse", "drop"] | None = None
 ) -> Loaded:
     """Load examples from a file or the hub.
 

@@ -137,8 +137,8 @@ def _turn(turn: object, number: int, found: set[str]) -> Message:
     if len(turn) == 2 and ("content" in turn or "value" in turn):
         if name != "function_call":
             return Message(role, content)
-        calls = unpacked(content, f"turn {number} is a function_call that is not JSON")
-        return Message(role, "", False, _calls(calls, number))
+        call = unpacked(content, f"turn {number} is a function_call that is not JSON")
+        return Message(role, "", False, _calls(call, number))
     found.update(key for key, value in turn.items() if key not in _READ and value is not None)
     found.update(key for key in THOUGHTS if turn.get(key))
     calls = turn.get("tool_calls") or ([turn["function_call"]] if turn.get("function_call") else None)

@@ -22,10 +22,7 @@ LANGUAGES = {"en": "English", "is": "Icelandic"}
 LONG = 50  # words; a further pair must have more, as in the paper
 TIMES = 5.0  # times the training data that the paper's SFT reference had
 _SHARED = 5  # words; shorter lines ("Weather") may occur in any document
-_NAMES = {
-    "training": ("newsdev*{}*.xml*", "dev-{}.jsonl*"),
-    "test": ("newstest*{}*.xml*", "test-{}.jsonl*"),
-}
+_NAMES = {"training": ("newsdev*{}*.xml*", "dev-{}.jsonl*"), "test": ("newstest*{}*.xml*", "test-{}.jsonl*")}
 
 
 def anchor_text(direction: Direction) -> str:
