@@ -25,7 +25,7 @@ _PLACES = {
     "demo": "tell.verbs.demo",
     "chat": "tell.verbs.chat",
     "write_report": "tell.report.write",
-    "write_anchor": "tell.run.choose_anchor",
+    "write_anchor": "tell.verbs.write_anchor",
     "separate": "tell.verbs.separate",
     "build_halu_cot_json": "tell.paper.halu_cot_json",
     "build_is_en_news": "tell.paper.is_en_news",

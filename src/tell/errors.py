@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from tell.shown import shorten
 
@@ -52,6 +52,30 @@ class TellError(Exception):
         if remedy:
             text = f"{text if text[-1] in '.?!' else text + '.'} {remedy}"
         super().__init__(text)
+
+
+class ConfigError(TellError):
+    """A configuration key that is unknown, or whose value is invalid.
+
+    Args:
+        key: the key, e.g. ``"general.ratio"``, or a section whose keys exclude each other.
+        problem: what is wrong with its value; None: the key is unknown.
+        conflict: the keys of the section that are set and exclude each other.
+    """
+
+    def __init__(
+        self,
+        key: str,
+        problem: str | None = None,
+        *,
+        where: str,
+        conflict: Sequence[str] = (),
+        remedy: str | None = None,
+        nearest: str | None = None,
+    ) -> None:
+        self.key, self.problem, self.conflict = key, problem, conflict
+        what = f"unknown key {key}" if problem is None else f"{key}: {problem}"
+        super().__init__(what, where=where, remedy=remedy or f"Change {key}.", nearest=nearest)
 
 
 class Diverged(TellError):

@@ -78,11 +78,11 @@ def read_text(path: Path, *, most: int = MOST_TEXT, remedy: str) -> str:
         raise TellError(f"is not UTF-8 ({error.reason})", where=str(path), remedy=remedy) from error
 
 
-def read_json(path: Path, kind: type = dict, *, most: int = MOST_JSON, remedy: str) -> Any:
-    """A JSON file whose outermost value is a ``kind``.
+def read_json(path: Path, *, most: int = MOST_JSON, remedy: str) -> dict[str, Any]:
+    """A JSON file that holds an object.
 
     Raises:
-        FileNotFoundError, TellError: as `read_text`; it is no JSON, or holds another kind of value.
+        FileNotFoundError, TellError: as `read_text`; it is not JSON, or holds another kind of value.
     """
     text = read_text(path, most=most, remedy=remedy)
     try:
@@ -90,9 +90,8 @@ def read_json(path: Path, kind: type = dict, *, most: int = MOST_JSON, remedy: s
     except (ValueError, RecursionError) as error:
         why = "nested too deeply" if isinstance(error, RecursionError) else first_line(error)
         raise TellError(f"is not valid JSON ({why})", where=str(path), remedy=remedy) from error
-    if not isinstance(value, kind):
-        names = {dict: "an object", list: "a list"}
-        raise TellError(f"does not hold {names.get(kind, kind.__name__)}", where=str(path), remedy=remedy)
+    if not isinstance(value, dict):
+        raise TellError("does not hold an object", where=str(path), remedy=remedy)
     return value
 
 

@@ -116,13 +116,13 @@ class RunFolder:
             del found["seconds"]
         return found
 
-    def read(self, path: Path, kind: type = dict) -> Any:
+    def read(self, path: Path) -> dict[str, Any]:
         """A JSON file of the run.
 
         Raises:
             TellError: it is missing, or not as tell wrote it.
         """
-        return read_json(self.require(path, "`tell tune`"), kind, remedy=DAMAGED)
+        return read_json(self.require(path, "`tell tune`"), remedy=DAMAGED)
 
     def read_as(self, path: Path, model: type[Content]) -> Content:
         """A JSON file of the run, checked against what `model` says of it.

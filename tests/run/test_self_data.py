@@ -23,8 +23,8 @@ from tell.models.load import load_model
 from tell.progress import Silent
 from tell.rows.template import ChatTokenizer
 from tell.run import self_written as self_data
-from tell.run.prepare import load_task
 from tell.run.self_written import MARK, enough_of, is_good, self_file, user_header, write_self_data
+from tell.run.task import load_task
 
 SHORT = {"prompts": "invented", "max_prompt_tokens": 24, "max_answer_tokens": 32}
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 import warnings
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -83,20 +83,23 @@ def _tell(
         refuse_several(ctx.invoked_subcommand)
 
 
-app.command("tune")(tune.tune)
-app.command("plan")(plan.plan)
-app.command("eval")(eval.evaluate)
-app.command("chat")(chat.chat)
-app.command("report")(report.report)
-app.command("anchor")(anchor.anchor)
-app.command("separate")(separate.separate)
-_build = typer.Typer(cls=_Verbs, help=build.__doc__.splitlines()[0] if build.__doc__ else "")
+_build = typer.Typer(cls=_Verbs, help=(build.__doc__ or "").partition("\n")[0])
 _build.callback()(build.group)
 _build.command("halu-cot-json")(build.halu_cot_json)
 _build.command("is-en-news")(build.is_en_news)
+for _name, _verb in (
+    ("tune", tune.tune),
+    ("plan", plan.plan),
+    ("eval", eval.evaluate),
+    ("chat", chat.chat),
+    ("report", report.report),
+    ("anchor", anchor.anchor),
+    ("separate", separate.separate),
+    ("study", study.study),
+    ("demo", demo.demo),
+):
+    app.command(_name)(_verb)
 app.add_typer(_build, name="build")
-app.command("study")(study.study)
-app.command("demo")(demo.demo)
 
 
 def run(argv: Sequence[str]) -> int:
@@ -138,8 +141,8 @@ def main() -> None:
     """Entry point of the command ``tell``."""
     if not _take_debug(sys.argv[1:])[1]:
         warnings.simplefilter("ignore", FutureWarning)  # libraries talk to their callers' authors, not to users
-    with suppress(AttributeError, ValueError):
-        sys.stdout.reconfigure(errors="backslashreplace")  # half characters in answers, for one  # type: ignore[union-attr]
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # halves of surrogate pairs in answers, for one
     sys.exit(run(sys.argv[1:]))
 
 

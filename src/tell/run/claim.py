@@ -7,12 +7,14 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from filelock import FileLock, Timeout
 
-from tell.config import GENERAL_SOURCES, Config, make_config, read_yaml
+from tell.config import Config, make_config, read_yaml
+from tell.data.general import SOURCES
 from tell.errors import TellError
 from tell.files import DAMAGED, clean_temporary, expanded, sync, write_text
 from tell.folder import RunFolder
@@ -34,7 +36,7 @@ PATHS = (
 )
 
 
-KEYWORDS = frozenset({"model", *GENERAL_SOURCES})  # values that mean something else than a path
+KEYWORDS = frozenset({"model", *SOURCES})  # values that mean something else than a path
 
 
 def with_full_paths(config: Config) -> Config:
@@ -244,6 +246,14 @@ def read_run_config(folder: RunFolder) -> Config:
     if not data:  # the defaults would be another run
         raise TellError("is empty", where=str(folder.config), remedy=DAMAGED)
     return make_config(data, where=str(folder.config))
+
+
+@dataclass(frozen=True)
+class Trust:
+    """Code of others that may run: Python that comes with the model, and the run's own ``task.scorer``."""
+
+    code: bool = False
+    scorer: bool = False
 
 
 def check_trust(

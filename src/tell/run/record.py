@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, Field
 
 from tell import __version__
-from tell.config import LARGEST, Arm
+from tell.config import LARGEST, ArmName
 from tell.errors import TellError
 from tell.files import write_json, write_text
 from tell.folder import AdapterFolder, RunFolder
 from tell.mix.manifest import read_manifest, write_manifest
-from tell.mix.mixture import Mixture
 from tell.models.machine import cpu_name
-from tell.rows.row_table import RowTable
 from tell.run.answers import answer_limit
-from tell.run.general_rows import General
-from tell.run.plan import arm_costs
-from tell.run.prepare import Task, split_file
+from tell.run.costs import arm_costs
+from tell.run.plan import describe_plan
+from tell.run.prepare import Prepared
+from tell.run.session import dtype_name
+from tell.run.task import Task
+
+if TYPE_CHECKING:
+    from tell.models.load import Loaded
 
 
 class PlannedModel(BaseModel):
@@ -39,7 +43,7 @@ class PlannedGeneral(BaseModel):
 class Fit(BaseModel):
     """``fit`` of plan.json: how much of the run is done, and what was given up for --max-minutes."""
 
-    arms: tuple[Arm, ...] = Field(min_length=1)
+    arms: tuple[ArmName, ...] = Field(min_length=1)
     test_rows: int = Field(ge=0, le=LARGEST)
     repeat: int = Field(ge=1, le=LARGEST)
     general_rows: int = Field(ge=0, le=LARGEST)
@@ -54,17 +58,22 @@ class Planned(BaseModel):
     fit: Fit | None = None
 
 
-def write_decided(
-    folder: RunFolder, task: Task, plan: dict, lead: tuple[Mapping[str, RowTable], Mixture] | None
-) -> None:
-    """Everything that is decided before training; a resumed run must decide the same again.
+def write_plan(folder: RunFolder, prepared: Prepared, fit: dict) -> dict:
+    """Write everything that is decided before training; a resumed run must decide the same again.
 
     Args:
-        lead: tables and mixture of `lead_arm`; None where no arm is trained, which leaves no manifest.
+        fit: of plan.json.
+
+    Returns:
+        What plan.json holds.
 
     Raises:
         TellError: the data is no longer what it was when the run began.
     """
+    plan = describe_plan(prepared) | {"fit": fit}
+    for text in plan["mixture"]["notices"]:
+        prepared.task.notices.add(text)
+    task, lead = prepared.task, prepared.mixtures.get(prepared.lead or "")
     if (folder.split.exists() and not _same_split(folder.read(folder.split), json.loads(split_file(task)))) or (
         lead is not None
         and folder.manifest.exists()
@@ -82,6 +91,15 @@ def write_decided(
     if lead is not None:
         tables, mixture = lead
         write_manifest(folder.manifest, mixture, tables, task.config.train.batch_size)
+    return plan
+
+
+def split_file(task: Task) -> str:
+    """split.json: the content hashes of each part, and of the examples in test prompts where there are any."""
+    parts = {"train": task.train, "validation": task.validation, "test": task.test}
+    if task.shots:
+        parts["shots"] = task.shots
+    return json.dumps({name: [e.hash for e in rows] for name, rows in parts.items()}, indent=1) + "\n"
 
 
 def _same_split(before: dict, now: dict) -> bool:
@@ -110,76 +128,107 @@ def write_adapter_notes(folder: RunFolder, task: Task, adapter: AdapterFolder) -
     write_json(adapter.config, {**folder.read(adapter.config), "base_model_name_or_path": name})
 
 
-def train_numbers(
-    task: Task,
-    results: Mapping[str, dict],
-    mixtures: Mapping[str, tuple],
-    validation: Mapping[str, float],
-    lead: str | None,
-) -> dict:
+@dataclass(frozen=True)
+class Metrics:
+    """metrics.json; each part is as docs/reference describes it. ``benchmarks`` is absent where none was requested."""
+
+    task: dict
+    arms: dict
+    differences: dict
+    forgetting: dict
+    eval: dict
+    mixture: dict
+    train: dict
+    failed: dict[str, str]
+    same: dict[str, str]
+    benchmarks: dict | None = None
+
+    def to_dict(self) -> dict:
+        parts = dict(vars(self))
+        benchmarks = parts.pop("benchmarks")
+        if benchmarks is None:
+            return parts
+        first = ("task", "arms", "differences", "forgetting", "eval")
+        return {**{key: parts.pop(key) for key in first}, "benchmarks": benchmarks, **parts}
+
+
+def train_numbers(prepared: Prepared, results: Mapping[str, dict], validation: Mapping[str, float]) -> dict:
     """``train`` of metrics.json.
 
     Args:
         results: what each trained arm's loop reported.
-        mixtures: tables and mixture of each arm, as from `arm_mixtures`.
         validation: mean validation loss by arm; ``base`` is before training.
-        lead: the arm whose totals stand in front, as from `lead_arm`; zeros where no arm was trained.
     """
     arms: dict[str, dict] = {}
     for arm, result in results.items():
-        arms[arm] = {**result, "flops": arm_costs(task, mixtures[arm][1])["flops"]}
+        arms[arm] = {**result, "flops": arm_costs(prepared.task, prepared.mixtures[arm][1])["flops"]}
         if arm in validation:
             arms[arm]["validation_loss"] = validation[arm]
-    totals = arms.get(lead or "", {})
+    totals = arms.get(prepared.lead or "", {})
     return {
-        "arm": lead,
+        "arm": prepared.lead,
         **{key: totals.get(key, 0) for key in ("steps", "tokens", "flops", "seconds")},
         "validation_loss_before": validation.get("base"),
         "arms": arms,
     }
 
 
-def dtype_name(loaded: Any) -> str:
-    """``bf16`` or ``fp32``, of a loaded model."""
-    return "bf16" if "bfloat16" in str(loaded.dtype) else "fp32"
+@dataclass(frozen=True)
+class Findings:
+    """findings.json: what was detected and found on the way, the machine and the versions."""
 
+    data: dict
+    test: dict | None
+    general: dict | None
+    split: dict[str, int]
+    kind: dict
+    overlap: dict
+    dropped_rows: list[dict]
+    notices: list[str]
+    answer_limit: int
+    machine: dict
+    seconds: float
+    versions: dict[str, str]
+    command: str
 
-def write_findings(
-    folder: RunFolder,
-    task: Task,
-    table: RowTable,
-    general: General | None,
-    loaded: Any,
-    *,
-    seconds: float,
-    command: str,
-) -> None:
-    """findings.json: what was detected and found on the way, the machine and the versions.
+    def to_dict(self) -> dict:
+        return dict(vars(self))
 
-    Args:
-        table: the task rows trained on.
-        loaded: the loaded model.
-        seconds: the whole run's, as far as it is, all its sessions together.
-    """
-    dropped = [{"origin": d.origin, "reason": d.reason} for d in table.dropped]
-    findings = {
-        **task.findings,
-        "dropped_rows": [*task.findings["dropped_rows"], *dropped, *(general.dropped if general else [])],
-        "notices": task.notices,
-        "answer_limit": answer_limit(task.config, task.chat, task.train),
-        "machine": {
-            "cpu": cpu_name(),
-            "device": str(loaded.device),
-            "dtype": dtype_name(loaded),
-            "dtype_reason": loaded.why,
-            "model_origin": task.files.origin,
-            "model_fingerprint": task.files.fingerprint,
-        },
-        "seconds": round(seconds, 1),
-        "versions": {
-            "tell": __version__,
-            **{name: version(name) for name in ("torch", "transformers", "peft", "tokenizers")},
-        },
-        "command": command,
-    }
-    write_json(folder.findings, findings)
+    @classmethod
+    def of(cls, prepared: Prepared, loaded: Loaded, *, seconds: float, command: str) -> Findings:
+        """What is known of a run at its end; ``seconds`` are of all its sessions."""
+        task, general, kind = prepared.task, prepared.general, prepared.task.kind
+        return cls(
+            data=task.facts.data,
+            test=task.facts.test,
+            general=None if general is None else general.facts,
+            split=task.split_facts,
+            kind={
+                "name": kind.name,
+                "why": kind.why,
+                "schema_inferred": kind.schema_inferred,
+                "labels": list(kind.labels) if kind.labels else None,
+            },
+            overlap={
+                "train_test": task.facts.overlap,
+                "general_test": None if general is None else general.overlap,
+                "dropped": task.facts.overlap_dropped + (general.overlap_dropped if general else 0),
+            },
+            dropped_rows=prepared.dropped_rows,
+            notices=task.notices.texts,
+            answer_limit=answer_limit(task.config, task.chat, task.train),
+            machine={
+                "cpu": cpu_name(),
+                "device": str(loaded.device),
+                "dtype": dtype_name(loaded),
+                "dtype_reason": loaded.why,
+                "model_origin": task.files.origin,
+                "model_fingerprint": task.files.fingerprint,
+            },
+            seconds=round(seconds, 1),
+            versions={
+                "tell": __version__,
+                **{name: version(name) for name in ("torch", "transformers", "peft", "tokenizers")},
+            },
+            command=command,
+        )
