@@ -7,7 +7,8 @@ import json
 import os
 import threading
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -26,6 +27,7 @@ annotators. Answer with one JSON object and nothing else: \
 {"thought": "<the analysis>", "hallucination": "yes" or "no"}."""
 _GIVE_UP_AFTER = 20  # rows dropped with not one kept: the endpoint cannot do it, and going on costs money
 _Messages = list[dict[str, str]]
+_Key = tuple[str, str, str]  # ID of the row, model, hash of the messages
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,22 +115,19 @@ class OpenAITeacher:
                 retries, or gives nothing usable. Finished rows stay in the cache.
         """
         self._stop.clear()
-        known = _read_cache(cache)
+        stored = _Cache(cache)
         messages = [_messages(row) for row in rows]
-        keys = [(row.id, self._model, _hash(asked)) for row, asked in zip(rows, messages, strict=True)]
-        out: dict[int, Thought] = {i: known[key] for i, key in enumerate(keys) if key in known}
+        keys = [(row.id, self._model, _hash(sent)) for row, sent in zip(rows, messages, strict=True)]
+        out = {i: stored.known[key] for i, key in enumerate(keys) if key in stored.known}
         self.usage.reused += len(out)
         if progress:
             progress(len(out), len(rows))
         if len(out) == len(rows):
             return [out[i] for i in range(len(rows))]
         kept, dropped = 0, 0
-        with _Appender(cache) as appender, ThreadPoolExecutor(self._limits.concurrency) as pool:
-            waiting: dict[Future[Thought], int] = {
-                pool.submit(self._row, rows[i], messages[i], keys[i], appender): i
-                for i in range(len(rows))
-                if i not in out
-            }
+        with stored, ThreadPoolExecutor(self._limits.concurrency) as pool:
+            asked = [i for i in range(len(rows)) if i not in out]
+            waiting = {pool.submit(self._row, rows[i], messages[i], keys[i], stored): i for i in asked}
             try:
                 for future in as_completed(waiting):
                     thought = out[waiting[future]] = future.result()
@@ -136,17 +135,15 @@ class OpenAITeacher:
                     if progress:
                         progress(len(out), len(rows))
                     if dropped >= _GIVE_UP_AFTER and not kept:
-                        raise TellError(
-                            f"none of the first {dropped} rows got a usable answer (the last: {thought.reason})",
-                            where=f"teacher {self._model}",
-                            remedy="Use a stronger model, or --teacher offline.",
-                        )
+                        what = f"none of the first {dropped} rows got a usable answer (the last: {thought.reason})"
+                        remedy = "Use a stronger model, or --teacher offline."
+                        raise TellError(what, where=f"teacher {self._model}", remedy=remedy)
             finally:  # on success nothing is left to cancel
                 self._stop.set()
                 pool.shutdown(wait=True, cancel_futures=True)
         return [out[i] for i in range(len(rows))]
 
-    def _row(self, row: HaluRow, messages: _Messages, key: tuple[str, str, str], appender: _Appender) -> Thought:
+    def _row(self, row: HaluRow, messages: _Messages, key: _Key, cache: _Cache) -> Thought:
         """The thought of the first answer that agrees with the label."""
         messages = list(messages)
         reason = ""
@@ -161,16 +158,11 @@ class OpenAITeacher:
             if text is not None:
                 thought = Thought(text)
                 break
-            messages += [
-                {"role": "assistant", "content": content},
-                {
-                    "role": "user",
-                    "content": f'This cannot be used: {reason}. The label is "{row.label}". Answer again.',
-                },
-            ]
+            fault = f'This cannot be used: {reason}. The label is "{row.label}". Answer again.'
+            messages += [{"role": "assistant", "content": content}, {"role": "user", "content": fault}]
         else:
             thought = Thought(None, f"{self._limits.attempts} answers, the last {reason}")
-        appender.append(key, thought)
+        cache.append(key, thought)
         return thought
 
     def _ask(self, messages: _Messages) -> str:
@@ -189,11 +181,8 @@ class OpenAITeacher:
                 raise self._failure(error) from error
         choices = getattr(answer, "choices", 0)  # a page of HTML with status 200 is a text here
         if not isinstance(choices, list | None):
-            what, remedy = (
-                "does not answer as a chat completions endpoint does",
-                "Check the base URL: it mostly ends in /v1.",
-            )
-            raise TellError(what, where=self._where, remedy=remedy)
+            remedy = "Check the base URL: it mostly ends in /v1."
+            raise TellError("does not answer as a chat completions endpoint does", where=self._where, remedy=remedy)
         with self._lock:
             self.usage.answers += 1
             for count in ("prompt_tokens", "completion_tokens"):
@@ -286,49 +275,41 @@ def _judge(content: str, row: HaluRow) -> tuple[str | None, str]:
     return thought, ""
 
 
-class _Appender:
-    """Appends finished rows to the cache, one per line; the file is opened for the first of them."""
+class _Cache:
+    """Finished rows on disk, one per line, by ID, model and hash of the messages.
+
+    The file is opened for the first row that is added; the incomplete line of a killed run is skipped.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path, self._lock = path, threading.Lock()
         self._file: TextIO | None = None
+        self._before = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+        self.known: dict[_Key, Thought] = {}
+        for line in self._before.splitlines():
+            with suppress(ValueError, KeyError, TypeError):
+                row = json.loads(line)
+                self.known[row["id"], row["model"], row["messages"]] = Thought(row["thought"], row["reason"])
 
-    def __enter__(self) -> _Appender:
+    def __enter__(self) -> _Cache:
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._file is not None:
             self._file.close()
 
-    def append(self, key: tuple[str, str, str], thought: Thought) -> None:
+    def append(self, key: _Key, thought: Thought) -> None:
         row = {"id": key[0], "model": key[1], "messages": key[2], "thought": thought.text, "reason": thought.reason}
         with self._lock:
             try:
                 if self._file is None:
                     self._path.parent.mkdir(parents=True, exist_ok=True)
-                    before = self._path.read_bytes() if self._path.exists() else b""
                     self._file = self._path.open("a", encoding="utf-8")
-                    if before and not before.endswith(b"\n"):  # the incomplete line of a killed run
+                    if self._before and not self._before.endswith("\n"):
                         self._file.write("\n")
                 self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 self._file.flush()
             except OSError as error:
-                what, remedy = (
-                    f"cannot be written ({error.strerror or error})",
-                    "Free disk space or choose another --out.",
-                )
+                remedy = "Free disk space or choose another folder with --out."
+                what = f"cannot be written ({error.strerror or error})"
                 raise TellError(what, where=str(self._path), remedy=remedy) from error
-
-
-def _read_cache(path: Path) -> dict[tuple[str, str, str], Thought]:
-    """Finished rows of earlier runs; the incomplete line of a killed one is skipped."""
-    known: dict[tuple[str, str, str], Thought] = {}
-    if not path.exists():
-        return known
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-            known[row["id"], row["model"], row["messages"]] = Thought(row["thought"], row["reason"])
-        except (ValueError, KeyError, TypeError):
-            continue
-    return known
