@@ -163,13 +163,14 @@ def _calls(calls: object, number: int) -> str:
     """Tool calls as chat templates read them, in JSON: arguments as an object, not as text."""
     made = []
     for call in calls if isinstance(calls, list) else [calls]:
-        function = (call.get("function") or call) if isinstance(call, dict) else None
+        named = call if isinstance(call, dict) else {}
+        function = named.get("function") or named
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             remedy = 'Write {"function": {"name": ..., "arguments": {...}}}.'
             raise RowFault(f"turn {number} has a tool call without a function's name", remedy)
         fault = f"turn {number} calls a tool with arguments that are not JSON"
         arguments = unpacked(function.get("arguments"), fault) or {}
-        about = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+        about = {"id": named["id"]} if isinstance(named.get("id"), str) else {}
         made.append({**about, "type": "function", "function": {"name": function["name"], "arguments": arguments}})
     return json.dumps({"tool_calls": made}, ensure_ascii=False)
 

@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Callable, Iterable
 from datetime import datetime
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
@@ -53,7 +53,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         self.globals.pop("lipsum", None)
         for functions, free in ((self.filters, frozenset()), (self.tests, _TYPE_TESTS)):
             for name in functions.keys() - free:
-                functions[name] = self.counted(name, functions[name])
+                functions[name] = self.counted(name, cast("Filter", functions[name]))
 
     def start(self) -> None:
         """Count the steps of a rendering from here on."""
@@ -174,7 +174,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return separator.join(texts)
 
     def _shown(self, value: T) -> T:
-        if type(value) is str and len(value) < _CHARACTERS:
+        if isinstance(value, str) and len(value) < _CHARACTERS:
             self.left -= 1
         else:
             self.tick(self._size(value))
