@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
 
 from tell.shown import shorten
 
@@ -76,6 +77,23 @@ class ConfigError(TellError):
         self.key, self.problem, self.conflict = key, problem, conflict
         what = f"unknown key {key}" if problem is None else f"{key}: {problem}"
         super().__init__(what, where=where, remedy=remedy or f"Change {key}.", nearest=nearest)
+
+
+class NotInstalled(TellError):
+    """A package that only an extra of tell-llm brings is missing."""
+
+    def __init__(self, package: str, extra: str, *, where: str) -> None:
+        super().__init__(f"{package} is not installed", where=where, remedy=f'pip install "tell-llm[{extra}]"')
+
+
+def require_package(package: str, extra: str, *, where: str) -> None:
+    """Refuse early what only an extra makes possible.
+
+    Raises:
+        NotInstalled: the package is missing.
+    """
+    if find_spec(package) is None:
+        raise NotInstalled(package, extra, where=where)
 
 
 class Diverged(TellError):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tell.anchor.derive import derived_anchor
 from tell.data.example import Example
-from tell.data.kind import are_labels, detect_kind, infer_schema, load_schema, missing_classes, widen
+from tell.data.kind import KINDS, are_labels, detect_kind, infer_schema, kind, load_schema, missing_classes, widen
 from tell.errors import TellError
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib.util import find_spec
 
 from tell.anchor.anchor import Anchor
 from tell.config import Config
@@ -13,7 +14,7 @@ from tell.mix.orderings import get_ordering
 from tell.progress import Display, Silent
 from tell.rows.row_table import RowTable
 from tell.run.answers import scorer_of
-from tell.run.arms import wanted_arms
+from tell.run.arms import trained_arms, wanted_arms
 from tell.run.benchmarks.run_benchmarks import check_benchmarks, run_benchmarks
 from tell.run.choose_anchor import choose_anchor
 from tell.run.claim import claim, with_full_paths
@@ -127,6 +128,8 @@ def read_inputs(config: Config, display: Display, processes: str = "") -> tuple[
     check_benchmarks(config)
     if processes:
         task.notices.add(f"trained by {processes}")
+    if trained_arms(config.eval.arms) and find_spec("tensorboard") is None:
+        task.notices.add('no TensorBoard files are written; to have them, pip install "tell-llm[tensorboard]"')
     get_ordering(config.mix.order)
     check_rows(task, placed_anchor(task))
     return task, read_general(task)
