@@ -251,7 +251,7 @@ def test_a_damaged_split_or_manifest_is_refused(whole, tmp_path):
     shutil.copytree(folder.root, tmp_path / "run")
     other = RunFolder(tmp_path / "run")
     pq.write_table(pq.read_table(other.manifest).replace_schema_metadata(None), other.manifest)
-    with pytest.raises(TellError, match=r"manifest\.parquet: is no manifest"):
+    with pytest.raises(TellError, match=r"manifest\.parquet: is not a manifest"):
         tell.tune(config(other.root), resume=True)
     other.split.write_bytes(other.split.read_bytes().replace(b"test", b"t\xc0st"))
     with pytest.raises(TellError, match=r"split\.json: "):
