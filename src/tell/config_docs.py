@@ -24,8 +24,9 @@ Every key of a run, with its default and meaning. Written by `python -m tell.con
       source: self
       ratio: 20
 
-`tell tune -c run.yaml` reads it. Flags go over the file, and `--set general.ratio=50` over both; the preset lies
-below all three. Where two defaults stand, the first is that of `preset: modern`, the second that of `preset: paper`.
+`tell tune -c run.yaml` reads it. Flags override the file, `--set general.ratio=50` overrides both, and all three
+override the preset. Where there are two defaults, the first is that of `preset: modern`, the second that of
+`preset: paper`.
 """
 
 
