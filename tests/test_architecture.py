@@ -1,4 +1,4 @@
-"""Rooms import what docs/architecture.md says, those that plan or draw load no torch, and functions stay small."""
+"""Rooms import what docs say, planning and drawing load no torch, and functions stay small."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from tell.config import Config
 from tell.data.general import general_source
 from tell.files import write_json
 from tell.folder import RunFolder
-from tell.mix.orderings import get_order
+from tell.mix.orderings import get_ordering
 from tell.progress import Display
 from tell.report.page import write_page
 from tell.rows.row_table import RowTable
@@ -68,8 +68,8 @@ def tune(
             return help_training(processes, config)
         config = with_full_paths(config)
         folder, resumed = claim(config, resume=resume, overwrite=overwrite)
-        task, general = read_inputs(config, display, str(processes or ""))
         journal = Journal.of(folder, resumed=resumed)
+        task, general = read_inputs(config, display, str(processes or ""))
         session = open_session(task, journal, models, processes)
         clock = InTime(config.max_minutes, session, journal)
         with journal.open(config, fresh=not resumed, overwrite=overwrite), helpers(processes, folder) as dismiss:
@@ -109,7 +109,7 @@ def read_inputs(config: Config, display: Display | None = None, processes: str =
         task.notices.add(f"trained by {processes}")
     if trained_arms(config.eval.arms) and find_spec("tensorboard") is None:
         task.notices.add('no TensorBoard files are written; to have them, pip install "tell-llm[tensorboard]"')
-    get_order(config.mix.order)
+    get_ordering(config.mix.order)
     check_rows(task, placed_anchor(task))
     return task, read_general(task)
 

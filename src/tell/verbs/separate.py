@@ -100,7 +100,7 @@ def separate(
     place = opened.adapter(compare.adapter) if opened is not None and compare.adapter is not None else None
     task = load_task(config, display)
     layers = layer_numbers(compare.layer, task.files.architecture.layers)
-    session = Session(task.files, config, task.chat, display, models=models or ModelCache(), stream=True)
+    session = Session(task.files, task.config, task.chat, display, models=models or ModelCache(), stream=True)
     session.load()
     anchor = anchor_of(config)
     if anchor is None:

@@ -140,7 +140,7 @@ class Questions:
         rule = self.config.eval
         with session.display.bar(f"{name} {arm}", None, "answers") as advance:
 
-            def progress(n: int) -> None:
+            def progress(n: float) -> None:
                 advance(n)
                 session.check()
 
