@@ -378,7 +378,7 @@ def test_data_sets_are_built_once_by_content(tmp_path, tiny_model, recipe):
 def test_words_on_the_command_line(recipe, tmp_path, capsys):
     path = str(recipe())
     for argv, said in (
-        (["--seeds", "a"], "--seeds: 'a' is no list of seeds"),
+        (["--seeds", "a"], "--seeds: 'a' is not a list of seeds"),
         (["--var", "x"], "--var: 'x' is not of the form name=value"),
         (["--executor", "rya"], "did you mean ray?"),
         (["--set", "task.row=3"], "did you mean task.rows?"),
