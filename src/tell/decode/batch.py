@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from tell.decode.kv_cache import DecodePlan, PrefillPlan, PrefixPlan, Store
-from tell.decode.layers import Description, Product, RulePlan
+from tell.decode.layers import Description, Product
 from tell.decode.sampler import Decoding, choose
 from tell.kernels import decode_ops as c
-from tell.train.attention import Plan, Rule, use_plan
+from tell.train.attention import Plan, Rule, RulePlan, use_plan
+from tell.train.device import send
 from tell.train.step import Body
-from tell.train.transfer import send
 
 PREFILL_TOKENS = 1024  # tokens of one pass through the kernels: its activations stay in the cache
 

@@ -16,8 +16,8 @@ from tell.decode.layers import describe
 from tell.decode.room import answer_limits, rows_that_fit, token_bytes
 from tell.decode.sampler import Decoding, uniforms
 from tell.kernels.decode_ops import kernels
+from tell.train.device import free_bytes
 from tell.train.lora import adapter_merged
-from tell.train.memory import free_bytes
 from tell.train.step import Body
 
 PREFILL_TOKENS = 4096
@@ -66,12 +66,7 @@ class Engine:
     name = "own"  # in ``generate.engine``
 
     def __init__(
-        self,
-        model: Any,
-        *,
-        device: str | torch.device = "cpu",
-        max_positions: int | None = None,
-        fast: bool = True,
+        self, model: Any, *, device: str | torch.device = "cpu", max_positions: int | None = None, fast: bool = True
     ) -> None:
         self.model, self.device = model, torch.device(device)
         self.body = Body(model)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tell.train.attention import PackedPlan, Rule, softmax_scores
-from tell.train.transfer import send
+from tell.train.device import send
 
 Call = tuple[Any, int]  # attention module, and which of its calls in a pass: DiffLlama's make two
 
@@ -114,13 +114,7 @@ class PrefillPlan(PackedPlan):
         self.store.put(call, key, value, self.places)
         q, k, v = (self._pad(x) for x in (query * rule.scaling, key, value))
         kp, vp = self.store.prefix.get(call, (None, None))
-        outputs, begin = [], 0
-        for rows, longest in self.blocks:
-            span = slice(begin, begin + rows * longest)
-            block = [x[span].unflatten(0, (rows, longest)) for x in (q, k, v)]
-            outputs.append(self._block(block[0], block[1].transpose(1, 2), block[2].transpose(1, 2), kp, vp, rule))
-            begin += rows * longest
-        return torch.cat(outputs).index_select(0, self.inverse)[None]
+        return torch.cat(list(self._attend_rows((q, k, v), kp, vp, rule))).index_select(0, self.indices[1])[None]
 
 
 class DecodePlan:

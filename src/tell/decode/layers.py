@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from tell.kernels.decode_ops import LANES, QUERIES, PackedWeight, packs_weights
-from tell.train.attention import PackedPlan, Rule
 
 FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3"})
 STATIC_ROPE = frozenset({"default", "linear", "llama3", "yarn"})  # others change with the length of the row
@@ -139,18 +138,6 @@ def _layer(layer: Any, index: int, config: Any) -> Layer:
         _norm(attention.k_norm, config) if normed else None,
         config.layer_types[index] if config.model_type == "gemma3_text" else "",
     )
-
-
-class RulePlan(PackedPlan):
-    """One row; notes what each attention layer asks for."""
-
-    def __init__(self, length: int) -> None:
-        super().__init__([length])
-        self.rules: dict[Any, Rule] = {}
-
-    def attend(self, layer: Any, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
-        self.rules[layer] = rule
-        return super().attend(layer, query, key, value, rule)
 
 
 class Product:

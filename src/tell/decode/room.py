@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tell.errors import TellError
 from tell.train.attention import PackedPlan, Rule, use_plan
-from tell.train.memory import SHARE
+from tell.train.device import SHARE
 
 
 def answer_limits(

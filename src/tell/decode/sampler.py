@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tell.config import GenerateConfig
-from tell.train.transfer import send
+from tell.train.device import send
 
 WIDE = 512  # candidates sorted when only top-p limits them; the whole vocabulary where that is too few
 

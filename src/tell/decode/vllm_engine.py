@@ -102,14 +102,7 @@ class VllmEngine:
     name = "vllm"
 
     def __init__(
-        self,
-        folder: Path,
-        model: Any,
-        *,
-        max_positions: int,
-        dtype: str = "bf16",
-        rank: int = 64,
-        memory: float = 0.45,
+        self, folder: Path, model: Any, *, max_positions: int, dtype: str = "bf16", rank: int = 64, memory: float = 0.45
     ) -> None:
         from vllm import LLM
 

@@ -218,8 +218,4 @@ def _estimate(
     linear = layers * (attention + (3 if gated else 2) * hidden * intermediate)
     embedding = vocab * hidden * (1 if tied else 2)
     norms = (2 * layers + 1) * hidden
-    return {
-        "parameters": linear + embedding + norms,
-        "linear_parameters": linear,
-        "embedding_parameters": embedding,
-    }
+    return {"parameters": linear + embedding + norms, "linear_parameters": linear, "embedding_parameters": embedding}

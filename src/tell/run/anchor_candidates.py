@@ -116,7 +116,7 @@ def anchor_losses(
     out = np.full(len(rows), np.nan)
     dropped = {lost.origin for lost in table.dropped}
     kept = [i for i, row in enumerate(rows) if row.origin not in dropped]
-    out[kept] = row_losses(model, table, micro_tokens=config.train.micro_tokens, device=device)
+    out[kept] = row_losses(model, table, micro_tokens=config.train.micro_tokens)
     return out
 
 

@@ -70,7 +70,7 @@ def answer_losses(
             advance(n)
             check()
 
-        values[fits] = row_losses(model, table, micro_tokens=micro_tokens, device=device, progress=progress)
+        values[fits] = row_losses(model, table, micro_tokens=micro_tokens, progress=progress)
     return values
 
 

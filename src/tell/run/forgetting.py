@@ -108,7 +108,7 @@ def losses_of(
     """(rows,) mean nll of each row under an arm's weights, as `tell.train.step.row_losses` has it."""
     from tell.train.step import row_losses
 
-    compute = partial(row_losses, model, table, micro_tokens=micro_tokens, device=device, progress=progress)
+    compute = partial(row_losses, model, table, micro_tokens=micro_tokens, progress=progress)
     if arm != "base":
         return compute()
     digest = hashlib.sha256()

@@ -114,7 +114,7 @@ def _help(processes: Processes, config: Config) -> RunFolder:
     stop = Stop(Path(config.out or "."))
     base = None
     with stop.listening():
-        while isinstance(job := processes.tell(), Job):
+        while isinstance(job := processes.broadcast(), Job):
             try:
                 with processes.agreed():
                     base = _base(job, config, processes, base)
@@ -165,5 +165,5 @@ def start_job(processes: Processes, task: Task, loaded: Any, training: TrainingJ
     Raises:
         TellError: one of them cannot.
     """
-    processes.tell(Job(task.files.fingerprint, dtype_name(loaded), training))
+    processes.broadcast(Job(task.files.fingerprint, dtype_name(loaded), training))
     processes.agree()

@@ -28,11 +28,11 @@ def measure_pace(task: Task, table: RowTable, loaded: Any, engine: Any) -> None:
     """
     import torch
 
+    from tell.train.device import trains_fast
     from tell.train.lora import add_lora, remove_lora
     from tell.train.packing import TrainRow
     from tell.train.plain import PlainBody, plain_step_loss
-    from tell.train.step import Body, step_loss
-    from tell.train.transfer import trains_fast
+    from tell.train.step import Body, StepRules, step_loss
 
     config = task.config
     decode = _decoding_speed(task, engine)
@@ -41,15 +41,11 @@ def measure_pace(task: Task, table: RowTable, loaded: Any, engine: Any) -> None:
     plain = None if fast else PlainBody(tuned)
     try:
         step = partial(step_loss, Body(tuned)) if plain is None else partial(plain_step_loss, plain)
+        rules = StepRules(config.train.loss_normalization, micro_tokens=config.train.micro_tokens)
         rows = [TrainRow(*table.row(i % len(table)), 0, True) for i in range(config.train.batch_size)]
         for part in (rows[:WARM_UP_ROWS], rows):
             begin = time.monotonic()
-            out = step(
-                part,
-                normalization=config.train.loss_normalization,
-                micro_tokens=config.train.micro_tokens,
-                device=loaded.device,
-            )
+            out = step(part, rules)
             if loaded.device.type != "cpu":
                 torch.accelerator.synchronize()
             seconds = time.monotonic() - begin
