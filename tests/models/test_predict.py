@@ -103,7 +103,10 @@ def test_speeds_of_a_gpu_are_kept_under_its_name(tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "cores", lambda: 64)  # the same card in a larger share of its machine
     assert predict_seconds(SMOLLM2, 1e5, fingerprint="aaa", place=machine.likely_place("cuda")).seconds == 200.0
     monkeypatch.setattr(machine, "gpu", lambda: ("Tesla T4", 7.5))
-    assert predict_seconds(SMOLLM2, 1e5, fingerprint="aaa", place=machine.likely_place("cuda")).basis == "guess for a GPU in fp32"
+    assert (
+        predict_seconds(SMOLLM2, 1e5, fingerprint="aaa", place=machine.likely_place("cuda")).basis
+        == "guess for a GPU in fp32"
+    )
 
 
 @pytest.mark.parametrize(

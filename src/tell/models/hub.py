@@ -119,7 +119,9 @@ def _ask(repo: str, revision: str | None, endpoint: str) -> dict[str, int]:
 
     try:
         api = HfApi()
-        info = within(PATIENCE, lambda: api.model_info(repo, revision=revision, files_metadata=True, timeout=PATIENCE - 1))
+        info = within(
+            PATIENCE, lambda: api.model_info(repo, revision=revision, files_metadata=True, timeout=PATIENCE - 1)
+        )
         if info is not None:
             return {s.rfilename: s.size or 0 for s in info.siblings or [] if "/" not in s.rfilename}
         error, reason = None, f"no answer from {endpoint} within {PATIENCE:.0f} s"

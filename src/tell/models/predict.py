@@ -12,8 +12,8 @@ from tell.folder import write_json
 from tell.home import make_folder, tell_home
 from tell.models import machine
 from tell.models.architecture import Architecture
-from tell.models.machine import Place
 from tell.models.flops import training_flops
+from tell.models.machine import Place
 
 # Sustained LoRA training, GFLOP/s per core, before any run was measured here. Small matrices and LoRA's thin ones
 # reach a fifth of what a large product does (96 fp32, 437 bf16 on one core of an AMD EPYC with avx512_bf16).

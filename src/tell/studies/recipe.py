@@ -30,7 +30,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
-from tell.config import Arm, Section, check_keys, nearest, override, parse_overrides, read_yaml
+from tell.config import ArmName, Section, check_keys, nearest, override, parse_overrides, read_yaml
 from tell.errors import TellError
 from tell.files import expanded
 from tell.studies.nested import VARIABLE, dig, leaves, nest
@@ -55,7 +55,7 @@ class Figure(Section):
     lines: str = Field("arm", description="arm, or a key of the grid")
     panels: str | None = Field(None, description="a key of the grid; a map has a panel for every other key as it is")
     value: str | None = Field(None, description="of a map: the metric")
-    arm: Arm = Field("tell", description="of a map: whose scores")
+    arm: ArmName = Field("tell", description="of a map: whose scores")
 
     @model_validator(mode="after")
     def _map_of_something(self) -> Figure:
@@ -69,7 +69,7 @@ class Fit(Section):
 
     x: str = Field(description="a key of the grid")
     y: str = Field(description="a metric")
-    arm: Arm = Field("tell", description="whose scores")
+    arm: ArmName = Field("tell", description="whose scores")
 
 
 class Efficiency(Section):
@@ -77,7 +77,7 @@ class Efficiency(Section):
 
     x: str = Field(description="a key of the grid")
     y: str = Field(description="a metric")
-    arms: tuple[Arm, ...] = Field(
+    arms: tuple[ArmName, ...] = Field(
         ("sft", "sft-matched", "tell"), description="compared with tell, or else with the last of them"
     )
 
@@ -138,7 +138,7 @@ class Recipe(Section):
         description="dotted key of a run -> its values: their product; or a list of such products, "
         "each with `arms` and `seeds` of its own where it is not run with all",
     )
-    arms: tuple[Arm, ...] = Field(("base", "sft", "sft-matched", "tell"), description="arms of each point")
+    arms: tuple[ArmName, ...] = Field(("base", "sft", "sft-matched", "tell"), description="arms of each point")
     separate: Separate | None = Field(
         None, description="compare hidden states at each point; with `arms: []` nothing else is run"
     )
