@@ -1,7 +1,6 @@
 """The Hugging Face hub with a deadline: cached files first, then one metadata request without retries.
 
-Without a network, ``huggingface_hub`` 2 retries a missing file six times over 23 seconds; the metadata request finds out
-first.
+Without a network, ``huggingface_hub`` 2 retries a missing file six times over 23 seconds; the request avoids that.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ import errno
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from tell.errors import TellError, first_line
@@ -118,10 +118,8 @@ def _ask(repo: str, revision: str | None, endpoint: str) -> dict[str, int]:
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
-        api = HfApi()
-        info = within(
-            PATIENCE, lambda: api.model_info(repo, revision=revision, files_metadata=True, timeout=PATIENCE - 1)
-        )
+        ask = partial(HfApi().model_info, repo, revision=revision, files_metadata=True, timeout=PATIENCE - 1)
+        info = within(PATIENCE, ask)
         if info is not None:
             return {s.rfilename: s.size or 0 for s in info.siblings or [] if "/" not in s.rfilename}
         error, reason = None, f"no answer from {endpoint} within {PATIENCE:.0f} s"
