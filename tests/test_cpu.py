@@ -71,7 +71,7 @@ def test_levels(monkeypatch):
         assert cpu.cpu_level().name == "avx2"
     assert machine.cpu_bf16() is None and machine.cpu_name().endswith("(avx2)")  # speeds are kept by this name
     monkeypatch.setenv(cpu.SWITCH, "avx3")
-    with pytest.raises(TellError, match="'avx3' is no set of instructions"):
+    with pytest.raises(TellError, match="'avx3' is not an instruction set"):
         machine.cpu_bf16()
     variables = {cpu.SWITCH: "avx3"}
     cpu.limit_libraries(variables)

@@ -136,7 +136,7 @@ def test_adapter_names_its_base_model(tmp_path):
     ("config", "expected"),
     [
         ({"is_encoder_decoder": True, "architectures": ["T5ForConditionalGeneration"]}, "is an encoder-decoder"),
-        ({"architectures": ["BertForMaskedLM"]}, "is no causal language model"),
+        ({"architectures": ["BertForMaskedLM"]}, "is not a causal language model"),
         ({"quantization_config": {"quant_method": "gptq"}}, r"quantized \(gptq\)"),
     ],
 )
@@ -261,7 +261,7 @@ def test_wheel_with_another_hash_is_not_used(tmp_path, monkeypatch, home):
 
 def test_gguf_of_another_kind_is_refused_and_nothing_is_left(tmp_path, home):
     (tmp_path / "a.gguf").write_bytes(b"not a model")
-    assert "is no GGUF file" in refusal(tmp_path / "a.gguf")
+    assert "is not a GGUF file" in refusal(tmp_path / "a.gguf")
     import gguf
 
     writer = gguf.GGUFWriter(str(tmp_path / "b.gguf"), "llama")

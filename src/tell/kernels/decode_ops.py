@@ -1,6 +1,6 @@
 """The decoding kernels of ``decode.c`` as Python calls on tensors.
 
-All tensors lie on the processor, are contiguous and of one dtype, bf16 or fp32, unless a name says otherwise.
+All tensors are on the CPU, are contiguous and of one dtype, bf16 or fp32, unless a name says otherwise.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class PackedWeight:
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         loaded = library()
-        assert loaded is not None, "packs_weights() is asked before"
+        assert loaded is not None, "call packs_weights() first"
         self.outputs, self.inputs = weight.shape
         panel = loaded.decode_product_panel()
         weight = weight.contiguous()
@@ -130,7 +130,7 @@ class PackedWeight:
 
 
 def packs_weights(weight: Tensor) -> bool:
-    """Whether ``PackedWeight`` takes this weight on this processor."""
+    """Whether ``PackedWeight`` takes this weight on this CPU."""
     loaded = library()
     if loaded is None or weight.dtype != torch.bfloat16 or weight.shape[1] % 2:
         return False

@@ -1,10 +1,9 @@
-"""C kernels for the element-wise work between matrix products, compiled for this processor at first use.
+"""C kernels for the element-wise work between matrix products, compiled for this CPU at first use.
 
-Products stay with torch. What surrounds them (norms, rotary positions, causal softmax, gated activations,
-cross-entropy, dropout) is bound by memory: torch runs each as several passes with casts, a kernel as one.
-The sources lie beside this file; they need a C compiler with OpenMP, and share the thread pool of torch's
-own OpenMP runtime, so that no second pool fights over the cores. Where something is missing, callers fall
-back to torch operations that compute the same.
+Matrix products stay with torch. The operations between them (norms, RoPE, causal softmax, gated activations,
+cross-entropy, dropout) are memory-bound: torch runs each as several passes with casts, a kernel as one. The sources in
+this folder need a C compiler with OpenMP, and share the thread pool of torch's own OpenMP runtime, so that no second
+pool competes for the cores. Where something is missing, callers fall back to equivalent torch operations.
 """
 
 from __future__ import annotations
@@ -16,14 +15,13 @@ import os
 import platform
 import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 
 from filelock import FileLock
 
 from tell.cpu import cpu_level
 from tell.errors import TellError
-from tell.folder import sync, write_text
+from tell.folder import atomic_path, write_text
 from tell.home import tell_home
 
 FOLDER = Path(__file__).parent
@@ -36,10 +34,10 @@ SWITCH = "TELL_KERNELS"  # "off" keeps to torch operations
 
 
 class Unavailable(Exception):
-    """Why the kernels cannot be had on this machine, in a few words."""
+    """Why there are no kernels on this machine, in a few words."""
 
 
-@functools.lru_cache(maxsize=1)
+@functools.cache  # compiled and loaded once per process
 def _load() -> tuple[ctypes.CDLL | None, str]:
     if os.environ.get(SWITCH, "").lower() in ("off", "0", "no"):
         return None, f"switched off by ${SWITCH}"
@@ -60,7 +58,7 @@ def reason() -> str:
 
 
 def _flags() -> tuple[str, ...]:
-    """Of the compiler, for this processor or the part of it that ``TELL_CPU`` leaves."""
+    """Compiler flags, for this CPU or the level that ``TELL_CPU`` limits it to."""
     level = cpu_level()
     return (f"-march={level.march if level else 'native'}", *FLAGS)
 
@@ -84,11 +82,7 @@ def _processor() -> str:
 
 
 def _build() -> Path:
-    """Path of the shared object, compiled unless it lies in the cache.
-
-    Raises:
-        Unavailable: no compiler, or it fails.
-    """
+    """Path of the shared object in the cache, compiled if it is not there yet."""
     if platform.system() != "Linux":
         raise Unavailable("kernels are built on Linux only")
     compiler = _compiler()
@@ -109,16 +103,12 @@ def _build() -> Path:
         with FileLock(folder / ".lock"):
             if _whole(target):
                 return target
-            with tempfile.TemporaryDirectory(dir=folder) as scratch:
-                out = Path(scratch) / target.name
-                command = [compiler, *flags, "-o", str(out), *map(str, sources), "-lm"]
-                done = _run(command)
+            with atomic_path(target) as out:
+                done = _run([compiler, *flags, "-o", str(out), *map(str, sources), "-lm"])
                 if done.returncode:
                     first = (done.stderr.strip().splitlines() or ["no message"])[0]
                     raise Unavailable(f"{Path(compiler).name} failed: {first}")
-                sync(out)
-                os.replace(out, target)
-                write_text(_seal(target), _sha256(target))
+            write_text(_seal(target), _sha256(target))
     except OSError as error:
         raise Unavailable(f"{folder} cannot be written: {error.strerror or error}") from None
     except TellError as error:
@@ -129,7 +119,7 @@ def _build() -> Path:
 
 
 def _seal(library: Path) -> Path:
-    """The file that holds what a library's hash must be: one that is cut short would end the process by a signal."""
+    """The file with the library's expected hash: loading a truncated library would kill the process."""
     return library.with_suffix(".sha256")
 
 
@@ -147,12 +137,12 @@ def _sha256(path: Path) -> str:
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
     try:
         return subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-    except OSError as error:  # found, but no program
+    except OSError as error:  # found, but not executable
         raise Unavailable(f"{command[0]} cannot be run: {error.strerror or error}") from None
 
 
 def _runtimes() -> set[str]:
-    """Files of the OpenMP runtimes in this process: torch's where there are several."""
+    """Files of the OpenMP runtimes in this process; of several, torch's."""
     try:
         lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     except OSError as error:
@@ -163,11 +153,7 @@ def _runtimes() -> set[str]:
 
 
 def _open(path: Path) -> ctypes.CDLL:
-    """Load the kernels against the OpenMP runtime that torch has loaded.
-
-    Raises:
-        Unavailable: torch runs on an OpenMP runtime that lacks gcc's entry points, or the system hides its name.
-    """
+    """Load the kernels against the OpenMP runtime that torch has loaded; it may lack gcc's entry points."""
     import torch  # noqa: F401  (loads its runtime)
 
     try:
@@ -179,7 +165,7 @@ def _open(path: Path) -> ctypes.CDLL:
 
 
 def keep_memory() -> None:
-    """Let glibc keep freed blocks of up to 32 MB instead of giving their pages back and faulting them in anew."""
+    """Let glibc keep freed blocks of up to 32 MB, instead of returning their pages and faulting them in again."""
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, at its upper bound

@@ -1,6 +1,6 @@
 """The training kernels as functions of tensors; each writes into tensors given to it.
 
-All tensors lie on the processor, in bf16 or fp32; their last dimension is contiguous, rows may be strided.
+All tensors are on the CPU, in bf16 or fp32; their last dimension is contiguous, rows may be strided.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Kernels:
     def rmsnorm(
         self, x: Tensor, y: Tensor, weight: Tensor, rstd: Tensor, *, heads: int = 1, eps: float, offset: float
     ) -> None:
-        """y = x / rms(x) * (offset + weight) for x, y (T, heads * width); rstd (T, heads) fp32 is for the way back."""
+        """y = x / rms(x) * (offset + weight) for x, y (T, heads * width); rstd (T, heads) fp32 is for the gradient."""
         self._rmsnorm(
             x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0), weight.data_ptr(), rstd.data_ptr(),
             x.shape[0], heads, weight.shape[0], eps, offset,
@@ -114,7 +114,7 @@ class Kernels:
         self._add_prefix(x.data_ptr(), x.shape[1], prefix, heads, width, total.data_ptr())
 
     def softmax(self, scores: Tensor, longest: int, prefix: int, window: int | None) -> None:
-        """Softmax in place of scores (N, M, K), K a multiple of 16; query m stands at prefix + m % longest."""
+        """Softmax in place of scores (N, M, K), K a multiple of 16; query m is at prefix + m % longest."""
         keys = scores.shape[-1]
         self._softmax(
             scores.data_ptr(), scores.numel() // keys, longest, keys, prefix, window if window is not None else 1 << 30

@@ -46,7 +46,7 @@ def folder_of_gguf(file: Path, notify: Notify | None = None) -> Path:
     """Folder of the model in a GGUF file, converted once to bf16 safetensors.
 
     Raises:
-        TellError: the file is no GGUF, its tokenizer is not known, or the disk is full.
+        TellError: the file is not a GGUF, its tokenizer is unknown, or the disk is full.
     """
     from tell.models.convert import check_gguf
 

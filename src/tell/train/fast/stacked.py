@@ -43,7 +43,7 @@ class Lora:
 
     def __init__(self, stack: Stack, adapters: Sequence[Tensor], x: Tensor) -> None:
         self.stack, self.seed, self.folds, dtype = stack, 0, False, x.dtype
-        self.products = products_for(x) if sum(stack.widths) % 2 == 0 else None  # they read pairs on both ways
+        self.products = products_for(x) if sum(stack.widths) % 2 == 0 else None  # they read pairs in both passes
         self.parts: list[tuple[slice, slice]] = []  # columns and ranks of each adapter
         column, rank, scales = 0, 0, []
         for width, scale in zip(stack.widths, stack.scales, strict=True):
