@@ -21,7 +21,7 @@ from tell.train.lora import adapter_merged
 from tell.train.step import Body
 
 if TYPE_CHECKING:
-    pass
+    from transformers import PreTrainedModel
 
 PREFILL_TOKENS = 4096  # most tokens of one prefill pass
 TOLERANCE = {torch.bfloat16: 0.05, torch.float32: 1e-3}  # relative distance of states that rounding explains

@@ -19,6 +19,7 @@ from tell.errors import TellError
 from tell.train.lora import adapter_merged
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
     from vllm.lora.request import LoRARequest
 
 RANKS = (8, 16, 32, 64, 128, 256, 512)  # adapter ranks that vLLM can reserve
