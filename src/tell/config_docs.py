@@ -75,8 +75,8 @@ def _default(key: str, info: FieldInfo) -> str:
     return both[0] if both[0] == both[1] else f"{both[0]}; paper: {both[1]}"
 
 
-def _of_preset(preset: Mapping[str, Any], key: str, own: Any) -> Any:
-    value: Any = preset
+def _of_preset(preset: Mapping[str, Any], key: str, own: object) -> object:
+    value: object = preset
     for part in key.split("."):
         if not isinstance(value, Mapping) or part not in value:
             return own
@@ -84,7 +84,7 @@ def _of_preset(preset: Mapping[str, Any], key: str, own: Any) -> Any:
     return value
 
 
-def _show(value: Any) -> str:
+def _show(value: object) -> str:
     if value is None or value == ():
         return "none"
     if isinstance(value, bool):

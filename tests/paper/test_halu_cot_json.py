@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tell.errors import TellError
-from tell.folder import read_jsonl
+from tell.files import read_jsonl
 from tell.paper import ANCHOR, SCHEMA, OfflineTeacher, build_halu_cot_json
 from tell.paper.halu_cot_json import subset
 from tell.paper.halueval import HaluRow, read_rows

@@ -11,7 +11,7 @@ from tell.cli.main import run
 from tell.data.formats import read_records
 from tell.data.sources import load
 from tell.errors import TellError
-from tell.folder import read_jsonl
+from tell.files import read_jsonl
 from tell.paper.is_en_news import DIRECTIONS, anchor_text
 
 DATA = Path(os.environ.get("TELL_DATA") or Path(__file__).resolve().parents[3] / "shared" / "data")

@@ -21,7 +21,7 @@ from run.runs import Killer, read
 from studies.studies import numbers
 from tell.cli.main import run
 from tell.errors import Interrupted, TellError
-from tell.folder import write_json
+from tell.files import write_json
 from tell.progress import Silent
 from tell.run.stop import Stop
 from tell.studies.executors.local import LocalExecutor

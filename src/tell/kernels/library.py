@@ -21,7 +21,7 @@ from filelock import FileLock
 
 from tell.cpu import cpu_level
 from tell.errors import TellError
-from tell.folder import atomic_path, write_text
+from tell.files import atomic_path, write_text
 from tell.home import tell_home
 
 FOLDER = Path(__file__).parent

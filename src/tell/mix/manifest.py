@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tell.errors import TellError
-from tell.folder import atomic_path
+from tell.files import atomic_path
 from tell.mix.mixture import Mixture
 from tell.rows.row_table import RowTable
 

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from tell.errors import TellError, first_line
-from tell.folder import write_json
+from tell.files import write_json
 from tell.home import tell_home
 from tell.models.architecture import WEIGHTS, weight_files
 from tell.patience import within

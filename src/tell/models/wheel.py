@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tell.errors import TellError
-from tell.folder import atomic_folder
+from tell.files import atomic_folder
 from tell.home import make_folder, tell_home, unwritable
 
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tell.errors import TellError
-from tell.folder import write_json, write_jsonl, write_text
+from tell.files import write_json, write_jsonl, write_text
 from tell.paper.halueval import ANCHOR, SCHEMA, HaluRow, read_rows
 from tell.paper.offline import OfflineTeacher
 from tell.paper.teacher import Progress, Teacher, Thought, Usage

@@ -12,7 +12,7 @@ import numpy as np
 from tell.data.formats import check_file, read_records
 from tell.data.subset import take_tokens
 from tell.errors import TellError
-from tell.folder import write_jsonl, write_text
+from tell.files import write_jsonl, write_text
 from tell.paper.parallel_texts import Document, Pairs, read_pairs, read_wmt
 
 Direction = Literal["en-is", "is-en"]

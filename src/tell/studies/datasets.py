@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import tell.paper
-from tell.config import nearest
-from tell.errors import TellError
-from tell.folder import atomic_folder, write_json
+from tell.errors import TellError, did_you_mean
+from tell.files import atomic_folder, write_json
 from tell.progress import Display
 from tell.studies.content import content_hash
 from tell.studies.nested import fill
@@ -49,7 +48,10 @@ def _built(dataset: str, options: Mapping[str, Any], root: Root, display: Displa
     for option in options:
         if option not in names:
             raise TellError(
-                f"unknown option {option}{nearest(option, names)}", where=where, remedy=f"Use {', '.join(names)}."
+                f"unknown option {option}",
+                where=where,
+                remedy=f"Use {', '.join(names)}.",
+                nearest=did_you_mean(option, names),
             )
     known = {key: _content(value) for key, value in options.items()}
     text = json.dumps({"format": DATA_FORMAT, "dataset": dataset, "options": known}, sort_keys=True)
@@ -74,7 +76,10 @@ def _builder(dataset: str, where: str) -> Callable[..., Any]:
         places = [p.stem.replace("_", "-") for p in Path(tell.paper.__path__[0]).glob("*.py")]
         known = [name for name in places if hasattr(_module(name), f"build_{name.replace('-', '_')}")]
         raise TellError(
-            f"no builder makes {dataset!r}{nearest(dataset, known)}", where=where, remedy=f"Use {' or '.join(known)}."
+            f"no builder makes {dataset!r}",
+            where=where,
+            remedy=f"Use {' or '.join(known)}.",
+            nearest=did_you_mean(dataset, known),
         )
     return getattr(_module(dataset), f"build_{module}")
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from tell.folder import reading, write_json
+from tell.files import write_json
+from tell.folder import reading
 from tell.names import NAMES
 from tell.progress import Advance, Display
 from tell.report.html_text import number

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from tell.errors import Interrupted, TellError
-from tell.folder import reading, write_text
+from tell.files import write_text
+from tell.folder import reading
 from tell.progress import Display, Silent
 from tell.run.stop import Stop
 from tell.score.custom import CustomScorer

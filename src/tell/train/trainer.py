@@ -25,6 +25,7 @@ from torch import nn
 
 from tell.config import TrainConfig
 from tell.errors import Diverged, Interrupted
+from tell.folder import AdapterFolder
 from tell.kernels import keep_memory
 from tell.mix.mixture import Mixture
 from tell.presets import learning_rate_for
@@ -324,7 +325,7 @@ class Trainer:
 
     @property
     def _checkpoint(self) -> Path:
-        return self.job.folder / "checkpoint"
+        return AdapterFolder(self.job.folder).checkpoint
 
     def _agreed(self) -> AbstractContextManager[None]:
         return self.processes.agreed() if self.processes else nullcontext()

@@ -26,7 +26,8 @@ from filelock import FileLock, Timeout
 from tell import __version__
 from tell.config import Config
 from tell.errors import Interrupted, TellError
-from tell.folder import RunFolder, atomic_folder, write_text
+from tell.files import atomic_folder, write_text
+from tell.folder import RunFolder
 from tell.home import make_folder, tell_home
 from tell.progress import Silent
 from tell.run.session import ModelCache
