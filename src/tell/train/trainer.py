@@ -13,7 +13,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -38,23 +38,11 @@ from tell.train.packing import TrainRow
 from tell.train.parallel import Processes, SharedStep, Step, shard
 from tell.train.plain import PaddedRows, PlainBody, plain_step_loss
 from tell.train.step import Body, StepLoss, StepRules, step_loss
+from tell.train.step_log import StepLog, StepReport
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
-
-
-@dataclass(frozen=True, slots=True)
-class StepReport:
-    """What a progress display needs after a step."""
-
-    step: int
-    steps: int
-    loss: float
-    by_source: dict[str, float]
-    tokens: int
-    tokens_total: int
-    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,7 +236,7 @@ class Trainer:
         return _Run(parameters, optimizer, step, digest, totals)
 
     def _train(self, run: _Run) -> None:
-        logger = _StepLog(self.job.log, keep=run.totals.step) if self.writes else None
+        logger = StepLog(self.job.log, keep=run.totals.step) if self.writes else None
         begin = time.monotonic() - run.totals.seconds
         try:
             for step in range(run.totals.step, self.steps):
@@ -378,42 +366,3 @@ def _noise(model: PeftModel, alpha: float) -> Iterator[None]:
     finally:
         if handle is not None:
             handle.remove()
-
-
-class _StepLog:
-    """One JSON line per step, and the same numbers for TensorBoard."""
-
-    def __init__(self, path: Path, *, keep: int) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines: list[str] = []
-        if keep and path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines()[:keep]
-        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        self.file = path.open("a", encoding="utf-8")
-        self.board = None
-        with suppress(ImportError):
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(str(path.with_suffix("")), purge_step=keep + 1)
-
-    def write(self, report: StepReport, rate: float, norm: float) -> None:
-        row = {
-            "step": report.step,
-            "loss": round(report.loss, 6),
-            "by_source": {name: round(value, 6) for name, value in report.by_source.items()},
-            "learning_rate": rate,
-            "tokens": report.tokens_total,
-            "seconds": round(report.seconds, 3),
-            "grad_norm": round(norm, 6),
-        }
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
-        if self.board:
-            scalars = {"loss/all": report.loss, **{f"loss/{name}": x for name, x in report.by_source.items()}}
-            for name, value in {**scalars, "learning_rate": rate, "grad_norm": norm}.items():
-                self.board.add_scalar(name, value, report.step)
-
-    def close(self) -> None:
-        self.file.close()
-        if self.board:
-            self.board.close()
