@@ -162,7 +162,7 @@ def test_pickles_and_missing_or_broken_files_are_refused(tiny_model, tmp_path):
     assert "pickled weights (pytorch_model.bin)" in refusal(pickled) and "safetensors" in refusal(pickled)
     assert "has no tokenizer.json" in refusal(copy(source, tmp_path / "mute", leave=("tokenizer.json",)))
     for name, content, expected in (
-        ("cut", (source / "model.safetensors").read_bytes()[:2000], "no readable safetensors"),
+        ("cut", (source / "model.safetensors").read_bytes()[:2000], "is not readable as safetensors"),
         ("lfs", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "Run git lfs pull"),
     ):
         folder = copy(source, tmp_path / name, leave=("model.safetensors",))

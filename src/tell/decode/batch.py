@@ -137,9 +137,7 @@ class KernelBatch:
         found = c.kernels(self.description.dtype)
         assert found is not None, "checked by Engine._pack"
         self.kernels = found
-        self.layers = [
-            (layer, *products) for layer, products in zip(self.description.layers, packed.products, strict=True)
-        ]
+        self.layers = list(zip(self.description.layers, packed.products, strict=True))
         self.tables = self.description.rotary_tables(len(prefix) + capacity)
         self.slot = torch.arange(slots, dtype=torch.int32)  # of the row at each place
         vocabulary = len(packed.body.head)
@@ -202,9 +200,8 @@ class KernelBatch:
         active = torch.empty(n, d.layers[0].down.in_features, dtype=d.dtype)
         k.embed(d.embedding, tokens, d.embedding_scale, d.layers[0].before_attention, d.eps, residual, x)
         following = [layer.before_attention.data_ptr() for layer in d.layers[1:]] + [d.norm.data_ptr()]
-        for (layer, qkv, output, gate_up, down), (_, arguments), norm in zip(
-            self.layers, self.arguments, following, strict=True
-        ):
+        steps = zip(self.layers, self.arguments, following, strict=True)
+        for (layer, (qkv, output, gate_up, down)), (_, arguments), norm in steps:
             post = None if layer.after_attention is None else layer.after_attention.data_ptr()
             last = None if layer.after_mlp is None else layer.after_mlp.data_ptr()
             k.attend(arguments, by_reference, qkv(x), mixed)

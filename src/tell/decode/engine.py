@@ -48,7 +48,7 @@ def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
     """Tokens that all prompts begin with, leaving at least one to each; 0 for a single prompt."""
     if len(prompts) < 2:
         return 0
-    low, high = min(prompts), max(prompts)  # a prefix of both extremes is a prefix of all
+    low, high = min(map(list, prompts)), max(map(list, prompts))  # a prefix of both extremes is a prefix of all
     length = 0
     shortest = min(len(p) for p in prompts) - 1
     while length < shortest and low[length] == high[length]:
@@ -158,7 +158,8 @@ class Engine:
         while waiting or active:
             free = slots - len(active)
             if waiting and (not active or free >= max(1, slots // 4)):
-                fresh, used = [], 0
+                fresh: list[_Row] = []
+                used = 0
                 while waiting and len(fresh) < free and (not fresh or used + len(waiting[-1].prompt) <= PREFILL_TOKENS):
                     row = waiting.pop()
                     used += len(row.prompt)

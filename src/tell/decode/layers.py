@@ -117,7 +117,7 @@ def describe(core: Any) -> Description | None:
     )
 
 
-def _norm(module: nn.Module, config: PretrainedConfig) -> Tensor:
+def _norm(module: Any, config: PretrainedConfig) -> Tensor:
     weight = module.weight.detach().float()
     return (1 + weight if config.model_type.startswith("gemma") else weight).contiguous()
 

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -130,7 +131,7 @@ def load_model(
     remedy = "Fetch the model again, or update transformers (pip install -U transformers)."
     try:
         with _quiet():
-            model, info = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 files.path,
                 dtype=kind,
                 use_safetensors=True,
@@ -140,6 +141,7 @@ def load_model(
                 attn_implementation=None if attn_implementation == "sdpa" else attn_implementation,
                 output_loading_info=True,
             )
+        model, info = loaded
         missing = sorted(info["missing_keys"])
         if missing:  # transformers would fill them with random numbers and only warn
             raise TellError(

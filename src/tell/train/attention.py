@@ -278,8 +278,8 @@ class PackedPlan:
             holes.append(slots[~real])
             slot += block.rows * block.longest
         empty = torch.cat(holes)
-        sent = (send(x, self.device) for x in (torch.cat(index), inverse))
-        return *sent, send(empty, self.device) if len(empty) else None
+        tokens, slots = send(torch.cat(index), self.device), send(inverse, self.device)
+        return tokens, slots, send(empty, self.device) if len(empty) else None
 
     def positions(self) -> Tensor:
         """(1, T) position ids: each row counts on from the prefix."""

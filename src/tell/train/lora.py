@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +45,8 @@ WRITTEN = frozenset(
 
 def _fused_forward(layer: LoraLinear) -> Callable[..., Tensor]:
     """The forward that replaces peft's on one LoRA layer while training."""
-    base, a, b = layer.get_base_layer(), layer.lora_A[DEFAULT], layer.lora_B[DEFAULT]
+    parts: tuple[Any, ...] = layer.get_base_layer(), layer.lora_A[DEFAULT], layer.lora_B[DEFAULT]
+    base, a, b = parts  # linear layers
     scale, dropout = float(layer.scaling[DEFAULT]), layer.lora_dropout[DEFAULT]
 
     def forward(x: Tensor, *_: object, **__: object) -> Tensor:
@@ -70,7 +71,7 @@ def fuse(model: nn.Module) -> None:
     """Give every LoRA layer over a plain ``nn.Linear`` the fused forward."""
     for _, layer in lora_layers(model):
         if type(layer.get_base_layer()) is nn.Linear and not layer.lora_bias.get(DEFAULT, False):
-            layer.forward = _fused_forward(layer)
+            setattr(layer, "forward", _fused_forward(layer))  # noqa: B010
 
 
 def target_modules(model: PreTrainedModel, targets: str) -> str | list[str]:
@@ -124,7 +125,7 @@ def add_lora(model: PreTrainedModel, config: TrainConfig, *, seed: int, fused: b
             LoraConfig(
                 task_type="CAUSAL_LM",
                 r=config.lora_r,
-                lora_alpha=config.lora_alpha,
+                lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # peft scales by a float as well
                 lora_dropout=config.lora_dropout,
                 target_modules=names,
             ),
@@ -168,7 +169,7 @@ def adapter_merged(model: PreTrainedModel, folder: Path | None) -> Iterator[PreT
         yield model
         return
     factors, scale = adapter_factors(model, folder)
-    weights = {name: model.get_submodule(name).weight.data for name in factors}
+    weights = {name: model.get_parameter(f"{name}.weight").data for name in factors}
     on_device = _room_for_copies(list(weights.values()))
     saved: dict[str, Tensor] = {}
     try:
@@ -184,7 +185,7 @@ def adapter_merged(model: PreTrainedModel, folder: Path | None) -> Iterator[PreT
         yield model
     finally:
         for name, data in saved.items():
-            model.get_submodule(name).weight.data.copy_(data, non_blocking=True)
+            model.get_parameter(f"{name}.weight").data.copy_(data, non_blocking=True)
 
 
 def _room_for_copies(weights: list[Tensor]) -> bool:

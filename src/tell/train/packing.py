@@ -70,9 +70,9 @@ def split_packs(
     parts = [list(rows)]
     if share_prefix and len(task) > 1 and other:
         prefix, shared = (common_prefix([row.ids for row in part]) for part in (task, rows))
-        tokens = tuple(sum(len(row.ids) for row in part) for part in (task, other))
-        facts = {"prefix": prefix, "shared": shared, "micro_tokens": micro_tokens, "device": torch.device(device).type}
-        parts = [task, other] if apart((len(task), len(other)), tokens, **facts) else parts
+        own, others = (sum(len(row.ids) for row in part) for part in (task, other))
+        sizes, kind = {"prefix": prefix, "shared": shared, "micro_tokens": micro_tokens}, torch.device(device).type
+        parts = [task, other] if apart((len(task), len(other)), (own, others), **sizes, device=kind) else parts
     groups: list[list[TrainRow]] = []
     for part in parts:
         prefix = _shared(part, share_prefix)

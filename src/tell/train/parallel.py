@@ -235,7 +235,7 @@ def shard(peft_model: PeftModel, device: torch.device) -> None:
             where="train.parallel=fsdp",
             remedy="Update torch (pip install -U torch).",
         )
-    causal = peft_model.get_base_model()
+    causal: Any = peft_model.get_base_model()
     names = set(causal._no_split_modules or ())
     layers = [module for module in causal.modules() if type(module).__name__ in names]
     if not layers:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from weakref import WeakSet
 
 import numpy as np
@@ -132,7 +132,8 @@ def accumulate(
 
 def causal_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """The transformers model, whether or not peft wraps it."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    causal: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    return causal
 
 
 class Body:

@@ -122,7 +122,7 @@ def run_digest(config: TrainConfig, mixture: Mixture, seed: int) -> str:
     for name in mixture.sources:
         table = mixture.tables[name]
         for column in (table.ids, table.mask, table.starts):
-            digest.update(np.ascontiguousarray(column))
+            digest.update(np.ascontiguousarray(column).data)
     return digest.hexdigest()[:32]
 
 

@@ -58,8 +58,9 @@ def _torch_varlen() -> Varlen | None:
     flagged = "enable_gqa" in parameters  # from torch 2.12 on; 2.11 takes grouped heads as they are
 
     def attend(query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scale: float, left: int) -> Tensor:
-        more = {"enable_gqa": query.shape[1] != key.shape[1]} if flagged else {}
-        return varlen_attn(query, key, value, *sequences, scale=scale, window_size=(left, 0), **more)
+        options: dict[str, Any] = {"enable_gqa": query.shape[1] != key.shape[1]} if flagged else {}
+        out: Any = varlen_attn(query, key, value, *sequences, scale=scale, window_size=(left, 0), **options)
+        return out
 
     return attend
 
@@ -249,7 +250,7 @@ def liger_forwards() -> Forwards | None:
             if merged:
                 parts = split_qkv(module, module.qkv_proj(states))
             else:
-                parts = [layer(states) for layer in (module.q_proj, module.k_proj, module.v_proj)]
+                parts = tuple(layer(states) for layer in (module.q_proj, module.k_proj, module.v_proj))
             q, k, v = (x.unflatten(-1, (-1, width)) for x in parts)
             if offset is not None:
                 q, k = (normed(x, n.weight, epsilon(n), offset) for x, n in ((q, module.q_norm), (k, module.k_norm)))

@@ -34,11 +34,11 @@ if TYPE_CHECKING:
 TOLERANCE = 1e-3  # of the largest value, in fp32
 
 
-def _has(module: nn.Module, *names: str) -> bool:
+def _has(module: Any, *names: str) -> bool:
     return all(hasattr(module, name) for name in names)
 
 
-def _is_norm(module: nn.Module) -> bool:
+def _is_norm(module: Any) -> bool:
     return (
         type(module).__name__.endswith("RMSNorm")
         and isinstance(getattr(module, "weight", None), Tensor)
@@ -79,7 +79,7 @@ def forwards_for(weight: Tensor) -> Forwards | None:
 
 
 @torch.no_grad()
-def _offset_of(norm: nn.Module, forwards: Forwards) -> float | None:
+def _offset_of(norm: Any, forwards: Forwards) -> float | None:
     """0 or 1, whichever makes the kernel compute the same as the norm; None where neither does."""
     twin = _bare(norm)
     x = torch.randn(4, twin.weight.shape[0]).to(twin.weight.device)
@@ -105,9 +105,7 @@ def _activation_of(mlp: nn.Module, forwards: Forwards) -> int | None:
 
 
 @torch.no_grad()
-def _attention_facts(
-    module: nn.Module, rule: Rule, rope: Rope, forwards: Forwards
-) -> tuple[Rule, float | None, bool] | None:
+def _attention_facts(module: Any, rule: Rule, rope: Rope, forwards: Forwards) -> tuple[Rule, float | None, bool] | None:
     """The arguments of ``Forwards.attention`` that make it compute the same as the module; None where none do."""
     offset = None
     if _has(module, "q_norm", "k_norm"):
@@ -207,6 +205,7 @@ class _Fuser:
     def _replacement(self, module: Any) -> tuple[str, tuple[Any, ...]] | None:
         """Field of ``Forwards`` and the facts it needs; None for what stays as it is."""
         kind, traits, forwards = type(module), _traits(module), self.forwards
+        key: tuple[Any, ...]
         if _is_norm(module):
             name, key = "norm", (kind, module.weight.shape, traits)
             facts = self._once(key, lambda: _single(_offset_of(module, forwards)))

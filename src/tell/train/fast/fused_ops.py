@@ -101,7 +101,8 @@ class Gated(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         g, u = ctx.saved_tensors
         dh = grad.reshape(g.shape).clone(memory_format=torch.contiguous_format)
-        return *(x.view(ctx.shape) for x in _gated_back(dh, g, u, ctx.kind)), None
+        dg, du = _gated_back(dh, g, u, ctx.kind)
+        return dg.view(ctx.shape), du.view(ctx.shape), None
 
 
 def _flat_pair(g: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -167,8 +168,8 @@ class AttentionCall(NamedTuple):
     window: int | None
 
     def rows(self, functions: Functions, q: Tensor, k: Tensor, v: Tensor) -> RowAttention:
-        _, cosine, sine, *rest = self
-        return RowAttention(functions, q, k, v, cosine, sine, *self.plan.rows(), *rest)
+        sizes = self.heads, self.kv, self.scaling, self.window
+        return RowAttention(functions, q, k, v, self.cosine, self.sine, *self.plan.rows(), *sizes)
 
 
 class Attention(torch.autograd.Function):
