@@ -107,7 +107,7 @@ class SelfConfig(Section):
 
 
 class GeneralConfig(Section):
-    """Set at most one of `ratio`, `tokens`, `rows`; the default follows the size of the task (docs/method.md)."""
+    """Set at most one of `ratio`, `tokens`, `rows`; the default follows the size of the task."""
 
     source: str = Field(
         "auto",
@@ -155,13 +155,15 @@ class AnchorConfig(Section):
 class MixConfig(Section):
     order: str = Field("shuffle", description="shuffle (the paper) or spread (task rows at near-equal gaps)")
     repeat: int | None = Field(
-        None, ge=1, description="times each task row occurs in the mix; none: by their number, see docs/method.md"
+        None,
+        ge=1,
+        description="times each task row occurs in the mix; none: by row count (docs/explanation/method.md)",
     )
 
 
 class TrainConfig(Section):
     learning_rate: float | None = Field(
-        None, gt=0, description="highest rate of the schedule; none: by the model's size, see docs/method.md"
+        None, gt=0, description="highest rate of the schedule; none: by model size, docs/explanation/method.md"
     )
     weight_decay: float = Field(0.01, ge=0, description="of AdamW")
     schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="decay after the warm-up")
@@ -250,7 +252,7 @@ class Config(Section):
     max_minutes: float | None = Field(
         None,
         gt=0,
-        description="do less until the run is predicted to fit; docs/method.md has the order",
+        description="do less until the run is predicted to fit; docs/explanation/method.md has the order",
     )
 
     @model_validator(mode="before")

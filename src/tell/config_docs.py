@@ -1,4 +1,4 @@
-"""docs/config.md, written from the configuration: ``python -m tell.config_docs > docs/config.md``."""
+"""``python -m tell.config_docs > docs/reference/config.md``: every key of a run, from the configuration itself."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ Every key of a run, with its default and meaning. Written by `python -m tell.con
       source: self
       ratio: 20
 
-`tell tune -c run.yaml` reads it. Flags go over the file, and `--set general.ratio=50` over both; the preset lies
-below all three. Where two defaults stand, the first is that of `preset: modern`, the second that of `preset: paper`.
+`tell tune -c run.yaml` reads it. Flags override the file, and `--set general.ratio=50` overrides both; all three
+override the preset. Where a key has two defaults, the first is for `preset: modern`, the second for `preset: paper`.
 """
 
 

@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
@@ -18,11 +17,10 @@ import pytest
 import tell
 from run.runs import PROBE, Killer, comparable, config_of, read, steady_pace
 from tell.errors import Interrupted, TellError
-from tell.files import read_jsonl, write_json
-from tell.folder import RunFolder
+from tell.folder import RunFolder, read_jsonl, write_json
+from tell.run.journal import Journal
 from tell.run.speed import keep_speed
 from tell.run.time_budget import fit_minutes
-from tell.run.tune import read_inputs
 
 SECTIONS = {
     "eval": {"arms": ["base", "icl", "sft", "tell"]},
@@ -131,18 +129,22 @@ def test_seconds_add_up(tiny_model, tmp_path):
 
 
 def test_reading_the_inputs_counts(tiny_model, tmp_path, monkeypatch):
-    """Of a run's seconds, and so of --max-minutes."""
-    clock = SimpleNamespace(monotonic=lambda: clock.now, now=0.0)
-    monkeypatch.setattr("tell.run.journal.time", clock)
+    """Among a run's seconds, and so among those of --max-minutes: its clock starts first."""
+    begun = []
 
-    def slow(*args):
-        clock.now += 1000
-        return read_inputs(*args)
+    def journal(*args, real=Journal.of, **more):
+        begun.append("clock")
+        return real(*args, **more)
 
-    monkeypatch.setattr("tell.run.tune.read_inputs", slow)
-    sections = {"general": {"source": "none"}, "eval": {"arms": ["base"], "forgetting_rows": 0}}
-    folder = tell.tune(config_of(tiny_model("llama"), tmp_path / "run", **sections))
-    assert read(folder.findings)["seconds"] == folder.read_status()["seconds"] == 1000
+    def inputs(*args):
+        begun.append("inputs")
+        raise TellError("unreadable")
+
+    monkeypatch.setattr(Journal, "of", journal)
+    monkeypatch.setattr("tell.run.tune.read_inputs", inputs)
+    with pytest.raises(TellError, match="unreadable"):
+        tell.tune(config_of(tiny_model("llama"), tmp_path / "run"))
+    assert begun == ["clock", "inputs"]
 
 
 def test_finished_run_resumed_changes_nothing(whole):
@@ -251,7 +253,7 @@ def test_a_damaged_split_or_manifest_is_refused(whole, tmp_path):
     shutil.copytree(folder.root, tmp_path / "run")
     other = RunFolder(tmp_path / "run")
     pq.write_table(pq.read_table(other.manifest).replace_schema_metadata(None), other.manifest)
-    with pytest.raises(TellError, match=r"manifest\.parquet: is no manifest"):
+    with pytest.raises(TellError, match=r"manifest\.parquet: is not a manifest"):
         tell.tune(config(other.root), resume=True)
     other.split.write_bytes(other.split.read_bytes().replace(b"test", b"t\xc0st"))
     with pytest.raises(TellError, match=r"split\.json: "):

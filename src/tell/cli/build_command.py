@@ -38,17 +38,12 @@ def halu_cot_json(options: HaluCotJsonOptions) -> None:
         raise TellError("an endpoint without a model", where="--base-url", remedy=remedy)
     import tell
     from tell.cli.display import make_display
-    from tell.paper import OfflineTeacher, OpenAITeacher, Teacher
+    from tell.paper import Limits, OfflineTeacher, OpenAITeacher, Prices, Replace, Teacher
 
     writer: Teacher = OfflineTeacher()
     if not offline:
-        writer = OpenAITeacher(
-            options.base_url,
-            name,
-            concurrency=options.concurrency,
-            price_in=options.price_in,
-            price_out=options.price_out,
-        )
+        prices = Prices(options.price_in, options.price_out)
+        writer = OpenAITeacher(options.base_url, name, limits=Limits(concurrency=options.concurrency), prices=prices)
     with make_display().bar(f"thoughts by {name}", None) as advance:
         done = 0
 
@@ -59,12 +54,11 @@ def halu_cot_json(options: HaluCotJsonOptions) -> None:
 
         built = tell.build_halu_cot_json(
             options.source,
-            options.out,
+            Replace(options.out) if options.overwrite else options.out,
             teacher=writer,
             rows=options.rows,
             seed=options.seed,
             test=options.test,
-            overwrite=options.overwrite,
             progress=progress,
         )
     for line in built.lines():
@@ -89,6 +83,10 @@ class IsEnNewsOptions:
 def is_en_news(options: IsEnNewsOptions) -> None:
     """IS-EN-NEWS from WMT21's documents: whole news texts between English and Icelandic."""
     import tell
+    from tell.paper import Replace
 
-    for line in tell.build_is_en_news(**vars(options)).lines():
+    given = {name: value for name, value in vars(options).items() if name != "overwrite"}
+    if options.overwrite:
+        given["out"] = Replace(options.out)
+    for line in tell.build_is_en_news(**given).lines():
         say(line)

@@ -11,7 +11,7 @@ from tell.config import Config
 from tell.data.general import general_source
 from tell.files import write_json
 from tell.folder import RunFolder
-from tell.mix.orderings import get_order
+from tell.mix.orderings import get_ordering
 from tell.progress import Display
 from tell.report.page import write_page
 from tell.rows.row_table import RowTable
@@ -109,7 +109,7 @@ def read_inputs(config: Config, display: Display | None = None, processes: str =
         task.notices.add(f"trained by {processes}")
     if trained_arms(config.eval.arms) and find_spec("tensorboard") is None:
         task.notices.add('no TensorBoard files are written; to have them, pip install "tell-llm[tensorboard]"')
-    get_order(config.mix.order)
+    get_ordering(config.mix.order)
     check_rows(task, placed_anchor(task))
     return task, read_general(task)
 

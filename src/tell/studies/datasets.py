@@ -22,7 +22,7 @@ from tell.studies.study_folder import Root
 
 DATA_FORMAT = 1  # raise when a builder makes other rows of the same sources and options
 
-OURS = frozenset({"out", "overwrite", "progress", "teacher"})  # a teacher is no option but an object
+OURS = frozenset({"out", "progress", "teacher"})  # a teacher is no option but an object
 
 
 def build_data(recipe: Recipe, root: Root, display: Display, *, where: str = "recipe") -> dict[str, str]:
@@ -62,7 +62,7 @@ def _built(dataset: str, options: Mapping[str, Any], root: Root, display: Displa
     with root.lock(key, "data"):
         if not folder.exists():  # another study may have made it while we waited
             with atomic_folder(folder) as temporary:
-                built = make(**options, out=temporary, overwrite=True)
+                built = make(**options, out=temporary)
                 write_json(temporary / "build.json", {"dataset": dataset, "options": options})
             for line in built.lines():
                 display.note(line.replace(str(temporary), str(folder)))

@@ -132,13 +132,7 @@ def separate(
         },
         "layers": {},
     }
-    with display.bar("separation", len(layers) * len(contrasts), "comparisons") as advance:
-        for k, number in enumerate(layers):
-            found: dict[str, Separation] = {}
-            for name, (a, b) in contrasts.items():
-                found[name] = separate_states(states[a][k], states[b][k], seed=config.seed)
-                advance(1)
-            result["layers"][str(number)] = _numbers(found, config)
+    result["layers"] = _layers(states, layers, contrasts, config, display)
     shown = len(layers) // 2
     result["notices"] = _notices(result, str(layers[shown]))
     if files:
@@ -162,6 +156,25 @@ def _states(
             )
             for name, ids in prompts.items()
         }
+
+
+def _layers(
+    states: dict[str, np.ndarray],
+    layers: list[int],
+    contrasts: dict[str, tuple[str, str]],
+    config: Config,
+    display: Display,
+) -> dict[str, dict]:
+    """The numbers of each layer, by its number as text."""
+    out = {}
+    with display.bar("separation", len(layers) * len(contrasts), "comparisons") as advance:
+        for k, number in enumerate(layers):
+            found: dict[str, Separation] = {}
+            for name, (a, b) in contrasts.items():
+                found[name] = separate_states(states[a][k], states[b][k], seed=config.seed)
+                advance(1)
+            out[str(number)] = _numbers(found, config)
+    return out
 
 
 def _draw(result: dict, layer: int, pairs: dict[str, tuple[np.ndarray, np.ndarray]], files: Path) -> None:

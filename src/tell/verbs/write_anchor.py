@@ -225,4 +225,5 @@ def _short_mixture(
     wanted = total - repeat * len(rows)
     draw = Draw(np.resize(np.arange(len(general)), wanted).astype(np.int32), wanted / len(general))
     tables = {"task": table, "general": general}
-    return tables, build(tables, general=draw, repeat=repeat, order=config.mix.order, seed=config.seed, task_rows=rows)
+    order, seed = config.mix.order, config.seed
+    return tables, build(tables, general=draw, repeat=repeat, ordering=order, seed=seed, task_rows=rows)
