@@ -1,17 +1,15 @@
 """BLEURT-20, the learned metric of the paper's translation figures, in PyTorch.
 
 Published by Pu et al., "Learning Compact Metrics for MT" (EMNLP 2021; github.com/google-research/bleurt): RemBERT reads
-``[CLS] reference [SEP] candidate [SEP]``, and one linear layer on its pooled first state gives the score, about 0 for a
-wrong translation and 1 for a perfect one. Loaded from the authors' checkpoint (a TensorFlow SavedModel, read without
-TensorFlow) or from its port to PyTorch (lucadiliello/BLEURT-20). The distilled BLEURT-20-D12, D6 and D3 are of the same
-kind; the older English ones, on BERT, are not taken.
+``[CLS] reference [SEP] candidate [SEP]``, and a linear layer on its pooled first state gives the score, about 0 for a
+wrong translation and 1 for a perfect one. Loads the PyTorch port (lucadiliello/BLEURT-20) and ports of the distilled
+BLEURT-20-D12, D6 and D3; the older English checkpoints, based on BERT, are refused.
 """
 
 from __future__ import annotations
 
 import pickle
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,15 +20,14 @@ from tell.data.json_text import read_json
 from tell.errors import TellError, first_line
 from tell.files import expanded
 from tell.score.means import check_pairs
-from tell.score.tf_checkpoint import read_variables
 
 if TYPE_CHECKING:
     import torch
+    from sentencepiece import SentencePieceProcessor
 
 WHERE = "eval.bleurt"
-_GIVE = "Give the folder of BLEURT-20 (its unpacked zip, or a copy of lucadiliello/BLEURT-20)."
-_SAFE, _PICKLED = "model.safetensors", "pytorch_model.bin"
-_PORT, _TENSORFLOW = ("config.json", "spm.model"), ("bert_config.json", "bleurt_config.json")
+_GIVE = "Give lucadiliello/BLEURT-20, or a folder with a copy of it."
+_CONFIG, _PIECES, _SAFE, _PICKLED = "config.json", "spm.model", "model.safetensors", "pytorch_model.bin"
 _BATCH_TOKENS = 8192  # in one pass, padding included
 _ARCHITECTURE = (
     *("vocab_size", "input_embedding_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
@@ -40,14 +37,7 @@ _ARCHITECTURE = (
 
 @dataclass(frozen=True)
 class BleurtFiles:
-    """A checkpoint on disk.
-
-    Attributes:
-        config: architecture, under the names of RemBERT in transformers.
-        pieces: the SentencePiece model.
-        weights: safetensors or ``pytorch_model.bin``, or the prefix of TensorFlow's variables.
-        max_length: tokens of a pair, special ones included.
-    """
+    """A checkpoint on disk: the architecture under RemBERT's names, SentencePiece model, weights, tokens of a pair."""
 
     config: dict[str, Any]
     pieces: Path
@@ -56,13 +46,13 @@ class BleurtFiles:
 
 
 class Bleurt:
-    """Scores candidates against references; weights are loaded when first needed, in fp32, on the GPU if there is one.
+    """Scores candidates against references; loads its weights on first use, in fp32, on the GPU if there is one.
 
     Args:
         name: folder of a checkpoint, or a name on the Hugging Face hub such as ``lucadiliello/BLEURT-20``.
 
     Raises:
-        TellError: it cannot be found, or is not of BLEURT-20's kind; sentencepiece is not installed.
+        TellError: it cannot be found, or is not a BLEURT-20; sentencepiece is not installed.
     """
 
     def __init__(self, name: str) -> None:
@@ -70,7 +60,7 @@ class Bleurt:
         self._pieces = _load_pieces(self.files.pieces)
         self._special = [self._pieces.PieceToId(piece) for piece in ("[CLS]", "[SEP]")]
         if self._pieces.unk_id() in self._special:
-            raise TellError("knows no [CLS] and [SEP]", where=str(self.files.pieces), remedy=_GIVE)
+            raise TellError("lacks the pieces [CLS] and [SEP]", where=str(self.files.pieces), remedy=_GIVE)
         self._loaded: tuple[torch.nn.Module, torch.nn.Linear] | None = None
 
     def score(self, candidates: Sequence[str], references: Sequence[str]) -> np.ndarray:
@@ -131,33 +121,19 @@ def find_bleurt(name: str) -> BleurtFiles:
             raise TellError(f"{name} is a file, not a folder", where=WHERE, remedy=_GIVE)
         folder = _from_hub(name)
     if (folder / "bleurt_config.json").exists():
-        config, settings = (_read_json(folder / part) for part in _TENSORFLOW)
-        pieces = folder / f"{settings.get('sp_model') or 'sent_piece'}.model"
-        weights = folder / "variables" / "variables"
-        max_length = settings.get("max_seq_length")
-        config = {**config, "hidden_act": _activation(folder / "saved_model.pb", config)}
-    else:
-        config, pieces = _read_json(folder / _PORT[0]), folder / _PORT[1]
-        weights = folder / (_SAFE if (folder / _SAFE).exists() else _PICKLED)
-        max_length = config.get("max_position_embeddings")
+        raise TellError("is a TensorFlow checkpoint", where=f"{WHERE}: {folder}", remedy=_GIVE)
+    config = _read_json(folder / _CONFIG)
     config.setdefault("input_embedding_size", config.get("embedding_size"))
-    there = weights.exists() or weights.with_suffix(".index").exists()
+    max_length = config.get("max_position_embeddings")
+    pieces, weights = folder / _PIECES, folder / (_SAFE if (folder / _SAFE).exists() else _PICKLED)
     for what, fault in (
-        ("a factored embedding, so it is no BLEURT-20", not config["input_embedding_size"] or not max_length),
+        ("a factored embedding, so it is not a BLEURT-20", not config["input_embedding_size"] or not max_length),
         ("a SentencePiece model", not pieces.exists()),
-        (f"weights ({_SAFE}, {_PICKLED} or variables/)", not there),
+        (f"weights ({_SAFE} or {_PICKLED})", not weights.exists()),
     ):
         if fault:
             raise TellError(f"lacks {what}", where=f"{WHERE}: {folder}", remedy=_GIVE)
     return BleurtFiles({key: config[key] for key in _ARCHITECTURE if key in config}, pieces, weights, int(max_length))
-
-
-def _activation(graph: Path, config: Mapping[str, Any]) -> str:
-    """Which GELU the graph of a SavedModel computes: BERT's own code has the tanh form under the name ``gelu``."""
-    act = str(config.get("hidden_act", "gelu"))
-    # the type of a node, as protocol buffers write it; newer versions of TensorFlow take Erfc
-    exact = graph.exists() and re.search(rb"\x12(\x03Erf|\x04Erfc)", graph.read_bytes()) is not None
-    return act if exact or act != "gelu" else "gelu_pytorch_tanh"
 
 
 def _from_hub(name: str) -> Path:
@@ -165,16 +141,16 @@ def _from_hub(name: str) -> Path:
 
     try:
         for weights in (_SAFE, _PICKLED):
-            if folder := cached_snapshot(name, need_weights=False, needed=(*_PORT, weights)):
+            if folder := cached_snapshot(name, need_weights=False, needed=(_CONFIG, _PIECES, weights)):
                 return folder
         import huggingface_hub
 
         _, safe = download(name, need_weights=False)
-        wanted = [*_PORT, _SAFE if _SAFE in safe else _PICKLED]
+        wanted = [_CONFIG, _PIECES, _SAFE if _SAFE in safe else _PICKLED]
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
     except HubUnreachable as error:
         raise TellError(
-            f"{name} is no folder, and the hub gives no answer ({error})", where=WHERE, remedy=_GIVE
+            f"{name} is not a folder, and the hub does not answer ({error})", where=WHERE, remedy=_GIVE
         ) from error
     except TellError as error:
         raise TellError(error.what, where=WHERE, remedy=_GIVE) from error
@@ -186,14 +162,14 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         found = read_json(path.read_text(encoding="utf-8"))
         if not isinstance(found, dict):
-            raise ValueError("it holds no JSON object")
+            raise ValueError("it is not a JSON object")
         return found
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise TellError(f"cannot be read ({reason})", where=f"{WHERE}: {path}", remedy=_GIVE) from error
 
 
-def _load_pieces(path: Path) -> Any:
+def _load_pieces(path: Path) -> SentencePieceProcessor:
     try:
         from sentencepiece import SentencePieceProcessor
     except ModuleNotFoundError as error:
@@ -203,7 +179,7 @@ def _load_pieces(path: Path) -> Any:
     try:
         return SentencePieceProcessor(model_file=str(path))
     except Exception as error:  # it raises whatever its parser finds
-        raise TellError(f"is no SentencePiece model ({error})", where=f"{WHERE}: {path}", remedy=_GIVE) from error
+        raise TellError(f"is not a SentencePiece model ({error})", where=f"{WHERE}: {path}", remedy=_GIVE) from error
 
 
 def load_model(files: BleurtFiles) -> tuple[torch.nn.Module, torch.nn.Linear]:
@@ -238,8 +214,6 @@ def _weights(path: Path) -> dict[str, torch.Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    if path.suffix not in (".safetensors", ".bin"):
-        return {name: torch.from_numpy(values) for name, values in rename_variables(read_variables(path)).items()}
     try:
         # weights_only: tensors and nothing that could run
         found = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
@@ -250,18 +224,4 @@ def _weights(path: Path) -> dict[str, torch.Tensor]:
         name = name.replace("classifier.", "head.").replace("embedding_projection", "embedding_hidden_mapping_in")
         if not name.endswith("position_ids"):  # a count, which older versions saved
             out[name.replace("bleurt.", "body.", 1)] = tensor
-    return out
-
-
-def rename_variables(variables: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """TensorFlow's variables under the names of `load_model`'s parts; kernels are turned, as torch stores them."""
-    out = {}
-    for name, values in variables.items():
-        part = re.sub(r"layer_(\d+)", r"layer.\1", re.sub("^bert/", "body/", re.sub("^dense/", "head/", name)))
-        if part.endswith("_embeddings"):
-            part += "/weight"
-        if part.endswith("/kernel"):
-            values = values.T
-        part = re.sub("/(kernel|gamma)$", "/weight", re.sub("/beta$", "/bias", part))
-        out[part.replace("/", ".")] = np.ascontiguousarray(values)
     return out

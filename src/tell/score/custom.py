@@ -14,7 +14,6 @@ from tell.score.means import check_pairs, mean_metric
 from tell.score.scored import Metric
 from tell.score.scorer_code import forget_changed, scorers_first
 
-
 RENAMED = {
     "tell.evaluate.arithmetic:solved": "tell.score.arithmetic:solved"
 }  # names in recipes that name finished cells
@@ -33,8 +32,6 @@ class CustomScorer:
     Raises:
         TellError: the spec has another form, the module or the function is not found, the import fails.
     """
-
-    name = "custom"
 
     def __init__(self, spec: str) -> None:
         self.spec = spec

@@ -12,8 +12,10 @@ import numpy as np
 
 from tell.data.json_text import items, nfc, parse_strict
 from tell.data.schema import Schema, SlowPattern
+from tell.errors import TellError
+from tell.names import FIELD
 from tell.score.means import check_pairs, mean_metric
-from tell.score.scored import Metric
+from tell.score.scored import Metric, ScoredTask, scorer
 from tell.shown import brief
 
 # Writing systems without spaces count a word a character; Chinese, Japanese, Thai.
@@ -23,6 +25,7 @@ _VARIED = 0.5  # share of distinct references above which a string field varies
 _MISSING = ("missing",)
 
 
+@scorer("json", "schema_adherence", "valid_json", "field_accuracy", "exact_match", FIELD)
 class JsonScorer:
     """Adherence to a JSON Schema, and agreement with the reference field by field.
 
@@ -45,7 +48,6 @@ class JsonScorer:
         TellError: it is not a valid JSON Schema, or a ``$ref`` leads nowhere (none is fetched).
     """
 
-    name = "json"
     primary = "schema_adherence"
 
     def __init__(self, schema: dict) -> None:
@@ -53,6 +55,12 @@ class JsonScorer:
         self.schema = self._checked.schema
         self._validator = self._checked.validator
         self.keys = tuple(dict.fromkeys(key for key, _ in self._properties(self.schema)))
+
+    @classmethod
+    def of(cls, task: ScoredTask) -> JsonScorer:
+        if task.schema is None:
+            raise TellError("kind json needs a JSON Schema", where="task.schema", remedy="Give one with --schema.")
+        return cls(task.schema)
 
     def _parts(self, node: Any, seen: set[int]) -> Iterator[dict]:
         """``node`` and the schemas that ``$ref``, ``anyOf``, ``oneOf`` and ``allOf`` put in its place."""
@@ -172,7 +180,7 @@ class JsonScorer:
         metrics["field_accuracy"] = mean_metric(share)
         metrics["exact_match"] = mean_metric(np.where(asked > 0, share == 1, np.nan), binary=True)
         for column, field in enumerate(counted):
-            metrics[f"field:{field}"] = mean_metric(equal[:, column], binary=True)
+            metrics[FIELD + field] = mean_metric(equal[:, column], binary=True)
         return metrics
 
     def counted_fields(self, references: Sequence[str]) -> dict[str, frozenset[str]]:

@@ -10,11 +10,12 @@ import numpy as np
 
 from tell.errors import TellError
 from tell.score.means import check_pairs, mean_metric
-from tell.score.scored import Metric
+from tell.score.scored import Metric, ScoredTask, scorer
 
 _TRAILING = " \t\r\n.,;:!?…。、，；：！？"
 
 
+@scorer("label", "accuracy", "macro_f1", "valid_label")
 class LabelScorer:
     """Accuracy and macro-F1 over known labels.
 
@@ -30,8 +31,11 @@ class LabelScorer:
         TellError: no label is left after normalisation.
     """
 
-    name = "label"
     primary = "accuracy"
+
+    @classmethod
+    def of(cls, task: ScoredTask) -> LabelScorer:
+        return cls(task.labels)
 
     def __init__(self, labels: Sequence[str]) -> None:
         exact = dict.fromkeys(folded for label in labels if (folded := _fold(label)))
