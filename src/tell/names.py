@@ -369,13 +369,3 @@ def show_duration(seconds: object) -> str:
         return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
     minutes, rest = divmod(whole, 60)
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
-
-
-# Until every room reads the tables above:
-LOSSES = frozenset({ANSWER_LOSS})
-NAMES = {name: METRICS[name].phrase for name in SCORES}
-
-
-def unit_of(name: str) -> Unit:
-    unit = metric(name).unit
-    return "plain" if unit == "nats" else unit

@@ -17,7 +17,7 @@ import pyarrow.parquet as parquet
 from tell.errors import TellError
 from tell.files import parse_yaml
 from tell.folder import RunFolder, read_jsonl
-from tell.report.glossary import arm_order
+from tell.names import arm_order
 
 
 @dataclass
@@ -92,7 +92,7 @@ def read_run(folder: RunFolder) -> Run:
     run.manifest = attempt(folder.manifest, read_manifest, None, Manifest)
     for target, place in ((run.predictions, folder.predictions), (run.logs, folder.logs)):
         files = {path.stem: path for path in sorted(place.glob("*.jsonl"))} if place.is_dir() else {}
-        for arm in arm_order(list(files)):
+        for arm in arm_order(files):
             rows = [row for row in attempt(files[arm], read_jsonl, [], list) if isinstance(row, dict)]
             if rows:
                 target[arm] = rows

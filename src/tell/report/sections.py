@@ -8,8 +8,7 @@ import numpy as np
 from markupsafe import Markup
 
 from tell.config import GENERAL_AMOUNTS
-from tell.report.glossary import arm_order
-from tell.report.html_text import count, duration, is_number, number, power
+from tell.names import arm_order, is_number, show, show_count, show_duration, show_power
 from tell.report.read_run import Manifest, Run, flatten, get, mapping, rows_of
 from tell.report.svg import Scale, gaps, loss_chart, series_class, stream_figure
 from tell.report.told import told
@@ -60,7 +59,7 @@ def data_name(run: Run) -> str:
 def losses(run: Run) -> dict[str, Any] | None:
     """A chart per trained arm on one loss axis, and the legend."""
     curves: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
-    for arm in arm_order(list(run.logs)):
+    for arm in arm_order(run.logs):
         by: dict[str, tuple[list[float], list[float]]] = {}
         for i, row in enumerate(run.logs[arm]):
             step = row["step"] if is_number(row.get("step")) else i + 1
@@ -87,7 +86,7 @@ def losses(run: Run) -> dict[str, Any] | None:
             {
                 "arm": arm,
                 "steps": steps,
-                "validation": number(validation) if is_number(validation) else "",
+                "validation": show(validation) if is_number(validation) else "",
                 "svg": loss_chart(ordered, key=f"loss-{i}", title=title, y=scale),
             }
         )
@@ -216,18 +215,18 @@ def again(run: Run) -> dict[str, Any]:
         "digest": run.manifest.digest if run.manifest else None,
         "anchor": run.anchor.get("hash"),
         "columns": [label for _, label, _ in keys],
-        "train": [(a, [show(get(arms, a, k)) for k, _, show in keys]) for a in arm_order(list(arms))],
+        "train": [(a, [show(get(arms, a, k)) for k, _, show in keys]) for a in arm_order(arms)],
     }
 
 
 TRAIN = (
-    ("steps", "Steps", count),
-    ("tokens", "Tokens", count),
-    ("trained_tokens", "Trained tokens", count),
-    ("flops", "FLOPs", power),
-    ("seconds", "Time", duration),
+    ("steps", "Steps", show_count),
+    ("tokens", "Tokens", show_count),
+    ("trained_tokens", "Trained tokens", show_count),
+    ("flops", "FLOPs", show_power),
+    ("seconds", "Time", show_duration),
     ("learning_rate", "Learning rate", lambda v: f"{v:g}" if is_number(v) else "–"),
-    ("validation_loss", "Validation loss", number),
+    ("validation_loss", "Validation loss", show),
 )
 
 

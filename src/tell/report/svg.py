@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from markupsafe import Markup
 
-from tell.report.html_text import count, is_number, plain
+from tell.names import has_interval, is_number, show_count
+from tell.report.html_text import plain
 
 SPREAD_COLUMNS = 400
 """Most columns drawn one by one; more are binned."""
@@ -67,7 +68,7 @@ def interval_strip(value: object, ci: object, scale: Scale, *, style: str = "", 
         )
         for t in scale.ticks
     ]
-    if isinstance(ci, list | tuple) and len(ci) == 2 and all(is_number(x) for x in ci):
+    if has_interval(ci):
         left, right = scale.at(ci[0]), scale.at(ci[1])
         parts.append(Markup('<line class="span" x1="{}%" x2="{}%" y1="50%" y2="50%"/>').format(left, right))
     if is_number(value):
@@ -213,7 +214,7 @@ def stream_figure(task: np.ndarray, step: np.ndarray) -> tuple[Markup, str]:
         ]
         inner = Markup("").join([Markup('<rect class="back" width="100" height="100"/>'), *bars])
         box, height = 100, 120
-        how = f"A bar is a stretch of about {count(round(n / bins))} rows; the highest holds {top} task rows."
+        how = f"A bar is a stretch of about {show_count(round(n / bins))} rows; the highest holds {top} task rows."
     ends = [(0.0, first), (50.0, (first + last) // 2), (100.0, last)] if columns > 2 else [(0.0, first)]
     labels = [
         Markup('<text x="{}%" y="{}" text-anchor="{}">{}</text>').format(
@@ -262,43 +263,37 @@ def gaps(task: np.ndarray) -> str:
     )
 
 
-def _mean(values: np.ndarray) -> str:
+def _mean(values: np.ndarray) -> float | None:
     known = values[np.isfinite(values)]
-    return f"{known.mean():.3f}" if len(known) else "none"
+    return float(known.mean()) if len(known) else None
 
 
-def outcome_figure(values: dict[str, np.ndarray], labels: dict[str, str], title: str) -> Markup:
+def outcome_figure(values: dict[str, np.ndarray], title: str) -> Markup:
     """A line per arm, a column per test row, as dark as the row's score; NaN stays empty.
 
     Args:
         values: arm to (n,) scores in [0, 1], the same rows in the same order.
-        labels: arm to the text that stands above its line.
     """
-    n = len(next(iter(values.values())))
-    bins = min(n, SPREAD_COLUMNS)
+    bins = min(len(next(iter(values.values()))), SPREAD_COLUMNS)
     lines, line = [], 34
     for i, (arm, scores) in enumerate(values.items()):
-        cells = []
-        for j, part in enumerate(np.array_split(scores, bins)):
-            known = part[np.isfinite(part)]
-            if len(known) and known.mean() > 0:
-                cells.append(
-                    Markup('<rect x="{}" width="{}" height="1" opacity="{}"/>').format(
-                        round(j * 100 / bins, 3), round(86 / bins, 3), round(0.15 + 0.85 * float(known.mean()), 2)
-                    )
-                )
+        means = [_mean(part) for part in np.array_split(scores, bins)]
+        cells = [
+            Markup('<rect x="{}" width="{}" height="1" opacity="{}"/>').format(
+                round(j * 100 / bins, 3), round(86 / bins, 3), round(0.15 + 0.85 * mean, 2)
+            )
+            for j, mean in enumerate(means)
+            if mean
+        ]
         lines.append(
             Markup(
                 '<text x="0" y="{}">{}</text><svg y="{}" width="100%" height="14" viewBox="0 0 100 1" '
                 'preserveAspectRatio="none"><rect class="back" width="100" height="1"/>{}</svg>'
-            ).format(line * i + 12, plain(labels.get(arm, arm)), line * i + 17, Markup("").join(cells))
+            ).format(line * i + 12, plain(arm), line * i + 17, Markup("").join(cells))
         )
+    means = {arm: _mean(scores) for arm, scores in values.items()}
+    said = (f"{plain(arm)}: mean {'none' if mean is None else f'{mean:.3f}'}." for arm, mean in means.items())
     return Markup(
         '<svg class="stream" role="img" height="{}" aria-labelledby="outcome-t outcome-d">'
         '<title id="outcome-t">{}</title><desc id="outcome-d">{}</desc>{}</svg>'
-    ).format(
-        line * len(values),
-        title,
-        " ".join(f"{plain(labels.get(a, a))}: mean {_mean(v)}." for a, v in values.items()),
-        Markup("").join(lines),
-    )
+    ).format(line * len(values), title, " ".join(said), Markup("").join(lines))
