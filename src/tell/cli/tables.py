@@ -84,7 +84,7 @@ def arms_table(metrics: dict) -> RenderableType:
 
 
 def _columns(metrics: dict) -> list[str]:
-    primary = (metrics.get("task") or {}).get("primary")
+    primary: str = (metrics.get("task") or {}).get("primary") or ""
     found = dict.fromkeys(name for scores in metrics.get("arms", {}).values() for name in scores)
     others = [name for name in found if ":" not in name and name not in (primary, ANSWER_LOSS)]
     loss = [ANSWER_LOSS] if ANSWER_LOSS in found and primary != ANSWER_LOSS else []

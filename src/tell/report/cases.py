@@ -54,7 +54,7 @@ class Cases:
     cases: list[Case]
     filters: list[tuple[str, str, int]]
     figure: Markup | None
-    against: list[tuple[str, int, int, int]]
+    against: list[tuple[str, list[int]]]
     rows: int
     binary: bool
 
@@ -96,12 +96,12 @@ def build_cases(run: Run) -> Cases | None:
     counts = [("all", "All shown", len(cases))]
     counts += [(tag, label, sum(tag in case.tags for case in cases)) for tag, label, _ in filters]
     against = []
-    for name in arms:
+    for name in order[1:]:
         both = np.isfinite(own) & np.isfinite(signed[name])
         signs = np.sign(own[both] - signed[name][both])
-        against.append((name, *(int((signs == sign).sum()) for sign in (1, 0, -1))))
+        against.append((name, [int((signs == sign).sum()) for sign in (1, 0, -1)]))
     figure = _figure(dict(zip(arms, scores, strict=True)), primary)
-    return Cases(focus, cases, counts, figure, [row for row in against if row[0] != focus], len(keys), binary)
+    return Cases(focus, cases, counts, figure, against, len(keys), binary)
 
 
 def _chosen(differ: np.ndarray, fails: np.ndarray) -> list[int]:

@@ -267,6 +267,6 @@ def scale_of(cells: Iterable[Cell], what: MetricSpec) -> Scale:
 
 def _set_note(entry: Mapping[str, Any]) -> str:
     rows = f"{entry['rows']:,} rows" if is_number(entry.get("rows")) else "Rows"
-    held = {True: " held out of the source that was in the mix", False: " that were not in the mix at all"}
+    held = {True: " held out of the source that was in the mix", False: " that were not in the mix at all", None: ""}
     origin = f" ({entry['origin']})" if entry.get("origin") else ""
-    return f"{rows}{held.get(entry.get('in_mix_source'), '')}{origin}" if entry else ""
+    return f"{rows}{held[entry.get('in_mix_source')]}{origin}" if entry else ""

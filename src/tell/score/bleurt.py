@@ -46,7 +46,7 @@ class BleurtFiles:
 
 
 class Bleurt:
-    """Scores candidates against references; loads its weights on first use, in fp32, on the GPU if there is one.
+    """Scores candidates against references; its weights load on first use, in fp32, on the GPU if there is one.
 
     Args:
         name: folder of a checkpoint, or a name on the Hugging Face hub such as ``lucadiliello/BLEURT-20``.
@@ -60,20 +60,20 @@ class Bleurt:
         self._pieces = _load_pieces(self.files.pieces)
         self._special = [self._pieces.PieceToId(piece) for piece in ("[CLS]", "[SEP]")]
         if self._pieces.unk_id() in self._special:
-            raise TellError("lacks the pieces [CLS] and [SEP]", where=str(self.files.pieces), remedy=_GIVE)
+            raise _refused("lacks the pieces [CLS] and [SEP]", self.files.pieces)
         self._loaded: tuple[torch.nn.Module, torch.nn.Linear] | None = None
 
     def score(self, candidates: Sequence[str], references: Sequence[str]) -> np.ndarray:
-        """(n,) float64, a score for each pair; it depends on nothing but the pair.
+        """(n,) float64, the score of each pair, independent of the other pairs.
 
-        Pairs of more tokens than the checkpoint takes (512) are cut at the end of the longer text, as published.
+        A pair of more tokens than the checkpoint takes (512) is cut at the end of the longer text, as published.
 
         Raises:
             TellError: the lengths differ, there is no pair, or the weights do not fit the architecture.
         """
         check_pairs(candidates, references)
         rows = [self.encode(*pair) for pair in zip(references, candidates, strict=True)]
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]), reverse=True)  # the longest fail first
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]), reverse=True)  # out of memory: at once
         scores = np.empty(len(rows))
         start = 0
         while start < len(order):
@@ -118,13 +118,17 @@ def find_bleurt(name: str) -> BleurtFiles:
     folder = expanded(name)
     if not folder.is_dir():
         if folder.exists():
-            raise TellError(f"{name} is a file, not a folder", where=WHERE, remedy=_GIVE)
+            raise _refused(f"{name} is a file, not a folder")
         folder = _from_hub(name)
     if (folder / "bleurt_config.json").exists():
-        raise TellError("is a TensorFlow checkpoint", where=f"{WHERE}: {folder}", remedy=_GIVE)
-    config = _read_json(folder / _CONFIG)
-    config.setdefault("input_embedding_size", config.get("embedding_size"))
-    max_length = config.get("max_position_embeddings")
+        raise _refused("is a TensorFlow checkpoint", folder)
+    try:
+        config = read_json((folder / _CONFIG).read_text(encoding="utf-8"))
+        config.setdefault("input_embedding_size", config.get("embedding_size"))
+    except (OSError, ValueError, AttributeError) as error:
+        reason = "not a JSON object" if isinstance(error, AttributeError) else getattr(error, "strerror", None) or error
+        raise _refused(f"cannot be read ({reason})", folder / _CONFIG) from error
+    max_length = int(config.get("max_position_embeddings") or 0)
     pieces, weights = folder / _PIECES, folder / (_SAFE if (folder / _SAFE).exists() else _PICKLED)
     for what, fault in (
         ("a factored embedding, so it is not a BLEURT-20", not config["input_embedding_size"] or not max_length),
@@ -132,8 +136,12 @@ def find_bleurt(name: str) -> BleurtFiles:
         (f"weights ({_SAFE} or {_PICKLED})", not weights.exists()),
     ):
         if fault:
-            raise TellError(f"lacks {what}", where=f"{WHERE}: {folder}", remedy=_GIVE)
-    return BleurtFiles({key: config[key] for key in _ARCHITECTURE if key in config}, pieces, weights, int(max_length))
+            raise _refused(f"lacks {what}", folder)
+    return BleurtFiles({key: config[key] for key in _ARCHITECTURE if key in config}, pieces, weights, max_length)
+
+
+def _refused(what: str, path: Path | None = None) -> TellError:
+    return TellError(what, where=f"{WHERE}: {path}" if path else WHERE, remedy=_GIVE)
 
 
 def _from_hub(name: str) -> Path:
@@ -149,24 +157,11 @@ def _from_hub(name: str) -> Path:
         wanted = [_CONFIG, _PIECES, _SAFE if _SAFE in safe else _PICKLED]
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
     except HubUnreachable as error:
-        raise TellError(
-            f"{name} is not a folder, and the hub does not answer ({error})", where=WHERE, remedy=_GIVE
-        ) from error
+        raise _refused(f"{name} is not a folder, and the hub does not answer ({error})") from error
     except TellError as error:
-        raise TellError(error.what, where=WHERE, remedy=_GIVE) from error
+        raise _refused(error.what) from error
     except Exception as error:  # httpx's errors, whose module differs between versions
-        raise TellError(f"{name} could not be fetched ({first_line(error)})", where=WHERE, remedy=_GIVE) from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = read_json(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise ValueError("it is not a JSON object")
-        return found
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise TellError(f"cannot be read ({reason})", where=f"{WHERE}: {path}", remedy=_GIVE) from error
+        raise _refused(f"{name} could not be fetched ({first_line(error)})") from error
 
 
 def _load_pieces(path: Path) -> SentencePieceProcessor:
@@ -179,7 +174,7 @@ def _load_pieces(path: Path) -> SentencePieceProcessor:
     try:
         return SentencePieceProcessor(model_file=str(path))
     except Exception as error:  # it raises whatever its parser finds
-        raise TellError(f"is not a SentencePiece model ({error})", where=f"{WHERE}: {path}", remedy=_GIVE) from error
+        raise _refused(f"is not a SentencePiece model ({error})", path) from error
 
 
 def load_model(files: BleurtFiles) -> tuple[torch.nn.Module, torch.nn.Linear]:
@@ -200,9 +195,7 @@ def load_model(files: BleurtFiles) -> tuple[torch.nn.Module, torch.nn.Linear]:
         parts.load_state_dict(weights, assign=True)
     except RuntimeError as error:
         reason = " ".join(str(error).split()[:40])
-        raise TellError(
-            f"does not fit BLEURT's architecture ({reason} ...)", where=str(files.weights), remedy=_GIVE
-        ) from error
+        raise _refused(f"does not fit BLEURT's architecture ({reason} ...)", files.weights) from error
     body.embeddings.position_ids = torch.arange(body.config.max_position_embeddings).expand((1, -1))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return body.float().eval().to(device), head.float().eval().to(device)
@@ -218,7 +211,7 @@ def _weights(path: Path) -> dict[str, torch.Tensor]:
         # weights_only: tensors and nothing that could run
         found = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, OSError, RuntimeError, ValueError, EOFError) as error:
-        raise TellError(f"cannot be opened safely ({first_line(error)})", where=str(path), remedy=_GIVE) from error
+        raise _refused(f"cannot be opened safely ({first_line(error)})", path) from error
     out = {}
     for name, tensor in found.items():
         name = name.replace("classifier.", "head.").replace("embedding_projection", "embedding_hidden_mapping_in")

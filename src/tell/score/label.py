@@ -19,8 +19,8 @@ _TRAILING = " \t\r\n.,;:!?…。、，；：！？"
 class LabelScorer:
     """Accuracy and macro-F1 over known labels.
 
-    Answers and labels are compared without surrounding whitespace, case and trailing punctuation
-    (which counts only where two labels differ by nothing else). Metrics, all in [0, 1]:
+    Answers and labels compare without surrounding whitespace, case and trailing punctuation (which counts only if two
+    labels differ by nothing else). Metrics, all in [0, 1]:
         accuracy: the answer is the reference's label. Binary.
         macro_f1: unweighted mean of F1 over the known labels that occur in references or answers, as
             scikit-learn's ``f1_score(average="macro", labels=known, zero_division=nan)``; an answer
@@ -63,7 +63,7 @@ class LabelScorer:
     def score(self, answers: Sequence[str], references: Sequence[str]) -> dict[str, Metric]:
         """Metrics by name, each over the same n rows.
 
-        A reference outside the labels is matched by an answer with the same text after normalisation.
+        A reference outside the labels is matched by the same text after normalisation.
 
         Raises:
             TellError: the lengths differ, or there is no row.

@@ -68,10 +68,10 @@ class _Verdict:
     def of(cls, metrics: Mapping[str, Any]) -> _Verdict:
         arms = metrics.get("arms") or {}
         found = [name for entries in (arms.get("tell"), *arms.values()) for name in entries or {}]
-        named = (metrics.get("task") or {}).get("primary")
-        primary = named if named in found else next(iter(found), "")
-        entries = {name: (entries or {}).get(primary) for name, entries in arms.items()}
-        return cls(metrics, metric(primary), {name: entry for name, entry in entries.items() if _known(entry)})
+        primary = str((metrics.get("task") or {}).get("primary"))
+        primary = primary if primary in found else next(iter(found), "")
+        entries = {name: _known((entries or {}).get(primary)) for name, entries in arms.items()}
+        return cls(metrics, metric(primary), {name: entry for name, entry in entries.items() if entry is not None})
 
     def sentence(self) -> str:
         if not self.scored:
@@ -125,7 +125,11 @@ class _Verdict:
 
     def _rivals(self, forgetting: _Forgetting) -> Iterator[str]:
         """Rivals that do better, as well, or not clearly worse, then those that TELL is ahead of, then the unknown."""
-        better, equal, close, behind, unknown = [], [], [], [], []
+        better: list[str] = []
+        equal: list[str] = []
+        close: list[str] = []
+        behind: list[str] = []
+        unknown: list[str] = []
         for name in RIVALS:
             if name not in self.scored:
                 continue
@@ -170,8 +174,7 @@ class _Forgetting:
         return cls(name, forgetting.get("arms") or {}, forgetting.get("differences") or {})
 
     def _entry(self, name: str, measure: str) -> Entry | None:
-        entry = ((self.arms.get(name) or {}).get(self.set_name) or {}).get(measure)
-        return entry if _known(entry) else None
+        return _known(((self.arms.get(name) or {}).get(self.set_name) or {}).get(measure))
 
     def _gap(self, a: str, b: str, measure: str) -> _Gap | None:
         return _gap(self.differences, a, b, self.set_name or "", measure)
@@ -213,17 +216,19 @@ class _Forgetting:
 def _gap(differences: Mapping[str, Any] | None, a: str, b: str, *path: str) -> _Gap | None:
     """The difference ``a - b`` at ``path``, also if only ``b - a`` was written."""
     for key, reverse in ((f"{a} - {b}", False), (f"{b} - {a}", True)):
-        entry = (differences or {}).get(key)
+        found = (differences or {}).get(key)
         for part in path:
-            entry = (entry or {}).get(part)
-        if _known(entry) and has_interval(entry.get("ci")):
-            gap = _Gap(entry["value"], *entry["ci"], int(entry.get("n", 0)))
+            found = (found or {}).get(part)
+        entry = _known(found)
+        if entry is not None and has_interval(ci := entry.get("ci")):
+            gap = _Gap(entry["value"], ci[0], ci[1], int(entry.get("n", 0)))
             return gap.reversed if reverse else gap
     return None
 
 
-def _known(entry: Entry | None) -> bool:
-    return bool(entry) and is_number(entry.get("value"))
+def _known(entry: Entry | None) -> Entry | None:
+    """An entry that has a value."""
+    return entry if entry and is_number(entry.get("value")) else None
 
 
 def _value(entry: Entry, spec: MetricSpec) -> str:
