@@ -15,12 +15,11 @@ from safetensors.torch import load_file
 import tell
 from run.runs import ALL_ARMS, FILES, check_anchor_and_counts, comparable, is_number, read
 from tell.anchor.anchor import Anchor
-from tell.folder import read_jsonl
+from tell.files import read_jsonl
 from tell.mix.manifest import read_manifest
-from tell.progress import Silent
-from tell.run.claim import LOCK, read_run_config
-from tell.run.general_rows import load_general
-from tell.run.prepare import load_task
+from tell.run.claim import read_run_config
+from tell.run.general_rows import read_general
+from tell.run.task import load_task
 
 
 def test_every_file_is_there(finished):
@@ -35,7 +34,7 @@ def test_every_file_is_there(finished):
     assert (status["state"], status["stage"]) == ("done", "done")
     assert 0 < status["seconds"] <= read(folder.findings)["seconds"] + 5
     assert read_run_config(folder) == config
-    assert [path.name for path in folder.root.rglob(".*")] == [LOCK]  # nothing half-written
+    assert [path.name for path in folder.root.rglob(".*")] == [folder.lock.name]  # nothing half-written
 
 
 def test_metrics_have_the_documented_shape(finished):
@@ -89,7 +88,7 @@ def test_forgetting_before_and_after(finished):
 def test_held_out_rows_are_not_in_the_mix(finished):
     folder, config = finished
     task = load_task(config)
-    general = load_general(task, config.general.source, Silent())
+    general = read_general(task)
     held = {str(key) for key in general.table.hashes[general.held_out]}
     mixed = {row["hash"] for row in read_manifest(folder.manifest).to_pylist() if row["source"] == "general"}
     assert len(held) == 4 and len(mixed) == 10 and not held & mixed

@@ -16,12 +16,12 @@ import yaml
 from filelock import FileLock
 
 import tell
-import tell.run.anchor_candidates as write
+import tell.run.choose_anchor as write
 from run.runs import Killer, read
 from studies.studies import numbers
 from tell.cli.main import run
 from tell.errors import Interrupted, TellError
-from tell.folder import write_json
+from tell.files import write_json
 from tell.progress import Silent
 from tell.run.stop import Stop
 from tell.studies.executors.local import LocalExecutor
@@ -95,7 +95,9 @@ def test_an_anchor_is_written_once_for_cells_that_share_it(recipe, tmp_path, mon
     """General data has no part in it; other task rows have."""
     asked = []
     real = write.write_anchor_candidates
-    monkeypatch.setattr(write, "write_anchor_candidates", lambda *args: asked.append(args[4]) or real(*args))
+    monkeypatch.setattr(
+        write, "write_anchor_candidates", lambda task, *rest: asked.append(task.train) or real(task, *rest)
+    )
     grid = {"task.rows": [5, 6], "general.rows": [4, 8]}
     path = recipe(grid=grid, arms=["tell"], config={"anchor": {"text": "auto", "candidates": 1}})
     folder = tell.run_study(path, root=tmp_path / "studies")
@@ -194,7 +196,7 @@ def test_numbers_of_files_that_changed_meanwhile_are_thrown_away(recipe, tmp_pat
 
 def test_a_signal_at_the_end_of_a_cell_stops_the_study_too(recipe, tmp_path, monkeypatch):
     """It comes when the run asks no more: the run is finished, and the study goes no further."""
-    import tell.report.page as page
+    import tell.run.tune as page
 
     write_page = page.write_page
 
@@ -497,7 +499,7 @@ def test_a_fault_within_a_cell_is_noted_with_its_trace(recipe, tmp_path, monkeyp
     (name, error), *_ = folder.failed().items()
     assert error == "KeyError: 'no such key'"
     record = read(tmp_path / "studies/cells" / f"{name}.json")
-    assert "Traceback" in record["trace"] and "executors/cell.py" in record["trace"]
+    assert "Traceback" in record["trace"] and "run_cell.py" in record["trace"]
 
 
 def test_a_cell_without_its_adapter_says_how_to_keep_it(recipe, tmp_path):

@@ -174,8 +174,8 @@ def test_nested_keys_are_found_again(parts, value):
 
 def test_the_documentation_has_every_key():
     text = recipe_docs()
-    page = Path(__file__).parents[2] / "docs/recipe.md"
-    assert page.read_text(encoding="utf-8") == text, "run python -m tell.studies.recipe_docs > docs/recipe.md"
+    page = Path(__file__).parents[2] / "docs/reference/recipe.md"
+    assert page.read_text(encoding="utf-8") == text, "run python -m tell.studies.recipe_docs > docs/reference/recipe.md"
     for model in (Recipe, *PARTS.values()):
         assert all(f"| `{name}` |" in text for name in model.model_fields)
     example = text.partition("\n\n    ")[2].partition("\n\n")[0]

@@ -12,7 +12,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from tell.folder import RunFolder, write_text
+from tell.files import write_text
+from tell.folder import RunFolder
 from tell.names import ARMS, METRICS, NARROW, show, show_count, show_duration, show_interval, show_power
 from tell.report import palette, sections
 from tell.report.benchmark_section import benchmark_grid, benchmark_tables

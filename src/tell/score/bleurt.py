@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tell.data.json_text import read_json
-from tell.errors import TellError, first_line
+from tell.errors import TellError, first_line, require_package
 from tell.files import expanded
 from tell.score.means import check_pairs
 
@@ -165,12 +165,9 @@ def _from_hub(name: str) -> Path:
 
 
 def _load_pieces(path: Path) -> SentencePieceProcessor:
-    try:
-        from sentencepiece import SentencePieceProcessor
-    except ModuleNotFoundError as error:
-        raise TellError(
-            "sentencepiece is not installed", where=WHERE, remedy='Run pip install "tell-llm[bleurt]".'
-        ) from error
+    require_package("sentencepiece", "bleurt", where=WHERE)
+    from sentencepiece import SentencePieceProcessor
+
     try:
         return SentencePieceProcessor(model_file=str(path))
     except Exception as error:  # it raises whatever its parser finds

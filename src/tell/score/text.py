@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tell.errors import TellError
+from tell.errors import require_package
 from tell.score.bleurt import Bleurt
 from tell.score.means import check_pairs, mean_metric
 from tell.score.scored import Metric, ScoredTask, scorer
@@ -69,12 +68,7 @@ class TextScorer:
     """
 
     def __init__(self, bleurt: str | None = None) -> None:
-        if find_spec("sacrebleu") is None:
-            raise TellError(
-                "free text is scored with sacrebleu, which is not installed",
-                where="task.kind",
-                remedy='Run pip install "tell-llm[text]", or set task.scorer.',
-            )
+        require_package("sacrebleu", "text", where="a text task")
         self._bleurt = Bleurt(bleurt) if bleurt else None
         self.primary = "bleurt" if bleurt else "chrf"
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from tell.config import (
-    TRAINED_ARMS,
     AnchorConfig,
     Config,
     EvalConfig,
@@ -25,10 +24,12 @@ from tell.config import (
     make_config,
     override,
 )
+from tell.data.general import is_empty
 from tell.errors import TellError
+from tell.names import ARMS, TRAINED
 from tell.run.claim import FREE as FREE_OF_RUNS
 from tell.run.claim import KEYWORDS, PATHS, with_full_paths
-from tell.run.prepare import anchor_of
+from tell.run.task import anchor_of
 from tell.score.benchmark_tasks import benchmark_tasks, local_files
 from tell.score.scorer_code import find_scorer_code
 from tell.studies.content import content_hash
@@ -38,7 +39,9 @@ from tell.studies.separation_cells import SEPARATE, SEPARATION_FORMAT, contrasts
 
 CELL_FORMAT = 1  # raise when a default, or what a run does with the same keys, changes its numbers
 FREE = (*FREE_OF_RUNS, "train.checkpoint_every")  # change no number
-RIDERS = {"tell-anchor": "tell"}  # an arm scored in the cell of another, whose adapter it uses
+RIDERS = {
+    arm.name: arm.adapter for arm in ARMS.values() if arm.adapter not in (None, arm.name)
+}  # an arm scored in the cell of another, whose adapter it uses
 # Of the training settings, what also decides which rows are measured, and in what passes.
 ROWS_TRAIN = frozenset({"max_length", "too_long", "nothing_to_train", "loss_on", "micro_tokens"})
 
@@ -99,7 +102,7 @@ def grid_of(recipe: Recipe, variables: Mapping[str, str], *, where: str = "recip
             point = {key: _shown(config, key, value) for key, value in raw.items()}
             for arm in arms:
                 lead = RIDERS.get(arm, arm) if RIDERS.get(arm) in arms else arm
-                if lead == "general" and config.general.empty:
+                if lead == "general" and is_empty(config.general):
                     continue
                 riders = [a for a in arms if RIDERS.get(a) == lead and a != arm] if lead == arm else [arm]
                 cell = make_cell(config, lead, riders)
@@ -224,12 +227,12 @@ def neutral(config: Config, arm: str) -> Config:
     out = config.model_copy(deep=True)
     written = config.anchor.text == "auto"  # from the task rows, by the model
     alone = arm in ("base", "base+anchor", "icl", "sft")  # without general data
-    if alone or config.general.empty:
+    if alone or is_empty(config.general):
         kept = {"source": config.general.source, "columns": config.general.columns}  # rows held out come from there
         out.general = GeneralConfig(**kept, tokens=0)
     elif config.general.source not in ("auto", "self"):
         out.general.self_ = GeneralConfig().self_
-    if arm not in TRAINED_ARMS | RIDERS.keys():
+    if arm not in {*TRAINED, *RIDERS}:
         out.preset = Config().preset
         out.train = TrainConfig(**{key: getattr(config.train, key) for key in ROWS_TRAIN})
     if alone:

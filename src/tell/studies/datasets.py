@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import tell.paper
-from tell.config import nearest
-from tell.errors import TellError
-from tell.folder import atomic_folder, write_json
+from tell.errors import TellError, did_you_mean
+from tell.files import atomic_folder, write_json
 from tell.progress import Display
 from tell.studies.content import content_hash
 from tell.studies.nested import fill
@@ -23,7 +22,7 @@ from tell.studies.study_folder import Root
 
 DATA_FORMAT = 1  # raise when a builder makes other rows of the same sources and options
 
-OURS = frozenset({"out", "overwrite", "progress", "teacher"})  # a teacher is no option but an object
+OURS = frozenset({"out", "progress", "teacher"})  # a teacher is no option but an object
 
 
 def build_data(recipe: Recipe, root: Root, display: Display, *, where: str = "recipe") -> dict[str, str]:
@@ -49,7 +48,10 @@ def _built(dataset: str, options: Mapping[str, Any], root: Root, display: Displa
     for option in options:
         if option not in names:
             raise TellError(
-                f"unknown option {option}{nearest(option, names)}", where=where, remedy=f"Use {', '.join(names)}."
+                f"unknown option {option}",
+                where=where,
+                remedy=f"Use {', '.join(names)}.",
+                nearest=did_you_mean(option, names),
             )
     known = {key: _content(value) for key, value in options.items()}
     text = json.dumps({"format": DATA_FORMAT, "dataset": dataset, "options": known}, sort_keys=True)
@@ -60,7 +62,7 @@ def _built(dataset: str, options: Mapping[str, Any], root: Root, display: Displa
     with root.lock(key, "data"):
         if not folder.exists():  # another study may have made it while we waited
             with atomic_folder(folder) as temporary:
-                built = make(**options, out=temporary, overwrite=True)
+                built = make(**options, out=temporary)
                 write_json(temporary / "build.json", {"dataset": dataset, "options": options})
             for line in built.lines():
                 display.note(line.replace(str(temporary), str(folder)))
@@ -74,7 +76,10 @@ def _builder(dataset: str, where: str) -> Callable[..., Any]:
         places = [p.stem.replace("_", "-") for p in Path(tell.paper.__path__[0]).glob("*.py")]
         known = [name for name in places if hasattr(_module(name), f"build_{name.replace('-', '_')}")]
         raise TellError(
-            f"no builder makes {dataset!r}{nearest(dataset, known)}", where=where, remedy=f"Use {' or '.join(known)}."
+            f"no builder makes {dataset!r}",
+            where=where,
+            remedy=f"Use {' or '.join(known)}.",
+            nearest=did_you_mean(dataset, known),
         )
     return getattr(_module(dataset), f"build_{module}")
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from tell.folder import reading, write_json
+from tell.files import write_json
+from tell.folder import reading
 from tell.names import metric
 from tell.names import show as number
 from tell.progress import Advance, Display

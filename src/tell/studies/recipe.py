@@ -30,8 +30,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
-from tell.config import Arm, Section, check_keys, nearest, override, parse_overrides, read_yaml
-from tell.errors import TellError
+from tell.config import ArmName, Section, check_keys, override, parse_overrides, read_yaml
+from tell.errors import TellError, did_you_mean
 from tell.files import expanded
 from tell.studies.nested import VARIABLE, dig, leaves, nest
 from tell.studies.recipe_checks import (
@@ -55,7 +55,7 @@ class Figure(Section):
     lines: str = Field("arm", description="arm, or a key of the grid")
     panels: str | None = Field(None, description="a key of the grid; a map has a panel for every other key as it is")
     value: str | None = Field(None, description="of a map: the metric")
-    arm: Arm = Field("tell", description="of a map: whose scores")
+    arm: ArmName = Field("tell", description="of a map: whose scores")
 
     @model_validator(mode="after")
     def _map_of_something(self) -> Figure:
@@ -69,7 +69,7 @@ class Fit(Section):
 
     x: str = Field(description="a key of the grid")
     y: str = Field(description="a metric")
-    arm: Arm = Field("tell", description="whose scores")
+    arm: ArmName = Field("tell", description="whose scores")
 
 
 class Efficiency(Section):
@@ -77,7 +77,7 @@ class Efficiency(Section):
 
     x: str = Field(description="a key of the grid")
     y: str = Field(description="a metric")
-    arms: tuple[Arm, ...] = Field(
+    arms: tuple[ArmName, ...] = Field(
         ("sft", "sft-matched", "tell"), description="compared with tell, or else with the last of them"
     )
 
@@ -138,7 +138,7 @@ class Recipe(Section):
         description="dotted key of a run -> its values: their product; or a list of such products, "
         "each with `arms` and `seeds` of its own where it is not run with all",
     )
-    arms: tuple[Arm, ...] = Field(("base", "sft", "sft-matched", "tell"), description="arms of each point")
+    arms: tuple[ArmName, ...] = Field(("base", "sft", "sft-matched", "tell"), description="arms of each point")
     separate: Separate | None = Field(
         None, description="compare hidden states at each point; with `arms: []` nothing else is run"
     )
@@ -207,8 +207,9 @@ def load_recipe(
     for name in given:
         if name != "data" and name not in every:
             raise TellError(
-                f"the recipe has no ${{{name}}}{nearest(name, every)}",
+                f"the recipe has no ${{{name}}}",
                 where=f"--var {name}",
+                nearest=did_you_mean(name, every),
                 remedy="Leave it out, or mend its name.",
             )
     for name in recipe.build:
@@ -223,8 +224,12 @@ def load_recipe(
     for name, place in used.items():
         if name not in values and name not in recipe.build:
             flag = "--data DIR" if name == "data" else f"--var {name}=VALUE"
-            hint = nearest(name, [*values, *recipe.build])
-            raise TellError(f"${{{name}}} in {place} is not given{hint}", where=str(path), remedy=f"Add {flag}.")
+            raise TellError(
+                f"${{{name}}} in {place} is not given",
+                where=str(path),
+                remedy=f"Add {flag}.",
+                nearest=did_you_mean(name, [*values, *recipe.build]),
+            )
     filled = {name: value for name, value in values.items() if name in used}
     update: dict[str, Any] = {"variables": filled, **_overridden(recipe, overrides)}
     if seeds is not None:
@@ -261,7 +266,8 @@ def make_recipe(data: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
         shown = "" if isinstance(first.get("input"), dict) else f" (got {first.get('input')!r})"
         text = first["msg"].removeprefix("Value error, ").replace("tuple", "list").replace("Tuple", "List")
         if first["type"] == "literal_error":
-            text += nearest(str(first.get("input")), re.findall(r"'([^']+)'", first["ctx"]["expected"]))
+            close = did_you_mean(str(first.get("input")), re.findall(r"'([^']+)'", first["ctx"]["expected"]))
+            text += f"; did you mean {close}?" if close else ""
         what = f"{key}: {text}{shown}" if key else text
         raise TellError(what, where=where, remedy=f"Change {key}." if key else "Add one or the other.") from error
     check_run_keys(recipe.config, where, "config")

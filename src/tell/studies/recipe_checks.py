@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from tell.config import GENERAL_AMOUNTS, Config, check_keys, nearest
-from tell.errors import TellError
+from tell.config import GENERAL_AMOUNTS, Config, check_keys
+from tell.errors import TellError, did_you_mean
 from tell.studies.nested import VARIABLE, flat, leaves, nest
 
 OF_A_PRODUCT = ("arms", "seeds")  # beside the keys of a run: which of the recipe's a product of the grid is run with
@@ -86,8 +86,9 @@ def _check_among(key: str, values: Sequence[Any], known: Sequence[Any], where: s
     for value in values:
         if value not in known:
             raise TellError(
-                f"grid has {key[:-1]} {value!r}, which the recipe's {key} lack{nearest(str(value), map(str, known))}",
+                f"grid has {key[:-1]} {value!r}, which the recipe's {key} lack",
                 where=where,
+                nearest=did_you_mean(str(value), map(str, known)),
                 remedy=f"They are {', '.join(map(str, known))}: add it to them, or mend it.",
             )
 
@@ -102,8 +103,9 @@ def check_axes(asked: Iterable[tuple[str, str]], grid: Iterable[Mapping[str, Any
     for place, key in asked:
         if key not in known:
             raise TellError(
-                f"{place} is {key!r}, which is no key of the grid{nearest(key, known)}",
+                f"{place} is {key!r}, which is no key of the grid",
                 where=where,
+                nearest=did_you_mean(key, known),
                 remedy=f"Use {' or '.join(known)}." if known else "Give the grid that key, or leave it out.",
             )
 

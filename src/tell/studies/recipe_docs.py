@@ -1,4 +1,4 @@
-"""docs/recipe.md, written from the recipe's keys: ``python -m tell.studies.recipe_docs > docs/recipe.md``."""
+"""``python -m tell.studies.recipe_docs > docs/reference/recipe.md``: every key of a recipe, from its models."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HEAD = """\
 # Recipes
 
 Every key of a recipe for `tell study`, with its default and meaning. Written by `python -m tell.studies.recipe_docs`;
-[config.md](config.md) has the keys of a run, which stand under `config` and `grid`. `recipes/` has one for each figure.
+[config.md](config.md) has the keys of a run, which go under `config` and `grid`. `recipes/` has one for each figure.
 """
 
 

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from tell.errors import TellError
-from tell.folder import RunFolder, read_jsonl
+from tell.files import read_jsonl
+from tell.folder import RunFolder
 from tell.names import is_number
 from tell.report.read_run import get, mapping
 from tell.run.answers import adapter_arm

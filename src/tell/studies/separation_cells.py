@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from tell.anchor.separation import CONTRASTS
 from tell.config import Config
-from tell.folder import RunFolder, write_json, write_text
+from tell.files import write_json, write_text
+from tell.folder import RunFolder
 from tell.progress import Display
+from tell.run.session import ModelCache
 
 if TYPE_CHECKING:
     from tell.studies.results import Study
@@ -36,7 +38,9 @@ def contrasts(config: Config) -> tuple[str, ...]:
     return (*names, ADDED) if config.anchor.text != "none" else names[:1]
 
 
-def run_separation(folder: RunFolder, config: Config, options: Mapping[str, Any], display: Display) -> None:
+def run_separation(
+    folder: RunFolder, config: Config, options: Mapping[str, Any], display: Display, models: ModelCache | None = None
+) -> None:
     """Compare the states and leave the numbers where a run leaves its own; one that was killed begins anew.
 
     Args:
@@ -45,12 +49,12 @@ def run_separation(folder: RunFolder, config: Config, options: Mapping[str, Any]
     Raises:
         TellError: what `separate` refuses.
     """
-    from tell.verbs.separate import separate
+    from tell.verbs.separate import Comparison, separate
 
     begin = time.monotonic()
     shutil.rmtree(folder.root, ignore_errors=True)
     write_text(folder.config, config.model_copy(update={"out": str(folder.root)}).to_yaml())
-    result = separate(config, **options, out=folder.root, display=display)
+    result = separate(config, compare=Comparison(**options), out=folder.root, display=display, models=models)
     write_json(folder.metrics, _metrics(result))
     folder.set_status("done", seconds=round(time.monotonic() - begin, 3), host=platform.node())
 
@@ -79,7 +83,7 @@ def pictures(study: Study) -> Iterator[tuple[dict[str, Any], Path]]:
     """Point and ``separation.svg`` of each separation, of the first seed that has one."""
     shown: set[str] = set()
     for outcome in sorted(study.outcomes, key=lambda o: o.seed):
-        path = study.cells / outcome.cell / "separation.svg"
+        path = RunFolder(study.cells / outcome.cell).separation("svg")
         point = {key: value for key, value in outcome.point.items() if key in study.keys}
         if str(point) not in shown and path.is_file():
             shown.add(str(point))

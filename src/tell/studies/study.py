@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from tell.errors import Interrupted, TellError
-from tell.folder import reading, write_text
+from tell.files import write_text
+from tell.folder import reading
 from tell.progress import Display, Silent
 from tell.run.stop import Stop
 from tell.score.custom import CustomScorer
@@ -179,7 +180,8 @@ def run_study(
         root: folder of the cells.
         executor: ``local``, ``ray``, or an object with ``run(queue)``.
         address: of the Ray cluster: ``auto``, ``ray://HOST:PORT``, or ``local`` for a new one on this machine.
-        cpus, gpus: of each cell on the cluster; default: as the recipe says.
+        cpus: of each cell on the cluster; default: as the recipe says.
+        gpus: of each cell on the cluster; default: as the recipe says.
         retry_failed: run failed cells again.
         keep_adapters: keep adapters of finished cells; default: as the recipe says.
         display: shows progress.

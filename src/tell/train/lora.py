@@ -21,7 +21,8 @@ from transformers.pytorch_utils import Conv1D
 
 from tell.config import TrainConfig
 from tell.errors import TellError
-from tell.folder import sync_files
+from tell.files import sync_files
+from tell.folder import AdapterFolder
 from tell.train.adapter_file import read_adapter
 from tell.train.fast.fused_ops import Projection, Stack
 from tell.train.memory import SHARE, free_bytes
@@ -141,7 +142,7 @@ def save_adapter(model: Any, folder: Path) -> None:
     from peft import LoraConfig
 
     model.save_pretrained(str(folder), safe_serialization=True)
-    path, defaults = folder / "adapter_config.json", LoraConfig().to_dict()
+    path, defaults = AdapterFolder(folder).config, LoraConfig().to_dict()
     config = json.loads(path.read_text(encoding="utf-8"))
     config.pop("peft_version", None)
     kept = {k: v for k, v in config.items() if k in WRITTEN or (v or None) != (defaults.get(k) or None)}
@@ -158,9 +159,9 @@ def remove_lora(model: Any) -> Any:
 
 @contextmanager
 def adapter_merged(model: Any, folder: Path | None) -> Iterator[Any]:
-    """The base model with an adapter folded into its weights; the weights are put back exactly afterwards.
+    """The base model with an adapter merged into its weights, which are restored exactly afterwards.
 
-    Meanwhile ``merged_adapter`` tells the folder, for an engine that holds the weights itself.
+    To decode inside, use ``DecodingEngine.adapter``: vLLM has weights of its own.
 
     Args:
         model: the base causal model.
@@ -184,10 +185,8 @@ def adapter_merged(model: Any, folder: Path | None) -> Iterator[Any]:
                 merged += weight
                 saved[name] = weight.clone() if on_device else _copy_to_host(weight)
                 weight.copy_(merged)  # in place: others may hold views
-        model._tell_adapter = folder
         yield model
     finally:
-        model._tell_adapter = None
         for name, data in saved.items():
             model.get_submodule(name).weight.data.copy_(data, non_blocking=True)
 
@@ -209,11 +208,6 @@ def _copy_to_host(weight: Tensor) -> Tensor:
     except RuntimeError:  # the system pins no more
         host = torch.empty_like(weight, device="cpu")
     return host.copy_(weight, non_blocking=True)
-
-
-def merged_adapter(model: Any) -> Path | None:
-    """The folder of the adapter that ``adapter_merged`` holds in the weights of ``model``; None for none."""
-    return getattr(model, "_tell_adapter", None)
 
 
 def adapter_factors(model: Any, folder: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], float]:

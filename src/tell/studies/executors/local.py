@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tell.run.session import ModelCache
 from tell.studies.executors.run_cell import run_cell
 from tell.studies.queue import Queue
 
@@ -15,9 +16,8 @@ class LocalExecutor:
         Raises:
             Interrupted: SIGINT or SIGTERM; the cell it was at can be resumed.
         """
-        from tell.verbs.open_run import keep_model
-
-        with keep_model() as kept:
+        models = ModelCache()
+        try:
             while (cell := queue.take()) is not None:
                 outcome = run_cell(
                     queue.root.cell(cell.name),
@@ -25,7 +25,10 @@ class LocalExecutor:
                     separate=cell.separate,
                     keep_adapters=queue.keep_adapters,
                     display=queue.display_for(cell),
+                    models=models,
                 )
                 queue.finish(cell, outcome)
                 if outcome.error:
-                    kept.drop()  # a run that broke off may have left the model changed
+                    models.drop()  # a run that broke off may have left the model changed
+        finally:
+            models.drop()

@@ -15,8 +15,9 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,11 @@ from filelock import FileLock, Timeout
 from tell import __version__
 from tell.config import Config
 from tell.errors import Interrupted, TellError
-from tell.folder import RunFolder, atomic_folder, write_text
+from tell.files import atomic_folder, write_text
+from tell.folder import RunFolder
 from tell.home import make_folder, tell_home
 from tell.progress import Silent
+from tell.run.session import ModelCache
 from tell.score.scorer_code import find_scorer_code, search_in
 from tell.studies.cells import Cell, inputs
 from tell.studies.content import content_hash, folder_files
@@ -212,8 +215,10 @@ def _knock(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
-_process = ExitStack()
-_model: list[Any] = []  # what `keep_model` gave this worker
+@cache
+def _worker_models() -> ModelCache:
+    """The model that this worker keeps from cell to cell."""
+    return ModelCache()
 
 
 def work(
@@ -232,22 +237,21 @@ def work(
     import yaml
 
     from tell.config import make_config
-    from tell.verbs.open_run import keep_model
 
     if version != __version__:
         text = f"tell {__version__} is installed there, not {version}"
         return Outcome(text, None, platform.node()), None
-    if not _model:
-        _model.append(_process.enter_context(keep_model()))
+    models = _worker_models()
     config = make_config(yaml.safe_load(settings), where=name)
     inputs_here = tell_home() / "ray" / "inputs"
     moved = land(config, found, inputs_here, ray.get)
     search_in(_place(scorer, inputs_here, ray.get) if scorer else None)
     with _workplace(name) as place:
         folder = RunFolder(place / "run")
-        outcome = run_cell(folder, config, separate=separate, keep_adapters=keep_adapters, display=Silent())
+        rules = {"separate": separate, "keep_adapters": keep_adapters, "display": Silent(), "models": models}
+        outcome = run_cell(folder, config, **rules)
         if outcome.error:
-            _model[0].drop()
+            models.drop()
             return outcome, None
         return outcome, pack(folder.root, {**moved, str(folder.root): name})
 

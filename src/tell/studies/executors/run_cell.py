@@ -12,8 +12,10 @@ from typing import Any
 
 from tell.config import Config
 from tell.errors import Interrupted
-from tell.folder import RunFolder, write_text
+from tell.files import write_text
+from tell.folder import RunFolder
 from tell.progress import Advance, Display
+from tell.run.session import ModelCache
 from tell.studies.separation_cells import run_separation
 
 
@@ -39,6 +41,7 @@ def run_cell(
     separate: Mapping[str, Any] | None = None,
     keep_adapters: bool,
     display: Display,
+    models: ModelCache | None = None,
 ) -> Outcome:
     """Run a cell, or go on with it where it was killed; what it raises is its outcome.
 
@@ -47,6 +50,7 @@ def run_cell(
         config: what its name was made of.
         separate: options of a cell that compares hidden states.
         keep_adapters: leave adapters and checkpoints there when it is finished.
+        models: keeps the loaded model for the next cell.
 
     Raises:
         Interrupted: SIGINT or SIGTERM; it can be resumed.
@@ -56,10 +60,11 @@ def run_cell(
     host = platform.node()
     try:
         if separate is not None:
-            run_separation(folder, config, separate, display)
+            run_separation(folder, config, separate, display, models)
             return Outcome(host=host)
         resume = _prepare(folder, config)
-        tune(config.model_copy(update={"out": str(folder.root)}), resume=resume, display=display, command="tell study")
+        config = config.model_copy(update={"out": str(folder.root)})
+        tune(config, resume=resume, display=display, command="tell study", models=models)
     except Interrupted:
         raise
     except Exception as error:  # whatever it is, the other cells go on

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tell.errors import TellError
-from tell.folder import atomic_path
+from tell.files import atomic_path
 from tell.report.palette import ARM_COLOURS as COLOURS  # noqa: F401
 from tell.report.palette import CYCLE, HAIR, INK, PAPER, SOFT  # noqa: F401
 from tell.studies.labels import key_name, value_name

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from tell.folder import write_json, write_text
+from tell.files import write_json, write_text
 from tell.names import ARMS, arm_order
 from tell.report.page import fill
 from tell.studies.labels import arm_name, canonical, metric_term

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from markupsafe import Markup
 
-from tell.folder import atomic_path
+from tell.files import atomic_path
 from tell.names import show as number
 from tell.report.score_tables import Cell
 from tell.studies.labels import arm_name, key_name, metric_term, point_name, rounded, value_name

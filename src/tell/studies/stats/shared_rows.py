@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from tell.folder import RunFolder, read_jsonl
+from tell.files import read_jsonl
+from tell.folder import RunFolder
 from tell.run.benchmarks.run_benchmarks import benchmark_metrics, kept_answers
 from tell.score.means import mean_metric
 from tell.score.scored import Metric

@@ -1,0 +1,196 @@
+"""Hidden states of prompts at any layer, the general queries to hold them against, and the numbers of a comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from tell.anchor.anchor import NO_ANCHOR, Anchor
+from tell.anchor.separation import Separation, jackknife_error
+from tell.config import Config
+from tell.data.example import Example
+from tell.data.general import is_file_or_hub
+from tell.data.sources import load
+from tell.errors import TellError
+from tell.rows.template import ChatTokenizer
+from tell.rows.tokenize import CHUNK, prompt_ids
+from tell.run.task import Task
+from tell.score.intervals import Z, estimate, estimate_from
+from tell.score.means import mean_metric
+from tell.score.probe import load_probe
+from tell.seeds import permutation
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+QUERIES = 50
+State = Literal["last", "mean"]
+
+
+def layer_numbers(layer: str, layers: int) -> list[int]:
+    """``middle``, ``all`` or a number, as layers of a model of so many blocks; 0 is the embedding.
+
+    Raises:
+        TellError: no such layer.
+    """
+    if layer == "all":
+        return list(range(layers + 1))
+    if layer == "middle":
+        return [layers // 2]
+    if layer.isdecimal() and int(layer) <= layers:
+        return [int(layer)]
+    raise TellError(f"no layer {layer!r}", where="--layer", remedy=f"Use 0 to {layers}, middle or all.")
+
+
+def hidden_states(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    layers: Sequence[int],
+    *,
+    state: State = "last",
+    micro_tokens: int = 3072,
+    progress: Callable[[int], None] | None = None,
+) -> np.ndarray:
+    """(layers, rows, width) float32 states of each prompt.
+
+    Args:
+        model: a causal model.
+        prompts: token ids of each row.
+        layers: 0 for the embeddings, k for the k-th block's output; the last block's comes after the final norm, as
+            transformers' ``hidden_states`` has it.
+        state: of the last token, or the mean over all tokens.
+        micro_tokens: tokens of one pass; a longer row is a pass of its own.
+        progress: called with the rows of each pass.
+
+    Raises:
+        TellError: an architecture that cannot be computed over packed rows.
+    """
+    import torch
+
+    from tell.train.attention import use_plan
+    from tell.train.packing import TrainRow, pack, split_packs
+    from tell.train.step import Body
+
+    body, device = Body(model), model.device
+    # A pack knows the states that predict trained tokens: a stand-in token follows each prompt.
+    rows = [
+        TrainRow(np.array([*ids, 0]), np.arange(len(ids) + 1) == len(ids), i, False) for i, ids in enumerate(prompts)
+    ]
+    groups: list[np.ndarray] = []
+    parts: list[np.ndarray] = []
+    was_training = model.training
+    model.eval()
+    for group in split_packs(rows, micro_tokens, share_prefix=True):
+        batch = pack(group, share_prefix=True, device=device)
+        with torch.no_grad(), use_plan(batch.plan):
+            found = body.core(
+                input_ids=batch.ids[None],
+                position_ids=batch.plan.positions(),
+                use_cache=False,
+                output_hidden_states=True,
+            )
+            kept = []
+            for layer in layers:
+                tokens = found.hidden_states[layer][0]
+                if state == "last":
+                    kept.append(tokens.index_select(0, batch.predictors).float())
+                    continue
+                tokens = tokens.cpu() if device.type == "mps" else tokens  # Metal has no fp64
+                sums = torch.cat([tokens.new_zeros(1, tokens.shape[1]), tokens]).double().cumsum(0)
+                ends, lengths = batch.predictors.to(sums.device) + 1, [len(row.ids) - 1 for row in group]
+                n = torch.tensor(lengths, device=sums.device)
+                prefix = batch.plan.prefix
+                total = sums[ends] - sums[ends - n + prefix] + sums[prefix]
+                kept.append((total / n[:, None]).float())
+        groups.append(batch.source.numpy())
+        parts.append(torch.stack(kept).cpu().numpy())
+        if progress:
+            progress(len(group))
+    model.train(was_training)
+    order = np.argsort(np.concatenate(groups))
+    return np.concatenate(parts, axis=1)[:, order]
+
+
+def general_queries(
+    task: Task, *, most: int, anchor: Anchor = NO_ANCHOR, lengths: Sequence[int] | None = None
+) -> list[Example]:
+    """At most so many rows of the general source, drawn by seed, that the model's positions hold with the anchor.
+
+    Without a source they are the general probe's, of which there are 64.
+
+    Args:
+        lengths: (most,) tokens of prompts; of the rows not yet taken, each takes the one nearest to it in length.
+    """
+    config = task.config
+    general = config.general
+    rows = (
+        load(general.source, name="general", columns=general.columns).examples
+        if is_file_or_hub(general)
+        else load_probe()
+    )
+    rows = [rows[int(i)] for i in permutation(len(rows), config.seed, "separate", "general")]
+    positions = task.files.architecture.max_positions or 10**9
+    if lengths is None:
+        fitting = (e for e in rows if _prompt_length(task.chat, e, anchor) < positions)
+        return [e for _, e in zip(range(most), fitting, strict=False)]
+    tokens = np.empty(len(rows))
+    with task.display.bar("lengths of general queries", len(rows)) as advance:
+        for begin in range(0, len(rows), CHUNK):
+            texts = [_prompt_text(task.chat, e) for e in rows[begin : begin + CHUNK]]
+            encoded = task.chat.backend.encode_batch_fast([text or "" for text in texts], add_special_tokens=False)
+            lost = [np.inf if text is None else 0 for text in texts]
+            tokens[begin : begin + CHUNK] = np.array([len(ids) for ids in encoded]) + lost
+            advance(len(texts))
+    first = int(np.argmin(tokens))
+    added = _prompt_length(task.chat, rows[first], anchor) - tokens[first]
+    tokens[tokens + added >= positions] = np.inf
+    chosen: list[Example] = []
+    for length in lengths[: min(most, int(np.isfinite(tokens).sum()))]:
+        nearest = int(np.argmin(np.abs(tokens - length)))
+        chosen.append(rows[nearest])
+        tokens[nearest] = np.inf
+    return chosen
+
+
+def separation_numbers(found: Separation, config: Config) -> dict:
+    """Probe accuracy, silhouette and MMD^2 with 95 % intervals."""
+    low, high = found.mmd2_ci
+    return {
+        "probe": share(found.hits, config),
+        "silhouette": jackknifed(found.silhouettes.mean(), found.silhouettes_without),
+        "mmd2": {
+            "value": round(found.mmd2, 6),
+            "ci": [round(low, 6), round(high, 6)],
+            "p": round(found.p, 6),
+            "n": len(found.hits),
+        },
+    }
+
+
+def jackknifed(value: float, without: np.ndarray) -> dict:
+    """A statistic of two groups, with its interval from (2n,) its values with each row left out."""
+    error = Z * jackknife_error(without)
+    return estimate_from(float(value), float(value) - error, float(value) + error, len(without))
+
+
+def share(hits: np.ndarray, config: Config) -> dict:
+    """The share of (rows,) zeros and ones, with Wilson's interval."""
+    return estimate(mean_metric(hits, binary=True), seed=config.seed, samples=config.eval.bootstrap)
+
+
+def _prompt_text(chat: ChatTokenizer, example: Example) -> str | None:
+    """The rendered prompt; None where the template refuses it, as it may refuse a general row."""
+    try:
+        return chat.render(example.prompt, add_generation_prompt=True)
+    except TellError:
+        return None
+
+
+def _prompt_length(chat: ChatTokenizer, example: Example, anchor: Anchor) -> float:
+    """Tokens of a prompt; infinite where the template refuses it."""
+    try:
+        return len(prompt_ids(chat, example, anchor))
+    except TellError:
+        return np.inf
