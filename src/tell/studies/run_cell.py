@@ -1,4 +1,4 @@
-"""One cell run to its end, wherever that is."""
+"""Runs one cell to its end, on whatever machine."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Outcome:
     """How a cell ended.
 
     Attributes:
-        error: one line, None where it is finished.
-        trace: the traceback of an error that is no `TellError`.
+        error: one line; None where it finished.
+        trace: the traceback of an error that is not a `TellError`.
         host: where it ran.
     """
 
@@ -40,16 +40,16 @@ def run_cell(
     keep_adapters: bool,
     display: Display,
 ) -> Outcome:
-    """Run a cell, or go on with it where it was killed; what it raises is its outcome.
+    """Run a cell, or resume it where it was killed. An exception becomes its outcome.
 
     Args:
         folder: its run folder; the caller holds its lock.
-        config: what its name was made of.
+        config: the configuration that its name is the hash of.
         separate: options of a cell that compares hidden states.
-        keep_adapters: leave adapters and checkpoints there when it is finished.
+        keep_adapters: keep adapters and checkpoints of the finished cell.
 
     Raises:
-        Interrupted: SIGINT or SIGTERM; it can be resumed.
+        Interrupted: SIGINT or SIGTERM; the cell can be resumed.
     """
     from tell.run.tune import tune
 
@@ -58,11 +58,11 @@ def run_cell(
         if separate is not None:
             run_separation(folder, config, separate, display)
             return Outcome(host=host)
-        resume = _prepare(folder, config)
+        resume = _resumable(folder, config)
         tune(config.model_copy(update={"out": str(folder.root)}), resume=resume, display=display, command="tell study")
     except Interrupted:
         raise
-    except Exception as error:  # whatever it is, the other cells go on
+    except Exception as error:  # the other cells go on
         known = type(error).__module__.startswith("tell.")
         text = str(error) if known else f"{type(error).__name__}: {error}"
         trace = None if known else traceback.format_exc()
@@ -72,14 +72,14 @@ def run_cell(
     return Outcome(host=host)
 
 
-def _prepare(folder: RunFolder, config: Config) -> bool:
-    """Whether there is a run to resume; a killed one that had not even begun is removed."""
+def _resumable(folder: RunFolder, config: Config) -> bool:
+    """Whether there is a run to resume; one that was killed before it began is removed."""
     if not folder.root.exists():
         return False
     if not (folder.config.exists() and folder.status.exists()):
         shutil.rmtree(folder.root)
         return False
-    # Its name says that it is the same run; its files may lie elsewhere by now.
+    # Its name says that it is the same run; its input files may have moved.
     write_text(folder.config, config.model_copy(update={"out": str(folder.root)}).to_yaml())
     return True
 
@@ -91,16 +91,16 @@ def prune(folder: RunFolder) -> None:
 
 
 class InnerDisplay:
-    """Shows a cell's bars as the last words of the study's bar."""
+    """Shows the progress of a cell at the end of the study's progress bar."""
 
     def __init__(self, advance: Advance, label: str) -> None:
         self.advance, self.label = advance, label
 
     def note(self, text: str) -> None:
-        pass  # it stands in the cell's own findings
+        pass  # it is in the cell's own findings
 
     @contextmanager
-    def bar(self, title: str, total: float | None, unit: str = "rows") -> Iterator[Any]:
+    def bar(self, title: str, total: float | None, unit: str = "rows") -> Iterator[Advance]:
         done = 0.0
 
         def advance(amount: float = 1, info: str = "", left: float | None = None) -> None:
