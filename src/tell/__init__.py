@@ -3,7 +3,7 @@
 Every verb of the command line is one call here, imported on first use so that ``import tell`` stays quick:
 ``tell.tune``, ``tell.plan``, ``tell.evaluate``, ``tell.chat``, ``tell.write_report``, ``tell.write_anchor``,
 ``tell.separate``, ``tell.build_halu_cot_json``, ``tell.build_is_en_news``, ``tell.demo``, ``tell.run_study``,
-``tell.plan_study``; and ``tell.load_config``, ``tell.Config``,
+``tell.plan_study`` (with ``tell.Changes``, ``tell.Execution``); and ``tell.load_config``, ``tell.Config``,
 ``tell.Anchor``, ``tell.Example``, ``tell.RunFolder``, ``tell.TellError``.
 """
 
@@ -31,6 +31,8 @@ _PLACES = {
     "build_is_en_news": "tell.paper.is_en_news",
     "run_study": "tell.studies.study",
     "plan_study": "tell.studies.study",
+    "Changes": "tell.studies.open_study",
+    "Execution": "tell.studies.executors.registry",
     "load_config": "tell.config",
     "make_config": "tell.config",
     "Config": "tell.config",

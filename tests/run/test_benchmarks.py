@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tell.run.benchmarks import run_benchmarks as module
 
 import tell
 from run.questions import FILES, write_questions
@@ -18,8 +17,10 @@ from tell.anchor.anchor import NO_ANCHOR, Anchor
 from tell.cli.main import run as main
 from tell.errors import Interrupted, TellError
 from tell.folder import RunFolder, read_jsonl
+from tell.names import CHANGE
+from tell.run.benchmarks import run_benchmarks as module
 from tell.run.benchmarks.run_benchmarks import benchmark, benchmark_arms, check_benchmarks
-from tell.studies.stats.shared_rows import CHANGE, levels_and_changes, read_questions
+from tell.studies.stats.shared_rows import levels_and_changes, read_questions
 
 TASKS = ("agieval_jec_qa_kd", "agieval_math", "agieval_sat_math")
 

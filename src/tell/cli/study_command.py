@@ -52,19 +52,22 @@ def study(
 
     Example: tell study recipes/small/fig11.yaml --data ~/data --dry-run
     """
-    one_of("--executor", "local", "ray")(executor)
-    share = {"cpus": read_number("--cpus", cpus, number), "gpus": read_number("--gpus", gpus, number)}
-    options: dict[str, Any] = {
-        "data": data,
-        "variables": _variables(variables or ()),
-        "overrides": tuple(sets or ()),
-        "seeds": None if seeds is None else _seeds(seeds),
-        "out": out,
-        "root": root,
-    }
     import tell
     from tell.cli.display import make_console, make_display
     from tell.cli.output import only_json, say
+    from tell.studies.executors.registry import executors
+
+    one_of("--executor", *executors())(executor)
+    execution = tell.Execution(
+        executor=executor,
+        address=address,
+        cpus=read_number("--cpus", cpus, number),
+        gpus=read_number("--gpus", gpus, number),
+        retry_failed=retry_failed,
+        keep_adapters=keep_adapters or None,
+    )
+    changes = tell.Changes(_variables(variables or ()), tuple(sets or ()), None if seeds is None else _seeds(seeds))
+    options: dict[str, Any] = {"data": data, "changes": changes, "out": out, "root": root}
 
     with only_json(as_json) as emit:
         if dry_run:
@@ -75,16 +78,7 @@ def study(
                 make_console().print(plan_panel(plan))
             _say_unplanned(plan)
             return
-        folder = tell.run_study(
-            recipe,
-            executor=executor,
-            address=address,
-            **share,
-            retry_failed=retry_failed,
-            keep_adapters=keep_adapters or None,
-            display=make_display(),
-            **options,
-        )
+        folder = tell.run_study(recipe, execution=execution, display=make_display(), **options)
         if as_json:
             emit({"folder": str(folder.root), **folder.read()})
         elif folder.page.exists():

@@ -34,6 +34,9 @@ class Changes:
     seeds: Sequence[int] | None = None
 
 
+UNCHANGED = Changes()
+
+
 @dataclass
 class Study:
     """A recipe with its folder, rows and cells."""
@@ -94,7 +97,7 @@ def open_study(
     recipe: str | Path,
     *,
     data: str | Path | None = None,
-    changes: Changes = Changes(),
+    changes: Changes = UNCHANGED,
     out: str | Path | None = None,
     root: str | Path = "studies",
     display: Display | None = None,
@@ -104,9 +107,7 @@ def open_study(
     The arguments are those of `tell.studies.study.run_study`.
     """
     path, place = Path(recipe), Root(root)
-    made = load_recipe(
-        path, data=data, variables=changes.variables, overrides=changes.overrides, seeds=changes.seeds
-    )
+    made = load_recipe(path, data=data, variables=changes.variables, overrides=changes.overrides, seeds=changes.seeds)
     filled = build_data(made, place, display or Silent(), where=str(path))
     rows, cells = grid_of(made, filled, where=str(path))
     if not made.title:

@@ -3,9 +3,9 @@
     python -m tell.studies.packed studies/fig11
 
 writes ``studies/fig11/cells.jsonl.gz``. Each line is a cell: ``{"cell": NAME, "metrics.json": {...},
-"predictions/tell.jsonl": [...], ...}``, the files that tables and figures are made from; configurations, logs, adapters
-and pictures of hidden states are left out. The same cells give the same bytes. `tell study` takes cells from the file in
-the study's folder instead of running them.
+"predictions/tell.jsonl": [...], ...}``, the files that tables and figures are made from; configurations, logs,
+adapters and pictures of hidden states are left out. The same cells give the same bytes. `tell study` takes cells from
+the file in the study's folder instead of running them.
 """
 
 from __future__ import annotations

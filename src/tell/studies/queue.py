@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from tell.folder import reading, write_json
-from tell.names import NAMES
+from tell.names import metric, show
 from tell.progress import Advance, Display
-from tell.report.html_text import number
 from tell.run.stop import Stop
 from tell.studies.cells import Cell, Row, changed_inputs, contents
-from tell.studies.labels import metric_term, value_name
+from tell.studies.labels import value_name
 from tell.studies.run_cell import InnerDisplay, Outcome, prune
 from tell.studies.study_folder import Root
 from tell.studies.study_plan import evaluation_key
@@ -126,7 +125,7 @@ class CellQueue:
         return None
 
     def _claim(self, cell: Cell) -> bool:
-        """Lock a waiting cell and record that it runs; False where it runs elsewhere, has ended, or its inputs changed."""
+        """Lock a waiting cell and record that it runs; False if it runs elsewhere, has ended, or its inputs changed."""
         name, lock = cell.name, self.root.lock(cell.name)
         try:
             lock.acquire(timeout=0)
@@ -253,8 +252,8 @@ def main_score(root: Root, cell: Cell) -> str:
     metrics = folder.read(folder.metrics)
     primary = metrics["task"]["primary"]
     value = (metrics["arms"].get(metrics["task"].get("lead", cell.arm), {}).get(primary) or {}).get("value")
-    name = NAMES.get(primary, primary.replace("_", " "))
-    return f"no {name}" if value is None else f"{name} {number(value, metric_term(primary).unit)}"
+    spec = metric(primary)
+    return f"no {spec.phrase}" if value is None else f"{spec.phrase} {show(value, spec.unit)}"
 
 
 def span(seconds: float) -> str:

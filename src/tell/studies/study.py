@@ -10,8 +10,8 @@ from tell.errors import Interrupted, TellError
 from tell.folder import reading, write_text
 from tell.progress import Display, Silent
 from tell.run.stop import Stop
-from tell.studies.executors.registry import Execution
-from tell.studies.open_study import Changes, Study, open_study
+from tell.studies.executors.registry import LOCAL, Execution
+from tell.studies.open_study import UNCHANGED, Changes, Study, open_study
 from tell.studies.queue import CellQueue, span
 from tell.studies.recipe import Recipe
 from tell.studies.study_folder import StudyFolder
@@ -22,7 +22,7 @@ def plan_study(
     recipe: str | Path,
     *,
     data: str | Path | None = None,
-    changes: Changes = Changes(),
+    changes: Changes = UNCHANGED,
     out: str | Path | None = None,
     root: str | Path = "studies",
     retry_failed: bool = False,
@@ -52,10 +52,10 @@ def run_study(
     recipe: str | Path,
     *,
     data: str | Path | None = None,
-    changes: Changes = Changes(),
+    changes: Changes = UNCHANGED,
     out: str | Path | None = None,
     root: str | Path = "studies",
-    execution: Execution = Execution(),
+    execution: Execution = LOCAL,
     display: Display | None = None,
 ) -> StudyFolder:
     """Run every cell of a recipe that is not finished, and write the study's tables, figures and page.

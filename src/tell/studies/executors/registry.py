@@ -1,7 +1,7 @@
 """Executors by name. To add one, put a module into this folder::
 
-    @executor("mine")
-    def mine(execution: Execution, resources: Resources) -> Executor: ...
+@executor("mine")
+def mine(execution: Execution, resources: Resources) -> Executor: ...
 """
 
 from __future__ import annotations
@@ -64,6 +64,7 @@ class Execution:
         return known[self.executor](self, resources)
 
 
+LOCAL = Execution()
 Factory = Callable[[Execution, "Resources"], Executor]
 _FACTORIES: dict[str, Factory] = {}
 
