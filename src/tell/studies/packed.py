@@ -15,7 +15,7 @@ import json
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -122,6 +122,10 @@ def restore_cells(study: StudyFolder, root: Root, names: set[str]) -> None:
                 continue
 
 
+def main(folders: Sequence[str]) -> None:
+    for folder in folders:
+        print(pack_cells(folder))
+
+
 if __name__ == "__main__":
-    for place in sys.argv[1:]:
-        print(pack_cells(place))
+    main(sys.argv[1:])
