@@ -23,11 +23,7 @@ class LocalExecutor:
             while (cell := queue.take()) is not None:
                 folder, display = queue.root.cell(cell.name), queue.display_for(cell)
                 outcome = run_cell(
-                    folder,
-                    cell.config,
-                    separate=cell.separate,
-                    keep_adapters=queue.keep_adapters,
-                    display=display,
+                    folder, cell.config, separate=cell.separate, keep_adapters=queue.keep_adapters, display=display
                 )
                 queue.finish(cell, outcome)
                 if outcome.error:

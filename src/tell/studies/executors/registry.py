@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import tell.studies.executors
 from tell.errors import TellError
+from tell.studies.registered import Registry
 
 if TYPE_CHECKING:
     from tell.studies.queue import CellQueue
@@ -66,19 +67,7 @@ class Execution:
 
 LOCAL = Execution()
 Factory = Callable[[Execution, "Resources"], Executor]
-_FACTORIES: dict[str, Factory] = {}
-
-
-def executor(name: str) -> Callable[[Factory], Factory]:
-    """Register a factory under the name that ``--executor`` takes; a name that is taken is an error."""
-
-    def add(factory: Factory) -> Factory:
-        if name in _FACTORIES:
-            raise ValueError(f"two executors are named {name}")
-        _FACTORIES[name] = factory
-        return factory
-
-    return add
+executor = Registry[Factory]("executor")
 
 
 @cache
@@ -86,6 +75,6 @@ def executors() -> dict[str, Factory]:
     """Every executor of this folder by name; a module that registers none is an error."""
     for module in pkgutil.iter_modules(tell.studies.executors.__path__):
         place = import_module(f"tell.studies.executors.{module.name}")
-        if module.name != "registry" and not any(f.__module__ == place.__name__ for f in _FACTORIES.values()):
+        if module.name != "registry" and not any(make.__module__ == place.__name__ for make in executor.values()):
             raise ValueError(f"{place.__name__} registers no executor")
-    return _FACTORIES
+    return executor

@@ -17,6 +17,7 @@ from tell.names import metric
 from tell.studies import recipe
 from tell.studies.labels import arm_name, key_name, point_name
 from tell.studies.page.figures import draw_curves, draw_maps
+from tell.studies.registered import Registry
 from tell.studies.results import Study, as_drawn, frozen
 from tell.studies.stats.analyses import Analyses, panels
 from tell.studies.stats.curves import curves
@@ -40,19 +41,7 @@ class Contents:
 
 Drawn = tuple["Figure", str]
 Kind = Callable[[Contents, Mapping[str, Any]], Drawn | None]
-FIGURES: dict[str, Kind] = {}
-
-
-def figure(name: str) -> Callable[[Kind], Kind]:
-    """Register a kind of figure; it returns a figure and its title, None where no cell has the metric."""
-
-    def add(draw: Kind) -> Kind:
-        if name in FIGURES:
-            raise ValueError(f"two kinds of figure are named {name}")
-        FIGURES[name] = draw
-        return draw
-
-    return add
+figure = Registry[Kind]("figure kind")  # each returns a figure and its title, None where no cell has the metric
 
 
 @figure("curves")
@@ -98,5 +87,5 @@ def map_figure(page: Contents, asked: Mapping[str, Any]) -> Drawn | None:
     return draw_maps(list(drawn.values()), x=(x, axes[x]), y=(y, axes[y]), value=shown, title=title), title
 
 
-if FIGURES.keys() != set(get_args(recipe.Figure.model_fields["kind"].annotation)):
+if figure.keys() != set(get_args(recipe.Figure.model_fields["kind"].annotation)):
     raise ValueError("the kinds of figure are not those of a recipe")

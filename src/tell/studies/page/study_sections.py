@@ -14,9 +14,10 @@ from tell.names import CHANGE, metric, show
 from tell.report.score_tables import Cell
 from tell.studies.labels import arm_name, key_name, point_name, rounded, value_name
 from tell.studies.page.drawing import save
-from tell.studies.page.figure_kinds import FIGURES, Contents, map_figure
+from tell.studies.page.figure_kinds import Contents, figure, map_figure
 from tell.studies.page.figures import draw_front
 from tell.studies.page.inline import inline_svg
+from tell.studies.registered import Registry
 from tell.studies.results import Study
 from tell.studies.separation_cells import pictures
 from tell.studies.stats.curve_fit import NAMES
@@ -47,30 +48,23 @@ class Section:
     blocks: Sequence[Block]
 
 
-SECTIONS: dict[str, tuple[str, Blocks]] = {}
+_section = Registry[tuple[str, Blocks]]("section")
 
 
 def section(key: str, title: str) -> Callable[[Blocks], Blocks]:
     """Register the blocks of a section, in the order of the page."""
-
-    def add(blocks: Blocks) -> Blocks:
-        if key in SECTIONS:
-            raise ValueError(f"two sections are named {key}")
-        SECTIONS[key] = (title, blocks)
-        return blocks
-
-    return add
+    return lambda blocks: _section(key)((title, blocks))[1]
 
 
 def sections(page: Contents) -> list[Section]:
     """All sections of a page; their pictures are written to ``figures/``."""
-    return [Section(key, title, list(blocks(page))) for key, (title, blocks) in SECTIONS.items()]
+    return [Section(key, title, list(blocks(page))) for key, (title, blocks) in _section.items()]
 
 
 @section("figures", "Figures")
 def _figures(page: Contents) -> Iterator[Block]:
     for n, asked in enumerate(page.study.recipe.get("figures") or (), 1):
-        drawn = FIGURES[asked.get("kind") or "curves"](page, asked)
+        drawn = figure[asked.get("kind") or "curves"](page, asked)
         if drawn is not None:
             yield _picture(page.study, f"figure{n}", *drawn)
 
@@ -150,8 +144,8 @@ def _fronts(page: Contents) -> Iterator[Block]:
         entries = [e for e in page.found.entries["pareto"] if (e["gain"], e["cost"]) == (gain, cost)]
         label = metric(cost).label
         title = f"{metric(gain).label} against {label[0].lower()}{label[1:]}"
-        figure = draw_front([(e["heading"], e["points"]) for e in entries], gain=gain, cost=cost, title=title)
-        yield _picture(page.study, f"front{n}", figure, title)
+        drawn = draw_front([(e["heading"], e["points"]) for e in entries], gain=gain, cost=cost, title=title)
+        yield _picture(page.study, f"front{n}", drawn, title)
         yield from _maps(page, f"front{n}-map", (gain, cost), entries[0]["where"])
         for entry in entries:
             yield ": ".join(filter(None, (entry["heading"], entry["verdict"])))

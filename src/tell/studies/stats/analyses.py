@@ -15,6 +15,7 @@ from typing import Any
 from tell.names import canonical
 from tell.studies.labels import point_name
 from tell.studies.recipe import PARTS
+from tell.studies.registered import Registry
 from tell.studies.results import Study, as_change, as_drawn, frozen
 from tell.studies.stats.comparable_seeds import compared_seeds, seeds_name, with_seeds
 from tell.studies.stats.curve_fit import Mark, fit_curve
@@ -64,19 +65,7 @@ class Outcomes:
 
 
 Analysis = Callable[[Outcomes, Mapping[str, Any]], Iterator[tuple[str, Entry]]]
-ANALYSES: dict[str, Analysis] = {}
-
-
-def analysis(key: str) -> Callable[[Analysis], Analysis]:
-    """Register an analysis under its key of the recipe; it yields entries with the name of their file."""
-
-    def add(run: Analysis) -> Analysis:
-        if key in ANALYSES:
-            raise ValueError(f"two analyses are named {key}")
-        ANALYSES[key] = run
-        return run
-
-    return add
+analysis = Registry[Analysis]("analysis")
 
 
 def analyse(study: Study, bootstrap: Bootstrap) -> Analyses:
@@ -92,7 +81,7 @@ def analyse(study: Study, bootstrap: Bootstrap) -> Analyses:
         part = study if len(sets) == 1 else with_seeds(study, seeds)
         drawn = bootstrap if part is study else Bootstrap(part, bootstrap.samples, bootstrap.seed)
         outcomes = Outcomes(part, drawn, seeds_name(seeds) if len(sets) > 1 else "", found)
-        for key, run in ANALYSES.items():
+        for key, run in analysis.items():
             for asked in study.recipe.get(key) or ():
                 for name, entry in run(outcomes, asked):
                     found.entries[name].append(entry)
@@ -142,7 +131,7 @@ def _pareto(outcomes: Outcomes, asked: Mapping[str, Any]) -> Iterator[tuple[str,
             yield "pareto", {**what, "verdict": verdict(candidates), "points": candidates}
 
 
-if ANALYSES.keys() != PARTS.keys() - {"figures", "separate", "resources"}:
+if analysis.keys() != PARTS.keys() - {"figures", "separate", "resources"}:
     raise ValueError("the analyses are not those of a recipe")
 
 
