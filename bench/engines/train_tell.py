@@ -17,7 +17,7 @@ from tell.mix.mixture import Mixture
 from tell.models.find import find_model
 from tell.models.load import load_model
 from tell.rows.row_table import RowTable
-from tell.train.trainer import StepReport, Trainer
+from tell.train.trainer import StepReport, Trainer, TrainingHooks, TrainingJob
 
 
 def run(channel: Channel, spec: dict[str, Any]) -> None:
@@ -43,17 +43,9 @@ def run(channel: Channel, spec: dict[str, Any]) -> None:
             meter.tokens += report.tokens
             meter.step()
 
-        trainer = Trainer(
-            loaded.model,
-            mixture.tables,
-            mixture,
-            config,
-            folder=Path(build.folder),
-            log=Path(build.folder) / "log.jsonl",
-            seed=spec["seed"],
-            device=loaded.device,
-            progress=progress,
-        )
+        folder = Path(build.folder)
+        job = TrainingJob(mixture.tables, mixture, config, spec["seed"], folder, folder / "log.jsonl")
+        trainer = Trainer(loaded.model, job, device=loaded.device, hooks=TrainingHooks(progress=progress))
 
         def train() -> None:
             reset_peak()

@@ -112,7 +112,7 @@ def resumed(device: str) -> dict[str, Any]:
     from bench.engines.train_tell import _mixture
     from tell.config import TrainConfig
     from tell.errors import Interrupted
-    from tell.train.trainer import Trainer
+    from tell.train.trainer import Trainer, TrainingHooks, TrainingJob
 
     rows, out = rows_for("tiny", 48, 0.2), {}
     mixture = _mixture(rows, torch.randperm(48, generator=torch.Generator().manual_seed(1)).numpy())
@@ -128,10 +128,8 @@ def resumed(device: str) -> dict[str, Any]:
                     return len(asked) == stop_after
 
                 place = Path(folder) / name
-                trainer = Trainer(
-                    model, mixture.tables, mixture, config, folder=place, log=place / "log.jsonl", seed=1,
-                    device=device, stopped=stopped,
-                )  # fmt: skip
+                job = TrainingJob(mixture.tables, mixture, config, 1, place, place / "log.jsonl")
+                trainer = Trainer(model, job, device=device, hooks=TrainingHooks(stopped=stopped))
                 try:
                     trainer.run()
                 except Interrupted:

@@ -20,12 +20,12 @@ __version__ = "0.1.0"
 
 _PLACES = {
     "tune": "tell.run.tune",
-    "plan": "tell.run.plan",
+    "plan": "tell.verbs.plan_run",
     "evaluate": "tell.verbs.evaluate",
     "demo": "tell.verbs.demo",
     "chat": "tell.verbs.chat",
     "write_report": "tell.report.write",
-    "write_anchor": "tell.run.choose_anchor",
+    "write_anchor": "tell.verbs.write_anchor",
     "separate": "tell.verbs.separate",
     "build_halu_cot_json": "tell.paper.halu_cot_json",
     "build_is_en_news": "tell.paper.is_en_news",
@@ -40,6 +40,23 @@ _PLACES = {
     "Example": "tell.data.example",
     "RunFolder": "tell.folder",
     "TellError": "tell.errors",
+    # The steps of `tune`, each of which can be called alone.
+    "Journal": "tell.run.journal",
+    "Session": "tell.run.session",
+    "ModelCache": "tell.run.session",
+    "Prepared": "tell.run.prepare",
+    "Trust": "tell.run.claim",
+    "Findings": "tell.run.metrics",
+    "load_task": "tell.run.task",
+    "read_inputs": "tell.run.tune",
+    "open_session": "tell.run.tune",
+    "settle_anchor": "tell.run.tune",
+    "prepare": "tell.run.prepare",
+    "write_plan": "tell.run.record",
+    "train_arms": "tell.run.train_arms",
+    "measure_arms": "tell.run.measure",
+    "run_metrics": "tell.run.metrics",
+    "write_results": "tell.run.metrics",
 }
 __all__ = ["__version__", *_PLACES]
 

@@ -9,27 +9,27 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from tell.errors import TellError
 from tell.files import parse_yaml, read_text
+from tell.names import ARMS
 from tell.presets import PRESETS, general_tokens_for
 
-Arm = Literal["base", "base+anchor", "icl", "sft", "sft-matched", "general", "tell", "tell-anchor"]
-ARMS: tuple[str, ...] = get_args(Arm)
+if TYPE_CHECKING:
+    ArmName = str
+else:
+    ArmName = Literal[tuple(ARMS)]
 Device = Literal["auto", "cuda", "xpu", "mps", "cpu"]
 DEVICES: tuple[str, ...] = get_args(Device)[1:]  # in the order in which auto looks for them
 GENERAL_AMOUNTS = ("ratio", "tokens", "rows")  # the ways of saying how much general data
-GENERAL_SOURCES = ("auto", "builtin", "self", "none")  # what `general.source` may name besides a file or a hub name
-DEFAULT_ARMS: tuple[Arm, ...] = ("base", "base+anchor", "icl", "sft", "sft-matched", "tell", "tell-anchor")
-TRAINED_ARMS = frozenset({"sft", "sft-matched", "general", "tell"})
-
+DEFAULT_ARMS: tuple[ArmName, ...] = ("base", "base+anchor", "icl", "sft", "sft-matched", "tell", "tell-anchor")
 
 LARGEST = 10**7  # of counts that memory or time grows with: more is a typing error
-_UNWRITABLE = re.compile("[\\0\ud800-\udfff]")  # surrogates stand for bytes of an argument that are no UTF-8
+_UNWRITABLE = re.compile("[\\0\ud800-\udfff]")  # surrogates stand for bytes of an argument that are not UTF-8
 
 
 class Section(BaseModel):
@@ -40,7 +40,7 @@ class Section(BaseModel):
     def _writable(cls, value: Any) -> Any:
         """No text that can be neither saved nor a file's name."""
         if isinstance(value, str) and _UNWRITABLE.search(value):
-            raise ValueError("holds a character that is no UTF-8, or NUL")
+            raise ValueError("holds a character that is not UTF-8, or NUL")
         return value
 
 
@@ -100,7 +100,7 @@ class SelfConfig(Section):
 
 
 class GeneralConfig(Section):
-    """General data; at most one of ratio, tokens, rows says how much, else the task's tokens (method.md)."""
+    """Set at most one of `ratio`, `tokens`, `rows`; the default follows the size of the task (docs/method.md)."""
 
     source: str = Field(
         "auto",
@@ -123,14 +123,9 @@ class GeneralConfig(Section):
         return self.tokens is None and self.rows is None and self.ratio != 0
 
     @property
-    def empty(self) -> bool:
-        """Whether no general row is asked for."""
-        return self.source == "none" or 0 in self._given().values()
-
-    @property
-    def is_given(self) -> bool:
-        """Whether the source is the user's: a file or a hub name."""
-        return self.source not in GENERAL_SOURCES
+    def is_zero(self) -> bool:
+        """Whether the amount is zero."""
+        return 0 in self._given().values()
 
     def _given(self) -> dict[str, float]:
         return {way: value for way in GENERAL_AMOUNTS if (value := getattr(self, way)) is not None}
@@ -211,7 +206,7 @@ class GenerateConfig(Section):
 
 
 class EvalConfig(Section):
-    arms: tuple[Arm, ...] = Field(DEFAULT_ARMS, description="what is trained and scored")
+    arms: tuple[ArmName, ...] = Field(DEFAULT_ARMS, description="what is trained and scored")
     icl_examples: int = Field(8, ge=1, description="training examples in context, as many as fit")
     bootstrap: int = Field(2000, ge=100, le=100_000, description="resamples for 95 % intervals")
     forgetting_rows: int = Field(64, ge=0, description="general rows for loss before and after; 0 turns it off")

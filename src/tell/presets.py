@@ -58,7 +58,7 @@ def repeat_for(rows: int) -> int:
 
 
 def general_tokens_for(task_tokens: int) -> float:
-    """General tokens beside so many task tokens, rows counted once: 1e5, within 1 and 10 times the task's.
+    """General tokens for so many task tokens, rows counted once: 1e5, within 1 and 10 times the task's.
 
     From 3e4 to 1e5 did as well as any other amount up to 3e5, with 15 rows (8e3 tokens) and with 115 (6e4) of one
     task (docs/study.md); with 2e5, 15 rows fell behind. Tasks of more than 1e5 tokens were not measured.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 Advance = Callable[..., None]  # advance(amount: float, info: str = "", left: float | None = None)
@@ -16,18 +16,12 @@ class Display(Protocol):
         """One line worth keeping on the screen."""
         ...
 
-    def bar(self, title: str, total: float | None, unit: str = "rows") -> _Bar:
+    def bar(self, title: str, total: float | None, unit: str = "rows") -> AbstractContextManager[Advance]:
         """A context manager that yields ``advance(amount, info="", left=None)``; ``total`` None: of unknown length.
 
         ``left`` is how many seconds it still takes, where the caller knows better than the pace so far.
         """
         ...
-
-
-class _Bar(Protocol):
-    def __enter__(self) -> Advance: ...
-
-    def __exit__(self, *args: object) -> bool | None: ...
 
 
 class Silent:

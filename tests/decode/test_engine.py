@@ -19,7 +19,7 @@ from tell.decode.engine import Engine, shared_prefix
 from tell.decode.sampler import Decoding
 from tell.errors import TellError
 from tell.kernels.decode_ops import kernels
-from tell.train.lora import adapter_merged, add_lora, remove_lora, save_adapter
+from tell.train.lora import add_lora, remove_lora, save_adapter
 from train.packed import load, wake
 
 
@@ -125,7 +125,7 @@ def test_merged_adapter_decodes_as_unmerged_peft(family, tiny_model, tmp_path):
     save_adapter(model, tmp_path)
     base = remove_lora(model)
     unmerged = PeftModel.from_pretrained(load(tiny_model(family)), tmp_path)
-    with adapter_merged(base, tmp_path):
+    with engine.adapter(tmp_path):
         tuned = answers(engine, prompts, decoding)
     assert tuned == reference(unmerged, prompts, decoding) and tuned != before
     assert answers(engine, prompts, decoding) == before

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import sys
 import types
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from tell.decode.engine import Answer
 from tell.decode.sampler import Decoding
 from tell.decode.vllm_engine import LONGEST, NEVER, VllmEngine, answer_of, pick_engine, reserved_rank, sampling
 from tell.errors import TellError
-from tell.train.lora import adapter_merged, add_lora, remove_lora, save_adapter
+from tell.train.lora import add_lora, remove_lora, save_adapter
 from train.packed import load
 
 
@@ -101,7 +100,7 @@ def vllm(monkeypatch):
         monkeypatch.setitem(sys.modules, name, module)
 
 
-def test_the_adapter_merged_at_the_time_is_asked_for(vllm, tiny_model, tmp_path):
+def test_adapters_are_requested_by_number(vllm, tiny_model, tmp_path):
     folder, model = tiny_model("llama"), load(tiny_model("llama"))
     for seed in (1, 2):
         tuned = add_lora(model, TrainConfig(lora_r=4), seed=seed)
@@ -115,7 +114,7 @@ def test_the_adapter_merged_at_the_time_is_asked_for(vllm, tiny_model, tmp_path)
     decoding = Decoding(64, (2,))
     answers, streamed, steps = [], [], []
     for adapter in (None, tmp_path / "1", tmp_path / "2", tmp_path / "1"):
-        with adapter_merged(model, adapter):
+        with engine.adapter(adapter):
             answers += engine.generate(
                 [[5, 6], [7]], decoding, limits=[3, 9], on_token=lambda *x: streamed.append(x),
                 progress=lambda *x: steps.append(x),
@@ -140,7 +139,7 @@ def test_a_broken_adapter_or_a_full_prompt_is_refused(vllm, tiny_model, tmp_path
         engine.generate([[1], [1, 2, 3, 4]], Decoding(8, (2,)))
     with pytest.raises(ValueError, match="1 limits for 2 prompts"):
         engine.generate([[1], [1, 2]], Decoding(8, (2,)), limits=[3])
+    (tmp_path / "adapter_model.safetensors").touch()
     (tmp_path / "adapter_config.json").write_text("{half")
-    engine.model._tell_adapter = tmp_path
-    with pytest.raises(json.JSONDecodeError):
-        engine.generate([[1]], Decoding(8, (2,)))
+    with pytest.raises(TellError, match=r"adapter_config\.json"), engine.adapter(tmp_path):
+        pass

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from tell.anchor.anchor import Anchor
-from tell.config import ARMS, Config, load_config, merge
+from tell.config import Config, load_config, merge
 from tell.folder import RunFolder, read_jsonl
 from tell.mix.manifest import read_manifest
-from tell.progress import Silent
-from tell.run.general_rows import load_general
-from tell.run.prepare import load_task, task_table
+from tell.names import ARMS
+from tell.run.general_rows import read_general
+from tell.run.task import limit_task, load_task, task_table
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PROBE = Path(__file__).parents[2] / "src/tell/score/probe/general.jsonl"
@@ -68,9 +68,9 @@ def trained_rows(folder: RunFolder, config: Config) -> list[tuple[str, str, str]
     """(source, content hash, decoded text) of every row the manifest lists, from the data as tokenised for training."""
     task = load_task(config)
     anchor = Anchor.load(folder.anchor)
-    tables = {"task": task_table(task, anchor, task.train)}
-    if config.general.source not in ("none", "self"):
-        tables["general"] = load_general(task, config.general.source, Silent()).table
+    tables = {"task": task_table(limit_task(task, anchor), anchor)}
+    if (general := read_general(task)) is not None:
+        tables["general"] = general.table
     found = {
         (name, str(key)): task.chat.backend.decode(table.row(i)[0].tolist(), skip_special_tokens=False)
         for name, table in tables.items()
@@ -149,7 +149,7 @@ def steady_pace(monkeypatch: Any, *, train: float, decode: float) -> None:
     """Let --max-minutes go by these speeds in tokens a second, whatever the machine does meanwhile."""
     from tell.run.speed import keep_speed
 
-    def measure(task: Any, table: Any, loaded: Any, engine: Any) -> None:
-        keep_speed(task, loaded, train, decode)
+    def measure(task: Any, table: Any, session: Any) -> None:
+        keep_speed(task, session.loaded, train, decode)
 
-    monkeypatch.setattr("tell.run.tune.measure_pace", measure)
+    monkeypatch.setattr("tell.run.in_time.measure_pace", measure)

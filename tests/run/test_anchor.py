@@ -12,7 +12,7 @@ from tell.errors import TellError
 from tell.models.load import load_model
 from tell.progress import Silent
 from tell.run.choose_anchor import short_runs
-from tell.run.prepare import limited_rows, load_task
+from tell.run.task import limited_rows, load_task
 from tell.score.intervals import difference
 from tell.score.means import mean_metric
 from tell.train.trainer import Trainer

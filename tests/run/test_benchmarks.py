@@ -187,7 +187,7 @@ def test_what_is_refused(copy, questions, tmp_path, tiny_model):
     harness()
     with pytest.raises(TellError, match=r"unknown benchmark 'gsm'; did you mean gsm8k\?"):
         benchmark(copy.root, ["gsm"], data=str(questions))
-    with pytest.raises(TellError, match="no benchmark is asked for"):
+    with pytest.raises(TellError, match="no benchmark is requested"):
         benchmark(copy.root)
     with pytest.raises(TellError, match="holds no file for gsm8k"):
         benchmark(copy.root, ["gsm8k"], data=str(tmp_path))

@@ -12,7 +12,7 @@ from run.runs import ALL_ARMS, PROBE, config_of
 from tell.errors import TellError
 from tell.progress import Silent
 from tell.run.plan import describe_plan, plan_general
-from tell.run.prepare import anchor_of, limit_task, load_task, task_table
+from tell.run.task import anchor_of, limit_task, load_task, task_table
 from tell.run.time_budget import (
     LEAST_REPEAT,
     LEAST_TEST_ROWS,

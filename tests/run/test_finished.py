@@ -17,10 +17,9 @@ from run.runs import ALL_ARMS, FILES, check_anchor_and_counts, comparable, is_nu
 from tell.anchor.anchor import Anchor
 from tell.folder import read_jsonl
 from tell.mix.manifest import read_manifest
-from tell.progress import Silent
 from tell.run.claim import LOCK, read_run_config
-from tell.run.general_rows import load_general
-from tell.run.prepare import load_task
+from tell.run.general_rows import read_general
+from tell.run.task import load_task
 
 
 def test_every_file_is_there(finished):
@@ -89,7 +88,7 @@ def test_forgetting_before_and_after(finished):
 def test_held_out_rows_are_not_in_the_mix(finished):
     folder, config = finished
     task = load_task(config)
-    general = load_general(task, config.general.source, Silent())
+    general = read_general(task)
     held = {str(key) for key in general.table.hashes[general.held_out]}
     mixed = {row["hash"] for row in read_manifest(folder.manifest).to_pylist() if row["source"] == "general"}
     assert len(held) == 4 and len(mixed) == 10 and not held & mixed

@@ -11,7 +11,7 @@ import tell
 from run.runs import config_of, read
 from tell.data.example import Message
 from tell.errors import TellError
-from tell.run.prepare import load_task
+from tell.run.task import load_task
 from tell.verbs.evaluate import evaluate
 from tell.verbs.open_run import open_run
 

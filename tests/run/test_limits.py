@@ -10,7 +10,7 @@ import tell
 from run.runs import config_of
 from tell.errors import TellError
 from tell.models.find import find_model
-from tell.run.prepare import load_task
+from tell.run.task import load_task
 
 
 def positions_of(model) -> int:

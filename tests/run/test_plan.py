@@ -15,7 +15,7 @@ from tell.progress import Silent
 from tell.run.arms import arm_mixtures
 from tell.run.general_rows import load_general
 from tell.run.plan import arm_costs, plan_general
-from tell.run.prepare import CACHED_ROWS, anchor_of, limit_task, load_task, task_table
+from tell.run.task import CACHED_ROWS, anchor_of, limit_task, load_task, task_table
 
 
 def test_plan_is_what_the_run_does(finished):

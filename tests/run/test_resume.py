@@ -154,7 +154,9 @@ def test_what_is_given_up_after_training_is_given_up_when_resumed(tiny_model, tm
     """A leading arm slower than predicted costs test rows; a resumed run scores the same, as split.json says."""
     monkeypatch.setenv("TELL_HOME", str(tmp_path / "home"))
     steady_pace(monkeypatch, train=30_000, decode=3000)
-    monkeypatch.setattr("tell.run.tune.keep_speed", lambda task, loaded, speed: keep_speed(task, loaded, speed, 12))
+    monkeypatch.setattr(
+        "tell.run.train_arms.keep_speed", lambda task, loaded, speed: keep_speed(task, loaded, speed, 12)
+    )
     sections = {
         "general": {"source": str(PROBE), "rows": 40},
         "task": {"rows": 6, "test_rows": 90},

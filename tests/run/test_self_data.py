@@ -18,13 +18,13 @@ from tell.config import load_config
 from tell.decode.engine import Engine
 from tell.errors import Interrupted
 from tell.folder import read_jsonl
-from tell.run import self_written as self_data
 from tell.mix.manifest import read_manifest
 from tell.models.load import load_model
 from tell.progress import Silent
 from tell.rows.template import ChatTokenizer
-from tell.run.prepare import load_task
+from tell.run import self_written as self_data
 from tell.run.self_written import MARK, enough_of, is_good, self_file, user_header, write_self_data
+from tell.run.task import load_task
 
 SHORT = {"prompts": "invented", "max_prompt_tokens": 24, "max_answer_tokens": 32}
 

@@ -17,7 +17,7 @@ from tell.data.example import Example, Message
 from tell.errors import TellError
 from tell.rows.template import ChatTokenizer
 from tell.run.answers import arm_prompts, check_prompts
-from tell.run.prepare import limit_task, load_task
+from tell.run.task import limit_task, load_task
 
 ANCHOR = Anchor("Sort this mail.")
 TRAIN = [Example.pair(f"training mail {i}", f"answer {i}") for i in range(6)]

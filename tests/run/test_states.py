@@ -7,13 +7,13 @@ import json
 import numpy as np
 import pytest
 import torch
+from tell.run.hidden_states import general_queries, hidden_states, layer_numbers
 from transformers import AutoModelForCausalLM
 
 from run.runs import config_of
 from tell.errors import TellError
 from tell.progress import Silent
-from tell.run.hidden_states import general_queries, hidden_states, layer_numbers
-from tell.run.prepare import load_task
+from tell.run.task import load_task
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])

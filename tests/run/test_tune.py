@@ -22,7 +22,7 @@ from tell.folder import RunFolder
 from tell.mix.manifest import read_manifest
 from tell.progress import Silent
 from tell.rows.template import ChatTokenizer
-from tell.run.prepare import limit_task, load_task, task_table
+from tell.run.task import limit_task, load_task, task_table
 from tell.score.verdict import verdict
 
 FAMILIES = [
@@ -227,15 +227,14 @@ def test_test_rows_given_or_split_off(finished, tiny_model):
     task = load_task(config_of(tiny_model("llama"), task={"test": None, "test_rows": None}))
     parts = [{e.hash for e in part} for part in (task.train, task.validation, task.test)]
     assert sum(map(len, parts)) == 72 and len(set.union(*parts)) == 72 and len(parts[2]) == 22
-    assert task.findings["test"] is None
+    assert task.facts.test is None
 
 
 def test_task_budgets_are_nested(tiny_model):
     def chosen(**budget) -> tuple[set[str], int]:
-        task = load_task(config_of(tiny_model("llama"), task={"rows": None, **budget}))
         anchor = Anchor("Sort this mail.")
-        limit_task(task, anchor)
-        return {e.hash for e in task.train}, int(task_table(task, anchor, task.train).unit.sum())
+        task = limit_task(load_task(config_of(tiny_model("llama"), task={"rows": None, **budget})), anchor)
+        return {e.hash for e in task.train}, int(task_table(task, anchor).unit.sum())
 
     rows = [chosen(rows=n)[0] for n in (3, 10, 40)]
     assert [len(part) for part in rows] == [3, 10, 40] and rows[0] < rows[1] < rows[2]
@@ -266,7 +265,7 @@ def test_bad_input_leaves_nothing(tiny_model, tmp_path):
 
 def test_a_run_is_done_once_its_report_is_written(tiny_model, tmp_path, monkeypatch):
     """The page says of the run what it will be, and a page that fails is no run that is done."""
-    import tell.report.page as page
+    import tell.run.tune as page
 
     config = config_of(tiny_model("llama"), tmp_path / "run", eval={"arms": ["base"]})
     whole = page.write_page

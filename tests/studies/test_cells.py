@@ -10,8 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from run.runs import EXAMPLES, PROBE
-from tell.config import ARMS, load_config
+from tell.config import load_config
 from tell.data.subset import take_rows
+from tell.names import ARMS
 from tell.run.claim import with_full_paths
 from tell.studies import content
 from tell.studies.cells import grid_of, make_cell

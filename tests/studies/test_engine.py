@@ -195,7 +195,7 @@ def test_numbers_of_files_that_changed_meanwhile_are_thrown_away(recipe, tmp_pat
 
 def test_a_signal_at_the_end_of_a_cell_stops_the_study_too(recipe, tmp_path, monkeypatch):
     """It comes when the run asks no more: the run is finished, and the study goes no further."""
-    import tell.report.page as page
+    import tell.run.tune as page
 
     write_page = page.write_page
 

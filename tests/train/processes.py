@@ -21,7 +21,7 @@ from tell.mix.amount import general_rows
 from tell.mix.mixture import build
 from tell.train.launch import launched
 from tell.train.parallel import Processes
-from tell.train.trainer import Trainer
+from tell.train.trainer import Trainer, TrainingHooks, TrainingJob
 from train.packed import load, make_rows, make_table
 
 CONFIG = TrainConfig(
@@ -65,12 +65,13 @@ def recorded() -> Iterator[list[dict[str, torch.Tensor]]]:
         torch.nn.utils.clip_grad_norm_ = clip
 
 
-def train(model: Path, folder: Path, config: TrainConfig, *, broken: bool = False, resume: bool = False, **options):
+def train(model: Path, folder: Path, config: TrainConfig, *, broken=False, resume=False, stopped=None, processes=None):
     """(gradients of each step, result, base model afterwards) of a run in ``folder``."""
     tables, mixture = mixture_of(broken=broken)
     log = folder / "logs" / "tell.jsonl"
     base = load(model, dtype=torch.bfloat16 if "bf16" in folder.name else torch.float32)
-    trainer = Trainer(base, tables, mixture, config, folder=folder / "adapter", log=log, seed=7, **options)
+    job = TrainingJob(tables, mixture, config, 7, folder / "adapter", log)
+    trainer = Trainer(base, job, hooks=TrainingHooks(stopped=stopped), processes=processes)
     with recorded() as gradients:
         return gradients, trainer.run(resume=resume), base
 

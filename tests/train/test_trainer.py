@@ -25,7 +25,7 @@ from tell.train.checkpoint import save_checkpoint
 from tell.train.lora import add_lora
 from tell.train.plain import PlainBody
 from tell.train.step import Body, step_loss
-from tell.train.trainer import Trainer, _add_noise, learning_rate, step_rows
+from tell.train.trainer import Trainer, TrainingHooks, TrainingJob, _add_noise, learning_rate, step_rows
 from tell.train.transfer import trains_fast
 from train.packed import assert_close, gradients, load, make_rows, make_table, reference_loss, wake
 
@@ -43,10 +43,10 @@ def mixture_of(task: int = 3, general: int = 11, *, seed: int = 0, ids: int = 0)
     return tables, build(tables, general=draw, repeat=2, order="shuffle", seed=seed)
 
 
-def trainer(model, folder: Path, config: TrainConfig = CONFIG, *, mix=None, seed: int = 7, **options) -> Trainer:
+def trainer(model, folder: Path, config: TrainConfig = CONFIG, *, mix=None, seed: int = 7, **hooks) -> Trainer:
     tables, mixture = mix or mixture_of()
-    log = folder / "logs" / "tell.jsonl"
-    return Trainer(model, tables, mixture, config, folder=folder / "adapter", log=log, seed=seed, **options)
+    job = TrainingJob(tables, mixture, config, seed, folder / "adapter", folder / "logs" / "tell.jsonl")
+    return Trainer(model, job, hooks=TrainingHooks(**hooks))
 
 
 def adapter(folder: Path) -> dict[str, torch.Tensor]:

@@ -32,7 +32,7 @@ def chat(
     trust_remote_code: Annotated[bool, TRUST_CODE] = False,
 ) -> None:
     """Chat with the tuned model, or with --arm base to compare."""
-    from tell.config import ARMS
+    from tell.names import ARMS
 
     if arm not in ARMS:
         raise TellError(

@@ -54,7 +54,7 @@ def arms(text: str) -> tuple[str, ...]:
     Raises:
         TellError: an unknown arm (with the nearest name), or none.
     """
-    from tell.config import ARMS
+    from tell.names import ARMS
 
     names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
     for name in names or ("",):

@@ -86,18 +86,19 @@ def evaluate(
     from tell.cli.display import make_console, make_display
     from tell.cli.output import only_json
     from tell.cli.tables import show_metrics
+    from tell.run.claim import Trust
 
+    overrides = [*(sets or ())]
+    overrides += [] if greedy is None else [f"generate.greedy={str(greedy).lower()}"]
+    overrides += [] if chosen is None else [f"seed={chosen}"]
     with only_json(as_json) as emit:
         metrics = tell.evaluate(
             run,
             arms=wanted,
             test=test,
-            greedy=greedy,
-            seed=chosen,
             rows=limit,
-            overrides=tuple(sets or ()),
-            trust_remote_code=trust_remote_code,
-            trust_scorer=trust_scorer,
+            overrides=overrides,
+            trust=Trust(trust_remote_code, trust_scorer),
             display=make_display(),
         )
         if as_json:
@@ -110,10 +111,12 @@ def _benchmark(run: Path, arms: tuple[str, ...] | None, asked: dict[str, Any], a
     from tell.cli.display import make_console, make_display
     from tell.cli.output import only_json
     from tell.cli.tables import benchmarks_table
-    from tell.run.benchmarks.run_benchmarks import benchmark
+    from tell.verbs.benchmark import BenchmarkOptions, benchmark
 
+    names, trust = asked.pop("benchmarks"), asked.pop("trust_remote_code")
     with only_json(as_json) as emit:
-        metrics = benchmark(run, arms=arms, display=make_display(), **asked)
+        options = BenchmarkOptions(**asked)
+        metrics = benchmark(run, names, arms=arms, options=options, trust_remote_code=trust, display=make_display())
         if as_json:
             emit(metrics)
         else:

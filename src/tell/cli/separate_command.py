@@ -49,16 +49,13 @@ def separate(
     import tell
     from tell.cli.display import make_console, make_display
     from tell.cli.output import only_json, say
+    from tell.verbs.separate import Comparison
 
     with only_json(as_json) as emit:
         result = tell.separate(
             config,
             run=run,
-            layer=layer,
-            queries=rows,
-            state=kind,
-            adapter=adapter,
-            match_length=match_length,
+            compare=Comparison(layer, rows, kind, match_length, adapter),
             out=out,
             overwrite=overwrite,
             display=make_display(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -15,6 +16,7 @@ from tell.decode.layers import describe
 from tell.decode.room import answer_limits, rows_that_fit, token_bytes
 from tell.decode.sampler import Decoding, uniforms
 from tell.kernels.decode_ops import kernels
+from tell.train.lora import adapter_merged
 from tell.train.memory import free_bytes
 from tell.train.step import Body
 
@@ -80,6 +82,12 @@ class Engine:
         self._fixed = False
         self._packed: Packed | None = None
         self.max_positions = max_positions or getattr(config, "max_position_embeddings", None) or 1 << 30
+
+    @contextmanager
+    def adapter(self, folder: Path | None) -> Iterator[None]:
+        """Decodes inside with an adapter merged into the model's weights."""
+        with adapter_merged(self.model, folder):
+            yield
 
     @torch.inference_mode()
     def generate(

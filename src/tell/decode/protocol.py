@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
 
     from tell.decode.engine import Answer
@@ -13,11 +16,18 @@ if TYPE_CHECKING:
 
 
 class DecodingEngine(Protocol):
-    """Decodes with a model whose adapter, if any, is merged."""
+    """Decodes with a base model, or inside ``adapter`` with a fine-tuned one."""
 
     name: str
     device: torch.device
     max_positions: int
+
+    def adapter(self, folder: Path | None) -> AbstractContextManager[None]:
+        """Answers inside come from the model with the LoRA adapter in ``folder``; None for the base model.
+
+        The weights of the transformers model have it merged meanwhile, so that losses are the adapter's too.
+        """
+        ...
 
     def generate(
         self,
@@ -26,7 +36,7 @@ class DecodingEngine(Protocol):
         *,
         limits: Sequence[int] | None = None,
         progress: Callable[[int, float], None] | None = None,
-        on_token: Callable[[int, int], None] | None = None,
+        on_token: Callable[[int, int], object] | None = None,
     ) -> list[Answer]:
         """Answers in the order of ``prompts``; see `tell.decode.engine.Engine.generate`."""
         ...

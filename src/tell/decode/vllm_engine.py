@@ -7,16 +7,19 @@ it is another answer unless decoding is greedy. Not measured by us: written afte
 from __future__ import annotations
 
 import importlib.util
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tell.decode.engine import Answer
 from tell.decode.room import answer_limits
 from tell.decode.sampler import Decoding
 from tell.errors import TellError
-from tell.train.lora import merged_adapter
+from tell.train.lora import adapter_merged
+
+if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
 
 RANKS = (8, 16, 32, 64, 128, 256, 512)  # sizes vLLM reserves for adapters
 LONGEST = 32_768  # tokens; vLLM refuses to start where its memory does not hold one sequence of full length
@@ -89,7 +92,7 @@ class VllmEngine:
 
     Args:
         folder: the base model's files.
-        model: the base model as training holds it; answers are given with the adapter merged into it at the time.
+        model: the base model as training holds it.
         max_positions: longest sequence, in tokens; at most ``LONGEST`` are taken.
         dtype: ``bf16`` or ``fp32``.
         rank: highest rank of the adapters to come.
@@ -123,14 +126,24 @@ class VllmEngine:
             skip_tokenizer_init=True,  # ids go in, ids come out
         )
         self._numbers: dict[tuple[str, int], int] = {}
+        self._lora: LoRARequest | None = None  # of the adapter in use
 
-    def _adapter(self, folder: Path | None) -> Any:
+    @contextmanager
+    def adapter(self, folder: Path | None) -> Iterator[None]:
+        """vLLM applies the adapter as it decodes; ``model`` has it merged, for losses."""
+        with adapter_merged(self.model, folder):
+            before, self._lora = self._lora, self._request(folder)
+            try:
+                yield
+            finally:
+                self._lora = before
+
+    def _request(self, folder: Path | None) -> LoRARequest | None:
         """vLLM caches adapters by number: a retrained one in the same folder gets a new number."""
         if folder is None:
             return None
         from vllm.lora.request import LoRARequest
 
-        json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))  # fails here, not in a worker
         written = (folder / "adapter_model.safetensors").stat().st_mtime_ns
         number = self._numbers.setdefault((str(folder), written), len(self._numbers) + 1)
         return LoRARequest(f"adapter-{number}", number, str(folder))
@@ -159,7 +172,7 @@ class VllmEngine:
         outputs = self.llm.generate(
             [{"prompt_token_ids": list(prompt)} for prompt in prompts],
             parameters,
-            lora_request=self._adapter(merged_adapter(self.model)),
+            lora_request=self._lora,
             use_tqdm=False,
         )
         answers = []

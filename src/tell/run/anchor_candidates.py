@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -12,13 +11,11 @@ from tell.anchor.anchor import Anchor, Origin
 from tell.anchor.derive import derived_anchor
 from tell.config import Config
 from tell.data.example import Example, Message
-from tell.data.kind import Kind
-from tell.decode.sampler import Decoding
-from tell.progress import Display
 from tell.rows.template import ChatTokenizer
 from tell.rows.tokenize import RowRules, tokenize
+from tell.run.session import Session
+from tell.run.task import Task
 from tell.seeds import permutation
-from tell.train.step import row_losses
 
 MOST_TOKENS = 120
 SHOWN_CHARACTERS = 600
@@ -54,82 +51,63 @@ class Candidate:
         return round(float(np.nanmean(self.losses)), 6)
 
     def to_dict(self) -> dict:
-        """As it stands in ``anchor.json``."""
+        """As in ``anchor.json``."""
         out = {"text": self.text, "origin": self.origin, "score": self.score}
         return {**out, "reason": self.reason} if self.reason else out
 
 
-def write_anchor_candidates(
-    config: Config,
-    chat: ChatTokenizer,
-    model: Any,
-    engine: Any,
-    train: Sequence[Example],
-    validation: Sequence[Example],
-    kind: Kind,
-    display: Display,
-    check: Callable[[], None] = lambda: None,
-    compare: Sequence[str] = (),
-) -> list[Candidate]:
+def write_anchor_candidates(task: Task, session: Session, compare: Sequence[str] = ()) -> list[Candidate]:
     """Let the untuned model write instructions, and score each by how likely the right answers are under it.
 
     Args:
-        model, engine: the untuned model and its decoder.
-        train: examples shown; each candidate sees a seeded sample of its own.
-        validation: rows the candidates are scored on (training rows where there are none).
-        kind: a candidate composed from the schema or labels competes too.
+        task: its training rows are shown, a seeded sample to each candidate; its validation rows are what candidates
+            are scored on (training rows where there are none). A candidate composed from its kind competes too.
         compare: texts written by hand, which compete with them.
 
     Returns:
         All candidates, the best score first, those thrown away last.
     """
+    place = task.config.anchor.place
     texts: list[tuple[str, Origin]] = [(text, "hand") for text in compare]
-    derived = derived_anchor(kind, config.anchor.place)
+    derived = derived_anchor(task.kind, place)
     if derived and derived.text not in compare:
         texts.append((derived.text, "derived"))
     thrown: list[Candidate] = []
-    for text, finish in _written(config, chat, engine, train, display, check):
+    for text, finish in _written(task, session):
         if reason := _unusable(text, finish, [t for t, _ in texts]):
             thrown.append(Candidate(text, "self", reason=reason))
         else:
             texts.append((text, "self"))
     if not texts:  # free text and nothing usable written: the plainest instruction that is true
         texts.append(("Answer in the way of this task.", "derived"))
-    rows = list(validation)[:SCORED_ROWS] or list(train)[:SCORED_ROWS]
+    rows = task.validation[:SCORED_ROWS] or task.train[:SCORED_ROWS]
     scored: list[Candidate] = []
-    with display.bar("anchor: score candidates", len(texts), "candidates") as advance:
+    with session.display.bar("anchor: score candidates", len(texts), "candidates") as advance:
         for text, origin in texts:
-            losses = anchor_losses(config, chat, model, rows, Anchor(text, config.anchor.place), engine.device)
-            scored.append(Candidate(text, origin, losses))
+            scored.append(Candidate(text, origin, anchor_losses(session, rows, Anchor(text, place))))
             advance(1)
-            check()
+            session.check()
     scored.sort(key=lambda c: np.inf if c.score is None else c.score)
     return [*scored, *thrown]
 
 
-def anchor_losses(
-    config: Config, chat: ChatTokenizer, model: Any, rows: Sequence[Example], anchor: Anchor, device: Any
-) -> np.ndarray:
+def anchor_losses(session: Session, rows: Sequence[Example], anchor: Anchor) -> np.ndarray:
     """(rows,) mean nll in nats a token of each row's answer behind the anchor; NaN where the row is too long."""
-    rules = RowRules(config.train.max_length, "drop", "drop")
-    table = tokenize(rows, chat, source="task", anchor=anchor, rules=rules)
+    rules = RowRules(session.config.train.max_length, "drop", "drop")
+    table = tokenize(rows, session.chat, source="task", anchor=anchor, rules=rules)
     out = np.full(len(rows), np.nan)
     dropped = {lost.origin for lost in table.dropped}
     kept = [i for i, row in enumerate(rows) if row.origin not in dropped]
-    out[kept] = row_losses(model, table, micro_tokens=config.train.micro_tokens, device=device)
+    out[kept] = session.row_losses(table)
     return out
 
 
-def _written(
-    config: Config,
-    chat: ChatTokenizer,
-    engine: Any,
-    train: Sequence[Example],
-    display: Display,
-    check: Callable[[], None],
-) -> list[tuple[str, str]]:
+def _written(task: Task, session: Session) -> list[tuple[str, str]]:
     """What the model writes, and how each text came to its end."""
-    prompts = [_prompt(chat, train, config, i, engine.max_positions) for i in range(config.anchor.candidates)]
+    from tell.decode.sampler import Decoding
+
+    config, chat, positions = task.config, session.chat, session.engine.max_positions
+    prompts = [_prompt(chat, task.train, config, i, positions) for i in range(config.anchor.candidates)]
     decoding = Decoding(
         max_new_tokens=MOST_TOKENS,
         stop_ids=chat.stop_ids,
@@ -139,13 +117,7 @@ def _written(
         repetition_penalty=1.05,
         seed=config.seed,
     )
-    with display.bar("anchor: the model writes candidates", len(prompts), "candidates") as advance:
-
-        def progress(_: int, further: float) -> None:
-            advance(further)
-            check()
-
-        answers = engine.generate(prompts, decoding, progress=progress)
+    answers = session.answer(prompts, decoding, "anchor: the model writes candidates")
     return [(_clean(chat.decode(answer.ids)), answer.finish) for answer in answers]
 
 

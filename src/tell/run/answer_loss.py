@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
 from tell.data.example import Example
 from tell.names import ANSWER_LOSS
-from tell.progress import Display
 from tell.rows.row_table import RowTable
 from tell.rows.template import ChatTokenizer
 from tell.rows.tokenize import RowRules, tokenize
+from tell.run.session import Session
 from tell.score.means import mean_metric
 from tell.score.scored import Metric
 
@@ -31,46 +30,26 @@ def kept_answer_losses(rows: Sequence[dict]) -> np.ndarray | None:
 
 
 def answer_losses(
-    model: Any,
-    chat: ChatTokenizer,
-    prompts: Sequence[Sequence[int]],
-    test: Sequence[Example],
-    *,
-    positions: int | None,
-    micro_tokens: int,
-    device: Any,
-    title: str,
-    display: Display,
-    check: Callable[[], None] = lambda: None,
+    session: Session, prompts: Sequence[Sequence[int]], test: Sequence[Example], *, title: str
 ) -> np.ndarray:
     """(n,) mean nll, in nats a token, of each reference answer with its end of turn.
 
     Args:
-        model: with the arm's adapter merged.
+        session: with the arm's adapter applied.
         prompts: the arm's own, token ids.
         test: n examples, one for each prompt.
-        positions: longest row the model takes; None where it does not say.
-        check: called at every block of rows; may raise to stop.
 
     Returns:
-        NaN where the reference is empty, or prompt and answer together are longer than ``positions``.
+        NaN where the reference is empty, or prompt and answer together are longer than the model's positions.
     """
-    from tell.train.step import row_losses
-
-    answers = answer_ids(chat, test)
-    room = positions or ANY_LENGTH
+    answers = answer_ids(session.chat, test)
+    room = session.files.architecture.max_positions or ANY_LENGTH
     fits = [i for i, e in enumerate(test) if e.hash in answers and len(prompts[i]) + len(answers[e.hash]) <= room]
     values = np.full(len(test), np.nan)
-    if not fits:
-        return values
-    table = _table([(prompts[i], answers[test[i].hash]) for i in fits], [test[i] for i in fits])
-    with display.bar(title, len(fits)) as advance:
-
-        def progress(n: int) -> None:
-            advance(n)
-            check()
-
-        values[fits] = row_losses(model, table, micro_tokens=micro_tokens, device=device, progress=progress)
+    if fits:
+        table = _table([(prompts[i], answers[test[i].hash]) for i in fits], [test[i] for i in fits])
+        with session.display.bar(title, len(fits)) as advance:
+            values[fits] = session.row_losses(table, advance)
     return values
 
 

@@ -1,10 +1,11 @@
-"""Answers of an arm to the test rows, their scores, and the numbers that go into metrics.json."""
+"""How an arm is asked, what it answers, and the numbers of it that go into metrics.json."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,9 +14,10 @@ from tell.config import Config
 from tell.data.example import Example, Message
 from tell.data.kind import Kind
 from tell.errors import TellError
+from tell.folder import RunFolder
 from tell.models.architecture import Architecture
 from tell.models.flops import inference_flops
-from tell.progress import Display
+from tell.names import ARMS
 from tell.rows.template import ChatTokenizer
 from tell.rows.tokenize import unknown_token
 from tell.score.intervals import difference, estimate
@@ -25,9 +27,9 @@ from tell.seeds import permutation
 
 if TYPE_CHECKING:
     from tell.decode.sampler import Decoding
+    from tell.run.session import Session
 
 MOST_NEW_TOKENS = 1024
-WITHOUT_ANCHOR = frozenset({"base", "tell-anchor"})
 
 
 def scorer_of(config: Config, kind: Kind) -> Scorer:
@@ -75,36 +77,36 @@ def check_prompts(
             )
 
 
-def arm_prompts(
-    arm: str,
-    chat: ChatTokenizer,
-    anchor: Anchor,
-    test: Sequence[Example],
-    train: Sequence[Example],
-    *,
-    examples: int,
-    room: int,
-    seed: int,
-    shots: Sequence[Example] = (),
-) -> tuple[list[list[int]], int]:
-    """Token ids of the prompts of an arm, and the examples put in context.
+@dataclass(frozen=True)
+class Prompting:
+    """How the test rows become prompts.
 
-    Args:
-        arm: ``base`` and ``tell-anchor`` go without the anchor; ``icl`` has training examples in context.
-        examples: in-context examples wanted.
-        room: tokens a prompt may have; as many examples are used as fit beside the longest test prompt.
-        seed: decides which training rows are the examples, and their order; a file may be sorted.
-        shots: examples in every prompt of all arms but ``icl``, whatever the room; the anchor stands once, before
+    Attributes:
+        shots: examples in every prompt of all arms but those with examples in context; the anchor comes once, before
             the first.
+        examples: in-context examples wanted.
+        room: tokens a prompt may have; as many examples are used as fit with the longest test prompt.
+        seed: decides which training rows are the examples, and their order; a file may be sorted.
     """
-    if arm != "icl":
-        return [_shot_prompt(chat, example, arm_anchor(arm, anchor), shots) for example in test], 0
-    shown = [train[int(i)] for i in permutation(len(train), seed, "icl")[:examples]]
-    for n in range(len(shown), -1, -1):
-        prompts = [_shot_prompt(chat, example, anchor, shown[:n]) for example in test]
-        if n == 0 or max(map(len, prompts)) <= room:
-            return prompts, n
-    raise AssertionError("unreachable: n == 0 returns")
+
+    chat: ChatTokenizer
+    anchor: Anchor
+    shots: Sequence[Example]
+    examples: int
+    room: int
+    seed: int
+
+    def prompts(self, arm: str, test: Sequence[Example], train: Sequence[Example]) -> tuple[list[list[int]], int]:
+        """Token ids of the prompts of an arm, and how many training examples are put in context."""
+        if not ARMS[arm].in_context:
+            anchor = arm_anchor(arm, self.anchor)
+            return [_shot_prompt(self.chat, example, anchor, self.shots) for example in test], 0
+        shown = [train[int(i)] for i in permutation(len(train), self.seed, "icl")[: self.examples]]
+        while True:
+            prompts = [_shot_prompt(self.chat, example, self.anchor, shown) for example in test]
+            if not shown or max(map(len, prompts)) <= self.room:
+                return prompts, len(shown)
+            shown = shown[:-1]
 
 
 def _shot_prompt(chat: ChatTokenizer, example: Example, anchor: Anchor, shots: Sequence[Example]) -> list[int]:
@@ -135,34 +137,17 @@ def _turns(examples: Sequence[Example], system: Sequence[Message]) -> list[Messa
 
 
 def answer_rows(
-    engine: Any,
-    chat: ChatTokenizer,
-    prompts: Sequence[Sequence[int]],
-    test: Sequence[Example],
-    decoding: Decoding,
-    *,
-    title: str,
-    display: Display,
-    check: Callable[[], None] = lambda: None,
+    session: Session, prompts: Sequence[Sequence[int]], test: Sequence[Example], decoding: Decoding, arm: str
 ) -> list[dict]:
     """predictions/<arm>.jsonl without scores: an answer for each test row."""
-    with display.bar(title, len(test), "answers") as advance:
-        written = 0
-
-        def progress(new: int, further: float) -> None:
-            nonlocal written
-            written += new
-            advance(further, f"{written} tokens")
-            check()
-
-        answers = engine.generate(prompts, decoding, progress=progress)
+    answers = session.answer(prompts, decoding, f"answer {arm}")
     return [
         {
             "hash": example.hash,
             "origin": example.origin,
             "prompt": example.question,
             "reference": example.answer,
-            "answer": chat.answer(answer.ids),
+            "answer": session.chat.answer(answer.ids),
             "finish": answer.finish,
             "tokens": len(answer.ids),
         }
@@ -174,7 +159,7 @@ def score_rows(scorer: Scorer, rows: list[dict], more: Mapping[str, Metric] | No
     """Metrics over the rows; each row gets its own scores, and why it is invalid.
 
     Args:
-        more: metrics over the same rows that do not come from the answers; they stand behind the scorer's.
+        more: metrics over the same rows that do not come from the answers; they follow the scorer's.
     """
     metrics = scorer.score([r["answer"] for r in rows], [r["reference"] for r in rows]) | dict(more or {})
     explain = getattr(scorer, "why_invalid", None)
@@ -230,26 +215,24 @@ def eval_numbers(costs: Mapping[str, dict]) -> dict:
 
 
 def arm_anchor(arm: str, anchor: Anchor) -> Anchor:
-    """The run's anchor, or none for the arms that are asked without it."""
-    return NO_ANCHOR if arm in WITHOUT_ANCHOR else anchor
+    """The run's anchor, or none for an arm that is asked without it."""
+    return anchor if ARMS[arm].anchored else NO_ANCHOR
 
 
 def adapter_arm(arm: str) -> str | None:
-    """Which trained arm's adapter an arm answers with."""
-    if arm == "tell-anchor":
-        return "tell"
-    return arm if arm in ("sft", "sft-matched", "general", "tell") else None
+    """The trained arm whose adapter an arm answers with; None also for an arm of another version of TELL."""
+    return ARMS[arm].adapter if arm in ARMS else None
 
 
-def adapter_folder(root: Any, arm: str) -> Path | None:
+def adapter_folder(root: RunFolder, arm: str) -> Path | None:
     """The folder of the adapter an arm answers with, in a run folder; None for the untuned model."""
-    trained = adapter_arm(arm)
+    trained = ARMS[arm].adapter
     if trained is None:
         return None
     return root.adapter if trained == "tell" else root.arms / trained
 
 
-def adapter_ready(root: Any, arm: str) -> bool:
-    """Whether an arm can answer: it needs no adapter, or its adapter lies there."""
+def adapter_ready(root: RunFolder, arm: str) -> bool:
+    """Whether an arm can answer: it needs no adapter, or its adapter is there."""
     place = adapter_folder(root, arm)
     return place is None or (place / "adapter_model.safetensors").exists()

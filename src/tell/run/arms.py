@@ -1,65 +1,116 @@
-"""The arms of a run: which are asked for, which are trained, and what each is trained on."""
+"""The arms of a run: which are requested, which are trained, and what each is trained on."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
-from tell.config import TRAINED_ARMS, Config
+from tell.config import Config
+from tell.data.general import is_empty
 from tell.errors import TellError
 from tell.mix.amount import Draw
 from tell.mix.mixture import Mixture, build, build_repeated
+from tell.names import ARMS, TRAINED
 from tell.presets import repeat_for
 from tell.rows.row_table import RowTable
 from tell.run.general_rows import General
 
-ADAPTED = TRAINED_ARMS | {"tell-anchor"}
+Tables = Mapping[str, RowTable]
 
 
-def arm_mixtures(
-    config: Config, table: RowTable, general: General | None, draw: Draw | None
-) -> dict[str, tuple[dict[str, RowTable], Mixture]]:
-    """Tables and mixture of every arm that trains. An arm is a mixture, nothing else."""
-    seed, mix = config.seed, config.mix
-    tables = {"task": table}
-    if general is not None:
-        tables["general"] = general.table
-    tell = build(tables, general=draw, repeat=mix.repeat or repeat_for(len(table)), order=mix.order, seed=seed)
-    arms = {"tell": (tables, tell)}
-    only_task = {"task": table}
-    arms["sft"] = (only_task, build_repeated(table, len(table), seed))
-    arms["sft-matched"] = (only_task, build_repeated(table, len(tell), seed))
-    if general is not None and draw is not None and len(draw):
-        only_general = {"general": general.table}
-        arms["general"] = (only_general, build(only_general, general=draw, repeat=1, order=mix.order, seed=seed))
+@dataclass(frozen=True)
+class Ingredients:
+    """What mixtures are made of: the task's rows, the general rows drawn for them, and the settings."""
+
+    config: Config
+    table: RowTable
+    general: General | None
+    draw: Draw | None
+
+    @property
+    def tables(self) -> dict[str, RowTable]:
+        """By source."""
+        return {"task": self.table} | ({} if self.general is None else {"general": self.general.table})
+
+    @property
+    def repeat(self) -> int:
+        """Times each task row occurs in the mixture."""
+        return self.config.mix.repeat or repeat_for(len(self.table))
+
+
+def _mixed(made: Ingredients, _: Mixture | None) -> tuple[Tables, Mixture]:
+    mix = made.config.mix
+    tables = made.tables
+    return tables, build(tables, general=made.draw, repeat=made.repeat, order=mix.order, seed=made.config.seed)
+
+
+def _task(made: Ingredients, _: Mixture | None) -> tuple[Tables, Mixture]:
+    return {"task": made.table}, build_repeated(made.table, len(made.table), made.config.seed)
+
+
+def _task_matched(made: Ingredients, mixed: Mixture | None) -> tuple[Tables, Mixture]:
+    if mixed is None:
+        raise ValueError("as many rows as the mixture has, without the mixture")
+    return {"task": made.table}, build_repeated(made.table, len(mixed), made.config.seed)
+
+
+def _general(made: Ingredients, _: Mixture | None) -> tuple[Tables, Mixture] | None:
+    if made.general is None or made.draw is None or not len(made.draw):
+        return None
+    tables, config = {"general": made.general.table}, made.config
+    return tables, build(tables, general=made.draw, repeat=1, order=config.mix.order, seed=config.seed)
+
+
+MIXTURES: dict[str, Callable[[Ingredients, Mixture | None], tuple[Tables, Mixture] | None]] = {
+    "mixed": _mixed,
+    "task": _task,
+    "task-matched": _task_matched,
+    "general": _general,
+}
+"""What `tell.names.Arm.mixture` stands for: tables and mixture by the ingredients and TELL's mixture; None: no rows."""
+
+if missing := {ARMS[arm].mixture for arm in TRAINED} - MIXTURES.keys():
+    raise ValueError(f"no way to make the mixtures {missing}")
+
+
+def arm_mixtures(made: Ingredients) -> dict[str, tuple[Tables, Mixture]]:
+    """Tables and mixture of every arm that trains, TELL first. An arm is a mixture, nothing else."""
+    tell = _mixed(made, None)
+    arms = {"tell": tell}
+    for arm in TRAINED:
+        if arm not in arms and (found := MIXTURES[str(ARMS[arm].mixture)](made, tell[1])) is not None:
+            arms[arm] = found
     return arms
 
 
 def wanted_arms(config: Config) -> list[str]:
-    """The arms asked for, in the order of the tables, without repeats.
+    """The requested arms, in the order of the tables, without repeats.
 
     Raises:
         TellError: no arm, or the arm `general` without general data.
     """
-    arms = [arm for arm in dict.fromkeys(config.eval.arms)]
+    arms = list(dict.fromkeys(config.eval.arms))
     if not arms:
         raise TellError("no arm is asked for", where="eval.arms", remedy="Name at least one, e.g. --arms base,tell.")
-    if "general" in arms and config.general.empty:
-        raise TellError("the arm general needs general data", where="--arms", remedy="Drop the arm, or set --general.")
+    if is_empty(config.general) and (lost := [arm for arm in arms if ARMS[arm].mixture == "general"]):
+        raise TellError(
+            f"the arm {lost[0]} needs general data", where="--arms", remedy="Drop the arm, or set --general."
+        )
     return arms
 
 
 def trained_arms(arms: Sequence[str]) -> list[str]:
-    """The adapters that `arms` answer with: `tell-anchor` is scored with TELL's."""
-    return list(dict.fromkeys("tell" if arm == "tell-anchor" else arm for arm in arms if arm in ADAPTED))
+    """The trained arms whose adapters `arms` answer with."""
+    return list(dict.fromkeys(adapter for arm in arms if (adapter := ARMS[arm].adapter) is not None))
 
 
 def lead_arm(arms: Sequence[str], mixtures: Mapping[str, object]) -> str | None:
-    """The arm that a run's mixture, manifest and totals tell of: `tell`, else the first that is trained."""
+    """The arm whose mixture, manifest and totals stand for the run: `tell`, else the first that is trained."""
     trained = [arm for arm in trained_arms(arms) if arm in mixtures]
     return "tell" if "tell" in trained else next(iter(trained), None)
 
 
-def same_runs(arms: Sequence[str], mixtures: Mapping[str, tuple[dict[str, RowTable], Mixture]]) -> dict[str, str]:
+def same_runs(arms: Sequence[str], mixtures: Mapping[str, tuple[Tables, Mixture]]) -> dict[str, str]:
     """Arms that are trained on the very rows of another, in the same order, and which: they are one run.
 
     Without general rows, `tell` and `sft-matched` are. The leading arm stands for the others.

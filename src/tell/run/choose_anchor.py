@@ -1,278 +1,42 @@
-"""`tell anchor`: let the model write, score and choose an anchor, without a run."""
+"""The anchor of a run where the model is to write it."""
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from importlib.util import find_spec
-from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from tell.anchor.anchor import Anchor
-from tell.anchor.separation import FEWEST, separate_states
-from tell.config import Config
-from tell.data.example import Example
-from tell.errors import Diverged, TellError
-from tell.mix.amount import Draw
-from tell.mix.mixture import Mixture, build, build_repeated
-from tell.progress import Display, Silent
-from tell.rows.row_table import RowTable
-from tell.rows.tokenize import RowRules, prompt_ids, tokenize
-from tell.run.hidden_states import QUERIES, general_queries, hidden_states, layer_numbers, separation_numbers
+from tell.anchor.anchor import Anchor, Place
+from tell.run.anchor_candidates import Candidate, write_anchor_candidates
 from tell.run.memo import once
-from tell.run.prepare import Task, anchor_text, limited_rows, load_task, place_anchor, stand_in_anchor
-from tell.score.intervals import difference, estimate
-from tell.score.means import mean_metric
-from tell.score.scored import Metric
-from tell.seeds import permutation
-from tell.verbs.open_run import load_engine
-
-SCORES = ("loss", "separation", "short-run")
-SHORT_STEPS = 8
+from tell.run.session import Session
+from tell.run.task import Task, limited_rows, place_anchor, stand_in_anchor
 
 
-def choose_anchor(
-    task: Task, model: Any, engine: Any, display: Display, check: Callable[[], None] = lambda: None
-) -> tuple[Anchor, list[dict]]:
+def choose_anchor(task: Task, session: Session) -> tuple[Anchor, list[dict]]:
     """The anchor the model writes for a task, placed where its template can carry it; and all candidates.
 
-    Only rows within the task's budget are shown to the model: 15 rows are 15 rows. `task` stays as it is.
+    Only rows within the task's budget are shown to the model: 15 rows are 15 rows.
     """
-    place, candidates = _candidates(task, model, engine, display, check=check)
+    place, candidates = anchor_candidates(task, session)
     best = candidates[0]
     return Anchor(best.text, place, best.origin), [c.to_dict() for c in candidates]
 
 
-def _candidates(
-    task: Task,
-    model: Any,
-    engine: Any,
-    display: Display,
-    *,
-    compare: Sequence[str] = (),
-    check: Callable[[], None] = lambda: None,
-) -> tuple[Any, list[Any]]:
-    """Where the anchor can stand, and the `tell.run.anchor_candidates.Candidate`s, the lowest loss first."""
-    from tell.run.anchor_candidates import write_anchor_candidates
+def anchor_candidates(task: Task, session: Session, compare: Sequence[str] = ()) -> tuple[Place, list[Candidate]]:
+    """Where the anchor can be put, and its candidates, the lowest loss first.
 
-    stand_in = place_anchor(task, stand_in_anchor(task), display)
+    Args:
+        compare: texts written by hand, which compete too.
+    """
+    stand_in = place_anchor(task, stand_in_anchor(task))
     train = limited_rows(task, stand_in)
-    config = task.config.model_copy(update={"anchor": task.config.anchor.model_copy(update={"place": stand_in.place})})
+    anchor = task.config.anchor.model_copy(update={"place": stand_in.place})
+    config = task.config.model_copy(update={"anchor": anchor})
     shown = [e.hash for e in train], [e.hash for e in task.validation], task.kind, list(compare)
     parts = config.model_dump(
         mode="json", include={"anchor": True, "generate": True, "seed": True, "train": {"max_length", "micro_tokens"}}
     )
     key = repr(("anchor", parts, *shown))  # cells of a study that differ elsewhere share it
-    found = once(
-        model,
-        key,
-        lambda: write_anchor_candidates(
-            config, task.chat, model, engine, train, task.validation, task.kind, display, check, compare
-        ),
-    )
+    placed = replace(task, config=config, train=train)
+    found = once(session.model, key, lambda: write_anchor_candidates(placed, session, compare))
     return stand_in.place, found
-
-
-def write_anchor(
-    config: Config,
-    *,
-    compare: Sequence[str] = (),
-    scores: Sequence[str] | None = None,
-    short_steps: int | None = None,
-    display: Display | None = None,
-) -> dict:
-    """Candidates for the anchor, written by the model and by hand, scored, the best first.
-
-    The lowest loss decides: that of the right answers under the untuned model, or, where there are short runs, that
-    of the validation rows after them. Separation is told and never decides.
-
-    Args:
-        config: as for `tell.tune`; ``anchor.text`` is ignored. Separation and short runs take general rows from
-            ``general.source`` where it is a file or hub name.
-        compare: anchors written by hand, texts or ``@FILE``; the others' losses are paired with the first one's.
-        scores: some of `SCORES`; None for all cheap ones: ``loss``, and ``separation`` where there are general rows.
-        short_steps: optimiser steps of each short run (``short-run``; default `SHORT_STEPS`): same rows, order and
-            seed under every candidate.
-
-    Returns:
-        The content of ``anchor.json``: text, place, origin, hash, candidates; and ``decided_by``. Candidates also have
-        ``loss`` and ``short_run`` with 95 % intervals over rows, ``loss_difference`` and ``short_run_difference``,
-        paired, from the first of ``compare``, and ``separation``.
-
-    Raises:
-        TellError: bad data, model or scores.
-    """
-    display = display or Silent()
-    by_hand = list(dict.fromkeys(anchor_text(text, "--compare") for text in compare))
-    wanted = _wanted(config, scores, short_steps)
-    task = load_task(config, display)
-    loaded, engine = load_engine(task.files, config, display=display)
-    place, candidates = _candidates(task, loaded.model, engine, display, compare=by_hand)
-    usable = [c for c in candidates if c.losses is not None]
-    anchors = [Anchor(c.text, place, c.origin) for c in usable]
-    metrics = {"loss": [mean_metric(c.losses) for c in usable]}
-    if "short-run" in wanted:
-        steps = short_steps or SHORT_STEPS
-        metrics["short_run"] = [mean_metric(x) for x in short_runs(task, loaded, anchors, steps, display)]
-    decided_by = "short_run" if "short_run" in metrics else "loss"
-    entries = [c.to_dict() for c in usable]
-    first = next((i for i, c in enumerate(usable) if by_hand and c.text == by_hand[0]), None)
-    for name, values in metrics.items():
-        _add_numbers(entries, name, values, first, config)
-    if "separation" in wanted:
-        for entry, numbers in zip(entries, _separations(task, loaded.model, anchors, display), strict=True):
-            entry["separation"] = numbers
-    if "short_run" in metrics:
-        for entry in entries:
-            entry["short_run"]["steps"] = steps
-    ranked = sorted(range(len(usable)), key=lambda i: _rank(entries[i][decided_by]["value"]))
-    thrown = [c.to_dict() for c in candidates if c.losses is None]
-    best = anchors[ranked[0]]
-    return {**best.to_dict(), "candidates": [*(entries[i] for i in ranked), *thrown], "decided_by": decided_by}
-
-
-def _wanted(config: Config, scores: Sequence[str] | None, short_steps: int | None) -> set[str]:
-    """The scores to compute.
-
-    Raises:
-        TellError: an unknown score, or one that lacks its data.
-    """
-    general = config.general.is_given
-    if short_steps is not None and short_steps < 1:
-        raise TellError(f"{short_steps} steps", where="--short-steps", remedy="Give 1 or more.")
-    if scores is None:
-        cheap = {"loss", "separation"} if general and find_spec("sklearn") else {"loss"}
-        return cheap | ({"short-run"} if short_steps else set())
-    for name in scores:
-        if name not in SCORES:
-            raise TellError(f"unknown score {name!r}", where="--score", remedy=f"Use some of {', '.join(SCORES)}.")
-    if "separation" in scores and not general:
-        raise TellError("separation needs general rows", where="--score", remedy="Give a file with --general.")
-    if short_steps and "short-run" not in scores:
-        raise TellError("is given without the score short-run", where="--short-steps", remedy="Add it to --score.")
-    return {"loss", *scores}
-
-
-def _rank(value: float | None) -> float:
-    return np.inf if value is None else value
-
-
-def _add_numbers(entries: list[dict], name: str, values: list[Metric], first: int | None, config: Config) -> None:
-    """A score with its interval to each entry, and how far it lies from the ``first`` entry's."""
-    rule = {"seed": config.seed, "samples": config.eval.bootstrap}
-    for i, (entry, value) in enumerate(zip(entries, values, strict=True)):
-        entry[name] = estimate(value, **rule)
-        if first is not None and i != first:
-            entry[f"{name}_difference"] = difference(value, values[first], **rule)
-
-
-def _separations(task: Task, model: Any, anchors: Sequence[Anchor], display: Display) -> list[dict]:
-    """How far each anchor moves the task's queries from general ones, at the middle layer."""
-    rows = limited_rows(task, anchors[0])
-    order = permutation(len(rows), task.config.seed, "separate", "task")[:QUERIES]
-    queries = [rows[int(i)] for i in order]
-    general = general_queries(task, display, most=len(queries))
-    if min(len(queries), len(general)) < FEWEST:
-        raise TellError(
-            f"separation of {len(queries)} task rows from {len(general)} general rows",
-            where="--score",
-            remedy=f"Give at least {FEWEST} of each, or leave separation out.",
-        )
-    queries = queries[: len(general)]
-    layer = layer_numbers("middle", task.files.architecture.layers)
-    settings = {"micro_tokens": task.config.train.micro_tokens}
-    out: list[dict] = []
-    with display.bar("anchor: separation", len(anchors), "candidates") as advance:
-        base = hidden_states(model, [prompt_ids(task.chat, e) for e in general], layer, **settings)[0]
-        for anchor in anchors:
-            prompts = [prompt_ids(task.chat, e, anchor) for e in queries]
-            states = hidden_states(model, prompts, layer, **settings)[0]
-            found = separate_states(states, base, seed=task.config.seed)
-            out.append({"layer": layer[0], **separation_numbers(found, task.config)})
-            advance(1)
-    return out
-
-
-def short_runs(task: Task, loaded: Any, anchors: Sequence[Anchor], steps: int, display: Display) -> list[np.ndarray]:
-    """(rows,) losses of the validation rows after a short LoRA run under each anchor; NaN where training diverged.
-
-    At least half of the rows are general ones where there is a source: each task row occurs equally often. Where no
-    row is kept for validation, every fourth training row is.
-    """
-    from tell.run.anchor_candidates import anchor_losses
-    from tell.train.lora import adapter_merged
-    from tell.train.trainer import Trainer
-
-    config, chat, seed = task.config, task.chat, task.config.seed
-    rules = RowRules(config.train.max_length, "drop", "drop", config.train.loss_on)
-    train, validation = _short_rows(task, anchors, rules)
-    general = None
-    total = steps * config.train.batch_size
-    if config.general.is_given:
-        examples = general_queries(task, display, most=total // 2)
-        general = tokenize(examples, chat, source="general", rules=replace(rules, misfit="drop"))
-    training = task.training.model_copy(update={"checkpoint_every": 0})
-    out: list[np.ndarray] = []
-    with display.bar("anchor: short runs", steps * len(anchors), "steps") as advance:
-        for anchor in anchors:
-            table = tokenize(train, chat, source="task", anchor=anchor, rules=rules)
-            tables, mixture = _short_mixture(table, general, total, config)
-            with tempfile.TemporaryDirectory() as name:
-                folder = Path(name)
-                trainer = Trainer(
-                    loaded.model,
-                    tables,
-                    mixture,
-                    training,
-                    folder=folder / "adapter",
-                    log=folder / "log.jsonl",
-                    seed=seed,
-                    device=loaded.device,
-                    progress=lambda report: advance(1, f"loss {report.loss:.3f}"),
-                )
-                try:
-                    trainer.run()
-                except Diverged:
-                    out.append(np.full(len(validation), np.nan))
-                    continue
-                with adapter_merged(loaded.model, folder / "adapter"):
-                    out.append(anchor_losses(config, chat, loaded.model, validation, anchor, loaded.device))
-    return out
-
-
-def _short_rows(task: Task, anchors: Sequence[Anchor], rules: RowRules) -> tuple[list[Example], list[Example]]:
-    """Rows to train and to validate on, the same under every anchor: those too long behind one are left out."""
-    train = limited_rows(task, anchors[0])
-    validation = task.validation
-    if not validation:
-        train, validation = [e for i, e in enumerate(train) if i % 4], train[::4]
-    lost = {
-        dropped.origin
-        for anchor in anchors
-        for dropped in tokenize([*train, *validation], task.chat, source="task", anchor=anchor, rules=rules).dropped
-    }
-    train, validation = ([e for e in rows if e.origin not in lost] for rows in (train, validation))
-    if not train or not validation:
-        raise TellError(
-            f"{len(train)} rows to train on and {len(validation)} to validate on",
-            where="--score short-run",
-            remedy="Give more task rows, or raise train.max_length.",
-        )
-    return train, validation
-
-
-def _short_mixture(
-    table: RowTable, general: RowTable | None, total: int, config: Config
-) -> tuple[dict[str, RowTable], Mixture]:
-    """``total`` rows, half of them general where there are any; by row numbers alone, so equal under every anchor."""
-    if general is None:
-        return {"task": table}, build_repeated(table, total, config.seed)
-    rows = permutation(len(table), config.seed, "short run")[: max(1, total // 2)]
-    repeat = max(1, total // 2 // len(rows))
-    wanted = total - repeat * len(rows)
-    draw = Draw(np.resize(np.arange(len(general)), wanted).astype(np.int32), wanted / len(general))
-    tables = {"task": table, "general": general}
-    return tables, build(tables, general=draw, repeat=repeat, order=config.mix.order, seed=config.seed, task_rows=rows)

@@ -7,18 +7,20 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from filelock import FileLock, Timeout
 
-from tell.config import GENERAL_SOURCES, Config, make_config, read_yaml
+from tell.config import Config, make_config, read_yaml
+from tell.data.general import SOURCES
 from tell.errors import TellError
 from tell.files import expanded
 from tell.folder import DAMAGED, RunFolder, clean_temporary, sync, write_text
 
 LOCK = ".lock"  # held by the process that works on the run
-MARK = ".starting"  # there while a run is begun: what lies in the folder is ours, and not yet a run
+MARK = ".starting"  # there while a run is begun: what is in the folder is ours, and not yet a run
 ASIDE = ".old-"  # folder of the run that is replaced
 PATIENCE = 1.0  # seconds: another process may look whether the lock is held
 
@@ -37,7 +39,7 @@ PATHS = (
 )
 
 
-KEYWORDS = frozenset({"model", *GENERAL_SOURCES})  # values that mean something else than a path
+KEYWORDS = frozenset({"model", *SOURCES})  # values that mean something else than a path
 
 
 def with_full_paths(config: Config) -> Config:
@@ -67,7 +69,7 @@ def claim(config: Config, *, resume: bool, overwrite: bool) -> tuple[RunFolder, 
     """Check the output folder without writing anything; and whether there is a run to resume in it.
 
     Raises:
-        TellError: the folder exists and neither resume nor overwrite was said; it holds something else; the run in
+        TellError: the folder exists and neither resume nor overwrite was given; it holds something else; the run in
             it was made with other settings; or another process works on it.
     """
     root = Path(config.out) if config.out else default_out(config)
@@ -82,7 +84,7 @@ def claim(config: Config, *, resume: bool, overwrite: bool) -> tuple[RunFolder, 
     if state == "other":
         raise _foreign(folder, " to resume" if resume else "")
     if (root / LOCK).exists():
-        with _locked(folder):  # a run that lives is told of before any work
+        with _locked(folder):  # a live run is reported before any work
             pass
     if state != "run" or overwrite:
         return folder, False
@@ -124,7 +126,7 @@ def _exists(folder: RunFolder) -> TellError:
     return TellError(
         f"exists already (state: {folder.read_status().get('state', 'unknown')})",
         where=f"--out {folder.root}",
-        remedy="Add --resume to go on with it, --overwrite to start anew, or choose another --out.",
+        remedy="Add --resume to go on with it, --overwrite to start again, or choose another --out.",
     )
 
 
@@ -247,6 +249,14 @@ def read_run_config(folder: RunFolder) -> Config:
     if not data:  # the defaults would be another run
         raise TellError("is empty", where=str(folder.config), remedy=DAMAGED)
     return make_config(data, where=str(folder.config))
+
+
+@dataclass(frozen=True)
+class Trust:
+    """Code of others that may run: Python that comes with the model, and the run's own ``task.scorer``."""
+
+    code: bool = False
+    scorer: bool = False
 
 
 def check_trust(

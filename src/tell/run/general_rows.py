@@ -1,4 +1,4 @@
-"""The general side of a run: its source, its rows, which of them are held out and which are drawn. No torch."""
+"""The general side of a run: which rows may be mixed in, which are held out, which are drawn. No torch."""
 
 from __future__ import annotations
 
@@ -7,32 +7,34 @@ from dataclasses import dataclass
 import numpy as np
 
 from tell.config import Config
-from tell.data.builtin import load_builtin
+from tell.data.general import GeneralSource, resolve_source
 from tell.data.overlap import find_overlap
-from tell.data.sources import file_fingerprint, load
-from tell.files import expanded
+from tell.data.sources import Loaded
 from tell.mix.amount import Draw, general_rows
 from tell.models.wheel import HUB_NAME
-from tell.progress import Display, Silent
 from tell.rows.row_cache import cache_key, cached_table
 from tell.rows.row_table import Dropped, RowTable
 from tell.rows.tokenize import RowRules, tokenize
 from tell.run.misfits import check_general, cleaned
-from tell.run.prepare import MIXED, Task, describe, overlap_facts
+from tell.run.task import Task, describe, overlap_facts
 from tell.seeds import permutation
 from tell.shown import left_out
 
 
-@dataclass
+@dataclass(frozen=True)
 class General:
     """General data of a run.
 
     Attributes:
         table: all usable rows, tokenised.
         allowed: (m,) indices of rows that may be mixed in.
-        held_out: indices of rows kept for measuring what was forgotten.
+        held_out: indices of rows kept for measuring general loss.
         facts: ``general`` of findings.json.
         dropped: rows left out, with reasons.
+        overlap: ``general_test`` of findings.json; None where it was not looked for.
+        overlap_dropped: rows left out because they nearly equal a test row.
+        written: the model wrote the rows.
+        estimated: the model has yet to write them; ``table`` has lengths alone.
     """
 
     table: RowTable
@@ -40,95 +42,107 @@ class General:
     held_out: np.ndarray
     facts: dict
     dropped: list[dict]
+    overlap: dict | None = None
+    overlap_dropped: int = 0
+    written: bool = False
+    estimated: bool = False
 
 
-def load_general(task: Task, source: str, display: Display, *, overlap: bool = True) -> General:
+def source_of(task: Task) -> GeneralSource:
+    """Where the run's general rows come from; notes where the built-in rows are another model's answers."""
+    own = task.files.name == HUB_NAME
+    source = resolve_source(task.config, wrote_builtin=own)
+    if source.name == "builtin" and not own:
+        task.notices.add(
+            f"general data: the rows on board are SmolLM2-135M's answers, not {task.files.name}'s; "
+            "with --general self the model answers the prompts itself"
+        )
+    return source
+
+
+def read_general(task: Task, *, overlap: bool = True) -> General | None:
+    """The general rows of a run; None where there are none, or the model has to write them.
+
+    Raises:
+        TellError: see `load_general`.
+    """
+    source = source_of(task)
+    return None if source.read is None else load_general(task, source, overlap=overlap)
+
+
+def load_general(task: Task, source: GeneralSource, *, overlap: bool = True) -> General:
     """Tokenise a general source (cached), hold rows out, find its overlap with the test rows.
 
     Args:
-        source: a file, a hub name or `builtin`; what `self` wrote is a file.
+        source: has rows to read; what the model wrote is a file.
         overlap: False skips the comparison with the test rows, which needs the texts and not only the cache.
 
     Raises:
-        TellError: whatever is wrong with the source.
+        TellError: anything wrong with the source.
     """
     config = task.config
-    columns = config.general.columns
-    vocab = task.files.architecture.vocab
-    rules = RowRules(config.train.max_length, "drop", "drop", config.train.loss_on, "drop", vocab)
-    loaded = load_builtin() if source == "builtin" else None
-    is_file = expanded(source).is_file()
-    if loaded is None and (not is_file or overlap):
-        loaded = load(source, name="general", columns=columns)
-    key = cache_key(
-        data=loaded.fingerprint if loaded else file_fingerprint(expanded(source), columns, "general"),
-        tokenizer=task.chat.fingerprint,
-        unit=task.unit.fingerprint,
-        rules=[rules.max_length, rules.loss_on, rules.vocab],
-    )
+    if source.read is None:
+        raise ValueError(f"the general source {source.name} has nothing to read")
+    loaded = source.read() if overlap or source.fingerprint() is None else None
+    table = _table(task, source, loaded)
+    check_general(table, source.name)
+    for text in left_out((d.origin, d.reason) for d in table.dropped):
+        task.display.note(text)  # not a notice: findings.json and plan.json list the rows themselves
+    for notice in table.notices:
+        task.notices.add(notice)
+    blocked: set[int] = set()
+    shared = None
+    if overlap and loaded is not None:
+        found = find_overlap(loaded.examples, task.test)
+        shared = overlap_facts(found, loaded.examples, task.test)
+        if config.task.drop_overlap and found.indices:
+            hashes = {loaded.examples[i].hash for i in found.indices}
+            blocked = {i for i, h in enumerate(table.hashes) if str(h) in hashes}
+    usable = np.array([i for i in range(len(table)) if i not in blocked], dtype=np.int64)
+    wanted = min(config.eval.forgetting_rows, len(usable) // 4)
+    order = permutation(len(usable), config.seed, "held out")
+    held_out, rest = np.sort(usable[order[:wanted]]), np.sort(usable[order[wanted:]])
+    rest = rest[~np.isin(table.hashes[rest], table.hashes[held_out])]  # a row that occurs twice is held out twice
+    facts = {**table.facts, "path": loaded.path if loaded else source.name}  # the cache knows a file by content alone
+    dropped = [{"origin": d.origin, "reason": d.reason} for d in table.dropped]
+    return General(table, rest, held_out, facts, dropped, shared, len(blocked))
+
+
+def _table(task: Task, source: GeneralSource, loaded: Loaded | None) -> RowTable:
+    """The tokenised rows of a source, from the cache where it has them."""
+    train = task.config.train
+    rules = RowRules(train.max_length, "drop", "drop", train.loss_on, "drop", task.files.architecture.vocab)
 
     def make() -> RowTable:
-        data = loaded or load(source, name="general", columns=columns)
+        data = loaded or source.read()  # type: ignore[misc]  # `load_general` has checked it
         lost = [Dropped(origin, reason) for origin, reason in data.dropped]
         data, notices = cleaned(data, task.chat)
-        with display.bar("tokenise general data", len(data.examples)) as advance:
+        with task.display.bar("tokenise general data", len(data.examples)) as advance:
             table = tokenize(data.examples, task.chat, source="general", rules=rules, unit=task.unit, progress=advance)
         table.dropped[:0] = lost
         table.notices[:0] = [*data.notices, *notices]
         table.facts = describe(data)
         return table
 
-    table, _ = cached_table(key, make)
-    check_general(table, source)
-    dropped = [{"origin": d.origin, "reason": d.reason} for d in table.dropped]
-    for text in left_out((d.origin, d.reason) for d in table.dropped):
-        display.note(text)  # no notice: findings.json and plan.json list the rows themselves
-    for notice in table.notices:
-        task.notice(notice, display)
-    layout = {
-        **table.facts,
-        "path": loaded.path if loaded else source,
-    }  # the cache knows a file by its content, whatever it is called
-    blocked: set[int] = set()
-    if overlap and loaded is not None:
-        found = find_overlap(loaded.examples, task.test)
-        task.findings["overlap"]["general_test"] = overlap_facts(found, loaded.examples, task.test)
-        if config.task.drop_overlap and found.indices:
-            hashes = {loaded.examples[i].hash for i in found.indices}
-            blocked = {i for i, h in enumerate(table.hashes) if str(h) in hashes}
-            task.findings["overlap"]["dropped"] += len(blocked)
-    usable = np.array([i for i in range(len(table)) if i not in blocked], dtype=np.int64)
-    wanted = min(config.eval.forgetting_rows, len(usable) // 4)
-    order = permutation(len(usable), config.seed, "held out")
-    held_out, rest = np.sort(usable[order[:wanted]]), np.sort(usable[order[wanted:]])
-    rest = rest[~np.isin(table.hashes[rest], table.hashes[held_out])]  # a row that occurs twice is held out twice
-    task.findings["general"] = layout
-    return General(table, rest, held_out, layout, dropped)
+    key = cache_key(
+        data=loaded.fingerprint if loaded else source.fingerprint(),
+        tokenizer=task.chat.fingerprint,
+        unit=task.unit.fingerprint,
+        rules=[rules.max_length, rules.loss_on, rules.vocab],
+    )
+    return cached_table(key, make)[0]
 
 
 def draw_general(config: Config, general: General, task_tokens: int) -> Draw:
-    """The general rows of the mix; by the task's tokens where no amount was given."""
-    amount = config.general.amount(task_tokens)
-    draw = general_rows(general.table.unit[general.allowed], task_tokens=task_tokens, seed=config.seed, **amount)
+    """The general rows of the mix; by the task's tokens where no amount is given."""
+    ((way, amount),) = config.general.amount(task_tokens).items()
+    unit = general.table.unit[general.allowed]
+    draw = general_rows(
+        unit,
+        task_tokens=task_tokens,
+        seed=config.seed,
+        rows=int(amount) if way == "rows" else None,
+        tokens=amount if way == "tokens" else None,
+        ratio=amount if way == "ratio" else None,
+    )
     return Draw(general.allowed[draw.indices].astype(np.int32), draw.epochs, draw.notices)
-
-
-def general_source(task: Task, display: Display | None = None) -> str:
-    """Where general rows come from: a file or hub name, `builtin`, `self`, or `none`.
-
-    Rows on board are answers of one model: they are the default for that model, while any other answers the prompts
-    itself, so that what it rehearses is its own (arXiv 2402.13669). Nothing is written that no arm asked for is
-    trained on.
-    """
-    amount = task.config.general
-    if amount.is_given or amount.source == "none":
-        return amount.source
-    if amount.empty or not MIXED.intersection(task.config.eval.arms):
-        return "none"
-    own = task.files.name == HUB_NAME
-    if amount.source == "builtin" and not own:
-        text = f"general data: the rows on board are SmolLM2-135M's answers, not {task.files.name}'s; "
-        task.notice(text + "with --general self the model answers the prompts itself", display or Silent())
-    if amount.source == "auto":
-        return "builtin" if own else "self"
-    return amount.source

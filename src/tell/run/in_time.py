@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from tell.anchor.anchor import NO_ANCHOR
 from tell.config import GeneralConfig
-from tell.folder import RunFolder, write_json, write_text
-from tell.mix.amount import Draw
-from tell.progress import Display
+from tell.folder import write_json, write_text
 from tell.rows.row_table import RowTable
 from tell.run.arms import lead_arm, trained_arms
-from tell.run.general_rows import General, draw_general, general_source
+from tell.run.general_rows import draw_general
+from tell.run.journal import Journal
 from tell.run.plan import estimated_general
-from tell.run.prepare import Task, split_file
-from tell.run.record import Planned
+from tell.run.prepare import Prepared
+from tell.run.record import Planned, split_file
 from tell.run.self_written import Enough, cached_self_file, enough_of
+from tell.run.session import Session
+from tell.run.speed import measure_pace
+from tell.run.task import Task
 from tell.run.time_budget import Extent, fit_minutes, read_extent
-
-Measure = Callable[[RowTable], None]  # measures the pace of training and decoding, with the task's rows
+from tell.run.train_arms import Trained
 
 
 @dataclass
@@ -28,20 +28,21 @@ class InTime:
     """The minutes of a run.
 
     Attributes:
-        minutes: ``--max-minutes``; None: all that is asked for is done.
-        begin: on the monotonic clock, when this session began.
+        minutes: ``--max-minutes``; None: all that is requested is done.
+        session: its pace is measured.
         given_up: what was given up so far, a notice each.
-        measured: whether the pace was measured in this session.
+        measured: whether the pace was measured in this session of the run.
+        decided: ``fit`` of plan.json, from `fit` on.
     """
 
     minutes: float | None
-    begin: float
-    folder: RunFolder
-    display: Display
+    session: Session
+    journal: Journal
     given_up: list[str] = field(default_factory=list)
     measured: bool = False
+    decided: dict[str, Any] = field(default_factory=dict)
 
-    def enough(self, task: Task, table: RowTable, measure: Measure) -> Enough:
+    def enough(self, task: Task, table: RowTable) -> Enough:
         """When the model has written enough general rows: as many as there is predicted to be time for.
 
         A resumed run takes those that the session before took.
@@ -53,67 +54,67 @@ class InTime:
         written = cached_self_file(task.config, task.files.fingerprint, task.chat.fingerprint, enough)
         if not self.minutes or written is not None:
             return enough
-        self._measure_once(measure, table)
-        general = estimated_general(task.config, task, tokens)
+        self._measure(task, table)
+        general = estimated_general(task, tokens)
         draw = draw_general(task.config, general, tokens)
-        extent, _ = fit_minutes(task, table, general, draw, minutes=self.minutes, spent=self._spent)
+        estimate = Prepared(task, NO_ANCHOR, table, general, draw)
+        extent, _ = fit_minutes(estimate, minutes=self.minutes, spent=self.journal.spent)
         shorter = task.config.model_copy(deep=True)
         shorter.general = GeneralConfig(rows=0 if extent.draw is None else len(extent.draw))
         return enough_of(shorter, task.unit, 0)
 
-    def extent(
-        self, task: Task, table: RowTable, general: General | None, draw: Draw | None, measure: Measure
-    ) -> Extent:
+    def fit(self, prepared: Prepared) -> Prepared:
         """As much of the run as fits; when resumed, as was decided the first time.
 
         Raises:
-            TellError: not even the least of it fits.
+            TellError: not even the least of it fits, or no arm is left.
         """
         if (kept := self._planned("fit")) is not None:
-            self._give_up(task, kept.given_up)
-            return read_extent(kept.model_dump(), draw)
-        if not self.minutes:
-            return Extent.of(task, table, draw)
-        self._measure_once(measure, table)
-        written = len(general.allowed) if general is not None and general_source(task) == "self" else None
-        limits: dict[str, Any] = {"minutes": self.minutes, "spent": self._spent, "most_general": written}
-        extent, given_up = fit_minutes(task, table, general, draw, **limits)
-        self._give_up(task, given_up)
-        return extent
+            self._give_up(prepared, kept.given_up)
+            extent = read_extent(kept.model_dump(), prepared.draw)
+        elif not self.minutes:
+            extent = Extent.of(prepared)
+        else:
+            self._measure(prepared.task, prepared.table)
+            general = prepared.general
+            written = len(general.allowed) if general is not None and general.written else None
+            minutes, spent = self.minutes, self.journal.spent
+            extent, given_up = fit_minutes(prepared, minutes=minutes, spent=spent, most_general=written)
+            self._give_up(prepared, given_up)
+        prepared = extent.apply(prepared)
+        prepared.check_arms()
+        self.decided = self._kept(extent)
+        return prepared
 
-    def corrected(self, task: Task, table: RowTable, general: General | None, draw: Draw | None) -> Extent:
-        """The extent once the leading arm is trained: less if that took longer than predicted."""
-        if not self.minutes:
-            return Extent.of(task, table, draw)
-        arms = trained_arms(task.config.eval.arms)
-        lead = lead_arm(arms, dict.fromkeys(arms))
-        extent, given_up = fit_minutes(
-            task, table, general, draw, minutes=self.minutes, spent=self._spent, trained=lead
-        )
-        self._give_up(task, given_up)
-        plan = self.folder.read(self.folder.plan)
-        write_json(self.folder.plan, {**plan, "fit": self.fit(extent)})
-        write_text(self.folder.split, split_file(extent.apply(task)))
-        return extent
+    def corrected(self, prepared: Prepared, trained: Trained) -> Prepared:
+        """The run once its leading arm was trained: less of it if that took longer than predicted."""
+        if not self.minutes or prepared.lead not in trained.now:
+            return prepared
+        arms = trained_arms(prepared.task.config.eval.arms)
+        lead, spent = lead_arm(arms, dict.fromkeys(arms)), self.journal.spent
+        extent, given_up = fit_minutes(prepared, minutes=self.minutes, spent=spent, trained=lead)
+        self._give_up(prepared, given_up)
+        folder, prepared = self.journal.folder, extent.apply(prepared)
+        write_json(folder.plan, {**folder.read(folder.plan), "fit": self._kept(extent)})
+        write_text(folder.split, split_file(prepared.task))
+        return prepared
 
-    def fit(self, extent: Extent) -> dict[str, Any]:
-        """``fit`` of plan.json, which a resumed run goes by."""
+    def _kept(self, extent: Extent) -> dict[str, Any]:
         return {**extent.to_dict(), "given_up": self.given_up}
 
-    def _measure_once(self, measure: Measure, table: RowTable) -> None:
+    def _measure(self, task: Task, table: RowTable) -> None:
         if not self.measured:
-            measure(table)
+            self.session.load()
+            with self.session.display.bar("measure the pace", None):
+                measure_pace(task, table, self.session)
         self.measured = True
 
-    @property
-    def _spent(self) -> float:
-        return time.monotonic() - self.begin
-
-    def _give_up(self, task: Task, what: list[str]) -> None:
+    def _give_up(self, prepared: Prepared, what: list[str]) -> None:
         self.given_up += what
         for text in what:
-            task.notice(text, self.display)
+            prepared.task.notices.add(text)
 
     def _planned(self, key: str) -> Any:
         """What plan.json of the session before says; None in a first session."""
-        return getattr(self.folder.read_as(self.folder.plan, Planned), key) if self.folder.plan.exists() else None
+        folder = self.journal.folder
+        return getattr(folder.read_as(folder.plan, Planned), key) if folder.plan.exists() else None

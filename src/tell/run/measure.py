@@ -1,157 +1,194 @@
-"""Every arm of a run on its test rows: answers, scores, validation loss, and what was forgotten."""
+"""Every arm of a run on its test rows, and its weights on general and validation rows: answers, scores, losses."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tell.anchor.anchor import Anchor
-from tell.folder import RunFolder, read_jsonl, write_jsonl
-from tell.progress import Display
+from tell.config import Config
+from tell.data.example import Example
+from tell.folder import read_jsonl, write_jsonl
+from tell.names import ARMS
+from tell.rows.row_table import RowTable
 from tell.rows.tokenize import tokenize
 from tell.run.answer_loss import answer_loss_metric, answer_losses, kept_answer_losses
 from tell.run.answers import (
-    adapter_arm,
+    Prompting,
     adapter_folder,
     answer_costs,
     answer_limit,
     answer_rows,
     arm_numbers,
-    arm_prompts,
     eval_numbers,
     score_rows,
     scorer_of,
 )
 from tell.run.benchmarks.run_benchmarks import run_benchmarks
-from tell.run.forgetting import general_sets, loss_rows, losses_of, measure, numbers
-from tell.run.general_rows import General
-from tell.run.prepare import Task
+from tell.run.forgetting import BASE, Forgetting, general_sets, losses_of, measure_arm
+from tell.run.journal import Journal
+from tell.run.prepare import Prepared
+from tell.run.session import Session
+from tell.run.train_arms import Trained
+from tell.score.scored import Metric, Scorer
 
-
-def measure_arms(
-    task: Task,
-    arms: Sequence[str],
-    folder: RunFolder,
-    model: Any,
-    engine: Any,
-    anchor: Anchor,
-    general: General | None,
-    *,
-    display: Display,
-    begin: Callable[[str], None],
-    check: Callable[[], None],
-) -> tuple[dict, dict[str, float]]:
-    """Answer, score and measure each arm; answers that lie in the folder are scored as they are.
-
-    Args:
-        model: the base model; each arm's adapter is merged into it for its turn.
-        engine: decodes with `model`.
-        begin: called with ``"evaluate <arm>"`` before each arm.
-        check: called at every token and block of rows; may raise to stop.
-
-    Returns:
-        ``task``, ``arms``, ``differences``, ``forgetting``, ``eval`` and, where any is asked for, ``benchmarks`` of
-        metrics.json; and the mean validation loss by arm, ``base`` among them, empty where no row is kept for
-        validation.
-    """
+if TYPE_CHECKING:
     from tell.decode.sampler import Decoding
-    from tell.train.lora import adapter_merged
 
-    config = task.config
-    scorer = scorer_of(config, task.kind)
+
+@dataclass(frozen=True)
+class Answers:
+    """One arm's scored answers to the test rows.
+
+    Attributes:
+        rows: of ``predictions/<arm>.jsonl``.
+        metrics: over these rows, by name.
+        costs: as from `answer_costs`.
+        shown: training examples in each prompt.
+    """
+
+    rows: list[dict]
+    metrics: dict[str, Metric]
+    costs: dict
+    shown: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """All that was measured of a run.
+
+    Attributes:
+        answers: of each scored arm.
+        forgetting: losses and answers on general rows; None where switched off.
+        validation: mean validation loss by arm, empty without validation rows.
+        benchmarks: of metrics.json; None where none is requested.
+        primary: the metric of the verdict.
+    """
+
+    answers: dict[str, Answers]
+    forgetting: Forgetting | None
+    validation: dict[str, float]
+    benchmarks: dict | None
+    primary: str
+
+
+def measure_arms(prepared: Prepared, trained: Trained, session: Session, journal: Journal) -> Measured:
+    """Answer the test rows by every arm, and measure general and validation loss of its weights, and benchmarks."""
+    config, arms = prepared.task.config, trained.arms(prepared.arms)
+    exam, validation = run_exam(prepared), validation_table(prepared)
+    answers = answer_arms(exam, arms, session, journal)
+    for arm, found in answers.items():
+        if ARMS[arm].in_context:
+            prepared.task.notices.add(f"{arm}: {found.shown} examples fit into the context")
+    state = general_sets(config, session.chat, prepared.general)
+    losses = measure_weights(arms, state, validation, exam.scorer, session, journal)
+    benchmarks = None
+    if config.eval.benchmarks:
+        benchmarks = run_benchmarks(config, arms, prepared.anchor, session, journal.folder, journal.at)
+    return Measured(answers, state, losses, benchmarks, exam.scorer.primary)
+
+
+@dataclass(frozen=True)
+class Exam:
+    """The test rows of a run, how they are asked, decoded and scored: the same for every arm.
+
+    Attributes:
+        train: rows that examples in context come from.
+        shots: examples in every prompt.
+    """
+
+    config: Config
+    anchor: Anchor
+    test: Sequence[Example]
+    train: Sequence[Example]
+    shots: Sequence[Example]
+    decoding: Decoding
+    scorer: Scorer
+
+    def take(self, arm: str, session: Session, adapter: Path | None, kept: list[dict] | None = None) -> Answers:
+        """Answer and score the test rows; answers ``kept`` from an earlier session are not asked for again."""
+        config = self.config
+        room = min(session.engine.max_positions - self.decoding.max_new_tokens, config.train.max_length * 2)
+        prompting = Prompting(session.chat, self.anchor, self.shots, config.eval.icl_examples, room, config.seed)
+        prompts, shown = prompting.prompts(arm, self.test, self.train)
+        more: dict[str, Metric] = {}
+        with session.adapter(adapter):
+            rows = answer_rows(session, prompts, self.test, self.decoding, arm) if kept is None else kept
+            if config.eval.answer_loss:
+                values = None if kept is None else kept_answer_losses(kept)
+                if values is None:
+                    values = answer_losses(session, prompts, self.test, title=f"answer loss {arm}")
+                more = answer_loss_metric(values)
+        metrics = score_rows(self.scorer, rows, more)
+        return Answers(rows, metrics, answer_costs(session.files.architecture, prompts, rows), shown)
+
+
+def answer_arms(exam: Exam, arms: Sequence[str], session: Session, journal: Journal) -> dict[str, Answers]:
+    """Each arm's answers to the test rows, scored; answers that are in the run's folder are scored as they are."""
+    found = {}
+    for arm in arms:
+        journal.at(f"evaluate {arm}")
+        path = journal.folder.prediction(arm)
+        kept = read_jsonl(path) if path.exists() else None
+        found[arm] = exam.take(arm, session, adapter_folder(journal.folder, arm), kept)
+        write_jsonl(path, found[arm].rows)
+    return found
+
+
+def run_exam(prepared: Prepared) -> Exam:
+    """The exam of a prepared run."""
+    from tell.decode.sampler import Decoding
+
+    task, config = prepared.task, prepared.task.config
     limit = answer_limit(config, task.chat, task.train)
     decoding = Decoding.of(config.generate, max_new_tokens=limit, stop_ids=task.chat.stop_ids, seed=config.seed)
-    state = general_sets(config, task.chat, general)
+    scorer = scorer_of(config, task.kind)
+    return Exam(config, prepared.anchor, task.test, task.train, task.shots, decoding, scorer)
+
+
+def score_arms(answers: Mapping[str, Answers], config: Config) -> dict:
+    """``arms``, ``differences`` and ``eval`` of metrics.json: each metric with its interval, arms paired."""
+    metrics = {arm: found.metrics for arm, found in answers.items()}
+    values, gaps = arm_numbers(metrics, seed=config.seed, samples=config.eval.bootstrap)
+    costs = eval_numbers({arm: found.costs for arm, found in answers.items()})
+    return {"arms": values, "differences": gaps, "eval": costs}
+
+
+def validation_table(prepared: Prepared) -> RowTable:
+    """The validation rows, tokenised with the anchor; those that do not fit are left out with a notice."""
+    task = prepared.task
     rules = replace(task.rules, too_long="drop", nothing_to_train="drop", misfit="drop")
-    validation = tokenize(task.validation, task.chat, source="validation", anchor=anchor, rules=rules)
-    if lost := validation.dropped:
+    table = tokenize(task.validation, task.chat, source="validation", anchor=prepared.anchor, rules=rules)
+    if lost := table.dropped:
         first = f"the first: {lost[0].origin}: {lost[0].reason}"
-        task.notice(f"{len(lost)} of {len(task.validation)} validation rows are left out, {first}", display)
+        task.notices.add(f"{len(lost)} of {len(task.validation)} validation rows are left out, {first}")
+    return table
+
+
+def measure_weights(
+    arms: Sequence[str],
+    state: Forgetting | None,
+    validation: RowTable,
+    scorer: Scorer,
+    session: Session,
+    journal: Journal,
+) -> dict[str, float]:
+    """Measure the untuned model and each adapter that ``arms`` answer with.
+
+    Args:
+        state: general rows; receives their losses and answers. None: they are not measured.
+
+    Returns:
+        Mean validation loss by arm; empty without validation rows.
+    """
     losses: dict[str, float] = {}
-    measured: set[str] = set()
-
-    def measure_weights(arm: str) -> None:
-        measured.add(arm)
-        if state is not None:
-            measure(state, arm, model, engine, scorer, config, task.chat, display, check)
-            write_jsonl(folder.general_losses(arm), loss_rows(state, arm))
-        if len(validation):
-            passes = {"micro_tokens": config.train.micro_tokens, "device": engine.device}
-            per_row = losses_of(model, arm, validation, **passes)
-            losses[arm] = round(float(per_row.mean()), 6)
-
-    scored: dict[str, dict] = {}
-    costs: dict[str, dict] = {}
-    for arm in arms:
-        begin(f"evaluate {arm}")
-        with adapter_merged(model, adapter_folder(folder, arm)):
-            path = folder.prediction(arm)
-            prompts, used = arm_prompts(
-                arm,
-                task.chat,
-                anchor,
-                task.test,
-                task.train,
-                examples=config.eval.icl_examples,
-                room=min(engine.max_positions - limit, config.train.max_length * 2),
-                seed=config.seed,
-                shots=task.shots,
-            )
-            if arm == "icl":
-                task.notice(f"icl: {used} examples fit into the context", display)
-            if path.exists():
-                rows = read_jsonl(path)
-            else:
-                title = f"answer {arm}"
-                rows = answer_rows(
-                    engine, task.chat, prompts, task.test, decoding, title=title, display=display, check=check
-                )
-            more = {}
-            if config.eval.answer_loss:
-                values = kept_answer_losses(rows)
-                if values is None:
-                    values = answer_losses(
-                        model,
-                        task.chat,
-                        prompts,
-                        task.test,
-                        positions=task.files.architecture.max_positions,
-                        micro_tokens=config.train.micro_tokens,
-                        device=engine.device,
-                        title=f"answer loss {arm}",
-                        display=display,
-                        check=check,
-                    )
-                more = answer_loss_metric(values)
-            scored[arm] = score_rows(scorer, rows, more)
-            costs[arm] = answer_costs(task.files.architecture, prompts, rows)
-            write_jsonl(path, rows)
-            weights = adapter_arm(arm) or "base"
-            if weights not in measured:
-                measure_weights(weights)
-    if "base" not in measured:  # what training changed needs a before
-        measure_weights("base")
-    values, gaps = arm_numbers(scored, seed=config.seed, samples=config.eval.bootstrap)
-    metrics = {
-        "task": {"kind": task.kind.name, "primary": scorer.primary},
-        "arms": values,
-        "differences": gaps,
-        "forgetting": numbers(state, config) if state is not None else {},
-        "eval": eval_numbers(costs),
-    }
-    if config.eval.benchmarks:
-        metrics["benchmarks"] = run_benchmarks(
-            config,
-            arms,
-            folder,
-            model,
-            engine,
-            task.chat,
-            task.files,
-            anchor,
-            display=display,
-            begin=begin,
-            check=check,
-        )
-    return metrics, losses
+    for arm in dict.fromkeys([*(ARMS[arm].adapter or BASE for arm in arms), BASE]):
+        with session.adapter(adapter_folder(journal.folder, arm)):
+            if state is not None:
+                measure_arm(state, arm, session, scorer)
+                write_jsonl(journal.folder.general_losses(arm), state.rows(arm))
+            if len(validation):
+                losses[arm] = round(float(losses_of(session, arm, validation).mean()), 6)
+    return losses

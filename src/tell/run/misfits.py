@@ -1,4 +1,4 @@
-"""What is said of rows that do not fit the model as they are: cut, dropped, or all of them refused."""
+"""Notices about rows that do not fit the model as they are: cut, dropped, or all refused."""
 
 from __future__ import annotations
 

@@ -1,70 +1,78 @@
-"""One run trained by several processes: the first does all a run does, the others come in for its training alone.
+"""One run trained by several processes: the first does all of the run, the others only train.
 
-What they train on is sent to them, tables and mixture as they are: it is the same to the byte whatever wrote the anchor
+What they train on is sent to them, tables and mixture as they are: it is the same to the byte whoever wrote the anchor
 or the general data, only the first needs the files, and nothing is tokenised twice.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tell.config import Config, TrainConfig
+from tell.config import Config
 from tell.errors import TellError
 from tell.folder import RunFolder
-from tell.mix.mixture import Mixture
 from tell.models.find import ModelFiles, find_model
-from tell.rows.row_table import RowTable
-from tell.run.prepare import Task
-from tell.run.record import dtype_name
+from tell.run.session import dtype_name
 from tell.run.stop import Stop
 from tell.train.launch import launched
 
 if TYPE_CHECKING:
+    import torch
+
+    from tell.models.load import Loaded
     from tell.train.parallel import Processes
+    from tell.train.trainer import TrainingJob
 
 
 @dataclass(frozen=True)
 class Job:
-    """One arm's training, as the first process tells it the others.
+    """One arm's training, as the first process sends it to the others.
 
     Attributes:
         model: fingerprint of the base model.
         dtype: ``bf16`` or ``fp32``.
-        folder: of the arm.
     """
 
     model: str
     dtype: str
-    tables: Mapping[str, RowTable]
-    mixture: Mixture
-    training: TrainConfig
-    seed: int
-    folder: Path
+    training: TrainingJob
 
 
-def with_processes(config: Config, lead: Callable[[Processes | None], RunFolder]) -> RunFolder:
-    """``lead`` in the first process of a run, or the only one; the others help it to train.
+@contextmanager
+def processes_of(config: Config) -> Iterator[Processes | None]:
+    """The processes that this one was started with; None where it was started alone.
 
     Raises:
         TellError: the configuration asks for what several processes cannot do, or what one cannot.
     """
     processes = _join(config)
-    if processes is None:
-        return lead(None)
-    if not processes.leads:
-        return _help(processes, config)
     try:
-        return lead(processes)
+        yield processes
     finally:
-        processes.dismiss(None)
+        if processes is not None and processes.leads:
+            processes.dismiss(None)
+
+
+@contextmanager
+def helpers(processes: Processes | None, folder: RunFolder) -> Iterator[Callable[[], None]]:
+    """Keeps the other processes waiting for trainings; calling what it yields, or its end, lets them go."""
+
+    def dismiss() -> None:
+        if processes is not None:
+            processes.dismiss(str(folder.root))
+
+    try:
+        yield dismiss
+    finally:
+        dismiss()
 
 
 def _join(config: Config) -> Processes | None:
-    """The processes that this one was started with; None where it was started alone."""
     launch = launched()
     sharded = config.train.parallel == "fsdp"
     if launch is None:
@@ -76,7 +84,7 @@ def _join(config: Config) -> Processes | None:
             )
         return None
     if config.generate.engine == "vllm":
-        raise TellError("vLLM does not run beside torchrun", where="generate.engine", remedy="Use generate.engine=own.")
+        raise TellError("vLLM does not run under torchrun", where="generate.engine", remedy="Use generate.engine=own.")
     if sharded and config.max_minutes:
         raise TellError(
             "times are measured on a model that one device holds",
@@ -96,8 +104,8 @@ def decoding_beside(config: Config, processes: Processes | None) -> Config:
     return config.model_copy(update={"generate": config.generate.model_copy(update={"engine": "own"})})
 
 
-def load_spread(files: ModelFiles, config: Config) -> tuple[Any, Any]:
-    """A `tell.models.load.Loaded` on the processor, to be spread over processes, and the device it will compute on."""
+def load_spread(files: ModelFiles, config: Config) -> tuple[Loaded, torch.device]:
+    """The model on the CPU, to be spread over processes, and the device it will compute on."""
     from tell.models.load import choose_device, choose_dtype, load_model
 
     gc.collect()  # the shares of an arm before it hang in cycles
@@ -108,8 +116,8 @@ def load_spread(files: ModelFiles, config: Config) -> tuple[Any, Any]:
     return load_model(files, dtype=dtype, device="cpu", trust_remote_code=config.model.trust_remote_code), device
 
 
-def _help(processes: Processes, config: Config) -> RunFolder:
-    """Train with the first process what it says, until it says that training is over.
+def help_training(processes: Processes, config: Config) -> RunFolder:
+    """Train along with the first process until it says that training is over.
 
     Returns:
         The run folder; the first process may still be at work in it.
@@ -156,34 +164,20 @@ def _base(job: Job, config: Config, processes: Processes, held: tuple[Any, Any] 
 
 
 def _train(job: Job, model: Any, device: Any, processes: Processes, stop: Stop) -> None:
-    from tell.train.trainer import Trainer
+    from tell.train.trainer import Trainer, TrainingHooks
 
-    Trainer(
-        model,
-        job.tables,
-        job.mixture,
-        job.training,
-        folder=job.folder,
-        log=job.folder,  # only the first writes
-        seed=job.seed,
-        device=device,
-        stopped=stop,
-        processes=processes,
-    ).run(resume=True)
+    hooks = TrainingHooks(stopped=stop)
+    Trainer(model, job.training, device=device, hooks=hooks, processes=processes).run(resume=True)
 
 
-def start_job(
-    processes: Processes, task: Task, loaded: Any, folder: Path, tables: Mapping[str, RowTable], mixture: Mixture
-) -> None:
+def start_job(processes: Processes, files: ModelFiles, loaded: Loaded, training: TrainingJob) -> None:
     """Call the others to train an arm; the caller trains next.
 
     Args:
-        loaded: the base model, a `tell.models.load.Loaded`.
-        folder: of the arm.
+        files, loaded: the base model.
 
     Raises:
         TellError: one of them cannot.
     """
-    job = Job(task.files.fingerprint, dtype_name(loaded), tables, mixture, task.training, task.config.seed, folder)
-    processes.tell(job)
+    processes.tell(Job(files.fingerprint, dtype_name(loaded), training))
     processes.agree()

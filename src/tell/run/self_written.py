@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tell.config import Config
 from tell.data.builtin import load_prompts
@@ -23,12 +23,12 @@ from tell.data.example import Message
 from tell.errors import TellError
 from tell.folder import read_jsonl, write_json, write_jsonl
 from tell.home import make_folder, tell_home
-from tell.progress import Display
 from tell.rows.row_cache import cache_key
 from tell.rows.template import ChatTokenizer
 
 if TYPE_CHECKING:
     from tell.decode.sampler import Decoding
+    from tell.run.session import Session
 
 Enough = Callable[[Sequence[dict]], float]
 
@@ -41,7 +41,7 @@ MARK = "\ufffdtell\ufffd"
 
 
 def self_file(config: Config, model: str, tokenizer: str) -> Path:
-    """Where the rows of this model with these settings lie."""
+    """The file of the rows of this model with these settings."""
     key = cache_key(
         what="self",
         version=VERSION,
@@ -140,22 +140,12 @@ def is_good(instruction: str, answer: str) -> str | None:
     return None
 
 
-def write_self_data(
-    config: Config,
-    chat: ChatTokenizer,
-    engine: Any,
-    *,
-    model: str,
-    enough: Enough,
-    display: Display,
-) -> tuple[Path, dict]:
+def write_self_data(session: Session, enough: Enough) -> tuple[Path, dict]:
     """Write until there is enough; rows already written for this model and these settings are kept.
 
     Args:
-        engine: decodes with the untuned model.
-        model: the model's fingerprint.
+        session: of the untuned model.
         enough: share of what is needed that a list of rows makes up, 1 or more when it suffices.
-        display: shows a bar; its advance is called with 0 at each token decoded, and may raise to stop.
 
     Returns:
         The file of the rows to use, and ``{"asked", "kept", "thrown": {reason: rows}}`` of their blocks.
@@ -163,12 +153,12 @@ def write_self_data(
     Raises:
         TellError: the model writes nothing usable.
     """
-    path = self_file(config, model, chat.fingerprint)
-    with _locked(path, display):  # two runs would write the same blocks, and one over the other
+    path = self_file(session.config, session.files.fingerprint, session.chat.fingerprint)
+    with _locked(path, session):  # two runs would write the same blocks, and one over the other
         rows, blocks = _read(path)
         taken = _first_blocks(rows, blocks, enough)
         if taken is None:
-            _write_more(config, chat, engine, path, rows, blocks, enough, display)
+            _write_more(session, path, rows, blocks, enough)
             taken = len(blocks)
         blocks = blocks[:taken]
         part = _part(path, rows, blocks)
@@ -178,42 +168,34 @@ def write_self_data(
 
 
 @contextmanager
-def _locked(path: Path, display: Display) -> Iterator[None]:
-    """Hold the lock of a file of rows; while another run holds it, the display is asked whether to stop."""
+def _locked(path: Path, session: Session) -> Iterator[None]:
+    """Hold the lock of a file of rows; while another run holds it, the session is asked whether to stop."""
     from filelock import FileLock, Timeout
 
     lock = FileLock(make_folder(path.parent) / f".{path.stem}.lock")  # released by the system if its holder dies
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        display.note("another run is writing this general data; waiting for it")
-        with display.bar("wait for another run", None, "s") as advance:
+        session.display.note("another run is writing this general data; waiting for it")
+        with session.display.bar("wait for another run", None, "s") as advance:
             while not lock.is_locked:
                 with suppress(Timeout):
                     lock.acquire(timeout=1)
                 advance(0)
+                session.check()
     try:
         yield
     finally:
         lock.release()
 
 
-def _write_more(
-    config: Config,
-    chat: ChatTokenizer,
-    engine: Any,
-    path: Path,
-    rows: list[dict],
-    blocks: list[dict],
-    enough: Enough,
-    display: Display,
-) -> None:
+def _write_more(session: Session, path: Path, rows: list[dict], blocks: list[dict], enough: Enough) -> None:
     """Extend rows and blocks, in place and on disk, until there is enough."""
     seen = {row["instruction"].strip().lower() for row in rows}
     empty = 0
     share = max(0.0, min(1.0, enough(rows)))
     gain = enough([USUAL_ROW] * BLOCK)
-    with display.bar("general data, written by the model", 100, "%") as advance:
+    with session.display.bar("general data, written by the model", 100, "%") as advance:
         shown = 0.0
 
         def show(target: float) -> None:
@@ -221,14 +203,15 @@ def _write_more(
             step = max(0.0, min(1.0, target) - shown)
             shown += step
             advance(step * 100, f"{len(rows)} rows")
+            session.check()
 
         def moved(part: float) -> None:
             show(share + part * gain)
 
         show(share)
         while True:
-            before, thrown = len(rows), Counter()
-            for pair in _block(config, chat, engine, len(blocks), thrown, moved):
+            before, thrown = len(rows), Counter[str]()
+            for pair in _block(session, len(blocks), thrown, moved):
                 name = pair["instruction"].strip().lower()
                 if name in seen:
                     thrown["duplicate"] += 1
@@ -252,28 +235,26 @@ def _write_more(
                 return
 
 
-def _block(
-    config: Config, chat: ChatTokenizer, engine: Any, block: int, thrown: Counter, moved: Callable[[float], None]
-) -> list[dict]:
+def _block(session: Session, block: int, thrown: Counter, moved: Callable[[float], None]) -> list[dict]:
     """One block of instructions with answers; ``moved`` hears what share of it is done."""
+    config = session.config
     rules = config.general.self_
     given = load_prompts() if rules.prompts == "builtin" else []
     given_blocks = -(-len(given) // BLOCK)
     seed = config.seed * 100_003 + block * 2
     if block < given_blocks:
         prompts = given[block * BLOCK : (block + 1) * BLOCK]
-        outputs = answered(config, chat, engine, prompts, seed + 1, thrown, moved)
+        outputs = answered(session, prompts, seed + 1, thrown, moved)
     else:
-        prompts = _invented(config, chat, engine, seed, thrown, lambda part: moved(part / 3))
-        outputs = answered(config, chat, engine, prompts, seed + 1, thrown, lambda part: moved((1 + 2 * part) / 3))
+        prompts = _invented(session, seed, thrown, lambda part: moved(part / 3))
+        outputs = answered(session, prompts, seed + 1, thrown, lambda part: moved((1 + 2 * part) / 3))
     pairs = zip(prompts, outputs, strict=True)
     return [{"instruction": text, "output": output} for text, output in pairs if output is not None]
 
 
-def _invented(
-    config: Config, chat: ChatTokenizer, engine: Any, seed: int, thrown: Counter, moved: Callable[[float], None]
-) -> list[str]:
+def _invented(session: Session, seed: int, thrown: Counter, moved: Callable[[float], None]) -> list[str]:
     """Instructions that the model writes from its chat header alone."""
+    config, chat, engine = session.config, session.chat, session.engine
     rules = config.general.self_
     head, tail = user_header(chat)
     # The words of the user end where the template's turn ends: at its first special token, or a line break.
@@ -294,9 +275,7 @@ def _invented(
 
 
 def answered(
-    config: Config,
-    chat: ChatTokenizer,
-    engine: Any,
+    session: Session,
     instructions: Sequence[str],
     seed: int,
     thrown: Counter,
@@ -305,11 +284,12 @@ def answered(
     """The model's answer to each instruction; None where it does not end in time or does not pass `is_good`.
 
     Args:
-        config: ``general.self`` says how answers are drawn, and with what wish.
+        session: of the untuned model; ``general.self`` of its configuration says how answers are drawn.
         seed: of the draws.
         thrown: counts why answers are thrown away.
         moved: called with the share that is done.
     """
+    config, chat, engine = session.config, session.chat, session.engine
     rules = config.general.self_
     wish = f"\n\n{rules.answer_wish}" if rules.answer_wish else ""
     prompts = [

@@ -43,7 +43,7 @@ def check_shots(config: Config, train: Sequence[Example], shots: Sequence[Exampl
     shown = sum(example.hash in trained for example in shots)
     if shown < config.task.shots:
         raise TellError(
-            f"{config.task.shots} examples are asked for, and {shown} of {len(trained)} training rows can be "
+            f"{config.task.shots} examples are requested, and {shown} of {len(trained)} training rows can be "
             "shown; longer ones than train.max_length are not",
             where="task.shots",
             remedy="Ask for fewer, or train on more rows.",

@@ -5,26 +5,28 @@ from __future__ import annotations
 import time
 from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 from tell.errors import TellError
 from tell.models.predict import record_speed
 from tell.rows.row_table import RowTable
 from tell.rows.tokenize import prompt_ids
-from tell.run.prepare import Task
-from tell.run.record import dtype_name
+from tell.run.session import Session, dtype_name
+from tell.run.task import Task
+
+if TYPE_CHECKING:
+    from tell.decode.protocol import DecodingEngine
+    from tell.models.load import Loaded
 
 PROMPTS, NEW_TOKENS = 32, 8  # decoded to measure the pace: some seconds on two slow cores
 WARM_UP_ROWS = 2
 
 
-def measure_pace(task: Task, table: RowTable, loaded: Any, engine: Any) -> None:
-    """Measure a training step and a few decoded tokens, so that --max-minutes goes by this machine as it is now.
+def measure_pace(task: Task, table: RowTable, session: Session) -> None:
+    """Measure a training step and a few decoded tokens, so that --max-minutes reflects this machine as it is now.
 
     Args:
         table: the task's rows.
-        loaded: the base model, a `tell.models.load.Loaded`.
-        engine: decodes with it.
     """
     import torch
 
@@ -34,8 +36,8 @@ def measure_pace(task: Task, table: RowTable, loaded: Any, engine: Any) -> None:
     from tell.train.step import Body, step_loss
     from tell.train.transfer import trains_fast
 
-    config = task.config
-    decode = _decoding_speed(task, engine)
+    config, loaded = task.config, session.loaded
+    decode = _decoding_speed(task, session.engine)
     fast = trains_fast(config.train.fast, loaded.device)
     tuned = add_lora(loaded.model, task.training, seed=config.seed, fused=fast)
     plain = None if fast else PlainBody(tuned)
@@ -60,25 +62,25 @@ def measure_pace(task: Task, table: RowTable, loaded: Any, engine: Any) -> None:
     keep_speed(task, loaded, out.tokens / seconds, decode)
 
 
-def _decoding_speed(task: Task, engine: Any) -> float | None:
+def _decoding_speed(task: Task, engine: DecodingEngine) -> float | None:
     """Tokens a second while several test prompts are answered, their prefill left out; None without test rows."""
     from tell.decode.sampler import Decoding
 
     prompts = [prompt_ids(task.chat, example) for example in task.test[:PROMPTS]]
     if not prompts:
         return None
-    told: list[tuple[float, int]] = []
+    seen: list[tuple[float, int]] = []
     rule = Decoding(max_new_tokens=NEW_TOKENS, stop_ids=(), greedy=True, batch_size=len(prompts))
-    engine.generate(prompts, rule, progress=lambda new, _: told.append((time.monotonic(), new)))
-    if len(told) < 2:
+    engine.generate(prompts, rule, progress=lambda new, _: seen.append((time.monotonic(), new)))
+    if len(seen) < 2:
         return None
-    prefilled = next((i for i, (_, new) in enumerate(told) if new == len(prompts)), 0)
-    seconds = told[-1][0] - told[prefilled][0]
-    tokens = sum(new for _, new in told[prefilled + 1 :])
+    prefilled = next((i for i, (_, new) in enumerate(seen) if new == len(prompts)), 0)
+    seconds = seen[-1][0] - seen[prefilled][0]
+    tokens = sum(new for _, new in seen[prefilled + 1 :])
     return tokens / seconds if tokens and seconds > 0 else None
 
 
-def keep_speed(task: Task, loaded: Any, tokens_per_second: float, decoded_per_second: float | None = None) -> None:
+def keep_speed(task: Task, loaded: Loaded, tokens_per_second: float, decoded_per_second: float | None = None) -> None:
     """Remember how fast a model trained and decoded here."""
     with suppress(TellError):  # a home that cannot be written costs the next plan's accuracy, not this run
         record_speed(

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
 from tell.errors import Interrupted
-from tell.progress import Advance, Display
 
-_listening: list[Stop] = []  # a run within a study listens within it
+Handler = Callable[[int, FrameType | None], object] | int | signal.Handlers | None
 
 
 class Stop:
@@ -36,43 +35,33 @@ class Stop:
 
     @contextmanager
     def listening(self) -> Iterator[Stop]:
-        """Catch SIGINT and SIGTERM; a second one takes its usual course. Only the main thread can listen."""
+        """Catch SIGINT and SIGTERM; a second one takes its usual course. Only the main thread can listen.
+
+        A run of a study listens within it: a signal stops both, for the run may just be over.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
-        old = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-        def caught(number: int, _: FrameType | None) -> None:
-            for stop in _listening:  # the study stops too if the run was just over
-                stop.asked = True
-            signal.signal(number, old[number])
-
-        for number in old:
-            signal.signal(number, caught)
-        _listening.append(self)
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        old = {number: signal.getsignal(number) for number in numbers}
+        for number in numbers:
+            signal.signal(number, _Caught(self, old[number]))
         try:
             yield self
         finally:
-            _listening.remove(self)
-            for number, handler in old.items():
-                signal.signal(number, handler)
+            for number in numbers:
+                signal.signal(number, old[number])
 
 
-class Checked:
-    """A display whose bars also ask whether to stop."""
+class _Caught:
+    """A signal handler that sets a `Stop`, and those of the handlers it replaced; the next signal ends the process."""
 
-    def __init__(self, display: Display, stop: Stop) -> None:
-        self.display, self.stop = display, stop
+    def __init__(self, stop: Stop, before: Handler) -> None:
+        self.stop, self.before = stop, before
 
-    def note(self, text: str) -> None:
-        self.display.note(text)
-
-    @contextmanager
-    def bar(self, title: str, total: float | None, unit: str = "rows") -> Iterator[Advance]:
-        with self.display.bar(title, total, unit) as advance:
-
-            def checked(amount: float = 1, info: str = "", left: float | None = None) -> None:
-                self.stop.check()
-                advance(amount, info, left)
-
-            yield checked
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        handler: Handler = self
+        while isinstance(handler, _Caught):
+            handler.stop.asked = True
+            handler = handler.before
+        signal.signal(number, handler)

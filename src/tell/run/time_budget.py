@@ -15,18 +15,18 @@ import numpy as np
 
 from tell.errors import TellError
 from tell.mix.amount import Draw
-from tell.presets import repeat_for
+from tell.names import ARMS
 from tell.rows.row_table import RowTable
 from tell.run.arms import lead_arm, trained_arms
 from tell.run.general_rows import General
 from tell.run.plan import describe_plan
-from tell.run.prepare import Task
+from tell.run.prepare import Prepared
 from tell.seeds import below
 
-OPTIONAL_ARMS = ("tell-anchor", "general", "sft", "base+anchor")  # the first is given up first
+OPTIONAL_ARMS = sorted((arm for arm in ARMS if ARMS[arm].optional is not None), key=lambda arm: ARMS[arm].optional or 0)
 LEAST_TEST_ROWS = 60  # the interval of a share of one half is then 25 points wide
-LEAST_REPEAT = 4  # nor less than a quarter of the repetitions asked for
-HALVINGS = 7  # the largest extent that fits is found within 1 % of the way from the least to what was asked for
+LEAST_REPEAT = 4  # nor less than a quarter of the requested repetitions
+HALVINGS = 7  # the largest extent that fits is found within 1 % of the way from the least to what was requested
 
 
 @dataclass(frozen=True)
@@ -46,22 +46,25 @@ class Extent:
     draw: Draw | None
 
     @classmethod
-    def of(cls, task: Task, table: RowTable, draw: Draw | None) -> Extent:
+    def of(cls, prepared: Prepared) -> Extent:
         """What the configuration asks for."""
-        repeat = task.config.mix.repeat or repeat_for(len(table))
-        return cls(tuple(dict.fromkeys(task.config.eval.arms)), len(task.test), repeat, draw)
+        task = prepared.task
+        arms = tuple(dict.fromkeys(task.config.eval.arms))
+        return cls(arms, len(task.test), prepared.ingredients.repeat, prepared.draw)
 
-    def apply(self, task: Task) -> Task:
-        """A copy of the task in which this much is asked for.
+    def apply(self, prepared: Prepared) -> Prepared:
+        """The run with this much of it.
 
         Which test rows stay is drawn by the run's seed and their content: fewer are always among more, however often
         and from whatever part of them they are drawn.
         """
+        task = prepared.task
         config = task.config.model_copy(deep=True)
         config.eval.arms, config.mix.repeat = self.arms, self.repeat
         keys = [below(1 << 60, config.seed, "test rows", example.hash) for example in task.test]
         kept = sorted(range(len(keys)), key=keys.__getitem__)[: self.test_rows]
-        return replace(task, config=config, test=[task.test[i] for i in sorted(kept)])
+        task = replace(task, config=config, test=[task.test[i] for i in sorted(kept)])
+        return replace(prepared, task=task, draw=self.draw)
 
     def to_dict(self) -> dict[str, Any]:
         """``fit`` of plan.json."""
@@ -76,15 +79,7 @@ def read_extent(data: Mapping[str, Any], draw: Draw | None) -> Extent:
 
 
 def fit_minutes(
-    task: Task,
-    table: RowTable,
-    general: General | None,
-    draw: Draw | None,
-    *,
-    minutes: float,
-    spent: float,
-    trained: str | None = None,
-    most_general: int | None = None,
+    prepared: Prepared, *, minutes: float, spent: float, trained: str | None = None, most_general: int | None = None
 ) -> tuple[Extent, list[str]]:
     """The largest extent of a run that is predicted to end in time, and what was given up for it.
 
@@ -101,19 +96,19 @@ def fit_minutes(
         TellError: not even the least fits; it names the minutes that do.
     """
     room = minutes * 60 - spent
-    whole = extent = Extent.of(task, table, draw)
+    whole = extent = Extent.of(prepared)
     if extent.draw is not None and most_general is not None:
         extent = replace(extent, draw=_first(extent.draw, most_general))
     lead = lead_arm(whole.arms, dict.fromkeys(trained_arms(whole.arms)))
 
     def cost(of: Extent) -> float:
-        return _seconds(task, table, general, of, trained)
+        return _seconds(of.apply(prepared), trained)
 
     for arm in OPTIONAL_ARMS:
         fewer = tuple(a for a in extent.arms if a != arm)
         if cost(extent) > room and arm in extent.arms and lead in (None, *trained_arms(fewer)) and fewer:
             extent = replace(extent, arms=fewer)
-    shrinks = (_fewer_test_rows, *(() if trained else (_smaller_mixture(table, general),)))
+    shrinks = (_fewer_test_rows, *(() if trained else (_smaller_mixture(prepared.table, prepared.general),)))
     for shrink in shrinks:
         if cost(extent) > room:
             extent = _largest(extent, shrink, lambda of: cost(of) <= room)
@@ -130,10 +125,9 @@ def fit_minutes(
     return extent, given_up
 
 
-def _seconds(task: Task, table: RowTable, general: General | None, extent: Extent, trained: str | None) -> float:
-    plan = describe_plan(extent.apply(task), table, general, extent.draw)
-    done = plan["arms"].get(trained, {"seconds": 0.0})["seconds"]
-    return float(plan["predicted"]["seconds"] - done)
+def _seconds(prepared: Prepared, trained: str | None) -> float:
+    plan = describe_plan(prepared)
+    return float(plan["predicted"]["seconds"] - plan["arms"].get(trained, {"seconds": 0.0})["seconds"])
 
 
 def _largest(extent: Extent, shrink: Callable[[Extent, float], Extent], fits: Callable[[Extent], bool]) -> Extent:
@@ -175,7 +169,7 @@ def least_general(table: RowTable, general: General, draw: Draw) -> int:
 
 
 def _first(draw: Draw, rows: int) -> Draw:
-    """The first rows of a draw; what was said of the whole draw holds no longer."""
+    """The first rows of a draw; notices about the whole draw no longer hold."""
     if rows >= len(draw):
         return draw
     epochs = draw.epochs * rows / max(1, len(draw))

@@ -14,7 +14,6 @@ from tell.score.means import check_pairs, mean_metric
 from tell.score.scored import Metric
 from tell.score.scorer_code import forget_changed, scorers_first
 
-
 RENAMED = {
     "tell.evaluate.arithmetic:solved": "tell.score.arithmetic:solved"
 }  # names in recipes that name finished cells

@@ -11,10 +11,11 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from tell.config import (
     AnchorConfig,
+    ArmName,
     Config,
     EvalConfig,
     GeneralConfig,
@@ -24,11 +25,12 @@ from tell.config import (
     make_config,
     override,
 )
+from tell.data.general import is_empty
 from tell.errors import TellError
 from tell.names import ARMS, TRAINED
 from tell.run.claim import FREE as FREE_OF_RUNS
 from tell.run.claim import KEYWORDS, PATHS, with_full_paths
-from tell.run.prepare import anchor_of
+from tell.run.task import anchor_of
 from tell.score.benchmark_tasks import benchmark_tasks, local_files
 from tell.score.scorer_code import find_scorer_code
 from tell.studies.content import content_hash
@@ -110,7 +112,7 @@ def _every(recipe: Recipe, variables: Mapping[str, str], where: str) -> Iterator
             point = {key: _shown(config, key, value) for key, value in raw.items()}
             for arm in arms:
                 lead = RIDERS.get(arm, arm) if RIDERS.get(arm) in arms else arm
-                if lead == "general" and config.general.empty:
+                if lead == "general" and is_empty(config.general):
                     continue
                 riders = [a for a in arms if RIDERS.get(a) == lead and a != arm] if lead == arm else [arm]
                 cell = make_cell(config, lead, riders)
@@ -132,7 +134,7 @@ def _shown(config: Config, key: str, raw: Any) -> Any:
 def make_cell(config: Config, arm: str, riders: Sequence[str] = ()) -> Cell:
     """The cell of an arm, keys without effect on it at their defaults."""
     config = neutral(config, arm)
-    config.eval.arms = (arm, *riders)
+    config.eval.arms = cast(tuple[ArmName, ...], (arm, *riders))
     if "icl" not in config.eval.arms:
         config.eval.icl_examples = EvalConfig().icl_examples
     return Cell(_name(arm, {"arms": config.eval.arms, "config": identity(config)}), arm, config)
@@ -222,7 +224,7 @@ def neutral(config: Config, arm: str) -> Config:
     out = config.model_copy(deep=True)
     written = config.anchor.text == "auto"  # by the model, from the task rows
     alone = arm in ("base", "base+anchor", "icl", "sft")  # without general data
-    if alone or config.general.empty:
+    if alone or is_empty(config.general):
         kept = {"source": config.general.source, "columns": config.general.columns}  # of the held-out rows
         out.general = GeneralConfig(**kept, tokens=0)
     elif config.general.source not in ("auto", "self"):

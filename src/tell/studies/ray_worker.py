@@ -8,11 +8,11 @@ import shutil
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -22,16 +22,13 @@ from tell.errors import TellError
 from tell.folder import RunFolder, atomic_folder
 from tell.home import make_folder, tell_home
 from tell.progress import Silent
+from tell.run.session import ModelCache
 from tell.score.scorer_code import search_in
 from tell.studies.content import content_hash, folder_files
 from tell.studies.run_cell import Outcome, run_cell
 
-if TYPE_CHECKING:
-    from tell.verbs.open_run import KeptModel
-
 TEXTS = frozenset({".json", ".yaml", ".html"})  # files of a cell that name its inputs
 Fetch = Callable[[Any], bytes]  # of an object in Ray's store
-_process = ExitStack()  # closed when the worker ends
 
 
 @dataclass(frozen=True)
@@ -63,11 +60,9 @@ class CellTask:
 
 
 @cache
-def _kept_model() -> KeptModel:
+def _worker_models() -> ModelCache:
     """The base model of this worker, which stays loaded from cell to cell."""
-    from tell.verbs.open_run import keep_model
-
-    return _process.enter_context(keep_model())
+    return ModelCache()
 
 
 def work(task: CellTask) -> tuple[Outcome, bytes | None]:
@@ -79,16 +74,23 @@ def work(task: CellTask) -> tuple[Outcome, bytes | None]:
 
     if task.version != __version__:
         return Outcome(f"tell {__version__} is installed there, not {task.version}", None, platform.node()), None
-    model = _kept_model()
+    models = _worker_models()
     config = make_config(yaml.safe_load(task.settings), where=task.name)
     folder = tell_home() / "ray" / "inputs"
     moved = place_inputs(config, task.inputs, folder, ray.get)
     search_in(_place(task.scorer, folder, ray.get) if task.scorer else None)
     with _workplace(task.name) as place:
         run = RunFolder(place / "run")
-        outcome = run_cell(run, config, separate=task.separate, keep_adapters=task.keep_adapters, display=Silent())
+        outcome = run_cell(
+            run,
+            config,
+            separate=task.separate,
+            keep_adapters=task.keep_adapters,
+            display=Silent(),
+            models=models,
+        )
         if outcome.error:
-            model.drop()
+            models.drop()
             return outcome, None
         return outcome, pack(run.root, {**moved, str(run.root): task.name})
 

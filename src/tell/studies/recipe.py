@@ -30,7 +30,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
-from tell.config import Arm, Section, check_keys, nearest, override, parse_overrides, read_yaml
+from tell.config import ArmName, Section, check_keys, nearest, override, parse_overrides, read_yaml
 from tell.errors import TellError
 from tell.files import expanded
 from tell.studies.nested import VARIABLE, dig, leaves, nest
@@ -52,7 +52,7 @@ class Part(Section):
         """Keys of the grid, by the attribute that names them."""
         return {"x": getattr(self, "x", None)}
 
-    def named_arms(self) -> tuple[str, tuple[Arm, ...]]:
+    def named_arms(self) -> tuple[str, tuple[ArmName, ...]]:
         """The attribute that names arms, and the arms that the author wrote there."""
         return ("arm", (self.arm,)) if hasattr(self, "arm") else ("", ())
 
@@ -66,13 +66,13 @@ class Figure(Part):
     lines: str = Field("arm", description="arm, or a key of the grid")
     panels: str | None = Field(None, description="a key of the grid; a map has a panel for every other key as it is")
     value: str | None = Field(None, description="of a map: the metric")
-    arm: Arm = Field("tell", description="of a map: whose scores")
+    arm: ArmName = Field("tell", description="of a map: whose scores")
 
     def keys(self) -> dict[str, str | None]:
         y, lines = self.y if self.kind == "map" else None, self.lines if self.lines != "arm" else None
         return {"x": self.x, "panels": self.panels, "y": y, "lines": lines}
 
-    def named_arms(self) -> tuple[str, tuple[Arm, ...]]:
+    def named_arms(self) -> tuple[str, tuple[ArmName, ...]]:
         return "arm", (self.arm,) if self.kind == "map" else ()
 
     @model_validator(mode="after")
@@ -87,7 +87,7 @@ class Fit(Part):
 
     x: str = Field(description="a key of the grid")
     y: str = Field(description="a metric")
-    arm: Arm = Field("tell", description="whose scores")
+    arm: ArmName = Field("tell", description="whose scores")
 
 
 class Efficiency(Part):
@@ -95,11 +95,11 @@ class Efficiency(Part):
 
     x: str = Field(description="a key of the grid")
     y: str = Field(description="a metric")
-    arms: tuple[Arm, ...] = Field(
+    arms: tuple[ArmName, ...] = Field(
         ("sft", "sft-matched", "tell"), description="compared with tell, or else with the last of them"
     )
 
-    def named_arms(self) -> tuple[str, tuple[Arm, ...]]:
+    def named_arms(self) -> tuple[str, tuple[ArmName, ...]]:
         return "arms", self.arms if "arms" in self.model_fields_set else ()
 
 
@@ -159,7 +159,7 @@ class Recipe(Section):
         description="dotted key of a run -> its values: their product; or a list of such products, "
         "each with `arms` and `seeds` of its own where it is not run with all",
     )
-    arms: tuple[Arm, ...] = Field(("base", "sft", "sft-matched", "tell"), description="arms of each point")
+    arms: tuple[ArmName, ...] = Field(("base", "sft", "sft-matched", "tell"), description="arms of each point")
     separate: Separate | None = Field(
         None, description="compare hidden states at each point; with `arms: []` nothing else is run"
     )
@@ -272,7 +272,7 @@ def make_recipe(data: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
     for key, kind in PARTS.items():
         given, known_keys = data.get(key), f"Its keys are {', '.join(kind.model_fields)}."
         several = isinstance(given, list | tuple)
-        for i, item in enumerate(given if several else [given]):
+        for i, item in enumerate(list(given) if isinstance(given, list | tuple) else [given]):
             if isinstance(item, Mapping):
                 check_keys(item, kind, where, f"{key}[{i}]." if several else f"{key}.", known_keys)
     try:

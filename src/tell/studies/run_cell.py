@@ -14,6 +14,7 @@ from tell.config import Config
 from tell.errors import Interrupted
 from tell.folder import RunFolder, write_text
 from tell.progress import Advance, Display
+from tell.run.session import ModelCache
 from tell.studies.separation_cells import run_separation
 
 
@@ -39,6 +40,7 @@ def run_cell(
     separate: Mapping[str, Any] | None = None,
     keep_adapters: bool,
     display: Display,
+    models: ModelCache | None = None,
 ) -> Outcome:
     """Run a cell, or resume it where it was killed. An exception becomes its outcome.
 
@@ -47,6 +49,7 @@ def run_cell(
         config: the configuration that its name is the hash of.
         separate: options of a cell that compares hidden states.
         keep_adapters: keep adapters and checkpoints of the finished cell.
+        models: keeps the loaded model for the next cell.
 
     Raises:
         Interrupted: SIGINT or SIGTERM; the cell can be resumed.
@@ -56,10 +59,11 @@ def run_cell(
     host = platform.node()
     try:
         if separate is not None:
-            run_separation(folder, config, separate, display)
+            run_separation(folder, config, separate, display, models)
             return Outcome(host=host)
         resume = _resumable(folder, config)
-        tune(config.model_copy(update={"out": str(folder.root)}), resume=resume, display=display, command="tell study")
+        config = config.model_copy(update={"out": str(folder.root)})
+        tune(config, resume=resume, display=display, command="tell study", models=models)
     except Interrupted:
         raise
     except Exception as error:  # the other cells go on

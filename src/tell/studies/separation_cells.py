@@ -13,6 +13,7 @@ from tell.anchor.separation import CONTRASTS
 from tell.config import Config
 from tell.folder import RunFolder, write_json, write_text
 from tell.progress import Display
+from tell.run.session import ModelCache
 
 if TYPE_CHECKING:
     from tell.studies.results import Study
@@ -36,7 +37,9 @@ def contrasts(config: Config) -> tuple[str, ...]:
     return (*names, ADDED) if config.anchor.text != "none" else names[:1]
 
 
-def run_separation(folder: RunFolder, config: Config, options: Mapping[str, Any], display: Display) -> None:
+def run_separation(
+    folder: RunFolder, config: Config, options: Mapping[str, Any], display: Display, models: ModelCache | None = None
+) -> None:
     """Compare the states and write the numbers as a run does; a killed comparison starts again.
 
     Args:
@@ -45,12 +48,12 @@ def run_separation(folder: RunFolder, config: Config, options: Mapping[str, Any]
     Raises:
         TellError: what `separate` refuses.
     """
-    from tell.verbs.separate import separate
+    from tell.verbs.separate import Comparison, separate
 
     begin = time.monotonic()
     shutil.rmtree(folder.root, ignore_errors=True)
     write_text(folder.config, config.model_copy(update={"out": str(folder.root)}).to_yaml())
-    result = separate(config, **options, out=folder.root, display=display)
+    result = separate(config, compare=Comparison(**options), out=folder.root, display=display, models=models)
     write_json(folder.metrics, _metrics(result))
     folder.set_status("done", seconds=round(time.monotonic() - begin, 3), host=platform.node())
 

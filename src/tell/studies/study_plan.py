@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 from collections import defaultdict
@@ -11,12 +10,15 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from tell.config import Config
+from tell.data.general import GeneralSource
 from tell.errors import TellError
 from tell.models.predict import predict_seconds
 from tell.progress import Display
-from tell.run.general_rows import General, draw_general, general_source, load_general
-from tell.run.plan import describe_plan, likely_place, plan_general
-from tell.run.prepare import Task, anchor_of, limit_task, load_task, place_anchor, stand_in_anchor, task_table
+from tell.run.costs import likely_place
+from tell.run.general_rows import General, load_general, source_of
+from tell.run.plan import describe_plan, unwritten_general
+from tell.run.prepare import prepare
+from tell.run.task import Notices, Task, load_task, placed_anchor
 from tell.studies.cells import Cell, identity
 from tell.studies.run_cell import InnerDisplay
 from tell.studies.separation_cells import TOKENS
@@ -73,17 +75,9 @@ class Planner:
     def _plan(self, config: Config) -> dict[str, Any]:
         """`tell.plan`, with its parts kept."""
         task = self._task(config)
-        anchor = anchor_of(config)
-        anchor = place_anchor(task, stand_in_anchor(task) if anchor is None else anchor, self.display)
-        limit_task(task, anchor)
-        table = task_table(task, anchor, task.train)
-        source = general_source(task)
-        if source in ("self", "none"):
-            general, draw = plan_general(task, table, self.display)
-        else:
-            general = self._general(task, source)
-            draw = draw_general(task.config, general, int(table.unit.sum()))
-        return describe_plan(task, table, general, draw)
+        source = source_of(task)
+        general = self._general(task, source) if source.read is not None else unwritten_general
+        return describe_plan(prepare(task, placed_anchor(task), general))
 
     def _task(self, config: Config) -> Task:
         """A task of its own for a cell, from the rows that cells with the same data share."""
@@ -91,16 +85,16 @@ class Planner:
         key = _key("task", *parts, config.seed, config.train.max_length)
         kept = self._once(key, lambda: load_task(config, self.display))
         train = config.train.model_copy(update={"max_length": kept.config.train.max_length})
-        own = config.model_copy(update={"train": train})
-        return replace(kept, config=own, findings=copy.deepcopy(kept.findings), notices=list(kept.notices))
+        notices = Notices(self.display, list(kept.notices.texts))
+        return replace(kept, config=config.model_copy(update={"train": train}), notices=notices)
 
-    def _general(self, task: Task, source: str) -> General:
+    def _general(self, task: Task, source: GeneralSource) -> General:
         config = task.config
         rules = [config.train.max_length, config.train.loss_on, config.eval.forgetting_rows, config.seed]
-        where = [source, config.general.columns, config.model, config.tokens]
+        where = [source.name, config.general.columns, config.model, config.tokens]
         dropped = config.task if config.task.drop_overlap else None  # only then the task decides which rows there are
         key = _key("general", *where, *rules, dropped)
-        return self._once(key, lambda: load_general(task, source, self.display, overlap=config.task.drop_overlap))
+        return self._once(key, lambda: load_general(task, source, overlap=config.task.drop_overlap))
 
     def _once(self, key: str, make: Callable[[], T]) -> T:
         if key not in self.made:

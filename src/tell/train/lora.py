@@ -158,9 +158,9 @@ def remove_lora(model: Any) -> Any:
 
 @contextmanager
 def adapter_merged(model: Any, folder: Path | None) -> Iterator[Any]:
-    """The base model with an adapter folded into its weights; the weights are put back exactly afterwards.
+    """The base model with an adapter merged into its weights, which are restored exactly afterwards.
 
-    Meanwhile ``merged_adapter`` tells the folder, for an engine that holds the weights itself.
+    To decode inside, use ``DecodingEngine.adapter``: vLLM has weights of its own.
 
     Args:
         model: the base causal model.
@@ -184,10 +184,8 @@ def adapter_merged(model: Any, folder: Path | None) -> Iterator[Any]:
                 merged += weight
                 saved[name] = weight.clone() if on_device else _copy_to_host(weight)
                 weight.copy_(merged)  # in place: others may hold views
-        model._tell_adapter = folder
         yield model
     finally:
-        model._tell_adapter = None
         for name, data in saved.items():
             model.get_submodule(name).weight.data.copy_(data, non_blocking=True)
 
@@ -209,11 +207,6 @@ def _copy_to_host(weight: Tensor) -> Tensor:
     except RuntimeError:  # the system pins no more
         host = torch.empty_like(weight, device="cpu")
     return host.copy_(weight, non_blocking=True)
-
-
-def merged_adapter(model: Any) -> Path | None:
-    """The folder of the adapter that ``adapter_merged`` holds in the weights of ``model``; None for none."""
-    return getattr(model, "_tell_adapter", None)
 
 
 def adapter_factors(model: Any, folder: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], float]:

@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -36,6 +36,9 @@ from tell.train.parallel import Processes, SharedStep, shard
 from tell.train.plain import PaddedRows, PlainBody, plain_step_loss
 from tell.train.step import Body, StepLoss, batch_total, step_loss
 from tell.train.transfer import FAST_DEVICES, send, trains_fast
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Step = Callable[..., StepLoss]  # (rows, clip=) of one step; clip() clips the gradients and gives their norm before it
 
@@ -71,6 +74,41 @@ class TrainResult:
             "seconds": round(self.seconds, 3),
             "learning_rate": self.learning_rate,
         }
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingJob:
+    """One adapter to train: what on, how, and where it goes. Sent as it is to processes that train along.
+
+    Attributes:
+        tables: tokenised rows by source name.
+        mixture: which rows to train on, in order.
+        seed: of LoRA's initial weights, dropout and noise.
+        folder: receives the adapter and its checkpoints.
+        log: JSON Lines file of the steps; TensorBoard files go to the folder of the same name.
+    """
+
+    tables: Mapping[str, RowTable]
+    mixture: Mixture
+    settings: TrainConfig
+    seed: int
+    folder: Path
+    log: Path
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingHooks:
+    """Callbacks of a training loop.
+
+    Attributes:
+        stopped: polled between steps; True writes a checkpoint and raises Interrupted.
+        progress: called after each step.
+        moved: called within a step, after each forward and backward pass, with the tokens this process trained on.
+    """
+
+    stopped: Callable[[], bool] | None = None
+    progress: Callable[[StepReport], None] | None = None
+    moved: Callable[[int], None] | None = None
 
 
 def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
@@ -120,43 +158,29 @@ class Trainer:
     """Trains one adapter on one mixture.
 
     Args:
-        model: base causal model, frozen; given back untouched.
-        tables: tokenised rows by source name.
-        mixture: what to train on, in order.
-        config: settings.
-        folder: adapter and checkpoint go here.
-        log: JSON Lines file of the steps; TensorBoard files go to the folder of the same name.
-        seed: of LoRA's start, dropout and noise.
-        device: where the model lies.
-        stopped: asked between steps; True leaves a checkpoint and raises Interrupted.
-        progress: called after each step.
-        moved: called within a step, after each pass, with the tokens that this process has trained on in it.
-        processes: that train together, this one among them; the first alone writes. With weights spread over them
-            (``sharded``) the model is not given back as it was.
+        model: base causal model, frozen; unchanged afterwards.
+        job: what to train.
+        device: of the model.
+        hooks: callbacks.
+        processes: that train together, including this one; only the first writes files. With sharded weights the
+            model is not restored afterwards.
     """
 
     def __init__(
         self,
-        model: Any,
-        tables: Mapping[str, RowTable],
-        mixture: Mixture,
-        config: TrainConfig,
+        model: PreTrainedModel,
+        job: TrainingJob,
         *,
-        folder: Path,
-        log: Path,
-        seed: int,
         device: torch.device | str = "cpu",
-        stopped: Callable[[], bool] | None = None,
-        progress: Callable[[StepReport], None] | None = None,
-        moved: Callable[[int], None] | None = None,
+        hooks: TrainingHooks = TrainingHooks(),
         processes: Processes | None = None,
     ) -> None:
+        config, mixture = job.settings, job.mixture
         if config.learning_rate is None:
             config = config.model_copy(update={"learning_rate": learning_rate_for(model.num_parameters())})
-        self.base, self.tables, self.mixture, self.config = model, tables, mixture, config
-        self.folder, self.log, self.seed, self.device = folder, log, seed, device
-        self.stopped, self.progress, self.moved = stopped or (lambda: False), progress, moved
-        self.processes = processes
+        self.base, self.tables, self.mixture, self.config = model, job.tables, mixture, config
+        self.folder, self.log, self.seed, self.device = job.folder, job.log, job.seed, device
+        self.hooks, self.processes = hooks, processes
         self.writes = processes is None or processes.leads
         self.steps = mixture.steps(config.batch_size)
         # Nothing random tells rows apart: their common prefix may be computed once.
@@ -240,8 +264,8 @@ class Trainer:
                     by_source = self._by_source(out)
                     if logger:
                         logger.write(step + 1, out, by_source, rate, tokens, seconds, norm)
-                    if self.progress:
-                        self.progress(
+                    if self.hooks.progress:
+                        self.hooks.progress(
                             StepReport(step + 1, self.steps, out.loss, by_source, out.tokens, tokens, seconds)
                         )
                     done = step + 1
@@ -276,7 +300,7 @@ class Trainer:
         return self.processes.agreed() if self.processes else nullcontext()
 
     def _stop_asked(self) -> bool:
-        asked = self.stopped()
+        asked = bool(self.hooks.stopped and self.hooks.stopped())
         return any(self.processes.agree(asked)) if self.processes else asked
 
     def _fast_step(self, body: Body) -> Step:
@@ -297,7 +321,7 @@ class Trainer:
             "task_weight": config.task_weight,
             "micro_tokens": config.micro_tokens,
             "device": self.device,
-            "moved": self.moved,
+            "moved": self.hooks.moved,
         }
 
     def _by_source(self, out: StepLoss) -> dict[str, float]:

@@ -32,14 +32,12 @@ class ChatSession:
     """
 
     def __init__(self, opened: OpenRun, *, arm: str, greedy: bool | None, seed: int | None) -> None:
-        from tell.train.lora import adapter_merged
-
         self.opened, self.arm = opened, arm
         adapter = opened.adapter(arm)
-        model = opened.load(stream=True)
+        self.session = opened.session(stream=True)
         self._stack = ExitStack()
-        self._stack.enter_context(adapter_merged(model, adapter))
-        self._stack.enter_context(opened.engine.fixed_weights())
+        self._stack.enter_context(self.session.adapter(adapter))
+        self._stack.enter_context(self.session.engine.fixed_weights())
         self.anchor = arm_anchor(arm, opened.anchor)
         self.greedy = False if greedy is None and seed is not None else greedy
         self.seed = opened.config.seed if seed is None else seed
@@ -95,7 +93,7 @@ class ChatSession:
 
         def work() -> None:
             try:
-                self.opened.engine.generate([prompt], decoding, on_token=hand_over)
+                self.session.engine.generate([prompt], decoding, on_token=hand_over)
                 tokens.put(None)
             except BaseException as error:  # handed to the reader
                 tokens.put(error)

@@ -19,7 +19,7 @@ REPEAT = 4
 
 
 def example_folder(name: str = "support") -> Path:
-    """Where an example task lies: in the installed package, or in the source tree.
+    """The folder of an example task: in the installed package, or in the source tree.
 
     Raises:
         TellError: this installation lacks it.

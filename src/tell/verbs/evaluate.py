@@ -8,28 +8,20 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from tell.config import Config, GenerateConfig, make_config, merge, parse_overrides
+from tell.config import Config, make_config, merge, parse_overrides
 from tell.data.example import Example
 from tell.data.kind import Kind, misfits
 from tell.data.sources import load
 from tell.data.subset import take_rows
 from tell.errors import TellError
 from tell.folder import write_jsonl
+from tell.names import ARMS
 from tell.progress import Display, Silent
 from tell.rows.ends import without_ends
-from tell.run.answer_loss import answer_loss_metric, answer_losses
-from tell.run.answers import (
-    adapter_ready,
-    answer_costs,
-    answer_rows,
-    arm_numbers,
-    arm_prompts,
-    check_prompts,
-    eval_numbers,
-    score_rows,
-    scorer_of,
-)
-from tell.run.claim import check_trust
+from tell.run.answers import adapter_ready, check_prompts, scorer_of
+from tell.run.claim import Trust, check_trust
+from tell.run.measure import Exam, score_arms
+from tell.run.session import Session
 from tell.shown import left_out
 from tell.verbs.open_run import CELL_ADAPTER, OpenRun, open_run
 
@@ -43,12 +35,9 @@ def evaluate(
     *,
     arms: Sequence[str] | None = None,
     test: str | None = None,
-    greedy: bool | None = None,
-    seed: int | None = None,
     rows: int | None = None,
     overrides: Sequence[str] = (),
-    trust_remote_code: bool = False,
-    trust_scorer: bool = False,
+    trust: Trust = Trust(),  # noqa: B008  (frozen)
     display: Display | None = None,
 ) -> dict:
     """Score arms of a run.
@@ -57,11 +46,9 @@ def evaluate(
         run: a run folder with its adapters.
         arms: default: those of the run that can be answered with.
         test: another test file; default: the run's own test rows.
-        greedy, seed: decoding other than the run's.
         rows: score at most this many test rows, drawn by seed.
-        overrides: ``generate.x=y`` as for ``--set``.
-        trust_remote_code, trust_scorer: run code that comes with the model, and the run's own ``task.scorer``. The
-            folder may be somebody else's, so its own word is not enough.
+        overrides: ``generate.x=y``, some of ``eval.x=y``, and ``seed=n`` of decoding and of ``rows``, as for ``--set``.
+        trust: code of others that may run. The folder may be somebody else's, so its own word is not enough.
         display: shows progress.
 
     Returns:
@@ -73,12 +60,9 @@ def evaluate(
         TellError: no run, no adapter for an arm, bad test file, rows that are no longer there.
     """
     display = display or Silent()
-    opened = open_run(run, trust_remote_code=trust_remote_code)
-    config = opened.config
-    check_trust(opened.folder, config, code=trust_remote_code, scorer=trust_scorer)
-    if overrides:
-        config = _override(config, overrides)
-    seed = config.seed if seed is None else seed
+    opened = open_run(run, trust_remote_code=trust.code)
+    check_trust(opened.folder, opened.config, code=trust.code, scorer=trust.scorer)
+    config, seed = _override(opened.config, overrides)
     wanted = list(dict.fromkeys(arms or (a for a in config.eval.arms if adapter_ready(opened.folder, a))))
     if not wanted:
         raise TellError(
@@ -87,75 +71,48 @@ def evaluate(
             remedy=f"Give `tell tune` again; {CELL_ADAPTER}",
         )
     adapters = {arm: opened.adapter(arm) for arm in wanted}
-    facts = opened.folder.read_as(opened.folder.findings, Findings)
-    opened.folder.read_as(opened.folder.metrics, Metrics)  # said now, not after the arms have answered
+    opened.folder.read_as(opened.folder.metrics, Metrics)  # damage is reported now, not after the arms have answered
+    session = opened.session(config, display)
+    exam = _exam(opened, config, seed, session, test=test, rows=rows, arms=wanted)
+    answers = {arm: exam.take(arm, session, adapters[arm]) for arm in wanted}
+    for arm, found in answers.items():
+        write_jsonl(opened.folder.predictions / "eval" / f"{arm}.jsonl", found.rows)
     metrics = opened.folder.read(opened.folder.metrics)
-    train, examples, shots = _examples(opened, test, display, need_train="icl" in wanted)
+    kept = {key: metrics.get(key) for key in ("forgetting", "mixture", "train", "failed", "same")}
+    kept |= {key: metrics[key] for key in ("benchmarks",) if key in metrics}
+    kind = opened.folder.read_as(opened.folder.findings, Findings).kind
+    task = {"kind": kind.name, "primary": exam.scorer.primary}
+    return {"task": task, **score_arms(answers, config.model_copy(update={"seed": seed})), **kept}
+
+
+def _exam(
+    opened: OpenRun, config: Config, seed: int, session: Session, *, test: str | None, rows: int | None, arms: list[str]
+) -> Exam:
+    """The test rows and how they are asked; ``seed`` is of decoding and of ``rows``."""
+    from tell.decode.sampler import Decoding
+
+    facts = opened.folder.read_as(opened.folder.findings, Findings)
+    need_train = any(ARMS[arm].in_context for arm in arms)
+    train, examples, shots = _examples(opened, test, session.display, need_train=need_train)
     if rows is not None and rows < len(examples):
         examples = [examples[i] for i in sorted(take_rows(len(examples), rows, seed))]
     arch = opened.files.architecture
     check_prompts(opened.chat, opened.anchor, examples, arch.max_positions, shots, arch.vocab)
     kind = _kind(opened, facts.kind)
     if said := misfits(kind, examples):
-        display.note(said)
-    scorer = scorer_of(config, kind)
-    from tell.decode.sampler import Decoding
-    from tell.train.lora import adapter_merged
-
-    model = opened.load(config, display=display)
+        session.display.note(said)
     limit = config.generate.max_new_tokens or facts.answer_limit
-    rule: GenerateConfig = config.generate
-    if greedy is not None:
-        rule = rule.model_copy(update={"greedy": greedy})
-    decoding = Decoding.of(rule, max_new_tokens=limit, stop_ids=opened.chat.stop_ids, seed=seed)
-    scored: dict[str, dict] = {}
-    costs: dict[str, dict] = {}
-    for arm in wanted:
-        room = min(opened.engine.max_positions - limit, config.train.max_length * 2)
-        prompts, _ = arm_prompts(
-            arm,
-            opened.chat,
-            opened.anchor,
-            examples,
-            train,
-            examples=config.eval.icl_examples,
-            room=room,
-            seed=config.seed,
-            shots=shots,
-        )
-        with adapter_merged(model, adapters[arm]):
-            answers = answer_rows(
-                opened.engine, opened.chat, prompts, examples, decoding, title=f"answer {arm}", display=display
-            )
-            more = {}
-            if config.eval.answer_loss:
-                values = answer_losses(
-                    model,
-                    opened.chat,
-                    prompts,
-                    examples,
-                    positions=opened.files.architecture.max_positions,
-                    micro_tokens=config.train.micro_tokens,
-                    device=opened.engine.device,
-                    title=f"answer loss {arm}",
-                    display=display,
-                )
-                more = answer_loss_metric(values)
-        scored[arm] = score_rows(scorer, answers, more)
-        costs[arm] = answer_costs(opened.files.architecture, prompts, answers)
-        write_jsonl(opened.folder.predictions / "eval" / f"{arm}.jsonl", answers)
-    values, gaps = arm_numbers(scored, seed=seed, samples=config.eval.bootstrap)
-    kept = {key: metrics.get(key) for key in ("forgetting", "mixture", "train", "failed", "same")}
-    kept |= {key: metrics[key] for key in ("benchmarks",) if key in metrics}
-    task = {"kind": kind.name, "primary": scorer.primary}
-    return {"task": task, "arms": values, "differences": gaps, "eval": eval_numbers(costs), **kept}
+    decoding = Decoding.of(config.generate, max_new_tokens=limit, stop_ids=opened.chat.stop_ids, seed=seed)
+    return Exam(config, opened.anchor, examples, train, shots, decoding, scorer_of(config, kind))
 
 
-def _override(config: Config, overrides: Sequence[str]) -> Config:
+def _override(config: Config, overrides: Sequence[str]) -> tuple[Config, int]:
+    """The configuration with what can be changed after training, and the seed of decoding."""
     changes = parse_overrides(overrides)
-    if set(changes) - {"generate", "eval"}:
+    seed = changes.pop("seed", config.seed)
+    if lost := set(changes) - {"generate", "eval"}:
         raise TellError(
-            f"--set {next(iter(set(changes) - {'generate', 'eval'}))} has no effect on scoring",
+            f"--set {next(iter(lost))} has no effect on scoring",
             remedy="Only generate.* and eval.* can be changed after training.",
         )
     asked = changes.get("eval")
@@ -164,7 +121,9 @@ def _override(config: Config, overrides: Sequence[str]) -> Config:
             f"--set eval.{idle[0]} has no effect on scoring",
             remedy=f"Of eval, {', '.join(EVAL_KEYS)} can be set; benchmarks have flags of their own (--benchmarks).",
         )
-    return make_config(merge(config.model_dump(by_alias=True, mode="json"), changes), where="--set")
+    # Only the seed of decoding changes: examples in context are those of the run.
+    seed = make_config({"seed": seed}, where="--set").seed
+    return make_config(merge(config.model_dump(by_alias=True, mode="json"), changes), where="--set"), seed
 
 
 class KindFacts(BaseModel):
@@ -207,7 +166,7 @@ class Forgetting(BaseModel):
 
 
 class Metrics(BaseModel):
-    """What is kept of metrics.json: the run's own measurements, shown beside the new scores."""
+    """What is kept of metrics.json: the run's own measurements, shown next to the new scores."""
 
     forgetting: Forgetting | None = None
     mixture: dict[str, Any] | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,19 @@ from tell.anchor.anchor import Anchor
 from tell.anchor.separation import CONTRASTS, FEWEST, Separation, length_hits, separate_states, tsne
 from tell.config import Config
 from tell.data.example import Example
+from tell.data.general import is_file_or_hub
 from tell.errors import TellError
 from tell.folder import write_json
 from tell.progress import Display, Silent
 from tell.rows.tokenize import prompt_ids
 from tell.run.answers import check_prompts
 from tell.run.choose_anchor import choose_anchor
-from tell.run.hidden_states import (
+from tell.run.session import ModelCache, Session
+from tell.run.task import Task, anchor_of, load_task, place_anchor
+from tell.score.intervals import difference
+from tell.score.means import mean_metric
+from tell.seeds import permutation
+from tell.verbs.hidden_states import (
     QUERIES,
     State,
     general_queries,
@@ -29,25 +35,37 @@ from tell.run.hidden_states import (
     separation_numbers,
     share,
 )
-from tell.run.prepare import Task, anchor_of, load_task, place_anchor
-from tell.score.intervals import difference
-from tell.score.means import mean_metric
-from tell.seeds import permutation
-from tell.verbs.open_run import load_engine, open_run
+from tell.verbs.open_run import open_run
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What hidden states are compared.
+
+    Attributes:
+        layer: a number (0: the embeddings), ``middle`` or ``all``; the picture shows the middle of those requested.
+        queries: rows of each group, fewer where there are fewer.
+        state: of the last token of the prompt, which the template fixes, or the mean over all its tokens.
+        match_length: choose general queries of the task queries' lengths in tokens, instead of a random sample.
+        adapter: an arm of the run whose adapter is applied.
+    """
+
+    layer: str = "middle"
+    queries: int = QUERIES
+    state: State = "last"
+    match_length: bool = False
+    adapter: str | None = None
 
 
 def separate(
     config: Config,
     *,
     run: str | Path | None = None,
-    layer: str = "middle",
-    queries: int = QUERIES,
-    state: State = "last",
-    adapter: str | None = None,
-    match_length: bool = False,
+    compare: Comparison = Comparison(),
     out: str | Path | None = None,
     overwrite: bool = False,
     display: Display | None = None,
+    models: ModelCache | None = None,
 ) -> dict:
     """Compare hidden states of task and general queries, without and with the anchor (figures 3 and 4 of the paper).
 
@@ -59,12 +77,9 @@ def separate(
             general probe's prompts.
         run: the folder `config` is of; its test rows are the queries then, else all rows of the data. What
             ``config.model.trust_remote_code`` says counts, not the folder.
-        layer: a number (0: the embeddings), ``middle`` or ``all``; the picture shows the middle of those asked for.
-        queries: rows of each group, fewer where there are fewer.
-        state: of the last token of the prompt, which the template fixes, or the mean over all its tokens.
-        adapter: an arm of the run whose adapter is folded in.
-        match_length: choose general queries of the task queries' lengths in tokens, instead of a random sample.
+        compare: which states.
         out: folder for ``separation.json``, ``separation.svg`` and ``separation.png``.
+        models: keeps the loaded model for the next call.
 
     Returns:
         The content of ``separation.json``: ``layers``, by number, with ``probe``, ``silhouette`` and ``mmd2`` of each
@@ -75,46 +90,38 @@ def separate(
     """
     display = display or Silent()
     files = _output(out, overwrite)
-    if adapter is not None and run is None:
+    if compare.adapter is not None and run is None:
         raise TellError("an adapter needs its run", where="--adapter", remedy="Give a run folder instead of data.")
-    given = config.general.is_given
+    given = is_file_or_hub(config.general)
     if not given:
         display.note("no general source given: TELL's own general prompts stand for it")
     opened = open_run(run, trust_remote_code=config.model.trust_remote_code) if run is not None else None
-    place = opened.adapter(adapter) if opened is not None and adapter is not None else None
+    place = opened.adapter(compare.adapter) if opened is not None and compare.adapter is not None else None
     task = load_task(config, display)
-    layers = layer_numbers(layer, task.files.architecture.layers)
-    loaded, engine = load_engine(task.files, config, stream=True, display=display)
+    layers = layer_numbers(compare.layer, task.files.architecture.layers)
+    session = Session(task.files, config, task.chat, display, models=models or ModelCache(), stream=True)
+    session.load()
     anchor = anchor_of(config)
     if anchor is None:
-        anchor = opened.anchor if opened else choose_anchor(task, loaded.model, engine, display)[0]
-    anchor = place_anchor(task, anchor, display)
+        anchor = opened.anchor if opened else choose_anchor(task, session)[0]
+    anchor = place_anchor(task, anchor)
     rows = task.test if run is not None else [*task.train, *task.validation, *task.test]
-    prompts = _prompts(task, anchor, rows, queries, match_length, display)
+    prompts = _prompts(task, anchor, rows, compare)
     n = len(prompts["task"])
-    if n < queries:
+    if n < compare.queries:
         display.note(f"{n} queries of each group, as many as there are")
-    from tell.train.lora import adapter_merged
-
-    states: dict[str, np.ndarray] = {}
-    settings = {"state": state, "micro_tokens": config.train.micro_tokens}
-    with (
-        adapter_merged(loaded.model, place),
-        display.bar("hidden states", sum(map(len, prompts.values())), "queries") as advance,
-    ):
-        for name, ids in prompts.items():
-            states[name] = hidden_states(loaded.model, ids, layers, progress=advance, **settings)
+    states = _states(session, prompts, layers, place, compare)
     contrasts = {name: pair for name, pair in CONTRASTS.items() if pair[0] in prompts}
     tokens = {name: np.array([len(ids) for ids in rows]) for name, rows in prompts.items()}
     result: dict[str, Any] = {
         "model": task.files.name,
-        "adapter": adapter,
+        "adapter": compare.adapter,
         "task": config.task.data,
         "general": config.general.source if given else "written for TELL",
         "anchor": anchor.to_dict(),
-        "state": state,
+        "state": compare.state,
         "queries": n,
-        "match_length": match_length,
+        "match_length": compare.match_length,
         "seed": config.seed,
         "chance": 0.5,
         "tokens": {name: float(np.median(lengths)) for name, lengths in tokens.items()},
@@ -134,23 +141,42 @@ def separate(
     shown = len(layers) // 2
     result["notices"] = _notices(result, str(layers[shown]))
     if files:
-        places = {
-            name: tsne(states[a][shown], states[b][shown], seed=config.seed) for name, (a, b) in contrasts.items()
-        }
-        result["picture"] = {
-            "layer": layers[shown],
-            "places": {name: np.round(xy.astype(float), 3).tolist() for name, xy in places.items()},
-        }
-        from tell.verbs.separation_figure import draw
-
-        draw(result, files)
-        write_json(files / "separation.json", result)
+        pairs = {name: (states[a][shown], states[b][shown]) for name, (a, b) in contrasts.items()}
+        _draw(result, layers[shown], pairs, files)
     return result
 
 
-def _prompts(
-    task: Task, anchor: Anchor, rows: Sequence[Example], queries: int, match_length: bool, display: Display
-) -> dict[str, list[list[int]]]:
+def _states(
+    session: Session, prompts: dict[str, list[list[int]]], layers: list[int], place: Path | None, compare: Comparison
+) -> dict[str, np.ndarray]:
+    """(layers, rows, width) hidden states of each group."""
+    micro_tokens = session.config.train.micro_tokens
+    with (
+        session.adapter(place),
+        session.display.bar("hidden states", sum(map(len, prompts.values())), "queries") as advance,
+    ):
+        return {
+            name: hidden_states(
+                session.model, ids, layers, progress=advance, state=compare.state, micro_tokens=micro_tokens
+            )
+            for name, ids in prompts.items()
+        }
+
+
+def _draw(result: dict, layer: int, pairs: dict[str, tuple[np.ndarray, np.ndarray]], files: Path) -> None:
+    """Add the picture of one layer, and write all to the folder."""
+    from tell.verbs.separation_figure import draw
+
+    places = {name: tsne(a, b, seed=result["seed"]) for name, (a, b) in pairs.items()}
+    result["picture"] = {
+        "layer": layer,
+        "places": {name: np.round(xy.astype(float), 3).tolist() for name, xy in places.items()},
+    }
+    draw(result, files)
+    write_json(files / "separation.json", result)
+
+
+def _prompts(task: Task, anchor: Anchor, rows: Sequence[Example], compare: Comparison) -> dict[str, list[list[int]]]:
     """Token ids of the queries of each group, as the model's template renders them; all groups of one size.
 
     Data published with its instruction at the head loses it where the anchor is not wanted.
@@ -158,13 +184,13 @@ def _prompts(
     Raises:
         TellError: too few rows, or one too long.
     """
-    order = permutation(len(rows), task.config.seed, "separate", "task")[:queries]
+    order = permutation(len(rows), task.config.seed, "separate", "task")[: compare.queries]
     chosen = [rows[int(i)] for i in order]
     check_prompts(task.chat, anchor, chosen, task.files.architecture.max_positions)
     bare = [replace(e, messages=anchor.remove(e.messages)) for e in chosen]
     alone = [prompt_ids(task.chat, e) for e in bare]
-    lengths = [len(ids) for ids in alone for _ in range(2)] if match_length else None
-    general = general_queries(task, display, most=2 * len(chosen), anchor=anchor, lengths=lengths)
+    lengths = [len(ids) for ids in alone for _ in range(2)] if compare.match_length else None
+    general = general_queries(task, most=2 * len(chosen), anchor=anchor, lengths=lengths)
     n = min(len(chosen), len(general) // 2)
     if n < FEWEST:
         raise TellError(
@@ -198,22 +224,22 @@ def _numbers(found: dict[str, Separation], config: Config) -> dict:
 def _notices(result: dict, layer: str) -> list[str]:
     """What a reader must know before believing the numbers."""
     length, numbers = result["length"], result["layers"][layer]
-    told = []
+    notices = []
     for name, found in length.items():
         if found["ci"][0] > result["chance"]:
-            told.append(f"{name}: token length alone tells the groups apart in {found['value']:.0%} (chance 50%)")
+            notices.append(f"{name}: token length alone tells the groups apart in {found['value']:.0%} (chance 50%)")
     if "control" in numbers:
         probe = numbers["control"]["probe"]
         what = "separates too" if probe["ci"][0] > result["chance"] else "tells nothing apart"
-        told.append(f"control: on general queries the anchor {what}, probe {probe['value']:.0%} at layer {layer}")
-    return told
+        notices.append(f"control: on general queries the anchor {what}, probe {probe['value']:.0%} at layer {layer}")
+    return notices
 
 
 def _output(out: str | Path | None, overwrite: bool) -> Path | None:
     """The folder to write to.
 
     Raises:
-        TellError: a separation lies there already.
+        TellError: a separation is there already.
     """
     if out is None:
         return None

@@ -9,7 +9,7 @@ from tell.anchor.separation import CONTRASTS
 from tell.errors import TellError
 from tell.folder import atomic_path
 
-# Okabe and Ito's colours, told apart by shape as well
+# Okabe and Ito's colours, with a shape each as well
 GROUPS = {
     "task": ("#D55E00", "o"),
     "task + anchor": ("#D55E00", "o"),

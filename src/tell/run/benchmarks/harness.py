@@ -10,9 +10,10 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lm_eval
 import numpy as np
@@ -33,7 +34,20 @@ from tell.rows.template import ChatTokenizer
 from tell.run.benchmarks.continuations import Pair, continuation_scores
 from tell.score.benchmark_tasks import LocalTask
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from tell.decode.protocol import DecodingEngine
+
 ANSWER_TOKENS = 256  # where a task sets no limit; the harness's own default
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Tokens of one forward pass, and rows decoded at once."""
+
+    micro_tokens: int = 3072
+    batch_size: int = 32
 
 
 class EngineLM(TemplateLM):
@@ -44,7 +58,6 @@ class EngineLM(TemplateLM):
         engine: decodes with ``model``.
         anchor: put on every prompt as on task rows.
         templated: prompts come through `apply_chat_template`.
-        batch_size: rows decoded at once.
         advance: called with the number of requests finished.
 
     Attributes:
@@ -54,19 +67,18 @@ class EngineLM(TemplateLM):
 
     def __init__(
         self,
-        model: Any,
-        engine: Any,
+        model: PreTrainedModel,
+        engine: DecodingEngine,
         chat: ChatTokenizer,
         *,
         anchor: Anchor,
         templated: bool,
-        micro_tokens: int = 3072,
-        batch_size: int = 32,
+        passes: Passes = Passes(),
         advance: Callable[[int], None] = lambda n: None,
     ) -> None:
         super().__init__()
         self.model, self.engine, self.chat, self.anchor, self.templated = model, engine, chat, anchor, templated
-        self.micro_tokens, self.batch_size, self.advance = micro_tokens, batch_size, advance
+        self.passes, self.advance = passes, advance
         self.fed: list[int] = []
         self.prompt_tokens = self.new_tokens = 0
 
@@ -117,7 +129,7 @@ class EngineLM(TemplateLM):
             self.model,
             pairs,
             max_positions=self.engine.max_positions,
-            micro_tokens=self.micro_tokens,
+            micro_tokens=self.passes.micro_tokens,
             device=self.engine.device,
             progress=self.advance,
         )
@@ -156,7 +168,7 @@ class EngineLM(TemplateLM):
         room = self.engine.max_positions - most
         if room < 1:
             raise TellError(
-                f"answers of {most} tokens are asked for and the model takes {self.engine.max_positions:,}",
+                f"answers of {most} tokens are requested and the model takes {self.engine.max_positions:,}",
                 where="benchmark",
                 remedy="Leave that benchmark out, or use a model with a longer context.",
             )
@@ -171,7 +183,7 @@ class EngineLM(TemplateLM):
             top_k=settings.get("top_k", 0),
             top_p=settings.get("top_p", 1.0),
             repetition_penalty=1.0,
-            batch_size=self.batch_size,
+            batch_size=self.passes.batch_size,
         )
         answers = self.engine.generate(
             prompts,
@@ -295,7 +307,7 @@ def _row(task: Any, sample: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No bars, warnings or prints of the harness: what matters in them is said by us."""
+    """No bars, warnings or prints of the harness: what matters in them is reported by us."""
     logger, bar = logging.getLogger("lm_eval"), task_module.tqdm
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tell.run.session import ModelCache
 from tell.studies.executors.registry import Execution, executor
 from tell.studies.queue import CellQueue
 from tell.studies.recipe import Resources
@@ -17,17 +18,22 @@ class LocalExecutor:
         Raises:
             Interrupted: SIGINT or SIGTERM; the current cell can be resumed.
         """
-        from tell.verbs.open_run import keep_model
-
-        with keep_model() as kept:
+        models = ModelCache()
+        try:
             while (cell := queue.take()) is not None:
-                folder, display = queue.root.cell(cell.name), queue.display_for(cell)
                 outcome = run_cell(
-                    folder, cell.config, separate=cell.separate, keep_adapters=queue.keep_adapters, display=display
+                    queue.root.cell(cell.name),
+                    cell.config,
+                    separate=cell.separate,
+                    keep_adapters=queue.keep_adapters,
+                    display=queue.display_for(cell),
+                    models=models,
                 )
                 queue.finish(cell, outcome)
                 if outcome.error:
-                    kept.drop()  # a failed run may have left the model changed
+                    models.drop()  # a failed run may have left the model changed
+        finally:
+            models.drop()
 
 
 @executor("local")

@@ -35,7 +35,7 @@ DASHES: dict[str, Any] = {"base": (0, (1.5, 2)), "base+anchor": (0, (4, 2)), "te
 CYCLE = ("#1a7fc4", "#d55e00", "#009e73", "#c8609a", "#94771c", "#7d858a", "#7a5fc0")
 STYLES: tuple[Any, ...] = ("solid", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 TURNS = "osD^vXP"
-RULES = {
+RULES: dict[Any, Any] = {
     "font.size": 10,
     "axes.edgecolor": SOFT,
     "axes.labelcolor": INK,

@@ -109,7 +109,9 @@ def draw_maps(
             image = axes.pcolormesh(masked, cmap=colours, vmin=low, vmax=high, lw=1.5, edgecolors=PAPER)
             for row, column in np.ndindex(values.shape):
                 colour = image.to_rgba(values[row, column])[:3] if np.isfinite(values[row, column]) else None
-                _field(axes, (row, column), values[row, column], intervals[row, column], colour, factor(spec.unit))
+                _field(
+                    axes, (row, column), float(values[row, column]), intervals[row, column], colour, factor(spec.unit)
+                )
             for (key, names), set_ticks in ((x, axes.set_xticks), (y, axes.set_yticks)):
                 labels = [brief(v) if isinstance(v, int | float) else value_name(v, key) for v in names]
                 set_ticks(np.arange(len(names)) + 0.5, labels)
@@ -123,7 +125,7 @@ def draw_maps(
 
 
 def _field(
-    axes: Axes, at: tuple[int, int], value: float, ci: np.ndarray, colour: Sequence[float] | None, scale: float
+    axes: Axes, at: tuple[int, int], value: float, ci: np.ndarray, colour: np.ndarray | None, scale: float
 ) -> None:
     """The number and interval of one field of a map, legible on its colour; a dash where nothing was measured."""
     row, column = at
@@ -207,10 +209,10 @@ def _names(curves: Sequence[Curve], lines: str) -> list[str]:
     named = [(arm_name(c.arm), {k: v for k, v in c.rest.items() if k != lines}) for c in curves]
     if lines != "arm":
         several = len({c.arm for c in curves if lines in c.rest}) > 1
-        own = [point_name({lines: c.rest[lines]}) if lines in c.rest else "" for c in curves]
+        values = [point_name({lines: c.rest[lines]}) if lines in c.rest else "" for c in curves]
         named = [
             (", ".join(filter(None, (arm if several or not name else "", name))), rest)
-            for name, (arm, rest) in zip(own, named, strict=True)
+            for name, (arm, rest) in zip(values, named, strict=True)
         ]
     out = []
     for own, rest in named:

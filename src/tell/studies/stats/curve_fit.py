@@ -245,10 +245,10 @@ def verdict(facts: dict[str, Any]) -> str:
     given = f"{n} amounts above 0" + ("; 0 itself has no logarithm and is left out" if facts["left_out"] else "")
     if "against" not in facts:
         return f"Too few amounts to tell an S-curve from simpler shapes: it has 4 numbers, so 5 are needed ({given})."
-    beaten, ahead, open_ = [], [], []
-    for name, gap in facts["against"].items():
-        low, high = gap["ci"]
-        (beaten if low > 0 else ahead if high < 0 else open_).append(NAMES[name])
+    ends = {NAMES[name]: gap["ci"] for name, gap in facts["against"].items()}
+    beaten = [name for name, (low, _) in ends.items() if low > 0]
+    ahead = [name for name, (low, high) in ends.items() if low <= 0 and high < 0]
+    open_ = [name for name in ends if name not in (*beaten, *ahead)]
     parts = [f"S-curve favoured over {_and(beaten)} by held-out error"] if beaten else []
     parts += [f"{_and(ahead)} favoured over the S-curve by held-out error"] if ahead else []
     parts += [f"S-curve and {_and(open_)} not distinguishable"] if open_ else []
@@ -257,13 +257,13 @@ def verdict(facts: dict[str, Any]) -> str:
         threshold, first = facts["logistic"]["threshold"], facts["amounts"][0]
         turn = "takes off" if facts["improves"] else "gets worse"
         sure = f"It {turn}" if NAMES["line"] in beaten else f"If it is an S-curve, it {turn}"
-        ends = " to ".join(rounded(end) for end in threshold["ci"])
+        between = " to ".join(rounded(end) for end in threshold["ci"])
         at = (
             f"{'at' if facts['improves'] else 'from'} {rounded(threshold['value'])}"
             if threshold["value"] >= first
             else "below the smallest amount measured"
         )
-        text += f" {sure} {at} (95 % interval {ends})."
+        text += f" {sure} {at} (95 % interval {between})."
     return text
 
 

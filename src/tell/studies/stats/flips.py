@@ -48,8 +48,8 @@ def flips(curve: Curve, metric: str, x: str) -> dict[str, Any] | None:
     """
     if not curve.numeric or not all(d.binary for d in curve.draws):
         return None
-    tables = {seed: _right(curve, metric, seed) for seed in sorted({s for d in curve.draws for s in d.by_seed})}
-    tables = {seed: found for seed, found in tables.items() if found is not None}
+    seeds = sorted({seed for d in curve.draws for seed in d.by_seed})
+    tables = {seed: found for seed in seeds if (found := _right(curve, metric, seed)) is not None}
     if not tables:
         return None
     rng = np.random.default_rng(0)

@@ -77,8 +77,8 @@ def undominated(values: np.ndarray) -> np.ndarray:
         values: (b, n, 2), more is better in both.
     """
     other, own = values[:, :, None], values[:, None]
-    beats = (other >= own).all(axis=-1) & (other > own).any(axis=-1)
-    return ~beats.any(axis=1)
+    beats: np.ndarray = (other >= own).all(axis=-1) & (other > own).any(axis=-1)
+    return np.logical_not(beats.any(axis=1))
 
 
 def verdict(entries: Sequence[dict[str, Any]]) -> str:

@@ -180,7 +180,8 @@ def to_markdown(study: Study, table: Sequence[Line], differences: Sequence[Line]
 
 def _markdown(table: Table) -> str:
     marks = ["---"] * table.names + ["---:"] * (len(table.heads) - table.names)
-    return "".join(f"| {' | '.join(map(_text, row))} |\n" for row in (table.heads, marks, *table.rows))
+    rows: list[Sequence[str | Cell]] = [table.heads, marks, *table.rows]
+    return "".join(f"| {' | '.join(map(_text, row))} |\n" for row in rows)
 
 
 def _text(cell: str | Cell) -> str:

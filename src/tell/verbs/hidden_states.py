@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -11,16 +11,19 @@ from tell.anchor.anchor import NO_ANCHOR, Anchor
 from tell.anchor.separation import Separation, jackknife_error
 from tell.config import Config
 from tell.data.example import Example
+from tell.data.general import is_file_or_hub
 from tell.data.sources import load
 from tell.errors import TellError
-from tell.progress import Display
 from tell.rows.template import ChatTokenizer
 from tell.rows.tokenize import CHUNK, prompt_ids
-from tell.run.prepare import Task
+from tell.run.task import Task
 from tell.score.intervals import Z, estimate, estimate_from
 from tell.score.means import mean_metric
 from tell.score.probe import load_probe
 from tell.seeds import permutation
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 QUERIES = 50
 State = Literal["last", "mean"]
@@ -42,7 +45,7 @@ def layer_numbers(layer: str, layers: int) -> list[int]:
 
 
 def hidden_states(
-    model: Any,
+    model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
     layers: Sequence[int],
     *,
@@ -71,7 +74,7 @@ def hidden_states(
     from tell.train.step import Body
 
     body, device = Body(model), model.device
-    # A pack tells where the state lies that predicts a trained token: one stands in behind each prompt.
+    # A pack knows the states that predict trained tokens: a stand-in token follows each prompt.
     rows = [
         TrainRow(np.array([*ids, 0]), np.arange(len(ids) + 1) == len(ids), i, False) for i, ids in enumerate(prompts)
     ]
@@ -111,7 +114,7 @@ def hidden_states(
 
 
 def general_queries(
-    task: Task, display: Display, *, most: int, anchor: Anchor = NO_ANCHOR, lengths: Sequence[int] | None = None
+    task: Task, *, most: int, anchor: Anchor = NO_ANCHOR, lengths: Sequence[int] | None = None
 ) -> list[Example]:
     """At most so many rows of the general source, drawn by seed, that the model's positions hold with the anchor.
 
@@ -122,14 +125,18 @@ def general_queries(
     """
     config = task.config
     general = config.general
-    rows = load(general.source, name="general", columns=general.columns).examples if general.is_given else load_probe()
+    rows = (
+        load(general.source, name="general", columns=general.columns).examples
+        if is_file_or_hub(general)
+        else load_probe()
+    )
     rows = [rows[int(i)] for i in permutation(len(rows), config.seed, "separate", "general")]
     positions = task.files.architecture.max_positions or 10**9
     if lengths is None:
         fitting = (e for e in rows if _prompt_length(task.chat, e, anchor) < positions)
         return [e for _, e in zip(range(most), fitting, strict=False)]
     tokens = np.empty(len(rows))
-    with display.bar("lengths of general queries", len(rows)) as advance:
+    with task.display.bar("lengths of general queries", len(rows)) as advance:
         for begin in range(0, len(rows), CHUNK):
             texts = [_prompt_text(task.chat, e) for e in rows[begin : begin + CHUNK]]
             encoded = task.chat.backend.encode_batch_fast([text or "" for text in texts], add_special_tokens=False)

@@ -1,0 +1,98 @@
+"""Sources of general rows, by the name that ``general.source`` gives them; anything else is a file or hub name.
+
+A new source is an entry here. Who writes rows that no file has is the caller's business (`tell.run.self_written`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tell.config import Config, GeneralConfig
+from tell.data.builtin import load_builtin
+from tell.data.sources import Loaded, file_fingerprint, load
+from tell.files import expanded
+from tell.names import ARMS
+
+
+@dataclass(frozen=True)
+class GeneralSource:
+    """Where general rows come from.
+
+    Attributes:
+        name: what ``general.source`` says, or the path or hub name.
+        resolve: the source that stands for this one, by whether the model wrote the built-in rows; None: itself.
+        read: the rows; None where the model writes them, or there are none.
+        written: the model writes the rows.
+        fingerprint: SHA-256 (hexadecimal) of the rows without parsing them; None where only reading tells.
+        fixed: a file or hub name, whose rows depend on neither the model nor the configuration.
+    """
+
+    name: str
+    resolve: Callable[[bool], str] | None = None
+    read: Callable[[], Loaded] | None = None
+    written: bool = False
+    fingerprint: Callable[[], str | None] = lambda: None
+    fixed: bool = False
+
+    @property
+    def empty(self) -> bool:
+        """Whether it has no rows."""
+        return self.read is None and not self.written and self.resolve is None
+
+
+_SOURCES = (
+    GeneralSource("auto", resolve=lambda wrote_builtin: "builtin" if wrote_builtin else "self"),
+    GeneralSource("builtin", read=load_builtin),
+    GeneralSource("self", written=True),
+    GeneralSource("none"),
+)
+SOURCES = {source.name: source for source in _SOURCES}
+
+
+def general_source(name: str, columns: str | None = None) -> GeneralSource:
+    """The source that ``general.source`` names; a name that is no entry of `SOURCES` is a file or hub name."""
+    if name in SOURCES:
+        return SOURCES[name]
+
+    def fingerprint() -> str | None:
+        path = expanded(name)
+        return file_fingerprint(path, columns, "general") if path.is_file() else None
+
+    return GeneralSource(
+        name, read=lambda: load(name, name="general", columns=columns), fingerprint=fingerprint, fixed=True
+    )
+
+
+def is_file_or_hub(config: GeneralConfig) -> bool:
+    """Whether the source is the user's own: a file or a hub name."""
+    return config.source not in SOURCES
+
+
+def is_empty(config: GeneralConfig) -> bool:
+    """Whether no general row is requested."""
+    return config.is_zero or (config.source in SOURCES and SOURCES[config.source].empty)
+
+
+def resolve_source(config: Config, *, wrote_builtin: bool) -> GeneralSource:
+    """The source of a run's general rows.
+
+    The built-in rows are one model's answers: they are the default for that model, while any other answers the
+    prompts itself, so that what it rehearses is its own (arXiv 2402.13669). Nothing is written that no requested arm
+    is trained on.
+
+    Args:
+        wrote_builtin: the run's model wrote the built-in rows.
+    """
+    source = general_source(config.general.source, config.general.columns)
+    if source.fixed or source.empty:
+        return source
+    if is_empty(config.general) or not any(_mixed(arm) for arm in config.eval.arms):
+        return SOURCES["none"]
+    return SOURCES[source.resolve(wrote_builtin)] if source.resolve is not None else source
+
+
+def _mixed(arm: str) -> bool:
+    """Whether an arm's adapter depends on the mixture: SFT of as many steps counts those of TELL."""
+    adapter = ARMS[arm].adapter
+    return adapter is not None and ARMS[adapter].mixture != "task"

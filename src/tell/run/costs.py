@@ -1,0 +1,126 @@
+"""What a run costs, predicted from sizes and from speeds measured on this machine: time, memory, FLOPs. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from tell.config import Config
+from tell.mix.mixture import TASK, Mixture
+from tell.models.flops import lora_parameters, training_flops
+from tell.models.machine import likely_device, likely_dtype
+from tell.models.predict import answer_speed, predict_seconds
+from tell.names import ARMS
+from tell.rows.prefix import common_prefix, computed_tokens
+from tell.run.answers import answer_limit
+from tell.run.forgetting import ANSWER_TOKENS, SETS
+from tell.run.prepare import Prepared
+from tell.run.task import Task
+
+SELF_KEPT = 0.7  # share of the model's own rows that pass the filters (91 of 128, SmolLM2-135M)
+ANSWER_SECONDS_SHARE = 3.0  # decoding a token costs about this many times training on one (docs/lab.md)
+GENERAL_ROW_TOKENS = 150  # of a row that general loss is measured on; an estimate
+OTHER_SECONDS = 2.0  # of an arm: its adapter merged, its answers scored; and once for the report
+
+
+def computed_by(task: Task, mixture: Mixture) -> int:
+    """Tokens that training computes: those of the rows, but a shared prefix once a pass (an estimate from 64 rows)."""
+    config, tokens = task.config.train, mixture.column("tokens").astype(np.int64)
+    if config.lora_dropout or config.neftune_alpha or not len(mixture):
+        return int(tokens.sum())
+    tables = {i: mixture.tables[name] for i, name in enumerate(mixture.sources)}
+    heads: dict[bool, list[np.ndarray]] = {True: [], False: []}
+    for source, table in tables.items():
+        rows = np.unique(mixture.row[mixture.source == source])
+        if len(rows) and len(table.ids):  # rows still to be written have no tokens yet
+            sample = rows[np.linspace(0, len(rows) - 1, min(64, len(rows))).astype(int)]
+            heads[mixture.sources[source] == TASK] += [table.row(int(row))[0] for row in sample]
+    prefix = common_prefix(heads[True]) if heads[True] else 0
+    is_task = np.array([name == TASK for name in mixture.sources])[mixture.source]
+    step = np.arange(len(mixture)) // config.batch_size
+    cell, shape = 2 * step + ~is_task, (mixture.steps(config.batch_size), 2)
+    return computed_tokens(
+        np.bincount(cell, minlength=shape[0] * 2).reshape(shape),
+        np.bincount(cell, weights=tokens, minlength=shape[0] * 2).astype(np.int64).reshape(shape),
+        prefix=prefix,
+        shared=common_prefix(heads[True] + heads[False]) if heads[False] else 0,
+        micro_tokens=config.micro_tokens,
+        device=likely_place(task.config)[0],
+    )
+
+
+def likely_place(config: Config) -> tuple[str, str]:
+    """Device and number format that the run will compute in, as far as can be known without torch."""
+    device = likely_device() if config.model.device == "auto" else config.model.device
+    return device, likely_dtype(device) if config.model.dtype == "auto" else config.model.dtype
+
+
+def arm_costs(task: Task, mixture: Mixture) -> dict:
+    """Steps, tokens, FLOPs and predicted seconds of one trained arm."""
+    config, arch = task.config, task.files.architecture
+    lengths = mixture.column("tokens")
+    trained = int(mixture.column("trained").sum(dtype=np.int64))
+    adapter = lora_parameters(arch, config.train.lora_r, config.train.lora_targets)
+    tokens = int(lengths.sum(dtype=np.int64))
+    device, dtype = likely_place(config)
+    facts = {"trained_tokens": trained, "lengths": lengths.tolist(), "lora_parameters": adapter}
+    computed = max(1, computed_by(task, mixture))
+    time = predict_seconds(arch, computed, fingerprint=task.files.fingerprint, device=device, dtype=dtype, **facts)
+    return {
+        "steps": mixture.steps(config.train.batch_size),
+        "rows": len(mixture),
+        "tokens": tokens,
+        "computed_tokens": computed,
+        "trained_tokens": trained,
+        "flops": training_flops(arch, tokens, **facts),
+        "seconds": time.seconds,
+        "basis": time.basis,
+    }
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Tokens a second: ``train`` computed in training, ``decode`` decoded."""
+
+    train: float
+    decode: float
+
+    @classmethod
+    def of(cls, task: Task, costs: dict) -> Pace:
+        """From what an arm's training is predicted to take, and the decoding speed measured here, if any."""
+        train = costs["computed_tokens"] / costs["seconds"] if costs["seconds"] else 1.0
+        device, dtype = likely_place(task.config)
+        measured = answer_speed(task.files.fingerprint, device=device, dtype=dtype)
+        return cls(train, measured or train / ANSWER_SECONDS_SHARE)
+
+
+def answer_seconds(task: Task, arm: str, pace: Pace) -> float:
+    """Predicted seconds to answer the test rows once: an untuned model does not know where to stop."""
+    if not task.test:
+        return 0.0
+    tuned = ARMS[arm].adapter is not None
+    sample = task.test[:50]
+    length = np.mean([len(task.chat.encode(e.answer)) for e in sample])
+    answers = length if tuned else answer_limit(task.config, task.chat, task.train)
+    prompts = np.mean([len(task.chat.encode(e.question)) for e in sample])
+    shots = sum(len(task.chat.encode(m.content)) for e in task.shots for m in e.messages)
+    return float(len(task.test) * (answers / pace.decode + (prompts + shots) / (3 * pace.train)))
+
+
+def measuring_seconds(task: Task, arms: Sequence[str], pace: Pace) -> float:
+    """Predicted seconds to measure forgetting, of the untuned model and each trained arm."""
+    rules = task.config.eval
+    if not rules.forgetting_rows:
+        return 0.0
+    loss = SETS * rules.forgetting_rows * GENERAL_ROW_TOKENS / (3 * pace.train)
+    return (len(arms) + 1) * (loss + rules.forgetting_answers * ANSWER_TOKENS / pace.decode)
+
+
+def writing_seconds(prepared: Prepared, pace: Pace) -> float:
+    """Predicted seconds until the model has written the general rows that are only estimated so far."""
+    general, draw = prepared.general, prepared.draw
+    if general is None or draw is None or not general.estimated:
+        return 0.0
+    return float(general.table.trained[draw.indices].sum(dtype=np.int64)) / SELF_KEPT / pace.decode

@@ -1,0 +1,193 @@
+"""An open model: weights, decoding engine and chat template, and what every verb asks of them."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tell.config import Config
+from tell.errors import TellError, first_line
+from tell.models.find import ModelFiles
+from tell.progress import Display, Silent
+from tell.rows.row_table import RowTable
+from tell.rows.template import ChatTokenizer
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from tell.decode.engine import Answer
+    from tell.decode.protocol import DecodingEngine
+    from tell.decode.sampler import Decoding
+    from tell.models.load import Loaded
+
+
+class ModelCache:
+    """Keeps the base model and engine of one run for the next one, if that asks for the same; one at a time."""
+
+    def __init__(self) -> None:
+        self.key: tuple | None = None
+        self.held: tuple[Loaded, DecodingEngine] | None = None
+
+    def get(self, key: tuple, make: Callable[[], tuple[Loaded, DecodingEngine]]) -> tuple[Loaded, DecodingEngine]:
+        """Model and engine of a key; those of another key are dropped first, since two may not fit."""
+        if self.held is None or self.key != key:
+            self.drop()
+            self.key, self.held = key, make()
+        return self.held
+
+    def drop(self) -> None:
+        """Free it and its GPU memory; the next run loads it again."""
+        held, self.key, self.held = self.held is not None, None, None
+        gc.collect()
+        if held:
+            import torch
+
+            torch.cuda.empty_cache()  # what torch keeps for itself, another engine would see as taken
+
+
+@dataclass
+class Session:
+    """An open model, loaded at first use.
+
+    Attributes:
+        config: chooses device, number format and engine.
+        check: called at every token and block of rows; may raise to stop.
+        models: shares the loaded model with other sessions.
+        stream: tokens are needed one by one, which vLLM's offline engine does not give.
+        announce: note what was loaded, and on which path it computes.
+    """
+
+    files: ModelFiles
+    config: Config
+    chat: ChatTokenizer
+    display: Display = field(default_factory=Silent)
+    check: Callable[[], None] = lambda: None
+    models: ModelCache = field(default_factory=ModelCache)
+    stream: bool = False
+    announce: bool = False
+    _held: tuple[Loaded, DecodingEngine] | None = None
+
+    def load(self) -> tuple[Loaded, DecodingEngine]:
+        """The base model and its engine.
+
+        Raises:
+            TellError: it cannot be loaded, its attention cannot be computed over packed rows, or vLLM is requested
+                and does not start.
+        """
+        if self._held is None:
+            with self.display.bar("load the model", None):  # importing torch and compiling kernels takes seconds too
+                self._held = _load(self)
+            if self.announce:
+                from tell.train.fast.fused import path_notes
+
+                loaded = self._held[0]
+                notes = "; ".join([loaded.why, *path_notes(loaded.model)])
+                self.display.note(f"{self.files.name} ({self.files.origin}); {notes}")
+        return self._held
+
+    def release(self) -> None:
+        """Let go of the model; the next use loads it again."""
+        self._held = None
+
+    @property
+    def loaded(self) -> Loaded:
+        return self.load()[0]
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self.load()[0].model
+
+    @property
+    def engine(self) -> DecodingEngine:
+        return self.load()[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.engine.device
+
+    @contextmanager
+    def adapter(self, folder: Path | None) -> Iterator[None]:
+        """While this is open, the model answers with an adapter; None: untuned."""
+        with self.engine.adapter(folder):
+            yield
+
+    def answer(self, prompts: Sequence[Sequence[int]], decoding: Decoding, title: str) -> list[Answer]:
+        """Decoded answers in the order of ``prompts`` (token ids), with a bar of that title."""
+        with self.display.bar(title, len(prompts), "answers") as advance:
+            written = 0
+
+            def progress(new: int, further: float) -> None:
+                nonlocal written
+                written += new
+                advance(further, f"{written} tokens")
+                self.check()
+
+            return self.engine.generate(prompts, decoding, progress=progress)
+
+    def row_losses(self, table: RowTable, progress: Callable[[int], None] | None = None) -> np.ndarray:
+        """(rows,) mean nll in nats a token of each row's trained tokens; ``progress`` gets the rows of each pass."""
+        from tell.train.step import row_losses
+
+        def advance(rows: int) -> None:
+            if progress:
+                progress(rows)
+            self.check()
+
+        return row_losses(
+            self.model, table, micro_tokens=self.config.train.micro_tokens, device=self.device, progress=advance
+        )
+
+
+def _load(session: Session) -> tuple[Loaded, DecodingEngine]:
+    from tell.decode.engine import Engine
+    from tell.decode.vllm_engine import pick_engine
+    from tell.models.load import choose_device, load_model
+
+    files, config = session.files, session.config
+    chosen = config.model
+    device = str(choose_device(chosen.device))
+    choice = "own" if session.stream else pick_engine(config.generate.engine, device)
+
+    def make() -> tuple[Loaded, DecodingEngine]:
+        loaded = load_model(files, dtype=chosen.dtype, device=chosen.device, trust_remote_code=chosen.trust_remote_code)
+        engine = _vllm_engine(files, loaded, config) if choice == "vllm" else None
+        positions = files.architecture.max_positions
+        return loaded, engine or Engine(loaded.model, device=loaded.device, max_positions=positions)
+
+    rank = config.train.lora_r if choice == "vllm" else None  # vLLM is started for adapters of one size
+    key = (files.path, files.fingerprint, chosen.dtype, chosen.device, chosen.trust_remote_code, choice, rank)
+    return session.models.get(key, make)
+
+
+def _vllm_engine(files: ModelFiles, loaded: Loaded, config: Config) -> DecodingEngine | None:
+    """vLLM next to the loaded model; None, with a warning, where it was not requested by name and does not start."""
+    from tell.decode.vllm_engine import VllmEngine
+
+    try:
+        return VllmEngine(
+            Path(files.path),
+            loaded.model,
+            max_positions=files.architecture.max_positions,
+            dtype=dtype_name(loaded),
+            rank=config.train.lora_r,
+        )
+    except Exception as error:  # whatever another engine's start may raise
+        if config.generate.engine == "vllm":
+            raise TellError(
+                f"vLLM does not start ({first_line(error)})", where="generate.engine", remedy="Use generate.engine=own."
+            ) from error
+        warnings.warn(f"vLLM does not start ({first_line(error)}); answers are decoded without it", stacklevel=2)
+        return None
+
+
+def dtype_name(loaded: Loaded) -> str:
+    """``bf16`` or ``fp32``."""
+    return "bf16" if "bfloat16" in str(loaded.dtype) else "fp32"

@@ -1,0 +1,340 @@
+"""The task of a run: model files, chat template, examples and their kind. No torch, no weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from tell.anchor.anchor import NO_ANCHOR, Anchor
+from tell.anchor.derive import derived_anchor
+from tell.config import Config, TrainConfig
+from tell.data.example import Example
+from tell.data.kind import Kind, detect_kind, load_schema, missing_classes, widen
+from tell.data.overlap import Overlap, find_overlap
+from tell.data.sources import Loaded, load
+from tell.data.split import Splits, split, split_given_test
+from tell.data.subset import take_rows, take_tokens
+from tell.errors import TellError
+from tell.files import read_text
+from tell.models.find import ModelFiles, find_model, find_tokenizer
+from tell.presets import learning_rate_for
+from tell.progress import Display, Silent
+from tell.rows.row_cache import cache_key, cached_table
+from tell.rows.row_table import RowTable
+from tell.rows.template import ChatTokenizer
+from tell.rows.tokenize import RowRules, tokenize
+from tell.run.misfits import fitted
+from tell.run.shots import check_shots, pick_shots
+from tell.shown import left_out
+
+PAIRS_KEPT = 20
+FEW_ROWS = 30  # with fewer rows none is set aside for validation
+CACHED_ROWS = 500  # fewer task rows are tokenised as quickly as they are read back
+VALIDATION_ROWS = 64  # enough to score anchors and watch the loss; more would only cost time
+
+
+@dataclass
+class Notices:
+    """Everything a run dropped, guessed or shrank, each text once, shown as it is added."""
+
+    display: Display = field(default_factory=Silent)
+    texts: list[str] = field(default_factory=list)
+
+    def add(self, text: str) -> None:
+        if text not in self.texts:
+            self.texts.append(text)
+            self.display.note(text)
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """What was read and found before training; parts of findings.json and plan.json.
+
+    Attributes:
+        data, test: path, layout, columns and rows of each file; ``test`` is None where no test file was given.
+        duplicates: of the split, as findings.json has them.
+        overlap: ``train_test`` of findings.json.
+        overlap_dropped: training rows left out because they nearly equal a test row.
+        dropped_rows: origin and reason of each row left out.
+    """
+
+    data: dict
+    test: dict | None
+    duplicates: dict[str, int]
+    overlap: dict
+    overlap_dropped: int
+    dropped_rows: list[dict]
+
+
+@dataclass(frozen=True)
+class Task:
+    """The task's side of a run.
+
+    Attributes:
+        config: the run's, with ``train.max_length`` lowered to the model's positions.
+        chat: template and tokenizer of the model.
+        unit: tokenizer that budgets are counted in.
+        train: rows to train on, after split and overlap removal; `limit_task` applies the budget.
+        shots: the examples in every test prompt (``task.shots``).
+    """
+
+    config: Config
+    files: ModelFiles
+    chat: ChatTokenizer
+    unit: ChatTokenizer
+    train: list[Example]
+    validation: list[Example]
+    test: list[Example]
+    kind: Kind
+    shots: list[Example]
+    facts: DataFacts
+    notices: Notices
+
+    @property
+    def display(self) -> Display:
+        return self.notices.display
+
+    @property
+    def training(self) -> TrainConfig:
+        """The training settings with the learning rate resolved for this model."""
+        rate = self.config.train.learning_rate or learning_rate_for(self.files.architecture.parameters)
+        return self.config.train.model_copy(update={"learning_rate": rate})
+
+    @property
+    def rules(self) -> RowRules:
+        train = self.config.train
+        vocab = self.files.architecture.vocab
+        return RowRules(train.max_length, train.too_long, train.nothing_to_train, train.loss_on, vocab=vocab)
+
+    @property
+    def split_facts(self) -> dict[str, int]:
+        """``split`` of findings.json and plan.json."""
+        sizes = {"train": len(self.train), "validation": len(self.validation), "test": len(self.test)}
+        return sizes | self.facts.duplicates
+
+
+def load_task(config: Config, display: Display | None = None) -> Task:
+    """Find the model's files, read and split the task's data, detect its kind.
+
+    Raises:
+        TellError: anything wrong with the model or the data.
+    """
+    notices = Notices(display or Silent())
+    display = notices.display
+    data, given, schema = _read(config)
+    anchor_of(config)  # a missing @FILE is reported before a model is looked for
+    with display.bar("find the model", None):
+        files = find_model(
+            config.model.name,
+            revision=config.model.revision,
+            trust_remote_code=config.model.trust_remote_code,
+            notify=display.note,
+        )
+    positions = files.architecture.max_positions
+    if positions and positions < config.train.max_length:
+        config = config.model_copy(update={"train": config.train.model_copy(update={"max_length": positions})})
+    data, given, chat, fit_notices = fitted(data, given, files, config.train, own_code=config.model.trust_remote_code)
+    unit = chat
+    if config.tokens.unit != "model":
+        unit = ChatTokenizer(find_tokenizer(config.tokens.unit, notify=display.note))
+    parts = _split(config, data, given)
+    known = [*parts.train, *parts.validation]
+    kind, widened = widen(detect_kind(known, override=config.task.kind, schema=schema), known, parts.test)
+    for text in (*data.notices, *(given.notices if given else ()), *fit_notices, *([widened] if widened else ())):
+        notices.add(text)
+    dropped = [*data.dropped, *(given.dropped if given else ())]
+    for text in left_out(dropped):
+        display.note(text)  # not a notice: findings.json and plan.json list the rows themselves
+    if not chat.has_own_template:
+        notices.add(f"{files.name} has no chat template; the plain default is used (docs/method.md)")
+    test = parts.test
+    if config.task.test_rows and config.task.test_rows < len(test):
+        test = [test[i] for i in sorted(take_rows(len(test), config.task.test_rows, config.seed))]
+    for text in missing_classes(kind, known, test):
+        notices.add(text)
+    overlap = find_overlap(parts.train, test)
+    train = _without_overlap(config, parts.train, overlap)
+    display.note(f"task: {config.task.data}, {data.layout}, {len(data.examples)} rows; {kind.why}")
+    facts = DataFacts(
+        data=describe(data),
+        test=describe(given) if given else None,
+        duplicates={
+            "exact_duplicates_removed": parts.exact_duplicates if given else 0,
+            "exact_duplicates_kept_together": 0 if given else parts.exact_duplicates,
+        },
+        overlap=overlap_facts(overlap, parts.train, test),
+        overlap_dropped=len(parts.train) - len(train),
+        dropped_rows=[{"origin": origin, "reason": reason} for origin, reason in dropped],
+    )
+    shots = pick_shots(config, train, chat)
+    validation = parts.validation[:VALIDATION_ROWS]
+    return Task(config, files, chat, unit, train, validation, test, kind, shots, facts, notices)
+
+
+def _read(config: Config) -> tuple[Loaded, Loaded | None, dict | None]:
+    """The task's rows, its test rows and its schema, the latter two where they are given."""
+    task = config.task
+    if not task.data:
+        raise TellError(
+            "no task data given",
+            where="task.data",
+            remedy="Give a file, e.g. `tell tune tickets.jsonl`; `tell demo` runs on a task of ours.",
+        )
+    schema = load_schema(task.json_schema) if task.json_schema else None
+    data = load(task.data, name="task", columns=task.columns)
+    return data, load(task.test, name="task", columns=task.columns) if task.test else None, schema
+
+
+def _split(config: Config, data: Loaded, given: Loaded | None) -> Splits:
+    # With few rows every one is needed for training; anchors are then scored on training rows.
+    share = config.task.validation_fraction if len(data.examples) >= FEW_ROWS else 0.0
+    if given is not None:
+        return split_given_test(data.examples, given.examples, seed=config.seed, validation_fraction=share)
+    fraction = config.task.test_fraction
+    return split(data.examples, test_fraction=fraction, seed=config.seed, validation_fraction=share)
+
+
+def _without_overlap(config: Config, train: list[Example], overlap: Overlap) -> list[Example]:
+    """The training rows, without near-duplicates of test rows where ``task.drop_overlap`` says so."""
+    if not config.task.drop_overlap:
+        return train
+    kept = [e for i, e in enumerate(train) if i not in overlap.indices]
+    if not kept:
+        raise TellError(
+            f"all {len(train)} training rows nearly equal a test row",
+            where=config.task.data,
+            remedy="Leave --drop-overlap out, or give other test rows.",
+        )
+    return kept
+
+
+def describe(data: Loaded) -> dict:
+    """``data`` of findings.json."""
+    return {"path": data.path, "layout": data.layout, "columns": data.columns, "rows": len(data.examples)}
+
+
+def overlap_facts(overlap: Overlap, rows: Sequence[Example], test: Sequence[Example]) -> dict:
+    """Counts and the first pairs, with their texts, for findings.json."""
+    pairs = [
+        {
+            "a": rows[p.a_index].origin,
+            "b": test[p.test_index].origin,
+            "similarity": round(p.similarity, 3),
+            "a_text": rows[p.a_index].question[:300],
+            "b_text": test[p.test_index].question[:300],
+        }
+        for p in overlap.pairs[:PAIRS_KEPT]
+    ]
+    return {"exact": overlap.exact, "near": overlap.near, "pairs": pairs}
+
+
+def anchor_of(config: Config) -> Anchor | None:
+    """The anchor as configured; None where the model is to write it."""
+    text = config.anchor.text
+    if text == "auto":
+        return None
+    if text == "none":
+        return NO_ANCHOR
+    return Anchor(anchor_text(text, "--anchor"), config.anchor.place, "hand")
+
+
+def anchor_text(text: str, flag: str) -> str:
+    """An anchor as given to ``flag``: the text itself, or ``@FILE``.
+
+    Raises:
+        TellError: the file cannot be read, or the text is empty.
+    """
+    if text.startswith("@"):
+        remedy = "Give an existing UTF-8 text file behind the @."
+        try:
+            text = read_text(Path(text[1:]), remedy=remedy)
+        except (FileNotFoundError, TellError) as error:
+            why = error.what if isinstance(error, TellError) else f"cannot be read ({error.strerror})"
+            raise TellError(why, where=f"{flag} {text}", remedy=remedy) from error
+    if not text.strip():
+        raise TellError("the anchor is empty", where=flag, remedy="Write a text, or `none`.")
+    return text.strip()
+
+
+def place_anchor(task: Task, anchor: Anchor) -> Anchor:
+    """The anchor where the model's template can carry it."""
+    if anchor and anchor.place == "system" and not task.chat.supports_system:
+        task.notices.add("the chat template has no system role; the anchor goes to the head of the user turn")
+        return Anchor(anchor.text, "user", anchor.origin)
+    return anchor
+
+
+def stand_in_anchor(task: Task) -> Anchor:
+    """A stand-in for an anchor the model has yet to write, for counting."""
+    return derived_anchor(task.kind, task.config.anchor.place) or Anchor(
+        "Answer the following in the way of the task.", task.config.anchor.place, "derived"
+    )
+
+
+def placed_anchor(task: Task) -> Anchor:
+    """The configured anchor, or its stand-in, where the template can carry it."""
+    anchor = anchor_of(task.config)
+    return place_anchor(task, stand_in_anchor(task) if anchor is None else anchor)
+
+
+def limited_rows(task: Task, anchor: Anchor) -> list[Example]:
+    """The training rows within the task's budget of rows or tokens; subsets are nested by seed."""
+    config = task.config.task
+    if config.rows is not None:
+        chosen = take_rows(len(task.train), config.rows, task.config.seed)
+    elif config.tokens is not None:
+        contents = ["\n".join(m.content for m in anchor.apply(e.messages)) for e in task.train]
+        unit = np.array([len(e.ids) for e in task.unit.backend.encode_batch(contents, add_special_tokens=False)])
+        chosen = take_tokens(unit, config.tokens, task.config.seed)
+    else:
+        return task.train
+    return [task.train[i] for i in sorted(chosen)]
+
+
+def limit_task(task: Task, anchor: Anchor) -> Task:
+    """The task with the rows of its budget.
+
+    Raises:
+        TellError: fewer rows that can be shown than ``task.shots``.
+    """
+    train = limited_rows(task, anchor)
+    check_shots(task.config, train, task.shots)
+    return replace(task, train=train)
+
+
+def task_table(task: Task, anchor: Anchor) -> RowTable:
+    """The tokenised training rows with the anchor; many are cached, since each plan and run needs them again.
+
+    Raises:
+        TellError: no row is left to train on.
+    """
+    examples = task.train
+
+    def make() -> RowTable:
+        return tokenize(examples, task.chat, source="task", anchor=anchor, rules=task.rules, unit=task.unit)
+
+    if len(examples) < CACHED_ROWS:
+        table = make()
+    else:
+        key = cache_key(
+            rows=[[e.hash, e.origin] for e in examples],
+            source="task",
+            anchor=anchor.hash if anchor else None,
+            tokenizer=task.chat.fingerprint,
+            unit=task.unit.fingerprint,
+            rules=asdict(task.rules),
+        )
+        table, _ = cached_table(key, make)
+    for notice in table.notices:
+        task.notices.add(notice)
+    if examples and not len(table):
+        first = table.dropped[0]
+        raise TellError(
+            f"none of the {len(examples)} task rows can be trained on; the first: {first.reason}",
+            where=first.origin,
+            remedy="Raise train.max_length, or shorten the rows.",
+        )
+    return table

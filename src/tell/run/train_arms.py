@@ -1,0 +1,156 @@
+"""Training the arms of a run: finished ones are kept, a control that diverges is left out."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tell.errors import Diverged, Interrupted
+from tell.folder import write_json
+from tell.progress import Advance, Display
+from tell.run.answers import adapter_folder
+from tell.run.costs import arm_costs
+from tell.run.journal import Journal
+from tell.run.prepare import Prepared
+from tell.run.processes import load_spread, start_job
+from tell.run.record import write_adapter_notes
+from tell.run.session import Session
+from tell.run.speed import keep_speed
+
+if TYPE_CHECKING:
+    import torch
+
+    from tell.models.load import Loaded
+    from tell.train.parallel import Processes
+    from tell.train.trainer import StepReport, TrainingHooks, TrainResult
+
+ENOUGH_STEPS = 10  # of a training whose speed is kept
+
+
+@dataclass
+class Trained:
+    """What became of the arms.
+
+    Attributes:
+        results: what each arm's training reported, as in its ``result.json``.
+        failed: control arms that diverged, and how.
+        now: arms trained in this session of the run.
+    """
+
+    results: dict[str, dict] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    now: list[str] = field(default_factory=list)
+
+    def add(self, other: Trained) -> None:
+        self.results |= other.results
+        self.failed |= other.failed
+        self.now += other.now
+
+    def arms(self, arms: Sequence[str]) -> list[str]:
+        """Those of ``arms`` that can be scored."""
+        return [arm for arm in arms if arm not in self.failed]
+
+
+def train_arms(
+    prepared: Prepared, arms: Sequence[str], session: Session, journal: Journal, processes: Processes | None = None
+) -> Trained:
+    """Train arms, each with the base model as it was; resumes where an earlier session stopped.
+
+    Raises:
+        Diverged: the leading arm's loss is no longer a number; without it there is nothing to go on with.
+        Interrupted: a signal has come; the folder can be resumed.
+    """
+    trained = Trained()
+    for arm in arms:
+        journal.at(f"train {arm}")
+        place = adapter_folder(journal.folder, arm)
+        if place is None:
+            raise ValueError(f"the arm {arm} trains no adapter")
+        done, gave_up = place / "result.json", place / "failed.json"
+        if done.exists():
+            trained.results[arm] = journal.folder.read(done)
+            continue
+        if gave_up.exists():
+            _leave_out(prepared, trained, arm, str(journal.folder.read(gave_up).get("error")))
+            continue
+        try:
+            result = _train(prepared, arm, session, journal, processes)
+        except Interrupted as error:
+            raise journal.stop.interrupted(f"{arm}: {error.what}") from error
+        except Diverged as error:
+            if arm == prepared.lead:
+                raise
+            shutil.rmtree(place / "checkpoint", ignore_errors=True)
+            write_json(gave_up, {"error": error.what})  # a resumed run need not find out again
+            _leave_out(prepared, trained, arm, error.what)
+            continue
+        write_adapter_notes(journal.folder, prepared.task, place)
+        if arm == "tell" and result.steps >= ENOUGH_STEPS and result.seconds > 0 and processes is None:
+            computed = arm_costs(prepared.task, prepared.mixtures[arm][1])["computed_tokens"]
+            keep_speed(prepared.task, session.loaded, computed / result.seconds)
+        trained.results[arm] = result.to_dict()
+        trained.now.append(arm)
+        write_json(done, trained.results[arm])  # last: from here on the arm counts as trained
+        shutil.rmtree(place / "checkpoint", ignore_errors=True)
+    return trained
+
+
+def _leave_out(prepared: Prepared, trained: Trained, arm: str, why: str) -> None:
+    trained.failed[arm] = why
+    prepared.task.notices.add(f"the arm {arm} failed and is left out: {why}")
+
+
+def _train(
+    prepared: Prepared, arm: str, session: Session, journal: Journal, processes: Processes | None
+) -> TrainResult:
+    from tell.train.trainer import Trainer, TrainingJob
+
+    tables, mixture = prepared.mixtures[arm]
+    task = prepared.task
+    place = adapter_folder(journal.folder, arm)
+    assert place is not None  # `train_arms` has seen it
+    job = TrainingJob(tables, mixture, task.training, task.config.seed, place, journal.folder.losses(arm))
+    base, device = _trainee(session, processes)
+    total = int(mixture.column("tokens").sum(dtype=np.int64))
+    with _bar(session.display, f"train {arm}", total, journal) as hooks:
+        if processes:
+            start_job(processes, task.files, base, job)
+        return Trainer(base.model, job, device=device, hooks=hooks, processes=processes).run(resume=True)
+
+
+def _trainee(session: Session, processes: Processes | None) -> tuple[Loaded, torch.device]:
+    """The base model to train, and on what device; spread over processes, it may not fit next to a whole one."""
+    if processes is not None and processes.sharded:
+        session.release()
+        return load_spread(session.files, session.config)
+    return session.loaded, session.loaded.device
+
+
+@contextmanager
+def _bar(display: Display, title: str, tokens: int, journal: Journal) -> Iterator[TrainingHooks]:
+    """A bar over the tokens of a training, moved within steps and set right after each."""
+    from tell.train.trainer import TrainingHooks
+
+    with display.bar(title, tokens, "tokens") as advance:
+        counter = _Counter(advance)
+        yield TrainingHooks(stopped=journal.stop, progress=counter.step, moved=counter.moved)
+
+
+@dataclass
+class _Counter:
+    advance: Advance
+    counted: int = 0
+
+    def step(self, report: StepReport) -> None:
+        losses = ", ".join(f"{k} {v:.3f}" for k, v in report.by_source.items())
+        self.advance(report.tokens_total - self.counted, f"step {report.step}/{report.steps}, loss {losses}")
+        self.counted = report.tokens_total
+
+    def moved(self, tokens: int) -> None:
+        self.counted += tokens
+        self.advance(tokens)

@@ -1,0 +1,45 @@
+"""`tell plan`: what a run would do, counted without loading weights. No torch."""
+
+from __future__ import annotations
+
+from tell.config import Config
+from tell.progress import Display
+from tell.run.answers import scorer_of
+from tell.run.arms import wanted_arms
+from tell.run.general_rows import read_general
+from tell.run.plan import describe_plan, unwritten_general
+from tell.run.prepare import check_rows, prepare
+from tell.run.task import anchor_of, load_task, placed_anchor
+from tell.run.time_budget import fit_minutes
+
+
+def plan(config: Config, *, display: Display | None = None) -> dict:
+    """Count a run without loading weights.
+
+    Args:
+        config: as for `tell.tune`.
+
+    Returns:
+        What ``plan.json`` holds. With ``general: self`` and nothing written yet, the general part is an
+        estimate and says so; so is the anchor's length with ``anchor: auto``. ``max_minutes`` is met by the
+        speed on record, where a run measures it again.
+
+    Raises:
+        TellError: bad data, model or configuration.
+    """
+    task = load_task(config, display)
+    scorer_of(config, task.kind)  # what `tune` refuses
+    wanted_arms(config)
+    if anchor_of(config) is None:
+        task.notices.add("the model will write the anchor; a stand-in of similar length is counted")
+    anchor = placed_anchor(task)
+    check_rows(task, anchor)
+    # Comparing texts with the test rows takes longer than all else here, and only dropping changes a count.
+    general = read_general(task, overlap=config.task.drop_overlap)
+    prepared = prepare(task, anchor, general or unwritten_general)
+    if config.max_minutes:
+        extent, given_up = fit_minutes(prepared, minutes=config.max_minutes, spent=0.0)
+        for text in given_up:
+            task.notices.add(text)
+        prepared = extent.apply(prepared)
+    return describe_plan(prepared)
