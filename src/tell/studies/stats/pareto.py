@@ -77,7 +77,7 @@ def undominated(values: np.ndarray) -> np.ndarray:
         values: (b, n, 2), more is better in both.
     """
     other, own = values[:, :, None], values[:, None]
-    beats: np.ndarray = (other >= own).all(axis=-1) & (other > own).any(axis=-1)
+    beats = np.logical_and((other >= own).all(axis=-1), (other > own).any(axis=-1))
     return np.logical_not(beats.any(axis=1))
 
 
