@@ -153,7 +153,7 @@ def test_a_product_with_arms_and_seeds_of_its_own(tmp_path):
         ({"arms": ["icl"]}, "arm 'icl', which the recipe's arms lack"),
         ({"seeds": [7]}, "seed 7, which the recipe's seeds lack.* They are 42, 43, 44"),
         ({"seeds": []}, "grid.seeds has no value"),
-        ({"task.tokens": [500]}, "has task.rows and task.tokens, which say the same amount twice"),
+        ({"task.tokens": [500]}, "has task.rows and task.tokens, which give the same amount twice"),
     ],
 )
 def test_arms_and_seeds_of_a_product_are_among_the_recipes(grid, message):
