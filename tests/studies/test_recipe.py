@@ -210,7 +210,7 @@ def test_what_is_drawn_is_a_key_of_the_grid(tmp_path, keys, message):
 def test_a_data_set_is_made_of_earlier_ones():
     one, two = {"dataset": "a", "source": "${b}/x"}, {"dataset": "b"}
     assert make_recipe({"build": {"b": two, "a": one}}).build["a"] == one
-    with pytest.raises(TellError, match=r"build.a is made of \$\{b\}, which stands after it. Put b before a"):
+    with pytest.raises(TellError, match=r"build.a is made of \$\{b\}, which comes after it. Put b before a"):
         make_recipe({"build": {"a": one, "b": two}})
     with pytest.raises(TellError, match=r"build.b is made of \$\{b\}, which is itself"):
         make_recipe({"build": {"b": one}})

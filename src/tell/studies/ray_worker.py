@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from tell import __version__
 from tell.config import Config
 from tell.errors import TellError
-from tell.files import atomic_folder
+from tell.files import atomic_folder, parse_yaml
 from tell.folder import RunFolder
 from tell.home import make_folder, tell_home
 from tell.progress import Silent
@@ -69,14 +69,13 @@ def _worker_models() -> ModelCache:
 def work(task: CellTask) -> tuple[Outcome, bytes | None]:
     """Run a cell on a machine of the cluster; its outcome, and the finished run folder as a tar file."""
     import ray
-    import yaml
 
     from tell.config import make_config
 
     if task.version != __version__:
         return Outcome(f"tell {__version__} is installed there, not {task.version}", None, platform.node()), None
     models = _worker_models()
-    config = make_config(yaml.safe_load(task.settings), where=task.name)
+    config = make_config(parse_yaml(task.settings, where=task.name), where=task.name)
     folder = tell_home() / "ray" / "inputs"
     moved = place_inputs(config, task.inputs, folder, ray.get)
     search_in(_place(task.scorer, folder, ray.get) if task.scorer else None)
