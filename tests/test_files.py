@@ -20,8 +20,8 @@ ALIASES = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     ("text", "said"),
     [
         (ALIASES, "more than 200,000 values"),
-        ("&a [*a]", "within what it stands for"),
-        ("x: &a {b: *a}", "within what it stands for"),
+        ("&a [*a]", "contains itself"),
+        ("x: &a {b: *a}", "contains itself"),
         ("seed: 2001-99-99", "not valid YAML"),
         ("seed: " + "9" * 5000, "not valid YAML"),
         ("seed: !!int x", "not valid YAML"),

@@ -12,12 +12,12 @@ LONGEST = {"what": 1000, "where": 400, "remedy": 500}  # characters of each part
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, as far as one line goes; its class where it says nothing."""
+    """The first line of an error's message, or its class if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def is_panic(error: BaseException) -> bool:
-    """Whether a library written in Rust gave up (tokenizers, safetensors): its error is no Exception."""
+    """Whether a library written in Rust panicked (tokenizers, safetensors): its error is not an Exception."""
     return type(error).__name__ == "PanicException"
 
 

@@ -24,13 +24,13 @@ from tell.errors import TellError, first_line
 
 MOST_TEXT = 1 << 20  # bytes of a configuration, recipe or anchor
 MOST_JSON = 512 << 20  # of a JSON file of a model or a run; large tokenizers have 35 MB
-MOST_NODES = 200_000  # of a YAML document, aliases counted as often as they stand for something
-DAMAGED = "Make the run again (`tell tune --overwrite`), or put back the file as tell wrote it."
+MOST_NODES = 200_000  # of a YAML document, with aliases expanded
+DAMAGED = "Run it again (`tell tune --overwrite`), or restore the file."
 _LFS = b"version https://git-lfs"
 
 
 def expanded(path: str | Path) -> Path:
-    """``~`` and ``~name`` put in; a name nobody has stays as it is."""
+    """The path with ``~`` and ``~name`` expanded; an unknown user's name stays as it is."""
     return Path(os.path.expanduser(path))
 
 
@@ -39,7 +39,7 @@ def read_bytes(path: Path, *, most: int, remedy: str) -> bytes:
 
     Raises:
         FileNotFoundError: there is no such file.
-        TellError: it is no regular file, too large, a Git LFS pointer, or cannot be read.
+        TellError: it is not a regular file, too large, a Git LFS pointer, or cannot be read.
     """
     where = str(path)
     try:
@@ -70,7 +70,7 @@ def read_text(path: Path, *, most: int = MOST_TEXT, remedy: str) -> str:
     """`read_bytes` as UTF-8 text.
 
     Raises:
-        FileNotFoundError, TellError: as `read_bytes`; it is no UTF-8.
+        FileNotFoundError, TellError: as `read_bytes`; it is not UTF-8.
     """
     try:
         return read_bytes(path, most=most, remedy=remedy).decode("utf-8-sig")
@@ -96,7 +96,7 @@ def read_json(path: Path, *, most: int = MOST_JSON, remedy: str) -> dict[str, An
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's plain types, bounded: a few aliases can stand for billions of values."""
+    """YAML's plain types, bounded: a few aliases can expand to billions of values."""
 
     def compose_document(self) -> yaml.Node | None:
         root: yaml.Node | None = super().compose_document()
@@ -110,27 +110,27 @@ class _Bomb(ValueError):
 
 
 def _count(node: yaml.Node, known: dict[int, int], above: set[int]) -> int:
-    """Nodes below one, aliases counted as often as they occur."""
+    """The number of nodes in a document, with aliases expanded."""
     if id(node) in known:
         return known[id(node)]
     if id(node) in above:
-        raise _Bomb("an alias stands within what it stands for")
+        raise _Bomb("an alias contains itself")
     above.add(id(node))
     total = 1
     for part in () if isinstance(node, yaml.ScalarNode) else node.value:
         total += sum(_count(n, known, above) for n in (part if isinstance(part, tuple) else (part,)))
         if total > MOST_NODES:
-            raise _Bomb(f"it holds more than {MOST_NODES:,} values, aliases filled in")
+            raise _Bomb(f"it holds more than {MOST_NODES:,} values, with aliases expanded")
     above.discard(id(node))
     known[id(node)] = total
     return total
 
 
-def parse_yaml(text: str, *, where: str, remedy: str = "Mend that line.") -> Any:
+def parse_yaml(text: str, *, where: str, remedy: str = "Fix that line.") -> Any:
     """A YAML document's value.
 
     Raises:
-        TellError: it is not valid, its aliases stand for too much, or a value is impossible (``2001-99-99``).
+        TellError: it is not valid, its aliases expand to too much, or a value is impossible (``2001-99-99``).
     """
     try:
         return yaml.load(text, _Loader)  # a SafeLoader
@@ -150,17 +150,17 @@ def parse_yaml(text: str, *, where: str, remedy: str = "Mend that line.") -> Any
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` that is renamed to it on success and removed on failure.
+    """A temporary path next to ``path`` that is renamed to it on success and removed on failure.
 
-    What is renamed is on the disk before: after a power loss the file is the old or the new one, and whole. Temporary
-    files that killed processes of this machine left of the same path are removed.
+    It is synced before the rename: after a power loss the file is the old or the new one, never half of it. Temporary
+    files of the same path that killed processes of this machine left behind are removed.
 
     Raises:
-        TellError: the disk is full or the folder is not writable, or there is something at ``path`` that is no file.
+        TellError: the disk is full or the folder is not writable, or ``path`` is not a regular file.
     """
     try:
         if path.exists() and not path.is_file():  # a folder; /dev/null would be replaced by a file
-            raise TellError("cannot be written (it is no file)", where=str(path), remedy="Name another file.")
+            raise TellError("cannot be written (not a regular file)", where=str(path), remedy="Name another file.")
         path.parent.mkdir(parents=True, exist_ok=True)
         clean_temporary(path.parent.glob(f".{glob.escape(path.name)}.*.tmp"))
         handle, name = tempfile.mkstemp(prefix=temporary_prefix(path), suffix=".tmp", dir=path.parent)
@@ -220,16 +220,16 @@ def _set_aside(path: Path) -> Path:
 
 
 def temporary_prefix(path: Path, number: int | None = None) -> str:
-    """How the names of temporary files of ``path`` begin that a process of this machine writes; by default this one."""
+    """Prefix of the temporary files of ``path`` that a process of this machine writes; by default this process."""
     return f".{path.name}.{_here()}.{os.getpid() if number is None else number}-"
 
 
 @lru_cache(1)
 def _here() -> str:
-    """Where process numbers mean the same: the host and, as containers may share its name, their namespace."""
+    """Identifies the PID namespace: the host and, as containers may share its name, their namespace."""
     try:
         namespace = os.readlink("/proc/self/ns/pid")
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         namespace = ""
     return hashlib.sha256(f"{platform.node()} {namespace}".encode()).hexdigest()[:12]
 
@@ -242,7 +242,7 @@ def sync_files(folder: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Have the system write a file or a folder's names to the disk, where its file system knows how."""
+    """Flush a file, or the names in a folder, to the disk, where the file system supports it."""
     try:
         handle = os.open(path, os.O_RDONLY)
     except OSError:  # a folder, on Windows
@@ -260,7 +260,7 @@ _TEMPORARY = re.compile(r"\..+\.([0-9a-f]{12})\.(\d+)-[^.]+\.tmp")
 
 
 def clean_temporary(paths: Iterable[Path]) -> None:
-    """Remove temporary files and folders whose process is gone; nobody can tell of those of other machines."""
+    """Remove temporary files and folders whose process is gone; those of other machines are kept."""
     for path in paths:
         found = _TEMPORARY.fullmatch(path.name)
         if found and found[1] == _here() and not _is_writing(int(found[2]), path):
@@ -269,7 +269,7 @@ def clean_temporary(paths: Iterable[Path]) -> None:
 
 
 def _is_writing(number: int, path: Path) -> bool:
-    """Whether the process of that number lives and is older than the file: numbers are given out again."""
+    """Whether the process of that number is alive and older than the file: numbers are reused."""
     import psutil
 
     try:
@@ -307,7 +307,7 @@ def read_jsonl(path: Path) -> list[dict]:
     """The rows of a file that `write_jsonl` wrote.
 
     Raises:
-        TellError: a line is no JSON object.
+        TellError: a line is not a JSON object.
     """
     rows = []
     try:
@@ -316,7 +316,7 @@ def read_jsonl(path: Path) -> list[dict]:
                 if line.strip():
                     rows.append(json.loads(line))
                     if not isinstance(rows[-1], dict):
-                        raise ValueError(f"line {number} holds no object")
+                        raise ValueError(f"line {number} is not an object")
     except (ValueError, RecursionError) as error:
         raise TellError(f"is damaged ({first_line(error)})", where=str(path), remedy=DAMAGED) from error
     return rows

@@ -18,16 +18,16 @@ Content = TypeVar("Content", bound=BaseModel)
 
 @contextmanager
 def reading(root: Path) -> Iterator[None]:
-    """Say in one line that files of a run are not as tell wrote them, whatever that leads to while they are shown.
+    """Report damaged files of a run in one line, whatever error they lead to.
 
     Raises:
-        TellError: in place of what the values raise.
+        TellError: instead of what the values raise.
     """
     try:
         yield
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
         raise TellError(
-            f"holds files that are not as tell wrote them ({type(error).__name__}: {first_line(error)})",
+            f"holds damaged files ({type(error).__name__}: {first_line(error)})",
             where=str(root),
             remedy=DAMAGED,
         ) from error
@@ -120,7 +120,7 @@ class RunFolder:
         """A JSON file of the run.
 
         Raises:
-            TellError: it is missing, or not as tell wrote it.
+            TellError: it is missing or damaged.
         """
         return read_json(self.require(path, "`tell tune`"), remedy=DAMAGED)
 
@@ -128,7 +128,7 @@ class RunFolder:
         """A JSON file of the run, checked against what `model` says of it.
 
         Raises:
-            TellError: it is missing, or not as tell wrote it.
+            TellError: it is missing or damaged.
         """
         try:
             return model.model_validate(self.read(path))

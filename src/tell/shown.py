@@ -22,7 +22,7 @@ def clean(text: str) -> str:
 
 
 def shorten(text: str, most: int) -> str:
-    """At most ``most`` characters of a text: its beginning and its end, which often says the most."""
+    """At most ``most`` characters of a text: its beginning and its end, which is often the most telling."""
     if len(text) <= most:
         return text
     tail = most // 4

@@ -265,7 +265,7 @@ def test_a_tokenizer_that_gives_up(here, monkeypatch, capsys):
         raise PanicException("called unwrap on a None value")
 
     monkeypatch.setattr("tell.plan", panic)
-    refused(["plan", str(SUPPORT / "train.jsonl")], capsys, ["the tokenizer gave up", "called unwrap"], here)
+    refused(["plan", str(SUPPORT / "train.jsonl")], capsys, ["the tokenizer crashed", "called unwrap"], here)
 
 
 def test_a_pipe_that_never_ends_is_no_message(here, monkeypatch, capsys):

@@ -53,13 +53,13 @@ def test_anchor_beside_one_by_hand(tiny_model, capsys):
 @pytest.mark.parametrize(
     ("argv", "parts"),
     [
-        (["separate", "x.jsonl", "--queries", "no"], ["--queries: 'no' is no whole number"]),
+        (["separate", "x.jsonl", "--queries", "no"], ["--queries: 'no' is not a whole number"]),
         (["separate", "x.jsonl", "--state", "first"], ["--state", "last or mean"]),
-        (["separate", "."], ["holds no run", "tell tune"]),
+        (["separate", "."], ["is not a run folder", "tell tune"]),
         (["separate"], ["no task data given", "tell separate"]),
         (["separate", "x.jsonl", "--adapter", "tell", "--general", "y.jsonl"], ["--adapter", "run folder"]),
         (["anchor", "x.jsonl", "--score", "los"], ["--score: unknown score 'los'", "loss, separation, short-run"]),
-        (["anchor", "x.jsonl", "--short-steps", "few"], ["--short-steps: 'few' is no whole number"]),
+        (["anchor", "x.jsonl", "--short-steps", "few"], ["--short-steps: 'few' is not a whole number"]),
     ],
 )
 def test_mistakes_get_one_line(argv, parts, capsys):

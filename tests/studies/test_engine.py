@@ -16,7 +16,7 @@ import yaml
 from filelock import FileLock
 
 import tell
-import tell.run.anchor_candidates as write
+import tell.run.choose_anchor as write
 from run.runs import Killer, read
 from studies.studies import numbers
 from tell.cli.main import run
@@ -95,7 +95,9 @@ def test_an_anchor_is_written_once_for_cells_that_share_it(recipe, tmp_path, mon
     """General data has no part in it; other task rows have."""
     asked = []
     real = write.write_anchor_candidates
-    monkeypatch.setattr(write, "write_anchor_candidates", lambda *args: asked.append(args[4]) or real(*args))
+    monkeypatch.setattr(
+        write, "write_anchor_candidates", lambda task, *rest: asked.append(task.train) or real(task, *rest)
+    )
     grid = {"task.rows": [5, 6], "general.rows": [4, 8]}
     path = recipe(grid=grid, arms=["tell"], config={"anchor": {"text": "auto", "candidates": 1}})
     folder = tell.run_study(path, root=tmp_path / "studies")
@@ -376,7 +378,7 @@ def test_data_sets_are_built_once_by_content(tmp_path, tiny_model, recipe):
 def test_words_on_the_command_line(recipe, tmp_path, capsys):
     path = str(recipe())
     for argv, said in (
-        (["--seeds", "a"], "--seeds: 'a' is no list of seeds"),
+        (["--seeds", "a"], "--seeds: 'a' is not a list of seeds"),
         (["--var", "x"], "--var: 'x' is not of the form name=value"),
         (["--executor", "rya"], "did you mean ray?"),
         (["--set", "task.row=3"], "did you mean task.rows?"),
@@ -497,7 +499,7 @@ def test_a_fault_within_a_cell_is_noted_with_its_trace(recipe, tmp_path, monkeyp
     (name, error), *_ = folder.failed().items()
     assert error == "KeyError: 'no such key'"
     record = read(tmp_path / "studies/cells" / f"{name}.json")
-    assert "Traceback" in record["trace"] and "executors/cell.py" in record["trace"]
+    assert "Traceback" in record["trace"] and "run_cell.py" in record["trace"]
 
 
 def test_a_cell_without_its_adapter_says_how_to_keep_it(recipe, tmp_path):

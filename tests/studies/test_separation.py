@@ -17,6 +17,7 @@ from tell.studies.results import read_results
 from tell.studies.separation_cells import ADDED, CONTRASTS
 from tell.studies.stats.curves import curves
 from tell.studies.stats.seed_means import Bootstrap
+from tell.verbs.separate import Comparison
 
 
 def cells_of(model, grid, **keys):
@@ -41,7 +42,9 @@ def test_numbers_table_and_pictures(recipe, tmp_path):
     assert {name.partition("-")[0] for name in data["cells"]} == {"separate"} and not folder.failed()
     assert sum(text.startswith("✓") and "silhouette" in text for text in shown.notes) == 4
     separated = {
-        name: tell.separate(tell.load_config(root / "cells" / name / "run.yaml"), queries=8, out=tmp_path / name)
+        name: tell.separate(
+            tell.load_config(root / "cells" / name / "run.yaml"), compare=Comparison(queries=8), out=tmp_path / name
+        )
         for name in data["cells"]
     }
     for row in data["rows"]:

@@ -17,16 +17,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AnchorOptions:
-    compare: tuple[str, ...] = option(
-        "--compare", "an anchor written by hand, or @FILE; repeatable", "TEXT", default=()
-    )
+    compare: tuple[str, ...] = option("--compare", "a hand-written anchor, or @FILE; repeatable", "TEXT", default=())
     score: tuple[str, ...] | None = option(
         "--score", "loss, separation, short-run; default: the cheap ones", "A,B,...", words
     )
     short_steps: int | None = option(
-        "--short-steps", "steps of a short run for each candidate; 8 where --score asks for it", "N", count
+        "--short-steps", "steps of each candidate's short run; 8 if --score requests it", "N", count
     )
-    out: Path | None = option("-o --out", "write the best one's text here, for --anchor @FILE", "FILE")
+    out: Path | None = option("-o --out", "write the best anchor here, for --anchor @FILE", "FILE")
     overwrite: bool = switch("--overwrite", "Replace that file.")
     as_json: bool = json_switch()
 
@@ -35,7 +33,7 @@ class AnchorOptions:
 def anchor(given: Given, options: AnchorOptions) -> None:
     """Let the model write the instruction that marks DATA's rows.
 
-    Several candidates are written and scored beside those given by hand; the best is printed.
+    Writes several candidates, scores them with any hand-written ones, and prints the best.
     """
     config, out = given.load("anchor"), options.out
     if out is not None and out.exists() and not options.overwrite:
@@ -84,9 +82,9 @@ def _show(console: Console, result: dict) -> None:
 
 _COLUMNS = {
     "loss": "loss",
-    "loss_difference": "from the first by hand",
+    "loss_difference": "from the first hand-written",
     "short_run": "after a short run",
-    "short_run_difference": "from the first by hand",
+    "short_run_difference": "from the first hand-written",
     "separation": "separation",
 }
 

@@ -20,13 +20,13 @@ class HaluCotJsonOptions:
     out: Path = option("-o --out", "folder to write", "DIR", default=Path("halu_cot_json"))
     teacher: str = option("--teacher", "offline, or an endpoint's model name", "NAME", default="offline")
     base_url: str | None = option("--base-url", "OpenAI-compatible endpoint; key: $OPENAI_API_KEY", "URL")
-    rows: int | None = option("--rows", "this many training rows", "N", count)
+    rows: int | None = option("--rows", "number of training rows", "N", count)
     test: Path | None = option("--test", "test rows", "FILE")
-    seed: int = option("--seed", "decides the subset", "N", count, default=42)
+    seed: int = option("--seed", "seed of the subset", "N", count, default=42)
     concurrency: int = option("--concurrency", "requests at a time", "N", count, default=4)
     price_in: float | None = option("--price-in", "price of a million tokens in", "P", number)
     price_out: float | None = option("--price-out", "price of a million tokens out", "P", number)
-    overwrite: bool = switch("--overwrite", "Replace a dataset that lies there.")
+    overwrite: bool = switch("--overwrite", "Replace an existing dataset.")
 
 
 @takes_options
@@ -71,12 +71,12 @@ class IsEnNewsOptions:
     out: Path = option("-o --out", "folder to write", "DIR", default=Path("is_en_news"))
     train: Path | None = option("--train", "training documents: newsdev2021.*.xml, dev-*.jsonl, or a folder", "PATH")
     extra: tuple[str, ...] = option(
-        "--extra", "further pairs: FILE.json, FILE.tmx, or EN,IS[,IDS]; may be repeated", "FILES", default=()
+        "--extra", "further pairs: FILE.json, FILE.tmx, or EN,IS[,IDS]; repeatable", "FILES", default=()
     )
     direction: str = option("--direction", "en-is, is-en or both", "D", default="both")
     times: float = option("--times", "size of extra.jsonl over train.jsonl", "N", number, default=5)
-    seed: int = option("--seed", "draws the further pairs", "N", count, default=42)
-    overwrite: bool = switch("--overwrite", "Replace a dataset that lies there.")
+    seed: int = option("--seed", "seed of the further pairs", "N", count, default=42)
+    overwrite: bool = switch("--overwrite", "Replace an existing dataset.")
 
 
 @takes_options

@@ -23,9 +23,9 @@ COMMANDS = ("/reset", "/quit", "/help")
 @dataclass(frozen=True)
 class ChatOptions:
     run: Path = argument("RUN", "run folder")
-    message: str | None = argument("MESSAGE", "answer this and end; also from a pipe", None)
+    message: str | None = argument("MESSAGE", "answer this and exit; also read from a pipe", None)
     arm: str = option("--arm", "tell, base or another arm of the run", "ARM", check_arm, default="tell")
-    seed: int | None = option("--seed", "sample, with this seed", "N", count)
+    seed: int | None = option("--seed", "sample with this seed", "N", count)
     greedy: bool | None = option("--greedy/--no-greedy", "decode greedily")
     trust_remote_code: bool = trust_switch()
 
@@ -74,7 +74,7 @@ def _converse(session: ChatSession) -> None:
     """Read, answer, repeat, until /quit or the end of the input."""
     with suppress(ImportError):
         import readline  # noqa: F401  # arrow keys and history in input()
-    print("/reset starts anew, /quit ends; Ctrl-C stops an answer", file=sys.stderr)
+    print("/reset starts over, /quit exits; Ctrl-C stops an answer", file=sys.stderr)
     while True:
         try:
             text = input("> ").strip()
@@ -87,7 +87,7 @@ def _converse(session: ChatSession) -> None:
             return
         if text == "/reset":
             session.reset()
-            print("forgotten; a new conversation", file=sys.stderr)
+            print("new conversation", file=sys.stderr)
         elif text == "/help":
             print(", ".join(COMMANDS), file=sys.stderr)
         elif text.startswith("/") and (word := text.split()[0]) not in COMMANDS and did_you_mean(word, COMMANDS):

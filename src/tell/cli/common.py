@@ -1,4 +1,4 @@
-"""What the verbs share: options as dataclasses, and flags that set configuration keys."""
+"""What the verbs share: dataclasses of options, and flags that set configuration keys."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def check_arm(name: str, flag: str = "--arm") -> str:
     """The name of an arm.
 
     Raises:
-        TellError: no arm is called so.
+        TellError: an unknown arm.
     """
     if name not in ARMS:
         remedy = f"The arms are {', '.join(ARMS)}."
@@ -82,7 +82,7 @@ def reader(flag: str, parse: Parse) -> Callable[[str], object]:
             return parse(text)
         except ValueError:
             what = "whole number" if parse is count else "number"
-            raise TellError(f"{text!r} is no {what}", where=flag, remedy="Write e.g. 500, 1e4 or 2e5.") from None
+            raise TellError(f"{text!r} is not a {what}", where=flag, remedy="Write e.g. 500, 1e4 or 2e5.") from None
 
     return read
 
@@ -123,7 +123,7 @@ def json_switch() -> Any:
 
 
 def trust_switch() -> Any:
-    """For verbs that read a run folder, which may be somebody else's: what it trusts, its user must trust too."""
+    """For verbs that read a run folder, which may be somebody else's: its trust in code must be confirmed."""
     return switch("--trust-remote-code", "run code that comes with the model, as the run did")
 
 
@@ -161,10 +161,10 @@ _ANCHORED = ("tune", "plan", "separate")
 _ALL = ("tune", "plan", "anchor", "separate")
 _MODEL, _GENERAL, _TRAINING = "Model and anchor", "General data", "Mixture and training"
 FLAGS: tuple[Flag, ...] = (
-    Flag("--test", "task.test", "test file; without it a test part is split off", "FILE"),
+    Flag("--test", "task.test", "test file; default: rows split off DATA", "FILE"),
     Flag("--columns", "task.columns", "names of the columns, e.g. prompt=q,answer=a", "NAMES", verbs=_ALL),
     Flag("--kind", "task.kind", "auto, json, label or text", "KIND", ("auto", "json", "label", "text")),
-    Flag("--schema", "task.schema", "JSON Schema of the answers; else it is inferred", "FILE"),
+    Flag("--schema", "task.schema", "JSON Schema of the answers; default: inferred", "FILE"),
     Flag("--scorer", "task.scorer", "your own scorer, package.module:function", "NAME", verbs=_RUN),
     Flag("--task-tokens", "task.tokens", "train on about this many task tokens", "N", number),
     Flag("--task-rows", "task.rows", "train on this many task rows", "N", count),
@@ -176,7 +176,13 @@ FLAGS: tuple[Flag, ...] = (
     ),
     Flag("--anchor", "anchor.text", "auto, none, the text, or @FILE", "TEXT", str, _MODEL, _ANCHORED),
     Flag(
-        "--anchor-place", "anchor.place", "where it stands: user or system", "PLACE", ("user", "system"), _MODEL, _ALL
+        "--anchor-place",
+        "anchor.place",
+        "put the anchor in the user or the system turn",
+        "PLACE",
+        ("user", "system"),
+        _MODEL,
+        _ALL,
     ),
     Flag("--candidates", "anchor.candidates", "instructions the model writes", "N", count, _MODEL, ("anchor",)),
     Flag("--general", "general.source", "file, hub name, self or none", "SOURCE", str, _GENERAL, _ALL),
@@ -185,14 +191,14 @@ FLAGS: tuple[Flag, ...] = (
     Flag("--general-tokens", "general.tokens", "general tokens", "N", number, _GENERAL, _RUN),
     Flag("--general-rows", "general.rows", "general rows", "N", count, _GENERAL, _RUN),
     Flag("--order", "mix.order", "shuffle or spread", "NAME", str, _TRAINING, _RUN),
-    Flag("--repeat", "mix.repeat", "times each task row occurs", "K", count, _TRAINING, _RUN),
+    Flag("--repeat", "mix.repeat", "repetitions of each task row", "K", count, _TRAINING, _RUN),
     Flag("--preset", "preset", "modern or paper", "NAME", ("modern", "paper"), _TRAINING, _RUN),
     Flag("--lr", "train.learning_rate", "learning rate", "RATE", number, _TRAINING, _RUN),
     Flag(
         *("--fast", "train.fast", "auto, or off: train through plain transformers and peft", "NAME"),
         *(("auto", "off"), _TRAINING, _RUN),
     ),
-    Flag("--max-minutes", "max_minutes", "do less until it is predicted to fit", "N", number, "Run", _RUN),
+    Flag("--max-minutes", "max_minutes", "shrink the run until it is predicted to fit", "N", number, "Run", _RUN),
     Flag("--arms", "eval.arms", "arms to score, comma-separated", "A,B,...", read_arms, "Run", _RUN),
     Flag("--greedy", "generate.greedy", "decode greedily", None, None, "Run", ("tune",)),
     Flag("--seed", "seed", "seed of every draw", "N", count, "Run", _ALL),
@@ -205,11 +211,11 @@ _KEYS = typer.Option("--keys", callback=_show_keys, is_eager=True, help="List ev
 
 @dataclass(frozen=True)
 class Given:
-    """What was given on the command line, before it is a Config."""
+    """The command line, before it becomes a Config."""
 
     data: str | None = argument("DATA", "file or hub name of the task data (task.data)", None)
-    file: Path | None = option("-c --config", "YAML file; flags go over it", "FILE")
-    sets: tuple[str, ...] = option("--set", "any key, over all else; repeatable", "KEY=VALUE", default=())
+    file: Path | None = option("-c --config", "YAML file; flags override it", "FILE")
+    sets: tuple[str, ...] = option("--set", "any key; overrides all else; repeatable", "KEY=VALUE", default=())
     keys: bool = field(default=False, metadata={"typer": _KEYS})
     flags: Mapping[str, object] = field(default_factory=dict)
     """Values of `FLAGS`, by name."""
@@ -218,7 +224,7 @@ class Given:
         """YAML, then flags, then ``--set``.
 
         Raises:
-            TellError: no task data, or anything wrong in the three; a flag is called by its name.
+            TellError: no task data, or something is invalid; the error names the flag.
         """
         from tell.config import load_config, merge
 
@@ -324,7 +330,7 @@ def takes_options(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def show(as_json: bool, work: Callable[[Display], dict], draw: Callable[[Console, dict], object]) -> dict:
-    """What the work finds, printed as JSON alone, or drawn."""
+    """Do the work, then print its result: as JSON alone, or drawn."""
     from tell.cli.display import make_console, make_display
     from tell.cli.output import only_json
 

@@ -1,4 +1,4 @@
-"""``tell demo``: the main job on a task of ours, with nothing to prepare."""
+"""``tell demo``: the whole method on an example task, with nothing to prepare."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from tell.cli.tune_command import ask_about
 @dataclass(frozen=True)
 class DemoOptions:
     out: Path | None = option("--out", "run folder", "DIR")
-    resume: bool = switch("--resume", "Go on with an interrupted run.")
+    resume: bool = switch("--resume", "Resume an interrupted run.")
     overwrite: bool = switch("--overwrite", "Replace an earlier run.")
-    minutes: float | None = option("--minutes", "end within this time", "N", number)
+    minutes: float | None = option("--minutes", "finish within N minutes", "N", number)
 
 
 @takes_options
 def demo(options: DemoOptions) -> None:
     """Tune SmolLM2-135M on an example task, in about five minutes.
 
-    The task is ours: support mails to JSON. Nothing needs to be prepared or downloaded but the model.
+    The task turns support mails into JSON. Nothing to prepare: only the model is downloaded.
     """
     import tell
     from tell.cli.display import make_console, make_display

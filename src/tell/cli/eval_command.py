@@ -39,14 +39,12 @@ class EvalOptions:
     benchmarks: tuple[str, ...] | None = _of_benchmarks(
         "--benchmarks", "gsm8k, openbookqa, agieval[_en|_cn]", "A,B,...", words
     )
-    benchmark_data: str | None = _of_benchmarks("--benchmark-data", "their files; else they are fetched", "DIR")
+    benchmark_data: str | None = _of_benchmarks("--benchmark-data", "their files; default: downloaded", "DIR")
     benchmark_limit: int | None = _of_benchmarks("--benchmark-limit", "the first N questions of a task", "N", count)
     benchmark_shots: int | None = _of_benchmarks("--benchmark-shots", "examples before each question", "K", count)
-    benchmark_chat: bool | None = _of_benchmarks(
-        "--benchmark-chat/--no-benchmark-chat", "ask through the chat template"
-    )
+    benchmark_chat: bool | None = _of_benchmarks("--benchmark-chat/--no-benchmark-chat", "use the chat template")
     benchmark_anchor: bool | None = _of_benchmarks(
-        "--benchmark-anchor/--no-benchmark-anchor", "put the anchor on questions"
+        "--benchmark-anchor/--no-benchmark-anchor", "put the anchor on the questions"
     )
     trust_remote_code: bool = trust_switch()
     trust_scorer: bool = switch("--trust-scorer", "score by the run's own function (task.scorer)")
@@ -57,7 +55,7 @@ class EvalOptions:
 def evaluate(options: EvalOptions) -> None:
     """Score the arms of a run on its test rows, or on benchmarks.
 
-    Scores have intervals. Benchmarks (--benchmarks) are of general ability: GSM8K, OpenBookQA, AGIEval.
+    Scores have intervals. Benchmarks (--benchmarks) measure general ability: GSM8K, OpenBookQA, AGIEval.
     """
     if any(value is not None for name, value in vars(options).items() if name.startswith("benchmark")):
         _benchmark(options)

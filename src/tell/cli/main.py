@@ -1,4 +1,4 @@
-"""The command ``tell``: the verbs, and what is said when something goes wrong."""
+"""The command ``tell``: its verbs, and how errors are reported."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _ClickException: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ 
 
 
 class _Verbs(TyperGroup):
-    """A group that names the nearest verb."""
+    """A group of verbs that suggests the nearest one."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         return list(self.commands)
@@ -70,7 +70,9 @@ app = typer.Typer(
 @app.callback()
 def _tell(
     ctx: typer.Context,
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an unexpected error.")] = False,
 ) -> None:
     """Fine-tune a language model well when there are only 15 to 1,000 examples of a task.
@@ -147,7 +149,7 @@ def main() -> None:
 
 
 def _take_debug(argv: list[str]) -> tuple[list[str], bool]:
-    """``--debug`` may stand anywhere before ``--``."""
+    """Take out ``--debug``, which may be anywhere before ``--``."""
     end = argv.index("--") if "--" in argv else len(argv)
     head = [argument for argument in argv[:end] if argument != "--debug"]
     asked = len(head) < end or os.environ.get("TELL_DEBUG", "") not in ("", "0")
@@ -177,7 +179,7 @@ def _usage(error: Any, arguments: list[str]) -> str:
 
 
 def _check_arguments(arguments: Sequence[str]) -> None:
-    """Refuse what could be neither shown nor saved.
+    """Refuse arguments that can be neither shown nor saved.
 
     Raises:
         TellError: an argument is not UTF-8.
@@ -189,7 +191,7 @@ def _check_arguments(arguments: Sequence[str]) -> None:
 
 
 def _known(error: BaseException) -> str | None:
-    """One line for what no check could foresee: a full disk, no permission, no memory."""
+    """One line for errors that no check can foresee: a full disk, no permission, no memory."""
     if isinstance(error, OSError) and (error.filename or error.errno in (errno.ENOSPC, errno.EDQUOT)):
         at = str(error.filename) if error.filename else None
         why = (error.strerror or str(error)).lower()
@@ -199,7 +201,7 @@ def _known(error: BaseException) -> str | None:
     if isinstance(error, RecursionError):
         return "a file or value is nested too deeply. Make it flatter."
     if is_panic(error):
-        return f"the tokenizer gave up ({error}). Fetch the model again, or shorten the row it was given."
+        return f"the tokenizer crashed ({error}). Fetch the model again, or shorten the row it was given."
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return "out of memory. Lower it with --set train.micro_tokens=1024 --set generate.batch_size=8."
     return None
@@ -208,7 +210,7 @@ def _known(error: BaseException) -> str | None:
 def _unexpected(error: BaseException, debug: bool) -> str:
     more = "" if debug else "add --debug for the traceback, and "
     return (
-        f"unexpected {type(error).__name__}: {error} -- this is a fault in tell {__version__}, not in your input; "
+        f"unexpected {type(error).__name__}: {error} -- this is a bug in tell {__version__}, not in your input; "
         f"{more}report it with the command you ran and `pip freeze`"
     )
 

@@ -20,10 +20,10 @@ class SeparateOptions:
     state: Literal["last", "mean"] = option(
         "--state", "last prompt token, or mean", "KIND", ("last", "mean"), default="last"
     )
-    adapter: str | None = option("--adapter", "with this arm's adapter of the run", "ARM")
+    adapter: str | None = option("--adapter", "use this arm's adapter", "ARM")
     match_length: bool = switch("--match-length", "Choose general queries of the task queries' lengths.")
     out: Path | None = option("-o --out", "write numbers and t-SNE picture here", "DIR")
-    overwrite: bool = switch("--overwrite", "Replace those that lie there.")
+    overwrite: bool = switch("--overwrite", "Replace existing results.")
     as_json: bool = json_switch()
 
 
@@ -63,14 +63,14 @@ def _run_of(given: Given) -> Path | None:
     from tell.folder import RunFolder
 
     if not RunFolder(folder).config.exists():
-        raise TellError("holds no run", where=given.data, remedy="Give a file, or the folder `tell tune` wrote.")
+        raise TellError("is not a run folder", where=given.data, remedy="Give a file, or the folder `tell tune` wrote.")
     if given.file is not None:
         raise TellError("a run and -c are both given", where=given.data, remedy="Give one of them.")
     return folder
 
 
 def _table(result: dict) -> RenderableType:
-    """A row for each layer and contrast, what the anchor adds, and what to beware of."""
+    """A row for each layer and contrast, and the notices."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text

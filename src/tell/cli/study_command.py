@@ -26,7 +26,7 @@ def _seeds(text: str) -> tuple[int, ...]:
     except ValueError:
         seeds = ()
     if not seeds:
-        raise TellError(f"{text!r} is no list of seeds", where="--seeds", remedy="Write e.g. 42,43,44.")
+        raise TellError(f"{text!r} is not a list of seeds", where="--seeds", remedy="Write e.g. 42,43,44.")
     return seeds
 
 
@@ -34,7 +34,7 @@ def _seeds(text: str) -> tuple[int, ...]:
 class StudyOptions:
     recipe: Path = argument("RECIPE", "YAML file of the study")
     data: Path | None = option("--data", "folder of ${data}", "DIR")
-    variables: tuple[str, ...] = option("--var", "another variable; repeatable", "NAME=VALUE", default=())
+    variables: tuple[str, ...] = option("--var", "value of ${NAME}; repeatable", "NAME=VALUE", default=())
     out: Path | None = option("--out", "the study's folder; default: ROOT/name of the recipe", "DIR")
     root: Path = option("--root", "folder of all cells", "DIR", default=Path("studies"))
     sets: tuple[str, ...] = option("--set", "a key of every run; repeatable", "KEY=VALUE", default=())
@@ -53,7 +53,7 @@ class StudyOptions:
 def study(options: StudyOptions) -> None:
     """Run a grid of runs from RECIPE: tables, figures, a page.
 
-    Cells are named by content and never run twice; give the same command again to go on where it was stopped.
+    Cells are named by content and never run twice; repeat the command to resume.
 
     Example: tell study recipes/small/fig11.yaml --data ~/data --dry-run
     """

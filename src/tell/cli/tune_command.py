@@ -15,13 +15,13 @@ from tell.train.launch import launched
 
 @dataclass(frozen=True)
 class TuneOptions:
-    resume: bool = switch("--resume", "Go on with an interrupted run.", panel="Run")
+    resume: bool = switch("--resume", "Resume an interrupted run.", panel="Run")
     overwrite: bool = switch("--overwrite", "Replace an earlier run.", panel="Run")
 
 
 @takes_options
 def tune(given: Given, options: TuneOptions) -> None:
-    """Tune a model on DATA, score what that gained, write a report.
+    """Tune a model on DATA, score it, write a report.
 
     The tuned model is compared with the untuned one and with plain fine-tuning on the same test rows.
 
