@@ -8,7 +8,7 @@ from typing import Any
 
 from bench.drive import Worker, say
 from tell.errors import TellError
-from tell.folder import write_json
+from tell.files import write_json
 from tell.home import make_folder, tell_home
 
 Setting = dict[str, Any]

@@ -16,11 +16,11 @@ from pathlib import Path
 
 from tell.config import Config, SelfConfig
 from tell.data.builtin import PROMPTS, WITNESS
-from tell.folder import read_jsonl, write_jsonl
+from tell.files import read_jsonl, write_jsonl
 from tell.models.find import find_model
 from tell.rows.template import ChatTokenizer
 from tell.run.self_written import answered
-from tell.verbs.open_run import load_engine
+from tell.run.session import Session
 
 MOST = 400  # tokens of an answer
 BRIEF, PLAIN = SelfConfig(), SelfConfig(answer_wish="", max_answer_tokens=MOST)
@@ -63,14 +63,14 @@ def main(folder: Path) -> None:
     config = Config()
     files = find_model("smollm2-135m")
     chat = ChatTokenizer(files.path)
-    _, engine = load_engine(files, config)
+    session = Session(files, config, chat)
     for name, (seed, first, then) in FILES.items():
         rows, thrown = read_jsonl(folder / name), Counter()
         config.general.self_ = first
-        outputs = answered(config, chat, engine, [row["prompt"] for row in rows], seed, thrown)
+        outputs = answered(session, [row["prompt"] for row in rows], seed, thrown)
         left = [i for i, output in enumerate(outputs) if output is None]
         config.general.self_ = then
-        again = answered(config, chat, engine, [rows[i]["prompt"] for i in left], seed + 1, Counter())
+        again = answered(session, [rows[i]["prompt"] for i in left], seed + 1, Counter())
         for i, output in zip(left, again, strict=True):
             outputs[i] = output
         for row, output in zip(rows, outputs, strict=True):

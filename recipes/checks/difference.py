@@ -1,4 +1,4 @@
-"""The paired difference of two points of a study, or of two arms: ``docs/study.md`` states some of them.
+"""The paired difference of two points of a study, or of two arms: ``docs/explanation/study.md`` states some of them.
 
     python recipes/checks/difference.py studies/fig16 schema_adherence \\
       "tell task.rows=115 anchor.text=automatic" "tell task.rows=115 anchor.text=anchor.txt"

@@ -4,7 +4,7 @@
 
 DATA holds ``newstest2021.is-en.all.xml.gz`` and ``ad-seg-scores-is-en.csv.gz`` of
 github.com/wmt-conference/wmt21-news-systems.
-Prints the table of docs/method.md, "Translation metrics".
+Prints the table of docs/explanation/method.md, "Translation metrics".
 """
 
 from __future__ import annotations

@@ -1,16 +1,13 @@
 """TELL: fine-tune a language model well when there are only 15 to 1,000 examples of a task.
 
-Every verb of the command line is one call here, imported on first use so that ``import tell`` stays quick:
-``tell.tune``, ``tell.plan``, ``tell.evaluate``, ``tell.chat``, ``tell.write_report``, ``tell.write_anchor``,
-``tell.separate``, ``tell.build_halu_cot_json``, ``tell.build_is_en_news``, ``tell.demo``, ``tell.run_study``,
-``tell.plan_study`` (with ``tell.Changes``, ``tell.Execution``); and ``tell.load_config``, ``tell.Config``,
-``tell.Anchor``, ``tell.Example``, ``tell.RunFolder``, ``tell.TellError``.
+Every verb of the command line is one function here. All names are imported on first use, so that ``import tell`` stays
+quick.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING
 
 from tell.cpu import limit_libraries
 
@@ -18,55 +15,115 @@ limit_libraries()  # before anything imports torch
 
 __version__ = "0.1.0"
 
-_PLACES = {
-    "tune": "tell.run.tune",
-    "plan": "tell.verbs.plan_run",
-    "evaluate": "tell.verbs.evaluate",
-    "demo": "tell.verbs.demo",
-    "chat": "tell.verbs.chat",
-    "write_report": "tell.report.write",
-    "write_anchor": "tell.verbs.write_anchor",
-    "separate": "tell.verbs.separate",
-    "build_halu_cot_json": "tell.paper.halu_cot_json",
-    "build_is_en_news": "tell.paper.is_en_news",
-    "run_study": "tell.studies.study",
-    "plan_study": "tell.studies.study",
-    "Changes": "tell.studies.open_study",
-    "Execution": "tell.studies.executors.registry",
-    "load_config": "tell.config",
-    "make_config": "tell.config",
-    "Config": "tell.config",
-    "Anchor": "tell.anchor.anchor",
-    "Example": "tell.data.example",
-    "RunFolder": "tell.folder",
-    "TellError": "tell.errors",
-    # The steps of `tune`, each of which can be called alone.
-    "Journal": "tell.run.journal",
-    "Session": "tell.run.session",
-    "ModelCache": "tell.run.session",
-    "Prepared": "tell.run.prepare",
-    "Trust": "tell.run.claim",
-    "Findings": "tell.run.metrics",
-    "load_task": "tell.run.task",
-    "read_inputs": "tell.run.tune",
-    "open_session": "tell.run.tune",
-    "settle_anchor": "tell.run.tune",
-    "prepare": "tell.run.prepare",
-    "write_plan": "tell.run.record",
-    "train_arms": "tell.run.train_arms",
-    "measure_arms": "tell.run.measure",
-    "run_metrics": "tell.run.metrics",
-    "write_results": "tell.run.metrics",
+if TYPE_CHECKING:
+    from tell.anchor.anchor import Anchor as Anchor
+    from tell.config import Config as Config
+    from tell.config import load_config as load_config
+    from tell.config import make_config as make_config
+    from tell.data.example import Example as Example
+    from tell.errors import TellError as TellError
+    from tell.folder import RunFolder as RunFolder
+    from tell.paper.halu_cot_json import build_halu_cot_json as build_halu_cot_json
+    from tell.paper.is_en_news import build_is_en_news as build_is_en_news
+    from tell.report.write import write_report as write_report
+    from tell.run.claim import Trust as Trust
+    from tell.run.journal import Journal as Journal
+    from tell.run.measure import measure_arms as measure_arms
+    from tell.run.metrics import Findings as Findings
+    from tell.run.metrics import run_metrics as run_metrics
+    from tell.run.metrics import write_results as write_results
+    from tell.run.prepare import Prepared as Prepared
+    from tell.run.prepare import prepare as prepare
+    from tell.run.record import write_plan as write_plan
+    from tell.run.session import ModelCache as ModelCache
+    from tell.run.session import Session as Session
+    from tell.run.task import load_task as load_task
+    from tell.run.train_arms import train_arms as train_arms
+    from tell.run.tune import open_session as open_session
+    from tell.run.tune import read_inputs as read_inputs
+    from tell.run.tune import settle_anchor as settle_anchor
+    from tell.run.tune import tune as tune
+    from tell.studies.executors.registry import Execution as Execution
+    from tell.studies.open_study import Changes as Changes
+    from tell.studies.study import plan_study as plan_study
+    from tell.studies.study import run_study as run_study
+    from tell.verbs.benchmark import BenchmarkOptions as BenchmarkOptions
+    from tell.verbs.benchmark import benchmark as benchmark
+    from tell.verbs.chat import chat as chat
+    from tell.verbs.demo import demo as demo
+    from tell.verbs.evaluate import evaluate as evaluate
+    from tell.verbs.plan_run import plan as plan
+    from tell.verbs.separate import Comparison as Comparison
+    from tell.verbs.separate import separate as separate
+    from tell.verbs.write_anchor import write_anchor as write_anchor
+
+_MODULES = {
+    "tell.anchor.anchor": ("Anchor",),
+    "tell.config": (
+        "Config",
+        "load_config",
+        "make_config",
+    ),
+    "tell.data.example": ("Example",),
+    "tell.errors": ("TellError",),
+    "tell.folder": ("RunFolder",),
+    "tell.paper.halu_cot_json": ("build_halu_cot_json",),
+    "tell.paper.is_en_news": ("build_is_en_news",),
+    "tell.report.write": ("write_report",),
+    "tell.run.claim": ("Trust",),
+    "tell.run.journal": ("Journal",),
+    "tell.run.measure": ("measure_arms",),
+    "tell.run.metrics": (
+        "Findings",
+        "run_metrics",
+        "write_results",
+    ),
+    "tell.run.prepare": (
+        "Prepared",
+        "prepare",
+    ),
+    "tell.run.record": ("write_plan",),
+    "tell.run.session": (
+        "ModelCache",
+        "Session",
+    ),
+    "tell.run.task": ("load_task",),
+    "tell.run.train_arms": ("train_arms",),
+    "tell.run.tune": (
+        "open_session",
+        "read_inputs",
+        "settle_anchor",
+        "tune",
+    ),
+    "tell.studies.executors.registry": ("Execution",),
+    "tell.studies.open_study": ("Changes",),
+    "tell.studies.study": (
+        "plan_study",
+        "run_study",
+    ),
+    "tell.verbs.benchmark": (
+        "BenchmarkOptions",
+        "benchmark",
+    ),
+    "tell.verbs.chat": ("chat",),
+    "tell.verbs.demo": ("demo",),
+    "tell.verbs.evaluate": ("evaluate",),
+    "tell.verbs.plan_run": ("plan",),
+    "tell.verbs.separate": (
+        "Comparison",
+        "separate",
+    ),
+    "tell.verbs.write_anchor": ("write_anchor",),
 }
+_PLACES = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = ["__version__", *_PLACES]
 
 
-def __getattr__(name: str) -> Any:
-    if name in _PLACES:
-        value = getattr(import_module(_PLACES[name]), name)
-        globals()[name] = value
-        return value
-    raise AttributeError(f"module 'tell' has no attribute {name!r}")
+def __getattr__(name: str) -> object:
+    if name not in _PLACES:
+        raise AttributeError(f"module 'tell' has no attribute {name!r}")
+    globals()[name] = value = getattr(import_module(_PLACES[name]), name)
+    return value
 
 
 def __dir__() -> list[str]:

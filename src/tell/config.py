@@ -5,16 +5,15 @@ Precedence, lowest first: the model's defaults, the preset, the YAML file, flags
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from tell.errors import TellError
+from tell.errors import ConfigError, TellError, did_you_mean
 from tell.files import parse_yaml, read_text
 from tell.names import ARMS
 from tell.presets import PRESETS, general_tokens_for
@@ -30,6 +29,14 @@ DEFAULT_ARMS: tuple[ArmName, ...] = ("base", "base+anchor", "icl", "sft", "sft-m
 
 LARGEST = 10**7  # of counts that memory or time grows with: more is a typing error
 _UNWRITABLE = re.compile("[\\0\ud800-\udfff]")  # surrogates stand for bytes of an argument that are not UTF-8
+
+
+class _Conflict(ValueError):
+    """Keys of a section are set that exclude each other."""
+
+    def __init__(self, problem: str, keys: Sequence[str]) -> None:
+        super().__init__(problem)
+        self.keys = keys
 
 
 class Section(BaseModel):
@@ -68,7 +75,7 @@ class TaskConfig(Section):
     @model_validator(mode="after")
     def _one_budget(self) -> TaskConfig:
         if self.rows is not None and self.tokens is not None:
-            raise ValueError("rows and tokens are both set; set one of them")
+            raise _Conflict("rows and tokens are both set; set one of them", ("rows", "tokens"))
         return self
 
 
@@ -100,7 +107,7 @@ class SelfConfig(Section):
 
 
 class GeneralConfig(Section):
-    """Set at most one of `ratio`, `tokens`, `rows`; the default follows the size of the task (docs/method.md)."""
+    """Set at most one of `ratio`, `tokens`, `rows`; the default follows the size of the task."""
 
     source: str = Field(
         "auto",
@@ -134,7 +141,7 @@ class GeneralConfig(Section):
     def _one_amount(self) -> GeneralConfig:
         given = list(self._given())
         if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)} are set together; set one of ratio, tokens, rows")
+            raise _Conflict(f"{' and '.join(given)} are set together; set one of ratio, tokens, rows", given)
         return self
 
 
@@ -148,13 +155,15 @@ class AnchorConfig(Section):
 class MixConfig(Section):
     order: str = Field("shuffle", description="shuffle (the paper) or spread (task rows at near-equal gaps)")
     repeat: int | None = Field(
-        None, ge=1, description="times each task row occurs in the mix; none: by their number, see docs/method.md"
+        None,
+        ge=1,
+        description="times each task row occurs in the mix; none: by row count (docs/explanation/method.md)",
     )
 
 
 class TrainConfig(Section):
     learning_rate: float | None = Field(
-        None, gt=0, description="highest rate of the schedule; none: by the model's size, see docs/method.md"
+        None, gt=0, description="highest rate of the schedule; none: by model size, docs/explanation/method.md"
     )
     weight_decay: float = Field(0.01, ge=0, description="of AdamW")
     schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="decay after the warm-up")
@@ -243,7 +252,7 @@ class Config(Section):
     max_minutes: float | None = Field(
         None,
         gt=0,
-        description="do less until the run is predicted to fit; docs/method.md has the order",
+        description="do less until the run is predicted to fit; docs/explanation/method.md has the order",
     )
 
     @model_validator(mode="before")
@@ -308,9 +317,10 @@ def make_config(data: Mapping[str, Any], *, where: str = "configuration") -> Con
     preset = data.get("preset", Config.model_fields["preset"].default)
     if not isinstance(preset, str) or preset not in PRESETS:
         raise TellError(
-            f"preset {preset!r} is unknown{nearest(str(preset), PRESETS)}",
+            f"preset {preset!r} is unknown",
             where=where,
             remedy="Use modern or paper.",
+            nearest=did_you_mean(str(preset), PRESETS),
         )
     try:
         return Config.model_validate(data)
@@ -319,7 +329,8 @@ def make_config(data: Mapping[str, Any], *, where: str = "configuration") -> Con
         key = ".".join(str(part) for part in first["loc"])
         message = first["msg"].removeprefix("Value error, ")
         shown = "" if isinstance(first.get("input"), dict) else f" (got {first.get('input')!r})"
-        raise TellError(f"{key}: {message}{shown}", where=where, remedy=f"Change {key}.") from error
+        conflict = [f"{key}.{name}" for name in getattr(first.get("ctx", {}).get("error"), "keys", ())]
+        raise ConfigError(key, f"{message}{shown}", where=where, conflict=conflict) from error
 
 
 def read_yaml(path: Path, given_to: str = "-c", *, remedy: str = "Save it as UTF-8 YAML.") -> dict[str, Any]:
@@ -350,10 +361,11 @@ def check_keys(
     for key, value in data.items():
         if key not in names:
             paths = [f"{prefix}{name}" for name in names]
-            raise TellError(
-                f"unknown key {prefix}{key}{nearest(f'{prefix}{key}', [*paths, *key_paths()])}",
+            raise ConfigError(
+                f"{prefix}{key}",
                 where=where,
                 remedy=remedy,
+                nearest=did_you_mean(f"{prefix}{key}", [*paths, *key_paths()]),
             )
         kind = names[key].annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):
@@ -377,16 +389,6 @@ def key_paths(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
         else:
             paths.append(path)
     return paths
-
-
-def nearest(word: str, names: Iterable[str]) -> str:
-    """``"; did you mean NAME?"`` for the name most like ``word``, by its last part if need be; or nothing."""
-    names = list(dict.fromkeys(names))
-    close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
-    if not close:  # `ratio` for `general.ratio`: compare the last parts
-        tails = {name.rsplit(".", 1)[-1]: name for name in reversed(names)}
-        close = [tails[t] for t in difflib.get_close_matches(word.rsplit(".", 1)[-1], list(tails), n=1, cutoff=0.7)]
-    return f"; did you mean {close[0]}?" if close else ""
 
 
 def override(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:

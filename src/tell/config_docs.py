@@ -1,4 +1,4 @@
-"""docs/config.md, written from the configuration: ``python -m tell.config_docs > docs/config.md``."""
+"""``python -m tell.config_docs > docs/reference/config.md``: every key of a run, from the configuration itself."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ Every key of a run, with its default and meaning. Written by `python -m tell.con
       source: self
       ratio: 20
 
-`tell tune -c run.yaml` reads it. Flags go over the file, and `--set general.ratio=50` over both; the preset lies
-below all three. Where two defaults stand, the first is that of `preset: modern`, the second that of `preset: paper`.
+`tell tune -c run.yaml` reads it. Flags override the file, and `--set general.ratio=50` overrides both; all three
+override the preset. Where a key has two defaults, the first is for `preset: modern`, the second for `preset: paper`.
 """
 
 
@@ -75,8 +75,8 @@ def _default(key: str, info: FieldInfo) -> str:
     return both[0] if both[0] == both[1] else f"{both[0]}; paper: {both[1]}"
 
 
-def _of_preset(preset: Mapping[str, Any], key: str, own: Any) -> Any:
-    value: Any = preset
+def _of_preset(preset: Mapping[str, Any], key: str, own: object) -> object:
+    value: object = preset
     for part in key.split("."):
         if not isinstance(value, Mapping) or part not in value:
             return own
@@ -84,7 +84,7 @@ def _of_preset(preset: Mapping[str, Any], key: str, own: Any) -> Any:
     return value
 
 
-def _show(value: Any) -> str:
+def _show(value: object) -> str:
     if value is None or value == ():
         return "none"
     if isinstance(value, bool):

@@ -1,10 +1,20 @@
-"""Small files that somebody else may have written, read with limits: configurations, files of a run or a model."""
+"""Files: read with limits, since somebody else may have written them, and written whole or not at all."""
 
 from __future__ import annotations
 
+import errno
+import glob
+import hashlib
 import json
 import os
+import platform
+import re
+import shutil
 import stat
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +25,7 @@ from tell.errors import TellError, first_line
 MOST_TEXT = 1 << 20  # bytes of a configuration, recipe or anchor
 MOST_JSON = 512 << 20  # of a JSON file of a model or a run; large tokenizers have 35 MB
 MOST_NODES = 200_000  # of a YAML document, aliases counted as often as they stand for something
+DAMAGED = "Make the run again (`tell tune --overwrite`), or put back the file as tell wrote it."
 _LFS = b"version https://git-lfs"
 
 
@@ -67,11 +78,11 @@ def read_text(path: Path, *, most: int = MOST_TEXT, remedy: str) -> str:
         raise TellError(f"is not UTF-8 ({error.reason})", where=str(path), remedy=remedy) from error
 
 
-def read_json(path: Path, kind: type = dict, *, most: int = MOST_JSON, remedy: str) -> Any:
-    """A JSON file whose outermost value is a ``kind``.
+def read_json(path: Path, *, most: int = MOST_JSON, remedy: str) -> dict[str, Any]:
+    """A JSON file that holds an object.
 
     Raises:
-        FileNotFoundError, TellError: as `read_text`; it is no JSON, or holds another kind of value.
+        FileNotFoundError, TellError: as `read_text`; it is not JSON, or holds another kind of value.
     """
     text = read_text(path, most=most, remedy=remedy)
     try:
@@ -79,17 +90,16 @@ def read_json(path: Path, kind: type = dict, *, most: int = MOST_JSON, remedy: s
     except (ValueError, RecursionError) as error:
         why = "nested too deeply" if isinstance(error, RecursionError) else first_line(error)
         raise TellError(f"is not valid JSON ({why})", where=str(path), remedy=remedy) from error
-    if not isinstance(value, kind):
-        names = {dict: "an object", list: "a list"}
-        raise TellError(f"does not hold {names.get(kind, kind.__name__)}", where=str(path), remedy=remedy)
+    if not isinstance(value, dict):
+        raise TellError("does not hold an object", where=str(path), remedy=remedy)
     return value
 
 
 class _Loader(yaml.SafeLoader):
     """YAML's plain types, bounded: a few aliases can stand for billions of values."""
 
-    def compose_document(self) -> Any:
-        root = super().compose_document()
+    def compose_document(self) -> yaml.Node | None:
+        root: yaml.Node | None = super().compose_document()
         if root is not None:
             _count(root, {}, set())
         return root
@@ -99,7 +109,7 @@ class _Bomb(ValueError):
     pass
 
 
-def _count(node: Any, known: dict[int, int], above: set[int]) -> int:
+def _count(node: yaml.Node, known: dict[int, int], above: set[int]) -> int:
     """Nodes below one, aliases counted as often as they occur."""
     if id(node) in known:
         return known[id(node)]
@@ -107,7 +117,7 @@ def _count(node: Any, known: dict[int, int], above: set[int]) -> int:
         raise _Bomb("an alias stands within what it stands for")
     above.add(id(node))
     total = 1
-    for part in node.value if not isinstance(node, yaml.ScalarNode) else ():
+    for part in () if isinstance(node, yaml.ScalarNode) else node.value:
         total += sum(_count(n, known, above) for n in (part if isinstance(part, tuple) else (part,)))
         if total > MOST_NODES:
             raise _Bomb(f"it holds more than {MOST_NODES:,} values, aliases filled in")
@@ -136,3 +146,177 @@ def parse_yaml(text: str, *, where: str, remedy: str = "Mend that line.") -> Any
         raise TellError("is nested too deeply", where=where, remedy=remedy) from error
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:  # of yaml's constructors
         raise TellError(f"is not valid YAML ({first_line(error)})", where=where, remedy=remedy) from error
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary path beside ``path`` that is renamed to it on success and removed on failure.
+
+    What is renamed is on the disk before: after a power loss the file is the old or the new one, and whole. Temporary
+    files that killed processes of this machine left of the same path are removed.
+
+    Raises:
+        TellError: the disk is full or the folder is not writable, or there is something at ``path`` that is no file.
+    """
+    try:
+        if path.exists() and not path.is_file():  # a folder; /dev/null would be replaced by a file
+            raise TellError("cannot be written (it is no file)", where=str(path), remedy="Name another file.")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        clean_temporary(path.parent.glob(f".{glob.escape(path.name)}.*.tmp"))
+        handle, name = tempfile.mkstemp(prefix=temporary_prefix(path), suffix=".tmp", dir=path.parent)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o666 & ~mask)  # mkstemp makes 0600; a shared run folder must stay readable
+        sync(temporary)
+        os.replace(temporary, path)
+        sync(path.parent)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder next to ``path`` that replaces it on success and is removed on failure, as `atomic_path`.
+
+    The old folder is set aside first; `restore_folder` puts it back after a kill between the two renames.
+
+    Raises:
+        OSError: the disk is full or the folder is not writable.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    clean_temporary(path.parent.glob(f".{glob.escape(path.name)}.*.tmp"))
+    temporary = Path(tempfile.mkdtemp(prefix=temporary_prefix(path), suffix=".tmp", dir=path.parent))
+    try:
+        temporary.chmod(0o755)  # mkdtemp makes 0700; what is shared must stay readable
+        yield temporary
+        sync_files(temporary)
+        old = _set_aside(path)
+        shutil.rmtree(old, ignore_errors=True)
+        if path.exists():
+            os.replace(path, old)
+        os.replace(temporary, path)
+        sync(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def restore_folder(path: Path) -> None:
+    """Put back the old folder if `atomic_folder` was killed before the new one took its place."""
+    if not path.exists() and _set_aside(path).exists():
+        os.replace(_set_aside(path), path)
+
+
+def _set_aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.old")
+
+
+def temporary_prefix(path: Path, number: int | None = None) -> str:
+    """How the names of temporary files of ``path`` begin that a process of this machine writes; by default this one."""
+    return f".{path.name}.{_here()}.{os.getpid() if number is None else number}-"
+
+
+@lru_cache(1)
+def _here() -> str:
+    """Where process numbers mean the same: the host and, as containers may share its name, their namespace."""
+    try:
+        namespace = os.readlink("/proc/self/ns/pid")
+    except OSError:  # no Linux
+        namespace = ""
+    return hashlib.sha256(f"{platform.node()} {namespace}".encode()).hexdigest()[:12]
+
+
+def sync_files(folder: Path) -> None:
+    """`sync` of every file in a folder."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            sync(path)
+
+
+def sync(path: Path) -> None:
+    """Have the system write a file or a folder's names to the disk, where its file system knows how."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:  # a folder, on Windows
+        return
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # the disk is full after all
+            raise
+    finally:
+        os.close(handle)
+
+
+_TEMPORARY = re.compile(r"\..+\.([0-9a-f]{12})\.(\d+)-[^.]+\.tmp")
+
+
+def clean_temporary(paths: Iterable[Path]) -> None:
+    """Remove temporary files and folders whose process is gone; nobody can tell of those of other machines."""
+    for path in paths:
+        found = _TEMPORARY.fullmatch(path.name)
+        if found and found[1] == _here() and not _is_writing(int(found[2]), path):
+            with suppress(OSError):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _is_writing(number: int, path: Path) -> bool:
+    """Whether the process of that number lives and is older than the file: numbers are given out again."""
+    import psutil
+
+    try:
+        return psutil.Process(number).create_time() <= path.stat().st_mtime + 1
+    except psutil.AccessDenied:
+        return True
+    except (psutil.Error, OSError, OverflowError, ValueError):
+        return False
+
+
+def _unwritable(path: Path, error: OSError) -> TellError:
+    return TellError(
+        f"cannot be written ({error.strerror or error})",
+        where=str(path),
+        remedy="Free disk space or choose another folder with --out.",
+    )
+
+
+def write_text(path: Path, text: str) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # half a surrogate pair, as JSON has it
+
+
+def write_json(path: Path, data: object) -> None:
+    write_text(path, json.dumps(data, ensure_ascii=False, indent=2) + "\n")
+
+
+def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
+    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", errors="backslashreplace") as out:
+        for row in rows:
+            out.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """The rows of a file that `write_jsonl` wrote.
+
+    Raises:
+        TellError: a line is no JSON object.
+    """
+    rows = []
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    rows.append(json.loads(line))
+                    if not isinstance(rows[-1], dict):
+                        raise ValueError(f"line {number} holds no object")
+    except (ValueError, RecursionError) as error:
+        raise TellError(f"is damaged ({first_line(error)})", where=str(path), remedy=DAMAGED) from error
+    return rows

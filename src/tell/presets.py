@@ -24,7 +24,7 @@ PAPER: dict[str, Any] = {
     },
     "generate": {"greedy": False, "temperature": 0.3, "top_k": 20, "top_p": 0.7, "repetition_penalty": 1.05},
 }
-# Training found by measurement: docs/lab.md has the runs. The learning rate is `learning_rate_for` the model's size,
+# Training found by measurement (runs: docs/explanation/lab.md). The rate is `learning_rate_for` the model's size,
 # the repetition `repeat_for` the number of task rows, general data `general_tokens_for` their tokens.
 MODERN: dict[str, Any] = {
     "mix": {"order": "spread"},
@@ -50,7 +50,8 @@ def learning_rate_for(parameters: int) -> float:
 def repeat_for(rows: int) -> int:
     """Times each of so many task rows occurs in the mix: 24 up to 15 rows, 8 from 45 to 115, 4 from 230 on.
 
-    24 was measured at 15 rows (docs/lab.md), 8 against 4 and 16 at 60 and 115 (docs/study.md). Between 15 and 45 rows
+    24 was measured at 15 rows (docs/explanation/lab.md), 8 against 4 and 16 at 60 and 115
+    (docs/explanation/study.md). Between 15 and 45 rows
     some 360 task rows in all are kept, beyond 115 some 920; more than 115 rows were not measured.
     """
     rows = max(1, rows)
@@ -61,7 +62,7 @@ def general_tokens_for(task_tokens: int) -> float:
     """General tokens for so many task tokens, rows counted once: 1e5, within 1 and 10 times the task's.
 
     From 3e4 to 1e5 did as well as any other amount up to 3e5, with 15 rows (8e3 tokens) and with 115 (6e4) of one
-    task (docs/study.md); with 2e5, 15 rows fell behind. Tasks of more than 1e5 tokens were not measured.
+    task (docs/explanation/study.md); with 2e5, 15 rows fell behind. Tasks of more than 1e5 tokens were not measured.
     """
     return min(10.0 * task_tokens, max(1e5, float(task_tokens)))
 

@@ -1,4 +1,4 @@
-"""How long work shows itself: the verbs draw bars with rich, a notebook or test stays silent."""
+"""How long work shows its progress: the verbs draw bars with rich, a notebook or test stays silent."""
 
 from __future__ import annotations
 

@@ -1,10 +1,17 @@
-"""Randomness that is the same in every process, on every machine and under every numpy."""
+"""Randomness that is the same in every process, on every machine and under every numpy.
+
+All of it comes from the raw PCG64 stream, which numpy promises never to change (NEP 19). ``Generator.permutation``
+carries no such promise, and the splits, subsets and orderings of published runs must stay.
+"""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 
 import numpy as np
+
+_LOW = 0xFFFFFFFF
 
 
 def generator(seed: int, *names: str | int) -> np.random.Generator:
@@ -18,15 +25,33 @@ def generator(seed: int, *names: str | int) -> np.random.Generator:
 
 
 def permutation(n: int, seed: int, *names: str | int) -> np.ndarray:
-    """(n,) int64, a seeded permutation of 0..n-1.
-
-    Sorts the raw PCG64 stream, which numpy promises never to change (NEP 19); ``Generator.permutation``
-    carries no such promise.
-    """
-    raw = generator(seed, *names).bit_generator.random_raw(n)
-    return np.argsort(raw, kind="stable")
+    """(n,) int64, a seeded permutation of 0..n-1; places training rows."""
+    return np.argsort(generator(seed, *names).bit_generator.random_raw(n), kind="stable")
 
 
 def below(n: int, seed: int, *names: str | int) -> int:
-    """A seeded integer in 0..n-1, from the raw stream for the same reason."""
+    """A seeded integer in 0..n-1."""
     return (int(generator(seed, *names).bit_generator.random_raw()) * n) >> 64
+
+
+def shuffled(n: int, seed: int) -> np.ndarray:
+    """(n,) int64, the permutation that ``default_rng(seed).permutation(n)`` makes in numpy 2; draws splits and subsets.
+
+    Written out: Fisher and Yates, with integers drawn by masks and rejection.
+    """
+    order, words = list(range(n)), _words(seed)
+    for i in range(n - 1, 0, -1):
+        mask = (1 << i.bit_length()) - 1
+        while (j := next(words) & mask) > i:
+            pass
+        order[i], order[j] = order[j], order[i]
+    return np.array(order, dtype=np.int64)
+
+
+def _words(seed: int) -> Iterator[int]:
+    """The raw stream in words of 32 bits, the lower half of each draw first."""
+    stream = np.random.PCG64(seed)
+    while True:
+        for draw in stream.random_raw(1024).tolist():
+            yield draw & _LOW
+            yield draw >> 32

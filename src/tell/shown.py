@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
-from typing import Any
 from unicodedata import category
 
 _BIDIRECTIONAL = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # they reorder a whole line
@@ -38,7 +37,7 @@ def one_line(text: str, most: int = LONGEST_LINE) -> str:
     return shorten("".join(char if char.isprintable() and char not in _BIDIRECTIONAL else " " for char in joined), most)
 
 
-def brief(value: Any, most: int = 40) -> str:
+def brief(value: object, most: int = 40) -> str:
     """A JSON value or a text as one line, for messages."""
     return one_line(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False), most)
 

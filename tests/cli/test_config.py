@@ -1,4 +1,4 @@
-"""From flags, YAML and ``--set`` to a configuration; docs/config.md."""
+"""From flags, YAML and ``--set`` to a configuration; docs/reference/config.md."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def test_docs_name_every_key_and_are_current():
     text = config_docs()
     for key in keys():
         assert text.count(f"| `{key}` |") == 1
-    assert (ROOT / "docs/config.md").read_text(encoding="utf-8") == text, (
-        "run python -m tell.config_docs > docs/config.md"
+    assert (ROOT / "docs/reference/config.md").read_text(encoding="utf-8") == text, (
+        "run python -m tell.config_docs > docs/reference/config.md"
     )
 
 

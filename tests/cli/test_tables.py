@@ -8,7 +8,8 @@ from rich.console import Console
 
 from tell.cli.display import make_console
 from tell.cli.tables import answers_side_by_side, arms_table, clean, plan_box, show_metrics
-from tell.folder import RunFolder, write_jsonl
+from tell.files import write_jsonl
+from tell.folder import RunFolder
 
 METRICS = {
     "task": {"kind": "json", "primary": "schema_adherence"},

@@ -44,9 +44,9 @@ def test_edges():
 
 
 def test_refusals_say_how_much_exists():
-    with pytest.raises(TellError, match="10,000 tokens are asked for, but only 300 exist in 2 rows"):
+    with pytest.raises(TellError, match="10,000 tokens are requested, but only 300 exist in 2 rows"):
         take_tokens(np.array([100, 200]), 1e4, 0)
-    with pytest.raises(TellError, match="12 rows are asked for, but only 9 exist"):
+    with pytest.raises(TellError, match="12 rows are requested, but only 9 exist"):
         take_rows(9, 12, 0)
     with pytest.raises(TellError, match="a budget of 0 tokens"):
         take_tokens(np.array([1]), 0, 0)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tell.anchor.derive import derived_anchor
 from tell.data.example import Example
-from tell.data.kind import are_labels, detect_kind, infer_schema, load_schema, missing_classes, widen
+from tell.data.kind import KINDS, are_labels, detect_kind, infer_schema, kind, load_schema, missing_classes, widen
 from tell.errors import TellError
 
 
@@ -220,3 +220,9 @@ def test_labels():
 def test_an_answer_with_half_of_a_pair_is_no_json():
     with pytest.raises(TellError, match=r"f.jsonl:1: the answer is not JSON \(holds half of a surrogate pair"):
         detect_kind(make(['{"a": "\\ud83d"}']), override="json")
+
+
+def test_a_kind_is_declared_once_and_tried_in_order():
+    assert list(KINDS) == ["json", "label", "text"]
+    with pytest.raises(ValueError, match="'text' is declared twice"):
+        kind("text")(KINDS["text"])

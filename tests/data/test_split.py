@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tell.data.example import Example
-from tell.data.shuffle import shuffled
 from tell.data.split import split, split_given_test
 from tell.errors import TellError
+from tell.seeds import shuffled
 
 
 def make(pairs):

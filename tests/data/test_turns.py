@@ -6,10 +6,11 @@ from decimal import Decimal
 
 import pytest
 
+from tell.data.cell_text import RowFault, as_text
+from tell.data.columns import detect_layout
 from tell.data.example import Example, Message, tools_of
-from tell.data.layout import detect_layout
 from tell.data.sources import load
-from tell.data.turns import MOST_CHARACTERS, RowFault, as_text, to_messages
+from tell.data.turns import MOST_CHARACTERS, to_messages
 from tell.errors import TellError
 
 QUESTION = {"role": "user", "content": "Weather?"}

@@ -82,8 +82,8 @@ def test_a_target_below_half_a_row_is_said_aloud():
 @pytest.mark.parametrize(
     ("unit", "amount", "message"),
     [
-        ([], {"rows": 3}, "general.rows: 3 is asked of an empty general source"),
-        ([], {"ratio": 20.0}, "general.ratio: 20 is asked of an empty"),
+        ([], {"rows": 3}, "general.rows: 3 is requested of an empty general source"),
+        ([], {"ratio": 20.0}, "general.ratio: 20 is requested of an empty"),
         ([5], {}, "none of ratio, tokens, rows given"),
         ([5], {"rows": 1, "ratio": 2}, "ratio and rows given"),
         ([5], {"rows": -1}, "general.rows: -1 is not a whole number"),

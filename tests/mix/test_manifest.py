@@ -15,7 +15,7 @@ from .tables import make_table
 def example(task, general, rows, seed, repeat=2):
     tables = {"task": make_table("task", task), "general": make_table("general", general)}
     draw = general_rows(tables["general"].unit, task_tokens=1, rows=rows, seed=seed)
-    return build(tables, general=draw, repeat=repeat, order="shuffle", seed=seed), tables
+    return build(tables, general=draw, repeat=repeat, ordering="shuffle", seed=seed), tables
 
 
 lengths = st.lists(st.integers(3, 40), min_size=1, max_size=20)
@@ -71,5 +71,5 @@ def test_what_is_no_manifest_is_named(tmp_path):
     with pytest.raises(TellError, match=r"text\.parquet: cannot be read as Parquet"):
         read_manifest(tmp_path / "text.parquet")
     pq.write_table(pa.table({"x": np.arange(3)}), tmp_path / "other.parquet")
-    with pytest.raises(TellError, match=r"other\.parquet: is no manifest"):
+    with pytest.raises(TellError, match=r"other\.parquet: is not a manifest"):
         read_manifest(tmp_path / "other.parquet")

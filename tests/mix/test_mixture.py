@@ -10,13 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tell.errors import TellError
-from tell.mix import ORDERS, build, build_repeated, general_rows
+from tell.mix import ORDERINGS, build, build_repeated, general_rows
 
 from .tables import make_table
 
 lengths = st.lists(st.integers(3, 40), min_size=1, max_size=30)
 seeds = st.integers(0, 2**32)
-orders = st.sampled_from(sorted(ORDERS))
+orders = st.sampled_from(sorted(ORDERINGS))
 
 
 def occurrences(mixture, source):
@@ -28,7 +28,7 @@ def occurrences(mixture, source):
 def test_every_task_row_occurs_exactly_k_times_and_no_general_row_is_lost(task, general, rows, repeat, order, seed):
     tables = {"task": make_table("task", task), "general": make_table("general", general)}
     draw = general_rows(tables["general"].unit, task_tokens=1, rows=rows, seed=seed)
-    mixture = build(tables, general=draw, repeat=repeat, order=order, seed=seed)
+    mixture = build(tables, general=draw, repeat=repeat, ordering=order, seed=seed)
     assert len(mixture) == len(task) * repeat + rows
     row, repetition = occurrences(mixture, "task")
     assert (np.bincount(row, minlength=len(task)) == repeat).all()
@@ -44,7 +44,7 @@ def test_every_task_row_occurs_exactly_k_times_and_no_general_row_is_lost(task, 
 def test_counts_are_those_of_the_rows(task, general, rows, order, seed, repeat):
     tables = {"task": make_table("task", task), "general": make_table("general", general)}
     draw = general_rows(tables["general"].unit, task_tokens=1, rows=rows, seed=seed)
-    counts = build(tables, general=draw, repeat=repeat, order=order, seed=seed).counts()
+    counts = build(tables, general=draw, repeat=repeat, ordering=order, seed=seed).counts()
     assert counts["rows"] == {"task": len(task) * repeat, "general": rows}
     assert counts["unique_rows"] == {"task": len(task), "general": min(rows, len(general))}
     for key, name in (("tokens", "tokens"), ("trained_tokens", "trained"), ("unit_tokens", "unit")):
@@ -60,7 +60,7 @@ def test_the_order_of_sources_does_not_matter_and_the_seed_does():
     draw = general_rows(general.unit, task_tokens=100, ratio=10, seed=3)
 
     def mix(tables, seed):
-        return build(tables, general=draw, repeat=2, order="shuffle", seed=seed)
+        return build(tables, general=draw, repeat=2, ordering="shuffle", seed=seed)
 
     first, second = mix({"task": task, "general": general}, 3), mix({"general": general, "task": task}, 3)
     for name in ("source", "row", "repetition"):
@@ -70,7 +70,7 @@ def test_the_order_of_sources_does_not_matter_and_the_seed_does():
 
 
 def test_each_repetition_has_an_order_of_its_own():
-    mixture = build({"task": make_table("task", [5] * 30)}, general=None, repeat=3, order="shuffle", seed=0)
+    mixture = build({"task": make_table("task", [5] * 30)}, general=None, repeat=3, ordering="shuffle", seed=0)
     row, _ = occurrences(mixture, "task")
     first, second, third = row.reshape(3, 30).tolist()
     assert first != second != third != first
@@ -78,7 +78,7 @@ def test_each_repetition_has_an_order_of_its_own():
 
 @given(n=st.integers(1, 70), batch=st.integers(1, 40))
 def test_steps_drop_nothing(n, batch):
-    mixture = build({"task": make_table("task", [5] * n)}, general=None, repeat=1, order="spread", seed=0)
+    mixture = build({"task": make_table("task", [5] * n)}, general=None, repeat=1, ordering="spread", seed=0)
     sizes = mixture.examples_per_step(batch).sum(axis=1)
     assert len(sizes) == mixture.steps(batch) and sizes.sum() == n
     assert (sizes[:-1] == batch).all() and 1 <= sizes[-1] <= batch
@@ -87,7 +87,7 @@ def test_steps_drop_nothing(n, batch):
 def test_examples_per_step_are_counted_per_source():
     tables = {"task": make_table("task", [5] * 10), "general": make_table("general", [5] * 150)}
     draw = general_rows(tables["general"].unit, task_tokens=1, rows=150, seed=0)
-    per_step = build(tables, general=draw, repeat=1, order="spread", seed=0).examples_per_step(16)
+    per_step = build(tables, general=draw, repeat=1, ordering="spread", seed=0).examples_per_step(16)
     assert per_step.tolist() == [[1, 15]] * 10
 
 
@@ -104,13 +104,13 @@ def test_repeated_rows_are_whole_epochs(task, total, seed):
 def test_repeated_equals_the_task_rows_of_the_mix(task, repeat, seed):
     table = make_table("task", task)
     alone = build_repeated(table, len(task) * repeat, seed)
-    assert alone.digest() == build({"task": table}, general=None, repeat=repeat, order="spread", seed=seed).digest()
+    assert alone.digest() == build({"task": table}, general=None, repeat=repeat, ordering="spread", seed=seed).digest()
 
 
 def test_a_subset_of_task_rows_is_used_whatever_its_order():
     table = make_table("task", [5] * 20)
     mixtures = [
-        build({"task": table}, general=None, repeat=2, order="shuffle", seed=1, task_rows=np.array(rows))
+        build({"task": table}, general=None, repeat=2, ordering="shuffle", seed=1, task_rows=np.array(rows))
         for rows in ([3, 17, 8], [17, 8, 3])
     ]
     assert Counter(mixtures[0].row.tolist()) == {3: 2, 8: 2, 17: 2}
@@ -121,12 +121,12 @@ def test_a_subset_of_task_rows_is_used_whatever_its_order():
 def test_the_general_arm_sees_the_general_rows_of_the_tell_arm_in_the_same_order():
     tables = {"task": make_table("task", [5] * 4), "general": make_table("general", [5] * 50)}
     draw = general_rows(tables["general"].unit, task_tokens=1, rows=40, seed=2)
-    tell = build(tables, general=draw, repeat=2, order="shuffle", seed=2)
+    tell = build(tables, general=draw, repeat=2, ordering="shuffle", seed=2)
     alone = build(
         {"general": tables["general"]},
         general=draw,
         repeat=1,
-        order="shuffle",
+        ordering="shuffle",
         seed=2,
     )
     assert alone.row.tolist() == occurrences(tell, "general")[0].tolist()
@@ -136,8 +136,8 @@ def test_the_general_arm_sees_the_general_rows_of_the_tell_arm_in_the_same_order
 def test_no_general_rows_is_the_same_as_no_general_source():
     tables = {"task": make_table("task", [5] * 9), "general": make_table("general", [5])}
     none = general_rows(tables["general"].unit, task_tokens=1, ratio=0, seed=5)
-    mixture = build(tables, general=none, repeat=1, order="shuffle", seed=5)
-    alone = build({"task": tables["task"]}, general=None, repeat=1, order="shuffle", seed=5)
+    mixture = build(tables, general=none, repeat=1, ordering="shuffle", seed=5)
+    alone = build({"task": tables["task"]}, general=None, repeat=1, ordering="shuffle", seed=5)
     assert mixture.digest() == alone.digest()
     assert mixture.counts()["rows"] == {"task": 9} and mixture.counts()["ratio"] == 0
 
@@ -145,7 +145,7 @@ def test_no_general_rows_is_the_same_as_no_general_source():
 def test_notices_of_the_draw_reach_the_counts():
     tables = {"task": make_table("task", [5]), "general": make_table("general", [5] * 4)}
     draw = general_rows(tables["general"].unit, task_tokens=1, rows=10, seed=0)
-    counts = build(tables, general=draw, repeat=1, order="shuffle", seed=0).counts()
+    counts = build(tables, general=draw, repeat=1, ordering="shuffle", seed=0).counts()
     assert counts["notices"] == draw.notices and "2.50 times" in counts["notices"][0]
 
 
@@ -153,7 +153,7 @@ def test_notices_of_the_draw_reach_the_counts():
     ("change", "message"),
     [
         ({"repeat": 0}, "mix.repeat: 0 repetitions"),
-        ({"order": "shufle"}, "did you mean shuffle"),
+        ({"ordering": "shufle"}, "did you mean shuffle"),
         ({"task_rows": np.array([2, 2])}, "names a row twice"),
         ({"task_rows": np.array([0, 4])}, "row 4 is not among 4 task rows"),
         ({"task_rows": np.array([-1])}, "row -1 is not among"),
@@ -161,7 +161,7 @@ def test_notices_of_the_draw_reach_the_counts():
     ],
 )
 def test_bad_mixtures_are_refused(change, message):
-    arguments = {"general": None, "repeat": 1, "order": "shuffle", "seed": 0, **change}
+    arguments = {"general": None, "repeat": 1, "ordering": "shuffle", "seed": 0, **change}
     with pytest.raises(TellError, match=message):
         build({"task": make_table("task", [5] * 4)}, **arguments)
 
@@ -169,10 +169,10 @@ def test_bad_mixtures_are_refused(change, message):
 def test_sources_and_batches_are_checked():
     table = make_table("task", [5])
     with pytest.raises(TellError, match="'tasks' is unknown"):
-        build({"tasks": table}, general=None, repeat=1, order="shuffle", seed=0)
+        build({"tasks": table}, general=None, repeat=1, ordering="shuffle", seed=0)
     with pytest.raises(TellError, match="no general table"):
         draw = general_rows(np.array([3]), task_tokens=1, rows=1, seed=0)
-        build({"task": table}, general=draw, repeat=1, order="shuffle", seed=0)
+        build({"task": table}, general=draw, repeat=1, ordering="shuffle", seed=0)
     with pytest.raises(TellError, match=r"train\.batch_size: 0"):
         build_repeated(table, 3, 0).steps(0)
     with pytest.raises(TellError, match="0 rows asked of 1 task rows"):
@@ -186,7 +186,7 @@ names = {"task", "general"}  # the order of a set of strings depends on PYTHONHA
 tables = {name: make_table(name, list(range(3, 40))) for name in names}
 draw = general_rows(tables["general"].unit, task_tokens=50, ratio=40, seed=7)
 for order in ("shuffle", "spread"):
-    print(build(tables, general=draw, repeat=3, order=order, seed=7).digest())
+    print(build(tables, general=draw, repeat=3, ordering=order, seed=7).digest())
 print(build_repeated(tables["task"], 100, 7).digest())
 """
 

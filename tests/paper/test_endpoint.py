@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tell.errors import TellError
-from tell.paper import OpenAITeacher, build_halu_cot_json
+from tell.paper import Limits, OpenAITeacher, Prices, build_halu_cot_json
 from tell.paper.halueval import HaluRow
 
 from .server import completion, good, row_of, serve
@@ -31,7 +31,7 @@ def error(message):
 
 def test_each_row_gets_a_thought_and_tokens_are_counted(tmp_path):
     with serve() as endpoint:
-        bought = teacher(endpoint, price_in=2.0, price_out=10.0)
+        bought = teacher(endpoint, prices=Prices(2.0, 10.0))
         seen = []
         thoughts = bought.write(rows(10), cache=tmp_path / "c.jsonl", progress=lambda *at: seen.append(at))
     assert [t.text for t in thoughts] == [json.loads(good(r)[1])["thought"] for r in endpoint_order(endpoint, 10)]
@@ -70,7 +70,7 @@ def test_no_more_requests_than_allowed_are_under_way(tmp_path):
         return good(request)
 
     with serve(answer) as endpoint:
-        teacher(endpoint, concurrency=3).write(rows(9), cache=tmp_path / "c.jsonl")
+        teacher(endpoint, limits=Limits(concurrency=3)).write(rows(9), cache=tmp_path / "c.jsonl")
     assert endpoint.most_under_way == 3
 
 
@@ -92,8 +92,8 @@ def test_429_and_500_are_retried(tmp_path):
 @pytest.mark.parametrize(
     ("bad", "reason"),
     [
-        ("I cannot do that.", "is no JSON"),
-        ('{"thought": "cut of', "is no JSON"),
+        ("I cannot do that.", "is not JSON"),
+        ('{"thought": "cut of', "is not JSON"),
         ('{"hallucination": "yes"}', "has no thought"),
         ('["yes"]', "has no thought"),
         ('{"thought": "Wrong.", "hallucination": "no"}', "has hallucination 'no', against the label"),
@@ -115,7 +115,7 @@ def test_an_unusable_answer_is_asked_for_again_then_dropped_and_counted(tmp_path
     assert reason in repeated[3]["content"] and 'label is "yes"' in repeated[3]["content"]
 
     with serve(lambda request: (200, bad)) as endpoint:
-        bought = teacher(endpoint, attempts=2)
+        bought = teacher(endpoint, limits=Limits(attempts=2))
         (thought,) = bought.write(rows(1), cache=tmp_path / "b.jsonl")
     assert thought.text is None and thought.reason == f"2 answers, the last {reason}"
     assert len(endpoint.requests) == 2 and bought.usage.answers == 2
@@ -136,7 +136,7 @@ def test_options_an_endpoint_refuses_are_left_out(tmp_path):
         return good(request)
 
     with serve(answer) as endpoint:
-        thoughts = teacher(endpoint, concurrency=1).write(rows(4), cache=tmp_path / "c.jsonl")
+        thoughts = teacher(endpoint, limits=Limits(concurrency=1)).write(rows(4), cache=tmp_path / "c.jsonl")
     assert all(thought.text for thought in thoughts)
     assert len(endpoint.requests) == 6  # the two refusals are learned from
     assert endpoint.requests[-1]["max_completion_tokens"] == 600
@@ -172,7 +172,7 @@ def test_failures_for_good_are_one_clear_line_and_keep_what_is_done(tmp_path, st
         return (status, error("no")) if fails else good(request)
 
     with serve(answer) as endpoint:
-        bought = teacher(endpoint, concurrency=1, retries=2)
+        bought = teacher(endpoint, limits=Limits(concurrency=1, retries=2))
         with pytest.raises(TellError, match=message) as raised:
             bought.write(rows(6), cache=tmp_path / "c.jsonl")
         assert "\n" not in str(raised.value) and "secret-key" not in str(raised.value)
@@ -188,14 +188,14 @@ def test_an_endpoint_that_is_not_there(tmp_path):
     with serve() as endpoint:
         pass  # its port is free again
     with pytest.raises(TellError, match="cannot be reached"):
-        teacher(endpoint, retries=0).write(rows(1), cache=tmp_path / "c.jsonl")
+        teacher(endpoint, limits=Limits(retries=0)).write(rows(1), cache=tmp_path / "c.jsonl")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_endpoint_that_cannot_do_it_is_given_up(tmp_path):
     refusal = r"none of the first 20 rows got a usable answer \(the last: 1 answers"
     with serve(lambda request: (200, "Sure! Here it is:")) as endpoint, pytest.raises(TellError, match=refusal):
-        teacher(endpoint, attempts=1, concurrency=2).write(rows(300), cache=tmp_path / "c.jsonl")
+        teacher(endpoint, limits=Limits(attempts=1, concurrency=2)).write(rows(300), cache=tmp_path / "c.jsonl")
     assert 20 <= len(endpoint.requests) < 300
 
 
@@ -217,7 +217,7 @@ def test_the_cache_is_by_model_and_messages(tmp_path):
 def test_a_torn_cache_line_costs_one_row_only(tmp_path):
     cache = tmp_path / "c.jsonl"
     with serve() as endpoint:
-        teacher(endpoint, concurrency=1).write(rows(4), cache=cache)
+        teacher(endpoint, limits=Limits(concurrency=1)).write(rows(4), cache=cache)
         cache.write_bytes(cache.read_bytes()[:-30])
         endpoint.requests.clear()
         teacher(endpoint).write(rows(4), cache=cache)
@@ -229,9 +229,9 @@ def test_a_torn_cache_line_costs_one_row_only(tmp_path):
 
 SCRIPT = """
 import sys
-from tell.paper import OpenAITeacher, build_halu_cot_json
+from tell.paper import Limits, OpenAITeacher, build_halu_cot_json
 source, out, url = sys.argv[1:]
-build_halu_cot_json(source, out, teacher=OpenAITeacher(url, "tiny", "k", concurrency=2))
+build_halu_cot_json(source, out, teacher=OpenAITeacher(url, "tiny", "k", limits=Limits(concurrency=2)))
 """
 
 
@@ -285,7 +285,7 @@ def test_dropped_rows_are_counted_in_the_build(tmp_path):
 
     with serve(answer) as endpoint:
         built = build_halu_cot_json(source, tmp_path / "out", teacher=teacher(endpoint))
-    assert built.train == 2 and built.dropped == [(f"{source}:2", "3 answers, the last is no JSON")]
+    assert built.train == 2 and built.dropped == [(f"{source}:2", "3 answers, the last is not JSON")]
     assert any(line.startswith("1 rows dropped") for line in built.lines())
     assert any("5 answers, 500 tokens in" in line for line in built.lines())
 
@@ -294,10 +294,10 @@ def test_bad_settings_are_refused(monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with pytest.raises(TellError, match="no API key"):
         OpenAITeacher(None, "m")
-    with pytest.raises(TellError, match="'localhost:1' is no http address"):
+    with pytest.raises(TellError, match="'localhost:1' is not an http address"):
         OpenAITeacher("localhost:1", "m")
     with pytest.raises(TellError, match="concurrency is 0"):
-        OpenAITeacher("http://localhost:1", "m", concurrency=0)
+        OpenAITeacher("http://localhost:1", "m", limits=Limits(concurrency=0))
 
 
 def reply(**changes) -> dict:
@@ -317,7 +317,9 @@ STRANGE = {
 @pytest.mark.parametrize("kind", STRANGE)
 def test_replies_of_what_is_no_such_endpoint_are_one_line(tmp_path, kind):
     with serve(lambda request: (200, STRANGE[kind])) as endpoint, pytest.raises(TellError) as raised:
-        teacher(endpoint, retries=0, attempts=1, concurrency=1).write(rows(25), cache=tmp_path / "c.jsonl")
+        teacher(endpoint, limits=Limits(retries=0, attempts=1, concurrency=1)).write(
+            rows(25), cache=tmp_path / "c.jsonl"
+        )
     assert "\n" not in str(raised.value) and endpoint.url in str(raised.value)
 
 
@@ -358,7 +360,7 @@ def test_usage_that_is_not_there_and_answers_in_parts(tmp_path, changes):
 def test_contents_that_cannot_be_used_drop_the_row(tmp_path, content):
     body = reply(choices=[{"index": 0, "message": {"role": "assistant", "content": content}}])
     with serve(lambda request: (200, body)) as endpoint:
-        thoughts = teacher(endpoint, attempts=1).write(rows(3), cache=tmp_path / "c.jsonl")
+        thoughts = teacher(endpoint, limits=Limits(attempts=1)).write(rows(3), cache=tmp_path / "c.jsonl")
     assert [thought.text for thought in thoughts] == [None] * 3
 
 
@@ -369,8 +371,14 @@ def test_keys_and_passwords_are_not_printed(tmp_path):
     with serve(echo) as endpoint:
         endpoint.url = endpoint.url.replace("//", "//user:password@")
         with pytest.raises(TellError) as raised:
-            teacher(endpoint, retries=0).write(rows(1), cache=tmp_path / "c.jsonl")
+            teacher(endpoint, limits=Limits(retries=0)).write(rows(1), cache=tmp_path / "c.jsonl")
         assert "secret-key" not in str(raised.value) and "password" not in str(raised.value)
     with pytest.raises(TellError) as raised:
         OpenAITeacher("ftp://user:password@host/v1", "m", "secret-key")
     assert "password" not in str(raised.value)
+
+
+def test_without_the_package_the_remedy_installs_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(TellError, match=r'openai is not installed. pip install "tell-llm\[teacher\]"'):
+        OpenAITeacher("http://localhost:1", "m")

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tell.errors import TellError
-from tell.folder import read_jsonl
-from tell.paper import ANCHOR, SCHEMA, OfflineTeacher, build_halu_cot_json
+from tell.files import read_jsonl
+from tell.paper import ANCHOR, SCHEMA, OfflineTeacher, Replace, build_halu_cot_json
 from tell.paper.halu_cot_json import subset
 from tell.paper.halueval import HaluRow, read_rows
 from tell.paper.offline import compose
@@ -186,7 +186,7 @@ def test_the_papers_files_are_read(tmp_path):
     [
         ({"user_query": "q", "hallucination": "no"}, r"h\.jsonl:2: column chatgpt_response is missing \(found: user_q"),
         ({**upstream(1)[0], "hallucination": "maybe"}, r"h\.jsonl:2: hallucination is 'maybe'\. Make it yes or no"),
-        ({**upstream(1)[0], "hallucination_spans": "x"}, r"h\.jsonl:2: hallucination_spans is no list"),
+        ({**upstream(1)[0], "hallucination_spans": "x"}, r"h\.jsonl:2: hallucination_spans is not a list"),
         ({"prompt": "Translate this.", "label": "no"}, r"h\.jsonl:2: prompt is not one of Halu-CoT-JSON"),
         ({"prompt": 3, "label": "no"}, r"h\.jsonl:2: column prompt is int, not text"),
         ({"text": "x"}, r"column prompt is missing"),
@@ -205,7 +205,7 @@ def test_a_dataset_is_not_overwritten_unasked(tmp_path):
     with pytest.raises(TellError, match="holds a dataset already"):
         build_halu_cot_json(source, tmp_path / "out", rows=2)
     assert len(read_jsonl(tmp_path / "out" / "train.jsonl")) == 5
-    assert build_halu_cot_json(source, tmp_path / "out", rows=2, overwrite=True).train == 2
+    assert build_halu_cot_json(source, Replace(tmp_path / "out"), rows=2).train == 2
     for rows in (0, 6):
         with pytest.raises(TellError, match="--rows: "):
             build_halu_cot_json(source, tmp_path / "other", rows=rows)

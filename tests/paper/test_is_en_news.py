@@ -11,7 +11,8 @@ from tell.cli.main import run
 from tell.data.formats import read_records
 from tell.data.sources import load
 from tell.errors import TellError
-from tell.folder import read_jsonl
+from tell.files import read_jsonl
+from tell.paper.destination import Replace
 from tell.paper.is_en_news import DIRECTIONS, anchor_text
 
 DATA = Path(os.environ.get("TELL_DATA") or Path(__file__).resolve().parents[3] / "shared" / "data")
@@ -116,7 +117,7 @@ def test_nothing_is_written_over_or_half_written(wmt, tmp_path):
     with pytest.raises(TellError, match="holds a dataset already"):
         tell.build_is_en_news(wmt, out)
     assert not (out / "is-en").exists()
-    tell.build_is_en_news(wmt, out, overwrite=True)
+    tell.build_is_en_news(wmt, Replace(out))
     assert not (out / "en-is" / "extra.jsonl").exists()  # the earlier build's
     (wmt / "newsdev2021.is-en.xml").unlink()
     with pytest.raises(TellError, match="no file of is-en training documents"):
@@ -131,7 +132,7 @@ def test_nothing_is_written_over_or_half_written(wmt, tmp_path):
         ({"times": 1}, ["--times"]),
         ({"train": "newstest2021.is-en.all.xml.gz"}, ["holds is-en documents, and en-is is wanted"]),
         ({"extra": ["short.json"]}, ["short.json", "no pair of more than 50 English words"]),
-        ({"train": "odd.jsonl"}, ["odd.jsonl:1", "is no row of IS-EN-NEWS"]),
+        ({"train": "odd.jsonl"}, ["odd.jsonl:1", "is not a row of IS-EN-NEWS"]),
         ({"train": "missing.xml"}, ["missing.xml", "no such file"]),
     ],
 )

@@ -47,9 +47,9 @@ def test_broken_wmt_files(texts, parts, tmp_path):
         assert part in str(error.value)
 
 
-def test_what_is_no_xml(tmp_path):
+def test_what_is_not_xml(tmp_path):
     (tmp_path / "news.xml").write_text("<dataset><doc>")
-    with pytest.raises(TellError, match="is no valid XML"):
+    with pytest.raises(TellError, match="is not valid XML"):
         read_wmt(tmp_path / "news.xml")
 
 

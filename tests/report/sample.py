@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from tell.folder import RunFolder, write_json, write_jsonl, write_text
+from tell.files import write_json, write_jsonl, write_text
+from tell.folder import RunFolder
 
 HOSTILE = [
     "<script>alert('x')</script><img src=x onerror=alert(1)>",

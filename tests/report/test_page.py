@@ -14,7 +14,8 @@ import pytest
 
 from report.sample import ARMS, HOSTILE, make_sample
 from tell.errors import TellError
-from tell.folder import RunFolder, write_json
+from tell.files import write_json
+from tell.folder import RunFolder
 from tell.report import render, write_page
 from tell.report.page import stylesheet
 from tell.score.verdict import verdict

@@ -12,7 +12,7 @@ import pytest
 
 from report.sample import make_sample
 from tell.errors import TellError
-from tell.folder import write_text
+from tell.files import write_text
 from tell.report.write import write_report
 
 

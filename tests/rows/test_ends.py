@@ -1,4 +1,4 @@
-"""End tokens written into answers are taken off."""
+"""End tokens written into answers are removed."""
 
 from __future__ import annotations
 

@@ -176,7 +176,7 @@ def test_a_template_that_is_no_text(template, tiny_model, tmp_path):
     (copy / "chat_template.jinja").unlink(missing_ok=True)
     path = copy / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template}))
-    with pytest.raises(TellError, match="chat_template is not a text"):
+    with pytest.raises(TellError, match="chat_template is not text"):
         ChatTokenizer(copy)
 
 

@@ -6,16 +6,22 @@ import json
 import os
 import signal
 from collections import Counter
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tell.anchor.anchor import Anchor
 from tell.config import Config, load_config, merge
-from tell.folder import RunFolder, read_jsonl
+from tell.files import read_jsonl
+from tell.folder import RunFolder
 from tell.mix.manifest import read_manifest
+from tell.models.find import find_model
 from tell.names import ARMS
+from tell.progress import Display, Silent
+from tell.rows.template import ChatTokenizer
 from tell.run.general_rows import read_general
+from tell.run.session import Session
 from tell.run.task import limit_task, load_task, task_table
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -58,6 +64,27 @@ def config_of(model: Path, out: Path | None = None, *, example: str = "support",
         **({"out": str(out)} if out else {}),
     }
     return load_config(flags=merge(small, sections))
+
+
+def open_session(
+    model: Path,
+    config: Config | None = None,
+    *,
+    chat: ChatTokenizer | None = None,
+    display: Display | None = None,
+    check: Callable[[], None] = lambda: None,
+    engine: Any = None,
+) -> Session:
+    """A tiny model on the CPU in fp32, loaded; ``engine`` decodes in place of our own."""
+    from tell.decode.engine import Engine
+    from tell.models.load import load_model
+
+    files = find_model(str(model))
+    loaded = load_model(files, dtype="fp32", device="cpu")
+    engine = engine or Engine(loaded.model, device=loaded.device, max_positions=files.architecture.max_positions)
+    session = Session(files, config or Config(), chat or ChatTokenizer(files.path), display or Silent(), check)
+    session._held = (loaded, engine)
+    return session
 
 
 def read(path: Path) -> dict:

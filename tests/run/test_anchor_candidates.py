@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 import tell
-from run.runs import config_of, read
+from run.runs import config_of, open_session, read
 from tell.anchor.anchor import Anchor
 from tell.anchor.derive import derived_anchor
 from tell.data.kind import Kind, detect_kind
-from tell.decode.engine import Answer, Engine
+from tell.decode.engine import Answer
 from tell.errors import Interrupted
-from tell.models.load import load_model
 from tell.progress import Silent
 from tell.rows.tokenize import tokenize
 from tell.run.anchor_candidates import SCORED_ROWS, anchor_losses, write_anchor_candidates
@@ -47,10 +47,11 @@ class Written:
         ]
 
 
-def setup(model, **sections):
-    config = config_of(model, **sections)
-    task = load_task(config)
-    return config, task, load_model(task.files, dtype="fp32", device="cpu")
+def setup(model, texts=None, *, display=None, check=lambda: None, **sections):
+    """A task, and its model's session, which has made up its mind where texts are given."""
+    task = load_task(config_of(model, **sections), display)
+    engine = None if texts is None else Written(task.chat, texts)
+    return task, open_session(model, task.config, display=display, check=check, engine=engine)
 
 
 TEXTS = [
@@ -63,8 +64,8 @@ TEXTS = [
 
 
 def test_best_candidate_has_the_lowest_score(tiny_model):
-    _, task, loaded = setup(tiny_model("llama"), anchor={"text": "auto", "candidates": 5})
-    anchor, candidates = choose_anchor(task, loaded.model, Written(task.chat, TEXTS), Silent())
+    task, session = setup(tiny_model("llama"), TEXTS, anchor={"text": "auto", "candidates": 5})
+    anchor, candidates = choose_anchor(task, session)
     scored = [c for c in candidates if c["score"] is not None]
     assert [c["score"] for c in scored] == sorted(c["score"] for c in scored)
     assert anchor.text == scored[0]["text"] and anchor.origin == scored[0]["origin"]
@@ -75,64 +76,51 @@ def test_best_candidate_has_the_lowest_score(tiny_model):
     rows = task.validation[:SCORED_ROWS]
     for candidate in scored:
         table = tokenize(rows, task.chat, source="task", anchor=Anchor(candidate["text"]))
-        assert candidate["score"] == pytest.approx(row_losses(loaded.model, table).mean(), abs=1e-5)
+        assert candidate["score"] == pytest.approx(row_losses(session.model, table).mean(), abs=1e-5)
 
 
 def test_each_candidate_sees_examples_of_its_own(tiny_model):
-    config, task, loaded = setup(tiny_model("llama"), anchor={"text": "auto", "candidates": 3, "examples": 2})
-    engine = Written(task.chat, TEXTS[:3])
-    args = (config, task.chat, loaded.model, engine, task.train, task.validation, task.kind, Silent())
-    first = [c.to_dict() for c in write_anchor_candidates(*args)]
-    prompts = engine.prompts
+    task, session = setup(tiny_model("llama"), TEXTS[:3], anchor={"text": "auto", "candidates": 3, "examples": 2})
+    first = [c.to_dict() for c in write_anchor_candidates(task, session)]
+    prompts = session.engine.prompts
     assert len(set(prompts)) == 3
     shown = [[e for e in task.train if e.question[:200] in prompt] for prompt in prompts]
     for examples, prompt in zip(shown, prompts, strict=True):
         assert len(examples) == 2 and all(e.answer[:200] in prompt for e in examples)
-    assert [c.to_dict() for c in write_anchor_candidates(*args)] == first and engine.prompts == prompts
+    assert [c.to_dict() for c in write_anchor_candidates(task, session)] == first
+    assert session.engine.prompts == prompts
 
 
 def test_examples_that_do_not_fit_are_left_out(tiny_model):
-    config, task, loaded = setup(tiny_model("llama"), anchor={"text": "auto", "candidates": 1, "examples": 50})
-    engine = Written(task.chat, TEXTS[:1])
-    write_anchor_candidates(config, task.chat, loaded.model, engine, task.train, task.validation, task.kind, Silent())
+    task, session = setup(tiny_model("llama"), TEXTS[:1], anchor={"text": "auto", "candidates": 1, "examples": 50})
+    write_anchor_candidates(task, session)
+    engine = session.engine
     assert len(task.chat.encode(engine.prompts[0])) <= engine.max_positions and "Input:" in engine.prompts[0]
 
 
 def test_only_rows_within_the_budget_are_shown(tiny_model):
-    _, task, loaded = setup(
-        tiny_model("llama"), anchor={"text": "auto", "candidates": 9, "examples": 3}, task={"rows": 3}
-    )
-    engine = Written(task.chat, TEXTS)
+    sections = {"anchor": {"text": "auto", "candidates": 9, "examples": 3}, "task": {"rows": 3}}
+    task, session = setup(tiny_model("llama"), TEXTS, **sections)
     before = list(task.train)
-    choose_anchor(task, loaded.model, engine, Silent())
+    choose_anchor(task, session)
     assert task.train == before and len(before) > 3
-    shown = {e.hash for e in task.train if any(e.question[:200] in prompt for prompt in engine.prompts)}
+    shown = {e.hash for e in task.train if any(e.question[:200] in prompt for prompt in session.engine.prompts)}
     assert len(shown) == 3
 
 
 def test_nothing_usable_for_free_text(tiny_model):
-    config, task, loaded = setup(tiny_model("llama"), example="titles", anchor={"text": "auto", "candidates": 1})
-    engine = Written(task.chat, ["no"])
-    best, thrown = write_anchor_candidates(config, task.chat, loaded.model, engine, task.train, [], task.kind, Silent())
+    anchor = {"text": "auto", "candidates": 1}
+    task, session = setup(tiny_model("llama"), ["no"], example="titles", anchor=anchor)
+    best, thrown = write_anchor_candidates(replace(task, validation=[]), session)
     assert best.text and best.origin == "derived" and best.score is not None
     assert thrown.score is None and thrown.reason == "too short"
 
 
 def test_texts_by_hand_compete(tiny_model):
-    config, task, loaded = setup(tiny_model("llama"), anchor={"text": "auto", "candidates": 2})
-    derived = derived_anchor(task.kind, "user").text
-    by_hand = [derived, "Sort this mail into JSON."]
-    found = write_anchor_candidates(
-        config,
-        task.chat,
-        loaded.model,
-        Written(task.chat, [by_hand[1], TEXTS[0]]),
-        task.train,
-        task.validation,
-        task.kind,
-        Silent(),
-        compare=by_hand,
-    )
+    sorting = "Sort this mail into JSON."
+    task, session = setup(tiny_model("llama"), [sorting, TEXTS[0]], anchor={"text": "auto", "candidates": 2})
+    by_hand = [derived_anchor(task.kind, "user").text, sorting]
+    found = write_anchor_candidates(task, session, by_hand)
     kept = [c for c in found if c.reason is None]
     assert {(c.text, c.origin) for c in kept} == {*((t, "hand") for t in by_hand), (TEXTS[0], "self")}
     assert [(c.text, c.reason) for c in found if c.reason] == [(by_hand[1], "written before")]
@@ -140,13 +128,14 @@ def test_texts_by_hand_compete(tiny_model):
 
 def test_rows_too_long_behind_an_anchor_have_no_loss(tiny_model):
     """A long anchor pushes long rows out; the others keep their places, so that losses can be paired."""
-    config, task, loaded = setup(tiny_model("llama"))
-    rows = task.train[:5]
+    task, session = setup(tiny_model("llama"))
+    rows, config = task.train[:5], task.config
     every = tokenize(rows, task.chat, source="task").tokens
-    config = config.model_copy(update={"train": config.train.model_copy(update={"max_length": int(every.max())})})
-    bare = anchor_losses(config, task.chat, loaded.model, rows, Anchor(""), "cpu")
-    assert bare == pytest.approx(row_losses(loaded.model, tokenize(rows, task.chat, source="task")), abs=1e-5)
-    behind = anchor_losses(config, task.chat, loaded.model, rows, Anchor("Now answer."), "cpu")
+    train = config.train.model_copy(update={"max_length": int(every.max())})
+    session.config = config.model_copy(update={"train": train})
+    bare = anchor_losses(session, rows, Anchor(""))
+    assert bare == pytest.approx(row_losses(session.model, tokenize(rows, task.chat, source="task")), abs=1e-5)
+    behind = anchor_losses(session, rows, Anchor("Now answer."))
     added = int(tokenize(rows[:1], task.chat, source="task", anchor=Anchor("Now answer.")).tokens[0] - every[0])
     assert added > 0 and np.isnan(behind).tolist() == (every + added > every.max()).tolist()
     assert not np.isnan(behind).all()
@@ -154,20 +143,20 @@ def test_rows_too_long_behind_an_anchor_have_no_loss(tiny_model):
 
 def test_place_that_the_template_refuses(tiny_model):
     """Gemma has no system role: candidates are scored where they can stand, and that is said."""
-    _, task, loaded = setup(tiny_model("gemma2"), anchor={"text": "auto", "candidates": 1, "place": "system"})
     display = Silent()
-    anchor, _ = choose_anchor(task, loaded.model, Written(task.chat, TEXTS[:1]), display)
+    sections = {"anchor": {"text": "auto", "candidates": 1, "place": "system"}}
+    task, session = setup(tiny_model("gemma2"), TEXTS[:1], display=display, **sections)
+    anchor, _ = choose_anchor(task, session)
     assert anchor.place == "user" and any("no system role" in note for note in display.notes)
 
 
 def test_stopped_between_candidates(tiny_model):
-    _, task, loaded = setup(tiny_model("llama"), anchor={"text": "auto", "candidates": 2})
-
     def check() -> None:
         raise Interrupted("stopped")
 
+    task, session = setup(tiny_model("llama"), check=check, anchor={"text": "auto", "candidates": 2})
     with pytest.raises(Interrupted):
-        choose_anchor(task, loaded.model, Engine(loaded.model), Silent(), check)
+        choose_anchor(task, session)
 
 
 def test_write_anchor_is_what_a_run_takes(tiny_model, tmp_path):

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 import tell
-from run.runs import config_of, read
+from run.runs import config_of, open_session, read
 from tell.anchor.anchor import Anchor
 from tell.cli.tables import arms_table
+from tell.config import make_config
 from tell.data.example import Example, Message
-from tell.folder import read_jsonl
-from tell.models.find import find_model
-from tell.models.load import load_model
+from tell.files import read_jsonl
 from tell.names import ANSWER_LOSS
-from tell.progress import Silent
 from tell.report.page import render
 from tell.rows.template import ChatTokenizer
 from tell.run.answer_loss import answer_ids, answer_losses
-from tell.run.answers import arm_prompts
+from tell.run.answers import Prompting
 from tell.score.verdict import verdict
 
 ANCHOR = Anchor("Sort this mail.")
@@ -41,9 +40,10 @@ def folder(request, tiny_model):
 
 
 def losses(folder, prompts, positions=None) -> np.ndarray:
-    model = load_model(find_model(str(folder)), dtype="fp32", device="cpu").model
-    rule = {"positions": positions, "micro_tokens": 64, "device": "cpu", "title": "", "display": Silent()}
-    return answer_losses(model, ChatTokenizer(folder), prompts, TEST, **rule)
+    session = open_session(folder, make_config({"train": {"micro_tokens": 64}}))
+    architecture = replace(session.files.architecture, max_positions=positions)
+    session.files = replace(session.files, architecture=architecture)
+    return answer_losses(session, prompts, TEST, title="")
 
 
 @pytest.mark.parametrize("arm", ["base", "base+anchor", "icl"])
@@ -51,7 +51,7 @@ def test_equals_transformers(folder, arm):
     from transformers import AutoModelForCausalLM
 
     chat = ChatTokenizer(folder)
-    prompts, used = arm_prompts(arm, chat, ANCHOR, TEST, TRAIN, examples=2, room=10_000, seed=5)
+    prompts, used = Prompting(chat, ANCHOR, (), 2, 10_000, 5).prompts(arm, TEST, TRAIN)
     assert used == (2 if arm == "icl" else 0)
     found = losses(folder, prompts)
     assert np.isnan(found[3])  # nothing to find likely
@@ -77,7 +77,7 @@ def test_only_the_last_answer_counts(folder):
 
 def test_rows_longer_than_the_model_takes_have_none(folder):
     chat = ChatTokenizer(folder)
-    prompts, _ = arm_prompts("base", chat, ANCHOR, TEST, TRAIN, examples=0, room=10_000, seed=5)
+    prompts, _ = Prompting(chat, ANCHOR, (), 0, 10_000, 5).prompts("base", TEST, TRAIN)
     lengths = [len(p) + len(answer_ids(chat, TEST).get(e.hash, ())) for p, e in zip(prompts, TEST, strict=True)]
     known = np.isfinite(losses(folder, prompts, positions=sorted(lengths[:3])[1]))
     assert known.tolist() == [*(n < max(lengths[:3]) for n in lengths[:3]), False]

@@ -16,11 +16,13 @@ from run.runs import Killer, config_of, read
 from tell.anchor.anchor import NO_ANCHOR, Anchor
 from tell.cli.main import run as main
 from tell.errors import Interrupted, TellError
-from tell.folder import RunFolder, read_jsonl
+from tell.files import read_jsonl
+from tell.folder import RunFolder
 from tell.names import CHANGE
 from tell.run.benchmarks import run_benchmarks as module
-from tell.run.benchmarks.run_benchmarks import benchmark, benchmark_arms, check_benchmarks
+from tell.run.benchmarks.run_benchmarks import benchmark_arms, check_benchmarks
 from tell.studies.stats.shared_rows import levels_and_changes, read_questions
+from tell.verbs.benchmark import BenchmarkOptions, benchmark
 
 TASKS = ("agieval_jec_qa_kd", "agieval_math", "agieval_sat_math")
 
@@ -50,6 +52,11 @@ def copy(run, tmp_path) -> RunFolder:
     return RunFolder(shutil.copytree(run.root, tmp_path / "run"))
 
 
+def ask(copy: RunFolder, benchmarks: list[str], *, data: Path, arms: list[str] | None = None, **options) -> dict:
+    """metrics.json of a run scored on questions of a folder; ``options`` as of `BenchmarkOptions`."""
+    return benchmark(copy.root, benchmarks, arms=arms, options=BenchmarkOptions(data=str(data), **options))
+
+
 def harness() -> None:
     pytest.importorskip("lm_eval", reason='needs lm-evaluation-harness: pip install "tell-llm[harness]"')
 
@@ -66,7 +73,7 @@ def test_arms_that_differ():
 def test_before_and_after(copy, questions, monkeypatch):
     harness()
     before = read(copy.metrics)
-    metrics = benchmark(copy.root, ["openbookqa", "agieval"], data=str(questions))
+    metrics = ask(copy, ["openbookqa", "agieval"], data=questions)
     found = metrics.pop("benchmarks")
     assert 'id="benchmarks"' in copy.report.read_text(encoding="utf-8")
     assert metrics == before and read(copy.metrics)["benchmarks"] == json.loads(json.dumps(found))
@@ -110,15 +117,15 @@ def test_before_and_after(copy, questions, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr("tell.run.benchmarks.harness.answer_task", never)
-        again = benchmark(copy.root, ["agieval_math", "openbookqa"], data=str(questions))["benchmarks"]
+        again = ask(copy, ["agieval_math", "openbookqa"], data=questions)["benchmarks"]
         assert again["arms"]["tell"]["openbookqa"] == found["arms"]["tell"]["openbookqa"]
         # another run on this machine finds what the untuned model answered, but asks its own adapter
         shutil.rmtree(copy.predictions / "benchmarks")
         with pytest.raises(AssertionError, match="asked again"):
-            benchmark(copy.root, ["openbookqa"], data=str(questions))
+            ask(copy, ["openbookqa"], data=questions)
         assert (copy.predictions / "benchmarks/base/openbookqa.jsonl").exists()
         with pytest.raises(AssertionError, match="asked again"):
-            benchmark(copy.root, ["openbookqa"], data=str(questions), limit=1)
+            ask(copy, ["openbookqa"], data=questions, limit=1)
 
 
 def test_anchor_chat_limit_and_shots(copy, questions):
@@ -126,7 +133,7 @@ def test_anchor_chat_limit_and_shots(copy, questions):
     harness()
 
     def likelihoods(**options) -> tuple[dict, dict]:
-        found = benchmark(copy.root, ["openbookqa"], data=str(questions), limit=2, **options)["benchmarks"]
+        found = ask(copy, ["openbookqa"], data=questions, limit=2, **options)["benchmarks"]
         place = copy.predictions / "benchmarks"
         rows = {arm: read_jsonl(place / arm / "openbookqa.jsonl") for arm in found["arms"]}
         assert all(len(found) == 2 for found in rows.values())
@@ -186,15 +193,15 @@ def test_a_run_with_benchmarks_resumes(tiny_model, questions, tmp_path):
 def test_what_is_refused(copy, questions, tmp_path, tiny_model):
     harness()
     with pytest.raises(TellError, match=r"unknown benchmark 'gsm'; did you mean gsm8k\?"):
-        benchmark(copy.root, ["gsm"], data=str(questions))
+        ask(copy, ["gsm"], data=questions)
     with pytest.raises(TellError, match="no benchmark is requested"):
         benchmark(copy.root)
     with pytest.raises(TellError, match="holds no file for gsm8k"):
-        benchmark(copy.root, ["gsm8k"], data=str(tmp_path))
+        ask(copy, ["gsm8k"], data=tmp_path)
     with pytest.raises(TellError, match=r"eval\.benchmark_limit"):
-        benchmark(copy.root, ["gsm8k"], data=str(questions), limit=0)
+        ask(copy, ["gsm8k"], data=questions, limit=0)
     with pytest.raises(TellError, match="no adapter for the arm sft"):
-        benchmark(copy.root, ["gsm8k"], data=str(questions), arms=["sft"])
+        ask(copy, ["gsm8k"], data=questions, arms=["sft"])
     # a run says so before it trains
     config = config_of(tiny_model("llama"), tmp_path / "new", eval={"benchmarks": ["gsm"]})
     with pytest.raises(TellError, match="unknown benchmark"):
@@ -215,7 +222,7 @@ def test_without_the_harness(monkeypatch, tiny_model, tmp_path):
 def test_a_second_benchmark_stands_beside_the_first(copy, questions, monkeypatch):
     """Asked alike, nothing is asked twice; asked otherwise, the numbers could not be compared."""
     harness()
-    benchmark(copy.root, ["openbookqa"], data=str(questions))
+    ask(copy, ["openbookqa"], data=questions)
     kept = copy.predictions / "benchmarks/tell/openbookqa.jsonl"
     written = kept.stat().st_mtime_ns
     asked = []
@@ -223,10 +230,10 @@ def test_a_second_benchmark_stands_beside_the_first(copy, questions, monkeypatch
     monkeypatch.setattr(
         module,
         "_answers",
-        lambda folder, arm, settings, *rest: asked.append(arm) or original(folder, arm, settings, *rest),
+        lambda questions, arm, *rest: asked.append(arm) or original(questions, arm, *rest),
     )
-    found = benchmark(copy.root, ["agieval"], data=str(questions), arms=["base"])["benchmarks"]
+    found = ask(copy, ["agieval"], data=questions, arms=["base"])["benchmarks"]
     assert asked == ["base", "tell"] and list(found["settings"]["tasks"]) == ["openbookqa", "agieval"]
     assert {"openbookqa", "agieval"} <= found["arms"]["tell"].keys() and kept.stat().st_mtime_ns == written
-    again = benchmark(copy.root, ["openbookqa"], data=str(questions), limit=1)["benchmarks"]
+    again = ask(copy, ["openbookqa"], data=questions, limit=1)["benchmarks"]
     assert list(again["settings"]["tasks"]) == ["openbookqa"] and again["arms"]["tell"]["openbookqa"]["n"] == 1

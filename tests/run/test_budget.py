@@ -10,9 +10,10 @@ import pytest
 
 from run.runs import ALL_ARMS, PROBE, config_of
 from tell.errors import TellError
-from tell.progress import Silent
-from tell.run.plan import describe_plan, plan_general
-from tell.run.task import anchor_of, limit_task, load_task, task_table
+from tell.run.general_rows import read_general
+from tell.run.plan import describe_plan
+from tell.run.prepare import Prepared, prepare
+from tell.run.task import anchor_of, load_task
 from tell.run.time_budget import (
     LEAST_REPEAT,
     LEAST_TEST_ROWS,
@@ -25,7 +26,7 @@ from tell.run.time_budget import (
 
 
 @pytest.fixture(scope="module")
-def prepared(tiny_model):
+def prepared(tiny_model) -> Prepared:
     config = config_of(
         tiny_model("llama"),
         general={"source": str(PROBE), "rows": 300},
@@ -34,38 +35,33 @@ def prepared(tiny_model):
         eval={"arms": ALL_ARMS},
     )
     task = load_task(config)
-    limit_task(task, anchor_of(config))
-    table = task_table(task, anchor_of(config), task.train)
-    general, draw = plan_general(task, table, Silent())
-    return task, table, general, draw
+    return prepare(task, anchor_of(config), read_general(task))
 
 
 def seconds(prepared, extent: Extent) -> float:
-    task, table, general, _ = prepared
-    return describe_plan(extent.apply(task), table, general, extent.draw)["predicted"]["seconds"]
+    return describe_plan(extent.apply(prepared))["predicted"]["seconds"]
 
 
 def fit(prepared, room: float, **more) -> tuple[Extent, list[str]]:
-    return fit_minutes(*prepared, minutes=(room + 7) / 60, spent=7, **more)
+    return fit_minutes(prepared, minutes=(room + 7) / 60, spent=7, **more)
 
 
 def least(prepared) -> Extent:
-    task, table, general, draw = prepared
-    whole = Extent.of(task, table, draw)
+    whole, draw = Extent.of(prepared), prepared.draw
     kept = tuple(arm for arm in whole.arms if arm not in OPTIONAL_ARMS)
-    short = replace(draw, indices=draw.indices[: least_general(table, general, draw)])
+    short = replace(draw, indices=draw.indices[: least_general(prepared.table, prepared.general, draw)])
     return replace(whole, arms=kept, test_rows=LEAST_TEST_ROWS, repeat=max(LEAST_REPEAT, 20 // 4), draw=short)
 
 
 def test_what_fits_is_left_as_it_is(prepared):
-    whole = Extent.of(prepared[0], prepared[1], prepared[3])
+    whole = Extent.of(prepared)
     assert fit(prepared, seconds(prepared, whole) * 1.001) == (whole, [])
     assert whole.arms == tuple(ALL_ARMS) and whole.test_rows == 108 and whole.repeat == 20 and len(whole.draw) == 300
 
 
 def test_things_are_given_up_in_their_order(prepared):
     """Arms one by one, then test rows, then general rows and repetitions together; each is said."""
-    whole, low = Extent.of(prepared[0], prepared[1], prepared[3]), least(prepared)
+    whole, low = Extent.of(prepared), least(prepared)
     for n in range(1, len(OPTIONAL_ARMS) + 1):
         fewer = replace(whole, arms=tuple(arm for arm in whole.arms if arm not in OPTIONAL_ARMS[:n]))
         extent, notices = fit(prepared, seconds(prepared, fewer) * 1.0001)
@@ -86,11 +82,10 @@ def test_things_are_given_up_in_their_order(prepared):
 
 
 def test_the_least_is_still_the_method(prepared):
-    _, table, general, _ = prepared
     extent, _ = fit(prepared, seconds(prepared, least(prepared)) * 1.0001)
     assert set(extent.arms) == {"base", "icl", "sft-matched", "tell"}
     assert extent.repeat == 5 and extent.test_rows == LEAST_TEST_ROWS
-    assert general.table.unit[extent.draw.indices].sum() >= table.unit.sum()
+    assert prepared.general.table.unit[extent.draw.indices].sum() >= prepared.table.unit.sum()
 
 
 def test_less_than_the_least_is_refused_with_minutes_that_do(prepared):
@@ -98,50 +93,47 @@ def test_less_than_the_least_is_refused_with_minutes_that_do(prepared):
         fit(prepared, seconds(prepared, least(prepared)) * 0.5)
     assert caught.value.where.startswith("--max-minutes ")
     minutes = int(re.search(r"--max-minutes (\d+)", caught.value.remedy)[1])
-    extent, _ = fit_minutes(*prepared, minutes=minutes, spent=7)
+    extent, _ = fit_minutes(prepared, minutes=minutes, spent=7)
     assert len(extent.draw) > 0
 
 
 def test_what_scores_the_method_stays(prepared):
     """`tell-anchor` is given up first, but not where it alone is scored with TELL's adapter."""
-    task, *rest = prepared
-    config = task.config.model_copy(deep=True)
+    config = prepared.task.config.model_copy(deep=True)
     config.eval.arms = ("base", "tell-anchor", "sft")
-    fewer = replace(task, config=config)
-    whole = Extent.of(fewer, prepared[1], prepared[3])
-    cost = describe_plan(replace(whole, arms=("base", "tell-anchor")).apply(fewer), *rest)["predicted"]["seconds"]
-    extent, _ = fit_minutes(fewer, *rest, minutes=cost * 1.001 / 60, spent=0)
+    fewer = replace(prepared, task=replace(prepared.task, config=config))
+    cost = seconds(fewer, replace(Extent.of(fewer), arms=("base", "tell-anchor")))
+    extent, _ = fit_minutes(fewer, minutes=cost * 1.001 / 60, spent=0)
     assert extent.arms == ("base", "tell-anchor")
 
 
 def test_fewer_test_rows_are_among_more(prepared):
-    task, *_ = prepared
-    whole = Extent.of(task, prepared[1], prepared[3])
-    few, more = (replace(whole, test_rows=n).apply(task) for n in (60, 90))
-    again = replace(whole, test_rows=60).apply(more)
+    whole = Extent.of(prepared)
+    few, more = (replace(whole, test_rows=n).apply(prepared) for n in (60, 90))
+    few, again = few.task, replace(whole, test_rows=60).apply(more).task
     assert [e.hash for e in again.test] == [e.hash for e in few.test] and len(few.test) == 60
-    order = [e.hash for e in task.test]
+    order = [e.hash for e in prepared.task.test]
     assert [e.hash for e in few.test] == sorted((e.hash for e in few.test), key=order.index)
 
 
 def test_no_general_rows_where_none_are_wanted(prepared):
-    task, table, *_ = prepared
-    extent, notices = fit_minutes(task, table, None, None, minutes=1e6, spent=0)
+    without = replace(prepared, general=None, draw=None)
+    extent, notices = fit_minutes(without, minutes=1e6, spent=0)
     assert extent.draw is None and notices == []
 
 
 def test_after_training_only_what_is_left_is_given_up(prepared):
     """The mixture is trained already; what cannot be met any more is said instead of refused."""
-    whole = Extent.of(prepared[0], prepared[1], prepared[3])
+    whole = Extent.of(prepared)
     extent, notices = fit(prepared, 1e-9, trained="tell")
     assert (extent.repeat, len(extent.draw)) == (whole.repeat, len(whole.draw))
     assert extent.test_rows == LEAST_TEST_ROWS and "slower than predicted" in notices[-1]
-    trained = describe_plan(prepared[0], *prepared[1:])["arms"]["tell"]["seconds"]
+    trained = describe_plan(prepared)["arms"]["tell"]["seconds"]
     assert fit(prepared, seconds(prepared, whole) - trained * 0.99, trained="tell") == (whole, [])
 
 
 def test_what_was_decided_is_read_again(prepared):
-    draw = prepared[3]
+    draw = prepared.draw
     extent, _ = fit(prepared, seconds(prepared, least(prepared)) * 1.1)
     again = read_extent(extent.to_dict(), draw)
     assert again.to_dict() == extent.to_dict() and np.array_equal(again.draw.indices, extent.draw.indices)

@@ -19,7 +19,7 @@ def root(finished):
 
 
 def weights(session) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in session.opened.load().named_parameters()}
+    return {name: p.detach().clone() for name, p in session.session.model.named_parameters()}
 
 
 def answer(root, arm: str, text: str = TEXT, **options) -> str:

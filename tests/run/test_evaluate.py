@@ -11,7 +11,7 @@ import pytest
 import tell
 from run.runs import EXAMPLES, config_of, read
 from tell.errors import TellError
-from tell.folder import read_jsonl
+from tell.files import read_jsonl
 from tell.progress import Silent
 
 
@@ -45,12 +45,13 @@ def test_same_numbers_again(run):
 
 def test_some_arms_rows_and_decoding(run):
     root, _ = run
-    found = tell.evaluate(root, arms=["tell", "base"], rows=3, greedy=True, seed=1)
+    found = tell.evaluate(root, arms=["tell", "base"], rows=3, overrides=["generate.greedy=true", "seed=1"])
     assert list(found["arms"]) == ["tell", "base"] and list(found["differences"]) == ["tell - base"]
     assert found["arms"]["tell"]["accuracy"]["n"] == 3
     rows = read_jsonl(root / "predictions/eval/tell.jsonl")
     assert {row["hash"] for row in rows} < set(read(root / "split.json")["test"])
-    assert tell.evaluate(root, arms=["tell"], rows=3, greedy=True, seed=2, overrides=["generate.batch_size=1"])["arms"]
+    other = ["generate.greedy=true", "seed=2", "generate.batch_size=1"]
+    assert tell.evaluate(root, arms=["tell"], rows=3, overrides=other)["arms"]
     short = tell.evaluate(root, arms=["tell"], overrides=["generate.max_new_tokens=1"])
     assert short["arms"] and all(row["tokens"] <= 1 for row in read_jsonl(root / "predictions/eval/tell.jsonl"))
 

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 import tell
 from run.runs import ALL_ARMS, FILES, check_anchor_and_counts, comparable, is_number, read
 from tell.anchor.anchor import Anchor
-from tell.folder import read_jsonl
+from tell.files import read_jsonl
 from tell.mix.manifest import read_manifest
-from tell.run.claim import LOCK, read_run_config
+from tell.run.claim import read_run_config
 from tell.run.general_rows import read_general
 from tell.run.task import load_task
 
@@ -34,7 +34,7 @@ def test_every_file_is_there(finished):
     assert (status["state"], status["stage"]) == ("done", "done")
     assert 0 < status["seconds"] <= read(folder.findings)["seconds"] + 5
     assert read_run_config(folder) == config
-    assert [path.name for path in folder.root.rglob(".*")] == [LOCK]  # nothing half-written
+    assert [path.name for path in folder.root.rglob(".*")] == [folder.lock.name]  # nothing half-written
 
 
 def test_metrics_have_the_documented_shape(finished):

@@ -39,7 +39,7 @@ def test_end_tokens_in_answers_are_neither_trained_nor_expected(tiny_model, tmp_
     task = load_task(config)
     assert {e.answer for e in [*task.train, *task.test]} == {"yes", "no"} and set(task.kind.labels) == {"yes", "no"}
     folder = tell.tune(config)
-    assert any("is taken off; the chat template of qwen2 writes it" in n for n in read(folder.findings)["notices"])
+    assert any("is removed; the chat template of qwen2 writes it" in n for n in read(folder.findings)["notices"])
     again = evaluate(folder.root, arms=["base"], test=answers(tmp_path / "b.jsonl", "{}<|im_end|>", 4))
     assert again["arms"]["base"]["accuracy"]["n"] == 4
     lines = (folder.predictions / "eval" / "base.jsonl").read_text(encoding="utf-8").splitlines()

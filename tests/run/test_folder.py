@@ -14,8 +14,9 @@ import pytest
 import tell
 from run.runs import config_of
 from tell.errors import TellError
-from tell.folder import RunFolder, temporary_prefix, write_json
-from tell.run.claim import ASIDE, LOCK, claim, default_out, open_folder, read_run_config
+from tell.files import temporary_prefix, write_json
+from tell.folder import RunFolder
+from tell.run.claim import claim, default_out, open_folder, read_run_config
 
 
 @pytest.fixture
@@ -97,7 +98,7 @@ def test_overwriting_removes_the_run_and_nothing_else(run):
 
 def names(folder) -> list[str]:
     """What lies in a folder, but for the lock, which stays, and temporary files of this process, which lives."""
-    return sorted(path.name for path in folder.root.iterdir() if path.name != LOCK and path.suffix != ".tmp")
+    return sorted(path.name for path in folder.root.iterdir() if path != folder.lock and path.suffix != ".tmp")
 
 
 class Killed(BaseException):
@@ -200,7 +201,7 @@ def test_an_old_run_that_cannot_be_moved_stays_whole(run, monkeypatch):
         moved = []
 
         def stuck(source, target, moved=moved, last=last, real=os.replace):
-            if ASIDE in str(target):
+            if RunFolder.ASIDE in str(target):
                 moved.append(source)
                 if len(moved) > last:
                     raise PermissionError(13, "Permission denied")
@@ -294,9 +295,9 @@ def test_files_are_on_the_disk_before_they_have_their_name(tmp_path, monkeypatch
 def test_what_a_run_makes_is_declared(finished):
     """Nothing else is removed when it is overwritten."""
     folder, _ = finished
-    made = {path.name for path in folder.root.iterdir()} - {LOCK}
-    assert made <= {path.name for path in folder.files()}
-    assert all(path.parent == folder.root for path in folder.files())
+    made = {path.name for path in folder.root.iterdir()} - {folder.lock.name}
+    assert made <= {path.name for path in folder.made}
+    assert all(path.parent == folder.root for path in folder.made)
 
 
 def test_overwritten_run_is_a_new_one(tiny_model, tmp_path):

@@ -21,7 +21,7 @@ from tell.data.example import Example
 from tell.decode.engine import Engine
 from tell.rows.template import ChatTokenizer
 from tell.rows.tokenize import prompt_ids
-from tell.run.benchmarks.harness import EngineLM, answer_task, load_tasks
+from tell.run.benchmarks.harness import EngineLM, Passes, answer_task, load_tasks
 from tell.score.benchmark_tasks import read_task, task_shots
 from train.packed import load
 
@@ -36,9 +36,8 @@ CONTINUATIONS = (" yes", " no, it is not", "42", " (A) fox")
 
 def ours(folder, *, anchor=NO_ANCHOR, templated=False, micro_tokens=3072) -> EngineLM:
     model = load(folder)
-    return EngineLM(
-        model, Engine(model), ChatTokenizer(folder), anchor=anchor, templated=templated, micro_tokens=micro_tokens
-    )
+    passes = Passes(micro_tokens)
+    return EngineLM(model, Engine(model), ChatTokenizer(folder), anchor=anchor, templated=templated, passes=passes)
 
 
 def theirs(folder) -> HFLM:

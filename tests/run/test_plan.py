@@ -11,11 +11,11 @@ import pytest
 
 import tell
 from run.runs import ALL_ARMS, PROBE, config_of, read
-from tell.progress import Silent
-from tell.run.arms import arm_mixtures
-from tell.run.general_rows import load_general
-from tell.run.plan import arm_costs, plan_general
-from tell.run.task import CACHED_ROWS, anchor_of, limit_task, load_task, task_table
+from tell.data.general import general_source
+from tell.run.costs import arm_costs
+from tell.run.general_rows import load_general, read_general
+from tell.run.prepare import prepare
+from tell.run.task import CACHED_ROWS, anchor_of, load_task
 
 
 def test_plan_is_what_the_run_does(finished):
@@ -127,10 +127,8 @@ def test_computed_tokens_are_those_of_the_passes(tiny_model, general):
     source = {"source": str(PROBE), "rows": general} if general else {"source": "none"}
     config = config_of(tiny_model("llama"), general=source, task={"rows": 30}, train={"batch_size": 16})
     task = load_task(config)
-    anchor = anchor_of(config)
-    limit_task(task, anchor)
-    table = task_table(task, anchor, task.train)
-    for arm, (tables, mixture) in arm_mixtures(config, table, *plan_general(task, table, Silent())).items():
+    prepared = prepare(task, anchor_of(config), read_general(task))
+    for arm, (tables, mixture) in prepared.mixtures.items():
         packs = [
             pack(group, share_prefix=True)
             for step in range(mixture.steps(16))
@@ -192,7 +190,7 @@ def test_a_plan_from_the_cache_is_the_same(tiny_model, tmp_path, monkeypatch):
 
     def facts(path):
         task = load_task(config_of(tiny_model("llama"), general={"source": str(path), "rows": 5}))
-        return load_general(task, str(path), Silent(), overlap=False).facts
+        return load_general(task, general_source(str(path)), overlap=False).facts
 
     assert facts(paths[0]) == {"path": str(paths[0]), "layout": "Alpaca instruction/output", "rows": 39} | {
         "columns": {"prompt": "instruction", "answer": "output"}

@@ -10,7 +10,7 @@ import torch
 
 import tell
 from run.runs import EXAMPLES, PROBE, read
-from tell.folder import read_jsonl
+from tell.files import read_jsonl
 from tell.models.find import find_model
 
 SUPPORT = EXAMPLES / "support"

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
@@ -17,8 +18,11 @@ import pytest
 import tell
 from run.runs import PROBE, Killer, comparable, config_of, read, steady_pace
 from tell.errors import Interrupted, TellError
-from tell.folder import RunFolder, read_jsonl, write_json
+from tell.files import read_jsonl, write_json
+from tell.folder import RunFolder
 from tell.run.speed import keep_speed
+from tell.run.time_budget import fit_minutes
+from tell.run.tune import read_inputs
 
 SECTIONS = {
     "eval": {"arms": ["base", "icl", "sft", "tell"]},
@@ -126,6 +130,21 @@ def test_seconds_add_up(tiny_model, tmp_path):
     assert 0 < read(folder.findings)["seconds"] < 500
 
 
+def test_reading_the_inputs_counts(tiny_model, tmp_path, monkeypatch):
+    """Of a run's seconds, and so of --max-minutes."""
+    clock = SimpleNamespace(monotonic=lambda: clock.now, now=0.0)
+    monkeypatch.setattr("tell.run.journal.time", clock)
+
+    def slow(*args):
+        clock.now += 1000
+        return read_inputs(*args)
+
+    monkeypatch.setattr("tell.run.tune.read_inputs", slow)
+    sections = {"general": {"source": "none"}, "eval": {"arms": ["base"], "forgetting_rows": 0}}
+    folder = tell.tune(config_of(tiny_model("llama"), tmp_path / "run", **sections))
+    assert read(folder.findings)["seconds"] == folder.read_status()["seconds"] == 1000
+
+
 def test_finished_run_resumed_changes_nothing(whole):
     folder, config = whole
     before = files(folder), comparable(read(folder.metrics))
@@ -150,6 +169,27 @@ def test_a_run_in_time_goes_on_with_the_rows_it_drew(tiny_model, tmp_path, monke
     assert read(folder.metrics)["mixture"] == plan["mixture"]
 
 
+def fitted(monkeypatch) -> list[str | None]:
+    """The arm already trained, each time that a run is fitted into its minutes from here on."""
+    fits: list[str | None] = []
+
+    def fit(*args, trained=None, **more):
+        fits.append(trained)
+        return fit_minutes(*args, trained=trained, **more)
+
+    monkeypatch.setattr("tell.run.in_time.fit_minutes", fit)
+    return fits
+
+
+def test_a_run_that_trains_nothing_is_fitted_once(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("TELL_HOME", str(tmp_path / "home"))
+    steady_pace(monkeypatch, train=30_000, decode=3000)
+    fits = fitted(monkeypatch)
+    sections = {"general": {"source": "none"}, "eval": {"arms": ["base"], "forgetting_rows": 0}, "max_minutes": 3}
+    tell.tune(config_of(tiny_model("llama"), tmp_path / "run", **sections))
+    assert fits == [None]
+
+
 def test_what_is_given_up_after_training_is_given_up_when_resumed(tiny_model, tmp_path, monkeypatch):
     """A leading arm slower than predicted costs test rows; a resumed run scores the same, as split.json says."""
     monkeypatch.setenv("TELL_HOME", str(tmp_path / "home"))
@@ -164,15 +204,20 @@ def test_what_is_given_up_after_training_is_given_up_when_resumed(tiny_model, tm
         "max_minutes": 3,
     }
 
+    fits = fitted(monkeypatch)
+
     def config(name: str) -> tell.Config:
         return config_of(tiny_model("llama"), tmp_path / name, **sections)
 
     whole = tell.tune(config("whole"))
+    assert fits == [None, "tell"]
     with pytest.raises(Interrupted):
         tell.tune(config("run"), display=Killer("train sft-matched", 2))
     folder = RunFolder(tmp_path / "run")
     assert read(folder.plan)["fit"]["test_rows"] == len(read(folder.split)["test"]) == 60
+    fits.clear()
     tell.tune(config("run"), resume=True)
+    assert not fits  # the leading arm was trained in the session before, which corrected the run
     assert read(folder.split) == read(whole.split)
     assert comparable(read(folder.metrics))["arms"] == comparable(read(whole.metrics))["arms"]
     assert [row["hash"] for row in read_jsonl(folder.prediction("tell"))] == read(folder.split)["test"]
@@ -206,7 +251,7 @@ def test_a_damaged_split_or_manifest_is_refused(whole, tmp_path):
     shutil.copytree(folder.root, tmp_path / "run")
     other = RunFolder(tmp_path / "run")
     pq.write_table(pq.read_table(other.manifest).replace_schema_metadata(None), other.manifest)
-    with pytest.raises(TellError, match=r"manifest\.parquet: is no manifest"):
+    with pytest.raises(TellError, match=r"manifest\.parquet: is not a manifest"):
         tell.tune(config(other.root), resume=True)
     other.split.write_bytes(other.split.read_bytes().replace(b"test", b"t\xc0st"))
     with pytest.raises(TellError, match=r"split\.json: "):

@@ -10,7 +10,7 @@ from tell.data.example import Example, Message
 from tell.models.find import find_model
 from tell.models.flops import inference_flops
 from tell.rows.template import ChatTokenizer
-from tell.run.answers import adapter_arm, answer_costs, arm_numbers, arm_prompts, eval_numbers
+from tell.run.answers import Prompting, adapter_arm, answer_costs, arm_numbers, eval_numbers
 from tell.score.means import mean_metric
 
 ANCHOR = Anchor("Sort this mail.")
@@ -20,7 +20,7 @@ TEST = [Example.pair("Where is my parcel?", "x"), Example.pair("Refund, please! 
 
 def prompts(family_chat: ChatTokenizer, arm: str, *, room: int = 10_000, test=TEST, examples: int = 3, **options):
     anchor = options.get("anchor", ANCHOR)
-    ids, used = arm_prompts(arm, family_chat, anchor, test, TRAIN, examples=examples, room=room, seed=5)
+    ids, used = Prompting(family_chat, anchor, (), examples, room, 5).prompts(arm, test, TRAIN)
     return [family_chat.backend.decode(row, skip_special_tokens=False) for row in ids], used
 
 
@@ -50,7 +50,7 @@ def test_icl_shows_whole_examples_before_the_question(chat):
 
 def test_icl_shows_as_many_as_fit(chat):
     lengths = [
-        max(len(ids) for ids in arm_prompts("icl", chat, ANCHOR, TEST, TRAIN, examples=n, room=10_000, seed=5)[0])
+        max(len(ids) for ids in Prompting(chat, ANCHOR, (), n, 10_000, 5).prompts("icl", TEST, TRAIN)[0])
         for n in range(4)
     ]
     assert lengths == sorted(lengths)
@@ -66,7 +66,7 @@ def test_icl_of_rows_with_system_messages(tiny_model):
     test = [Example.of(turns, source="task", origin="")]
     train = [Example.of((turns[0], Message("user", f"mail {i}"), turns[2]), source="task", origin="") for i in range(3)]
     anchor = Anchor("Sort this mail.", "system")
-    ids, used = arm_prompts("icl", chat, anchor, test, train, examples=2, room=10_000, seed=1)
+    ids, used = Prompting(chat, anchor, (), 2, 10_000, 1).prompts("icl", test, train)
     text = chat.decode(ids[0])
     assert used == 2 and text.count("Be brief.") == 1 and text.count("Sort this mail.") == 1
 
@@ -83,14 +83,14 @@ def test_each_row_is_asked_under_its_own_system_text(family, tiny_model):
     if family == "mistral":  # it takes no system turn
         chat = ChatTokenizer(tiny_model(family, template=False))
     shown = [told("Polish", "one"), told("German", "two")]
-    for arm, options in (("icl", {}), ("tell", {"shots": shown})):
-        options |= {"examples": 2, "room": 999, "seed": 5}
-        ids, _ = arm_prompts(arm, chat, ANCHOR, [told("German", "three")], shown, **options)
+    for arm, shots in (("icl", ()), ("tell", shown)):
+        prompting = Prompting(chat, ANCHOR, shots, examples=2, room=999, seed=5)
+        ids, _ = prompting.prompts(arm, [told("German", "three")], shown)
         text = chat.decode(ids[0])
         assert text.count("Translate into German.") == 1 == text.count("Translate into Polish.")
         assert text.index("German") < min(text.index(word) for word in ("one", "two", "three", "Polish"))
         assert "Translate into Polish.\n\none" in text and text.count(ANCHOR.text) == 1
-        bare, _ = arm_prompts(arm, chat, ANCHOR, TEST[:1], shown, **options)
+        bare, _ = prompting.prompts(arm, TEST[:1], shown)
         assert "Translate into German.\n\ntwo" in chat.decode(bare[0])
 
 

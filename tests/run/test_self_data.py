@@ -13,13 +13,11 @@ from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 
 import tell
-from run.runs import Killer, config_of, read, steady_pace
+from run.runs import Killer, config_of, open_session, read, steady_pace
 from tell.config import load_config
-from tell.decode.engine import Engine
 from tell.errors import Interrupted
-from tell.folder import read_jsonl
+from tell.files import read_jsonl
 from tell.mix.manifest import read_manifest
-from tell.models.load import load_model
 from tell.progress import Silent
 from tell.rows.template import ChatTokenizer
 from tell.run import self_written as self_data
@@ -64,15 +62,13 @@ def test_two_runs_at_once_write_once(talker, own_home, monkeypatch):
 
     config = config_of(talker, general={"source": "self", "rows": 2, "self": SHORT})
     task = load_task(config)
-    loaded = load_model(task.files, dtype="fp32", device="cpu")
-    engine = Engine(loaded.model, device=loaded.device, max_positions=task.files.architecture.max_positions)
 
-    def write(with_engine, display):
-        enough = enough_of(config, task.unit, 100)
-        facts = {"model": task.files.fingerprint, "enough": enough, "display": display}
-        return write_self_data(config, task.chat, with_engine, **facts)
+    def write(display, engine=None):
+        session = open_session(talker, config, display=display, engine=engine)
+        return write_self_data(session, enough_of(config, task.unit, 100))
 
-    path, facts = write(engine, Silent())
+    path, facts = write(Silent())
+    mute = object()  # no engine: it cannot write
     away = own_home / "away"
     (own_home / "self").rename(away)
     waiting = threading.Event()
@@ -95,16 +91,16 @@ def test_two_runs_at_once_write_once(talker, own_home, monkeypatch):
     with ThreadPoolExecutor(1) as pool:
         with FileLock(place.parent / f".{place.stem}.lock"):
             with pytest.raises(Interrupted):
-                write(None, Stops())
+                write(Stops(), mute)
             assert waiting.is_set()
             waiting.clear()
-            second = pool.submit(write, None, Waits())  # no engine: it cannot write
+            second = pool.submit(write, Waits(), mute)
             assert waiting.wait(30) and not second.done()
             for file in away.glob("*.json*"):
                 shutil.copy(file, place.parent)
         assert second.result(30) == (path, facts)
     monkeypatch.setattr(self_data, "_part", part)
-    assert write(None, Silent()) == (path, facts)
+    assert write(Silent(), mute) == (path, facts)
     assert locked == [True]  # nobody else writes the file of the run's own rows meanwhile
 
 
@@ -150,15 +146,7 @@ def test_written_once_and_extended(talker, own_home):
     def written(rows: int) -> tuple[list[dict], dict]:
         config = config_of(talker, general={"source": "self", "rows": rows, "self": SHORT}, eval={"forgetting_rows": 0})
         task = load_task(config)
-        loaded = load_model(task.files, dtype="fp32", device="cpu")
-        path, facts = write_self_data(
-            config,
-            task.chat,
-            Engine(loaded.model),
-            model=task.files.fingerprint,
-            enough=enough_of(config, task.unit, 0),
-            display=Silent(),
-        )
+        path, facts = write_self_data(open_session(talker, config), enough_of(config, task.unit, 0))
         assert path.parent == own_home / "self"
         return read_jsonl(path), facts
 
@@ -211,14 +199,11 @@ def test_the_prompts_on_board_are_answered_first(talker, own_home, monkeypatch):
     monkeypatch.setattr("tell.run.self_written.load_prompts", lambda: given)
     rules = {**SHORT, "prompts": "builtin"}
     config = config_of(talker, general={"source": "self", "rows": 9, "self": rules}, eval={"forgetting_rows": 0})
-    task = load_task(config)
-    loaded = load_model(task.files, dtype="fp32", device="cpu")
-    engine = Engine(loaded.model)
-    facts = {"model": task.files.fingerprint, "display": Silent()}
+    session = open_session(talker, config)
 
     def written(rows: int) -> list[dict]:
         enough = lambda have: len(have) / rows  # noqa: E731
-        return read_jsonl(write_self_data(config, task.chat, engine, enough=enough, **facts)[0])
+        return read_jsonl(write_self_data(session, enough)[0])
 
     few = written(9)
     places = [given.index(row["instruction"]) for row in few]

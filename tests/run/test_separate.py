@@ -13,7 +13,9 @@ from run.runs import EXAMPLES, PROBE, config_of, read
 from tell.anchor.separation import CONTRASTS
 from tell.errors import TellError
 from tell.folder import RunFolder
-from tell.verbs.separate import _notices
+from tell.models.find import find_model
+from tell.run.anchor_candidates import anchor_losses
+from tell.verbs.separate import Comparison, _notices
 
 
 def quick(model, **sections):
@@ -22,7 +24,7 @@ def quick(model, **sections):
 
 def test_numbers_and_picture(tiny_model, tmp_path):
     out = tmp_path / "separation"
-    result = tell.separate(quick(tiny_model("llama")), queries=12, layer="all", out=out)
+    result = tell.separate(quick(tiny_model("llama")), compare=Comparison("all", 12), out=out)
     assert result == read(out / "separation.json")
     assert result["queries"] == 12 and list(result["layers"]) == ["0", "1", "2"]
     for number, contrasts in result["layers"].items():
@@ -41,8 +43,8 @@ def test_numbers_and_picture(tiny_model, tmp_path):
     assert (out / "separation.png").read_bytes()[:4] == b"\x89PNG"
     assert sorted(p.name for p in out.iterdir()) == [f"separation.{x}" for x in ("json", "png", "svg")]
     with pytest.raises(TellError, match="holds a separation already"):
-        tell.separate(quick(tiny_model("llama")), queries=12, out=out)
-    again = tell.separate(quick(tiny_model("llama")), queries=12, layer="1", out=out, overwrite=True)
+        tell.separate(quick(tiny_model("llama")), compare=Comparison(queries=12), out=out)
+    again = tell.separate(quick(tiny_model("llama")), compare=Comparison("1", 12), out=out, overwrite=True)
     assert again["layers"] == {"1": result["layers"]["1"]}
 
 
@@ -58,7 +60,8 @@ def test_data_published_with_its_anchor(tiny_model, tmp_path):
     model = tiny_model("llama")
     plain, published = (
         tell.separate(
-            quick(model, task={"data": data, "test": None, "rows": None, "test_fraction": 0.5}, seed=3), queries=40
+            quick(model, task={"data": data, "test": None, "rows": None, "test_fraction": 0.5}, seed=3),
+            compare=Comparison(queries=40),
         )
         for data in (str(EXAMPLES / "support/train.jsonl"), str(path))
     )
@@ -70,7 +73,7 @@ def test_data_published_with_its_anchor(tiny_model, tmp_path):
 
 def test_general_queries_of_equal_length(tiny_model):
     config = quick(tiny_model("llama"))
-    wild, matched = (tell.separate(config, queries=12, match_length=flag) for flag in (False, True))
+    wild, matched = (tell.separate(config, compare=Comparison(queries=12, match_length=flag)) for flag in (False, True))
     gaps = [abs(r["tokens"]["task"] - r["tokens"]["general"]) for r in (wild, matched)]
     assert gaps[1] < gaps[0]
     assert matched["length"]["without anchor"]["value"] <= wild["length"]["without anchor"]["value"]
@@ -79,12 +82,27 @@ def test_general_queries_of_equal_length(tiny_model):
 def test_without_any_anchor_or_source(tiny_model):
     """Our own probe stands for general queries; it is what `quick` gives by its path."""
     config = quick(tiny_model("llama"), anchor={"text": "none"})
-    result = tell.separate(config, queries=6)
+    result = tell.separate(config, compare=Comparison(queries=6))
     bare = config.model_copy(update={"general": config.general.model_copy(update={"source": "self"})})
-    unnamed = tell.separate(bare, queries=6)
+    unnamed = tell.separate(bare, compare=Comparison(queries=6))
     assert unnamed.pop("general") == "written for TELL" and result.pop("general") == str(PROBE)
     assert unnamed == result
     assert list(result["layers"]["1"]) == list(result["length"]) == ["without anchor"]
+
+
+def test_an_anchor_is_written_within_the_positions(tiny_model, monkeypatch):
+    """However long rows may be by the configuration, none beyond what the model takes scores a candidate."""
+    lengths = []
+
+    def losses(session, *rest):
+        lengths.append(session.config.train.max_length)
+        return anchor_losses(session, *rest)
+
+    monkeypatch.setattr("tell.run.anchor_candidates.anchor_losses", losses)
+    model = tiny_model("llama")
+    config = quick(model, anchor={"text": "auto", "candidates": 1}, train={"max_length": 1_000_000})
+    tell.separate(config, compare=Comparison(queries=5))
+    assert set(lengths) == {find_model(str(model)).architecture.max_positions}
 
 
 def test_a_run_with_its_adapter(finished):
@@ -94,7 +112,8 @@ def test_a_run_with_its_adapter(finished):
         update={"general": config.general.model_copy(update={"rows": None}), "anchor": config.anchor}
     )
     base, tuned, again = (
-        tell.separate(general, run=folder.root, queries=9, adapter=arm) for arm in (None, "tell", None)
+        tell.separate(general, run=folder.root, compare=Comparison(queries=9, adapter=arm))
+        for arm in (None, "tell", None)
     )
     assert base["queries"] == 5 == len(read(folder.split)["test"])
     assert base["anchor"]["hash"] == read(folder.anchor)["hash"]
@@ -112,7 +131,7 @@ def test_a_run_with_its_adapter(finished):
 def test_refused(tiny_model, sections, options, match):
     config = config_of(tiny_model("llama"), **{"general": {"source": str(PROBE), "rows": None}, **sections})
     with pytest.raises(TellError, match=match):
-        tell.separate(config, **options)
+        tell.separate(config, compare=Comparison(**options))
 
 
 def test_no_run_there(tiny_model, tmp_path):

@@ -12,11 +12,11 @@ import pytest
 import tell
 from run.runs import ANCHORS, EXAMPLES, config_of, read
 from tell.anchor.anchor import NO_ANCHOR, Anchor
-from tell.config import ARMS
 from tell.data.example import Example, Message
 from tell.errors import TellError
+from tell.names import ARMS
 from tell.rows.template import ChatTokenizer
-from tell.run.answers import arm_prompts, check_prompts
+from tell.run.answers import Prompting, check_prompts
 from tell.run.task import limit_task, load_task
 
 ANCHOR = Anchor("Sort this mail.")
@@ -29,10 +29,11 @@ SHOTS = TRAIN[3:1:-1]
 def test_every_arm_but_icl_shows_the_same_examples(family, tiny_model):
     chat = ChatTokenizer(tiny_model(family))
     shared = {"examples": 3, "room": 10_000, "seed": 5}
-    by_arm = {arm: arm_prompts(arm, chat, ANCHOR, TEST, TRAIN, shots=SHOTS, **shared)[0] for arm in ARMS}
+    prompting = Prompting(chat, ANCHOR, SHOTS, **shared)
+    by_arm = {arm: prompting.prompts(arm, TEST, TRAIN)[0] for arm in ARMS}
     for arm, prompts in by_arm.items():
         if arm == "icl":
-            assert prompts == arm_prompts(arm, chat, ANCHOR, TEST, TRAIN, **shared)[0]
+            assert prompts == Prompting(chat, ANCHOR, (), **shared).prompts(arm, TEST, TRAIN)[0]
             continue
         bare = arm in ("base", "tell-anchor")
         assert prompts == by_arm["base" if bare else "tell"]
@@ -51,13 +52,14 @@ def test_one_system_message_stays(tiny_model):
     turns = (Message("system", "Be brief."), Message("user", "Where is it?"), Message("assistant", "x"))
     test = [Example.of(turns, source="task", origin="")]
     shot = Example.of((turns[0], Message("user", "mail"), turns[2]), source="task", origin="")
-    ids, _ = arm_prompts("tell", chat, ANCHOR, test, [], examples=8, room=0, seed=1, shots=[shot])
+    ids, _ = Prompting(chat, ANCHOR, [shot], examples=8, room=0, seed=1).prompts("tell", test, [])
     assert chat.decode(ids[0]).count("Be brief.") == 1
 
 
 def test_prompts_that_grow_too_long_are_refused(tiny_model):
     chat = ChatTokenizer(tiny_model("llama"))
-    alone = max(len(ids) for ids in arm_prompts("tell", chat, ANCHOR, TEST, [], examples=0, room=0, seed=1)[0])
+    prompting = Prompting(chat, ANCHOR, (), examples=0, room=0, seed=1)
+    alone = max(len(ids) for ids in prompting.prompts("tell", TEST, [])[0])
     check_prompts(chat, ANCHOR, TEST, alone + 1)
     with pytest.raises(TellError, match=r"lower task\.shots"):
         check_prompts(chat, ANCHOR, TEST, alone + 1, SHOTS)
@@ -67,7 +69,7 @@ def test_prompts_that_grow_too_long_are_refused(tiny_model):
 def test_examples_are_trained_on_and_the_same_for_all_budgets(budget, tiny_model):
     model = tiny_model("llama")
     task = load_task(config_of(model, task={"shots": 2, **budget}))
-    limit_task(task, ANCHOR)
+    task = limit_task(task, ANCHOR)
     assert len(task.train) >= 2
     assert {e.hash for e in task.shots} <= {e.hash for e in task.train}
     whole = load_task(config_of(model, task={"shots": 2, "rows": None}))
@@ -79,7 +81,7 @@ def test_examples_are_trained_on_and_the_same_for_all_budgets(budget, tiny_model
 @pytest.mark.parametrize("shots", [3, 10_000])
 def test_more_examples_than_rows_are_refused(shots, tiny_model):
     task = load_task(config_of(tiny_model("llama"), task={"shots": shots, "rows": 2}))
-    with pytest.raises(TellError, match=rf"task\.shots: {shots} examples are asked for, and 2 of 2 training rows"):
+    with pytest.raises(TellError, match=rf"task\.shots: {shots} examples are requested, and 2 of 2 training rows"):
         limit_task(task, ANCHOR)
 
 
@@ -109,7 +111,7 @@ def test_a_run_with_examples(tiny_model, tmp_path):
     chat = ChatTokenizer(tiny_model("llama"))
     task = load_task(config_of(tiny_model("llama"), task={"shots": 2}))
     for arm, anchor in (("base", NO_ANCHOR), ("base+anchor", Anchor(ANCHORS["support"]))):
-        prompts, _ = arm_prompts(arm, chat, anchor, task.test, [], examples=0, room=0, seed=7, shots=task.shots)
+        prompts, _ = Prompting(chat, anchor, task.shots, examples=0, room=0, seed=7).prompts(arm, task.test, [])
         assert costs[arm]["prompt_tokens"] == sum(map(len, prompts)) > bare[arm]["prompt_tokens"]
     again = tell.evaluate(folder.root, arms=["base", "base+anchor"])
     assert again["eval"]["arms"] == costs and again["arms"] == read(folder.metrics)["arms"]
@@ -127,8 +129,9 @@ def test_chat_begins_with_the_examples(tiny_model, tmp_path, monkeypatch):
     shots = load_task(config_of(tiny_model("llama"), task=task)).shots
     session = tell.chat(folder.root)
     seen = []
-    real = session.opened.engine.generate
-    monkeypatch.setattr(session.opened.engine, "generate", lambda p, *a, **k: seen.append(p[0]) or real(p, *a, **k))
+    engine = session.session.engine
+    real = engine.generate
+    monkeypatch.setattr(engine, "generate", lambda p, *a, **k: seen.append(p[0]) or real(p, *a, **k))
     with closing(session):
         list(session.stream("Where is it?"))
         assert "2 fixed examples" in session.describe() and "left out" not in session.describe()

@@ -7,12 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from run.runs import config_of
+from run.runs import config_of, open_session
 from tell.anchor.anchor import NO_ANCHOR
 from tell.data.example import Example
-from tell.progress import Silent
 from tell.rows.template import ChatTokenizer
-from tell.run.forgetting import Forgetting, measure
+from tell.run.forgetting import Forgetting, measure_arm
 from tell.score.json_schema import JsonScorer
 from tell.verbs.chat import ChatSession
 
@@ -67,8 +66,8 @@ class Says:
 def test_a_conversation_shows_the_answer_alone(template, said, pieces, kept, chat, tiny_model):
     session = ChatSession.__new__(ChatSession)
     tokenizer = chat(template)
-    engine = Says(tokenizer.encode(said))
-    session.opened = SimpleNamespace(chat=tokenizer, engine=engine, config=config_of(tiny_model("llama")))
+    session.opened = SimpleNamespace(chat=tokenizer, config=config_of(tiny_model("llama")))
+    session.session = open_session(tiny_model("llama"), chat=tokenizer, engine=Says(tokenizer.encode(said)))
     session.anchor, session.greedy, session.seed, session.shots, session.history = NO_ANCHOR, True, 1, [], []
     found = list(session.stream("Which shelf?"))
     assert "".join(found) == pieces and all(found)
@@ -79,6 +78,6 @@ def test_task_format_in_general_answers_is_found_behind_an_empty_thought(chat, t
     tokenizer = chat(HYBRID)
     state = Forgetting({}, {}, [Example.pair("Name a shelf.", "north")])
     scorer = JsonScorer({"type": "object", "properties": {"shelf": {}}})
-    engine = Says(tokenizer.encode(EMPTY + '{"shelf": 1}'))
-    measure(state, "tell", None, engine, scorer, config_of(tiny_model("llama")), tokenizer, Silent(), lambda: None)
+    engine, model = Says(tokenizer.encode(EMPTY + '{"shelf": 1}')), tiny_model("llama")
+    measure_arm(state, "tell", open_session(model, config_of(model), chat=tokenizer, engine=engine), scorer)
     assert state.answers["tell"] == ['{"shelf": 1}'] and state.formats["tell"].tolist() == [1.0]

@@ -11,7 +11,7 @@ from bleurts import save_port
 from news import ENGLISH, ICELANDIC, write_wmt
 from run.runs import config_of, read
 from tell.errors import TellError
-from tell.folder import read_jsonl
+from tell.files import read_jsonl
 from tell.models import hub
 from tell.score.bleurt import Bleurt
 

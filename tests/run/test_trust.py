@@ -14,6 +14,7 @@ import tell
 from run.runs import config_of
 from tell.cli.main import run as command
 from tell.errors import TellError
+from tell.run.claim import Trust
 
 CODE = """
 open({marker!r}, "w").write("x")
@@ -92,10 +93,10 @@ def test_it_is_run_for_who_says_so(shared, monkeypatch):
     monkeypatch.chdir(shared)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     run = change(shared, code=False, scorer=True)
-    found = tell.evaluate(run, arms=["base"], rows=2, trust_scorer=True)
+    found = tell.evaluate(run, arms=["base"], rows=2, trust=Trust(scorer=True))
     assert "right" in found["arms"]["base"] and (shared / "ran-scorer").exists()
     with pytest.raises(TellError, match="--trust-scorer"):
-        tell.evaluate(run, arms=["base"], trust_remote_code=True)
+        tell.evaluate(run, arms=["base"], trust=Trust(code=True))
 
 
 def test_other_verbs_need_no_scorer(shared, monkeypatch):

@@ -21,6 +21,7 @@ from tell.errors import TellError
 from tell.folder import RunFolder
 from tell.mix.manifest import read_manifest
 from tell.progress import Silent
+from tell.report.page import STATES
 from tell.rows.template import ChatTokenizer
 from tell.run.task import limit_task, load_task, task_table
 from tell.score.verdict import verdict
@@ -285,4 +286,4 @@ def test_a_run_is_done_once_its_report_is_written(tiny_model, tmp_path, monkeypa
     tell.tune(config, resume=True)
     assert seen == ["running", "running"] and folder.read_status()["state"] == "done"
     text = folder.report.read_text(encoding="utf-8")
-    assert all(words not in text for words in page.STATES.values())
+    assert all(words not in text for words in STATES.values())

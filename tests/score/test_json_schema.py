@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tell.errors import TellError
-from tell.folder import read_jsonl, write_json, write_jsonl
+from tell.files import read_jsonl, write_json, write_jsonl
 from tell.score.json_schema import JsonScorer, parse_strict
 
 SCHEMA = {

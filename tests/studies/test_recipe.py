@@ -174,8 +174,8 @@ def test_nested_keys_are_found_again(parts, value):
 
 def test_the_documentation_has_every_key():
     text = recipe_docs()
-    page = Path(__file__).parents[2] / "docs/recipe.md"
-    assert page.read_text(encoding="utf-8") == text, "run python -m tell.studies.recipe_docs > docs/recipe.md"
+    page = Path(__file__).parents[2] / "docs/reference/recipe.md"
+    assert page.read_text(encoding="utf-8") == text, "run python -m tell.studies.recipe_docs > docs/reference/recipe.md"
     for model in (Recipe, *PARTS.values()):
         assert all(f"| `{name}` |" in text for name in model.model_fields)
     example = text.partition("\n\n    ")[2].partition("\n\n")[0]
@@ -210,7 +210,7 @@ def test_what_is_drawn_is_a_key_of_the_grid(tmp_path, keys, message):
 def test_a_data_set_is_made_of_earlier_ones():
     one, two = {"dataset": "a", "source": "${b}/x"}, {"dataset": "b"}
     assert make_recipe({"build": {"b": two, "a": one}}).build["a"] == one
-    with pytest.raises(TellError, match=r"build.a is made of \$\{b\}, which stands after it. Put b before a"):
+    with pytest.raises(TellError, match=r"build.a is made of \$\{b\}, which comes after it. Put b before a"):
         make_recipe({"build": {"a": one, "b": two}})
     with pytest.raises(TellError, match=r"build.b is made of \$\{b\}, which is itself"):
         make_recipe({"build": {"b": one}})

@@ -10,7 +10,7 @@ import pytest
 
 from studies.made import POINTS, make_study, outcome, study_of, write_cell
 from tell.errors import TellError
-from tell.folder import write_jsonl
+from tell.files import write_jsonl
 from tell.names import canonical
 from tell.score.intervals import newcombe_paired, wilson
 from tell.score.means import mean_metric

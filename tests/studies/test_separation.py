@@ -41,7 +41,11 @@ def test_numbers_table_and_pictures(recipe, tmp_path):
     assert {name.partition("-")[0] for name in data["cells"]} == {"separate"} and not folder.failed()
     assert sum(text.startswith("✓") and "silhouette" in text for text in shown.notes) == 4
     separated = {
-        name: tell.separate(tell.load_config(root / "cells" / name / "run.yaml"), queries=8, out=tmp_path / name)
+        name: tell.separate(
+            tell.load_config(root / "cells" / name / "run.yaml"),
+            compare=tell.Comparison(queries=8),
+            out=tmp_path / name,
+        )
         for name in data["cells"]
     }
     for row in data["rows"]:

@@ -44,7 +44,7 @@ def mixture_of(*, broken: bool = False):
     if broken:
         tables["general"].ids[:] = 10**6
     draw = general_rows(tables["general"].unit, task_tokens=0, rows=11, seed=0)
-    return tables, build(tables, general=draw, repeat=2, order="shuffle", seed=0)
+    return tables, build(tables, general=draw, repeat=2, ordering="shuffle", seed=0)
 
 
 @contextmanager

@@ -40,7 +40,7 @@ def mixture_of(task: int = 3, general: int = 11, *, seed: int = 0, ids: int = 0)
     if general:
         tables["general"] = make_table(make_rows([20 + 3 * i for i in range(general)], seed=ids + 2), "general")
     draw = general_rows(tables["general"].unit, task_tokens=0, rows=general, seed=seed) if general else None
-    return tables, build(tables, general=draw, repeat=2, order="shuffle", seed=seed)
+    return tables, build(tables, general=draw, repeat=2, ordering="shuffle", seed=seed)
 
 
 def trainer(model, folder: Path, config: TrainConfig = CONFIG, *, mix=None, seed: int = 7, **hooks) -> Trainer:

@@ -10,8 +10,7 @@ from typing import Literal, get_args
 
 from tell.data.example import Message
 from tell.errors import TellError
-from tell.files import read_json
-from tell.folder import DAMAGED
+from tell.files import DAMAGED, read_json
 
 Place = Literal["system", "user"]
 Origin = Literal["hand", "self", "derived", "none"]

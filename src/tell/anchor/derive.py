@@ -37,4 +37,4 @@ def _describe(part: dict[str, Any]) -> str:
     kinds = part.get("type", "value")
     kinds = kinds if isinstance(kinds, list) else [kinds]
     names = {"string": "text", "array": "list", "integer": "whole number", "boolean": "true or false"}
-    return " or ".join(names.get(kind, kind) for kind in kinds)
+    return " or ".join(names.get(str(kind), str(kind)) for kind in kinds)

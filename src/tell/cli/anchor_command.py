@@ -2,66 +2,57 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
-
-from tell.cli.common import Given, configured, read_number
+from tell.cli.common import Given, count, json_switch, option, show, switch, takes_options, words
 from tell.errors import TellError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from tell.progress import Display
 
-@configured("anchor")
-def anchor(
-    given: Given,
-    compare: Annotated[
-        list[str] | None,
-        typer.Option("--compare", metavar="TEXT", help="an anchor written by hand, or @FILE; repeatable"),
-    ] = None,
-    score: Annotated[
-        str | None,
-        typer.Option("--score", metavar="A,B,...", help="loss, separation, short-run; default: the cheap ones"),
-    ] = None,
-    short_steps: Annotated[
-        str | None,
-        typer.Option(
-            "--short-steps", metavar="N", help="steps of a short run for each candidate; 8 where --score asks for it"
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option("-o", "--out", metavar="FILE", help="write the best one's text here, for --anchor @FILE"),
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace that file.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone on stdout.")] = False,
-) -> None:
+
+@dataclass(frozen=True)
+class AnchorOptions:
+    compare: tuple[str, ...] = option(
+        "--compare", "an anchor written by hand, or @FILE; repeatable", "TEXT", default=()
+    )
+    score: tuple[str, ...] | None = option(
+        "--score", "loss, separation, short-run; default: the cheap ones", "A,B,...", words
+    )
+    short_steps: int | None = option(
+        "--short-steps", "steps of a short run for each candidate; 8 where --score asks for it", "N", count
+    )
+    out: Path | None = option("-o --out", "write the best one's text here, for --anchor @FILE", "FILE")
+    overwrite: bool = switch("--overwrite", "Replace that file.")
+    as_json: bool = json_switch()
+
+
+@takes_options
+def anchor(given: Given, options: AnchorOptions) -> None:
     """Let the model write the instruction that marks DATA's rows.
 
     Several candidates are written and scored beside those given by hand; the best is printed.
     """
-    scores = None if score is None else tuple(name.strip() for name in score.split(","))
-    steps = read_number("--short-steps", short_steps)
-    config = given.load("anchor")
-    if out is not None and out.exists() and not overwrite:
+    config, out = given.load("anchor"), options.out
+    if out is not None and out.exists() and not options.overwrite:
         raise TellError("exists already", where=str(out), remedy="Give another file with -o, or --overwrite.")
     import tell
-    from tell.cli.display import make_console, make_display
-    from tell.cli.output import only_json, say
-    from tell.folder import write_text
+    from tell.cli.output import say
+    from tell.files import write_text
 
-    with only_json(as_json) as emit:
-        result = tell.write_anchor(
-            config, compare=tuple(compare or ()), scores=scores, short_steps=steps, display=make_display()
+    def work(display: Display) -> dict:
+        found = tell.write_anchor(
+            config, compare=options.compare, scores=options.score, short_steps=options.short_steps, display=display
         )
         if out is not None:
-            write_text(out, result["text"].rstrip("\n") + "\n")
-        if as_json:
-            emit(result)
-        else:
-            _show(make_console(), result)
+            write_text(out, found["text"].rstrip("\n") + "\n")
+        return found
+
+    show(options.as_json, work, _show)
     if out is not None:
         say(f"written to {out}; use it with --anchor @{out}", err=True)
 

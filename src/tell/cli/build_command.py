@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-import typer
-
-from tell.cli.common import number, read_number
+from tell.cli.common import argument, count, number, option, switch, takes_options
 from tell.cli.output import say
 from tell.errors import TellError
 
@@ -16,48 +14,37 @@ def group() -> None:
     """Make the paper's datasets from their public sources."""
 
 
-def halu_cot_json(
-    source: Annotated[
-        Path, typer.Argument(metavar="SOURCE", help="HaluEval's general_data.json, or train_inputs.jsonl")
-    ],
-    out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="folder to write")] = Path("halu_cot_json"),
-    teacher: Annotated[
-        str, typer.Option("--teacher", metavar="NAME", help="offline, or an endpoint's model name")
-    ] = "offline",
-    base_url: Annotated[
-        str | None, typer.Option("--base-url", metavar="URL", help="OpenAI-compatible endpoint; key: $OPENAI_API_KEY")
-    ] = None,
-    rows: Annotated[str | None, typer.Option("--rows", metavar="N", help="this many training rows")] = None,
-    test: Annotated[Path | None, typer.Option("--test", metavar="FILE", help="test rows")] = None,
-    seed: Annotated[str, typer.Option("--seed", metavar="N", help="decides the subset")] = "42",
-    concurrency: Annotated[str, typer.Option("--concurrency", metavar="N", help="requests at a time")] = "4",
-    price_in: Annotated[
-        str | None, typer.Option("--price-in", metavar="P", help="price of a million tokens in")
-    ] = None,
-    price_out: Annotated[
-        str | None, typer.Option("--price-out", metavar="P", help="price of a million tokens out")
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a dataset that lies there.")] = False,
-) -> None:
+@dataclass(frozen=True)
+class HaluCotJsonOptions:
+    source: Path = argument("SOURCE", "HaluEval's general_data.json, or train_inputs.jsonl")
+    out: Path = option("-o --out", "folder to write", "DIR", default=Path("halu_cot_json"))
+    teacher: str = option("--teacher", "offline, or an endpoint's model name", "NAME", default="offline")
+    base_url: str | None = option("--base-url", "OpenAI-compatible endpoint; key: $OPENAI_API_KEY", "URL")
+    rows: int | None = option("--rows", "this many training rows", "N", count)
+    test: Path | None = option("--test", "test rows", "FILE")
+    seed: int = option("--seed", "decides the subset", "N", count, default=42)
+    concurrency: int = option("--concurrency", "requests at a time", "N", count, default=4)
+    price_in: float | None = option("--price-in", "price of a million tokens in", "P", number)
+    price_out: float | None = option("--price-out", "price of a million tokens out", "P", number)
+    overwrite: bool = switch("--overwrite", "Replace a dataset that lies there.")
+
+
+@takes_options
+def halu_cot_json(options: HaluCotJsonOptions) -> None:
     """Halu-CoT-JSON from HaluEval rows: a thought by a teacher, the people's label, strict JSON."""
-    numbers = {"rows": read_number("--rows", rows), "seed": read_number("--seed", seed)}
-    prices = {
-        "price_in": read_number("--price-in", price_in, number),
-        "price_out": read_number("--price-out", price_out, number),
-    }
-    parallel = read_number("--concurrency", concurrency)
-    if teacher == "offline" and base_url is not None:
-        raise TellError(
-            "an endpoint without a model", where="--base-url", remedy="Name the endpoint's model with --teacher."
-        )
+    name, offline = options.teacher, options.teacher == "offline"
+    if offline and options.base_url is not None:
+        remedy = "Name the endpoint's model with --teacher."
+        raise TellError("an endpoint without a model", where="--base-url", remedy=remedy)
     import tell
     from tell.cli.display import make_display
-    from tell.paper import OfflineTeacher, OpenAITeacher
+    from tell.paper import Limits, OfflineTeacher, OpenAITeacher, Prices, Replace, Teacher
 
-    writer = (
-        OfflineTeacher() if teacher == "offline" else OpenAITeacher(base_url, teacher, concurrency=parallel, **prices)
-    )
-    with make_display().bar(f"thoughts by {teacher}", None) as advance:
+    writer: Teacher = OfflineTeacher()
+    if not offline:
+        prices = Prices(options.price_in, options.price_out)
+        writer = OpenAITeacher(options.base_url, name, limits=Limits(concurrency=options.concurrency), prices=prices)
+    with make_display().bar(f"thoughts by {name}", None) as advance:
         done = 0
 
         def progress(now: int, total: int) -> None:
@@ -66,38 +53,40 @@ def halu_cot_json(
             done = now
 
         built = tell.build_halu_cot_json(
-            source, out, teacher=writer, test=test, overwrite=overwrite, progress=progress, **numbers
+            options.source,
+            Replace(options.out) if options.overwrite else options.out,
+            teacher=writer,
+            rows=options.rows,
+            seed=options.seed,
+            test=options.test,
+            progress=progress,
         )
     for line in built.lines():
         say(line)
 
 
-def is_en_news(
-    source: Annotated[
-        Path, typer.Argument(metavar="SOURCE", help="WMT21 test documents: newstest2021.*.xml, or a folder of them")
-    ],
-    out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="folder to write")] = Path("is_en_news"),
-    train: Annotated[
-        Path | None,
-        typer.Option("--train", metavar="PATH", help="training documents: newsdev2021.*.xml, dev-*.jsonl, or a folder"),
-    ] = None,
-    extra: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--extra", metavar="FILES", help="further pairs: FILE.json, FILE.tmx, or EN,IS[,IDS]; may be repeated"
-        ),
-    ] = None,
-    direction: Annotated[str, typer.Option("--direction", metavar="D", help="en-is, is-en or both")] = "both",
-    times: Annotated[str, typer.Option("--times", metavar="N", help="size of extra.jsonl over train.jsonl")] = "5",
-    seed: Annotated[str, typer.Option("--seed", metavar="N", help="draws the further pairs")] = "42",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a dataset that lies there.")] = False,
-) -> None:
-    """IS-EN-NEWS from WMT21's documents: whole news texts between English and Icelandic."""
-    numbers = {"times": read_number("--times", times, number), "seed": read_number("--seed", seed)}
-    import tell
-
-    built = tell.build_is_en_news(
-        source, out, train=train, extra=extra or (), direction=direction, overwrite=overwrite, **numbers
+@dataclass(frozen=True)
+class IsEnNewsOptions:
+    source: Path = argument("SOURCE", "WMT21 test documents: newstest2021.*.xml, or a folder of them")
+    out: Path = option("-o --out", "folder to write", "DIR", default=Path("is_en_news"))
+    train: Path | None = option("--train", "training documents: newsdev2021.*.xml, dev-*.jsonl, or a folder", "PATH")
+    extra: tuple[str, ...] = option(
+        "--extra", "further pairs: FILE.json, FILE.tmx, or EN,IS[,IDS]; may be repeated", "FILES", default=()
     )
-    for line in built.lines():
+    direction: str = option("--direction", "en-is, is-en or both", "D", default="both")
+    times: float = option("--times", "size of extra.jsonl over train.jsonl", "N", number, default=5)
+    seed: int = option("--seed", "draws the further pairs", "N", count, default=42)
+    overwrite: bool = switch("--overwrite", "Replace a dataset that lies there.")
+
+
+@takes_options
+def is_en_news(options: IsEnNewsOptions) -> None:
+    """IS-EN-NEWS from WMT21's documents: whole news texts between English and Icelandic."""
+    import tell
+    from tell.paper import Replace
+
+    given = {name: value for name, value in vars(options).items() if name != "overwrite"}
+    if options.overwrite:
+        given["out"] = Replace(options.out)
+    for line in tell.build_is_en_news(**given).lines():
         say(line)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
-
-from tell.cli.common import TRUST_CODE, nearest, read_number
-from tell.errors import TellError
+from tell.cli.common import argument, check_arm, count, option, takes_options, trust_switch
+from tell.errors import TellError, did_you_mean
 from tell.files import MOST_TEXT
 from tell.shown import clean, one_line
 
@@ -21,31 +20,33 @@ if TYPE_CHECKING:
 COMMANDS = ("/reset", "/quit", "/help")
 
 
-def chat(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="run folder", show_default=False)],
-    message: Annotated[
-        str | None, typer.Argument(metavar="MESSAGE", help="answer this and end; also from a pipe", show_default=False)
-    ] = None,
-    arm: Annotated[str, typer.Option("--arm", metavar="ARM", help="tell, base or another arm of the run")] = "tell",
-    seed: Annotated[str | None, typer.Option("--seed", metavar="N", help="sample, with this seed")] = None,
-    greedy: Annotated[bool | None, typer.Option("--greedy/--no-greedy", help="decode greedily")] = None,
-    trust_remote_code: Annotated[bool, TRUST_CODE] = False,
-) -> None:
-    """Chat with the tuned model, or with --arm base to compare."""
-    from tell.names import ARMS
+@dataclass(frozen=True)
+class ChatOptions:
+    run: Path = argument("RUN", "run folder")
+    message: str | None = argument("MESSAGE", "answer this and end; also from a pipe", None)
+    arm: str = option("--arm", "tell, base or another arm of the run", "ARM", check_arm, default="tell")
+    seed: int | None = option("--seed", "sample, with this seed", "N", count)
+    greedy: bool | None = option("--greedy/--no-greedy", "decode greedily")
+    trust_remote_code: bool = trust_switch()
 
-    if arm not in ARMS:
-        raise TellError(
-            f"unknown arm {arm!r}{nearest(arm, ARMS)}", where="--arm", remedy=f"The arms are {', '.join(ARMS)}."
-        )
-    chosen = read_number("--seed", seed)
+
+@takes_options
+def chat(options: ChatOptions) -> None:
+    """Chat with the tuned model, or with --arm base to compare."""
+    message = options.message
     if message is None and not sys.stdin.isatty():
         message = _piped()
     if message is not None and not message.strip():
         raise TellError("the message is empty", where="MESSAGE", remedy="Write one, or leave it out to chat.")
     import tell
 
-    session = tell.chat(run, arm=arm, seed=chosen, greedy=greedy, trust_remote_code=trust_remote_code)
+    session = tell.chat(
+        options.run,
+        arm=options.arm,
+        seed=options.seed,
+        greedy=options.greedy,
+        trust_remote_code=options.trust_remote_code,
+    )
     print(one_line(session.describe()), file=sys.stderr)
     if message is not None:
         _say(session.stream(message))
@@ -89,8 +90,8 @@ def _converse(session: ChatSession) -> None:
             print("forgotten; a new conversation", file=sys.stderr)
         elif text == "/help":
             print(", ".join(COMMANDS), file=sys.stderr)
-        elif text.startswith("/") and text.split()[0] not in COMMANDS and nearest(text.split()[0], COMMANDS):
-            print(f"unknown command {text.split()[0]}{nearest(text.split()[0], COMMANDS)}", file=sys.stderr)
+        elif text.startswith("/") and (word := text.split()[0]) not in COMMANDS and did_you_mean(word, COMMANDS):
+            print(f"unknown command {word}; did you mean {did_you_mean(word, COMMANDS)}?", file=sys.stderr)
         else:
             try:
                 _say(session.stream(text))

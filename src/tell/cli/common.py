@@ -1,39 +1,34 @@
-"""What the verbs share: flags that set configuration keys, number formats, and the nearest name."""
+"""What the verbs share: options as dataclasses, and flags that set configuration keys."""
 
 from __future__ import annotations
 
-import difflib
-import inspect
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from functools import wraps
+from inspect import Parameter, Signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
-from tell.errors import TellError
+from tell.errors import ConfigError, TellError, did_you_mean
+from tell.names import ARMS
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from tell.config import Config
+    from tell.progress import Display
 
-
-# For verbs that read a run folder, which may be somebody else's: what it trusts, its user must trust too.
-TRUST_CODE = typer.Option("--trust-remote-code", help="run code that comes with the model, as the run did")
-TRUST_SCORER = typer.Option("--trust-scorer", help="score by the run's own function (task.scorer)")
-
-
-def nearest(word: str, names: Iterable[str]) -> str:
-    """``"; did you mean NAME?"`` for the name most like ``word``, or nothing."""
-    close = difflib.get_close_matches(word, list(names), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]}?" if close else ""
+Parse = Callable[[str], object] | tuple[str, ...]
+"""Reads the text of a flag and raises ValueError, or the values it may have."""
 
 
 def number(text: str) -> float:
     """``1e4``, ``10_000``, ``0.5``."""
     value = float(text)
     if value != value or value in (float("inf"), float("-inf")):
-        raise ValueError(f"{text!r} is no finite number")
+        raise ValueError(f"{text!r} is not finite")
     return value
 
 
@@ -44,37 +39,100 @@ def count(text: str) -> int:
     except ValueError:
         value = number(text)
     if value != int(value):
-        raise ValueError(f"{text!r} is no whole number")
+        raise ValueError(f"{text!r} is not whole")
     return int(value)
 
 
-def arms(text: str) -> tuple[str, ...]:
-    """Comma-separated arms, each a known one.
+def words(text: str) -> tuple[str, ...]:
+    """Comma-separated words."""
+    return tuple(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
+
+
+def check_arm(name: str, flag: str = "--arm") -> str:
+    """The name of an arm.
 
     Raises:
-        TellError: an unknown arm (with the nearest name), or none.
+        TellError: no arm is called so.
     """
-    from tell.names import ARMS
-
-    names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
-    for name in names or ("",):
-        if name not in ARMS:
-            raise TellError(
-                f"unknown arm {name!r}{nearest(name, ARMS)}", where="--arms", remedy=f"The arms are {', '.join(ARMS)}."
-            )
-    return names
+    if name not in ARMS:
+        remedy = f"The arms are {', '.join(ARMS)}."
+        raise TellError(f"unknown arm {name!r}", where=flag, remedy=remedy, nearest=did_you_mean(name, ARMS))
+    return name
 
 
-def one_of(flag: str, *names: str) -> Callable[[str], str]:
-    """A parser that takes one of ``names``, and else tells the nearest."""
+def read_arms(text: str) -> tuple[str, ...]:
+    """Comma-separated arms."""
+    return tuple(check_arm(name, "--arms") for name in words(text) or ("",))
 
-    def parse(text: str) -> str:
-        if text not in names:
-            hint = nearest(text, names)
-            raise TellError(f"unknown value {text!r}{hint}", where=flag, remedy=f"Use {' or '.join(names)}.")
-        return text
 
-    return parse
+def reader(flag: str, parse: Parse) -> Callable[[str], object]:
+    """``parse`` as a parser for Typer, with our errors.
+
+    Raises:
+        TellError: the text is not what ``parse`` reads.
+    """
+
+    def read(text: str) -> object:
+        if isinstance(parse, tuple):
+            if text not in parse:
+                remedy, nearest = f"Use {' or '.join(parse)}.", did_you_mean(text, parse)
+                raise TellError(f"unknown value {text!r}", where=flag, remedy=remedy, nearest=nearest)
+            return text
+        try:
+            return parse(text)
+        except ValueError:
+            what = "whole number" if parse is count else "number"
+            raise TellError(f"{text!r} is no {what}", where=flag, remedy="Write e.g. 500, 1e4 or 2e5.") from None
+
+    return read
+
+
+def option(
+    names: str,
+    help: str,
+    metavar: str | None = None,
+    parse: Parse | None = None,
+    default: object = None,
+    panel: str | None = None,
+) -> Any:
+    """A field of a dataclass of options that is a flag.
+
+    Args:
+        names: as typed, e.g. ``"-o --out"``.
+        parse: reads its text; without it Typer does, by the field's type.
+        panel: the group of flags in which the help lists it.
+    """
+    flags = names.split()
+    read = reader(flags[-1], parse) if parse else None
+    info = typer.Option(*flags, help=help, metavar=metavar, parser=read, rich_help_panel=panel)
+    return field(default=default, metadata={"typer": info})
+
+
+def switch(name: str, help: str, panel: str | None = None) -> Any:
+    """A field of a dataclass of options that is off unless its flag is given."""
+    return option(name, help, default=False, panel=panel)
+
+
+def argument(metavar: str, help: str, default: object = MISSING) -> Any:
+    """A field of a dataclass of options that is given by its position."""
+    return field(default=default, metadata={"typer": typer.Argument(metavar=metavar, help=help, show_default=False)})
+
+
+def json_switch() -> Any:
+    return switch("--json", "Print JSON alone on stdout.")
+
+
+def trust_switch() -> Any:
+    """For verbs that read a run folder, which may be somebody else's: what it trusts, its user must trust too."""
+    return switch("--trust-remote-code", "run code that comes with the model, as the run did")
+
+
+def _show_keys(wanted: bool) -> None:
+    if wanted:
+        from tell.config_docs import config_docs
+
+        typer.echo(config_docs(), nl=False)
+        raise typer.Exit
 
 
 @dataclass(frozen=True)
@@ -84,137 +142,77 @@ class Flag:
     name: str
     key: str
     help: str
-    metavar: str = "TEXT"
-    parse: Callable[[str], Any] | None = str
+    metavar: str | None = "TEXT"
+    parse: Parse | None = str
     panel: str = "Data"
-    verbs: frozenset[str] = frozenset({"tune", "plan", "anchor"})
+    verbs: tuple[str, ...] = ("tune", "plan", "anchor")
 
     @property
-    def parameter(self) -> inspect.Parameter:
-        """As a parameter of a typer command."""
-        shared = {"help": f"{self.help} ({self.key})", "rich_help_panel": self.panel, "show_default": False}
-        if self.parse is None:
-            kind: Any = Annotated[bool, typer.Option(self.name, **shared)]
-        else:
-            # the text is parsed by us, after typer: every fault then reads the same
-            kind = Annotated[str | None, typer.Option(self.name, metavar=self.metavar, **shared)]
-        default = False if self.parse is None else None
-        return inspect.Parameter(self.attribute, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
-
-    @property
-    def attribute(self) -> str:
-        return "flag_" + self.name.removeprefix("--").replace("-", "_")
-
-    def read(self, given: Any) -> Any:
-        if self.parse is None:
-            return given or None  # a switch that is not there says nothing
-        if not isinstance(given, str):
-            return given
-        try:
-            return self.parse(given)
-        except ValueError:
-            what = "whole number" if self.parse is count else "number"
-            raise TellError(f"{given!r} is no {what}", where=self.name, remedy="Write e.g. 500, 1e4 or 2e5.") from None
+    def parameter(self) -> Parameter:
+        """As a parameter of a Typer command."""
+        name = self.name[2:].replace("-", "_") + "_"  # a verb may have an option of the same name
+        kind, default = (bool, False) if self.parse is None else (str, None)
+        made = option(self.name, f"{self.help} ({self.key})", self.metavar, self.parse, default, self.panel)
+        return _parameter(name, kind, made)
 
 
-_RUN = frozenset({"tune", "plan"})
-_ALL = frozenset({"tune", "plan", "anchor", "separate"})
-_ANCHORED = _RUN | {"separate"}
-_TUNE = frozenset({"tune"})
+_RUN = ("tune", "plan")
+_ANCHORED = ("tune", "plan", "separate")
+_ALL = ("tune", "plan", "anchor", "separate")
+_MODEL, _GENERAL, _TRAINING = "Model and anchor", "General data", "Mixture and training"
 FLAGS: tuple[Flag, ...] = (
     Flag("--test", "task.test", "test file; without it a test part is split off", "FILE"),
     Flag("--columns", "task.columns", "names of the columns, e.g. prompt=q,answer=a", "NAMES", verbs=_ALL),
-    Flag("--kind", "task.kind", "auto, json, label or text", "KIND", one_of("--kind", "auto", "json", "label", "text")),
+    Flag("--kind", "task.kind", "auto, json, label or text", "KIND", ("auto", "json", "label", "text")),
     Flag("--schema", "task.schema", "JSON Schema of the answers; else it is inferred", "FILE"),
     Flag("--scorer", "task.scorer", "your own scorer, package.module:function", "NAME", verbs=_RUN),
     Flag("--task-tokens", "task.tokens", "train on about this many task tokens", "N", number),
     Flag("--task-rows", "task.rows", "train on this many task rows", "N", count),
     Flag("--test-rows", "task.test_rows", "score at most this many test rows", "N", count, verbs=_RUN),
-    Flag("--drop-overlap", "task.drop_overlap", "remove rows that nearly equal a test row", parse=None, verbs=_RUN),
-    Flag("--model", "model.name", "folder, hub name or smollm2-135m", "NAME", panel="Model and anchor", verbs=_ALL),
+    Flag("--drop-overlap", "task.drop_overlap", "remove rows that nearly equal a test row", None, None, verbs=_RUN),
+    Flag("--model", "model.name", "folder, hub name or smollm2-135m", "NAME", str, _MODEL, _ALL),
     Flag(
-        "--trust-remote-code",
-        "model.trust_remote_code",
-        "run code that comes with the model",
-        parse=None,
-        panel="Model and anchor",
-        verbs=_ALL,
+        "--trust-remote-code", "model.trust_remote_code", "run code that comes with the model", None, None, _MODEL, _ALL
     ),
+    Flag("--anchor", "anchor.text", "auto, none, the text, or @FILE", "TEXT", str, _MODEL, _ANCHORED),
     Flag(
-        "--anchor", "anchor.text", "auto, none, the text, or @FILE", "TEXT", panel="Model and anchor", verbs=_ANCHORED
+        "--anchor-place", "anchor.place", "where it stands: user or system", "PLACE", ("user", "system"), _MODEL, _ALL
     ),
+    Flag("--candidates", "anchor.candidates", "instructions the model writes", "N", count, _MODEL, ("anchor",)),
+    Flag("--general", "general.source", "file, hub name, self or none", "SOURCE", str, _GENERAL, _ALL),
+    Flag("--general-columns", "general.columns", "names of its columns", "NAMES", str, _GENERAL, _ALL),
+    Flag("--general-ratio", "general.ratio", "general tokens per task token", "R", number, _GENERAL, _RUN),
+    Flag("--general-tokens", "general.tokens", "general tokens", "N", number, _GENERAL, _RUN),
+    Flag("--general-rows", "general.rows", "general rows", "N", count, _GENERAL, _RUN),
+    Flag("--order", "mix.order", "shuffle or spread", "NAME", str, _TRAINING, _RUN),
+    Flag("--repeat", "mix.repeat", "times each task row occurs", "K", count, _TRAINING, _RUN),
+    Flag("--preset", "preset", "modern or paper", "NAME", ("modern", "paper"), _TRAINING, _RUN),
+    Flag("--lr", "train.learning_rate", "learning rate", "RATE", number, _TRAINING, _RUN),
     Flag(
-        "--anchor-place",
-        "anchor.place",
-        "where it stands: user or system",
-        "PLACE",
-        one_of("--anchor-place", "user", "system"),
-        panel="Model and anchor",
-        verbs=_ALL,
-    ),
-    Flag(
-        "--candidates",
-        "anchor.candidates",
-        "instructions the model writes",
-        "N",
-        count,
-        "Model and anchor",
-        frozenset({"anchor"}),
-    ),
-    Flag("--general", "general.source", "file, hub name, self or none", "SOURCE", str, "General data", _ALL),
-    Flag("--general-columns", "general.columns", "names of its columns", "NAMES", str, "General data", _ALL),
-    Flag("--general-ratio", "general.ratio", "general tokens per task token", "R", number, "General data", _RUN),
-    Flag("--general-tokens", "general.tokens", "general tokens", "N", number, "General data", _RUN),
-    Flag("--general-rows", "general.rows", "general rows", "N", count, "General data", _RUN),
-    Flag("--order", "mix.order", "shuffle or spread", "NAME", str, "Mixture and training", _RUN),
-    Flag("--repeat", "mix.repeat", "times each task row occurs", "K", count, "Mixture and training", _RUN),
-    Flag(
-        "--preset",
-        "preset",
-        "modern or paper",
-        "NAME",
-        one_of("--preset", "modern", "paper"),
-        "Mixture and training",
-        _RUN,
-    ),
-    Flag("--lr", "train.learning_rate", "learning rate", "RATE", number, "Mixture and training", _RUN),
-    Flag(
-        "--fast",
-        "train.fast",
-        "auto, or off: train through plain transformers and peft",
-        "NAME",
-        one_of("--fast", "auto", "off"),
-        "Mixture and training",
-        _RUN,
+        *("--fast", "train.fast", "auto, or off: train through plain transformers and peft", "NAME"),
+        *(("auto", "off"), _TRAINING, _RUN),
     ),
     Flag("--max-minutes", "max_minutes", "do less until it is predicted to fit", "N", number, "Run", _RUN),
-    Flag("--arms", "eval.arms", "arms to score, comma-separated", "A,B,...", arms, "Run", _RUN),
-    Flag("--greedy", "generate.greedy", "decode greedily", parse=None, panel="Run", verbs=_TUNE),
+    Flag("--arms", "eval.arms", "arms to score, comma-separated", "A,B,...", read_arms, "Run", _RUN),
+    Flag("--greedy", "generate.greedy", "decode greedily", None, None, "Run", ("tune",)),
     Flag("--seed", "seed", "seed of every draw", "N", count, "Run", _ALL),
-    Flag("--out", "out", "run folder", "DIR", str, "Run", _TUNE),
+    Flag("--out", "out", "run folder", "DIR", str, "Run", ("tune",)),
 )
 
 
-@dataclass
+_KEYS = typer.Option("--keys", callback=_show_keys, is_eager=True, help="List every key with default and meaning.")
+
+
+@dataclass(frozen=True)
 class Given:
     """What was given on the command line, before it is a Config."""
 
-    data: str | None = None
-    file: Path | None = None
-    sets: tuple[str, ...] = ()
-    flags: dict[str, Any] = field(default_factory=dict)  # flag -> value
-
-    def nested(self) -> dict[str, Any]:
-        """Flags as the nested mapping `tell.config.load_config` takes."""
-        out: dict[str, Any] = {"task": {"data": self.data}} if self.data is not None else {}
-        keys = {flag.name: flag.key for flag in FLAGS}
-        for name, value in self.flags.items():
-            *sections, last = keys[name].split(".")
-            place = out
-            for section in sections:
-                place = place.setdefault(section, {})
-            place[last] = value
-        return out
+    data: str | None = argument("DATA", "file or hub name of the task data (task.data)", None)
+    file: Path | None = option("-c --config", "YAML file; flags go over it", "FILE")
+    sets: tuple[str, ...] = option("--set", "any key, over all else; repeatable", "KEY=VALUE", default=())
+    keys: bool = field(default=False, metadata={"typer": _KEYS})
+    flags: Mapping[str, object] = field(default_factory=dict)
+    """Values of `FLAGS`, by name."""
 
     def load(self, verb: str) -> Config:
         """YAML, then flags, then ``--set``.
@@ -222,38 +220,45 @@ class Given:
         Raises:
             TellError: no task data, or anything wrong in the three; a flag is called by its name.
         """
-        from tell.config import load_config
+        from tell.config import load_config, merge
 
-        if self.data is None and self.file is None and not any(s.startswith("task.data=") for s in self.sets):
-            raise _no_data(verb)
+        typed: dict[str, object] = {} if self.data is None else {"task": {"data": self.data}}
+        for flag in FLAGS:
+            if flag.name in self.flags:
+                *sections, last = flag.key.split(".")
+                nested = {last: self.flags[flag.name]}
+                for section in reversed(sections):
+                    nested = {section: nested}
+                typed = merge(typed, nested)
         try:
-            config = load_config(self.file, self.nested(), self.sets)
-        except TellError as error:
-            raise self._by_flag(error) from error
+            config = load_config(self.file, typed, self.sets)
+        except ConfigError as error:
+            raise self._in_flags(error) from error
         if config.task.data is None:
-            raise _no_data(verb)
+            remedy = f"Give a file, e.g. `tell {verb} tickets.jsonl`, or run `tell demo`, which brings its own."
+            raise TellError("no task data given", remedy=remedy)
         return config
 
-    def _by_flag(self, error: TellError) -> TellError:
+    def _in_flags(self, error: ConfigError) -> TellError:
         """The same error, in terms of what was typed."""
         for text in self.sets:
-            if error.what.startswith(f"unknown key {text.partition('=')[0].partition('.')[0]}"):
+            key = text.partition("=")[0].strip()
+            if error.problem is None and f"{key}.".startswith(f"{error.key}."):
                 return TellError(error.what, where=f"--set {text}", remedy=error.remedy)
-        names = {flag.key: flag.name for flag in FLAGS if flag.name in self.flags}
-        key, colon, rest = error.what.partition(": ")
-        if not colon or any(text.startswith(f"{key}=") for text in self.sets):
-            return error
-        rest = rest[:1].lower() + rest[1:]
-        if key in names:
-            return TellError(rest, where=names[key], remedy=f"Change {names[key]}.")
-        typed = [name for k, name in names.items() if k.rpartition(".")[0] == key and k.rpartition(".")[2] in rest]
-        if len(typed) > 1:  # two amounts at once
-            return TellError(rest, where=" and ".join(typed), remedy="Give one of them.")
+            if key == error.key:
+                return error
+        problem = error.problem or ""
+        problem = problem[:1].lower() + problem[1:]
+        names = [flag.name for flag in FLAGS if flag.name in self.flags and flag.key in (error.key, *error.conflict)]
+        if len(names) > 1:
+            return TellError(problem, where=" and ".join(names), remedy="Give one of them.")
+        if names and not error.conflict:
+            return TellError(problem, where=names[0], remedy=f"Change {names[0]}.")
         return error
 
 
-def configured_by_run(given: Given, folder: Path, *, scores: bool) -> None:
-    """Let a folder's run.yaml stand for what would have been typed, but for code: that is trusted by flags alone.
+def configured_by_run(given: Given, folder: Path, *, scores: bool) -> Given:
+    """Let a folder's run.yaml replace what would have been typed, except for trust in code, which only flags give.
 
     Args:
         scores: the run's scorer will be called.
@@ -269,77 +274,64 @@ def configured_by_run(given: Given, folder: Path, *, scores: bool) -> None:
     scorer = not scores or flags.get("--scorer") == config.task.scorer
     flag = f"--scorer {config.task.scorer}"
     check_trust(run, config, code="--trust-remote-code" in flags, scorer=scorer, scorer_flag=flag)
-    given.file = run.config
+    return replace(given, data=None, file=run.config)
 
 
-def _no_data(verb: str) -> TellError:
-    return TellError(
-        "no task data given",
-        remedy=f"Give a file, e.g. `tell {verb} tickets.jsonl`, or run `tell demo`, which brings its own.",
-    )
+def _parameter(name: str, kind: Any, made: Field[object]) -> Parameter:
+    """An argument or flag for Typer, which must see text where we parse, and lists where we keep tuples."""
+    info, default = made.metadata["typer"], made.default
+    if info.parser:
+        kind = str
+    elif get_origin(kind) is tuple:
+        kind, default = list[get_args(kind)[0]], None  # type: ignore[misc]  # made at run time
+    if default is None:
+        kind = kind | None
+    default = Parameter.empty if default is MISSING else default
+    return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info])
 
 
-def configured(verb: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a verb ``DATA``, ``-c``, ``--set`` and every flag of `FLAGS` that is meant for it.
+def _parameters(options: type) -> list[Parameter]:
+    hints = get_type_hints(options)
+    return [_parameter(f.name, hints[f.name], f) for f in fields(options) if "typer" in f.metadata]
 
-    The verb takes a `Given` as its first argument, and its own options after it.
+
+def takes_options(function: Callable[..., None]) -> Callable[..., None]:
+    """A Typer command from a function of ``options``, a dataclass whose annotated fields become arguments and flags.
+
+    A function that also takes ``given`` gets DATA, ``-c``, ``--set`` and the flags of `FLAGS` for its verb.
     """
-    mine = [flag for flag in FLAGS if verb in flag.verbs]
-    data = Annotated[
-        str | None,
-        typer.Argument(metavar="DATA", help="file or hub name of the task data (task.data)", show_default=False),
-    ]
-    file = Annotated[
-        Path | None,
-        typer.Option("-c", "--config", metavar="FILE", help="YAML file; flags go over it", show_default=False),
-    ]
-    sets = Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="any key, over all else; repeatable", show_default=False),
-    ]
-    keys = Annotated[
-        bool,
-        typer.Option("--keys", callback=_show_keys, is_eager=True, help="List every key with default and meaning."),
-    ]
-    kind = inspect.Parameter.KEYWORD_ONLY
-    first = [
-        inspect.Parameter("data", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None, annotation=data),
-        inspect.Parameter("config_file", kind, default=None, annotation=file),
-        inspect.Parameter("sets", kind, default=None, annotation=sets),
-        inspect.Parameter("keys", kind, default=False, annotation=keys),
-    ]
+    hints = get_type_hints(function)
+    flags = [flag for flag in FLAGS if "given" in hints and function.__name__ in flag.verbs]
+    parameters = [*(_parameters(Given) if flags else ()), *(f.parameter for f in flags), *_parameters(hints["options"])]
 
-    def decorate(function: Callable[..., None]) -> Callable[..., None]:
-        own = [p.replace(kind=kind) for p in list(inspect.signature(function, eval_str=True).parameters.values())[1:]]
+    @wraps(function)
+    def command(**values: object) -> None:
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if v is not None}
 
-        @wraps(function)
-        def wrapped(**values: Any) -> None:
-            typed = {flag.name: flag.read(values.pop(flag.attribute, None)) for flag in mine}
-            given = Given(
-                data=values.pop("data"),
-                file=values.pop("config_file"),
-                sets=tuple(values.pop("sets") or ()),
-                flags={name: value for name, value in typed.items() if value is not None},
-            )
-            values.pop("keys")
-            function(given, **values)
+        def make(kind: type, **more: object) -> object:
+            return kind(**{f.name: values[f.name] for f in fields(kind) if f.name in values}, **more)
 
-        parameters = [*first, *(flag.parameter for flag in mine), *own]
-        wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        wrapped.__annotations__ = {p.name: p.annotation for p in parameters}
-        return wrapped
+        arguments = {"options": make(hints["options"])}
+        if flags:
+            typed = {flag.name: values.get(flag.parameter.name) for flag in flags}
+            said = {name: value for name, value in typed.items() if value is not None and value is not False}
+            arguments["given"] = make(Given, flags=said)
+        function(**arguments)
 
-    return decorate
+    command.__signature__ = Signature(parameters)  # type: ignore[attr-defined]  # what Typer reads
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return command
 
 
-def _show_keys(wanted: bool) -> None:
-    if wanted:
-        from tell.config_docs import config_docs
+def show(as_json: bool, work: Callable[[Display], dict], draw: Callable[[Console, dict], object]) -> dict:
+    """What the work finds, printed as JSON alone, or drawn."""
+    from tell.cli.display import make_console, make_display
+    from tell.cli.output import only_json
 
-        typer.echo(config_docs(), nl=False)
-        raise typer.Exit
-
-
-def read_number(flag: str, text: str | None, parse: Callable[[str], Any] = count) -> Any:
-    """A number flag of a verb without configuration; None stays None."""
-    return None if text is None else Flag(flag, "", "", parse=parse).read(text)
+    with only_json(as_json) as emit:
+        found = work(make_display())
+        if as_json:
+            emit(found)
+        else:
+            draw(make_console(), found)
+    return found

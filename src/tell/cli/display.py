@@ -7,13 +7,14 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TextIO
 
 from tell.progress import Advance
 from tell.shown import LONGEST_LINE, clean, shorten
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.progress import Progress
 
 BRIEF_SECONDS = 1.0  # work shorter than this leaves no line on the screen
 EVERY = 5.0  # seconds between lines of a log file
@@ -25,7 +26,7 @@ def make_console(*, stderr: bool = False) -> Console:
     from rich.segment import Segment
 
     class Clean(Console):
-        def render(self, renderable: Any, options: Any = None) -> Iterator[Segment]:
+        def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
             for segment in super().render(renderable, options):
                 yield segment if segment.control else Segment(clean(segment.text), segment.style)
 
@@ -108,7 +109,7 @@ class _Count:
 class PlainDisplay:
     """A line when work ends, and one every ``every`` seconds before, whether the work reports anything or not."""
 
-    def __init__(self, stream: Any = None, *, every: float = EVERY) -> None:
+    def __init__(self, stream: TextIO | None = None, *, every: float = EVERY) -> None:
         self.stream, self.every = stream, every
         self._open: list[_Count] = []  # the innermost last: it alone is shown
         self._said = 0.0
@@ -167,7 +168,7 @@ class TerminalDisplay:
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self._progress: Any = None
+        self._progress: Progress | None = None
         self._open = 0
 
     def note(self, text: str) -> None:
@@ -201,8 +202,7 @@ class TerminalDisplay:
             self.note(f"✓ {state.line(finished=True)}")
 
 
-def _make_progress(console: Console) -> Any:
-    from rich.console import RenderableType
+def _make_progress(console: Console) -> Progress:
     from rich.progress import BarColumn, Progress, ProgressColumn, Task
     from rich.text import Text
 

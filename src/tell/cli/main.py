@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 import warnings
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,8 +25,7 @@ from tell.cli import report_command as report
 from tell.cli import separate_command as separate
 from tell.cli import study_command as study
 from tell.cli import tune_command as tune
-from tell.cli.common import nearest
-from tell.errors import TellError, is_panic
+from tell.errors import TellError, did_you_mean, is_panic
 from tell.shown import one_line
 from tell.train.launch import refuse_several
 
@@ -44,11 +43,11 @@ class _Verbs(TyperGroup):
         name = args[0]
         if self.get_command(ctx, name) is None and not name.startswith("-"):
             path = ctx.command_path
-            hint = nearest(name, self.commands)
+            nearest = did_you_mean(name, self.commands)
             remedy = f"`{path} --help` lists the verbs."
-            if not hint and (Path(name).suffix or "/" in name):
+            if not nearest and (Path(name).suffix or "/" in name):
                 remedy = f"Did you mean `tell tune {name}`?"
-            raise TellError(f"unknown verb {name!r}{hint}", remedy=remedy)
+            raise TellError(f"unknown verb {name!r}", remedy=remedy, nearest=nearest)
         return super().resolve_command(ctx, args)
 
 
@@ -84,20 +83,23 @@ def _tell(
         refuse_several(ctx.invoked_subcommand)
 
 
-app.command("tune")(tune.tune)
-app.command("plan")(plan.plan)
-app.command("eval")(eval.evaluate)
-app.command("chat")(chat.chat)
-app.command("report")(report.report)
-app.command("anchor")(anchor.anchor)
-app.command("separate")(separate.separate)
-_build = typer.Typer(cls=_Verbs, help=build.__doc__.splitlines()[0] if build.__doc__ else "")
+_build = typer.Typer(cls=_Verbs, help=(build.__doc__ or "").partition("\n")[0])
 _build.callback()(build.group)
 _build.command("halu-cot-json")(build.halu_cot_json)
 _build.command("is-en-news")(build.is_en_news)
+for _name, _verb in (
+    ("tune", tune.tune),
+    ("plan", plan.plan),
+    ("eval", eval.evaluate),
+    ("chat", chat.chat),
+    ("report", report.report),
+    ("anchor", anchor.anchor),
+    ("separate", separate.separate),
+    ("study", study.study),
+    ("demo", demo.demo),
+):
+    app.command(_name)(_verb)
 app.add_typer(_build, name="build")
-app.command("study")(study.study)
-app.command("demo")(demo.demo)
 
 
 def run(argv: Sequence[str]) -> int:
@@ -139,8 +141,8 @@ def main() -> None:
     """Entry point of the command ``tell``."""
     if not _take_debug(sys.argv[1:])[1]:
         warnings.simplefilter("ignore", FutureWarning)  # libraries talk to their callers' authors, not to users
-    with suppress(AttributeError, ValueError):
-        sys.stdout.reconfigure(errors="backslashreplace")  # half characters in answers, for one  # type: ignore[union-attr]
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # halves of surrogate pairs in answers, for one
     sys.exit(run(sys.argv[1:]))
 
 
@@ -168,7 +170,8 @@ def _usage(error: Any, arguments: list[str]) -> str:
     if option and type(error).__name__ == "NoSuchOption":
         known = [name for p in context.command.params for name in (*p.opts, *p.secondary_opts)] if context else []
         known = [name for name in known if name.startswith("--")]
-        return str(TellError(f"unknown flag {option}{nearest(option, known)}", where=path, remedy=remedy))
+        nearest = did_you_mean(option, known)
+        return str(TellError(f"unknown flag {option}", where=path, remedy=remedy, nearest=nearest))
     text = error.format_message().rstrip(".")
     return str(TellError(text[:1].lower() + text[1:], where=path, remedy=remedy))
 

@@ -2,87 +2,70 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Literal
 
-import typer
-
-from tell.cli.common import Given, configured, configured_by_run, one_of, read_number
+from tell.cli.common import Given, configured_by_run, count, json_switch, option, show, switch, takes_options
 from tell.errors import TellError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
 
-@configured("separate")
-def separate(
-    given: Given,
-    layer: Annotated[
-        str, typer.Option("--layer", metavar="N", help="layer, 0 for the embeddings; middle; or all")
-    ] = "middle",
-    queries: Annotated[str, typer.Option("--queries", metavar="N", help="queries of each group")] = "50",
-    state: Annotated[str, typer.Option("--state", metavar="KIND", help="last prompt token, or mean")] = "last",
-    adapter: Annotated[
-        str | None, typer.Option("--adapter", metavar="ARM", help="with this arm's adapter of the run")
-    ] = None,
-    match_length: Annotated[
-        bool, typer.Option("--match-length", help="Choose general queries of the task queries' lengths.")
-    ] = False,
-    out: Annotated[
-        Path | None, typer.Option("-o", "--out", metavar="DIR", help="write numbers and t-SNE picture here")
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace those that lie there.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone on stdout.")] = False,
-) -> None:
+@dataclass(frozen=True)
+class SeparateOptions:
+    layer: str = option("--layer", "layer, 0 for the embeddings; middle; or all", "N", default="middle")
+    queries: int = option("--queries", "queries of each group", "N", count, default=50)
+    state: Literal["last", "mean"] = option(
+        "--state", "last prompt token, or mean", "KIND", ("last", "mean"), default="last"
+    )
+    adapter: str | None = option("--adapter", "with this arm's adapter of the run", "ARM")
+    match_length: bool = switch("--match-length", "Choose general queries of the task queries' lengths.")
+    out: Path | None = option("-o --out", "write numbers and t-SNE picture here", "DIR")
+    overwrite: bool = switch("--overwrite", "Replace those that lie there.")
+    as_json: bool = json_switch()
+
+
+@takes_options
+def separate(given: Given, options: SeparateOptions) -> None:
     """Measure how the anchor separates DATA from general queries.
 
     DATA may be a run folder. Probe, silhouette and MMD of hidden states; -o adds a t-SNE picture.
 
     Example: tell separate tickets.jsonl --general alpaca.jsonl --anchor @anchor.txt -o separation
     """
-    rows = read_number("--queries", queries)
-    if rows < 1:
-        raise TellError(f"{rows} queries", where="--queries", remedy="Give 5 or more.")
-    kind = one_of("--state", "last", "mean")(state)
+    if options.queries < 1:
+        raise TellError(f"{options.queries} queries", where="--queries", remedy="Give 5 or more.")
     run = _run_of(given)
-    config = given.load("separate")
+    config = (configured_by_run(given, run, scores=False) if run else given).load("separate")
     import tell
-    from tell.cli.display import make_console, make_display
-    from tell.cli.output import only_json, say
+    from tell.cli.output import say
     from tell.verbs.separate import Comparison
 
-    with only_json(as_json) as emit:
-        result = tell.separate(
-            config,
-            run=run,
-            compare=Comparison(layer, rows, kind, match_length, adapter),
-            out=out,
-            overwrite=overwrite,
-            display=make_display(),
-        )
-        if as_json:
-            emit(result)
-        else:
-            make_console().print(_table(result))
-    if out is not None:
-        say(f"written to {out}: separation.json, separation.svg, separation.png", err=True)
+    compare = Comparison(options.layer, options.queries, options.state, options.match_length, options.adapter)
+    show(
+        options.as_json,
+        lambda display: tell.separate(
+            config, run=run, compare=compare, out=options.out, overwrite=options.overwrite, display=display
+        ),
+        lambda console, found: console.print(_table(found)),
+    )
+    if options.out is not None:
+        say(f"written to {options.out}: separation.json, separation.svg, separation.png", err=True)
 
 
 def _run_of(given: Given) -> Path | None:
-    """The run folder that stands in DATA's place; its run.yaml is the configuration then.
-
-    Raises:
-        TellError: a folder that is no run, or a run with a configuration beside it.
-    """
+    """The run folder given as DATA; its run.yaml is the configuration then."""
     if given.data is None or not Path(given.data).is_dir():
         return None
     folder = Path(given.data)
-    if not (folder / "run.yaml").exists():
+    from tell.folder import RunFolder
+
+    if not RunFolder(folder).config.exists():
         raise TellError("holds no run", where=given.data, remedy="Give a file, or the folder `tell tune` wrote.")
     if given.file is not None:
         raise TellError("a run and -c are both given", where=given.data, remedy="Give one of them.")
-    configured_by_run(given, folder, scores=False)
-    given.data = None
     return folder
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from tell.cli.common import count, number, one_of, read_number
+from tell.cli.common import argument, count, json_switch, number, option, show, switch, takes_options
 from tell.errors import TellError
 from tell.shown import one_line
 
@@ -19,103 +20,6 @@ SHOWN_ERRORS = 20
 MARKS = {"waiting": "", "done": "✓", "failed": "✗"}
 
 
-def study(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file of the study", show_default=False)],
-    data: Annotated[Path | None, typer.Option("--data", metavar="DIR", help="folder of ${data}")] = None,
-    variables: Annotated[
-        list[str] | None, typer.Option("--var", metavar="NAME=VALUE", help="another variable; repeatable")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", metavar="DIR", help="the study's folder; default: ROOT/name of the recipe")
-    ] = None,
-    root: Annotated[Path, typer.Option("--root", metavar="DIR", help="folder of all cells")] = Path("studies"),
-    sets: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="a key of every run; repeatable")
-    ] = None,
-    seeds: Annotated[str | None, typer.Option("--seeds", metavar="N,N,...", help="other seeds")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print cells, tokens, FLOPs and hours; run nothing.")] = (
-        False
-    ),
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone on stdout.")] = False,
-    executor: Annotated[str, typer.Option("--executor", metavar="NAME", help="local or ray")] = "local",
-    address: Annotated[
-        str, typer.Option("--address", metavar="ADDRESS", help="of the Ray cluster: auto, ray://HOST:PORT or local")
-    ] = "auto",
-    cpus: Annotated[str | None, typer.Option("--cpus", metavar="N", help="cores of each cell on a cluster")] = None,
-    gpus: Annotated[str | None, typer.Option("--gpus", metavar="N", help="GPUs of each cell on a cluster")] = None,
-    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run failed cells again.")] = False,
-    keep_adapters: Annotated[bool, typer.Option("--keep-adapters", help="Keep adapters of finished cells.")] = False,
-) -> None:
-    """Run a grid of runs from RECIPE: tables, figures, a page.
-
-    Cells are named by content and never run twice; give the same command again to go on where it was stopped.
-
-    Example: tell study recipes/small/fig11.yaml --data ~/data --dry-run
-    """
-    import tell
-    from tell.cli.display import make_console, make_display
-    from tell.cli.output import only_json, say
-    from tell.studies.executors.registry import executors
-
-    one_of("--executor", *executors())(executor)
-    execution = tell.Execution(
-        executor=executor,
-        address=address,
-        cpus=read_number("--cpus", cpus, number),
-        gpus=read_number("--gpus", gpus, number),
-        retry_failed=retry_failed,
-        keep_adapters=keep_adapters or None,
-    )
-    changes = tell.Changes(_variables(variables or ()), tuple(sets or ()), None if seeds is None else _seeds(seeds))
-    options: dict[str, Any] = {"data": data, "changes": changes, "out": out, "root": root}
-
-    with only_json(as_json) as emit:
-        if dry_run:
-            plan = tell.plan_study(recipe, retry_failed=retry_failed, display=make_display(), **options)
-            if as_json:
-                emit(plan)
-            else:
-                make_console().print(plan_panel(plan))
-            _say_unplanned(plan)
-            return
-        folder = tell.run_study(recipe, execution=execution, display=make_display(), **options)
-        if as_json:
-            emit({"folder": str(folder.root), **folder.read()})
-        elif folder.page.exists():
-            say(folder.page)
-    failed = folder.failed()
-    if failed:
-        names = list(failed)[:SHOWN_ERRORS]
-        more = f"\n  and {len(failed) - len(names)} more" if len(failed) > len(names) else ""
-        lines = "".join(f"\n  {name}: {one_line(failed[name])}" for name in names)
-        typer.echo(f"{len(failed)} cells failed (--retry-failed runs them again):{lines}{more}", err=True)
-        raise typer.Exit(1)
-
-
-def _say_unplanned(plan: Mapping[str, Any]) -> None:
-    """What the study would run into; code 2 where it could run nothing at all.
-
-    Raises:
-        typer.Exit: cells that are to be run cannot be planned.
-    """
-    left = plan["left"]
-    if not left["unplanned"]:
-        return
-    lines = "".join(f"\n  {one_line(error)}" for error in left["errors"][:SHOWN_ERRORS])
-    typer.echo(f"{left['unplanned']:,} of {left['cells']:,} cells to do cannot be run:{lines}", err=True)
-    raise typer.Exit(2 if left["unplanned"] == left["cells"] else 1)
-
-
-def _variables(texts: tuple[str, ...] | list[str]) -> dict[str, str]:
-    found = {}
-    for text in texts:
-        name, separator, value = text.partition("=")
-        if not separator or not name:
-            raise TellError(f"{text!r} is not of the form name=value", where="--var", remedy="Write --var name=value.")
-        found[name] = value
-    return found
-
-
 def _seeds(text: str) -> tuple[int, ...]:
     try:
         seeds = tuple(count(part) for part in text.split(",") if part.strip())
@@ -124,6 +28,91 @@ def _seeds(text: str) -> tuple[int, ...]:
     if not seeds:
         raise TellError(f"{text!r} is no list of seeds", where="--seeds", remedy="Write e.g. 42,43,44.")
     return seeds
+
+
+@dataclass(frozen=True)
+class StudyOptions:
+    recipe: Path = argument("RECIPE", "YAML file of the study")
+    data: Path | None = option("--data", "folder of ${data}", "DIR")
+    variables: tuple[str, ...] = option("--var", "another variable; repeatable", "NAME=VALUE", default=())
+    out: Path | None = option("--out", "the study's folder; default: ROOT/name of the recipe", "DIR")
+    root: Path = option("--root", "folder of all cells", "DIR", default=Path("studies"))
+    sets: tuple[str, ...] = option("--set", "a key of every run; repeatable", "KEY=VALUE", default=())
+    seeds: tuple[int, ...] | None = option("--seeds", "other seeds", "N,N,...", _seeds)
+    dry_run: bool = switch("--dry-run", "Print cells, tokens, FLOPs and hours; run nothing.")
+    as_json: bool = json_switch()
+    executor: str = option("--executor", "local or ray", "NAME", ("local", "ray"), default="local")
+    address: str = option("--address", "of the Ray cluster: auto, ray://HOST:PORT or local", "ADDRESS", default="auto")
+    cpus: float | None = option("--cpus", "cores of each cell on a cluster", "N", number)
+    gpus: float | None = option("--gpus", "GPUs of each cell on a cluster", "N", number)
+    retry_failed: bool = switch("--retry-failed", "Run failed cells again.")
+    keep_adapters: bool = switch("--keep-adapters", "Keep adapters of finished cells.")
+
+
+@takes_options
+def study(options: StudyOptions) -> None:
+    """Run a grid of runs from RECIPE: tables, figures, a page.
+
+    Cells are named by content and never run twice; give the same command again to go on where it was stopped.
+
+    Example: tell study recipes/small/fig11.yaml --data ~/data --dry-run
+    """
+    import tell
+    from tell.cli.display import make_display
+    from tell.cli.output import only_json, say
+
+    changes = tell.Changes(_variables(options.variables), options.sets, options.seeds)
+    asked: dict[str, Any] = {"data": options.data, "changes": changes, "out": options.out, "root": options.root}
+    if options.dry_run:
+        plan = show(
+            options.as_json,
+            lambda display: tell.plan_study(
+                options.recipe, retry_failed=options.retry_failed, display=display, **asked
+            ),
+            lambda console, plan: console.print(plan_panel(plan)),
+        )
+        _say_unplanned(plan)
+        return
+    with only_json(options.as_json) as emit:
+        execution = tell.Execution(
+            executor=options.executor,
+            address=options.address,
+            cpus=options.cpus,
+            gpus=options.gpus,
+            retry_failed=options.retry_failed,
+            keep_adapters=options.keep_adapters or None,
+        )
+        folder = tell.run_study(options.recipe, execution=execution, display=make_display(), **asked)
+        if options.as_json:
+            emit({"folder": str(folder.root), **folder.read()})
+        elif folder.page.exists():
+            say(folder.page)
+    if failed := folder.failed():
+        names = list(failed)[:SHOWN_ERRORS]
+        more = f"\n  and {len(failed) - len(names)} more" if len(failed) > len(names) else ""
+        lines = "".join(f"\n  {name}: {one_line(failed[name])}" for name in names)
+        typer.echo(f"{len(failed)} cells failed (--retry-failed runs them again):{lines}{more}", err=True)
+        raise typer.Exit(1)
+
+
+def _say_unplanned(plan: Mapping[str, Any]) -> None:
+    """What the study would run into; code 2 where it could run nothing at all."""
+    left = plan["left"]
+    if not left["unplanned"]:
+        return
+    lines = "".join(f"\n  {one_line(error)}" for error in left["errors"][:SHOWN_ERRORS])
+    typer.echo(f"{left['unplanned']:,} of {left['cells']:,} cells to do cannot be run:{lines}", err=True)
+    raise typer.Exit(2 if left["unplanned"] == left["cells"] else 1)
+
+
+def _variables(texts: Iterable[str]) -> dict[str, str]:
+    found = {}
+    for text in texts:
+        name, separator, value = text.partition("=")
+        if not separator or not name:
+            raise TellError(f"{text!r} is not of the form name=value", where="--var", remedy="Write --var name=value.")
+        found[name] = value
+    return found
 
 
 def plan_panel(plan: dict) -> RenderableType:

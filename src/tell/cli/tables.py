@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from tell.cli.display import clock, short
 from tell.config import read_yaml
-from tell.folder import RunFolder, read_jsonl
+from tell.files import read_jsonl
+from tell.folder import RunFolder
 from tell.names import HELD_OUT, LOSSES, NAMES, Unit, unit_of
 from tell.report.told import told
 from tell.shown import clean, left_out

@@ -4,37 +4,33 @@ from __future__ import annotations
 
 import shlex
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
 
-import typer
-
-from tell.cli.common import Given, configured, configured_by_run
+from tell.cli.common import Given, configured_by_run, switch, takes_options
 from tell.errors import TellError
 from tell.shown import one_line
 from tell.train.launch import launched
 
-_Switch = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.", rich_help_panel="Run")]
+
+@dataclass(frozen=True)
+class TuneOptions:
+    resume: bool = switch("--resume", "Go on with an interrupted run.", panel="Run")
+    overwrite: bool = switch("--overwrite", "Replace an earlier run.", panel="Run")
 
 
-@configured("tune")
-def tune(
-    given: Given,
-    resume: _Switch = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an earlier run.", rich_help_panel="Run")
-    ] = False,
-) -> None:
+@takes_options
+def tune(given: Given, options: TuneOptions) -> None:
     """Tune a model on DATA, score what that gained, write a report.
 
     The tuned model is compared with the untuned one and with plain fine-tuning on the same test rows.
 
     Example: tell tune tickets.jsonl --model smollm2-135m --out runs/tickets
     """
+    resume, overwrite = options.resume, options.overwrite
     if resume and overwrite:
         raise TellError("both are given", where="--resume and --overwrite", remedy="Give one of them.")
-    _resume_alone(given, resume)
-    config = given.load("tune")
+    config = (_as_before(given) if resume else given).load("tune")
     launch = launched()
     leads = launch is None or launch.rank == 0
     if leads and config.out and not (resume or overwrite):
@@ -49,19 +45,18 @@ def tune(
         show_run(make_console(), run)
 
 
-def _resume_alone(given: Given, resume: bool) -> None:
+def _as_before(given: Given) -> Given:
     """``tell tune --resume --out DIR`` needs nothing typed twice: the folder has its run.yaml."""
-    out: Any = given.flags.get("--out")
-    if resume and out and given.data is None and given.file is None and (Path(out) / "run.yaml").exists():
-        configured_by_run(given, Path(out), scores=True)
+    from tell.folder import RunFolder
+
+    out = given.flags.get("--out")
+    if isinstance(out, str) and given.data is None and given.file is None and RunFolder(out).config.exists():
+        return configured_by_run(given, Path(out), scores=True)
+    return given
 
 
 def ask_about(folder: Path) -> tuple[bool, bool]:
-    """(resume, overwrite) for a run folder that exists, asked on a terminal; elsewhere `tell.tune` refuses it.
-
-    Raises:
-        TellError: the answer is cancel.
-    """
+    """(resume, overwrite) for a run folder that exists, asked on a terminal; elsewhere `tell.tune` refuses it."""
     filled = folder.is_dir() and any(folder.iterdir())
     if not filled or not (sys.stdin.isatty() and sys.stderr.isatty()):
         return False, False

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import gzip
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tell.errors import TellError
 
 GROWTH = 100
-"""Times its size that a file may grow to: text grows 3 to 20 times, a bomb 1,000 to 30,000 times."""
+"""A file may grow to this many times its size: text grows 3 to 20 times, a bomb 1,000 to 30,000 times."""
 FLOOR = 128 * 2**20
-"""Bytes that any file may grow to."""
+"""Bytes that every file may grow to."""
 CEILING = 4 * 2**30
 """Bytes that no file may exceed: rows are held in memory, at several times their size."""
 _CHUNK = 2**20
@@ -28,39 +28,29 @@ class Allowance:
         self.limit = min(CEILING, max(FLOOR, GROWTH * self.size))
 
     def take(self, count: int) -> None:
-        """Count ``count`` more bytes.
-
-        Raises:
-            TellError: that is more than the file may grow to.
-        """
+        """Count ``count`` more bytes; a TellError where the file may not grow so far."""
         self.used += count
         if self.used > self.limit:
-            raise TellError(
-                f"has {self.size:,} bytes and grows to more than {self.limit:,}",
-                where=str(self.path),
-                remedy="Split the file, or save it as plain JSON Lines.",
-            )
+            what = f"has {self.size:,} bytes and grows to more than {self.limit:,}"
+            raise TellError(what, where=str(self.path), remedy="Split the file, or save it as plain JSON Lines.")
 
 
 def decompress(data: bytes, compression: str, path: Path) -> bytes:
-    """The content of a .gz or .zst file.
+    """The content of a compressed file.
 
     Raises:
         TellError: damaged, or larger than `Allowance` lets it grow.
     """
     allowance, parts = Allowance(path), []
     try:
-        for part in _gzip(data) if compression == ".gz" else _zstandard(data):
+        for part in COMPRESSIONS[compression](data):
             allowance.take(len(part))
             parts.append(part)
     except TellError:
         raise
     except Exception as error:  # zlib.error, EOFError, BadGzipFile, ZstdError: all mean the same to the user
-        raise TellError(
-            f"is not a complete {compression} file ({error})",
-            where=str(path),
-            remedy="Copy or compress it again.",
-        ) from error
+        what = f"is not a complete {compression} file ({error})"
+        raise TellError(what, where=str(path), remedy="Copy or compress it again.") from error
     return b"".join(parts)
 
 
@@ -83,3 +73,7 @@ def _zstandard(data: bytes) -> Iterator[bytes]:
             yield frame.decompress(view[start : start + _INPUT])
             start += _INPUT
         start = min(start, len(data)) - len(frame.unused_data)
+
+
+COMPRESSIONS: dict[str, Callable[[bytes], Iterator[bytes]]] = {".gz": _gzip, ".zst": _zstandard}
+"""What decompresses a file, by its last suffix."""

@@ -7,33 +7,33 @@ import io
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from tell.errors import TellError
 
 Row = tuple[int, list[str]]  # the line it begins on, its cells
+Notify = Callable[[str], None]
 
 
-def read_delimited(
-    text: str, path: Path, suffix: str, notify: Callable[[str], None] = lambda text: None
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Records of a file with a header line; columns without a name are left out, and reported where they hold text.
+def read_csv(text: str, path: Path, notify: Notify) -> Iterator[tuple[int, dict[str, object]]]:
+    """Records of a file with a header line; columns without a name are left out, and reported where they hold text."""
+    head = text.partition("\n")[0]
+    delimiter = ";" if ";" in head and "," not in head else ","  # spreadsheets of many countries write semicolons
+    return _records(_quoted_rows(text, delimiter, path), path, notify)
 
-    In a TSV file, which knows no quotes by itself, a quoted cell that runs over several lines is taken for text with
-    quotes in it where every line has its cells without that.
 
-    Args:
-        suffix: ``.csv`` or ``.tsv``.
-        notify: told what was guessed.
+def read_tsv(text: str, path: Path, notify: Notify) -> Iterator[tuple[int, dict[str, object]]]:
+    """`read_csv`, with tabs.
+
+    TSV itself knows no quotes: a quoted cell that runs over several lines is taken for text with quotes in it where
+    every line has its cells without that.
     """
-    if suffix == ".tsv" and (plain := _plain_rows(text)) is not None:
-        notify(f"{path.name}: quotes are read as part of the text, since every line has its cells without them")
-        rows = iter(plain)
-    else:
-        head = text.partition("\n")[0]
-        # Spreadsheets of many countries write semicolons.
-        delimiter = "\t" if suffix == ".tsv" else ";" if ";" in head and "," not in head else ","
-        rows = _quoted_rows(text, delimiter, path, suffix)
+    if (plain := _plain_rows(text)) is None:
+        return _records(_quoted_rows(text, "\t", path), path, notify)
+    notify(f"{path.name}: quotes are read as part of the text, since every line has its cells without them")
+    return _records(iter(plain), path, notify)
+
+
+def _records(rows: Iterator[Row], path: Path, notify: Notify) -> Iterator[tuple[int, dict[str, object]]]:
     line, header = next(rows, (1, []))
     names = [name.strip() for name in header]
     named = [name for name in names if name]
@@ -42,25 +42,21 @@ def read_delimited(
         raise TellError(f"names the column {twice!r} twice", where=f"{path}:{line}", remedy="Rename one of them.")
     unnamed = len(named) < len(names)
     for line, cells in rows:
-        short, long = names[len(cells) :], cells[len(names) :]
-        if any(short) or any(long):  # spreadsheets pad rows and headers with empty cells
-            raise TellError(
-                f"has {len(cells)} cells where the header has {len(names)}",
-                where=f"{path}:{line}",
-                remedy="Put quotes around cells that hold the separator.",
-            )
+        if any(names[len(cells) :]) or any(cells[len(names) :]):  # spreadsheets pad rows and headers with empty cells
+            what = f"has {len(cells)} cells where the header has {len(names)}"
+            raise TellError(what, where=f"{path}:{line}", remedy="Put quotes around cells that hold the separator.")
         if unnamed and any(cell for name, cell in zip(names, cells, strict=False) if not name):
             notify(f"{path.name}: columns without a name are not used, the first with text is in line {line}")
-            unnamed = False  # said once
-        record = dict(zip(names, cells, strict=False))
+            unnamed = False  # once is enough
+        record: dict[str, object] = dict(zip(names, cells, strict=False))
         record.pop("", None)
         yield line, record
 
 
-def _quoted_rows(text: str, delimiter: str, path: Path, suffix: str) -> Iterator[Row]:
+def _quoted_rows(text: str, delimiter: str, path: Path) -> Iterator[Row]:
     previous = csv.field_size_limit(2**31 - 1)  # the default of 128 KiB refuses long documents
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    line = 1
+    line, form = 1, "TSV" if delimiter == "\t" else "CSV"
     try:
         for cells in reader:
             start, line = line, reader.line_num + 1
@@ -68,7 +64,7 @@ def _quoted_rows(text: str, delimiter: str, path: Path, suffix: str) -> Iterator
                 yield start, cells
     except csv.Error as error:
         raise TellError(
-            f"is not valid {suffix[1:].upper()} ({error})",
+            f"is not valid {form} ({error})",
             where=f"{path}:{line}",
             remedy="Close the quotes of that row, and double quotes inside a quoted cell.",
         ) from error

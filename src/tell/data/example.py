@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 Role = Literal["system", "user", "assistant", "tool"]
 _encode = json.JSONEncoder(ensure_ascii=False).encode
@@ -19,8 +19,8 @@ class Message:
     Attributes:
         trained: the turn carries loss; only an assistant's turn does. False for examples inside a prompt, for
             ``weight: 0`` and for tool calls.
-        extra: JSON object of what else a chat template may show: ``tool_calls``, ``tool_call_id``, ``name``.
-        tools: JSON list of the tools that the conversation's model is told about; on its first user turn alone.
+        extra: JSON object with more that a chat template may show: ``tool_calls``, ``tool_call_id``, ``name``.
+        tools: JSON list of the tools of the conversation; on its first user turn alone.
     """
 
     role: Role
@@ -34,9 +34,9 @@ class Message:
         """Nothing but role and content, with loss where the assistant speaks."""
         return self.trained and not self.extra and not self.tools
 
-    def to_dict(self) -> dict[str, Any]:
-        """What a chat template sees of the turn; tools are passed to it apart (`tools_of`)."""
-        turn: dict[str, Any] = {"role": self.role, "content": self.content}
+    def to_dict(self) -> dict[str, object]:
+        """What a chat template sees of the turn; it gets the tools separately (`tools_of`)."""
+        turn: dict[str, object] = {"role": self.role, "content": self.content}
         return {**turn, **json.loads(self.extra)} if self.extra else turn
 
     def with_content(self, content: str) -> Message:
@@ -54,8 +54,8 @@ class Example:
     """A conversation that ends with the assistant's answer.
 
     Attributes:
-        messages: the turns; the last one is the assistant's. No anchor in here: it is put on when a
-            row is rendered, so the same example can be rendered with and without it.
+        messages: the turns; the last one is the assistant's. Without the anchor, which is put on when a row is
+            rendered.
         source: ``"task"``, ``"general"`` or another source name.
         origin: where it was read, ``"tickets.jsonl:12"``; for error messages and tables.
         hash: content hash, 16 hexadecimal digits; equal conversations have equal hashes.

@@ -7,11 +7,12 @@ import math
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NoReturn, TypeVar
 
 from tell.shown import brief
 
+T = TypeVar("T")
 DEPTH = 64  # of nesting; deeper values would exhaust the stack of validator and comparison
 _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
@@ -60,13 +61,9 @@ def half_surrogate(text: str) -> str | None:
     return None
 
 
-def check_depth(value: Any) -> Any:
-    """``value`` itself if it nests at most 64 levels.
-
-    Raises:
-        ValueError: deeper.
-    """
-    level = [value]
+def check_depth(value: T) -> T:
+    """``value`` itself; a ValueError where it nests over 64 levels."""
+    level: list[object] = [value]
     for _ in range(DEPTH):
         level = [item for node in level if isinstance(node, (list, dict)) for item in items(node)]
         if not level:
@@ -75,7 +72,7 @@ def check_depth(value: Any) -> Any:
 
 
 def nfc(value: Any) -> Any:
-    """A JSON value whose strings and keys are in Unicode's composed form: macOS writes é as two characters."""
+    """A JSON value with strings and keys in Unicode's composed form: macOS writes é as two characters."""
     if isinstance(value, str):
         return value if value.isascii() else unicodedata.normalize("NFC", value)
     if isinstance(value, dict):
@@ -83,12 +80,12 @@ def nfc(value: Any) -> Any:
     return [nfc(item) for item in value] if isinstance(value, list) else value
 
 
-def items(node: list | dict) -> Iterable[Any]:
+def items(node: list | dict) -> Iterable[object]:
     """What an array or object holds."""
     return node.values() if isinstance(node, dict) else node
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     out = dict(pairs)
     if len(out) < len(pairs):
         twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
@@ -96,7 +93,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return out
 
 
-def _refuse(constant: str) -> Any:
+def _refuse(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is not a JSON number")
 
 
@@ -118,9 +115,11 @@ def _integer(digits: str) -> int:
     return int(digits)
 
 
-_NUMBERS: dict[str, Any] = {"object_pairs_hook": _unique, "parse_float": _finite, "parse_int": _integer}
-FILES = json.JSONDecoder(parse_constant=_null, **_NUMBERS)
-_ANSWERS = json.JSONDecoder(parse_constant=_refuse, **_NUMBERS)
+def _decoder(constant: Callable[[str], None]) -> json.JSONDecoder:
+    return json.JSONDecoder(parse_constant=constant, object_pairs_hook=_unique, parse_float=_finite, parse_int=_integer)
+
+
+FILES, _ANSWERS = _decoder(_null), _decoder(_refuse)
 _LENIENT = json.JSONDecoder()
 
 

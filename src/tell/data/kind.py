@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from tell.data.example import Example
 from tell.data.formats import check_file, read_text
 from tell.data.json_text import nfc, parse_strict, read_json
-from tell.data.schema import Schema, SlowPattern
+from tell.data.schema import FIX_SCHEMA, Schema, SlowPattern
 from tell.errors import TellError
 from tell.files import expanded
 from tell.shown import brief
@@ -41,8 +42,8 @@ class Kind:
         schema_inferred: the schema was inferred from the answers, not given.
         labels: the distinct answers, sorted; kind label only.
         why: one sentence for people.
-        shown: the schema that the training answers alone show, where `widen` has made ``schema`` wider; what is said
-            to the model must not come from test rows.
+        shown: the schema of the training answers alone, where `widen` has made ``schema`` wider; what the model sees
+            must not come from test rows.
     """
 
     name: KindName
@@ -53,11 +54,44 @@ class Kind:
     shown: dict[str, Any] | None = None
 
 
+class Answers:
+    """The answers of a task, as the kinds look at them."""
+
+    def __init__(self, examples: Sequence[Example]) -> None:
+        self.examples = examples
+        self.texts = [example.answer for example in examples]
+        self.n = len(examples)
+
+    @cached_property
+    def labels(self) -> tuple[str, ...]:
+        """The distinct answers, sorted."""
+        return _distinct(self.texts)
+
+    @cached_property
+    def parsed(self) -> list[object]:
+        """The JSON value of each answer; the text itself where it is not JSON."""
+        return [_parse(text) for text in self.texts]
+
+
+Detect = Callable[[Answers, bool], Kind | None]
+KINDS: dict[KindName, Detect] = {}
+"""What detects each kind, in the order in which they are tried."""
+
+
+def kind(name: KindName) -> Callable[[Detect], Detect]:
+    """Declare what makes a `Kind` of answers: None where they are of another kind, unless it was requested."""
+
+    def add(function: Detect) -> Detect:
+        if name in KINDS:
+            raise ValueError(f"kind {name!r} is declared twice")
+        KINDS[name] = function
+        return function
+
+    return add
+
+
 def detect_kind(
-    examples: Sequence[Example],
-    *,
-    override: Literal["auto", "json", "label", "text"] = "auto",
-    schema: dict[str, Any] | None = None,
+    examples: Sequence[Example], *, override: Literal["auto"] | KindName = "auto", schema: dict[str, Any] | None = None
 ) -> Kind:
     """Kind of the task from its answers.
 
@@ -67,45 +101,58 @@ def detect_kind(
         schema: JSON Schema given by the user; it makes the kind json.
 
     Raises:
-        TellError: kind json was asked for (or a schema given) and an answer is not JSON.
+        TellError: kind json was requested (or a schema given) and an answer is not JSON.
     """
-    answers = [example.answer for example in examples]
-    n = len(answers)
-    if schema is not None and override in ("label", "text"):
-        raise TellError(
-            f"kind {override} has no use for a schema",
-            where="--schema",
-            remedy="Drop --schema, or set the kind to json.",
-        )
-    if override == "json" or schema is not None:
-        values = [_parse_or_refuse(example) for example in examples]
-        asked = "a schema was given" if schema is not None else "asked for"
-        if schema is None:
-            return Kind(
-                "json", infer_schema(values), True, None, f"json: {asked}; the schema is inferred from {n} answers"
-            )
-        broken = _misfits(examples, values, schema)
-        return Kind("json", schema, False, None, f"json: {asked}{'; ' if broken else ''}{broken}")
-    if override == "text":
-        return Kind("text", None, False, None, "text: asked for")
-    labels = _distinct(answers)
-    if override == "label":
-        return Kind("label", None, False, labels, f"label: asked for; {_count(labels, n)}")
-    parsed = [_parse(answer) for answer in answers]
-    objects = sum(isinstance(value, dict) for value in parsed)
-    if objects == n:
-        why = f"json: all {n} answers are JSON objects; the schema is inferred from them"
-        return Kind("json", infer_schema(parsed), True, None, why)
-    if are_labels(answers):
-        return Kind("label", None, False, labels, f"label: {_count(labels, n)}")
-    if objects > n / 2:
-        bad = next(example for example, value in zip(examples, parsed, strict=True) if not isinstance(value, dict))
-        why = f"text: {objects} of {n} answers are JSON objects, but not all; the first that is not is {bad.origin}"
-    elif all(map(_is_short, labels)):
-        why = f"text: the answers are short, but {_count(labels, n)} repeat too little to be labels"
+    answers = Answers(examples)
+    if schema is not None:
+        if override not in ("auto", "json"):
+            remedy = "Drop --schema, or set the kind to json."
+            raise TellError(f"kind {override} has no use for a schema", where="--schema", remedy=remedy)
+        broken = _misfits(examples, [_parse_or_refuse(example) for example in examples], schema)
+        return Kind("json", schema, False, None, f"json: a schema was given{'; ' if broken else ''}{broken}")
+    if override != "auto":
+        found = KINDS[override](answers, True)
     else:
-        why = f"text: the {n} answers are neither JSON objects nor few short labels"
-    return Kind("text", None, False, None, why)
+        found = next((made for detect in KINDS.values() if (made := detect(answers, False))), None)
+    assert found is not None  # any text is text
+    return found
+
+
+@kind("json")
+def _json_kind(answers: Answers, requested: bool) -> Kind | None:
+    n = answers.n
+    if requested:
+        values = [_parse_or_refuse(example) for example in answers.examples]
+        why = f"json: requested; the schema is inferred from {n} answers"
+    elif all(isinstance(value, dict) for value in answers.parsed):
+        values, why = answers.parsed, f"json: all {n} answers are JSON objects; the schema is inferred from them"
+    else:
+        return None
+    return Kind("json", infer_schema(values), True, None, why)
+
+
+@kind("label")
+def _label_kind(answers: Answers, requested: bool) -> Kind | None:
+    if not requested and not are_labels(answers.texts):
+        return None
+    why = f"label: {'requested; ' if requested else ''}{_count(answers.labels, answers.n)}"
+    return Kind("label", None, False, answers.labels, why)
+
+
+@kind("text")
+def _text_kind(answers: Answers, requested: bool) -> Kind:
+    n, objects = answers.n, 0 if requested else sum(isinstance(value, dict) for value in answers.parsed)
+    if requested:
+        why = "requested"
+    elif objects > n / 2:
+        pairs = zip(answers.examples, answers.parsed, strict=True)
+        bad = next(example.origin for example, value in pairs if not isinstance(value, dict))
+        why = f"{objects} of {n} answers are JSON objects, but not all; the first that is not is {bad}"
+    elif all(map(_is_short, answers.labels)):
+        why = f"the answers are short, but {_count(answers.labels, n)} repeat too little to be labels"
+    else:
+        why = f"the {n} answers are neither JSON objects nor few short labels"
+    return Kind("text", None, False, None, f"text: {why}")
 
 
 def are_labels(answers: Sequence[str]) -> bool:
@@ -120,12 +167,12 @@ def _distinct(answers: Iterable[str]) -> tuple[str, ...]:
 
 
 def as_label(answer: str) -> str:
-    """An answer as labels are told apart: without white space around it, in Unicode's composed form."""
+    """An answer as labels are compared: without white space around it, in Unicode's composed form."""
     return nfc(answer.strip())
 
 
 def misfits(kind: Kind, test: Sequence[Example]) -> str | None:
-    """What is to be said about test answers that break the schema, so that no answer can be right there."""
+    """A notice about test answers that break the schema, so that no answer can be right there; None without any."""
     if kind.name != "json" or kind.schema is None:
         return None
     broken = _misfits(test, [_parse(example.answer) for example in test], kind.schema)
@@ -134,10 +181,10 @@ def misfits(kind: Kind, test: Sequence[Example]) -> str | None:
 
 
 def widen(kind: Kind, known: Sequence[Example], test: Sequence[Example]) -> tuple[Kind, str | None]:
-    """``kind`` with a schema that the test answers fit as well, and what is to be said about them.
+    """``kind`` with a schema that the test answers fit too, and a notice about them.
 
-    An inferred schema is inferred anew, from all rows, where a test answer breaks it: a key that training rows lack, or
-    2.5 where they have whole numbers. A given schema stays.
+    Where a test answer breaks an inferred schema (a key that training rows lack, or 2.5 where they have whole numbers),
+    the schema is inferred again, from all rows. A given schema stays.
 
     Args:
         known: the rows that ``kind`` was detected from.
@@ -151,7 +198,7 @@ def widen(kind: Kind, known: Sequence[Example], test: Sequence[Example]) -> tupl
 
 
 def missing_classes(kind: Kind, train: Sequence[Example], test: Sequence[Example]) -> list[str]:
-    """What is to be said about labels that are trained and not tested, or the other way round."""
+    """Notices about labels that are trained and not tested, or the other way round."""
     if kind.name != "label":
         return []
     trained, tested = (Counter(as_label(example.answer) for example in part) for part in (train, test))
@@ -176,23 +223,20 @@ def load_schema(path: str | Path) -> dict[str, Any]:
     try:
         schema = read_json(text)
     except ValueError as error:
-        line = getattr(error, "lineno", 1)
-        raise TellError(
-            "is empty" if not text.strip() else f"is not valid JSON ({getattr(error, 'msg', error)})",
-            where=f"{path}:{line}",
-            remedy="Give a JSON Schema in a JSON file.",
-        ) from error
+        what = "is empty" if not text.strip() else f"is not valid JSON ({getattr(error, 'msg', error)})"
+        where = f"{path}:{getattr(error, 'lineno', 1)}"
+        raise TellError(what, where=where, remedy="Give a JSON Schema in a JSON file.") from error
     if not isinstance(schema, dict):
         raise TellError("is not a JSON object", where=str(path), remedy='Write e.g. {"type": "object", ...}.')
     try:
         Schema(schema)
     except TellError as error:
         verb = "is" if error.what.startswith("not a") else "cannot be used:"
-        raise TellError(f"{verb} {error.what}, {error.where}", where=str(path), remedy="Mend it there.") from error
+        raise TellError(f"{verb} {error.what}, {error.where}", where=str(path), remedy="Fix it there.") from error
     return schema
 
 
-def infer_schema(values: Sequence[Any]) -> dict[str, Any]:
+def infer_schema(values: Sequence[object]) -> dict[str, Any]:
     """A strict JSON Schema that all values satisfy.
 
     Objects allow no further keys and require those that all of them have; strings with few, short and repeated
@@ -211,8 +255,8 @@ def infer_schema(values: Sequence[Any]) -> dict[str, Any]:
     return schema
 
 
-def _tighten(schema: dict[str, Any], values: list[Any]) -> None:
-    """Close objects and add enumerations, in place; ``values`` are all that stand where ``schema`` does."""
+def _tighten(schema: dict[str, Any], values: list[object]) -> None:
+    """Close objects and add enumerations, in place; ``values`` are all that ``schema`` describes."""
     for branch in schema.get("anyOf", ()):
         _tighten(branch, values)
     types = schema.get("type", ())
@@ -260,7 +304,7 @@ def _count(labels: Sequence[str], n: int) -> str:
     return f"{n} answers with {len(labels)} different value{'s' if len(labels) > 1 else ''}"
 
 
-def _parse(answer: str) -> Any:
+def _parse(answer: str) -> object:
     """The parsed answer; the text itself where it is not JSON."""
     try:
         return parse_strict(answer)
@@ -268,23 +312,16 @@ def _parse(answer: str) -> Any:
         return answer
 
 
-def _parse_or_refuse(example: Example) -> Any:
+def _parse_or_refuse(example: Example) -> object:
     try:
         return parse_strict(example.answer)
     except ValueError as error:
-        raise TellError(
-            f"the answer is not JSON ({error})",
-            where=example.origin,
-            remedy="Mend that answer, or leave out --schema and the kind json.",
-        ) from error
+        remedy = "Fix that answer, or leave out --schema and the kind json."
+        raise TellError(f"the answer is not JSON ({error})", where=example.origin, remedy=remedy) from error
 
 
-def _misfits(examples: Sequence[Example], values: Sequence[Any], schema: dict[str, Any]) -> str:
-    """A clause that counts the answers which break the schema; empty when none does.
-
-    Raises:
-        TellError: the schema cannot be used, or a pattern in it takes too long.
-    """
+def _misfits(examples: Sequence[Example], values: Sequence[object], schema: dict[str, Any]) -> str:
+    """A clause that counts the answers which break the schema; empty when none does."""
     from referencing.exceptions import Unresolvable
 
     validator = Schema(schema).validator
@@ -293,15 +330,11 @@ def _misfits(examples: Sequence[Example], values: Sequence[Any], schema: dict[st
         try:
             error = next(validator.iter_errors(value), None)
         except SlowPattern as slow:
-            raise TellError(
-                str(slow), where=example.origin, remedy="Write it without repetitions inside repetitions."
-            ) from slow
+            remedy = "Write it without repetitions inside repetitions."
+            raise TellError(str(slow), where=example.origin, remedy=remedy) from slow
         except Unresolvable as dead:
-            raise TellError(
-                f"the schema refers to {dead.ref!r}, which leads nowhere; nothing is fetched",
-                where=example.origin,
-                remedy="Mend the JSON Schema given with --schema.",
-            ) from dead
+            what = f"the schema refers to {dead.ref!r}, which leads nowhere; nothing is fetched"
+            raise TellError(what, where=example.origin, remedy=FIX_SCHEMA) from dead
         except (RecursionError, OverflowError):
             continue
         if error is not None:

@@ -61,7 +61,7 @@ def find_overlap(
     """Rows of ``a`` that equal or nearly equal a row of ``test``.
 
     Case, punctuation and white space are ignored for near-duplicates. 52,002 rows of Alpaca against 200 take
-    about 2 s: a row is only looked at closely when enough of its shingles occur anywhere in the test rows.
+    about 2 s: a row is only compared when enough of its shingles occur anywhere in the test rows.
 
     Args:
         threshold: Jaccard similarity in (0, 1].

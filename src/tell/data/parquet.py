@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,7 @@ class BadCell:
     why: str
 
 
-def read_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_parquet(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
     """(row number from 1, record) of every row.
 
     Raises:
@@ -39,7 +39,9 @@ def read_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         with pq.ParquetFile(path) as file:
             schema, allowance = file.schema_arrow, Allowance(path)
-            _refuse_twice(schema.names, path)
+            twice = next((name for name, count in Counter(schema.names).items() if count > 1), None)
+            if twice is not None:
+                raise TellError(f"names the column {twice!r} twice", where=str(path), remedy="Rename one of them.")
             features = _features(schema)
             for batch in file.iter_batches(batch_size=BATCH):
                 allowance.take(batch.nbytes)
@@ -54,21 +56,15 @@ def read_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         ) from error
 
 
-def _refuse_twice(names: list[str], path: Path) -> None:
-    twice = next((name for name, count in Counter(names).items() if count > 1), None)
-    if twice is not None:
-        raise TellError(f"names the column {twice!r} twice", where=str(path), remedy="Rename one of them.")
-
-
-def _features(schema: pa.Schema) -> dict[str, Any]:
-    """The column types that Hugging Face datasets note in a file, class names among them."""
+def _features(schema: pa.Schema) -> dict[str, object]:
+    """The column types that Hugging Face datasets write into a file, class names among them."""
     try:
         return dict(read_json(schema.metadata[b"huggingface"].decode())["info"]["features"])
     except (TypeError, KeyError, ValueError):  # no such note, or one of another form
         return {}
 
 
-def batch_rows(batch: pa.RecordBatch, features: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def batch_rows(batch: pa.RecordBatch, features: Mapping[str, object]) -> Iterator[dict[str, object]]:
     """Rows of an Arrow batch: class names for numbers, 32-bit floats at their own precision, NaN as null.
 
     Args:
@@ -81,7 +77,7 @@ def batch_rows(batch: pa.RecordBatch, features: dict[str, Any]) -> Iterator[dict
         yield dict(zip(names, cells, strict=True))
 
 
-def _values(array: pa.Array, fix: Fix | None) -> list[Any]:
+def _values(array: pa.Array, fix: Fix | None) -> list[object]:
     try:
         values = array.to_pylist()
     except (ValueError, OverflowError):  # text that is not UTF-8, a date beyond the year 9999
@@ -89,7 +85,7 @@ def _values(array: pa.Array, fix: Fix | None) -> list[Any]:
     return [None if v is None else v if isinstance(v, BadCell) else fix(v) for v in values] if fix else values
 
 
-def _value(cell: pa.Scalar) -> Any:
+def _value(cell: pa.Scalar) -> object:
     try:
         return cell.as_py()
     except UnicodeDecodeError as error:
@@ -98,8 +94,8 @@ def _value(cell: pa.Scalar) -> Any:
         return BadCell(f"cannot be read ({error})")
 
 
-def _fix_of(kind: pa.DataType, feature: Any) -> Fix | None:
-    """What makes plain values of a column's; None where they are plain as they come."""
+def _fix_of(kind: pa.DataType, feature: object) -> Fix | None:
+    """What turns a column's values into plain ones; None where they are plain already."""
     import pyarrow as pa
 
     about = feature if isinstance(feature, dict) else {}
@@ -122,7 +118,7 @@ def _fix_of(kind: pa.DataType, feature: Any) -> Fix | None:
 
 
 def _shortest(bits: int) -> Fix:
-    """What writes a float as the shortest decimal that gives it again, 0.1 and not 0.10000000149011612; NaN as null."""
+    """Turns a float into the shortest decimal that reads back equal, 0.1 and not 0.10000000149011612; NaN into null."""
     import numpy as np
 
     kind = {16: np.float16, 32: np.float32, 64: float}[bits]

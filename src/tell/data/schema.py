@@ -6,13 +6,23 @@ import functools
 import re
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tell.errors import TellError
 from tell.shown import brief
 
+if TYPE_CHECKING:
+    import regex
+    from jsonschema import ValidationError
+    from jsonschema.protocols import Validator
+    from referencing._core import Resolver
+    from referencing.jsonschema import Specification
+
+    Errors = Iterator[ValidationError]
+
 SECONDS = 1.0
-"""Longest search for one pattern in one string; backtracking can take longer than the universe is old."""
+"""Longest search for one pattern in one string; backtracking can take exponential time."""
+FIX_SCHEMA = "Fix the JSON Schema given with --schema."
 STRIKES = 3
 """Searches given up before a pattern is no longer tried."""
 MOST_PATHS = 10_000
@@ -45,7 +55,7 @@ class Schema:
         resolver: looks up references of the top.
 
     Raises:
-        TellError: it is not a valid JSON Schema, or a ``$ref`` leads nowhere (none is fetched), or in a circle.
+        TellError: it is not a valid JSON Schema, or a ``$ref`` leads nowhere (none is fetched) or back to itself.
     """
 
     def __init__(self, schema: Any) -> None:
@@ -63,15 +73,15 @@ class Schema:
             raise bad_schema(f"not a valid JSON Schema ({brief(error.message, 120)})", error.json_path) from error
         except RecursionError as error:
             raise bad_schema("nested too deeply", "$") from error
-        # Without $schema, by which a reference to the top would leave our own class of validator for jsonschema's.
+        # Without $schema: with it, a reference to the root would use jsonschema's own class of validator.
         self.schema = _without_dialect(schema)
-        specification = specification_with(cls.ID_OF(cls.META_SCHEMA))
+        specification = specification_with(str(cls.META_SCHEMA["$schema"]))
         resource = specification.create_resource(self.schema)
         self.resolver = referencing.Registry().resolver_with_root(resource)
-        self._steps: dict[int, list[Any]] = {}
+        self._steps: dict[int, list[dict]] = {}
         self._repeating: list[str] = []
         self._unevaluated = False
-        self._targets: list[tuple[Any, str, Any]] = []
+        self._targets: list[tuple[object, str, Resolver]] = []
         self._check(self.schema, "$", self.resolver, specification)
         while self._targets:  # a reference may lead into values, or anywhere
             target, path, resolver = self._targets.pop()
@@ -91,7 +101,7 @@ class Schema:
         self.validator = validators.extend(cls, known)(self.schema, registry=referencing.Registry())
         self.extra_keys = search.extra_keys
 
-    def _check(self, node: Any, path: str, resolver: Any, specification: Any) -> None:
+    def _check(self, node: object, path: str, resolver: Resolver, specification: Specification) -> None:
         """Refuse what ``check_schema`` lets through and validation would trip over; note what applies in place."""
         if isinstance(node, list):
             for i, item in enumerate(node):
@@ -128,7 +138,7 @@ class Schema:
                 self._check(value, f"{path}.{key}", resolver, specification)
 
     def _refuse_loops(self) -> None:
-        """Refuse references that lead back to where they began without going into the value, or double endlessly."""
+        """Refuse references that lead back to their start without going into the value, and too many of them."""
         paths: dict[int, int] = {}
         for start in self._steps:
             stack, open_ = [(start, iter(self._steps[start]))], {start}
@@ -149,10 +159,10 @@ class Schema:
 
 
 def bad_schema(what: str, path: str) -> TellError:
-    return TellError(what, where=f"schema at {path}", remedy="Mend the JSON Schema given with --schema.")
+    return TellError(what, where=f"schema at {path}", remedy=FIX_SCHEMA)
 
 
-def _keys(value: Any) -> list[str]:
+def _keys(value: object) -> list[str]:
     return list(value) if isinstance(value, dict) else []
 
 
@@ -171,8 +181,8 @@ def _without_dialect(node: Any) -> Any:
 
 
 @functools.lru_cache(maxsize=1024)
-def _compiled(pattern: str, path: str = "$") -> Any:
-    import regex  # sacrebleu depends on it; `re` knows no time limit
+def _compiled(pattern: str, path: str = "$") -> regex.Pattern:
+    import regex  # sacrebleu depends on it; `re` has no time limit
 
     try:
         return regex.compile(pattern)
@@ -200,13 +210,13 @@ class _Search:
         known, patterns = schema.get("properties", {}), schema.get("patternProperties", {})
         return [key for key in instance if key not in known and not any(self.finds(p, key) for p in patterns)]
 
-    def pattern(self, validator: Any, pattern: str, instance: Any, schema: dict) -> Iterator[Any]:
+    def pattern(self, validator: Validator, pattern: str, instance: str, schema: dict) -> Errors:
         from jsonschema import ValidationError
 
         if validator.is_type(instance, "string") and not self.finds(pattern, instance):
             yield ValidationError(f"{instance!r} does not match {pattern!r}")
 
-    def pattern_properties(self, validator: Any, patterns: dict, instance: Any, schema: dict) -> Iterator[Any]:
+    def pattern_properties(self, validator: Any, patterns: dict, instance: dict, schema: dict) -> Errors:
         if not validator.is_type(instance, "object"):
             return
         for pattern, subschema in patterns.items():
@@ -214,7 +224,7 @@ class _Search:
                 if self.finds(pattern, key):
                     yield from validator.descend(value, subschema, path=key, schema_path=pattern)
 
-    def additional_properties(self, validator: Any, allowed: Any, instance: Any, schema: dict) -> Iterator[Any]:
+    def additional_properties(self, validator: Any, allowed: object, instance: dict, schema: dict) -> Errors:
         from jsonschema import ValidationError
 
         if not validator.is_type(instance, "object") or not (extra := self.extra_keys(instance, schema)):

@@ -12,15 +12,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
+from tell.data.cell_text import Rejected, RowFault
+from tell.data.columns import SHOWN, check_columns, detect_layout
 from tell.data.example import Example
 from tell.data.formats import Record, check_file, format_of, read_records
-from tell.data.layout import SHOWN, Layout, check_columns, detect_layout
+from tell.data.layouts import Layout
 from tell.data.parquet import batch_rows
-from tell.data.turns import THOUGHTS, Rejected, RowFault, to_messages
+from tell.data.turns import THOUGHTS, to_messages
 from tell.errors import TellError, first_line
 from tell.files import expanded
+
+if TYPE_CHECKING:
+    import datasets
 
 HUB_TIMEOUT = 5.0  # seconds the hub may take to answer before it counts as unreachable
 _HUB_NAME = re.compile(r"(?P<name>[\w.-]+(?:/[\w.-]+)?)(?::(?P<config>[\w.-]+))?(?:@(?P<split>[\w.\[\]:%-]+))?")
@@ -37,7 +42,7 @@ class Loaded:
         path: the path or hub name as given.
         fingerprint: SHA-256 (hexadecimal) over the file's bytes, the columns and the source's name.
         dropped: (origin, reason) of rows left out: bad ones with ``bad_rows="drop"``, and those marked as bad examples.
-        notices: what was guessed or is not used, for people; rows left out stand in ``dropped`` alone.
+        notices: what was guessed or is not used, for people; rows left out are in ``dropped`` alone.
     """
 
     examples: list[Example]
@@ -50,11 +55,7 @@ class Loaded:
 
 
 def load(
-    source: str,
-    *,
-    name: str = "task",
-    columns: str | None = None,
-    bad_rows: Literal["refuse", "drop"] | None = None,
+    source: str, *, name: str = "task", columns: str | None = None, bad_rows: Literal["refuse", "drop"] | None = None
 ) -> Loaded:
     """Load examples from a file or the hub.
 
@@ -64,11 +65,11 @@ def load(
         name: the source's name in every example, ``"task"`` or ``"general"``.
         columns: see `detect_layout`.
         bad_rows: what to do with a row without prompt or answer. By default the task's own data is refused
-            (every row counts and its author can mend it) and other data is cleaned, with reasons kept:
+            (every row counts, and its author can fix it) and other data is cleaned, with reasons kept:
             28 of Alpaca's 52,002 rows have no answer.
 
     Raises:
-        TellError: whatever is wrong with the file, its columns or a row; a hub that cannot be reached.
+        TellError: the file, its columns or a row is invalid, or the hub cannot be reached.
     """
     if not source.strip():
         raise TellError("no data given", remedy="Give the path of a file, or a hub name.")
@@ -77,13 +78,13 @@ def load(
     if not _is_path(source):
         return _load_hub(source, name, columns, bad_rows)
     path = expanded(source)
-    told: list[str] = []
+    guessed: list[str] = []
     with _no_collector():
-        records = list(read_records(path, told.append))
+        records = list(read_records(path, guessed.append))
         rows = _Rows(name, str(path), path.name, bad_rows)
         layout = rows.read(records, columns, source)
     fingerprint = file_fingerprint(path, columns, name)
-    notices = (*told, *rows.notices(layout))
+    notices = (*guessed, *rows.notices(layout))
     return Loaded(rows.examples, layout.name, layout.columns, source, fingerprint, tuple(rows.dropped), notices)
 
 
@@ -102,8 +103,7 @@ def file_fingerprint(path: str | Path, columns: str | None = None, name: str = "
 
 @contextmanager
 def _no_collector() -> Iterator[None]:
-    # Tens of thousands of records that all stay alive: scanning them over and over for garbage
-    # costs a third of the loading time.
+    # Tens of thousands of records that all stay alive: scanning them for garbage takes a third of the loading time.
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -114,7 +114,7 @@ def _no_collector() -> Iterator[None]:
 
 
 class _Rows:
-    """Reads records into examples, and keeps account of what is left out.
+    """Reads records into examples, and counts what is left out.
 
     Args:
         where: the source in errors.
@@ -133,7 +133,8 @@ class _Rows:
         flag = "--general-columns" if self.name == "general" else "--columns"
         layout = detect_layout([record for _, record in records], columns=columns, where=source, flag=flag)
         for number, record in records:
-            self._check_columns(number, record, layout, records[0])
+            if any(column not in record for column in layout.required):
+                self._refuse_mixed(number, record, layout, records[0])
             try:
                 messages = to_messages(record, layout, self.seen)
             except RowFault as fault:
@@ -146,22 +147,17 @@ class _Rows:
             self.examples.append(example)
         if not self.examples:
             origin, reason = self.dropped[0]
-            raise TellError(
-                f"no row can be used; the first {reason}",
-                where=f"{self.where}:{origin.rsplit(':', 1)[1]}",
-                remedy="Mend the rows.",
-            )
+            where = f"{self.where}:{origin.rsplit(':', 1)[1]}"
+            raise TellError(f"no row can be used; the first {reason}", where=where, remedy="Fix the rows.")
         return layout
 
-    def _check_columns(self, number: int, record: dict[str, Any], layout: Layout, first: Record) -> None:
-        for column in layout.required:
-            if column not in record and (fault := check_columns(number, record, layout, first)):
-                raise TellError(
-                    fault, where=f"{self.where}:{number}", remedy="Give every row the same columns, or split the file."
-                )
+    def _refuse_mixed(self, number: int, record: dict[str, object], layout: Layout, first: Record) -> None:
+        if fault := check_columns(number, record, layout, first):
+            remedy = "Give every row the same columns, or split the file."
+            raise TellError(fault, where=f"{self.where}:{number}", remedy=remedy)
 
     def notices(self, layout: Layout) -> list[str]:
-        """What of the rows is not used, for people; rows that are left out stand in ``dropped``."""
+        """What of the rows is not used, for people; rows that are left out are in ``dropped``."""
         lines = []
         if layout.unused:
             more = f" and {len(layout.unused) - SHOWN:,} more" if len(layout.unused) > SHOWN else ""
@@ -208,7 +204,7 @@ def _load_hub(source: str, name: str, columns: str | None, bad_rows: str) -> Loa
     return Loaded(made.examples, layout.name, layout.columns, source, digest.hexdigest(), tuple(made.dropped), notices)
 
 
-def _hub_rows(source: str, name: str, config: str | None, split: str) -> list[dict[str, Any]]:
+def _hub_rows(source: str, name: str, config: str | None, split: str) -> list[dict[str, object]]:
     reachable, why = hub_reachable()
     import datasets
     from datasets.exceptions import DatasetNotFoundError
@@ -219,29 +215,21 @@ def _hub_rows(source: str, name: str, config: str | None, split: str) -> list[di
     try:
         dataset = datasets.load_dataset(name, config, split=split)
     except DatasetNotFoundError as error:
-        raise TellError(
-            f"no such file, and the hub says: {first_line(error)}",
-            where=source,
-            remedy="Check the name, or log in with `hf auth login` if it is private.",
-        ) from error
+        remedy = "Check the name, or log in with `hf auth login` if it is private."
+        raise TellError(f"no such file, and the hub says: {first_line(error)}", where=source, remedy=remedy) from error
     except Exception as error:  # datasets raises whatever its readers raise
         if not reachable:
-            raise TellError(
-                f"no such file, and the hub cannot be reached ({why})",
-                where=source,
-                remedy="Give the path of a file, or try again with a network connection.",
-            ) from error
-        raise TellError(
-            f"cannot be loaded from the hub ({first_line(error)})",
-            where=source,
-            remedy="Write NAME:CONFIG@SPLIT to choose a configuration and a split.",
-        ) from error
+            what = f"no such file, and the hub cannot be reached ({why})"
+            remedy = "Give the path of a file, or try again with a network connection."
+            raise TellError(what, where=source, remedy=remedy) from error
+        remedy = "Write NAME:CONFIG@SPLIT to choose a configuration and a split."
+        raise TellError(f"cannot be loaded from the hub ({first_line(error)})", where=source, remedy=remedy) from error
     finally:
         datasets.config.HF_HUB_OFFLINE = previous
     return _rows(dataset)
 
 
-def _rows(dataset: Any) -> list[dict[str, Any]]:
+def _rows(dataset: datasets.Dataset) -> list[dict[str, object]]:
     """Rows of a `datasets.Dataset`, class labels as their names rather than numbers."""
     features = dataset.features.to_dict()
     batches = dataset.with_format("arrow")[:].to_batches()

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from tell.data.example import Example, Message
 from tell.data.kind import are_labels, as_label
-from tell.data.shuffle import shuffled
 from tell.errors import TellError
+from tell.seeds import shuffled
 
 Group = list[int]  # rows of equal prompt
 
@@ -32,11 +32,10 @@ class Splits:
 def split(examples: Sequence[Example], *, seed: int, test_fraction: float, validation_fraction: float) -> Splits:
     """Split by seed, before anything is repeated.
 
-    Rows with the same prompt (all turns before the answer) form a group that is never torn apart, so no test
-    prompt was trained on. Sizes are the nearest whole number of rows that such groups allow, with at least
-    one row in train and one in test; validation may be empty. Where answers are labels, rows are exchanged so that
-    each is trained, if need be at the cost of test rows, and tested too where it has a second row and the test part
-    has room.
+    Rows with the same prompt (all turns before the answer) form a group that stays on one side, so no test prompt is
+    trained on. Sizes are the nearest that such groups allow, with at least one row in train and one in test; validation
+    may be empty. Where answers are labels, groups are exchanged so that each label is trained, if need be at the cost
+    of test rows, and tested too where it has a second row and the test part has room.
 
     Args:
         test_fraction: of all rows, in (0, 1).
@@ -46,14 +45,15 @@ def split(examples: Sequence[Example], *, seed: int, test_fraction: float, valid
         TellError: fewer than two different prompts.
     """
     n = len(examples)
-    _refuse_too_few(examples, "a test row and a training row")
+    if n < 2:
+        what = f"holds {'one row' if n else 'no rows'} in all; a test row and a training row are needed"
+        remedy = "Add examples (15 is a good start), or give test rows with --test."
+        raise TellError(what, where=_file(examples), remedy=remedy)
     groups = _groups(examples)
     if len(groups) < 2:
-        raise TellError(
-            f"all {n} rows have the same prompt, so none can be held out for testing",
-            where=_file(examples),
-            remedy="Add rows with other prompts, or give test rows with --test.",
-        )
+        what = f"all {n} rows have the same prompt, so none can be held out for testing"
+        remedy = "Add rows with other prompts, or give test rows with --test."
+        raise TellError(what, where=_file(examples), remedy=remedy)
     labels = _labels(examples)
     order = [groups[i] for i in shuffled(len(groups), seed)]
     wanted = min(max(1, round(test_fraction * n)), n - 1)
@@ -91,11 +91,8 @@ def split_given_test(
     kept = [example for example in train_examples if example.hash not in held]
     removed = len(train_examples) - len(kept)
     if not kept:
-        raise TellError(
-            f"every one of its {len(train_examples)} rows is also in the test file" if removed else "holds no rows",
-            where=_file(train_examples),
-            remedy="Give training rows that are not test rows.",
-        )
+        what = f"every one of its {removed} rows is also in the test file" if removed else "holds no rows"
+        raise TellError(what, where=_file(train_examples), remedy="Give training rows that are not test rows.")
     groups = _groups(kept)
     order = [groups[i] for i in shuffled(len(groups), seed)]
     validation, rest = _fill(order, min(round(validation_fraction * len(kept)), len(kept) - 1))
@@ -103,22 +100,12 @@ def split_given_test(
     return Splits(_pick(kept, rest), _pick(kept, validation), list(test_examples), removed)
 
 
-def _refuse_too_few(examples: Sequence[Example], need: str) -> None:
-    if len(examples) < 2:
-        count = "one row" if examples else "no rows"
-        raise TellError(
-            f"holds {count} in all; {need} are needed",
-            where=_file(examples),
-            remedy="Add examples (15 is a good start), or give test rows with --test.",
-        )
-
-
 def _file(examples: Sequence[Example]) -> str | None:
     return (examples[0].origin.rpartition(":")[0] or None) if examples else None
 
 
 def _groups(examples: Sequence[Example]) -> list[Group]:
-    """Indices by equal prompt, in order of first appearance (a dict keeps it, so hashing plays no part)."""
+    """Indices by equal prompt, in order of first appearance."""
     groups: dict[tuple[Message, ...], Group] = {}
     for i, example in enumerate(examples):
         groups.setdefault(example.prompt, []).append(i)
@@ -126,7 +113,7 @@ def _groups(examples: Sequence[Example]) -> list[Group]:
 
 
 def _labels(examples: Sequence[Example]) -> list[str] | None:
-    """The label of each row; None where the answers are no labels."""
+    """The label of each row; None where the answers are not labels."""
     answers = [as_label(example.answer) for example in examples]
     return answers if are_labels(answers) else None
 
@@ -149,7 +136,7 @@ def _share(part: list[Group], other: list[Group], labels: list[str] | None, *, a
     """Give ``part``, in place, a group of each label that only ``other`` has, for one of the same size it can spare.
 
     Args:
-        all_of_it: take the only group of a label too, and take it for nothing where none can be spared.
+        all_of_it: take the only group of a label too, without an exchange where none can be spared.
         leave: groups that ``other`` keeps at least.
     """
     if labels is None:

@@ -1,26 +1,24 @@
-"""Seeded random subsets by rows or tokens; a larger budget with the same seed holds the smaller one."""
+"""Seeded random subsets by rows or tokens; with the same seed a larger budget contains the smaller one."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from tell.data.shuffle import shuffled
 from tell.errors import TellError
+from tell.seeds import shuffled
 
 
 def take_rows(n_items: int, rows: int, seed: int) -> np.ndarray:
     """(rows,) int64 indices: the first ``rows`` of a seeded permutation of ``n_items``.
 
     Raises:
-        TellError: fewer than one row asked for, or more than exist.
+        TellError: fewer than one row, or more than exist.
     """
     if rows < 1:
-        raise TellError(f"a budget of {rows} rows leaves nothing", remedy="Ask for at least one row.")
+        raise TellError(f"a budget of {rows} rows leaves nothing", remedy="Set it to 1 row or more.")
     if rows > n_items:
-        raise TellError(
-            f"{rows:,} rows are asked for, but only {n_items:,} exist",
-            remedy=f"Ask for at most {n_items:,} rows, or give more data.",
-        )
+        remedy = f"Ask for at most {n_items:,} rows, or give more data."
+        raise TellError(f"{rows:,} rows are requested, but only {n_items:,} exist", remedy=remedy)
     return shuffled(n_items, seed)[:rows]
 
 
@@ -43,12 +41,10 @@ def take_tokens(unit: np.ndarray, budget: float, seed: int) -> np.ndarray:
     unit = np.asarray(unit, dtype=np.int64)
     total = int(unit.sum())
     if not budget > 0:
-        raise TellError(f"a budget of {budget:g} tokens leaves nothing", remedy="Ask for more than 0 tokens.")
+        raise TellError(f"a budget of {budget:g} tokens leaves nothing", remedy="Set it to more than 0 tokens.")
     if not len(unit) or budget > total:
-        raise TellError(
-            f"{budget:,.0f} tokens are asked for, but only {total:,} exist in {len(unit):,} rows",
-            remedy=f"Ask for at most {total:,} tokens, or give more data.",
-        )
+        what = f"{budget:,.0f} tokens are requested, but only {total:,} exist in {len(unit):,} rows"
+        raise TellError(what, remedy=f"Ask for at most {total:,} tokens, or give more data.")
     order = shuffled(len(unit), seed)
     sums = np.cumsum(unit[order])
     above = int(np.searchsorted(sums, budget))  # first prefix, of above + 1 rows, that reaches the budget

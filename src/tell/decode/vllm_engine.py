@@ -16,6 +16,7 @@ from tell.decode.engine import Answer
 from tell.decode.room import answer_limits
 from tell.decode.sampler import Decoding
 from tell.errors import TellError
+from tell.folder import AdapterFolder
 from tell.train.lora import adapter_merged
 
 if TYPE_CHECKING:
@@ -144,7 +145,7 @@ class VllmEngine:
             return None
         from vllm.lora.request import LoRARequest
 
-        written = (folder / "adapter_model.safetensors").stat().st_mtime_ns
+        written = AdapterFolder(folder).weights.stat().st_mtime_ns
         number = self._numbers.setdefault((str(folder), written), len(self._numbers) + 1)
         return LoRARequest(f"adapter-{number}", number, str(folder))
 

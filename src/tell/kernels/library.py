@@ -16,14 +16,13 @@ import os
 import platform
 import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 
 from filelock import FileLock
 
 from tell.cpu import cpu_level
 from tell.errors import TellError
-from tell.folder import sync, write_text
+from tell.files import atomic_path, write_text
 from tell.home import tell_home
 
 FOLDER = Path(__file__).parent
@@ -109,16 +108,12 @@ def _build() -> Path:
         with FileLock(folder / ".lock"):
             if _whole(target):
                 return target
-            with tempfile.TemporaryDirectory(dir=folder) as scratch:
-                out = Path(scratch) / target.name
-                command = [compiler, *flags, "-o", str(out), *map(str, sources), "-lm"]
-                done = _run(command)
+            with atomic_path(target) as out:
+                done = _run([compiler, *flags, "-o", str(out), *map(str, sources), "-lm"])
                 if done.returncode:
                     first = (done.stderr.strip().splitlines() or ["no message"])[0]
                     raise Unavailable(f"{Path(compiler).name} failed: {first}")
-                sync(out)
-                os.replace(out, target)
-                write_text(_seal(target), _sha256(target))
+            write_text(_seal(target), _sha256(target))
     except OSError as error:
         raise Unavailable(f"{folder} cannot be written: {error.strerror or error}") from None
     except TellError as error:

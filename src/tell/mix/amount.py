@@ -9,7 +9,7 @@ import numpy as np
 from tell.errors import TellError
 from tell.seeds import permutation
 
-MOST_ROWS = 10_000_000  # of a mixture; beyond this it is a typing error, and the indices alone would fill the memory
+MOST_ROWS = 10_000_000  # of a mixture; more is a typing error, and the indices alone would fill the memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +20,7 @@ class Draw:
         indices: (n,) int32 into the source's table, in drawing order; a row occurs again only after the
             source was exhausted.
         epochs: n divided by the rows of the source.
-        notices: what the user should hear, e.g. that the source was exhausted.
+        notices: sentences for the user, e.g. that the source was exhausted.
     """
 
     indices: np.ndarray
@@ -40,16 +40,16 @@ def general_rows(
     rows: int | None = None,
     seed: int,
 ) -> Draw:
-    """Draw general rows without replacement; once all are used, whole further epochs in new orders.
+    """Draw general rows without replacement; once all are used, whole further epochs in new permutations.
 
-    Exactly one of ratio, tokens and rows is given; 0 of it draws nothing. With the same seed a larger
-    amount extends a smaller one, so a scaling grid is nested.
+    Give exactly one of ratio, tokens and rows; 0 draws nothing. With the same seed a larger amount extends a smaller
+    one, so the cells of a scaling grid are nested.
 
     Args:
         unit: (m,) tokens of each general row in the unit of counting.
         task_tokens: tokens of the task rows in the same unit, each row counted once however often repeated.
         ratio: general tokens for each task token.
-        tokens: general tokens; what is drawn comes as near as whole rows allow.
+        tokens: general tokens, met as nearly as whole rows allow.
         rows: general rows, met exactly.
         seed: decides the permutation of each epoch.
 
@@ -59,11 +59,8 @@ def general_rows(
     """
     given = {k: v for k, v in (("ratio", ratio), ("tokens", tokens), ("rows", rows)) if v is not None}
     if len(given) != 1:
-        raise TellError(
-            f"{' and '.join(given) or 'none of ratio, tokens, rows'} given",
-            where="general",
-            remedy="Set one of general.ratio, general.tokens, general.rows.",
-        )
+        what = f"{' and '.join(given) or 'none of ratio, tokens, rows'} given"
+        raise TellError(what, where="general", remedy="Set one of general.ratio, general.tokens, general.rows.")
     ((way, amount),) = given.items()
     where = f"general.{way}"
     if not np.isfinite(amount) or amount < 0 or (way == "rows" and amount != int(amount)):
@@ -72,20 +69,14 @@ def general_rows(
     if amount == 0:
         return Draw(np.empty(0, np.int32), 0.0)
     if not len(unit):
-        raise TellError(
-            f"{amount:g} is asked of an empty general source",
-            where=where,
-            remedy="Give a general source with rows, or 0.",
-        )
+        what = f"{amount:g} is requested of an empty general source"
+        raise TellError(what, where=where, remedy="Give a general source with rows, or 0.")
     unit = np.asarray(unit, dtype=np.int64)
     if way == "rows":
         return _draw(len(unit), int(amount), seed, where)
     if way == "ratio" and task_tokens <= 0:
-        raise TellError(
-            f"ratio {amount:g} to {task_tokens} task tokens means nothing",
-            where=where,
-            remedy="Set general.tokens or general.rows instead.",
-        )
+        what = f"ratio {amount:g} to {task_tokens} task tokens means nothing"
+        raise TellError(what, where=where, remedy="Set general.tokens or general.rows instead.")
     target = float(amount) * task_tokens if way == "ratio" else float(amount)
     return _draw(len(unit), _rows_for(unit, target, seed, where), seed, where, target)
 
@@ -94,9 +85,8 @@ def _rows_for(unit: np.ndarray, target: float, seed: int, where: str) -> int:
     """Rows whose tokens come nearest to the target, in drawing order; the fewer of two equally near."""
     epoch_tokens = int(unit.sum())
     if epoch_tokens == 0:
-        raise TellError(
-            "the general rows hold no tokens at all", where=where, remedy="Check the answers of the general source."
-        )
+        remedy = "Check the answers of the general source."
+        raise TellError("the general rows hold no tokens at all", where=where, remedy=remedy)
     check_size(target / epoch_tokens * len(unit), where)
     whole = int(target // epoch_tokens)
     reached = np.concatenate([[0], np.cumsum(unit[_epoch(len(unit), seed, whole)])])
@@ -128,12 +118,6 @@ def _epoch(size: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def check_size(count: float, where: str, kind: str = "general") -> None:
-    """Refuse more rows than can be mixed.
-
-    Raises:
-        TellError: more than `MOST_ROWS`.
-    """
+    """Refuse more than `MOST_ROWS` rows."""
     if count > MOST_ROWS:
-        raise TellError(
-            f"asks for {count:,.0f} {kind} rows", where=where, remedy=f"Ask for at most {MOST_ROWS:,} rows."
-        )
+        raise TellError(f"asks for {count:,.0f} {kind} rows", where=where, remedy=f"Set at most {MOST_ROWS:,} rows.")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tell.errors import TellError
-from tell.folder import atomic_path
+from tell.files import atomic_path
 from tell.mix.mixture import Mixture
 from tell.rows.row_table import RowTable
 
@@ -87,11 +87,9 @@ def read_manifest(path: str | Path) -> pa.Table:
     try:
         table = pq.read_table(path)
     except (OSError, pa.ArrowException) as error:
-        raise TellError(
-            f"cannot be read as Parquet ({error})", where=str(path), remedy="Make it again with `tell plan`."
-        ) from error
+        what = f"cannot be read as Parquet ({error})"
+        raise TellError(what, where=str(path), remedy="Make it again with `tell plan`.") from error
     if not table.schema.equals(_schema()) or b"tell.digest" not in (table.schema.metadata or {}):
-        raise TellError(
-            "is no manifest of this version", where=str(path), remedy="Make it again with `tell plan` or `tell tune`."
-        )
+        remedy = "Make it again with `tell plan` or `tell tune`."
+        raise TellError("is not a manifest of this version", where=str(path), remedy=remedy)
     return table

@@ -10,7 +10,7 @@ import numpy as np
 
 from tell.errors import TellError
 from tell.mix.amount import Draw, check_size
-from tell.mix.orderings import get_order
+from tell.mix.orderings import get_ordering
 from tell.rows.row_table import RowTable
 from tell.seeds import permutation
 
@@ -27,10 +27,10 @@ class Mixture:
         row: (n,) int32, index into that source's table.
         repetition: (n,) int32, how often this row occurred before in the stream.
         tables: the table of each source in `sources`.
-        order: name of the order.
+        ordering: name of the ordering.
         repeat: times each task row occurs (for `build_repeated` the most).
         seed: what it was drawn with.
-        notices: what the user should hear.
+        notices: sentences for the user.
     """
 
     sources: tuple[str, ...]
@@ -38,7 +38,7 @@ class Mixture:
     row: np.ndarray
     repetition: np.ndarray
     tables: Mapping[str, RowTable] = field(repr=False)
-    order: str
+    ordering: str
     repeat: int
     seed: int
     notices: tuple[str, ...] = ()
@@ -66,7 +66,7 @@ class Mixture:
             out[here] = np.asarray(part)[self.row[here]]
         return out
 
-    def counts(self) -> dict:
+    def counts(self) -> dict[str, object]:
         """``mixture`` of metrics.json: realised rows, tokens and ratio.
 
         Token counts include repetitions; ``ratio`` counts each task row once and is None without task rows.
@@ -74,18 +74,23 @@ class Mixture:
         """
         columns = {key: self.column(name) for key, name in COUNTED.items()}
         here = {name: self.source == i for i, name in enumerate(self.sources)}
-        out: dict = {
-            "rows": {name: int(where.sum()) for name, where in here.items()},
-            "unique_rows": {name: len(np.unique(self.row[where])) for name, where in here.items()},
+        sums = {
+            key: {name: int(column[where].sum(dtype=np.int64)) for name, where in here.items()}
+            for key, column in columns.items()
         }
-        for key, column in columns.items():
-            out[key] = {name: int(column[where].sum(dtype=np.int64)) for name, where in here.items()}
-        out["ratio"] = None
+        once = 0
         if TASK in here:
             once = int(columns["unit_tokens"][here[TASK] & (self.repetition == 0)].sum(dtype=np.int64))
-            general = sum(tokens for name, tokens in out["unit_tokens"].items() if name != TASK)
-            out["ratio"] = general / once if once else None
-        return {**out, "repeat": self.repeat, "order": self.order, "notices": list(self.notices)}
+        general = sum(tokens for name, tokens in sums["unit_tokens"].items() if name != TASK)
+        return {
+            "rows": {name: int(where.sum()) for name, where in here.items()},
+            "unique_rows": {name: len(np.unique(self.row[where])) for name, where in here.items()},
+            **sums,
+            "ratio": general / once if once else None,
+            "repeat": self.repeat,
+            "order": self.ordering,
+            "notices": list(self.notices),
+        }
 
     def digest(self) -> str:
         """SHA-256 over the (source, content hash) sequence; equal digests mean equal training streams."""
@@ -102,28 +107,28 @@ def build(
     *,
     general: Draw | None,
     repeat: int,
-    order: str,
+    ordering: str,
     seed: int,
     task_rows: np.ndarray | None = None,
 ) -> Mixture:
     """Mix every task row `repeat` times into the drawn general rows.
 
-    Repetition r of all task rows stands before repetition r + 1 in the stream, each in a permutation of
-    its own; general rows stand in drawing order, so the same draw gives the `general` arm the same rows in
-    the same order. Same seed, same mixture, whatever the order of `tables`.
+    Repetition r of all task rows comes before repetition r + 1, each in a permutation of its own; general rows come
+    in drawing order, so the same draw gives the `general` arm the same rows in the same order. Same seed, same
+    mixture, in whatever order `tables` come.
 
     Args:
         tables: ``task`` (may be absent for the `general` arm) and, where `general` draws from it, ``general``.
         general: rows from `general_rows`, or None.
         repeat: times each task row occurs, 1 or more.
-        order: name in `ORDERS`.
+        ordering: name in `ORDERINGS`.
         seed: decides places and permutations.
         task_rows: indices of the task rows to use, without repeats; None for all.
 
     Raises:
-        TellError: unknown order or source, repeat below 1, indices out of range, no row at all.
+        TellError: unknown ordering or source, repeat below 1, indices out of range, no row at all.
     """
-    place = get_order(order)
+    place = get_ordering(ordering)
     if unknown := sorted(set(tables) - {TASK, GENERAL}):
         raise TellError(f"source {unknown[0]!r} is unknown", where="mix", remedy="Name sources task and general.")
     if repeat < 1:
@@ -137,14 +142,22 @@ def build(
             raise TellError("general rows were drawn but there is no general table", where="mix")
         queues[GENERAL] = _in_range(general.indices, tables[GENERAL])
     notices = tuple(general.notices) if general is not None else ()
-    return _mixture(tables, queues, place(_sizes(queues), seed), order, repeat, seed, notices)
+    return _mixture(
+        tables,
+        queues,
+        place({name: len(queue) for name, queue in queues.items()}, seed),
+        ordering,
+        repeat,
+        seed,
+        notices,
+    )
 
 
 def build_repeated(table: RowTable, total_rows: int, seed: int, task_rows: np.ndarray | None = None) -> Mixture:
     """Task rows alone, epoch after epoch until `total_rows`: the step-matched SFT arm.
 
-    Whole seeded epochs, the last one partial, so ceil(total_rows / batch size) steps. The order of each
-    epoch is that of the same repetition in `build` with the same seed.
+    Whole seeded epochs, the last one partial, so ceil(total_rows / batch size) steps. Each epoch has the order of the
+    same repetition in `build` with the same seed.
 
     Args:
         table: the task rows.
@@ -169,7 +182,7 @@ def _mixture(
     tables: Mapping[str, RowTable],
     queues: dict[str, np.ndarray],
     places: np.ndarray,
-    order: str,
+    ordering: str,
     repeat: int,
     seed: int,
     notices: tuple[str, ...],
@@ -181,8 +194,8 @@ def _mixture(
     for i, queue in enumerate(queues.values()):
         row[places == i] = queue
         repetition[places == i] = _occurrence(queue)
-    names = tuple(queues)
-    return Mixture(names, places, row, repetition, {name: tables[name] for name in names}, order, repeat, seed, notices)
+    used = {name: tables[name] for name in queues}
+    return Mixture(tuple(used), places, row, repetition, used, ordering, repeat, seed, notices)
 
 
 def _epochs(use: np.ndarray, total: int, seed: int) -> np.ndarray:
@@ -215,10 +228,6 @@ def _in_range(rows: np.ndarray, table: RowTable) -> np.ndarray:
         bad = int(rows.max() if rows.max() >= len(table) else rows.min())
         raise TellError(f"row {bad} is not among {len(table)} {table.source} rows", where="mix")
     return rows.astype(np.int32)
-
-
-def _sizes(queues: Mapping[str, np.ndarray]) -> dict[str, int]:
-    return {name: len(queue) for name, queue in queues.items()}
 
 
 def _positive(batch_size: int) -> int:

@@ -1,56 +1,64 @@
-"""Orders: which source stands at each place of the training stream.
+"""Orderings: which source each place of the training stream takes its row from.
 
-An order is a plain function of counts and a seed. To add one::
+An ordering maps ``(counts, seed)`` to the source of each training row. To add one::
 
-    @register("mine")
+    @ordering("mine")
     def mine(counts: Mapping[str, int], seed: int) -> np.ndarray: ...
 """
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from tell.errors import TellError
+from tell.errors import TellError, did_you_mean
 from tell.seeds import below, permutation
 
-Order = Callable[[Mapping[str, int], int], np.ndarray]
+Ordering = Callable[[Mapping[str, int], int], np.ndarray]
 
-ORDERS: dict[str, Order] = {}
+ORDERINGS: dict[str, Ordering] = {}
 
 
-def register(name: str) -> Callable[[Order], Order]:
-    """Add an order under the name that ``mix.order`` takes."""
+def ordering(name: str) -> Callable[[Ordering], Ordering]:
+    """Declare an ordering under the name that ``mix.order`` takes.
 
-    def add(order: Order) -> Order:
-        ORDERS[name] = order
-        return order
+    Raises:
+        ValueError: the name is taken.
+    """
+
+    def add(function: Ordering) -> Ordering:
+        if name in ORDERINGS:
+            raise ValueError(f"ordering {name!r} is declared twice")
+        ORDERINGS[name] = function
+        return function
 
     return add
 
 
-def get_order(name: str) -> Order:
-    """The order of that name.
+def get_ordering(name: str) -> Ordering:
+    """The ordering of that name.
 
     Raises:
         TellError: unknown name, with the nearest one.
     """
-    if name not in ORDERS:
-        close = difflib.get_close_matches(name, ORDERS, n=1, cutoff=0.5)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise TellError(f"order {name!r} is unknown{hint}", where="mix.order", remedy=f"Use {' or '.join(ORDERS)}.")
-    return ORDERS[name]
+    if name not in ORDERINGS:
+        raise TellError(
+            f"ordering {name!r} is unknown",
+            where="mix.order",
+            remedy=f"Use {' or '.join(ORDERINGS)}.",
+            nearest=did_you_mean(name, ORDERINGS),
+        )
+    return ORDERINGS[name]
 
 
-@register("shuffle")
+@ordering("shuffle")
 def shuffle(counts: Mapping[str, int], seed: int) -> np.ndarray:
     """The paper's extensive shuffle: every arrangement is equally likely (arXiv 2404.00914, section 3).
 
     Args:
         counts: rows of each source.
-        seed: same seed, same places for each source name, whatever the order of the keys.
+        seed: same seed, same places for each source name, in whatever order the keys come.
 
     Returns:
         (sum of counts,) int8, indices into ``list(counts)``; source s occurs ``counts[s]`` times.
@@ -60,14 +68,14 @@ def shuffle(counts: Mapping[str, int], seed: int) -> np.ndarray:
     return _in_key_order(stream[permutation(len(stream), seed, "order", "shuffle")], names, counts)
 
 
-@register("spread")
+@ordering("spread")
 def spread(counts: Mapping[str, int], seed: int) -> np.ndarray:
     """Rarer sources at near-equal gaps, so every stretch of training sees its share of each.
 
-    The rarest source with c of n rows takes the places floor((n j + p) / c), j = 0..c-1, with one seeded
+    The rarest source, with c of n rows, takes the places floor((n j + p) / c), j = 0..c-1, with one seeded
     phase p in 0..n-1; the next rarest does the same in the places left. One phase for all rows, and no
-    jitter of single rows, is what makes the counts of any window exact: with two sources a window of L
-    rows holds floor or ceil of L c / n rows of each; with k sources it is less than k - 1 rows off.
+    jitter of single rows, makes the counts of any window exact: with two sources a window of L rows holds
+    floor or ceil of L c / n rows of each; with k sources it is less than k - 1 rows off.
 
     Args, Returns: as `shuffle`.
     """

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from tell.errors import TellError
 from tell.files import expanded
+from tell.folder import AdapterFolder
 from tell.models import config_json, hub, wheel
 from tell.models.architecture import Architecture, read_architecture, unfit, weight_files
 
@@ -170,7 +171,7 @@ def _no_tokenizer(where: str) -> TellError:
 
 
 def _not_a_model(folder: Path) -> TellError:
-    adapter = folder / "adapter_config.json"
+    adapter = AdapterFolder(folder).config
     if adapter.exists():
         try:
             base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")

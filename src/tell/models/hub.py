@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tell.errors import TellError, first_line
-from tell.folder import write_json
+from tell.files import write_json
 from tell.home import tell_home
 from tell.models.architecture import WEIGHTS, weight_files
 from tell.shown import without_secrets

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tell.folder import write_json
+from tell.files import write_json
 from tell.home import make_folder, tell_home
 from tell.models import machine
 from tell.models.architecture import Architecture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -14,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tell.errors import TellError
+from tell.files import atomic_folder
 from tell.home import make_folder, tell_home, unwritable
 
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -134,22 +134,14 @@ def _convert_once(file: Path | Callable[[], Path], target: Path, base: str | Non
     with FileLock(models / f".{target.name}.lock"):  # released by the system if its holder dies
         if _ready(target):
             return target
-        for leftover in models.glob(f".{target.name}.*.part"):  # of a process that died; the lock is ours
-            shutil.rmtree(leftover, ignore_errors=True)
-        if target.exists():
-            shutil.rmtree(target)
         source = file() if callable(file) else file
         if notify:
             notify(f"Converting {source.name} to bf16 safetensors, once, in {target}")
-        part = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=models))
         try:
-            _run_conversion(source, part, base)
-            part.chmod(0o755)  # mkdtemp makes 0700
-            part.rename(target)
+            with atomic_folder(target) as part:
+                _run_conversion(source, part, base)
         except OSError as error:
             raise unwritable(target, error) from error
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
     return target
 
 

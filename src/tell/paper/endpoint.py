@@ -1,4 +1,4 @@
-"""A teacher behind any OpenAI-compatible endpoint: retried, resumable, its cost counted."""
+"""A teacher behind any OpenAI-compatible endpoint: retried, resumable, with its cost."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ import json
 import os
 import threading
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from tell.errors import TellError, first_line
 from tell.paper.halueval import HaluRow
-from tell.paper.teacher import Progress, Thought, Usage, contradicts
+from tell.paper.teacher import Prices, Progress, Thought, Usage, contradicts
 from tell.shown import without_secrets
 
 _SYSTEM = """\
@@ -25,13 +27,31 @@ annotators. Answer with one JSON object and nothing else: \
 {"thought": "<the analysis>", "hallucination": "yes" or "no"}."""
 _GIVE_UP_AFTER = 20  # rows dropped with not one kept: the endpoint cannot do it, and going on costs money
 _Messages = list[dict[str, str]]
+_Key = tuple[str, str, str]  # ID of the row, model, hash of the messages
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How often and how long an endpoint is tried.
+
+    Attributes:
+        concurrency: requests under way at once, at most.
+        attempts: answers per row, at most.
+        retries: repetitions of one request after 429, 5xx or a lost connection.
+        timeout: seconds for one request.
+    """
+
+    concurrency: int = 4
+    attempts: int = 3
+    retries: int = 6
+    timeout: float = 120.0
 
 
 class OpenAITeacher:
     """Asks a chat completions endpoint for each thought.
 
-    An answer that is not the JSON asked for, or comes to another conclusion than the people's label, is
-    asked for again with the fault named; after `attempts` answers the row is dropped and counted. 429, 5xx
+    After an answer that is not the JSON described, or that concludes against the human label, the request is
+    repeated with the fault named; after `Limits.attempts` answers the row is dropped and counted. 429, 5xx
     and lost connections are retried by the client with exponential backoff, as Retry-After says. Every
     finished row is appended to the cache at once, under its ID, the model and a hash of the messages.
 
@@ -39,12 +59,12 @@ class OpenAITeacher:
         base_url: e.g. ``https://api.openai.com/v1`` or ``http://localhost:8000/v1``.
         model: the endpoint's name of the model.
         api_key: default ``$OPENAI_API_KEY``; endpoints without keys take any.
-        concurrency: requests under way at most.
-        attempts: answers asked for per row at most.
-        retries: repetitions of one request after 429, 5xx or a lost connection.
-        timeout: seconds for one request.
+        limits: how often and how long the endpoint is tried.
+        prices: of tokens; without them only tokens are counted.
         temperature, max_tokens: sent along; left out where the endpoint refuses them. None: never sent.
-        price_in, price_out: price of a million tokens in and out; without them only tokens are counted.
+
+    Raises:
+        TellError: the package openai is not installed, a limit below 1, no key, or a base URL that is not one.
     """
 
     def __init__(
@@ -53,40 +73,36 @@ class OpenAITeacher:
         model: str,
         api_key: str | None = None,
         *,
-        concurrency: int = 4,
-        attempts: int = 3,
-        retries: int = 6,
-        timeout: float = 120.0,
+        limits: Limits | None = None,
+        prices: Prices | None = None,
         temperature: float | None = 0.7,
         max_tokens: int | None = 600,
-        price_in: float | None = None,
-        price_out: float | None = None,
     ) -> None:
-        import openai  # half a second, so only where it is used
-
-        for name, value in (("concurrency", concurrency), ("attempts", attempts)):
+        self._limits = limits = limits or Limits()
+        for name, value in (("concurrency", limits.concurrency), ("attempts", limits.attempts)):
             if value < 1:
                 raise TellError(f"{name} is {value}", where="teacher", remedy="Set it to 1 or more.")
         key = api_key or os.environ.get("OPENAI_API_KEY")
         if not key and base_url is None:
-            raise TellError(
-                "no API key is given", where="teacher", remedy="Set OPENAI_API_KEY, or name a base URL that needs none."
-            )
+            remedy = "Set OPENAI_API_KEY, or name a base URL that needs none."
+            raise TellError("no API key is given", where="teacher", remedy=remedy)
         if base_url is not None and not base_url.startswith(("http://", "https://")):
-            raise TellError(
-                f"base URL {without_secrets(base_url)!r} is no http address",
-                where="teacher",
-                remedy="Write http://host:port/v1.",
-            )
-        self.name = model
-        self.usage = Usage(price_in=price_in, price_out=price_out)
-        self._client = openai.OpenAI(base_url=base_url, api_key=key or "none", max_retries=retries, timeout=timeout)
-        self._model, self._concurrency, self._attempts = model, concurrency, attempts
+            what = f"base URL {without_secrets(base_url)!r} is not an http address"
+            raise TellError(what, where="teacher", remedy="Write http://host:port/v1.")
+        try:
+            import openai  # half a second, so only where it is used
+        except ImportError as error:
+            remedy = 'pip install "tell-llm[teacher]"'
+            raise TellError("openai is not installed", where="teacher", remedy=remedy) from error
+
+        self.name = self._model = model
+        self.usage: Usage = Usage(prices=prices or Prices())
+        self._client = openai.OpenAI(
+            base_url=base_url, api_key=key or "none", max_retries=limits.retries, timeout=limits.timeout
+        )
+        options = {"temperature": temperature, "max_tokens": max_tokens}
         self._options: dict[str, Any] = {"response_format": {"type": "json_object"}}
-        if temperature is not None:
-            self._options["temperature"] = temperature
-        if max_tokens is not None:
-            self._options["max_tokens"] = max_tokens
+        self._options |= {name: value for name, value in options.items() if value is not None}
         self._key = key
         self._lock = threading.Lock()
         self._stop = threading.Event()
@@ -99,22 +115,19 @@ class OpenAITeacher:
                 retries, or gives nothing usable. Finished rows stay in the cache.
         """
         self._stop.clear()
-        known = _read_cache(cache)
+        stored = _Cache(cache)
         messages = [_messages(row) for row in rows]
-        keys = [(row.id, self._model, _hash(asked)) for row, asked in zip(rows, messages, strict=True)]
-        out: dict[int, Thought] = {i: known[key] for i, key in enumerate(keys) if key in known}
+        keys = [(row.id, self._model, _hash(sent)) for row, sent in zip(rows, messages, strict=True)]
+        out = {i: stored.known[key] for i, key in enumerate(keys) if key in stored.known}
         self.usage.reused += len(out)
         if progress:
             progress(len(out), len(rows))
         if len(out) == len(rows):
             return [out[i] for i in range(len(rows))]
         kept, dropped = 0, 0
-        with _Appender(cache) as appender, ThreadPoolExecutor(self._concurrency) as pool:
-            waiting: dict[Future[Thought], int] = {
-                pool.submit(self._row, rows[i], messages[i], keys[i], appender): i
-                for i in range(len(rows))
-                if i not in out
-            }
+        with stored, ThreadPoolExecutor(self._limits.concurrency) as pool:
+            asked = [i for i in range(len(rows)) if i not in out]
+            waiting = {pool.submit(self._row, rows[i], messages[i], keys[i], stored): i for i in asked}
             try:
                 for future in as_completed(waiting):
                     thought = out[waiting[future]] = future.result()
@@ -122,21 +135,19 @@ class OpenAITeacher:
                     if progress:
                         progress(len(out), len(rows))
                     if dropped >= _GIVE_UP_AFTER and not kept:
-                        raise TellError(
-                            f"none of the first {dropped} rows got a usable answer (the last: {thought.reason})",
-                            where=f"teacher {self._model}",
-                            remedy="Use a stronger model, or --teacher offline.",
-                        )
+                        what = f"none of the first {dropped} rows got a usable answer (the last: {thought.reason})"
+                        remedy = "Use a stronger model, or --teacher offline."
+                        raise TellError(what, where=f"teacher {self._model}", remedy=remedy)
             finally:  # on success nothing is left to cancel
                 self._stop.set()
                 pool.shutdown(wait=True, cancel_futures=True)
         return [out[i] for i in range(len(rows))]
 
-    def _row(self, row: HaluRow, messages: _Messages, key: tuple[str, str, str], appender: _Appender) -> Thought:
-        """Ask until an answer agrees with the label, then keep it."""
+    def _row(self, row: HaluRow, messages: _Messages, key: _Key, cache: _Cache) -> Thought:
+        """The thought of the first answer that agrees with the label."""
         messages = list(messages)
         reason = ""
-        for _ in range(self._attempts):
+        for _ in range(self._limits.attempts):
             if self._stop.is_set():  # another row failed for good: this one is left for the next run
                 return Thought(None, "stopped")
             try:
@@ -147,23 +158,17 @@ class OpenAITeacher:
             if text is not None:
                 thought = Thought(text)
                 break
-            messages += [
-                {"role": "assistant", "content": content},
-                {
-                    "role": "user",
-                    "content": f'This cannot be used: {reason}. The label is "{row.label}". Answer again.',
-                },
-            ]
+            fault = f'This cannot be used: {reason}. The label is "{row.label}". Answer again.'
+            messages += [{"role": "assistant", "content": content}, {"role": "user", "content": fault}]
         else:
-            thought = Thought(None, f"{self._attempts} answers, the last {reason}")
-        appender.append(key, thought)
+            thought = Thought(None, f"{self._limits.attempts} answers, the last {reason}")
+        cache.append(key, thought)
         return thought
 
     def _ask(self, messages: _Messages) -> str:
         """Content of one answer, its tokens counted."""
         import openai
 
-        where = without_secrets(f"{self._client.base_url} ({self._model})", self._key)
         while True:
             options = dict(self._options)
             try:
@@ -172,37 +177,12 @@ class OpenAITeacher:
             except openai.BadRequestError as error:
                 if not self._do_without(options, error):
                     raise _Refused(self._message(error)) from error
-            except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
-                raise TellError(
-                    f"refuses the key ({self._message(error)})",
-                    where=where,
-                    remedy="Set OPENAI_API_KEY to a valid key.",
-                ) from error
-            except openai.NotFoundError as error:
-                raise TellError(
-                    f"is not found ({self._message(error)})",
-                    where=where,
-                    remedy="Check the base URL (it mostly ends in /v1) and the model's name.",
-                ) from error
-            except openai.APIConnectionError as error:
-                raise TellError(
-                    f"cannot be reached ({self._message(error.__cause__ or error)})",
-                    where=where,
-                    remedy="Check the base URL, then run the same command again: finished rows are kept.",
-                ) from error
             except (openai.OpenAIError, ValueError) as error:  # ValueError: no JSON where JSON was promised
-                raise TellError(
-                    f"keeps failing ({self._message(error)})",
-                    where=where,
-                    remedy="Wait, then run the same command again: finished rows are kept.",
-                ) from error
+                raise self._failure(error) from error
         choices = getattr(answer, "choices", 0)  # a page of HTML with status 200 is a text here
         if not isinstance(choices, list | None):
-            raise TellError(
-                "does not answer as a chat completions endpoint does",
-                where=where,
-                remedy="Check the base URL: it mostly ends in /v1.",
-            )
+            remedy = "Check the base URL: it mostly ends in /v1."
+            raise TellError("does not answer as a chat completions endpoint does", where=self._where, remedy=remedy)
         with self._lock:
             self.usage.answers += 1
             for count in ("prompt_tokens", "completion_tokens"):
@@ -210,6 +190,26 @@ class OpenAITeacher:
                 if isinstance(tokens, int) and tokens > 0:
                     setattr(self.usage, count, getattr(self.usage, count) + tokens)
         return _content(choices[0]) if choices else ""
+
+    @property
+    def _where(self) -> str:
+        return without_secrets(f"{self._client.base_url} ({self._model})", self._key)
+
+    def _failure(self, error: Exception) -> TellError:
+        """What ends the run, for the user: finished rows stay in the cache."""
+        import openai
+
+        cause: BaseException = error
+        if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
+            what, remedy = "refuses the key", "Set OPENAI_API_KEY to a valid key."
+        elif isinstance(error, openai.NotFoundError):
+            what, remedy = "is not found", "Check the base URL (it mostly ends in /v1) and the model's name."
+        elif isinstance(error, openai.APIConnectionError):
+            what, cause = "cannot be reached", error.__cause__ or error
+            remedy = "Check the base URL, then run the same command again: finished rows are kept."
+        else:
+            what, remedy = "keeps failing", "Wait, then run the same command again: finished rows are kept."
+        return TellError(f"{what} ({self._message(cause)})", where=self._where, remedy=remedy)
 
     def _message(self, error: BaseException) -> str:
         """The first line of what the endpoint said, without the key that it may repeat."""
@@ -261,7 +261,7 @@ def _judge(content: str, row: HaluRow) -> tuple[str | None, str]:
     try:
         answer = json.loads(text)
     except (ValueError, RecursionError):
-        return None, "is no JSON"
+        return None, "is not JSON"
     if not isinstance(answer, dict) or not isinstance(answer.get("thought"), str) or not answer["thought"].strip():
         return None, "has no thought"
     label = str(answer.get("hallucination")).strip().lower()
@@ -275,48 +275,41 @@ def _judge(content: str, row: HaluRow) -> tuple[str | None, str]:
     return thought, ""
 
 
-class _Appender:
-    """Appends finished rows to the cache, a line at a time, opened with the first of them."""
+class _Cache:
+    """Finished rows on disk, one per line, by ID, model and hash of the messages.
+
+    The file is opened for the first row that is added; the incomplete line of a killed run is skipped.
+    """
 
     def __init__(self, path: Path) -> None:
-        self._path, self._lock, self._file = path, threading.Lock(), None
+        self._path, self._lock = path, threading.Lock()
+        self._file: TextIO | None = None
+        self._before = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+        self.known: dict[_Key, Thought] = {}
+        for line in self._before.splitlines():
+            with suppress(ValueError, KeyError, TypeError):
+                row = json.loads(line)
+                self.known[row["id"], row["model"], row["messages"]] = Thought(row["thought"], row["reason"])
 
-    def __enter__(self) -> _Appender:
+    def __enter__(self) -> _Cache:
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._file is not None:
             self._file.close()
 
-    def append(self, key: tuple[str, str, str], thought: Thought) -> None:
+    def append(self, key: _Key, thought: Thought) -> None:
         row = {"id": key[0], "model": key[1], "messages": key[2], "thought": thought.text, "reason": thought.reason}
         with self._lock:
             try:
                 if self._file is None:
                     self._path.parent.mkdir(parents=True, exist_ok=True)
-                    before = self._path.read_bytes() if self._path.exists() else b""
                     self._file = self._path.open("a", encoding="utf-8")
-                    if before and not before.endswith(b"\n"):  # the torn line of a killed run
+                    if self._before and not self._before.endswith("\n"):
                         self._file.write("\n")
                 self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 self._file.flush()
             except OSError as error:
-                raise TellError(
-                    f"cannot be written ({error.strerror or error})",
-                    where=str(self._path),
-                    remedy="Free disk space or choose another folder with --out.",
-                ) from error
-
-
-def _read_cache(path: Path) -> dict[tuple[str, str, str], Thought]:
-    """Finished rows of earlier runs; the torn line of a killed one is skipped."""
-    known: dict[tuple[str, str, str], Thought] = {}
-    if not path.exists():
-        return known
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-            known[row["id"], row["model"], row["messages"]] = Thought(row["thought"], row["reason"])
-        except (ValueError, KeyError, TypeError):
-            continue
-    return known
+                remedy = "Free disk space or choose another folder with --out."
+                what = f"cannot be written ({error.strerror or error})"
+                raise TellError(what, where=str(self._path), remedy=remedy) from error

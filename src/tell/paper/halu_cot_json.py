@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tell.errors import TellError
-from tell.folder import write_json, write_jsonl, write_text
+from tell.files import write_json, write_jsonl, write_text
+from tell.paper.destination import Destination, writable_folder
 from tell.paper.halueval import ANCHOR, SCHEMA, HaluRow, read_rows
 from tell.paper.offline import OfflineTeacher
 from tell.paper.teacher import Progress, Teacher, Thought, Usage
@@ -20,15 +21,15 @@ TRAIN_ROWS = 3001  # HaluEval general rows 0-3000 are the paper's training set, 
 
 @dataclass(frozen=True)
 class Built:
-    """What was made.
+    """The dataset that was written.
 
     Attributes:
-        folder: where ``train.jsonl``, ``test.jsonl``, ``anchor.txt`` and ``schema.json`` lie.
+        folder: of ``train.jsonl``, ``test.jsonl``, ``anchor.txt`` and ``schema.json``.
         train, test: rows written; test is 0 where no test rows were given.
         labels: training rows of each label.
         dropped: (origin, reason) of each row the teacher gave no usable thought for.
         usage: tokens and cost of a bought teacher.
-        notices: what else the user should hear.
+        notices: sentences for the user.
     """
 
     folder: Path
@@ -40,7 +41,7 @@ class Built:
     notices: list[str] = field(default_factory=list)
 
     def lines(self) -> list[str]:
-        """The outcome in words, a line each."""
+        """A summary for the screen."""
         labels = ", ".join(f"{count:,} {label}" for label, count in sorted(self.labels.items()))
         out = [f"{self.train:,} training rows ({labels}) and {self.test:,} test rows in {self.folder}"]
         if self.dropped:
@@ -53,13 +54,12 @@ class Built:
 
 def build_halu_cot_json(
     source: str | Path,
-    out: str | Path,
+    out: Destination,
     *,
     teacher: Teacher | None = None,
     rows: int | None = None,
     seed: int = 42,
     test: str | Path | None = None,
-    overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Built:
     """Write ``train.jsonl``, ``test.jsonl`` (``prompt``, ``completion``), ``anchor.txt`` and ``schema.json``.
@@ -72,55 +72,45 @@ def build_halu_cot_json(
     Args:
         source: HaluEval's ``general_data.json`` (rows 0-3000 train, the rest test) or the paper's
             ``train_inputs.jsonl`` (all train); plain, ``.gz`` or ``.zst``.
-        out: folder to write; ``teacher.jsonl`` in it keeps what a bought teacher has finished.
+        out: folder to write, or `Replace` with it to replace the dataset it holds; ``teacher.jsonl`` in it keeps the
+            rows that a bought teacher has finished.
         teacher: writes the thoughts of the training rows; default offline.
-        rows: this many training rows, a random subset by seed; a larger one holds the smaller one.
+        rows: this many training rows, a random subset by seed; a larger one contains the smaller one.
         seed: decides the subset.
         test: the paper's ``test.jsonl``, or HaluEval rows, to test on instead.
-        overwrite: replace a dataset that lies in `out`.
         progress: called with (rows done, rows in all).
 
     Raises:
-        TellError: bad input, a dataset that lies there already, or a teacher that fails (what it finished
-            is kept; the same call goes on from there). No file of the dataset is written then.
+        TellError: bad input, a dataset in `out` that is not to be replaced, or a teacher that fails (the rows it
+            finished are kept, and the same call continues from them). No file of the dataset is written then.
     """
-    teacher = teacher or OfflineTeacher()
-    out = Path(out)
-    if (out / "train.jsonl").exists() and not overwrite:
-        raise TellError("holds a dataset already", where=str(out), remedy="Give another folder, or --overwrite.")
-    if out.exists() and not out.is_dir():
-        raise TellError("is a file, not a folder", where=str(out), remedy="Give another folder with --out.")
+    writer: Teacher = teacher or OfflineTeacher()
+    folder = writable_folder(out)
     train, held_out, notices = _parts(source, test)
     if rows is not None and not 1 <= rows <= len(train):
-        raise TellError(
-            f"{rows:,} training rows are asked of {len(train):,}",
-            where="--rows",
-            remedy=f"Ask for 1 to {len(train):,}.",
-        )
+        what, remedy = f"{rows:,} of {len(train):,} training rows are requested", f"Ask for 1 to {len(train):,}."
+        raise TellError(what, where="--rows", remedy=remedy)
     chosen = train if rows is None else subset(train, rows, seed)
-    thoughts = teacher.write(chosen, cache=out / "teacher.jsonl", progress=progress)
+    thoughts = writer.write(chosen, cache=folder / "teacher.jsonl", progress=progress)
     kept = [(row, thought) for row, thought in zip(chosen, thoughts, strict=True) if thought.text is not None]
     dropped = [(row.origin, t.reason) for row, t in zip(chosen, thoughts, strict=True) if t.text is None]
     if not kept:
-        raise TellError(
-            f"teacher {teacher.name} gave no usable thought for any of {len(chosen):,} rows ({dropped[0][1]})",
-            where=str(source),
-            remedy="Use another teacher, e.g. --teacher offline.",
-        )
+        what = f"teacher {writer.name} gave no usable thought for any of {len(chosen):,} rows ({dropped[0][1]})"
+        raise TellError(what, where=str(source), remedy="Use another teacher, e.g. --teacher offline.")
     references = OfflineTeacher().write(held_out)
-    write_text(out / "anchor.txt", ANCHOR)
-    write_json(out / "schema.json", SCHEMA)
+    write_text(folder / "anchor.txt", ANCHOR)
+    write_json(folder / "schema.json", SCHEMA)
     if held_out:
-        write_jsonl(out / "test.jsonl", [_example(*pair) for pair in zip(held_out, references, strict=True)])
+        write_jsonl(folder / "test.jsonl", [_example(*pair) for pair in zip(held_out, references, strict=True)])
     else:
-        (out / "test.jsonl").unlink(missing_ok=True)  # one of an earlier build would not belong to this one
-    write_jsonl(out / "train.jsonl", [_example(*pair) for pair in kept])  # last: it says that all is there
-    labels = dict(Counter(row.label for row, _ in kept))
-    return Built(out, len(kept), len(held_out), labels, dropped, teacher.usage, notices)
+        (folder / "test.jsonl").unlink(missing_ok=True)  # of an earlier build
+    write_jsonl(folder / "train.jsonl", [_example(*pair) for pair in kept])  # last: it marks the dataset as complete
+    labels: dict[str, int] = {**Counter(row.label for row, _ in kept)}
+    return Built(folder, len(kept), len(held_out), labels, dropped, writer.usage, notices)
 
 
 def subset(rows: Sequence[HaluRow], count: int, seed: int) -> list[HaluRow]:
-    """A seeded random subset in the order of `rows`; with the same seed a larger one holds a smaller one."""
+    """A seeded random subset in the order of `rows`; with the same seed a larger one contains a smaller one."""
 
     def rank(i: int) -> bytes:
         return hashlib.blake2b(f"{seed}\x00{i}\x00{rows[i].prompt}".encode(), digest_size=16).digest()
@@ -129,7 +119,7 @@ def subset(rows: Sequence[HaluRow], count: int, seed: int) -> list[HaluRow]:
 
 
 def _parts(source: str | Path, test: str | Path | None) -> tuple[list[HaluRow], list[HaluRow], list[str]]:
-    """Training rows, test rows, and what to say about them."""
+    """Training rows, test rows and notices."""
     rows, upstream = read_rows(source)
     train, held_out = (rows[:TRAIN_ROWS], rows[TRAIN_ROWS:]) if upstream else (rows, [])
     notices = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, cast, get_args
 
 from tell.data.formats import read_records
 from tell.errors import TellError
@@ -34,7 +34,7 @@ hallucination label at the end of your analysis. Your focus is on pinpointing an
 hallucinations, upholding the high standards expected of AGI, and presenting your analysis clearly and concisely in \
 JSONL format."""
 
-SCHEMA: dict[str, Any] = {
+SCHEMA: dict[str, object] = {
     "$schema": "https://json-schema.org/draft/2020-12/schema",
     "type": "object",
     "properties": {"thought": {"type": "string"}, "hallucination": {"type": "string", "enum": ["yes", "no"]}},
@@ -42,6 +42,7 @@ SCHEMA: dict[str, Any] = {
     "additionalProperties": False,
 }
 
+_SOURCES = "Give HaluEval's general_data.json or the paper's train_inputs.jsonl."
 _QUERY = "Consider the following task:\n'relatives' : \n'user_query' : "
 _RESPONSE = "\n'chatgpt_response' : "
 
@@ -55,7 +56,7 @@ class HaluRow:
         query: what a user asked ChatGPT.
         response: what ChatGPT answered.
         label: whether people found a hallucination in it.
-        spans: the passages they marked, sometimes a remark of theirs; empty for ``no`` and for a few ``yes``.
+        spans: the passages they marked, or a remark of theirs; empty for ``no`` and for a few ``yes``.
         origin: ``file:line``.
     """
 
@@ -99,9 +100,9 @@ def read_rows(path: str | Path) -> tuple[list[HaluRow], bool]:
             raise TellError(f"{names[2]} is {label!r}", where=origin, remedy="Make it yes or no.")
         spans = record.get(names[3]) or []
         if not isinstance(spans, list) or not all(isinstance(span, str) for span in spans):
-            raise TellError(f"{names[3]} is no list of texts", where=origin, remedy="Give a list, empty for none.")
+            raise TellError(f"{names[3]} is not a list of texts", where=origin, remedy="Give a list, empty for none.")
         marked = tuple(span for span in spans if span.strip())
-        rows.append(HaluRow(str(record.get("ID", line)), query, response, label, marked, origin))  # type: ignore[arg-type]
+        rows.append(HaluRow(str(record.get("ID", line)), query, response, cast(Label, label), marked, origin))
     return rows, upstream
 
 
@@ -110,21 +111,14 @@ def _split(prompt: str, origin: str) -> tuple[str, str]:
     own = prompt.removeprefix(ANCHOR).lstrip("\n")
     query, separator, response = own.removeprefix(_QUERY).partition(_RESPONSE)
     if not own.startswith(_QUERY) or not separator:
-        raise TellError(
-            "prompt is not one of Halu-CoT-JSON",
-            where=origin,
-            remedy="Give HaluEval's general_data.json or the paper's train_inputs.jsonl.",
-        )
+        raise TellError("prompt is not one of Halu-CoT-JSON", where=origin, remedy=_SOURCES)
     return query, response
 
 
-def _text(record: Mapping[str, Any], name: str, origin: str) -> str:
+def _text(record: Mapping[str, object], name: str, origin: str) -> str:
     value = record.get(name)
     if not isinstance(value, str):
         what = "is missing" if value is None else f"is {type(value).__name__}, not text"
-        raise TellError(
-            f"column {name} {what} (found: {', '.join(map(str, record))})",
-            where=origin,
-            remedy="Give HaluEval's general_data.json or the paper's train_inputs.jsonl.",
-        )
+        what = f"column {name} {what} (found: {', '.join(map(str, record))})"
+        raise TellError(what, where=origin, remedy=_SOURCES)
     return value

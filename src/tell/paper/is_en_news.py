@@ -12,8 +12,9 @@ import numpy as np
 from tell.data.formats import check_file, read_records
 from tell.data.subset import take_tokens
 from tell.errors import TellError
-from tell.folder import write_jsonl, write_text
-from tell.paper.parallel_texts import Document, Pairs, read_pairs, read_wmt
+from tell.files import write_jsonl, write_text
+from tell.paper.destination import Destination, writable_folder
+from tell.paper.parallel_texts import Document, Pairs, plain_suffix, read_pairs, read_wmt
 
 Direction = Literal["en-is", "is-en"]
 DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
@@ -21,10 +22,7 @@ LANGUAGES = {"en": "English", "is": "Icelandic"}
 LONG = 50  # words; a further pair must have more, as in the paper
 TIMES = 5.0  # times the training data that the paper's SFT reference had
 _SHARED = 5  # words; shorter lines ("Weather") may occur in any document
-_NAMES = {
-    "training": ("newsdev*{}*.xml*", "dev-{}.jsonl*"),
-    "test": ("newstest*{}*.xml*", "test-{}.jsonl*"),
-}
+_NAMES = {"training": ("newsdev*{}*.xml*", "dev-{}.jsonl*"), "test": ("newstest*{}*.xml*", "test-{}.jsonl*")}
 
 
 def anchor_text(direction: Direction) -> str:
@@ -58,14 +56,14 @@ class Counts:
 
 @dataclass(frozen=True)
 class BuiltNews:
-    """What was made: counts by direction, and what else the user should hear."""
+    """The datasets that were written: counts by direction, and sentences for the user."""
 
     folder: Path
     directions: dict[Direction, Counts]
     notices: list[str] = field(default_factory=list)
 
     def lines(self) -> list[str]:
-        """The outcome in words, a line each."""
+        """A summary for the screen."""
         out = []
         for direction, n in self.directions.items():
             text = f"{n.train:,} training and {n.test:,} test documents in {self.folder / direction}"
@@ -77,14 +75,13 @@ class BuiltNews:
 
 def build_is_en_news(
     source: str | Path,
-    out: str | Path,
+    out: Destination,
     *,
     train: str | Path | None = None,
     extra: Sequence[Pairs] = (),
     direction: Direction | Literal["both"] = "both",
     times: float = TIMES,
     seed: int = 42,
-    overwrite: bool = False,
 ) -> BuiltNews:
     """Write ``train.jsonl``, ``test.jsonl``, ``anchor.txt`` and ``extra.jsonl`` into a folder per direction.
 
@@ -97,64 +94,62 @@ def build_is_en_news(
     Args:
         source: test documents: ``newstest2021.en-is.all.xml`` of WMT21, the published ``test-en-is.jsonl``, or a
             folder that holds one of them for each direction; plain, ``.gz`` or ``.zst``.
-        out: folder to write ``en-is/`` and ``is-en/`` into.
+        out: folder to write ``en-is/`` and ``is-en/`` into, or `Replace` with it to replace the datasets they hold.
         train: training documents likewise: ``newsdev2021.en-is.xml`` or the published ``dev-en-is.jsonl``; default:
             the folder `source`.
         extra: further pairs, each as `tell.paper.parallel_texts.read_pairs` takes it, English first.
         direction: ``en-is``, ``is-en`` or ``both``.
         times: English words of ``extra.jsonl``, over those of the training documents; all pairs where they are fewer.
         seed: draws the further pairs.
-        overwrite: replace a dataset that lies in `out`.
 
     Raises:
-        TellError: bad input, or a dataset that lies there already. No file is written then.
+        TellError: bad input, or a dataset in `out` that is not to be replaced. No file is written then.
     """
-    out = Path(out)
     wanted = _directions(direction)
     if not times > 1:
         raise TellError(f"times is {times:g}", where="--times", remedy="Give a number above 1, e.g. 5.")
-    if out.exists() and not out.is_dir():
-        raise TellError("is a file, not a folder", where=str(out), remedy="Give another folder with --out.")
-    for name in wanted:
-        if (out / name / "train.jsonl").exists() and not overwrite:
-            raise TellError(
-                "holds a dataset already", where=str(out / name), remedy="Give another folder, or --overwrite."
-            )
+    folder = writable_folder(out, wanted)
     parts = {name: (_documents(train or source, name, "training"), _documents(source, name, "test")) for name in wanted}
     pairs = [doc for spec in extra for doc in read_pairs(spec, ("en", "is")) if doc.words("en") > LONG]
     if extra and not pairs:
-        raise TellError(
-            f"hold no pair of more than {LONG} English words",
-            where=", ".join(map(str, extra)),
-            remedy="Give longer texts, or the documents that lines belong to (ENGLISH,ICELANDIC,IDS).",
-        )
+        remedy = "Give longer texts, or the documents that lines belong to (ENGLISH,ICELANDIC,IDS)."
+        what = f"hold no pair of more than {LONG} English words"
+        raise TellError(what, where=", ".join(map(str, extra)), remedy=remedy)
     notices: list[str] = []
-    made: dict[Direction, tuple[list[Document], list[Document], list[Document], float]] = {}
+    made: dict[Direction, _Rows] = {}
     for name, (training, test) in parts.items():
         tested = {pair for doc in test for pair in _line_pairs(doc)}
         training = _apart(training, tested, f"{name}: training documents", notices)
         if not training:
-            raise TellError(
-                f"every {name} training document is a test document too",
-                where=str(train or source),
-                remedy="Give other documents with --train.",
-            )
+            what = f"every {name} training document is a test document too"
+            raise TellError(what, where=str(train or source), remedy="Give other documents with --train.")
         more, share = _more(training, _apart(pairs, tested, f"{name}: further pairs", notices), times, seed)
         if extra and share < times * 0.9:
             notices.append(f"{name}: extra.jsonl reaches {share:.1f} times the training words, not {times:g}")
-        made[name] = (training, test, more, share)
-    counts: dict[Direction, Counts] = {}
-    for name, (training, test, more, share) in made.items():
-        folder, rows = out / name, [_row(doc, name) for doc in training]
-        write_text(folder / "anchor.txt", anchor_text(name))
-        write_jsonl(folder / "test.jsonl", [_row(doc, name) for doc in test])
-        if more:
-            write_jsonl(folder / "extra.jsonl", [*rows, *(_row(doc, name) for doc in more)])
+        made[name] = _Rows(training, test, more, share)
+    return BuiltNews(folder, {name: rows.write(folder / name, name) for name, rows in made.items()}, notices)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The documents of one direction, ready to be written."""
+
+    train: list[Document]
+    test: list[Document]
+    more: list[Document]
+    times: float
+
+    def write(self, folder: Path, direction: Direction) -> Counts:
+        rows = [_row(doc, direction) for doc in self.train]
+        extra = [*rows, *(_row(doc, direction) for doc in self.more)] if self.more else []
+        write_text(folder / "anchor.txt", anchor_text(direction))
+        write_jsonl(folder / "test.jsonl", [_row(doc, direction) for doc in self.test])
+        if extra:
+            write_jsonl(folder / "extra.jsonl", extra)
         else:
-            (folder / "extra.jsonl").unlink(missing_ok=True)  # one of an earlier build would not belong to this one
-        write_jsonl(folder / "train.jsonl", rows)  # last: it says that all is there
-        counts[name] = Counts(len(rows), len(test), len(rows) + len(more) if more else 0, share)
-    return BuiltNews(out, counts, notices)
+            (folder / "extra.jsonl").unlink(missing_ok=True)  # of an earlier build
+        write_jsonl(folder / "train.jsonl", rows)  # last: it marks the dataset as complete
+        return Counts(len(rows), len(self.test), len(extra), self.times)
 
 
 def _directions(direction: str) -> tuple[Direction, ...]:
@@ -172,21 +167,15 @@ def _documents(place: str | Path, direction: Direction, role: str) -> list[Docum
         found = sorted(file for pattern in patterns for file in path.glob(pattern))
         if len(found) != 1:
             what = f"holds {len(found)} files" if found else "holds no file"
-            raise TellError(
-                f"{what} of {direction} {role} documents ({' or '.join(patterns)})",
-                where=str(path),
-                remedy=f"Give the file itself{' with --train' if role == 'training' else ''}, and --direction.",
-            )
+            remedy = f"Give the file itself{' with --train' if role == 'training' else ''}, and --direction."
+            what = f"{what} of {direction} {role} documents ({' or '.join(patterns)})"
+            raise TellError(what, where=str(path), remedy=remedy)
         path = found[0]
     path = check_file(path)
-    is_xml = path.name.lower().removesuffix(".gz").removesuffix(".zst").endswith(".xml")
-    held, documents = read_wmt(path) if is_xml else _published(path)
+    held, documents = read_wmt(path) if plain_suffix(path) == ".xml" else _published(path)
     if held != direction:
-        raise TellError(
-            f"holds {held} documents, and {direction} is wanted",
-            where=str(path),
-            remedy=f"Give --direction {held}, or a folder with a file for each direction.",
-        )
+        remedy = f"Give --direction {held}, or a folder with a file for each direction."
+        raise TellError(f"holds {held} documents, and {direction} is wanted", where=str(path), remedy=remedy)
     return documents
 
 
@@ -199,11 +188,8 @@ def _published(path: Path) -> tuple[str, list[Document]]:
         query, response = str(record.get("query", "")), str(record.get("response", ""))
         held = held or next((name for name, (head, _) in heads.items() if query.startswith(head)), None)
         if held is None or not query.startswith(heads[held][0]) or not response.startswith(heads[held][1]):
-            raise TellError(
-                "is no row of IS-EN-NEWS",
-                where=f"{path}:{line}",
-                remedy="Give the published dev-*.jsonl or test-*.jsonl of one direction, or WMT21's XML.",
-            )
+            remedy = "Give the published dev-*.jsonl or test-*.jsonl of one direction, or WMT21's XML."
+            raise TellError("is not a row of IS-EN-NEWS", where=f"{path}:{line}", remedy=remedy)
         texts = (query.removeprefix(heads[held][0]), response.removeprefix(heads[held][1]))
         lines = {code: tuple(text.split("\n")) for code, text in zip(held.split("-"), texts, strict=True)}
         documents.append(Document(str(line), lines, f"{path}:{line}"))

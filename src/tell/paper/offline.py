@@ -1,4 +1,4 @@
-"""A teacher without a model: the thought is composed from the label and the passages people marked."""
+"""A teacher without a model: it composes the thought from the label and the passages that annotators marked."""
 
 from __future__ import annotations
 
@@ -130,8 +130,8 @@ _GIVEN = ("The query reads {q}.", "The user writes {q}.", "The request is {q}.")
 class OfflineTeacher:
     """Composes one to three sentences from the row alone: what was asked, what is wrong or was checked, the verdict.
 
-    Nothing is judged anew: a thought is as true as the label and the marked passages. Which sentence
-    patterns are used is decided by a hash of the row, so the same row gives the same thought everywhere.
+    A thought is as true as the label and the marked passages. A hash of the row picks the sentence patterns, so the
+    same row gives the same thought everywhere.
     """
 
     name = "offline"
@@ -189,14 +189,14 @@ def _given(row: HaluRow, text: str) -> str:
 
 
 def _fault(row: HaluRow) -> tuple[str, str]:
-    """What kind of passage people marked, and the quotation of it."""
+    """What kind of passage the annotators marked, and the quotation of it."""
     if not row.spans:
         return "none", ""
     span, response = _flat(row.spans[0]), _flat(row.response)
     quoted = _quote(_words(span, 140))
     if re.match(r"incomplete\b", span, re.IGNORECASE) and len(span) < 14:
         return "incomplete", ""
-    if span not in response and len(span) < 80:  # a remark of theirs, not a passage
+    if span not in response and len(span) < 80:  # a remark of the annotator, not a passage
         return "remark", quoted
     if _LIMIT.search(span):
         return "refusal", quoted

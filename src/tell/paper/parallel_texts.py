@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tell.data.bounds import COMPRESSIONS
 from tell.data.formats import check_file, read_records, read_text
 from tell.errors import TellError
 
@@ -54,7 +55,7 @@ def read_wmt(path: str | Path) -> tuple[str, list[Document]]:
     try:
         root = ET.fromstring(read_text(path, compression=_compression(path)))
     except ET.ParseError as error:
-        raise TellError(f"is no valid XML ({error})", where=str(path), remedy="Copy it again.") from error
+        raise TellError(f"is not valid XML ({error})", where=str(path), remedy="Copy it again.") from error
     found: list[Document] = []
     directions: set[str] = set()
     for number, doc in enumerate(root.iter("doc"), 1):
@@ -70,11 +71,8 @@ def read_wmt(path: str | Path) -> tuple[str, list[Document]]:
         systems = {str(part.get("system")): _segments(part) for part in doc.findall("hyp")}
         for label, lines in (*texts.items(), *systems.items()):
             if len(lines) != len(texts[languages[0]]):
-                raise TellError(
-                    f"has {len(lines)} segments of {label} for {len(texts[languages[0]])} of the source",
-                    where=origin,
-                    remedy="Copy the file again.",
-                )
+                what = f"has {len(lines)} segments of {label} for {len(texts[languages[0]])} of the source"
+                raise TellError(what, where=origin, remedy="Copy the file again.")
         found.append(Document(name, texts, origin, systems))
     if len(directions) != 1:
         what = f"holds several directions ({', '.join(sorted(directions))})" if directions else "holds no document"
@@ -106,27 +104,20 @@ def read_pairs(spec: Pairs, languages: tuple[str, str]) -> Iterator[Document]:
     )
     if len(paths) in (2, 3):
         return _aligned(paths, languages)
-    name = paths[0].name.lower().removesuffix(".gz").removesuffix(".zst")
-    if len(paths) == 1 and name.endswith(".tmx"):
+    if len(paths) == 1 and plain_suffix(paths[0]) == ".tmx":
         return _tmx(check_file(paths[0]), languages)
-    if len(paths) == 1 and name.endswith((".json", ".jsonl")):
+    if len(paths) == 1 and plain_suffix(paths[0]) in (".json", ".jsonl"):
         return _translations(paths[0], languages)
-    raise TellError(
-        "is neither JSON, TMX nor two or three text files",
-        where=", ".join(map(str, paths)),
-        remedy="Give FILE.json, FILE.tmx, ENGLISH,ICELANDIC or ENGLISH,ICELANDIC,IDS.",
-    )
+    remedy = "Give FILE.json, FILE.tmx, ENGLISH,ICELANDIC or ENGLISH,ICELANDIC,IDS."
+    raise TellError("is neither JSON, TMX nor two or three text files", where=", ".join(map(str, paths)), remedy=remedy)
 
 
 def _aligned(paths: list[Path], languages: tuple[str, str]) -> Iterator[Document]:
     columns = [_lines(check_file(path)) for path in paths]
     if len({len(column) for column in columns}) > 1:
         counts = ", ".join(f"{len(column):,}" for column in columns)
-        raise TellError(
-            f"do not match line for line ({counts} lines)",
-            where=", ".join(map(str, paths)),
-            remedy="Give files whose lines belong together.",
-        )
+        remedy = "Give files whose lines belong together."
+        raise TellError(f"do not match line for line ({counts} lines)", where=", ".join(map(str, paths)), remedy=remedy)
     names = columns[2] if len(columns) == 3 else [str(i) for i in range(1, len(columns[0]) + 1)]
     documents: dict[str, list[int]] = {}
     for i, name in enumerate(names):
@@ -138,7 +129,7 @@ def _aligned(paths: list[Path], languages: tuple[str, str]) -> Iterator[Document
 
 
 def _lines(path: Path) -> list[str]:
-    # not splitlines(), which also breaks at characters that stand inside a line
+    # Not splitlines(), which also breaks at characters inside a line.
     lines = read_text(path, compression=_compression(path)).replace("\r\n", "\n").split("\n")
     return lines[:-1] if lines and not lines[-1] else lines
 
@@ -147,11 +138,9 @@ def _translations(path: Path, languages: tuple[str, str]) -> Iterator[Document]:
     for line, record in read_records(path):
         texts = record.get("translation")
         if not isinstance(texts, dict) or not all(isinstance(texts.get(code), str) for code in languages):
-            raise TellError(
-                f"has no translation with {' and '.join(languages)}",
-                where=f"{path}:{line}",
-                remedy=f'Write {{"translation": {{"{languages[0]}": ..., "{languages[1]}": ...}}}}.',
-            )
+            what = f"has no translation with {' and '.join(languages)}"
+            remedy = f'Write {{"translation": {{"{languages[0]}": ..., "{languages[1]}": ...}}}}.'
+            raise TellError(what, where=f"{path}:{line}", remedy=remedy)
         if all(texts[code].strip() for code in languages):
             yield Document(str(line), {code: (texts[code],) for code in languages}, f"{path}:{line}")
 
@@ -176,11 +165,15 @@ def _tmx(path: Path, languages: tuple[str, str]) -> Iterator[Document]:
                     lines = {code: (texts[code],) for code in languages}
                     yield Document(str(number), lines, f"{path}: unit {number}")
     except (ET.ParseError, OSError, EOFError) as error:
-        raise TellError(
-            f"cannot be read as TMX ({error})", where=f"{path}: unit {number + 1}", remedy="Copy it again."
-        ) from error
+        where = f"{path}: unit {number + 1}"
+        raise TellError(f"cannot be read as TMX ({error})", where=where, remedy="Copy it again.") from error
+
+
+def plain_suffix(path: Path) -> str:
+    """The suffix in lower case, one of a compression left out."""
+    return (path.with_suffix("") if _compression(path) else path).suffix.lower()
 
 
 def _compression(path: Path) -> str:
     suffix = path.suffix.lower()
-    return suffix if suffix in (".gz", ".zst") else ""
+    return suffix if suffix in COMPRESSIONS else ""

@@ -1,4 +1,4 @@
-"""Teachers write the thought of each Halu-CoT-JSON answer; the label is always the people's."""
+"""Teachers write the thought of each Halu-CoT-JSON answer; the label is always the human one."""
 
 from __future__ import annotations
 
@@ -21,30 +21,37 @@ class Thought:
     reason: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Prices:
+    """Prices of a million prompt and completion tokens, in any currency; None where not known."""
+
+    prompt: float | None = None
+    completion: float | None = None
+
+
 @dataclass(slots=True)
 class Usage:
-    """What an endpoint was asked for.
+    """What an endpoint was used for.
 
     Attributes:
-        answers: answers received in this run, those thrown away included.
+        answers: answers received in this run, discarded ones included.
         reused: rows taken from the cache of an earlier run.
         prompt_tokens, completion_tokens: as the endpoint counted them, this run.
-        price_in, price_out: price of a million of each, in any currency; None where not given.
     """
 
     answers: int = 0
     reused: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
-    price_in: float | None = None
-    price_out: float | None = None
+    prices: Prices = Prices()
 
     @property
     def cost(self) -> float | None:
-        """Price of this run, or None without prices."""
-        if self.price_in is None and self.price_out is None:
+        """Cost of this run, or None without prices."""
+        if self.prices == Prices():
             return None
-        return (self.prompt_tokens * (self.price_in or 0) + self.completion_tokens * (self.price_out or 0)) / 1e6
+        prompt, completion = self.prices.prompt or 0, self.prices.completion or 0
+        return (self.prompt_tokens * prompt + self.completion_tokens * completion) / 1e6
 
     def line(self) -> str:
         cost = "" if self.cost is None else f", cost {self.cost:.4f}"
@@ -58,15 +65,17 @@ class Usage:
 class Teacher(Protocol):
     """Writes thoughts; ``usage`` is None where nothing is bought."""
 
-    name: str
-    usage: Usage | None
+    @property
+    def name(self) -> str: ...
+    @property
+    def usage(self) -> Usage | None: ...
 
     def write(self, rows: Sequence[HaluRow], *, cache: Path, progress: Progress | None = None) -> list[Thought]:
         """A thought for each row, in order.
 
         Args:
-            rows: what to judge; the label is given, the teacher explains it.
-            cache: JSON Lines file in which finished rows are kept, so that a stopped run can go on.
+            rows: what to explain; the label is given.
+            cache: JSON Lines file of finished rows, so that an interrupted run can continue.
             progress: called with (rows done, rows in all).
         """
         ...
@@ -97,5 +106,5 @@ def concluded(thought: str) -> Label | None:
 
 
 def contradicts(thought: str, label: Label) -> bool:
-    """Whether a thought ends on the opposite of the people's label."""
+    """Whether a thought ends on the opposite of the human label."""
     return concluded(thought) not in (None, label)

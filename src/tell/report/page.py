@@ -11,7 +11,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from tell.folder import RunFolder, write_text
+from tell.files import write_text
+from tell.folder import RunFolder
 from tell.report import sections
 from tell.report.benchmark_section import benchmark_grid, benchmark_tables
 from tell.report.cases import build_cases

@@ -15,8 +15,8 @@ import pyarrow
 import pyarrow.parquet as parquet
 
 from tell.errors import TellError
-from tell.files import parse_yaml
-from tell.folder import RunFolder, read_jsonl
+from tell.files import parse_yaml, read_jsonl
+from tell.folder import RunFolder
 from tell.report.glossary import arm_order
 
 

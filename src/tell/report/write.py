@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tell.errors import TellError
-from tell.folder import RunFolder, reading, write_text
+from tell.files import write_text
+from tell.folder import RunFolder, reading
 from tell.report.compare import compare
 from tell.report.page import GENERATOR, render
 

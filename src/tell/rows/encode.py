@@ -1,4 +1,4 @@
-"""Examples to ids and trained spans: from the template's frame where there is one, else rendered and encoded whole."""
+"""Examples to ids and trained spans, by the template's frame where there is one, else rendered and encoded whole."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from tell.rows.template import ChatTokenizer
 if TYPE_CHECKING:
     from tokenizers import Encoding
 
-SAMPLE = 128  # every 128th row that a frame made is made the long way too, and compared
+SAMPLE = 128  # every 128th row made from a frame is also rendered and encoded whole, and compared
 Row = tuple[list[int], list[Span], int]  # ids, trained tokens [first, last), tokens of the contents in the unit
 
 
 class FramesDiffer(Exception):
-    """A row put together from a frame is not what the template and the tokenizer make of it."""
+    """A row made from a frame differs from what the template and the tokenizer make of it."""
 
 
 @dataclass(slots=True)
@@ -59,15 +59,14 @@ class Encoder:
     def encode(self, examples: Sequence[Example], size: int) -> Iterator[tuple[int, list[Row | TellError]]]:
         """Yield (index of the first, rows) of every ``size`` examples; the next ones are encoded meanwhile.
 
-        In place of a row stands why it cannot be trained as it will be decoded.
+        A row that cannot be trained as it will be decoded is replaced by the error that says why.
 
         Raises:
             FramesDiffer: a frame fails its sample.
         """
-        begins = range(0, len(examples), size)
         with ThreadPoolExecutor(1) as pool:  # the tokenizer releases the interpreter's lock
             waiting: Future[_Chunk] | None = None
-            for begin in begins:
+            for begin in range(0, len(examples), size):
                 chunk = self._prepare(begin, examples[begin : begin + size])
                 coming = pool.submit(self._run, chunk)
                 if waiting is not None:
@@ -101,8 +100,9 @@ class Encoder:
 
     def _frame(self, messages: Sequence[Message]) -> tuple[Frame | None, int]:
         """The frame of a conversation and the tokens of the line breaks between its contents, else (None, 0)."""
-        frame = self.frames.of(messages) if self.frames and all([m.is_plain for m in messages]) else None
-        joins = 0
+        if self.frames is None or not all([m.is_plain for m in messages]):
+            return None, 0
+        frame, joins = self.frames.of(messages), 0
         if frame is not None and self.same_unit:
             for message in messages[:-1]:
                 tokens = self.frames.join_tokens(message.content)
@@ -139,7 +139,7 @@ class Encoder:
         return chunk.begin, rows
 
     def _ends(self, row: Row) -> TellError | None:
-        """What is wrong with the end of a row's answer: decoding has to stop there, and not before."""
+        """What is wrong with the end of a row's answer: decoding must stop there, and not before."""
         ids, spans, _ = row
         if not spans or spans[-1][0] >= spans[-1][1]:
             return None  # nothing to train
@@ -154,7 +154,7 @@ class Encoder:
             return None
         token = self.chat.backend.id_to_token(inside)
         what = f"the answer holds {token}, at which decoding of {self.chat.family} stops"
-        return TellError(what, remedy="Take it out of the answer.")
+        return TellError(what, remedy="Remove it from the answer.")
 
 
 def _assemble(frame: Frame, first: int, joins: int, parts: list[Encoding]) -> Row:
@@ -180,16 +180,17 @@ def _whole(chat: ChatTokenizer, row: Rendered, encoding: Encoding) -> tuple[list
     """(n,) ids of a rendered row and its trained spans in tokens.
 
     Decoding starts from the prompt's ids alone, so the row begins with exactly these. Where a token of the whole text
-    reaches across the border between prompt and last answer (``]{``), or the prompt's last tokens would be others
-    without the answer behind them, the two are encoded apart. Text is cut at added tokens first: what follows the
-    prompt's last one decides.
+    crosses the border between prompt and last answer (``]{``), or the prompt's last tokens differ without the answer
+    behind them, the two are encoded separately. Tokenizers cut text at added tokens first, so only what follows the
+    prompt's last one is checked.
     """
     ids = encoding.ids
     tokens = [_token_span(encoding, ids, start, end) for start, end in row.spans]
     if tokens and tokens[-1][0] < tokens[-1][1]:
         border, first = row.spans[-1][0], tokens[-1][0]
         begin = next((at for at in range(first - 1, -1, -1) if ids[at] in chat.added_ids), 0)
-        tail = row.text[encoding.token_to_chars(begin)[0] if first else 0 : border]
+        after = encoding.token_to_chars(begin) if first else None
+        tail = row.text[after[0] if after else 0 : border]
         if ids[begin:first] != list(chat.encode_header(tail)):
             head, rest = chat.backend.encode_batch([row.text[:border], row.text[border:]], add_special_tokens=False)
             if ids[: len(head.ids)] == head.ids:  # a special token took the white space behind it
@@ -203,14 +204,14 @@ def _whole(chat: ChatTokenizer, row: Rendered, encoding: Encoding) -> tuple[list
 
 
 def _token_span(encoding: Encoding, ids: list[int], start: int, end: int) -> Span:
-    """Tokens [first, last) that hold the characters [start, end); characters the tokenizer drops are passed over."""
-    while start < end and encoding.char_to_token(start) is None:
+    """Tokens [first, last) of the characters [start, end); characters that the tokenizer drops are skipped."""
+    first = last = None
+    while start < end and (first := encoding.char_to_token(start)) is None:
         start += 1
-    while start < end and encoding.char_to_token(end - 1) is None:
+    while start < end and (last := encoding.char_to_token(end - 1)) is None:
         end -= 1
-    if start >= end:
+    if first is None or last is None:
         return 0, 0
-    first, last = encoding.char_to_token(start), encoding.char_to_token(end - 1)
     while last + 1 < len(ids) and encoding.token_to_chars(last + 1) == encoding.token_to_chars(last):
         last += 1  # one character in several byte tokens
     return first, last + 1

@@ -1,7 +1,7 @@
-"""End tokens written into answers: data made for another trainer often has them at the end of each text.
+"""End tokens written into answers: data made for another trainer often has one at the end of each text.
 
-The chat template writes the end; a second one behind it would be trained but never decoded, and a reference that holds
-one equals no answer, since answers are decoded without it.
+The chat template writes the end token; a second one behind it would be trained but never decoded, and a reference with
+one equals no decoded answer.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ def _cut(turn: Message, ends: tuple[str, ...]) -> Message:
 
 
 def foreign_end(examples: Sequence[Example]) -> str | None:
-    """The end token of another model behind all the answers, once the model's own are taken off."""
+    """The end token of another model behind all the answers, once the model's own are removed."""
     found = (end for end in FOREIGN if examples and all(e.answer.rstrip().endswith(end) for e in examples))
     return next(found, None)
 
 
 def ends_notice(path: str, count: int, chat: ChatTokenizer) -> str:
-    """What to say of answers that were cut."""
+    """A notice about answers that were cut."""
     return (
-        f"{path}: the end token was written at the end of the answers of {count:,} rows and is taken off; the chat "
-        f"template of {chat.family} writes it"
+        f"{path}: the end token at the end of the answers of {count:,} rows is removed; the chat template of "
+        f"{chat.family} writes it"
     )

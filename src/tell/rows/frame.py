@@ -1,9 +1,9 @@
-"""Rows put together from a template's constant parts and contents encoded once: the quick path of `tokenize`.
+"""Rows assembled from a template's constant parts and contents encoded once: the fast path of `tokenize`.
 
 A chat template writes the same text around every conversation of the same roles. Where that text ends with special
-tokens, at which every tokenizer cuts first, a row's ids are those of its parts. What cannot be shown to be so
-(templates that look into contents, tokenizers without word borders, contents with white space at their ends) has no
-frame here and is rendered and encoded whole.
+tokens, at which every tokenizer cuts first, a row's ids are those of its parts. Where this cannot be shown (templates
+that look into contents, tokenizers without word borders, contents with white space at their ends), there is no frame,
+and the row is rendered and encoded whole.
 """
 
 from __future__ import annotations
@@ -12,14 +12,17 @@ import json
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from tell.data.example import Message, Role
 from tell.errors import TellError
 from tell.rows.render import earlier_answers
 from tell.rows.template import ChatTokenizer
 
-LEFT, RIGHT = 'a1.)"é中', 'aZ1"(#-é中'  # characters of each kind that word patterns tell apart
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+LEFT, RIGHT = 'a1.)"é中', 'aZ1"(#-é中'  # characters of each kind that word patterns distinguish
 SPLITTERS = {"ByteLevel", "Digits", "Split", "Sequence"}  # they look at a word's surroundings, not at its position
 Roles = tuple[Role, ...]
 
@@ -43,7 +46,7 @@ class Frame:
 
 
 class Frames:
-    """The frames of one model's template, found when a conversation of new roles turns up."""
+    """The frames of one model's template, found at the first conversation of each list of roles."""
 
     def __init__(self, chat: ChatTokenizer) -> None:
         self.chat = chat
@@ -131,7 +134,7 @@ class Frames:
         return part[:end], part[end:]
 
     def _constants(self, roles: Roles, form: str) -> list[str] | None:
-        """n + 1 texts around contents of that form; None where an answer stands elsewhere than decoding begins."""
+        """n + 1 texts around contents of that form; None where an answer is not where decoding begins."""
         contents = [form.format(i) for i in range(len(roles))]
         messages = [Message(role, content) for role, content in zip(roles, contents, strict=True)]
         earlier_answers(messages)  # refuses too many
@@ -149,8 +152,8 @@ class Frames:
         return [*parts, rest]
 
 
-def _splits_by_words(backend: Any) -> bool:
-    """Whether words are encoded apart, whatever their position, and no character is changed or dropped."""
+def _splits_by_words(backend: Tokenizer) -> bool:
+    """Whether words are encoded separately, at any position, and no character is changed or dropped."""
     if backend.pre_tokenizer is None or type(backend.model).__name__ != "BPE" or backend.model.dropout:
         return False
     if backend.normalizer is not None and type(backend.normalizer).__name__ != "NFC":
@@ -166,7 +169,7 @@ def _splits_by_words(backend: Any) -> bool:
 
 
 def _literals(chat: ChatTokenizer) -> tuple[str, ...]:
-    """The texts by which the template may tell contents apart: ``</think>``, ``<tool_response>``."""
+    """The texts that the template may look for in contents: ``</think>``, ``<tool_response>``."""
     from jinja2 import nodes
 
     values = (node.value for node in chat.parsed.find_all(nodes.Const))

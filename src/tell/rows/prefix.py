@@ -1,14 +1,15 @@
-"""The prefix that rows of one optimiser step share, which is computed once: how long it is, what it saves."""
+"""The prefix that the rows of an optimiser step share and that is computed once: its length, and what it saves."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 
 MIN_PREFIX = 8  # tokens; sharing less is not worth its bookkeeping
 APART = 128  # tokens of a step that passes of the task rows alone must save
-# And for each pass more that this takes: on a GPU the CPU launches kernels for 60 to 100 ms a pass, in which an 8B
+# And for each pass more that this takes: launching the kernels of a pass on a GPU takes 60 to 100 ms, in which an 8B
 # model computes some two thousand tokens.
 PASS = {"cpu": 0, "cuda": 2048}
 
@@ -33,11 +34,11 @@ def passes(total: int, prefix: int, micro_tokens: int) -> int:
 def apart(
     rows: tuple[int, int], tokens: tuple[int, int], *, prefix: int, shared: int, micro_tokens: int, device: str
 ) -> bool:
-    """Whether a step's task rows go through the model by themselves: their prefix against that of all its rows.
+    """Whether the task rows of a step get passes of their own, for their longer shared prefix.
 
     Args:
         rows: task rows and other rows of the step.
-        tokens: theirs.
+        tokens: of each.
         prefix, shared, micro_tokens, device: as for `computed_tokens`.
     """
     task, other = (
@@ -61,11 +62,12 @@ def computed_tokens(
         micro_tokens: tokens of one pass.
         device: ``cpu`` or ``cuda``.
     """
-    total, facts = 0, {"prefix": prefix, "shared": shared, "micro_tokens": micro_tokens, "device": device}
+    is_apart = partial(apart, prefix=prefix, shared=shared, micro_tokens=micro_tokens, device=device)
+    total = 0
     for (task, other), (task_tokens, other_tokens) in zip(count.tolist(), tokens.tolist(), strict=True):
         common = shared if other else prefix
         parts = [(task + other, task_tokens + other_tokens, common)]
-        if task > 1 and other and apart((task, other), (task_tokens, other_tokens), **facts):
+        if task > 1 and other and is_apart((task, other), (task_tokens, other_tokens)):
             parts = [(task, task_tokens, prefix), (other, other_tokens, shared)]
         for rows, size, common in parts:
             ahead = common if rows > 1 and common >= MIN_PREFIX else 0

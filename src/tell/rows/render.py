@@ -1,8 +1,8 @@
 """A conversation as the text of a training row: the prompt of decoding, the answer, and what ends decoding.
 
-Many templates write a conversation with its answer otherwise than the prompt they give to decoding: Mistral v0.3 moves
-the system text to the last user turn if that is the last turn of all, R1 distills open a thought in the prompt alone.
-A model trained on the one and asked by the other answers from a place it has never been trained at.
+Many templates write a conversation with its answer differently from the prompt for decoding: Mistral v0.3 moves the
+system text to the last user turn if that is the last turn of all, R1 distills open a thought in the prompt alone.
+A model trained on one and prompted with the other answers from a context it was never trained on.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Rendered:
     Attributes:
         text: begins with the prompt of decoding.
         spans: [start, end) of the trained characters; the last one begins where the prompt ends.
-        context: earlier answers that carry no loss, since the row shows them otherwise than decoding writes them.
+        context: earlier answers without loss, since the row shows them differently from how decoding writes them.
     """
 
     text: str
@@ -41,7 +41,7 @@ def render_row(chat: ChatTokenizer, messages: Sequence[Message]) -> Rendered:
     """Text and trained characters of a conversation that ends with an answer.
 
     A span is an answer with its end of turn; white space after that is not trained. What the template writes between
-    the prompt and the answer is trained, since decoding has to write it.
+    the prompt and the answer is trained, since decoding must write it.
 
     Raises:
         TellError: the template refuses the conversation, or loses a part of it; too many answers.
@@ -70,11 +70,7 @@ def render_row(chat: ChatTokenizer, messages: Sequence[Message]) -> Rendered:
 
 
 def earlier_answers(messages: Sequence[Message]) -> list[int]:
-    """Which turns are trained answers ahead of the last one.
-
-    Raises:
-        TellError: so many that rendering the turns before each of them would take minutes.
-    """
+    """Indices of the trained answers before the last one; refuses so many that rendering them would take minutes."""
     first = next((i for i, m in enumerate(messages) if m.role == "user"), len(messages))  # a greeting answers nothing
     found = [
         i
@@ -119,7 +115,7 @@ def _behind(chat: ChatTokenizer, prompt: str, content: str) -> str:
         raise _refused(
             chat,
             "closes the thought before the answer, and this answer has one of its own",
-            "Take the thoughts out of the answers, or put one into a task row, so that the run thinks.",
+            "Remove the thoughts from the answers, or put one into a task row, so that the run thinks.",
         )
     if has_thought(content) and header.endswith(THINK):
         content = content.lstrip().removeprefix(THINK)
@@ -128,7 +124,7 @@ def _behind(chat: ChatTokenizer, prompt: str, content: str) -> str:
 
 
 def _earlier_answer(chat: ChatTokenizer, before: Sequence[Message], content: str, text: str) -> Span | None:
-    """Where an earlier answer stands as decoding would write it, else None."""
+    """Where an earlier answer is written as decoding would write it, else None."""
     try:
         head = chat.render(before, add_generation_prompt=True)
     except TellError:
@@ -147,7 +143,7 @@ def _find(text: str, start: int, content: str, lead: str) -> int | None:
     for begin in (start + len(lead), start) if lead and text.startswith(lead, start) else (start,):
         if text.startswith(content.rstrip(), begin):
             return begin + len(content.rstrip())
-        begin = _SPACE.match(text, begin).end()  # type: ignore[union-attr]
+        begin = _past_space(text, begin)
         if text.startswith(content.strip(), begin):
             return begin + len(content.strip())
     if not has_thought(content):
@@ -168,8 +164,13 @@ def _pieces(content: str) -> list[str]:
 
 def _closed(text: str, at: int, turn: str) -> int | None:
     """End of the end-of-turn text behind an answer that ends at ``at``."""
-    end = _SPACE.match(text, at).end()  # type: ignore[union-attr]
+    end = _past_space(text, at)
     return end + len(turn) if text.startswith(turn, end) else None
+
+
+def _past_space(text: str, at: int) -> int:
+    found = _SPACE.match(text, at)
+    return found.end() if found else at
 
 
 def _over(text: str, at: int, content: str) -> int:

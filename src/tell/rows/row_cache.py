@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tell.folder import atomic_folder
+from tell.files import atomic_folder
 from tell.home import tell_home
 from tell.rows.row_table import Dropped, RowTable
 

@@ -1,20 +1,29 @@
-"""Jinja for chat templates, which come with models: no way to Python, and bounded time and memory.
+"""Jinja for chat templates, which come with models: no access to Python, and bounded time and memory.
 
 jinja2's sandbox keeps a template from Python's objects, but not from running for days or filling the memory. Here each
-round of a loop, call, filter, test and comparison costs one step, and each 256 characters that these or an operator
+iteration of a loop, call, filter, test and comparison costs one step, and each 256 characters that these or an operator
 handle one more; a rendering has `MOST_STEPS`, and no text or list in it grows beyond `MOST_TEXT`.
 """
 
 from __future__ import annotations
 
 import functools
+import json
 import re
 from collections.abc import Callable, Iterable
-from typing import Any
+from datetime import datetime
+from typing import Any, TypeVar, cast
 
 from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
+
+Filter = Callable[..., Any]
+T = TypeVar("T")
+N = TypeVar("N", bound=nodes.Node)
 
 MOST_STEPS = 300_000  # of one rendering; a conversation of 1,000 turns takes some ten thousand
 MOST_TEXT = 16_000_000  # characters of a text, items of a list
@@ -42,11 +51,9 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         super().__init__(**options, finalize=self._shown)
         self.left = MOST_STEPS
         self.globals.pop("lipsum", None)
-        self.filters = {name: self.counted(name, function) for name, function in self.filters.items()}
-        self.tests = {
-            name: function if name in _TYPE_TESTS else self.counted(name, function)
-            for name, function in self.tests.items()
-        }
+        for functions, free in ((self.filters, frozenset()), (self.tests, _TYPE_TESTS)):
+            for name in functions.keys() - free:
+                functions[name] = self.counted(name, cast("Filter", functions[name]))
 
     def start(self) -> None:
         """Count the steps of a rendering from here on."""
@@ -54,7 +61,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
     @property
     def step(self) -> bool:
-        """`tick` without a call, which the sandbox would look at each time."""
+        """`tick` without a call, which the sandbox would check each time."""
         self.left -= 1
         if self.left < 0:
             raise Exceeded("it takes too many steps")
@@ -67,23 +74,23 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             raise Exceeded("it takes too many steps")
         return True
 
-    def weighed(self, value: Any) -> Any:
+    def weighed(self, value: T) -> T:
         """A value that is compared or becomes a key."""
         if isinstance(value, str | list | tuple | dict | range):
             self.tick(self._size(value))
         else:
-            self.left -= 1  # the round it is in looks
+            self.left -= 1  # the loop around it checks
         return value
 
-    def searched(self, value: Any) -> Any:
+    def searched(self, value: T) -> T:
         """A value that is searched with ``in``; a dictionary has its keys at hand."""
         return value if type(value) is dict else self.weighed(value)
 
-    def joined(self, *parts: Any) -> str:
+    def joined(self, *parts: object) -> str:
         """``a ~ b``."""
         return self._join("", parts)
 
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+    def call_binop(self, context: Context, operator: str, left: object, right: object) -> object:
         if operator == "+" and type(left) is str and type(right) is str:  # most of what templates compute
             self._copied(len(left) + len(right))
             return left + right
@@ -102,7 +109,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             self._copied(len(left) + len(right))
         return super().call_binop(context, operator, left, right)
 
-    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+    def call(__self, __context: Context, __obj: Any, *args: object, **kwargs: object) -> object:
         owner = getattr(getattr(__obj, "__wrapped__", __obj), "__self__", None)  # the sandbox wraps str.format
         if owner is __self:  # our own `tick`, `joined` and the like, which no template can name
             return __obj(*args)
@@ -112,7 +119,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             __self._check_text(name, owner, (*args, *kwargs.values()))
         return super().call(__context, __obj, *args, **kwargs)
 
-    def getitem(self, obj: Any, argument: Any) -> Any:
+    def getitem(self, obj: Any, argument: Any) -> object:
         if isinstance(argument, slice):
             self.tick(self._size(obj))
         elif isinstance(argument, tuple):  # a key, whose hash is computed
@@ -120,17 +127,17 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return super().getitem(obj, argument)
 
     def _generate(self, source: nodes.Template, *args: Any, **kwargs: Any) -> str:
-        return super()._generate(_Counting().visit(source), *args, **kwargs)
+        return super()._generate(_Counting(self).visit(source), *args, **kwargs)
 
-    def counted(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def counted(self, name: str, function: Filter) -> Filter:
         """A filter that pays for what it handles and what it makes."""
         passed = int(hasattr(function, "jinja_pass_arg"))  # the environment or context, before the value
 
         @functools.wraps(function)
-        def counted(*args: Any, **kwargs: Any) -> Any:
+        def counted(*args: object, **kwargs: object) -> object:
             given = (*args[passed:], *kwargs.values())
             self.tick(sum(map(self._size, given)))
-            value = given[0] if given else None
+            value: Any = given[0] if given else None
             if name == "join" and len(given) < 3 and "attribute" not in kwargs:
                 return self._join(str(given[1]) if len(given) > 1 else "", value)
             self._check_text(name, value if isinstance(value, str) else "", given[1:])
@@ -140,9 +147,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
         return counted
 
-    def _check_text(self, name: str, text: str, given: Iterable[Any]) -> None:
+    def _check_text(self, name: str, text: str, given: tuple[Any, ...]) -> None:
         """Refuse calls on texts whose result alone would be too much."""
-        given = tuple(given)
         if any(isinstance(value, int) and abs(value) > MOST_NUMBER for value in given):
             raise Exceeded("it gives a huge number to a function")
         if name in ("format", "format_map"):
@@ -156,7 +162,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         if _WIDTH.search(text):
             raise Exceeded("it writes fields of huge or variable width")
 
-    def _join(self, separator: str, parts: Iterable[Any]) -> str:
+    def _join(self, separator: str, parts: Iterable[object]) -> str:
         texts: list[str] = []
         total = 0
         for part in parts:
@@ -167,19 +173,15 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         self.tick(total)
         return separator.join(texts)
 
-    def _shown(self, value: Any) -> Any:
-        if type(value) is str and len(value) < _CHARACTERS:
+    def _shown(self, value: T) -> T:
+        if isinstance(value, str) and len(value) < _CHARACTERS:
             self.left -= 1
         else:
             self.tick(self._size(value))
         return value
 
-    def _size(self, value: Any, most: int = MOST_TEXT) -> int:
-        """Characters of a text, items below a list: a list may hold another a thousand times.
-
-        Raises:
-            Exceeded: more than ``most``.
-        """
+    def _size(self, value: object) -> int:
+        """Characters of a text, items below a list, counted as often as they occur."""
         if isinstance(value, str):
             return len(value)
         if isinstance(value, range):
@@ -187,7 +189,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         if not isinstance(value, list | tuple | dict):
             return 0
         total = 0
-        parts = [value]
+        parts: list[object] = [value]
         while parts:
             part = parts.pop()
             if isinstance(part, dict):
@@ -212,20 +214,60 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             raise Exceeded("it makes a text or list of huge size")
 
 
+def chat_environment() -> BoundedEnvironment:
+    """The environment of transformers' chat templates, bounded."""
+    environment = BoundedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation])
+    environment.filters["tojson"] = environment.counted("tojson", _tojson)
+    environment.globals["raise_exception"] = _raise_exception
+    # A fixed date: templates that print today's would make the mixture change overnight.
+    environment.globals["strftime_now"] = datetime(2024, 7, 26).strftime
+    return environment
+
+
+def _raise_exception(message: str) -> None:
+    raise ValueError(message)
+
+
+def _tojson(
+    value: object, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+class _Generation(Extension):
+    """``{% generation %}`` marks answers for transformers; its contents are rendered as they are."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body).set_lineno(line)
+
+
 class _Counting(NodeTransformer):
     """Puts a step into every loop and macro, joins texts where they are counted, and weighs what is compared."""
+
+    def __init__(self, environment: BoundedEnvironment) -> None:
+        self.environment = environment
+
+    def placed(self, node: N, line: int) -> N:
+        """A node with the environment and line that its new parts lack."""
+        node.set_environment(self.environment)
+        node.set_lineno(line)
+        return node
 
     def visit_For(self, node: nodes.For) -> nodes.For:
         self.generic_visit(node)
         node.body.insert(0, _step(node))
         if node.test is not None:
             node.test = nodes.And(nodes.EnvironmentAttribute("step"), node.test)
-        return node.set_environment(node.environment).set_lineno(node.lineno, override=False)
+        return self.placed(node, node.lineno)
 
     def visit_Macro(self, node: nodes.Macro) -> nodes.Macro:
         self.generic_visit(node)
         node.body.insert(0, _step(node))
-        return node.set_environment(node.environment).set_lineno(node.lineno, override=False)
+        return self.placed(node, node.lineno)
 
     def visit_Compare(self, node: nodes.Compare) -> nodes.Compare:
         self.generic_visit(node)
@@ -235,17 +277,16 @@ class _Counting(NodeTransformer):
         node.expr = _weighed("weighed", node.expr)
         for operand in node.ops:
             operand.expr = _weighed("searched" if operand.op in ("in", "notin") else "weighed", operand.expr)
-        return node.set_environment(node.environment).set_lineno(node.lineno, override=False)
+        return self.placed(node, node.lineno)
 
     def visit_Pair(self, node: nodes.Pair) -> nodes.Pair:
         self.generic_visit(node)
         node.key = _weighed("weighed", node.key)
-        return node.set_environment(node.environment).set_lineno(node.lineno, override=False)
+        return self.placed(node, node.lineno)
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Call:
         self.generic_visit(node)
-        call = _call("joined", *node.nodes)
-        return call.set_environment(node.environment).set_lineno(node.lineno)
+        return self.placed(_call("joined", *node.nodes), node.lineno)
 
 
 def _is_constant(node: nodes.Expr) -> bool:
@@ -263,7 +304,7 @@ def _call(name: str, *args: nodes.Expr) -> nodes.Call:
 
 
 def _step(node: nodes.Node) -> nodes.ExprStmt:
-    """The step of a round: dearer where the loop or macro holds much plain text."""
+    """The step of an iteration: more where the loop or macro holds much plain text."""
     characters = sum(len(text.data) for text in node.find_all(nodes.TemplateData))
     if characters < _CHARACTERS:
         return nodes.ExprStmt(nodes.EnvironmentAttribute("step"))

@@ -1,7 +1,7 @@
 """Chat template and tokenizer of a model without torch: `tokenizers` and jinja2 alone.
 
-transformers' own tokenizer classes import torch; planning must not. The same files are read
-(``tokenizer.json``, ``tokenizer_config.json``, ``chat_template.jinja``) and a test holds the result to
+transformers' own tokenizer classes import torch, which planning must not. This reads the same files
+(``tokenizer.json``, ``tokenizer_config.json``, ``chat_template.jinja``); a test compares the result with
 ``AutoTokenizer.apply_chat_template``.
 """
 
@@ -12,17 +12,21 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING
 
 from tell.data.example import Message, tools_of
 from tell.errors import TellError, first_line, is_panic
 from tell.files import MOST_JSON, read_bytes, read_json, read_text
 
-# What a model without a chat template gets; the end token closes each answer. A begin token stands first where
-# the tokenizer itself would write one: Gemma, for one, is lost without it.
+if TYPE_CHECKING:
+    from jinja2 import Template, nodes
+
+    from tell.rows.sandbox import BoundedEnvironment
+
+# What a model without a chat template gets; the end token closes each answer. A begin token comes first where
+# the tokenizer itself would write one: Gemma, for one, fails without it.
 DEFAULT_TEMPLATE = (
     "{% if begins %}{{ bos_token }}{% endif %}"
     "{% for m in messages %}"
@@ -42,9 +46,9 @@ class ChatTokenizer:
     """Renders conversations and turns text into token ids.
 
     Attributes:
-        folder: where the files lie.
+        folder: of the model's files.
         template: the jinja source in use.
-        has_own_template: False when DEFAULT_TEMPLATE stands in.
+        has_own_template: False where DEFAULT_TEMPLATE is used.
         eos_ids: ids that end an answer, from tokenizer and generation config.
         thinking: whether the template's switch for thoughts is on, where it has one.
         family: ``model_type`` of the model, for messages.
@@ -56,19 +60,15 @@ class ChatTokenizer:
         self.folder, self.thinking = Path(folder), False
         path = self.folder / "tokenizer.json"
         if not path.exists():
-            raise TellError(
-                "has no tokenizer.json",
-                where=str(folder),
-                remedy="Save the tokenizer with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...).",
-            )
+            remedy = "Save the tokenizer with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...)."
+            raise TellError("has no tokenizer.json", where=str(folder), remedy=remedy)
         try:
             self.backend = Tokenizer.from_buffer(read_bytes(path, most=MOST_JSON, remedy=FETCH))
         except BaseException as error:
             if isinstance(error, TellError) or not (isinstance(error, Exception) or is_panic(error)):
                 raise
-            raise TellError(
-                f"is not a tokenizer, or cut short ({first_line(error)})", where=str(path), remedy=FETCH
-            ) from error
+            what = f"is not a tokenizer, or cut short ({first_line(error)})"
+            raise TellError(what, where=str(path), remedy=FETCH) from error
         self.backend.no_truncation()
         self.backend.no_padding()
         config = _read_json(self.folder / "tokenizer_config.json")
@@ -110,9 +110,8 @@ class ChatTokenizer:
                 raise TellError(f"eos_token_id is {value!r}", where=str(self.folder / name), remedy=FETCH)
             ids += found
         if not ids:
-            raise TellError(
-                "defines no end token", where=str(self.folder), remedy="Set eos_token in tokenizer_config.json."
-            )
+            remedy = "Set eos_token in tokenizer_config.json."
+            raise TellError("defines no end token", where=str(self.folder), remedy=remedy)
         return tuple(dict.fromkeys(ids))
 
     def _begins(self) -> bool:
@@ -122,58 +121,23 @@ class ChatTokenizer:
         return begin is not None and bool(ids) and ids[0] == self.backend.token_to_id(begin)
 
     @cached_property
-    def parsed(self) -> Any:
-        """The template as jinja's syntax tree (``jinja2.nodes.Template``).
-
-        Raises:
-            TellError: it is not valid.
-        """
+    def parsed(self) -> nodes.Template:
+        """The template as jinja's syntax tree; a TellError where it is not valid."""
         try:
             return self._environment.parse(self.template)
         except Exception as error:
-            raise TellError(
-                f"the chat template cannot be read ({first_line(error)})",
-                where=str(self.folder),
-                remedy="Fetch the model again.",
-            ) from error
+            what = f"the chat template cannot be read ({first_line(error)})"
+            raise TellError(what, where=str(self.folder), remedy=FETCH) from error
 
     @cached_property
-    def _compiled(self) -> Any:
+    def _compiled(self) -> Template:
         return self._environment.from_string(self.template)
 
     @cached_property
-    def _environment(self) -> Any:
-        from jinja2 import nodes
-        from jinja2.ext import Extension, loopcontrols
+    def _environment(self) -> BoundedEnvironment:
+        from tell.rows.sandbox import chat_environment
 
-        from tell.rows.sandbox import BoundedEnvironment
-
-        def raise_exception(message: str) -> None:
-            raise ValueError(message)
-
-        def tojson(
-            value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
-        ) -> str:
-            return json.dumps(
-                value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-            )
-
-        class Generation(Extension):
-            """``{% generation %}`` marks answers for transformers; what stands inside is rendered as it is."""
-
-            tags: ClassVar = {"generation"}
-
-            def parse(self, parser: Any) -> Any:
-                line = next(parser.stream).lineno
-                body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-                return nodes.Scope(body).set_lineno(line)
-
-        environment = BoundedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation])
-        environment.filters["tojson"] = environment.counted("tojson", tojson)
-        environment.globals["raise_exception"] = raise_exception
-        # A fixed date: templates that print today's would make the mixture change overnight.
-        environment.globals["strftime_now"] = lambda form: datetime(2024, 7, 26).strftime(form)
-        return environment
+        return chat_environment()
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
         """The conversation as the model's text, special tokens included.
@@ -187,7 +151,7 @@ class ChatTokenizer:
         return text
 
     def _check_tools(self, messages: Sequence[Message], text: str, header: bool) -> None:
-        """Refuse tools, tool calls and results that a template passes over without a word."""
+        """Refuse tools, tool calls and results that a template silently leaves out."""
         tools = tools_of(messages)
         called = [m for m in messages if m.role == "assistant" and m.extra]
         lost = [f"{len(tools)} tools"] if tools and self._render(messages, None, header) == text else []
@@ -195,11 +159,9 @@ class ChatTokenizer:
         if called and self._render([replace(m, extra="") for m in messages], tools, header) == text:
             lost.append("tool calls")
         if lost:
-            raise TellError(
-                f"the chat template of {self.family} leaves out {' and '.join(lost)}",
-                where=str(self.folder),
-                remedy="Use a model whose template shows tools, or write tools, calls and results into content.",
-            )
+            what = f"the chat template of {self.family} leaves out {' and '.join(lost)}"
+            remedy = "Use a model whose template shows tools, or write tools, calls and results into content."
+            raise TellError(what, where=str(self.folder), remedy=remedy)
 
     def _loses_results(self, messages: Sequence[Message], tools: list[dict] | None, header: bool) -> bool:
         """Whether a tool's result is missing from the text; templates may write it as JSON, trimmed or cut in lines."""
@@ -222,13 +184,11 @@ class ChatTokenizer:
                 thinking=self.thinking,  # DeepSeek V3.1, Granite
                 **self.special,
             )
-            text.encode()  # half a character, written by the template or a row, is none that a tokenizer knows
+            text.encode()  # half a surrogate pair, from the template or a row, is not text to a tokenizer
         except Exception as error:
-            raise TellError(
-                f"the chat template of {self.family} refuses the conversation ({error})",
-                where=str(self.folder),
-                remedy="Let roles alternate user, assistant; a template without system role needs anchor.place user.",
-            ) from error
+            what = f"the chat template of {self.family} refuses the conversation ({error})"
+            remedy = "Let roles alternate user, assistant; a template without system role needs anchor.place user."
+            raise TellError(what, where=str(self.folder), remedy=remedy) from error
         return text
 
     @cached_property
@@ -273,10 +233,10 @@ class ChatTokenizer:
 
     @cached_property
     def end_of_turn(self) -> str:
-        """The text that closes an answer, white space before it cut: ``<|im_end|>``, ``</s>``, ``<end_of_turn>``.
+        """The text that closes an answer, without white space before it: ``<|im_end|>``, ``</s>``, ``<end_of_turn>``.
 
-        Ends with the first added token: Phi-3 writes ``<|end|>`` behind each answer and ``<|endoftext|>`` behind
-        the last. The end token where the template writes none that the tokenizer knows: decoding stops at a token.
+        It ends with the first added token: Phi-3 writes ``<|end|>`` behind each answer and ``<|endoftext|>`` behind
+        the last. Where the template writes none that the tokenizer knows, it is the end token: decoding stops at one.
         """
         tail = self._probe[1].strip()
         ends = [tail.index(token) + len(token) for token in self._added if token.strip() and token in tail]
@@ -291,7 +251,7 @@ class ChatTokenizer:
 
     @cached_property
     def added_ids(self) -> frozenset[int]:
-        """Ids of tokens that stand outside the vocabulary's merges: text is split at them first."""
+        """Ids of tokens outside the vocabulary's merges: text is split at them first."""
         return frozenset(self.backend.get_added_tokens_decoder())
 
     @cached_property
@@ -308,7 +268,7 @@ class ChatTokenizer:
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def encode_header(self, text: str) -> tuple[int, ...]:
-        """`encode` that remembers: all rows of a template share a few short headers."""
+        """`encode`, cached: all rows of a template share a few short headers."""
         if len(text) > 200:
             return tuple(self.encode(text))
         if text not in self._headers:
@@ -319,16 +279,16 @@ class ChatTokenizer:
         return self.backend.decode(list(ids), skip_special_tokens=True)
 
     def answer(self, ids: Sequence[int]) -> str:
-        """A decoded answer as references have it: without what the template writes ahead of answers (an empty thought),
+        """A decoded answer as references have it: without what the template writes before answers (an empty thought),
         and with the tag of a thought that the prompt opened (R1)."""
         text = self.without_lead(ids)
         return f"<think>\n{text}" if self._opens and "</think>" in text and "<think>" not in text else text
 
     def without_lead(self, ids: Sequence[int], *, more: bool = False) -> str:
-        """A decoded answer without what the template writes ahead of answers.
+        """A decoded answer without what the template writes before answers.
 
         Args:
-            more: further tokens come: nothing as long as all may still be what the template writes.
+            more: further tokens follow; nothing is returned as long as all may still be what the template writes.
         """
         text, lead = self.decode(ids), self.decode(self.encode_header(self.lead))
         if not lead.strip():
@@ -347,7 +307,7 @@ def _read_json(path: Path) -> dict:
         return {}
 
 
-def _token_text(value: Any) -> str | None:
+def _token_text(value: object) -> str | None:
     if isinstance(value, dict):
         value = value.get("content")
     return value if isinstance(value, str) else None
@@ -364,5 +324,5 @@ def _read_template(folder: Path, config: dict) -> str | None:
         named = {str(entry.get("name")): entry.get("template", 0) for entry in template if isinstance(entry, dict)}
         template = named.get("default") or next(iter(named.values()), 0)
     if template is not None and not isinstance(template, str):
-        raise TellError("its chat_template is not a text", where=str(folder), remedy=FETCH)
+        raise TellError("its chat_template is not text", where=str(folder), remedy=FETCH)
     return template

@@ -18,7 +18,7 @@ from tell.rows.row_table import Dropped, RowTable
 from tell.rows.template import ChatTokenizer
 
 CHUNK = 2048  # rows handed to the tokenizer at once; it works on them in parallel
-FEW = 256  # fewer rows are not worth a look at the template
+FEW = 256  # with fewer rows, finding the template's frame takes longer than it saves
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +53,9 @@ def tokenize(
 ) -> RowTable:
     """Tokenise examples of one source, with the anchor on each.
 
-    Ids go to a growing buffer chunk by chunk; only a chunk's ever stand in Python lists. Many rows are put together
-    from the template's frame (`tell.rows.frame`); a sample of these is also rendered and encoded whole, and where a
-    single one differs, all rows are made the long way.
+    Ids go to a growing buffer chunk by chunk; Python lists never hold more than one chunk. Most rows are assembled
+    from the template's frame (`tell.rows.frame`); a sample of these is also rendered and encoded whole, and where one
+    differs, all rows are.
 
     Args:
         examples: n examples.
@@ -82,11 +82,7 @@ def tokenize(
 
 
 def _tokenize(
-    examples: Sequence[Example],
-    encoder: Encoder,
-    source: str,
-    rules: RowRules,
-    progress: Callable[[int], None] | None,
+    examples: Sequence[Example], encoder: Encoder, source: str, rules: RowRules, progress: Callable[[int], None] | None
 ) -> RowTable:
     ids, mask = Buffer(np.int32), Buffer(np.bool_)
     tokens, trained, units = array("i"), array("i"), array("i")
@@ -96,15 +92,16 @@ def _tokenize(
         flat: list[int] = []
         spans: list[tuple[int, int]] = []
         for k, entry in enumerate(rows):
-            misfit = entry if isinstance(entry, TellError) else unknown_token(entry[0], encoder.chat, rules.vocab)
-            if misfit:
-                reason: str | None = _misfit(misfit, rules, examples[begin + k])
-            else:
-                row, trained_spans, length = entry
-                count = _trained(trained_spans, len(row), rules)
-                reason = _reason(len(row), count, rules, examples[begin + k])
-            if reason:
-                dropped.append(Dropped(examples[begin + k].origin, reason))
+            example = examples[begin + k]
+            if not isinstance(entry, TellError):
+                entry = unknown_token(entry[0], encoder.chat, rules.vocab) or entry
+            if isinstance(entry, TellError):
+                dropped.append(Dropped(example.origin, _misfit(entry, rules, example)))
+                continue
+            row, trained_spans, length = entry
+            count = _trained(trained_spans, len(row), rules)
+            if reason := _reason(len(row), count, rules, example):
+                dropped.append(Dropped(example.origin, reason))
                 continue
             place = len(flat)
             flat += row
@@ -142,15 +139,15 @@ def _notices(source: str, encoder: Encoder) -> list[str]:
     answers, rows = sum(encoder.context.values()), len(encoder.context)
     return [
         f"{source}: {answers:,} earlier answers of {rows:,} rows are context without loss, since the chat template of "
-        f"{encoder.chat.family} shows them otherwise than decoding writes them; a row of its own trains one"
+        f"{encoder.chat.family} shows them differently from how decoding writes them; a row of its own trains one"
     ]
 
 
 class Buffer:
-    """A numpy array that grows at its end, by a quarter at a time and in place where the system allows it."""
+    """A numpy array that grows at its end, by a quarter at a time, in place where the system allows it."""
 
     def __init__(self, dtype: type) -> None:
-        self._data = np.empty(0, dtype)
+        self._data: np.ndarray = np.empty(0, dtype)
         self._size = 0
 
     def extend(self, values: np.ndarray) -> None:
@@ -211,18 +208,18 @@ def _misfit(error: TellError, rules: RowRules, example: Example) -> str:
 
 
 def unknown_token(ids: Sequence[int], chat: ChatTokenizer, vocab: int | None) -> TellError | None:
-    """The first token that the model has no embedding for."""
+    """An error for the first token that the model has no embedding for."""
     if vocab is None or chat.size <= vocab or max(ids, default=0) < vocab:
         return None
     token = next(i for i in ids if i >= vocab)
     return TellError(
         f"{chat.backend.id_to_token(token)} is token {token} of the tokenizer, and the embedding of {chat.family} has "
         f"{vocab:,} rows",
-        remedy="Resize the model's embedding to its tokenizer (resize_token_embeddings) and train it, or leave the "
-        "token out of the data.",
+        remedy="Resize the model's embedding to its tokenizer (resize_token_embeddings) and train it, or remove the "
+        "token from the data.",
     )
 
 
 def prompt_ids(chat: ChatTokenizer, example: Example, anchor: Anchor = NO_ANCHOR) -> list[int]:
-    """Ids of everything before the answer, with the answer's header: what decoding starts from."""
+    """Ids that decoding starts from: everything before the answer, with the answer's header."""
     return chat.encode(chat.render(anchor.apply(example.prompt), add_generation_prompt=True))

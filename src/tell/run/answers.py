@@ -14,7 +14,7 @@ from tell.config import Config
 from tell.data.example import Example, Message
 from tell.data.kind import Kind
 from tell.errors import TellError
-from tell.folder import RunFolder
+from tell.folder import AdapterFolder, RunFolder
 from tell.models.architecture import Architecture
 from tell.models.flops import inference_flops
 from tell.names import ARMS
@@ -235,4 +235,4 @@ def adapter_folder(root: RunFolder, arm: str) -> Path | None:
 def adapter_ready(root: RunFolder, arm: str) -> bool:
     """Whether an arm can answer: it needs no adapter, or its adapter is there."""
     place = adapter_folder(root, arm)
-    return place is None or (place / "adapter_model.safetensors").exists()
+    return place is None or AdapterFolder(place).weights.exists()

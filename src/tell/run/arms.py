@@ -41,7 +41,7 @@ class Ingredients:
 def _mixed(made: Ingredients, _: Mixture | None) -> tuple[Tables, Mixture]:
     mix = made.config.mix
     tables = made.tables
-    return tables, build(tables, general=made.draw, repeat=made.repeat, order=mix.order, seed=made.config.seed)
+    return tables, build(tables, general=made.draw, repeat=made.repeat, ordering=mix.order, seed=made.config.seed)
 
 
 def _task(made: Ingredients, _: Mixture | None) -> tuple[Tables, Mixture]:
@@ -58,7 +58,7 @@ def _general(made: Ingredients, _: Mixture | None) -> tuple[Tables, Mixture] | N
     if made.general is None or made.draw is None or not len(made.draw):
         return None
     tables, config = {"general": made.general.table}, made.config
-    return tables, build(tables, general=made.draw, repeat=1, order=config.mix.order, seed=config.seed)
+    return tables, build(tables, general=made.draw, repeat=1, ordering=config.mix.order, seed=config.seed)
 
 
 MIXTURES: dict[str, Callable[[Ingredients, Mixture | None], tuple[Tables, Mixture] | None]] = {

@@ -16,12 +16,9 @@ from filelock import FileLock, Timeout
 from tell.config import Config, make_config, read_yaml
 from tell.data.general import SOURCES
 from tell.errors import TellError
-from tell.files import expanded
-from tell.folder import DAMAGED, RunFolder, clean_temporary, sync, write_text
+from tell.files import DAMAGED, clean_temporary, expanded, sync, write_text
+from tell.folder import RunFolder
 
-LOCK = ".lock"  # held by the process that works on the run
-MARK = ".starting"  # there while a run is begun: what is in the folder is ours, and not yet a run
-ASIDE = ".old-"  # folder of the run that is replaced
 PATIENCE = 1.0  # seconds: another process may look whether the lock is held
 
 # Keys that may differ between a run and its resumption: they change numbers by rounding, and dropout's draws, at most.
@@ -83,7 +80,7 @@ def claim(config: Config, *, resume: bool, overwrite: bool) -> tuple[RunFolder, 
         raise TellError("holds no run to resume", where=f"--out {root}", remedy="Leave --resume out.")
     if state == "other":
         raise _foreign(folder, " to resume" if resume else "")
-    if (root / LOCK).exists():
+    if folder.lock.exists():
         with _locked(folder):  # a live run is reported before any work
             pass
     if state != "run" or overwrite:
@@ -111,7 +108,7 @@ def _state(folder: RunFolder) -> Literal["empty", "begun", "run", "other"]:
         return "empty"
     if folder.config.exists() and folder.status.exists():  # a start takes status.json away first and writes it last
         return "run"
-    return "begun" if MARK in found or found == {LOCK} else "other"
+    return "begun" if folder.starting.name in found or found == {folder.lock.name} else "other"
 
 
 def _foreign(folder: RunFolder, more: str = "") -> TellError:
@@ -137,7 +134,7 @@ def _locked(folder: RunFolder) -> Iterator[None]:
     Raises:
         TellError: another process holds it, or the folder cannot be written.
     """
-    lock = FileLock(folder.root / LOCK)
+    lock = FileLock(folder.lock)
     try:
         folder.root.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=PATIENCE)
@@ -169,7 +166,7 @@ def open_folder(
     """Create the folder with its resolved configuration, and keep other processes from it while this is open.
 
     An old run in it is moved aside and deleted last. Killed at any moment, the folder is one that `claim` takes:
-    `MARK` says so from before the first change until run.yaml and status.json are there.
+    `RunFolder.starting` says so from before the first change until run.yaml and status.json are there.
 
     Args:
         seconds: what earlier sessions of this run took.
@@ -190,23 +187,23 @@ def open_folder(
         else:
             write_text(folder.config, config.to_yaml())
             folder.set_status("running", stage="start", seconds=round(seconds, 1))
-        for old in folder.root.glob(f"{ASIDE}*"):  # also of starts that were killed
+        for old in folder.root.glob(f"{folder.ASIDE}*"):  # also of starts that were killed
             shutil.rmtree(old, ignore_errors=True)
-        (folder.root / MARK).unlink(missing_ok=True)
+        folder.starting.unlink(missing_ok=True)
         yield
 
 
 def _start(folder: RunFolder, config: Config, seconds: float, new: bool) -> None:
     """Put a new run in the place of what is there; what cannot be written leaves all as it was."""
-    root, mark = folder.root, folder.root / MARK
+    root, mark = folder.root, folder.starting
     begun = mark.exists()
     aside: Path | None = None
-    old = [path for path in folder.files() if os.path.lexists(path)]
+    old = [path for path in folder.made if os.path.lexists(path)]
     try:
         mark.touch()
         sync(root)
         if old:
-            aside = Path(tempfile.mkdtemp(prefix=ASIDE, dir=root))
+            aside = Path(tempfile.mkdtemp(prefix=folder.ASIDE, dir=root))
             for path in sorted(old, key=lambda path: path != folder.status):  # first: the folder holds no run now
                 os.replace(path, aside / path.name)
         write_text(folder.config, config.to_yaml())

@@ -20,7 +20,7 @@ from tell.run.prepare import Prepared
 from tell.run.task import Task
 
 SELF_KEPT = 0.7  # share of the model's own rows that pass the filters (91 of 128, SmolLM2-135M)
-ANSWER_SECONDS_SHARE = 3.0  # decoding a token costs about this many times training on one (docs/lab.md)
+ANSWER_SECONDS_SHARE = 3.0  # decoding a token costs about this many times training on one (docs/explanation/lab.md)
 GENERAL_ROW_TOKENS = 150  # of a row that general loss is measured on; an estimate
 OTHER_SECONDS = 2.0  # of an arm: its adapter merged, its answers scored; and once for the report
 

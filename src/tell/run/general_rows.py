@@ -83,8 +83,9 @@ def load_general(task: Task, source: GeneralSource, *, overlap: bool = True) -> 
     config = task.config
     if source.read is None:
         raise ValueError(f"the general source {source.name} has nothing to read")
-    loaded = source.read() if overlap or source.fingerprint() is None else None
-    table = _table(task, source, loaded)
+    fingerprint = None if overlap else source.fingerprint()
+    loaded = source.read() if fingerprint is None else None
+    table = _table(task, source, loaded, fingerprint)
     check_general(table, source.name)
     for text in left_out((d.origin, d.reason) for d in table.dropped):
         task.display.note(text)  # not a notice: findings.json and plan.json list the rows themselves
@@ -108,7 +109,7 @@ def load_general(task: Task, source: GeneralSource, *, overlap: bool = True) -> 
     return General(table, rest, held_out, facts, dropped, shared, len(blocked))
 
 
-def _table(task: Task, source: GeneralSource, loaded: Loaded | None) -> RowTable:
+def _table(task: Task, source: GeneralSource, loaded: Loaded | None, fingerprint: str | None) -> RowTable:
     """The tokenised rows of a source, from the cache where it has them."""
     train = task.config.train
     rules = RowRules(train.max_length, "drop", "drop", train.loss_on, "drop", task.files.architecture.vocab)
@@ -125,7 +126,7 @@ def _table(task: Task, source: GeneralSource, loaded: Loaded | None) -> RowTable
         return table
 
     key = cache_key(
-        data=loaded.fingerprint if loaded else source.fingerprint(),
+        data=loaded.fingerprint if loaded else fingerprint,
         tokenizer=task.chat.fingerprint,
         unit=task.unit.fingerprint,
         rules=[rules.max_length, rules.loss_on, rules.vocab],

@@ -7,7 +7,7 @@ from typing import Any
 
 from tell.anchor.anchor import NO_ANCHOR
 from tell.config import GeneralConfig
-from tell.folder import write_json, write_text
+from tell.files import write_json, write_text
 from tell.rows.row_table import RowTable
 from tell.run.arms import lead_arm, trained_arms
 from tell.run.general_rows import draw_general

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from tell.anchor.anchor import Anchor
 from tell.config import Config
 from tell.data.example import Example
-from tell.folder import read_jsonl, write_jsonl
+from tell.files import read_jsonl, write_jsonl
 from tell.names import ARMS
 from tell.rows.row_table import RowTable
 from tell.rows.tokenize import tokenize

@@ -8,7 +8,8 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from tell import __version__
-from tell.folder import RunFolder, write_json
+from tell.files import write_json
+from tell.folder import RunFolder
 from tell.models.machine import cpu_name
 from tell.run.answers import answer_limit
 from tell.run.costs import arm_costs

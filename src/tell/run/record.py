@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, Field
 
 from tell.config import LARGEST, ArmName
 from tell.errors import TellError
-from tell.folder import RunFolder, write_json, write_text
+from tell.files import write_json, write_text
+from tell.folder import AdapterFolder, RunFolder
 from tell.mix.manifest import read_manifest, write_manifest
 from tell.run.plan import describe_plan
 from tell.run.prepare import Prepared
@@ -103,19 +103,14 @@ def thinks(folder: RunFolder) -> bool:
     return folder.read_as(folder.plan, Planned).model.thinking
 
 
-def write_adapter_notes(folder: RunFolder, task: Task, place: Path) -> None:
-    """What an adapter needs to be used elsewhere: the anchor, and its base model by name, or by path of a folder.
-
-    Args:
-        place: the adapter's folder, of whichever arm.
-    """
+def write_adapter_notes(folder: RunFolder, task: Task, adapter: AdapterFolder) -> None:
+    """What an adapter needs to be used elsewhere: the anchor, and its base model by name, or by path of a folder."""
     files = task.files
     name = str(files.path) if files.origin == "folder" else files.name
     anchor = folder.read(folder.anchor)
     anchor.pop("candidates", None)
     revision = task.config.model.revision
     notes = {"anchor": anchor, "base_model": name, "revision": revision, "origin": files.origin}
-    write_json(place / "tell.json", {**notes, "thinking": task.chat.thinking})
+    write_json(adapter.notes, {**notes, "thinking": task.chat.thinking})
     # peft records the folder of the weights, which for a model of the hub is in its cache.
-    path = place / "adapter_config.json"
-    write_json(path, {**folder.read(path), "base_model_name_or_path": name})
+    write_json(adapter.config, {**folder.read(adapter.config), "base_model_name_or_path": name})

@@ -21,7 +21,7 @@ from tell.config import Config
 from tell.data.builtin import load_prompts
 from tell.data.example import Message
 from tell.errors import TellError
-from tell.folder import read_jsonl, write_json, write_jsonl
+from tell.files import read_jsonl, write_json, write_jsonl
 from tell.home import make_folder, tell_home
 from tell.rows.row_cache import cache_key
 from tell.rows.template import ChatTokenizer

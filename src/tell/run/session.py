@@ -94,8 +94,9 @@ class Session:
         return self._held
 
     def release(self) -> None:
-        """Let go of the model; the next use loads it again."""
+        """Let go of the model, and free it where no other session holds it; the next use loads it again."""
         self._held = None
+        self.models.drop()
 
     @property
     def loaded(self) -> Loaded:
@@ -169,13 +170,13 @@ def _load(session: Session) -> tuple[Loaded, DecodingEngine]:
 
 def _vllm_engine(files: ModelFiles, loaded: Loaded, config: Config) -> DecodingEngine | None:
     """vLLM next to the loaded model; None, with a warning, where it was not requested by name and does not start."""
-    from tell.decode.vllm_engine import VllmEngine
+    from tell.decode.vllm_engine import LONGEST, VllmEngine
 
     try:
         return VllmEngine(
             Path(files.path),
             loaded.model,
-            max_positions=files.architecture.max_positions,
+            max_positions=files.architecture.max_positions or LONGEST,
             dtype=dtype_name(loaded),
             rank=config.train.lora_r,
         )

@@ -149,7 +149,7 @@ def load_task(config: Config, display: Display | None = None) -> Task:
     for text in left_out(dropped):
         display.note(text)  # not a notice: findings.json and plan.json list the rows themselves
     if not chat.has_own_template:
-        notices.add(f"{files.name} has no chat template; the plain default is used (docs/method.md)")
+        notices.add(f"{files.name} has no chat template; the plain default is used (docs/howto/models.md)")
     test = parts.test
     if config.task.test_rows and config.task.test_rows < len(test):
         test = [test[i] for i in sorted(take_rows(len(test), config.task.test_rows, config.seed))]

@@ -165,7 +165,7 @@ def _smaller_mixture(table: RowTable, general: General | None) -> Callable[[Exte
 def least_general(table: RowTable, general: General, draw: Draw) -> int:
     """The fewest general rows that `tell` is trained with: as many tokens as the task rows have, counted once."""
     reached = np.cumsum(np.asarray(general.table.unit)[draw.indices], dtype=np.int64)
-    return int(min(len(draw), np.searchsorted(reached, int(table.unit.sum())) + 1))
+    return min(len(draw), int(np.searchsorted(reached, int(table.unit.sum()))) + 1)
 
 
 def _first(draw: Draw, rows: int) -> Draw:

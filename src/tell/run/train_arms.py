@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tell.errors import Diverged, Interrupted
-from tell.folder import write_json
+from tell.files import write_json
 from tell.progress import Advance, Display
 from tell.run.answers import adapter_folder
 from tell.run.costs import arm_costs
@@ -68,15 +68,12 @@ def train_arms(
     trained = Trained()
     for arm in arms:
         journal.at(f"train {arm}")
-        place = adapter_folder(journal.folder, arm)
-        if place is None:
-            raise ValueError(f"the arm {arm} trains no adapter")
-        done, gave_up = place / "result.json", place / "failed.json"
-        if done.exists():
-            trained.results[arm] = journal.folder.read(done)
+        adapter = journal.folder.adapter_of(arm)
+        if adapter.result.exists():
+            trained.results[arm] = journal.folder.read(adapter.result)
             continue
-        if gave_up.exists():
-            _leave_out(prepared, trained, arm, str(journal.folder.read(gave_up).get("error")))
+        if adapter.failed.exists():
+            _leave_out(prepared, trained, arm, str(journal.folder.read(adapter.failed).get("error")))
             continue
         try:
             result = _train(prepared, arm, session, journal, processes)
@@ -85,18 +82,18 @@ def train_arms(
         except Diverged as error:
             if arm == prepared.lead:
                 raise
-            shutil.rmtree(place / "checkpoint", ignore_errors=True)
-            write_json(gave_up, {"error": error.what})  # a resumed run need not find out again
+            shutil.rmtree(adapter.checkpoint, ignore_errors=True)
+            write_json(adapter.failed, {"error": error.what})  # a resumed run need not find out again
             _leave_out(prepared, trained, arm, error.what)
             continue
-        write_adapter_notes(journal.folder, prepared.task, place)
+        write_adapter_notes(journal.folder, prepared.task, adapter)
         if arm == "tell" and result.steps >= ENOUGH_STEPS and result.seconds > 0 and processes is None:
             computed = arm_costs(prepared.task, prepared.mixtures[arm][1])["computed_tokens"]
             keep_speed(prepared.task, session.loaded, computed / result.seconds)
         trained.results[arm] = result.to_dict()
         trained.now.append(arm)
-        write_json(done, trained.results[arm])  # last: from here on the arm counts as trained
-        shutil.rmtree(place / "checkpoint", ignore_errors=True)
+        write_json(adapter.result, trained.results[arm])  # last: from here on the arm counts as trained
+        shutil.rmtree(adapter.checkpoint, ignore_errors=True)
     return trained
 
 

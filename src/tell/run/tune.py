@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from tell.anchor.anchor import Anchor
 from tell.config import Config
 from tell.data.general import general_source
-from tell.folder import RunFolder, write_json
-from tell.mix.orderings import get_order
+from tell.files import write_json
+from tell.folder import RunFolder
+from tell.mix.orderings import get_ordering
 from tell.progress import Display
 from tell.report.page import write_page
 from tell.rows.row_table import RowTable
 from tell.run.answers import scorer_of
-from tell.run.arms import wanted_arms
+from tell.run.arms import trained_arms, wanted_arms
 from tell.run.benchmarks.run_benchmarks import check_benchmarks
 from tell.run.choose_anchor import choose_anchor
 from tell.run.claim import claim, with_full_paths
@@ -66,8 +68,8 @@ def tune(
             return help_training(processes, config)
         config = with_full_paths(config)
         folder, resumed = claim(config, resume=resume, overwrite=overwrite)
-        task, general = read_inputs(config, display, str(processes or ""))
         journal = Journal.of(folder, resumed=resumed)
+        task, general = read_inputs(config, display, str(processes or ""))
         session = open_session(task, journal, models, processes)
         clock = InTime(config.max_minutes, session, journal)
         with journal.open(config, fresh=not resumed, overwrite=overwrite), helpers(processes, folder) as dismiss:
@@ -105,7 +107,9 @@ def read_inputs(config: Config, display: Display | None = None, processes: str =
     check_benchmarks(config)
     if processes:
         task.notices.add(f"trained by {processes}")
-    get_order(config.mix.order)
+    if trained_arms(config.eval.arms) and find_spec("tensorboard") is None:
+        task.notices.add('no TensorBoard files are written; to have them, pip install "tell-llm[tensorboard]"')
+    get_ordering(config.mix.order)
     check_rows(task, placed_anchor(task))
     return task, read_general(task)
 

@@ -14,9 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from tell.config import nearest
 from tell.data.formats import check_file, format_of, read_records
-from tell.errors import TellError
+from tell.errors import TellError, did_you_mean
 from tell.files import expanded
 from tell.score.means import ratio
 from tell.score.scored import Metric
@@ -86,8 +85,9 @@ def benchmark_tasks(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
     for name in names:
         if name not in known:
             raise TellError(
-                f"unknown benchmark {name!r}{nearest(name, known)}",
+                f"unknown benchmark {name!r}",
                 where="benchmarks",
+                nearest=did_you_mean(name, known),
                 remedy=f"Use {', '.join([*SHOTS, *GROUPS])}, or one task of AGIEval, e.g. agieval_sat_math.",
             )
         out[name] = GROUPS.get(name, (name,))

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from tell.errors import require_package
 from tell.score.bleurt import Bleurt
 from tell.score.means import check_pairs, mean_metric
 from tell.score.scored import Metric
@@ -49,6 +50,8 @@ class TextScorer:
     name = "text"
 
     def __init__(self, bleurt: str | None = None) -> None:
+        for package in ("sacrebleu", "rouge_score"):
+            require_package(package, "text", where="a text task")
         self._bleurt = Bleurt(bleurt) if bleurt else None
         self.primary = "bleurt" if bleurt else "chrf"
 

@@ -12,9 +12,8 @@ from pkgutil import iter_modules
 from typing import Any
 
 import tell.paper
-from tell.config import nearest
-from tell.errors import TellError
-from tell.folder import atomic_folder, write_json
+from tell.errors import TellError, did_you_mean
+from tell.files import atomic_folder, write_json
 from tell.progress import Display
 from tell.studies.content import content_hash
 from tell.studies.nested import fill
@@ -22,7 +21,7 @@ from tell.studies.recipe import Recipe
 from tell.studies.study_folder import Root
 
 DATA_FORMAT = 1  # increment when a builder makes other rows from the same sources and options
-NOT_OPTIONS = frozenset({"out", "overwrite", "progress", "teacher"})  # parameters that a recipe cannot give
+NOT_OPTIONS = frozenset({"out", "progress", "teacher"})  # parameters that a recipe cannot give
 
 
 def build_data(recipe: Recipe, root: Root, display: Display, *, where: str = "recipe") -> dict[str, str]:
@@ -46,8 +45,8 @@ def _built(dataset: str, options: Mapping[str, Any], root: Root, display: Displa
             raise TellError(f"lacks {name}", where=where, remedy=f"Add {name}: to it.")
     for option in options:
         if option not in parameters:
-            hint, remedy = nearest(option, parameters), f"Use {', '.join(parameters)}."
-            raise TellError(f"unknown option {option}{hint}", where=where, remedy=remedy)
+            remedy, close = f"Use {', '.join(parameters)}.", did_you_mean(option, parameters)
+            raise TellError(f"unknown option {option}", where=where, remedy=remedy, nearest=close)
     known = {key: _content(value) for key, value in options.items()}
     text = json.dumps({"format": DATA_FORMAT, "dataset": dataset, "options": known}, sort_keys=True)
     key = f"{dataset}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
@@ -57,7 +56,7 @@ def _built(dataset: str, options: Mapping[str, Any], root: Root, display: Displa
     with root.lock(key, "data"):
         if not folder.exists():  # another study may have built it while we waited
             with atomic_folder(folder) as temporary:
-                built = make(**options, out=temporary, overwrite=True)
+                built = make(**options, out=temporary)
                 write_json(temporary / "build.json", {"dataset": dataset, "options": options})
             for line in built.lines():
                 display.note(line.replace(str(temporary), str(folder)))
@@ -70,8 +69,8 @@ def _builder(dataset: str, where: str) -> Callable[..., Any]:
     name = dataset.replace("-", "_")
     if name not in modules or not hasattr(_module(name), f"build_{name}"):
         known = [other.replace("_", "-") for other in modules if hasattr(_module(other), f"build_{other}")]
-        remedy = f"Use {' or '.join(known)}."
-        raise TellError(f"no builder makes {dataset!r}{nearest(dataset, known)}", where=where, remedy=remedy)
+        remedy, close = f"Use {' or '.join(known)}.", did_you_mean(dataset, known)
+        raise TellError(f"no builder makes {dataset!r}", where=where, remedy=remedy, nearest=close)
     return getattr(_module(name), f"build_{name}")
 
 

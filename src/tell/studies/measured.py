@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from tell.folder import RunFolder, read_jsonl
+from tell.files import read_jsonl
+from tell.folder import RunFolder
 from tell.names import BENCHMARK, CHANGE, has_interval, is_number
 from tell.report.read_run import get, mapping
 from tell.run.answers import adapter_arm

@@ -23,8 +23,7 @@ from typing import Any
 from filelock import Timeout
 
 from tell.errors import TellError, first_line
-from tell.files import MOST_JSON
-from tell.folder import atomic_folder, atomic_path, read_jsonl, write_json, write_jsonl
+from tell.files import MOST_JSON, atomic_folder, atomic_path, read_jsonl, write_json, write_jsonl
 from tell.studies.study_folder import Root, StudyFolder
 
 FILES = ("status.json", "metrics.json", "plan.json", "findings.json")

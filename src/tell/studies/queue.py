@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from tell.folder import reading, write_json
+from tell.files import write_json
+from tell.folder import reading
 from tell.names import metric, show
 from tell.progress import Advance, Display
 from tell.run.stop import Stop

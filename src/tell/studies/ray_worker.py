@@ -19,7 +19,8 @@ from filelock import FileLock, Timeout
 from tell import __version__
 from tell.config import Config
 from tell.errors import TellError
-from tell.folder import RunFolder, atomic_folder
+from tell.files import atomic_folder
+from tell.folder import RunFolder
 from tell.home import make_folder, tell_home
 from tell.progress import Silent
 from tell.run.session import ModelCache

@@ -30,8 +30,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
-from tell.config import ArmName, Section, check_keys, nearest, override, parse_overrides, read_yaml
-from tell.errors import TellError
+from tell.config import ArmName, Section, check_keys, override, parse_overrides, read_yaml
+from tell.errors import TellError, did_you_mean
 from tell.files import expanded
 from tell.studies.nested import VARIABLE, dig, leaves, nest
 from tell.studies.recipe_checks import (
@@ -241,8 +241,8 @@ def _variables(recipe: Recipe, given: Mapping[str, str], path: Path) -> dict[str
     every, used = used_variables(recipe), used_variables(recipe, given)
     for name in given:
         if name != "data" and name not in every:
-            what = f"the recipe has no ${{{name}}}{nearest(name, every)}"
-            raise TellError(what, where=f"--var {name}", remedy="Leave it out, or fix its name.")
+            what, close = f"the recipe has no ${{{name}}}", did_you_mean(name, every)
+            raise TellError(what, where=f"--var {name}", remedy="Leave it out, or fix its name.", nearest=close)
     for name in recipe.build:
         if name in given or name in recipe.variables:
             where = f"--var {name}" if name in given else f"{path}: variables.{name}"
@@ -253,8 +253,8 @@ def _variables(recipe: Recipe, given: Mapping[str, str], path: Path) -> dict[str
     for name, place in used.items():
         if name not in values and name not in recipe.build:
             flag = "--data DIR" if name == "data" else f"--var {name}=VALUE"
-            hint = nearest(name, [*values, *recipe.build])
-            raise TellError(f"${{{name}}} in {place} is not given{hint}", where=str(path), remedy=f"Add {flag}.")
+            what, close = f"${{{name}}} in {place} is not given", did_you_mean(name, [*values, *recipe.build])
+            raise TellError(what, where=str(path), remedy=f"Add {flag}.", nearest=close)
     return {name: value for name, value in values.items() if name in used}
 
 
@@ -282,7 +282,8 @@ def make_recipe(data: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
         shown = "" if isinstance(first.get("input"), dict) else f" (got {first.get('input')!r})"
         text = first["msg"].removeprefix("Value error, ").replace("tuple", "list").replace("Tuple", "List")
         if first["type"] == "literal_error":
-            text += nearest(str(first.get("input")), re.findall(r"'([^']+)'", first["ctx"]["expected"]))
+            close = did_you_mean(str(first.get("input")), re.findall(r"'([^']+)'", first["ctx"]["expected"]))
+            text += f"; did you mean {close}?" if close else ""
         what = f"{key}: {text}{shown}" if key else text
         raise TellError(what, where=where, remedy=f"Change {key}." if key else "Add one or the other.") from error
     check_run_keys(recipe.config, where, "config")

@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tell.config import GENERAL_AMOUNTS, Config, check_keys, nearest
-from tell.errors import TellError
+from tell.config import GENERAL_AMOUNTS, Config, check_keys
+from tell.errors import TellError, did_you_mean
 from tell.studies.nested import VARIABLE, flat, leaves, nest
 
 if TYPE_CHECKING:
@@ -67,10 +67,12 @@ def check_grid(grid: Iterable[Product], known: Product, where: str) -> None:
             for value in values if key in OF_A_PRODUCT else ():
                 if value not in known[key]:
                     names = [str(name) for name in known[key]]
-                    what = f"grid has {key[:-1]} {value!r}, which the recipe's {key} lack{nearest(str(value), names)}"
-                    raise TellError(
-                        what, where=where, remedy=f"They are {', '.join(names)}: add it to them, or fix it."
+                    what = f"grid has {key[:-1]} {value!r}, which the recipe's {key} lack"
+                    remedy, close = (
+                        f"They are {', '.join(names)}: add it to them, or fix it.",
+                        did_you_mean(str(value), names),
                     )
+                    raise TellError(what, where=where, remedy=remedy, nearest=close)
             if not values:
                 raise TellError(f"grid.{key} has no value", where=where, remedy="Give it one, or leave it out.")
         for ways in RIVALS:
@@ -86,9 +88,9 @@ def check_parts(parts: Iterable[tuple[str, Part]], grid: Iterable[Product], arms
     for place, part in parts:
         for attribute, key in part.keys().items():
             if key is not None and key not in known:
-                what = f"{place}.{attribute} is {key!r}, which is no key of the grid{nearest(key, known)}"
+                what = f"{place}.{attribute} is {key!r}, which is no key of the grid"
                 remedy = f"Use {' or '.join(known)}." if known else "Give the grid that key, or leave it out."
-                raise TellError(what, where=where, remedy=remedy)
+                raise TellError(what, where=where, remedy=remedy, nearest=did_you_mean(key, known))
         attribute, named = part.named_arms()
         for arm in named:
             if arm not in arms:

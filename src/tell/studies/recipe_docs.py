@@ -1,4 +1,4 @@
-"""docs/recipe.md, written from the recipe's keys: ``python -m tell.studies.recipe_docs > docs/recipe.md``."""
+"""``python -m tell.studies.recipe_docs > docs/reference/recipe.md``: every key of a recipe, from its models."""
 
 from __future__ import annotations
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from tell.config import Config
 from tell.errors import Interrupted
-from tell.folder import RunFolder, write_text
+from tell.files import write_text
+from tell.folder import RunFolder
 from tell.progress import Advance, Display
 from tell.run.session import ModelCache
 from tell.studies.separation_cells import run_separation

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from tell.anchor.separation import CONTRASTS
 from tell.config import Config
-from tell.folder import RunFolder, write_json, write_text
+from tell.files import write_json, write_text
+from tell.folder import RunFolder
 from tell.progress import Display
 from tell.run.session import ModelCache
 
@@ -81,7 +82,7 @@ def pictures(study: Study) -> Iterator[tuple[dict[str, Any], Path]]:
     """Point and ``separation.svg`` of each comparison, of the first seed that has one."""
     shown: set[str] = set()
     for outcome in sorted(study.outcomes, key=lambda o: o.seed):
-        path = study.cells / outcome.cell / "separation.svg"
+        path = RunFolder(study.cells / outcome.cell).separation("svg")
         point = {key: value for key, value in outcome.point.items() if key in study.keys}
         if str(point) not in shown and path.is_file():
             shown.add(str(point))

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from tell.errors import Interrupted, TellError
-from tell.folder import reading, write_text
+from tell.files import write_text
+from tell.folder import reading
 from tell.progress import Display, Silent
 from tell.run.stop import Stop
 from tell.studies.executors.registry import LOCAL, Execution

@@ -8,8 +8,8 @@ from typing import Any
 from filelock import FileLock
 
 from tell.errors import TellError
-from tell.files import expanded, read_json
-from tell.folder import RunFolder, write_json
+from tell.files import expanded, read_json, write_json
+from tell.folder import RunFolder
 from tell.home import make_folder
 
 FACTS: dict[str, type] = {"state": str, "error": str, "host": str, "evaluation": str, "trace": str}

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tell.errors import TellError, first_line, is_panic
 from tell.files import read_json
+from tell.folder import AdapterFolder
 
 REMEDY = "Fetch or train the adapter again."
 
@@ -23,10 +24,10 @@ def read_adapter(folder: Path) -> tuple[float, dict[str, tuple[Tensor, Tensor]]]
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    path = folder / "adapter_model.safetensors"
+    path = AdapterFolder(folder).weights
     if not path.exists():
         raise TellError("has no adapter_model.safetensors", where=str(folder), remedy="Give a finished run.")
-    scale = _scale(folder / "adapter_config.json")
+    scale = _scale(AdapterFolder(folder).config)
     try:
         tensors = load_file(str(path))
     except BaseException as error:

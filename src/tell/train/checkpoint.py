@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tell.errors import TellError
-from tell.folder import sync_files, temporary_folder
+from tell.files import atomic_folder, restore_folder
 
 
 def save_checkpoint(folder: Path, parameters: dict[str, torch.nn.Parameter], optimizer: Any, facts: dict) -> None:
-    """Write ``folder`` anew: beside, then renamed, so that a kill leaves the old or the new one whole.
+    """Write ``folder`` so that a kill leaves the old or the new checkpoint whole.
 
     Args:
         folder: the checkpoint's place.
@@ -27,28 +25,16 @@ def save_checkpoint(folder: Path, parameters: dict[str, torch.nn.Parameter], opt
     from safetensors.torch import save_file
 
     tensors = state_tensors(parameters, optimizer)
-    temporary = None
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = temporary_folder(folder)
-        save_file(tensors, str(temporary / "state.safetensors"))
-        (temporary / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
-        sync_files(temporary)
-        old = folder.with_name(f".{folder.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(temporary, folder)
-        shutil.rmtree(old, ignore_errors=True)
+        with atomic_folder(folder) as temporary:
+            save_file(tensors, str(temporary / "state.safetensors"))
+            (temporary / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise TellError(
             f"cannot write a checkpoint ({getattr(error, 'strerror', None) or error})",
             where=str(folder),
             remedy="Free disk space, then run again with --resume.",
         ) from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def load_checkpoint(
@@ -62,11 +48,9 @@ def load_checkpoint(
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    restore_folder(folder)
     if not (folder / "facts.json").exists():
-        old = folder.with_name(f".{folder.name}.old")  # killed between the two renames
-        if not (old / "facts.json").exists():
-            return None
-        os.replace(old, folder)
+        return None
     try:
         facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
         tensors = load_file(str(folder / "state.safetensors"))

@@ -21,7 +21,8 @@ from transformers.pytorch_utils import Conv1D
 
 from tell.config import TrainConfig
 from tell.errors import TellError
-from tell.folder import sync_files
+from tell.files import sync_files
+from tell.folder import AdapterFolder
 from tell.train.adapter_file import read_adapter
 from tell.train.fast.fused_ops import Projection, Stack
 from tell.train.memory import SHARE, free_bytes
@@ -141,7 +142,7 @@ def save_adapter(model: Any, folder: Path) -> None:
     from peft import LoraConfig
 
     model.save_pretrained(str(folder), safe_serialization=True)
-    path, defaults = folder / "adapter_config.json", LoraConfig().to_dict()
+    path, defaults = AdapterFolder(folder).config, LoraConfig().to_dict()
     config = json.loads(path.read_text(encoding="utf-8"))
     config.pop("peft_version", None)
     kept = {k: v for k, v in config.items() if k in WRITTEN or (v or None) != (defaults.get(k) or None)}

@@ -24,6 +24,7 @@ import torch
 
 from tell.config import TrainConfig
 from tell.errors import Diverged, Interrupted
+from tell.folder import AdapterFolder
 from tell.kernels import keep_memory
 from tell.mix.mixture import Mixture
 from tell.presets import learning_rate_for
@@ -208,7 +209,7 @@ class Trainer:
         noise = _add_noise(peft_model, config.neftune_alpha)
         parameters = {name: p for name, p in peft_model.named_parameters() if p.requires_grad}
         digest = run_digest(config, self.mixture, self.seed)
-        checkpoint = self.folder / "checkpoint"
+        checkpoint = AdapterFolder(self.folder).checkpoint
         first, tokens, trained, seconds = 0, 0, 0, 0.0
         facts = plain = None
         try:

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from tell.config import make_config, merge
 from tell.errors import TellError
-from tell.files import expanded
-from tell.folder import write_json
+from tell.files import expanded, write_json
 from tell.progress import Display, Silent
 from tell.run.answers import adapter_ready
 from tell.run.benchmarks.run_benchmarks import asked_alike, check_benchmarks, run_benchmarks

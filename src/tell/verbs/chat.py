@@ -32,12 +32,16 @@ class ChatSession:
     """
 
     def __init__(self, opened: OpenRun, *, arm: str, greedy: bool | None, seed: int | None) -> None:
+        from tell.decode.engine import Engine
+
         self.opened, self.arm = opened, arm
         adapter = opened.adapter(arm)
         self.session = opened.session(stream=True)
+        engine = self.session.engine
+        assert isinstance(engine, Engine)  # as every session that streams has
         self._stack = ExitStack()
         self._stack.enter_context(self.session.adapter(adapter))
-        self._stack.enter_context(self.session.engine.fixed_weights())
+        self._stack.enter_context(engine.fixed_weights())
         self.anchor = arm_anchor(arm, opened.anchor)
         self.greedy = False if greedy is None and seed is not None else greedy
         self.seed = opened.config.seed if seed is None else seed

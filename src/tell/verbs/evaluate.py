@@ -14,7 +14,7 @@ from tell.data.kind import Kind, misfits
 from tell.data.sources import load
 from tell.data.subset import take_rows
 from tell.errors import TellError
-from tell.folder import write_jsonl
+from tell.files import write_jsonl
 from tell.names import ARMS
 from tell.progress import Display, Silent
 from tell.rows.ends import without_ends
@@ -76,7 +76,7 @@ def evaluate(
     exam = _exam(opened, config, seed, session, test=test, rows=rows, arms=wanted)
     answers = {arm: exam.take(arm, session, adapters[arm]) for arm in wanted}
     for arm, found in answers.items():
-        write_jsonl(opened.folder.predictions / "eval" / f"{arm}.jsonl", found.rows)
+        write_jsonl(opened.folder.evaluated(arm), found.rows)
     metrics = opened.folder.read(opened.folder.metrics)
     kept = {key: metrics.get(key) for key in ("forgetting", "mixture", "train", "failed", "same")}
     kept |= {key: metrics[key] for key in ("benchmarks",) if key in metrics}

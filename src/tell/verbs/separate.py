@@ -15,7 +15,8 @@ from tell.config import Config
 from tell.data.example import Example
 from tell.data.general import is_file_or_hub
 from tell.errors import TellError
-from tell.folder import write_json
+from tell.files import write_json
+from tell.folder import RunFolder
 from tell.progress import Display, Silent
 from tell.rows.tokenize import prompt_ids
 from tell.run.answers import check_prompts
@@ -99,7 +100,7 @@ def separate(
     place = opened.adapter(compare.adapter) if opened is not None and compare.adapter is not None else None
     task = load_task(config, display)
     layers = layer_numbers(compare.layer, task.files.architecture.layers)
-    session = Session(task.files, config, task.chat, display, models=models or ModelCache(), stream=True)
+    session = Session(task.files, task.config, task.chat, display, models=models or ModelCache(), stream=True)
     session.load()
     anchor = anchor_of(config)
     if anchor is None:
@@ -131,13 +132,7 @@ def separate(
         },
         "layers": {},
     }
-    with display.bar("separation", len(layers) * len(contrasts), "comparisons") as advance:
-        for k, number in enumerate(layers):
-            found: dict[str, Separation] = {}
-            for name, (a, b) in contrasts.items():
-                found[name] = separate_states(states[a][k], states[b][k], seed=config.seed)
-                advance(1)
-            result["layers"][str(number)] = _numbers(found, config)
+    result["layers"] = _layers(states, layers, contrasts, config, display)
     shown = len(layers) // 2
     result["notices"] = _notices(result, str(layers[shown]))
     if files:
@@ -163,6 +158,25 @@ def _states(
         }
 
 
+def _layers(
+    states: dict[str, np.ndarray],
+    layers: list[int],
+    contrasts: dict[str, tuple[str, str]],
+    config: Config,
+    display: Display,
+) -> dict[str, dict]:
+    """The numbers of each layer, by its number as text."""
+    out = {}
+    with display.bar("separation", len(layers) * len(contrasts), "comparisons") as advance:
+        for k, number in enumerate(layers):
+            found: dict[str, Separation] = {}
+            for name, (a, b) in contrasts.items():
+                found[name] = separate_states(states[a][k], states[b][k], seed=config.seed)
+                advance(1)
+            out[str(number)] = _numbers(found, config)
+    return out
+
+
 def _draw(result: dict, layer: int, pairs: dict[str, tuple[np.ndarray, np.ndarray]], files: Path) -> None:
     """Add the picture of one layer, and write all to the folder."""
     from tell.verbs.separation_figure import draw
@@ -173,7 +187,7 @@ def _draw(result: dict, layer: int, pairs: dict[str, tuple[np.ndarray, np.ndarra
         "places": {name: np.round(xy.astype(float), 3).tolist() for name, xy in places.items()},
     }
     draw(result, files)
-    write_json(files / "separation.json", result)
+    write_json(RunFolder(files).separation("json"), result)
 
 
 def _prompts(task: Task, anchor: Anchor, rows: Sequence[Example], compare: Comparison) -> dict[str, list[list[int]]]:
@@ -246,6 +260,6 @@ def _output(out: str | Path | None, overwrite: bool) -> Path | None:
     folder = Path(out)
     if folder.is_file():
         raise TellError("is a file", where=f"--out {folder}", remedy="Name a folder.")
-    if (folder / "separation.json").exists() and not overwrite:
+    if RunFolder(folder).separation("json").exists() and not overwrite:
         raise TellError("holds a separation already", where=f"--out {folder}", remedy="Give another, or --overwrite.")
     return folder

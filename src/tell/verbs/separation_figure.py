@@ -7,7 +7,8 @@ from typing import Any
 
 from tell.anchor.separation import CONTRASTS
 from tell.errors import TellError
-from tell.folder import atomic_path
+from tell.files import atomic_path
+from tell.folder import RunFolder
 
 # Okabe and Ito's colours, with a shape each as well
 GROUPS = {
@@ -50,7 +51,7 @@ def draw(result: dict, folder: Path) -> None:
     figure.suptitle(f"{result['model']}{arm}, layer {picture['layer']}, {kind}; t-SNE", fontsize=11)
     with matplotlib.rc_context({"svg.hashsalt": "tell", "svg.fonttype": "none"}):  # the same bytes each time
         for kind, options in (("svg", {"metadata": {"Date": None}}), ("png", {"dpi": 150})):
-            with atomic_path(folder / f"separation.{kind}") as path:
+            with atomic_path(RunFolder(folder).separation(kind)) as path:
                 figure.savefig(path, format=kind, **options)
 
 

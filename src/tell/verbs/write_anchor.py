@@ -70,8 +70,9 @@ def write_anchor(
     session = Session(task.files, task.config, task.chat, task.display)
     place, candidates = anchor_candidates(task, session, by_hand)
     usable = [c for c in candidates if c.losses is not None]
+    losses = [c.losses for c in candidates if c.losses is not None]
     anchors = [Anchor(c.text, place, c.origin) for c in usable]
-    metrics = {"loss": [mean_metric(c.losses) for c in usable]}
+    metrics = {"loss": [mean_metric(x) for x in losses]}
     if "short-run" in wanted:
         steps = short_steps or SHORT_STEPS
         metrics["short_run"] = [mean_metric(x) for x in short_runs(task, session, anchors, steps)]
@@ -141,13 +142,15 @@ def _separations(task: Task, session: Session, anchors: Sequence[Anchor]) -> lis
         )
     queries = queries[: len(general)]
     layer = layer_numbers("middle", task.files.architecture.layers)
-    settings = {"micro_tokens": task.config.train.micro_tokens}
+    micro_tokens = task.config.train.micro_tokens
     out: list[dict] = []
     with task.display.bar("anchor: separation", len(anchors), "candidates") as advance:
-        base = hidden_states(session.model, [prompt_ids(task.chat, e) for e in general], layer, **settings)[0]
+        base = hidden_states(
+            session.model, [prompt_ids(task.chat, e) for e in general], layer, micro_tokens=micro_tokens
+        )[0]
         for anchor in anchors:
             prompts = [prompt_ids(task.chat, e, anchor) for e in queries]
-            states = hidden_states(session.model, prompts, layer, **settings)[0]
+            states = hidden_states(session.model, prompts, layer, micro_tokens=micro_tokens)[0]
             found = separate_states(states, base, seed=task.config.seed)
             out.append({"layer": layer[0], **separation_numbers(found, task.config)})
             advance(1)
@@ -222,4 +225,5 @@ def _short_mixture(
     wanted = total - repeat * len(rows)
     draw = Draw(np.resize(np.arange(len(general)), wanted).astype(np.int32), wanted / len(general))
     tables = {"task": table, "general": general}
-    return tables, build(tables, general=draw, repeat=repeat, order=config.mix.order, seed=config.seed, task_rows=rows)
+    order, seed = config.mix.order, config.seed
+    return tables, build(tables, general=draw, repeat=repeat, ordering=order, seed=seed, task_rows=rows)

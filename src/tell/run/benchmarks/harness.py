@@ -74,7 +74,7 @@ class EngineLM(TemplateLM):
         anchor: Anchor,
         templated: bool,
         passes: Passes = Passes(),
-        advance: Callable[[int], None] = lambda n: None,
+        advance: Callable[[float], None] = lambda n: None,
     ) -> None:
         super().__init__()
         self.model, self.engine, self.chat, self.anchor, self.templated = model, engine, chat, anchor, templated
@@ -112,7 +112,7 @@ class EngineLM(TemplateLM):
         """Ids of a text; a begin token is added as the tokenizer does, but not to what has one or is templated."""
         begins = self.chat.backend.id_to_token(self.prefix_token_id)
         if add_special_tokens is None:
-            add_special_tokens = not self.templated and not string.startswith(begins)
+            add_special_tokens = not self.templated and not (begins and string.startswith(begins))
         return self.chat.backend.encode(string, add_special_tokens=add_special_tokens).ids
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:

@@ -14,7 +14,8 @@ from typing import Any
 from tell.anchor.anchor import NO_ANCHOR, Anchor
 from tell.config import Config
 from tell.errors import TellError
-from tell.folder import RunFolder, read_jsonl, write_json, write_jsonl
+from tell.files import read_jsonl, write_json, write_jsonl
+from tell.folder import RunFolder
 from tell.home import tell_home
 from tell.models.flops import inference_flops
 from tell.names import ARMS
@@ -139,7 +140,7 @@ class Questions:
         rule = self.config.eval
         with session.display.bar(f"{name} {arm}", None, "answers") as advance:
 
-            def progress(n: int) -> None:
+            def progress(n: float) -> None:
                 advance(n)
                 session.check()
 
@@ -215,13 +216,12 @@ def asked_alike(settings: Mapping[str, Any], config: Config) -> bool:
 def _answers(questions: Questions, arm: str, folder: RunFolder, session: Session) -> dict[str, tuple[list[dict], dict]]:
     """Rows and cost of each task for one arm, from the folder, from the home cache, or asked now."""
     out: dict[str, tuple[list[dict], dict]] = {}
-    place = folder.predictions / "benchmarks" / arm
     untuned = ARMS[arm].adapter is None
     settings = {name: questions.settings(name, arm, session) for name in questions.shots}
     for name, asked in settings.items():
-        kept = _read(place / name, asked)
+        kept = _read(folder.benchmark(arm, name), asked)
         if kept is None and untuned and (kept := _read(_shared(name, asked), asked)) is not None:
-            _write(place / name, asked, *kept)
+            _write(folder.benchmark(arm, name), asked, *kept)
         if kept is not None:
             out[name] = kept
     missing = [name for name in settings if name not in out]
@@ -229,7 +229,7 @@ def _answers(questions: Questions, arm: str, folder: RunFolder, session: Session
         with session.adapter(adapter_folder(folder, arm)):
             for name in missing:
                 out[name] = questions.ask(name, arm, session)
-                _write(place / name, settings[name], *out[name])
+                _write(folder.benchmark(arm, name), settings[name], *out[name])
                 if untuned:
                     with suppress(TellError):  # a home that cannot be written costs the next run's time, not this run
                         _write(_shared(name, settings[name]), settings[name], *out[name])
@@ -261,7 +261,7 @@ def _write(place: Path, settings: dict, rows: list[dict], cost: dict) -> None:
 def kept_answers(folder: RunFolder, arm: str, task: str) -> list[dict]:
     """A row a question, as `tell.run.benchmarks.harness.answer_task` made them; empty where a run has not kept them."""
     try:
-        return read_jsonl((folder.predictions / "benchmarks" / arm / task).with_suffix(".jsonl"))
+        return read_jsonl(folder.benchmark(arm, task).with_suffix(".jsonl"))
     except (OSError, ValueError, TellError):
         return []
 

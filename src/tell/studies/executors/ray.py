@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from tell.errors import Interrupted, TellError
-from tell.folder import RunFolder, atomic_folder, write_text
+from tell.files import atomic_folder, write_text
+from tell.folder import RunFolder
 from tell.score.scorer_code import find_scorer_code
 from tell.studies.cells import Cell, inputs
 from tell.studies.content import content_hash, folder_files

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tell.folder import atomic_path
+from tell.files import atomic_path
 from tell.studies.labels import key_name, value_name
 from tell.studies.registered import needs
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from tell.folder import write_json, write_text
+from tell.files import write_json, write_text
 from tell.names import ARMS, CHANGE, arm_order, canonical, metric
 from tell.report.page import fill
 from tell.studies.page.figure_kinds import Contents

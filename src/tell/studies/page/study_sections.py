@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
-from tell.folder import atomic_path
+from tell.files import atomic_path
 from tell.names import CHANGE, metric, show
 from tell.report.score_tables import Cell
 from tell.studies.labels import arm_name, key_name, point_name, rounded, value_name

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tell.folder import RunFolder, read_jsonl
+from tell.files import read_jsonl
+from tell.folder import RunFolder
 from tell.names import CHANGE
 from tell.run.benchmarks.run_benchmarks import benchmark_metrics, kept_answers
 from tell.score.means import mean_metric

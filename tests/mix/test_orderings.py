@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tell.errors import TellError
-from tell.mix.orderings import ORDERS, get_order, register, shuffle, spread
+from tell.mix.orderings import ORDERINGS, get_ordering, ordering, shuffle, spread
 
 counts = st.dictionaries(st.sampled_from(["task", "general", "probe", "extra"]), st.integers(0, 60), min_size=1)
 seeds = st.integers(0, 2**32)
@@ -23,7 +23,7 @@ def lengths(n):
 @pytest.mark.parametrize("name", ["shuffle", "spread"])
 @given(counts=counts, seed=seeds)
 def test_each_source_occurs_exactly_as_often_as_asked(name, counts, seed):
-    stream = ORDERS[name](counts, seed)
+    stream = ORDERINGS[name](counts, seed)
     assert stream.dtype == np.int8
     assert np.bincount(stream, minlength=len(counts)).tolist() == list(counts.values())
 
@@ -33,8 +33,8 @@ def test_each_source_occurs_exactly_as_often_as_asked(name, counts, seed):
 def test_order_of_keys_does_not_matter(name, counts, seed, data):
     keys = data.draw(st.permutations(list(counts)))
     other = {key: counts[key] for key in keys}
-    named = np.array(list(counts))[ORDERS[name](counts, seed)]
-    assert (named == np.array(keys)[ORDERS[name](other, seed)]).all()
+    named = np.array(list(counts))[ORDERINGS[name](counts, seed)]
+    assert (named == np.array(keys)[ORDERINGS[name](other, seed)]).all()
 
 
 @given(task=st.integers(1, 60), general=st.integers(0, 200), seed=seeds)
@@ -80,9 +80,9 @@ def test_places_of_a_seed_never_change():
     assert "".join(map(str, spread(counts, 42))) == "111011101110"
 
 
-def test_unknown_order_names_the_nearest():
+def test_unknown_ordering_names_the_nearest():
     with pytest.raises(TellError, match=r"'sprad' is unknown; did you mean spread\? Use shuffle or spread"):
-        get_order("sprad")
+        get_ordering("sprad")
 
 
 def test_negative_count_is_refused():
@@ -90,12 +90,17 @@ def test_negative_count_is_refused():
         shuffle({"task": -1}, 0)
 
 
-def test_an_order_can_be_added():
-    @register("blocks")
+def test_an_ordering_can_be_added():
+    @ordering("blocks")
     def blocks(counts, seed):
         return np.repeat(np.arange(len(counts)), list(counts.values())).astype(np.int8)
 
     try:
-        assert get_order("blocks")({"task": 2, "general": 1}, 0).tolist() == [0, 0, 1]
+        assert get_ordering("blocks")({"task": 2, "general": 1}, 0).tolist() == [0, 0, 1]
     finally:
-        del ORDERS["blocks"]
+        del ORDERINGS["blocks"]
+
+
+def test_an_ordering_is_declared_once():
+    with pytest.raises(ValueError, match="'spread' is declared twice"):
+        ordering("spread")(shuffle)

@@ -4,9 +4,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tell.data.layout import detect_layout
+from tell.data.cell_text import RowFault
+from tell.data.columns import detect_layout
+from tell.data.layouts import LAYOUTS, find_columns
 from tell.data.sources import load
-from tell.data.turns import RowFault, to_messages
+from tell.data.turns import to_messages
 from tell.errors import TellError
 
 ASK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
@@ -57,6 +59,17 @@ def test_known_layouts(row, name, contents):
     layout = detect_layout([row])
     assert layout.name == name
     assert [turn.content for turn in to_messages(row, layout)] == contents
+
+
+@pytest.mark.parametrize("known", LAYOUTS)
+def test_every_known_layout_is_found_by_its_columns_and_preferred_as_declared(known):
+    names = [known.prompt, *known.answers, *known.inputs]
+    columns = find_columns(dict.fromkeys(names), dict.fromkeys(names))
+    if not known.answers:
+        assert columns == {"messages": known.prompt}
+    elif known == next(other for other in LAYOUTS if other.prompt == known.prompt):
+        wanted = {"prompt": known.prompt, "answer": known.answers[0]}
+        assert columns == wanted | ({"input": known.inputs[0]} if known.inputs else {})
 
 
 def test_roles_of_many_turns():
@@ -251,7 +264,7 @@ CONVERSATION_FAULTS = [
     ([], "holds no list of turns"),
     (None, "holds no list of turns"),
     ("text", "holds no list of turns"),
-    (["Hi"], "turn 1 is no object"),
+    (["Hi"], "turn 1 is not an object"),
     ([{"role": "narrator", "content": "x"}, *ASK], "turn 1 has the role 'narrator'"),
     ([{"content": "x"}, *ASK], "turn 1 has the role None"),
     ([*ASK, {"role": "system", "content": "x"}, *ASK], "turn 3 is a system turn"),

@@ -6,16 +6,14 @@ import numpy as np
 import pytest
 
 import tell
-from run.runs import PROBE, config_of
+from run.runs import PROBE, config_of, open_session
 from tell.anchor.anchor import Anchor
 from tell.errors import TellError
-from tell.models.load import load_model
-from tell.progress import Silent
-from tell.run.choose_anchor import short_runs
 from tell.run.task import limited_rows, load_task
 from tell.score.intervals import difference
 from tell.score.means import mean_metric
 from tell.train.trainer import Trainer
+from tell.verbs.write_anchor import short_runs
 
 BY_HAND = ("Sort this mail.", "Read the mail and answer with JSON: category, urgent, amount.")
 
@@ -66,15 +64,15 @@ def test_short_runs_differ_by_the_anchor_alone(tiny_model, monkeypatch, source):
     """Same rows, order, seed and steps; equal anchors give equal losses, and the model is given back untouched."""
     rows = None if source == "none" else 10
     task = load_task(config(tiny_model("llama"), general={"source": source, "rows": rows}))
-    loaded = load_model(task.files, dtype="fp32", device="cpu")
-    before = {name: p.clone() for name, p in loaded.model.named_parameters()}
+    session = open_session(task.files.path, task.config)
+    before = {name: p.clone() for name, p in session.model.named_parameters()}
     mixtures = []
     run = Trainer.run
     monkeypatch.setattr(Trainer, "run", lambda self: mixtures.append(self.mixture) or run(self))
     anchors = [Anchor(text) for text in (BY_HAND[0], BY_HAND[1], BY_HAND[0])]
-    a, b, again = short_runs(task, loaded, anchors, 3, Silent())
+    a, b, again = short_runs(task, session, anchors, 3)
     assert a.tolist() == again.tolist() != b.tolist() and np.isfinite([a, b]).all()
-    assert all((p == before[name]).all() for name, p in loaded.model.named_parameters())
+    assert all((p == before[name]).all() for name, p in session.model.named_parameters())
     assert len({m.digest() for m in mixtures}) == 1 and mixtures[0].steps(4) == 3 and len(mixtures[0]) == 12
     shares = mixtures[0].counts()["rows"]
     assert shares == ({"task": 12} if source == "none" else {"task": 6, "general": 6})
@@ -84,15 +82,15 @@ def test_short_runs_differ_by_the_anchor_alone(tiny_model, monkeypatch, source):
 
 def test_short_run_learns(tiny_model):
     task = load_task(config(tiny_model("llama"), general={"source": "none", "rows": None}))
-    loaded = load_model(task.files, dtype="fp32", device="cpu")
-    few, many = (short_runs(task, loaded, [Anchor("Sort.")], n, Silent())[0].mean() for n in (1, 12))
+    session = open_session(task.files.path, task.config)
+    few, many = (short_runs(task, session, [Anchor("Sort.")], n)[0].mean() for n in (1, 12))
     assert many < few - 0.1
 
 
 def test_few_rows_hold_some_of_theirs_out(tiny_model):
     task = load_task(config(tiny_model("llama"), task={"rows": 6, "validation_fraction": 0}))
-    loaded = load_model(task.files, dtype="fp32", device="cpu")
-    (losses,) = short_runs(task, loaded, [Anchor("Sort.")], 1, Silent())
+    session = open_session(task.files.path, task.config)
+    (losses,) = short_runs(task, session, [Anchor("Sort.")], 1)
     assert not task.validation and len(losses) == 2 and len(limited_rows(task, Anchor("Sort."))) == 6
 
 

@@ -7,13 +7,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from tell.run.hidden_states import general_queries, hidden_states, layer_numbers
 from transformers import AutoModelForCausalLM
 
 from run.runs import config_of
 from tell.errors import TellError
-from tell.progress import Silent
 from tell.run.task import load_task
+from tell.verbs.hidden_states import general_queries, hidden_states, layer_numbers
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
@@ -50,5 +49,5 @@ def test_general_queries_pass_over_rows_that_the_template_refuses(tiny_model, tm
     (tmp_path / "g.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     task = load_task(config_of(tiny_model("gemma2"), general={"source": str(tmp_path / "g.jsonl")}))
     for lengths in (None, [5, 5, 5, 5]):
-        chosen = general_queries(task, Silent(), most=4, lengths=lengths)
+        chosen = general_queries(task, most=4, lengths=lengths)
         assert [e.messages[0].role for e in chosen] == ["user"] * 3

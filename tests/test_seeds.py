@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tell.data.shuffle import shuffled
+from tell.seeds import shuffled
 
 
 def test_published_splits_stay():
