@@ -140,16 +140,16 @@ def test_a_failed_cell_is_noted_and_the_others_go_on(recipe, tmp_path, capsys):
     out, said = capsys.readouterr()
     left = json.loads(out)["left"]
     assert (left["cells"], left["unplanned"]) == (3, 1)
-    assert "1 of 3 cells to do cannot be run" in said and "600 rows are asked for" in said
+    assert "1 of 3 cells to do cannot be run" in said and "600 rows are requested" in said
     assert run(argv) == 1
     said = capsys.readouterr().err
-    assert "1 cells failed" in said and "600 rows are asked for" in said
+    assert "1 cells failed" in said and "600 rows are requested" in said
     data = read(tmp_path / "studies/small/study.json")
     states = {row["point"]["task.rows"]: data["cells"][row["cell"]] for row in data["rows"] if row["arm"] == "tell"}
-    assert states[600]["state"] == "failed" and "600 rows are asked for" in states[600]["error"]
+    assert states[600]["state"] == "failed" and "600 rows are requested" in states[600]["error"]
     assert states[6]["state"] == "done" and states[600]["error"].count("\n") == 0
     assert run(argv) == 1 and run([*argv, "--dry-run"]) == 0
-    assert "600 rows are asked for" in capsys.readouterr().out
+    assert "600 rows are requested" in capsys.readouterr().out
     attempts = [read(tmp_path / "studies/small/study.json")["cells"]]
     assert run([*argv, "--retry-failed"]) == 1
     attempts.append(read(tmp_path / "studies/small/study.json")["cells"])
