@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
@@ -20,9 +19,9 @@ from run.runs import PROBE, Killer, comparable, config_of, read, steady_pace
 from tell.errors import Interrupted, TellError
 from tell.files import read_jsonl, write_json
 from tell.folder import RunFolder
+from tell.run.journal import Journal
 from tell.run.speed import keep_speed
 from tell.run.time_budget import fit_minutes
-from tell.run.tune import read_inputs
 
 SECTIONS = {
     "eval": {"arms": ["base", "icl", "sft", "tell"]},
@@ -131,18 +130,22 @@ def test_seconds_add_up(tiny_model, tmp_path):
 
 
 def test_reading_the_inputs_counts(tiny_model, tmp_path, monkeypatch):
-    """Of a run's seconds, and so of --max-minutes."""
-    clock = SimpleNamespace(monotonic=lambda: clock.now, now=0.0)
-    monkeypatch.setattr("tell.run.journal.time", clock)
+    """Among a run's seconds, and so among those of --max-minutes: its clock starts first."""
+    begun = []
 
-    def slow(*args):
-        clock.now += 1000
-        return read_inputs(*args)
+    def journal(*args, real=Journal.of, **more):
+        begun.append("clock")
+        return real(*args, **more)
 
-    monkeypatch.setattr("tell.run.tune.read_inputs", slow)
-    sections = {"general": {"source": "none"}, "eval": {"arms": ["base"], "forgetting_rows": 0}}
-    folder = tell.tune(config_of(tiny_model("llama"), tmp_path / "run", **sections))
-    assert read(folder.findings)["seconds"] == folder.read_status()["seconds"] == 1000
+    def inputs(*args):
+        begun.append("inputs")
+        raise TellError("unreadable")
+
+    monkeypatch.setattr(Journal, "of", journal)
+    monkeypatch.setattr("tell.run.tune.read_inputs", inputs)
+    with pytest.raises(TellError, match="unreadable"):
+        tell.tune(config_of(tiny_model("llama"), tmp_path / "run"))
+    assert begun == ["clock", "inputs"]
 
 
 def test_finished_run_resumed_changes_nothing(whole):
