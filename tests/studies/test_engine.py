@@ -16,7 +16,7 @@ import yaml
 from filelock import FileLock
 
 import tell
-import tell.run.choose_anchor as write
+import tell.run.choose_anchor as choose
 from run.runs import Killer, read
 from studies.studies import numbers
 from tell.cli.main import run
@@ -95,9 +95,9 @@ def test_finished_cells_are_never_run_again(recipe, tmp_path):
 def test_an_anchor_is_written_once_for_cells_that_share_it(recipe, tmp_path, monkeypatch):
     """General data has no part in it; other task rows have."""
     asked = []
-    real = write.write_anchor_candidates
+    real = choose.write_anchor_candidates
     monkeypatch.setattr(
-        write, "write_anchor_candidates", lambda task, *rest: asked.append(task.train) or real(task, *rest)
+        choose, "write_anchor_candidates", lambda task, *rest: asked.append(task.train) or real(task, *rest)
     )
     grid = {"task.rows": [5, 6], "general.rows": [4, 8]}
     path = recipe(grid=grid, arms=["tell"], config={"anchor": {"text": "auto", "candidates": 1}})

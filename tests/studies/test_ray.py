@@ -80,7 +80,7 @@ def test_a_worker_that_dies_is_replaced_and_a_cell_that_fails_is_noted(recipe, h
     assert {path.name for path in sent.glob("*.py")} == {"deadly_scores.py", "deadly_mark.py"}
     states = {row["point"]["task.rows"]: folder.read()["cells"][row["cell"]] for row in folder.read()["rows"]}
     assert states[6]["state"] == "done" and states[6]["attempts"] == 1  # Ray's own second try
-    assert states[600]["state"] == "failed" and "600 rows are asked for" in states[600]["error"]
+    assert states[600]["state"] == "failed" and "600 rows are requested" in states[600]["error"]
 
 
 def test_inputs_travel_by_content(tiny_model, tmp_path):

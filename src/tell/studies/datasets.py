@@ -45,8 +45,8 @@ def _built(dataset: str, options: Mapping[str, Any], root: Root, display: Displa
             raise TellError(f"lacks {name}", where=where, remedy=f"Add {name}: to it.")
     for option in options:
         if option not in parameters:
-            remedy, nearest = f"Use {', '.join(parameters)}.", did_you_mean(option, parameters)
-            raise TellError(f"unknown option {option}", where=where, remedy=remedy, nearest=nearest)
+            remedy, close = f"Use {', '.join(parameters)}.", did_you_mean(option, parameters)
+            raise TellError(f"unknown option {option}", where=where, remedy=remedy, nearest=close)
     known = {key: _content(value) for key, value in options.items()}
     text = json.dumps({"format": DATA_FORMAT, "dataset": dataset, "options": known}, sort_keys=True)
     key = f"{dataset}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
@@ -69,9 +69,8 @@ def _builder(dataset: str, where: str) -> Callable[..., Any]:
     name = dataset.replace("-", "_")
     if name not in modules or not hasattr(_module(name), f"build_{name}"):
         known = [other.replace("_", "-") for other in modules if hasattr(_module(other), f"build_{other}")]
-        remedy = f"Use {' or '.join(known)}."
-        nearest = did_you_mean(dataset, known)
-        raise TellError(f"no builder makes {dataset!r}", where=where, remedy=remedy, nearest=nearest)
+        remedy, close = f"Use {' or '.join(known)}.", did_you_mean(dataset, known)
+        raise TellError(f"no builder makes {dataset!r}", where=where, remedy=remedy, nearest=close)
     return getattr(_module(name), f"build_{name}")
 
 

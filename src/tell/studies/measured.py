@@ -111,13 +111,8 @@ class CellReader:
         mixed = mapping(self.metrics, "mixture", "rows")
         return Measured(hashes, metrics, numbers | self._numbers(arm), costs, bool(mixed) and not mixed.get("general"))
 
-    @cached_property
-    def plan(self) -> dict[str, Any]:
-        return _read_json(self.folder.plan)
-
-    @cached_property
-    def findings(self) -> dict[str, Any]:
-        return _read_json(self.folder.findings)
+    plan = cached_property(lambda self: _read_json(self.folder.plan))
+    findings = cached_property(lambda self: _read_json(self.folder.findings))
 
     @property
     def fingerprint(self) -> str:

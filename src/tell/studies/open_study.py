@@ -71,20 +71,14 @@ class Study:
         if not self.folder.state.exists():
             found = [path.name for path in (self.folder.page, self.folder.recipe) if path.exists()]
             if found:
-                raise TellError(
-                    f"has {found[0]}, which no study wrote",
-                    where=str(self.folder.root),
-                    remedy="Move it away, or give another folder with --out.",
-                )
+                remedy = "Move it away, or give another folder with --out."
+                raise TellError(f"has {found[0]}, which no study wrote", where=str(self.folder.root), remedy=remedy)
             return
         there, own = self.folder.read(), self.head()
         same_runs = all(there.get("recipe", {}).get(key) == own["recipe"][key] for key in ("config", "grid"))
         if there.get("source") not in (None, own["source"]) and not same_runs:
-            raise TellError(
-                f"holds the study of {there['source']}",
-                where=str(self.folder.root),
-                remedy="Give this one a folder of its own with --out; finished cells are shared all the same.",
-            )
+            remedy = "Give this one a folder of its own with --out; finished cells are shared all the same."
+            raise TellError(f"holds the study of {there['source']}", where=str(self.folder.root), remedy=remedy)
 
     def check_scorers(self) -> None:
         """Raise the TellError of a custom scorer that every cell would fail with."""

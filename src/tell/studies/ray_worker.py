@@ -110,11 +110,8 @@ def place_inputs(config: Config, found: Mapping[tuple[str, str], Input], folder:
         if is_folder and path.is_dir() and content_hash(path) == item.content:
             continue
         if not item.parts:
-            raise TellError(
-                "is not on this machine with the same content, and too large to send",
-                where=item.path,
-                remedy="Copy it there, or give a name of the hub.",
-            )
+            what = "is not on this machine with the same content, and too large to send"
+            raise TellError(what, where=item.path, remedy="Copy it there, or give a name of the hub.")
         here = _place(item, folder, fetch)
         setattr(getattr(config, section), key, f"@{here}" if key == "text" else str(here))
         moved[str(here)] = item.path

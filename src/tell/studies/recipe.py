@@ -82,19 +82,20 @@ class Figure(Part):
         return self
 
 
-class Fit(Part):
-    """A curve fitted to one arm's scores, one for each value of the grid's other keys."""
-
+class _Curve(Part):
     x: str = Field(description="a key of the grid")
     y: str = Field(description="a metric")
+
+
+class Fit(_Curve):
+    """A curve fitted to one arm's scores, one for each value of the grid's other keys."""
+
     arm: ArmName = Field("tell", description="whose scores")
 
 
-class Efficiency(Part):
+class Efficiency(_Curve):
     """How much of ``x`` each arm needs for the same score."""
 
-    x: str = Field(description="a key of the grid")
-    y: str = Field(description="a metric")
     arms: tuple[ArmName, ...] = Field(
         ("sft", "sft-matched", "tell"), description="compared with tell, or else with the last of them"
     )
@@ -240,27 +241,20 @@ def _variables(recipe: Recipe, given: Mapping[str, str], path: Path) -> dict[str
     every, used = used_variables(recipe), used_variables(recipe, given)
     for name in given:
         if name != "data" and name not in every:
-            raise TellError(
-                f"the recipe has no ${{{name}}}",
-                where=f"--var {name}",
-                remedy="Leave it out, or fix its name.",
-                nearest=did_you_mean(name, every),
-            )
+            what, close = f"the recipe has no ${{{name}}}", did_you_mean(name, every)
+            raise TellError(what, where=f"--var {name}", remedy="Leave it out, or fix its name.", nearest=close)
     for name in recipe.build:
         if name in given or name in recipe.variables:
-            raise TellError(
-                f"{name} is a variable and a data set under build",
-                where=f"--var {name}" if name in given else f"{path}: variables.{name}",
-                remedy=f"Rename the variable, or name its folder in place of ${{{name}}} instead of building it.",
-            )
+            where = f"--var {name}" if name in given else f"{path}: variables.{name}"
+            remedy = f"Rename the variable, or name its folder in place of ${{{name}}} instead of building it."
+            raise TellError(f"{name} is a variable and a data set under build", where=where, remedy=remedy)
     known = {"recipe": str(path.parent.resolve()), **given}
     values = _filled(recipe.variables, known, recipe.build, where=str(path))
     for name, place in used.items():
         if name not in values and name not in recipe.build:
             flag = "--data DIR" if name == "data" else f"--var {name}=VALUE"
-            nearest = did_you_mean(name, [*values, *recipe.build])
-            what = f"${{{name}}} in {place} is not given"
-            raise TellError(what, where=str(path), remedy=f"Add {flag}.", nearest=nearest)
+            what, close = f"${{{name}}} in {place} is not given", did_you_mean(name, [*values, *recipe.build])
+            raise TellError(what, where=str(path), remedy=f"Add {flag}.", nearest=close)
     return {name: value for name, value in values.items() if name in used}
 
 
@@ -326,11 +320,9 @@ def _with_seeds(grid: Iterable[Mapping[str, Any]], seeds: Sequence[int], *, wher
         if own:
             kept.append({**product, "seeds": own} if "seeds" in product else dict(product))
     if not kept:
-        raise TellError(
-            f"nothing in the grid is run with seed {', '.join(map(str, seeds))}",
-            where=where,
-            remedy="Its products have their own seeds: give one of those, or remove them.",
-        )
+        what = f"nothing in the grid is run with seed {', '.join(map(str, seeds))}"
+        remedy = "Its products have their own seeds: give one of those, or remove them."
+        raise TellError(what, where=where, remedy=remedy)
     return kept
 
 

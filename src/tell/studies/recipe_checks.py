@@ -67,12 +67,12 @@ def check_grid(grid: Iterable[Product], known: Product, where: str) -> None:
             for value in values if key in OF_A_PRODUCT else ():
                 if value not in known[key]:
                     names = [str(name) for name in known[key]]
-                    raise TellError(
-                        f"grid has {key[:-1]} {value!r}, which the recipe's {key} lack",
-                        where=where,
-                        remedy=f"They are {', '.join(names)}: add it to them, or fix it.",
-                        nearest=did_you_mean(str(value), names),
+                    what = f"grid has {key[:-1]} {value!r}, which the recipe's {key} lack"
+                    remedy, close = (
+                        f"They are {', '.join(names)}: add it to them, or fix it.",
+                        did_you_mean(str(value), names),
                     )
+                    raise TellError(what, where=where, remedy=remedy, nearest=close)
             if not values:
                 raise TellError(f"grid.{key} has no value", where=where, remedy="Give it one, or leave it out.")
         for ways in RIVALS:

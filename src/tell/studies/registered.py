@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
+from tell.errors import TellError
+
 T = TypeVar("T")
+
+
+def needs(what: str) -> TellError:
+    """The error for a missing package of the extra ``study``."""
+    return TellError(what, where="tell study", remedy='Install it: pip install "tell-llm[study]".')
 
 
 class Registry(dict[str, T]):

@@ -15,6 +15,7 @@ from tell.studies.executors.registry import LOCAL, Execution
 from tell.studies.open_study import UNCHANGED, Changes, Study, open_study
 from tell.studies.queue import CellQueue, span
 from tell.studies.recipe import Recipe
+from tell.studies.registered import needs
 from tell.studies.study_folder import StudyFolder
 from tell.studies.study_plan import plan_cells, plan_table, seconds_of
 
@@ -124,11 +125,7 @@ def check_packages(recipe: Recipe) -> None:
     }
     missing = [name for name, asked in wanted.items() if asked and find_spec(name) is None]
     if missing:
-        raise TellError(
-            f"what the recipe asks for needs {' and '.join(missing)}",
-            where="tell study",
-            remedy='Install it: pip install "tell-llm[study]".',
-        )
+        raise needs(f"what the recipe asks for needs {' and '.join(missing)}")
 
 
 def _write(study: Study) -> None:

@@ -73,11 +73,9 @@ class RayExecutor:
             cpus, slots = self._share()
             gpus = self.resources.gpus
             if not slots and self.address == "local":
-                raise TellError(
-                    f"this machine has no {cpus:g} CPUs and {gpus:g} GPUs for a cell",
-                    where="--address local",
-                    remedy="Ask for less with --cpus and --gpus, or give the address of a larger cluster.",
-                )
+                what = f"this machine has no {cpus:g} CPUs and {gpus:g} GPUs for a cell"
+                remedy = "Ask for less with --cpus and --gpus, or give the address of a larger cluster."
+                raise TellError(what, where="--address local", remedy=remedy)
             if not slots:
                 queue.display.note(f"no machine of the cluster has {cpus:g} CPUs and {gpus:g} GPUs yet")
             remote = self.ray.remote(
@@ -158,11 +156,9 @@ class RayExecutor:
             _check_listening(self.address)
             self.ray.init(self.address, **quiet, **more, **self.options)
         except (ConnectionError, ValueError, RuntimeError, OSError) as error:
-            raise TellError(
-                f"no cluster can be reached ({' '.join(str(error).split())[:200]})",
-                where=f"--address {self.address}",
-                remedy="Start one with `ray start --head`, or use --address local.",
-            ) from error
+            what = f"no cluster can be reached ({' '.join(str(error).split())[:200]})"
+            remedy = "Start one with `ray start --head`, or use --address local."
+            raise TellError(what, where=f"--address {self.address}", remedy=remedy) from error
         for number, handler in zip(numbers, handlers, strict=True):
             signal.signal(number, handler)  # Ray sets its own for SIGTERM
         try:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tell.errors import TellError
 from tell.files import atomic_path
 from tell.studies.labels import key_name, value_name
+from tell.studies.registered import needs
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -121,8 +121,7 @@ def drawing(panels: int, *, height: float, width: float = 4.6) -> Iterator[tuple
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError as error:
-        remedy = 'Install it: pip install "tell-llm[study]".'
-        raise TellError("figures need matplotlib", where="tell study", remedy=remedy) from error
+        raise needs("figures need matplotlib") from error
     with matplotlib.rc_context(RULES):
         rows = max(1, math.ceil(panels / 3))
         across = max(1, math.ceil(panels / rows))

@@ -23,10 +23,10 @@ from typing import Any
 
 import numpy as np
 
-from tell.errors import TellError
 from tell.names import metric as metric_of
 from tell.score.intervals import estimate_from, percentiles
 from tell.studies.labels import rounded
+from tell.studies.registered import needs
 from tell.studies.stats.curves import Curve
 
 LEAST = 4  # amounts above 0 below which no shapes are compared
@@ -213,9 +213,7 @@ def _logistic(
     try:
         from scipy.optimize import least_squares
     except ImportError as error:
-        raise TellError(
-            "fits need scipy", where="tell study", remedy='Install it: pip install "tell-llm[study]".'
-        ) from error
+        raise needs("fits need scipy") from error
     shape = SHAPES["logistic"]
     start = np.concatenate([part[0] for part in profile(shape, u, y[None], limits)])
     tried = shape.tried(u)

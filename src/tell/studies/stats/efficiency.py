@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from tell.errors import TellError
 from tell.names import metric, show
 from tell.report.svg import nice
 from tell.studies.labels import arm_name, key_name, value_name
+from tell.studies.registered import needs
 from tell.studies.stats.curves import Curve
 
 SAFE = 0.99  # share of resamples in which both arms reach a score that the mean factor is taken over
@@ -58,8 +58,7 @@ def efficiency(curves: Sequence[Curve], *, x: str, y: str, reference: str) -> di
     }
     factors = {arm: _factor(needs[arm], needs[reference], sign * levels) for arm in usable if arm != reference}
     result = {"levels": [float(sign * s) for s in levels], "arms": arms, "factors": factors, "reference": reference}
-    largest = {arm: max(c.x) for arm, c in usable.items()}
-    return {**result, "verdict": _verdict(result, x, y, largest)}
+    return {**result, "verdict": _verdict(result, x, y, {arm: max(c.x) for arm, c in usable.items()})}
 
 
 def _factor(own: tuple[np.ndarray, np.ndarray], reference: tuple[np.ndarray, np.ndarray], scores: np.ndarray) -> dict:
@@ -83,9 +82,7 @@ def _monotone(curve: Curve, sign: float) -> tuple[np.ndarray, np.ndarray, np.nda
     try:
         from scipy.optimize import isotonic_regression  # on short rows 20 times as fast as scikit-learn's
     except ImportError as error:
-        raise TellError(
-            "token efficiency needs scipy", where="tell study", remedy='Install it: pip install "tell-llm[study]".'
-        ) from error
+        raise needs("token efficiency needs scipy") from error
     keep = [i for i, v in enumerate(curve.x) if v > 0]
     draws = sign * curve.samples[:, keep]
     steady = np.array([isotonic_regression(row).x if np.isfinite(row).all() else row for row in draws])
