@@ -10,7 +10,18 @@ from typing import Any
 
 import numpy as np
 
-from tell.names import ANSWER_LOSS, CHANGE, LOSS, PROBE, arm_order, metric, show, show_interval, show_power
+from tell.names import (
+    ANSWER_LOSS,
+    CHANGE,
+    LOSS,
+    PROBE,
+    arm_order,
+    has_interval,
+    metric,
+    show,
+    show_interval,
+    show_power,
+)
 from tell.report.score_tables import Cell
 from tell.studies.labels import arm_name, key_name, value_name
 from tell.studies.results import Outcome, Study, frozen
@@ -132,8 +143,9 @@ def to_csv(study: Study, table: Sequence[Line]) -> str:
     for line in table:
         cells: list[Any] = []
         for cell in line.cells.values():
-            cells += [cell.value, *(cell.ci or (None, None))] if cell.known else [None] * 3
-        rows = max((cell.n or 0 for cell in line.cells.values()), default=0)
+            low, high = cell.ci if has_interval(cell.ci) else (None, None)
+            cells += [cell.value, low, high] if cell.known else [None] * 3
+        rows = max((cell.n for cell in line.cells.values() if isinstance(cell.n, int)), default=0)
         point = [text.replace(",", "") for text in line.point.values()]
         writer.writerow([*point, line.arm, line.seeds, rows, *cells, *(f"{v:.6g}" for v in line.costs.values())])
     return out.getvalue()
