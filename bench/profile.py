@@ -36,7 +36,7 @@ from tell.models.find import find_model
 from tell.models.load import load_model
 from tell.train.lora import add_lora
 from tell.train.packing import TrainRow
-from tell.train.step import Body, step_loss
+from tell.train.step import Body, StepRules, step_loss
 
 WARMUP = 2  # steps before the clock counts
 KERNELS = {
@@ -171,7 +171,7 @@ def measure(options: argparse.Namespace) -> Profile:
         tokens = 0
         for step in steps:
             chosen = train_rows(rows, range(step * options.batch, (step + 1) * options.batch))
-            out = step_loss(body, chosen, normalization="example", micro_tokens=options.micro_tokens, share_prefix=True)
+            out = step_loss(body, chosen, StepRules("example", micro_tokens=options.micro_tokens, share_prefix=True))
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

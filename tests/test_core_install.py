@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # What only extras bring, as it is imported.
 MISSING = (
-    *("sacrebleu", "rouge_score", "tensorboard", "openai", "matplotlib", "sklearn", "scipy", "lm_eval", "ray"),
+    *("sacrebleu", "tensorboard", "openai", "matplotlib", "sklearn", "scipy", "lm_eval", "ray"),
     *("sentencepiece", "liger_kernel", "vllm"),
 )
 HIDE = f"""

@@ -30,7 +30,8 @@ from tell.train.packing import TrainRow
 from tell.config import TrainConfig
 from tell.train.lora import add_lora
 from tell.train.plain import PlainBody, plain_step_loss
-from tell.train.step import Body, step_loss
+from tell.train.fast.fused import fused_counts
+from tell.train.step import Body, StepRules, step_loss
 
 loaded = load_model(find_model(sys.argv[1]), device="cpu")
 tuned = add_lora(loaded.model, TrainConfig(lora_dropout=0.0), seed=1)
@@ -42,14 +43,14 @@ with torch.no_grad():
         p.normal_(std=0.05)
 
 def gradients(step, body):
-    loss = step(body, rows, normalization="example").loss
+    loss = step(body, rows, StepRules()).loss
     grads = torch.cat([p.grad.flatten() for p in parameters])
     for p in parameters:
         p.grad = None
     return loss, grads
 
 body = Body(tuned)
-kinds = loaded.model._tell_fused
+kinds = fused_counts(loaded.model)
 fast, ours = gradients(step_loss, body)
 plain, theirs = gradients(plain_step_loss, PlainBody(tuned))
 print(json.dumps({
@@ -70,7 +71,7 @@ def test_levels(monkeypatch):
         assert cpu.cpu_level().name == "avx2"
     assert machine.cpu_bf16() is None and machine.cpu_name().endswith("(avx2)")  # speeds are kept by this name
     monkeypatch.setenv(cpu.SWITCH, "avx3")
-    with pytest.raises(TellError, match="'avx3' is no set of instructions"):
+    with pytest.raises(TellError, match="'avx3' is not an instruction set"):
         machine.cpu_bf16()
     variables = {cpu.SWITCH: "avx3"}
     cpu.limit_libraries(variables)

@@ -177,7 +177,7 @@ def _losses(
     from tell.config import TrainConfig
     from tell.train.lora import add_lora, remove_lora
     from tell.train.plain import PlainBody, plain_step_loss
-    from tell.train.step import Body, step_loss
+    from tell.train.step import Body, StepRules, step_loss
 
     tuned = add_lora(model, TrainConfig(lora_dropout=0.0), seed=7, fused=fast == "auto")
     parameters = [p for p in tuned.parameters() if p.requires_grad]
@@ -185,13 +185,12 @@ def _losses(
     body = Body(tuned) if fast == "auto" else PlainBody(tuned)
     losses, norms, size = [], [], len(rows) // steps
     for i in range(steps):
-        options: dict[str, Any] = {"normalization": "example", "device": device}
-        options["clip"] = lambda: torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        rules, options = StepRules(share_prefix=True), {"clip": lambda: torch.nn.utils.clip_grad_norm_(parameters, 1.0)}
         part = rows[i * size : (i + 1) * size]
         if isinstance(body, Body):
-            got = step_loss(body, part, share_prefix=True, **options)
+            got = step_loss(body, part, rules, **options)
         else:
-            got = plain_step_loss(body, part, **options)
+            got = plain_step_loss(body, part, rules, **options)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         losses.append(got.loss)

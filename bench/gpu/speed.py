@@ -34,12 +34,11 @@ class Tell:
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, weight_decay=0.01, fused=True)
 
     def step(self, rows: list[TrainRow]) -> float:
-        from tell.train.step import step_loss
+        from tell.train.step import StepRules, step_loss
 
-        out = step_loss(
-            self.body, rows, normalization="example", share_prefix=True, micro_tokens=self.run.micro,
-            device=self.run.device, clip=lambda: torch.nn.utils.clip_grad_norm_(self.parameters, 1.0),
-        )  # fmt: skip
+        rules = StepRules(micro_tokens=self.run.micro, share_prefix=True)
+        clip = lambda: torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)  # noqa: E731
+        out = step_loss(self.body, rows, rules, clip=clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return out.loss
@@ -150,6 +149,8 @@ def _measure(run: Run, make: Callable[[], Any], rows: list[TrainRow], batch: int
         loss = runner.step(part)
         run.sync()
         times.append(time.perf_counter() - begin)
+    from tell.train.fast.fused import fused_counts
+
     tokens = sum(len(row.ids) for part in parts[WARM:] for row in part)
     speed = tokens / sum(times)
     tflops = speed * flops_a_token(runner.model, rows) / 1e12
@@ -158,7 +159,7 @@ def _measure(run: Run, make: Callable[[], Any], rows: list[TrainRow], batch: int
         "tokens_s": round(speed), "ms_step": round(1e3 * statistics.median(times), 1), "tokens_step": tokens // STEPS,
         "tflops": round(tflops, 2), "of_ceiling": round(tflops / ceiling, 4) if ceiling else None,
         "peak_gb": run.peak_gb(), "waits_a_step": waits, "first_step_s": round(first, 2), "loss": round(loss, 4),
-        "exchanged": getattr(runner.model, "_tell_fused", None),
+        "exchanged": fused_counts(runner.model),
     }  # fmt: skip
 
 

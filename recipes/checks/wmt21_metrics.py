@@ -15,12 +15,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from correlation import correlations  # the file next to this one
 
 from tell.data.formats import check_file, read_text
 from tell.errors import TellError
-from tell.names import NAMES
+from tell.names import metric
 from tell.paper.parallel_texts import Document, read_wmt
-from tell.score.correlation import correlations
 from tell.score.scored import Metric
 from tell.score.text import TextScorer
 
@@ -99,7 +99,7 @@ def table(found: Mapping[str, Mapping[str, Mapping[str, dict]]]) -> str:
     for name in found["segment"]:
         values = [found[level][name][key] for level, key, _ in cells]
         shown = [f"{v['value']:.3f} [{v['ci'][0]:.3f}, {v['ci'][1]:.3f}]" for v in values]
-        lines.append(f"| {NAMES[name]} | " + " | ".join(shown) + " |")
+        lines.append(f"| {metric(name).phrase} | " + " | ".join(shown) + " |")
     first = next(iter(found["segment"]))
     counts = ", ".join(f"{title} {found[level][first][key]['n']:,}" for level, key, title in cells)
     return "\n".join([*lines, "", f"n: {counts}"])

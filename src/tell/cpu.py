@@ -1,7 +1,7 @@
-"""``TELL_CPU=avx2``: compute as on a processor that has AVX2 and no more. Imports no torch.
+"""``TELL_CPU=avx2``: compute as on a CPU with AVX2 and nothing newer. Imports no torch.
 
-For tests and measurements: the product on a newer processor behaves as on an older one. Declared here for torch and
-its libraries, for the compiler of the kernels, and for what ``models.machine`` says about the processor.
+For tests and measurements of older CPUs on a newer one. It limits torch and its libraries, the compiler of the kernels,
+and what ``models.machine`` reports about the CPU.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ LEVELS = {
 
 
 def cpu_level() -> Level | None:
-    """The level asked for; None: all that the processor has.
+    """The level of ``TELL_CPU``; None where it is not set.
 
     Raises:
         TellError: an unknown one.
@@ -57,7 +57,7 @@ def cpu_level() -> Level | None:
     if not name:
         return None
     if name not in LEVELS:
-        raise TellError(f"{name!r} is no set of instructions", where=f"${SWITCH}", remedy="Use avx2, or unset it.")
+        raise TellError(f"{name!r} is not an instruction set", where=f"${SWITCH}", remedy="Use avx2, or unset it.")
     return LEVELS[name]
 
 

@@ -1,4 +1,4 @@
-"""Where converted models and measured speeds are kept: ``$TELL_HOME``, else ``~/.cache/tell``."""
+"""The cache folder of converted models and measured speeds: ``$TELL_HOME``, else ``~/.cache/tell``."""
 
 from __future__ import annotations
 

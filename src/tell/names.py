@@ -1,15 +1,19 @@
 """Arms and metrics as declared values, and the one number formatter: the screen, pages, studies and verdict read these.
 
-A new arm is an entry of `ARMS`; a new metric is an entry of `METRICS`, or a `MetricSpec` that its scorer declares.
+A new arm is an entry of ``_ARMS``, a new metric an entry of ``_SCORES`` or ``_MEASURES``.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Literal, TypeGuard
 
 Mixture = Literal["task", "task-matched", "general", "mixed"]
-Unit = Literal["share", "score", "plain", "points"]
+Unit = Literal["share", "points", "score", "nats", "plain"]
+"""``share``: 0 to 1, written in per cent; ``points``: a difference of shares; ``score``: 0 to 100; ``nats``: a loss."""
 
 
 @dataclass(frozen=True)
@@ -19,22 +23,26 @@ class Arm:
     Attributes:
         name: in configurations, files and metrics.json.
         label: on screen, pages and figures.
+        phrase: as the subject of a sentence.
         about: its definition, one sentence.
         mixture: what its adapter is trained on (`tell.run.arms.MIXTURES`); None: it trains nothing of its own.
         adapter: the trained arm whose adapter it answers with; None: the untuned model.
         anchored: the anchor is put on its prompts.
         in_context: training examples are put in its prompts.
         optional: given up to keep ``--max-minutes``, the lowest number first; None: never.
+        rival: compared with `tell` in the verdict, the lowest number first; None: never.
     """
 
     name: str
     label: str
+    phrase: str
     about: str
     mixture: Mixture | None = None
     adapter: str | None = None
     anchored: bool = True
     in_context: bool = False
     optional: int | None = None
+    rival: int | None = None
 
     def __post_init__(self) -> None:
         if self.mixture is not None and self.adapter != self.name:
@@ -42,39 +50,54 @@ class Arm:
 
 
 _ARMS = (
-    Arm("base", "untuned", "The model as published, given the prompt alone.", anchored=False),
-    Arm("base+anchor", "untuned, with the anchor", "The untuned model with the anchor on the prompt.", optional=4),
+    Arm("base", "untuned", "the untuned model", "The model as published, given the prompt alone.", anchored=False),
+    Arm(
+        "base+anchor",
+        "untuned, with the anchor",
+        "the untuned model with the anchor",
+        "The untuned model with the anchor on the prompt.",
+        optional=4,
+    ),
     Arm(
         "icl",
         "examples in context",
+        "the untuned model with examples in context",
         "The untuned model, shown as many training examples in its prompt as fit.",
         in_context=True,
+        rival=3,
     ),
     Arm(
         "sft",
         "SFT, one epoch",
+        "SFT",
         "LoRA tuned on the task rows alone, for one epoch, as in the paper.",
         mixture="task",
         adapter="sft",
         optional=3,
+        rival=2,
     ),
     Arm(
         "sft-matched",
         "SFT, as many steps as TELL",
+        "step-matched SFT",
         "LoRA tuned on the task rows alone, repeated until it has had as many optimiser steps as TELL.",
         mixture="task-matched",
         adapter="sft-matched",
+        rival=1,
     ),
     Arm(
         "general",
         "general data alone",
+        "tuning on general data alone",
         "LoRA tuned on the general rows alone, with no task row.",
         mixture="general",
         adapter="general",
         optional=2,
+        rival=4,
     ),
     Arm(
         "tell",
+        "TELL",
         "TELL",
         "LoRA tuned by TELL: the task rows carry the anchor and are mixed into general instruction rows.",
         mixture="mixed",
@@ -83,6 +106,7 @@ _ARMS = (
     Arm(
         "tell-anchor",
         "TELL, asked without its anchor",
+        "TELL without its anchor",
         "The adapter of TELL, scored without the anchor on the prompt.",
         adapter="tell",
         anchored=False,
@@ -94,37 +118,254 @@ for _arm in _ARMS:
     if _arm.adapter is not None and ARMS[_arm.adapter].mixture is None:
         raise ValueError(f"arm {_arm.name}: no arm trains the adapter {_arm.adapter}")
 TRAINED = tuple(arm.name for arm in _ARMS if arm.mixture is not None)
-
-OF_100 = frozenset({"chrf", "bleu"})
-ANSWER_LOSS = "answer_loss"
-LOSSES = frozenset({ANSWER_LOSS})
-"""In nats a token: no shares, and lower is better."""
-PLAIN = LOSSES | {"bleurt"}
-"""Written as they are: neither shares nor out of 100."""
-NAMES = {
-    "schema_adherence": "schema adherence",
-    "valid_json": "valid JSON",
-    "field_accuracy": "field accuracy",
-    "exact_match": "exact match",
-    "accuracy": "accuracy",
-    "macro_f1": "macro-F1",
-    "valid_label": "valid label",
-    "rouge_l": "ROUGE-L",
-    "chrf": "chrF++",
-    "bleu": "BLEU",
-    "bleurt": "BLEURT",
-    "answer_loss": "answer loss",
-}
+RIVALS = tuple(a.name for a in sorted((a for a in _ARMS if a.rival), key=lambda a: a.rival or 0))
 
 
-def unit_of(metric: str) -> Unit:
-    """How values of a metric are written: ``share`` in per cent, ``score`` out of 100, ``plain`` as they are.
+def arm(name: str) -> Arm:
+    """An arm by its name; one that is unknown (of a folder that another version wrote) is called by its name."""
+    return ARMS.get(name) or Arm(name, name, name, "")
 
-    A user's own metric is plain, since nothing is known of its range.
+
+def arm_order(names: Iterable[str]) -> list[str]:
+    """Each name once: known arms in the order of `ARMS`, then the others as they came."""
+    known = list(ARMS)
+    return sorted(dict.fromkeys(names), key=lambda name: known.index(name) if name in ARMS else len(known))
+
+
+@dataclass(frozen=True)
+class MetricSpec:
+    """What a metric is called and how its values are written.
+
+    Attributes:
+        name: in metrics.json and recipes.
+        label: on pages and figures, with a capital.
+        unit: of its values, see `show`.
+        about: its definition, one sentence.
+        higher_is_better: False for losses and leaks.
     """
-    if metric in OF_100:
-        return "score"
-    return "share" if metric.startswith("field:") or (metric in NAMES and metric not in PLAIN) else "plain"
+
+    name: str
+    label: str
+    unit: Unit
+    about: str = ""
+    higher_is_better: bool = True
+
+    @property
+    def phrase(self) -> str:
+        """The label inside a sentence."""
+        if self.name.startswith(FIELD) and self.unit == "share":
+            return f"accuracy of the field {self.name.removeprefix(FIELD)}"
+        return self.label if self.label[:2].isupper() else self.label[:1].lower() + self.label[1:]
+
+    @property
+    def gap_unit(self) -> Unit:
+        """The unit of a difference of two of its values."""
+        return "points" if self.unit == "share" else self.unit
+
+    @property
+    def axis_label(self) -> str:
+        """The label with its unit, for an axis."""
+        return self.label + {"share": " (%)", "points": " (points)", "nats": " (nats a token)"}.get(self.unit, "")
+
+    @property
+    def change(self) -> MetricSpec:
+        """Its change from the untuned model."""
+        label = f"Change of {self.phrase if self.unit == 'nats' else self.label}"
+        return replace(self, name=self.name + CHANGE, label=label, unit=self.gap_unit)
 
 
 HELD_OUT, PROBE, WITNESS = "general held out", "probe", "witness"  # sets of general rows; the last two are in no mix
+ANSWER_LOSS = "answer_loss"
+FIELD, BENCHMARK = "field:", "benchmark "  # how names of metrics begin
+LOSS, TASK_FORMAT, CHANGE = " loss", " task format", " change"  # how names of a set's measures and of changes end
+_SCORES = (
+    MetricSpec(
+        "schema_adherence",
+        "Schema adherence",
+        "share",
+        "Share of test rows whose whole answer is JSON by a strict parser and valid under the JSON Schema.",
+    ),
+    MetricSpec("valid_json", "Valid JSON", "share", "Share of test rows whose whole answer parses as JSON."),
+    MetricSpec(
+        "field_accuracy", "Field accuracy", "share", "Share of the reference's fields that the answer gives exactly."
+    ),
+    MetricSpec(
+        "exact_match", "Exact match", "share", "Share of test rows whose answer equals the reference as a whole."
+    ),
+    MetricSpec("accuracy", "Accuracy", "share", "Share of test rows whose label equals the reference's."),
+    MetricSpec("macro_f1", "Macro-F1", "share", "Mean over labels of F1, the harmonic mean of precision and recall."),
+    MetricSpec("valid_label", "Valid label", "share", "Share of test rows whose answer is one of the task's labels."),
+    MetricSpec("rouge_l", "ROUGE-L", "share", "F-measure of the longest common subsequence with the reference."),
+    MetricSpec(
+        "chrf", "chrF++", "score", "Overlap of character and word n-grams with the reference, 0 to 100 (sacrebleu)."
+    ),
+    MetricSpec("bleu", "BLEU", "score", "Corpus BLEU against the reference, 0 to 100 (sacrebleu)."),
+    MetricSpec(
+        "bleurt",
+        "BLEURT",
+        "plain",
+        "Mean of BLEURT's learned score: about 0 for a wrong translation, 1 for a perfect one.",
+    ),
+    MetricSpec(
+        ANSWER_LOSS,
+        "Answer loss",
+        "nats",
+        "Mean negative log-likelihood of the reference answer given the arm's own prompt, in nats a token: it moves "
+        "smoothly where a score is right or wrong.",
+        higher_is_better=False,
+    ),
+)
+_MEASURES = (
+    MetricSpec(
+        "linear_probe",
+        "Linear probe",
+        "share",
+        "Share of queries whose group a linear classifier on hidden states names, trained without them; chance: 50 %.",
+    ),
+    MetricSpec(
+        "silhouette",
+        "Silhouette",
+        "plain",
+        "How much nearer a query's hidden state is to its own group than to the other, -1 to 1 (Rousseeuw 1987).",
+    ),
+    MetricSpec("mmd2", "MMD²", "plain", "Squared maximum mean discrepancy of the two groups' hidden states, unbiased."),
+    MetricSpec(
+        "length_probe",
+        "Length alone",
+        "share",
+        "Share of queries whose group their length in tokens alone names: what the other numbers must exceed.",
+    ),
+    MetricSpec("loss", "Loss", "nats", "Mean negative log-likelihood of the reference answer, in nats a token.", False),
+    MetricSpec(
+        "task_format",
+        "Answered in the task's format",
+        "share",
+        "Share of general prompts that are answered in the task's format; more than before means leakage.",
+        False,
+    ),
+)
+SCORES = tuple(spec.name for spec in _SCORES)
+"""Metrics of answers to test rows, the scorers' own and the answer loss."""
+METRICS: dict[str, MetricSpec] = {spec.name: spec for spec in (*_SCORES, *_MEASURES)}
+if len(ARMS) < len(_ARMS) or len(METRICS) < len(_SCORES) + len(_MEASURES):
+    raise ValueError("an arm or a metric is declared twice")
+
+
+def canonical(name: str) -> str:
+    """``probe loss`` for ``probe``: a set of general rows named alone means the loss on it."""
+    return name + LOSS if name in (HELD_OUT, PROBE, WITNESS) else name
+
+
+def metric(name: str) -> MetricSpec:
+    """A metric by its name in metrics.json, in predictions or in a study.
+
+    Besides those of `METRICS`: ``field:<x>``, ``<set> loss``, ``<set> task format``, ``benchmark <x>``, each of them
+    with `` change`` for the change from the untuned model, and a user's own, of whose range nothing is known.
+    """
+    name = canonical(name)
+    if name.endswith(CHANGE):
+        return metric(name.removesuffix(CHANGE)).change
+    if name in METRICS:
+        return METRICS[name]
+    if name.startswith(FIELD):
+        field = name.removeprefix(FIELD)
+        about = f"Share of test rows whose answer gives the field {field} as the reference does."
+        return MetricSpec(name, f"Field {field}", "share", about)
+    if name.startswith(BENCHMARK):
+        about = "Share of the benchmark's questions answered right."
+        return MetricSpec(name, name.removeprefix(BENCHMARK), "share", about)
+    if name.endswith(LOSS):
+        label, rows = "Loss on held-out general rows", "rows of the general data that were held out"
+        if name == PROBE + LOSS:
+            label, rows = "Loss on general text", "general text that was in no mix"
+        about = f"Mean negative log-likelihood of {rows}, in nats a token; a rise is what was forgotten."
+        return MetricSpec(name, label, "nats", about, higher_is_better=False)
+    if name.endswith(TASK_FORMAT):
+        return replace(METRICS["task_format"], name=name, label="General prompts answered in the task's format")
+    words = name.replace("_", " ")
+    label = words[:1].upper() + words[1:] if words.islower() else words
+    return MetricSpec(name, label, "plain", "A metric of this run's own scorer.")
+
+
+NARROW = "\u202f"
+"""The space before a per cent sign, at which no line breaks."""
+_DECIMALS: dict[Unit, int] = {"share": 1, "points": 1, "score": 1, "nats": 3, "plain": 3}
+_RAISED = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
+_KEYBOARD = str.maketrans({NARROW: " ", "−": "-", "–": "-"})
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether it is a finite number; true and false are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def has_interval(ci: object) -> TypeGuard[tuple[float, float]]:
+    """Whether it is a pair of finite numbers."""
+    return isinstance(ci, list | tuple) and len(ci) == 2 and all(map(is_number, ci))
+
+
+def factor(unit: Unit) -> float:
+    """What values are multiplied by to be shown."""
+    return 100.0 if unit in ("share", "points") else 1.0
+
+
+def show(
+    value: object, unit: Unit = "plain", *, sign: bool = False, digits: int | None = None, exact: bool = False
+) -> str:
+    """A number in its unit, as typeset: ``92.6 %``, ``−3.1``, ``0.482``; an en dash where there is none.
+
+    Args:
+        sign: write the plus of a positive number.
+        digits: decimals; by default one, or three of a loss and a number of no known range.
+        exact: as many decimals as keep a value apart from 0 and from 100 %, without zeros at the end.
+    """
+    if not is_number(value):
+        return "–"
+    digits, scaled = _DECIMALS[unit] if digits is None else digits, factor(unit) * value
+    text = f"{scaled:{'+' if sign else ''}.{digits}f}"
+    if exact:
+        ends = (0.0, 100.0) if factor(unit) > 1 else (0.0,)
+        while digits < 6 and round(scaled, digits) in ends and scaled not in ends:
+            digits += 1
+        text = f"{round(scaled, digits):{'+' if sign else ''}.6g}"
+    text = re.sub(r"^[+-](?=0(\.0*)?$)", "", text).replace("-", "−")
+    return f"{text}{NARROW}%" if unit == "share" else text
+
+
+def show_interval(ci: object, unit: Unit = "plain", *, sign: bool = False, exact: bool = False) -> str:
+    """``90.0 to 96.0``; empty where there is no interval."""
+    bare: Unit = "points" if unit == "share" else unit
+    return " to ".join(show(limit, bare, sign=sign, exact=exact) for limit in ci) if has_interval(ci) else ""
+
+
+def as_typed(text: str) -> str:
+    """Shown numbers in the characters of a keyboard, for terminals and plain text."""
+    return text.translate(_KEYBOARD)
+
+
+def show_count(value: object) -> str:
+    """A whole number with thousands separated, else up to two decimals."""
+    if not is_number(value):
+        return "–"
+    return f"{int(value):,}" if float(value).is_integer() else f"{value:,.2f}"
+
+
+def show_power(value: object) -> str:
+    """A large number as ``1.2 × 10¹⁴``."""
+    if not is_number(value) or value <= 0:
+        return "–"
+    if value < 1e6:
+        return show_count(value)
+    head, _, exponent = f"{value:.1e}".partition("e+")
+    return f"{head} × 10{exponent.lstrip('0').translate(_RAISED)}"
+
+
+def show_duration(seconds: object) -> str:
+    """``48 s``, ``3 min 30 s``, ``2 h 5 min``."""
+    if not is_number(seconds):
+        return "–"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

@@ -19,7 +19,7 @@ from tell.config import TrainConfig
 from tell.models.find import find_model
 from tell.models.load import load_model
 from tell.train.lora import add_lora
-from tell.train.step import Body, step_loss
+from tell.train.step import Body, StepRules, step_loss
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -46,7 +46,7 @@ def test_every_product_of_a_step_is_counted(tiny_model):
     clock = Clock()
     with ExitStack() as stack, Seen() as seen:
         watch(clock, stack, vocabulary, 2)
-        step_loss(body, train_rows(rows, range(8)), normalization="example", share_prefix=True)
+        step_loss(body, train_rows(rows, range(8)), StepRules("example", share_prefix=True))
     assert sum(clock.flops.values()) == seen.flops
     assert clock.flops["products: output layer"] == 4 * int(rows.trained.sum()) * vocabulary * width
     assert clock.flops["products: layers"] > clock.flops["products: adapters"] > 0

@@ -13,7 +13,7 @@ from tell.kernels.library import reason
 from tell.kernels.ops import GELU_TANH, SILU, kernels_for
 from tell.kernels.packed_attention import row_attention
 from tell.train.attention import PackedPlan
-from tell.train.fast.fused_ops import Attention, Gated, GatedProjection, Projection, RmsNorm, joined
+from tell.train.fast.fused_ops import Attention, AttentionCall, Gated, GatedProjection, Projection, RmsNorm, joined
 from tell.train.fast.stacked import Lora, Stack
 
 pytestmark = pytest.mark.skipif(kernels_for(torch.zeros(1)) is None, reason=f"no kernels: {reason()}")
@@ -131,7 +131,7 @@ def test_attention(dtype, window, prefix, rot):
     angle = plan.positions()[0][:, None] * torch.rand(rot // 2, generator=torch.Generator().manual_seed(3))
     angle = torch.cat([angle, angle], dim=1)
     cosine, sine = angle.cos().to(dtype), angle.sin().to(dtype)
-    out = Attention.apply(q, k, v, cosine, sine, plan, heads, kv, 0.3, window)
+    out = Attention.apply(q, k, v, AttentionCall(plan, cosine, sine, heads, kv, 0.3, window))
     qd, kd, vd = double(q, k, v)
     expected = _reference_attention(qd, kd, vd, cosine.double(), sine.double(), lengths, prefix, heads, kv, 0.3, window)
     close(out, expected)
@@ -155,7 +155,7 @@ def test_attention_of_long_rows(prefix, window, width, by_rows, dtype, tolerance
     angle = plan.positions()[0][:, None] * torch.rand(8, generator=torch.Generator().manual_seed(3))
     angle = torch.cat([angle, angle], dim=1).to(dtype)
     cosine, sine = angle.cos(), angle.sin()
-    out = Attention.apply(*parts, cosine, sine, plan, heads, kv, scale, window)
+    out = Attention.apply(*parts, AttentionCall(plan, cosine, sine, heads, kv, scale, window))
     (exact,) = double(whole)
     qd, kd, vd = exact.split([heads * width, kv * width, kv * width], dim=1)
     expected = _reference_attention(
@@ -163,7 +163,7 @@ def test_attention_of_long_rows(prefix, window, width, by_rows, dtype, tolerance
     )
     found = gradients(out, parts)
     pairs = zip([out, *found], [expected, *gradients(expected, [qd, kd, vd])], strict=True)
-    again = Attention.apply(*parts, cosine, sine, plan, heads, kv, scale, window)
+    again = Attention.apply(*parts, AttentionCall(plan, cosine, sine, heads, kv, scale, window))
     for one, two in zip(found, gradients(again, parts), strict=True):
         assert torch.equal(one, two)
     for actual, wanted in pairs:
@@ -176,9 +176,9 @@ def test_positions_and_slots_of_any_plan(lengths, prefix):
     plan = PackedPlan(lengths, prefix=prefix)
     expected = [*range(prefix), *(prefix + i for n in lengths for i in range(n))]
     assert plan.positions()[0].tolist() == expected
-    assert torch.equal(plan.index[plan.inverse], torch.arange(plan.total))
-    holes = 0 if plan.holes is None else len(plan.holes)
-    assert len(plan.index) == plan.total + holes
+    index, inverse, holes = plan.indices
+    assert torch.equal(index[inverse], torch.arange(plan.total))
+    assert len(index) == plan.total + (0 if holes is None else len(holes))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -67,7 +67,7 @@ def test_an_index_that_is_none(weights, tiny_model, tmp_path):
     folder = changed(tiny_model("llama"), tmp_path / "m")
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
-    with pytest.raises(TellError, match="no index of safetensors"):
+    with pytest.raises(TellError, match="not an index of safetensors"):
         find_model(str(folder))
 
 

@@ -136,7 +136,7 @@ def test_adapter_names_its_base_model(tmp_path):
     ("config", "expected"),
     [
         ({"is_encoder_decoder": True, "architectures": ["T5ForConditionalGeneration"]}, "is an encoder-decoder"),
-        ({"architectures": ["BertForMaskedLM"]}, "is no causal language model"),
+        ({"architectures": ["BertForMaskedLM"]}, "is not a causal language model"),
         ({"quantization_config": {"quant_method": "gptq"}}, r"quantized \(gptq\)"),
     ],
 )
@@ -162,7 +162,7 @@ def test_pickles_and_missing_or_broken_files_are_refused(tiny_model, tmp_path):
     assert "pickled weights (pytorch_model.bin)" in refusal(pickled) and "safetensors" in refusal(pickled)
     assert "has no tokenizer.json" in refusal(copy(source, tmp_path / "mute", leave=("tokenizer.json",)))
     for name, content, expected in (
-        ("cut", (source / "model.safetensors").read_bytes()[:2000], "no readable safetensors"),
+        ("cut", (source / "model.safetensors").read_bytes()[:2000], "is not readable as safetensors"),
         ("lfs", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "Run git lfs pull"),
     ):
         folder = copy(source, tmp_path / name, leave=("model.safetensors",))
@@ -261,7 +261,7 @@ def test_wheel_with_another_hash_is_not_used(tmp_path, monkeypatch, home):
 
 def test_gguf_of_another_kind_is_refused_and_nothing_is_left(tmp_path, home):
     (tmp_path / "a.gguf").write_bytes(b"not a model")
-    assert "is no GGUF file" in refusal(tmp_path / "a.gguf")
+    assert "is not a GGUF file" in refusal(tmp_path / "a.gguf")
     import gguf
 
     writer = gguf.GGUFWriter(str(tmp_path / "b.gguf"), "llama")

@@ -46,7 +46,7 @@ def test_devices(monkeypatch):
     with pytest.raises(TellError, match=r"model\.device"):
         choose_device("tpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(TellError, match="cuda was asked for"):
+    with pytest.raises(TellError, match="cuda was requested"):
         choose_device("cuda")
 
 
@@ -62,7 +62,7 @@ def test_auto_takes_the_first_device_that_torch_sees(there, chosen, monkeypatch)
         if name in there:
             assert choose_device(name).type == name
         else:
-            with pytest.raises(TellError, match=f"{name} was asked for"):
+            with pytest.raises(TellError, match=f"{name} was requested"):
                 choose_device(name)
 
 

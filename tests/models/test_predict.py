@@ -17,6 +17,7 @@ from tell.models.architecture import Architecture
 from tell.models.find import find_model
 from tell.models.flops import flops_paper, inference_flops, lora_parameters, training_flops
 from tell.models.load import load_model
+from tell.models.machine import Place
 from tell.models.predict import CPU_GFLOPS, predict_memory, predict_seconds, record_speed
 
 SMOLLM2 = Architecture(
@@ -78,18 +79,18 @@ def test_time_prefers_what_was_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "cpu_bf16", lambda: "avx512_bf16")
 
     def ask(fingerprint: str, dtype: str = "bf16"):
-        return predict_seconds(SMOLLM2, 1e5, fingerprint=fingerprint, device="cpu", dtype=dtype)
+        return predict_seconds(SMOLLM2, 1e5, fingerprint=fingerprint, place=machine.likely_place("cpu", dtype))
 
     guess = ask("aaa")
     assert guess.basis == "guess from 2 cores in bf16" and not guess.measured
     assert guess.seconds == pytest.approx(training_flops(SMOLLM2, 1e5) / (2e9 * CPU_GFLOPS["avx512_bf16"]))
-    record_speed("aaa", "cpu", "bf16", 500.0)
-    record_speed("bbb", "cpu", "bf16", 1000.0)
+    record_speed("aaa", Place("cpu", "bf16"), 500.0)
+    record_speed("bbb", Place("cpu", "bf16"), 1000.0)
     assert (ask("aaa").seconds, ask("aaa").basis) == (200.0, "measured on this machine")
     assert ask("bbb").seconds == 100.0
     assert ask("ccc") == guess  # nothing is known of one model from another's speed
     assert "guess" in ask("aaa", "fp32").basis  # measured in another number format
-    record_speed("aaa", "cpu", "bf16", 250.0)
+    record_speed("aaa", Place("cpu", "bf16"), 250.0)
     assert ask("aaa").seconds == 400.0
     monkeypatch.setattr(machine, "cores", lambda: 64)  # the same home on another machine
     assert "guess from 64 cores" in ask("aaa").basis
@@ -98,11 +99,14 @@ def test_time_prefers_what_was_measured(tmp_path, monkeypatch):
 def test_speeds_of_a_gpu_are_kept_under_its_name(tmp_path, monkeypatch):
     monkeypatch.setenv("TELL_HOME", str(tmp_path))
     monkeypatch.setattr(machine, "gpu", lambda: ("NVIDIA H100 80GB HBM3", 9.0))
-    record_speed("aaa", "cuda", "bf16", 500.0)
+    record_speed("aaa", Place("cuda", "bf16"), 500.0)
     monkeypatch.setattr(machine, "cores", lambda: 64)  # the same card in a larger share of its machine
-    assert predict_seconds(SMOLLM2, 1e5, fingerprint="aaa", device="cuda").seconds == 200.0
+    assert predict_seconds(SMOLLM2, 1e5, fingerprint="aaa", place=machine.likely_place("cuda")).seconds == 200.0
     monkeypatch.setattr(machine, "gpu", lambda: ("Tesla T4", 7.5))
-    assert predict_seconds(SMOLLM2, 1e5, fingerprint="aaa", device="cuda").basis == "guess for a GPU in fp32"
+    assert (
+        predict_seconds(SMOLLM2, 1e5, fingerprint="aaa", place=machine.likely_place("cuda")).basis
+        == "guess for a GPU in fp32"
+    )
 
 
 @pytest.mark.parametrize(
@@ -132,12 +136,12 @@ def test_the_card_says_its_number_format(answer, expected, dtype, monkeypatch):
 def test_damaged_record_is_no_obstacle(content, tmp_path, monkeypatch):
     monkeypatch.setenv("TELL_HOME", str(tmp_path))
     (tmp_path / "speed.json").write_text(content)
-    assert "guess" in predict_seconds(SMOLLM2, 10, fingerprint="x", device="cpu").basis
-    record_speed("x", "cpu", "fp32", 5.0)
-    assert predict_seconds(SMOLLM2, 10, fingerprint="x", device="cpu", dtype="fp32").seconds == 2.0
+    assert "guess" in predict_seconds(SMOLLM2, 10, fingerprint="x", place=machine.likely_place("cpu")).basis
+    record_speed("x", Place("cpu", "fp32"), 5.0)
+    assert predict_seconds(SMOLLM2, 10, fingerprint="x", place=Place("cpu", "fp32")).seconds == 2.0
     assert len(json.loads((tmp_path / "speed.json").read_text())) == 1
     with pytest.raises(ValueError, match="not positive"):
-        record_speed("x", "cpu", "fp32", 0.0)
+        record_speed("x", Place("cpu", "fp32"), 0.0)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
@@ -160,13 +164,13 @@ def test_activations_are_what_autograd_keeps(family, dtype, tiny_model):
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         hidden = model.base_model.model.model(input_ids=torch.arange(30, 94)[None])[0]
     assert hidden.requires_grad
-    predicted = predict_memory(files.architecture, micro_tokens=64, device="cpu", dtype=dtype).activations
+    predicted = predict_memory(files.architecture, micro_tokens=64, place=Place("cpu", dtype)).activations
     assert sum(size for size, _ in kept.values()) == pytest.approx(predicted, rel=0.15)
 
 
 def test_memory_adds_up():
-    small = predict_memory(SMOLLM2, micro_tokens=1024, trained_share=0.25, device="cpu", dtype="bf16")
-    large = predict_memory(SMOLLM2, micro_tokens=4096, trained_share=0.25, device="cpu", dtype="bf16")
+    small = predict_memory(SMOLLM2, micro_tokens=1024, trained_share=0.25, place=Place("cpu", "bf16"))
+    large = predict_memory(SMOLLM2, micro_tokens=4096, trained_share=0.25, place=Place("cpu", "bf16"))
     assert large.activations == 4 * small.activations and large.logits == 4 * small.logits
     assert small.weights == 2 * SMOLLM2.parameters
     assert small.total == sum((small.weights, small.adapter, small.activations, small.logits, small.process))

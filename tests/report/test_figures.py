@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tell.report.html_text import HIDDEN, count, duration, interval, number, plain, power, visible, word_diff
+from tell.names import show, show_count, show_duration, show_interval, show_power
+from tell.report.html_text import HIDDEN, plain, visible, word_diff
 from tell.report.svg import Scale, gaps, interval_strip, loss_chart, nice, outcome_figure, smooth, stream_figure
 
 
@@ -94,7 +95,7 @@ def test_interval_strip_places_dot_and_span() -> None:
 
 
 def test_outcomes_of_many_rows_are_binned() -> None:
-    picture = outcome_figure({"tell": np.ones(5000), "x<": np.full(5000, np.nan)}, {}, "t")
+    picture = outcome_figure({"tell": np.ones(5000), "x<": np.full(5000, np.nan)}, "t")
     assert len([r for r in svg(picture).iter("rect") if "opacity" in r.attrib]) == 400
 
 
@@ -129,18 +130,20 @@ def test_joiners_of_emoji_and_persian_survive() -> None:
 
 
 def test_numbers_as_people_read_them() -> None:
-    assert number(0.934, "share") == "93.4\u202f%"
-    assert number(-0.012, "points", sign=True) == "−1.2"
-    assert [number(x, "points", sign=True) for x in (0.0, -0.0001, 0.0001)] == ["0.0"] * 3
-    assert number(54.26, "score") == "54.3" and number(1.70449) == "1.704"
-    assert number(None) == number(float("nan")) == number(True) == "–"
-    assert interval([0.9, 0.96], "share") == "90.0 to 96.0" and interval(None) == interval([None, 1]) == ""
-    assert power(1.53e14) == "1.5 × 10¹⁴" and power(9.99e13) == "1.0 × 10¹⁴" and power(1234) == "1,234"
-    assert [duration(s) for s in (2.34, 48, 59.7, 210.4, 7500)] == [
+    assert show(0.934, "share") == "93.4\u202f%"
+    assert show(-0.012, "points", sign=True) == "−1.2"
+    assert [show(x, "points", sign=True) for x in (0.0, -0.0001, 0.0001)] == ["0.0"] * 3
+    assert show(54.26, "score") == "54.3" and show(1.70449) == "1.704"
+    assert show(None) == show(float("nan")) == show(True) == "–"
+    assert (
+        show_interval([0.9, 0.96], "share") == "90.0 to 96.0" and show_interval(None) == show_interval([None, 1]) == ""
+    )
+    assert show_power(1.53e14) == "1.5 × 10¹⁴" and show_power(9.99e13) == "1.0 × 10¹⁴" and show_power(1234) == "1,234"
+    assert [show_duration(s) for s in (2.34, 48, 59.7, 210.4, 7500)] == [
         "2.3 s",
         "48 s",
         "1 min 0 s",
         "3 min 30 s",
         "2 h 5 min",
     ]
-    assert count(52002) == "52,002" and count(20.1) == "20.10"
+    assert show_count(52002) == "52,002" and show_count(20.1) == "20.10"

@@ -17,7 +17,8 @@ import pytest
 import tell
 from run.runs import PROBE, Killer, comparable, config_of, read, steady_pace
 from tell.errors import Interrupted, TellError
-from tell.folder import RunFolder, read_jsonl, write_json
+from tell.files import read_jsonl, write_json
+from tell.folder import RunFolder
 from tell.run.journal import Journal
 from tell.run.speed import keep_speed
 from tell.run.time_budget import fit_minutes

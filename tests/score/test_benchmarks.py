@@ -121,7 +121,7 @@ def test_bad_files(tmp_path):
     with pytest.raises(TellError, match=r"gsm8k_test\.jsonl:2: has no column question\. Columns of this row: prompt"):
         read_task("gsm8k", tmp_path, shots=0)
     write(tmp_path / "openbookqa_test.jsonl", [{"question_stem": "?", "choices": ["a", "b"], "answer": "C"}])
-    with pytest.raises(TellError, match="the answer 'C' is none of A, B"):
+    with pytest.raises(TellError, match="the answer 'C' is not one of A, B"):
         read_task("openbookqa", tmp_path, shots=0)
 
 

@@ -6,8 +6,6 @@ import json
 import os
 import pickle
 import shutil
-import tarfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,9 +18,8 @@ from transformers import RemBertConfig, RemBertModel
 from bleurts import SENTENCES, save_port
 from tell.errors import TellError
 from tell.models import hub
-from tell.score.bleurt import Bleurt, find_bleurt, load_model, rename_variables
+from tell.score.bleurt import Bleurt, find_bleurt, load_model
 from tell.score.scorers import make_scorer
-from tell.score.tf_checkpoint import read_variables
 
 CANDIDATES = ["a bird sings", "the weather is random", "", "Höfnin opnar", "viðgerða " * 30]
 
@@ -112,83 +109,6 @@ def test_parameters_are_those_of_bleurt_20():
     assert len([name for name in shapes if name.startswith(layer)]) == 16 and "encoder.layer.32" not in str(shapes)
 
 
-def test_tensorflow_names_are_found_again(port):
-    """The names that the authors' checkpoint has, from github.com/google-research/bleurt, lib/modeling.py."""
-    _, body, head = port
-    variables = {}
-    for name, value in [*body.state_dict().items(), *((f"head.{n}", v) for n, v in head.state_dict().items())]:
-        array = value.numpy()
-        part = name.replace("layer.", "layer_").replace(".", "/")
-        if "LayerNorm" in part:
-            part = part.replace("weight", "gamma").replace("bias", "beta")
-        elif part.endswith("_embeddings/weight"):
-            part = part.removesuffix("/weight")
-        elif part.endswith("/weight"):
-            part, array = part.replace("/weight", "/kernel"), array.T
-        variables[part.replace("head/", "dense/") if part.startswith("head/") else f"bert/{part}"] = array
-    assert "bert/encoder/layer_2/attention/self/query/kernel" in variables
-    assert {"bert/encoder/embedding_hidden_mapping_in/kernel", "bert/pooler/dense/bias", "dense/kernel"} <= set(
-        variables
-    )
-    found = rename_variables(variables)
-    expected = {f"body.{n}": v for n, v in body.state_dict().items()} | {
-        f"head.{n}": v for n, v in head.state_dict().items()
-    }
-    assert set(found) == set(expected)
-    for name, value in expected.items():
-        np.testing.assert_array_equal(found[name], value.numpy())
-
-
-@pytest.fixture(params=["tanh", "erf"])
-def tensorflow(request, tmp_path):
-    """A checkpoint that TensorFlow wrote (recipes/checks/bleurt_tensorflow.py), its graph with one form of GELU."""
-    with tarfile.open(Path(__file__).parent / f"bleurt_{request.param}.tar.xz") as archive:
-        archive.extractall(tmp_path / "checkpoint", filter="data")
-    return request.param, tmp_path / "checkpoint"
-
-
-def test_tensorflow_checkpoints_give_tensorflows_scores(tensorflow):
-    kind, folder = tensorflow
-    expected = json.loads((folder / "expected.json").read_text())
-    bleurt = Bleurt(str(folder))
-    assert bleurt.files.max_length == 24
-    assert bleurt.score(expected["candidates"], expected["references"]) == pytest.approx(expected["scores"], abs=2e-6)
-    (folder / "saved_model.pb").write_bytes(b"\x12\x03Erf" if kind == "tanh" else b"")  # the other form
-    other = Bleurt(str(folder)).score(expected["candidates"], expected["references"])
-    assert abs(other - expected["scores"]).max() > 1e-5
-
-
-def test_broken_tensorflow_checkpoints_are_named(tensorflow):
-    _, folder = tensorflow
-    numbers, index = folder / "variables/variables.data-00000-of-00001", folder / "variables/variables.index"
-    whole = {path: path.read_bytes() for path in (numbers, index)}
-    for path, data in (
-        (numbers, whole[numbers][:-40]),
-        (index, whole[index][:100]),
-        (index, whole[index][: len(whole[index]) // 2] + whole[index][-48:]),
-        (index, b""),
-    ):
-        for there, was in whole.items():
-            there.write_bytes(was)
-        path.write_bytes(data)
-        with pytest.raises(TellError, match="is no whole TensorFlow checkpoint"):
-            Bleurt(str(folder)).score(["a"], ["a"])
-    for there, was in whole.items():
-        there.write_bytes(was)
-    numbers.unlink()
-    with pytest.raises(TellError, match=r"variables\.data-00000-of-00001: no such file"):
-        Bleurt(str(folder)).score(["a"], ["a"])
-    index.unlink()
-    with pytest.raises(TellError, match="lacks weights"):
-        Bleurt(str(folder))
-
-
-def test_variables_of_other_types_are_passed_over(tensorflow):
-    found = read_variables(tensorflow[1] / "variables/variables")
-    assert "global_step" not in found and found["bert/embeddings/word_embeddings"].shape == (64, 8)
-    assert {values.dtype for values in found.values()} == {np.dtype(np.float32)}
-
-
 def test_plain_pickles_open_and_others_are_refused(port, tmp_path, bleurt):
     folder = tmp_path / "pickled"
     save_port(folder, pickled=True)
@@ -220,12 +140,13 @@ def change_config(folder, **changes):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
+        (lambda f: (f / "bleurt_config.json").write_text("{}"), "is a TensorFlow checkpoint"),
         (lambda f: (f / "model.safetensors").unlink(), "lacks weights"),
         (lambda f: (f / "spm.model").unlink(), "lacks a SentencePiece model"),
         (lambda f: (f / "config.json").unlink(), "config.json: cannot be read"),
         (lambda f: (f / "config.json").write_text("{"), "config.json: cannot be read"),
-        (lambda f: (f / "spm.model").write_text("no model"), "is no SentencePiece model"),
-        (lambda f: change_config(f, embedding_size=None), "lacks a factored embedding, so it is no BLEURT-20"),
+        (lambda f: (f / "spm.model").write_text("no model"), "is not a SentencePiece model"),
+        (lambda f: change_config(f, embedding_size=None), "lacks a factored embedding, so it is not a BLEURT-20"),
         (lambda f: change_config(f, hidden_size=48), "does not fit BLEURT's architecture"),
         (lambda f: change_config(f, num_hidden_layers=4), "does not fit BLEURT's architecture .*Missing key"),
         (lambda f: (f / "model.safetensors").write_bytes(b"cut"), "cannot be opened safely"),
@@ -245,7 +166,7 @@ def test_what_cannot_be_reached_is_said(tmp_path, monkeypatch):
         raise hub.HubUnreachable("no network")
 
     monkeypatch.setattr(hub, "download", gone)
-    with pytest.raises(TellError, match=r"eval\.bleurt: nobody/BLEURT-none is no folder.*\(no network\)"):
+    with pytest.raises(TellError, match=r"eval\.bleurt: nobody/BLEURT-none is not a folder.*\(no network\)"):
         find_bleurt("nobody/BLEURT-none")
     with pytest.raises(TellError, match=r"eval\.bleurt: .*neither a folder nor a hub name"):
         find_bleurt("not/a/name")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import os
 import subprocess
 import sys
@@ -15,11 +16,14 @@ from scipy import stats
 
 from news import ENGLISH, write_wmt
 from tell.errors import TellError
-from tell.score.correlation import correlations
 from tell.score.means import mean_metric
 
 ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "recipes/checks/wmt21_metrics.py"
+CHECKS = ROOT / "recipes/checks"
+SCRIPT = CHECKS / "wmt21_metrics.py"
+_SPEC = importlib.util.spec_from_file_location("correlation", CHECKS / "correlation.py")
+correlation = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(correlation)
 DATA = Path(os.environ.get("TELL_DATA") or ROOT.parent / "shared" / "data") / "wmt21_news"
 
 
@@ -35,7 +39,7 @@ def judged():
 
 
 def found(scores, raw, z, **options):
-    return correlations([mean_metric(column) for column in scores.T], raw, z, **{"samples": 200, **options})
+    return correlation.correlations([mean_metric(column) for column in scores.T], raw, z, **{"samples": 200, **options})
 
 
 def test_values_are_those_of_scipy_and_of_counting(judged):

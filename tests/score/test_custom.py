@@ -100,5 +100,5 @@ def test_make_scorer():
         make_scorer("json")
     with pytest.raises(TellError, match="no label"):
         make_scorer("label")
-    with pytest.raises(TellError, match="'image' is unknown"):
+    with pytest.raises(TellError, match="unknown kind 'image'"):
         make_scorer("image")

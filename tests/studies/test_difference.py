@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from studies.made import make_study
-from tell.report.html_text import number
+from tell.names import show
 from tell.studies.results import read_results
 from tell.studies.stats.seed_means import Bootstrap
 
@@ -36,7 +36,7 @@ def test_it_prints_what_the_study_has(folder):
     gap = Bootstrap(study).difference(a, b, "schema_adherence")
     means = [np.mean([o.measured.metrics["schema_adherence"].value for o in side]) for side in (a, b)]
     assert gap["value"] == pytest.approx(means[0] - means[1], abs=1e-6) and gap["value"] != 0
-    assert f"{number(gap['value'], 'points', sign=True)} [" in done.stdout and "seeds: 3" in done.stdout
+    assert f"{show(gap['value'], 'points', sign=True)} [" in done.stdout and "seeds: 3" in done.stdout
     assert done.stdout.index("TELL, 15 task rows") < done.stdout.index("SFT, one epoch")
 
 

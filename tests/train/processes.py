@@ -108,7 +108,7 @@ def main(model: Path, out: Path) -> None:
             train(model, out / case, **{"config": CONFIG, **options}, processes=processes)
         except Exception as error:
             leave(case, (type(error).__name__, str(error), processes.busy))
-        processes.tell("all are here again")
+        processes.broadcast("all are here again")
 
     processes = joined(sharded=True)
     try:  # the second process dies inside a pass, where the first waits for its weights

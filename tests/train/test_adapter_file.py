@@ -1,4 +1,4 @@
-"""Adapter files that are cut short, empty, or hold no numbers are refused, not folded in as nothing."""
+"""Adapter files that are cut short, empty, or hold values that are not finite are refused, not merged as nothing."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ def cut(name: str, left: int):
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 DAMAGED = {
     "no tensors": (with_tensors(lambda t: {}), "holds no LoRA weights"),
-    "no A": (with_tensors(lambda t: {k: v for k, v in t.items() if "lora_A" not in k}), "do not belong together"),
-    "no B": (with_tensors(lambda t: {k: v for k, v in t.items() if "lora_B" not in k}), "do not belong together"),
-    "NaN": (with_tensors(lambda t: t | {(k := first(t, "lora_A")): t[k] * torch.nan}), "no numbers"),
-    "infinite": (with_tensors(lambda t: t | {(k := first(t, "lora_B")): t[k] + torch.inf}), "no numbers"),
+    "no A": (with_tensors(lambda t: {k: v for k, v in t.items() if "lora_A" not in k}), "do not match"),
+    "no B": (with_tensors(lambda t: {k: v for k, v in t.items() if "lora_B" not in k}), "do not match"),
+    "NaN": (with_tensors(lambda t: t | {(k := first(t, "lora_A")): t[k] * torch.nan}), "not finite"),
+    "infinite": (with_tensors(lambda t: t | {(k := first(t, "lora_B")): t[k] + torch.inf}), "not finite"),
     "more than LoRA": (with_tensors(lambda t: t | {"base_model.model.bias": torch.zeros(2)}), "plain LoRA lacks"),
     "other ranks": (
         with_tensors(lambda t: t | {(k := first(t, "lora_A")): t[k][:1].clone()}),
-        "do not belong together",
+        "do not match",
     ),
     "header alone": (cut(WEIGHTS, 200), "cannot be read"),
     "empty": (cut(WEIGHTS, 0), "cannot be read"),

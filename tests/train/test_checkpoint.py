@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tell.train.checkpoint import put_state, state_tensors
+from tell.train.checkpoint import load_state, state_tensors
 
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
@@ -29,7 +29,7 @@ def test_the_step_is_where_the_optimizer_reads_it(fused):
     tensors = state_tensors(parameters, optimizer)
     elsewhere, other = make("meta", fused=False)
     other.defaults["fused"] = fused
-    put_state(tensors, elsewhere, other)
+    load_state(tensors, elsewhere, other)
     state = other.state[elsewhere["w"]]
     assert {key: value.device.type for key, value in state.items()} == {
         "exp_avg": "meta", "exp_avg_sq": "meta", "step": "meta" if fused else "cpu"
@@ -43,6 +43,6 @@ def test_a_resumed_step_is_the_step_that_would_have_followed(device):
     kept = {key: value.clone() for key, value in state_tensors(parameters, optimizer).items()}
     step(parameters, optimizer)
     expected = parameters["w"].detach().clone()
-    put_state(kept, parameters, resumed := torch.optim.AdamW(parameters.values(), lr=0.1, fused=True))
+    load_state(kept, parameters, resumed := torch.optim.AdamW(parameters.values(), lr=0.1, fused=True))
     step(parameters, resumed)
     assert torch.equal(parameters["w"], expected)

@@ -15,20 +15,21 @@ from tell.config import TrainConfig
 from tell.train import packing as batches
 from tell.train.attention import PackedPlan, Rule
 from tell.train.fast import cuda
-from tell.train.fast.cuda import VarlenPlan, _torch_varlen, find_varlen, liger_forwards, packed_plan
-from tell.train.fast.fused import fuse_modules, unfused
+from tell.train.fast.cuda import Sequences, VarlenPlan, _torch_varlen, find_varlen, liger_forwards, packed_plan
+from tell.train.fast.fused import fuse_modules, unfuse_modules
 from tell.train.lora import add_lora
 from tell.train.loss import BLOCK, GPU_LOGITS, block_size
 from tell.train.plain import PlainBody, plain_step_loss
-from tell.train.step import Body, row_losses, step_loss
+from tell.train.step import Body, StepRules, row_losses, step_loss
 from train.packed import Fetches, assert_close, gradients, load, make_rows, make_table, wake
 
 CONFIG = TrainConfig(lora_dropout=0.0, lora_r=4)
 LENGTHS = (70, 41, 41, 40, 12, 2)
 
 
-def reference_varlen(query, key, value, cu_seqlens_q, cu_seqlens_k, max_q, max_k, *, scale, left):
+def reference_varlen(query, key, value, sequences, scale, left):
     """Variable-length attention by its definition, one sequence at a time; the signature of ``Varlen``."""
+    cu_seqlens_q, cu_seqlens_k, max_q, max_k = sequences
     for ends, x in ((cu_seqlens_q, query), (cu_seqlens_k, key)):
         assert ends.dtype == torch.int32 and ends[0] == 0 and ends[-1] == len(x)
     assert max_q == cu_seqlens_q.diff().max() and max_k == cu_seqlens_k.diff().max()
@@ -49,11 +50,11 @@ def reference_varlen(query, key, value, cu_seqlens_q, cu_seqlens_k, max_q, max_k
     return torch.cat(out)
 
 
-def unseen_varlen(*args, **options):
+def unseen_varlen(*args):
     """The reference looks at its indices, which flash attention leaves on the device."""
     Fetches.paused = True
     try:
-        return reference_varlen(*args, **options)
+        return reference_varlen(*args)
     finally:
         Fetches.paused = False
 
@@ -86,11 +87,12 @@ def test_sequences_attend_as_blocks_do(lengths, prefix, window, heads, seed):
 
 def test_keys_of_a_row_are_the_prefix_and_its_own():
     plan = VarlenPlan([3, 1], prefix=2, device="cpu")
-    assert plan.ends_q.tolist() == [0, 2, 5, 6] and plan.ends_k.tolist() == [0, 2, 7, 10]
+    ends_q, ends_k, *longest = plan.sequences
+    assert ends_q.tolist() == [0, 2, 5, 6] and ends_k.tolist() == [0, 2, 7, 10]
     assert plan.key_index.tolist() == [0, 1, 0, 1, 2, 3, 4, 0, 1, 5]
-    assert plan.longest == (3, 5)
+    assert longest == [3, 5]
     alone = VarlenPlan([3, 1], device="cpu")
-    assert alone.key_index is None and alone.ends_q.tolist() == alone.ends_k.tolist() == [0, 3, 4]
+    assert alone.key_index is None and alone.sequences.ends_q.tolist() == alone.sequences.ends_k.tolist() == [0, 3, 4]
 
 
 def test_gradients_of_the_prefix_are_summed_in_fp32():
@@ -128,7 +130,7 @@ def test_torch_takes_our_arguments():
         q, k = torch.empty(9, 4, 8, dtype=torch.bfloat16), torch.empty(13, 2, 8, dtype=torch.bfloat16)
         ends = torch.empty(3, dtype=torch.int32)
         for left in (-1, 6):
-            out = _torch_varlen()(q, k, k, ends, ends, 5, 7, scale=0.3, left=left)
+            out = _torch_varlen()(q, k, k, Sequences(ends, ends, 5, 7), 0.3, left)
             assert out.shape == q.shape and out.dtype == q.dtype
 
 
@@ -147,7 +149,7 @@ def test_grouped_heads_need_no_flag(flagged, monkeypatch):
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", new if flagged else old)
     q, k, ends = torch.ones(3, 4, 8), torch.ones(3, 2, 8), torch.tensor([0, 3], dtype=torch.int32)
-    _torch_varlen.__wrapped__()(q, k, k, ends, ends, 3, 3, scale=0.5, left=6)
+    _torch_varlen.__wrapped__()(q, k, k, Sequences(ends, ends, 3, 3), 0.5, 6)
     assert seen == [(0.5, (6, 0), True) if flagged else (0.5, (6, 0))]
 
 
@@ -175,7 +177,7 @@ def test_the_attention_of_a_run_is_said(tiny_model, monkeypatch):
 def test_a_step_over_sequences_equals_a_plain_one(family, prefix, tiny_model, monkeypatch):
     """Loss, gradients and norm of several passes; on the way nothing is fetched from the device."""
     rows = make_rows([n + prefix for n in LENGTHS], prefix=prefix, task=(0, 3))
-    options = {"normalization": "example", "task_weight": 2.0, "micro_tokens": 90}
+    rules = StepRules(task_weight=2.0, micro_tokens=90, share_prefix=True)
     results = []
     for fast in (True, False):
         model = add_lora(load(tiny_model(family)), CONFIG, seed=1, fused=fast)
@@ -186,12 +188,13 @@ def test_a_step_over_sequences_equals_a_plain_one(family, prefix, tiny_model, mo
             return torch.nn.utils.clip_grad_norm_(adapters, 0.5)
 
         if not fast:
-            results.append((plain_step_loss(PlainBody(model), rows, clip=clip, **options), gradients(model)))
+            results.append((plain_step_loss(PlainBody(model), rows, rules, clip=clip), gradients(model)))
             continue
         body = Body(model)
         monkeypatch.setattr(batches, "packed_plan", varlen_plan)
-        with unfused(model.get_base_model()), Fetches() as fetches:
-            results.append((step_loss(body, rows, share_prefix=True, clip=clip, **options), gradients(model)))
+        unfuse_modules(model.get_base_model())
+        with Fetches() as fetches:
+            results.append((step_loss(body, rows, rules, clip=clip), gradients(model)))
         assert fetches.names == []
         monkeypatch.undo()
     (ours, our_grads), (theirs, their_grads) = results
@@ -225,7 +228,7 @@ def test_bodies_are_made_in_inference_mode(family, tiny_model):
                 body = Body(tuned)
         else:
             body = Body(tuned)
-        results.append((step_loss(body, rows, normalization="example").loss, gradients(tuned)))
+        results.append((step_loss(body, rows, StepRules("example")).loss, gradients(tuned)))
     assert results[0][0] == results[1][0]
     assert_close(results[0][1], results[1][1], 1e-6)
 
@@ -257,6 +260,6 @@ def test_on_a_gpu(family, tiny_model):
         body = Body(model)
         if device == "cuda" and liger_forwards() and family != "gemma2":
             assert fuse_modules(model.get_base_model())["mlp"]
-        out.append(step_loss(body, rows, normalization="example", micro_tokens=90, device=device))
+        out.append(step_loss(body, rows, StepRules("example", micro_tokens=90)))
     assert out[0].loss == pytest.approx(out[1].loss, rel=0.02)
     assert np.allclose(np.sort(out[0].rows), np.sort(out[1].rows), rtol=0.05)

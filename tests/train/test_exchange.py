@@ -16,20 +16,20 @@ from tell.train.fast.fused import fuse_modules, unfuse_modules
 from tell.train.fast.fused_ops import RmsNorm
 from tell.train.lora import add_lora, remove_lora
 from tell.train.plain import PlainBody, plain_step_loss
-from tell.train.step import Body, step_loss
+from tell.train.step import Body, StepRules, step_loss
 from train.packed import gradients, load, make_rows, wake
 
 pytestmark = pytest.mark.skipif(kernels_for(torch.zeros(1)) is None, reason="no kernels")
 ROWS = make_rows((30, 21, 2))
-OPTIONS = {"normalization": "token", "backward": False}
+RULES = StepRules("token")
 
 
 def plain_loss(model) -> float:
-    return plain_step_loss(PlainBody(model), ROWS, **OPTIONS).loss
+    return plain_step_loss(PlainBody(model), ROWS, RULES, backward=False).loss
 
 
 def fused_loss(model) -> float:
-    return step_loss(Body(model), ROWS, **OPTIONS).loss
+    return step_loss(Body(model), ROWS, RULES, backward=False).loss
 
 
 @pytest.mark.parametrize("way", ["deepcopy", "pickle"])
@@ -82,11 +82,10 @@ def test_weights_that_want_gradients_get_them(family, tiny_model):
         if fast:
             Body(model)  # exchanged while all is frozen
         model.model.layers.requires_grad_(True)
-        options = {"normalization": "token"}
         if fast:
-            step_loss(Body(model), ROWS, **options)
+            step_loss(Body(model), ROWS, RULES)
         else:
-            plain_step_loss(PlainBody(model), ROWS, **options)
+            plain_step_loss(PlainBody(model), ROWS, RULES)
         got.append(gradients(model))
     assert got[0].keys() == got[1].keys() and any("norm" in name for name in got[0])
     for name, grad in got[1].items():
@@ -165,7 +164,7 @@ def test_adapters_on_some_layers_one_arm_after_another(targets, dropout, tiny_mo
         wake(model)
         body = Body(model)
         torch.manual_seed(3)
-        out = step_loss(body, ROWS, normalization="example", share_prefix=False)
+        out = step_loss(body, ROWS, StepRules("example", share_prefix=False))
         seen.append((out.loss, gradients(model)))
         remove_lora(model)
     assert seen[0][0] == seen[1][0] and seen[0][1].keys() == seen[1][1].keys()

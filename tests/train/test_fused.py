@@ -14,7 +14,7 @@ from tell.train.fast.cuda import Forwards
 from tell.train.fast.fused import fuse_modules, path_notes, unfuse_modules
 from tell.train.lora import add_lora, remove_lora
 from tell.train.plain import PlainBody, padded_batches, plain_step_loss
-from tell.train.step import Body, step_loss
+from tell.train.step import Body, StepRules, step_loss
 from train.packed import assert_close, gradients, load, make_rows, wake
 
 needs_kernels = pytest.mark.skipif(kernels_for(torch.zeros(1)) is None, reason="no kernels")
@@ -72,13 +72,13 @@ def test_weights_put_into_layers_later_are_used(tiny_model):
     model = load(tiny_model("llama"))
     body = Body(model)
     rows = make_rows(LENGTHS)
-    before = step_loss(body, rows, normalization="token", backward=False).loss
+    before = step_loss(body, rows, StepRules("token"), backward=False).loss
     generator = torch.Generator().manual_seed(0)
     for layer in model.model.layers:
         layer.self_attn.q_proj.weight.data = torch.randn(layer.self_attn.q_proj.weight.shape, generator=generator)
         layer.mlp.up_proj.weight.data.mul_(-2)
-    fused = step_loss(body, rows, normalization="token", backward=False).loss
-    plain = plain_step_loss(PlainBody(model), rows, normalization="token", backward=False).loss
+    fused = step_loss(body, rows, StepRules("token"), backward=False).loss
+    plain = plain_step_loss(PlainBody(model), rows, StepRules("token"), backward=False).loss
     assert fused == pytest.approx(plain, rel=1e-5) and abs(fused - before) > 1e-3
 
 
@@ -90,8 +90,8 @@ def test_plain_path_equals_the_fast_one(family, tiny_model):
     for fast in (True, False, True):  # and back again: nothing of one path stays behind in the other
         model = add_lora(base, CONFIG, seed=1, fused=fast)
         wake(model)
-        options = {"normalization": "example", "task_weight": 2.0, "micro_tokens": 100}
-        out = step_loss(Body(model), rows, **options) if fast else plain_step_loss(PlainBody(model), rows, **options)
+        rules = StepRules(task_weight=2.0, micro_tokens=100)
+        out = step_loss(Body(model), rows, rules) if fast else plain_step_loss(PlainBody(model), rows, rules)
         results.append((out.loss, gradients(model), sorted(zip(out.rows, out.source, strict=True)), out.tokens))
         remove_lora(model)
     for loss, grads, singles, tokens in results[1:]:
@@ -106,10 +106,10 @@ def test_norms_of_queries_and_keys_keep_their_own_epsilon(tiny_model):
     model = load(tiny_model("qwen3"))
     for layer in model.model.layers:
         layer.self_attn.q_norm.variance_epsilon = 3.0
-    rows, options = make_rows(LENGTHS), {"normalization": "token", "backward": False}
-    fused = step_loss(Body(model), rows, **options).loss
+    rows, rules = make_rows(LENGTHS), StepRules("token")
+    fused = step_loss(Body(model), rows, rules, backward=False).loss
     assert fuse_modules(model)["attention"] == len(model.model.layers)
-    assert fused == pytest.approx(plain_step_loss(PlainBody(model), rows, **options).loss, rel=1e-5)
+    assert fused == pytest.approx(plain_step_loss(PlainBody(model), rows, rules, backward=False).loss, rel=1e-5)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.05])
@@ -123,10 +123,10 @@ def test_without_kernels_the_same_is_learned(dropout, tiny_model, monkeypatch):
         wake(model)
         torch.manual_seed(3)
         if fast:
-            out = step_loss(Body(model), rows, normalization="example", share_prefix=not dropout)
+            out = step_loss(Body(model), rows, StepRules("example", share_prefix=not dropout))
             assert fuse_modules(model.get_base_model()) == {}
         else:
-            out = plain_step_loss(PlainBody(model), rows, normalization="example")
+            out = plain_step_loss(PlainBody(model), rows, StepRules("example"))
         results.append((out.loss, gradients(model)))
     (loss, grads), (expected, reference) = results
     assert loss == pytest.approx(expected, rel=0.05 if dropout else 1e-5)
@@ -144,9 +144,9 @@ def test_bf16_differs_by_rounding_only(family, tiny_model):
         model = add_lora(load(tiny_model(family), dtype=dtype), CONFIG, seed=1, fused=name == "fast")
         wake(model)
         if name == "fast":
-            step_loss(Body(model), rows, normalization="example")
+            step_loss(Body(model), rows, StepRules("example"))
         else:
-            plain_step_loss(PlainBody(model), rows, normalization="example")
+            plain_step_loss(PlainBody(model), rows, StepRules("example"))
         grads[name] = torch.cat([g.double().flatten() for g in gradients(model).values()])
 
     def error(name: str) -> float:

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tell.train.loss as module
-from tell.train.loss import blocked_cross_entropy, position_weights
+from tell.train.loss import blocked_cross_entropy
+from tell.train.step import StepRules
 
 
 @settings(max_examples=40)
@@ -65,6 +66,6 @@ def test_weights_sum_to_one(counts, weight, data):
     say = [weight if flag else 1.0 for flag in flags]
     for normalization, amounts in (("example", say), ("token", [s * n for s, n in zip(say, counts, strict=True)])):
         total = torch.tensor(sum(amounts))
-        got = position_weights(trained[row], task[row], normalization=normalization, task_weight=weight, total=total)
+        got = StepRules(normalization, weight).position_weights(trained[row], task[row], total)
         by_row = torch.zeros(len(counts)).index_add_(0, row, got)
         torch.testing.assert_close(by_row, torch.tensor(amounts) / total, rtol=1e-5, atol=1e-6)

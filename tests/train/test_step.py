@@ -14,7 +14,7 @@ from tell.errors import TellError
 from tell.rows.prefix import common_prefix
 from tell.train.lora import add_lora
 from tell.train.packing import pack, split_packs
-from tell.train.step import Body, row_losses, step_loss
+from tell.train.step import Body, StepRules, row_losses, step_loss
 from train.packed import assert_close, gradients, load, make_rows, make_table, reference_loss, wake
 
 NORMALIZATIONS = ("example", "token")
@@ -23,10 +23,10 @@ CONFIG = TrainConfig(lora_dropout=0.0, lora_r=4)
 LENGTHS = (70, 41, 41, 40, 12, 2)
 
 
-def ours(folder, rows, *, config=CONFIG, **options):
+def ours(folder, rows, *, config=CONFIG, **rules):
     model = add_lora(load(folder), config, seed=1)
     wake(model)
-    out = step_loss(Body(model), rows, **options)
+    out = step_loss(Body(model), rows, StepRules(**rules))
     return out, gradients(model)
 
 
@@ -120,7 +120,7 @@ def test_row_losses(family, tiny_model):
 def test_losses_of_rows_stand_beside_their_sources(tiny_model):
     rows = make_rows((30, 12, 25), task=(1,))
     plain = load(tiny_model("llama"))
-    out = step_loss(Body(load(tiny_model("llama"))), rows, normalization="token", micro_tokens=30, backward=False)
+    out = step_loss(Body(load(tiny_model("llama"))), rows, StepRules("token", micro_tokens=30), backward=False)
     expected = {float(reference_loss(plain, [row], normalization="example")): row.source for row in rows}
     got = dict(zip(out.rows.tolist(), out.source.tolist(), strict=True))
     for (a, source), (b, other) in zip(sorted(got.items()), sorted(expected.items()), strict=True):
@@ -132,7 +132,7 @@ def test_bfloat16_is_close(tiny_model):
     out, grads = ours(tiny_model("llama"), rows, normalization="example")
     model = add_lora(load(tiny_model("llama"), dtype=torch.bfloat16), CONFIG, seed=1)
     wake(model)
-    rough = step_loss(Body(model), rows, normalization="example")
+    rough = step_loss(Body(model), rows, StepRules("example"))
     assert rough.loss == pytest.approx(out.loss, rel=0.01) and rough.loss != out.loss
     got = gradients(model)
     assert all(g.dtype == torch.float32 for g in got.values())
@@ -218,7 +218,7 @@ def test_other_architectures(name):
     """Output bias, scaled logits, learned positions, layers without positions, weights stored (in, out)."""
     rows = make_rows((50, 31, 30), prefix=12)
     expected = float(reference_loss(_other(name), rows, normalization="token"))
-    out = step_loss(Body(_other(name)), rows, normalization="token", share_prefix=True, backward=False)
+    out = step_loss(Body(_other(name)), rows, StepRules("token", share_prefix=True), backward=False)
     assert out.loss == pytest.approx(expected, rel=1e-5)
 
 

@@ -19,14 +19,14 @@ from tell.config import TrainConfig
 from tell.errors import Interrupted, TellError
 from tell.mix.amount import general_rows
 from tell.mix.mixture import build
+from tell.train import device
 from tell.train import trainer as trainers
-from tell.train import transfer
 from tell.train.checkpoint import save_checkpoint
+from tell.train.device import trains_fast
 from tell.train.lora import add_lora
 from tell.train.plain import PlainBody
-from tell.train.step import Body, step_loss
-from tell.train.trainer import Trainer, TrainingHooks, TrainingJob, _add_noise, learning_rate, step_rows
-from tell.train.transfer import trains_fast
+from tell.train.step import Body, StepRules, step_loss
+from tell.train.trainer import Trainer, TrainingHooks, TrainingJob, _noise, learning_rate, step_rows
 from train.packed import assert_close, gradients, load, make_rows, make_table, reference_loss, wake
 
 CONFIG = TrainConfig(batch_size=4, learning_rate=5e-3, lora_r=4, lora_dropout=0.2, checkpoint_every=0, micro_tokens=90)
@@ -123,7 +123,7 @@ def test_devices_without_packed_rows_train_by_the_plain_path(tiny_model, tmp_pat
     assert [trains_fast("auto", name) for name in ("cpu", "cuda", "xpu", "mps")] == [True, True, False, False]
     assert not trains_fast("off", "cpu")
     made = []
-    monkeypatch.setattr(transfer, "FAST_DEVICES", ("cuda",))  # as if the processor were such a device
+    monkeypatch.setattr(device, "FAST_DEVICES", ("cuda",))  # as if the processor were such a device
     monkeypatch.setattr(trainers, "PlainBody", lambda model: made.append(PlainBody(model)) or made[-1])
     trainer(load(tiny_model("llama")), tmp_path).run()
     assert len(made) == 1
@@ -321,17 +321,17 @@ def test_noise_is_in_training_only_and_sized_by_the_row(tiny_model):
 
     def losses() -> np.ndarray:
         torch.manual_seed(0)
-        return step_loss(body, rows, normalization="example", backward=False).rows
+        return step_loss(body, rows, StepRules("example"), backward=False).rows
 
     clean = losses()
-    handle = _add_noise(model, 3.0)
-    embedded = []
+    noise, embedded = _noise(model, 3.0), []
+    noise.__enter__()
     spy = model.get_input_embeddings().register_forward_hook(lambda m, i, o: embedded.append(o))
     noisy = losses()
     with torch.no_grad():
         exact = model.get_input_embeddings().weight[torch.from_numpy(np.concatenate([r.ids for r in rows])).long()]
-    noise = (embedded[0][0] - exact).abs().split([64, 16, 4])
-    for part, length in zip(noise, (64, 16, 4), strict=True):
+    added = (embedded[0][0] - exact).abs().split([64, 16, 4])
+    for part, length in zip(added, (64, 16, 4), strict=True):
         limit = 3.0 / (length * 64) ** 0.5
         assert 0.9 * limit < part.max() <= 1.0001 * limit
     assert np.abs(noisy - clean).min() > 1e-5
@@ -340,9 +340,10 @@ def test_noise_is_in_training_only_and_sized_by_the_row(tiny_model):
     model.train()
     assert not np.array_equal(losses(), clean)
     spy.remove()
-    handle.remove()
+    noise.__exit__(None, None, None)
     assert np.array_equal(losses(), clean)
-    assert _add_noise(model, 0.0) is None
+    with _noise(model, 0.0):
+        assert np.array_equal(losses(), clean)
 
 
 def test_order_inside_a_step_is_the_mixtures(tiny_model):
@@ -364,7 +365,7 @@ def test_gradients_do_not_pile_up(tiny_model, tmp_path):
     body = Body(model)
     for step, row in enumerate(log(tmp_path)):
         model.zero_grad()
-        step_loss(body, step_rows(mixture, tables, step, 4), normalization="example")
+        step_loss(body, step_rows(mixture, tables, step, 4), StepRules("example"))
         norm = torch.stack([g.norm() for g in gradients(model).values()]).norm()
         assert row["grad_norm"] == pytest.approx(float(norm), rel=1e-3)
 

@@ -6,26 +6,25 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
-from typing import Any
 
 from tell.shown import clean
 
 
-def say(text: Any, *, err: bool = False) -> None:
-    """Print a line; on a terminal without what steers it, for scripts as it is."""
+def say(text: object, *, err: bool = False) -> None:
+    """Print a line: cleaned of control sequences on a terminal, unchanged for scripts."""
     stream = sys.stderr if err else sys.stdout
     print(clean(str(text)) if stream.isatty() else text, file=stream)
 
 
 @contextmanager
-def only_json(wanted: bool) -> Iterator[Callable[[Any], None]]:
+def only_json(wanted: bool) -> Iterator[Callable[[object], None]]:
     """Yields a function that prints its argument as JSON on stdout.
 
-    Where JSON is wanted, whatever else is printed inside (by a library, by a user's scorer) goes to stderr.
+    If JSON is wanted, anything else that is printed inside (by a library, by a user's scorer) goes to stderr.
     """
     out = sys.stdout
 
-    def emit(data: Any) -> None:
+    def emit(data: object) -> None:
         print(json.dumps(data, ensure_ascii=False, indent=2), file=out)
 
     if wanted:

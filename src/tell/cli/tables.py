@@ -10,7 +10,7 @@ from tell.cli.display import clock, short
 from tell.config import read_yaml
 from tell.files import read_jsonl
 from tell.folder import RunFolder
-from tell.names import HELD_OUT, LOSSES, NAMES, Unit, unit_of
+from tell.names import ANSWER_LOSS, HELD_OUT, METRICS, MetricSpec, as_typed, factor, has_interval, metric, show
 from tell.report.told import told
 from tell.shown import clean, left_out
 
@@ -64,25 +64,20 @@ def plan_box(plan: dict) -> RenderableType:
 
 
 def arms_table(metrics: dict) -> RenderableType:
-    """A row an arm: the primary metric and a few others, each with its 95 % interval, and general loss."""
+    """A row per arm: the primary metric and a few others, each with its 95 % interval, and general loss."""
     from rich.table import Table
 
-    arms = metrics.get("arms", {})
-    names = _columns(metrics)
-    forgetting = metrics.get("forgetting") or {}
-    sets = _sets(forgetting)
+    arms, forgetting = metrics.get("arms", {}), metrics.get("forgetting") or {}
+    columns, sets = [metric(name) for name in _columns(metrics)], _sets(forgetting)
     n = max((entry.get("n", 0) for scores in arms.values() for entry in scores.values() if entry), default=0)
     table = Table(title=f"{n:,} test rows, 95 % intervals", title_justify="left", header_style="bold")
     table.add_column("arm", no_wrap=True)
-    for name in names:
-        table.add_column(NAMES.get(name, name.replace("_", " ")), justify="right")
-    for name in sets:
-        table.add_column(f"loss, {name}", justify="right")
+    for title in (*(spec.phrase for spec in columns), *(f"loss, {name}" for name in sets)):
+        table.add_column(title, justify="right")
     for arm, scores in arms.items():
-        cells = [_cell(scores.get(name), name) for name in names]
-        for name in sets:
-            loss = (forgetting.get("arms", {}).get(arm) or {}).get(name, {}).get("loss")
-            cells.append(_number(loss, 1, 2, ""))
+        losses = forgetting.get("arms", {}).get(arm) or {}
+        cells = [_cell(scores.get(spec.name), spec) for spec in columns]
+        cells += [_cell(losses.get(name, {}).get("loss"), METRICS["loss"]) for name in sets]
         table.add_row(arm, *cells, style="bold" if arm == "tell" else "")
     for arm, other in (metrics.get("same") or {}).items():
         table.add_row(arm, f"one run with {other}", style="dim")
@@ -90,39 +85,33 @@ def arms_table(metrics: dict) -> RenderableType:
 
 
 def _columns(metrics: dict) -> list[str]:
-    primary = (metrics.get("task") or {}).get("primary")
+    primary: str = (metrics.get("task") or {}).get("primary") or ""
     found = dict.fromkeys(name for scores in metrics.get("arms", {}).values() for name in scores)
-    plain = [name for name in found if ":" not in name and name != primary and name not in LOSSES]
-    asked = [name for name in found if name in LOSSES and name != primary]  # only there where it was asked for
-    return ([primary] if primary in found else []) + plain[: METRICS_SHOWN - 1] + asked
+    others = [name for name in found if ":" not in name and name not in (primary, ANSWER_LOSS)]
+    loss = [ANSWER_LOSS] if ANSWER_LOSS in found and primary != ANSWER_LOSS else []
+    return ([primary] if primary in found else []) + others[: METRICS_SHOWN - 1] + loss
 
 
 def _sets(forgetting: dict) -> list[str]:
-    """The sets that are in no mix, where there are any."""
-    found = [name for name in forgetting.get("sets") or {} if name != HELD_OUT]
-    return found or list(forgetting.get("sets") or {})
+    """The general sets that are in no mix, if there are any."""
+    found = list(forgetting.get("sets") or {})
+    return [name for name in found if name != HELD_OUT] or found
 
 
-def _cell(entry: dict | None, metric: str, unit: Unit | None = None) -> str:
-    unit = unit or unit_of(metric)
-    if unit == "share":
-        return _number(entry, 100, 1, " %")
-    return _number(entry, 1, 1 if unit == "score" else 2 if metric in LOSSES else 3, "")
-
-
-def _number(entry: dict | None, factor: float, decimals: int, unit: str) -> str:
-    if not entry or entry.get("value") is None:
-        return "-"
-    value = f"{entry['value'] * factor:.{decimals}f}{unit}"
-    limits = entry.get("ci")
-    if not limits or None in limits:
-        return value
-    low, high = (f"{limit * factor:.{decimals if factor == 1 else 0}f}" for limit in limits)
-    return f"{value} [{low}, {high}]"
+def _cell(entry: dict | None, spec: MetricSpec) -> str:
+    """``92.6 % [86, 96]``"""
+    value, ci = (entry or {}).get("value"), (entry or {}).get("ci")
+    digits = 2 if spec.unit == "nats" else None
+    shown = show(value, spec.unit, digits=digits)
+    if value is not None and has_interval(ci):
+        whole = factor(spec.unit) > 1  # limits in whole per cent
+        low, high = (show(limit, spec.gap_unit, digits=0 if whole else digits) for limit in ci)
+        shown += f" [{low}, {high}]"
+    return as_typed(shown)
 
 
 def benchmarks_table(benchmarks: dict) -> RenderableType:
-    """``benchmarks`` of metrics.json: a row a metric, a column an arm and each arm's difference to `base`."""
+    """``benchmarks`` of metrics.json: a row per metric, a column per arm and per difference to `base`."""
     from rich.table import Table
 
     arms, gaps, settings = benchmarks["arms"], benchmarks["differences"], benchmarks["settings"]
@@ -135,9 +124,8 @@ def benchmarks_table(benchmarks: dict) -> RenderableType:
         table.add_column(title, justify="left" if title == "benchmark" else "right", no_wrap=title == "benchmark")
     for name, entry in next(iter(arms.values())).items():
         shots = settings["shots"].get(name.partition(" ")[0], 0)  # a group's tasks are all asked without
-        table.add_row(
-            name, str(shots), f"{entry['n']:,}", *(_cell(found[name], name, "share") for found in shown.values())
-        )
+        cells = (_cell(found[name], MetricSpec(name, name, "share")) for found in shown.values())
+        table.add_row(name, str(shots), f"{entry['n']:,}", *cells)
     return table
 
 
@@ -168,7 +156,7 @@ def answers_side_by_side(run: RunFolder, arms: Iterable[str], *, rows: int = 3) 
 
 def _judged(row: dict) -> str:
     """A row's scores of its answer; a loss differs from arm to arm whatever they answer."""
-    return json.dumps({k: v for k, v in row.get("scores", {}).items() if k not in LOSSES}, sort_keys=True)
+    return json.dumps({k: v for k, v in row.get("scores", {}).items() if k != ANSWER_LOSS}, sort_keys=True)
 
 
 def _cut(text: str, length: int) -> str:
@@ -187,7 +175,7 @@ def show_metrics(console: Console, metrics: dict) -> None:
 
 
 def show_run(console: Console, run: RunFolder) -> None:
-    """What a finished run found: arms, three answers, and where the report lies."""
+    """What a finished run found: arms, three answers, and where the report is."""
     from rich.text import Text
 
     metrics = run.read(run.metrics)

@@ -6,7 +6,6 @@ import gc
 import hashlib
 import os
 import re
-import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from tell.data.parquet import batch_rows
 from tell.data.turns import THOUGHTS, to_messages
 from tell.errors import TellError, first_line
 from tell.files import expanded
+from tell.patience import within
 
 if TYPE_CHECKING:
     import datasets
@@ -242,18 +242,10 @@ def hub_reachable(timeout: float = HUB_TIMEOUT) -> tuple[bool, str]:
 
     if is_offline_mode():
         return False, "HF_HUB_OFFLINE is set"
-    result = (False, f"no answer within {timeout:g} s")
-
-    def ask() -> None:
-        nonlocal result
-        try:
-            status = get_session().head(constants.ENDPOINT, timeout=timeout).status_code
-            result = (False, f"it answers with status {status}") if status >= 500 else (True, "")
-        except Exception as error:  # the client's own errors; which client it is differs between hub versions
-            result = False, str(error) or type(error).__name__
-
-    # In a thread, because no timeout of the client covers a name server that does not answer.
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(timeout)
-    return result
+    try:
+        status = within(timeout, lambda: get_session().head(constants.ENDPOINT, timeout=timeout).status_code)
+    except Exception as error:  # the client's own errors; which client it is differs between hub versions
+        return False, str(error) or type(error).__name__
+    if status is None:
+        return False, f"no answer within {timeout:g} s"
+    return (False, f"it answers with status {status}") if status >= 500 else (True, "")

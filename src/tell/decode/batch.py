@@ -1,6 +1,6 @@
-"""Rows being decoded side by side, in two ways that give the same answers: torch operations, or the kernels.
+"""A batch of rows being decoded, in two equivalent implementations: torch operations, or the kernels.
 
-Both keep rows at places 0 to n - 1 of the batch; a finished row's place is filled by the last one.
+Both keep rows at places 0 to n - 1 of the batch; the last row takes the place of a finished one.
 """
 
 from __future__ import annotations
@@ -16,29 +16,29 @@ from torch import Tensor
 from torch.nn import functional
 
 from tell.decode.kv_cache import DecodePlan, PrefillPlan, PrefixPlan, Store
-from tell.decode.layers import Description, Product, RulePlan
+from tell.decode.layers import Description, Product
 from tell.decode.sampler import Decoding, choose
 from tell.kernels import decode_ops as c
-from tell.train.attention import Plan, Rule, use_plan
+from tell.train.attention import Plan, Rule, RulePlan, use_plan
+from tell.train.device import send
 from tell.train.step import Body
-from tell.train.transfer import send
 
 PREFILL_TOKENS = 1024  # tokens of one pass through the kernels: its activations stay in the cache
 
 
 class Batch(Protocol):
-    """What the engine asks of either way."""
+    """The interface of both implementations."""
 
     def prefill(self, rows: Sequence[Sequence[int]], begin: int) -> Tensor:
-        """(n, h) final states at the last token of new rows, which take the places from ``begin`` on."""
+        """(n, h) final states at the last token of new rows, which get the places from ``begin`` on."""
         ...
 
     def decode(self, lengths: Sequence[int], last: Sequence[int]) -> Tensor:
-        """(n, h) final states of all rows, one token further; ``lengths``: tokens of each row already cached."""
+        """(n, h) final states of all rows after one more token; ``lengths``: tokens of each row already cached."""
         ...
 
     def see(self, begin: int, prompts: Sequence[Sequence[int]]) -> None:
-        """Rows begin at ``begin``: only their prompts count for the repetition penalty."""
+        """Reset the repetition penalty of the rows from ``begin`` on to the tokens of their prompts."""
         ...
 
     def choose(self, states: Tensor, begin: int, draws: Tensor) -> list[int]:
@@ -98,7 +98,7 @@ class PlainBatch:
             logits = torch.tanh(logits / body.softcap) * body.softcap
         chosen = choose(logits, self.seen[begin:end], send(draws, self.device), self.decoding)
         self.seen[begin:end].scatter_(1, chosen[:, None], True)
-        return chosen.tolist()  # the one wait for a GPU in each step
+        return chosen.tolist()  # the only wait for a GPU in each step
 
     def move(self, sources: Sequence[int], targets: Sequence[int], length: int) -> None:
         source, target = self._indices(sources), self._indices(targets)
@@ -107,7 +107,7 @@ class PlainBatch:
 
 
 class Packed:
-    """A model's weights as the kernels want them: a copy, as large as the linear layers, while it lives."""
+    """A model's weights in the kernels' layout: a copy as large as the linear layers."""
 
     def __init__(self, description: Description, body: Body) -> None:
         self.description, self.body = description, body
@@ -123,7 +123,7 @@ class Packed:
 
 
 class KernelBatch:
-    """A model that ``layers.describe`` knows, on the processor: products by torch, all else in C.
+    """A model that ``layers.describe`` supports, on the CPU: products by torch, all else in C.
 
     Args:
         packed: the weights.
@@ -135,11 +135,9 @@ class KernelBatch:
     def __init__(self, packed: Packed, decoding: Decoding, slots: int, capacity: int, prefix: Sequence[int]) -> None:
         self.packed, self.description, self.decoding = packed, packed.description, decoding
         found = c.kernels(self.description.dtype)
-        assert found is not None, "describe() and kernels() are asked before"
+        assert found is not None, "checked by Engine._pack"
         self.kernels = found
-        self.layers = [
-            (layer, *products) for layer, products in zip(self.description.layers, packed.products, strict=True)
-        ]
+        self.layers = list(zip(self.description.layers, packed.products, strict=True))
         self.tables = self.description.rotary_tables(len(prefix) + capacity)
         self.slot = torch.arange(slots, dtype=torch.int32)  # of the row at each place
         vocabulary = len(packed.body.head)
@@ -189,12 +187,12 @@ class KernelBatch:
         return out
 
     def _forward(self, ids: Sequence[int], slot: Tensor, at: Sequence[int]) -> Tensor:
-        """(n, h) final states, normed, of tokens that lie at ``at`` of ``slot`` (n,) int32."""
+        """(n, h) final states, normed, of tokens at positions ``at`` of ``slot`` (n,) int32."""
         d, k = self.description, self.kernels
         tokens, place = torch.tensor(ids, dtype=torch.int64), torch.tensor(at, dtype=torch.int32)
         n, h = len(ids), d.embedding.shape[1]
-        if not 0 <= int(tokens.min()) <= int(tokens.max()) < len(d.embedding):  # the kernel would read elsewhere
-            raise IndexError(f"token ids must lie in 0 to {len(d.embedding) - 1}")
+        if not 0 <= int(tokens.min()) <= int(tokens.max()) < len(d.embedding):  # the kernel would read out of bounds
+            raise IndexError(f"token ids must be in 0 to {len(d.embedding) - 1}")
         where = c.TokenArguments(slot.data_ptr(), place.data_ptr())
         by_reference = ctypes.byref(where)
         residual, x = (torch.empty(n, h, dtype=d.dtype) for _ in range(2))
@@ -202,9 +200,8 @@ class KernelBatch:
         active = torch.empty(n, d.layers[0].down.in_features, dtype=d.dtype)
         k.embed(d.embedding, tokens, d.embedding_scale, d.layers[0].before_attention, d.eps, residual, x)
         following = [layer.before_attention.data_ptr() for layer in d.layers[1:]] + [d.norm.data_ptr()]
-        for (layer, qkv, output, gate_up, down), (_, arguments), norm in zip(
-            self.layers, self.arguments, following, strict=True
-        ):
+        steps = zip(self.layers, self.arguments, following, strict=True)
+        for (layer, (qkv, output, gate_up, down)), (_, arguments), norm in steps:
             post = None if layer.after_attention is None else layer.after_attention.data_ptr()
             last = None if layer.after_mlp is None else layer.after_mlp.data_ptr()
             k.attend(arguments, by_reference, qkv(x), mixed)
@@ -248,14 +245,14 @@ class KernelBatch:
         return chosen.tolist()
 
     def move(self, sources: Sequence[int], targets: Sequence[int], length: int) -> None:
-        """Nothing is copied: the places change slots."""
+        """Copies nothing: the places change slots."""
         self.slot[[*sources, *targets]] = self.slot[[*targets, *sources]]
 
 
 class _Cache:
-    """Keys and values of all layers, laid out as ``decode.c`` says.
+    """Keys and values of all layers, in the layout of ``decode.c``.
 
-    Memory is taken from the system page by page as rows grow: a slot's unused capacity costs nothing.
+    The system allocates memory page by page as rows grow: a slot's unused capacity costs nothing.
     """
 
     def __init__(self, description: Description, slots: int, capacity: int) -> None:

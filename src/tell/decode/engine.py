@@ -1,4 +1,4 @@
-"""One decoding engine: rows end to end, the shared prefix once, finished rows replaced at once."""
+"""TELL's decoding engine: packed prefill, the shared prefix once, finished rows replaced at once."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -16,11 +16,14 @@ from tell.decode.layers import describe
 from tell.decode.room import answer_limits, rows_that_fit, token_bytes
 from tell.decode.sampler import Decoding, uniforms
 from tell.kernels.decode_ops import kernels
+from tell.train.device import free_bytes
 from tell.train.lora import adapter_merged
-from tell.train.memory import free_bytes
 from tell.train.step import Body
 
-PREFILL_TOKENS = 4096
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PREFILL_TOKENS = 4096  # most tokens of one prefill pass
 TOLERANCE = {torch.bfloat16: 0.05, torch.float32: 1e-3}  # relative distance of states that rounding explains
 
 
@@ -35,7 +38,7 @@ class Answer:
 @dataclass(slots=True)
 class _Row:
     number: int
-    prompt: list[int]  # behind the shared prefix
+    prompt: list[int]  # after the shared prefix
     limit: int
     draws: np.ndarray
     answer: Answer
@@ -45,7 +48,7 @@ def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
     """Tokens that all prompts begin with, leaving at least one to each; 0 for a single prompt."""
     if len(prompts) < 2:
         return 0
-    low, high = min(prompts), max(prompts)  # whatever the extremes share, all share
+    low, high = min(map(list, prompts)), max(map(list, prompts))  # a prefix of both extremes is a prefix of all
     length = 0
     shortest = min(len(p) for p in prompts) - 1
     while length < shortest and low[length] == high[length]:
@@ -58,16 +61,16 @@ class Engine:
 
     Args:
         model: a transformers causal model.
-        device: where it lies.
-        max_positions: longest sequence the model knows, in tokens.
-        fast: use the kernels where model and machine allow; False keeps to torch operations.
+        device: of the model.
+        max_positions: longest sequence of the model, in tokens.
+        fast: use the kernels where model and machine allow; False uses torch operations only.
     """
 
     name = "own"  # in ``generate.engine``
 
     def __init__(
         self,
-        model: Any,
+        model: PreTrainedModel,
         *,
         device: str | torch.device = "cpu",
         max_positions: int | None = None,
@@ -77,7 +80,7 @@ class Engine:
         self.body = Body(model)
         self.config = config = model.config.get_text_config()
         self.fast = fast and self.device.type == "cpu"
-        self.trusted: bool | None = None  # whether the kernels compute what the model computes; None: not asked yet
+        self.trusted: bool | None = None  # whether the kernels compute the same as the model; None: not checked yet
         self._token_bytes: int | None = None
         self._fixed = False
         self._packed: Packed | None = None
@@ -104,15 +107,14 @@ class Engine:
         Args:
             prompts: token ids, at least one each.
             decoding: sampler, limits, batch size and seed.
-            limits: new tokens of each prompt at most; None: ``decoding.max_new_tokens`` for all.
-            progress: called after each step with (new tokens, how much further the rows are): a row counts by the
-                share of its limit that is written, and as one when it is finished.
-            on_token: called with (prompt number, token) as tokens come; where it returns True, that token is the
+            limits: most new tokens of each prompt; None: ``decoding.max_new_tokens`` for all.
+            progress: called after each step with (new tokens, progress in rows): an unfinished row counts by the share
+                of its limit that is written.
+            on_token: called with (prompt number, token) as tokens come; if it returns True, that token is the
                 answer's last.
 
         Returns:
-            An Answer for each prompt, in their order. Neither batch size nor order changes the random
-            numbers a prompt gets.
+            An Answer for each prompt, in order. A prompt's random numbers depend neither on batch size nor on order.
 
         Raises:
             TellError: a prompt fills the model's context.
@@ -156,7 +158,8 @@ class Engine:
         while waiting or active:
             free = slots - len(active)
             if waiting and (not active or free >= max(1, slots // 4)):
-                fresh, used = [], 0
+                fresh: list[_Row] = []
+                used = 0
                 while waiting and len(fresh) < free and (not fresh or used + len(waiting[-1].prompt) <= PREFILL_TOKENS):
                     row = waiting.pop()
                     used += len(row.prompt)
@@ -183,7 +186,7 @@ class Engine:
 
     @contextmanager
     def fixed_weights(self) -> Iterator[None]:
-        """The caller's word that no weight changes inside: the kernels' copy is made once and kept for all calls."""
+        """Promises that no weight changes inside: the kernels' copy is made once and kept for all calls."""
         self._fixed = True
         try:
             yield
@@ -196,20 +199,20 @@ class Engine:
             if self.trusted is None:
                 self.trusted = self._check(packed, decoding)
             if self.trusted:
-                # Otherwise made anew each time: weights may have changed, and the copy takes their memory again.
+                # Otherwise copied for each call: weights may have changed, and the copy takes their memory again.
                 self._packed = packed if self._fixed else None
                 return KernelBatch(packed, decoding, slots, capacity, prefix)
         return PlainBatch(self.body, decoding, slots, capacity, prefix, self.device)
 
     def _pack(self) -> Packed | None:
-        """The weights as the kernels want them; None where there are none for this model."""
+        """The weights in the kernels' layout; None where the kernels do not support this model."""
         description = describe(self.body.core)
         if description is None or kernels(description.dtype) is None:
             return None
         return Packed(description, self.body)
 
     def _check(self, packed: Packed, decoding: Decoding) -> bool:
-        """Whether both ways give the same states, within rounding, for some rows of this model."""
+        """Whether both implementations give the same states, within rounding, for some rows of this model."""
         size = len(self.body.head)
         head, *rows = [[i % size for i in ids] for ids in (range(1, 20), range(3, 40), [5], range(9, 15))]
         ours: Batch = KernelBatch(packed, decoding, 3, 48, head)
@@ -233,7 +236,7 @@ class Engine:
         decoding: Decoding,
         on_token: Callable[[int, int], object] | None,
     ) -> list[int]:
-        """Append the tokens just drawn; the positions of rows that are finished."""
+        """Append the tokens just drawn; returns the positions of finished rows."""
         finished = []
         for at in range(begin, len(active)):
             row, token = active[at], last[at]
@@ -251,7 +254,7 @@ class Engine:
 
     @staticmethod
     def _retire(active: list[_Row], last: list[int], finished: list[int], batch: Batch) -> None:
-        """Take finished rows out; the last rows move into the holes."""
+        """Remove finished rows; the last rows move into the gaps."""
         left = len(active) - len(finished)
         targets = [at for at in finished if at < left]
         sources = sorted(set(range(left, len(active))) - set(finished), reverse=True)

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tell.train.attention import PackedPlan, Rule, softmax_scores
-from tell.train.transfer import send
+from tell.train.device import send
 
-Call = tuple[Any, int]  # attention module, and which of its calls in a pass: DiffLlama's make two
+Call = tuple[nn.Module | None, int]  # attention module, and which of its calls in a pass: DiffLlama's make two
 
 
 class Calls:
-    """Tells the calls of a module in one pass apart."""
+    """Numbers the calls of each module in one pass."""
 
     def __init__(self) -> None:
-        self._made: dict[Any, int] = {}
+        self._made: dict[nn.Module | None, int] = {}
 
-    def next(self, layer: Any) -> Call:
+    def next(self, layer: nn.Module | None) -> Call:
         made = self._made[layer] = self._made.get(layer, -1) + 1
         return layer, made
 
@@ -29,12 +28,12 @@ class Calls:
 class Store:
     """Cached keys and values, layer by layer.
 
-    Slots 0 to ``active - 1`` are in use; a finished row's slot is filled by the last one, so every product
-    runs over one contiguous block.
+    Slots 0 to ``active - 1`` are in use: the last row takes the slot of a finished one, so every product runs over one
+    contiguous block.
 
     Args:
         slots: rows decoded at once.
-        capacity: tokens a slot holds behind the shared prefix.
+        capacity: tokens a slot holds after the shared prefix.
     """
 
     def __init__(self, slots: int, capacity: int) -> None:
@@ -43,7 +42,7 @@ class Store:
         self.own: dict[Call, tuple[Tensor, Tensor]] = {}  # (slots, Hk, capacity, D) twice
 
     def slot_tensors(self, call: Call, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """The slots of an attention call; allocated at first sight of its shapes."""
+        """The slots of an attention call; allocated at its first call."""
         if call not in self.own:
             self.own[call] = tuple(  # type: ignore[assignment]
                 torch.zeros(self.slots, x.shape[1], self.capacity, x.shape[3], dtype=x.dtype, device=x.device)
@@ -89,13 +88,13 @@ class PrefixPlan(PackedPlan):
         super().__init__([length], device=device)
         self.store, self.calls = store, Calls()
 
-    def attend(self, layer: Any, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
+    def attend(self, layer: nn.Module | None, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
         self.store.prefix[self.calls.next(layer)] = (key, value)
         return super().attend(layer, query, key, value, rule)
 
 
 class PrefillPlan(PackedPlan):
-    """Rows' own tokens, end to end, behind the stored prefix; keys and values go to the rows' slots."""
+    """Rows' own tokens, packed, after the stored prefix; keys and values go to the rows' slots."""
 
     def __init__(
         self, lengths: list[int], slots: list[int], store: Store, prefix: int, device: torch.device | str
@@ -109,30 +108,24 @@ class PrefillPlan(PackedPlan):
     def positions(self) -> Tensor:
         return super().positions() + self.stored
 
-    def attend(self, layer: Any, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
+    def attend(self, layer: nn.Module | None, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
         call = self.calls.next(layer)
         self.store.put(call, key, value, self.places)
         q, k, v = (self._pad(x) for x in (query * rule.scaling, key, value))
         kp, vp = self.store.prefix.get(call, (None, None))
-        outputs, begin = [], 0
-        for rows, longest in self.blocks:
-            span = slice(begin, begin + rows * longest)
-            block = [x[span].unflatten(0, (rows, longest)) for x in (q, k, v)]
-            outputs.append(self._block(block[0], block[1].transpose(1, 2), block[2].transpose(1, 2), kp, vp, rule))
-            begin += rows * longest
-        return torch.cat(outputs).index_select(0, self.inverse)[None]
+        return torch.cat(list(self._attend_rows((q, k, v), kp, vp, rule))).index_select(0, self.indices[1])[None]
 
 
 class DecodePlan:
     """One new token for each of the first n slots.
 
     Args:
-        lengths: (n,) tokens already in each slot behind the prefix.
+        lengths: (n,) tokens already in each slot after the prefix.
         prefix: tokens of the shared prefix.
     """
 
     def __init__(self, lengths: Sequence[int], store: Store, prefix: int, device: torch.device | str) -> None:
-        self.longest = max(lengths) + 1  # on the CPU: a GPU is not waited for
+        self.longest = max(lengths) + 1  # on the CPU, without waiting for a GPU
         self.lengths, self.store, self.prefix = send(torch.tensor(lengths), device), store, prefix
         self.calls = Calls()
         self.places = Places(torch.arange(len(lengths), device=self.lengths.device), self.lengths)
@@ -142,7 +135,7 @@ class DecodePlan:
         return (self.lengths + self.prefix)[None]
 
     def hidden(self, window: int | None) -> Tensor:
-        """(n, 1, 1, prefix + longest) True where a key is not in sight."""
+        """(n, 1, 1, prefix + longest) True where a key is masked."""
         if window is not None and window >= self.prefix + self.longest:
             window = None
         if window not in self._hidden:
@@ -156,7 +149,7 @@ class DecodePlan:
             self._hidden[window] = out[:, None, None]
         return self._hidden[window]
 
-    def attend(self, layer: Any, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
+    def attend(self, layer: nn.Module | None, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
         n, heads, width = len(self.lengths), query.shape[1], query.shape[3]
         call = self.calls.next(layer)
         keys, values = self.store.put(call, key, value, self.places)
@@ -166,7 +159,7 @@ class DecodePlan:
         scores = q @ k.transpose(2, 3)
         if self.prefix:
             kp, vp = self.store.prefix[call]
-            shared = q.transpose(0, 1).reshape(kv, -1, width)  # all rows ask the same keys: one product a head
+            shared = q.transpose(0, 1).reshape(kv, -1, width)  # all rows share these keys: one product per head
             ahead = (shared @ kp[0].transpose(1, 2)).view(kv, n, heads // kv, self.prefix).transpose(0, 1)
             scores = torch.cat([ahead, scores], dim=-1)
         probs = softmax_scores(scores, rule, self.hidden(rule.window))

@@ -1,16 +1,18 @@
-"""What the kernels need to know of a model: its layers' parts, found in the modules of transformers."""
+"""Describes a transformers model to the kernels: the parts of its layers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from tell.kernels.decode_ops import LANES, QUERIES, PackedWeight, packs_weights
-from tell.train.attention import PackedPlan, Rule
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3"})
 STATIC_ROPE = frozenset({"default", "linear", "llama3", "yarn"})  # others change with the length of the row
@@ -22,7 +24,7 @@ _ACTIVATIONS = {"silu": SILU, "swish": SILU, "gelu_pytorch_tanh": GELU_TANH}
 class Layer:
     """One decoder layer. Norm weights are fp32 with any added 1 folded in; None where the layer has no such norm."""
 
-    attention: Any
+    attention: nn.Module
     qkv: tuple[nn.Linear, ...]
     output: nn.Linear
     gate_up: tuple[nn.Linear, ...]
@@ -33,10 +35,10 @@ class Layer:
     after_mlp: Tensor | None
     query_norm: Tensor | None
     key_norm: Tensor | None
-    rope: str  # which of the model's rotary tables
+    rope: str  # name of its rotary table
 
     def products(self) -> tuple[tuple[nn.Linear, ...], ...]:
-        """Linear layers in the order they run; those that read the same input together."""
+        """Linear layers in execution order; those with the same input are grouped."""
         return self.qkv, (self.output,), self.gate_up, (self.down,)
 
 
@@ -53,7 +55,7 @@ class Description:
     kv_heads: int
     width: int
     activation: int
-    rotary: Any
+    rotary: nn.Module
     dtype: torch.dtype
 
     def rotary_tables(self, positions: int) -> dict[str, tuple[Tensor, Tensor]]:
@@ -67,16 +69,16 @@ class Description:
         return tables  # type: ignore[return-value]
 
 
-def _static_rope(config: Any) -> bool:
+def _static_rope(config: PretrainedConfig) -> bool:
     parameters = getattr(config, "rope_parameters", None) or {}
     kinds = [parameters] if "rope_type" in parameters else [p for p in parameters.values() if isinstance(p, dict)]
     return bool(kinds) and all(kind.get("rope_type", "default") in STATIC_ROPE for kind in kinds)
 
 
 def describe(core: Any) -> Description | None:
-    """The parts of a transformer body, or None where it is not one that the kernels know.
+    """The parts of a transformer body, or None where the kernels do not support it.
 
-    What is found is not trusted: the engine compares both ways of computing before it uses the kernels.
+    The engine verifies the result: it compares both implementations before it uses the kernels.
     """
     config = core.config
     if config.model_type not in FAMILIES or not _static_rope(config):
@@ -115,15 +117,15 @@ def describe(core: Any) -> Description | None:
     )
 
 
-def _norm(module: Any, config: Any) -> Tensor:
+def _norm(module: Any, config: PretrainedConfig) -> Tensor:
     weight = module.weight.detach().float()
     return (1 + weight if config.model_type.startswith("gemma") else weight).contiguous()
 
 
-def _layer(layer: Any, index: int, config: Any) -> Layer:
+def _layer(layer: Any, index: int, config: PretrainedConfig) -> Layer:
     attention, mlp = layer.self_attn, layer.mlp
     packed, joined = hasattr(attention, "qkv_proj"), hasattr(mlp, "gate_up_proj")
-    post = hasattr(layer, "pre_feedforward_layernorm")  # Gemma norms what it adds as well
+    post = hasattr(layer, "pre_feedforward_layernorm")  # Gemma also norms the residual updates
     normed = hasattr(attention, "q_norm")
     return Layer(
         attention,
@@ -141,20 +143,8 @@ def _layer(layer: Any, index: int, config: Any) -> Layer:
     )
 
 
-class RulePlan(PackedPlan):
-    """One row; notes what each attention layer asks for."""
-
-    def __init__(self, length: int) -> None:
-        super().__init__([length])
-        self.rules: dict[Any, Rule] = {}
-
-    def attend(self, layer: Any, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
-        self.rules[layer] = rule
-        return super().attend(layer, query, key, value, rule)
-
-
 class Product:
-    """x (n, i) to x W^T + b (n, o) for one or several layers side by side, weights copied into the processor's order.
+    """x (n, i) to x W^T + b (n, o) for one or more layers side by side, weights copied into the CPU's layout.
 
     Args:
         layers: weight (o, i) and bias (o,) or None of linear layers that read the same input.
@@ -181,7 +171,7 @@ class Product:
 
 
 def packs(dtype: torch.dtype) -> bool:
-    """Whether the library multiplies packed weights of ``dtype`` faster than plain ones on this processor."""
+    """Whether the library multiplies packed weights of ``dtype`` faster than plain ones on this CPU."""
     return (
         dtype == torch.bfloat16
         and torch.backends.mkldnn.is_available()

@@ -1,32 +1,31 @@
-"""Room for answers: tokens in the model's context, rows in the memory there is."""
+"""Room for answers: tokens in the model's context, rows in free memory."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tell.errors import TellError
 from tell.train.attention import PackedPlan, Rule, use_plan
-from tell.train.memory import SHARE
+from tell.train.device import SHARE
 
 
 def answer_limits(
     prompts: Sequence[Sequence[int]], most: int, limits: Sequence[int] | None, max_positions: int
 ) -> list[int]:
-    """New tokens that each prompt may get.
+    """The most new tokens of each prompt.
 
     Args:
         prompts: token ids.
-        most: new tokens of every prompt where there are no ``limits``.
-        limits: new tokens of each prompt.
-        max_positions: tokens of prompt and answer together.
+        most: of every prompt where there are no ``limits``.
+        limits: of each prompt.
+        max_positions: most tokens of prompt and answer together.
 
     Raises:
         TellError: a prompt leaves no room for an answer.
-        ValueError: ``limits`` are not one positive number a prompt.
+        ValueError: ``limits`` are not one positive number per prompt.
     """
     wanted = [most] * len(prompts) if limits is None else list(limits)
     if len(wanted) != len(prompts) or min(wanted, default=1) < 1:
@@ -42,22 +41,22 @@ def answer_limits(
 
 
 class _Sizes(PackedPlan):
-    """One token; adds up the keys and values that all attention calls of a pass are given."""
+    """One token; sums the sizes of the keys and values of all attention calls of a pass."""
 
     def __init__(self, device: torch.device | str) -> None:
         super().__init__([1], device=device)
         self.bytes = 0
 
-    def attend(self, layer: Any, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
+    def attend(self, layer: nn.Module | None, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
         self.bytes += key.nbytes + value.nbytes
         return super().attend(layer, query, key, value, rule)
 
 
-def token_bytes(core: Any, device: torch.device | str) -> int:
+def token_bytes(core: nn.Module, device: torch.device | str) -> int:
     """Bytes of one token's keys and values, in all attention calls of a transformer body.
 
-    Seen in a pass rather than read from the configuration: layers differ in width (Gemma 4), and some call attention
-    twice (DiffLlama).
+    Measured in a pass rather than read from the configuration: layers differ in width (Gemma 4), and some call
+    attention twice (DiffLlama).
     """
     plan = _Sizes(device)
     with use_plan(plan):
@@ -67,5 +66,5 @@ def token_bytes(core: Any, device: torch.device | str) -> int:
 
 
 def rows_that_fit(wanted: int, capacity: int, bytes_a_token: int, free: int) -> int:
-    """``wanted`` rows of ``capacity`` tokens, or as many as a share of ``free`` bytes holds, at least one."""
+    """``wanted`` rows of ``capacity`` tokens, or as many as fit into a share of ``free`` bytes, at least one."""
     return max(1, min(wanted, free // SHARE // (capacity * bytes_a_token)))

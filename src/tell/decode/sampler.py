@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 
 from tell.config import GenerateConfig
-from tell.train.transfer import send
+from tell.train.device import send
 
-WIDE = 512  # candidates sorted when only top-p limits them; the whole vocabulary where that is too few
+WIDE = 512  # candidates sorted when only top-p limits them; the whole vocabulary if these are too few
 
 
 @dataclass(frozen=True, slots=True)
 class Decoding:
-    """How answers are drawn; the defaults are the paper's (temperature 0.3, top-k 20, top-p 0.7, penalty 1.05).
+    """How answers are sampled; the defaults are the paper's (temperature 0.3, top-k 20, top-p 0.7, penalty 1.05).
 
     Attributes:
-        stop_ids: tokens that end an answer; they are not part of it.
-        banned_ids: tokens that may not be drawn.
+        stop_ids: tokens that end an answer and are not part of it.
+        banned_ids: tokens that are never sampled.
     """
 
     max_new_tokens: int
@@ -51,13 +51,13 @@ class Decoding:
 
 
 def uniforms(seed: int, row: int, n: int) -> np.ndarray:
-    """(n,) numbers in [0, 1) of one row; they do not depend on which rows are decoded beside it."""
+    """(n,) numbers in [0, 1) of one row; they do not depend on the other rows of its batch."""
     return np.random.default_rng([seed, row]).random(n)
 
 
 @lru_cache(maxsize=4)
 def _indices(ids: tuple[int, ...], device: torch.device) -> Tensor:
-    """On a GPU they are sent once, not for each token."""
+    """Cached so that a GPU receives them once, not for each token."""
     return send(torch.tensor(ids, dtype=torch.long), device)
 
 
@@ -92,9 +92,9 @@ def choose(logits: Tensor, seen: Tensor, draws: Tensor, rule: Decoding) -> Tenso
             top, ids = logits.sort(dim=-1, descending=True)
             probs = top.softmax(dim=-1)
     before = probs.cumsum(dim=-1) - probs
-    probs = torch.where(before < rule.top_p, probs, 0.0)  # the first candidate always stays
+    probs = torch.where(before < rule.top_p, probs, 0.0)  # the first candidate always remains
     cumulative = probs.cumsum(dim=-1)
     target = draws[:, None] * cumulative[:, -1:]
     at = (cumulative <= target).sum(dim=-1, keepdim=True)
-    at = at.minimum((probs > 0).sum(dim=-1, keepdim=True) - 1)  # a draw rounded up to 1 takes the last that is left
+    at = at.minimum((probs > 0).sum(dim=-1, keepdim=True) - 1)  # a draw rounded up to 1 takes the last remaining one
     return ids.gather(1, at)[:, 0]

@@ -1,7 +1,7 @@
-"""vLLM as the decoding engine on a GPU: paged cache, prefix caching and the adapter beside an untouched base.
+"""vLLM as the decoding engine on a GPU: paged cache, prefix caching, adapters on an unchanged base.
 
-vLLM draws its own random numbers: a row's answer depends on seed and row alone, as with our own engine, but
-it is another answer unless decoding is greedy. Not measured by us: written after vLLM's documentation.
+vLLM draws its own random numbers: a row's answer depends on seed and row alone, as with TELL's engine, but differs from
+its answer unless decoding is greedy. Not measured by us: written from vLLM's documentation.
 """
 
 from __future__ import annotations
@@ -20,18 +20,19 @@ from tell.folder import AdapterFolder
 from tell.train.lora import adapter_merged
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
     from vllm.lora.request import LoRARequest
 
-RANKS = (8, 16, 32, 64, 128, 256, 512)  # sizes vLLM reserves for adapters
-LONGEST = 32_768  # tokens; vLLM refuses to start where its memory does not hold one sequence of full length
-NEVER = -100.0  # the least bias vLLM takes; no logit makes up for it
+RANKS = (8, 16, 32, 64, 128, 256, 512)  # adapter ranks that vLLM can reserve
+LONGEST = 32_768  # tokens; vLLM refuses to start where one sequence of full length does not fit into memory
+NEVER = -100.0  # the lowest bias vLLM accepts; no logit outweighs it
 
 
 def pick_engine(choice: Literal["auto", "own", "vllm"], device: str) -> Literal["own", "vllm"]:
     """The engine to decode with: ``auto`` is vLLM on a GPU where it is installed.
 
     Raises:
-        TellError: vLLM is asked for and cannot be had.
+        TellError: vLLM is requested and not available.
     """
     installed = importlib.util.find_spec("vllm") is not None
     if choice == "vllm" and not (installed and device.startswith("cuda")):
@@ -44,7 +45,7 @@ def pick_engine(choice: Literal["auto", "own", "vllm"], device: str) -> Literal[
 def sampling(decoding: Decoding, row: int, limit: int) -> dict[str, Any]:
     """Arguments of ``vllm.SamplingParams`` for one prompt.
 
-    The end tokens are ours alone (``ignore_eos``), and a row's seed is its own, so that neighbours do not matter.
+    Only our stop tokens end an answer (``ignore_eos``), and each row has its own seed, independent of its batch.
     """
     out: dict[str, Any] = {
         "max_tokens": limit,
@@ -77,10 +78,10 @@ def answer_of(token_ids: Sequence[int], finish: str | None, stop_ids: Sequence[i
 
 
 def reserved_rank(rank: int) -> int:
-    """The smallest adapter size of vLLM's that holds ``rank``.
+    """vLLM's smallest adapter rank of at least ``rank``.
 
     Raises:
-        TellError: none does.
+        TellError: there is none.
     """
     for size in RANKS:
         if rank <= size:
@@ -94,10 +95,10 @@ class VllmEngine:
     Args:
         folder: the base model's files.
         model: the base model as training holds it.
-        max_positions: longest sequence, in tokens; at most ``LONGEST`` are taken.
+        max_positions: longest sequence, in tokens; capped at ``LONGEST``.
         dtype: ``bf16`` or ``fp32``.
-        rank: highest rank of the adapters to come.
-        memory: share of the GPU's memory that vLLM may hold; training must find room beside it.
+        rank: highest rank of the adapters to use.
+        memory: share of the GPU's memory that vLLM may hold; training needs the rest.
     """
 
     name = "vllm"
@@ -105,7 +106,7 @@ class VllmEngine:
     def __init__(
         self,
         folder: Path,
-        model: Any,
+        model: PreTrainedModel,
         *,
         max_positions: int,
         dtype: str = "bf16",
@@ -140,7 +141,7 @@ class VllmEngine:
                 self._lora = before
 
     def _request(self, folder: Path | None) -> LoRARequest | None:
-        """vLLM caches adapters by number: a retrained one in the same folder gets a new number."""
+        """vLLM caches adapters by number: one retrained in the same folder gets a new number."""
         if folder is None:
             return None
         from vllm.lora.request import LoRARequest
@@ -158,11 +159,11 @@ class VllmEngine:
         progress: Callable[[int, float], None] | None = None,
         on_token: Callable[[int, int], object] | None = None,
     ) -> list[Answer]:
-        """As ``Engine.generate``; ``progress`` and ``on_token`` are called when all answers are there, and cut then.
+        """As ``Engine.generate``; ``progress`` and ``on_token`` are called once all answers are complete.
 
         Raises:
             TellError: a prompt fills the model's context.
-            ValueError: ``limits`` are not one positive number a prompt.
+            ValueError: ``limits`` are not one positive number per prompt.
         """
         from vllm import SamplingParams
 
@@ -180,8 +181,8 @@ class VllmEngine:
         for row, output in enumerate(outputs):
             done = output.outputs[0]
             answer = answer_of(done.token_ids, done.finish_reason, decoding.stop_ids)
-            for at, token in enumerate(answer.ids if on_token else (), 1):
-                if on_token(row, token) is True:  # type: ignore[misc]
+            for at, token in enumerate(answer.ids, 1):
+                if on_token and on_token(row, token) is True:
                     answer = Answer(answer.ids[:at], "stop")
                     break
             answers.append(answer)

@@ -1,4 +1,4 @@
-"""Compiled kernels for training and decoding on a processor; see ``library``."""
+"""Compiled kernels for training and decoding on a CPU; see ``library``."""
 
 from tell.kernels.library import keep_memory, library, reason
 

@@ -1,12 +1,13 @@
 """The decoding kernels of ``decode.c`` as Python calls on tensors.
 
-All tensors lie on the processor, are contiguous and of one dtype, bf16 or fp32, unless a name says otherwise.
+All tensors are on the CPU, are contiguous and of one dtype, bf16 or fp32, unless a name says otherwise.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -63,10 +64,11 @@ class Kernels:
     """Entry points for one dtype; ``kernels`` makes them."""
 
     def __init__(self, loaded: ctypes.CDLL, dtype: torch.dtype) -> None:
+        self._c = SimpleNamespace()
         for name, arguments in _ARGUMENTS.items():
             function = getattr(loaded, f"decode_{name}_{_SUFFIX[dtype]}")
             function.argtypes, function.restype = arguments, None
-            setattr(self, "_" + name, function)
+            setattr(self._c, name, function)
 
     def embed(
         self, table: Tensor, ids: Tensor, scale: float, weight: Tensor, eps: float, residual: Tensor, out: Tensor
@@ -74,7 +76,7 @@ class Kernels:
         """residual (n, h) = table[ids] * scale; out = norm(residual) * weight (h, fp32)."""
         n, h = residual.shape
         pointers = table.data_ptr(), ids.data_ptr(), scale, weight.data_ptr(), eps
-        self._embed(n, h, *pointers, residual.data_ptr(), out.data_ptr())
+        self._c.embed(n, h, *pointers, residual.data_ptr(), out.data_ptr())
 
     def add_norm(self, residual: Tensor, delta: Tensor, post: int | None, weight: int, eps: float, out: Tensor) -> None:
         """residual (n, h) += delta, normed with ``post`` where given; out = norm(residual) * weight.
@@ -82,21 +84,21 @@ class Kernels:
         Both weights (h, fp32) are given by address.
         """
         n, h = residual.shape
-        self._add_norm(n, h, residual.data_ptr(), delta.data_ptr(), post, weight, eps, out.data_ptr())
+        self._c.add_norm(n, h, residual.data_ptr(), delta.data_ptr(), post, weight, eps, out.data_ptr())
 
     def gate(self, x: Tensor, kind: int, out: Tensor) -> None:
         """out (n, m) = act(x[:, :m]) * x[:, m:]; kind 0 is SiLU, 1 GELU by tanh."""
-        self._gate(*out.shape, kind, x.data_ptr(), out.data_ptr())
+        self._c.gate(*out.shape, kind, x.data_ptr(), out.data_ptr())
 
     def attend(self, layer: Any, tokens: Any, qkv: Tensor, out: Tensor) -> None:
         """out (n, H D) of qkv (n, (H + 2 Hk) D): positions, cache write, attention; layer and tokens by reference."""
-        self._attend(layer, tokens, len(qkv), qkv.data_ptr(), out.data_ptr())
+        self._c.attend(layer, tokens, len(qkv), qkv.data_ptr(), out.data_ptr())
 
     def sample(self, rule: Any, logits: Tensor, slot: Tensor, seen: Tensor, draws: Tensor) -> Tensor:
         """(n,) int64 next tokens of logits (n, V); slot (n,) int32, seen (slots, V) uint8, draws (n,) fp32."""
         chosen = torch.empty(len(logits), dtype=torch.int64)
         pointers = (x.data_ptr() for x in (logits, slot, seen, draws, chosen))
-        self._sample(rule, len(logits), *pointers)
+        self._c.sample(rule, len(logits), *pointers)
         return chosen
 
 
@@ -110,7 +112,7 @@ class PackedWeight:
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         loaded = library()
-        assert loaded is not None, "packs_weights() is asked before"
+        assert loaded is not None, "call packs_weights() first"
         self.outputs, self.inputs = weight.shape
         panel = loaded.decode_product_panel()
         weight = weight.contiguous()
@@ -130,7 +132,7 @@ class PackedWeight:
 
 
 def packs_weights(weight: Tensor) -> bool:
-    """Whether ``PackedWeight`` takes this weight on this processor."""
+    """Whether ``PackedWeight`` takes this weight on this CPU."""
     loaded = library()
     if loaded is None or weight.dtype != torch.bfloat16 or weight.shape[1] % 2:
         return False

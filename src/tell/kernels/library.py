@@ -1,10 +1,9 @@
-"""C kernels for the element-wise work between matrix products, compiled for this processor at first use.
+"""C kernels for the element-wise work between matrix products, compiled for this CPU at first use.
 
-Products stay with torch. What surrounds them (norms, rotary positions, causal softmax, gated activations,
-cross-entropy, dropout) is bound by memory: torch runs each as several passes with casts, a kernel as one.
-The sources lie beside this file; they need a C compiler with OpenMP, and share the thread pool of torch's
-own OpenMP runtime, so that no second pool fights over the cores. Where something is missing, callers fall
-back to torch operations that compute the same.
+Matrix products stay with torch. The operations between them (norms, RoPE, causal softmax, gated activations,
+cross-entropy, dropout) are memory-bound: torch runs each as several passes with casts, a kernel as one. The sources in
+this folder need a C compiler with OpenMP, and share the thread pool of torch's own OpenMP runtime, so that no second
+pool competes for the cores. Where something is missing, callers fall back to equivalent torch operations.
 """
 
 from __future__ import annotations
@@ -35,10 +34,10 @@ SWITCH = "TELL_KERNELS"  # "off" keeps to torch operations
 
 
 class Unavailable(Exception):
-    """Why the kernels cannot be had on this machine, in a few words."""
+    """Why there are no kernels on this machine, in a few words."""
 
 
-@functools.lru_cache(maxsize=1)
+@functools.cache  # compiled and loaded once per process
 def _load() -> tuple[ctypes.CDLL | None, str]:
     if os.environ.get(SWITCH, "").lower() in ("off", "0", "no"):
         return None, f"switched off by ${SWITCH}"
@@ -59,7 +58,7 @@ def reason() -> str:
 
 
 def _flags() -> tuple[str, ...]:
-    """Of the compiler, for this processor or the part of it that ``TELL_CPU`` leaves."""
+    """Compiler flags, for this CPU or the level that ``TELL_CPU`` limits it to."""
     level = cpu_level()
     return (f"-march={level.march if level else 'native'}", *FLAGS)
 
@@ -83,11 +82,7 @@ def _processor() -> str:
 
 
 def _build() -> Path:
-    """Path of the shared object, compiled unless it lies in the cache.
-
-    Raises:
-        Unavailable: no compiler, or it fails.
-    """
+    """Path of the shared object in the cache, compiled if it is not there yet."""
     if platform.system() != "Linux":
         raise Unavailable("kernels are built on Linux only")
     compiler = _compiler()
@@ -124,7 +119,7 @@ def _build() -> Path:
 
 
 def _seal(library: Path) -> Path:
-    """The file that holds what a library's hash must be: one that is cut short would end the process by a signal."""
+    """The file with the library's expected hash: loading a truncated library would kill the process."""
     return library.with_suffix(".sha256")
 
 
@@ -142,12 +137,12 @@ def _sha256(path: Path) -> str:
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
     try:
         return subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-    except OSError as error:  # found, but no program
+    except OSError as error:  # found, but not executable
         raise Unavailable(f"{command[0]} cannot be run: {error.strerror or error}") from None
 
 
 def _runtimes() -> set[str]:
-    """Files of the OpenMP runtimes in this process: torch's where there are several."""
+    """Files of the OpenMP runtimes in this process; of several, torch's."""
     try:
         lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     except OSError as error:
@@ -158,11 +153,7 @@ def _runtimes() -> set[str]:
 
 
 def _open(path: Path) -> ctypes.CDLL:
-    """Load the kernels against the OpenMP runtime that torch has loaded.
-
-    Raises:
-        Unavailable: torch runs on an OpenMP runtime that lacks gcc's entry points, or the system hides its name.
-    """
+    """Load the kernels against the OpenMP runtime that torch has loaded; it may lack gcc's entry points."""
     import torch  # noqa: F401  (loads its runtime)
 
     try:
@@ -174,7 +165,7 @@ def _open(path: Path) -> ctypes.CDLL:
 
 
 def keep_memory() -> None:
-    """Let glibc keep freed blocks of up to 32 MB instead of giving their pages back and faulting them in anew."""
+    """Let glibc keep freed blocks of up to 32 MB, instead of returning their pages and faulting them in again."""
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, at its upper bound

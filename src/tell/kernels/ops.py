@@ -1,12 +1,13 @@
 """The training kernels as functions of tensors; each writes into tensors given to it.
 
-All tensors lie on the processor, in bf16 or fp32; their last dimension is contiguous, rows may be strided.
+All tensors are on the CPU, in bf16 or fp32; their last dimension is contiguous, rows may be strided.
 """
 
 from __future__ import annotations
 
 from ctypes import CDLL, c_float, c_int, c_int64, c_uint32, c_void_p
 from functools import lru_cache
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -47,16 +48,17 @@ class Kernels:
     """The kernels of one number format."""
 
     def __init__(self, shared: CDLL, suffix: str) -> None:
+        self._c = SimpleNamespace()
         for name, signature in _SIGNATURES.items():
             function = getattr(shared, f"{name}_{suffix}")
             function.argtypes, function.restype = signature, None
-            setattr(self, "_" + name, function)
+            setattr(self._c, name, function)
 
     def rmsnorm(
         self, x: Tensor, y: Tensor, weight: Tensor, rstd: Tensor, *, heads: int = 1, eps: float, offset: float
     ) -> None:
-        """y = x / rms(x) * (offset + weight) for x, y (T, heads * width); rstd (T, heads) fp32 is for the way back."""
-        self._rmsnorm(
+        """y = x / rms(x) * (offset + weight) for x, y (T, heads * width); rstd (T, heads) fp32 is for the gradient."""
+        self._c.rmsnorm(
             x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0), weight.data_ptr(), rstd.data_ptr(),
             x.shape[0], heads, weight.shape[0], eps, offset,
         )  # fmt: skip
@@ -65,18 +67,18 @@ class Kernels:
         self, dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, dx: Tensor, *, heads: int = 1, offset: float
     ) -> None:
         """dx (T, heads * width) of ``rmsnorm``; the weight is frozen."""
-        self._rmsnorm_back(
+        self._c.rmsnorm_back(
             dy.data_ptr(), dy.stride(0), x.data_ptr(), x.stride(0), weight.data_ptr(), rstd.data_ptr(),
             dx.data_ptr(), dx.stride(0), x.shape[0], heads, weight.shape[0], offset,
         )  # fmt: skip
 
     def gated(self, g: Tensor, u: Tensor, h: Tensor, kind: int) -> None:
         """h = act(g) u, all (T, width); g and u equally strided."""
-        self._gated(g.data_ptr(), u.data_ptr(), g.stride(0), h.data_ptr(), g.shape[0], g.shape[1], kind)
+        self._c.gated(g.data_ptr(), u.data_ptr(), g.stride(0), h.data_ptr(), g.shape[0], g.shape[1], kind)
 
     def gated_back(self, dh: Tensor, g: Tensor, u: Tensor, dg: Tensor, du: Tensor, kind: int) -> None:
         """Gradients of ``gated``; dg and du equally strided, dh contiguous; dh becomes act(g) u."""
-        self._gated_back(
+        self._c.gated_back(
             dh.data_ptr(), g.data_ptr(), u.data_ptr(), g.stride(0), dg.data_ptr(), du.data_ptr(),
             dg.stride(0), g.shape[0], g.shape[1], kind,
         )  # fmt: skip
@@ -88,7 +90,7 @@ class Kernels:
 
         out: (heads / group, rows, group, L, D), L at least prefix + the longest row; zeros fill it up.
         """
-        self._pack(
+        self._c.pack(
             x.data_ptr(), x.stride(0), *_pointers(rope), out.data_ptr(),
             block.start.data_ptr(), block.length.data_ptr(), block.rows,
             out.shape[-2] // group, prefix, heads, group, out.shape[-1], scale,
@@ -98,7 +100,7 @@ class Kernels:
         self, x: Tensor, rope: Rope, out: Tensor, block: Any, heads: int, group: int = 1, prefix: int = 0, scale=1.0
     ) -> None:
         """The rows' own tokens back from x (heads / group, rows, group, L, D) to out (T, heads * D), turned back."""
-        self._unpack(
+        self._c.unpack(
             x.data_ptr(), block.rows, x.shape[-2] // group, prefix, heads, group, x.shape[-1], *_pointers(rope),
             out.data_ptr(), out.stride(0), block.start.data_ptr(), block.length.data_ptr(), scale,
         )  # fmt: skip
@@ -106,28 +108,28 @@ class Kernels:
     def gather_prefix(self, x: Tensor, rows: int, total: Tensor) -> None:
         """total (heads, P, D) fp32 += the first P positions of x (heads * rows, L, D), summed over the rows."""
         heads, prefix, width = total.shape
-        self._gather_prefix(x.data_ptr(), rows, x.shape[1], prefix, heads, width, total.data_ptr())
+        self._c.gather_prefix(x.data_ptr(), rows, x.shape[1], prefix, heads, width, total.data_ptr())
 
     def add_prefix(self, x: Tensor, total: Tensor) -> None:
         """x (heads, L, D) += total (heads, P, D) fp32 at its first P positions."""
         heads, prefix, width = total.shape
-        self._add_prefix(x.data_ptr(), x.shape[1], prefix, heads, width, total.data_ptr())
+        self._c.add_prefix(x.data_ptr(), x.shape[1], prefix, heads, width, total.data_ptr())
 
     def softmax(self, scores: Tensor, longest: int, prefix: int, window: int | None) -> None:
-        """Softmax in place of scores (N, M, K), K a multiple of 16; query m stands at prefix + m % longest."""
+        """Softmax in place of scores (N, M, K), K a multiple of 16; query m is at prefix + m % longest."""
         keys = scores.shape[-1]
-        self._softmax(
+        self._c.softmax(
             scores.data_ptr(), scores.numel() // keys, longest, keys, prefix, window if window is not None else 1 << 30
         )  # fmt: skip
 
     def softmax_back(self, probs: Tensor, grads: Tensor, longest: int, prefix: int) -> None:
         """Gradients of the scores, in place of those of the probabilities."""
         keys = probs.shape[-1]
-        self._softmax_back(probs.data_ptr(), grads.data_ptr(), probs.numel() // keys, longest, keys, prefix)
+        self._c.softmax_back(probs.data_ptr(), grads.data_ptr(), probs.numel() // keys, longest, keys, prefix)
 
     def cross_entropy(self, logits: Tensor, targets: Tensor, weights: Tensor | None, nll: Tensor) -> None:
         """nll (n,) fp32; logits (n, V) become weights * (softmax - onehot) where weights (n,) fp32 are given."""
-        self._cross_entropy(
+        self._c.cross_entropy(
             logits.data_ptr(), targets.data_ptr(), 0 if weights is None else weights.data_ptr(), nll.data_ptr(),
             logits.shape[0], logits.shape[1],
         )  # fmt: skip
@@ -137,7 +139,7 @@ class Kernels:
 
         The rate is a multiple of 2^-32: as exact as a uniform fp32 draw.
         """
-        self._dropout(x.data_ptr(), y.data_ptr(), x.numel(), seed, threshold_of(p), 1 / (1 - p), int(add))
+        self._c.dropout(x.data_ptr(), y.data_ptr(), x.numel(), seed, threshold_of(p), 1 / (1 - p), int(add))
 
 
 @lru_cache(maxsize=4)

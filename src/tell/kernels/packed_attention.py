@@ -1,8 +1,8 @@
-"""Attention of training over rows laid end to end: the kernels of ``train_attention*.h`` as functions.
+"""Attention of training over packed rows: the kernels of ``train_attention*.h`` as functions.
 
-In fp32 on any processor, in bf16 where there are dot products of pairs.
+In fp32 on any CPU, in bf16 where there are dot products of pairs.
 
-All tensors lie on the processor; their last dimension is contiguous.
+All tensors are on the CPU; their last dimension is contiguous.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Products of bf16 tensors with a low-rank adapter beside them: the kernels of ``train_product.c`` as functions.
+"""Products of bf16 tensors with a low-rank adapter: the kernels of ``train_product.c`` as functions.
 
-All tensors lie on the processor, in bf16 unless said otherwise; their last dimension is contiguous, rows may be
+All tensors are on the CPU, in bf16 unless said otherwise; their last dimension is contiguous, rows may be
 strided.
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,8 +32,8 @@ _TIED_BY_DEFAULT = ("gemma", "gpt2", "bloom", "cohere")
 
 
 _ATTENTION = frozenset({"full_attention", "sliding_attention"})
-# What config.json does not say of a family, as transformers 5 builds it. Rows of one pass are kept apart by our own
-# attention function: what mixes tokens elsewhere, or needs what that function does not compute, cannot be trained.
+# What config.json does not state, as transformers 5 builds these families. Only our attention function separates packed
+# rows: models that mix tokens elsewhere, or need what that function does not compute, cannot be trained.
 _UNFIT = {
     "attention sinks": "flint gpt_oss granite_swa granitemoe_swa mimo_v2_flash",
     "attention of its own": (
@@ -50,7 +51,7 @@ _UNFIT_FAMILIES = {family: what for what, families in _UNFIT.items() for family 
 
 
 def unfit(config: Mapping[str, Any]) -> str | None:
-    """What keeps a model from being trained over packed rows, as far as its parsed ``config.json`` tells; else None."""
+    """Why a model cannot be trained over packed rows, as far as its parsed ``config.json`` shows; else None."""
     text = config.get("text_config") or config
     layers = text.get("layer_types")
     other = {str(kind) for kind in layers} - _ATTENTION if isinstance(layers, list) else set()
@@ -65,15 +66,15 @@ def unfit(config: Mapping[str, Any]) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """Sizes that counting FLOPs and memory needs.
+    """Sizes for counting FLOPs and memory.
 
     Attributes:
         parameters: all parameters; tied embeddings count once.
-        linear_parameters: weights of the matrices inside the blocks. Of a mixture of experts all are counted.
+        linear_parameters: weights of the matrices inside the blocks, including all experts of a mixture.
         embedding_parameters: the token embedding, and the output layer where it is not tied.
-        experts: of a mixture, in each of its layers; 0 for a dense model.
-        max_positions: longest row the positions allow, in tokens, or None where the config does not say.
-        exact: True where the counts come from the weights' headers, False where from the config alone.
+        experts: number in each layer of a mixture; 0 for a dense model.
+        max_positions: longest row, in tokens, or None where the config does not state it.
+        exact: whether the counts come from the weights' headers; else they are estimated from the config.
     """
 
     model_type: str
@@ -134,7 +135,7 @@ def read_architecture(folder: Path, config: Mapping[str, Any]) -> Architecture:
     if files:
         counts, tied, vocab = _count_headers(files, bool(tied), vocab)
     else:
-        counts = _estimate(bool(tied), vocab, model_type, **shape)
+        counts = _estimate(shape, tied=bool(tied), vocab=vocab, model_type=model_type)
     return Architecture(
         model_type=model_type,
         architectures=tuple(config.get("architectures") or ()),
@@ -161,7 +162,7 @@ def weight_files(folder: Path) -> list[Path]:
         return []
     weights = read_json(index, remedy="Fetch the model again.").get("weight_map")
     if not isinstance(weights, dict) or not all(isinstance(n, str) and "/" not in n for n in weights.values()):
-        raise TellError("is no index of safetensors", where=str(index), remedy="Fetch the model again.")
+        raise TellError("is not an index of safetensors", where=str(index), remedy="Fetch the model again.")
     names = sorted(set(weights.values()))
     files = [folder / name for name in names]
     return files if all(file.exists() for file in files) else []
@@ -178,14 +179,12 @@ def _count_headers(files: list[Path], tied: bool, vocab: int) -> tuple[dict[str,
         except (SafetensorError, OSError) as error:
             pointer = file.stat().st_size < 1024 and file.read_bytes().startswith(b"version https://git-lfs")
             raise TellError(
-                "is a Git LFS pointer, not the weights" if pointer else f"is no readable safetensors file ({error})",
+                "is a Git LFS pointer, not the weights" if pointer else f"is not readable as safetensors ({error})",
                 where=str(file),
-                remedy="Run git lfs pull in its folder." if pointer else "Fetch the file again; it may be cut short.",
+                remedy="Run git lfs pull in its folder." if pointer else "Fetch the file again; it may be truncated.",
             ) from error
         for name, shape in shapes.items():
-            count = 1
-            for side in shape:
-                count *= side
+            count = math.prod(shape)
             total += count
             if _BLOCK.search(name):
                 linear += count if len(shape) >= 2 else 0
@@ -200,26 +199,12 @@ def _count_headers(files: list[Path], tied: bool, vocab: int) -> tuple[dict[str,
     return counts, tied or not head, vocab
 
 
-def _estimate(
-    tied: bool,
-    vocab: int,
-    model_type: str,
-    *,
-    layers: int,
-    hidden: int,
-    intermediate: int,
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
-) -> dict[str, int]:
-    """Llama's layout: q, k, v, o, a gated MLP and two norms a block. GPT-2's kind has an MLP of two matrices."""
-    attention = hidden * head_dim * (2 * heads + 2 * kv_heads)
+def _estimate(shape: Mapping[str, int], *, tied: bool, vocab: int, model_type: str) -> dict[str, int]:
+    """Llama's layout: q, k, v, o, a gated MLP and two norms per block. GPT-2 and its kin have an ungated MLP."""
+    layers, hidden = shape["layers"], shape["hidden"]
+    attention = 2 * hidden * shape["head_dim"] * (shape["heads"] + shape["kv_heads"])
     gated = not model_type.startswith(("gpt", "bloom", "opt", "falcon", "phi-", "starcoder"))
-    linear = layers * (attention + (3 if gated else 2) * hidden * intermediate)
+    linear = layers * (attention + (3 if gated else 2) * hidden * shape["intermediate"])
     embedding = vocab * hidden * (1 if tied else 2)
-    norms = (2 * layers + 1) * hidden
-    return {
-        "parameters": linear + embedding + norms,
-        "linear_parameters": linear,
-        "embedding_parameters": embedding,
-    }
+    total = linear + embedding + (2 * layers + 1) * hidden
+    return {"parameters": total, "linear_parameters": linear, "embedding_parameters": embedding}

@@ -1,4 +1,4 @@
-"""``config.json`` of a model, checked before anybody reads a value of it: files are cut short, or written by hand."""
+"""``config.json`` of a model, validated before any value is read: files are truncated, or written by hand."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is none.
-        TellError: it is no JSON object, or a key has a value of another type.
+        TellError: it is not a JSON object, or a value has the wrong type.
     """
     config = read_json(path, remedy=REMEDY)
     check(config, path)
@@ -50,7 +50,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def check(config: Mapping[str, Any], path: Path, prefix: str = "") -> None:
-    """Refuse values of another type than every reader expects; null stands for a key that is not there.
+    """Refuse values of the wrong type; null means an absent key.
 
     Raises:
         TellError: such a value.

@@ -1,6 +1,6 @@
 """GGUF to a bf16 safetensors folder: ``python -m tell.models.convert FILE.gguf FOLDER [BASE_NAME]``.
 
-Runs in a process of its own, so that whoever asks for a model imports no torch.
+Runs in a process of its own, so that finding a model imports no torch.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ def check_gguf(file: Path) -> None:
     """Refuse what cannot be converted faithfully.
 
     Raises:
-        TellError: no GGUF, or a tokenizer that a GGUF does not describe fully.
+        TellError: not a GGUF, or a tokenizer that a GGUF does not fully describe.
     """
     with file.open("rb") as start:
         if start.read(4) != b"GGUF":
-            raise TellError("is no GGUF file", where=str(file), remedy="Fetch it again, or give a model folder.")
+            raise TellError("is not a GGUF file", where=str(file), remedy="Fetch it again, or give a model folder.")
     from gguf import GGUFReader
 
     try:
@@ -66,7 +66,7 @@ def convert(file: Path, folder: Path, base: str | None = None) -> None:
     # a GGUF keeps this as a 32-bit float: 9.999999747378752e-06
     config.rms_norm_eps = float(f"{config.rms_norm_eps:.6g}")
     ends = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
-    # padding is masked by us, so padding with the end token hides no end token that is trained
+    # we mask padding, so that padding with the end token does not mask trained end tokens
     pad = config.eos_token_id if config.pad_token_id is None else config.pad_token_id
     model.generation_config = GenerationConfig(**ends, pad_token_id=pad)
     folder.mkdir(parents=True, exist_ok=True)
@@ -78,7 +78,7 @@ def convert(file: Path, folder: Path, base: str | None = None) -> None:
 
 
 def _tidy(folder: Path, base: str | None) -> None:
-    """Drop what transformers notes about this machine, and name the model it came from."""
+    """Remove what transformers records about this machine, and name the source model."""
     for name, drop in (
         ("config.json", ("_name_or_path", "_model_name_or_path")),
         ("tokenizer_config.json", ("is_local", "local_files_only")),

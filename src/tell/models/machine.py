@@ -9,6 +9,7 @@ import subprocess
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
 from tell.cpu import cpu_level
 
@@ -16,7 +17,7 @@ BF16_CAPABILITY = 8.0  # of a GPU: Ampere
 
 
 def cpu_bf16() -> str | None:
-    """The processor's feature that multiplies bf16 matrices (``"avx512_bf16"``, ``"amx_bf16"``, ...), or None.
+    """The CPU feature that multiplies bf16 matrices (``"avx512_bf16"``, ``"amx_bf16"``, ...), or None.
 
     Raises:
         TellError: ``TELL_CPU`` has an unknown value.
@@ -34,11 +35,11 @@ def _bf16_feature() -> str | None:
     if system == "Darwin":
         done = subprocess.run(["sysctl", "-n", "hw.optional.arm.FEAT_BF16"], capture_output=True, text=True)
         return "FEAT_BF16" if done.stdout.strip() == "1" else None
-    return None  # elsewhere there is no way to ask without a driver or assembler
+    return None  # elsewhere it takes a driver or assembler to find out
 
 
 def cpu_name() -> str:
-    """``"AMD EPYC 9R14"`` or what the system gives, and what part of it is used."""
+    """``"AMD EPYC 9R14"`` or what the system reports, and the level that ``TELL_CPU`` limits it to."""
     level = cpu_level()
     return f"{_model_name()} ({level.name})" if level else _model_name()
 
@@ -52,7 +53,7 @@ def _model_name() -> str:
 
 
 def cores() -> int:
-    """Processors this process may use: affinity, and the CPU quota of a container."""
+    """CPU cores this process may use, by affinity and a container's quota."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
@@ -63,8 +64,21 @@ def cores() -> int:
     return count
 
 
+class Place(NamedTuple):
+    """Where a model computes: one of ``config.DEVICES``, and ``"bf16"`` or ``"fp32"``."""
+
+    device: str
+    dtype: str
+
+
+def likely_place(device: str = "auto", dtype: str = "auto") -> Place:
+    """``model.device`` and ``model.dtype`` resolved as far as possible without torch, which decides at loading."""
+    device = likely_device() if device == "auto" else device
+    return Place(device, likely_dtype(device) if dtype == "auto" else dtype)
+
+
 def likely_device() -> str:
-    """What ``device="auto"`` comes to, by the drivers in sight; torch has the last word when a model is loaded."""
+    """The resolution of ``device="auto"``, by the drivers present."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     if not hidden and (Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi")):
         return "cuda"
@@ -87,7 +101,7 @@ def gpu() -> tuple[str, float | None]:
 
 
 def likely_dtype(device: str) -> str:
-    """``"bf16"`` or ``"fp32"``: what ``dtype="auto"`` comes to, as far as can be said without torch."""
+    """The resolution of ``dtype="auto"``: ``"bf16"`` or ``"fp32"``."""
     if device == "cuda":
         return "fp32" if (gpu()[1] or BF16_CAPABILITY) < BF16_CAPABILITY else "bf16"
     if device == "mps":
@@ -96,13 +110,13 @@ def likely_dtype(device: str) -> str:
 
 
 def mps_bf16() -> bool:
-    """Whether Metal computes in bf16 here: from macOS 14 on, which torch knows of from its version 2.6 on."""
+    """Whether Metal computes in bf16 here: from macOS 14 on."""
     version = platform.mac_ver()[0].split(".")[0]
     return version.isdigit() and int(version) >= 14
 
 
 def _torch_version() -> str:
-    """``"2.13.0+xpu"``: what it is built for comes last."""
+    """``"2.13.0+xpu"``: the suffix names the backend."""
     try:
         return metadata.version("torch")
     except metadata.PackageNotFoundError:

@@ -13,6 +13,7 @@ from tell.home import make_folder, tell_home
 from tell.models import machine
 from tell.models.architecture import Architecture
 from tell.models.flops import training_flops
+from tell.models.machine import Place
 
 # Sustained LoRA training, GFLOP/s per core, before any run was measured here. Small matrices and LoRA's thin ones
 # reach a fifth of what a large product does (96 fp32, 437 bf16 on one core of an AMD EPYC with avx512_bf16).
@@ -56,21 +57,15 @@ class Memory:
 
 
 def record_speed(
-    fingerprint: str,
-    device: str,
-    dtype: str,
-    tokens_per_second: float,
-    *,
-    answer_tokens_per_second: float | None = None,
+    fingerprint: str, place: Place, tokens_per_second: float, *, answer_tokens_per_second: float | None = None
 ) -> None:
-    """Remember the training speed of a real run for `predict_seconds`; the newest one counts.
+    """Remember the training speed of a run for `predict_seconds`; it replaces an earlier one.
 
     Args:
         fingerprint: of the `ModelFiles`.
-        device: one of ``config.DEVICES``.
-        dtype: ``"bf16"`` or ``"fp32"``.
-        tokens_per_second: tokens fed per second of training.
-        answer_tokens_per_second: tokens decoded per second; None leaves what is on record.
+        place: where it trained.
+        tokens_per_second: tokens computed per second of training.
+        answer_tokens_per_second: tokens decoded per second; None keeps what is on record.
 
     Raises:
         ValueError: a speed that is not positive.
@@ -83,7 +78,7 @@ def record_speed(
     make_folder(tell_home())
     with FileLock(tell_home() / ".speed.lock"):  # two runs may end at the same time
         records = _records()
-        key = f"{_place(device, dtype)} | {fingerprint}"
+        key = _key(fingerprint, place)
         known = records.get(key, {}).get("answer_tokens_per_second")
         records[key] = {
             "tokens_per_second": tokens_per_second,
@@ -100,22 +95,20 @@ def predict_seconds(
     lengths: Sequence[int] | None = None,
     lora_parameters: int = 0,
     fingerprint: str | None = None,
-    device: str | None = None,
-    dtype: str | None = None,
+    place: Place | None = None,
 ) -> Prediction:
     """Time to train on ``tokens`` tokens (all epochs together).
 
-    From this model's speed measured here; else from its FLOPs and a stated speed per core.
+    From this model's speed measured on this machine; else from its FLOPs and a typical speed per core.
 
     Args:
-        device: one of ``config.DEVICES``, or None for the likely one.
-        dtype: ``"bf16"``, ``"fp32"``, or None for the likely one.
+        fingerprint: of the `ModelFiles`.
+        place: where it trains; None for the likely place.
 
     The other arguments are those of `training_flops`.
     """
-    device = device or machine.likely_device()
-    dtype = dtype or machine.likely_dtype(device)
-    own = _records().get(f"{_place(device, dtype)} | {fingerprint}")
+    device, dtype = place = place or machine.likely_place()
+    own = _records().get(_key(fingerprint, place))
     if own:
         return Prediction(tokens / own["tokens_per_second"], "measured on this machine", True)
     flops = training_flops(
@@ -129,9 +122,9 @@ def predict_seconds(
     return Prediction(flops / speed, f"guess from {cores} core{'s' if cores > 1 else ''} in {dtype}", False)
 
 
-def answer_speed(fingerprint: str, *, device: str, dtype: str) -> float | None:
-    """Tokens that this model decodes in a second here; None where that was not measured."""
-    speed = _records().get(f"{_place(device, dtype)} | {fingerprint}", {}).get("answer_tokens_per_second")
+def answer_speed(fingerprint: str, place: Place) -> float | None:
+    """Tokens per second that this model decodes on this machine; None where that was not measured."""
+    speed = _records().get(_key(fingerprint, place), {}).get("answer_tokens_per_second")
     return float(speed) if speed else None
 
 
@@ -142,8 +135,7 @@ def predict_memory(
     trained_share: float = 1.0,
     lora_parameters: int = 0,
     lora_rank: int = 8,
-    device: str | None = None,
-    dtype: str | None = None,
+    place: Place | None = None,
 ) -> Memory:
     """Peak memory of LoRA training on all linear layers without gradient checkpointing.
 
@@ -154,8 +146,7 @@ def predict_memory(
         micro_tokens: tokens in one forward pass.
         trained_share: share of them that carries loss, and so needs logits.
     """
-    device = device or machine.likely_device()
-    dtype = dtype or machine.likely_dtype(device)
+    dtype = (place or machine.likely_place()).dtype
     width = 2 if dtype == "bf16" else 4
     q, kv = arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
     if dtype == "bf16":
@@ -177,15 +168,14 @@ def _file() -> Path:
     return tell_home() / "speed.json"
 
 
-def _place(device: str, dtype: str) -> str:
-    # the home may be shared between machines, and a container may be given other cores tomorrow
-    if device == "cuda":
-        return f"{machine.gpu()[0]} | {device} {dtype}"
-    return f"{machine.cpu_name()} x {machine.cores()} | {device} {dtype}"
+def _key(fingerprint: str | None, place: Place) -> str:
+    # the home may be shared between machines, and a container's cores may change
+    hardware = machine.gpu()[0] if place.device == "cuda" else f"{machine.cpu_name()} x {machine.cores()}"
+    return f"{hardware} | {place.device} {place.dtype} | {fingerprint}"
 
 
 def _records() -> dict[str, dict[str, Any]]:
-    """Readable records; a damaged file only costs the measurements in it."""
+    """Records that are readable; of a damaged file, none."""
     try:
         data = json.loads(_file().read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

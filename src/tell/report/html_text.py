@@ -1,9 +1,8 @@
-"""Text of unknown origin made safe and legible, word differences, and numbers as people read them."""
+"""Text of unknown origin made safe and legible, and word differences."""
 
 from __future__ import annotations
 
 import difflib
-import math
 import re
 import unicodedata
 
@@ -21,8 +20,6 @@ DIFF_TOKENS = 800
 """Longest text compared word by word; the comparison is quadratic at worst."""
 ALIKE = 0.35
 """Texts less alike than this are shown unmarked: nearly every word would carry a mark."""
-NARROW = "\u202f"
-RAISED = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def plain(text: object) -> str:
@@ -33,7 +30,7 @@ def plain(text: object) -> str:
 def visible(text: object) -> str | Markup:
     """``text`` with hidden characters replaced by a marked code point; Markup only where there were any.
 
-    This is the template's ``finalize``: every value printed passes through it, then through autoescape.
+    The templates' ``finalize``: every printed value passes through it, then through autoescape.
     """
     if isinstance(text, Markup):
         return text
@@ -61,11 +58,11 @@ def shorten(text: str, limit: int) -> str:
 def word_diff(reference: str, answer: str) -> Markup | None:
     """``answer`` with its differences from ``reference`` marked, by word.
 
-    Words the answer adds stand in ``<ins>``, words it lacks in ``<del>``; both are told apart by underline and
-    strike-through, not by colour alone.
+    Words the answer adds are in ``<ins>``, words it lacks in ``<del>``: underlined and struck through, not only
+    coloured.
 
     Returns:
-        None where marks would not help: the texts are too long or have too little in common.
+        None if marks would not help: the texts are too long or have too little in common.
     """
     old, new = TOKEN.findall(reference), TOKEN.findall(answer)
     if max(len(old), len(new)) > DIFF_TOKENS:
@@ -86,64 +83,3 @@ def word_diff(reference: str, answer: str) -> Markup | None:
             runs.append(["", lacking, added])
     marks = (("{}", 0), ("<del>{}</del>", 1), ("<ins>{}</ins>", 2))
     return Markup("").join(Markup(mark).format(visible(run[at])) for run in runs for mark, at in marks if run[at])
-
-
-def is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def number(value: object, unit: str = "plain", *, sign: bool = False) -> str:
-    """A number in its unit: ``share`` (0 to 1, shown in per cent), ``points`` (a difference of shares), ``score``
-    (0 to 100), ``plain`` (three decimals). An en dash where there is none."""
-    if not is_number(value):
-        return "–"
-    if unit in ("share", "points"):
-        text = f"{100 * value:{'+' if sign else ''}.1f}"
-        text += f"{NARROW}%" if unit == "share" else ""
-    elif unit == "score":
-        text = f"{value:{'+' if sign else ''}.1f}"
-    else:
-        text = f"{value:{'+' if sign else ''}.3f}"
-    return re.sub(r"^\+(?=0\.0*$)|^-(?=0\.0*$)", "", text).replace("-", "−")
-
-
-def interval(ci: object, unit: str = "plain", *, sign: bool = False) -> str:
-    """``90.0 to 96.0``; empty where there is no interval."""
-    if not has_interval(ci):
-        return ""
-    low, high = (number(x, unit, sign=sign).removesuffix(f"{NARROW}%") for x in ci)
-    return f"{low} to {high}"
-
-
-def has_interval(ci: object) -> bool:
-    return isinstance(ci, list | tuple) and len(ci) == 2 and all(is_number(x) for x in ci)
-
-
-def count(value: object) -> str:
-    """A whole number with thousands separated, else up to two decimals."""
-    if not is_number(value):
-        return "–"
-    return f"{int(value):,}" if float(value).is_integer() else f"{value:,.2f}"
-
-
-def power(value: object) -> str:
-    """A large number as ``1.2 × 10¹⁴``."""
-    if not is_number(value) or value <= 0:
-        return "–"
-    head, _, exponent = f"{value:.1e}".partition("e+")
-    if value < 1e6:
-        return count(value)
-    return f"{head} × 10{exponent.lstrip('0').translate(RAISED)}"
-
-
-def duration(seconds: object) -> str:
-    """``48 s``, ``3 min 30 s``, ``2 h 5 min``."""
-    if not is_number(seconds):
-        return "–"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
-    minutes, rest = divmod(whole, 60)
-    if minutes < 60:
-        return f"{minutes} min {rest} s"
-    return f"{minutes // 60} h {minutes % 60} min"

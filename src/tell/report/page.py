@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 from functools import cache
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ from markupsafe import Markup
 
 from tell.files import write_text
 from tell.folder import RunFolder
-from tell.report import sections
+from tell.names import ARMS, METRICS, NARROW, show, show_count, show_duration, show_interval, show_power
+from tell.report import palette, sections
 from tell.report.benchmark_section import benchmark_grid, benchmark_tables
 from tell.report.cases import build_cases
-from tell.report.glossary import ARMS, GLOSSARY, METRICS, Term
-from tell.report.html_text import NARROW, count, duration, interval, number, plain, power, shorten, visible, word_diff
+from tell.report.glossary import GLOSSARY
+from tell.report.html_text import plain, shorten, visible, word_diff
 from tell.report.read_run import Run, mapping, read_run
 from tell.report.score_tables import (
     arm_grid,
@@ -27,18 +29,19 @@ from tell.report.score_tables import (
     forgetting_tables,
     general_answers,
 )
+from tell.score.verdict import verdict
 
-GENERATOR = '<meta name="generator" content="tell report">'  # by which a page is known as one that may be replaced
+GENERATOR = '<meta name="generator" content="tell report">'  # marks a page that may be replaced
 STATES = {
-    "running": "This run is still under way; what is below is what it has written so far.",
-    "interrupted": "This run was interrupted; what is below is what it wrote until then. Continue it with --resume.",
-    "failed": "This run failed; what is below is what it wrote until then.",
+    "running": "This run is still in progress; this page shows what it has written so far.",
+    "interrupted": "This run was interrupted; this page shows what it had written. Continue it with --resume.",
+    "failed": "This run failed; this page shows what it had written.",
 }
 
 
 @cache
 def environment() -> Environment:
-    """The templates, autoescaped; every printed value has its hidden characters made visible."""
+    """The templates: autoescaped, with the hidden characters of every printed value made visible."""
     env = Environment(
         loader=PackageLoader("tell.report", "templates"),
         autoescape=True,
@@ -48,11 +51,11 @@ def environment() -> Environment:
         lstrip_blocks=True,
     )
     env.filters |= {
-        "number": number,
-        "interval": interval,
-        "count": count,
-        "power": power,
-        "duration": duration,
+        "number": show,
+        "interval": show_interval,
+        "count": show_count,
+        "power": show_power,
+        "duration": show_duration,
         "plain": plain,
         "shorten": shorten,
         "prose": prose,
@@ -65,7 +68,7 @@ def environment() -> Environment:
 @cache
 def stylesheet() -> tuple[Markup, str]:
     """The stylesheet and its CSP source, which allows this text and no other."""
-    source, _, _ = environment().loader.get_source(environment(), "style.css")  # type: ignore[union-attr]
+    source = palette.css() + resources.files("tell.report").joinpath("templates/style.css").read_text("utf-8")
     digest = base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()
     return Markup(source), f"sha256-{digest}"
 
@@ -77,33 +80,26 @@ def prose(text: object) -> str:
 
 
 def fill(template: str, **context: Any) -> str:
-    """The page as text; lone surrogates that reached it by another way than a printed value become ``?``."""
+    """The page as text; lone surrogates that did not pass through `visible` become ``?``."""
     style, digest = stylesheet()
-    html = (
-        environment()
-        .get_template(template)
-        .render(style=style, style_digest=digest, generator=Markup(GENERATOR), **context)
-    )
+    page = environment().get_template(template)
+    html = page.render(style=style, style_digest=digest, generator=Markup(GENERATOR), **context)
     return html.encode("utf-8", "replace").decode("utf-8")
 
 
 def verdict_of(run: Run) -> str | None:
     """The verdict sentence, or None without scores."""
-    if not mapping(run.metrics, "arms"):
-        return None
-    from tell.score.verdict import verdict
-
-    return verdict(run.metrics)
+    return verdict(run.metrics) if mapping(run.metrics, "arms") else None
 
 
 def render(folder: RunFolder, *, state: str | None = None) -> str:
     """The report of one run as one self-contained HTML page.
 
-    Built from the files of the run folder alone; where a file is missing, its section is left out or says so.
-    It loads nothing from anywhere and runs no script: the page's policy forbids both.
+    Built from the files of the run folder alone; the section of a missing file is left out or says so. The page loads
+    nothing and runs no script: its policy forbids both.
 
     Args:
-        state: the run's, where status.json does not say it yet.
+        state: of the run, if status.json does not have it yet.
 
     Raises:
         TellError: the folder does not exist.
@@ -113,8 +109,8 @@ def render(folder: RunFolder, *, state: str | None = None) -> str:
         run.status = {"state": state}
     data, model = sections.data_name(run), sections.model_name(run)
     used = [*mapping(run.metrics, "arms"), *run.predictions, *run.logs]
-    metrics = {m for arm in mapping(run.metrics, "arms").values() if isinstance(arm, dict) for m in arm}
-    metrics |= {"loss", "task_format"} if mapping(run.metrics, "forgetting") else set()
+    scored = {name for arm in mapping(run.metrics, "arms").values() if isinstance(arm, dict) for name in arm}
+    scored |= {"loss", "task_format"} if mapping(run.metrics, "forgetting") else set()
     return fill(
         "page.html.j2",
         data=data,
@@ -138,14 +134,10 @@ def render(folder: RunFolder, *, state: str | None = None) -> str:
         findings=sections.findings(run),
         anchor=sections.anchor(run),
         again=sections.again(run),
-        arm_words=[(a, definition) for a, (_, definition) in ARMS.items() if not used or a in used],
-        metric_words=_metric_words(metrics),
+        arm_words=[(arm.name, arm.about) for arm in ARMS.values() if not used or arm.name in used],
+        metric_words=[spec for name, spec in METRICS.items() if name in scored],
         glossary=GLOSSARY,
     )
-
-
-def _metric_words(names: set[str]) -> list[Term]:
-    return [t for n, t in METRICS.items() if n in names]
 
 
 def write_page(folder: RunFolder, *, state: str | None = None) -> Path:

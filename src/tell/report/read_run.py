@@ -1,4 +1,4 @@
-"""A run folder read for the page: what is there, and what could not be read. A missing file is no error."""
+"""A run folder read for the page: what is there, and what could not be read. A missing file is not an error."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow
@@ -17,7 +17,9 @@ import pyarrow.parquet as parquet
 from tell.errors import TellError
 from tell.files import parse_yaml, read_jsonl
 from tell.folder import RunFolder
-from tell.report.glossary import arm_order
+from tell.names import arm_order
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -63,7 +65,7 @@ class Run:
 
 
 def read_run(folder: RunFolder) -> Run:
-    """Read what the folder holds; a file that is there but broken is named in ``problems``.
+    """Read what the folder holds; a file that cannot be read is named in ``problems``.
 
     Raises:
         TellError: the folder itself does not exist.
@@ -72,28 +74,28 @@ def read_run(folder: RunFolder) -> Run:
         raise TellError("no such run folder", where=str(folder.root), remedy="Give a folder made by tell tune.")
     run = Run(folder)
 
-    def attempt(path: Path, read: Callable[[Path], Any], default: Any, kind: type = dict) -> Any:
+    def attempt(path: Path, kind: type[T], read: Callable[[Path], object]) -> T | None:
         if not path.is_file():
-            return default
+            return None
         try:
             value = read(path)
         except (OSError, ValueError, KeyError, RecursionError, TellError, pyarrow.ArrowException) as error:
             run.problems.append(f"{path.relative_to(folder.root)} could not be read: {error}")
-            return default
-        if not isinstance(value, kind):
-            run.problems.append(f"{path.relative_to(folder.root)} holds no {kind.__name__}")
-            return default
-        return value
+            return None
+        if isinstance(value, kind):
+            return value
+        run.problems.append(f"{path.relative_to(folder.root)} holds no {kind.__name__}")
+        return None
 
     for name in ("metrics", "findings", "anchor", "plan", "status"):
-        setattr(run, name, attempt(getattr(folder, name), _read_json, {}))
-    run.config_text = attempt(folder.config, _read_text, "", str)
-    run.config = attempt(folder.config, lambda p: parse_yaml(_read_text(p), where=p.name), {})
-    run.manifest = attempt(folder.manifest, read_manifest, None, Manifest)
+        setattr(run, name, attempt(getattr(folder, name), dict, lambda path: json.loads(_read_text(path))) or {})
+    run.config_text = attempt(folder.config, str, _read_text) or ""
+    run.config = attempt(folder.config, dict, lambda path: parse_yaml(_read_text(path), where=path.name)) or {}
+    run.manifest = attempt(folder.manifest, Manifest, read_manifest)
     for target, place in ((run.predictions, folder.predictions), (run.logs, folder.logs)):
         files = {path.stem: path for path in sorted(place.glob("*.jsonl"))} if place.is_dir() else {}
-        for arm in arm_order(list(files)):
-            rows = [row for row in attempt(files[arm], read_jsonl, [], list) if isinstance(row, dict)]
+        for arm in arm_order(files):
+            rows = [row for row in attempt(files[arm], list, read_jsonl) or [] if isinstance(row, dict)]
             if rows:
                 target[arm] = rows
     run.date = _date(run)
@@ -126,23 +128,21 @@ def read_manifest(path: Path) -> Manifest:
     )
 
 
-def get(data: Any, *keys: str, default: Any = None) -> Any:
-    """``data[k1][k2]...``, or the default where any level is absent or no mapping."""
+def get(data: object, *keys: str, default: object = None) -> Any:
+    """``data[k1][k2]...``, or the default if any level is absent or is not a mapping."""
     for key in keys:
-        if not isinstance(data, dict) or data.get(key) is None:
-            return default
-        data = data[key]
-    return data
+        data = data.get(key) if isinstance(data, dict) else None
+    return default if data is None else data
 
 
-def mapping(data: Any, *keys: str) -> dict[str, Any]:
-    """Like ``get``, for a mapping; empty where there is none."""
+def mapping(data: object, *keys: str) -> dict[str, Any]:
+    """Like `get`, for a mapping; empty if there is none."""
     value = get(data, *keys)
     return value if isinstance(value, dict) else {}
 
 
-def rows_of(data: Any, *keys: str) -> list[Any]:
-    """Like ``get``, for a list; empty where there is none."""
+def rows_of(data: object, *keys: str) -> list[Any]:
+    """Like `get`, for a list; empty if there is none."""
     value = get(data, *keys)
     return value if isinstance(value, list) else []
 
@@ -160,10 +160,6 @@ def flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _read_text(path: Path) -> str:
     return path.read_text(encoding="utf-8")
-
-
-def _read_json(path: Path) -> Any:
-    return json.loads(_read_text(path))
 
 
 def _date(run: Run) -> str:

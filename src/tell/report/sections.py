@@ -1,15 +1,13 @@
-"""The page's other sections: what was asked, losses, mixture, findings, anchor, how to run it again."""
+"""The page's other sections: the request, losses, mixture, findings, anchor, how to run it again."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
-from markupsafe import Markup
 
 from tell.config import GENERAL_AMOUNTS
-from tell.report.glossary import arm_order
-from tell.report.html_text import count, duration, is_number, number, power
+from tell.names import arm_order, is_number, show, show_count, show_duration, show_power
 from tell.report.read_run import Manifest, Run, flatten, get, mapping, rows_of
 from tell.report.svg import Scale, gaps, loss_chart, series_class, stream_figure
 from tell.report.told import told
@@ -20,7 +18,7 @@ PAIRS, DROPPED = 20, 50
 
 
 def facts(run: Run) -> list[tuple[str, str]]:
-    """What was asked, as label and value; only what is known."""
+    """What was requested, as label and value; only what is known."""
     general = get(run.config, "general", "source")
     amount = next(
         (f", {k} {v:g}" for k, v in mapping(run.config, "general").items() if k in GENERAL_AMOUNTS and is_number(v)), ""
@@ -49,18 +47,18 @@ def model_name(run: Run) -> str | None:
 
 
 def data_name(run: Run) -> str:
-    """The task data's file name without folder and endings, else the run folder's name. A file called ``train``
-    or ``data`` is named by its folder."""
+    """The task data's file name without folder and endings, or its folder's if it is called ``train`` or ``data``; else
+    the run folder's name."""
     path = get(run.findings, "data", "path") or get(run.config, "task", "data")
     parts = [p for p in str(path or run.name).replace("\\", "/").split("/") if p not in ("", ".", "..")] or [run.name]
     stem = parts[-1].split(".")[0] or parts[-1]
     return parts[-2] if stem.lower() in ("train", "data", "dataset") and len(parts) > 1 else stem
 
 
-def losses(run: Run) -> dict[str, Any] | None:
+def losses(run: Run) -> dict[str, object] | None:
     """A chart per trained arm on one loss axis, and the legend."""
     curves: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
-    for arm in arm_order(list(run.logs)):
+    for arm in arm_order(run.logs):
         by: dict[str, tuple[list[float], list[float]]] = {}
         for i, row in enumerate(run.logs[arm]):
             step = row["step"] if is_number(row.get("step")) else i + 1
@@ -71,7 +69,7 @@ def losses(run: Run) -> dict[str, Any] | None:
                     steps.append(step)
                     values.append(float(loss))
         if by:
-            curves[arm] = by
+            curves[arm] = dict(sorted(by.items(), key=_task_first))
     every = [v for by in curves.values() for _, values in by.values() for v in values]
     if not every:
         return None
@@ -79,24 +77,25 @@ def losses(run: Run) -> dict[str, Any] | None:
     scale = Scale.over([top], hold=[0.0], number=5)
     charts = []
     for i, (arm, by) in enumerate(curves.items()):
-        ordered = dict(sorted(by.items(), key=lambda item: (item[0] != "task", item[0])))
-        title = Markup("Training loss of {} over steps, by source").format(arm)
-        steps = max(int(s) for points, _ in by.values() for s in points)
         validation = get(run.metrics, "train", "arms", arm, "validation_loss")
         charts.append(
             {
                 "arm": arm,
-                "steps": steps,
-                "validation": number(validation) if is_number(validation) else "",
-                "svg": loss_chart(ordered, key=f"loss-{i}", title=title, y=scale),
+                "steps": int(max(step for steps, _ in by.values() for step in steps)),
+                "validation": show(validation) if is_number(validation) else "",
+                "svg": loss_chart(by, key=f"loss-{i}", title=f"Training loss of {arm} over steps, by source", y=scale),
             }
         )
-    sources = sorted({s for by in curves.values() for s in by}, key=lambda s: (s != "task", s))
-    return {"charts": charts, "legend": [(s, series_class(s)) for s in sources]}
+    sources = {source: None for by in curves.values() for source in by}
+    return {"charts": charts, "legend": [(s, series_class(s)) for s, _ in sorted(sources.items(), key=_task_first)]}
 
 
-def mixture(run: Run) -> dict[str, Any] | None:
-    """The drawn stream, the counts per source, and what was said of them."""
+def _task_first(item: tuple[str, object]) -> tuple[bool, str]:
+    return item[0] != "task", item[0]
+
+
+def mixture(run: Run) -> dict[str, object] | None:
+    """The drawn stream and the counts per source."""
     mixed = mapping(run.metrics, "mixture") if "mixture" in run.metrics else mapping(run.plan, "mixture")
     if not mixed and run.manifest is not None:
         mixed = counted(run.manifest)
@@ -104,9 +103,9 @@ def mixture(run: Run) -> dict[str, Any] | None:
         return None
     columns = [(k, label) for k, label in MIXTURE if mapping(mixed, k)]
     sources = list(dict.fromkeys(s for k, _ in columns for s in mixed[k]))
-    out: dict[str, Any] = {
+    out: dict[str, object] = {
         "columns": [label for _, label in columns],
-        "rows": [(s, [mixed[k].get(s) for k, _ in columns]) for s in sorted(sources, key=lambda s: (s != "task", s))],
+        "rows": sorted(((s, [mixed[k].get(s) for k, _ in columns]) for s in sources), key=_task_first),
         "ratio": mixed.get("ratio"),
         "repeat": mixed.get("repeat"),
         "order": mixed.get("order"),
@@ -142,22 +141,14 @@ def counted(manifest: Manifest) -> dict[str, Any]:
     return out
 
 
-def findings(run: Run) -> dict[str, Any]:
+def findings(run: Run) -> dict[str, object]:
     """Overlap, dropped rows, notices."""
     overlap = []
     for key, label in (("train_test", "training and test rows"), ("general_test", "general and test rows")):
-        entry = mapping(run.findings, "overlap", key)
-        if entry:
+        if entry := mapping(run.findings, "overlap", key):
             pairs = [{k: p.get(k, "") for k in PAIR} for p in rows_of(entry, "pairs") if isinstance(p, dict)]
-            overlap.append(
-                {
-                    "label": label,
-                    "exact": entry.get("exact"),
-                    "near": entry.get("near"),
-                    "pairs": pairs[:PAIRS],
-                    "hidden": max(0, len(pairs) - PAIRS),
-                }
-            )
+            counts = {k: entry.get(k) for k in ("exact", "near")} | {"hidden": max(0, len(pairs) - PAIRS)}
+            overlap.append({"label": label, "pairs": pairs[:PAIRS], **counts})
     left_out = rows_of(run.findings, "dropped_rows")
     dropped = [{k: r.get(k, "") for k in ("origin", "reason")} for r in left_out if isinstance(r, dict)]
     return {
@@ -170,22 +161,19 @@ def findings(run: Run) -> dict[str, Any]:
     }
 
 
-def anchor(run: Run) -> dict[str, Any] | None:
-    """The anchor with its candidates: the columns beyond text are whatever was recorded."""
+def anchor(run: Run) -> dict[str, object] | None:
+    """The anchor with its candidates and every column that was recorded of them."""
     if not run.anchor:
         return None
     candidates = [c for c in rows_of(run.anchor, "candidates") if isinstance(c, dict)]
     columns = [k for k in dict.fromkeys(k for c in candidates for k in c) if k != "text"]
+    text = run.anchor.get("text")
     rows = [
-        {
-            "text": c.get("text"),
-            "chosen": c.get("text") == run.anchor.get("text"),
-            "values": [_value(c.get(k)) for k in columns],
-        }
+        {"text": c.get("text"), "chosen": c.get("text") == text, "values": [_value(c.get(k)) for k in columns]}
         for c in candidates
     ]
     return {
-        "text": run.anchor.get("text") or "",
+        "text": text or "",
         "place": run.anchor.get("place"),
         "origin": ORIGINS.get(str(run.anchor.get("origin")), run.anchor.get("origin")),
         "hash": run.anchor.get("hash"),
@@ -202,7 +190,7 @@ ORIGINS = {
 }
 
 
-def again(run: Run) -> dict[str, Any]:
+def again(run: Run) -> dict[str, object]:
     """Everything needed to run it again."""
     machine = mapping(run.findings, "machine")
     arms = mapping(run.metrics, "train", "arms")
@@ -216,22 +204,22 @@ def again(run: Run) -> dict[str, Any]:
         "digest": run.manifest.digest if run.manifest else None,
         "anchor": run.anchor.get("hash"),
         "columns": [label for _, label, _ in keys],
-        "train": [(a, [show(get(arms, a, k)) for k, _, show in keys]) for a in arm_order(list(arms))],
+        "train": [(a, [show(get(arms, a, k)) for k, _, show in keys]) for a in arm_order(arms)],
     }
 
 
 TRAIN = (
-    ("steps", "Steps", count),
-    ("tokens", "Tokens", count),
-    ("trained_tokens", "Trained tokens", count),
-    ("flops", "FLOPs", power),
-    ("seconds", "Time", duration),
+    ("steps", "Steps", show_count),
+    ("tokens", "Tokens", show_count),
+    ("trained_tokens", "Trained tokens", show_count),
+    ("flops", "FLOPs", show_power),
+    ("seconds", "Time", show_duration),
     ("learning_rate", "Learning rate", lambda v: f"{v:g}" if is_number(v) else "–"),
-    ("validation_loss", "Validation loss", number),
+    ("validation_loss", "Validation loss", show),
 )
 
 
-def _value(value: Any) -> str:
+def _value(value: object) -> str:
     if value is None:
         return "–"
     if isinstance(value, bool):

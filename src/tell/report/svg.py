@@ -1,29 +1,31 @@
-"""Drawings as inline SVG. Places are per cent of the width, so text keeps its size from phone to desktop.
+"""Drawings as inline SVG. Places are per cent of the width, so that text keeps its size from phone to desktop.
 
-Every value that is not ours goes through ``Markup.format``, which escapes. Colours are classes of the stylesheet.
+Every value passes through ``Markup.format``, which escapes it. Colours are classes of the stylesheet.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from markupsafe import Markup
 
-from tell.report.html_text import count, is_number, plain
+from tell.names import has_interval, is_number, show_count
+from tell.report.html_text import plain
 
 SPREAD_COLUMNS = 400
 """Most columns drawn one by one; more are binned."""
 BINS = 160
 POINTS = 300
 """Most raw loss points drawn; more are averaged in equal groups of steps."""
+Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 
 
 @dataclass(frozen=True)
 class Scale:
-    """A linear axis with its ticks; ``at`` gives per cent of the width."""
+    """A linear axis with its ticks; ``at`` gives per cent of the width, ``up`` of the height from the top."""
 
     low: float
     high: float
@@ -31,6 +33,9 @@ class Scale:
 
     def at(self, value: float) -> float:
         return round(100 * min(1.0, max(0.0, (value - self.low) / (self.high - self.low))), 2)
+
+    def up(self, value: float) -> float:
+        return round(100 - self.at(value), 2)
 
     @classmethod
     def over(cls, values: Sequence[float], *, number: int = 4, hold: Sequence[float] = ()) -> Scale:
@@ -55,40 +60,49 @@ def nice(step: float) -> float:
 SHARE = Scale(0.0, 1.0, (0.0, 0.5, 1.0))
 
 
-def _anchor(place: float) -> str:
-    return "start" if place < 4 else "end" if place > 96 else "middle"
+def element(name: str, *content: str, **attributes: object) -> Markup:
+    """``<name key="value">content</name>``; in keys, ``_`` stands for ``-``, and ``class_`` for ``class``."""
+    pairs = ((key.rstrip("_").replace("_", "-"), value) for key, value in attributes.items())
+    shown = Markup("").join(Markup(' {}="{}"').format(key, value) for key, value in pairs)
+    return Markup("<{0}{1}>{2}</{0}>").format(Markup(name), shown, Markup("").join(content))
+
+
+def picture(kind: str, key: str, title: str, said: str, *content: Markup, height: int) -> Markup:
+    """A drawing with a title and a description for screen readers; ``key`` is unique in the page."""
+    labels = element("title", title, id=f"{key}-t"), element("desc", said, id=f"{key}-d")
+    named = {"aria_labelledby": f"{key}-t {key}-d"}
+    return element("svg", *labels, *content, class_=kind, role="img", height=height, **named)
+
+
+def _text(label: str, place: float, y: object, **more: object) -> Markup:
+    """A label of a horizontal axis; the first and the last stay inside."""
+    anchor = "start" if place < 4 else "end" if place > 96 else "middle"
+    return element("text", label, x=f"{place}%", y=y, text_anchor=anchor, **more)
 
 
 def interval_strip(value: object, ci: object, scale: Scale, *, style: str = "", zero: float | None = None) -> Markup:
-    """One row of a dot-and-interval plot. Hidden from screen readers: the cells beside it hold the numbers."""
-    parts = [
-        Markup('<line class="{}" x1="{}%" x2="{}%" y1="0" y2="100%"/>').format(
-            "zero" if zero is not None and abs(t - zero) < 1e-12 else "grid", scale.at(t), scale.at(t)
-        )
-        for t in scale.ticks
-    ]
-    if isinstance(ci, list | tuple) and len(ci) == 2 and all(is_number(x) for x in ci):
-        left, right = scale.at(ci[0]), scale.at(ci[1])
-        parts.append(Markup('<line class="span" x1="{}%" x2="{}%" y1="50%" y2="50%"/>').format(left, right))
+    """One row of a dot-and-interval plot. Hidden from screen readers: the cells next to it hold the numbers."""
+    parts = []
+    for tick in scale.ticks:
+        kind = "zero" if zero is not None and abs(tick - zero) < 1e-12 else "grid"
+        parts.append(element("line", class_=kind, x1=f"{scale.at(tick)}%", x2=f"{scale.at(tick)}%", y1=0, y2="100%"))
+    if has_interval(ci):
+        left, right = (f"{scale.at(limit)}%" for limit in ci)
+        parts.append(element("line", class_="span", x1=left, x2=right, y1="50%", y2="50%"))
     if is_number(value):
-        parts.append(Markup('<circle class="dot" cx="{}%" cy="50%" r="5"/>').format(scale.at(float(value))))
-    return Markup('<svg class="strip {}" aria-hidden="true" focusable="false">{}</svg>').format(
-        style, Markup("").join(parts)
-    )
+        parts.append(element("circle", class_="dot", cx=f"{scale.at(value)}%", cy="50%", r=5))
+    return element("svg", *parts, class_=f"strip {style}", aria_hidden="true", focusable="false")
 
 
 def axis_strip(scale: Scale, label: Callable[[float], str]) -> Markup:
     """The axis under a column of interval strips."""
-    ticks = scale.ticks if len(scale.ticks) <= 5 else tuple(scale.ticks[:: math.ceil(len(scale.ticks) / 5)])
-    parts = [
-        Markup('<text x="{}%" y="14" text-anchor="{}">{}</text>').format(scale.at(t), _anchor(scale.at(t)), label(t))
-        for t in ticks
-    ]
-    return Markup('<svg class="axis" aria-hidden="true" focusable="false">{}</svg>').format(Markup("").join(parts))
+    ticks = scale.ticks if len(scale.ticks) <= 5 else scale.ticks[:: math.ceil(len(scale.ticks) / 5)]
+    parts = [_text(label(tick), scale.at(tick), 14) for tick in ticks]
+    return element("svg", *parts, class_="axis", aria_hidden="true", focusable="false")
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """Centred moving average over about a twelfth of the steps, at least 3; ends use what lies within."""
+    """Centred moving average over about a twelfth of the steps, at least 3; shorter at the ends."""
     half = max(1, len(values) // 24)
     total = np.concatenate([[0.0], np.cumsum(values)])
     left = np.maximum(np.arange(len(values)) - half, 0)
@@ -96,67 +110,49 @@ def smooth(values: np.ndarray) -> np.ndarray:
     return (total[right] - total[left]) / (right - left)
 
 
-def loss_chart(
-    series: dict[str, tuple[Sequence[float], Sequence[float]]], *, key: str, title: str, y: Scale, height: int = 190
-) -> Markup:
+def loss_chart(series: Series, *, key: str, title: str, y: Scale, height: int = 190) -> Markup:
     """Loss over steps, a line per source: raw values as points, the smoothed value as a line.
 
     Args:
-        series: source to (steps, losses), both of length n; not finite values are left out.
-        key: unique in the page, for the ids of title and description.
+        series: source to (steps, losses), both of length n; values that are not finite are left out.
+        key: unique in the page.
         y: the axis of losses, shared by charts that are to be compared.
     """
-    every = [s for steps, _ in series.values() for s in steps]
-    last = max(every, default=1)
+    last = max((step for steps, _ in series.values() for step in steps), default=1)
     x = Scale.over([], number=6, hold=[0, max(last, 1)])
     x = Scale(0, max(last, 1), tuple(t for t in x.ticks if t <= last and t == int(t)))
-    grid, marks, lines, says = [], [], [], []
-    for t in y.ticks:
-        up = round(100 - y.at(t), 2)
-        grid.append(Markup('<line class="grid" x1="0" x2="100%" y1="{}%" y2="{}%"/>').format(up, up))
-        grid.append(Markup('<text x="-8" y="{}%" dy="4" text-anchor="end">{:g}</text>').format(up, t))
-    for t in x.ticks:
-        place = x.at(t)
-        grid.append(
-            Markup('<text x="{}%" y="100%" dy="16" text-anchor="{}">{}{:,.0f}</text>').format(
-                place, _anchor(place), "step " if t == 0 else "", t
-            )
-        )
+    marks, lines, said = [], [], []
+    for tick in y.ticks:
+        up = f"{y.up(tick)}%"
+        marks.append(element("line", class_="grid", x1=0, x2="100%", y1=up, y2=up))
+        marks.append(element("text", f"{tick:g}", x=-8, y=up, dy=4, text_anchor="end"))
+    for tick in x.ticks:
+        marks.append(_text(f"{'' if tick else 'step '}{tick:,.0f}", x.at(tick), "100%", dy=16))
     for source, (steps, losses) in series.items():
-        pair = np.array([(s, v) for s, v in zip(steps, losses, strict=True) if is_number(v)], dtype=float)
-        if not len(pair):
+        points = np.array([(s, v) for s, v in zip(steps, losses, strict=True) if is_number(v)], dtype=float)
+        if not len(points):
             continue
-        if len(pair) > POINTS:
-            pair = np.array([part.mean(axis=0) for part in np.array_split(pair, POINTS)])
-        name = series_class(source)
-        for step, loss in pair:
-            marks.append(
-                Markup('<circle class="raw {}" cx="{}%" cy="{}%" r="{}"/>').format(
-                    name, x.at(step), round(100 - y.at(loss), 2), 1.8 if len(pair) > 3 else 4
-                )
-            )
-        if len(pair) > 3:
-            shape = " ".join(
-                f"{x.at(s)},{round(100 - y.at(v), 2)}" for s, v in zip(pair[:, 0], smooth(pair[:, 1]), strict=True)
-            )
-            lines.append(Markup('<polyline class="line {}" points="{}"/>').format(name, shape))
-        says.append(f"{plain(source)}: {pair[0, 1]:.2f} at step {pair[0, 0]:.0f}, {pair[-1, 1]:.2f} at the end.")
-    return Markup(
-        '<svg class="chart" role="img" height="{height}" aria-labelledby="{key}-t {key}-d">'
-        '<title id="{key}-t">{title}</title><desc id="{key}-d">{desc}</desc>'
-        '<svg y="18" width="100%" height="{inner}" overflow="visible">{grid}{marks}'
-        '<svg width="100%" height="100%" viewBox="0 0 100 100" preserveAspectRatio="none" overflow="visible">{lines}'
-        "</svg></svg></svg>"
-    ).format(
-        key=key,
-        title=title,
-        desc=" ".join(says),
-        height=height,
-        inner=height - 40,
-        grid=Markup("").join(grid),
-        marks=Markup("").join(marks),
-        lines=Markup("").join(lines),
-    )
+        if len(points) > POINTS:
+            points = np.array([part.mean(axis=0) for part in np.array_split(points, POINTS)])
+        name, many = series_class(source), len(points) > 3
+        for step, loss in points:
+            place = {"cx": f"{x.at(step)}%", "cy": f"{y.up(loss)}%", "r": 1.8 if many else 4}
+            marks.append(element("circle", class_=f"raw {name}", **place))
+        if many:
+            line = zip(points[:, 0], smooth(points[:, 1]), strict=True)
+            shape = " ".join(f"{x.at(step)},{y.up(loss)}" for step, loss in line)
+            lines.append(element("polyline", class_=f"line {name}", points=shape))
+        (begin, first), (_, final) = points[0], points[-1]
+        said.append(f"{plain(source)}: {first:.2f} at step {begin:.0f}, {final:.2f} at the end.")
+    stretched = _stretched(lines, "100%", (100, 100), overflow="visible")
+    inner = element("svg", *marks, stretched, y=18, width="100%", height=height - 40, overflow="visible")
+    return picture("chart", key, title, " ".join(said), inner, height=height)
+
+
+def _stretched(parts: Iterable[Markup], height: object, box: tuple[int, int], **more: object) -> Markup:
+    """A drawing of its own units, as wide as the page lets it."""
+    size = {"width": "100%", "height": height, "viewBox": f"0 0 {box[0]} {box[1]}", "preserveAspectRatio": "none"}
+    return element("svg", *parts, **size, **more)
 
 
 def series_class(source: str) -> str:
@@ -165,140 +161,100 @@ def series_class(source: str) -> str:
 
 
 def stream_figure(task: np.ndarray, step: np.ndarray) -> tuple[Markup, str]:
-    """Where the task rows fall in the training stream.
+    """Where the task rows are in the training stream.
 
     Args:
         task: (n,) bool, True for a task row, in training order.
         step: (n,) int, optimiser step of each row.
 
     Returns:
-        The drawing, and one sentence on how to read it. Up to 400 steps each step is a column and each row a
-        cell; beyond, a bar for each of up to 160 equal stretches of the stream, as high as its task rows.
+        The drawing, and one sentence on how to read it. Up to 400 steps, each step is a column and each row a cell;
+        beyond, a bar for each of up to 160 equal stretches of the stream, as high as its task rows.
     """
-    n, steps = len(task), step - step.min()
-    columns = int(steps.max()) + 1
-    new = np.concatenate([[True], steps[1:] != steps[:-1]])
-    starts = np.flatnonzero(new)
-    row = np.arange(n) - starts[np.cumsum(new) - 1]
-    deep = int(row.max()) + 1
-    first, last = int(step.min()), int(step.max())
+    n, first, last = len(task), int(step.min()), int(step.max())
+    columns = last - first + 1
+    starts = np.flatnonzero(np.concatenate([[True], step[1:] != step[:-1]]))
+    sizes = np.diff([*starts, n])
+    row = np.arange(n) - np.repeat(starts, sizes)
+    deep = int(sizes.max())
     if columns <= SPREAD_COLUMNS and deep <= 64:
-        width = 100 / columns
-        cells = []
-        for up in range(deep):
-            places = np.sort(steps[task & (row == up)])
-            for left, length in [(int(p), 1) for p in places] if columns <= BINS else _runs(places):
-                cells.append(
-                    Markup('<rect x="{}" y="{}" width="{}" height="0.9"/>').format(
-                        round((left + 0.06) * width, 3), up, round((length - 0.12) * width, 3)
-                    )
-                )
-        back = Markup('<rect class="back" width="100" height="{}"/>').format(deep)
-        if len(starts) and n < columns * deep:  # the last batch is not full
-            short = n - starts[-1]
-            blank = (round((columns - 1) * width, 3), short, round(width, 3), deep - short)
-            back += Markup('<rect class="blank" x="{}" y="{}" width="{}" height="{}"/>').format(*blank)
-        inner, box, height = Markup("").join([back, *cells]), deep, min(160, max(48, deep * 9))
+        cells = _step_cells(task, step - first, row, columns)
+        if n < columns * deep:  # the last batch is not full
+            blank = {"x": round(100 - 100 / columns, 3), "width": round(100 / columns, 3)}
+            cells.insert(0, element("rect", class_="blank", y=sizes[-1], height=deep - sizes[-1], **blank))
+        box, height = deep, min(160, max(48, deep * 9))
         how = f"A column is one step, a cell one row of its batch of {deep}; the coloured cells are task rows."
     else:
         bins = min(BINS, n)
-        totals = np.array([part.sum() for part in np.array_split(task, bins)])
-        top = max(1, int(totals.max()))
-        bars = [
-            Markup('<rect x="{}" y="{}" width="{}" height="{}"/>').format(
-                round(i * 100 / bins, 3), round(100 - 100 * t / top, 2), round(88 / bins, 3), round(100 * t / top, 2)
-            )
+        totals = [int(part.sum()) for part in np.array_split(task, bins)]
+        top = max(1, *totals)
+        cells = [
+            _rect(i * 100 / bins, round(100 - 100 * t / top, 2), 88 / bins, round(100 * t / top, 2))
             for i, t in enumerate(totals)
             if t
         ]
-        inner = Markup("").join([Markup('<rect class="back" width="100" height="100"/>'), *bars])
         box, height = 100, 120
-        how = f"A bar is a stretch of about {count(round(n / bins))} rows; the highest holds {top} task rows."
+        how = f"A bar is a stretch of about {show_count(round(n / bins))} rows; the highest holds {top} task rows."
+    back = element("rect", class_="back", width=100, height=box)
     ends = [(0.0, first), (50.0, (first + last) // 2), (100.0, last)] if columns > 2 else [(0.0, first)]
-    labels = [
-        Markup('<text x="{}%" y="{}" text-anchor="{}">{}</text>').format(
-            x, height + 16, _anchor(x), f"step {s:,}" if x == 0 else f"{s:,}"
-        )
-        for x, s in ends
-    ]
-    picture = Markup(
-        '<svg class="stream" role="img" height="{total}" aria-labelledby="stream-t stream-d">'
-        '<title id="stream-t">Where the task rows fall in the training stream</title>'
-        '<desc id="stream-d">{desc}</desc>'
-        '<svg width="100%" height="{height}" viewBox="0 0 100 {box}" preserveAspectRatio="none">{inner}</svg>{labels}'
-        "</svg>"
-    ).format(
-        total=height + 22,
-        desc=f"{int(task.sum()):,} task rows among {n:,} rows in {columns:,} steps. {gaps(task)}",
-        height=height,
-        box=box,
-        inner=inner,
-        labels=Markup("").join(labels),
-    )
-    return picture, how
+    labels = [_text(f"{'' if x else 'step '}{at:,}", x, height + 16) for x, at in ends]
+    said = f"{int(task.sum()):,} task rows among {n:,} rows in {columns:,} steps. {gaps(task)}"
+    parts = _stretched([back, *cells], height, (100, box)), *labels
+    title = "Where the task rows are in the training stream"
+    return picture("stream", "stream", title, said, *parts, height=height + 22), how
 
 
-def _runs(columns: np.ndarray) -> list[tuple[int, int]]:
-    """Neighbouring columns as (first, length)."""
-    if not len(columns):
-        return []
-    parts = np.split(columns, np.flatnonzero(np.diff(columns) > 1) + 1)
-    return [(int(part[0]), len(part)) for part in parts]
+def _step_cells(task: np.ndarray, column: np.ndarray, row: np.ndarray, columns: int) -> list[Markup]:
+    """A cell for each task row; in many columns, one for each run of neighbours."""
+    width, cells = 100 / columns, []
+    for up in range(int(row.max()) + 1):
+        places = np.sort(column[task & (row == up)])
+        breaks = np.flatnonzero(np.diff(places) > 1) + 1 if columns > BINS else np.arange(1, len(places))
+        for run in np.split(places, breaks):
+            if len(run):
+                cells.append(_rect((run[0] + 0.06) * width, up, (len(run) - 0.12) * width, 0.9))
+    return cells
+
+
+def _rect(x: float, y: float, width: float, height: float) -> Markup:
+    return element("rect", x=round(float(x), 3), y=y, width=round(float(width), 3), height=height)
 
 
 def gaps(task: np.ndarray) -> str:
-    """One sentence on how evenly the task rows lie; ``task`` is (n,) bool in training order."""
+    """One sentence on how evenly the task rows are spread; ``task`` is (n,) bool in training order."""
     places = np.flatnonzero(task)
     if not len(places):
         return "No task row is in the stream."
     if len(places) == len(task):
         return "Every row is a task row."
-    between = np.diff(places) - 1
-    edges = [int(places[0]), int(len(task) - 1 - places[-1])]
-    longest = max([*edges, *(int(b) for b in between)])
+    longest = int(np.diff([-1, *places, len(task)]).max()) - 1
     return (
         f"One row in {len(task) / len(places):.1f} is a task row; "
         f"the longest stretch without one is {longest:,} row{'s' * (longest != 1)}."
     )
 
 
-def _mean(values: np.ndarray) -> str:
-    known = values[np.isfinite(values)]
-    return f"{known.mean():.3f}" if len(known) else "none"
-
-
-def outcome_figure(values: dict[str, np.ndarray], labels: dict[str, str], title: str) -> Markup:
+def outcome_figure(values: dict[str, np.ndarray], title: str) -> Markup:
     """A line per arm, a column per test row, as dark as the row's score; NaN stays empty.
 
     Args:
         values: arm to (n,) scores in [0, 1], the same rows in the same order.
-        labels: arm to the text that stands above its line.
     """
-    n = len(next(iter(values.values())))
-    bins = min(n, SPREAD_COLUMNS)
-    lines, line = [], 34
+    bins, line = min(len(next(iter(values.values()))), SPREAD_COLUMNS), 34
+    lines, said = [], []
     for i, (arm, scores) in enumerate(values.items()):
-        cells = []
-        for j, part in enumerate(np.array_split(scores, bins)):
-            known = part[np.isfinite(part)]
-            if len(known) and known.mean() > 0:
-                cells.append(
-                    Markup('<rect x="{}" width="{}" height="1" opacity="{}"/>').format(
-                        round(j * 100 / bins, 3), round(86 / bins, 3), round(0.15 + 0.85 * float(known.mean()), 2)
-                    )
-                )
-        lines.append(
-            Markup(
-                '<text x="0" y="{}">{}</text><svg y="{}" width="100%" height="14" viewBox="0 0 100 1" '
-                'preserveAspectRatio="none"><rect class="back" width="100" height="1"/>{}</svg>'
-            ).format(line * i + 12, plain(labels.get(arm, arm)), line * i + 17, Markup("").join(cells))
-        )
-    return Markup(
-        '<svg class="stream" role="img" height="{}" aria-labelledby="outcome-t outcome-d">'
-        '<title id="outcome-t">{}</title><desc id="outcome-d">{}</desc>{}</svg>'
-    ).format(
-        line * len(values),
-        title,
-        " ".join(f"{plain(labels.get(a, a))}: mean {_mean(v)}." for a, v in values.items()),
-        Markup("").join(lines),
-    )
+        cells = [element("rect", class_="back", width=100, height=1)]
+        for j, mean in enumerate(map(_mean, np.array_split(scores, bins))):
+            if mean:
+                place = {"x": round(j * 100 / bins, 3), "width": round(86 / bins, 3)}
+                cells.append(element("rect", **place, height=1, opacity=round(0.15 + 0.85 * mean, 2)))
+        lines.append(element("text", plain(arm), x=0, y=line * i + 12))
+        lines.append(_stretched(cells, 14, (100, 1), y=line * i + 17))
+        mean = _mean(scores)
+        said.append(f"{plain(arm)}: mean {'none' if mean is None else f'{mean:.3f}'}.")
+    return picture("stream", "outcome", title, " ".join(said), *lines, height=line * len(values))
+
+
+def _mean(values: np.ndarray) -> float | None:
+    known = values[np.isfinite(values)]
+    return float(known.mean()) if len(known) else None

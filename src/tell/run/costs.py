@@ -9,8 +9,8 @@ import numpy as np
 
 from tell.config import Config
 from tell.mix.mixture import TASK, Mixture
+from tell.models import machine
 from tell.models.flops import lora_parameters, training_flops
-from tell.models.machine import likely_device, likely_dtype
 from tell.models.predict import answer_speed, predict_seconds
 from tell.names import ARMS
 from tell.rows.prefix import common_prefix, computed_tokens
@@ -47,14 +47,13 @@ def computed_by(task: Task, mixture: Mixture) -> int:
         prefix=prefix,
         shared=common_prefix(heads[True] + heads[False]) if heads[False] else 0,
         micro_tokens=config.micro_tokens,
-        device=likely_place(task.config)[0],
+        device=likely_place(task.config).device,
     )
 
 
-def likely_place(config: Config) -> tuple[str, str]:
+def likely_place(config: Config) -> machine.Place:
     """Device and number format that the run will compute in, as far as can be known without torch."""
-    device = likely_device() if config.model.device == "auto" else config.model.device
-    return device, likely_dtype(device) if config.model.dtype == "auto" else config.model.dtype
+    return machine.likely_place(config.model.device, config.model.dtype)
 
 
 def arm_costs(task: Task, mixture: Mixture) -> dict:
@@ -64,10 +63,9 @@ def arm_costs(task: Task, mixture: Mixture) -> dict:
     trained = int(mixture.column("trained").sum(dtype=np.int64))
     adapter = lora_parameters(arch, config.train.lora_r, config.train.lora_targets)
     tokens = int(lengths.sum(dtype=np.int64))
-    device, dtype = likely_place(config)
     facts = {"trained_tokens": trained, "lengths": lengths.tolist(), "lora_parameters": adapter}
     computed = max(1, computed_by(task, mixture))
-    time = predict_seconds(arch, computed, fingerprint=task.files.fingerprint, device=device, dtype=dtype, **facts)
+    time = predict_seconds(arch, computed, fingerprint=task.files.fingerprint, place=likely_place(config), **facts)
     return {
         "steps": mixture.steps(config.train.batch_size),
         "rows": len(mixture),
@@ -91,8 +89,7 @@ class Pace:
     def of(cls, task: Task, costs: dict) -> Pace:
         """From what an arm's training is predicted to take, and the decoding speed measured here, if any."""
         train = costs["computed_tokens"] / costs["seconds"] if costs["seconds"] else 1.0
-        device, dtype = likely_place(task.config)
-        measured = answer_speed(task.files.fingerprint, device=device, dtype=dtype)
+        measured = answer_speed(task.files.fingerprint, likely_place(task.config))
         return cls(train, measured or train / ANSWER_SECONDS_SHARE)
 
 

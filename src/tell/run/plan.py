@@ -135,7 +135,6 @@ def _predicted(prepared: Prepared, main: dict, costs: dict[str, dict]) -> dict:
     """``predicted`` of plan.json: seconds by stage, and memory."""
     task, train = prepared.task, prepared.task.config.train
     arch = task.files.architecture
-    device, dtype = likely_place(task.config)
     tokens = prepared.mixtures[prepared.lead or "tell"][1].column("tokens")
     memory = predict_memory(
         arch,
@@ -143,8 +142,7 @@ def _predicted(prepared: Prepared, main: dict, costs: dict[str, dict]) -> dict:
         trained_share=main["trained_tokens"] / max(1, main["tokens"]),
         lora_parameters=lora_parameters(arch, train.lora_r, train.lora_targets),
         lora_rank=train.lora_r,
-        device=device,
-        dtype=dtype,
+        place=likely_place(task.config),
     )
     pace = Pace.of(task, main)
     arms = [arm for arm in wanted_arms(task.config) if arm not in prepared.same]

@@ -128,7 +128,7 @@ def help_training(processes: Processes, config: Config) -> RunFolder:
     stop = Stop(Path(config.out or "."))
     base = None
     with stop.listening():
-        while isinstance(job := processes.tell(), Job):
+        while isinstance(job := processes.broadcast(), Job):
             try:
                 with processes.agreed():
                     base = _base(job, config, processes, base)
@@ -179,5 +179,5 @@ def start_job(processes: Processes, files: ModelFiles, loaded: Loaded, training:
     Raises:
         TellError: one of them cannot.
     """
-    processes.tell(Job(files.fingerprint, dtype_name(loaded), training))
+    processes.broadcast(Job(files.fingerprint, dtype_name(loaded), training))
     processes.agree()

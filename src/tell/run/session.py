@@ -142,9 +142,7 @@ class Session:
                 progress(rows)
             self.check()
 
-        return row_losses(
-            self.model, table, micro_tokens=self.config.train.micro_tokens, device=self.device, progress=advance
-        )
+        return row_losses(self.model, table, micro_tokens=self.config.train.micro_tokens, progress=advance)
 
 
 def _load(session: Session) -> tuple[Loaded, DecodingEngine]:

@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from tell.errors import TellError
+from tell.models.machine import Place
 from tell.models.predict import record_speed
 from tell.rows.row_table import RowTable
 from tell.rows.tokenize import prompt_ids
@@ -30,11 +31,11 @@ def measure_pace(task: Task, table: RowTable, session: Session) -> None:
     """
     import torch
 
+    from tell.train.device import trains_fast
     from tell.train.lora import add_lora, remove_lora
     from tell.train.packing import TrainRow
     from tell.train.plain import PlainBody, plain_step_loss
-    from tell.train.step import Body, step_loss
-    from tell.train.transfer import trains_fast
+    from tell.train.step import Body, StepRules, step_loss
 
     config, loaded = task.config, session.loaded
     decode = _decoding_speed(task, session.engine)
@@ -43,15 +44,11 @@ def measure_pace(task: Task, table: RowTable, session: Session) -> None:
     plain = None if fast else PlainBody(tuned)
     try:
         step = partial(step_loss, Body(tuned)) if plain is None else partial(plain_step_loss, plain)
+        rules = StepRules(config.train.loss_normalization, micro_tokens=config.train.micro_tokens)
         rows = [TrainRow(*table.row(i % len(table)), 0, True) for i in range(config.train.batch_size)]
         for part in (rows[:WARM_UP_ROWS], rows):
             begin = time.monotonic()
-            out = step(
-                part,
-                normalization=config.train.loss_normalization,
-                micro_tokens=config.train.micro_tokens,
-                device=loaded.device,
-            )
+            out = step(part, rules)
             if loaded.device.type != "cpu":
                 torch.accelerator.synchronize()
             seconds = time.monotonic() - begin
@@ -85,8 +82,7 @@ def keep_speed(task: Task, loaded: Loaded, tokens_per_second: float, decoded_per
     with suppress(TellError):  # a home that cannot be written costs the next plan's accuracy, not this run
         record_speed(
             task.files.fingerprint,
-            loaded.device.type,
-            dtype_name(loaded),
+            Place(loaded.device.type, dtype_name(loaded)),
             tokens_per_second,
             answer_tokens_per_second=decoded_per_second,
         )

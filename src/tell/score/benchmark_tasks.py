@@ -1,13 +1,13 @@
 """Benchmarks of general ability: their tasks in lm-evaluation-harness, local files for them, and means over tasks.
 
 The harness reads the hub's copies of AGIEval (``hails/agieval-*``), whose ``query`` is AGIEval's own zero-shot prompt;
-the files of the AGIEval repository hold its parts, and are put together here in the same way. A test compares sizes.
+the files of AGIEval's repository hold its parts, which are joined here in the same way. A test compares sizes.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,29 +22,12 @@ from tell.score.scored import Metric
 
 Row = dict[str, Any]
 AGIEVAL_EN = (
-    "aqua_rat",
-    "gaokao_english",
-    "logiqa_en",
-    "lsat_ar",
-    "lsat_lr",
-    "lsat_rc",
-    "math",
-    "sat_en_without_passage",
-    "sat_en",
-    "sat_math",
+    *("aqua_rat", "gaokao_english", "logiqa_en", "lsat_ar", "lsat_lr", "lsat_rc", "math"),
+    *("sat_en_without_passage", "sat_en", "sat_math"),
 )
 AGIEVAL_CN = (
-    "gaokao_biology",
-    "gaokao_chemistry",
-    "gaokao_chinese",
-    "gaokao_geography",
-    "gaokao_history",
-    "gaokao_mathcloze",
-    "gaokao_mathqa",
-    "gaokao_physics",
-    "jec_qa_ca",
-    "jec_qa_kd",
-    "logiqa_zh",
+    *("gaokao_biology", "gaokao_chemistry", "gaokao_chinese", "gaokao_geography", "gaokao_history"),
+    *("gaokao_mathcloze", "gaokao_mathqa", "gaokao_physics", "jec_qa_ca", "jec_qa_kd", "logiqa_zh"),
 )
 PREFIX = "agieval_"
 GROUPS: dict[str, tuple[str, ...]] = {
@@ -62,10 +45,9 @@ class LocalTask:
     """One task's rows from files, in the columns the harness expects.
 
     Attributes:
-        test: rows to answer.
-        train: rows to show as examples; empty where none are shown.
+        train: rows to show as examples; empty if none are shown.
         digest: 16 hexadecimal digits over the files.
-        dropped: rows left out for want of a usable answer key.
+        dropped: number of rows left out because their answer key is unusable.
     """
 
     test: list[Row]
@@ -75,72 +57,63 @@ class LocalTask:
 
 
 def benchmark_tasks(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """Tasks of the harness under each benchmark asked for: itself, or those of a group of AGIEval.
+    """The harness's tasks of each requested benchmark: itself, or those of a group of AGIEval.
 
     Raises:
         TellError: an unknown name, with the nearest.
     """
-    known = [*SHOTS, *GROUPS, *GROUPS["agieval"]]
-    out: dict[str, tuple[str, ...]] = {}
-    for name in names:
-        if name not in known:
-            raise TellError(
-                f"unknown benchmark {name!r}",
-                where="benchmarks",
-                nearest=did_you_mean(name, known),
-                remedy=f"Use {', '.join([*SHOTS, *GROUPS])}, or one task of AGIEval, e.g. agieval_sat_math.",
-            )
-        out[name] = GROUPS.get(name, (name,))
-    return out
+    known, names = [*SHOTS, *GROUPS, *GROUPS["agieval"]], list(names)
+    if unknown := next((name for name in names if name not in known), None):
+        raise TellError(
+            f"unknown benchmark {unknown!r}",
+            where="benchmarks",
+            nearest=did_you_mean(unknown, known),
+            remedy=f"Use {', '.join([*SHOTS, *GROUPS])}, or one task of AGIEval, e.g. agieval_sat_math.",
+        )
+    return {name: GROUPS.get(name, (name,)) for name in names}
 
 
 def task_shots(task: str, shots: int | None) -> int:
-    """Examples shown before each question: ``shots``, or the harness's own number; none where there are none to show.
+    """Examples shown before each question: ``shots``, or the harness's own number.
 
-    AGIEval has test rows only: the harness would show other test rows, perhaps the question itself.
+    None for AGIEval, which has test rows only: the harness would show other test rows, perhaps the question itself.
     """
     return 0 if task not in SHOTS else SHOTS[task] if shots is None else shots
 
 
+def _stem(task: str, part: str) -> str:
+    """Path of a task's file in the folder, without its ending."""
+    return f"{task}_{part}" if task in SHOTS else f"agieval/{task.removeprefix(PREFIX).replace('_', '-')}"
+
+
 def local_files(task: str, folder: str | Path) -> dict[str, Path]:
-    """Files of a task by part: ``test`` and, where there is one, ``train``; without ``test`` there are none.
+    """Files of a task by part: ``test`` and, if there is one, ``train``; none without ``test``.
 
     ``gsm8k_test.jsonl.gz``, ``openbookqa_train.jsonl``, ``agieval/lsat-ar.jsonl``: any format TELL reads.
 
     Raises:
-        TellError: ``folder`` is no folder.
+        TellError: ``folder`` is not a folder.
     """
     root = expanded(folder)
     if not root.is_dir():
         raise TellError("no such folder", where=str(folder), remedy="Give the folder that holds the benchmarks' files.")
-    if task in SHOTS:
-        stems = {"test": root / f"{task}_test", "train": root / f"{task}_train"}
-    else:
-        stems = {"test": root / "agieval" / task.removeprefix(PREFIX).replace("_", "-")}
     found = {}
-    for part, stem in stems.items():
-        matches = sorted(p for p in stem.parent.glob(f"{stem.name}.*") if format_of(p))
-        if matches:
+    for part in ("test", "train") if task in SHOTS else ("test",):
+        if matches := sorted(path for path in root.glob(f"{_stem(task, part)}.*") if format_of(path)):
             found[part] = matches[0]
     return found if "test" in found else {}
 
 
 def local_tasks(groups: dict[str, tuple[str, ...]], folder: str | Path) -> dict[str, tuple[str, ...]]:
-    """``groups`` as far as there are files for them.
+    """``groups`` without the tasks that have no files.
 
     Raises:
         TellError: a benchmark without any file.
     """
-    out = {}
-    for name, tasks in groups.items():
-        out[name] = tuple(task for task in tasks if local_files(task, folder))
-        if not out[name]:
-            stem = f"agieval/{tasks[0].removeprefix(PREFIX).replace('_', '-')}" if name not in SHOTS else f"{name}_test"
-            raise TellError(
-                f"holds no file for {name}",
-                where=str(folder),
-                remedy=f"Put e.g. {stem}.jsonl there, or leave {name} out.",
-            )
+    out = {name: tuple(task for task in tasks if local_files(task, folder)) for name, tasks in groups.items()}
+    if missing := next((name for name, tasks in out.items() if not tasks), None):
+        remedy = f"Put e.g. {_stem(groups[missing][0], 'test')}.jsonl there, or leave {missing} out."
+        raise TellError(f"holds no file for {missing}", where=str(folder), remedy=remedy)
     return out
 
 
@@ -148,17 +121,17 @@ def read_task(task: str, folder: str | Path, *, shots: int) -> LocalTask:
     """Rows of one task, as the harness's own dataset has them.
 
     Args:
-        shots: examples shown before each question; with 0 the training file is not looked at.
+        shots: examples shown before each question; with 0 the training file is not read.
 
     Raises:
         TellError: no file, a column that is missing, or fewer training rows than examples.
     """
     found = local_files(task, folder)
-    stem = f"{task}_train" if task in SHOTS else task
-    if "test" not in found:
+    if not found:
         raise TellError(f"holds no file for {task}", where=str(folder), remedy="Check --benchmark-data.")
     if shots and "train" not in found:
-        check_file(Path(folder) / f"{stem}.jsonl", remedy="Put it there, or use --benchmark-shots 0.")
+        train = Path(folder) / f"{_stem(task, 'train')}.jsonl"
+        check_file(train, remedy="Put it there, or use --benchmark-shots 0.")
     parts = {part: path for part, path in found.items() if part == "test" or shots}
     digest = hashlib.sha256(b"".join(hashlib.sha256(path.read_bytes()).digest() for path in parts.values()))
     rows, dropped = {}, 0
@@ -166,17 +139,16 @@ def read_task(task: str, folder: str | Path, *, shots: int) -> LocalTask:
         read = [_converted(task, row, f"{path}:{number}") for number, row in read_records(path)]
         rows[part] = [row for row in read if row is not None]
         dropped += len(read) - len(rows[part])
-        if not rows[part] or (part == "train" and len(rows[part]) < shots):
-            raise TellError(
-                f"has {len(rows[part])} usable rows", where=str(path), remedy="Give the benchmark's whole file."
-            )
+        usable = len(rows[part])
+        if not usable or (part == "train" and usable < shots):
+            raise TellError(f"has {usable} usable rows", where=str(path), remedy="Give the benchmark's whole file.")
     return LocalTask(rows["test"], rows.get("train", []), digest.hexdigest()[:16], dropped)
 
 
 def group_mean(tasks: Sequence[Metric]) -> Metric:
-    """The arithmetic mean of tasks' means, each weighing the same however many rows it has (paper, A.5).
+    """The arithmetic mean of tasks' means, with equal weights whatever their number of rows (paper, A.5).
 
-    Intervals come from resampling rows of all tasks together; a task that a resample left out does not count in it.
+    Intervals come from resampling the rows of all tasks together; a task without a row in a resample is left out of it.
     """
     if len(tasks) == 1:
         return tasks[0]
@@ -193,7 +165,7 @@ def group_mean(tasks: Sequence[Metric]) -> Metric:
 
 
 def _converted(task: str, row: Row, where: str) -> Row | None:
-    """A row in the hub's columns; None where its answer key is unusable."""
+    """A row in the hub's columns; None if its answer key is unusable."""
     if task == "gsm8k":
         return {"question": _text(row, "question", where), "answer": _text(row, "answer", where)}
     if task == "openbookqa":
@@ -210,7 +182,7 @@ def _openbookqa(row: Row, where: str) -> Row:
         texts = _texts(row, "choices", where)
         labels, key = list(LETTERS[: len(texts)]), _text(row, "answer", where)
     if key.strip() not in labels:
-        raise TellError(f"the answer {key!r} is none of {', '.join(labels)}", where=where, remedy="Mend that row.")
+        raise TellError(f"the answer {key!r} is not one of {', '.join(labels)}", where=where, remedy="Fix that row.")
     return {"question_stem": question, "choices": {"text": texts, "label": labels}, "answerKey": key.strip()}
 
 
@@ -237,18 +209,19 @@ def _agieval(task: str, row: Row, where: str) -> Row | None:
 
 
 def _text(row: Row, name: str, where: str) -> str:
-    return _column(row, name, where, lambda value: isinstance(value, str) and bool(value.strip()), "text")
+    value = row.get(name)
+    if isinstance(value, str) and value.strip():
+        return value
+    raise _misfit(row, name, where, "text")
 
 
 def _texts(row: Row, name: str, where: str) -> list[str]:
-    def fits(value: Any) -> bool:
-        return isinstance(value, list) and 2 <= len(value) <= len(LETTERS) and all(isinstance(x, str) for x in value)
+    value = row.get(name)
+    if isinstance(value, list) and 2 <= len(value) <= len(LETTERS) and all(isinstance(text, str) for text in value):
+        return value
+    raise _misfit(row, name, where, f"a list of 2 to {len(LETTERS)} texts")
 
-    return _column(row, name, where, fits, f"a list of 2 to {len(LETTERS)} texts")
 
-
-def _column(row: Row, name: str, where: str, fits: Callable[[Any], bool], kind: str) -> Any:
-    if not fits(row.get(name)):
-        what = f"{name} is not {kind}" if name in row else f"has no column {name}"
-        raise TellError(what, where=where, remedy=f"Columns of this row: {', '.join(row) or 'none'}.")
-    return row[name]
+def _misfit(row: Row, name: str, where: str, kind: str) -> TellError:
+    what = f"{name} is not {kind}" if name in row else f"has no column {name}"
+    return TellError(what, where=where, remedy=f"Columns of this row: {', '.join(row) or 'none'}.")

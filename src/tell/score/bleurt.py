@@ -1,17 +1,15 @@
 """BLEURT-20, the learned metric of the paper's translation figures, in PyTorch.
 
 Published by Pu et al., "Learning Compact Metrics for MT" (EMNLP 2021; github.com/google-research/bleurt): RemBERT reads
-``[CLS] reference [SEP] candidate [SEP]``, and one linear layer on its pooled first state gives the score, about 0 for a
-wrong translation and 1 for a perfect one. Loaded from the authors' checkpoint (a TensorFlow SavedModel, read without
-TensorFlow) or from its port to PyTorch (lucadiliello/BLEURT-20). The distilled BLEURT-20-D12, D6 and D3 are of the same
-kind; the older English ones, on BERT, are not taken.
+``[CLS] reference [SEP] candidate [SEP]``, and a linear layer on its pooled first state gives the score, about 0 for a
+wrong translation and 1 for a perfect one. Loads the PyTorch port (lucadiliello/BLEURT-20) and ports of the distilled
+BLEURT-20-D12, D6 and D3; the older English checkpoints, based on BERT, are refused.
 """
 
 from __future__ import annotations
 
 import pickle
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,18 +17,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tell.data.json_text import read_json
-from tell.errors import TellError, first_line
+from tell.errors import TellError, first_line, require_package
 from tell.files import expanded
 from tell.score.means import check_pairs
-from tell.score.tf_checkpoint import read_variables
 
 if TYPE_CHECKING:
     import torch
+    from sentencepiece import SentencePieceProcessor
 
 WHERE = "eval.bleurt"
-_GIVE = "Give the folder of BLEURT-20 (its unpacked zip, or a copy of lucadiliello/BLEURT-20)."
-_SAFE, _PICKLED = "model.safetensors", "pytorch_model.bin"
-_PORT, _TENSORFLOW = ("config.json", "spm.model"), ("bert_config.json", "bleurt_config.json")
+_GIVE = "Give lucadiliello/BLEURT-20, or a folder with a copy of it."
+_CONFIG, _PIECES, _SAFE, _PICKLED = "config.json", "spm.model", "model.safetensors", "pytorch_model.bin"
 _BATCH_TOKENS = 8192  # in one pass, padding included
 _ARCHITECTURE = (
     *("vocab_size", "input_embedding_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
@@ -40,14 +37,7 @@ _ARCHITECTURE = (
 
 @dataclass(frozen=True)
 class BleurtFiles:
-    """A checkpoint on disk.
-
-    Attributes:
-        config: architecture, under the names of RemBERT in transformers.
-        pieces: the SentencePiece model.
-        weights: safetensors or ``pytorch_model.bin``, or the prefix of TensorFlow's variables.
-        max_length: tokens of a pair, special ones included.
-    """
+    """A checkpoint on disk: the architecture under RemBERT's names, SentencePiece model, weights, tokens of a pair."""
 
     config: dict[str, Any]
     pieces: Path
@@ -56,13 +46,13 @@ class BleurtFiles:
 
 
 class Bleurt:
-    """Scores candidates against references; weights are loaded when first needed, in fp32, on the GPU if there is one.
+    """Scores candidates against references; its weights load on first use, in fp32, on the GPU if there is one.
 
     Args:
         name: folder of a checkpoint, or a name on the Hugging Face hub such as ``lucadiliello/BLEURT-20``.
 
     Raises:
-        TellError: it cannot be found, or is not of BLEURT-20's kind; sentencepiece is not installed.
+        TellError: it cannot be found, or is not a BLEURT-20; sentencepiece is not installed.
     """
 
     def __init__(self, name: str) -> None:
@@ -70,20 +60,20 @@ class Bleurt:
         self._pieces = _load_pieces(self.files.pieces)
         self._special = [self._pieces.PieceToId(piece) for piece in ("[CLS]", "[SEP]")]
         if self._pieces.unk_id() in self._special:
-            raise TellError("knows no [CLS] and [SEP]", where=str(self.files.pieces), remedy=_GIVE)
+            raise _refused("lacks the pieces [CLS] and [SEP]", self.files.pieces)
         self._loaded: tuple[torch.nn.Module, torch.nn.Linear] | None = None
 
     def score(self, candidates: Sequence[str], references: Sequence[str]) -> np.ndarray:
-        """(n,) float64, a score for each pair; it depends on nothing but the pair.
+        """(n,) float64, the score of each pair, independent of the other pairs.
 
-        Pairs of more tokens than the checkpoint takes (512) are cut at the end of the longer text, as published.
+        A pair of more tokens than the checkpoint takes (512) is cut at the end of the longer text, as published.
 
         Raises:
             TellError: the lengths differ, there is no pair, or the weights do not fit the architecture.
         """
         check_pairs(candidates, references)
         rows = [self.encode(*pair) for pair in zip(references, candidates, strict=True)]
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]), reverse=True)  # the longest fail first
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]), reverse=True)  # out of memory: at once
         scores = np.empty(len(rows))
         start = 0
         while start < len(order):
@@ -128,36 +118,30 @@ def find_bleurt(name: str) -> BleurtFiles:
     folder = expanded(name)
     if not folder.is_dir():
         if folder.exists():
-            raise TellError(f"{name} is a file, not a folder", where=WHERE, remedy=_GIVE)
+            raise _refused(f"{name} is a file, not a folder")
         folder = _from_hub(name)
     if (folder / "bleurt_config.json").exists():
-        config, settings = (_read_json(folder / part) for part in _TENSORFLOW)
-        pieces = folder / f"{settings.get('sp_model') or 'sent_piece'}.model"
-        weights = folder / "variables" / "variables"
-        max_length = settings.get("max_seq_length")
-        config = {**config, "hidden_act": _activation(folder / "saved_model.pb", config)}
-    else:
-        config, pieces = _read_json(folder / _PORT[0]), folder / _PORT[1]
-        weights = folder / (_SAFE if (folder / _SAFE).exists() else _PICKLED)
-        max_length = config.get("max_position_embeddings")
-    config.setdefault("input_embedding_size", config.get("embedding_size"))
-    there = weights.exists() or weights.with_suffix(".index").exists()
+        raise _refused("is a TensorFlow checkpoint", folder)
+    try:
+        config = read_json((folder / _CONFIG).read_text(encoding="utf-8"))
+        config.setdefault("input_embedding_size", config.get("embedding_size"))
+    except (OSError, ValueError, AttributeError) as error:
+        reason = "not a JSON object" if isinstance(error, AttributeError) else getattr(error, "strerror", None) or error
+        raise _refused(f"cannot be read ({reason})", folder / _CONFIG) from error
+    max_length = int(config.get("max_position_embeddings") or 0)
+    pieces, weights = folder / _PIECES, folder / (_SAFE if (folder / _SAFE).exists() else _PICKLED)
     for what, fault in (
-        ("a factored embedding, so it is no BLEURT-20", not config["input_embedding_size"] or not max_length),
+        ("a factored embedding, so it is not a BLEURT-20", not config["input_embedding_size"] or not max_length),
         ("a SentencePiece model", not pieces.exists()),
-        (f"weights ({_SAFE}, {_PICKLED} or variables/)", not there),
+        (f"weights ({_SAFE} or {_PICKLED})", not weights.exists()),
     ):
         if fault:
-            raise TellError(f"lacks {what}", where=f"{WHERE}: {folder}", remedy=_GIVE)
-    return BleurtFiles({key: config[key] for key in _ARCHITECTURE if key in config}, pieces, weights, int(max_length))
+            raise _refused(f"lacks {what}", folder)
+    return BleurtFiles({key: config[key] for key in _ARCHITECTURE if key in config}, pieces, weights, max_length)
 
 
-def _activation(graph: Path, config: Mapping[str, Any]) -> str:
-    """Which GELU the graph of a SavedModel computes: BERT's own code has the tanh form under the name ``gelu``."""
-    act = str(config.get("hidden_act", "gelu"))
-    # the type of a node, as protocol buffers write it; newer versions of TensorFlow take Erfc
-    exact = graph.exists() and re.search(rb"\x12(\x03Erf|\x04Erfc)", graph.read_bytes()) is not None
-    return act if exact or act != "gelu" else "gelu_pytorch_tanh"
+def _refused(what: str, path: Path | None = None) -> TellError:
+    return TellError(what, where=f"{WHERE}: {path}" if path else WHERE, remedy=_GIVE)
 
 
 def _from_hub(name: str) -> Path:
@@ -165,45 +149,29 @@ def _from_hub(name: str) -> Path:
 
     try:
         for weights in (_SAFE, _PICKLED):
-            if folder := cached_snapshot(name, need_weights=False, needed=(*_PORT, weights)):
+            if folder := cached_snapshot(name, need_weights=False, needed=(_CONFIG, _PIECES, weights)):
                 return folder
         import huggingface_hub
 
         _, safe = download(name, need_weights=False)
-        wanted = [*_PORT, _SAFE if _SAFE in safe else _PICKLED]
+        wanted = [_CONFIG, _PIECES, _SAFE if _SAFE in safe else _PICKLED]
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
     except HubUnreachable as error:
-        raise TellError(
-            f"{name} is no folder, and the hub gives no answer ({error})", where=WHERE, remedy=_GIVE
-        ) from error
+        raise _refused(f"{name} is not a folder, and the hub does not answer ({error})") from error
     except TellError as error:
-        raise TellError(error.what, where=WHERE, remedy=_GIVE) from error
+        raise _refused(error.what) from error
     except Exception as error:  # httpx's errors, whose module differs between versions
-        raise TellError(f"{name} could not be fetched ({first_line(error)})", where=WHERE, remedy=_GIVE) from error
+        raise _refused(f"{name} could not be fetched ({first_line(error)})") from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = read_json(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise ValueError("it holds no JSON object")
-        return found
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise TellError(f"cannot be read ({reason})", where=f"{WHERE}: {path}", remedy=_GIVE) from error
+def _load_pieces(path: Path) -> SentencePieceProcessor:
+    require_package("sentencepiece", "bleurt", where=WHERE)
+    from sentencepiece import SentencePieceProcessor
 
-
-def _load_pieces(path: Path) -> Any:
-    try:
-        from sentencepiece import SentencePieceProcessor
-    except ModuleNotFoundError as error:
-        raise TellError(
-            "sentencepiece is not installed", where=WHERE, remedy='Run pip install "tell-llm[bleurt]".'
-        ) from error
     try:
         return SentencePieceProcessor(model_file=str(path))
     except Exception as error:  # it raises whatever its parser finds
-        raise TellError(f"is no SentencePiece model ({error})", where=f"{WHERE}: {path}", remedy=_GIVE) from error
+        raise _refused(f"is not a SentencePiece model ({error})", path) from error
 
 
 def load_model(files: BleurtFiles) -> tuple[torch.nn.Module, torch.nn.Linear]:
@@ -224,9 +192,7 @@ def load_model(files: BleurtFiles) -> tuple[torch.nn.Module, torch.nn.Linear]:
         parts.load_state_dict(weights, assign=True)
     except RuntimeError as error:
         reason = " ".join(str(error).split()[:40])
-        raise TellError(
-            f"does not fit BLEURT's architecture ({reason} ...)", where=str(files.weights), remedy=_GIVE
-        ) from error
+        raise _refused(f"does not fit BLEURT's architecture ({reason} ...)", files.weights) from error
     body.embeddings.position_ids = torch.arange(body.config.max_position_embeddings).expand((1, -1))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return body.float().eval().to(device), head.float().eval().to(device)
@@ -238,30 +204,14 @@ def _weights(path: Path) -> dict[str, torch.Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    if path.suffix not in (".safetensors", ".bin"):
-        return {name: torch.from_numpy(values) for name, values in rename_variables(read_variables(path)).items()}
     try:
         # weights_only: tensors and nothing that could run
         found = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, OSError, RuntimeError, ValueError, EOFError) as error:
-        raise TellError(f"cannot be opened safely ({first_line(error)})", where=str(path), remedy=_GIVE) from error
+        raise _refused(f"cannot be opened safely ({first_line(error)})", path) from error
     out = {}
     for name, tensor in found.items():
         name = name.replace("classifier.", "head.").replace("embedding_projection", "embedding_hidden_mapping_in")
         if not name.endswith("position_ids"):  # a count, which older versions saved
             out[name.replace("bleurt.", "body.", 1)] = tensor
-    return out
-
-
-def rename_variables(variables: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """TensorFlow's variables under the names of `load_model`'s parts; kernels are turned, as torch stores them."""
-    out = {}
-    for name, values in variables.items():
-        part = re.sub(r"layer_(\d+)", r"layer.\1", re.sub("^bert/", "body/", re.sub("^dense/", "head/", name)))
-        if part.endswith("_embeddings"):
-            part += "/weight"
-        if part.endswith("/kernel"):
-            values = values.T
-        part = re.sub("/(kernel|gamma)$", "/weight", re.sub("/beta$", "/bias", part))
-        out[part.replace("/", ".")] = np.ascontiguousarray(values)
     return out

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from typing import Any, cast
 
 import numpy as np
 
@@ -14,26 +14,22 @@ from tell.score.means import check_pairs, mean_metric
 from tell.score.scored import Metric
 from tell.score.scorer_code import forget_changed, scorers_first
 
-RENAMED = {
-    "tell.evaluate.arithmetic:solved": "tell.score.arithmetic:solved"
-}  # names in recipes that name finished cells
+RENAMED = {"tell.evaluate.arithmetic:solved": "tell.score.arithmetic:solved"}  # in recipes whose cells are finished
 
 
 class CustomScorer:
     """Calls ``function(answers, references)`` and takes means of what it returns.
 
-    The function gets two lists of n strings and returns n numbers, higher being better, or a mapping
-    from metric name to n numbers. A metric whose numbers are all 0 or 1 is binary. A single list is
-    named after the function; ``primary`` is that name until a mapping came back, then its first key.
+    The function gets two lists of n strings and returns n numbers, higher being better, or a mapping from metric name
+    to n numbers. A metric whose numbers are all 0 or 1 is binary. A single list is named after the function;
+    ``primary`` is that name, or the first key of a returned mapping.
 
     Args:
         spec: ``package.module:function``; the current directory is searched first.
 
     Raises:
-        TellError: the spec has another form, the module or the function is not found, the import fails.
+        TellError: the spec has another form, the module or the function is not found, or the import fails.
     """
-
-    name = "custom"
 
     def __init__(self, spec: str) -> None:
         self.spec = spec
@@ -54,7 +50,7 @@ class CustomScorer:
             with scorers_first():  # it may import its neighbours late
                 result = self._function(list(answers), list(references))
         except (Exception, SystemExit) as error:
-            raise self._wrong(f"raised {type(error).__name__}: {error}", "Mend the function.") from error
+            raise self._wrong(f"raised {type(error).__name__}: {error}", "Fix the function.") from error
         lists = result if isinstance(result, Mapping) else {self.primary: result}
         if not lists:
             raise self._wrong("returned no metric", "Return at least one list of numbers.")
@@ -67,13 +63,13 @@ class CustomScorer:
         self.primary = next(iter(metrics))
         return metrics
 
-    def _numbers(self, key: str, values: Any, n: int) -> np.ndarray:
-        if isinstance(values, (str, bytes)) or not hasattr(values, "__len__"):
+    def _numbers(self, key: str, values: object, n: int) -> np.ndarray:
+        if isinstance(values, (str, bytes)) or not isinstance(values, Sized):
             raise self._wrong(f"returned {type(values).__name__} for {key}", "Return a list of numbers.")
         if len(values) != n:
             raise self._wrong(f"returned {len(values)} numbers for {n} answers ({key})", "Return one for each answer.")
         numbers = np.empty(n)
-        for i, value in enumerate(values):
+        for i, value in enumerate(cast(Iterable[Any], values)):
             try:
                 numbers[i] = float(value)
             except (TypeError, ValueError):
@@ -88,26 +84,20 @@ class CustomScorer:
 
 def _load(spec: str) -> Callable[[list[str], list[str]], Any]:
     where = f"scorer {spec}"
-    module_name, separator, path = spec.partition(":")
-    if not separator or not module_name or not path:
+    module_name, _, path = spec.partition(":")
+    if not module_name or not path:
         raise TellError("is not of the form package.module:function", where=where, remedy="Write e.g. my_scores:f1.")
     forget_changed(spec)
     module_name = RENAMED.get(spec, spec).partition(":")[0]
     try:
         with scorers_first():
-            target: Any = importlib.import_module(module_name)
+            target = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        raise TellError(
-            f"module {error.name} is not found",
-            where=where,
-            remedy="Run where the module lies, or install it.",
-        ) from error
-    except (Exception, SystemExit) as error:  # whatever the user's module does while it is imported
-        raise TellError(
-            f"importing {module_name} failed with {type(error).__name__}: {error}",
-            where=where,
-            remedy="Mend the module.",
-        ) from error
+        remedy = "Run in the folder of that module, or install it."
+        raise TellError(f"module {error.name} is not found", where=where, remedy=remedy) from error
+    except (Exception, SystemExit) as error:  # anything that the user's module does on import
+        what = f"importing {module_name} failed with {type(error).__name__}: {error}"
+        raise TellError(what, where=where, remedy="Fix the module.") from error
     for part in path.split("."):
         if not hasattr(target, part):
             close = difflib.get_close_matches(part, dir(target), n=1)

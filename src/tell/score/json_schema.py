@@ -1,4 +1,4 @@
-"""Scores answers that must be one JSON value held to a JSON Schema."""
+"""Scores answers that must be one JSON value and valid under a JSON Schema."""
 
 from __future__ import annotations
 
@@ -6,15 +6,20 @@ import re
 import statistics
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from tell.data.json_text import items, nfc, parse_strict
 from tell.data.schema import Schema, SlowPattern
+from tell.errors import TellError
+from tell.names import FIELD
 from tell.score.means import check_pairs, mean_metric
-from tell.score.scored import Metric
+from tell.score.scored import Metric, ScoredTask, scorer
 from tell.shown import brief
+
+if TYPE_CHECKING:
+    from jsonschema.exceptions import ValidationError
 
 # Writing systems without spaces count a word a character; Chinese, Japanese, Thai.
 _WORD = re.compile(r"[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff]|[^\W_\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff]+")
@@ -23,6 +28,7 @@ _VARIED = 0.5  # share of distinct references above which a string field varies
 _MISSING = ("missing",)
 
 
+@scorer("json", "schema_adherence", "valid_json", "field_accuracy", "exact_match", FIELD)
 class JsonScorer:
     """Adherence to a JSON Schema, and agreement with the reference field by field.
 
@@ -33,10 +39,10 @@ class JsonScorer:
         exact_match: every counted field is equal. Binary.
         ``field:<name>``: accuracy of one field over the rows whose reference has it. Binary.
 
-    Equal means: strings in NFC without surrounding whitespace, and without case where the schema gives an
-    enumeration; numbers by value; lists of scalars as multisets. A field of free text is not counted:
-    one whose strings, outside any enumeration, have a median of more than three words and differ in
-    more than half of the references. Rows whose reference is not JSON count for the first two only.
+    Strings compare in NFC, without surrounding whitespace, and case folded if the schema enumerates them; numbers by
+    value; lists of scalars as multisets. A field of free text is not counted: one whose strings, outside any
+    enumeration, have a median of more than three words and differ in more than half of the references. Rows whose
+    reference is not JSON count for the first two only.
 
     Args:
         schema: a JSON Schema of any draft; ``$schema`` names it, else draft 2020-12.
@@ -45,7 +51,6 @@ class JsonScorer:
         TellError: it is not a valid JSON Schema, or a ``$ref`` leads nowhere (none is fetched).
     """
 
-    name = "json"
     primary = "schema_adherence"
 
     def __init__(self, schema: dict) -> None:
@@ -54,7 +59,13 @@ class JsonScorer:
         self._validator = self._checked.validator
         self.keys = tuple(dict.fromkeys(key for key, _ in self._properties(self.schema)))
 
-    def _parts(self, node: Any, seen: set[int]) -> Iterator[dict]:
+    @classmethod
+    def of(cls, task: ScoredTask) -> JsonScorer:
+        if task.schema is None:
+            raise TellError("kind json needs a JSON Schema", where="task.schema", remedy="Give one with --schema.")
+        return cls(task.schema)
+
+    def _parts(self, node: object, seen: set[int]) -> Iterator[dict]:
         """``node`` and the schemas that ``$ref``, ``anyOf``, ``oneOf`` and ``allOf`` put in its place."""
         if not isinstance(node, dict) or id(node) in seen:
             return
@@ -66,12 +77,12 @@ class JsonScorer:
             for part in node.get(word, ()):
                 yield from self._parts(part, seen)
 
-    def _properties(self, node: Any) -> Iterator[tuple[str, Any]]:
+    def _properties(self, node: object) -> Iterator[tuple[str, object]]:
         for part in self._parts(node, set()):
             yield from part.get("properties", {}).items()
 
-    def _choices(self, node: Any, seen: set[int]) -> Iterator[str]:
-        """Every string that an enumeration at or below ``node`` names, without case."""
+    def _choices(self, node: object, seen: set[int]) -> Iterator[str]:
+        """Every string that an enumeration at or below ``node`` names, case folded."""
         for part in self._parts(node, seen):
             named = part.get("enum", []) if isinstance(part.get("enum", []), list) else []
             for value in [*named, part.get("const")]:
@@ -84,12 +95,11 @@ class JsonScorer:
     def why_invalid(self, answer: str) -> str | None:
         """A short reason why ``answer`` does not adhere to the schema; None if it does."""
         try:
-            value = nfc(parse_strict(answer))
+            return self._violation(nfc(parse_strict(answer)))
         except ValueError as error:
             return f"not JSON: {error}"
-        return self._violation(value)
 
-    def _violation(self, value: Any) -> str | None:
+    def _violation(self, value: object) -> str | None:
         from jsonschema.exceptions import best_match
         from referencing.exceptions import Unresolvable
 
@@ -105,35 +115,33 @@ class JsonScorer:
         first = min(errors, key=lambda e: (len(e.absolute_path), rank.get(str(e.validator), 2)))
         return self._reason(best_match([first]) or first)
 
-    def _reason(self, error: Any) -> str:
+    def _reason(self, error: ValidationError) -> str:
         place = ".".join(str(part) for part in error.absolute_path)
         inside = f" in {place}" if place else ""
+        keyword = cast(Any, error.validator_value)  # of a type that the keyword decides
+        schema = cast(dict, error.schema)  # a schema that is true or false has no keywords
         if error.validator == "required" and isinstance(error.instance, dict):
-            missing = [key for key in error.validator_value if key not in error.instance]
+            missing = [key for key in keyword if key not in error.instance]
             return f"missing key {brief(', '.join(missing))}{inside}"
         if error.validator == "additionalProperties" and isinstance(error.instance, dict):
-            extra = self._checked.extra_keys(error.instance, error.schema)
-            if error.validator_value is False and extra:
+            extra = self._checked.extra_keys(error.instance, schema)
+            if keyword is False and extra:
                 return f"extra key {brief(', '.join(extra))}{inside}"
         shown = brief(error.instance)
         if error.validator == "enum":
-            why = f"not one of {brief(', '.join(brief(v) for v in error.validator_value), 80)}"
+            why = f"not one of {brief(', '.join(brief(v) for v in keyword), 80)}"
         elif error.validator == "type":
-            kinds = error.validator_value
-            why = f"not of type {kinds if isinstance(kinds, str) else ' or '.join(kinds)}"
+            why = f"not of type {keyword if isinstance(keyword, str) else ' or '.join(keyword)}"
         else:
-            why = f"breaks {error.validator} {brief(error.validator_value)}"
+            why = f"breaks {error.validator} {brief(keyword)}"
         return f"wrong value for {place or 'the whole answer'}: {shown} ({why})"
 
     def is_task_format(self, answer: str) -> bool:
         """The answer is a JSON object with at least half of the schema's keys.
 
-        For a schema without keys: a JSON object, or a JSON list where the schema asks for one.
+        For a schema without keys: a JSON object, or a JSON list if the schema requires one.
         """
-        try:
-            value = nfc(parse_strict(answer))
-        except ValueError:
-            return False
+        value = _parse_or_missing(answer)
         if self.keys:
             return isinstance(value, dict) and 2 * sum(key in value for key in self.keys) >= len(self.keys)
         return isinstance(value, dict) or (isinstance(value, list) and self._validator.is_type(value, "array"))
@@ -152,37 +160,33 @@ class JsonScorer:
             "schema_adherence": mean_metric(adheres, binary=True),
             "valid_json": mean_metric(parsed, binary=True),
         }
-        wanted = [_parse_or_missing(text) for text in references]
-        gold = [_fields(value) for value in wanted]
-        given = [
-            _fields(got) if isinstance(got, dict) == isinstance(want, dict) else {}
-            for got, want in zip(values, wanted, strict=True)
-        ]
         counted = self.counted_fields(references)
         if not counted:
             return metrics
         equal = np.full((len(answers), len(counted)), np.nan)
-        for column, (field, choices) in enumerate(counted.items()):
-            for i, (want, got) in enumerate(zip(gold, given, strict=True)):
-                if field in want:
-                    equal[i, column] = _normal(want[field], choices) == _normal(got.get(field, _MISSING), choices)
+        for i, (got, want) in enumerate(zip(values, map(_parse_or_missing, references), strict=True)):
+            given = _fields(got) if isinstance(got, dict) == isinstance(want, dict) else {}
+            gold = _fields(want)
+            for column, (field, choices) in enumerate(counted.items()):
+                if field in gold:
+                    equal[i, column] = _normal(gold[field], choices) == _normal(given.get(field, _MISSING), choices)
         asked = (~np.isnan(equal)).sum(axis=1)
         with np.errstate(invalid="ignore", divide="ignore"):
             share = np.nansum(equal, axis=1) / asked  # 0 / 0 is NaN: no counted field in this reference
         metrics["field_accuracy"] = mean_metric(share)
         metrics["exact_match"] = mean_metric(np.where(asked > 0, share == 1, np.nan), binary=True)
         for column, field in enumerate(counted):
-            metrics[f"field:{field}"] = mean_metric(equal[:, column], binary=True)
+            metrics[FIELD + field] = mean_metric(equal[:, column], binary=True)
         return metrics
 
     def counted_fields(self, references: Sequence[str]) -> dict[str, frozenset[str]]:
         """The fields of the references that are compared, each with its enumerated strings (no case).
 
-        They come in the schema's order, then as the references bring them. A reference that is JSON
-        but no object is one field, ``answer``.
+        In the schema's order, then in the references'. A reference that is JSON but not an object is one field,
+        ``answer``.
         """
         gold = [_fields(_parse_or_missing(text)) for text in references]
-        specs: dict[str, list[Any]] = {}
+        specs: dict[str, list[object]] = {}
         for key, spec in self._properties(self.schema):
             specs.setdefault(key, []).append(spec)
         counted = {}
@@ -194,20 +198,20 @@ class JsonScorer:
         return counted
 
 
-def _parse_or_missing(text: str) -> Any:
+def _parse_or_missing(text: str) -> object:
     try:
         return nfc(parse_strict(text))
     except ValueError:
         return _MISSING
 
 
-def _fields(value: Any) -> dict[str, Any]:
+def _fields(value: object) -> dict[str, object]:
     if isinstance(value, dict):
         return value
     return {} if value is _MISSING else {"answer": value}
 
 
-def _strings(value: Any) -> Iterator[str]:
+def _strings(value: object) -> Iterator[str]:
     if isinstance(value, str):
         yield value.strip()
     elif isinstance(value, (list, dict)):
@@ -215,7 +219,7 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(item)
 
 
-def _free_text(values: Sequence[Any], choices: frozenset[str]) -> bool:
+def _free_text(values: Sequence[object], choices: frozenset[str]) -> bool:
     """Long and varied strings have no single right wording, so equality would say nothing."""
     texts = [text for value in values for text in _strings(value) if text and text.casefold() not in choices]
     if not texts:
@@ -224,20 +228,19 @@ def _free_text(values: Sequence[Any], choices: frozenset[str]) -> bool:
     return words > _LONG_WORDS and len(set(texts)) > _VARIED * len(texts)
 
 
-def _normal(value: Any, choices: frozenset[str]) -> tuple:
+def _normal(value: object, choices: frozenset[str]) -> tuple:
     """A hashable form that is equal for equal values; the tag keeps true apart from 1."""
     if value is _MISSING or value is None:
         return _MISSING if value is _MISSING else ("null",)
     if isinstance(value, bool):
         return ("boolean", value)
-    if isinstance(value, (int, float)):
-        return ("number", value)
     if isinstance(value, str):
         text = value.strip()
         return ("string", text.casefold() if text.casefold() in choices else text)
     if isinstance(value, dict):
         return ("object", frozenset((key, _normal(item, choices)) for key, item in value.items()))
-    items = [_normal(item, choices) for item in value]
-    if any(isinstance(item, (list, dict)) for item in value):
-        return ("list", tuple(items))
-    return ("list", frozenset(Counter(items).items()))
+    if isinstance(value, list):
+        parts = [_normal(item, choices) for item in value]
+        nested = any(isinstance(item, (list, dict)) for item in value)
+        return ("list", tuple(parts) if nested else frozenset(Counter(parts).items()))
+    return ("number", value)

@@ -10,16 +10,17 @@ import numpy as np
 
 from tell.errors import TellError
 from tell.score.means import check_pairs, mean_metric
-from tell.score.scored import Metric
+from tell.score.scored import Metric, ScoredTask, scorer
 
 _TRAILING = " \t\r\n.,;:!?…。、，；：！？"
 
 
+@scorer("label", "accuracy", "macro_f1", "valid_label")
 class LabelScorer:
     """Accuracy and macro-F1 over known labels.
 
-    Answers and labels are compared without surrounding whitespace, case and trailing punctuation
-    (which counts only where two labels differ by nothing else). Metrics, all in [0, 1]:
+    Answers and labels compare without surrounding whitespace, case and trailing punctuation (which counts only if two
+    labels differ by nothing else). Metrics, all in [0, 1]:
         accuracy: the answer is the reference's label. Binary.
         macro_f1: unweighted mean of F1 over the known labels that occur in references or answers, as
             scikit-learn's ``f1_score(average="macro", labels=known, zero_division=nan)``; an answer
@@ -30,8 +31,11 @@ class LabelScorer:
         TellError: no label is left after normalisation.
     """
 
-    name = "label"
     primary = "accuracy"
+
+    @classmethod
+    def of(cls, task: ScoredTask) -> LabelScorer:
+        return cls(task.labels)
 
     def __init__(self, labels: Sequence[str]) -> None:
         exact = dict.fromkeys(folded for label in labels if (folded := _fold(label)))
@@ -59,7 +63,7 @@ class LabelScorer:
     def score(self, answers: Sequence[str], references: Sequence[str]) -> dict[str, Metric]:
         """Metrics by name, each over the same n rows.
 
-        A reference outside the labels is matched by an answer with the same text after normalisation.
+        A reference outside the labels is matched by the same text after normalisation.
 
         Raises:
             TellError: the lengths differ, or there is no row.

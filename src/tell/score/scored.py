@@ -1,24 +1,25 @@
-"""What every scorer returns: additive per-row statistics, so any resample is a matrix product."""
+"""What scorers return, additive statistics of each row, and the registry of scorers by kind of task."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
+
+from tell.names import FIELD, METRICS
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric over n test rows.
+    """One metric over n test rows; any resample of the rows is a matrix product.
 
     Attributes:
         stats: (n, s) float64, additive statistics of each row (for a plain mean: value and 1).
-        combine: maps summed statistics (..., s) to metric values (...). Corpus BLEU, chrF++ and
-            macro-F1 are as exact under it as plain means.
-        binary: every row is 0 or 1, so a Wilson interval applies to a single arm.
+        combine: maps summed statistics (..., s) to metric values (...), exactly also for corpus BLEU and macro-F1.
         per_row: (n,) float64, the value shown next to each answer; NaN where it does not apply.
+        binary: every row is 0 or 1, so a Wilson interval applies to a single arm.
     """
 
     stats: np.ndarray
@@ -34,7 +35,6 @@ class Metric:
 class Scorer(Protocol):
     """Scores answers of one kind of task. ``primary`` names the metric of the verdict."""
 
-    name: str
     primary: str
 
     def score(self, answers: Sequence[str], references: Sequence[str]) -> dict[str, Metric]:
@@ -42,5 +42,58 @@ class Scorer(Protocol):
         ...
 
     def is_task_format(self, answer: str) -> bool | None:
-        """Whether an answer to a general prompt has the task's form; None where the task has none to tell by."""
+        """Whether an answer to a general prompt has the task's form; None if the task has no form to tell by."""
         ...
+
+
+@dataclass(frozen=True)
+class ScoredTask:
+    """What a scorer is made from: the task's JSON Schema, its labels, and a BLEURT checkpoint, where given."""
+
+    schema: dict[str, Any] | None = None
+    labels: tuple[str, ...] = ()
+    bleurt: str | None = None
+
+
+class ScorerClass(Protocol):
+    """A scorer of ours: its class, as `scorer` registers it."""
+
+    @classmethod
+    def of(cls, task: ScoredTask) -> Scorer:
+        """The scorer of a task."""
+        ...
+
+
+@dataclass(frozen=True)
+class ScorerKind:
+    """A registered scorer: the kind of task (detected by `tell.data.kind`), and the metrics that it may return."""
+
+    name: str
+    metrics: tuple[str, ...]
+    made_by: ScorerClass
+
+
+KINDS: dict[str, ScorerKind] = {}
+S = TypeVar("S", bound=ScorerClass)
+
+
+def scorer(name: str, *metrics: str) -> Callable[[type[S]], type[S]]:
+    """Register a scorer class for the kind of task ``name``.
+
+    Args:
+        metrics: everything that it returns, names of `tell.names.METRICS`; ``field:`` stands for one per field.
+
+    Raises:
+        ValueError: the kind is registered already, or a metric is not declared.
+    """
+    undeclared = [metric for metric in metrics if metric not in METRICS and metric != FIELD]
+    if name in KINDS or undeclared:
+        raise ValueError(
+            f"scorer {name}: " + (f"undeclared metrics {undeclared}" if undeclared else "registered twice")
+        )
+
+    def register(made_by: type[S]) -> type[S]:
+        KINDS[name] = ScorerKind(name, metrics, made_by)
+        return made_by
+
+    return register

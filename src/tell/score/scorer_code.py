@@ -1,4 +1,4 @@
-"""A user's own scorer as files: studies name cells by them, read them anew when they change, and send them along."""
+"""A user's own scorer as files: studies name cells by them, reload them after a change, and send them along."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class ScorerCode:
     Attributes:
         module: its dotted name.
         root: the folder it is imported from.
-        files: module name -> file; the scorer's, and those that it imports from the same root, however indirectly.
-            Imports by name at run time and files that it reads are not among them.
-        installed: it belongs to a package of this Python. Only modules of that package are listed then, and other
-            machines must have it too.
+        files: module name -> file; the scorer's, and those that it imports from the same root, directly or not.
+            Excluded: imports by name at run time, and data files.
+        installed: it belongs to an installed package. Only modules of that package are listed then, and other machines
+            must have it too.
     """
 
     module: str
@@ -47,7 +47,7 @@ class ScorerCode:
 
 
 def find_scorer_code(spec: str | None) -> ScorerCode | None:
-    """The files of ``package.module:function``; None of TELL's own scorers and of one that cannot be found."""
+    """The files of ``package.module:function``; None for TELL's own scorers and if it cannot be found."""
     module = (spec or "").partition(":")[0]
     if not module or module.partition(".")[0] == "tell":
         return None
@@ -61,7 +61,7 @@ def find_scorer_code(spec: str | None) -> ScorerCode | None:
 
 
 def _origin(module: str) -> Path | None:
-    """The file that ``module`` would be imported from now, whatever is imported already; nothing is run."""
+    """The file that importing ``module`` afresh would run; runs nothing."""
     name, found, path = "", None, None
     for part in module.split("."):
         name = f"{name}.{part}" if name else part
@@ -73,7 +73,7 @@ def _origin(module: str) -> Path | None:
 
 
 def _files(module: str, origin: Path, root: Path, *, installed: bool) -> dict[str, Path]:
-    """The files of a module and of what it imports below ``root``, read without being run."""
+    """The files of a module and of what it imports below ``root``; parsed, not run."""
     found: dict[str, Path] = {}
     new = [(module, origin)]
     while new:
@@ -90,7 +90,7 @@ def _files(module: str, origin: Path, root: Path, *, installed: bool) -> dict[st
 
 @lru_cache(maxsize=4096)
 def _imported_names(module: str, path: Path, _changed: int) -> frozenset[str]:
-    """Every name that a file imports, whether a module or a part of one, with the packages around it."""
+    """Every name that a file imports, a module or a part of one, with the packages around it."""
     try:
         nodes = list(ast.walk(ast.parse(path.read_bytes())))
     except (SyntaxError, ValueError):  # the run says what is wrong with it
@@ -110,7 +110,7 @@ def _imported_names(module: str, path: Path, _changed: int) -> frozenset[str]:
 
 
 def forget_changed(spec: str) -> None:
-    """Let the next import read a scorer's files again if they are not those that this process imported."""
+    """Let the next import reload a scorer's files if they changed since this process imported them."""
     code = find_scorer_code(spec)
     if code is None or code.installed:
         return
@@ -122,13 +122,13 @@ def forget_changed(spec: str) -> None:
 
 
 def search_in(folder: str | Path | None) -> None:
-    """Search scorers in ``folder`` before anything else, from now on; None: in the current directory, as at first."""
+    """From now on, import scorers from ``folder`` first; None: from the current directory, the default."""
     _sent[:] = [str(folder)] if folder else []
 
 
 @contextmanager
 def scorers_first() -> Iterator[None]:
-    """Search modules where scorers lie, in the current directory if nobody said otherwise, before anything else."""
+    """Import from the folder of `search_in` and the current directory first."""
     places = [*_sent, os.getcwd()]
     sys.path[:0] = places
     importlib.invalidate_caches()

@@ -3,62 +3,31 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from tell.names import NAMES, unit_of
+from tell.names import RIVALS, MetricSpec, arm, as_typed, has_interval, is_number, metric, show, show_interval
 
 MIN_ROWS = 6  # with fewer rows even a sign test of all rows in one direction is not significant at 5 %
-
-# In a sentence a share is called one.
-_LABELS = {**NAMES, "valid_json": "the share of valid JSON", "valid_label": "the share of valid labels"}
-_ARMS = {
-    "base": "the untuned model",
-    "base+anchor": "the untuned model with the anchor",
-    "icl": "the untuned model with examples in context",
-    "sft": "SFT",
-    "sft-matched": "step-matched SFT",
-    "general": "tuning on general data alone",
-    "tell": "TELL",
-    "tell-anchor": "TELL without its anchor",
-}
-_CONTENT = ("field_accuracy", "macro_f1")  # what an answer says, where the primary metric is its form or its count
-_RIVALS = ("sft-matched", "sft", "icl", "general")
+CONTENT = ("field_accuracy", "macro_f1")  # what an answer says, where the primary metric is its form or its count
+Entry = Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class _Scale:
-    """How one metric is written: shares as percent, chrF++ and BLEU of 100, a user's own as they are."""
+def verdict(metrics: Mapping[str, Any]) -> str:
+    """One sentence on what TELL gained on the task's primary metric, from ``metrics.json``.
 
-    factor: float
-    unit: str
-    points: bool
-
-    @classmethod
-    def of(cls, metric: str) -> _Scale:
-        unit = unit_of(metric)
-        return cls(100.0, " %", True) if unit == "share" else cls(1.0, "", unit == "score")
-
-    def number(self, value: float) -> str:
-        scaled = value * self.factor
-        decimals = 1 if self.points else 3
-        full = 100.0 if self.unit else None  # 99.97 % is not 100 %, nor 0.02 % nothing
-        while decimals < 6 and (
-            (round(scaled, decimals) == 0 and scaled != 0) or (round(scaled, decimals) == full and scaled != full)
-        ):
-            decimals += 1
-        return f"{round(scaled, decimals) + 0.0:.6g}"
-
-    def value(self, value: float) -> str:
-        return f"{self.number(value)}{self.unit}"
-
-    def gap(self, value: float) -> str:
-        shown = self.number(value)
-        if not self.points:
-            return shown
-        return f"{shown} point" if shown in ("1", "-1") else f"{shown} points"
-
-    def interval(self, low: float, high: float) -> str:
-        return f"{self.number(low)} to {self.number(high)}"
+    TELL is compared with the better of `base` and `base+anchor`, then with its rivals (`tell.names.RIVALS`), as far as
+    they were scored. A rival whose interval of the difference holds 0 is never said to be beaten. The sentence names
+    general loss that rose significantly, and arms that failed in training.
+    """
+    failed = [f"{arm(name).phrase} was not scored ({why})" for name, why in (metrics.get("failed") or {}).items()]
+    same = [f"the arms {other} and {name} are one run" for name, other in (metrics.get("same") or {}).items()]
+    sentence = "; ".join([_Verdict.of(metrics).sentence().removesuffix("."), *same, *failed]) + "."
+    rows = (metrics.get("mixture") or {}).get("rows")
+    if rows and not rows.get("general"):  # task rows alone are plain fine-tuning under any name
+        return "Without general rows this is SFT, not TELL: " + re.sub(r"\bTELL\b", "this run", sentence)
+    return sentence
 
 
 @dataclass(frozen=True)
@@ -70,210 +39,205 @@ class _Gap:
     high: float
     n: int
 
+    @property
+    def side(self) -> int:
+        """1 or -1 if the interval is above or below 0."""
+        return int(self.low > 0) - int(self.high < 0)
 
-def verdict(metrics: dict) -> str:
-    """One sentence on what TELL gained on the task's primary metric, from ``metrics.json``.
+    @property
+    def reversed(self) -> _Gap:
+        return _Gap(-self.value, -self.high, -self.low, self.n)
 
-    TELL is compared with the better of `base` and `base+anchor`, then with `sft-matched`, `sft`,
-    `icl` and `general`, as far as they were scored. A rival whose interval of the difference holds 0
-    is never said to be beaten. Forgetting is told where loss on the probe rose significantly, and which arms
-    failed in training.
-    """
-    failed = [f"{_ARMS.get(arm, arm)} was not scored ({why})" for arm, why in (metrics.get("failed") or {}).items()]
-    same = [f"the arms {other} and {arm} are one run" for arm, other in (metrics.get("same") or {}).items()]
-    sentence = "; ".join([_verdict(metrics).removesuffix("."), *same, *failed]) + "."
-    return sentence if _has_general_rows(metrics) else _as_sft(sentence)
-
-
-def _has_general_rows(metrics: dict) -> bool:
-    """Whether `tell` was trained with general rows, or that is not said."""
-    rows = (metrics.get("mixture") or {}).get("rows")
-    return not rows or bool(rows.get("general"))
+    def words(self, spec: MetricSpec, label: str = "") -> str:
+        """``12 points, 3 to 21``."""
+        shown = as_typed(show(self.value, spec.gap_unit, exact=True))
+        if spec.gap_unit in ("points", "score"):
+            shown += " point" if shown in ("1", "-1") else " points"
+        return f"{shown}, {label}{_interval((self.low, self.high), spec)}"
 
 
-def _as_sft(sentence: str) -> str:
-    """The verdict on a run of task rows alone, which is plain fine-tuning under whatever name."""
-    return "Without general rows this is SFT, not TELL: " + re.sub(r"\bTELL\b", "this run", sentence)
+@dataclass(frozen=True)
+class _Verdict:
+    """What the sentence is made from: the primary metric, and each arm's entry for it."""
 
+    metrics: Mapping[str, Any]
+    spec: MetricSpec
+    scored: Mapping[str, Entry]
 
-def _verdict(metrics: dict) -> str:
-    arms = metrics.get("arms") or {}
-    metric = _primary(metrics, arms)
-    scored = {arm: entry for arm, rows in arms.items() if _known(entry := (rows or {}).get(metric))}
-    if metric is None or not scored:
-        return "No arm was scored, so there is no verdict."
-    scale, label = _Scale.of(metric), _label(metric)
-    n = int(scored.get("tell", next(iter(scored.values()))).get("n", 0))
-    rows = f"{n} test row" if n == 1 else f"{n} test rows"
-    if n < MIN_ROWS:
-        verb = "is" if n == 1 else "are"
-        return f"{rows} {verb} too few for a verdict: {label} is {_list(scored, scale)}."
-    if "tell" not in scored:
-        return f"TELL was not scored: {label} is {_list(scored, scale, intervals=True)} ({rows})."
-    clauses = [_gain(metrics, metric, scored, scale, label, rows)]
-    clauses += _rivals(metrics, metric, scored, scale)
-    clauses += _elsewhere(metrics, metric, scored)
-    clauses += _forgetting(metrics)
-    sentence = "; ".join(clauses)
-    return f"{sentence[0].upper()}{sentence[1:]}."
+    @classmethod
+    def of(cls, metrics: Mapping[str, Any]) -> _Verdict:
+        arms = metrics.get("arms") or {}
+        found = [name for entries in (arms.get("tell"), *arms.values()) for name in entries or {}]
+        primary = str((metrics.get("task") or {}).get("primary"))
+        primary = primary if primary in found else next(iter(found), "")
+        entries = {name: _known((entries or {}).get(primary)) for name, entries in arms.items()}
+        return cls(metrics, metric(primary), {name: entry for name, entry in entries.items() if entry is not None})
 
+    def sentence(self) -> str:
+        if not self.scored:
+            return "No arm was scored, so there is no verdict."
+        n = int(self.scored.get("tell", next(iter(self.scored.values()))).get("n", 0))
+        rows = f"{n} test row" if n == 1 else f"{n} test rows"
+        if n < MIN_ROWS:
+            verb = "is" if n == 1 else "are"
+            return f"{rows} {verb} too few for a verdict: {self.spec.phrase} is {self._values()}."
+        if "tell" not in self.scored:
+            return f"TELL was not scored: {self.spec.phrase} is {self._values(intervals=True)} ({rows})."
+        forgetting = _Forgetting.of(self.metrics.get("forgetting") or {})
+        clauses = [self._gain(rows), *self._rivals(forgetting), *self._content(), *forgetting.clauses()]
+        text = "; ".join(clauses)
+        return f"{text[0].upper()}{text[1:]}."
 
-def _gain(metrics: dict, metric: str, scored: dict, scale: _Scale, label: str, rows: str) -> str:
-    tell = scored["tell"]["value"]
-    untuned = [arm for arm in ("base", "base+anchor") if arm in scored]
-    if not untuned:
-        interval = f"95 % interval {scale.interval(*scored['tell']['ci'])}; " if _has_interval(scored["tell"]) else ""
-        return (
-            f"TELL reaches {scale.value(tell)} in {label} ({interval}{rows}), and as the untuned model was not scored, "
-            "what it gained is not known"
-        )
-    best = max(untuned, key=lambda arm: scored[arm]["value"])  # the first of equals: base
-    before = f"{scale.value(scored[best]['value'])} ({_ARMS[best].removeprefix('the ')})"
-    gap = _gap(metrics.get("differences"), "tell", best, metric)
-    if gap is None:
-        return f"{label} is {before} before and {scale.value(tell)} with TELL ({rows}, no interval of the difference)"
-    numbers = f"(difference {scale.gap(gap.value)}, 95 % interval {scale.interval(gap.low, gap.high)}; {rows})"
-    if gap.low > 0:
-        return f"TELL raises {label} from {before} to {scale.value(tell)} {numbers}"
-    if gap.high < 0:
-        return f"TELL lost: {label} falls from {before} to {scale.value(tell)} {numbers}"
-    return f"TELL does not clearly change {label}: {before} before, {scale.value(tell)} after {numbers}"
+    def _value(self, name: str) -> str:
+        return _value(self.scored[name], self.spec)
 
+    def _values(self, *, intervals: bool = False) -> str:
+        parts = []
+        for name, entry in self.scored.items():
+            limits = _interval(entry.get("ci"), self.spec) if intervals else ""
+            parts.append(
+                f"{self._value(name)} for {arm(name).phrase}" + (f" (95 % interval {limits})" if limits else "")
+            )
+        return _and(parts)
 
-def _rivals(metrics: dict, metric: str, scored: dict, scale: _Scale) -> list[str]:
-    better, equal, close, behind, open_ = [], [], [], [], []
-    for arm in _RIVALS:
-        if arm not in scored:
-            continue
-        gap = _gap(metrics.get("differences"), "tell", arm, metric)
+    def _gap(self, name: str, spec: MetricSpec | None = None) -> _Gap | None:
+        return _gap(self.metrics.get("differences"), "tell", name, (spec or self.spec).name)
+
+    def _gain(self, rows: str) -> str:
+        label, now = self.spec.phrase, self._value("tell")
+        untuned = [name for name in ("base", "base+anchor") if name in self.scored]
+        if not untuned:
+            limits = _interval(self.scored["tell"].get("ci"), self.spec)
+            known = f"95 % interval {limits}; " if limits else ""
+            gained = "as the untuned model was not scored, what it gained is not known"
+            return f"TELL reaches {now} in {label} ({known}{rows}), and {gained}"
+        best = max(untuned, key=lambda name: self.scored[name]["value"])  # the first of equals: base
+        before = f"{self._value(best)} ({arm(best).phrase.removeprefix('the ')})"
+        gap = self._gap(best)
         if gap is None:
-            open_.append(f"{_ARMS[arm]} reaches {scale.value(scored[arm]['value'])} (no interval of the difference)")
-            continue
-        interval = scale.interval(gap.low, gap.high)
-        if gap.low > 0:
-            behind.append(f"{_ARMS[arm]} (by {scale.gap(gap.value)}, {interval})")
-        elif gap.high < 0:
-            by = f"by {scale.gap(-gap.value)}, {scale.interval(-gap.high, -gap.low)}"
-            better.append(f"{_ARMS[arm]} does better ({by}){_loss_against(metrics, arm)}")
-        else:
-            words, group = ("does as well", equal) if gap.value <= 0 else ("is not clearly worse", close)
-            numbers = f"(TELL minus it: {scale.gap(gap.value)}, {interval})"
-            group.append(f"{_ARMS[arm]} {words} {numbers}{_loss_against(metrics, arm)}")
-    ahead = [f"TELL is ahead of {_and(behind)}"] if behind else []
-    return [*better, *equal, *close, *ahead, *open_]
+            return f"{label} is {before} before and {now} with TELL ({rows}, no interval of the difference)"
+        numbers = f"(difference {gap.words(self.spec, '95 % interval ')}; {rows})"
+        if gap.side > 0:
+            return f"TELL raises {label} from {before} to {now} {numbers}"
+        if gap.side < 0:
+            return f"TELL lost: {label} falls from {before} to {now} {numbers}"
+        return f"TELL does not clearly change {label}: {before} before, {now} after {numbers}"
+
+    def _rivals(self, forgetting: _Forgetting) -> Iterator[str]:
+        """Rivals that do better, as well, or not clearly worse, then those that TELL is ahead of, then the unknown."""
+        better: list[str] = []
+        equal: list[str] = []
+        close: list[str] = []
+        behind: list[str] = []
+        unknown: list[str] = []
+        for name in RIVALS:
+            if name not in self.scored:
+                continue
+            gap, rival = self._gap(name), arm(name).phrase
+            if gap is None:
+                unknown.append(f"{rival} reaches {self._value(name)} (no interval of the difference)")
+            elif gap.side > 0:
+                behind.append(f"{rival} (by {gap.words(self.spec)})")
+            elif gap.side < 0:
+                better.append(f"{rival} does better (by {gap.reversed.words(self.spec)}){forgetting.against(name)}")
+            else:
+                words, group = ("does as well", equal) if gap.value <= 0 else ("is not clearly worse", close)
+                group.append(f"{rival} {words} (TELL minus it: {gap.words(self.spec)}){forgetting.against(name)}")
+        yield from (*better, *equal, *close)
+        if behind:
+            yield f"TELL is ahead of {_and(behind)}"
+        yield from unknown
+
+    def _content(self) -> Iterator[str]:
+        """Rivals that are significantly ahead in the content of the answers, whatever the primary metric says."""
+        for spec in map(metric, CONTENT):
+            for name in RIVALS:
+                gap = self._gap(name, spec) if name in self.scored and spec != self.spec else None
+                if gap is not None and gap.side < 0:
+                    ahead = f"is ahead of TELL (by {gap.reversed.words(spec)})"
+                    yield f"in {spec.phrase} {arm(name).phrase} {ahead}"
 
 
-def _elsewhere(metrics: dict, primary: str, scored: dict) -> list[str]:
-    """Rivals that are significantly ahead in the content of the answers, whatever the primary metric says."""
-    ahead = []
-    for metric in _CONTENT:
-        if metric == primary:
-            continue
-        scale = _Scale.of(metric)
-        for arm in _RIVALS:
-            gap = _gap(metrics.get("differences"), "tell", arm, metric) if arm in scored else None
-            if gap is not None and gap.high < 0:
-                numbers = f"(by {scale.gap(-gap.value)}, {scale.interval(-gap.high, -gap.low)})"
-                ahead.append(f"in {_label(metric)} {_ARMS[arm]} is ahead of TELL {numbers}")
-    return ahead
+@dataclass(frozen=True)
+class _Forgetting:
+    """Measures on the general set whose source was not in the mix: training on Alpaca makes any model better on it."""
+
+    set_name: str | None
+    arms: Mapping[str, Any]
+    differences: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, forgetting: Mapping[str, Any]) -> _Forgetting:
+        sets = forgetting.get("sets") or {}
+        outside = [name for name, about in sets.items() if not (about or {}).get("in_mix_source", False)]
+        name = "probe" if "probe" in outside or not sets else next(iter(outside), None)
+        return cls(name, forgetting.get("arms") or {}, forgetting.get("differences") or {})
+
+    def _entry(self, name: str, measure: str) -> Entry | None:
+        return _known(((self.arms.get(name) or {}).get(self.set_name) or {}).get(measure))
+
+    def _gap(self, a: str, b: str, measure: str) -> _Gap | None:
+        return _gap(self.differences, a, b, self.set_name or "", measure)
+
+    def clauses(self) -> Iterator[str]:
+        """General loss that rose, and leaks of the task's format, where significant."""
+        loss, leak = (self._gap("tell", "base", measure) for measure in ("loss", "task_format"))
+        if loss is not None and loss.side > 0 and loss.n >= MIN_ROWS:
+            numbers = f"{loss.value:.2g} ({loss.low:.2g} to {loss.high:.2g})"
+            yield f"TELL forgets: loss on general text outside the mix rises by {numbers}"
+        after = self._entry("tell", "task_format")
+        if leak is not None and leak.side > 0 and leak.n >= MIN_ROWS and after is not None:
+            yield f"TELL answers {_value(after, metric('task_format'))} of general prompts in the task's format"
+
+    def against(self, rival: str) -> str:
+        """What a rival that is no worse on the task costs or saves in general loss, if that is significant."""
+        own, other = self._entry("tell", "loss"), self._entry(rival, "loss")
+        if own is None or other is None:
+            return ""
+        sign = self._order(rival)
+        values = f"loss on general text {other['value']:.2f} against {own['value']:.2f}"
+        if sign > 0:
+            rise = self._gap(rival, "base", "loss")
+            forgets = rise is not None and rise.side > 0
+            return f" but forgets more ({values})" if forgets else f" but ends with a higher {values}"
+        return f" and ends with a lower {values}" if sign < 0 else ""
+
+    def _order(self, rival: str) -> int:
+        """1 if the rival's loss is significantly above TELL's, -1 if below, 0 if neither is known."""
+        direct = self._gap(rival, "tell", "loss")
+        if direct is not None:
+            return direct.side if direct.n >= MIN_ROWS else 0
+        own, other = (self._gap(name, "base", "loss") for name in ("tell", rival))
+        if own is None or other is None or min(own.n, other.n) < MIN_ROWS:
+            return 0
+        return int(other.low > own.high) - int(other.high < own.low)  # disjoint intervals: stricter than 5 %
 
 
-def _loss_against(metrics: dict, arm: str) -> str:
-    """What a rival that is no worse on the task costs or saves in general loss, where that is significant."""
-    forgetting = metrics.get("forgetting") or {}
-    name = _probe(forgetting)
-    losses = [((forgetting.get("arms") or {}).get(a) or {}).get(name, {}).get("loss") for a in ("tell", arm)]
-    if name is None or not all(_known(loss) for loss in losses):
-        return ""
-    sign = _loss_order(forgetting, arm, name)
-    values = f"loss on general text {losses[1]['value']:.2f} against {losses[0]['value']:.2f}"
-    if sign > 0:
-        rise = _gap(forgetting.get("differences"), arm, "base", name, "loss")
-        forgets = rise is not None and rise.low > 0
-        return f" but forgets more ({values})" if forgets else f" but ends with a higher {values}"
-    return f" and ends with a lower {values}" if sign < 0 else ""
-
-
-def _loss_order(forgetting: dict, arm: str, name: str) -> int:
-    """1 if the rival's loss is significantly above TELL's, -1 if below, 0 if that cannot be told."""
-    differences = forgetting.get("differences")
-    direct = _gap(differences, arm, "tell", name, "loss")
-    if direct is not None:
-        return 0 if direct.n < MIN_ROWS else int(direct.low > 0) - int(direct.high < 0)
-    tell, rival = (_gap(differences, a, "base", name, "loss") for a in ("tell", arm))
-    if tell is None or rival is None or min(tell.n, rival.n) < MIN_ROWS:
-        return 0
-    return int(rival.low > tell.high) - int(rival.high < tell.low)  # disjoint intervals: stricter than 5 %
-
-
-def _forgetting(metrics: dict) -> list[str]:
-    forgetting = metrics.get("forgetting") or {}
-    name = _probe(forgetting)
-    if name is None:
-        return []
-    clauses = []
-    loss = _gap(forgetting.get("differences"), "tell", "base", name, "loss")
-    if loss is not None and loss.low > 0 and loss.n >= MIN_ROWS:
-        numbers = f"{loss.value:.2g} ({loss.low:.2g} to {loss.high:.2g})"
-        clauses.append(f"TELL forgets: loss on general text outside the mix rises by {numbers}")
-    leak = _gap(forgetting.get("differences"), "tell", "base", name, "task_format")
-    after = ((forgetting.get("arms") or {}).get("tell") or {}).get(name, {}).get("task_format")
-    if leak is not None and leak.low > 0 and leak.n >= MIN_ROWS and _known(after):
-        share = _Scale.of("accuracy").value(after["value"])
-        clauses.append(f"TELL answers {share} of general prompts in the task's format")
-    return clauses
-
-
-def _probe(forgetting: dict) -> str | None:
-    """The set whose source was not in the mix: training on Alpaca makes any model better on Alpaca."""
-    sets = forgetting.get("sets") or {}
-    outside = [name for name, about in sets.items() if not (about or {}).get("in_mix_source", False)]
-    return "probe" if "probe" in outside or not sets else next(iter(outside), None)
-
-
-def _gap(differences: dict | None, a: str, b: str, *path: str) -> _Gap | None:
-    """The difference ``a - b`` at ``path``, also where only ``b - a`` was written down."""
-    for key, sign in ((f"{a} - {b}", 1), (f"{b} - {a}", -1)):
-        entry = (differences or {}).get(key)
+def _gap(differences: Mapping[str, Any] | None, a: str, b: str, *path: str) -> _Gap | None:
+    """The difference ``a - b`` at ``path``, also if only ``b - a`` was written."""
+    for key, reverse in ((f"{a} - {b}", False), (f"{b} - {a}", True)):
+        found = (differences or {}).get(key)
         for part in path:
-            entry = (entry or {}).get(part)
-        if _known(entry) and _has_interval(entry):
-            low, high = sorted(sign * limit for limit in entry["ci"])
-            return _Gap(sign * entry["value"], low, high, int(entry.get("n", 0)))
+            found = (found or {}).get(part)
+        entry = _known(found)
+        if entry is not None and has_interval(ci := entry.get("ci")):
+            gap = _Gap(entry["value"], ci[0], ci[1], int(entry.get("n", 0)))
+            return gap.reversed if reverse else gap
     return None
 
 
-def _primary(metrics: dict, arms: dict) -> str | None:
-    """The task's primary metric, else the first one that TELL, or any arm, has."""
-    named = (metrics.get("task") or {}).get("primary")
-    found = [metric for rows in (arms.get("tell"), *arms.values()) for metric in rows or {}]
-    return named if named in found else next(iter(found), None)
+def _known(entry: Entry | None) -> Entry | None:
+    """An entry that has a value."""
+    return entry if entry and is_number(entry.get("value")) else None
 
 
-def _known(entry: dict | None) -> bool:
-    return bool(entry) and entry.get("value") is not None
+def _value(entry: Entry, spec: MetricSpec) -> str:
+    return as_typed(show(entry["value"], spec.unit, exact=True))
 
 
-def _has_interval(entry: dict) -> bool:
-    limits = entry.get("ci") or [None]
-    return len(limits) == 2 and None not in limits
+def _interval(ci: object, spec: MetricSpec) -> str:
+    return as_typed(show_interval(ci, spec.unit, exact=True))
 
 
-def _label(metric: str) -> str:
-    if metric.startswith("field:"):
-        return f"accuracy of the field {metric.removeprefix('field:')}"
-    return _LABELS.get(metric, metric)
-
-
-def _list(scored: dict, scale: _Scale, *, intervals: bool = False) -> str:
-    parts = []
-    for arm, entry in scored.items():
-        limits = ""
-        if intervals and _has_interval(entry):
-            limits = f" (95 % interval {scale.interval(*entry['ci'])})"
-        parts.append(f"{scale.value(entry['value'])} for {_ARMS.get(arm, arm)}{limits}")
-    return _and(parts)
-
-
-def _and(parts: list[str]) -> str:
+def _and(parts: Sequence[str]) -> str:
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"

@@ -7,13 +7,11 @@ from pathlib import PurePath
 from typing import Any
 
 from tell.config import GENERAL_AMOUNTS
-from tell.names import HELD_OUT, LOSSES, PROBE, WITNESS
-from tell.report.glossary import Term, term
+from tell.names import BENCHMARK, canonical  # noqa: F401
+from tell.names import arm as arm_of
+from tell.names import metric as metric_term
 from tell.studies.nested import VARIABLE
-from tell.studies.stats.shared_rows import CHANGE
 
-ALIASES = {name: f"{name} loss" for name in (PROBE, HELD_OUT, WITNESS)}
-BENCHMARK = "benchmark "
 KEYS = {
     "general.tokens": "general tokens",
     "general.rows": "general rows",
@@ -30,27 +28,12 @@ KEYS = {
     "train.lora_r": "LoRA rank",
 }
 ANCHORS = {"auto": "automatic", "none": "none"}
-ARMS = {
-    "base": "untuned",
-    "base+anchor": "untuned, with the anchor",
-    "icl": "examples in context",
-    "sft": "SFT, one epoch",
-    "sft-matched": "SFT, as many steps as TELL",
-    "general": "general data alone",
-    "tell": "TELL",
-    "tell-anchor": "TELL, asked without its anchor",
-}
 SFT = "SFT"  # what TELL is without general rows: `mix.repeat` epochs
 
 
 def key_name(key: str) -> str:
     """A key of the grid in words; one that is not known, as it is."""
     return KEYS.get(key, key)
-
-
-def canonical(metric: str) -> str:
-    """The name a metric has here: ``probe`` is short for ``probe loss``."""
-    return ALIASES.get(metric, metric)
 
 
 class Named(str):
@@ -149,7 +132,7 @@ def point_name(point: Mapping[str, Any]) -> str:
 
 def arm_name(arm: str) -> str:
     """An arm in words."""
-    return ARMS.get(arm, arm)
+    return arm_of(arm).label
 
 
 def arm_point_name(arm: str, point: Mapping[str, Any], *, alone: bool = False) -> str:
@@ -160,27 +143,6 @@ def arm_point_name(arm: str, point: Mapping[str, Any], *, alone: bool = False) -
     return ", ".join(filter(None, (arm_name(arm), point_name(point))))
 
 
-def metric_term(metric: str) -> Term:
-    """Label, unit, definition and direction of a metric, of losses on general text and of benchmarks."""
-    metric = canonical(metric)
-    base = metric.removesuffix(CHANGE)
-    if base.endswith(" loss"):
-        held = base != "probe loss"
-        label = "Loss on held-out general rows" if held else "Loss on general text"
-        text = "rows of the general data that were held out" if held else "general text that was in no mix"
-        definition = f"Mean negative log-likelihood of {text}, in nats a token; a rise is what was forgotten."
-        return Term(f"Change of {label[0].lower()}{label[1:]}" if metric != base else label, "plain", definition, False)
-    found = term(base)
-    if base.endswith(" task format"):
-        found = Term("General prompts answered in the task's format", "share", "", False)
-    if base.startswith(BENCHMARK):
-        found = Term(base.removeprefix(BENCHMARK), "share", "Share of the benchmark's questions answered right.")
-    if metric != base:
-        unit = "points" if found.unit == "share" else found.unit
-        return Term(f"Change of {found.label}", unit, found.definition, found.higher)
-    return found
-
-
 def scale_of(metric: str) -> float:
     """What values are multiplied by in figures: shares are drawn in per cent."""
     return 100.0 if metric_term(metric).unit in ("share", "points") else 1.0
@@ -188,7 +150,4 @@ def scale_of(metric: str) -> float:
 
 def axis_label(metric: str) -> str:
     """The metric with its unit, for an axis."""
-    found = metric_term(metric)
-    loss = canonical(metric) in LOSSES or "loss" in canonical(metric)
-    unit = {"share": " (%)", "points": " (points)"}.get(found.unit, " (nats a token)" if loss else "")
-    return found.label + unit
+    return metric_term(metric).axis_label

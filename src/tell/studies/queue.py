@@ -13,9 +13,9 @@ from filelock import FileLock, Timeout
 
 from tell.files import write_json
 from tell.folder import reading
-from tell.names import NAMES
+from tell.names import metric
+from tell.names import show as number
 from tell.progress import Advance, Display
-from tell.report.html_text import number
 from tell.run.stop import Stop
 from tell.studies.cells import Cell, Row, changed_inputs, contents
 from tell.studies.executors.run_cell import InnerDisplay, Outcome, prune
@@ -271,7 +271,7 @@ def main_score(root: Root, cell: Cell) -> str:
     metrics = folder.read(folder.metrics)
     primary = metrics["task"]["primary"]
     value = (metrics["arms"].get(metrics["task"].get("lead", cell.arm), {}).get(primary) or {}).get("value")
-    name = NAMES.get(primary, primary.replace("_", " "))
+    name = metric(primary).phrase
     return f"no {name}" if value is None else f"{name} {number(value, metric_term(primary).unit)}"
 
 

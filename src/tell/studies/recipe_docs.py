@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from pydantic import BaseModel
 
-from tell.names import NAMES
+from tell.names import SCORES
 from tell.studies import recipe
 from tell.studies.recipe import PARTS, Recipe
 
@@ -34,7 +34,7 @@ def recipe_docs() -> str:
     parts = [HEAD, example, "", variables.strip().replace("``", "`"), "", *_table(Recipe)]
     for name, model in PARTS.items():
         parts += ["", f"## {name}", (model.__doc__ or "").strip().replace("``", "`"), "", *_table(model)]
-    scores = ", ".join(f"`{name}`" for name in NAMES)
+    scores = ", ".join(f"`{name}`" for name in SCORES)
     return "\n".join(parts) + "\n" + TAIL.format(scores=scores)
 
 

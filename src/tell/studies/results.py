@@ -15,7 +15,7 @@ import numpy as np
 from tell.errors import TellError
 from tell.files import read_jsonl
 from tell.folder import RunFolder
-from tell.report.html_text import is_number
+from tell.names import is_number
 from tell.report.read_run import get, mapping
 from tell.run.answers import adapter_arm
 from tell.score.intervals import Z

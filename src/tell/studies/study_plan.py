@@ -67,11 +67,9 @@ class Planner:
         """Four groups of queries pass the model once: a third of what training on them takes."""
         task = self._task(cell.config)
         found = self.measured.get(evaluation_key(cell))
-        device, dtype = likely_place(cell.config)
         tokens = 4 * cell.separate["queries"] * TOKENS if cell.separate else 0
-        time = predict_seconds(
-            task.files.architecture, tokens, fingerprint=task.files.fingerprint, device=device, dtype=dtype
-        )
+        place = likely_place(cell.config)
+        time = predict_seconds(task.files.architecture, tokens, fingerprint=task.files.fingerprint, place=place)
         basis = time.basis + (", evaluation measured" if found else "")
         return {**_nothing(), "evaluation_seconds": found or time.seconds / 3, "basis": basis}
 

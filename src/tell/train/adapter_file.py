@@ -1,4 +1,4 @@
-"""A LoRA adapter's files, checked before they are folded into a model: they may be cut short, or not ours."""
+"""Reads the files of a LoRA adapter and validates them: they may be truncated, or written by another tool."""
 
 from __future__ import annotations
 
@@ -31,26 +31,24 @@ def read_adapter(folder: Path) -> tuple[float, dict[str, tuple[Tensor, Tensor]]]
     try:
         tensors = load_file(str(path))
     except BaseException as error:
-        if not isinstance(error, SafetensorError | OSError | ValueError | KeyError | RuntimeError) and not is_panic(
-            error
-        ):
+        known = isinstance(error, SafetensorError | OSError | ValueError | KeyError | RuntimeError)
+        if not known and not is_panic(error):
             raise
         raise TellError(f"cannot be read ({first_line(error)})", where=str(path), remedy=REMEDY) from error
     pairs: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         name, part, tail = key.removeprefix("base_model.model.").rpartition(".lora_")
         if not part or tail not in ("A.weight", "B.weight") or tensor.ndim != 2:
-            raise TellError(
-                f"holds {key}, which plain LoRA lacks", where=str(path), remedy="Load it with peft instead."
-            )
+            remedy = "Load it with peft instead."
+            raise TellError(f"holds {key}, which plain LoRA lacks", where=str(path), remedy=remedy)
         if not torch.isfinite(tensor).all():
-            raise TellError(f"{key} holds values that are no numbers", where=str(path), remedy=REMEDY)
+            raise TellError(f"{key} holds values that are not finite", where=str(path), remedy=REMEDY)
         pairs.setdefault(name, {})[tail[0]] = tensor
     if not pairs:
         raise TellError("holds no LoRA weights", where=str(path), remedy=REMEDY)
     for name, pair in pairs.items():
         if len(pair) < 2 or pair["A"].shape[0] != pair["B"].shape[1]:
-            raise TellError(f"the weights of {name} do not belong together", where=str(path), remedy=REMEDY)
+            raise TellError(f"the A and B matrices of {name} do not match", where=str(path), remedy=REMEDY)
     return scale, {name: (pair["A"], pair["B"]) for name, pair in pairs.items()}
 
 

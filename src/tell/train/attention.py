@@ -1,101 +1,103 @@
-"""Attention over rows laid end to end, without padding in the rest of the model.
+"""Attention over packed rows, without padding in the rest of the model.
 
-A custom attention function is registered with transformers under the name ``tell``. transformers builds no
-mask for a name it has no mask function for, so what attends to what is decided here alone: the caller opens
-a plan with ``use_plan`` and runs the model on one "batch" of T tokens with explicit position ids.
+A custom attention function is registered with transformers under the name ``tell``. transformers builds no mask for an
+unknown name, so the plan alone decides what attends to what: run the model under ``use_plan`` on one "batch" of T
+tokens with explicit position ids.
 
-Rows of similar length are gathered into padded blocks for the two batched products of attention (padding
-sits behind each row, where the causal mask hides it) and scattered back. Rows that begin alike (a system
-prompt, the anchor) may share one copy of that prefix: its hidden states are the same in every row as long
-as nothing random (dropout) tells them apart, so it is computed once.
+Rows of similar length are padded into blocks for the two batched products of attention (the causal mask hides the
+padding, which follows each row) and scattered back. Rows with a common prefix (a system prompt, the anchor) may share
+one copy of it: its hidden states are the same in every row unless something random (dropout) differs between rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tell.errors import TellError
-from tell.train.transfer import send
+from tell.train.device import send
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 NAME = "tell"
-GROUP_SLACK = 1.25  # a block of rows may hold this many times its real tokens
+GROUP_SLACK = 1.25  # a block may be this many times as large as its real tokens
+
+
+class Rule(NamedTuple):
+    """What a layer specifies: scale of the scores, sliding window in tokens and soft cap, or None."""
+
+    scaling: float
+    window: int | None
+    softcap: float | None
 
 
 class Plan(Protocol):
     """How the T tokens of one forward pass attend to each other and to what was cached."""
 
-    def attend(self, layer: Any, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
+    def attend(self, layer: nn.Module | None, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
         """(1, H, T, D), (1, Hk, T, D), (1, Hk, T, D) to (1, T, H, D)."""
         ...
 
-
-class Rule:
-    """What a layer asks for: scale of the scores, sliding window (tokens) and soft cap, or None."""
-
-    __slots__ = ("scaling", "softcap", "window")
-
-    def __init__(self, scaling: float, window: int | None, softcap: float | None) -> None:
-        self.scaling, self.window, self.softcap = scaling, window, softcap
+    def positions(self) -> Tensor:
+        """(1, T) position ids."""
+        ...
 
 
-_plans: list[Any] = []
+_plan: ContextVar[Any] = ContextVar("plan", default=None)
+# Cache by model: the attention that ``install`` replaced.
+_replaced: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
 
 def current_plan() -> Any:
-    """The plan of the pass under way."""
-    return _plans[-1] if _plans else None
+    """The plan of the current forward pass."""
+    return _plan.get()
 
 
 @contextmanager
 def use_plan(plan: Any) -> Iterator[None]:
     """Every attention layer inside follows ``plan``."""
-    _plans.append(plan)
+    token = _plan.set(plan)
     try:
         yield
     finally:
-        _plans.pop()
+        _plan.reset(token)
 
 
 def attention_forward(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    position_bias: Tensor | None = None,
-    **_: Any,
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
     """The function transformers calls in each layer.
 
     Raises:
-        TellError: the layer asks for something that plans do not compute.
+        TellError: the layer needs something that plans do not compute.
     """
-    if s_aux is not None or position_bias is not None:
-        raise _unsupported(module, "attention sinks" if s_aux is not None else "a position bias")
-    if not _plans:
+    for option, what in (("s_aux", "attention sinks"), ("position_bias", "a position bias")):
+        if options.get(option) is not None:
+            raise _unsupported(module, what)
+    plan, scaling = _plan.get(), options.get("scaling")
+    if plan is None:
         raise RuntimeError("the model uses tell's attention; run it under use_plan(...)")
-    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    rule = module._tell_rule = Rule(scale, sliding_window, softcap)
-    return _plans[-1].attend(module, query, key, value, rule), None
+    if scaling is None:
+        scaling = query.shape[-1] ** -0.5
+    rule = Rule(scaling, options.get("sliding_window"), options.get("softcap"))
+    return plan.attend(module, query, key, value, rule), None
 
 
-def install(model: Any) -> None:
+def install(model: PreTrainedModel) -> None:
     """Let ``model`` attend through plans.
 
     Raises:
-        TellError: its attention cannot be exchanged, or some layer mixes tokens by other means than attention.
+        TellError: its attention cannot be replaced, or some layer mixes tokens by other means than attention.
     """
     from transformers import AttentionInterface
     from transformers.utils import logging
@@ -107,7 +109,7 @@ def install(model: Any) -> None:
         raise _unsupported(model, f"{min(other)} layers")
     if config._attn_implementation == NAME:
         return
-    model._tell_attention = config._attn_implementation
+    before = config._attn_implementation
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # transformers only warns where it cannot
     try:
@@ -118,16 +120,18 @@ def install(model: Any) -> None:
         logging.set_verbosity(level)
     if config._attn_implementation != NAME:
         raise _unsupported(model, "attention of its own")
+    _replaced[model] = before
 
 
-def restore(model: Any) -> bool:
-    """Let ``model`` attend as before ``install``; whether that was other than now."""
+def restore(model: PreTrainedModel) -> bool:
+    """Undo ``install``; whether there was anything to undo. A copied model gets transformers' default attention."""
     if installed := model.config.get_text_config()._attn_implementation == NAME:
-        model.set_attn_implementation(model._tell_attention)
+        default = "sdpa" if model._supports_sdpa else "eager"
+        model.set_attn_implementation(_replaced.get(model, default))
     return installed
 
 
-def _unsupported(module: Any, what: str) -> TellError:
+def _unsupported(module: nn.Module, what: str) -> TellError:
     return TellError(
         f"{type(module).__name__} has {what}, which cannot be computed over packed rows",
         where="model",
@@ -152,7 +156,7 @@ class _Gather(torch.autograd.Function):
 
 
 def softmax_scores(scores: Tensor, rule: Rule, hidden: Tensor | None) -> Tensor:
-    """Probabilities of scores (..., queries, keys); ``hidden`` is True where a key is out of sight."""
+    """Probabilities of scores (..., queries, keys); ``hidden`` is True where a key is masked."""
     if rule.softcap is not None:
         scores = torch.tanh(scores / rule.softcap) * rule.softcap
     if hidden is not None:
@@ -217,10 +221,10 @@ class Block:
     """Rows of similar length, padded to the longest.
 
     Attributes:
-        rows: how many.
+        rows: number of rows.
         longest: tokens of the longest.
-        start: (rows,) int64, on the processor: first packed token of each row.
-        length: (rows,) int64, on the processor: tokens of each row.
+        start: (rows,) int64, on the CPU: first packed token of each row.
+        length: (rows,) int64, on the CPU: tokens of each row.
     """
 
     rows: int
@@ -233,9 +237,9 @@ class PackedPlan:
     """T = prefix + sum(lengths) tokens: one shared prefix, then the rest of each row.
 
     Args:
-        lengths: tokens of each row behind the shared prefix, each at least 1.
-        prefix: tokens shared by all rows, at the head of the packed sequence; 0 for none.
-        device: where the tokens live.
+        lengths: tokens of each row after the shared prefix, each at least 1.
+        prefix: tokens shared by all rows, at the start of the packed sequence; 0 for none.
+        device: of the tokens.
     """
 
     def __init__(self, lengths: Sequence[int], *, prefix: int = 0, device: torch.device | str = "cpu") -> None:
@@ -248,55 +252,34 @@ class PackedPlan:
             self._blocks.append(Block(len(rows), max(sizes), torch.from_numpy(starts[rows]), torch.tensor(sizes)))
         first = torch.zeros(1, dtype=torch.long)
         self._head = Block(1, prefix, first, torch.tensor([prefix])) if prefix else None
-        self.blocks = [(block.rows, block.longest) for block in self._blocks]
-        self._index: tuple[Tensor, Tensor, Tensor | None] | None = None
         self._masks: dict[tuple[int, int, int | None], Tensor] = {}
 
     def packed_blocks(self) -> list[Block]:
-        """All blocks, the prefix first as a row of its own."""
+        """All blocks; the prefix comes first, as a row of its own."""
         return [*([self._head] if self._head else []), *self._blocks]
 
     def rows(self) -> tuple[Tensor, Tensor, int]:
-        """(rows,) first token and (rows,) tokens of each row behind the prefix, longest first; and the prefix."""
+        """(rows,) first token and (rows,) tokens of each row after the prefix, longest first; and the prefix."""
         start, length = (torch.cat([getattr(b, name) for b in self._blocks]) for name in ("start", "length"))
         return start, length, self.prefix
 
-    def _indices(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Packed token of each slot of the padded blocks, slot of each token, slots that hold no token."""
-        if self._index is None:
-            inverse = torch.zeros(self.total, dtype=torch.long)
-            index, holes, slot = [], [], 0
-            for block in self.packed_blocks():
-                slots = torch.arange(slot, slot + block.rows * block.longest).view(block.rows, block.longest)
-                at = torch.arange(block.longest)[None]
-                real = at < block.length[:, None]
-                tokens = block.start[:, None] + at.minimum(block.length[:, None] - 1)
-                inverse[tokens[real]] = slots[real]
-                index.append(tokens.flatten())
-                holes.append(slots[~real])
-                slot += block.rows * block.longest
-            empty = torch.cat(holes)
-            self._index = (
-                send(torch.cat(index), self.device),
-                send(inverse, self.device),
-                send(empty, self.device) if len(empty) else None,
-            )
-        return self._index
-
-    @property
-    def index(self) -> Tensor:
-        """(slots,) packed token of each slot."""
-        return self._indices()[0]
-
-    @property
-    def inverse(self) -> Tensor:
-        """(T,) slot of each packed token."""
-        return self._indices()[1]
-
-    @property
-    def holes(self) -> Tensor | None:
-        """Slots behind the end of a row; None where there are none."""
-        return self._indices()[2]
+    @cached_property
+    def indices(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Packed token of each slot of the padded blocks, slot of each token, and the empty slots (None for none)."""
+        inverse = torch.zeros(self.total, dtype=torch.long)
+        index, holes, slot = [], [], 0
+        for block in self.packed_blocks():
+            slots = torch.arange(slot, slot + block.rows * block.longest).view(block.rows, block.longest)
+            at = torch.arange(block.longest)[None]
+            real = at < block.length[:, None]
+            tokens = block.start[:, None] + at.minimum(block.length[:, None] - 1)
+            inverse[tokens[real]] = slots[real]
+            index.append(tokens.flatten())
+            holes.append(slots[~real])
+            slot += block.rows * block.longest
+        empty = torch.cat(holes)
+        tokens, slots = send(torch.cat(index), self.device), send(inverse, self.device)
+        return tokens, slots, send(empty, self.device) if len(empty) else None
 
     def positions(self) -> Tensor:
         """(1, T) position ids: each row counts on from the prefix."""
@@ -304,7 +287,7 @@ class PackedPlan:
         return send(torch.cat(rows)[None], self.device)
 
     def _hidden(self, length: int, prefix: int, window: int | None) -> Tensor:
-        """(length, prefix + length) True where the key lies ahead of the query or outside the window."""
+        """(length, prefix + length) True where the key is after the query or outside the window."""
         if window is not None and window >= prefix + length:
             window = None
         key = (length, prefix, window)
@@ -317,34 +300,40 @@ class PackedPlan:
             self._masks[key] = hidden
         return self._masks[key]
 
-    def attend(self, layer: Any, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
-        heads = query.shape[1]
+    def attend(self, layer: nn.Module | None, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
+        heads, prefix = query.shape[1], self.prefix
         q, k, v = (self._pad(x) for x in (query * rule.scaling, key, value))
         outputs: list[Tensor] = []
         kp = vp = None
-        slot = 0
-        if self.prefix:
-            kp, vp = (x[: self.prefix].transpose(0, 1)[None] for x in (k, v))  # (1, Hk, P, D)
-            outputs.append(self._block(q[: self.prefix][None], kp, vp, None, None, rule))
-            slot = self.prefix
-        for rows, longest in self.blocks:
-            span = slice(slot, slot + rows * longest)
-            block = [x[span].unflatten(0, (rows, longest)) for x in (q, k, v)]
-            kb, vb = (x.transpose(1, 2) for x in block[1:])
-            outputs.append(self._block(block[0], kb, vb, kp, vp, rule))
-            slot += rows * longest
+        if prefix:
+            kp, vp = (x[:prefix].transpose(0, 1)[None] for x in (k, v))  # (1, Hk, P, D)
+            outputs.append(self._block(q[:prefix][None], kp, vp, None, None, rule))
+        outputs += self._attend_rows((q[prefix:], k[prefix:], v[prefix:]), kp, vp, rule)
         flat = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
-        out = _Gather.apply(flat, self.inverse, self.index, self.holes)
+        index, inverse, holes = self.indices
+        out = _Gather.apply(flat, inverse, index, holes)
         return out.view(1, self.total, heads, -1)
+
+    def _attend_rows(
+        self, padded: tuple[Tensor, ...], kp: Tensor | None, vp: Tensor | None, rule: Rule
+    ) -> Iterator[Tensor]:
+        """Outputs of each block of rows; queries, keys and values are ``padded`` (slots, heads, D)."""
+        slot = 0
+        for block in self._blocks:
+            span, shape = slice(slot, slot + block.rows * block.longest), (block.rows, block.longest)
+            q, k, v = (x[span].unflatten(0, shape) for x in padded)
+            yield self._block(q, k.transpose(1, 2), v.transpose(1, 2), kp, vp, rule)
+            slot = span.stop
 
     def _pad(self, x: Tensor) -> Tensor:
         """(1, H, T, D) to (slots, H, D)."""
-        return _Gather.apply(x[0].transpose(0, 1), self.index, self.inverse, None)
+        index, inverse, _ = self.indices
+        return _Gather.apply(x[0].transpose(0, 1), index, inverse, None)
 
     def _block(self, q: Tensor, k: Tensor, v: Tensor, kp: Tensor | None, vp: Tensor | None, rule: Rule) -> Tensor:
         """(B, L, H, D) queries over own keys (B, Hk, L, D) and the shared (1, Hk, P, D): (B * L, H, D).
 
-        Key heads come first in every product, so that all rows ask the shared keys in one.
+        Key heads are the leading dimension of every product, so that one product serves the shared keys of all rows.
         """
         rows, length, heads, width = q.shape
         kv = k.shape[1]
@@ -366,7 +355,7 @@ class PackedPlan:
     def _plain(
         self, q: Tensor, k: Tensor, v: Tensor, kp: Tensor | None, vp: Tensor | None, length: int, rule: Rule
     ) -> Tensor:
-        """The same by autograd, for layers with a window or a soft cap."""
+        """As ``_BlockAttention``, by autograd, for layers with a window or a soft cap."""
         n, m, width = q.shape
         scores = torch.bmm(q, k.transpose(1, 2))
         prefix = 0
@@ -382,8 +371,20 @@ class PackedPlan:
         return ahead.view(n, m, -1) + torch.bmm(probs[..., prefix:], v)
 
 
+class RulePlan(PackedPlan):
+    """One row; records the rule of each attention layer."""
+
+    def __init__(self, length: int, *, device: torch.device | str = "cpu") -> None:
+        super().__init__([length], device=device)
+        self.rules: dict[nn.Module | None, Rule] = {}
+
+    def attend(self, layer: nn.Module | None, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
+        self.rules[layer] = rule
+        return super().attend(layer, query, key, value, rule)
+
+
 def _group(lengths: Sequence[int]) -> list[list[int]]:
-    """Rows of similar length together: padding stays under GROUP_SLACK, order inside does not matter."""
+    """Groups rows of similar length so that padding stays under GROUP_SLACK; their order does not matter."""
     order = sorted(range(len(lengths)), key=lambda r: (-lengths[r], r))
     groups: list[list[int]] = []
     real = 0

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from tell.errors import TellError
 from tell.files import atomic_folder, restore_folder
 
+Parameters = Mapping[str, nn.Parameter]  # trained, by name
 
-def save_checkpoint(folder: Path, parameters: dict[str, torch.nn.Parameter], optimizer: Any, facts: dict) -> None:
-    """Write ``folder`` so that a kill leaves the old or the new checkpoint whole.
+
+def save_checkpoint(folder: Path, parameters: Parameters, optimizer: torch.optim.Optimizer, facts: dict) -> None:
+    """Replace the checkpoint in ``folder`` atomically: a kill leaves the old or the new one complete.
 
     Args:
         folder: the checkpoint's place.
         parameters: trained parameters by name.
         optimizer: AdamW over them.
         facts: JSON-serialisable position: step, digest, tokens, seconds.
+
+    Raises:
+        TellError: it cannot be written.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -38,9 +44,9 @@ def save_checkpoint(folder: Path, parameters: dict[str, torch.nn.Parameter], opt
 
 
 def load_checkpoint(
-    folder: Path, parameters: dict[str, torch.nn.Parameter], optimizer: Any, *, digest: str
+    folder: Path, parameters: Parameters, optimizer: torch.optim.Optimizer, *, digest: str
 ) -> dict | None:
-    """Put a checkpoint's tensors back; its facts, or None where there is no checkpoint.
+    """Restore a checkpoint's tensors and return its facts; None where there is no checkpoint.
 
     Raises:
         TellError: the checkpoint belongs to another mixture or configuration, or is damaged.
@@ -56,20 +62,20 @@ def load_checkpoint(
         tensors = load_file(str(folder / "state.safetensors"))
     except (OSError, ValueError, SafetensorError) as error:
         raise TellError(
-            f"the checkpoint cannot be read ({error})", where=str(folder), remedy="Start anew with --overwrite."
+            f"the checkpoint cannot be read ({error})", where=str(folder), remedy="Start over with --overwrite."
         ) from error
     if facts["digest"] != digest:
         raise TellError(
             "the checkpoint belongs to another mixture or other settings",
             where=str(folder),
-            remedy="Resume with the settings in run.yaml, or start anew with --overwrite.",
+            remedy="Resume with the settings in run.yaml, or start over with --overwrite.",
         )
-    put_state(tensors, parameters, optimizer)
+    load_state(tensors, parameters, optimizer)
     return facts
 
 
-def state_tensors(parameters: dict[str, torch.nn.Parameter], optimizer: Any) -> dict[str, torch.Tensor]:
-    """Weights and optimiser state on the processor, by ``weight/<name>``, ``exp_avg/<name>`` and so on."""
+def state_tensors(parameters: Parameters, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Weights and optimiser state on the CPU, by ``weight/<name>``, ``exp_avg/<name>`` and so on."""
     tensors = {f"weight/{name}": p.detach().cpu().contiguous() for name, p in parameters.items()}
     for name, p in parameters.items():
         for key, value in optimizer.state.get(p, {}).items():
@@ -77,8 +83,8 @@ def state_tensors(parameters: dict[str, torch.nn.Parameter], optimizer: Any) -> 
     return tensors
 
 
-def put_state(tensors: dict[str, torch.Tensor], parameters: dict[str, torch.nn.Parameter], optimizer: Any) -> None:
-    """Put back what ``state_tensors`` took."""
+def load_state(tensors: Mapping[str, Tensor], parameters: Parameters, optimizer: torch.optim.Optimizer) -> None:
+    """The inverse of ``state_tensors``."""
     with torch.no_grad():
         for name, p in parameters.items():
             p.copy_(tensors[f"weight/{name}"])

@@ -12,13 +12,7 @@ _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 @dataclass(frozen=True)
 class Launch:
-    """Where this process stands among those of its run.
-
-    Attributes:
-        rank: its number, from 0; the first one leads.
-        world: how many there are, at least 2.
-        local: its number on its own machine.
-    """
+    """Ranks of this process: ``rank`` among all ``world`` (at least 2), ``local`` on its own machine."""
 
     rank: int
     world: int
@@ -26,7 +20,7 @@ class Launch:
 
 
 def launched() -> Launch | None:
-    """What the launcher says; None where this process trains alone."""
+    """This process's ranks; None where it trains alone."""
     if not all(os.environ.get(name) for name in _VARIABLES):
         return None
     rank, world, local = (int(os.environ[name]) for name in _VARIABLES[:3])
@@ -34,7 +28,7 @@ def launched() -> Launch | None:
 
 
 def refuse_several(verb: str) -> None:
-    """Raise TellError where several processes would do the work of one."""
+    """Raise TellError under a launcher: several processes would repeat the work of one."""
     if launched() is not None:
         raise TellError(
             "runs in one process; only `tell tune` trains in several",

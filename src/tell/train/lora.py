@@ -1,18 +1,18 @@
 """LoRA adapters through peft, with one fused product for the layers that carry them.
 
-peft's own forward casts the layer's input to the adapter's fp32 and back and adds three intermediate
-results; on a CPU that costs more than the adapter's arithmetic. The fused forward below computes the same
-function: y = x W^T + b + s (dropout(x) A^T) B^T, with A and B kept in fp32 and cast, small as they are, to
-the input's dtype. It serves where ``fused.py`` does not join layers: on a GPU, without kernels, in unusual modules.
+peft's own forward casts the layer's input to the adapter's fp32 and back and adds three intermediate results; on a CPU
+that costs more than the adapter's arithmetic. The fused forward computes the same function,
+y = x W^T + b + s (dropout(x) A^T) B^T, with A and B kept in fp32 and cast, small as they are, to the input's dtype. It
+serves where ``fast/fused.py`` does not join layers: on a GPU, without kernels, in unusual modules.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,25 +24,32 @@ from tell.errors import TellError
 from tell.files import sync_files
 from tell.folder import AdapterFolder
 from tell.train.adapter_file import read_adapter
+from tell.train.device import SHARE, free_bytes, kept_randomness
 from tell.train.fast.fused_ops import Projection, Stack
-from tell.train.memory import SHARE, free_bytes
 from tell.train.targets import EXPERTS, refuse_experts
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from peft.tuners.lora import Linear as LoraLinear
+    from transformers import PreTrainedModel
+
 QKV = ("q_proj", "k_proj", "v_proj", "qkv_proj", "c_attn", "query_key_value", "Wqkv", "W_pack")
-DEFAULT = "default"  # peft's name of an only adapter
-# Always written. What else is at peft's default is left out: older versions refuse keys they do not know.
+OWN_BASE = "Use its own base model."
+DEFAULT = "default"  # peft's name of a sole adapter
+# Always written. Other keys are omitted at peft's default: older versions refuse keys they do not know.
 WRITTEN = frozenset(
     {"peft_type", "task_type", "base_model_name_or_path", "inference_mode", "r", "lora_alpha", "lora_dropout"}
     | {"target_modules", "bias", "fan_in_fan_out"}
 )
 
 
-def _fused_forward(layer: Any) -> Any:
+def _fused_forward(layer: LoraLinear) -> Callable[..., Tensor]:
     """The forward that replaces peft's on one LoRA layer while training."""
-    base, a, b = layer.get_base_layer(), layer.lora_A[DEFAULT], layer.lora_B[DEFAULT]
+    parts: tuple[Any, ...] = layer.get_base_layer(), layer.lora_A[DEFAULT], layer.lora_B[DEFAULT]
+    base, a, b = parts  # linear layers
     scale, dropout = float(layer.scaling[DEFAULT]), layer.lora_dropout[DEFAULT]
 
-    def forward(x: Tensor, *_: Any, **__: Any) -> Tensor:
+    def forward(x: Tensor, *_: object, **__: object) -> Tensor:
         if layer.training and isinstance(dropout, nn.Dropout) and dropout.p > 0:
             inner = linear(dropout(x), (a.weight * scale).to(x.dtype))
             return base(x) + linear(inner, b.weight.to(x.dtype))
@@ -52,7 +59,7 @@ def _fused_forward(layer: Any) -> Any:
     return forward
 
 
-def lora_layers(model: Any) -> Iterator[tuple[str, Any]]:
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
     from peft.tuners.lora import Linear
 
     for name, module in model.named_modules():
@@ -60,14 +67,14 @@ def lora_layers(model: Any) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
-def fuse(model: Any) -> None:
+def fuse(model: nn.Module) -> None:
     """Give every LoRA layer over a plain ``nn.Linear`` the fused forward."""
     for _, layer in lora_layers(model):
         if type(layer.get_base_layer()) is nn.Linear and not layer.lora_bias.get(DEFAULT, False):
-            layer.forward = _fused_forward(layer)
+            setattr(layer, "forward", _fused_forward(layer))  # noqa: B010
 
 
-def target_modules(model: Any, targets: str) -> str | list[str]:
+def target_modules(model: PreTrainedModel, targets: str) -> str | list[str]:
     """peft's ``target_modules`` for ``all-linear``, ``qkv`` or a list of module names.
 
     Raises:
@@ -75,7 +82,7 @@ def target_modules(model: Any, targets: str) -> str | list[str]:
     """
     if targets == "all-linear" and not _joined_experts(model):
         return targets
-    # The output layer is left out: the loss reads its frozen weight block by block.
+    # Without the output layer: the loss reads its frozen weight block by block.
     layers = {
         name.rsplit(".", 1)[-1]
         for name, m in model.named_modules()
@@ -95,22 +102,13 @@ def target_modules(model: Any, targets: str) -> str | list[str]:
     return found
 
 
-def kept_randomness(device: torch.device | str) -> AbstractContextManager[None]:
-    """Restores the global random state of the CPU and of ``device`` at the end."""
-    kind = torch.device(device)
-    return torch.random.fork_rng(devices=[kind] if kind.type == "cuda" else [])
-
-
-def _joined_experts(model: Any) -> bool:
-    """Whether the experts of a mixture are one tensor of three dimensions, which no LoRA layer adapts."""
+def _joined_experts(model: nn.Module) -> bool:
+    """Whether the experts of a mixture are one 3D tensor, which no LoRA layer adapts."""
     return any(".experts." in name and weight.ndim == 3 for name, weight in model.named_parameters())
 
 
-def add_lora(model: Any, config: TrainConfig, *, seed: int, fused: bool = True) -> Any:
-    """Wrap a frozen causal model with a fresh LoRA adapter, seeded.
-
-    Returns:
-        The PeftModel, in training mode, adapters in fp32.
+def add_lora(model: PreTrainedModel, config: TrainConfig, *, seed: int, fused: bool = True) -> PeftModel:
+    """Wrap a frozen causal model with a fresh, seeded LoRA adapter in fp32; in training mode.
 
     Raises:
         TellError: the targets name no linear layer, or experts that are one tensor.
@@ -127,7 +125,7 @@ def add_lora(model: Any, config: TrainConfig, *, seed: int, fused: bool = True) 
             LoraConfig(
                 task_type="CAUSAL_LM",
                 r=config.lora_r,
-                lora_alpha=config.lora_alpha,
+                lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # peft scales by a float as well
                 lora_dropout=config.lora_dropout,
                 target_modules=names,
             ),
@@ -137,7 +135,7 @@ def add_lora(model: Any, config: TrainConfig, *, seed: int, fused: bool = True) 
     return peft_model.train()
 
 
-def save_adapter(model: Any, folder: Path) -> None:
+def save_adapter(model: PeftModel, folder: Path) -> None:
     """Write the adapter in peft's format: ``adapter_model.safetensors`` and ``adapter_config.json``."""
     from peft import LoraConfig
 
@@ -152,13 +150,13 @@ def save_adapter(model: Any, folder: Path) -> None:
     sync_files(folder)
 
 
-def remove_lora(model: Any) -> Any:
-    """The untouched base model back."""
+def remove_lora(model: PeftModel) -> PreTrainedModel:
+    """Returns the unchanged base model."""
     return model.unload()
 
 
 @contextmanager
-def adapter_merged(model: Any, folder: Path | None) -> Iterator[Any]:
+def adapter_merged(model: PreTrainedModel, folder: Path | None) -> Iterator[PreTrainedModel]:
     """The base model with an adapter merged into its weights, which are restored exactly afterwards.
 
     To decode inside, use ``DecodingEngine.adapter``: vLLM has weights of its own.
@@ -171,7 +169,7 @@ def adapter_merged(model: Any, folder: Path | None) -> Iterator[Any]:
         yield model
         return
     factors, scale = adapter_factors(model, folder)
-    weights = {name: model.get_submodule(name).weight.data for name in factors}
+    weights = {name: model.get_parameter(f"{name}.weight").data for name in factors}
     on_device = _room_for_copies(list(weights.values()))
     saved: dict[str, Tensor] = {}
     try:
@@ -179,38 +177,34 @@ def adapter_merged(model: Any, folder: Path | None) -> Iterator[Any]:
             for name, weight in weights.items():
                 a, b = (x.to(weight.device, torch.float32) for x in factors[name])
                 merged = (b @ a).mul_(scale)
-                merged = (
-                    merged.t() if isinstance(model.get_submodule(name), Conv1D) else merged
-                )  # GPT-2 keeps (in, out)
+                if isinstance(model.get_submodule(name), Conv1D):  # GPT-2 keeps (in, out)
+                    merged = merged.t()
                 merged += weight
                 saved[name] = weight.clone() if on_device else _copy_to_host(weight)
                 weight.copy_(merged)  # in place: others may hold views
         yield model
     finally:
         for name, data in saved.items():
-            model.get_submodule(name).weight.data.copy_(data, non_blocking=True)
+            model.get_parameter(f"{name}.weight").data.copy_(data, non_blocking=True)
 
 
 def _room_for_copies(weights: list[Tensor]) -> bool:
-    """Whether copies of ``weights`` stay on their device: on a GPU only where they take a small share of what is free.
-
-    The rest is for the cache of keys and values.
-    """
+    """Whether copies of ``weights`` fit on their device; on a GPU most free memory is left to the key-value cache."""
     if not weights or weights[0].device.type != "cuda":
         return True
     return SHARE * sum(weight.nbytes for weight in weights) <= free_bytes(weights[0].device)
 
 
 def _copy_to_host(weight: Tensor) -> Tensor:
-    """A copy in pinned memory, which a GPU fills and reads without being waited for."""
+    """A copy in pinned memory, which a GPU fills and reads asynchronously."""
     try:
         host = torch.empty_like(weight, device="cpu", pin_memory=True)
-    except RuntimeError:  # the system pins no more
+    except RuntimeError:  # the system's limit on pinned memory
         host = torch.empty_like(weight, device="cpu")
     return host.copy_(weight, non_blocking=True)
 
 
-def adapter_factors(model: Any, folder: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], float]:
+def adapter_factors(model: nn.Module, folder: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], float]:
     """(A, B) of each adapted layer by module name, and the scale of B A.
 
     Raises:
@@ -221,9 +215,7 @@ def adapter_factors(model: Any, folder: Path) -> tuple[dict[str, tuple[Tensor, T
     for name, (a, b) in pairs.items():
         shape = getattr(getattr(modules.get(name), "weight", None), "shape", None)
         if shape is None:
-            raise TellError(
-                f"adapts {name}, which the model lacks", where=str(folder), remedy="Use its own base model."
-            )
+            raise TellError(f"adapts {name}, which the model lacks", where=str(folder), remedy=OWN_BASE)
         if sorted(shape) != sorted((b.shape[0], a.shape[1])):
-            raise TellError(f"adapts {name} of another size", where=str(folder), remedy="Use its own base model.")
+            raise TellError(f"adapts {name} of another size", where=str(folder), remedy=OWN_BASE)
     return pairs, scale

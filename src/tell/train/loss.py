@@ -9,8 +9,8 @@ from torch import Tensor
 
 from tell.kernels.ops import kernels_for
 
-BLOCK = 256  # positions at a time: 256 x 49,152 fp32 logits are 50 MB
-GPU_LOGITS = 1 << 27  # at a time on a GPU, 512 MB in fp32: it needs larger products to be busy
+BLOCK = 256  # positions per block: 256 x 49,152 fp32 logits are 50 MB
+GPU_LOGITS = 1 << 27  # per block on a GPU, 512 MB in fp32: small products leave it idle
 
 
 def block_size(device: torch.device, vocabulary: int) -> int:
@@ -32,12 +32,11 @@ class _BlockedCrossEntropy(torch.autograd.Function):
         bias: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         nll = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
-        wanted = ctx.needs_input_grad[0]
-        grad = torch.empty_like(hidden) if wanted else None
+        grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         kernels = kernels_for(hidden) if softcap is None else None
         weights = weights.float().contiguous()
         block = min(block_size(hidden.device, len(head)), len(targets))
-        room = hidden.new_empty(block, len(head))  # one for all blocks: too large for the allocator to keep
+        room = hidden.new_empty(block, len(head))  # shared by all blocks: too large for the allocator to keep
         for begin in range(0, len(targets), block):
             span = slice(begin, begin + block)
             logits = room[: len(targets[span])]
@@ -46,7 +45,7 @@ class _BlockedCrossEntropy(torch.autograd.Function):
                 logits += bias
             if kernels is not None:
                 part = nll[span]
-                kernels.cross_entropy(logits, targets[span], weights[span] if wanted else None, part)
+                kernels.cross_entropy(logits, targets[span], None if grad is None else weights[span], part)
                 if grad is not None:
                     torch.mm(logits, head, out=grad[span])
                 continue
@@ -57,9 +56,7 @@ class _BlockedCrossEntropy(torch.autograd.Function):
             lse = logits.logsumexp(dim=1, keepdim=True)
             nll[span] = (lse - picked)[:, 0]
             if grad is not None:
-                slope = None
-                if softcap is not None:
-                    slope = 1 - (logits / softcap) ** 2
+                slope = None if softcap is None else 1 - (logits / softcap) ** 2
                 probs = logits.sub_(lse).exp_()
                 probs.scatter_add_(1, targets[span, None], torch.full_like(picked, -1.0))
                 probs.mul_(weights[span, None])
@@ -84,7 +81,7 @@ def blocked_cross_entropy(
     softcap: float | None = None,
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Weighted sum of negative log-likelihoods and the single ones.
+    """Weighted sum of negative log-likelihoods, and each of them: (n,) fp32 nats, without gradient.
 
     Args:
         hidden: (n, h) final hidden states at the trained positions.
@@ -93,24 +90,5 @@ def blocked_cross_entropy(
         weights: (n,) fp32 weight of each position in the sum.
         softcap: Gemma 2's cap on logits.
         bias: (V,) of the output layer, where it has one (Phi-2); gets no gradient.
-
-    Returns:
-        (scalar loss, (n,) fp32 nll in nats without gradient).
     """
     return _BlockedCrossEntropy.apply(hidden, head, targets, weights, softcap, bias)
-
-
-def position_weights(trained: Tensor, task: Tensor, *, normalization: str, task_weight: float, total: Tensor) -> Tensor:
-    """Weight of each trained position so that the weighted sum is the batch's loss.
-
-    Args:
-        trained: (n,) number of trained tokens of the row that the position belongs to.
-        task: (n,) bool, whether that row is a task row.
-        normalization: ``example`` (mean over each row's tokens, then over rows) or ``token``.
-        task_weight: how much a task row counts against a general row.
-        total: the normaliser of the whole batch: sum of row weights (example) or of weighted tokens (token).
-    """
-    own = torch.where(task, task_weight, 1.0)
-    if normalization == "example":
-        own = own / trained
-    return own / total

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from tell.rows.prefix import MIN_PREFIX, apart, common_prefix, passes
 from tell.train.attention import PackedPlan
+from tell.train.device import send
 from tell.train.fast.cuda import packed_plan
-from tell.train.transfer import send
 
 
 @dataclass(frozen=True, slots=True)
 class TrainRow:
-    """One row of a step: (n,) ids, (n,) mask of trained tokens, and which source it is of."""
+    """One row of a step: (n,) ids, (n,) mask of trained tokens, index of its source, whether it is a task row."""
 
     ids: np.ndarray
     mask: np.ndarray
@@ -27,17 +27,17 @@ class TrainRow:
 
 @dataclass(slots=True)
 class Pack:
-    """Rows of one forward pass, end to end.
+    """The rows of one forward pass, packed.
 
     Attributes:
-        ids: (T,) int64 tokens, the shared prefix once at the head.
+        ids: (T,) int64 tokens, the shared prefix once at the start.
         plan: what attends to what.
         predictors: (n,) index into T of the state that predicts each trained token.
         targets: (n,) the trained tokens.
-        row: (n,) which row of this pack each trained token belongs to.
+        row: (n,) index of the row of each trained token.
         trained, task: (rows,) trained tokens and task flag of each row.
-        source: (rows,) source index of each row, on the processor.
-        real: tokens of the rows as given, before sharing.
+        source: (rows,) source index of each row, on the CPU.
+        real: tokens of the rows before sharing.
     """
 
     ids: Tensor
@@ -60,19 +60,19 @@ def _shared(rows: Sequence[TrainRow], share_prefix: bool) -> int:
 def split_packs(
     rows: Sequence[TrainRow], micro_tokens: int, *, share_prefix: bool, device: torch.device | str = "cpu"
 ) -> list[list[TrainRow]]:
-    """Rows of a step in groups of at most ``micro_tokens`` (a longer row stands alone).
+    """Rows of a step in groups of at most ``micro_tokens`` (a longer row gets a group of its own).
 
-    Every row lands in exactly one group. Task rows, which share the anchor, stay together where that saves
-    computing it again. The order inside a step does not change its gradient.
+    Each row is in exactly one group. Task rows, which share the anchor, stay together where that saves computing it
+    again. The order within a step does not change its gradient.
     """
     task = [row for row in rows if row.task]
     other = [row for row in rows if not row.task]
     parts = [list(rows)]
     if share_prefix and len(task) > 1 and other:
         prefix, shared = (common_prefix([row.ids for row in part]) for part in (task, rows))
-        tokens = tuple(sum(len(row.ids) for row in part) for part in (task, other))
-        facts = {"prefix": prefix, "shared": shared, "micro_tokens": micro_tokens, "device": torch.device(device).type}
-        parts = [task, other] if apart((len(task), len(other)), tokens, **facts) else parts
+        own, others = (sum(len(row.ids) for row in part) for part in (task, other))
+        sizes, kind = {"prefix": prefix, "shared": shared, "micro_tokens": micro_tokens}, torch.device(device).type
+        parts = [task, other] if apart((len(task), len(other)), (own, others), **sizes, device=kind) else parts
     groups: list[list[TrainRow]] = []
     for part in parts:
         prefix = _shared(part, share_prefix)
@@ -93,7 +93,7 @@ def split_packs(
 
 
 def pack(rows: Sequence[TrainRow], *, share_prefix: bool, device: torch.device | str = "cpu") -> Pack:
-    """Lay rows end to end, their common prefix once where ``share_prefix`` allows it."""
+    """Packs rows, their common prefix once where ``share_prefix`` allows it."""
     prefix = _shared(rows, share_prefix)
     pieces = [rows[0].ids[:prefix]] if prefix else []
     predictors, targets, owner = [], [], []

@@ -1,8 +1,8 @@
-"""Several processes train one adapter: each computes its share of every step's rows, gradients are summed.
+"""Several processes train one adapter: each computes its share of every step's rows; gradients are summed.
 
-The weights of positions are set from the whole step, so the sum over processes is the gradient of one process. Why not
-torch's DistributedDataParallel: it averages over processes and hooks the model's forward, which packed passes go
-around; the adapter's gradients are a few megabytes, and one flat sum after the last pass is all there is to exchange.
+Position weights follow from the whole step, so the sum over processes is the gradient of one process. Why not torch's
+DistributedDataParallel: it averages over processes and hooks the model's forward, which packed passes bypass; the
+adapter's gradients are a few megabytes, and one flat all-reduce after the last pass is the only exchange.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,18 +22,22 @@ from tell.errors import Diverged, Interrupted, TellError, first_line
 from tell.train.launch import Launch
 from tell.train.packing import TrainRow
 from tell.train.plain import padded_batches
-from tell.train.step import StepLoss
+from tell.train.step import StepLoss, StepRules
 
-PATIENCE = timedelta(days=7)  # the others wait while the first one writes an anchor or general data
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+PATIENCE = timedelta(days=7)  # the others wait while the first writes an anchor or general data
+Step = Callable[..., StepLoss]  # (rows, *, clip=, total=), as ``step_loss``
 
 
 class Processes:
-    """The processes of one run: which one this is, and what they tell each other.
+    """The processes of one run and their communication.
 
     Args:
-        launch: what the launcher says.
-        device: that this process computes on, as a type.
-        sharded: the base model's weights are spread over the processes (FSDP), not copied to each.
+        launch: this process's ranks.
+        device: ``cpu`` or ``cuda``.
+        sharded: the base model's weights are sharded over the processes (FSDP), not copied to each.
 
     Raises:
         TellError: no GPU for this process, or a device that processes do not share.
@@ -42,7 +46,7 @@ class Processes:
     def __init__(self, launch: Launch, device: str, *, sharded: bool) -> None:
         self.rank, self.world, self.sharded = launch.rank, launch.world, sharded
         self.leads = launch.rank == 0
-        self.busy = False  # in the middle of a training, where the others may be anywhere
+        self.busy = False  # in the middle of training, where the others may be at any step
         self.dismissed = False
         if device not in ("cpu", "cuda"):
             raise TellError(
@@ -66,8 +70,8 @@ class Processes:
     def __str__(self) -> str:
         return f"{self.world} processes ({'fsdp' if self.sharded else 'ddp'})"
 
-    def tell(self, value: Any = None) -> Any:
-        """What the first process gives, in every process.
+    def broadcast(self, value: Any = None) -> Any:
+        """Broadcasts the first process's ``value``.
 
         Raises:
             TellError: a process has ended.
@@ -78,26 +82,28 @@ class Processes:
         return box[0]
 
     def agree(self, value: Any = None, error: Exception | None = None) -> list[Any]:
-        """The values of all processes by rank; where one has an error, all raise: it its own, the others a TellError.
+        """Gathers the values of all processes by rank. If one has an error, it raises that, the others a TellError.
 
         Raises:
             TellError: a process has ended.
         """
-        told: list[Any] = [None] * self.world
+        gathered: list[Any] = [None] * self.world
         with _connected():
-            dist.all_gather_object(told, (value, error and (str(error) or type(error).__name__)), group=self.control)
-        failed = [(rank, text) for rank, (_, text) in enumerate(told) if text]
+            dist.all_gather_object(
+                gathered, (value, error and (str(error) or type(error).__name__)), group=self.control
+            )
+        failed = [(rank, text) for rank, (_, text) in enumerate(gathered) if text]
         if failed:
-            self.busy = False  # all have come here, and all go back
+            self.busy = False  # all are here, and all leave
             if error is not None:
                 raise error
             rank, text = failed[0]
             raise TellError(text, where=f"rank {rank}")
-        return [value for value, _ in told]
+        return [value for value, _ in gathered]
 
     @contextmanager
     def agreed(self) -> Iterator[None]:
-        """What is done inside is done in every process, or fails in every process."""
+        """The block succeeds in every process, or fails in every process."""
         error = None
         try:
             yield
@@ -107,7 +113,7 @@ class Processes:
 
     @contextmanager
     def job(self) -> Iterator[None]:
-        """One training; what ends it in every process at the same step leaves them ready for the next."""
+        """One training; Diverged and Interrupted reach all processes at the same step, so the next one can follow."""
         self.busy = True
         try:
             yield
@@ -117,14 +123,14 @@ class Processes:
         self.busy = False
 
     def dismiss(self, word: Any) -> None:
-        """Let the waiting processes go with a last ``word``; at a failure that only this one knows of, just leave."""
+        """Release the waiting processes with a last ``word``; after a failure of this process alone, just leave."""
         if not self.busy and not self.dismissed:
             self.dismissed = True
             with suppress(TellError):
-                self.tell(word)
+                self.broadcast(word)
 
     def add_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Every parameter's gradient becomes the sum over processes; where one has none it counts as zero."""
+        """Sums every parameter's gradient over processes; a missing one counts as zero."""
         parameters = list(parameters)
         parts = [(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in parameters]
         flat = torch.cat(parts)
@@ -136,7 +142,7 @@ class Processes:
 
 @contextmanager
 def _connected() -> Iterator[None]:
-    """A connection that broke or timed out as a TellError; torch raises no class of its own for those of gloo."""
+    """Turns a lost connection into a TellError; torch has no exception class for those of gloo."""
     try:
         yield
     except RuntimeError as error:
@@ -145,12 +151,12 @@ def _connected() -> Iterator[None]:
         raise TellError(
             f"another process of this run has ended ({first_line(error)})",
             where="torchrun",
-            remedy="Its own message says why; go on with --resume.",
+            remedy="Read its own message, then continue with --resume.",
         ) from error
 
 
 def split_rows(rows: Sequence[TrainRow], parts: int) -> list[list[TrainRow]]:
-    """Rows in ``parts`` shares of near-equal tokens, each in the rows' order; a share may be empty."""
+    """``parts`` shares of nearly equal tokens, each in the rows' order; a share may be empty."""
     owner = [0] * len(rows)
     load = [0] * parts
     for i in sorted(range(len(rows)), key=lambda i: (-len(rows[i].ids), i)):
@@ -159,47 +165,29 @@ def split_rows(rows: Sequence[TrainRow], parts: int) -> list[list[TrainRow]]:
     return [[row for row, at in zip(rows, owner, strict=True) if at == part] for part in range(parts)]
 
 
-class _Part(NamedTuple):
-    """What one process computed of a step, as in ``StepLoss``."""
-
-    loss: float
-    rows: np.ndarray
-    source: np.ndarray
-    tokens: int
-
-
 class SharedStep:
-    """A step computed by all processes; called like that of one.
+    """A step computed by all processes; called like the step of one.
 
     Args:
         processes: of the run.
-        step: (rows, total=) of the own share; accumulates gradients.
-        total: normaliser of a step, as ``step.batch_total``.
+        step: computes this process's share; accumulates gradients.
+        rules: of the step.
         parameters: whose gradients are summed.
-        micro_tokens: tokens of one pass.
     """
 
-    def __init__(
-        self,
-        processes: Processes,
-        step: Callable[..., StepLoss],
-        total: Callable[[Sequence[TrainRow]], float],
-        parameters: Sequence[nn.Parameter],
-        micro_tokens: int,
-    ) -> None:
-        self.processes, self.step, self.total, self.micro_tokens = processes, step, total, micro_tokens
-        self.parameters = list(parameters)
+    def __init__(self, processes: Processes, step: Step, rules: StepRules, parameters: Sequence[nn.Parameter]) -> None:
+        self.processes, self.step, self.rules, self.parameters = processes, step, rules, list(parameters)
 
-    def __call__(self, rows: list[TrainRow], clip: Callable[[], Tensor]) -> StepLoss:
+    def __call__(self, rows: list[TrainRow], clip: Callable[[], Tensor] | None = None) -> StepLoss:
         processes = self.processes
-        if processes.sharded:  # a pass that fails leaves the others inside it: nothing to agree on
+        if processes.sharded:  # if a pass fails, the others are stuck in theirs: nothing to agree on
             with _connected():
                 part = self._sharded(rows)
             parts = processes.agree(part)
         else:
             part, error = None, None
             try:
-                part = self._own(split_rows(rows, processes.world)[processes.rank], self.total(rows))
+                part = self._own(split_rows(rows, processes.world)[processes.rank], self.rules.total(rows))
             except Exception as caught:
                 error = caught
             parts = processes.agree(part, error)
@@ -209,35 +197,34 @@ class SharedStep:
             np.concatenate([part.rows for part in parts]),
             np.concatenate([part.source for part in parts]),
             sum(part.tokens for part in parts),
-            float(clip()),
+            float(clip()) if clip else None,
         )
 
-    def _own(self, rows: list[TrainRow], total: float) -> _Part:
+    def _own(self, rows: list[TrainRow], total: float) -> StepLoss:
         if not rows:
-            return _Part(0.0, np.zeros(0, np.float32), np.zeros(0, np.int64), 0)
-        out = self.step(rows, total=total)
-        return _Part(out.loss, out.rows, out.source, out.tokens)
+            return StepLoss(0.0, np.zeros(0, np.float32), np.zeros(0, np.int64), 0)
+        return self.step(rows, total=total)
 
-    def _sharded(self, rows: list[TrainRow]) -> _Part:
-        """Each pass gathers weights from all processes, so all make as many; the last of some weigh nothing."""
+    def _sharded(self, rows: list[TrainRow]) -> StepLoss:
+        """Each pass gathers weights from all processes, so all run equally many; extra ones have no weight."""
         shares = split_rows(rows, self.processes.world)
-        passes = [len(padded_batches(share, self.micro_tokens)) for share in shares]
-        part = self._own(shares[self.processes.rank], self.total(rows))
+        passes = [len(padded_batches(share, self.rules.micro_tokens)) for share in shares]
+        part = self._own(shares[self.processes.rank], self.rules.total(rows))
         shortest = min(rows, key=lambda row: len(row.ids))
         for _ in range(max(passes) - passes[self.processes.rank]):
             self.step([shortest], total=float("inf"))
         return part
 
 
-def shard(peft_model: Any, device: torch.device) -> None:
-    """Spread a model's frozen weights over all processes, layer by layer; its adapters stay whole in each.
+def shard(peft_model: PeftModel, device: torch.device) -> None:
+    """Shard a model's frozen weights over all processes, layer by layer; its adapters stay whole in each.
 
     Args:
-        peft_model: with its LoRA, on the processor or on ``device``.
+        peft_model: with its LoRA, on the CPU or on ``device``.
         device: where it computes from now on.
 
     Raises:
-        TellError: torch is too old, or the model does not tell its layers.
+        TellError: torch is too old, or the model does not declare its layers.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -248,7 +235,7 @@ def shard(peft_model: Any, device: torch.device) -> None:
             where="train.parallel=fsdp",
             remedy="Update torch (pip install -U torch).",
         )
-    causal = peft_model.get_base_model()
+    causal: Any = peft_model.get_base_model()
     names = set(causal._no_split_modules or ())
     layers = [module for module in causal.modules() if type(module).__name__ in names]
     if not layers:

@@ -1,31 +1,73 @@
-"""Forward passes over packs: the loss of a step, and losses of rows without training."""
+"""Forward passes over packed rows: the loss of an optimiser step, and losses of rows without training."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from weakref import WeakSet
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tell.errors import TellError
 from tell.rows.row_table import RowTable
 from tell.train.attention import PackedPlan, install, use_plan
+from tell.train.device import send
 from tell.train.fast.fused import fuse_modules
-from tell.train.loss import blocked_cross_entropy, position_weights
+from tell.train.loss import blocked_cross_entropy
 from tell.train.packing import Pack, TrainRow, pack, split_packs
-from tell.train.transfer import send
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PretrainedConfig, PreTrainedModel
+
+_separate: WeakSet[nn.Module] = WeakSet()  # cache: models whose packed rows were found not to see each other
+
+
+@dataclass(frozen=True, slots=True)
+class StepRules:
+    """How the loss of a step is computed.
+
+    Attributes:
+        normalization: ``example`` (mean over each row's tokens, then over rows) or ``token``.
+        task_weight: weight of a task row relative to a general row.
+        micro_tokens: tokens of one forward and backward pass; the plain path counts padding.
+        share_prefix: compute the common prefix of rows once; only right without dropout and noise.
+    """
+
+    normalization: Literal["example", "token"] = "example"
+    task_weight: float = 1.0
+    micro_tokens: int = 3072
+    share_prefix: bool = False
+
+    def total(self, rows: Sequence[TrainRow]) -> float:
+        """The normaliser of a step: the sum of its rows' weights (``example``) or of its tokens' (``token``)."""
+        weights = [self.task_weight if row.task else 1.0 for row in rows]
+        if self.normalization == "token":
+            return sum(w * int(row.mask.sum()) for w, row in zip(weights, rows, strict=True))
+        return sum(weights)
+
+    def position_weights(self, trained: Tensor, task: Tensor, total: Tensor) -> Tensor:
+        """Weight of each trained position, so that the weighted sum is the step's loss.
+
+        Args:
+            trained: (n,) number of trained tokens of the position's row.
+            task: (n,) bool, whether that row is a task row.
+            total: normaliser of the whole step, as ``total`` returns.
+        """
+        own = torch.where(task, self.task_weight, 1.0)
+        return (own / trained if self.normalization == "example" else own) / total
 
 
 @dataclass(slots=True)
 class StepLoss:
-    """One step's loss and the single losses behind it.
+    """One step's loss and the losses of its rows.
 
     Attributes:
         loss: the optimised scalar.
-        rows: (rows,) mean nll of each row in nats a token.
+        rows: (rows,) mean nll of each row in nats per token.
         source: (rows,) source index of each row.
         tokens: real tokens (shared prefixes counted in every row).
         norm: of the gradient before clipping; None where nothing was clipped.
@@ -39,13 +81,13 @@ class StepLoss:
 
 
 class Pass(NamedTuple):
-    """What one forward pass over some of a step's rows gives.
+    """The result of one forward pass over some rows of a step.
 
     Attributes:
-        loss: scalar, its part of the step's loss, with gradient.
+        loss: scalar with gradient, its part of the step's loss.
         means: (rows,) mean nll of its rows.
         source: (rows,) their source indices.
-        tokens: theirs, as in ``StepLoss``.
+        tokens: their real tokens, as in ``StepLoss``.
     """
 
     loss: Tensor
@@ -61,14 +103,14 @@ def accumulate(
     clip: Callable[[], Tensor] | None,
     moved: Callable[[int], None] | None = None,
 ) -> StepLoss:
-    """The sum of passes, each made when its turn comes and sent backward before the next: one graph at a time.
+    """Sums passes lazily: each runs backward before the next runs forward, so only one graph exists at a time.
 
-    What they leave on the device is fetched in one transfer: a GPU is waited for once a step.
+    Results are fetched in one transfer, so the CPU waits for a GPU once per step.
 
     Args:
         passes: at least one.
         backward: accumulate gradients.
-        clip: called after the last pass; gives the gradient's norm, a scalar on the device.
+        clip: called after the last pass; returns the gradient's norm, a scalar on the device.
         moved: called after each pass with its tokens.
     """
     parts, means, source, tokens = [], [], [], 0
@@ -88,15 +130,21 @@ def accumulate(
     return StepLoss(loss, rows, np.concatenate(source), tokens, float(values[-1]) if tail else None)
 
 
+def causal_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The transformers model, whether or not peft wraps it."""
+    causal: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    return causal
+
+
 class Body:
     """The parts of a causal model that a packed pass needs: transformer body, output layer, soft cap.
 
     Raises:
-        TellError: rows of one pass would see each other in this architecture.
+        TellError: packed rows would see each other in this architecture.
     """
 
-    def __init__(self, model: Any) -> None:
-        causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    def __init__(self, model: PreTrainedModel | PeftModel) -> None:
+        causal = causal_of(model)
         config = causal.config.get_text_config()
         self.core = causal.base_model
         output = causal.get_output_embeddings()
@@ -104,26 +152,25 @@ class Body:
         self.bias: Tensor | None = getattr(output, "bias", None)
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
         self.logit_scale = _logit_scale(config)
+        self.device = self.head.device
         install(causal)
-        with torch.inference_mode(False):  # what is tried and kept here serves training too
-            if not getattr(causal, "_tell_checked", False):
+        with torch.inference_mode(False):  # what is computed and kept here serves training too
+            if causal not in _separate:
                 self._check(model)
-                causal._tell_checked = True
+                _separate.add(causal)
             fuse_modules(causal)
 
     @torch.no_grad()
-    def _check(self, model: Any) -> None:
+    def _check(self, model: nn.Module) -> None:
         """Refuse what leaks between rows past the attention function: convolutions, recurrent states, own masks."""
         was_training = model.training
         model.eval()
-        plan = PackedPlan([8, 8], device=self.head.device)
-        ids = torch.arange(16, device=self.head.device) % len(self.head)
+        plan = PackedPlan([8, 8], device=self.device)
+        ids = torch.arange(16, device=self.device) % len(self.head)
         states = []
         for shift in (0, 16):
             ids[:8] = (ids[:8] + shift) % len(self.head)
-            with use_plan(plan):
-                out = self.core(input_ids=ids[None], position_ids=plan.positions(), use_cache=False)
-            states.append(out.last_hidden_state[0].float())
+            states.append(self.run(plan, ids).float())
         model.train(was_training)
         change = (states[0] - states[1]).abs()
         if not change[8:].max() <= 0.02 * states[0].abs().max() or not change[:8].max() > 0:
@@ -133,16 +180,24 @@ class Body:
                 remedy="Use a plain transformer: Llama, Qwen2, Qwen3, Gemma, Phi-3, Mistral, SmolLM and their like.",
             )
 
+    def run(self, plan: PackedPlan, ids: Tensor) -> Tensor:
+        """(T, h) final states of packed tokens (T,)."""
+        with use_plan(plan):
+            out = self.core(input_ids=ids[None], position_ids=plan.positions(), use_cache=False)
+        return out.last_hidden_state[0]
+
     def states(self, pack: Pack) -> Tensor:
         """(n, h) states at the predictors of a pack."""
-        with use_plan(pack.plan):
-            out = self.core(input_ids=pack.ids[None], position_ids=pack.plan.positions(), use_cache=False)
-        states = out.last_hidden_state[0].index_select(0, pack.predictors)
+        states = self.run(pack.plan, pack.ids).index_select(0, pack.predictors)
         return states * self.logit_scale if self.logit_scale != 1 else states
 
+    def loss(self, pack: Pack, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum of the pack's losses, weighted by (n,) fp32, and (n,) nll of its trained tokens without gradient."""
+        return blocked_cross_entropy(self.states(pack), self.head, pack.targets, weights, self.softcap, self.bias)
 
-def _logit_scale(config: Any) -> float:
-    """Cohere multiplies its logits, Granite divides them; both are linear, so the state can carry it."""
+
+def _logit_scale(config: PretrainedConfig) -> float:
+    """Cohere multiplies its logits, Granite divides them; both are linear, so they can be applied to the states."""
     if getattr(config, "logit_scale", None):
         return float(config.logit_scale)
     if getattr(config, "logits_scaling", None):
@@ -150,20 +205,12 @@ def _logit_scale(config: Any) -> float:
     return 1.0
 
 
-def batch_total(rows: Sequence[TrainRow], normalization: str, task_weight: float) -> float:
-    """What a step's weighted sum is divided by: weights of its rows (``example``) or of their tokens (``token``)."""
-    weights = [task_weight if row.task else 1.0 for row in rows]
-    if normalization == "token":
-        return sum(w * int(row.mask.sum()) for w, row in zip(weights, rows, strict=True))
-    return sum(weights)
-
-
 def row_means(nll: Tensor, row: Tensor, trained: Tensor) -> Tensor:
     """(rows,) mean nll of each row.
 
     Args:
         nll: (n,) of each trained token.
-        row: (n,) which row it belongs to.
+        row: (n,) index of its row.
         trained: (rows,) trained tokens of each row.
     """
     sums = torch.zeros(len(trained), dtype=torch.float32, device=nll.device)
@@ -173,93 +220,68 @@ def row_means(nll: Tensor, row: Tensor, trained: Tensor) -> Tensor:
 def step_loss(
     body: Body,
     rows: Sequence[TrainRow],
+    rules: StepRules,
     *,
-    normalization: str,
-    task_weight: float = 1.0,
-    micro_tokens: int = 3072,
-    share_prefix: bool = False,
     backward: bool = True,
-    device: torch.device | str = "cpu",
     clip: Callable[[], Tensor] | None = None,
     moved: Callable[[int], None] | None = None,
     total: float | None = None,
 ) -> StepLoss:
-    """Loss of one step's rows, gradients accumulated over packs.
+    """Loss of one step's rows, gradients accumulated over packed passes.
 
-    Accumulated gradients equal those of one big pass: each position's weight is set from the whole batch.
+    Accumulated gradients equal those of one big pass: each position's weight follows from the whole step.
 
     Args:
         body: the model's parts.
         rows: the rows of the step.
-        normalization: ``example`` or ``token``.
-        task_weight: weight of task rows.
-        micro_tokens: tokens of one pass.
-        share_prefix: compute the prefix that rows share once; only right without dropout and noise.
+        rules: how the loss is computed.
         backward, clip, moved: as in ``accumulate``.
-        total: what the weighted sum is divided by where these rows are not the whole step.
+        total: normaliser (``StepRules.total``) of the whole step where ``rows`` are only some of it.
     """
-    if total is None:
-        total = batch_total(rows, normalization, task_weight)
-    divisor = send(torch.tensor(total, dtype=torch.float32), device)
+    device, share = body.device, rules.share_prefix
+    divisor = send(torch.tensor(rules.total(rows) if total is None else total, dtype=torch.float32), device)
 
     def forward(group: list[TrainRow]) -> Pass:
-        batch = pack(group, share_prefix=share_prefix, device=device)
-        weight = position_weights(
-            batch.trained[batch.row],
-            batch.task[batch.row],
-            normalization=normalization,
-            task_weight=task_weight,
-            total=divisor,
-        )
-        states = body.states(batch)
-        loss, nll = blocked_cross_entropy(states, body.head, batch.targets, weight, body.softcap, body.bias)
+        batch = pack(group, share_prefix=share, device=device)
+        weights = rules.position_weights(batch.trained[batch.row], batch.task[batch.row], divisor)
+        loss, nll = body.loss(batch, weights)
         return Pass(loss, row_means(nll, batch.row, batch.trained), batch.source.numpy(), batch.real)
 
-    groups = split_packs(rows, micro_tokens, share_prefix=share_prefix, device=device)
+    groups = split_packs(rows, rules.micro_tokens, share_prefix=share, device=device)
     return accumulate(map(forward, groups), backward=backward, clip=clip, moved=moved)
 
 
 @torch.no_grad()
 def row_losses(
-    model: Any,
+    model: PreTrainedModel,
     table: RowTable,
     indices: Sequence[int] | None = None,
     *,
     micro_tokens: int = 3072,
-    device: torch.device | str = "cpu",
     progress: Callable[[int], None] | None = None,
 ) -> np.ndarray:
-    """(rows,) mean nll in nats a trained token of each row, without training."""
+    """(rows,) mean nll in nats per trained token of each row, without training."""
     body = Body(model)
     chosen = list(range(len(table))) if indices is None else list(indices)
-    order = sorted(chosen, key=lambda i: (int(table.tokens[i]), i))
-    done: list[int] = []
-    means: list[Tensor] = []
-    group: list[int] = []
+    groups: list[list[int]] = []
     used = 0
-
-    def flush() -> None:
-        nonlocal used
-        rows = [TrainRow(*table.row(i), 0, False) for i in group]
-        batch = pack(rows, share_prefix=True, device=device)
-        weight = torch.ones(len(batch.targets), device=device)
-        _, nll = blocked_cross_entropy(body.states(batch), body.head, batch.targets, weight, body.softcap, body.bias)
-        done.extend(group)
+    for i in sorted(chosen, key=lambda i: (int(table.tokens[i]), i)):
+        size = int(table.tokens[i])
+        if not groups or used + size > micro_tokens:
+            groups.append([])
+            used = 0
+        groups[-1].append(i)
+        used += size
+    means: list[Tensor] = []
+    was_training = model.training
+    model.eval()
+    for group in groups:
+        batch = pack([TrainRow(*table.row(i), 0, False) for i in group], share_prefix=True, device=body.device)
+        _, nll = body.loss(batch, torch.ones(len(batch.targets), device=body.device))
         means.append(row_means(nll, batch.row, batch.trained))
         if progress:
             progress(len(group))
-        group.clear()
-        used = 0
-
-    was_training = model.training
-    model.eval()
-    for i in order:
-        if group and used + int(table.tokens[i]) > micro_tokens:
-            flush()
-        group.append(i)
-        used += int(table.tokens[i])
-    if group:
-        flush()
     model.train(was_training)
+    done = [i for group in groups for i in group]
     at = dict(zip(done, torch.cat(means).tolist() if means else [], strict=True))
     return np.array([at[i] for i in chosen])

@@ -1,4 +1,4 @@
-"""What LoRA may be put on by name, told without torch so that a plan can refuse the rest."""
+"""Names that LoRA must not target. No torch here, so that `tell plan` can refuse them."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """The training loop: one pass over a mixture, in exactly its order.
 
-Why not transformers' Trainer: the order of the manifest must be the order of training, each example must
-weigh the same in a step whatever pass it is computed in, no row may be dropped or padded, and a resumed run
-must end with the same adapter. Here these are a hundred lines; there they are overrides of its sampler,
-collator, loss, accumulation and random state.
+Why not transformers' Trainer: training must follow the order of the manifest, each example must have the same weight in
+a step whatever pass it is computed in, no row may be dropped or padded, and a resumed run must end with the same
+adapter. Here that is a hundred lines; there it is overrides of its sampler, collator, loss, accumulation and random
+state.
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import nn
 
 from tell.config import TrainConfig
 from tell.errors import Diverged, Interrupted
@@ -30,36 +31,23 @@ from tell.mix.mixture import Mixture
 from tell.presets import learning_rate_for
 from tell.rows.row_table import RowTable
 from tell.train.attention import current_plan
-from tell.train.checkpoint import load_checkpoint, put_state, save_checkpoint, state_tensors
-from tell.train.lora import add_lora, kept_randomness, remove_lora, save_adapter
+from tell.train.checkpoint import load_checkpoint, load_state, save_checkpoint, state_tensors
+from tell.train.device import FAST_DEVICES, kept_randomness, send, trains_fast
+from tell.train.lora import add_lora, remove_lora, save_adapter
 from tell.train.packing import TrainRow
-from tell.train.parallel import Processes, SharedStep, shard
+from tell.train.parallel import Processes, SharedStep, Step, shard
 from tell.train.plain import PaddedRows, PlainBody, plain_step_loss
-from tell.train.step import Body, StepLoss, batch_total, step_loss
-from tell.train.transfer import FAST_DEVICES, send, trains_fast
+from tell.train.step import Body, StepLoss, StepRules, step_loss
+from tell.train.step_log import StepLog, StepReport
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel
-
-Step = Callable[..., StepLoss]  # (rows, clip=) of one step; clip() clips the gradients and gives their norm before it
-
-
-@dataclass(frozen=True, slots=True)
-class StepReport:
-    """What a progress display needs after a step."""
-
-    step: int
-    steps: int
-    loss: float
-    by_source: dict[str, float]
-    tokens: int
-    tokens_total: int
-    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
 class TrainResult:
-    """Totals of a run; ``tokens`` are real tokens, padding never counted."""
+    """Totals of a run; ``tokens`` are real tokens, without padding."""
 
     steps: int
     tokens: int
@@ -67,23 +55,17 @@ class TrainResult:
     seconds: float
     learning_rate: float
 
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "steps": self.steps,
-            "tokens": self.tokens,
-            "trained_tokens": self.trained_tokens,
-            "seconds": round(self.seconds, 3),
-            "learning_rate": self.learning_rate,
-        }
+    def to_dict(self) -> dict[str, float]:
+        return {**asdict(self), "seconds": round(self.seconds, 3)}
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingJob:
-    """One adapter to train: what on, how, and where it goes. Sent as it is to processes that train along.
+    """One adapter to train. Picklable: other processes of a run receive it as it is.
 
     Attributes:
         tables: tokenised rows by source name.
-        mixture: which rows to train on, in order.
+        mixture: the rows to train on, in order.
         seed: of LoRA's initial weights, dropout and noise.
         folder: receives the adapter and its checkpoints.
         log: JSON Lines file of the steps; TensorBoard files go to the folder of the same name.
@@ -113,7 +95,7 @@ class TrainingHooks:
 
 
 def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
-    """Rate at a step counted from 0. Warm-up never reaches the last step, so a run of one step learns.
+    """Learning rate at a step counted from 0. Warm-up ends before the last step, so that a run of one step learns.
 
     ``config.learning_rate`` must be resolved; Trainer does that by the size of the model.
     """
@@ -131,16 +113,16 @@ def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
 
 
 def run_digest(config: TrainConfig, mixture: Mixture, seed: int) -> str:
-    """What a checkpoint must agree with before it is resumed: settings, seed, order, and the very tokens.
+    """Identifies what a checkpoint may resume: settings, seed, order and tokens.
 
-    The mixture's own digest names examples; the tokens tell another anchor, template or tokenizer apart.
+    The mixture's own digest identifies examples; the tokens distinguish anchors, templates and tokenizers.
     """
     settings = config.model_dump(exclude={"checkpoint_every", "micro_tokens", "parallel"})
     digest = hashlib.sha256(json.dumps([settings, mixture.digest(), seed], sort_keys=True).encode())
     for name in mixture.sources:
         table = mixture.tables[name]
         for column in (table.ids, table.mask, table.starts):
-            digest.update(np.ascontiguousarray(column))
+            digest.update(np.ascontiguousarray(column).data)
     return digest.hexdigest()[:32]
 
 
@@ -176,228 +158,211 @@ class Trainer:
         hooks: TrainingHooks = TrainingHooks(),
         processes: Processes | None = None,
     ) -> None:
-        config, mixture = job.settings, job.mixture
-        if config.learning_rate is None:
-            config = config.model_copy(update={"learning_rate": learning_rate_for(model.num_parameters())})
-        self.base, self.tables, self.mixture, self.config = model, job.tables, mixture, config
-        self.folder, self.log, self.seed, self.device = job.folder, job.log, job.seed, device
-        self.hooks, self.processes = hooks, processes
+        rate = job.settings.learning_rate
+        self.rate = learning_rate_for(model.num_parameters()) if rate is None else rate  # the highest
+        config = job.settings.model_copy(update={"learning_rate": self.rate})
+        self.base, self.job, self.config = model, job, config
+        self.device, self.hooks, self.processes = torch.device(device), hooks, processes
+        self.sharded = processes is not None and processes.sharded
         self.writes = processes is None or processes.leads
-        self.steps = mixture.steps(config.batch_size)
-        # Nothing random tells rows apart: their common prefix may be computed once.
-        self.share_prefix = config.lora_dropout == 0 and config.neftune_alpha == 0
+        self.fast = trains_fast(config.fast, device) and not self.sharded
+        self.steps = job.mixture.steps(config.batch_size)
+        self.rules = StepRules(
+            config.loss_normalization,
+            config.task_weight,
+            config.micro_tokens,
+            share_prefix=config.lora_dropout == 0 and config.neftune_alpha == 0,  # nothing random differs between rows
+        )
 
     def run(self, *, resume: bool = False) -> TrainResult:
         """Train to the end and save the adapter.
 
         Raises:
-            Interrupted: ``stopped`` said so; a checkpoint lies in ``folder``.
-            Diverged: the loss is no longer a number; no adapter is written.
+            Interrupted: ``stopped`` returned True; there is a checkpoint in the job's folder.
+            Diverged: the loss is not finite; no adapter is written.
             TellError: another process failed.
         """
-        # The loop seeds dropout anew at each step; a caller's own random numbers go on as if nothing had been drawn.
+        # The loop seeds dropout at each step; the caller's random numbers continue as if nothing had been drawn.
         with self.processes.job() if self.processes else nullcontext(), kept_randomness(self.device):
-            return self._run(resume)
+            if self.fast:
+                keep_memory()
+            with self._tuned() as (model, plain):
+                run = self._start(model, plain, resume)
+                self._train(run)
+                with self._agreed():
+                    if self.writes:
+                        save_adapter(model, self.job.folder)
+        totals = run.totals
+        return TrainResult(self.steps, totals.tokens, totals.trained_tokens, totals.seconds, self.rate)
 
-    def _run(self, resume: bool) -> TrainResult:
-        config, processes = self.config, self.processes
-        was_training = self.base.training
-        fast = trains_fast(config.fast, self.device) and not (processes and processes.sharded)
-        if fast:
-            keep_memory()
-        peft_model = add_lora(self.base, config, seed=self.seed, fused=fast)
-        noise = _add_noise(peft_model, config.neftune_alpha)
-        parameters = {name: p for name, p in peft_model.named_parameters() if p.requires_grad}
-        digest = run_digest(config, self.mixture, self.seed)
-        checkpoint = AdapterFolder(self.folder).checkpoint
-        first, tokens, trained, seconds = 0, 0, 0, 0.0
-        facts = plain = None
+    @contextmanager
+    def _tuned(self) -> Iterator[tuple[PeftModel, PlainBody | None]]:
+        """The base model with an adapter to train, on the plain path or not; at the end it is as it was."""
+        was_training, plain = self.base.training, None
+        model = add_lora(self.base, self.config, seed=self.job.seed, fused=self.fast)
         try:
-            with self._agreed():
-                if processes and processes.sharded:
-                    shard(peft_model, torch.device(self.device))
-                fused = torch.device(self.device).type in FAST_DEVICES or None  # None: as torch finds best
-                optimizer = torch.optim.AdamW(
-                    parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=fused
-                )
-                if resume and self.writes:
-                    facts = load_checkpoint(checkpoint, parameters, optimizer, digest=digest)
-                if fast:
-                    step_of = self._fast_step(Body(peft_model))
-                else:
-                    plain = PlainBody(peft_model)
-                    step_of = self._plain_step(plain)
-            if processes:
-                facts, state = processes.tell((facts, state_tensors(parameters, optimizer)))
-                put_state(state, parameters, optimizer)
-                step_of = self._shared(step_of, list(parameters.values()))
-            if facts:
-                first, tokens, trained, seconds = (
-                    facts[key] for key in ("step", "tokens", "trained_tokens", "seconds")
-                )
-            logger = _StepLog(self.log, keep=first) if self.writes else None
-
-            def clip() -> torch.Tensor:
-                return torch.nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm or float("inf"))
-
-            begin = time.monotonic() - seconds
-            try:
-                for step in range(first, self.steps):
-                    rate = learning_rate(config, step, self.steps)
-                    for group in optimizer.param_groups:
-                        group["lr"] = rate
-                    own = processes.rank << 48 if processes else 0  # each process drops out its own
-                    torch.manual_seed(self.seed * 1_000_003 + step + own)  # dropout repeats after a resume
-                    rows = step_rows(self.mixture, self.tables, step, config.batch_size)
-                    out = step_of(rows, clip=clip)
-                    norm = out.norm or 0.0
-                    if not math.isfinite(out.loss) or not math.isfinite(norm):
-                        raise Diverged(
-                            f"training diverged at step {step + 1} of {self.steps} (loss {out.loss:g})",
-                            where=str(self.folder),
-                            remedy="Lower the learning rate with --lr, and start anew with --overwrite.",
-                        )
-                    optimizer.step()
-                    optimizer.zero_grad(set_to_none=True)
-                    tokens += out.tokens
-                    trained += sum(int(row.mask.sum()) for row in rows)
-                    seconds = time.monotonic() - begin
-                    by_source = self._by_source(out)
-                    if logger:
-                        logger.write(step + 1, out, by_source, rate, tokens, seconds, norm)
-                    if self.hooks.progress:
-                        self.hooks.progress(
-                            StepReport(step + 1, self.steps, out.loss, by_source, out.tokens, tokens, seconds)
-                        )
-                    done = step + 1
-                    facts = {"digest": digest, "step": done, "tokens": tokens, "trained_tokens": trained}
-                    stop = done < self.steps and self._stop_asked()
-                    due = config.checkpoint_every and done % config.checkpoint_every == 0 and done < self.steps
-                    if stop or due:
-                        with self._agreed():
-                            if self.writes:
-                                save_checkpoint(checkpoint, parameters, optimizer, {**facts, "seconds": seconds})
-                    if stop:
-                        raise Interrupted(
-                            f"stopped after step {done} of {self.steps}",
-                            where=str(self.folder),
-                            remedy="Go on with `tell tune --resume --out` and the run folder.",
-                        )
-            finally:
-                if logger:
-                    logger.close()
-            with self._agreed():
-                if self.writes:
-                    save_adapter(peft_model, self.folder)
+            plain = None if self.fast else PlainBody(model)
+            with _noise(model, self.config.neftune_alpha):
+                yield model, plain
         finally:
-            if noise is not None:
-                noise.remove()
-            remove_lora(peft_model).train(was_training)
+            remove_lora(model).train(was_training)
             if plain is not None:
                 plain.give_back()
-        return TrainResult(self.steps, tokens, trained, seconds, config.learning_rate)
+
+    def _start(self, model: PeftModel, plain: PlainBody | None, resume: bool) -> _Run:
+        """Everything before the first step, from a checkpoint where there is one; the same in every process."""
+        config, processes = self.config, self.processes
+        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        facts = None
+        with self._agreed():
+            if self.sharded:
+                shard(model, self.device)
+            optimizer = torch.optim.AdamW(
+                parameters.values(),
+                lr=self.rate,
+                weight_decay=config.weight_decay,
+                fused=self.device.type in FAST_DEVICES or None,  # None: torch decides
+            )
+            digest = run_digest(config, self.job.mixture, self.job.seed)
+            if resume and self.writes:
+                facts = load_checkpoint(self._checkpoint, parameters, optimizer, digest=digest)
+            one = partial(plain_step_loss, plain) if plain is not None else partial(step_loss, Body(model))
+            step: Step = partial(one, rules=self.rules, moved=self.hooks.moved)
+        if processes:
+            facts, state = processes.broadcast((facts, state_tensors(parameters, optimizer)))
+            load_state(state, parameters, optimizer)
+            step = SharedStep(processes, step, self.rules, list(parameters.values()))
+        totals = _Totals(**{name: facts[name] for name in asdict(_Totals())}) if facts else _Totals()
+        return _Run(parameters, optimizer, step, digest, totals)
+
+    def _train(self, run: _Run) -> None:
+        logger = StepLog(self.job.log, keep=run.totals.step) if self.writes else None
+        begin = time.monotonic() - run.totals.seconds
+        try:
+            for step in range(run.totals.step, self.steps):
+                rate = learning_rate(self.config, step, self.steps)
+                rows = step_rows(self.job.mixture, self.job.tables, step, self.config.batch_size)
+                out = self._step(run, step, rows, rate)
+                run.totals.add(out.tokens, sum(int(row.mask.sum()) for row in rows), time.monotonic() - begin)
+                report = self._report(run.totals, out)
+                if logger:
+                    logger.write(report, rate, out.norm or 0.0)
+                if self.hooks.progress:
+                    self.hooks.progress(report)
+                self._pause(run)
+        finally:
+            if logger:
+                logger.close()
+
+    def _step(self, run: _Run, step: int, rows: list[TrainRow], rate: float) -> StepLoss:
+        """One optimiser step.
+
+        Raises:
+            Diverged: the loss or the gradient is not finite.
+        """
+
+        def clip() -> torch.Tensor:
+            return nn.utils.clip_grad_norm_(run.parameters.values(), self.config.max_grad_norm or float("inf"))
+
+        for group in run.optimizer.param_groups:
+            group["lr"] = rate
+        rank = self.processes.rank << 48 if self.processes else 0  # dropout differs between processes
+        torch.manual_seed(self.job.seed * 1_000_003 + step + rank)  # and repeats after a resume
+        out = run.step(rows, clip=clip)
+        if not math.isfinite(out.loss) or not math.isfinite(out.norm or 0.0):
+            raise Diverged(
+                f"training diverged at step {step + 1} of {self.steps} (loss {out.loss:g})",
+                where=str(self.job.folder),
+                remedy="Lower the learning rate with --lr, and start over with --overwrite.",
+            )
+        run.optimizer.step()
+        run.optimizer.zero_grad(set_to_none=True)
+        return out
+
+    def _report(self, totals: _Totals, out: StepLoss) -> StepReport:
+        by_source = {
+            name: float(np.mean(out.rows[out.source == i]))
+            for i, name in enumerate(self.job.mixture.sources)
+            if (out.source == i).any()
+        }
+        return StepReport(totals.step, self.steps, out.loss, by_source, out.tokens, totals.tokens, totals.seconds)
+
+    def _pause(self, run: _Run) -> None:
+        """Write a checkpoint where one is due, and stop if requested, unless the run is at its end.
+
+        Raises:
+            Interrupted: it was stopped.
+        """
+        done, every = run.totals.step, self.config.checkpoint_every
+        if done == self.steps:
+            return
+        stop = bool(self.hooks.stopped and self.hooks.stopped())
+        if self.processes:
+            stop = any(self.processes.agree(stop))
+        if stop or (every and done % every == 0):
+            with self._agreed():
+                if self.writes:
+                    facts = {"digest": run.digest, **asdict(run.totals)}
+                    save_checkpoint(self._checkpoint, run.parameters, run.optimizer, facts)
+        if stop:
+            raise Interrupted(
+                f"stopped after step {done} of {self.steps}",
+                where=str(self.job.folder),
+                remedy="Continue with `tell tune --resume --out` and the run folder.",
+            )
+
+    @property
+    def _checkpoint(self) -> Path:
+        return AdapterFolder(self.job.folder).checkpoint
 
     def _agreed(self) -> AbstractContextManager[None]:
         return self.processes.agreed() if self.processes else nullcontext()
 
-    def _stop_asked(self) -> bool:
-        asked = bool(self.hooks.stopped and self.hooks.stopped())
-        return any(self.processes.agree(asked)) if self.processes else asked
 
-    def _fast_step(self, body: Body) -> Step:
-        return partial(step_loss, body, share_prefix=self.share_prefix, **self._settings())
+@dataclass(slots=True)
+class _Totals:
+    """Position of a run, as in its checkpoint."""
 
-    def _plain_step(self, body: PlainBody) -> Step:
-        return partial(plain_step_loss, body, **self._settings())
+    step: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+    seconds: float = 0.0
 
-    def _shared(self, step_of: Step, parameters: list[torch.nn.Parameter]) -> SharedStep:
-        config = self.config
-        total = partial(batch_total, normalization=config.loss_normalization, task_weight=config.task_weight)
-        return SharedStep(self.processes, step_of, total, parameters, config.micro_tokens)
-
-    def _settings(self) -> dict[str, Any]:
-        config = self.config
-        return {
-            "normalization": config.loss_normalization,
-            "task_weight": config.task_weight,
-            "micro_tokens": config.micro_tokens,
-            "device": self.device,
-            "moved": self.hooks.moved,
-        }
-
-    def _by_source(self, out: StepLoss) -> dict[str, float]:
-        return {
-            name: float(np.mean(out.rows[out.source == i]))
-            for i, name in enumerate(self.mixture.sources)
-            if (out.source == i).any()
-        }
+    def add(self, tokens: int, trained: int, seconds: float) -> None:
+        self.step += 1
+        self.tokens += tokens
+        self.trained_tokens += trained
+        self.seconds = seconds
 
 
-def _add_noise(model: Any, alpha: float) -> Any:
+@dataclass(frozen=True, slots=True)
+class _Run:
+    parameters: dict[str, nn.Parameter]
+    optimizer: torch.optim.AdamW
+    step: Step
+    digest: str
+    totals: _Totals
+
+
+@contextmanager
+def _noise(model: PeftModel, alpha: float) -> Iterator[None]:
     """NEFTune (arXiv 2310.05914): uniform noise of size alpha / sqrt(L d) on the embeddings while training."""
-    if not alpha:
-        return None
 
-    def hook(module: Any, _: Any, output: torch.Tensor) -> torch.Tensor:
+    def hook(module: nn.Module, _: object, output: torch.Tensor) -> torch.Tensor:
         if not model.training:
             return output
-        plan = current_plan()  # L is each row's own length, whatever it is packed or padded with
-        lengths = plan.lengths
+        plan = current_plan()
+        lengths = torch.tensor(plan.lengths)  # L is each row's own length, without padding or packing
         if isinstance(plan, PaddedRows):
-            size = send(alpha / (torch.tensor(lengths) * output.shape[-1]).sqrt(), output.device).to(output.dtype)
+            size = send(alpha / (lengths * output.shape[-1]).sqrt(), output.device).to(output.dtype)
             return output + torch.empty_like(output).uniform_(-1, 1) * size[:, None, None]
-        tokens = send(torch.repeat_interleave(torch.tensor(lengths), torch.tensor(lengths)), output.device)
+        tokens = send(torch.repeat_interleave(lengths, lengths), output.device)
         size = alpha / (tokens * output.shape[-1]).sqrt().to(output.dtype)
         return output + torch.empty_like(output).uniform_(-1, 1) * size[:, None]
 
-    return model.get_input_embeddings().register_forward_hook(hook)
-
-
-class _StepLog:
-    """A line a step in JSON Lines, the same numbers for TensorBoard."""
-
-    def __init__(self, path: Path, *, keep: int) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines: list[str] = []
-        if keep and path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines()[:keep]
-        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        self.file = path.open("a", encoding="utf-8")
-        self.board = None
-        with suppress(ImportError):
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(str(path.with_suffix("")), purge_step=keep + 1)
-
-    def write(
-        self,
-        step: int,
-        out: StepLoss,
-        by_source: dict[str, float],
-        rate: float,
-        tokens: int,
-        seconds: float,
-        norm: float,
-    ) -> None:
-        row = {
-            "step": step,
-            "loss": round(out.loss, 6),
-            "by_source": {name: round(value, 6) for name, value in by_source.items()},
-            "learning_rate": rate,
-            "tokens": tokens,
-            "seconds": round(seconds, 3),
-            "grad_norm": round(norm, 6),
-        }
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
-        if self.board:
-            self.board.add_scalar("loss/all", out.loss, step)
-            for name, value in by_source.items():
-                self.board.add_scalar(f"loss/{name}", value, step)
-            self.board.add_scalar("learning_rate", rate, step)
-            self.board.add_scalar("grad_norm", norm, step)
-
-    def close(self) -> None:
-        self.file.close()
-        if self.board:
-            self.board.close()
+    handle = model.get_input_embeddings().register_forward_hook(hook) if alpha else None
+    try:
+        yield
+    finally:
+        if handle is not None:
+            handle.remove()

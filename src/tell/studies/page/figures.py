@@ -123,11 +123,11 @@ def draw_maps(
     what = metric_term(value)
     scale = scale_of(value)
     known = np.concatenate([v[np.isfinite(v)] for _, v, _ in panels])
-    colours = "YlGnBu" if what.higher else "OrRd"
+    colours = "YlGnBu" if what.higher_is_better else "OrRd"
     low, high = (0.0, 1.0) if what.unit == "share" else (known.min(), known.max())
     if value.endswith(CHANGE):  # around 0, the untuned model
         high = max(0.01, np.abs(known).max())
-        colours, low = "RdBu" if what.higher else "RdBu_r", -high
+        colours, low = "RdBu" if what.higher_is_better else "RdBu_r", -high
     with drawing(len(panels), height=1.1 + 0.52 * len(y[1]), width=1.5 + 0.95 * len(x[1])) as (figure, every):
         for (heading, values, intervals), axes in zip(panels, every, strict=True):
             image = axes.pcolormesh(

@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from tell.files import write_json, write_text
-from tell.report.glossary import ARMS, arm_order
+from tell.names import ARMS, arm_order
 from tell.report.page import fill
 from tell.studies.labels import arm_name, canonical, metric_term
 from tell.studies.page.study_sections import (
@@ -111,8 +111,8 @@ def _page(study: Study, sections: Sequence[Section]) -> str:
         ],
         sections=sections,
         words=[
-            *((t.label, t.definition) for t in metrics),
-            *((a, f"{arm_name(a)}. {ARMS[a][1]}") for a in arms if a in ARMS),
+            *((t.label, t.about) for t in metrics),
+            *((a, f"{arm_name(a)}. {ARMS[a].about}") for a in arms if a in ARMS),
             *((a, CONTRAST_WORDS[a]) for a in arms if a in CONTRAST_WORDS),
             *WORDS,
         ],

@@ -11,7 +11,7 @@ import numpy as np
 from markupsafe import Markup
 
 from tell.files import atomic_path
-from tell.report.html_text import number
+from tell.names import show as number
 from tell.report.score_tables import Cell
 from tell.studies.labels import arm_name, key_name, metric_term, point_name, rounded, value_name
 from tell.studies.page.drawing import save

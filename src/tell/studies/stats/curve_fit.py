@@ -128,7 +128,7 @@ def fit_curve(curve: Curve, metric: str) -> Fits:
     }
     facts["logistic"], drawn = _logistic(u, y, draws, limits)
     rises = facts["logistic"]["ceiling"]["value"] > facts["logistic"]["floor"]["value"]
-    facts["improves"] = bool(rises) == metric_term(metric).higher
+    facts["improves"] = bool(rises) == metric_term(metric).higher_is_better
     facts["verdict"] = verdict(facts)
     moves = facts["against"]["constant"]["ci"][0] > 0  # a curve that may be level takes off nowhere
     threshold = facts["logistic"]["threshold"]

@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tell.report.glossary import arm_order
-from tell.report.html_text import is_number
+from tell.names import arm_order, is_number
 from tell.studies.results import Outcome, Study, frozen
 from tell.studies.stats.seed_means import Bootstrap, Draws
 

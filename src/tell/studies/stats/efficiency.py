@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from tell.errors import TellError
-from tell.report.html_text import number
+from tell.names import show as number
 from tell.report.svg import nice
 from tell.studies.labels import arm_name, key_name, metric_term, value_name
 from tell.studies.stats.curves import Curve
@@ -41,7 +41,7 @@ def efficiency(curves: Sequence[Curve], *, x: str, y: str, reference: str) -> di
     usable = {c.arm: c for c in curves if c.numeric and not c.flat and sum(v > 0 for v in c.x) > 1}
     if reference not in usable or len(usable) < 2:
         return None
-    sign = 1.0 if metric_term(y).higher else -1.0
+    sign = 1.0 if metric_term(y).higher_is_better else -1.0
     fitted = {arm: _monotone(c, sign) for arm, c in usable.items()}
     levels = _levels([means for _, means, _ in fitted.values()])
     needs = {

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tell.report.glossary import arm_order
+from tell.names import arm_order
 from tell.studies.labels import SFT, arm_name, arm_point_name, canonical, metric_term
 from tell.studies.results import Outcome, Study
 from tell.studies.stats.results_table import merged
@@ -39,7 +39,7 @@ def front(
             found.append((arm, here, group, *sides))
     if not found:
         return []
-    signs = [1.0 if metric_term(gain).higher else -1.0, 1.0 if metric_term(cost).higher else -1.0]
+    signs = [1.0 if metric_term(gain).higher_is_better else -1.0, 1.0 if metric_term(cost).higher_is_better else -1.0]
     means = np.array([[[signs[0] * g.value, signs[1] * c.value] for *_, g, c in found]])
     draws = np.stack([np.stack([signs[0] * g.draws, signs[1] * c.draws], axis=-1) for *_, g, c in found], axis=1)
     draws = draws[np.isfinite(draws).all(axis=(1, 2))]

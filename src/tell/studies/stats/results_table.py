@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from tell.names import ANSWER_LOSS
-from tell.report.glossary import arm_order
-from tell.report.html_text import interval, number, power
+from tell.names import ANSWER_LOSS, arm_order
+from tell.names import show as number
+from tell.names import show_interval as interval
+from tell.names import show_power as power
 from tell.report.score_tables import Cell
 from tell.studies.labels import arm_name, key_name, metric_term, value_name
 from tell.studies.results import Outcome, Study, frozen

@@ -1,8 +1,8 @@
 """Training on a GPU: variable-length flash attention over packed rows, and Liger's kernels in the layers.
 
-Each row is one sequence of flash attention; what rows share is repeated before each row's own keys and values.
-Where flash attention cannot serve (fp32, a soft cap, an old GPU, no such function in this torch) rows are attended
-to in padded blocks, as on the processor. Not measured by us: tested by its parts, without a GPU.
+Each row is one sequence of flash attention; a shared prefix is repeated before each row's own keys and values. Where
+flash attention is not available (fp32, a soft cap, an old GPU, no such function in this torch) rows attend in padded
+blocks, as on the CPU. Not measured by us: tested by its parts, without a GPU.
 """
 
 from __future__ import annotations
@@ -10,38 +10,40 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tell.kernels.ops import SILU
-from tell.train.attention import PackedPlan, Rule
-from tell.train.fast.exchange import epsilon, planned_attention, split_qkv
-from tell.train.transfer import send
+from tell.train.attention import PackedPlan, Plan, Rule
+from tell.train.device import send
+from tell.train.fast.exchange import Rope, epsilon, planned_attention, split_qkv
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 WIDEST = 256  # head width that flash attention takes
 
 
-class Varlen(Protocol):
-    """Causal attention of sequences laid end to end, the last query of each aligned with its last key."""
+class Sequences(NamedTuple):
+    """Packed sequences of queries and of keys; the last query of each is aligned with its last key.
 
-    def __call__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        cu_seqlens_q: Tensor,
-        cu_seqlens_k: Tensor,
-        max_q: int,
-        max_k: int,
-        *,
-        scale: float,
-        left: int,
-    ) -> Tensor:
-        """(Tq, H, D), (Tk, Hk, D), (Tk, Hk, D), ends (n + 1,) int32; ``left``: keys before the query's own, -1: all."""
-        ...
+    Attributes:
+        ends_q, ends_k: (n + 1,) int32, cumulative lengths from 0.
+        longest_q, longest_k: tokens of the longest.
+    """
+
+    ends_q: Tensor
+    ends_k: Tensor
+    longest_q: int
+    longest_k: int
+
+
+# Causal attention of (query (Tq, H, D), key (Tk, Hk, D), value (Tk, Hk, D), sequences, scale, left); ``left``: keys in
+# sight before the query's own, -1 for all.
+Varlen = Callable[[Tensor, Tensor, Tensor, Sequences, float, int], Tensor]
 
 
 @lru_cache(maxsize=1)
@@ -55,14 +57,10 @@ def _torch_varlen() -> Varlen | None:
         return None  # before torch 2.11
     flagged = "enable_gqa" in parameters  # from torch 2.12 on; 2.11 takes grouped heads as they are
 
-    def attend(
-        query: Tensor, key: Tensor, value: Tensor, ends_q: Tensor, ends_k: Tensor, max_q: int, max_k: int, *,
-        scale: float, left: int,
-    ) -> Tensor:  # fmt: skip
-        more = {"enable_gqa": query.shape[1] != key.shape[1]} if flagged else {}
-        return varlen_attn(
-            query, key, value, ends_q, ends_k, max_q, max_k, scale=scale, window_size=(left, 0), **more
-        )  # fmt: skip
+    def attend(query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scale: float, left: int) -> Tensor:
+        options: dict[str, Any] = {"enable_gqa": query.shape[1] != key.shape[1]} if flagged else {}
+        out: Any = varlen_attn(query, key, value, *sequences, scale=scale, window_size=(left, 0), **options)
+        return out
 
     return attend
 
@@ -74,14 +72,9 @@ def _package_varlen() -> Varlen | None:
     except ImportError:
         return None
 
-    def attend(
-        query: Tensor, key: Tensor, value: Tensor, ends_q: Tensor, ends_k: Tensor, max_q: int, max_k: int, *,
-        scale: float, left: int,
-    ) -> Tensor:  # fmt: skip
-        return flash_attn_varlen_func(
-            query, key, value, ends_q, ends_k, max_q, max_k,
-            softmax_scale=scale, causal=True, window_size=(left, 0),
-        )  # fmt: skip
+    def attend(query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scale: float, left: int) -> Tensor:
+        options = {"softmax_scale": scale, "causal": True, "window_size": (left, 0)}
+        return flash_attn_varlen_func(query, key, value, *sequences, **options)
 
     return attend
 
@@ -93,10 +86,7 @@ def _capable(index: int) -> bool:
 
 
 def find_varlen(query: Tensor, value: Tensor) -> Varlen | None:
-    """What attends for heads like these (..., D): torch's own, else the flash-attn package's; None where neither can.
-
-    flash-attn serves where torch was built without flash attention.
-    """
+    """Flash attention for heads like these (..., D): torch's, else that of the package flash-attn, else None."""
     width = query.shape[-1]
     if query.device.type != "cuda" or _refusal(query.device, query.dtype, width) or width != value.shape[-1]:
         return None
@@ -108,7 +98,7 @@ def _own_varlen() -> Varlen | None:
 
 
 def _refusal(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
-    """Why flash attention cannot serve heads of ``width``; None where it can."""
+    """Why flash attention cannot compute heads of ``width``; None where it can."""
     if not _capable(device.index or 0):
         return "the GPU is older than Ampere"
     if dtype not in (torch.bfloat16, torch.float16):
@@ -116,8 +106,8 @@ def _refusal(device: torch.device, dtype: torch.dtype, width: int) -> str | None
     return f"heads are {width} wide" if width % 8 or width > WIDEST else None
 
 
-def attention_note(model: Any) -> str | None:
-    """Which attention a causal model on a GPU trains with, and why not flash attention; None on other devices."""
+def attention_note(model: PreTrainedModel) -> str | None:
+    """The attention a causal model on a GPU trains with, and why not flash attention; None on other devices."""
     weight, config = model.get_output_embeddings().weight, model.config.get_text_config()
     if weight.device.type != "cuda":
         return None
@@ -134,10 +124,10 @@ def attention_note(model: Any) -> str | None:
 
 
 class _Repeat(torch.autograd.Function):
-    """Keys or values (T, Hk, D) as each row sees them, (Tk, Hk, D): the shared prefix again before each row's own.
+    """Keys or values (T, Hk, D) as each row sees them, (Tk, Hk, D): the shared prefix repeated before each row's own.
 
-    The way back sums the prefix's gradients over the rows in fp32 and in a fixed order, where indexing would add
-    them up in the model's number format in any order.
+    The backward pass sums the prefix's gradients over the rows in fp32 and in a fixed order, where indexing would sum
+    them in the model's number format in any order.
     """
 
     @staticmethod
@@ -158,7 +148,7 @@ class VarlenPlan(PackedPlan):
 
     Args:
         lengths, prefix, device: as in ``PackedPlan``.
-        find: what attends for queries and values of a shape; None: padded blocks.
+        find: returns the attention for such queries and values, or None for padded blocks.
     """
 
     def __init__(
@@ -174,12 +164,10 @@ class VarlenPlan(PackedPlan):
         own = np.array(lengths, dtype=np.int64)
         queries = np.concatenate([[prefix], own]) if prefix else own
         keys = np.concatenate([[prefix], own + prefix]) if prefix else own
-        self.longest = int(queries.max()), int(keys.max())  # queries and keys of one sequence
-        self.ends_q, self.ends_k = (
-            send(torch.from_numpy(np.concatenate([[0], x.cumsum()]).astype(np.int32)), self.device)
-            for x in (queries, keys)
-        )
-        self.key_index: Tensor | None = None  # (Tk,) packed token of each key; None: as they lie
+        ends = (np.concatenate([[0], x.cumsum()]).astype(np.int32) for x in (queries, keys))
+        ends_q, ends_k = (send(torch.from_numpy(x), self.device) for x in ends)
+        self.sequences = Sequences(ends_q, ends_k, int(queries.max()), int(keys.max()))
+        self.key_index: Tensor | None = None  # (Tk,) packed token of each key; None: in order
         if prefix:
             shared = np.arange(prefix)
             starts = prefix + np.concatenate([[0], own.cumsum()])
@@ -191,16 +179,15 @@ class VarlenPlan(PackedPlan):
             parts = (index, at[index >= prefix], at[index < prefix])
             self.key_index, self._own, self._ahead = (send(torch.from_numpy(x), self.device) for x in parts)
 
-    def attend(self, layer: Any, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
+    def attend(self, layer: nn.Module | None, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
         varlen = self.find(query, value) if rule.softcap is None else None
         if varlen is None:
             return super().attend(layer, query, key, value, rule)
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         if self.key_index is not None:
             k, v = (_Repeat.apply(x, self.key_index, self._own, self._ahead, self.prefix) for x in (k, v))
-        most_q, most_k = self.longest
-        left = -1 if rule.window is None or rule.window >= most_k else rule.window - 1
-        return varlen(q, k, v, self.ends_q, self.ends_k, most_q, most_k, scale=rule.scaling, left=left)[None]
+        left = -1 if rule.window is None or rule.window >= self.sequences.longest_k else rule.window - 1
+        return varlen(q, k, v, self.sequences, rule.scaling, left)[None]
 
 
 def packed_plan(lengths: Sequence[int], *, prefix: int = 0, device: torch.device | str = "cpu") -> PackedPlan:
@@ -210,25 +197,28 @@ def packed_plan(lengths: Sequence[int], *, prefix: int = 0, device: torch.device
     return PackedPlan(lengths, prefix=prefix, device=device)
 
 
+Forward = Callable[..., Any]
+
+
 class Forwards(NamedTuple):
-    """What makes the exchanged forward of a module.
+    """Factories of replacement forwards.
 
     Attributes:
-        norm: of (module, offset), offset 0 or 1 being added to the weight.
-        attention: of (module, offset of the norms on queries and keys or None, whether positions turn them).
-        mlp: of (module, activation).
+        norm: from (module, offset); offset 0 or 1 is added to the weight.
+        attention: from (module, its rule, offset of the norms on queries and keys or None, whether RoPE applies).
+        mlp: from (module, activation).
     """
 
-    norm: Callable[[Any, float], Callable[..., Any]]
-    attention: Callable[[Any, float | None, bool], Callable[..., Any]]
-    mlp: Callable[[Any, int], Callable[..., Any]]
+    norm: Callable[[Any, float], Forward]
+    attention: Callable[[Any, Rule, float | None, bool], Forward]
+    mlp: Callable[[Any, int], Forward]
 
 
 @lru_cache(maxsize=1)
 def liger_forwards() -> Forwards | None:
     """Forwards over Liger's kernels (Hsu et al. 2024, arXiv 2410.10989); None where liger-kernel is not installed.
 
-    Linear layers keep their own forwards, so LoRA stays what it is.
+    Linear layers, and so LoRA, keep their own forwards.
     """
     try:
         from liger_kernel.ops.geglu import LigerGELUMulFunction
@@ -243,7 +233,7 @@ def liger_forwards() -> Forwards | None:
         # not in place: the residual stream needs the gradient too
         return LigerRMSNormFunction.apply(x, weight, eps, offset, casting, False)
 
-    def norm(module: Any, offset: float) -> Callable[[Tensor], Tensor]:
+    def norm(module: Any, offset: float) -> Forward:
         original, eps = module.forward, epsilon(module)
 
         def forward(x: Tensor) -> Tensor:
@@ -253,25 +243,25 @@ def liger_forwards() -> Forwards | None:
 
         return forward
 
-    def attention(module: Any, offset: float | None, turned: bool) -> Callable[..., tuple[Tensor, None]]:
+    def attention(module: Any, rule: Rule, offset: float | None, rotary: bool) -> Forward:
         merged, width = hasattr(module, "qkv_proj"), module.head_dim
 
-        def attend(states: Tensor, rope: tuple[Tensor, Tensor], plan: Any, rule: Rule) -> Tensor:
+        def attend(states: Tensor, rope: Rope, plan: Plan) -> Tensor:
             if merged:
                 parts = split_qkv(module, module.qkv_proj(states))
             else:
-                parts = [layer(states) for layer in (module.q_proj, module.k_proj, module.v_proj)]
+                parts = tuple(layer(states) for layer in (module.q_proj, module.k_proj, module.v_proj))
             q, k, v = (x.unflatten(-1, (-1, width)) for x in parts)
             if offset is not None:
                 q, k = (normed(x, n.weight, epsilon(n), offset) for x, n in ((q, module.q_norm), (k, module.k_norm)))
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-            if turned:
+            if rotary:
                 q, k = LigerRopeFunction.apply(q, k, *rope)
             return module.o_proj(plan.attend(module, q, k, v, rule).flatten(2))
 
         return planned_attention(module, attend, lambda plan, _: hasattr(plan, "attend"))
 
-    def mlp(module: Any, kind: int) -> Callable[[Tensor], Tensor]:
+    def mlp(module: Any, kind: int) -> Forward:
         merged = hasattr(module, "gate_up_proj")
         product = LigerSiLUMulFunction if kind == SILU else LigerGELUMulFunction
 

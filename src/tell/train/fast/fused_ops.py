@@ -1,18 +1,18 @@
 """Differentiable operations over the compiled kernels: norm, projections with LoRA, gated product, packed attention.
 
-Each computes what the model's own modules compute, rounding to the model's number format once where torch
-operations round after every pass. Frozen weights get no gradient.
+Each computes the same as the model's own modules, but rounds to the model's number format once where torch operations
+round after every pass. Frozen weights get no gradient.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tell.kernels.packed_attention import RowAttention, row_attention
+from tell.kernels.packed_attention import Functions, RowAttention, row_attention
 from tell.train.attention import PackedPlan
 from tell.train.fast.stacked import Lora, Stack, kernels_of
 
@@ -43,7 +43,7 @@ class RmsNorm(torch.autograd.Function):
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:
-    """Column blocks (T, n_i) as one (T, sum n_i): without a copy where they already lie side by side."""
+    """Column blocks (T, n_i) as one (T, sum n_i): without a copy where they are already adjacent."""
     first = parts[0]
     if len(parts) == 1:
         return first.contiguous()
@@ -57,15 +57,9 @@ def joined(parts: Sequence[Tensor]) -> Tensor:
 
 
 class Projection(torch.autograd.Function):
-    """Linear layers over one input as one product, with their adapters.
+    """Linear layers over x (..., K) as one product, with their adapters.
 
-    Args:
-        x: (..., K).
-        stack: the frozen part.
-        adapters: A_i (r, K) and B_i (N_i, r) of each adapted layer, in turn.
-
-    Returns:
-        The layers' outputs (..., N_i), column blocks of one buffer.
+    ``adapters`` are A_i (r, K) and B_i (N_i, r) of each adapted layer in turn; outputs (..., N_i) share one buffer.
     """
 
     @staticmethod
@@ -107,7 +101,8 @@ class Gated(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         g, u = ctx.saved_tensors
         dh = grad.reshape(g.shape).clone(memory_format=torch.contiguous_format)
-        return *(x.view(ctx.shape) for x in _gated_back(dh, g, u, ctx.kind)), None
+        dg, du = _gated_back(dh, g, u, ctx.kind)
+        return dg.view(ctx.shape), du.view(ctx.shape), None
 
 
 def _flat_pair(g: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,7 +112,7 @@ def _flat_pair(g: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _gated_back(dh: Tensor, g: Tensor, u: Tensor, kind: int) -> tuple[Tensor, Tensor]:
-    """dg and du, side by side in one buffer; dh becomes act(g) u."""
+    """dg and du, adjacent in one buffer; dh becomes act(g) u."""
     width = g.shape[1]
     both = torch.empty(len(g), 2 * width, dtype=g.dtype)
     dg, du = both[:, :width], both[:, width:]
@@ -126,13 +121,9 @@ def _gated_back(dh: Tensor, g: Tensor, u: Tensor, kind: int) -> tuple[Tensor, Te
 
 
 class GatedProjection(torch.autograd.Function):
-    """A linear layer with its adapter over act(g) u; that product is not kept but computed anew on the way back.
+    """A linear layer, with its adapter A (r, K), B (N, r) if any, over act(g) u for g, u (..., K), equally strided.
 
-    Args:
-        g, u: (..., K), equally strided.
-        kind: of the activation, ``SILU`` or ``GELU_TANH``.
-        stack: the frozen part, of one layer.
-        adapters: A (r, K) and B (N, r), or none.
+    act(g) u is not kept but recomputed in the backward pass; ``kind`` is ``SILU`` or ``GELU_TANH``.
     """
 
     @staticmethod
@@ -157,40 +148,44 @@ class GatedProjection(torch.autograd.Function):
         return dg.view(ctx.shape), du.view(ctx.shape), None, None, *out
 
 
-class Attention(torch.autograd.Function):
-    """Rotary positions, causal attention within each row of a plan, and the shared prefix, over packed tokens.
+class AttentionCall(NamedTuple):
+    """What one call of attention needs besides queries, keys and values.
 
-    Args:
-        q, k, v: (T, H D), (T, Hk D), (T, Hk D) projections, rows may be strided.
-        cosine, sine: (T, rot) of the tokens' positions.
+    Attributes:
         plan: what attends to what.
+        cosine, sine: (T, rot) of the tokens' positions.
         heads, kv: H and Hk.
         scaling: of the scores.
-        window: keys in sight, the query's own included; None for all.
+        window: keys in sight, including the query's own; None for all.
+    """
 
-    Returns:
-        (T, H D).
+    plan: PackedPlan
+    cosine: Tensor
+    sine: Tensor
+    heads: int
+    kv: int
+    scaling: float
+    window: int | None
+
+    def rows(self, functions: Functions, q: Tensor, k: Tensor, v: Tensor) -> RowAttention:
+        sizes = self.heads, self.kv, self.scaling, self.window
+        return RowAttention(functions, q, k, v, self.cosine, self.sine, *self.plan.rows(), *sizes)
+
+
+class Attention(torch.autograd.Function):
+    """RoPE, causal attention within each row of a plan, and the shared prefix, over packed tokens.
+
+    (T, H D) of projections q (T, H D), k and v (T, Hk D), whose rows may be strided.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cosine: Tensor,
-        sine: Tensor,
-        plan: PackedPlan,
-        heads: int,
-        kv: int,
-        scaling: float,
-        window: int | None,
-    ) -> Tensor:
-        ctx.plan, ctx.facts, ctx.window = plan, (heads, kv, scaling), window
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
+        ctx.call = call
+        plan, cosine, sine, heads, kv, scaling, window = call
         width, group = q.shape[1] // heads, heads // kv
         if (rows := row_attention(q.dtype, width)) is not None:
-            out, lse = RowAttention(rows, q, k, v, cosine, sine, *plan.rows(), *ctx.facts, window).forward()
-            ctx.save_for_backward(q, k, v, cosine, sine, out, lse)
+            out, lse = call.rows(rows, q, k, v).forward()
+            ctx.save_for_backward(q, k, v, out, lse)
             return out
         kernels, rope = kernels_of(q), (cosine, sine)
         out = torch.empty(q.shape[0], heads * width, dtype=q.dtype)
@@ -208,23 +203,25 @@ class Attention(torch.autograd.Function):
             ob = torch.bmm(probs, vb)
             kernels.unpack(ob, None, out, block, heads=heads, group=group, scale=1.0)
             saved += [qb, kb, vb, probs]
-        ctx.save_for_backward(cosine, sine, *saved)
+        ctx.save_for_backward(*saved)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        plan, (heads, kv, scaling), grad = ctx.plan, ctx.facts, grad.contiguous()
+        call, grad = ctx.call, grad.contiguous()
+        plan, cosine, sine, heads, kv, scaling, _ = call
         if (rows := row_attention(grad.dtype, grad.shape[1] // heads)) is not None:
-            q, k, v, cosine, sine, out, lse = ctx.saved_tensors
-            attention = RowAttention(rows, q, k, v, cosine, sine, *plan.rows(), *ctx.facts, ctx.window)
-            return *attention.backward(out, lse, grad), *[None] * 7
-        cosine, sine, *saved = ctx.saved_tensors
+            q, k, v, out, lse = ctx.saved_tensors
+            return *call.rows(rows, q, k, v).backward(out, lse, grad), None
+        saved = ctx.saved_tensors
         kernels, rope = kernels_of(grad), (cosine, sine)
         group, width = heads // kv, grad.shape[1] // heads
         both = grad.new_empty(grad.shape[0], (heads + 2 * kv) * width)
         gq, gk, gv = both.split([heads * width, kv * width, kv * width], dim=1)
-        totals = [torch.zeros(kv, plan.prefix, width) for _ in range(2)]  # of the prefix's keys and values
-        for number, block in reversed(list(enumerate(plan.packed_blocks()))):  # the prefix last: it gathers from all
+        totals = [torch.zeros(kv, plan.prefix, width) for _ in range(2)]  # for the prefix's keys and values
+        for number, block in reversed(
+            list(enumerate(plan.packed_blocks()))
+        ):  # the prefix last: its gradient sums over all
             qb, kb, vb, probs = saved[4 * number : 4 * number + 4]
             prefix = plan.prefix if number else 0
             longest = _rounded(block.longest)
@@ -243,9 +240,9 @@ class Attention(torch.autograd.Function):
             kernels.unpack(dq, rope, gq, block, heads=heads, group=group, scale=scaling)
             kernels.unpack(dk, rope, gk, block, heads=kv, prefix=prefix, scale=1.0)
             kernels.unpack(dv, None, gv, block, heads=kv, prefix=prefix, scale=1.0)
-        return gq, gk, gv, *[None] * 7
+        return gq, gk, gv, None
 
 
 def _rounded(n: int) -> int:
-    """Lengths in whole vectors, which the kernels count on and products run faster with."""
+    """Lengths in whole vectors, which the kernels require and products run faster with."""
     return -(-n // 16) * 16

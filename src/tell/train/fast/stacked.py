@@ -43,7 +43,7 @@ class Lora:
 
     def __init__(self, stack: Stack, adapters: Sequence[Tensor], x: Tensor) -> None:
         self.stack, self.seed, self.folds, dtype = stack, 0, False, x.dtype
-        self.products = products_for(x) if sum(stack.widths) % 2 == 0 else None  # they read pairs on both ways
+        self.products = products_for(x) if sum(stack.widths) % 2 == 0 else None  # they read pairs in both passes
         self.parts: list[tuple[slice, slice]] = []  # columns and ranks of each adapter
         column, rank, scales = 0, 0, []
         for width, scale in zip(stack.widths, stack.scales, strict=True):
@@ -63,7 +63,7 @@ class Lora:
         if self.products is not None:
             scales = [scale / (1 - stack.dropout) for scale in scales]  # what is kept is not scaled itself
         self.scale: Tensor | float = scales[0] if len(set(scales)) == 1 else torch.tensor(scales)[:, None]
-        a = adapters[0] if len(self.parts) == 1 else torch.cat(adapters[0::2])
+        a = adapters[0] if len(self.parts) == 1 else torch.cat(list(adapters[0::2]))
         self.a = (a * self.scale).to(dtype)  # (R, K)
         if len(stack.widths) == 1:
             self.b = adapters[1].to(dtype)  # (N, R), a block for each adapter
@@ -161,6 +161,7 @@ class Lora:
 
     def _exact_gradients(self, x: Tensor, gy: Tensor, u: Tensor, gu: Tensor) -> list[Tensor]:
         """The same in fp32, by the kernels."""
+        assert self.products is not None
         outer, rate = self.products.outer, self.stack.dropout
         if rate:
             parts = [outer(gu[:, r], x, dropout=Dropout(rate, self.seed + i)) for i, (_, r) in enumerate(self.parts)]

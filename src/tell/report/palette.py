@@ -1,0 +1,42 @@
+"""The one palette, of the pages' stylesheet and of a study's figures.
+
+Okabe and Ito's colours, darkened or lightened to a contrast of 3:1 against white and against the dark ground.
+"""
+
+from __future__ import annotations
+
+INK, SOFT, HAIR, PAPER = "#1a1d1f", "#565e64", "#dcdfdf", "#ffffff"
+BLUE, ORANGE, GREEN, PINK, OCHRE, GREY, VIOLET = (
+    *("#1a7fc4", "#d55e00", "#009e73", "#c8609a", "#94771c", "#7d858a", "#7a5fc0"),
+)
+CYCLE = (BLUE, ORANGE, GREEN, PINK, OCHRE, GREY, VIOLET)
+ARM_COLOURS = {
+    "base": GREY,
+    "base+anchor": GREY,
+    "icl": OCHRE,
+    "sft": ORANGE,
+    "sft-matched": PINK,
+    "general": GREEN,
+    "tell": BLUE,
+    "tell-anchor": BLUE,
+}
+_MARKS = {"task": BLUE, "general": GREEN, "other": VIOLET, "notice": OCHRE}  # the same on both grounds
+_LIGHT = {
+    **{"paper": "#fcfcfb", "raised": "#f4f5f4", "ink": INK, "soft": SOFT, "rule": HAIR, "hair": "#e9ebea"},
+    **{"own": "#14639c", "own-wash": "#e3eef7", "bad": "#a1352b", "bad-wash": "#fbeae7"},
+    **{"good": "#1c6a47", "good-wash": "#e1f1ea"},
+}
+_DARK = {
+    **{"paper": "#15181a", "raised": "#1d2123", "ink": "#e4e6e5", "soft": "#a3abaf", "rule": "#363c3f"},
+    **{"hair": "#292e31", "own": "#79bbeb", "own-wash": "#172d3f", "bad": "#f0948a", "bad-wash": "#3d2320"},
+    **{"good": "#7fcfa6", "good-wash": "#19352a"},
+}
+
+
+def css() -> str:
+    """The palette as custom properties of a stylesheet, for a light and a dark ground."""
+    light, dark = (
+        ":root { " + " ".join(f"--{name}: {colour};" for name, colour in part.items()) + " }"
+        for part in (_LIGHT | _MARKS, _DARK)
+    )
+    return f"{light}\n@media (prefers-color-scheme: dark) {{ {dark} }}\n"

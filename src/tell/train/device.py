@@ -1,0 +1,51 @@
+"""What differs by device: the fast path, copies, free memory, random state."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor
+
+FAST_DEVICES = ("cpu", "cuda")  # where rows are packed and operations fused
+SHARE = 4  # a key-value cache, or a copy of weights, takes at most one in so many free bytes
+
+
+def trains_fast(fast: str, device: torch.device | str) -> bool:
+    """Whether ``train.fast`` means packed rows on ``device``; other devices have only the plain path."""
+    return fast == "auto" and torch.device(device).type in FAST_DEVICES
+
+
+def send(x: Tensor, device: torch.device | str) -> Tensor:
+    """Copies ``x`` to ``device``, asynchronously to a GPU."""
+    if torch.device(device).type != "cuda":
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)  # from pageable memory the copy would wait
+
+
+def kept_randomness(device: torch.device | str) -> AbstractContextManager[None]:
+    """Restores the global random state of the CPU and of ``device`` at the end."""
+    kind = torch.device(device)
+    return torch.random.fork_rng(devices=[kind] if kind.type == "cuda" else [])
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory this process may still take on ``device``: the GPU's, or the machine's within its control group."""
+    if device.type in ("cuda", "xpu"):
+        backend = torch.cuda if device.type == "cuda" else torch.xpu
+        cached = backend.memory_reserved(device) - backend.memory_allocated(device)  # torch reuses it
+        return backend.mem_get_info(device)[0] + cached
+    free = psutil.virtual_memory().available
+    if device.type == "mps":  # unified memory, of which Metal recommends a maximum
+        free = min(free, torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory())
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = int((group / "memory.max").read_text())
+        used = int((group / "memory.current").read_text())
+        files = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        free = min(free, limit - used + int(files["inactive_file"]))  # the page cache makes room
+    except (OSError, ValueError, KeyError):
+        pass  # no control group, or one without a limit
+    return max(0, free)

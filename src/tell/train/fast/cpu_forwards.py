@@ -1,0 +1,172 @@
+"""The forwards that replace those of norms, attention and gated MLPs on a CPU, over the compiled kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tell.kernels.ops import kernels_for
+from tell.train.attention import PackedPlan, Plan, Rule
+from tell.train.fast.cuda import Forward
+from tell.train.fast.exchange import Rope, epsilon, is_frozen, is_plain, planned_attention, split_qkv
+from tell.train.fast.fused_ops import Attention, AttentionCall, Gated, GatedProjection, Projection, RmsNorm, Stack
+
+
+class Projections:
+    """Named linear layers of one module as one product.
+
+    The frozen weights are moved into one tensor, of which the layers keep views: no second copy.
+    """
+
+    def __init__(self, owner: nn.Module, names: Sequence[str]) -> None:
+        self.owner, self.names = owner, tuple(names)
+        self.weight: Tensor | None = None
+
+    def layers(self) -> list[nn.Module]:
+        return [getattr(self.owner, name) for name in self.names]
+
+    def _weights(self, bases: list[nn.Linear]) -> tuple[Tensor, Tensor | None, tuple[int, ...]]:
+        widths = tuple(base.weight.shape[0] for base in bases)
+        if len(bases) == 1:
+            return bases[0].weight, bases[0].bias, widths
+        whole = self.weight
+        at = 0 if whole is None else whole.data_ptr()
+        for base in bases:
+            if base.weight.data_ptr() != at:
+                whole = None
+                break
+            at += base.weight.numel() * base.weight.element_size()
+        if whole is None:  # at first, and after the layers were given other weights
+            with torch.inference_mode(False), torch.no_grad():  # they outlive a pass of the decoder
+                whole = torch.cat([base.weight.data for base in bases])
+                for base, part in zip(bases, whole.split(widths), strict=True):
+                    base.weight.data = part
+            self.weight = whole
+        biases = [base.bias for base in bases]
+        if all(bias is None for bias in biases):
+            return whole, None, widths
+        # small, and copied each time: the layers' own may have been written into
+        parts = zip(biases, widths, strict=True)
+        return whole, torch.cat([whole.new_zeros(n) if bias is None else bias for bias, n in parts]), widths
+
+    def stack(self) -> tuple[Stack, list[Tensor]] | None:
+        """The layers' frozen part and their adapters; None where one of them is unusual."""
+        parts = [_lora_parts(layer) for layer in self.layers()]
+        found = [part for part in parts if part is not None]
+        if len(found) < len(parts):
+            return None
+        adapters = [matrix for part in found for matrix in part.adapter]
+        dropout = next((part.dropout for part in reversed(found) if part.adapter), 0.0)
+        return Stack(*self._weights([part.base for part in found]), tuple(p.scale for p in found), dropout), adapters
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Outputs of the layers, each (..., N_i); each by its own forward where one is unusual."""
+        found = self.stack()
+        if found is None:
+            return tuple(layer(x) for layer in self.layers())
+        return Projection.apply(x, found[0], *found[1])
+
+    def gated(self, g: Tensor, u: Tensor, kind: int) -> Tensor:
+        """Output of the single layer over act(g) u."""
+        found = self.stack()
+        if found is None:
+            return self.layers()[0](Gated.apply(g, u, kind))
+        return GatedProjection.apply(g, u, kind, found[0], *found[1])
+
+
+class _LoraParts(NamedTuple):
+    """A plain linear layer, and (A, B), scale and dropout of its adapter where it has one."""
+
+    base: nn.Linear
+    adapter: tuple[Tensor, ...] = ()
+    scale: float | None = None
+    dropout: float = 0.0
+
+
+def _lora_parts(layer: Any) -> _LoraParts | None:
+    """None for what is not a plain linear layer with at most one plain adapter."""
+    if type(layer) is nn.Linear:
+        return _LoraParts(layer) if is_plain(layer) else None
+    active = getattr(layer, "active_adapters", None)
+    if not active or not hasattr(layer, "lora_A"):
+        return None
+    base, name = layer.get_base_layer(), active[0]
+    unusual = (
+        type(base) is not nn.Linear
+        or not is_plain(base)
+        or len(active) > 1
+        or name not in layer.lora_A
+        or layer.merged
+        or layer.disable_adapters
+        or getattr(layer, "use_dora", {}).get(name, False)
+        or getattr(layer, "lora_bias", {}).get(name, False)
+        or layer.scaling[name] == 0
+    )
+    if unusual:
+        return None
+    dropout = layer.lora_dropout[name]
+    rate = float(dropout.p) if layer.training and isinstance(dropout, nn.Dropout) else 0.0
+    adapter = layer.lora_A[name].weight, layer.lora_B[name].weight
+    return _LoraParts(base, adapter, float(layer.scaling[name]), rate)
+
+
+def norm_forward(module: Any, offset: float) -> Forward:
+    original, eps = module.forward, epsilon(module)
+
+    def forward(x: Tensor) -> Tensor:
+        fits = module.weight.dtype == x.dtype and x.is_contiguous() and is_frozen(module.weight)
+        if kernels_for(x) is None or not fits:
+            return original(x)
+        return RmsNorm.apply(x, module.weight, eps, offset)
+
+    return forward
+
+
+def fused_attention_forward(module: Any, rule: Rule, offset: float | None, rotary: bool) -> Forward:
+    merged = hasattr(module, "qkv_proj")
+    inward = Projections(module, ["qkv_proj"] if merged else ["q_proj", "k_proj", "v_proj"])
+    outward = Projections(module, ["o_proj"])
+    width = module.head_dim
+    norms = () if offset is None else (module.q_norm, module.k_norm)
+
+    def serves(plan: Plan, states: Tensor) -> bool:
+        return (
+            type(plan) is PackedPlan
+            and kernels_for(states) is not None
+            and all(norm.weight.dtype == states.dtype and is_frozen(norm.weight) for norm in norms)
+        )
+
+    def attend(states: Tensor, rope: Rope, plan: PackedPlan) -> Tensor:
+        parts = inward(states[0])
+        q, k, v = split_qkv(module, parts[0]) if merged else parts
+        heads, kv = q.shape[1] // width, k.shape[1] // width
+        if norms:
+            q, k = (RmsNorm.apply(x, n.weight, epsilon(n), offset) for x, n in zip((q, k), norms, strict=True))
+        cosine, sine = (x.reshape(-1, x.shape[-1]).contiguous() for x in rope)
+        if not rotary:
+            cosine, sine = torch.ones_like(cosine), torch.zeros_like(sine)
+        longest = plan.prefix + max(plan.lengths)
+        window = rule.window if rule.window is not None and rule.window < longest else None
+        out = Attention.apply(q, k, v, AttentionCall(plan, cosine, sine, heads, kv, rule.scaling, window))
+        return outward(out[None])[0]
+
+    return planned_attention(module, attend, serves)
+
+
+def mlp_forward(module: Any, kind: int) -> Forward:
+    original = module.forward
+    merged = hasattr(module, "gate_up_proj")
+    inward = Projections(module, ["gate_up_proj"] if merged else ["gate_proj", "up_proj"])
+    outward = Projections(module, ["down_proj"])
+
+    def forward(x: Tensor) -> Tensor:
+        if kernels_for(x) is None:
+            return original(x)
+        parts = inward(x)
+        g, u = parts[0].chunk(2, dim=-1) if merged else parts
+        return outward.gated(g, u, kind)
+
+    return forward
