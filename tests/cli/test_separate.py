@@ -44,7 +44,7 @@ def test_anchor_beside_one_by_hand(tiny_model, capsys):
         "hand",
         "derived",
         "after a short run",
-        "from the first by hand",
+        "from the first hand-written",
         "chosen by the lowest validation loss",
     ):
         assert part in out
