@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, TypeGuard
 
 Mixture = Literal["task", "task-matched", "general", "mixed"]
+Colour = Literal["blue", "orange", "green", "pink", "ochre", "grey", "violet"]
 Unit = Literal["share", "points", "score", "nats", "plain"]
 """``share``: 0 to 1, written in per cent; ``points``: a difference of shares; ``score``: 0 to 100; ``nats``: a loss."""
 
@@ -25,11 +26,14 @@ class Arm:
         label: on screen, pages and figures.
         phrase: as the subject of a sentence.
         about: its definition, one sentence.
+        colour: in figures, a name of `tell.report.palette.COLOURS`.
+        marker: in figures, matplotlib's letter.
         mixture: what its adapter is trained on (`tell.run.arms.MIXTURES`); None: it trains nothing of its own.
         adapter: the trained arm whose adapter it answers with; None: the untuned model.
         anchored: the anchor is put on its prompts.
         in_context: training examples are put in its prompts.
         optional: given up to keep ``--max-minutes``, the lowest number first; None: never.
+        dashes: of its line in figures; None: solid.
         rival: compared with `tell` in the verdict, the lowest number first; None: never.
     """
 
@@ -37,12 +41,15 @@ class Arm:
     label: str
     phrase: str
     about: str
+    colour: Colour
+    marker: str
     mixture: Mixture | None = None
     adapter: str | None = None
     anchored: bool = True
     in_context: bool = False
     optional: int | None = None
     rival: int | None = None
+    dashes: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         if self.mixture is not None and self.adapter != self.name:
@@ -50,19 +57,33 @@ class Arm:
 
 
 _ARMS = (
-    Arm("base", "untuned", "the untuned model", "The model as published, given the prompt alone.", anchored=False),
+    Arm(
+        "base",
+        "untuned",
+        "the untuned model",
+        "The model as published, given the prompt alone.",
+        "grey",
+        "X",
+        anchored=False,
+        dashes=(1.5, 2),
+    ),
     Arm(
         "base+anchor",
         "untuned, with the anchor",
         "the untuned model with the anchor",
         "The untuned model with the anchor on the prompt.",
+        "grey",
+        "P",
         optional=4,
+        dashes=(4, 2),
     ),
     Arm(
         "icl",
         "examples in context",
         "the untuned model with examples in context",
         "The untuned model, shown as many training examples in its prompt as fit.",
+        "ochre",
+        "v",
         in_context=True,
         rival=3,
     ),
@@ -71,6 +92,8 @@ _ARMS = (
         "SFT, one epoch",
         "SFT",
         "LoRA tuned on the task rows alone, for one epoch, as in the paper.",
+        "orange",
+        "s",
         mixture="task",
         adapter="sft",
         optional=3,
@@ -81,6 +104,8 @@ _ARMS = (
         "SFT, as many steps as TELL",
         "step-matched SFT",
         "LoRA tuned on the task rows alone, repeated until it has had as many optimiser steps as TELL.",
+        "pink",
+        "D",
         mixture="task-matched",
         adapter="sft-matched",
         rival=1,
@@ -90,6 +115,8 @@ _ARMS = (
         "general data alone",
         "tuning on general data alone",
         "LoRA tuned on the general rows alone, with no task row.",
+        "green",
+        "^",
         mixture="general",
         adapter="general",
         optional=2,
@@ -100,6 +127,8 @@ _ARMS = (
         "TELL",
         "TELL",
         "LoRA tuned by TELL: the task rows carry the anchor and are mixed into general instruction rows.",
+        "blue",
+        "o",
         mixture="mixed",
         adapter="tell",
     ),
@@ -108,9 +137,12 @@ _ARMS = (
         "TELL, asked without its anchor",
         "TELL without its anchor",
         "The adapter of TELL, scored without the anchor on the prompt.",
+        "blue",
+        "o",
         adapter="tell",
         anchored=False,
         optional=1,
+        dashes=(4, 2),
     ),
 )
 ARMS: dict[str, Arm] = {arm.name: arm for arm in _ARMS}
@@ -123,7 +155,7 @@ RIVALS = tuple(a.name for a in sorted((a for a in _ARMS if a.rival), key=lambda 
 
 def arm(name: str) -> Arm:
     """An arm by its name; one that is unknown (of a folder that another version wrote) is called by its name."""
-    return ARMS.get(name) or Arm(name, name, name, "")
+    return ARMS.get(name) or Arm(name, name, name, "", "violet", "o")
 
 
 def arm_order(names: Iterable[str]) -> list[str]:

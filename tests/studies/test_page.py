@@ -15,7 +15,8 @@ import pytest
 
 from studies.made import POINTS, curve_of, make_study
 from tell.errors import TellError
-from tell.studies.page.drawing import CYCLE, PAPER, Axis, drawing, label_left, save
+from tell.report.palette import CYCLE
+from tell.studies.page.drawing import PAPER, Axis, drawing, label_left, save
 from tell.studies.page.figure_kinds import Contents, map_figure
 from tell.studies.page.figures import _looks, draw_front
 from tell.studies.page.inline import inline_svg

@@ -5,22 +5,26 @@ Okabe and Ito's colours, darkened or lightened to a contrast of 3:1 against whit
 
 from __future__ import annotations
 
+from tell.names import ARMS, Colour
+
 INK, SOFT, HAIR, PAPER = "#1a1d1f", "#565e64", "#dcdfdf", "#ffffff"
-BLUE, ORANGE, GREEN, PINK, OCHRE, GREY, VIOLET = (
-    *("#1a7fc4", "#d55e00", "#009e73", "#c8609a", "#94771c", "#7d858a", "#7a5fc0"),
-)
-CYCLE = (BLUE, ORANGE, GREEN, PINK, OCHRE, GREY, VIOLET)
-ARM_COLOURS = {
-    "base": GREY,
-    "base+anchor": GREY,
-    "icl": OCHRE,
-    "sft": ORANGE,
-    "sft-matched": PINK,
-    "general": GREEN,
-    "tell": BLUE,
-    "tell-anchor": BLUE,
+COLOURS: dict[Colour, str] = {
+    "blue": "#1a7fc4",
+    "orange": "#d55e00",
+    "green": "#009e73",
+    "pink": "#c8609a",
+    "ochre": "#94771c",
+    "grey": "#7d858a",
+    "violet": "#7a5fc0",
 }
-_MARKS = {"task": BLUE, "general": GREEN, "other": VIOLET, "notice": OCHRE}  # the same on both grounds
+CYCLE = tuple(COLOURS.values())
+ARM_COLOURS = {arm.name: COLOURS[arm.colour] for arm in ARMS.values()}
+_MARKS = {  # the same on both grounds
+    "task": COLOURS["blue"],
+    "general": COLOURS["green"],
+    "other": COLOURS["violet"],
+    "notice": COLOURS["ochre"],
+}
 _LIGHT = {
     **{"paper": "#fcfcfb", "raised": "#f4f5f4", "ink": INK, "soft": SOFT, "rule": HAIR, "hair": "#e9ebea"},
     **{"own": "#14639c", "own-wash": "#e3eef7", "bad": "#a1352b", "bad-wash": "#fbeae7"},

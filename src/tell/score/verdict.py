@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tell.names import RIVALS, MetricSpec, arm, as_typed, has_interval, is_number, metric, show, show_interval
+from tell.names import ARMS, RIVALS, MetricSpec, arm, as_typed, has_interval, is_number, metric, show, show_interval
 
 MIN_ROWS = 6  # with fewer rows even a sign test of all rows in one direction is not significant at 5 %
 CONTENT = ("field_accuracy", "macro_f1")  # what an answer says, where the primary metric is its form or its count
@@ -105,7 +105,7 @@ class _Verdict:
 
     def _gain(self, rows: str) -> str:
         label, now = self.spec.phrase, self._value("tell")
-        untuned = [name for name in ("base", "base+anchor") if name in self.scored]
+        untuned = [a.name for a in ARMS.values() if a.adapter is None and not a.in_context and a.name in self.scored]
         if not untuned:
             limits = _interval(self.scored["tell"].get("ci"), self.spec)
             known = f"95 % interval {limits}; " if limits else ""

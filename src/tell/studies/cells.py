@@ -27,7 +27,7 @@ from tell.config import (
 )
 from tell.data.general import is_empty
 from tell.errors import TellError
-from tell.names import ARMS, TRAINED
+from tell.names import ARMS
 from tell.run.claim import FREE as FREE_OF_RUNS
 from tell.run.claim import KEYWORDS, PATHS, with_full_paths
 from tell.run.task import anchor_of
@@ -112,7 +112,7 @@ def _every(recipe: Recipe, variables: Mapping[str, str], where: str) -> Iterator
             point = {key: _shown(config, key, value) for key, value in raw.items()}
             for arm in arms:
                 lead = RIDERS.get(arm, arm) if RIDERS.get(arm) in arms else arm
-                if lead == "general" and is_empty(config.general):
+                if ARMS[lead].mixture == "general" and is_empty(config.general):
                     continue
                 riders = [a for a in arms if RIDERS.get(a) == lead and a != arm] if lead == arm else [arm]
                 cell = make_cell(config, lead, riders)
@@ -135,7 +135,7 @@ def make_cell(config: Config, arm: str, riders: Sequence[str] = ()) -> Cell:
     """The cell of an arm, keys without effect on it at their defaults."""
     config = neutral(config, arm)
     config.eval.arms = cast(tuple[ArmName, ...], (arm, *riders))
-    if "icl" not in config.eval.arms:
+    if not any(ARMS[name].in_context for name in config.eval.arms):
         config.eval.icl_examples = EvalConfig().icl_examples
     return Cell(_name(arm, {"arms": config.eval.arms, "config": identity(config)}), arm, config)
 
@@ -223,29 +223,31 @@ def neutral(config: Config, arm: str) -> Config:
     """A copy in which every key without effect on an arm has its default."""
     out = config.model_copy(deep=True)
     written = config.anchor.text == "auto"  # by the model, from the task rows
-    alone = arm in ("base", "base+anchor", "icl", "sft")  # without general data
+    own = ARMS[arm]
+    trained_on = ARMS[own.adapter].mixture if own.adapter else None
+    alone = trained_on in (None, "task")  # without general data
     if alone or is_empty(config.general):
         kept = {"source": config.general.source, "columns": config.general.columns}  # of the held-out rows
         out.general = GeneralConfig(**kept, tokens=0)
     elif config.general.source not in ("auto", "self"):
         out.general.self_ = GeneralConfig().self_
-    if arm not in (*TRAINED, *RIDERS):
+    if trained_on is None:
         out.preset = Config().preset
         out.train = TrainConfig(**{key: getattr(config.train, key) for key in ROWS_TRAIN})
     if alone:
         out.mix, out.max_minutes = MixConfig(), None
-    elif arm == "sft-matched":
+    elif trained_on == "task-matched":
         out.mix.order = MixConfig().order
-    elif arm == "general":
+    elif trained_on == "general":
         out.mix.repeat = None
     if not config.eval.benchmarks:
         out.eval.benchmark_data = None
-    if arm == "base":
+    if not own.anchored and own.adapter is None:
         out.anchor = AnchorConfig(text="none")
     elif not written:
         out.anchor = AnchorConfig(text=config.anchor.text, place=config.anchor.place)
-    without_rows = arm in ("base", "base+anchor", "general") and not (
-        (arm != "base" and written) or (arm == "general" and config.general.by_task)
+    without_rows = (trained_on == "general" or (own.adapter is None and not own.in_context)) and not (
+        (own.anchored and written) or (trained_on == "general" and config.general.by_task)
     )
     # Without a limit of its own, an answer may be half as long again as the longest training answer.
     if without_rows and config.generate.max_new_tokens is not None:

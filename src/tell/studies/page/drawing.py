@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tell.files import atomic_path
+from tell.report.palette import INK, PAPER, SOFT
 from tell.studies.labels import key_name, value_name
 from tell.studies.registered import needs
 
@@ -18,21 +19,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-INK, SOFT, HAIR, PAPER = "#1a1d1f", "#565e64", "#dcdfdf", "#ffffff"
-# The colours of Okabe and Ito, at a contrast of 3:1 against the page's light and dark backgrounds.
-COLOURS = {
-    "base": "#7d858a",
-    "base+anchor": "#7d858a",
-    "icl": "#94771c",
-    "sft": "#d55e00",
-    "sft-matched": "#c8609a",
-    "general": "#009e73",
-    "tell": "#1a7fc4",
-    "tell-anchor": "#1a7fc4",
-}
-MARKERS = {"sft": "s", "sft-matched": "D", "general": "^", "tell": "o", "icl": "v", "base": "X", "base+anchor": "P"}
-DASHES: dict[str, Any] = {"base": (0, (1.5, 2)), "base+anchor": (0, (4, 2)), "tell-anchor": (0, (4, 2))}
-CYCLE = ("#1a7fc4", "#d55e00", "#009e73", "#c8609a", "#94771c", "#7d858a", "#7a5fc0")
 STYLES: tuple[Any, ...] = ("solid", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 TURNS = "osD^vXP"
 RULES: dict[Any, Any] = {

@@ -7,25 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tell.names import CHANGE, factor, metric
+from tell.names import ARMS, CHANGE, factor, metric
+from tell.report.palette import ARM_COLOURS, CYCLE, HAIR, INK, PAPER, SOFT
 from tell.studies.labels import SFT, arm_name, key_name, point_name, rounded, value_name
-from tell.studies.page.drawing import (
-    COLOURS,
-    CYCLE,
-    DASHES,
-    HAIR,
-    INK,
-    MARKERS,
-    PAPER,
-    SOFT,
-    STYLES,
-    TURNS,
-    Axis,
-    brief,
-    drawing,
-    label_left,
-    legend,
-)
+from tell.studies.page.drawing import STYLES, TURNS, Axis, brief, drawing, label_left, legend
 from tell.studies.results import frozen
 from tell.studies.stats.curve_fit import Mark
 from tell.studies.stats.curves import Curve
@@ -182,7 +167,7 @@ def _candidate(axes: Axes, candidate: dict, scales: tuple[float, float], number:
     on, arm, name = number is not None, candidate["arm"], arm_name(candidate["arm"])
     if candidate["alone"]:
         arm, name = "sft", SFT
-    colour = COLOURS.get(arm, CYCLE[0])
+    colour = ARM_COLOURS.get(arm, CYCLE[0])
     cost, gain = candidate["cost"], candidate["gain"]
     (x, left, right), (y, low, high) = (
         np.array([side["value"], *side["ci"]]) * scale for side, scale in zip((cost, gain), scales, strict=True)
@@ -192,7 +177,7 @@ def _candidate(axes: Axes, candidate: dict, scales: tuple[float, float], number:
         y,
         xerr=[[max(0.0, x - left)], [max(0.0, right - x)]],
         yerr=[[max(0.0, y - low)], [max(0.0, high - y)]],
-        fmt="o" if on else MARKERS.get(arm, "o"),
+        fmt="o" if on or arm not in ARMS else ARMS[arm].marker,
         ms=11 if on else 4.5,
         color=colour,
         mfc=colour if on else PAPER,
@@ -228,7 +213,7 @@ def _looks(curves: Sequence[Curve], names: Sequence[str], lines: str) -> dict[st
     arms = dict(zip(names, (c.arm for c in curves), strict=True))
     values = list(dict.fromkeys(frozen(c.rest[lines]) for c in curves if lines in c.rest))
     turns = [arm for arm in ("tell", *arms.values()) if arm in arms.values()]
-    others = [arm for arm in dict.fromkeys(arms.values()) if arm not in COLOURS]  # contrasts of hidden states
+    others = [arm for arm in dict.fromkeys(arms.values()) if arm not in ARMS]  # contrasts of hidden states
     looks: dict[str, dict[str, Any]] = {}
     for name, curve in zip(names, curves, strict=True):
         arm = curve.arm
@@ -238,16 +223,27 @@ def _looks(curves: Sequence[Curve], names: Sequence[str], lines: str) -> dict[st
             around, place = divmod(values.index(frozen(curve.rest[lines])), len(CYCLE))
             look["color"] = CYCLE[place]  # more values than colours: another marker the second time around
             look |= {
-                "marker": TURNS[around % 7] if around else MARKERS.get(arm, "o"),
+                "marker": TURNS[around % 7] if around or arm not in ARMS else ARMS[arm].marker,
                 "ls": STYLES[turns.index(arm) % len(STYLES)],
             }
         else:
-            turn = others.index(arm) % len(CYCLE) if arm in others else 0
-            look["color"] = COLOURS.get(arm, CYCLE[turn])
-            look["marker"] = MARKERS.get(arm, TURNS[turn]) if nth == 0 else TURNS[nth % 7]
-            look["ls"] = DASHES.get(arm, STYLES[0]) if nth == 0 else STYLES[nth % len(STYLES)]
+            look |= _own_look(arm, others)
+            if nth:
+                look |= {"marker": TURNS[nth % 7], "ls": STYLES[nth % len(STYLES)]}
         looks.setdefault(name, {**look, "label": name})
     return looks
+
+
+def _own_look(name: str, others: Sequence[str]) -> dict[str, Any]:
+    """Colour, marker and line style of an arm, or of one of the ``others``, in turn."""
+    if (arm := ARMS.get(name)) is not None:
+        return {
+            "color": ARM_COLOURS[name],
+            "marker": arm.marker,
+            "ls": STYLES[0] if arm.dashes is None else (0, arm.dashes),
+        }
+    turn = others.index(name) % len(CYCLE)
+    return {"color": CYCLE[turn], "marker": TURNS[turn], "ls": STYLES[0]}
 
 
 def _line_and_band(axes: Axes, axis: Axis, curve: Curve, scale: float, look: dict[str, Any]) -> None:

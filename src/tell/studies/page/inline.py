@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 from markupsafe import Markup
 
-from tell.studies.page.drawing import HAIR, INK, PAPER, SOFT
+from tell.report.palette import HAIR, INK, PAPER, SOFT
 
 COLOURS = {INK: "currentColor", "#000000": "currentColor"}
 COLOURS |= {SOFT: "var(--soft)", HAIR: "var(--hair)", PAPER: "var(--paper)"}

@@ -23,6 +23,7 @@ from tell.names import (
     show_power,
 )
 from tell.report.score_tables import Cell
+from tell.run.answers import adapter_arm
 from tell.studies.labels import arm_name, key_name, value_name
 from tell.studies.results import Outcome, Study, frozen
 from tell.studies.stats.seed_means import Bootstrap, groups
@@ -83,7 +84,7 @@ def gaps(study: Study, bootstrap: Bootstrap) -> list[Line]:
     found: dict[tuple, tuple[list[dict], list[Outcome], list[Outcome]]] = {}
     for (point, arm), group in by_point.items():
         tell = by_point.get((point, "tell"))
-        if tell and arm not in ("tell", "tell-anchor"):
+        if tell and adapter_arm(arm) != "tell":
             key = (arm, *(o.cell for o in (*tell, *group)))
             found.setdefault(key, ([], tell, group))[0].append(dict(tell[0].point))
     out, names = [], dict.fromkeys(name.removesuffix(CHANGE) for name in tabulated(study))
