@@ -44,7 +44,7 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _writable(cls, value: Any) -> Any:
+    def _writable(cls, value: object) -> object:
         """No text that can be neither saved nor a file's name."""
         if isinstance(value, str) and _UNWRITABLE.search(value):
             raise ValueError("holds a character that is not UTF-8, or NUL")
@@ -257,9 +257,11 @@ class Config(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _over_preset(cls, data: Any) -> Any:
+    def _over_preset(cls, data: object) -> object:
         """Keys over the preset they name. The fields' own defaults stay: names of finished cells are made by them."""
-        preset = data.get("preset", "modern") if isinstance(data, Mapping) else None
+        if not isinstance(data, Mapping):
+            return data
+        preset = data.get("preset", "modern")
         return override(PRESETS[preset], data) if isinstance(preset, str) and preset in PRESETS else data
 
     def to_yaml(self) -> str:

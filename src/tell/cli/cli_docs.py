@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Protocol, cast
 
 import typer
 
@@ -24,9 +24,37 @@ parentheses is the [configuration key](config.md) that a flag sets.
 """
 
 
+class Flag(Protocol):
+    """A flag or argument of click."""
+
+    name: str
+    opts: list[str]
+    secondary_opts: list[str]
+    param_type_name: str
+    metavar: str | None
+    help: str | None
+    default: object
+    required: bool
+    is_flag: bool
+    show_default: bool
+
+
+class Verb(Protocol):
+    """A command of click."""
+
+    help: str | None
+    params: list[Flag]
+
+
+class Verbs(Verb, Protocol):
+    """A group of click."""
+
+    commands: dict[str, Verb]
+
+
 def cli_docs() -> str:
     """All verbs as Markdown: usage, purpose and a table of flags for each."""
-    group: Any = typer.main.get_command(app)
+    group = cast(Verbs, typer.main.get_command(app))
     parts = [_HEAD, *_verb(group, "tell", top=True)]
     for name, command in group.commands.items():
         parts += _verb(command, f"tell {name}")
@@ -35,7 +63,7 @@ def cli_docs() -> str:
     return "\n".join(parts)
 
 
-def _verb(command: Any, path: str, *, top: bool = False) -> Iterator[str]:
+def _verb(command: Verb, path: str, *, top: bool = False) -> Iterator[str]:
     """One verb: heading, what it does, usage, flags by panel."""
     about = [part.replace("\n", " ").strip() for part in (command.help or "").split("\n\n")]
     arguments = [param for param in command.params if param.param_type_name == "argument"]
@@ -56,7 +84,7 @@ def _verb(command: Any, path: str, *, top: bool = False) -> Iterator[str]:
     yield from _flags(command)
 
 
-def _flags(command: Any) -> Iterator[str]:
+def _flags(command: Verb) -> Iterator[str]:
     """A table of flags for each panel, in the order of ``--help``."""
     panels: dict[str, list[str]] = {}
     for param in command.params:
@@ -68,7 +96,7 @@ def _flags(command: Any) -> Iterator[str]:
         yield ""
 
 
-def _row(param: Any) -> str:
+def _row(param: Flag) -> str:
     names = ", ".join(f"`{name}`" for name in (*param.opts, *param.secondary_opts))
     value = "" if param.is_flag else f"`{_metavar(param)}`"
     shown = param.default not in (None, False, (), []) and param.show_default and not callable(param.default)
@@ -76,7 +104,7 @@ def _row(param: Any) -> str:
     return f"| {names} | {value} | {_cell(param.help or '')}{default} |"
 
 
-def _metavar(param: Any) -> str:
+def _metavar(param: Flag) -> str:
     name = param.metavar or param.name.upper()
     return str(name).strip("{}[]").removesuffix("...") if param.param_type_name == "argument" else str(name)
 

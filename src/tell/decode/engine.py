@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from tell.kernels.decode_ops import kernels
 from tell.train.device import free_bytes
 from tell.train.lora import adapter_merged
 from tell.train.step import Body
+from tell.train.torch_types import Block
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -206,7 +207,7 @@ class Engine:
 
     def _pack(self) -> Packed | None:
         """The weights in the kernels' layout; None where the kernels do not support this model."""
-        description = describe(self.body.core)
+        description = describe(cast(Block, self.body.core))
         if description is None or kernels(description.dtype) is None:
             return None
         return Packed(description, self.body)

@@ -90,7 +90,7 @@ class Kernels:
         """out (n, m) = act(x[:, :m]) * x[:, m:]; kind 0 is SiLU, 1 GELU by tanh."""
         self._c.gate(*out.shape, kind, x.data_ptr(), out.data_ptr())
 
-    def attend(self, layer: Any, tokens: Any, qkv: Tensor, out: Tensor) -> None:
+    def attend(self, layer: int, tokens: object, qkv: Tensor, out: Tensor) -> None:
         """out (n, H D) of qkv (n, (H + 2 Hk) D): positions, cache write, attention; layer and tokens by reference."""
         self._c.attend(layer, tokens, len(qkv), qkv.data_ptr(), out.data_ptr())
 

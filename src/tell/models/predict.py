@@ -185,5 +185,5 @@ def _records() -> dict[str, dict[str, Any]]:
     return {k: r for k, r in data.items() if isinstance(r, dict) and _is_speed(r.get("tokens_per_second"))}
 
 
-def _is_speed(value: Any) -> bool:
+def _is_speed(value: object) -> bool:
     return isinstance(value, int | float) and 0 < value < float("inf")

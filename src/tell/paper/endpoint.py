@@ -244,7 +244,7 @@ def _hash(messages: _Messages) -> str:
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
 
 
-def _content(choice: Any) -> str:
+def _content(choice: object) -> str:
     """Text of an answer; of parts, as some servers send it, the texts; empty where there is none."""
     content = getattr(getattr(choice, "message", None), "content", None)
     if isinstance(content, list):

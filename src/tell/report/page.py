@@ -7,7 +7,6 @@ import hashlib
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -79,7 +78,7 @@ def prose(text: object) -> str:
     return line and line[0].upper() + line[1:] + ("" if line[-1] in ".?!" else ".")
 
 
-def fill(template: str, **context: Any) -> str:
+def fill(template: str, **context: object) -> str:
     """The page as text; lone surrogates that did not pass through `visible` become ``?``."""
     style, digest = stylesheet()
     page = environment().get_template(template)

@@ -47,7 +47,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, **options: object) -> None:
         super().__init__(**options, finalize=self._shown)
         self.left = MOST_STEPS
         self.globals.pop("lipsum", None)

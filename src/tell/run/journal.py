@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 from tell.config import Config
 from tell.errors import Interrupted
@@ -56,7 +55,7 @@ class Journal:
         self.stop.check()
         self.set("running")
 
-    def set(self, state: str, **more: Any) -> None:
+    def set(self, state: str, **more: object) -> None:
         """Write status.json, with the seconds that a resumed run goes on counting from."""
         self.folder.set_status(state, stage=self.stage, seconds=round(self.seconds, 1), **more)
 

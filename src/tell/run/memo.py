@@ -10,7 +10,7 @@ T = TypeVar("T")
 _made: WeakKeyDictionary[Any, dict[Hashable, Any]] = WeakKeyDictionary()  # by model
 
 
-def once(model: Any, key: Hashable, make: Callable[[], T]) -> T:
+def once(model: object, key: Hashable, make: Callable[[], T]) -> T:
     """What ``make`` returns, the first time; the same again for the same model and key.
 
     Args:

@@ -23,6 +23,7 @@ from tell.train.launch import launched
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
     from tell.models.load import Loaded
     from tell.train.parallel import Processes
@@ -163,7 +164,7 @@ def _base(job: Job, config: Config, processes: Processes, held: tuple[Any, Any] 
     return loaded.model, loaded.device
 
 
-def _train(job: Job, model: Any, device: Any, processes: Processes, stop: Stop) -> None:
+def _train(job: Job, model: PreTrainedModel, device: torch.device, processes: Processes, stop: Stop) -> None:
     from tell.train.trainer import Trainer, TrainingHooks
 
     hooks = TrainingHooks(stopped=stop)

@@ -123,7 +123,7 @@ def _every(recipe: Recipe, variables: Mapping[str, str], where: str) -> Iterator
                     yield Row(point, name, seed, cell.name), cell
 
 
-def _shown(config: Config, key: str, raw: Any) -> Any:
+def _shown(config: Config, key: str, raw: object) -> object:
     """A value of the grid for tables: numbers as the run reads them (YAML reads 3e4 as text), else as written."""
     value = dig(config.model_dump(by_alias=True), key)
     if isinstance(value, float) and value.is_integer():

@@ -78,7 +78,7 @@ def _module(name: str) -> object:
     return import_module(f"tell.paper.{name}")
 
 
-def _content(value: Any) -> Any:
+def _content(value: object) -> object:
     """An option as it is hashed: a path by its content."""
     if isinstance(value, Mapping):
         return {key: _content(inner) for key, inner in value.items()}

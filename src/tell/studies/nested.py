@@ -41,7 +41,7 @@ def flat(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield f"{prefix}{key}", inner
 
 
-def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(value: object, key: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted key and value of everything below nested mappings and lists."""
     if isinstance(value, Mapping):
         for name, inner in value.items():

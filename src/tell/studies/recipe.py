@@ -121,7 +121,7 @@ class Separate(Section):
 
     @field_validator("layer", mode="before")
     @classmethod
-    def _one_layer(cls, value: Any) -> Any:
+    def _one_layer(cls, value: object) -> object:
         if str(value) != "middle" and not str(value).isdigit():
             raise ValueError("is neither middle nor a number")
         return str(value)
@@ -175,7 +175,7 @@ class Recipe(Section):
 
     @field_validator("grid", mode="before")
     @classmethod
-    def _one_product(cls, value: Any) -> Any:
+    def _one_product(cls, value: object) -> object:
         return [value] if isinstance(value, Mapping) else value
 
     @model_validator(mode="after")

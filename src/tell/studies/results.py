@@ -160,7 +160,7 @@ def read_results(folder: str | Path, cells: str | Path | None = None) -> Study:
     return study
 
 
-def number_of(value: Any) -> Any:
+def number_of(value: object) -> Any:
     """YAML 1.1 reads 1e4 as a text; a text that is a number becomes one, a whole float an integer."""
     if isinstance(value, str):
         try:

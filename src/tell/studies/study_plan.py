@@ -168,6 +168,6 @@ def _sum(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return counts | {key: sum(row[key] for row in rows) for key in ("steps", "tokens", "flops", "seconds")}
 
 
-def _key(*parts: Any) -> str:
+def _key(*parts: object) -> str:
     text = json.dumps([p.model_dump(mode="json") if hasattr(p, "model_dump") else p for p in parts], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

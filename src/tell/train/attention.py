@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from tell.errors import TellError
 from tell.train.device import send
+from tell.train.torch_types import Context
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -64,7 +65,7 @@ def current_plan() -> Any:
 
 
 @contextmanager
-def use_plan(plan: Any) -> Iterator[None]:
+def use_plan(plan: object) -> Iterator[None]:
     """Every attention layer inside follows ``plan``."""
     token = _plan.set(plan)
     try:
@@ -143,12 +144,12 @@ class _Gather(torch.autograd.Function):
     """Rows of x at ``index``; the gradient is a gather too, by the inverse index (no scatter-add)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor, holes: Tensor | None) -> Tensor:
+    def forward(ctx: Context, x: Tensor, index: Tensor, inverse: Tensor, holes: Tensor | None) -> Tensor:
         ctx.inverse, ctx.holes = inverse, holes
         return x.index_select(0, index)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None, None, None]:
         out = grad.index_select(0, ctx.inverse)
         if ctx.holes is not None:  # slots that fed no output get no gradient
             out.index_fill_(0, ctx.holes, 0)
@@ -175,7 +176,7 @@ class _BlockAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, kp: Tensor | None, vp: Tensor | None, hidden: Tensor
+        ctx: Context, q: Tensor, k: Tensor, v: Tensor, kp: Tensor | None, vp: Tensor | None, hidden: Tensor
     ) -> Tensor:
         n, m, width = q.shape
         length = k.shape[1]
@@ -194,7 +195,7 @@ class _BlockAttention(torch.autograd.Function):
         return out.baddbmm_(probs[..., prefix:].contiguous(), v)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, kp, vp, probs = ctx.saved_tensors
         n, m, width = q.shape
         grad = grad.contiguous()

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from tell.kernels.ops import kernels_for
+from tell.train.torch_types import Context
 
 BLOCK = 256  # positions per block: 256 x 49,152 fp32 logits are 50 MB
 GPU_LOGITS = 1 << 27  # per block on a GPU, 512 MB in fp32: small products leave it idle
@@ -23,7 +22,7 @@ class _BlockedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: Context,
         hidden: Tensor,
         head: Tensor,
         targets: Tensor,
@@ -68,7 +67,7 @@ class _BlockedCrossEntropy(torch.autograd.Function):
         return (nll * weights).sum(), nll
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grad = ctx.grad * grad_loss.to(ctx.grad.dtype) if ctx.grad is not None else None
         return grad, None, None, None, None, None
 

@@ -70,7 +70,7 @@ class Processes:
     def __str__(self) -> str:
         return f"{self.world} processes ({'fsdp' if self.sharded else 'ddp'})"
 
-    def broadcast(self, value: Any = None) -> Any:
+    def broadcast(self, value: object = None) -> Any:
         """Broadcasts the first process's ``value``.
 
         Raises:
@@ -81,7 +81,7 @@ class Processes:
             dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
 
-    def agree(self, value: Any = None, error: Exception | None = None) -> list[Any]:
+    def agree(self, value: object = None, error: Exception | None = None) -> list[Any]:
         """Gathers the values of all processes by rank. If one has an error, it raises that, the others a TellError.
 
         Raises:
@@ -122,7 +122,7 @@ class Processes:
             raise
         self.busy = False
 
-    def dismiss(self, word: Any) -> None:
+    def dismiss(self, word: object) -> None:
         """Release the waiting processes with a last ``word``; after a failure of this process alone, just leave."""
         if not self.busy and not self.dismissed:
             self.dismissed = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,6 +14,9 @@ from tell.train.loss import block_size
 from tell.train.packing import Pack, TrainRow, pack, split_packs
 from tell.train.step import Body
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 WORTH = 64  # tokens; a context whose sharing saves fewer is not given a pass of its own
 
 Pair = tuple[Sequence[int], Sequence[int]]
@@ -21,7 +24,7 @@ Pair = tuple[Sequence[int], Sequence[int]]
 
 @torch.no_grad()
 def continuation_scores(
-    model: Any,
+    model: PreTrainedModel,
     pairs: Sequence[Pair],
     *,
     max_positions: int,

@@ -108,7 +108,7 @@ class EngineLM(TemplateLM):
         last = turns[-1].content
         return text[: text.rindex(last) + len(last)]
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: object) -> list[int]:
         """Ids of a text; a begin token is added as the tokenizer does, but not to what has one or is templated."""
         begins = self.chat.backend.id_to_token(self.prefix_token_id)
         if add_special_tokens is None:
@@ -120,7 +120,7 @@ class EngineLM(TemplateLM):
         return super().loglikelihood(anchored, disable_tqdm=True)
 
     def _loglikelihood_tokens(
-        self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: object
     ) -> list[tuple[float, bool]]:
         pairs: list[Pair] = [(context, continuation) for _, context, continuation in requests]
         for context, continuation in pairs:

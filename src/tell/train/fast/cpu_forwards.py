@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from tell.train.attention import PackedPlan, Plan, Rule
 from tell.train.fast.cuda import Forward
 from tell.train.fast.exchange import Rope, epsilon, is_frozen, is_plain, planned_attention, split_qkv
 from tell.train.fast.fused_ops import Attention, AttentionCall, Gated, GatedProjection, Projection, RmsNorm, Stack
+from tell.train.torch_types import Block
 
 
 class Projections:
@@ -54,7 +55,7 @@ class Projections:
 
     def stack(self) -> tuple[Stack, list[Tensor]] | None:
         """The layers' frozen part and their adapters; None where one of them is unusual."""
-        parts = [_lora_parts(layer) for layer in self.layers()]
+        parts = [_lora_parts(cast(Block, layer)) for layer in self.layers()]
         found = [part for part in parts if part is not None]
         if len(found) < len(parts):
             return None
@@ -86,7 +87,7 @@ class _LoraParts(NamedTuple):
     dropout: float = 0.0
 
 
-def _lora_parts(layer: Any) -> _LoraParts | None:
+def _lora_parts(layer: Block) -> _LoraParts | None:
     """None for what is not a plain linear layer with at most one plain adapter."""
     if type(layer) is nn.Linear:
         return _LoraParts(layer) if is_plain(layer) else None
@@ -113,7 +114,7 @@ def _lora_parts(layer: Any) -> _LoraParts | None:
     return _LoraParts(base, adapter, float(layer.scaling[name]), rate)
 
 
-def norm_forward(module: Any, offset: float) -> Forward:
+def norm_forward(module: Block, offset: float) -> Forward:
     original, eps = module.forward, epsilon(module)
 
     def forward(x: Tensor) -> Tensor:
@@ -125,7 +126,7 @@ def norm_forward(module: Any, offset: float) -> Forward:
     return forward
 
 
-def fused_attention_forward(module: Any, rule: Rule, offset: float | None, rotary: bool) -> Forward:
+def fused_attention_forward(module: Block, rule: Rule, offset: float | None, rotary: bool) -> Forward:
     merged = hasattr(module, "qkv_proj")
     inward = Projections(module, ["qkv_proj"] if merged else ["q_proj", "k_proj", "v_proj"])
     outward = Projections(module, ["o_proj"])
@@ -156,7 +157,7 @@ def fused_attention_forward(module: Any, rule: Rule, offset: float | None, rotar
     return planned_attention(module, attend, serves)
 
 
-def mlp_forward(module: Any, kind: int) -> Forward:
+def mlp_forward(module: Block, kind: int) -> Forward:
     original = module.forward
     merged = hasattr(module, "gate_up_proj")
     inward = Projections(module, ["gate_up_proj"] if merged else ["gate_proj", "up_proj"])

@@ -20,6 +20,7 @@ from tell.kernels.ops import SILU
 from tell.train.attention import PackedPlan, Plan, Rule
 from tell.train.device import send
 from tell.train.fast.exchange import Rope, epsilon, planned_attention, split_qkv
+from tell.train.torch_types import Block, Context
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -131,12 +132,12 @@ class _Repeat(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor, own: Tensor, ahead: Tensor, prefix: int) -> Tensor:
+    def forward(ctx: Context, x: Tensor, index: Tensor, own: Tensor, ahead: Tensor, prefix: int) -> Tensor:
         ctx.indices, ctx.prefix = (own, ahead), prefix
         return x.index_select(0, index)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         own, ahead = ctx.indices
         shared = grad.index_select(0, ahead).view(-1, ctx.prefix, *grad.shape[1:])
         shared = shared.sum(dim=0, dtype=torch.float32).to(grad.dtype)
@@ -233,7 +234,7 @@ def liger_forwards() -> Forwards | None:
         # not in place: the residual stream needs the gradient too
         return LigerRMSNormFunction.apply(x, weight, eps, offset, casting, False)
 
-    def norm(module: Any, offset: float) -> Forward:
+    def norm(module: Block, offset: float) -> Forward:
         original, eps = module.forward, epsilon(module)
 
         def forward(x: Tensor) -> Tensor:
@@ -243,7 +244,7 @@ def liger_forwards() -> Forwards | None:
 
         return forward
 
-    def attention(module: Any, rule: Rule, offset: float | None, rotary: bool) -> Forward:
+    def attention(module: Block, rule: Rule, offset: float | None, rotary: bool) -> Forward:
         merged, width = hasattr(module, "qkv_proj"), module.head_dim
 
         def attend(states: Tensor, rope: Rope, plan: Plan) -> Tensor:
@@ -261,7 +262,7 @@ def liger_forwards() -> Forwards | None:
 
         return planned_attention(module, attend, lambda plan, _: hasattr(plan, "attend"))
 
-    def mlp(module: Any, kind: int) -> Forward:
+    def mlp(module: Block, kind: int) -> Forward:
         merged = hasattr(module, "gate_up_proj")
         product = LigerSiLUMulFunction if kind == SILU else LigerGELUMulFunction
 

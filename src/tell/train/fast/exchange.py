@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tell.train.attention import Plan, current_plan
+from tell.train.torch_types import Block
 
 Rope = tuple[Tensor, Tensor]  # cosine and sine of the tokens' positions
 
@@ -19,7 +20,7 @@ class Exchange:
     A closure would stay bound to the module it was made for; this follows a module that is copied or pickled.
     """
 
-    def __init__(self, make: Callable[..., Callable[..., Any]], module: nn.Module, *facts: Any) -> None:
+    def __init__(self, make: Callable[..., Callable[..., Any]], module: nn.Module, *facts: object) -> None:
         self.make, self.module, self.facts = make, module, facts
         self.forward: Callable[..., Any] | None = None
 
@@ -57,7 +58,7 @@ def epsilon(norm: nn.Module) -> float:
     return float(getattr(norm, "variance_epsilon", getattr(norm, "eps", 0.0)))
 
 
-def split_qkv(module: Any, whole: Tensor) -> tuple[Tensor, ...]:
+def split_qkv(module: Block, whole: Tensor) -> tuple[Tensor, ...]:
     """Queries (..., H D), keys and values (..., Hk D) from the output of a merged ``qkv_proj``."""
     kv = module.num_key_value_heads * module.head_dim
     return whole.split([whole.shape[-1] - 2 * kv, kv, kv], dim=-1)
@@ -78,7 +79,7 @@ def planned_attention(
         hidden_states: Tensor,
         position_embeddings: Rope | None = None,
         attention_mask: Tensor | None = None,
-        **rest: Any,
+        **rest: object,
     ) -> tuple[Tensor, None]:
         plan = current_plan()
         if (

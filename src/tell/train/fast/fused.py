@@ -8,9 +8,9 @@ replacements look up their layers at each call, so LoRA may come and go.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -27,6 +27,7 @@ from tell.train.fast.exchange import (
     Rope,
     restore_forward,
 )
+from tell.train.torch_types import Block
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,11 +35,11 @@ if TYPE_CHECKING:
 TOLERANCE = 1e-3  # of the largest value, in fp32
 
 
-def _has(module: Any, *names: str) -> bool:
+def _has(module: nn.Module, *names: str) -> bool:
     return all(hasattr(module, name) for name in names)
 
 
-def _is_norm(module: Any) -> bool:
+def _is_norm(module: Block) -> bool:
     return (
         type(module).__name__.endswith("RMSNorm")
         and isinstance(getattr(module, "weight", None), Tensor)
@@ -58,8 +59,8 @@ def _is_mlp(module: nn.Module) -> bool:
 
 def _bare(module: nn.Module) -> Any:
     """An fp32 copy without replaced forwards, its adapters at random so that they have an effect."""
-    twin: Any = copy.deepcopy(module).float()
-    for part in twin.modules():
+    twin = copy.deepcopy(module).float()
+    for part in cast(Iterable[Block], twin.modules()):
         part.__dict__.pop("forward", None)
         if hasattr(part, "lora_B"):
             for b in part.lora_B.values():
@@ -79,7 +80,7 @@ def forwards_for(weight: Tensor) -> Forwards | None:
 
 
 @torch.no_grad()
-def _offset_of(norm: Any, forwards: Forwards) -> float | None:
+def _offset_of(norm: Block, forwards: Forwards) -> float | None:
     """0 or 1, whichever makes the kernel compute the same as the norm; None where neither does."""
     twin = _bare(norm)
     x = torch.randn(4, twin.weight.shape[0]).to(twin.weight.device)
@@ -105,7 +106,9 @@ def _activation_of(mlp: nn.Module, forwards: Forwards) -> int | None:
 
 
 @torch.no_grad()
-def _attention_facts(module: Any, rule: Rule, rope: Rope, forwards: Forwards) -> tuple[Rule, float | None, bool] | None:
+def _attention_facts(
+    module: Block, rule: Rule, rope: Rope, forwards: Forwards
+) -> tuple[Rule, float | None, bool] | None:
     """The arguments of ``Forwards.attention`` that make it compute the same as the module; None where none do."""
     offset = None
     if _has(module, "q_norm", "k_norm"):
@@ -195,14 +198,14 @@ class _Fuser:
     def fuse(self) -> _Fusion:
         counts = {"norm": 0, "attention": 0, "mlp": 0}
         for module in list(self.core.modules()):
-            found = None if "forward" in vars(module) else self._replacement(module)
+            found = None if "forward" in vars(module) else self._replacement(cast(Block, module))
             if found is not None:
                 kind, facts = found
                 module.forward = Exchange(getattr(self.forwards, kind), module, *facts)
                 counts[kind] += 1
         return _Fusion(counts, self.refused)
 
-    def _replacement(self, module: Any) -> tuple[str, tuple[Any, ...]] | None:
+    def _replacement(self, module: Block) -> tuple[str, tuple[Any, ...]] | None:
         """Field of ``Forwards`` and the facts it needs; None for what stays as it is."""
         kind, traits, forwards = type(module), _traits(module), self.forwards
         key: tuple[Any, ...]
@@ -236,7 +239,7 @@ def _single(fact: float | None) -> tuple[float] | None:
     return None if fact is None else (fact,)
 
 
-def _probe(core: Any, weight: Tensor) -> tuple[dict[nn.Module | None, Rule], dict[nn.Module, Rope]]:
+def _probe(core: nn.Module, weight: Tensor) -> tuple[dict[nn.Module | None, Rule], dict[nn.Module, Rope]]:
     """The rule and the RoPE of each attention module, from a pass over 16 tokens."""
     ropes, plan = _Ropes(), RulePlan(16, device=weight.device)
     hooks = [m.register_forward_pre_hook(ropes, with_kwargs=True) for m in core.modules() if _has(m, "o_proj")]

@@ -7,7 +7,7 @@ round after every pass. Frozen weights get no gradient.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,13 +15,14 @@ from torch import Tensor
 from tell.kernels.packed_attention import Functions, RowAttention, row_attention
 from tell.train.attention import PackedPlan
 from tell.train.fast.stacked import Lora, Stack, kernels_of
+from tell.train.torch_types import Context
 
 
 class RmsNorm(torch.autograd.Function):
     """x / rms(x) * (offset + weight) over each head of x (..., heads * width); Zhang and Sennrich 2019."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+    def forward(ctx: Context, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
         flat = x if x.dim() == 2 else x.view(-1, x.shape[-1])
         heads = flat.shape[1] // weight.shape[0]
         y = torch.empty(flat.shape, dtype=x.dtype)
@@ -32,7 +33,7 @@ class RmsNorm(torch.autograd.Function):
         return y.view(x.shape)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, rstd = ctx.saved_tensors
         dy = grad.reshape(-1, x.shape[1])
         if dy.stride(1) != 1:  # the gradient of a sum is one number, expanded
@@ -63,7 +64,7 @@ class Projection(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, stack: Stack, *adapters: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Context, x: Tensor, stack: Stack, *adapters: Tensor) -> tuple[Tensor, ...]:
         flat = x.reshape(-1, x.shape[-1]).contiguous()
         ctx.lora = Lora(stack, adapters, flat)
         y, u = ctx.lora.forward(flat)
@@ -73,7 +74,7 @@ class Projection(torch.autograd.Function):
         return tuple(part.view(*x.shape[:-1], -1) for part in y.split(stack.widths, dim=1))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
         lora: Lora = ctx.lora
         gy = joined([grad.reshape(-1, grad.shape[-1]) for grad in grads])
         gx, gu = lora.input_gradient(gy) if ctx.needs_input_grad[0] or not lora.parts else (None, gy @ lora.b)
@@ -88,7 +89,7 @@ class Gated(torch.autograd.Function):
     """act(g) u for g, u (..., width), equally strided."""
 
     @staticmethod
-    def forward(ctx: Any, g: Tensor, u: Tensor, kind: int) -> Tensor:
+    def forward(ctx: Context, g: Tensor, u: Tensor, kind: int) -> Tensor:
         shape = g.shape
         g, u = _flat_pair(g, u)
         h = torch.empty(g.shape, dtype=g.dtype)
@@ -98,7 +99,7 @@ class Gated(torch.autograd.Function):
         return h.view(shape)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         g, u = ctx.saved_tensors
         dh = grad.reshape(g.shape).clone(memory_format=torch.contiguous_format)
         dg, du = _gated_back(dh, g, u, ctx.kind)
@@ -127,7 +128,7 @@ class GatedProjection(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, g: Tensor, u: Tensor, kind: int, stack: Stack, *adapters: Tensor) -> Tensor:
+    def forward(ctx: Context, g: Tensor, u: Tensor, kind: int, stack: Stack, *adapters: Tensor) -> Tensor:
         shape = g.shape
         g, u = _flat_pair(g, u)
         h = torch.empty(g.shape, dtype=g.dtype)
@@ -139,7 +140,7 @@ class GatedProjection(torch.autograd.Function):
         return y.view(*shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:
         g, u, *inner = ctx.saved_tensors
         gy = grad.reshape(len(g), -1).contiguous()
         gh, gu = ctx.lora.input_gradient(gy)
@@ -180,7 +181,7 @@ class Attention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
+    def forward(ctx: Context, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
         ctx.call = call
         plan, cosine, sine, heads, kv, scaling, window = call
         width, group = q.shape[1] // heads, heads // kv
@@ -208,7 +209,7 @@ class Attention(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:
         call, grad = ctx.call, grad.contiguous()
         plan, cosine, sine, heads, kv, scaling, _ = call
         if (rows := row_attention(grad.dtype, grad.shape[1] // heads)) is not None:

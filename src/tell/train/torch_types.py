@@ -1,0 +1,30 @@
+"""Types that torch's own stubs lack: an autograd context and a module with attributes of any kind."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from typing import Any
+
+    from torch.autograd.function import FunctionCtx
+
+    class Context(FunctionCtx):
+        """The context of an autograd function; ``forward`` leaves in its attributes what ``backward`` needs."""
+
+        def __getattr__(self, name: str) -> Any: ...
+
+        def __setattr__(self, name: str, value: object) -> None: ...
+
+        def save_for_backward(self, *tensors: torch.Tensor | None) -> None: ...
+
+    class Block(nn.Module):
+        """A module of transformers: which parts it has is looked at, not declared."""
+
+        def __getattr__(self, name: str) -> Any: ...
+else:
+    Context = object
+    Block = nn.Module
