@@ -55,6 +55,11 @@ def test_constraints_pin_torch_and_pyproject_keeps_a_range() -> None:
     assert any(line.startswith("torch>=") for line in PROJECT["dependencies"])
 
 
+def test_its_extras_are_those_of_the_project() -> None:
+    part = README.partition("Extras: ")[2].partition("`constraints.txt`")[0]
+    assert {*re.findall(r"`([a-z]+)`", part)} == {*PROJECT["optional-dependencies"]} - {"test"}
+
+
 def test_the_tour_is_of_seven_files() -> None:
     tour = re.findall(r"\]\((src/[^)]+\.py)\)", README)
     assert len(tour) == len(set(tour)) == 7 and all((ROOT / path).exists() for path in tour)

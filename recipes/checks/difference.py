@@ -15,8 +15,8 @@ import sys
 from collections.abc import Sequence
 
 from tell.errors import TellError
-from tell.names import show, show_interval
-from tell.studies.labels import arm_name, canonical, metric_term, point_name, value_name
+from tell.names import metric, show, show_interval
+from tell.studies.labels import arm_name, point_name, value_name
 from tell.studies.results import Outcome, Study, read_results
 from tell.studies.stats.seed_means import Bootstrap
 
@@ -61,10 +61,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     gap = Bootstrap(study).difference(a, b, given.metric)
     if gap is None:
         raise TellError("was not measured on both", where=given.metric, remedy="Choose a metric of the study's table.")
-    unit = metric_term(canonical(given.metric)).unit
-    unit = "points" if unit == "share" else unit
-    value, ends = show(gap["value"], unit, sign=True), show_interval(gap["ci"], unit, sign=True)
-    print(f"{metric_term(canonical(given.metric)).label}: {value} [{ends}], seeds: {gap['seeds']}")
+    spec = metric(given.metric)
+    value, ends = show(gap["value"], spec.gap_unit, sign=True), show_interval(gap["ci"], spec.gap_unit, sign=True)
+    print(f"{spec.label}: {value} [{ends}], seeds: {gap['seeds']}")
     for sign, group in ((" ", a), ("−", b)):
         print(f"{sign} {', '.join(filter(None, (arm_name(group[0].arm), point_name(dict(group[0].point)))))}")
 

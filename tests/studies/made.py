@@ -12,7 +12,8 @@ import numpy as np
 
 from tell.run.answers import adapter_arm
 from tell.score.means import mean_metric
-from tell.studies.results import Measured, Outcome, Study
+from tell.studies.measured import Measured
+from tell.studies.results import Outcome, Study
 from tell.studies.stats.curves import Curve
 from tell.studies.stats.seed_means import Bootstrap
 

@@ -67,7 +67,7 @@ def test_only_what_has_an_effect_counts(arm, change):
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
-@given(st.sampled_from(ARMS), st.sets(st.sampled_from(sorted(CHANGES)), max_size=5), st.randoms())
+@given(st.sampled_from(list(ARMS)), st.sets(st.sampled_from(sorted(CHANGES)), max_size=5), st.randoms())
 def test_several_changes_count_as_each_alone(arm, changes, random):
     """In whatever order they come; only another amount of the same thing may undo an amount."""
     texts = [CHANGES[name][0] for name in changes]

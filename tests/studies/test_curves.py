@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from studies.made import make_study
-from tell.studies.labels import key_name, metric_term, point_name, rounded, value_name
+from tell.studies.labels import key_name, point_name, rounded, value_name
 from tell.studies.results import read_results
 from tell.studies.stats.curves import curves
 from tell.studies.stats.results_table import ANY, gaps, lines, to_csv, to_markdown
@@ -140,5 +140,3 @@ def test_words():
     assert value_name("auto", "anchor.text") == "automatic"
     assert point_name({"task.rows": 15, "mix.repeat": 1, "model.name": "x"}) == "15 task rows, once, model: x"
     assert [rounded(v) for v in (24_350, 0.123456, 1_000_000)] == ["24,400", "0.123", "1,000,000"]
-    assert not metric_term("probe").higher and not metric_term("answer_loss").higher
-    assert metric_term("benchmark gsm8k").higher and metric_term("probe loss change").label.startswith("Change of loss")

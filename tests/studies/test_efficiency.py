@@ -60,7 +60,7 @@ def test_an_interval_may_end_in_not_reached():
     assert 0.1 < share < 0.9 and entry["factor"] and entry["ci"][0] is not None and entry["ci"][1] is None
 
 
-def test_equal_arms_are_not_told_apart():
+def test_equal_arms_are_not_unique_labels():
     found = compare(made("sft-matched", line(X), error=0.03), made("tell", line(X), error=0.03))
     low, high = found["factors"]["sft-matched"]["mean"]["ci"]
     assert low < 1 < high and "not told from 1" in found["verdict"]

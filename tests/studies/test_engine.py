@@ -16,7 +16,7 @@ import yaml
 from filelock import FileLock
 
 import tell
-import tell.run.choose_anchor as write
+import tell.run.choose_anchor as choose
 from run.runs import Killer, read
 from studies.studies import numbers
 from tell.cli.main import run
@@ -25,10 +25,11 @@ from tell.files import write_json
 from tell.progress import Silent
 from tell.run.stop import Stop
 from tell.studies.executors.local import LocalExecutor
-from tell.studies.executors.run_cell import Outcome
+from tell.studies.open_study import open_study
+from tell.studies.queue import CellQueue
 from tell.studies.results import read_results
+from tell.studies.run_cell import Outcome
 from tell.studies.stats.seed_means import Bootstrap
-from tell.studies.study import open_study
 from tell.studies.study_folder import Root
 from tell.studies.study_plan import Planner, measured_evaluation
 
@@ -94,9 +95,9 @@ def test_finished_cells_are_never_run_again(recipe, tmp_path):
 def test_an_anchor_is_written_once_for_cells_that_share_it(recipe, tmp_path, monkeypatch):
     """General data has no part in it; other task rows have."""
     asked = []
-    real = write.write_anchor_candidates
+    real = choose.write_anchor_candidates
     monkeypatch.setattr(
-        write, "write_anchor_candidates", lambda task, *rest: asked.append(task.train) or real(task, *rest)
+        choose, "write_anchor_candidates", lambda task, *rest: asked.append(task.train) or real(task, *rest)
     )
     grid = {"task.rows": [5, 6], "general.rows": [4, 8]}
     path = recipe(grid=grid, arms=["tell"], config={"anchor": {"text": "auto", "candidates": 1}})
@@ -139,16 +140,16 @@ def test_a_failed_cell_is_noted_and_the_others_go_on(recipe, tmp_path, capsys):
     out, said = capsys.readouterr()
     left = json.loads(out)["left"]
     assert (left["cells"], left["unplanned"]) == (3, 1)
-    assert "1 of 3 cells to do cannot be run" in said and "600 rows are asked for" in said
+    assert "1 of 3 cells to do cannot be run" in said and "600 rows are requested" in said
     assert run(argv) == 1
     said = capsys.readouterr().err
-    assert "1 cells failed" in said and "600 rows are asked for" in said
+    assert "1 cells failed" in said and "600 rows are requested" in said
     data = read(tmp_path / "studies/small/study.json")
     states = {row["point"]["task.rows"]: data["cells"][row["cell"]] for row in data["rows"] if row["arm"] == "tell"}
-    assert states[600]["state"] == "failed" and "600 rows are asked for" in states[600]["error"]
+    assert states[600]["state"] == "failed" and "600 rows are requested" in states[600]["error"]
     assert states[6]["state"] == "done" and states[600]["error"].count("\n") == 0
     assert run(argv) == 1 and run([*argv, "--dry-run"]) == 0
-    assert "600 rows are asked for" in capsys.readouterr().out
+    assert "600 rows are requested" in capsys.readouterr().out
     attempts = [read(tmp_path / "studies/small/study.json")["cells"]]
     assert run([*argv, "--retry-failed"]) == 1
     attempts.append(read(tmp_path / "studies/small/study.json")["cells"])
@@ -168,7 +169,7 @@ def test_a_cell_that_failed_goes_on_where_it_was(recipe, tmp_path, monkeypatch):
     assert "division by zero" in error
     assert (tmp_path / "studies/cells" / name / "arms/sft/adapter_model.safetensors").exists()
     (tmp_path / "there").touch()
-    assert not tell.run_study(path, root=tmp_path / "studies", retry_failed=True).failed()
+    assert not tell.run_study(path, root=tmp_path / "studies", execution=tell.Execution(retry_failed=True)).failed()
     assert folder.read()["cells"][name]["attempts"] == 2
     assert not measured_evaluation(Root(tmp_path / "studies"))  # what the first session took is in no record
 
@@ -190,7 +191,7 @@ def test_numbers_of_files_that_changed_meanwhile_are_thrown_away(recipe, tmp_pat
     assert not folder.failed() and not before & set(folder.read()["cells"])
     assert {o.measured.metrics["f"].value for o in read_results(folder.root).outcomes} == {0.75}
     path.write_text(code, encoding="utf-8")  # as it was: its cells are to be run
-    queue = open_study(study, root=tmp_path / "studies").queue(Silent(), Stop(tmp_path))
+    queue = CellQueue(open_study(study, root=tmp_path / "studies"), display=Silent(), stop=Stop(tmp_path))
     assert {cell.name for cell in queue.waiting} == before
 
 
@@ -233,7 +234,7 @@ def test_what_kills_its_process_is_left_for_last(recipe, tmp_path):
     first, second, *_ = (cell.name for cell in study.cells)
     study.root.note(first, state="running", attempts=2)
     study.root.note(second, state="running", attempts=1)
-    names = [cell.name for cell in study.queue(Silent(), Stop(tmp_path)).waiting]
+    names = [cell.name for cell in CellQueue(study, display=Silent(), stop=Stop(tmp_path)).waiting]
     assert names[0] == second and names[-1] == first and len(names) == 4
 
 
@@ -254,7 +255,7 @@ def test_a_cell_that_cannot_be_planned_keeps_no_other_from_it(recipe, tmp_path, 
 
 def test_adapters_are_kept_where_asked(recipe, tmp_path):
     path = recipe(**MINIMAL | {"arms": ["sft"]})
-    tell.run_study(path, root=tmp_path / "studies", keep_adapters=True)
+    tell.run_study(path, root=tmp_path / "studies", execution=tell.Execution(keep_adapters=True))
     assert list((tmp_path / "studies/cells").rglob("adapter_model.safetensors"))
 
 
@@ -331,7 +332,7 @@ def test_a_cell_finished_elsewhere_in_the_meantime_is_taken_as_it_is(recipe, tmp
             super().run(queue)
 
     executor = Late()
-    folder = tell.run_study(recipe("first", **MINIMAL), root=root, executor=executor)
+    folder = tell.run_study(recipe("first", **MINIMAL), root=root, execution=tell.Execution(executor))
     assert times(root) == executor.before and len(folder.read()["cells"]) == 1
     assert next(iter(folder.read()["cells"].values()))["attempts"] == 1
 
@@ -344,7 +345,9 @@ def test_inputs_may_move_between_two_calls(recipe, tmp_path):
     os.link(source, moved / "train.jsonl")
     with pytest.raises(Interrupted):
         tell.run_study(recipe(), root=tmp_path / "studies", display=Killer("study", 9))
-    folder = tell.run_study(recipe(), root=tmp_path / "studies", overrides=[f"task.data={moved / 'train.jsonl'}"])
+    folder = tell.run_study(
+        recipe(), root=tmp_path / "studies", changes=tell.Changes(overrides=[f"task.data={moved / 'train.jsonl'}"])
+    )
     assert {cell["state"] for cell in folder.read()["cells"].values()} == {"done"} and len(folder.read()["cells"]) == 4
 
 
@@ -391,7 +394,7 @@ def test_words_on_the_command_line(recipe, tmp_path, capsys):
 
 def opened(path, root, **rules):
     study = open_study(path, root=root)
-    return study, study.queue(Silent(), Stop(study.folder.root), **rules)
+    return study, CellQueue(study, display=Silent(), stop=Stop(study.folder.root), **rules)
 
 
 def test_a_cell_that_fails_elsewhere_is_not_run_again(recipe, tmp_path):
@@ -508,7 +511,9 @@ def test_a_cell_without_its_adapter_says_how_to_keep_it(recipe, tmp_path):
     with pytest.raises(TellError, match=r"has no adapter left.*--keep-adapters"):
         tell.evaluate(tmp_path / "studies/cells" / name)
     shutil.rmtree(tmp_path / "studies/cells" / name)  # as it says
-    tell.run_study(recipe(**MINIMAL | {"arms": ["sft"]}), root=tmp_path / "studies", keep_adapters=True)
+    tell.run_study(
+        recipe(**MINIMAL | {"arms": ["sft"]}), root=tmp_path / "studies", execution=tell.Execution(keep_adapters=True)
+    )
     assert tell.evaluate(tmp_path / "studies/cells" / name)["arms"]["sft"]
 
 

@@ -8,7 +8,7 @@ import pytest
 from studies.made import outcome, study_of
 from tell.score.intervals import difference, newcombe_paired, wilson
 from tell.score.means import mean_metric
-from tell.studies.results import Number
+from tell.studies.measured import Number
 from tell.studies.stats.seed_means import Bootstrap
 from tell.studies.stats.shared_rows import SharedRows
 

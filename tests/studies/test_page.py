@@ -16,11 +16,12 @@ import pytest
 from studies.made import POINTS, curve_of, make_study
 from tell.errors import TellError
 from tell.studies.page.drawing import CYCLE, PAPER, Axis, drawing, label_left, save
+from tell.studies.page.figure_kinds import Contents, map_figure
 from tell.studies.page.figures import _looks, draw_front
 from tell.studies.page.inline import inline_svg
 from tell.studies.page.study_page import notices, write_study
-from tell.studies.page.study_sections import _map
 from tell.studies.results import read_results
+from tell.studies.stats.analyses import Analyses
 from tell.studies.stats.seed_means import Bootstrap
 
 RECIPE = {
@@ -226,7 +227,7 @@ def test_a_map_has_a_panel_for_every_other_key(tmp_path):
         chance=lambda arm, point, seed: 0.95 if point["mix.repeat"] == 8 else 0.05,
     )
     study = read_results(made)
-    drawn = _map(study, Bootstrap(study, 100), asked)
+    drawn = map_figure(Contents(study, Bootstrap(study, 100), Analyses(), [], []), asked)
     assert drawn is not None
     titled = [axes for axes in drawn[0].axes if axes.get_title(loc="left")]
     assert [axes.get_title(loc="left") for axes in titled] == ["once", "8 times"]
@@ -240,7 +241,7 @@ def test_a_map_leaves_out_points_without_its_keys(tmp_path):
     )
     study = read_results(made)
     asked = {"kind": "map", "x": "general.tokens", "y": "task.rows", "value": "schema_adherence"}
-    drawn = _map(study, Bootstrap(study, 100), asked)
+    drawn = map_figure(Contents(study, Bootstrap(study, 100), Analyses(), [], []), asked)
     assert drawn is not None
     axes = drawn[0].axes[0]
     assert [text.get_text() for text in axes.get_xticklabels()] == ["0", "10k", "30k", "100k"]  # without the 7

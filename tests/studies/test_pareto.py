@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from studies.made import make_study, outcome, study_of
-from tell.studies.results import Number, as_change, read_results
+from tell.studies.measured import Number
+from tell.studies.results import as_change, read_results
 from tell.studies.stats.pareto import front, undominated, verdict
 from tell.studies.stats.seed_means import Bootstrap
 

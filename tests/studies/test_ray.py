@@ -15,7 +15,8 @@ from studies.studies import numbers
 from tell.errors import TellError
 from tell.studies.cells import inputs, make_cell
 from tell.studies.content import content_hash, folder_files
-from tell.studies.executors.ray import Input, RayExecutor, land
+from tell.studies.executors.ray import RayExecutor
+from tell.studies.ray_worker import Input, place_inputs
 from tell.studies.recipe import Resources
 from tell.studies.study_folder import StudyFolder
 
@@ -40,7 +41,7 @@ def cluster(cpus: int = 1) -> RayExecutor:
 def test_same_numbers_on_a_cluster(recipe, home, tmp_path):
     """Inputs are laid down by content on the worker's side, and the finished cells come back whole."""
     here = tell.run_study(recipe(), root=tmp_path / "here")
-    there = tell.run_study(recipe(), root=tmp_path / "there", executor=cluster(2))
+    there = tell.run_study(recipe(), root=tmp_path / "there", execution=tell.Execution(cluster(2)))
     assert numbers(there, tmp_path / "there") == numbers(here, tmp_path / "here")
     for name, cell in there.read()["cells"].items():
         a, b = tmp_path / "here/cells" / name, tmp_path / "there/cells" / name
@@ -50,7 +51,9 @@ def test_same_numbers_on_a_cluster(recipe, home, tmp_path):
     laid = {path.name for path in (home / "ray/inputs").glob("*/*")}
     assert {"train.jsonl", "test.jsonl", "schema.json", "general.jsonl"} <= laid
     assert not [path for path in (home / "ray/cells").iterdir() if path.is_dir()]
-    assert not tell.run_study(recipe(), root=tmp_path / "there", executor=cluster()).failed()  # nothing left to run
+    assert not tell.run_study(
+        recipe(), root=tmp_path / "there", execution=tell.Execution(cluster())
+    ).failed()  # nothing left to run
 
 
 @ray_installed
@@ -71,13 +74,13 @@ def test_a_worker_that_dies_is_replaced_and_a_cell_that_fails_is_noted(recipe, h
     (tmp_path / "deadly_mark.py").write_text(f"import pathlib\nmark = pathlib.Path({str(mark)!r})\n")
     monkeypatch.chdir(tmp_path)
     path = recipe(config={"task": {"scorer": "deadly_scores:f"}}, grid={"task.rows": [6, 600]}, arms=["sft"])
-    folder = tell.run_study(path, root=tmp_path / "studies", executor=cluster())
+    folder = tell.run_study(path, root=tmp_path / "studies", execution=tell.Execution(cluster()))
     sent = Path(mark.read_text()).parent
     assert sent.is_relative_to(home / "ray/inputs")  # the worker has it from the study, not from a folder they share
     assert {path.name for path in sent.glob("*.py")} == {"deadly_scores.py", "deadly_mark.py"}
     states = {row["point"]["task.rows"]: folder.read()["cells"][row["cell"]] for row in folder.read()["rows"]}
     assert states[6]["state"] == "done" and states[6]["attempts"] == 1  # Ray's own second try
-    assert states[600]["state"] == "failed" and "600 rows are asked for" in states[600]["error"]
+    assert states[600]["state"] == "failed" and "600 rows are requested" in states[600]["error"]
 
 
 def test_inputs_travel_by_content(tiny_model, tmp_path):
@@ -99,7 +102,7 @@ def test_inputs_travel_by_content(tiny_model, tmp_path):
         return objects[reference]
 
     first = config.model_copy(deep=True)
-    moved = land(first, found, tmp_path / "inputs", get)
+    moved = place_inputs(first, found, tmp_path / "inputs", get)
     assert first.model.name == str(model)
     assert set(moved.values()) == {item.path for item in found.values()} - {str(model)}
     assert first.anchor.text.startswith(f"@{tmp_path / 'inputs'}")
@@ -107,7 +110,7 @@ def test_inputs_travel_by_content(tiny_model, tmp_path):
     asked.clear()
     shutil.rmtree(model)
     second = config.model_copy(deep=True)
-    land(second, found, tmp_path / "inputs", get)
+    place_inputs(second, found, tmp_path / "inputs", get)
     assert asked and {name.startswith(str(model)) for name in asked} == {True}  # the files are there already
     assert content_hash(Path(second.model.name)) == found["model", "name"].content
 
@@ -122,7 +125,7 @@ def test_without_ray_it_says_what_to_install(monkeypatch):
 def test_no_cluster_to_be_found(recipe, tmp_path, monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with pytest.raises(TellError, match=r"--address .*ray start --head"):
-        tell.run_study(recipe(), root=tmp_path / "studies", executor="ray", address="127.0.0.1:1")
+        tell.run_study(recipe(), root=tmp_path / "studies", execution=tell.Execution("ray", "127.0.0.1:1"))
     cells = StudyFolder(tmp_path / "studies/small").read()["cells"]
     assert {cell["state"] for cell in cells.values()} == {"waiting"}
 
@@ -131,11 +134,11 @@ def test_no_cluster_to_be_found(recipe, tmp_path, monkeypatch):
 def test_this_machine_will_not_grow(recipe, tmp_path):
     executor = RayExecutor("local", Resources(cpus=64), {"num_cpus": 1, "object_store_memory": 80_000_000})
     with pytest.raises(TellError, match=r"no 64 CPUs and 0 GPUs for a cell.*--cpus"):
-        tell.run_study(recipe(), root=tmp_path / "studies", executor=executor)
+        tell.run_study(recipe(), root=tmp_path / "studies", execution=tell.Execution(executor))
 
 
 @ray_installed
 def test_a_cluster_that_is_dead_is_not_waited_for(recipe, tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     with pytest.raises(TellError, match=r"no cluster can be reached.*ray start --head"):
-        tell.run_study(recipe(), root=tmp_path / "studies", executor="ray")
+        tell.run_study(recipe(), root=tmp_path / "studies", execution=tell.Execution("ray"))

@@ -153,7 +153,7 @@ def test_a_product_with_arms_and_seeds_of_its_own(tmp_path):
         ({"arms": ["icl"]}, "arm 'icl', which the recipe's arms lack"),
         ({"seeds": [7]}, "seed 7, which the recipe's seeds lack.* They are 42, 43, 44"),
         ({"seeds": []}, "grid.seeds has no value"),
-        ({"task.tokens": [500]}, "has task.rows and task.tokens, which say the same amount twice"),
+        ({"task.tokens": [500]}, "has task.rows and task.tokens, which give the same amount twice"),
     ],
 )
 def test_arms_and_seeds_of_a_product_are_among_the_recipes(grid, message):
@@ -210,7 +210,7 @@ def test_what_is_drawn_is_a_key_of_the_grid(tmp_path, keys, message):
 def test_a_data_set_is_made_of_earlier_ones():
     one, two = {"dataset": "a", "source": "${b}/x"}, {"dataset": "b"}
     assert make_recipe({"build": {"b": two, "a": one}}).build["a"] == one
-    with pytest.raises(TellError, match=r"build.a is made of \$\{b\}, which stands after it. Put b before a"):
+    with pytest.raises(TellError, match=r"build.a is made of \$\{b\}, which comes after it. Put b before a"):
         make_recipe({"build": {"a": one, "b": two}})
     with pytest.raises(TellError, match=r"build.b is made of \$\{b\}, which is itself"):
         make_recipe({"build": {"b": one}})

@@ -11,11 +11,13 @@ import pytest
 from studies.made import POINTS, make_study, outcome, study_of, write_cell
 from tell.errors import TellError
 from tell.files import write_jsonl
+from tell.names import canonical
 from tell.score.intervals import newcombe_paired, wilson
 from tell.score.means import mean_metric
 from tell.score.text import TextScorer
-from tell.studies.labels import canonical, told_apart, value_name
-from tell.studies.results import Number, number_of, read_results
+from tell.studies.labels import unique_labels, value_name
+from tell.studies.measured import Number
+from tell.studies.results import number_of, read_results
 from tell.studies.stats.results_table import keys_shown, lines, tabulated
 from tell.studies.stats.seed_means import Bootstrap
 from tell.studies.stats.shared_rows import SharedRows
@@ -207,7 +209,7 @@ def test_what_was_trained_without_general_rows(tmp_path, rows, alone):
     assert [o.measured.alone for o in read_results(folder).outcomes] == [alone]
 
 
-def test_files_of_one_name_are_told_apart(tmp_path):
+def test_files_of_one_name_are_unique_labels(tmp_path):
     """By their folders, where no other key does; one that goes along with them stays out of the table."""
     points = [
         {"general.source": f"${{data}}/{name}/train.jsonl", "anchor.text": f"@/d/{name}/anchor.txt"}
@@ -220,14 +222,14 @@ def test_files_of_one_name_are_told_apart(tmp_path):
     assert [line.point["general.source"] for line in table] == ["any", "alpaca/train.jsonl", "arc/train.jsonl"]
     assert {o.point["general.source"] for o in study.outcomes} == {p["general.source"] for p in points}
     anchors = ["auto", "none", "In the and/or/not style", "f.txt", "/x/f.txt", "/y/f.txt"]
-    told = told_apart([{"anchor.text": text} for text in anchors], ["anchor.text"])["anchor.text"]
+    told = unique_labels([{"anchor.text": text} for text in anchors], ["anchor.text"])["anchor.text"]
     names = [value_name(told.get(text, text), "anchor.text") for text in anchors]
     assert names == ["automatic", "none", "In the and/or/not style", "f.txt", "x/f.txt", "y/f.txt"]
-    mixed = told_apart([{"a": ["q"], "b": 1}, {"a": "/x/f.txt"}, {"a": "/y/f.txt"}], ["a"])
+    mixed = unique_labels([{"a": ["q"], "b": 1}, {"a": "/x/f.txt"}, {"a": "/y/f.txt"}], ["a"])
     assert {key: named.label for key, named in mixed["a"].items()} == {"/x/f.txt": "x/f.txt", "/y/f.txt": "y/f.txt"}
-    alike = told_apart([{"a": "/x/1/f.txt", "b": n % 2, "c": n // 2} for n in range(4)], ["a", "b", "c"])
+    alike = unique_labels([{"a": "/x/1/f.txt", "b": n % 2, "c": n // 2} for n in range(4)], ["a", "b", "c"])
     assert alike == {}  # one file, however often
-    same = told_apart([{"a": "f.txt"}, {"a": "/f.txt"}, {"a": "@/f.txt"}], ["a"])["a"]
+    same = unique_labels([{"a": "f.txt"}, {"a": "/f.txt"}, {"a": "@/f.txt"}], ["a"])["a"]
     assert [named.label for named in same.values()] == ["/f.txt", "@/f.txt"]  # as written, where nothing shorter does
 
 

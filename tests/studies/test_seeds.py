@@ -48,28 +48,28 @@ def test_sets(study, whole):
 
 def test_one_entry_for_all_seeds_and_one_for_all_points(study):
     found = analyse(study, Bootstrap(study, 300))
-    assert [(f["compared"], f["amounts"][-1], f["seeds"]) for f in found.fits] == [
+    assert [(f["compared"], f["amounts"][-1], f["seeds"]) for f in found.entries["fits"]] == [
         ("seeds 42, 43, 44", 300_000, 3),
         ("seed 42 alone", LARGEST, 1),
     ]
-    assert [(e["compared"], len(e["points"])) for e in found.pareto] == [
+    assert [(e["compared"], len(e["points"])) for e in found.entries["pareto"]] == [
         ("seeds 42, 43, 44", 2 + 5),
         ("seed 42 alone", 2 + 6),
     ]
-    assert found.pareto[1]["heading"] == "seed 42 alone"
+    assert found.entries["pareto"][1]["heading"] == "seed 42 alone"
 
 
 def test_the_points_with_all_seeds_are_judged_as_if_there_were_no_others(study):
     """No resample is lost to a seed that another point lacks."""
     three = analyse(study, Bootstrap(study, 300))
     alone = analyse(without(study), Bootstrap(without(study), 300))
-    assert [{**three.fits[0], "compared": ""}] == alone.fits
-    assert three.pareto[0]["points"] == alone.pareto[0]["points"]
+    assert [{**three.entries["fits"][0], "compared": ""}] == alone.entries["fits"]
+    assert three.entries["pareto"][0]["points"] == alone.entries["pareto"][0]["points"]
 
 
 def test_with_equal_seeds_nothing_is_said(whole):
     found = analyse(whole, Bootstrap(whole, 100))
-    assert [entry["compared"] for entry in (*found.fits, *found.pareto)] == ["", ""]
+    assert [entry["compared"] for entry in (*found.entries["fits"], *found.entries["pareto"])] == ["", ""]
     assert not any("different seeds" in text for text in notices(whole))
 
 
@@ -104,7 +104,7 @@ def test_what_all_share_is_compared_too(whole):
     assert compared_seeds(study) == [(42, 43, 44), (42, 44), (43, 44), (44,)]
     assert compared_seeds(whole) == seed_sets(whole)
     found = analyse(study, Bootstrap(study, 200))
-    assert [(f["compared"], f["amounts"][-1], len(f["amounts"])) for f in found.fits][-1] == (
+    assert [(f["compared"], f["amounts"][-1], len(f["amounts"])) for f in found.entries["fits"]][-1] == (
         "seed 44 alone",
         LARGEST,
         5,

@@ -17,7 +17,6 @@ from tell.studies.results import read_results
 from tell.studies.separation_cells import ADDED, CONTRASTS
 from tell.studies.stats.curves import curves
 from tell.studies.stats.seed_means import Bootstrap
-from tell.verbs.separate import Comparison
 
 
 def cells_of(model, grid, **keys):
@@ -43,7 +42,9 @@ def test_numbers_table_and_pictures(recipe, tmp_path):
     assert sum(text.startswith("✓") and "silhouette" in text for text in shown.notes) == 4
     separated = {
         name: tell.separate(
-            tell.load_config(root / "cells" / name / "run.yaml"), compare=Comparison(queries=8), out=tmp_path / name
+            tell.load_config(root / "cells" / name / "run.yaml"),
+            compare=tell.Comparison(queries=8),
+            out=tmp_path / name,
         )
         for name in data["cells"]
     }

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from tell.cli.common import argument, count, json_switch, number, option, show, switch, takes_options
-from tell.errors import TellError
+from tell.errors import TellError, did_you_mean
 from tell.shown import one_line
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class StudyOptions:
     seeds: tuple[int, ...] | None = option("--seeds", "other seeds", "N,N,...", _seeds)
     dry_run: bool = switch("--dry-run", "Print cells, tokens, FLOPs and hours; run nothing.")
     as_json: bool = json_switch()
-    executor: str = option("--executor", "local or ray", "NAME", ("local", "ray"), default="local")
+    executor: str = option("--executor", "local or ray", "NAME", default="local")
     address: str = option("--address", "of the Ray cluster: auto, ray://HOST:PORT or local", "ADDRESS", default="auto")
     cpus: float | None = option("--cpus", "cores of each cell on a cluster", "N", number)
     gpus: float | None = option("--gpus", "GPUs of each cell on a cluster", "N", number)
@@ -57,38 +57,41 @@ def study(options: StudyOptions) -> None:
 
     Example: tell study recipes/small/fig11.yaml --data ~/data --dry-run
     """
-    asked: dict[str, Any] = {
-        "data": options.data,
-        "variables": _variables(options.variables),
-        "overrides": options.sets,
-        "seeds": options.seeds,
-        "out": options.out,
-        "root": options.root,
-        "retry_failed": options.retry_failed,
-    }
     import tell
     from tell.cli.display import make_display
     from tell.cli.output import only_json, say
+    from tell.studies.executors.registry import executors
 
+    known = executors()
+    if options.executor not in known:
+        raise TellError(
+            f"unknown value {options.executor!r}",
+            where="--executor",
+            remedy=f"Use {' or '.join(known)}.",
+            nearest=did_you_mean(options.executor, known),
+        )
+    changes = tell.Changes(_variables(options.variables), options.sets, options.seeds)
+    asked: dict[str, Any] = {"data": options.data, "changes": changes, "out": options.out, "root": options.root}
     if options.dry_run:
         plan = show(
             options.as_json,
-            lambda display: tell.plan_study(options.recipe, display=display, **asked),
+            lambda display: tell.plan_study(
+                options.recipe, retry_failed=options.retry_failed, display=display, **asked
+            ),
             lambda console, plan: console.print(plan_panel(plan)),
         )
         _say_unplanned(plan)
         return
     with only_json(options.as_json) as emit:
-        folder = tell.run_study(
-            options.recipe,
+        execution = tell.Execution(
             executor=options.executor,
             address=options.address,
             cpus=options.cpus,
             gpus=options.gpus,
+            retry_failed=options.retry_failed,
             keep_adapters=options.keep_adapters or None,
-            display=make_display(),
-            **asked,
         )
+        folder = tell.run_study(options.recipe, execution=execution, display=make_display(), **asked)
         if options.as_json:
             emit({"folder": str(folder.root), **folder.read()})
         elif folder.page.exists():

@@ -1,4 +1,2 @@
-"""Studies: grids of runs from a recipe, made once each, read back into tables, fits and figures.
-
-`study/` is one run, from file to report; a study is many of them.
-"""
+"""`tell study`: sweeps over a grid of runs. A recipe names the cells, an executor runs each once, and tables, fits and
+figures are made from the finished ones."""

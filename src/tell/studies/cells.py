@@ -1,20 +1,21 @@
-"""Cells: a point of the grid, an arm and a seed, named by content, so that nothing is ever run twice.
+"""Cells: an arm at a point of the grid with a seed, named by a hash of everything its numbers depend on.
 
-Keys that have no effect on an arm are set to their defaults before the name is made: the untuned model is one cell for
-all amounts of general data. Subsets by rows and tokens are nested by seed (`tell.data.subset`, `tell.mix.amount`).
+Keys without effect on an arm are set to their defaults before hashing: the untuned model is one cell for all amounts of
+general data. Subsets by rows and tokens are nested by seed (`tell.data.subset`, `tell.mix.amount`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from tell.config import (
     AnchorConfig,
+    ArmName,
     Config,
     EvalConfig,
     GeneralConfig,
@@ -37,12 +38,11 @@ from tell.studies.nested import dig, fill, nest
 from tell.studies.recipe import Recipe, points
 from tell.studies.separation_cells import SEPARATE, SEPARATION_FORMAT, contrasts
 
-CELL_FORMAT = 1  # raise when a default, or what a run does with the same keys, changes its numbers
-FREE = (*FREE_OF_RUNS, "train.checkpoint_every")  # change no number
-RIDERS = {
-    arm.name: arm.adapter for arm in ARMS.values() if arm.adapter not in (None, arm.name)
-}  # an arm scored in the cell of another, whose adapter it uses
-# Of the training settings, what also decides which rows are measured, and in what passes.
+CELL_FORMAT = 1  # increment when a default, or what a run does with the same keys, changes its numbers
+FREE = (*FREE_OF_RUNS, "train.checkpoint_every")  # without effect on numbers
+RIDERS = {arm.name: arm.adapter for arm in ARMS.values() if arm.adapter and arm.adapter != arm.name}
+"""Arms scored in the cell of the arm whose adapter they use."""
+# Training settings that also decide which rows are measured, and in what batches.
 ROWS_TRAIN = frozenset({"max_length", "too_long", "nothing_to_train", "loss_on", "micro_tokens"})
 
 
@@ -51,9 +51,9 @@ class Cell:
     """One run of a study.
 
     Attributes:
-        name: ``<arm>-<16 hexadecimal digits>`` over all that its numbers depend on.
-        arm: what it is about; its configuration may ask for a rider too. ``separate`` trains nothing.
-        config: what `tell.tune` is called with, without ``out``.
+        name: ``<arm>-<16 hexadecimal digits>``, a hash of what its numbers depend on.
+        arm: the arm it trains or asks; ``separate`` trains nothing.
+        config: of `tell.tune`, without ``out``; its arms may include a rider.
         separate: options of `tell.verbs.separate.separate`, which is called instead.
     """
 
@@ -65,7 +65,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a study's table: where its numbers are asked for, and the cell that has them."""
+    """One row of a study: a point, an arm and a seed, and the cell that has their numbers."""
 
     point: dict[str, Any]
     arm: str
@@ -73,7 +73,7 @@ class Row:
     cell: str
 
     def to_dict(self) -> dict[str, Any]:
-        return {"point": self.point, "arm": self.arm, "seed": self.seed, "cell": self.cell}
+        return dict(vars(self))
 
 
 def grid_of(recipe: Recipe, variables: Mapping[str, str], *, where: str = "recipe") -> tuple[list[Row], list[Cell]]:
@@ -88,10 +88,20 @@ def grid_of(recipe: Recipe, variables: Mapping[str, str], *, where: str = "recip
     """
     rows: dict[str, Row] = {}
     cells: dict[str, Cell] = {}
-
-    def add(row: Row) -> None:  # 3e4 and 30000 are one point, whichever product says it
+    for row, cell in _every(recipe, variables, where):
+        cells.setdefault(cell.name, cell)  # and of equal points (3e4 and 30000) the first one's row
         rows.setdefault(json.dumps([row.point, row.arm, row.seed], sort_keys=True), row)
+    if not rows:
+        raise TellError("asks for no run at all", where=where, remedy="Add an arm besides general, or general data.")
+    used = {row.cell for row in rows.values()}
+    # Group by model, which is loaded once for cells in a row; a stable sort keeps all else in order.
+    kept = [cell for name, cell in cells.items() if name in used]
+    order = list(dict.fromkeys(cell.config.model.name for cell in kept))
+    return list(rows.values()), sorted(kept, key=lambda cell: order.index(cell.config.model.name))
 
+
+def _every(recipe: Recipe, variables: Mapping[str, str], where: str) -> Iterator[tuple[Row, Cell]]:
+    """Each row with its cell, as the recipe's products ask for them."""
     base = fill(recipe.config, variables)
     for seed in recipe.seeds:
         for raw, arms in points(recipe, seed):
@@ -106,24 +116,15 @@ def grid_of(recipe: Recipe, variables: Mapping[str, str], *, where: str = "recip
                     continue
                 riders = [a for a in arms if RIDERS.get(a) == lead and a != arm] if lead == arm else [arm]
                 cell = make_cell(config, lead, riders)
-                cells.setdefault(cell.name, cell)
-                add(Row(point, arm, seed, cell.name))
+                yield Row(point, arm, seed, cell.name), cell
             if recipe.separate is not None:
                 cell = separation_cell(config, recipe.separate.model_dump())
-                cells.setdefault(cell.name, cell)
                 for name in contrasts(config):
-                    add(Row(point, name, seed, cell.name))
-    if not rows:
-        raise TellError("asks for no run at all", where=where, remedy="Add an arm besides general, or general data.")
-    asked = {row.cell for row in rows.values()}  # of equal points, the first one's cells
-    cells = {name: cell for name, cell in cells.items() if name in asked}
-    # A model that changes from cell to cell would be loaded as often; a stable sort keeps all else in order.
-    order = list(dict.fromkeys(cell.config.model.name for cell in cells.values()))
-    return list(rows.values()), sorted(cells.values(), key=lambda cell: order.index(cell.config.model.name))
+                    yield Row(point, name, seed, cell.name), cell
 
 
 def _shown(config: Config, key: str, raw: Any) -> Any:
-    """A value of the grid for tables: numbers as the run reads them (YAML takes 3e4 for text), else as written."""
+    """A value of the grid for tables: numbers as the run reads them (YAML reads 3e4 as text), else as written."""
     value = dig(config.model_dump(by_alias=True), key)
     if isinstance(value, float) and value.is_integer():
         return int(value)
@@ -131,26 +132,22 @@ def _shown(config: Config, key: str, raw: Any) -> Any:
 
 
 def make_cell(config: Config, arm: str, riders: Sequence[str] = ()) -> Cell:
-    """The cell of an arm, with keys that have no effect on it at their defaults."""
+    """The cell of an arm, keys without effect on it at their defaults."""
     config = neutral(config, arm)
-    config.eval.arms = (arm, *riders)
+    config.eval.arms = cast(tuple[ArmName, ...], (arm, *riders))
     if "icl" not in config.eval.arms:
         config.eval.icl_examples = EvalConfig().icl_examples
     return Cell(_name(arm, {"arms": config.eval.arms, "config": identity(config)}), arm, config)
 
 
 def separation_cell(config: Config, options: Mapping[str, Any]) -> Cell:
-    """The cell that compares hidden states, with keys that have no effect on it at their defaults."""
+    """The cell that compares hidden states, keys without effect on it at their defaults."""
     config = neutral(config, "base+anchor")
     config.eval = EvalConfig(bootstrap=config.eval.bootstrap, arms=("base",))
     if config.anchor.text != "auto":  # else the model writes it, from these rows
         config.generate, config.task.rows, config.task.tokens = GenerateConfig(), None, None
-    return Cell(
-        _name(SEPARATE, {"separate": {**options, "format": SEPARATION_FORMAT}, "config": identity(config)}),
-        SEPARATE,
-        config,
-        options,
-    )
+    name = _name(SEPARATE, {"separate": {**options, "format": SEPARATION_FORMAT}, "config": identity(config)})
+    return Cell(name, SEPARATE, config, options)
 
 
 def _name(arm: str, parts: Mapping[str, Any]) -> str:
@@ -162,17 +159,17 @@ def _name(arm: str, parts: Mapping[str, Any]) -> str:
 def identity(config: Config) -> dict[str, Any]:
     """The keys that differ from their defaults, files and folders by their content.
 
-    Defaults are left out, so that a key added to the configuration tomorrow leaves today's names as they are.
+    Without defaults, a new key of the configuration leaves the names of today's cells as they are.
     """
     data = config.model_dump(mode="json", exclude_defaults=True)
     for key in FREE:
         section, _, last = key.rpartition(".")
         (data.get(section, {}) if section else data).pop(last, None)
     data = {key: value for key, value in data.items() if value != {}}
-    if config.general.source == "auto":  # named although it is the default: the default was `self` once
+    if config.general.source == "auto":  # the default was `self` once, so this one is hashed too
         data.setdefault("general", {})["source"] = "auto"
     for (section, key), content in contents(config).items():
-        named = {"name": config.task.scorer} if key == "scorer" else {}  # whose code decides as much as its name
+        named = {"name": config.task.scorer} if key == "scorer" else {}  # a scorer counts by name and code
         data[section][key] = {**named, "content": content}
     anchor = anchor_of(config)
     if anchor is not None:
@@ -194,9 +191,9 @@ def inputs(config: Config) -> dict[tuple[str, str], Path]:
 
 
 def contents(config: Config) -> dict[tuple[str, str], str]:
-    """What lies at `inputs`, and the code of a scorer of one's own, by (section, attribute).
+    """Hashes of `inputs` and of a custom scorer's code, by (section, attribute).
 
-    Of a folder of benchmarks the files of those asked for count, so that it may hold others too.
+    In a folder of benchmarks only the files of the requested ones count.
     """
     found = {}
     for place, path in inputs(config).items():
@@ -213,26 +210,26 @@ def contents(config: Config) -> dict[tuple[str, str], str]:
 
 
 def changed_inputs(config: Config, before: Mapping[tuple[str, str], str]) -> list[str]:
-    """Files, folders and scorers of a configuration that are not what they were, as it names them."""
+    """Files, folders and scorers of a configuration whose content has changed, as it names them."""
     try:
         now = contents(config)
-    except (OSError, TellError):  # what is gone has changed
+    except (OSError, TellError):  # a missing file has changed
         now = {}
     places = [place for place in {**before, **now} if before.get(place) != now.get(place)]
     return [str(getattr(getattr(config, section), key)) for section, key in places]
 
 
 def neutral(config: Config, arm: str) -> Config:
-    """A copy in which every key that has no effect on an arm has its default."""
+    """A copy in which every key without effect on an arm has its default."""
     out = config.model_copy(deep=True)
-    written = config.anchor.text == "auto"  # from the task rows, by the model
+    written = config.anchor.text == "auto"  # by the model, from the task rows
     alone = arm in ("base", "base+anchor", "icl", "sft")  # without general data
     if alone or is_empty(config.general):
-        kept = {"source": config.general.source, "columns": config.general.columns}  # rows held out come from there
+        kept = {"source": config.general.source, "columns": config.general.columns}  # of the held-out rows
         out.general = GeneralConfig(**kept, tokens=0)
     elif config.general.source not in ("auto", "self"):
         out.general.self_ = GeneralConfig().self_
-    if arm not in {*TRAINED, *RIDERS}:
+    if arm not in (*TRAINED, *RIDERS):
         out.preset = Config().preset
         out.train = TrainConfig(**{key: getattr(config.train, key) for key in ROWS_TRAIN})
     if alone:
@@ -253,6 +250,6 @@ def neutral(config: Config, arm: str) -> Config:
     # Without a limit of its own, an answer may be half as long again as the longest training answer.
     if without_rows and config.generate.max_new_tokens is not None:
         if (out.task.rows, out.task.tokens) != (None, None) and out.train.too_long == "refuse":
-            out.train.too_long = "drop"  # all rows are looked at, not those of the budget alone
+            out.train.too_long = "drop"  # all rows are checked, not those of the budget alone
         out.task.rows = out.task.tokens = None
     return out

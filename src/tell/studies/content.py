@@ -1,4 +1,4 @@
-"""What lies at a path, as a short name: studies know files by content and not by where they lie."""
+"""Hashes of files and folders: studies name their inputs by content, wherever they are."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 
 SAMPLES, SAMPLE_BYTES = 64, 1 << 16
 WEIGHTS = frozenset({".safetensors", ".gguf", ".bin"})
-WHOLE = 1 << 28  # larger weights are known by size and samples: hashing 14 GB for a name would take minutes
+WHOLE = 1 << 28  # larger weights are hashed by size and samples: 14 GB would take minutes
 
 
 def content_hash(path: Path) -> str:
     """SHA-256 (hexadecimal) of a file, or of a folder's files with their names; hidden ones are left out.
 
-    Weights above 256 MiB count by size and by 64 samples of 64 KiB. Raises OSError where nothing can be read.
+    Weights above 256 MiB count by size and by 64 samples of 64 KiB. Raises OSError for a file that cannot be read.
     """
     if path.is_file():
         return _of_file(path)
@@ -38,7 +38,7 @@ def _of_file(path: Path) -> str:
 @lru_cache(maxsize=4096)
 def _hash(path: Path, weights: bool, size: int, _changed: int) -> str:
     with path.open("rb") as file:
-        if not weights or size <= WHOLE:  # by the name it is used under: the hub's cache links to files without endings
+        if not weights or size <= WHOLE:  # by the suffix of the link: files in the hub's cache have none
             return hashlib.file_digest(file, "sha256").hexdigest()
         digest = hashlib.sha256(f"{size}\n".encode())
         for i in range(SAMPLES):

@@ -1,4 +1,4 @@
-"""The data sets a recipe builds: made once, under a name that holds the builder, its options and its sources."""
+"""The data sets that a recipe builds: each once, under a hash of its builder, options and source files."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import inspect
 import json
 from collections.abc import Callable, Mapping
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
+from pkgutil import iter_modules
 from typing import Any
 
 import tell.paper
@@ -20,13 +20,12 @@ from tell.studies.nested import fill
 from tell.studies.recipe import Recipe
 from tell.studies.study_folder import Root
 
-DATA_FORMAT = 1  # raise when a builder makes other rows of the same sources and options
-
-OURS = frozenset({"out", "progress", "teacher"})  # a teacher is no option but an object
+DATA_FORMAT = 1  # increment when a builder makes other rows from the same sources and options
+NOT_OPTIONS = frozenset({"out", "progress", "teacher"})  # parameters that a recipe cannot give
 
 
 def build_data(recipe: Recipe, root: Root, display: Display, *, where: str = "recipe") -> dict[str, str]:
-    """The recipe's variables, with the folders of its data sets; those that lie there are not made again.
+    """The recipe's variables and the folders of its data sets; a data set that is there is not built again.
 
     Raises:
         TellError: no such builder or option, or what the builder refuses.
@@ -40,19 +39,14 @@ def build_data(recipe: Recipe, root: Root, display: Display, *, where: str = "re
 
 def _built(dataset: str, options: Mapping[str, Any], root: Root, display: Display, where: str) -> Path:
     make = _builder(dataset, where)
-    parameters = {n: p for n, p in inspect.signature(make).parameters.items() if n not in OURS}
-    names = list(parameters)
+    parameters = {n: p for n, p in inspect.signature(make).parameters.items() if n not in NOT_OPTIONS}
     for name, parameter in parameters.items():
         if parameter.default is parameter.empty and name not in options:
             raise TellError(f"lacks {name}", where=where, remedy=f"Add {name}: to it.")
     for option in options:
-        if option not in names:
-            raise TellError(
-                f"unknown option {option}",
-                where=where,
-                remedy=f"Use {', '.join(names)}.",
-                nearest=did_you_mean(option, names),
-            )
+        if option not in parameters:
+            remedy, close = f"Use {', '.join(parameters)}.", did_you_mean(option, parameters)
+            raise TellError(f"unknown option {option}", where=where, remedy=remedy, nearest=close)
     known = {key: _content(value) for key, value in options.items()}
     text = json.dumps({"format": DATA_FORMAT, "dataset": dataset, "options": known}, sort_keys=True)
     key = f"{dataset}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
@@ -60,7 +54,7 @@ def _built(dataset: str, options: Mapping[str, Any], root: Root, display: Displa
     if folder.exists():
         return folder
     with root.lock(key, "data"):
-        if not folder.exists():  # another study may have made it while we waited
+        if not folder.exists():  # another study may have built it while we waited
             with atomic_folder(folder) as temporary:
                 built = make(**options, out=temporary)
                 write_json(temporary / "build.json", {"dataset": dataset, "options": options})
@@ -71,25 +65,21 @@ def _built(dataset: str, options: Mapping[str, Any], root: Root, display: Displa
 
 def _builder(dataset: str, where: str) -> Callable[..., Any]:
     """``tell.build_<name>`` of the verb ``tell build <name>``."""
-    module = dataset.replace("-", "_")
-    if not module.isidentifier() or find_spec(f"tell.paper.{module}") is None:
-        places = [p.stem.replace("_", "-") for p in Path(tell.paper.__path__[0]).glob("*.py")]
-        known = [name for name in places if hasattr(_module(name), f"build_{name.replace('-', '_')}")]
-        raise TellError(
-            f"no builder makes {dataset!r}",
-            where=where,
-            remedy=f"Use {' or '.join(known)}.",
-            nearest=did_you_mean(dataset, known),
-        )
-    return getattr(_module(dataset), f"build_{module}")
+    modules = [module.name for module in iter_modules(tell.paper.__path__)]
+    name = dataset.replace("-", "_")
+    if name not in modules or not hasattr(_module(name), f"build_{name}"):
+        known = [other.replace("_", "-") for other in modules if hasattr(_module(other), f"build_{other}")]
+        remedy, close = f"Use {' or '.join(known)}.", did_you_mean(dataset, known)
+        raise TellError(f"no builder makes {dataset!r}", where=where, remedy=remedy, nearest=close)
+    return getattr(_module(name), f"build_{name}")
 
 
-def _module(dataset: str) -> Any:
-    return import_module(f"tell.paper.{dataset.replace('-', '_')}")
+def _module(name: str) -> object:
+    return import_module(f"tell.paper.{name}")
 
 
 def _content(value: Any) -> Any:
-    """An option for the key: a path by what lies there."""
+    """An option as it is hashed: a path by its content."""
     if isinstance(value, Mapping):
         return {key: _content(inner) for key, inner in value.items()}
     if isinstance(value, list):

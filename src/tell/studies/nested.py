@@ -18,11 +18,10 @@ def fill(value: Any, variables: Mapping[str, str]) -> Any:
     return [fill(inner, variables) for inner in value] if isinstance(value, list | tuple) else value
 
 
-def nest(key: str, value: Any) -> dict[str, Any]:
+def nest(key: str, value: object) -> dict[str, Any]:
     """``{"a": {"b": value}}`` for ``a.b``."""
-    for part in reversed(key.split(".")):
-        value = {part: value}
-    return value
+    first, _, rest = key.partition(".")
+    return {first: nest(rest, value) if rest else value}
 
 
 def dig(nested: Mapping[str, Any], key: str) -> Any:
@@ -36,20 +35,19 @@ def dig(nested: Mapping[str, Any], key: str) -> Any:
 def flat(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted key and value of everything below nested mappings; lists are values."""
     for key, inner in nested.items():
-        name = f"{prefix}.{key}" if prefix else str(key)
         if isinstance(inner, Mapping) and inner:
-            yield from flat(inner, name)
+            yield from flat(inner, f"{prefix}{key}.")
         else:
-            yield name, inner
+            yield f"{prefix}{key}", inner
 
 
-def leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted key and value of everything below nested mappings and lists."""
     if isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from leaves(inner, f"{prefix}.{key}" if prefix else str(key))
+        for name, inner in value.items():
+            yield from leaves(inner, f"{key}.{name}" if key else str(name))
     elif isinstance(value, list | tuple):
         for inner in value:
-            yield from leaves(inner, prefix)
+            yield from leaves(inner, key)
     else:
-        yield prefix, value
+        yield key, value

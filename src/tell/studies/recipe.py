@@ -1,4 +1,4 @@
-"""The recipe of a study: a YAML file that says which runs to make and what to draw of them. Imports no torch.
+"""The recipe of a study: a YAML file with the runs to make and the tables and figures to draw. Imports no torch.
 
     title: "Figure 11: schema adherence over general tokens"
     claim: "S-curve: 1 % untuned to 39.54 %"
@@ -9,7 +9,7 @@
       general: {source: "${data}/general/alpaca_en.jsonl.gz"}
     grid:                                   # one product of values, or a list of them
       - {task.rows: [15, 115], general.tokens: [0, 3e4, 1e5]}
-      - {task.rows: [15], general.tokens: [3e5], arms: [tell], seeds: [42]}    # fewer arms or seeds where runs are dear
+      - {task.rows: [15], general.tokens: [3e5], arms: [tell], seeds: [42]}    # fewer arms or seeds where runs are slow
     arms: [base, sft, sft-matched, tell]
     figures: [{x: general.tokens, y: schema_adherence, panels: task.rows}]
 
@@ -36,17 +36,28 @@ from tell.files import expanded
 from tell.studies.nested import VARIABLE, dig, leaves, nest
 from tell.studies.recipe_checks import (
     OF_A_PRODUCT,
-    check_arms,
-    check_axes,
     check_build,
     check_grid,
+    check_parts,
     check_run_keys,
     check_set,
     check_size,
 )
 
 
-class Figure(Section):
+class Part(Section):
+    """A figure or analysis that a recipe asks for; it names keys of the grid, and arms."""
+
+    def keys(self) -> dict[str, str | None]:
+        """Keys of the grid, by the attribute that names them."""
+        return {"x": getattr(self, "x", None)}
+
+    def named_arms(self) -> tuple[str, tuple[ArmName, ...]]:
+        """The attribute that names arms, and the arms that the author wrote there."""
+        return ("arm", (self.arm,)) if hasattr(self, "arm") else ("", ())
+
+
+class Figure(Part):
     """A curve for each value of ``lines``, or a map of one arm; a panel for each value of ``panels``."""
 
     kind: Literal["curves", "map"] = Field("curves", description="curves of y over x, or a field of x and y for value")
@@ -57,6 +68,13 @@ class Figure(Section):
     value: str | None = Field(None, description="of a map: the metric")
     arm: ArmName = Field("tell", description="of a map: whose scores")
 
+    def keys(self) -> dict[str, str | None]:
+        y, lines = self.y if self.kind == "map" else None, self.lines if self.lines != "arm" else None
+        return {"x": self.x, "panels": self.panels, "y": y, "lines": lines}
+
+    def named_arms(self) -> tuple[str, tuple[ArmName, ...]]:
+        return "arm", (self.arm,) if self.kind == "map" else ()
+
     @model_validator(mode="after")
     def _map_of_something(self) -> Figure:
         if self.kind == "map" and self.value is None:
@@ -64,25 +82,29 @@ class Figure(Section):
         return self
 
 
-class Fit(Section):
-    """A curve fitted to one arm's scores, one for each value of the grid's other keys."""
-
+class _Curve(Part):
     x: str = Field(description="a key of the grid")
     y: str = Field(description="a metric")
+
+
+class Fit(_Curve):
+    """A curve fitted to one arm's scores, one for each value of the grid's other keys."""
+
     arm: ArmName = Field("tell", description="whose scores")
 
 
-class Efficiency(Section):
+class Efficiency(_Curve):
     """How much of ``x`` each arm needs for the same score."""
 
-    x: str = Field(description="a key of the grid")
-    y: str = Field(description="a metric")
     arms: tuple[ArmName, ...] = Field(
         ("sft", "sft-matched", "tell"), description="compared with tell, or else with the last of them"
     )
 
+    def named_arms(self) -> tuple[str, tuple[ArmName, ...]]:
+        return "arms", self.arms if "arms" in self.model_fields_set else ()
 
-class Pareto(Section):
+
+class Pareto(Part):
     """Gain against cost of every cell, and the cells that no other beats in both."""
 
     gain: str = Field(description="a metric, higher is better")
@@ -108,12 +130,12 @@ class Separate(Section):
 class Resources(Section):
     """What one cell needs of a cluster (``--executor ray``)."""
 
-    cpus: float | None = Field(None, gt=0, description="processor cores; none: all of one machine's")
+    cpus: float | None = Field(None, gt=0, description="CPU cores; none: all of one machine's")
     gpus: float = Field(0, ge=0, description="GPUs")
     memory: float | None = Field(None, gt=0, description="bytes, reserved and not enforced")
 
 
-PARTS: dict[str, type[BaseModel]] = {  # of a recipe, that have keys of their own
+PARTS: dict[str, type[BaseModel]] = {  # keys of a recipe that have keys of their own
     "figures": Figure,
     "fits": Fit,
     "efficiency": Efficiency,
@@ -124,7 +146,7 @@ PARTS: dict[str, type[BaseModel]] = {  # of a recipe, that have keys of their ow
 
 
 class Recipe(Section):
-    """Everything a study depends on; saved as ``recipe.yaml`` in its folder."""
+    """Everything that a study depends on; saved as ``recipe.yaml`` in its folder."""
 
     title: str = Field("", description="heading of its page")
     claim: str = Field("", description="what the paper says")
@@ -167,6 +189,11 @@ class Recipe(Section):
     def _without_repeats(cls, value: tuple) -> tuple:
         return tuple(dict.fromkeys(value))
 
+    def parts(self) -> Iterator[tuple[str, Part]]:
+        """Every figure and analysis, with its place in the recipe."""
+        for name in ("figures", "fits", "efficiency", "pareto"):
+            yield from ((f"{name}[{i}]", part) for i, part in enumerate(getattr(self, name)))
+
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
@@ -179,13 +206,13 @@ def load_recipe(
     overrides: Iterable[str] = (),
     seeds: Sequence[int] | None = None,
 ) -> Recipe:
-    """Read a recipe and put in what was given beside it.
+    """Read a recipe and apply what the user gave with it.
 
     Args:
         data: folder that ``${data}`` stands for.
-        variables: values of other variables; they go over the recipe's own.
+        variables: values of other variables; they override the recipe's own.
         overrides: ``a.b=c`` over keys of every run; a key of the grid keeps this value alone.
-        seeds: other seeds than the recipe's.
+        seeds: in place of the recipe's.
 
     Returns:
         The recipe, its ``variables`` complete.
@@ -195,46 +222,40 @@ def load_recipe(
     """
     path = Path(path)
     recipe = make_recipe(read_yaml(path, "tell study"), where=str(path))
-    # Here and not with the other checks: seeds given beside the recipe may leave products of its grid out.
-    check_axes(_axes(recipe), recipe.grid, str(path))
-    check_arms(_arms(recipe), recipe.arms, str(path))
+    # Here and not in `make_recipe`: other seeds may leave products of its grid out.
+    check_parts(recipe.parts(), recipe.grid, recipe.arms, str(path))
     if data is not None and not expanded(data).is_dir():
         raise TellError("no such folder", where=f"--data {data}", remedy="Give the folder that holds the data.")
     given = dict(variables or {})
     if data is not None:
         given["data"] = str(expanded(data).resolve())
+    filled = _variables(recipe, given, path)
+    update: dict[str, Any] = {"variables": filled, **_overridden(recipe, overrides)}
+    if seeds is not None:
+        update |= {"seeds": tuple(seeds), "grid": _with_seeds(update["grid"], seeds, where=str(path))}
+    return make_recipe({**recipe.model_dump(), **update}, where=str(path))
+
+
+def _variables(recipe: Recipe, given: Mapping[str, str], path: Path) -> dict[str, str]:
+    """Values of all variables that the recipe uses; refuses those that are missing, unknown or also built."""
     every, used = used_variables(recipe), used_variables(recipe, given)
     for name in given:
         if name != "data" and name not in every:
-            raise TellError(
-                f"the recipe has no ${{{name}}}",
-                where=f"--var {name}",
-                nearest=did_you_mean(name, every),
-                remedy="Leave it out, or mend its name.",
-            )
+            what, close = f"the recipe has no ${{{name}}}", did_you_mean(name, every)
+            raise TellError(what, where=f"--var {name}", remedy="Leave it out, or fix its name.", nearest=close)
     for name in recipe.build:
         if name in given or name in recipe.variables:
-            raise TellError(
-                f"{name} is a variable and a data set under build",
-                where=f"--var {name}" if name in given else f"{path}: variables.{name}",
-                remedy="Rename the variable, or name its folder where ${" + name + "} stands instead of building it.",
-            )
+            where = f"--var {name}" if name in given else f"{path}: variables.{name}"
+            remedy = f"Rename the variable, or name its folder in place of ${{{name}}} instead of building it."
+            raise TellError(f"{name} is a variable and a data set under build", where=where, remedy=remedy)
     known = {"recipe": str(path.parent.resolve()), **given}
     values = _filled(recipe.variables, known, recipe.build, where=str(path))
     for name, place in used.items():
         if name not in values and name not in recipe.build:
             flag = "--data DIR" if name == "data" else f"--var {name}=VALUE"
-            raise TellError(
-                f"${{{name}}} in {place} is not given",
-                where=str(path),
-                remedy=f"Add {flag}.",
-                nearest=did_you_mean(name, [*values, *recipe.build]),
-            )
-    filled = {name: value for name, value in values.items() if name in used}
-    update: dict[str, Any] = {"variables": filled, **_overridden(recipe, overrides)}
-    if seeds is not None:
-        update |= {"seeds": tuple(seeds), "grid": _with_seeds(update["grid"], seeds, where=str(path))}
-    return make_recipe({**recipe.model_dump(), **update}, where=str(path))
+            what, close = f"${{{name}}} in {place} is not given", did_you_mean(name, [*values, *recipe.build])
+            raise TellError(what, where=str(path), remedy=f"Add {flag}.", nearest=close)
+    return {name: value for name, value in values.items() if name in used}
 
 
 def make_recipe(data: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
@@ -243,18 +264,13 @@ def make_recipe(data: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
     Raises:
         TellError: an unknown key (with the nearest name) or a wrong value.
     """
-    remedy = f"The keys of a recipe are {', '.join(Recipe.model_fields)}."
-    check_keys(data, Recipe, where, remedy=remedy)
+    check_keys(data, Recipe, where, remedy=f"The keys of a recipe are {', '.join(Recipe.model_fields)}.")
     for key, kind in PARTS.items():
-        given, known = data.get(key), f"Its keys are {', '.join(kind.model_fields)}."
-        items = (
-            {f"{key}[{i}].": item for i, item in enumerate(given)}
-            if isinstance(given, list | tuple)
-            else {f"{key}.": given}
-        )
-        for place, item in items.items():
+        given, known_keys = data.get(key), f"Its keys are {', '.join(kind.model_fields)}."
+        several = isinstance(given, list | tuple)
+        for i, item in enumerate(list(given) if isinstance(given, list | tuple) else [given]):
             if isinstance(item, Mapping):
-                check_keys(item, kind, where, place, known)
+                check_keys(item, kind, where, f"{key}[{i}]." if several else f"{key}.", known_keys)
     try:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
@@ -278,25 +294,6 @@ def make_recipe(data: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
     return recipe
 
 
-def _axes(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    """Every place that names a key of the grid, with that key."""
-    for i, figure in enumerate(recipe.figures):
-        keys = {"x": figure.x, "panels": figure.panels, "y": figure.y if figure.kind == "map" else None}
-        keys["lines"] = figure.lines if figure.lines != "arm" else None
-        yield from ((f"figures[{i}].{name}", key) for name, key in keys.items() if key is not None)
-    for name in ("fits", "efficiency"):
-        yield from ((f"{name}[{i}].x", asked.x) for i, asked in enumerate(getattr(recipe, name)))
-
-
-def _arms(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    """Every place that names an arm, with that arm; not those of ``efficiency`` that nobody wrote."""
-    yield from ((f"figures[{i}].arm", f.arm) for i, f in enumerate(recipe.figures) if f.kind == "map")
-    yield from ((f"fits[{i}].arm", fit.arm) for i, fit in enumerate(recipe.fits))
-    for i, asked in enumerate(recipe.efficiency):
-        if "arms" in asked.model_fields_set:
-            yield from ((f"efficiency[{i}].arms", arm) for arm in asked.arms)
-
-
 def _overridden(recipe: Recipe, overrides: Iterable[str]) -> dict[str, Any]:
     """``config`` and ``grid`` of the recipe under ``a.b=c`` texts."""
     config: Mapping[str, Any] = recipe.config
@@ -308,7 +305,7 @@ def _overridden(recipe: Recipe, overrides: Iterable[str]) -> dict[str, Any]:
             for key in product.keys() - OF_A_PRODUCT:
                 with suppress(KeyError, TypeError):  # a key that the text does not set
                     given = dig(nested, key)
-                    sections = isinstance(given, Mapping)  # set in part: what else they hold stays
+                    sections = isinstance(given, Mapping)  # set in part: the rest of them stays
                     olds = product[key] if sections else [given]
                     product[key] = [dig(override(nest(key, old), nested), key) for old in olds]
         config = override(config, nested)
@@ -316,26 +313,23 @@ def _overridden(recipe: Recipe, overrides: Iterable[str]) -> dict[str, Any]:
 
 
 def _with_seeds(grid: Iterable[Mapping[str, Any]], seeds: Sequence[int], *, where: str) -> list[dict[str, Any]]:
-    """The products that are run with one of the seeds."""
+    """The products that run with one of the seeds."""
     kept = []
     for product in grid:
         own = [seed for seed in product.get("seeds", seeds) if seed in seeds]
         if own:
             kept.append({**product, "seeds": own} if "seeds" in product else dict(product))
     if not kept:
-        raise TellError(
-            f"nothing in the grid is run with seed {', '.join(map(str, seeds))}",
-            where=where,
-            remedy="Its products have seeds of their own: give one of those, or take them out.",
-        )
+        what = f"nothing in the grid is run with seed {', '.join(map(str, seeds))}"
+        remedy = "Its products have their own seeds: give one of those, or remove them."
+        raise TellError(what, where=where, remedy=remedy)
     return kept
 
 
 def used_variables(recipe: Recipe, given: Iterable[str] = ()) -> dict[str, str]:
-    """Variables by name, with the first key that holds each, which may be a variable that is not ``given``."""
+    """Variables by name, with the first key that uses each, which may be a variable that is not ``given``."""
     found: dict[str, str] = {}
-    parts = {"build": recipe.build, "config": recipe.config, "grid": list(recipe.grid)}
-    texts = list(leaves(parts))
+    texts = list(leaves({"build": recipe.build, "config": recipe.config, "grid": list(recipe.grid)}))
     while texts:
         key, value = texts.pop(0)
         for name in VARIABLE.findall(value) if isinstance(value, str) else ():
@@ -348,22 +342,19 @@ def used_variables(recipe: Recipe, given: Iterable[str] = ()) -> dict[str, str]:
 def _filled(
     variables: Mapping[str, str], given: Mapping[str, str], built: Collection[str], *, where: str
 ) -> dict[str, str]:
-    """All values, those of variables within variables put in; what is not given at all stays as it is.
+    """The values of all variables, with variables within variables replaced; those that are not given stay.
 
     Args:
         built: data sets that the recipe builds, whose folders are not known yet.
-
-    Raises:
-        TellError: a variable holds itself, or a data set.
     """
     values = dict(given)
 
     def value(name: str, above: tuple[str, ...] = ()) -> str:
         if name in above:
-            raise TellError(f"variables.{name} holds itself", where=where, remedy="Mend the name in it.")
+            raise TellError(f"variables.{name} holds itself", where=where, remedy="Fix the name in it.")
         if name in built and above:
             what = f"variables.{above[-1]} holds ${{{name}}}, which is built later"
-            raise TellError(what, where=where, remedy=f"Write ${{{name}}} where ${{{above[-1]}}} stands.")
+            raise TellError(what, where=where, remedy=f"Write ${{{name}}} in place of ${{{above[-1]}}}.")
         if name not in values and name in variables:
             values[name] = VARIABLE.sub(lambda match: value(match[1], (*above, name)), variables[name])
         return values.get(name, f"${{{name}}}")
@@ -374,7 +365,7 @@ def _filled(
 
 
 def points(recipe: Recipe, seed: int) -> list[tuple[dict[str, Any], tuple[str, ...]]]:
-    """The points that are run with a seed, as written, each once, with its arms: the union of the grid's products."""
+    """The points of a seed, as written, each once, with its arms: the union of the grid's products."""
     found: dict[str, tuple[dict[str, Any], set[str]]] = {}
     for product in recipe.grid:
         if seed not in product.get("seeds", recipe.seeds):

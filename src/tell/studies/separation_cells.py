@@ -19,8 +19,8 @@ from tell.run.session import ModelCache
 if TYPE_CHECKING:
     from tell.studies.results import Study
 
-SEPARATION_FORMAT = 2  # raise when the same keys give other numbers
-SEPARATE = "separate"  # stands where a cell's arm does
+SEPARATION_FORMAT = 2  # increment when the same keys give other numbers
+SEPARATE = "separate"  # in place of a cell's arm
 ADDED = "added by the anchor"
 WORDS = {
     "without anchor": "Task queries against general queries, none with the anchor.",
@@ -33,15 +33,15 @@ TOKENS = 300  # of a query with its anchor; an estimate
 
 
 def contrasts(config: Config) -> tuple[str, ...]:
-    """What is compared: without an anchor there is only the first."""
-    names = tuple(CONTRASTS)  # they stand where an arm does
+    """The comparisons of a cell, in place of arms; without an anchor there is only the first."""
+    names = tuple(CONTRASTS)
     return (*names, ADDED) if config.anchor.text != "none" else names[:1]
 
 
 def run_separation(
     folder: RunFolder, config: Config, options: Mapping[str, Any], display: Display, models: ModelCache | None = None
 ) -> None:
-    """Compare the states and leave the numbers where a run leaves its own; one that was killed begins anew.
+    """Compare the states and write the numbers as a run does; a killed comparison starts again.
 
     Args:
         options: of `tell.verbs.separate.separate`.
@@ -64,13 +64,12 @@ def _metrics(result: Mapping[str, Any]) -> dict[str, Any]:
     layer = result["layers"][str(result["picture"]["layer"])]
     arms: dict[str, Any] = {}
     for name in CONTRASTS:
-        if name in layer:
-            found = layer[name]
+        if found := layer.get(name):
             own = (found["probe"], found["silhouette"], found["mmd2"], result["length"][name])
             arms[name] = dict(zip(METRICS, own, strict=True))
     if "with - without" in layer:
         arms[ADDED] = {"silhouette": layer["with - without"]["silhouette"]}
-    lead = "with anchor" if "with anchor" in arms else "without anchor"  # whose score stands for all
+    lead = "with anchor" if "with anchor" in arms else "without anchor"  # whose score the queue shows
     return {
         "task": {"kind": "separation", "primary": "silhouette", "lead": lead, "queries": result["queries"]},
         "layer": result["picture"]["layer"],
@@ -80,7 +79,7 @@ def _metrics(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def pictures(study: Study) -> Iterator[tuple[dict[str, Any], Path]]:
-    """Point and ``separation.svg`` of each separation, of the first seed that has one."""
+    """Point and ``separation.svg`` of each comparison, of the first seed that has one."""
     shown: set[str] = set()
     for outcome in sorted(study.outcomes, key=lambda o: o.seed):
         path = RunFolder(study.cells / outcome.cell).separation("svg")

@@ -1,8 +1,7 @@
-"""Where studies lie: cells and data sets by content, shared by all studies of one root, and a folder for each study."""
+"""Files of studies: a root with the cells and data sets that its studies share, and a folder for each study."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,9 @@ from tell.errors import TellError
 from tell.files import expanded, read_json, write_json
 from tell.folder import RunFolder
 from tell.home import make_folder
+
+FACTS: dict[str, type] = {"state": str, "error": str, "host": str, "evaluation": str, "trace": str}
+NUMBERS: dict[str, type] = {"seconds": float, "training_seconds": float, "attempts": int}
 
 
 class Root:
@@ -32,33 +34,29 @@ class Root:
         return FileLock(make_folder(self.path / kind / ".locks") / f"{name}.lock")
 
     def record(self, name: str) -> dict[str, Any]:
-        """What is noted of a cell beside its folder: state, error, seconds, attempts, host; empty where nothing is."""
+        """What is recorded of a cell next to its folder: state, error, seconds, attempts, host; empty if nothing is."""
         try:
             found = read_json(self.cells / f"{name}.json", remedy="")
         except (FileNotFoundError, TellError):
             return {}
-        return {key: value for key, value in found.items() if _is_fact(key, value)}
+        return {key: value for key, value in found.items() if _valid(key, value)}
 
-    def note(self, name: str, **facts: Any) -> dict[str, Any]:
-        """Change a cell's record; only the holder of its lock may."""
+    def note(self, name: str, **facts: object) -> dict[str, Any]:
+        """Update a cell's record; only the holder of its lock may."""
         record = {**self.record(name), **facts}
         write_json(self.cells / f"{name}.json", record)
         return record
 
     def finished(self, name: str) -> bool:
-        """Whether a cell's numbers are all there."""
+        """Whether all numbers of a cell are there."""
         folder = self.cell(name)
         return folder.metrics.exists() and folder.read_status().get("state") == "done"
 
 
-FACTS: dict[str, type] = {"state": str, "error": str, "host": str, "evaluation": str, "trace": str, "attempts": int}
-NUMBERS = ("seconds", "training_seconds", "attempts")
-
-
-def _is_fact(key: str, value: Any) -> bool:
-    """Whether a value of a record is one that `Root.note` writes; others are as good as missing."""
+def _valid(key: str, value: Any) -> bool:
+    """Whether `Root.note` writes such a value; others count as missing."""
     if key in NUMBERS:
-        return type(value) in (int, FACTS.get(key, float)) and 0 <= value < 1e15
+        return type(value) in (int, NUMBERS[key]) and 0 <= value < 1e15
     return value is None or isinstance(value, FACTS.get(key, object))
 
 
@@ -71,12 +69,13 @@ class StudyFolder:
     recipe = property(lambda self: self.root / "recipe.yaml")
     state = property(lambda self: self.root / "study.json")
     page = property(lambda self: self.root / "index.html")
+    packed = property(lambda self: self.root / "cells.jsonl.gz")
 
     def read(self) -> dict[str, Any]:
         """``study.json``.
 
         Raises:
-            TellError: there is none.
+            TellError: it is missing or damaged.
         """
         remedy = "Give the folder that `tell study` wrote, or run it again into another."
         try:
@@ -90,5 +89,4 @@ class StudyFolder:
 
     def failed(self) -> dict[str, str]:
         """The error of each failed cell, by name."""
-        cells: Mapping[str, Mapping[str, Any]] = self.read()["cells"]
-        return {name: str(cell["error"]) for name, cell in cells.items() if cell["state"] == "failed"}
+        return {name: str(cell["error"]) for name, cell in self.read()["cells"].items() if cell["state"] == "failed"}

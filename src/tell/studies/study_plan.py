@@ -1,4 +1,4 @@
-"""What a study will do, before any weight is loaded: steps, tokens, FLOPs and hours of each cell. Imports no torch."""
+"""What a study will cost, before weights are loaded: steps, tokens, FLOPs and hours of each cell. Imports no torch."""
 
 from __future__ import annotations
 
@@ -20,11 +20,13 @@ from tell.run.plan import describe_plan, unwritten_general
 from tell.run.prepare import prepare
 from tell.run.task import Notices, Task, load_task, placed_anchor
 from tell.studies.cells import Cell, identity
-from tell.studies.executors.run_cell import InnerDisplay
+from tell.studies.run_cell import InnerDisplay
 from tell.studies.separation_cells import TOKENS
 from tell.studies.study_folder import Root
 
 T = TypeVar("T")
+NOTHING: dict[str, Any] = dict.fromkeys(("steps", "tokens", "flops", "training_seconds", "evaluation_seconds"), 0)
+NOTHING |= {"basis": "", "error": None}
 
 
 class Planner:
@@ -36,42 +38,37 @@ class Planner:
         self.measured = measured_evaluation(root)
 
     def cost(self, cell: Cell) -> dict[str, Any]:
-        """Steps, tokens, FLOPs, and seconds of training and of all else; or the error the run would end in.
+        """Steps, tokens, FLOPs, and seconds of training and of everything else; or the error the run would end in.
 
         Returns:
             ``{"steps", "tokens", "flops", "training_seconds", "evaluation_seconds", "basis", "error"}``.
         """
         try:
             if cell.separate is not None:
-                return self._separation(cell)
+                return self._separation(cell, int(cell.separate["queries"]))
             plan = self._plan(cell.config)
-        except Exception as error:  # one cell that cannot be planned keeps no other from being run
+        except Exception as error:  # the other cells can still be planned
             known = isinstance(error, TellError)
-            return {**_nothing(), "error": str(error) if known else f"{type(error).__name__}: {error}"}
-        arms = plan["arms"].values()
-        training = plan["predicted"]["writing_seconds"] + plan["predicted"]["training_seconds"]
+            return {**NOTHING, "error": str(error) if known else f"{type(error).__name__}: {error}"}
+        arms, predicted = plan["arms"].values(), plan["predicted"]
         found = self.measured.get(evaluation_key(cell))
         left_out = ", benchmarks not counted" if cell.config.eval.benchmarks else ""
         return {
-            "steps": sum(arm["steps"] for arm in arms),
-            "tokens": sum(arm["tokens"] for arm in arms),
-            "flops": sum(arm["flops"] for arm in arms),
-            "training_seconds": training,
-            "evaluation_seconds": found
-            or plan["predicted"]["answering_seconds"] + plan["predicted"]["measuring_seconds"],
-            "basis": plan["predicted"]["basis"] + (", evaluation measured" if found else left_out),
+            **{key: sum(arm[key] for arm in arms) for key in ("steps", "tokens", "flops")},
+            "training_seconds": predicted["writing_seconds"] + predicted["training_seconds"],
+            "evaluation_seconds": found or predicted["answering_seconds"] + predicted["measuring_seconds"],
+            "basis": predicted["basis"] + (", evaluation measured" if found else left_out),
             "error": None,
         }
 
-    def _separation(self, cell: Cell) -> dict[str, Any]:
+    def _separation(self, cell: Cell, queries: int) -> dict[str, Any]:
         """Four groups of queries pass the model once: a third of what training on them takes."""
-        task = self._task(cell.config)
+        files = self._task(cell.config).files
         found = self.measured.get(evaluation_key(cell))
-        tokens = 4 * cell.separate["queries"] * TOKENS if cell.separate else 0
-        place = likely_place(cell.config)
-        time = predict_seconds(task.files.architecture, tokens, fingerprint=task.files.fingerprint, place=place)
+        tokens, place = 4 * queries * TOKENS, likely_place(cell.config)
+        time = predict_seconds(files.architecture, tokens, fingerprint=files.fingerprint, place=place)
         basis = time.basis + (", evaluation measured" if found else "")
-        return {**_nothing(), "evaluation_seconds": found or time.seconds / 3, "basis": basis}
+        return {**NOTHING, "evaluation_seconds": found or time.seconds / 3, "basis": basis}
 
     def _plan(self, config: Config) -> dict[str, Any]:
         """`tell.plan`, with its parts kept."""
@@ -119,7 +116,7 @@ def plan_table(
     points: Mapping[str, Mapping[str, Any]],
     display: Display,
 ) -> dict[str, Any]:
-    """All cells with their costs, and totals of what there is and of what is left to do.
+    """All cells with their costs, and totals of all and of those left to do.
 
     Args:
         states: of each cell, as in study.json.
@@ -127,8 +124,8 @@ def plan_table(
 
     Returns:
         ``{"cells": [{"cell", "arm", "point", "seed", "state", "steps", ...}], "total": {...}, "left": {...}}``; totals
-        have ``cells, steps, tokens, flops, seconds``, and the cells that cannot be planned, which add
-        nothing: how many in ``unplanned``, why in ``errors``.
+        have ``cells, steps, tokens, flops, seconds``; ``unplanned`` counts the cells that cannot be planned and add
+        nothing, ``errors`` says why.
     """
     rows = []
     for cell, cost in plan_cells(root, cells, display):
@@ -139,7 +136,7 @@ def plan_table(
 
 
 def seconds_of(cost: Mapping[str, Any]) -> float:
-    """All that a cell is predicted to take."""
+    """Everything that a cell is predicted to take."""
     return float(cost["training_seconds"] + cost["evaluation_seconds"])
 
 
@@ -152,22 +149,17 @@ def evaluation_key(cell: Cell) -> str:
 
 
 def measured_evaluation(root: Root) -> dict[str, float]:
-    """Mean seconds beside training, by `evaluation_key`, of the finished cells of all studies of a root.
+    """Mean seconds other than training, by `evaluation_key`, of the finished cells of all studies of a root.
 
-    Of cells that came to their end at once: what a killed session took since its last stage is in no record.
+    Only of cells that ran in one session: the time of a killed session since its last stage is not recorded.
     """
     found: dict[str, list[float]] = defaultdict(list)
     for path in sorted(root.cells.glob("*.json")):
         record = root.record(path.stem)
         seconds, training, key = (record.get(name) for name in ("seconds", "training_seconds", "evaluation"))
         if record.get("state") == "done" and record.get("attempts") == 1 and None not in (seconds, training, key):
-            found[key].append(seconds - training)
+            found[str(key)].append(float(seconds or 0) - float(training or 0))
     return {key: sum(values) / len(values) for key, values in found.items()}
-
-
-def _nothing() -> dict[str, Any]:
-    zeros = dict.fromkeys(("steps", "tokens", "flops", "training_seconds", "evaluation_seconds"), 0)
-    return {**zeros, "basis": "", "error": None}
 
 
 def _sum(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

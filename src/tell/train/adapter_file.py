@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,12 +55,13 @@ def read_adapter(folder: Path) -> tuple[float, dict[str, tuple[Tensor, Tensor]]]
 
 def _scale(path: Path) -> float:
     try:
-        config = read_json(path, remedy=REMEDY)
+        config: dict[str, Any] = read_json(path, remedy=REMEDY)
     except FileNotFoundError as error:
         raise TellError("is missing", where=str(path), remedy=REMEDY) from error
     if config.get("use_dora") or config.get("rank_pattern") or config.get("alpha_pattern"):
         raise TellError("is not a plain LoRA adapter", where=str(path.parent), remedy="Load it with peft instead.")
-    rank, alpha = config.get("r"), config.get("lora_alpha")
+    rank: Any = config.get("r")
+    alpha: Any = config.get("lora_alpha")
     for key, value in (("r", rank), ("lora_alpha", alpha)):
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not number or not 0 < value < math.inf:

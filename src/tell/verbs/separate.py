@@ -89,8 +89,7 @@ def separate(
     Raises:
         TellError: bad data, model, layer or arm; a missing extra.
     """
-    display = display or Silent()
-    files = _output(out, overwrite)
+    display, files = display or Silent(), _output(out, overwrite)
     if compare.adapter is not None and run is None:
         raise TellError("an adapter needs its run", where="--adapter", remedy="Give a run folder instead of data.")
     given = is_file_or_hub(config.general)

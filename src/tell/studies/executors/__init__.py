@@ -1,1 +1,1 @@
-"""Where cells run: this process (`local`), or a Ray cluster (`ray`)."""
+"""Executors: where cells run. One module each, declared with `tell.studies.executors.registry.executor`."""

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from tell.run.session import ModelCache
-from tell.studies.executors.run_cell import run_cell
-from tell.studies.queue import Queue
+from tell.studies.executors.registry import Execution, executor
+from tell.studies.queue import CellQueue
+from tell.studies.recipe import Resources
+from tell.studies.run_cell import run_cell
 
 
 class LocalExecutor:
-    """Runs every cell here. Two processes with the same root share the work: a cell has a lock."""
+    """Runs every cell here. Two processes with the same root share the work: each cell has a lock."""
 
-    def run(self, queue: Queue) -> None:
+    def run(self, queue: CellQueue) -> None:
         """Run what the queue hands out, until it is empty.
 
         Raises:
-            Interrupted: SIGINT or SIGTERM; the cell it was at can be resumed.
+            Interrupted: SIGINT or SIGTERM; the current cell can be resumed.
         """
         models = ModelCache()
         try:
@@ -29,6 +31,11 @@ class LocalExecutor:
                 )
                 queue.finish(cell, outcome)
                 if outcome.error:
-                    models.drop()  # a run that broke off may have left the model changed
+                    models.drop()  # a failed run may have left the model changed
         finally:
             models.drop()
+
+
+@executor("local")
+def local(execution: Execution, resources: Resources) -> LocalExecutor:
+    return LocalExecutor()

@@ -1,4 +1,4 @@
-"""What every picture of a study shares: colours, axes, legend, files. Drawn without pyplot and its global state."""
+"""What all figures of a study share: colours, axes, legend, files. Drawn without pyplot and its global state."""
 
 from __future__ import annotations
 
@@ -10,21 +10,32 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tell.errors import TellError
 from tell.files import atomic_path
-from tell.report.palette import ARM_COLOURS as COLOURS  # noqa: F401
-from tell.report.palette import CYCLE, HAIR, INK, PAPER, SOFT  # noqa: F401
 from tell.studies.labels import key_name, value_name
+from tell.studies.registered import needs
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+INK, SOFT, HAIR, PAPER = "#1a1d1f", "#565e64", "#dcdfdf", "#ffffff"
+# The colours of Okabe and Ito, at a contrast of 3:1 against the page's light and dark backgrounds.
+COLOURS = {
+    "base": "#7d858a",
+    "base+anchor": "#7d858a",
+    "icl": "#94771c",
+    "sft": "#d55e00",
+    "sft-matched": "#c8609a",
+    "general": "#009e73",
+    "tell": "#1a7fc4",
+    "tell-anchor": "#1a7fc4",
+}
 MARKERS = {"sft": "s", "sft-matched": "D", "general": "^", "tell": "o", "icl": "v", "base": "X", "base+anchor": "P"}
 DASHES: dict[str, Any] = {"base": (0, (1.5, 2)), "base+anchor": (0, (4, 2)), "tell-anchor": (0, (4, 2))}
+CYCLE = ("#1a7fc4", "#d55e00", "#009e73", "#c8609a", "#94771c", "#7d858a", "#7a5fc0")
 STYLES: tuple[Any, ...] = ("solid", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 TURNS = "osD^vXP"
-RULES = {
+RULES: dict[Any, Any] = {
     "font.size": 10,
     "axes.edgecolor": SOFT,
     "axes.labelcolor": INK,
@@ -44,7 +55,7 @@ RULES = {
 
 
 class Axis:
-    """Places of a key's values on a horizontal axis: logarithmic with 0 set apart, linear, or one after the other.
+    """Positions of a key's values on a horizontal axis: logarithmic with 0 set apart, linear, or one after the other.
 
     Args:
         values: ascending where they are numbers.
@@ -68,7 +79,7 @@ class Axis:
         return math.log10(value) if value > 0 else float(self.zero or 0.0)
 
     def dress(self, axes: Axes, key: str) -> None:
-        """Ticks at the measured values, without a label where two would touch, and a break before 0."""
+        """Set ticks at the measured values, without a label where two would touch, and a break after 0."""
         places = [self.at(v) for v in self.values]
         room = (max(places) - min(places)) / 11
         labels, last = [], -math.inf
@@ -86,14 +97,9 @@ class Axis:
             first = min(self.at(v) for v in self.values if v > 0)
             middle = (self.zero + first) / 2
             for shift in (-0.02, 0.02):
-                axes.plot(
-                    [middle + shift - 0.02, middle + shift + 0.02],
-                    [-0.018, 0.018],
-                    transform=axes.get_xaxis_transform(),
-                    color=SOFT,
-                    lw=1,
-                    clip_on=False,
-                )
+                ends = [middle + shift - 0.02, middle + shift + 0.02]
+                look: dict[str, Any] = {"color": SOFT, "lw": 1, "clip_on": False}
+                axes.plot(ends, [-0.018, 0.018], transform=axes.get_xaxis_transform(), **look)
 
 
 def brief(value: float) -> str:
@@ -115,9 +121,7 @@ def drawing(panels: int, *, height: float, width: float = 4.6) -> Iterator[tuple
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise TellError(
-            "figures need matplotlib", where="tell study", remedy='Install it: pip install "tell-llm[study]".'
-        ) from error
+        raise needs("figures need matplotlib") from error
     with matplotlib.rc_context(RULES):
         rows = max(1, math.ceil(panels / 3))
         across = max(1, math.ceil(panels / rows))
@@ -129,7 +133,7 @@ def drawing(panels: int, *, height: float, width: float = 4.6) -> Iterator[tuple
 
 
 def label_left(every: Sequence[Axes], text: str) -> None:
-    """Name the vertical axis once a row of panels."""
+    """Label the vertical axis once in each row of panels."""
     for axes in every:
         spec = axes.get_subplotspec()
         if spec is not None and spec.is_first_col():
@@ -146,20 +150,13 @@ def legend(figure: Figure, every: Sequence[Axes], title: str) -> None:
         inches = 0.65 + 0.078 * max(map(len, entries))  # of one column: the sample line and 9 point text
         columns = max(1, int(figure.get_figwidth() / inches))
         figure.set_figheight(figure.get_figheight() + 0.15 + 0.19 * math.ceil(len(entries) / columns))
-        figure.legend(
-            list(entries.values()),
-            list(entries),
-            loc="outside lower left",
-            ncols=columns,
-            frameon=False,
-            fontsize=9,
-            handlelength=2.6,
-        )
+        look: dict[str, Any] = {"frameon": False, "fontsize": 9, "handlelength": 2.6}
+        figure.legend(list(entries.values()), list(entries), loc="outside lower left", ncols=columns, **look)
     figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
 
 
 def save(figure: Figure, stem: Path) -> None:
-    """Write ``<stem>.svg`` and ``<stem>.png``, each whole or not at all, and the same for the same numbers."""
+    """Write ``<stem>.svg`` and ``<stem>.png`` atomically; the same numbers give the same files."""
     import matplotlib
 
     with matplotlib.rc_context(RULES):

@@ -1,24 +1,14 @@
-"""Pictures of a study, by matplotlib: curves with intervals, maps, gain against cost."""
+"""Figures of a study, by matplotlib: curves with intervals, maps, gain against cost."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tell.studies.labels import (
-    SFT,
-    arm_name,
-    axis_label,
-    key_name,
-    metric_term,
-    point_name,
-    rounded,
-    scale_of,
-    value_name,
-)
+from tell.names import CHANGE, factor, metric
+from tell.studies.labels import SFT, arm_name, key_name, point_name, rounded, value_name
 from tell.studies.page.drawing import (
     COLOURS,
     CYCLE,
@@ -37,26 +27,12 @@ from tell.studies.page.drawing import (
     legend,
 )
 from tell.studies.results import frozen
+from tell.studies.stats.curve_fit import Mark
 from tell.studies.stats.curves import Curve
-from tell.studies.stats.shared_rows import CHANGE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-
-@dataclass(frozen=True)
-class Mark:
-    """A fitted curve to draw over a measured one.
-
-    Attributes:
-        x, y: (n,) points of the fit.
-        threshold: where it takes off, as ``(value, low, high)``; None where that is not known.
-    """
-
-    x: np.ndarray
-    y: np.ndarray
-    threshold: tuple[float, float, float] | None
 
 
 def draw_curves(
@@ -68,17 +44,17 @@ def draw_curves(
     lines: str = "arm",
     marks: Sequence[Sequence[Mark]] = (),
 ) -> Figure:
-    """A metric over a key: a line an arm (or a value of another key), its interval as a band, a panel a value.
+    """A metric over a key: a line for each arm (or value of another key) with its interval as a band.
 
-    Arms that the key has no effect on are level lines. Where the key is no number, points stand side by side with
-    their intervals as bars.
+    Arms without effect of the key are level lines. Where the key is not a number, points are side by side with their
+    intervals as bars.
 
     Args:
         panels: (heading, its curves).
         marks: fits to draw, for each panel.
     """
     with drawing(len(panels), height=3.6) as (figure, every):
-        scale = scale_of(y)
+        scale = factor(metric(y).unit)
         values = list(dict.fromkeys(v for _, curves in panels for curve in curves for v in curve.x))
         axis = Axis(sorted(values) if all(isinstance(v, int | float) for v in values) else values)
         named = [_names(curves, lines) for _, curves in panels]
@@ -98,9 +74,9 @@ def draw_curves(
             axes.set_title(heading)
             axes.grid(axis="y", color=HAIR, lw=0.7)
             axes.set_axisbelow(True)
-            if metric_term(y).unit == "share":
+            if metric(y).unit == "share":
                 axes.set_ylim(-3, 103)
-        label_left(every, axis_label(y))
+        label_left(every, metric(y).axis_label)
         legend(figure, every, title)
     return figure
 
@@ -120,41 +96,25 @@ def draw_maps(
         x, y: key and its values.
         value: the metric.
     """
-    what = metric_term(value)
-    scale = scale_of(value)
+    spec = metric(value)
     known = np.concatenate([v[np.isfinite(v)] for _, v, _ in panels])
-    colours = "YlGnBu" if what.higher_is_better else "OrRd"
-    low, high = (0.0, 1.0) if what.unit == "share" else (known.min(), known.max())
+    colours = "YlGnBu" if spec.higher_is_better else "OrRd"
+    low, high = (0.0, 1.0) if spec.unit == "share" else (known.min(), known.max())
     if value.endswith(CHANGE):  # around 0, the untuned model
         high = max(0.01, np.abs(known).max())
-        colours, low = "RdBu" if what.higher_is_better else "RdBu_r", -high
+        colours, low = "RdBu" if spec.higher_is_better else "RdBu_r", -high
     with drawing(len(panels), height=1.1 + 0.52 * len(y[1]), width=1.5 + 0.95 * len(x[1])) as (figure, every):
         for (heading, values, intervals), axes in zip(panels, every, strict=True):
-            image = axes.pcolormesh(
-                np.ma.masked_invalid(values),
-                cmap=colours,
-                vmin=low,
-                vmax=high,
-                lw=1.5,
-                edgecolors=PAPER,
-            )
+            masked = np.ma.masked_invalid(values)
+            image = axes.pcolormesh(masked, cmap=colours, vmin=low, vmax=high, lw=1.5, edgecolors=PAPER)
             for row, column in np.ndindex(values.shape):
-                number = values[row, column]
-                if not np.isfinite(number):
-                    axes.text(column + 0.5, row + 0.5, "–", ha="center", va="center", color=SOFT)
-                    continue
-                dark = sum(w * c for w, c in zip((0.3, 0.59, 0.11), image.to_rgba(number)[:3], strict=True)) < 0.55
-                ends = intervals[row, column] * scale
-                decimals = 0 if scale == 100.0 else 2
-                ink = "#fefefe" if dark else "#010101"
-                shown = _fixed(number * scale, decimals)
-                axes.text(column + 0.5, row + 0.62, shown, ha="center", va="center", color=ink)
-                if np.isfinite(ends).all():
-                    text = " to ".join(_fixed(end, decimals) for end in ends)
-                    axes.text(column + 0.5, row + 0.26, text, ha="center", va="center", color=ink, fontsize=7)
-            for (key, names), dress in ((x, axes.set_xticks), (y, axes.set_yticks)):
+                colour = image.to_rgba(values[row, column])[:3] if np.isfinite(values[row, column]) else None
+                _field(
+                    axes, (row, column), float(values[row, column]), intervals[row, column], colour, factor(spec.unit)
+                )
+            for (key, names), set_ticks in ((x, axes.set_xticks), (y, axes.set_yticks)):
                 labels = [brief(v) if isinstance(v, int | float) else value_name(v, key) for v in names]
-                dress(np.arange(len(names)) + 0.5, labels)
+                set_ticks(np.arange(len(names)) + 0.5, labels)
             axes.tick_params(length=0)
             axes.spines[:].set_visible(False)
             axes.set_title(heading)
@@ -162,6 +122,23 @@ def draw_maps(
         label_left(every, key_name(y[0]).capitalize())
         figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
     return figure
+
+
+def _field(
+    axes: Axes, at: tuple[int, int], value: float, ci: np.ndarray, colour: np.ndarray | None, scale: float
+) -> None:
+    """The number and interval of one field of a map, legible on its colour; a dash where nothing was measured."""
+    row, column = at
+    centred: dict[str, Any] = {"ha": "center", "va": "center"}
+    if colour is None:
+        axes.text(column + 0.5, row + 0.5, "–", color=SOFT, **centred)
+        return
+    dark = sum(w * c for w, c in zip((0.3, 0.59, 0.11), colour, strict=True)) < 0.55
+    ink, decimals = "#fefefe" if dark else "#010101", 0 if scale == 100.0 else 2
+    axes.text(column + 0.5, row + 0.62, _fixed(value * scale, decimals), color=ink, **centred)
+    if np.isfinite(ci).all():
+        text = " to ".join(_fixed(end, decimals) for end in ci * scale)
+        axes.text(column + 0.5, row + 0.26, text, color=ink, fontsize=7, **centred)
 
 
 def _fixed(value: float, decimals: int) -> str:
@@ -176,7 +153,7 @@ def draw_front(panels: Sequence[tuple[str, Sequence[dict]]], *, gain: str, cost:
     """
     most = max(sum(c["on_front"] for c in candidates) for _, candidates in panels)
     with drawing(len(panels), height=4.2 + 0.16 * most, width=5.2) as (figure, every):
-        scale, across = scale_of(gain), scale_of(cost)
+        scale, across = factor(metric(gain).unit), factor(metric(cost).unit)
         for (heading, candidates), axes in zip(panels, every, strict=True):
             front = sorted((c for c in candidates if c["on_front"]), key=lambda c: c["cost"]["value"])
             for c in candidates:
@@ -188,14 +165,14 @@ def draw_front(panels: Sequence[tuple[str, Sequence[dict]]], *, gain: str, cost:
                 _candidate(axes, c, (across, scale), n)
                 axes.text(*spot, str(n), ha="center", va="center_baseline", fontsize=7, color="#fefefe", zorder=5.5 + n)
             axes.set_title(heading)
-            axes.set_xlabel(axis_label(cost))
+            axes.set_xlabel(metric(cost).axis_label)
             axes.grid(color=HAIR, lw=0.7)
             axes.set_axisbelow(True)
-            if metric_term(gain).unit == "share":
+            if metric(gain).unit == "share":
                 axes.set_ylim(-4, 104)
             names = [f"{n}  {c['name']}" for n, c in enumerate(front, 1)]
             axes.text(0, -0.17, "\n".join(names), transform=axes.transAxes, va="top", fontsize=8, color=INK)
-        label_left(every, axis_label(gain))
+        label_left(every, metric(gain).axis_label)
         legend(figure, every, title)
     return figure
 
@@ -228,14 +205,14 @@ def _candidate(axes: Axes, candidate: dict, scales: tuple[float, float], number:
 
 
 def _names(curves: Sequence[Curve], lines: str) -> list[str]:
-    """What the legend calls each curve of a panel: its arm or value, and what else tells it from the others."""
+    """The legend's name for each curve of a panel: its arm or value, and other keys as far as they make it unique."""
     named = [(arm_name(c.arm), {k: v for k, v in c.rest.items() if k != lines}) for c in curves]
     if lines != "arm":
         several = len({c.arm for c in curves if lines in c.rest}) > 1
-        own = [point_name({lines: c.rest[lines]}) if lines in c.rest else "" for c in curves]
+        values = [point_name({lines: c.rest[lines]}) if lines in c.rest else "" for c in curves]
         named = [
             (", ".join(filter(None, (arm if several or not name else "", name))), rest)
-            for name, (arm, rest) in zip(own, named, strict=True)
+            for name, (arm, rest) in zip(values, named, strict=True)
         ]
     out = []
     for own, rest in named:
@@ -246,7 +223,7 @@ def _names(curves: Sequence[Curve], lines: str) -> list[str]:
 
 
 def _looks(curves: Sequence[Curve], names: Sequence[str], lines: str) -> dict[str, dict[str, Any]]:
-    """Colour, marker and dash by name. An arm has its own colour; where lines are values of a key, values have
+    """Colour, marker and dash by name: an arm has its own colour; where lines are values of a key, values have
     colours, and arms markers and dashes."""
     arms = dict(zip(names, (c.arm for c in curves), strict=True))
     values = list(dict.fromkeys(frozen(c.rest[lines]) for c in curves if lines in c.rest))

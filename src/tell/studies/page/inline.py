@@ -1,4 +1,4 @@
-"""A drawing of matplotlib as part of a page: no style attributes, which the page's policy forbids, and its colours."""
+"""Figures of matplotlib in a page: with its colours and without style attributes, which its policy forbids."""
 
 from __future__ import annotations
 
@@ -9,30 +9,25 @@ from markupsafe import Markup
 
 from tell.studies.page.drawing import HAIR, INK, PAPER, SOFT
 
-COLOURS = {
-    INK: "currentColor",
-    "#000000": "currentColor",
-    SOFT: "var(--soft)",
-    HAIR: "var(--hair)",
-    PAPER: "var(--paper)",
-}
+COLOURS = {INK: "currentColor", "#000000": "currentColor"}
+COLOURS |= {SOFT: "var(--soft)", HAIR: "var(--hair)", PAPER: "var(--paper)"}
 REFERENCE = re.compile(r"#([\w.-]+)")
 
 
 def inline_svg(text: str, *, key: str, title: str) -> Markup:
-    """The drawing as an ``<svg>`` element: ink, rules and ground in the page's colours, so that it can turn dark.
+    """The drawing as an ``<svg>`` element, in the page's colours, which may be dark.
 
     Args:
-        text: an SVG file as `figures.save` writes it.
-        key: unique in the page; put before every id.
-        title: read to those who cannot see it.
+        text: an SVG file that `tell.studies.page.drawing.save` wrote.
+        key: unique in the page; prefix of every id.
+        title: for screen readers.
     """
     root = ElementTree.fromstring(text)
     width, height = (float(part) for part in root.attrib["viewBox"].split()[2:])
     for parent in list(root.iter()):
         for child in list(parent):
             name = _local(child.tag)
-            if name in ("metadata", "style") or child.attrib.get("id") == "patch_1":  # patch_1 is the white ground
+            if name in ("metadata", "style") or child.attrib.get("id") == "patch_1":  # the white background
                 parent.remove(child)
     for element in root.iter():
         element.tag = _local(element.tag)

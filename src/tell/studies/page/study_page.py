@@ -1,4 +1,4 @@
-"""Everything a study's folder says: tables, figures, fits and one self-contained page, from whatever is finished."""
+"""Renders a study's folder from whatever is finished: tables, figures, fits and one self-contained page."""
 
 from __future__ import annotations
 
@@ -8,27 +8,16 @@ from pathlib import Path
 import yaml
 
 from tell.files import write_json, write_text
-from tell.names import ARMS, arm_order
+from tell.names import ARMS, CHANGE, arm_order, canonical, metric
 from tell.report.page import fill
-from tell.studies.labels import arm_name, canonical, metric_term
-from tell.studies.page.study_sections import (
-    Picture,
-    Section,
-    efficiency_blocks,
-    figures_blocks,
-    fits_blocks,
-    flips_blocks,
-    fronts_blocks,
-    separation_blocks,
-    tables_blocks,
-)
+from tell.studies.page.figure_kinds import Contents
+from tell.studies.page.study_sections import Picture, Section, sections
 from tell.studies.results import Study, read_results
 from tell.studies.separation_cells import WORDS as CONTRAST_WORDS
-from tell.studies.stats.analyses import analyse
+from tell.studies.stats.analyses import FILES, analyse
 from tell.studies.stats.comparable_seeds import seed_sets, seeds_name
 from tell.studies.stats.results_table import gaps, lines, to_csv, to_markdown
 from tell.studies.stats.seed_means import Bootstrap
-from tell.studies.stats.shared_rows import CHANGE
 
 WORDS = (
     (
@@ -58,8 +47,8 @@ WORDS = (
 
 
 def write_study(folder: str | Path) -> Path:
-    """Write everything a study says, each file whole or not at all: ``table.csv``, ``table.md``, ``fits.json``,
-    ``efficiency.json``, ``flips.json``, ``pareto.json``, ``figures/`` and ``index.html``.
+    """Write ``table.csv``, ``table.md``, ``fits.json``, ``efficiency.json``, ``flips.json``, ``pareto.json``,
+    ``figures/`` and ``index.html``, each atomically.
 
     Cells that are not finished are left out and counted on the page, so a study can be read while it runs.
 
@@ -76,28 +65,20 @@ def write_study(folder: str | Path) -> Path:
     write_text(folder / "table.csv", to_csv(study, table))
     write_text(folder / "table.md", to_markdown(study, table, differences))
     found = analyse(study, bootstrap)
-    for name in ("fits", "efficiency", "flips", "pareto"):
-        write_json(folder / f"{name}.json", getattr(found, name))
-    sections = [
-        Section("figures", "Figures", list(figures_blocks(study, bootstrap, found))),
-        Section("separation", "Hidden states", list(separation_blocks(study))),
-        Section("shape", "Shape of the curves", list(fits_blocks(found))),
-        Section("efficiency", "Amounts for the same score", list(efficiency_blocks(found))),
-        Section("front", "Gain against cost", list(fronts_blocks(study, bootstrap, found))),
-        Section("rows", "Row by row", list(flips_blocks(found))),
-        Section("scores", "Scores, and what they cost", list(tables_blocks(study, table, differences))),
-    ]
-    drawn = {block.name for section in sections for block in section.blocks if isinstance(block, Picture)}
+    for name in FILES:
+        write_json(folder / f"{name}.json", found.entries[name])
+    every = sections(Contents(study, bootstrap, found, table, differences))
+    drawn = {block.name for section in every for block in section.blocks if isinstance(block, Picture)}
     for path in (folder / "figures").glob("f*.*"):
         if path.stem not in drawn:  # of an earlier recipe
             path.unlink(missing_ok=True)
-    write_text(folder / "index.html", _page(study, [s for s in sections if s.blocks]))
+    write_text(folder / "index.html", _page(study, [section for section in every if section.blocks]))
     return folder / "index.html"
 
 
 def _page(study: Study, sections: Sequence[Section]) -> str:
-    arms = arm_order([row["arm"] for row in study.rows])
-    metrics = [metric_term(m) for m in study.metrics()]
+    arms = arm_order(row["arm"] for row in study.rows)
+    metrics = [metric(name) for name in study.metrics()]
     return fill(
         "study.html.j2",
         title=study.title,
@@ -111,9 +92,9 @@ def _page(study: Study, sections: Sequence[Section]) -> str:
         ],
         sections=sections,
         words=[
-            *((t.label, t.about) for t in metrics),
-            *((a, f"{arm_name(a)}. {ARMS[a].about}") for a in arms if a in ARMS),
-            *((a, CONTRAST_WORDS[a]) for a in arms if a in CONTRAST_WORDS),
+            *((spec.label, spec.about) for spec in metrics),
+            *((name, f"{ARMS[name].label}. {ARMS[name].about}") for name in arms if name in ARMS),
+            *((name, CONTRAST_WORDS[name]) for name in arms if name in CONTRAST_WORDS),
             *WORDS,
         ],
         recipe=yaml.safe_dump(study.recipe, sort_keys=False, allow_unicode=True),
@@ -121,7 +102,7 @@ def _page(study: Study, sections: Sequence[Section]) -> str:
 
 
 def unknown_metrics(study: Study) -> list[str]:
-    """Metrics that the recipe names and no finished cell has; none while nothing is finished."""
+    """Metrics that the recipe names and no finished cell has; empty while nothing is finished."""
     parts = {key: study.recipe.get(key) or () for key in ("figures", "fits", "efficiency", "pareto", "metrics")}
     named = [f["value"] if f.get("kind") == "map" else f["y"] for f in parts["figures"]]
     named += [part["y"] for part in (*parts["fits"], *parts["efficiency"])]
@@ -132,7 +113,7 @@ def unknown_metrics(study: Study) -> list[str]:
 
 
 def notices(study: Study) -> list[str]:
-    """What has no numbers yet, and what one seed leaves open, in sentences."""
+    """What has no numbers yet and what limits the others, in sentences."""
     parts = [f"{count} {state}" for state, count in study.missing.items()]
     found = [f"Not complete. Of {len(study.rows)} rows of the study, {', '.join(parts)}."] if parts else []
     sets = seed_sets(study)

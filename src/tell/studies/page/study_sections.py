@@ -1,226 +1,135 @@
-"""The parts of a study's page: pictures, tables and findings, as blocks for the template."""
+"""The sections of a study's page, in order: texts, pictures and tables as blocks for the template."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from markupsafe import Markup
 
 from tell.files import atomic_path
-from tell.names import show as number
+from tell.names import CHANGE, metric, show
 from tell.report.score_tables import Cell
-from tell.studies.labels import arm_name, key_name, metric_term, point_name, rounded, value_name
+from tell.studies.labels import arm_name, key_name, point_name, rounded, value_name
 from tell.studies.page.drawing import save
-from tell.studies.page.figures import draw_curves, draw_front, draw_maps
+from tell.studies.page.figure_kinds import Contents, figure, map_figure
+from tell.studies.page.figures import draw_front
 from tell.studies.page.inline import inline_svg
-from tell.studies.results import Study, as_drawn, frozen
+from tell.studies.registered import Registry
+from tell.studies.results import Study
 from tell.studies.separation_cells import pictures
-from tell.studies.stats.analyses import Analyses, panels
 from tell.studies.stats.curve_fit import NAMES
-from tell.studies.stats.curves import curves
-from tell.studies.stats.results_table import FLOPS, Gap, Line, bare, costs_shown, keys_shown
-from tell.studies.stats.seed_means import Bootstrap, groups
-from tell.studies.stats.shared_rows import CHANGE
+from tell.studies.stats.results_table import Table, gaps_of, keys_shown, table_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COSTS = ("Steps", "Tokens", *FLOPS)
-
 
 @dataclass
 class Picture:
-    """A drawing in the page; ``name`` is that of its files, without their endings."""
+    """A drawing in the page; ``name`` is that of its files, without their suffix."""
 
     name: str
     svg: Markup
 
 
-@dataclass
-class Row:
-    """A row of a table: texts, or `Cell`; ``own`` sets it off."""
-
-    cells: list[Any]
-    own: bool = False
-
-
-@dataclass
-class Table:
-    """A table in the page: the first ``names`` columns are text, the others numbers."""
-
-    title: str
-    heads: list[str]
-    rows: list[Row]
-    names: int = 1
-    note: str = ""
+Block = str | Picture | Table
+Blocks = Callable[[Contents], Iterator[Block]]
 
 
 @dataclass
 class Section:
-    """A part of the page; ``blocks`` are texts, pictures and tables in their order."""
+    """A part of the page; empty ones are left out."""
 
     key: str
     title: str
-    blocks: Sequence[str | Picture | Table]
+    blocks: Sequence[Block]
 
 
-def figures_blocks(study: Study, bootstrap: Bootstrap, found: Analyses) -> Iterator[Picture]:
-    for n, asked in enumerate(study.recipe.get("figures") or (), 1):
-        drawn = _map(study, bootstrap, asked) if asked.get("kind") == "map" else _curves(study, bootstrap, found, asked)
+_section = Registry[tuple[str, Blocks]]("section")
+
+
+def section(key: str, title: str) -> Callable[[Blocks], Blocks]:
+    """Register the blocks of a section, in the order of the page."""
+    return lambda blocks: _section(key)((title, blocks))[1]
+
+
+def sections(page: Contents) -> list[Section]:
+    """All sections of a page; their pictures are written to ``figures/``."""
+    return [Section(key, title, list(blocks(page))) for key, (title, blocks) in _section.items()]
+
+
+@section("figures", "Figures")
+def _figures(page: Contents) -> Iterator[Block]:
+    for n, asked in enumerate(page.study.recipe.get("figures") or (), 1):
+        drawn = figure[asked.get("kind") or "curves"](page, asked)
         if drawn is not None:
-            yield _picture(study, f"figure{n}", *drawn)
+            yield _picture(page.study, f"figure{n}", *drawn)
 
 
-def _curves(study: Study, bootstrap: Bootstrap, found: Analyses, asked: dict[str, Any]) -> tuple[Figure, str] | None:
-    x, by = asked["x"], asked.get("lines") or "arm"
-    shown = as_drawn(study, asked["y"])
-    drawn = [
-        (heading, lines)
-        for heading, within in panels(study, asked.get("panels"))
-        if (lines := curves(study, bootstrap, x=x, y=shown, within=within))
-    ]
-    if not drawn:
-        return None
-    # A panel of nothing but level lines has no cell of its own yet.
-    drawn = [entry for entry in drawn if not all(line.flat for line in entry[1])] or drawn
-    marks = [[mark for line in lines if (mark := found.mark(line, x, shown)) is not None] for _, lines in drawn]
-    title = f"{metric_term(shown).label} over {key_name(x)}"
-    return draw_curves(drawn, x=x, y=shown, title=title, lines=by, marks=marks), title
-
-
-def _map(study: Study, bootstrap: Bootstrap, asked: dict[str, Any]) -> tuple[Figure, str] | None:
-    """A panel for each value of every other key that varies, whether ``panels`` names it or not."""
-    x, y, metric = asked["x"], asked["y"], as_drawn(study, asked["value"])
-    arm = asked.get("arm") or "tell"
-    found = [g for g in groups(o for o in study.outcomes if o.arm == arm).values() if {x, y} <= g[0].point.keys()]
-    axes = {key: sorted({g[0].point[key] for g in found}, key=lambda v: (v is None, v)) for key in (x, y)}
-    contexts: dict[str, tuple[dict[str, Any], np.ndarray, np.ndarray]] = {}
-    for group in found:
-        point, draws = group[0].point, bootstrap.of(group, metric)
-        if draws is None:
-            continue
-        context = {key: point.get(key) for key in study.keys if key not in (x, y)}
-        empty = np.full((len(axes[y]), len(axes[x])), np.nan)
-        _, values, intervals = contexts.setdefault(
-            frozen(context), (context, empty, np.full((*empty.shape, 2), np.nan))
-        )
-        at = axes[y].index(point[y]), axes[x].index(point[x])
-        values[at], intervals[at] = draws.value, draws.summary()["ci"]
-    drawn = [(point_name(context), *numbers) for context, *numbers in contexts.values()]
-    title = f"{metric_term(metric).label}, {arm_name(arm)}"
-    return (draw_maps(drawn, x=(x, axes[x]), y=(y, axes[y]), value=metric, title=title), title) if drawn else None
-
-
-def separation_blocks(study: Study) -> Iterator[str | Picture]:
+@section("separation", "Hidden states")
+def _separation(page: Contents) -> Iterator[Block]:
     """The t-SNE picture of each point, of the first seed."""
-    shown = keys_shown(study)
-    for n, (point, path) in enumerate(pictures(study), 1):
-        point = {key: value for key, value in point.items() if key in shown}
-        stem = study.folder / "figures" / f"figure-states{n}"
+    shown = keys_shown(page.study)
+    for n, (point, path) in enumerate(pictures(page.study), 1):
+        name = point_name({key: value for key, value in point.items() if key in shown})
+        stem = page.study.folder / "figures" / f"figure-states{n}"
         stem.parent.mkdir(parents=True, exist_ok=True)
         for kind in ("svg", "png"):
             with atomic_path(stem.with_suffix(f".{kind}")) as temporary:
                 shutil.copyfile(path.with_suffix(f".{kind}"), temporary)
-        svg = inline_svg(path.read_text(encoding="utf-8"), key=stem.name, title=f"t-SNE: {point_name(point)}")
-        yield from filter(None, [point_name(point)])
-        yield Picture(stem.name, svg)
+        if name:
+            yield name
+        yield Picture(stem.name, inline_svg(path.read_text(encoding="utf-8"), key=stem.name, title=f"t-SNE: {name}"))
 
 
-def fronts_blocks(study: Study, bootstrap: Bootstrap, found: Analyses) -> Iterator[str | Picture | Table]:
-    asked = list(dict.fromkeys((entry["gain"], entry["cost"]) for entry in found.pareto))
-    for n, (gain, cost) in enumerate(asked, 1):
-        entries = [e for e in found.pareto if (e["gain"], e["cost"]) == (gain, cost)]
-        title = f"{metric_term(gain).label} against {metric_term(cost).label[0].lower()}{metric_term(cost).label[1:]}"
-        figure = draw_front([(e["heading"], e["points"]) for e in entries], gain=gain, cost=cost, title=title)
-        yield _picture(study, f"front{n}", figure, title)
-        yield from _maps(study, bootstrap, f"front{n}-map", (gain, cost), entries[0]["where"])
-        for entry in entries:
-            yield ": ".join(filter(None, (entry["heading"], entry["verdict"])))
-        for entry in entries:
-            units = [(key, metric_term(name)) for key, name in (("gain", gain), ("cost", cost))]
-            rows = [
-                Row(
-                    [
-                        point["name"],
-                        *(
-                            Cell.of(point[key], what.unit, signed=key == "cost" and CHANGE in cost)
-                            for key, what in units
-                        ),
-                        number(point["front_share"], "share"),
-                    ]
-                )
-                for point in entry["points"]
-                if point["on_front"] or point["front_share"] >= 0.05
-            ]
-            heads = ["Point", *(what.label for _, what in units), "On the front in"]
-            note = "Points that are on the front in at least 5 % of the resamples."
-            yield Table(entry["heading"] or "The front", heads, rows, 1, note)
-
-
-def _maps(
-    study: Study, bootstrap: Bootstrap, name: str, metrics: Sequence[str], within: dict[str, Any]
-) -> Iterator[Picture]:
-    """Gain and cost of TELL as maps, where two keys that are numbers set the points of a front apart."""
-    keys = [key for key in study.keys if key not in within]
-    numeric = all(isinstance(o.point.get(key), int | float) for o in study.outcomes for key in keys)
-    if len(keys) == 2 and numeric:
-        x, y = sorted(keys, key=lambda key: not key.startswith("general."))
-        for n, metric in enumerate(metrics, 1):
-            drawn = _map(study, bootstrap, {"x": x, "y": y, "value": metric})
-            if drawn is not None:
-                yield _picture(study, f"{name}{n}", *drawn)
-
-
-def fits_blocks(found: Analyses) -> Iterator[str | Table]:
-    for fit in found.fits:
-        name = _named(fit)
-        yield f"{name}. {fit['verdict']}"
+@section("shape", "Shape of the curves")
+def _fits(page: Contents) -> Iterator[Block]:
+    for fit in page.found.entries["fits"]:
+        yield f"{_named(fit)}. {fit['verdict']}"
         if "held_out_error" not in fit:
             continue
-        errors, against, unit = fit["held_out_error"], fit.get("against", {}), metric_term(fit["y"]).unit
-        unit = "points" if unit == "share" else unit
-        rows = [
-            Row([NAMES[k][0].upper() + NAMES[k][1:], Cell.of(v, unit), Cell.of(against.get(k), unit, signed=True)])
-            for k, v in errors.items()
-        ]
-        yield Table("", ["Shape", "Held-out error", "More than the S-curve's"], rows, 1)
-        if "logistic" in fit:
-            keys = ("floor", "ceiling", "slope", "middle", "threshold")
-            units = [metric_term(fit["y"]).unit] * 2 + ["plain"] * 3
-            cells = [Cell.of(fit["logistic"][k], u) for k, u in zip(keys, units, strict=True)]
-            shown = [_amount(c) if k in ("middle", "threshold") else c for k, c in zip(keys, cells, strict=True)]
-            turn = "Takes off" if fit["improves"] else "Gets worse from"
-            heads = ["", "Floor", "Ceiling", "Slope, per decade", "Middle", turn]
-            yield Table("", heads, [Row(["S-curve", *shown])], 1)
-
-
-def _amount(cell: Cell) -> str:
-    low, high = map(rounded, cell.ci)
-    return f"{rounded(cell.value)} [{low} to {high}]"
-
-
-def efficiency_blocks(found: Analyses) -> Iterator[str | Table]:
-    for entry in found.efficiency:
-        yield f"{_named(entry)}. {entry['verdict']}"
-        unit, arms, factors = metric_term(entry["y"]).unit, entry["arms"], entry["factors"]
-        heads = [
-            metric_term(entry["y"]).label,
-            *(arm_name(a) for a in arms),
-            *(f"{arm_name(a)}: factor" for a in factors),
-        ]
-        rows = []
-        for i, level in enumerate(entry["levels"]):
-            needs = [_reached(a["amounts"][i], a["ci"][i], "{:,.0f}") for a in arms.values()]
-            times = [_reached(f["by_level"][i]["factor"], f["by_level"][i]["ci"], "{:.2g}") for f in factors.values()]
-            rows.append(Row([number(level, unit), *needs, *times]))
-        note = (
-            f"{key_name(entry['x']).capitalize()} for each score; “–” is not reached with the largest amount measured."
+        errors, against, spec = fit["held_out_error"], fit.get("against", {}), metric(fit["y"])
+        yield Table(
+            "",
+            ["Shape", "Held-out error", "More than the S-curve's"],
+            [
+                [
+                    NAMES[shape][0].upper() + NAMES[shape][1:],
+                    Cell.of(error, spec.gap_unit),
+                    Cell.of(against.get(shape), spec.gap_unit, signed=True),
+                ]
+                for shape, error in errors.items()
+            ],
         )
-        yield Table("", heads, rows, 1, note)
+        if "logistic" in fit:
+            found, turn = fit["logistic"], "Takes off" if fit["improves"] else "Gets worse from"
+            heads = ["", "Floor", "Ceiling", "Slope, per decade", "Middle", turn]
+            levels = [Cell.of(found[key], spec.unit) for key in ("floor", "ceiling")]
+            middle, threshold = (_amount(found[key]) for key in ("middle", "threshold"))
+            yield Table("", heads, [["S-curve", *levels, Cell.of(found["slope"], "plain"), middle, threshold]])
+
+
+def _amount(entry: Mapping[str, Any]) -> str:
+    low, high = map(rounded, entry["ci"])
+    return f"{rounded(entry['value'])} [{low} to {high}]"
+
+
+@section("efficiency", "Amounts for the same score")
+def _efficiency(page: Contents) -> Iterator[Block]:
+    for entry in page.found.entries["efficiency"]:
+        yield f"{_named(entry)}. {entry['verdict']}"
+        spec, arms, factors = metric(entry["y"]), entry["arms"], entry["factors"]
+        heads = [spec.label, *map(arm_name, arms), *(f"{arm_name(arm)}: factor" for arm in factors)]
+        rows: list[list[str | Cell]] = []
+        for i, level in enumerate(entry["levels"]):
+            needs = [_reached(arm["amounts"][i], arm["ci"][i], "{:,.0f}") for arm in arms.values()]
+            times = [_reached(f["by_level"][i]["factor"], f["by_level"][i]["ci"], "{:.2g}") for f in factors.values()]
+            rows.append([show(level, spec.unit), *needs, *times])
+        key = key_name(entry["x"]).capitalize()
+        yield Table("", heads, rows, 1, f"{key} for each score; “–” is not reached with the largest amount measured.")
 
 
 def _reached(value: float | None, ci: Sequence[float | None], form: str) -> str:
@@ -228,67 +137,86 @@ def _reached(value: float | None, ci: Sequence[float | None], form: str) -> str:
     return f"{form.format(value)} [{ends[0]} to {ends[1]}]" if value is not None else "–"
 
 
-def flips_blocks(found: Analyses) -> Iterator[str | Table]:
-    for entry in found.flips:
-        yield f"{_named(entry)}. {entry['verdict']}"
-        heads = ["Seed", *map(value_name, entry["amounts"]), "Never", "Flips back", "if shuffled"]
-        rows = [
-            Row(
+@section("front", "Gain against cost")
+def _fronts(page: Contents) -> Iterator[Block]:
+    asked = list(dict.fromkeys((entry["gain"], entry["cost"]) for entry in page.found.entries["pareto"]))
+    for n, (gain, cost) in enumerate(asked, 1):
+        entries = [e for e in page.found.entries["pareto"] if (e["gain"], e["cost"]) == (gain, cost)]
+        label = metric(cost).label
+        title = f"{metric(gain).label} against {label[0].lower()}{label[1:]}"
+        drawn = draw_front([(e["heading"], e["points"]) for e in entries], gain=gain, cost=cost, title=title)
+        yield _picture(page.study, f"front{n}", drawn, title)
+        yield from _maps(page, f"front{n}-map", (gain, cost), entries[0]["where"])
+        for entry in entries:
+            yield ": ".join(filter(None, (entry["heading"], entry["verdict"])))
+        for entry in entries:
+            heads = ["Point", metric(gain).label, label, "On the front in"]
+            rows: list[list[str | Cell]] = [
                 [
-                    seed,
-                    *(str(facts["turn_at"].get(value_name(v), "–")) for v in entry["amounts"]),
-                    str(facts["never"]),
-                    str(facts["back"]),
-                    Cell.of(facts["back_by_chance"], "score"),
+                    point["name"],
+                    Cell.of(point["gain"], metric(gain).unit),
+                    Cell.of(point["cost"], metric(cost).unit, signed=CHANGE in cost),
+                    show(point["front_share"], "share"),
                 ]
-            )
+                for point in entry["points"]
+                if point["on_front"] or point["front_share"] >= 0.05
+            ]
+            note = "Points that are on the front in at least 5 % of the resamples."
+            yield Table(entry["heading"] or "The front", heads, rows, 1, note)
+
+
+def _maps(page: Contents, name: str, metrics: Sequence[str], within: Mapping[str, object]) -> Iterator[Picture]:
+    """Gain and cost of TELL as maps, where the points of a front differ in two keys that are numbers."""
+    keys = [key for key in page.study.keys if key not in within]
+    numeric = all(isinstance(o.point.get(key), int | float) for o in page.study.outcomes for key in keys)
+    if len(keys) == 2 and numeric:
+        x, y = sorted(keys, key=lambda key: not key.startswith("general."))
+        for n, value in enumerate(metrics, 1):
+            drawn = map_figure(page, {"x": x, "y": y, "value": value})
+            if drawn is not None:
+                yield _picture(page.study, f"{name}{n}", *drawn)
+
+
+@section("rows", "Row by row")
+def _flips(page: Contents) -> Iterator[Block]:
+    for entry in page.found.entries["flips"]:
+        yield f"{_named(entry)}. {entry['verdict']}"
+        amounts = [value_name(amount) for amount in entry["amounts"]]
+        rows: list[list[str | Cell]] = [
+            [
+                seed,
+                *(str(facts["turn_at"].get(amount, "–")) for amount in amounts),
+                str(facts["never"]),
+                str(facts["back"]),
+                Cell.of(facts["back_by_chance"], "score"),
+            ]
             for seed, facts in entry["seeds"].items()
         ]
         note = f"Test rows by the {key_name(entry['x'])} from which they stay right."
         if entry["entropy"] is not None and entry["even_entropy"] is not None:
-            bits, even = entry["entropy"], entry["even_entropy"]
             note += (
-                f" Entropy of where they turn: {bits:.2f} bits; a line in the logarithm would give {even:.2f}, rows "
-                f"shuffled {entry['entropy_by_chance'] or 0.0:.2f}."
+                f" Entropy of where they turn: {entry['entropy']:.2f} bits; a line in the logarithm would give "
+                f"{entry['even_entropy']:.2f}, rows shuffled {entry['entropy_by_chance'] or 0.0:.2f}."
             )
-        yield Table("", heads, rows, 1, note)
+        yield Table("", ["Seed", *amounts, "Never", "Flips back", "if shuffled"], rows, 1, note)
 
 
-def _named(entry: dict[str, Any]) -> str:
-    """Metric, arm and where, as the head of a verdict."""
-    arm = arm_name(entry["arm"]) if "arm" in entry else ""
-    parts = [metric_term(entry["y"]).label, f"over {key_name(entry['x'])}", arm and f"({arm})"]
-    return ", ".join(filter(None, (" ".join(filter(None, parts)), point_name(entry["where"]), entry["compared"])))
+@section("scores", "Scores, and what they cost")
+def _tables(page: Contents) -> Iterator[Block]:
+    if page.table:
+        yield table_of(page.study, page.table)
+    if page.gaps:
+        yield gaps_of(page.study, page.gaps)
+
+
+def _named(entry: Mapping[str, Any]) -> str:
+    """Metric, arm and context, as the head of a verdict."""
+    arm = f" ({arm_name(entry['arm'])})" if "arm" in entry else ""
+    head = f"{metric(entry['y']).label} over {key_name(entry['x'])}{arm}"
+    return ", ".join(filter(None, (head, point_name(entry["where"]), entry["compared"])))
 
 
 def _picture(study: Study, name: str, figure: Figure, title: str) -> Picture:
     stem = study.folder / "figures" / name
     save(figure, stem)
     return Picture(name, inline_svg(stem.with_suffix(".svg").read_text(encoding="utf-8"), key=name, title=title))
-
-
-def tables_blocks(study: Study, table: Sequence[Line], differences: Sequence[Gap]) -> Iterator[Table]:
-    keys = [key_name(key).capitalize() for key in keys_shown(study)]
-    if table:
-        heads = [*keys, "Arm", *(metric_term(m).label for m in table[0].cells), "Seeds", *COSTS]
-        rows = [
-            Row(
-                [*line.point.values(), line.arm, *bare(line.cells), str(line.seeds), *costs_shown(line)],
-                line.arm == "tell",
-            )
-            for line in table
-        ]
-        yield Table("", heads, rows, len(keys) + 1, "“any”: the key has no effect on this arm.")
-    if differences:
-        metrics = [m for m in differences[0].cells if any(g.cells[m].known for g in differences)]
-        heads = [*keys, "TELL minus", *(metric_term(m).label for m in metrics), "Seeds"]
-        rows = [
-            Row([*g.point.values(), arm_name(g.arm), *(g.cells[m] for m in metrics), str(g.seeds)]) for g in differences
-        ]
-        note = "Paired by seed and test row. Where an interval holds 0, the two cannot be told apart."
-        if study.without_general_rows():
-            note += (
-                " Some runs have not kept what each row of general text lost: there each side's change is taken by "
-                "itself, which makes the interval wide rather than narrow."
-            )
-        yield Table("TELL minus the other arms", heads, rows, len(keys) + 1, note)

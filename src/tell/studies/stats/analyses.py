@@ -1,94 +1,138 @@
-"""What a recipe asks to be made of its curves: fits, efficiency, flips and fronts."""
+"""The analyses that a recipe can ask for: fits (with flips), efficiency and fronts. To add one, give `Recipe` its key
+and part, and this module (or one that it imports) a function::
+
+    @analysis("mine")
+    def mine(outcomes: Outcomes, asked: Mapping[str, Any]) -> Iterator[tuple[str, Entry]]:
+        yield "mine", {...}  # an entry of mine.json
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from tell.studies.labels import canonical, point_name
-from tell.studies.page.figures import Mark
+from tell.names import canonical
+from tell.studies.labels import point_name
+from tell.studies.recipe import PARTS
+from tell.studies.registered import Registry
 from tell.studies.results import Study, as_change, as_drawn, frozen
 from tell.studies.stats.comparable_seeds import compared_seeds, seeds_name, with_seeds
-from tell.studies.stats.curve_fit import fit_curve
+from tell.studies.stats.curve_fit import Mark, fit_curve
 from tell.studies.stats.curves import Curve, curves
 from tell.studies.stats.efficiency import efficiency
 from tell.studies.stats.flips import flips
 from tell.studies.stats.pareto import front, verdict
 from tell.studies.stats.seed_means import Bootstrap
 
+FILES = ("fits", "efficiency", "flips", "pareto")  # JSON files in the study's folder, each a list of entries
+Entry = dict[str, Any]
+
 
 @dataclass
 class Analyses:
-    """Entries of fits.json, flips.json, efficiency.json and pareto.json, and the fitted curves to draw."""
+    """Entries by file, and the fitted curves to draw."""
 
-    fits: list[dict[str, Any]] = field(default_factory=list)
-    flips: list[dict[str, Any]] = field(default_factory=list)
-    efficiency: list[dict[str, Any]] = field(default_factory=list)
-    pareto: list[dict[str, Any]] = field(default_factory=list)
+    entries: dict[str, list[Entry]] = field(default_factory=lambda: {name: [] for name in FILES})
     marks: dict[tuple[str, ...], Mark] = field(default_factory=dict)
+    seen: set[str] = field(default_factory=set)
 
     def mark(self, curve: Curve, x: str, y: str) -> Mark | None:
-        """The fit of a curve, where one was asked for and has something to show."""
+        """The fit of a curve, where the recipe asks for one that has something to show."""
         return self.marks.get((x, y, curve.arm, frozen(curve.rest)))
 
 
-def analyse(study: Study, bootstrap: Bootstrap) -> Analyses:
-    """Everything the recipe asks for that the finished cells allow.
+@dataclass(frozen=True)
+class Outcomes:
+    """The outcomes that an analysis may compare: those that have the same seeds.
 
-    Each curve is treated apart: one entry for each value of the grid's other keys, named by ``where``. Only what has
-    the same seeds is compared. Where some points have fewer, there is an entry for those that have all, and one for all
-    points over the seeds they share; ``compared`` says which.
+    Attributes:
+        compared: names the seeds, where not all points have the same.
+        found: what the sets with more seeds gave.
     """
-    found, seen = Analyses(), set[str]()
+
+    study: Study
+    bootstrap: Bootstrap
+    compared: str
+    found: Analyses
+
+    def new(self, *parts: object) -> bool:
+        """Whether nothing with this key was found before: the same points with more seeds."""
+        key = frozen(parts)
+        known = key in self.found.seen
+        self.found.seen.add(key)
+        return not known
+
+
+Analysis = Callable[[Outcomes, Mapping[str, Any]], Iterator[tuple[str, Entry]]]
+analysis = Registry[Analysis]("analysis")
+
+
+def analyse(study: Study, bootstrap: Bootstrap) -> Analyses:
+    """Every analysis that the recipe asks for and the finished cells allow.
+
+    Each curve is analysed by itself: one entry for each value of the grid's other keys, named by ``where``. Only what
+    has the same seeds is compared. Where some points have fewer, there is an entry for those that have all, and one for
+    all points over the seeds they share; ``compared`` says which.
+    """
+    found = Analyses()
     sets = compared_seeds(study)
     for seeds in sets:
         part = study if len(sets) == 1 else with_seeds(study, seeds)
         drawn = bootstrap if part is study else Bootstrap(part, bootstrap.samples, bootstrap.seed)
-        _analyse(part, drawn, found, seen, seeds_name(seeds) if len(sets) > 1 else "")
+        outcomes = Outcomes(part, drawn, seeds_name(seeds) if len(sets) > 1 else "", found)
+        for key, run in analysis.items():
+            for asked in study.recipe.get(key) or ():
+                for name, entry in run(outcomes, asked):
+                    found.entries[name].append(entry)
     return found
 
 
-def _analyse(study: Study, bootstrap: Bootstrap, found: Analyses, seen: set[str], compared: str) -> None:
-    """Add what these outcomes give, but for what the same points gave with more seeds."""
+@analysis("fits")
+def _fits(outcomes: Outcomes, asked: Mapping[str, Any]) -> Iterator[tuple[str, Entry]]:
+    x, y, arm = asked["x"], as_drawn(outcomes.study, asked["y"]), asked.get("arm") or "tell"
+    for curve in curves(outcomes.study, outcomes.bootstrap, x=x, y=y, arms=[arm]):
+        enough = curve.numeric and not curve.flat and len(curve.x) > 1
+        if not enough or not outcomes.new("fit", x, y, arm, curve.rest, curve.x):
+            continue
+        what = {"x": x, "y": y, "arm": arm, "where": curve.rest, "compared": outcomes.compared}
+        fits = fit_curve(curve, y)
+        yield "fits", {**what, **fits.facts}
+        if fits.mark is not None:
+            outcomes.found.marks.setdefault((x, y, arm, frozen(curve.rest)), fits.mark)
+        if (turned := flips(curve, y, x)) is not None:
+            yield "flips", {**what, **turned}
 
-    def new(*parts: Any) -> bool:
-        key = frozen(parts)
-        seen_before = key in seen
-        seen.add(key)
-        return not seen_before
 
-    recipe = study.recipe
-    for asked in recipe.get("fits") or ():
-        x, y, arm = asked["x"], as_drawn(study, asked["y"]), asked.get("arm") or "tell"
-        for curve in curves(study, bootstrap, x=x, y=y, arms=[arm]):
-            if not curve.numeric or curve.flat or len(curve.x) < 2 or not new("fit", x, y, arm, curve.rest, curve.x):
-                continue
-            what = {"x": x, "y": y, "arm": arm, "where": curve.rest, "compared": compared}
-            fits = fit_curve(curve, y)
-            found.fits.append({**what, **fits.facts})
-            if fits.mark is not None:
-                found.marks.setdefault((x, y, arm, frozen(curve.rest)), fits.mark)
-            turned = flips(curve, y, x)
-            if turned is not None:
-                found.flips.append({**what, **turned})
-    for asked in recipe.get("efficiency") or ():
-        x, y = asked["x"], as_drawn(study, asked["y"])
-        arms = list(asked.get("arms") or ("sft", "sft-matched", "tell"))
-        reference = "tell" if "tell" in arms else arms[-1]
-        for where, group in _contexts(curves(study, bootstrap, x=x, y=y, arms=arms), reference):
-            if new("efficiency", x, y, where, [[c.arm, c.x] for c in group]):
-                entry = efficiency(group, x=x, y=y, reference=reference)
-                if entry is not None:
-                    found.efficiency.append({"x": x, "y": y, "where": where, "compared": compared, **entry})
-    for asked in recipe.get("pareto") or ():
-        gain, cost = canonical(asked["gain"]), as_change(study, asked["cost"])
-        for heading, within in panels(study, _task_size(study)):
-            candidates = front(study, bootstrap, gain=gain, cost=cost, within=within)
-            if len(candidates) > 1 and new("front", gain, cost, within, sorted(c["name"] for c in candidates)):
-                heading = ", ".join(filter(None, (heading, compared)))
-                what = {"gain": gain, "cost": cost, "where": within, "compared": compared, "heading": heading}
-                found.pareto.append({**what, "verdict": verdict(candidates), "points": candidates})
+@analysis("efficiency")
+def _efficiency(outcomes: Outcomes, asked: Mapping[str, Any]) -> Iterator[tuple[str, Entry]]:
+    x, y = asked["x"], as_drawn(outcomes.study, asked["y"])
+    arms = list(asked.get("arms") or ("sft", "sft-matched", "tell"))
+    reference = "tell" if "tell" in arms else arms[-1]
+    found = curves(outcomes.study, outcomes.bootstrap, x=x, y=y, arms=arms)
+    for where, group in _contexts(found, reference):
+        if outcomes.new("efficiency", x, y, where, [[c.arm, c.x] for c in group]):
+            entry = efficiency(group, x=x, y=y, reference=reference)
+            if entry is not None:
+                yield "efficiency", {"x": x, "y": y, "where": where, "compared": outcomes.compared, **entry}
+
+
+@analysis("pareto")
+def _pareto(outcomes: Outcomes, asked: Mapping[str, Any]) -> Iterator[tuple[str, Entry]]:
+    study, compared = outcomes.study, outcomes.compared
+    gain, cost = canonical(asked["gain"]), as_change(study, asked["cost"])
+    # Points that differ in the number of task rows are not alternatives.
+    size = next((key for key in ("task.rows", "task.tokens") if key in study.keys), None)
+    for heading, within in panels(study, size):
+        candidates = front(study, outcomes.bootstrap, gain=gain, cost=cost, within=within)
+        if len(candidates) > 1 and outcomes.new("front", gain, cost, within, sorted(c["name"] for c in candidates)):
+            heading = ", ".join(filter(None, (heading, compared)))
+            what = {"gain": gain, "cost": cost, "where": within, "compared": compared, "heading": heading}
+            yield "pareto", {**what, "verdict": verdict(candidates), "points": candidates}
+
+
+if analysis.keys() != PARTS.keys() - {"figures", "separate", "resources"}:
+    raise ValueError("the analyses are not those of a recipe")
 
 
 def panels(study: Study, key: str | None) -> list[tuple[str, dict[str, Any]]]:
@@ -97,11 +141,6 @@ def panels(study: Study, key: str | None) -> list[tuple[str, dict[str, Any]]]:
         return [("", {})]
     values = {frozen(o.point.get(key)): o.point.get(key) for o in study.outcomes}
     return [(point_name({key: value}), {key: value}) for value in values.values()]
-
-
-def _task_size(study: Study) -> str | None:
-    """The key that says how many task rows there are, where it varies: points that differ in it are no alternatives."""
-    return next((key for key in ("task.rows", "task.tokens") if key in study.keys), None)
 
 
 def _contexts(found: list[Curve], reference: str) -> Iterator[tuple[dict[str, Any], list[Curve]]]:

@@ -1,4 +1,4 @@
-"""Which seeds can be compared: products of a grid may be run with fewer than all of them."""
+"""Which seeds can be compared: products of a grid may run with only some of them."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ def seed_sets(study: Study) -> list[tuple[int, ...]]:
 
 
 def compared_seeds(study: Study) -> list[tuple[int, ...]]:
-    """`seed_sets`, and what all of them share, where that is another: over these alone everything can be compared."""
+    """`seed_sets` and the seeds common to all of them, over which everything can be compared."""
     sets = seed_sets(study)
     shared = tuple(sorted(set.intersection(*map(set, sets)))) if sets else ()
     return [*sets, shared] if shared and shared not in sets else sets
 
 
 def with_seeds(study: Study, seeds: tuple[int, ...]) -> Study:
-    """The study as if it had been run with these seeds alone: points and arms that have all of them."""
+    """The study as if run with these seeds alone: points and arms that have all of them."""
     whole = {key for key, group in groups(study.outcomes).items() if {o.seed for o in group} >= set(seeds)}
     kept = [o for o in study.outcomes if o.seed in seeds and (frozen(dict(o.point)), o.arm) in whole]
     return replace(study, outcomes=kept)

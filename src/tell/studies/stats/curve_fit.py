@@ -7,10 +7,10 @@ With u = log10 of the amount x, the shapes are
     power law  limit + a x^-b, b > 0                                            3
     constant   a                                                                1
 
-An amount of 0 has no logarithm: it is left out of every fit, and said so. The threshold, where the curve takes off, is
-where the tangent at the logistic's steepest point leaves its floor, 10^(middle - 2 / slope): the end of the lag phase
-of growth curves (Zwietering et al. 1990, Applied and Environmental Microbiology 56, 1875-1881); there the curve has
-gone 12 % of its way.
+An amount of 0 has no logarithm: it is left out of every fit, which the verdict says. The threshold, where the curve
+takes off, is where the tangent at the logistic's steepest point leaves its floor, 10^(middle - 2 / slope): the end of
+the lag phase of growth curves (Zwietering et al. 1990, Applied and Environmental Microbiology 56, 1875-1881); there the
+curve has covered 12 % of its rise.
 """
 
 from __future__ import annotations
@@ -23,32 +23,49 @@ from typing import Any
 
 import numpy as np
 
-from tell.errors import TellError
+from tell.names import metric as metric_of
 from tell.score.intervals import estimate_from, percentiles
-from tell.studies.labels import metric_term, rounded
-from tell.studies.page.figures import Mark
+from tell.studies.labels import rounded
+from tell.studies.registered import needs
 from tell.studies.stats.curves import Curve
 
 LEAST = 4  # amounts above 0 below which no shapes are compared
-RESAMPLES = 1000  # fitted anew, of those there are
-GRID = 41  # values tried for each number that a shape is not linear in
+RESAMPLES = 1000  # of the study's that are fitted
+GRID = 41  # values tried for each nonlinear parameter
 RIVALS = ("line", "power law", "constant")
 NAMES = {"logistic": "S-curve", "line": "straight line in log amount", "power law": "power law", "constant": "constant"}
 
 
+Limits = tuple[float, float]
+
+
 @dataclass(frozen=True)
 class Shape:
-    """A family of curves, linear in two numbers (one for the constant) once the others are set.
+    """A family of curves, linear in two parameters (one for the constant) once the others are set.
 
     Attributes:
-        numbers: how many it has in all.
-        tried: the other numbers, in values to try, from the amounts.
-        basis: from these (m, k) and u (n,), what the linear numbers multiply: (m, n, 1 or 2).
+        numbers: of parameters in all.
+        tried: the nonlinear parameters, in values to try, from the amounts.
+        basis: from these (m, k) and u (n,), what the linear parameters multiply: (m, n, 1 or 2).
     """
 
     numbers: int
     tried: Callable[[np.ndarray], np.ndarray]
     basis: Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A fitted curve to draw over a measured one.
+
+    Attributes:
+        x, y: (n,) points of the fit.
+        threshold: where it takes off, as ``(value, low, high)``; None where that is not known.
+    """
+
+    x: np.ndarray
+    y: np.ndarray
+    threshold: tuple[float, float, float] | None
 
 
 def _ones(u: np.ndarray, m: int = 1) -> np.ndarray:
@@ -65,7 +82,7 @@ def _logistic_tried(u: np.ndarray) -> np.ndarray:
 
 def _logistic_basis(tried: np.ndarray, u: np.ndarray) -> np.ndarray:
     part = 1 / (1 + np.exp(-np.clip(tried[:, 1:] * (u - tried[:, :1]), -60, 60)))
-    return np.stack([1 - part, part], axis=-1)  # the linear numbers are floor and ceiling
+    return np.stack([1 - part, part], axis=-1)  # the linear parameters are floor and ceiling
 
 
 def _power_basis(tried: np.ndarray, u: np.ndarray) -> np.ndarray:
@@ -82,7 +99,7 @@ SHAPES = {
 
 @dataclass
 class Fits:
-    """What the fits of one curve say; ``facts`` is its entry in fits.json, ``mark`` what a figure shows."""
+    """The fits of one curve: ``facts`` is its entry in fits.json, ``mark`` what a figure shows."""
 
     facts: dict[str, Any] = field(default_factory=dict)
     mark: Mark | None = None
@@ -92,31 +109,32 @@ def fit_curve(curve: Curve, metric: str) -> Fits:
     """Fit every shape to a curve's means over seeds, and compare them by held-out error.
 
     The held-out error is the root mean square, over the amounts, of how far a shape fitted to all other amounts misses
-    the mean there. Its interval, and that of every parameter, comes from fitting anew in every resample of the study's
+    the mean there. Its interval, and that of every parameter, comes from fitting every resample of the study's
     bootstrap: they cover seeds and test rows, not the choice of amounts. A shape is compared where the amounts left
-    are at least as many as its numbers.
+    are at least as many as its parameters.
 
     Args:
-        metric: shares hold floor and ceiling between 0 and 1.
+        metric: shares keep floor and ceiling between 0 and 1.
 
     Raises:
         TellError: scipy is not installed.
     """
+    spec = metric_of(metric)
     keep = [i for i, x in enumerate(curve.x) if x > 0]
-    zero = [i for i, x in enumerate(curve.x) if x == 0]
     x = np.array([curve.x[i] for i in keep], dtype=float)
     y, draws = curve.values[keep], curve.samples[:, keep]
     draws = draws[np.isfinite(draws).all(axis=1)][:RESAMPLES]
-    facts: dict[str, Any] = {"amounts": x.tolist(), "left_out": [curve.x[i] for i in zero], "seeds": _seeds(curve)}
+    facts: dict[str, Any] = {"amounts": x.tolist(), "left_out": [v for v in curve.x if v == 0]}
+    facts["seeds"] = max(len(d.by_seed) for d in curve.draws)
     facts["points"] = [{"x": v, **d.summary()} for v, d in zip(curve.x, curve.draws, strict=True)]
-    if len(x) >= LEAST and len(draws) < 100:
-        lost = f"too few resamples have a value at each of the {len(x)} amounts for a curve to be fitted."
-        return Fits({**facts, "verdict": f"{lost[0].upper()}{lost[1:]}"})
     if len(x) < LEAST:
         few = f"{len(x)} amounts above 0 are too few for a curve to be fitted (at least {LEAST} are needed)."
         return Fits({**facts, "verdict": few})
+    if len(draws) < 100:
+        lost = f"Too few resamples have a value at each of the {len(x)} amounts for a curve to be fitted."
+        return Fits({**facts, "verdict": lost})
     u = np.log10(x)
-    limits = (0.0, 1.0) if metric_term(metric).unit == "share" else (-np.inf, np.inf)
+    limits = (0.0, 1.0) if spec.unit == "share" else (-np.inf, np.inf)
     errors = {name: held_out(shape, u, y[None], limits)[0] for name, shape in SHAPES.items() if shape.numbers < len(u)}
     spread = {name: held_out(SHAPES[name], u, draws, limits) for name in errors}
     facts["held_out_error"] = {n: estimate_from(errors[n], *percentiles(spread[n]), len(u)) for n in errors}
@@ -128,7 +146,7 @@ def fit_curve(curve: Curve, metric: str) -> Fits:
     }
     facts["logistic"], drawn = _logistic(u, y, draws, limits)
     rises = facts["logistic"]["ceiling"]["value"] > facts["logistic"]["floor"]["value"]
-    facts["improves"] = bool(rises) == metric_term(metric).higher_is_better
+    facts["improves"] = bool(rises) == spec.higher_is_better
     facts["verdict"] = verdict(facts)
     moves = facts["against"]["constant"]["ci"][0] > 0  # a curve that may be level takes off nowhere
     threshold = facts["logistic"]["threshold"]
@@ -136,7 +154,7 @@ def fit_curve(curve: Curve, metric: str) -> Fits:
     return Fits(facts, Mark(*drawn, (threshold["value"], *threshold["ci"]) if known else None) if moves else None)
 
 
-def held_out(shape: Shape, u: np.ndarray, y: np.ndarray, limits: tuple[float, float]) -> np.ndarray:
+def held_out(shape: Shape, u: np.ndarray, y: np.ndarray, limits: Limits) -> np.ndarray:
     """(b,) root mean square error at amounts left out one by one.
 
     Args:
@@ -154,16 +172,16 @@ def held_out(shape: Shape, u: np.ndarray, y: np.ndarray, limits: tuple[float, fl
 
 
 def _at(shape: Shape, tried: np.ndarray, u: np.ndarray, rest: np.ndarray) -> np.ndarray:
-    """(b, n, k) basis of each curve's own numbers at all amounts, a power law's counted from the first of ``rest``."""
+    """(b, n, k) basis of each curve's own parameters at all amounts; a power law counts from the first of ``rest``."""
     return shape.basis(tried, np.concatenate([u[rest][:1], u]))[:, 1:]
 
 
-def profile(shape: Shape, u: np.ndarray, y: np.ndarray, limits: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
-    """The best of the values tried for the numbers that are not linear, and the linear ones by least squares.
+def profile(shape: Shape, u: np.ndarray, y: np.ndarray, limits: Limits) -> tuple[np.ndarray, np.ndarray]:
+    """The best of the values tried for the nonlinear parameters, and the linear ones by least squares.
 
     Args:
         u: (n,); y: (b, n) curves, fitted all at once.
-        limits: the linear numbers of the logistic, floor and ceiling, stay within.
+        limits: of the logistic's linear parameters, floor and ceiling.
 
     Returns:
         (b, k) and (b, 1 or 2).
@@ -185,19 +203,17 @@ def profile(shape: Shape, u: np.ndarray, y: np.ndarray, limits: tuple[float, flo
 
 
 def _logistic(
-    u: np.ndarray, y: np.ndarray, draws: np.ndarray, limits: tuple[float, float]
+    u: np.ndarray, y: np.ndarray, draws: np.ndarray, limits: Limits
 ) -> tuple[dict[str, Any], tuple[np.ndarray, np.ndarray]]:
     """Floor, ceiling, slope and threshold with intervals: the best of the tried values, then scipy's least squares.
 
     Returns:
-        The numbers, and the curve as (120,) amounts and values.
+        The parameters, and the curve as (120,) amounts and values.
     """
     try:
         from scipy.optimize import least_squares
     except ImportError as error:
-        raise TellError(
-            "fits need scipy", where="tell study", remedy='Install it: pip install "tell-llm[study]".'
-        ) from error
+        raise needs("fits need scipy") from error
     shape = SHAPES["logistic"]
     start = np.concatenate([part[0] for part in profile(shape, u, y[None], limits)])
     tried = shape.tried(u)
@@ -222,15 +238,15 @@ def _logistic(
 
 
 def verdict(facts: dict[str, Any]) -> str:
-    """What the held-out errors show, in sentences that are true."""
+    """What the held-out errors show, in sentences."""
     n = len(facts["amounts"])
     given = f"{n} amounts above 0" + ("; 0 itself has no logarithm and is left out" if facts["left_out"] else "")
     if "against" not in facts:
         return f"Too few amounts to tell an S-curve from simpler shapes: it has 4 numbers, so 5 are needed ({given})."
-    beaten, ahead, open_ = [], [], []
-    for name, gap in facts["against"].items():
-        low, high = gap["ci"]
-        (beaten if low > 0 else ahead if high < 0 else open_).append(NAMES[name])
+    ends = {NAMES[name]: gap["ci"] for name, gap in facts["against"].items()}
+    beaten = [name for name, (low, _) in ends.items() if low > 0]
+    ahead = [name for name, (low, high) in ends.items() if low <= 0 and high < 0]
+    open_ = [name for name in ends if name not in (*beaten, *ahead)]
     parts = [f"S-curve favoured over {_and(beaten)} by held-out error"] if beaten else []
     parts += [f"{_and(ahead)} favoured over the S-curve by held-out error"] if ahead else []
     parts += [f"S-curve and {_and(open_)} not distinguishable"] if open_ else []
@@ -239,19 +255,15 @@ def verdict(facts: dict[str, Any]) -> str:
         threshold, first = facts["logistic"]["threshold"], facts["amounts"][0]
         turn = "takes off" if facts["improves"] else "gets worse"
         sure = f"It {turn}" if NAMES["line"] in beaten else f"If it is an S-curve, it {turn}"
-        ends = " to ".join(rounded(end) for end in threshold["ci"])
+        between = " to ".join(rounded(end) for end in threshold["ci"])
         at = (
             f"{'at' if facts['improves'] else 'from'} {rounded(threshold['value'])}"
             if threshold["value"] >= first
             else "below the smallest amount measured"
         )
-        text += f" {sure} {at} (95 % interval {ends})."
+        text += f" {sure} {at} (95 % interval {between})."
     return text
 
 
 def _and(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
-
-
-def _seeds(curve: Curve) -> int:
-    return max(len(d.by_seed) for d in curve.draws)

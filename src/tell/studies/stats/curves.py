@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +19,8 @@ class Curve:
     """One arm over one key of the grid.
 
     Attributes:
-        rest: the other keys that vary, and their values here; left out are those without effect on the arm, and
-            texts that go along with the curve's own key.
+        rest: the other keys that vary, and their values here; without those that have no effect on the arm, and
+            texts that come with the curve's own key.
         x: values of the key, ascending where they are numbers.
         draws: the metric at each.
         groups: the outcomes at each, one a seed.
@@ -41,7 +41,7 @@ class Curve:
 
     @property
     def samples(self) -> np.ndarray:
-        """(samples, n) the same in every resample."""
+        """(samples, n) of the bootstrap."""
         return np.stack([d.draws for d in self.draws], axis=1)
 
     @property
@@ -56,7 +56,7 @@ def curves(
     x: str,
     y: str,
     arms: Sequence[str] | None = None,
-    within: dict[str, Any] | None = None,
+    within: Mapping[str, object] | None = None,
 ) -> list[Curve]:
     """Every curve of a metric over a key.
 
@@ -67,20 +67,14 @@ def curves(
         within: only points with these values.
     """
     found: list[Curve] = []
-    chosen = [
-        o
-        for o in study.outcomes
-        if (arms is None or o.arm in arms)
-        and x in o.point
-        and all(frozen(o.point.get(k)) == frozen(v) for k, v in (within or {}).items())
-    ]
-    others = [key for key in study.keys if key != x and not _goes_along(study, x, key)]
-    for arm in arm_order([o.arm for o in chosen]):
+    chosen = [o for o in study.outcomes if (arms is None or o.arm in arms) and x in o.point and o.has(within or {})]
+    others = [key for key in study.keys if key != x and not _comes_with(study, x, key)]
+    for arm in arm_order(o.arm for o in chosen):
         mine, idle = [o for o in chosen if o.arm == arm], _without_effect(study, arm)
         own = [key for key in others if key not in idle]
         for context in _ordered([{k: o.point.get(k) for k in own} for o in mine]):
-            here = [o for o in mine if all(frozen(o.point.get(k)) == frozen(v) for k, v in context.items())]
-            once = {(frozen(o.point[x]), o.cell): o for o in here}  # keys without effect lead to one cell several times
+            # Keys without effect lead to one cell several times.
+            once = {(frozen(o.point[x]), o.cell): o for o in mine if o.has(context)}
             curve = _curve(arm, context, list(once.values()), bootstrap, x, y)
             if curve is not None:
                 found.append(curve)
@@ -88,7 +82,7 @@ def curves(
 
 
 def _without_effect(study: Study, arm: str) -> set[str]:
-    """Keys of which an arm's cells have several values, and that part no two cells where they alone vary."""
+    """Keys that take several values in one cell of the arm, and never alone lead to different cells."""
     found = set()
     for key in study.keys:
         values, cells = defaultdict(set), defaultdict(set)
@@ -101,12 +95,12 @@ def _without_effect(study: Study, arm: str) -> set[str]:
     return found
 
 
-def _goes_along(study: Study, x: str, key: str) -> bool:
+def _comes_with(study: Study, x: str, key: str) -> bool:
     """Whether a text has one value at each value of another text, ``x``: data sets come with their own anchors."""
     points = [row["point"] for row in study.rows if x in row["point"]]
-    found: dict[str, set[str]] = {}
+    found: dict[str, set[str]] = defaultdict(set)
     for point in points:
-        found.setdefault(frozen(point[x]), set()).add(frozen(point.get(key)))
+        found[frozen(point[x])].add(frozen(point.get(key)))
     texts = all(isinstance(point.get(k), str) for point in points for k in (x, key))
     return texts and len(found) > 1 and all(len(values) == 1 for values in found.values())
 
@@ -114,12 +108,10 @@ def _goes_along(study: Study, x: str, key: str) -> bool:
 def _curve(
     arm: str, context: dict[str, Any], outcomes: Sequence[Outcome], bootstrap: Bootstrap, x: str, y: str
 ) -> Curve | None:
-    values = [p["x"] for p in _ordered([{"x": o.point[x]} for o in outcomes])]
     at, draws, groups = [], [], []
-    for value in values:
+    for value in (p["x"] for p in _ordered([{"x": o.point[x]} for o in outcomes])):
         group = [o for o in outcomes if frozen(o.point[x]) == frozen(value)]
-        found = bootstrap.of(group, y)
-        if found is not None:
+        if (found := bootstrap.of(group, y)) is not None:
             at.append(value)
             draws.append(found)
             groups.append(group)
@@ -128,7 +120,7 @@ def _curve(
     most = max(range(len(at)), key=lambda i: len(groups[i]))
     cells = {o.cell for o in groups[most]}
     flat = len(at) > 1 and all({o.cell for o in group} <= cells for group in groups)
-    if flat:  # where a point was run with fewer seeds, the others still tell of it
+    if flat:  # a point with fewer seeds has the others' numbers too
         draws, groups = [draws[most]] * len(at), [groups[most]] * len(at)
     return Curve(arm, context, at, draws, groups, flat)
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from tell.errors import TellError
-from tell.names import show as number
+from tell.names import metric, show
 from tell.report.svg import nice
-from tell.studies.labels import arm_name, key_name, metric_term, value_name
+from tell.studies.labels import arm_name, key_name, value_name
+from tell.studies.registered import needs
 from tell.studies.stats.curves import Curve
 
 SAFE = 0.99  # share of resamples in which both arms reach a score that the mean factor is taken over
@@ -20,19 +20,19 @@ LEVELS = 9  # scores compared at, about
 def efficiency(curves: Sequence[Curve], *, x: str, y: str, reference: str) -> dict[str, Any] | None:
     """Amounts for equal scores, and their factors against one arm.
 
-    Each arm's means are made monotone (isotonic regression) and read between the measured amounts linearly in
+    Each arm's means are made monotone (isotonic regression) and interpolated between the measured amounts linearly in
     the logarithm. A score that an arm has not reached at its largest amount is "not reached", and enters factors as
-    infinity; one that it has already at its smallest counts as needing that amount. Both can happen in single
+    infinity; one that it already has at its smallest counts as needing that amount. Both can happen in single
     resamples, so an interval may end in "not reached" (None).
 
     Args:
-        curves: one an arm, over ``x``, of one context.
+        curves: one for each arm, over ``x``, of one context.
         reference: the arm whose amount the others' are divided by.
 
     Returns:
         ``{"levels": [...], "arms": {arm: {"amounts", "ci", "not_reached"}}, "factors": {arm: {"by_level", "mean"}},
         "reference", "verdict"}``; None where the reference or every other arm has fewer than two amounts. ``mean`` is
-        geometric, over the scores that both arms reach in at least 99 % of the resamples. A factor's end of 0 says
+        geometric, over the scores that both arms reach in at least 99 % of the resamples. A factor's end of 0 means
         that the reference does not reach the score.
 
     Raises:
@@ -41,7 +41,7 @@ def efficiency(curves: Sequence[Curve], *, x: str, y: str, reference: str) -> di
     usable = {c.arm: c for c in curves if c.numeric and not c.flat and sum(v > 0 for v in c.x) > 1}
     if reference not in usable or len(usable) < 2:
         return None
-    sign = 1.0 if metric_term(y).higher_is_better else -1.0
+    sign = 1.0 if metric(y).higher_is_better else -1.0
     fitted = {arm: _monotone(c, sign) for arm, c in usable.items()}
     levels = _levels([means for _, means, _ in fitted.values()])
     needs = {
@@ -56,13 +56,9 @@ def efficiency(curves: Sequence[Curve], *, x: str, y: str, reference: str) -> di
         }
         for arm, (own, draws) in needs.items()
     }
-    factors = {}
-    for arm in usable:
-        if arm != reference:
-            factors[arm] = _factor(needs[arm], needs[reference], sign * levels)
+    factors = {arm: _factor(needs[arm], needs[reference], sign * levels) for arm in usable if arm != reference}
     result = {"levels": [float(sign * s) for s in levels], "arms": arms, "factors": factors, "reference": reference}
-    largest = {arm: max(c.x) for arm, c in usable.items()}
-    return {**result, "verdict": _verdict(result, x, y, largest)}
+    return {**result, "verdict": _verdict(result, x, y, {arm: max(c.x) for arm, c in usable.items()})}
 
 
 def _factor(own: tuple[np.ndarray, np.ndarray], reference: tuple[np.ndarray, np.ndarray], scores: np.ndarray) -> dict:
@@ -84,11 +80,9 @@ def _factor(own: tuple[np.ndarray, np.ndarray], reference: tuple[np.ndarray, np.
 def _monotone(curve: Curve, sign: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Logarithms of the amounts above 0 (n,), and the non-decreasing means (n,) and draws (samples, n) there."""
     try:
-        from scipy.optimize import isotonic_regression  # 20 times as quick on short rows as scikit-learn's
+        from scipy.optimize import isotonic_regression  # on short rows 20 times as fast as scikit-learn's
     except ImportError as error:
-        raise TellError(
-            "token efficiency needs scipy", where="tell study", remedy='Install it: pip install "tell-llm[study]".'
-        ) from error
+        raise needs("token efficiency needs scipy") from error
     keep = [i for i, v in enumerate(curve.x) if v > 0]
     draws = sign * curve.samples[:, keep]
     steady = np.array([isotonic_regression(row).x if np.isfinite(row).all() else row for row in draws])
@@ -97,7 +91,7 @@ def _monotone(curve: Curve, sign: float) -> tuple[np.ndarray, np.ndarray, np.nda
 
 
 def _levels(means: Sequence[np.ndarray]) -> np.ndarray:
-    """Round scores above what every arm has at its smallest amount, below the best of any (all rows right is luck)."""
+    """Round scores between the best at any smallest amount and the best of all (all rows right is luck)."""
     low, high = max(m[0] for m in means), max(m[-1] for m in means)
     if high - low < 1e-9:
         return np.zeros(0)
@@ -140,39 +134,33 @@ def _finite(value: float) -> float | None:
 
 
 def _verdict(result: dict[str, Any], x: str, y: str, largest: dict[str, float]) -> str:
-    """What it takes, in sentences; a factor whose interval holds 1 is said not to be told from 1."""
-    what, unit, reference = key_name(x), metric_term(y).unit, result["reference"]
-    label = metric_term(y).label.lower()
+    """What it takes, in sentences; a factor whose interval holds 1 is not told from 1."""
+    what, unit, label = key_name(x), metric(y).unit, metric(y).label.lower()
+    own, reference = arm_name(result["reference"]), result["arms"][result["reference"]]
     if not result["levels"]:
         return (
             f"No score of {label} lies above what every arm has at its smallest amount, so no amounts can be compared."
         )
     parts = []
     for arm, factor in result["factors"].items():
-        if factor["mean"] is not None:
-            low, high = factor["mean"]["ci"]
+        name, mean = arm_name(arm), factor["mean"]
+        if mean is not None:
+            low, high = mean["ci"]
             ends = f"{low:.2g} to " + (f"{high:.2g}" if high is not None else "not reached")
-            scores = " to ".join(number(factor["mean"]["scores"][i], unit) for i in (0, -1))
             told = ", not told from 1" if low <= 1 and (high is None or high >= 1) else ""
-            times = f"{factor['mean']['factor']:.2g} times the {what} that {arm_name(reference)} needs"
+            scores = " to ".join(show(mean["scores"][i], unit) for i in (0, -1))
             parts.append(
-                f"{arm_name(arm)} needs {times} for the same {label} "
+                f"{name} needs {mean['factor']:.2g} times the {what} that {own} needs for the same {label} "
                 f"(95 % interval {ends}{told}; mean over scores from {scores})"
             )
         elif any(entry["factor"] is not None for entry in factor["by_level"]):
-            parts.append(f"{arm_name(arm)} reaches the same {label} in too few resamples for a factor")
-        lost = [e["score"] for e in factor["by_level"] if e["factor"] is None]
+            parts.append(f"{name} reaches the same {label} in too few resamples for a factor")
+        lost = [i for i, entry in enumerate(factor["by_level"]) if entry["factor"] is None]
         if lost:
-            i = result["levels"].index(lost[0])
-            theirs = result["arms"][reference]["amounts"][i]
-            end = (
-                f"{arm_name(reference)} does at about {value_name(round(theirs))}"
-                if theirs
-                else f"nor does {arm_name(reference)}"
-            )
-            if result["arms"][arm]["amounts"][i] is None:
-                top = value_name(largest[arm])
-                parts.append(f"{arm_name(arm)} does not reach {number(lost[0], unit)} with {top} {what}; {end}")
+            score, theirs = show(factor["by_level"][lost[0]]["score"], unit), reference["amounts"][lost[0]]
+            end = f"{own} does at about {value_name(round(theirs))}" if theirs else f"nor does {own}"
+            if result["arms"][arm]["amounts"][lost[0]] is None:
+                parts.append(f"{name} does not reach {score} with {value_name(largest[arm])} {what}; {end}")
             else:
-                parts.append(f"{arm_name(reference)} does not reach {number(lost[0], unit)}; {arm_name(arm)} does")
+                parts.append(f"{own} does not reach {score}; {name} does")
     return ". ".join(f"{p[0].upper()}{p[1:]}" for p in parts) + "."

@@ -1,17 +1,16 @@
-"""When each test row turns right: the per-example view behind a curve, for the reading as quanta (the paper's A.3).
+"""When each test row turns right: the rows behind a curve, to test the paper's account by quanta (A.3).
 
-If a skill is made of quanta that are learned one after the other (Michaud et al. 2023, arXiv 2303.13506), a test row
-that needs one of them should turn from wrong to right at its amount and stay right. If instead every row only becomes
-likelier to be answered well, all together, rows that are right at one amount are often wrong at the next, and which
-rows are right is a matter of chance. Two numbers tell these apart, each against shuffling, at every amount, which rows
-are right (the curve stays, all memory of rows goes):
+If a skill consists of quanta that are learned one after the other (Michaud et al. 2023, arXiv 2303.13506), a test row
+that needs one of them turns from wrong to right at its amount and stays right. If instead all rows become likelier to
+be answered well together, rows that are right at one amount are often wrong at the next. Two numbers distinguish these,
+each against shuffling which rows are right at every amount (the curve stays, the identity of rows goes):
 
 - flips back: right at one amount, wrong at the next larger one;
 - agreement: whether a row that turns right between two amounts does so at the same one under another seed.
 
-Rows may also differ in difficulty without being quanta, which makes flips back rarer than by chance as well; so few
-flips back agree with quanta and do not prove them. Where rows turn for good is told beside what shuffling gives: after
-the largest amount nothing was measured, so every row that is wrong before it and right there counts as turned.
+Rows of unequal difficulty also flip back more rarely than by chance, so few flips back agree with quanta and do not
+prove them. After the largest amount nothing was measured: every row that is wrong before it and right there counts as
+turned for good.
 """
 
 from __future__ import annotations
@@ -29,10 +28,9 @@ LEAST = 3  # amounts
 
 
 def flips(curve: Curve, metric: str, x: str) -> dict[str, Any] | None:
-    """Where the rows of each seed turn right for good.
+    """The amounts at which the rows of each seed turn right for good.
 
     Args:
-        curve: over numbers, 0 among them where it was measured.
         metric: one that is 0 or 1 in every row; means of such values count as right from a half on.
         x: the key of the curve, for the verdict.
 
@@ -41,17 +39,17 @@ def flips(curve: Curve, metric: str, x: str) -> dict[str, Any] | None:
         {seed: {hash: amount or None}}, "verdict"}``; None where the metric is not binary, the key is no number, or no
         seed has three amounts.
 
-        ``share`` are the parts of the rows that turn right for good at each amount, ``share_by_chance`` the same if
-        rows were shuffled, ``never`` the part that is wrong at the largest; ``entropy`` is that of the shares between
-        amounts above 0, in bits, ``entropy_by_chance`` that of the shuffled ones, and ``even_entropy`` what a straight
-        line in the logarithm would give: less means that they turn closer together.
-        ``back`` is the number of flips back, with what shuffling gives, mean over seeds: ``p`` is how often shuffling
-        gives as few, ``p_at_none`` how often it gives none, without which nothing can be told.
+        ``share`` is the share of rows that turn right for good at each amount, ``share_by_chance`` the same if rows
+        were shuffled, ``never`` the share that is wrong at the largest; ``entropy`` is that of the shares between
+        amounts above 0, in bits, ``entropy_by_chance`` that of the shuffled ones, and ``even_entropy`` that of a
+        straight line in the logarithm: less means that they turn closer together. ``back`` is the number of flips
+        back, with what shuffling gives, mean over seeds: ``p`` is how often shuffling gives as few, ``p_at_none`` how
+        often it gives none; where that is likely, nothing can be concluded.
     """
     if not curve.numeric or not all(d.binary for d in curve.draws):
         return None
-    tables = {seed: _right(curve, metric, seed) for seed in sorted({s for d in curve.draws for s in d.by_seed})}
-    tables = {seed: found for seed, found in tables.items() if found is not None}
+    seeds = sorted({seed for d in curve.draws for seed in d.by_seed})
+    tables = {seed: found for seed in seeds if (found := _right(curve, metric, seed)) is not None}
     if not tables:
         return None
     rng = np.random.default_rng(0)
@@ -59,8 +57,8 @@ def flips(curve: Curve, metric: str, x: str) -> dict[str, Any] | None:
     result: dict[str, Any] = {"amounts": amounts, "seeds": {}, "rows": {}}
     turned, by_chance, backs, chances = [], [], [], []
     for seed, (own, hashes, right) in tables.items():
-        at, shuffled = turning(right), [_shuffled(right, rng) for _ in range(SHUFFLES)]
-        if own == amounts:  # a seed with amounts missing has no place in the shares
+        at, shuffled = turning(right), [rng.permuted(right, axis=0) for _ in range(SHUFFLES)]
+        if own == amounts:  # the shares leave out seeds with amounts missing
             turned.append(at)
             by_chance.append(np.concatenate([turning(each) for each in shuffled]))
         back, chance = flips_back(right), np.array([flips_back(each) for each in shuffled])
@@ -76,7 +74,7 @@ def flips(curve: Curve, metric: str, x: str) -> dict[str, Any] | None:
         result["rows"][str(seed)] = {
             h: own[i] if i < len(own) else None for h, i in zip(hashes.tolist(), at.tolist(), strict=True)
         }
-    every = np.concatenate(turned)  # the first seed's own are always there
+    every = np.concatenate(turned)  # at least those of the first seed
     share, chance_share = (_shares(each, len(amounts)) for each in (every, np.concatenate(by_chance)))
     result["share"], result["never"] = [round(float(v), 6) for v in share[:-1]], round(float(share[-1]), 6)
     result["share_by_chance"] = [round(float(v), 6) for v in chance_share[:-1]]
@@ -132,17 +130,13 @@ def _right(curve: Curve, metric: str, seed: int) -> tuple[list[Any], np.ndarray,
     return [v for v, _ in runs], np.array(hashes), right
 
 
-def _shuffled(right: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    return rng.permuted(right, axis=0)
-
-
 def _shares(at: np.ndarray, amounts: int) -> np.ndarray:
     """(amounts + 1,) of rows that turn at each amount, and never."""
     return np.bincount(at, minlength=amounts + 1) / len(at)
 
 
 def _p(extreme: np.ndarray) -> float:
-    """Of a permutation test, from which shuffles are as extreme; the data count as one of them."""
+    """p of a permutation test, from which shuffles are as extreme; the data count as one of them."""
     return round(float((1 + extreme.sum()) / (1 + len(extreme))), 4)
 
 
@@ -156,9 +150,10 @@ def _entropy(weights: np.ndarray) -> float | None:
 
 
 def _agreement(tables: dict[int, tuple[list[Any], np.ndarray, np.ndarray]], rng: np.random.Generator) -> dict | None:
-    """Share of rows that turn right at the same amount, mean over pairs of seeds; and what pairing the rows at random
-    gives. Only rows that turn between two amounts under both seeds count: that some are right from the start, and some
-    never, is no sign of amounts of their own. None below 10 such rows.
+    """Share of rows that turn right at the same amount, mean over pairs of seeds, against pairing rows at random.
+
+    Only rows that turn between two amounts under both seeds count: those that are right from the start or never say
+    nothing about amounts. None below 10 such rows.
     """
     same, chance = [], []
     seeds = list(tables)
@@ -183,7 +178,7 @@ def _agreement(tables: dict[int, tuple[list[Any], np.ndarray, np.ndarray]], rng:
 
 
 def _verdict(result: dict[str, Any], x: str) -> str:
-    """What the numbers show and what they do not, in sentences."""
+    """What the numbers show and do not show, in sentences."""
     amounts, share = result["amounts"], result["share"]
     what, back = key_name(x), result["back"]
     most = int(np.argmax(share[1:])) + 1

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from tell.names import arm_order
-from tell.studies.labels import SFT, arm_name, arm_point_name, canonical, metric_term
+from tell.names import arm_order, metric
+from tell.studies.labels import SFT, arm_name, arm_point_name
 from tell.studies.results import Outcome, Study
 from tell.studies.stats.results_table import merged
 from tell.studies.stats.seed_means import Bootstrap
@@ -17,8 +17,8 @@ CHUNK = 200  # resamples compared at once
 
 
 def front(
-    study: Study, bootstrap: Bootstrap, *, gain: str, cost: str, within: dict[str, Any] | None = None
-) -> list[dict]:
+    study: Study, bootstrap: Bootstrap, *, gain: str, cost: str, within: Mapping[str, object] | None = None
+) -> list[dict[str, Any]]:
     """Every point and arm with its gain and cost, best gain first.
 
     Args:
@@ -27,40 +27,40 @@ def front(
 
     Returns:
         ``{"name", "point", "arm", "alone", "gain", "cost", "on_front", "front_share"}`` each: ``alone`` is TELL without
-        general rows, ``on_front`` by the means, ``front_share`` the part of the resamples in which it is on the front.
+        general rows, ``on_front`` by the means, ``front_share`` the share of resamples in which it is on the front.
         A point is on it where no other is at least as good in both and better in one.
     """
-    gain, cost = canonical(gain), canonical(cost)
+    within = within or {}
     found = []
     for arm, points, group in merged(study):
-        here = [p for p in points if all(p.get(k) == v for k, v in (within or {}).items())]
-        sides = [bootstrap.of(group, metric) for metric in (gain, cost)]
-        if here and all(sides):
-            found.append((arm, here, group, *sides))
+        here = [p for p in points if all(p.get(k) == v for k, v in within.items())]
+        gains, costs = (bootstrap.of(group, name) for name in (gain, cost))
+        if here and gains and costs:
+            same = {
+                k: here[0].get(k) for k in study.keys if k not in within and len({str(q.get(k)) for q in here}) == 1
+            }
+            found.append((arm, same, alone(arm, group), gains, costs))
     if not found:
         return []
-    signs = [1.0 if metric_term(gain).higher_is_better else -1.0, 1.0 if metric_term(cost).higher_is_better else -1.0]
-    means = np.array([[[signs[0] * g.value, signs[1] * c.value] for *_, g, c in found]])
-    draws = np.stack([np.stack([signs[0] * g.draws, signs[1] * c.draws], axis=-1) for *_, g, c in found], axis=1)
+    signs = np.array([1.0 if metric(name).higher_is_better else -1.0 for name in (gain, cost)])
+    means = np.array([[(g.value, c.value) for *_, g, c in found]]) * signs
+    draws = np.stack([np.stack([g.draws, c.draws], axis=-1) for *_, g, c in found], axis=1) * signs
     draws = draws[np.isfinite(draws).all(axis=(1, 2))]
     on = undominated(means)[0]
-    share = np.mean(
-        np.concatenate([undominated(d) for d in np.array_split(draws, max(1, len(draws) // CHUNK))]), axis=0
-    )
-    varying = [key for key in study.keys if key not in (within or {})]
-    same = [{k: p[0].get(k) for k in varying if len({str(q.get(k)) for q in p}) == 1} for _, p, *_ in found]
+    parts = np.array_split(draws, max(1, len(draws) // CHUNK))
+    share = np.mean(np.concatenate([undominated(part) for part in parts]), axis=0)
     entries = [
         {
-            "name": arm_point_name(arm, same[i], alone=alone(arm, group)),
-            "point": same[i],
+            "name": arm_point_name(arm, same, alone=sft),
+            "point": same,
             "arm": arm,
-            "alone": alone(arm, group),
+            "alone": sft,
             "gain": g.summary(),
             "cost": c.summary(),
             "on_front": bool(on[i]),
             "front_share": round(float(share[i]), 4),
         }
-        for i, (arm, _, group, g, c) in enumerate(found)
+        for i, (arm, same, sft, g, c) in enumerate(found)
     ]
     return sorted(entries, key=lambda e: -signs[0] * e["gain"]["value"])
 
@@ -77,12 +77,12 @@ def undominated(values: np.ndarray) -> np.ndarray:
         values: (b, n, 2), more is better in both.
     """
     other, own = values[:, :, None], values[:, None]
-    beats = (other >= own).all(axis=-1) & (other > own).any(axis=-1)
-    return ~beats.any(axis=1)
+    beats = np.logical_and((other >= own).all(axis=-1), (other > own).any(axis=-1))
+    return np.logical_not(beats.any(axis=1))
 
 
-def verdict(entries: Sequence[dict]) -> str:
-    """Which arms stand on the front, in a sentence."""
+def verdict(entries: Sequence[dict[str, Any]]) -> str:
+    """Which arms are on the front, in a sentence."""
     on = [e for e in entries if e["on_front"]]
     sure = [e for e in on if e["front_share"] >= 0.95]
     kinds = [SFT if e["alone"] else e["arm"] for e in on]

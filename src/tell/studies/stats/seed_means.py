@@ -1,9 +1,9 @@
 """Means over seeds and test rows with 95 % intervals, and paired differences.
 
-Every interval comes from one two-level bootstrap: each resample draws the study's seeds with replacement, and its test
-rows with replacement, the same for every arm and point. So the difference of two arms, a fitted threshold or a factor
-of efficiency is paired by itself, by seed and by row, and a row that several seeds answered counts as one row (Owen
-2007, The pigeonhole bootstrap, Annals of Applied Statistics 1, 386-411).
+Every interval comes from one two-level bootstrap: each resample draws the study's seeds and its test rows with
+replacement, the same for every arm and point. So differences of arms, fitted thresholds and efficiency factors are
+paired by seed and row, and a row that several seeds answered counts once (Owen 2007, The pigeonhole bootstrap, Annals
+of Applied Statistics 1, 386-411).
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tell.names import CHANGE, canonical
+from tell.names import metric as metric_of
 from tell.score.intervals import applies, estimate_from, newcombe_paired, percentiles, resamples, shares, wilson
 from tell.score.intervals import difference as paired
 from tell.score.scored import Metric
-from tell.studies.labels import canonical, metric_term
-from tell.studies.results import Measured, Outcome, Study, frozen
-from tell.studies.stats.shared_rows import CHANGE
+from tell.studies.measured import Measured
+from tell.studies.results import Outcome, Study, frozen
 
 SAMPLES = 2000
 
@@ -47,8 +48,8 @@ class Draws:
     def summary(self) -> dict:
         """``{"value", "ci", "n", "seeds"}``.
 
-        The interval of yes and no under one seed is Wilson's, as in the run's own report. So it is where all rows of
-        all seeds are 0, or all are 1, and no resample differs; then over the distinct rows.
+        A binary metric under one seed has Wilson's interval, as in the run's own report; so has one that is 0 in all
+        rows of all seeds or 1 in all, where resamples do not differ, then over the distinct rows.
         """
         ci = self.own or percentiles(self.draws)
         if self.binary and (self.value in (0.0, 1.0) or len(self.by_seed) == 1):
@@ -57,12 +58,7 @@ class Draws:
 
 
 class Bootstrap:
-    """Resamples of a study, drawn once and used for everything.
-
-    Args:
-        samples: how many.
-        seed: of the drawing.
-    """
+    """Resamples of a study, drawn once and used for everything."""
 
     def __init__(self, study: Study, samples: int = SAMPLES, seed: int = 0) -> None:
         self.samples, self.seed = samples, seed
@@ -77,7 +73,7 @@ class Bootstrap:
         shared: dict[str, dict[str, None]] = {}
         for rows in (number.rows for run in runs for number in run.numbers.values() if number.rows is not None):
             shared.setdefault(rows.source, {}).update(dict.fromkeys(rows.hashes.tolist()))
-        self._shared = {  # drawn apart from test rows: a set of as many would move with them
+        self._shared = {  # by seeds of their own: a set of as many rows would be drawn like the test rows
             source: _Pool(list(known), samples, _digest(f"{seed} {source}")) for source, known in shared.items()
         }
         self._cache: dict[tuple[int, str], np.ndarray] = {}
@@ -92,13 +88,13 @@ class Bootstrap:
         With one seed the interval covers the choice of test rows alone.
         """
         metric = canonical(metric)
-        found = [o for o in group if metric in o.measured.metrics or metric in o.measured.numbers]
+        found = [o for o in group if metric in o.measured]
         if not found:
             return None
         columns = [self._run(o.measured, metric) for o in found]
         numbers = {i: o.measured.numbers[metric] for i, o in enumerate(found) if metric not in o.measured.metrics}
-        # One noise for all seeds, which share the probe's rows; of held-out rows, which differ, intervals are too wide.
-        # Of rows that are all alike (no question answered right) no resample differs: theirs is the run's own spread.
+        # One noise for all seeds, which share the probe's rows; for held-out rows, which differ, it is too wide.
+        # Where all rows are equal (no question answered right) resamples do not differ: use the run's own spread.
         alone = {i: n.spread for i, n in numbers.items() if n.rows is None or not np.ptp(columns[i])}
         if alone:
             noise = self._noise(found[0], metric)
@@ -112,14 +108,15 @@ class Bootstrap:
         n = len(found)
         draws = centre + (drawn - centre) * (np.sqrt(n / (n - 1)) if n > 1 else 1.0)
         draws[total == 0] = np.nan
-        by_seed = {o.seed: _value(o.measured, metric) for o in found}
-        rows = [o.measured.metrics[metric] for o in found if metric in o.measured.metrics]
-        hashes = {h for o in found if metric in o.measured.metrics for h in _rows_of(o.measured, metric)}
+        by_seed = {o.seed: o.measured.value(metric) for o in found}
+        scored = [o.measured for o in found if metric in o.measured.metrics]
+        hashes = {h for run in scored for h in run.hashes[applies(run.metrics[metric])].tolist()}
+        rows = [run.metrics[metric] for run in scored]
         if rows and all(row.stats.shape[1] == 2 for row in rows):  # a mean never leaves the range of its rows
             every = np.concatenate([row.per_row for row in rows])
             low, high = (0.0, 1.0) if all(row.binary for row in rows) else (np.nanmin(every), np.nanmax(every))
             draws = np.clip(draws, low, high)
-        elif metric_term(metric).unit == "share":
+        elif metric_of(metric).unit == "share":
             draws = np.clip(draws, 0.0, 1.0)
         binary = bool(rows) and all(row.binary for row in rows)
         own = numbers[0].ci if numbers and len(found) == 1 else None
@@ -128,13 +125,13 @@ class Bootstrap:
     def difference(self, a: Sequence[Outcome], b: Sequence[Outcome], metric: str) -> dict | None:
         """``a`` minus ``b`` over the seeds that both have: ``{"value", "ci", "n", "seeds"}``; None where there is none.
 
-        The interval of yes and no under one seed is Newcombe's for paired proportions, as in the run's own report;
-        so it is where every row of every seed agrees in both (0 or 1), over the distinct rows.
+        A binary metric under one seed has Newcombe's interval for paired proportions, as in the run's own report; so
+        has one that is 0 or 1 in every row of both sides, over the distinct rows.
         """
         metric = canonical(metric)
-        if all(metric + CHANGE in o.measured.numbers for o in (*a, *b)):  # the same difference, better known
+        if all(metric + CHANGE in o.measured.numbers for o in (*a, *b)):  # the same difference with a narrower interval
             metric += CHANGE
-        has = [{o.seed for o in group if metric in {*o.measured.metrics, *o.measured.numbers}} for group in (a, b)]
+        has = [{o.seed for o in group if metric in o.measured} for group in (a, b)]
         shared = has[0] & has[1]
         left, right = (self.of([o for o in group if o.seed in shared], metric) for group in (a, b))
         if left is None or right is None:
@@ -167,7 +164,7 @@ class Bootstrap:
 
 
 class _Pool:
-    """Rows that are drawn together: how often each resample drew each of them, whatever arm and point they are of."""
+    """Rows that are drawn together: how often each resample drew each of them, in every arm and point."""
 
     def __init__(self, hashes: Sequence[str], samples: int, seed: int) -> None:
         self._row = {key: i for i, key in enumerate(hashes)}
@@ -184,21 +181,12 @@ def _digest(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
 
 
-def _rows_of(run: Measured, metric: str) -> list[str]:
-    """Hashes of the test rows that a metric applies to."""
-    return run.hashes[applies(run.metrics[metric])].tolist()
-
-
 def _level(run: Measured, metric: str) -> tuple[np.ndarray, Metric] | None:
     """Hashes and metric of test rows, or of the rows behind a number (not of their changes); None without rows."""
     if metric in run.metrics:
         return run.hashes, run.metrics[metric]
     number = run.numbers.get(metric.removesuffix(CHANGE))
     return (number.rows.hashes, number.rows.metric) if number is not None and number.rows is not None else None
-
-
-def _value(run: Measured, metric: str) -> float:
-    return run.metrics[metric].value if metric in run.metrics else run.numbers[metric].value
 
 
 def groups(outcomes: Iterable[Outcome]) -> dict[tuple[str, str], list[Outcome]]:

@@ -1,23 +1,21 @@
-"""What runs measure on rows that are no test rows, row by row: losses on general text, questions of benchmarks.
+"""What runs measure row by row on rows that are not test rows: losses on general text, questions of benchmarks.
 
-Kept so, arms of several runs are compared on the same rows.
+The rows let arms of several runs be paired.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from tell.files import read_jsonl
 from tell.folder import RunFolder
+from tell.names import CHANGE
 from tell.run.benchmarks.run_benchmarks import benchmark_metrics, kept_answers
 from tell.score.means import mean_metric
 from tell.score.scored import Metric
-
-CHANGE = " change"  # of a number, from the untuned model on the same rows
 
 
 @dataclass(frozen=True)
@@ -36,8 +34,8 @@ class SharedRows:
 
 
 def read_general_rows(folder: RunFolder, weights: str) -> dict[str, SharedRows]:
-    """Losses, in nats a token, that a run measured under some weights (``base`` or an arm's), by set of general text;
-    empty where it has kept no rows."""
+    """Losses, in nats a token, of a run's weights (``base`` or an arm's), by set of general text; empty where it has
+    kept no rows."""
     path = folder.general_losses(weights)
     by_set: dict[str, list[dict]] = {}
     for row in read_jsonl(path) if path.is_file() else []:
@@ -49,14 +47,13 @@ def read_general_rows(folder: RunFolder, weights: str) -> dict[str, SharedRows]:
 
 
 def read_questions(folder: RunFolder, arm: str, groups: Mapping[str, Sequence[str]]) -> dict[str, SharedRows]:
-    """Questions of benchmarks that an arm of a run answered, by the names of their metrics in metrics.json.
+    """Benchmark questions that an arm of a run answered, by the names of their metrics in metrics.json.
 
     Args:
-        groups: tasks under each benchmark; those without answers are left out.
+        groups: tasks of each benchmark; those without answers are left out.
     """
-    answers: dict[str, list[dict[str, Any]]] = {}
-    for task in dict.fromkeys(task for group in groups.values() for task in group):
-        answers[task] = kept_answers(folder, arm, task)
+    tasks = dict.fromkeys(task for group in groups.values() for task in group)
+    answers = {task: kept_answers(folder, arm, task) for task in tasks}
     whole = {name: tuple(group) for name, group in groups.items() if all(answers[task] for task in group)}
     hashes = {task: [f"{task} {row['question']} {row['hash']}" for row in rows] for task, rows in answers.items()}
     found = {}

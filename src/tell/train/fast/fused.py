@@ -58,7 +58,7 @@ def _is_mlp(module: nn.Module) -> bool:
 
 def _bare(module: nn.Module) -> Any:
     """An fp32 copy without replaced forwards, its adapters at random so that they have an effect."""
-    twin = copy.deepcopy(module).float()
+    twin: Any = copy.deepcopy(module).float()
     for part in twin.modules():
         part.__dict__.pop("forward", None)
         if hasattr(part, "lora_B"):

@@ -168,8 +168,9 @@ class AttentionCall(NamedTuple):
     window: int | None
 
     def rows(self, functions: Functions, q: Tensor, k: Tensor, v: Tensor) -> RowAttention:
-        sizes = self.heads, self.kv, self.scaling, self.window
-        return RowAttention(functions, q, k, v, self.cosine, self.sine, *self.plan.rows(), *sizes)
+        start, length, prefix = self.plan.rows()
+        tensors = q, k, v, self.cosine, self.sine, start, length
+        return RowAttention(functions, *tensors, prefix, self.heads, self.kv, self.scaling, self.window)
 
 
 class Attention(torch.autograd.Function):

@@ -1,0 +1,215 @@
+"""What a finished cell measured, arm by arm, read from the files in its run folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tell.files import read_jsonl
+from tell.folder import RunFolder
+from tell.names import BENCHMARK, CHANGE, has_interval, is_number
+from tell.report.read_run import get, mapping
+from tell.run.answers import adapter_arm
+from tell.score.intervals import Z
+from tell.score.means import mean_metric
+from tell.score.scored import Metric
+from tell.score.scorers import make_scorer
+from tell.studies.stats.shared_rows import SharedRows, levels_and_changes, read_general_rows, read_questions
+
+COSTS = ("steps", "tokens", "flops", "learning_rate", "seconds")  # as a run records them
+
+
+@dataclass(frozen=True)
+class Number:
+    """A measurement that is not on test rows: a loss on general text, a benchmark.
+
+    Attributes:
+        value: the run's own.
+        spread: standard error over the rows it was measured on, from the run's interval; 0 where it has none.
+        ci: the run's interval, which need not be symmetric.
+        rows: the rows that it is the mean of, where the run has kept them.
+    """
+
+    value: float
+    spread: float
+    ci: tuple[float, float] | None = None
+    rows: SharedRows | None = None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One arm of one cell.
+
+    Attributes:
+        hashes: (n,) content hashes of the test rows.
+        metrics: name to Metric over these rows.
+        numbers: name to Number: ``probe loss``, ``probe loss change``, benchmarks.
+        costs: ``steps``, ``tokens``, ``flops``, ``learning_rate``, ``seconds`` of its training (0 where it has none);
+            ``flops_6nd``, 6 times all parameters times tokens, as the paper counts (A.1); and ``eval_flops``, of
+            answering the test rows.
+        alone: it was trained on task rows without general rows.
+    """
+
+    hashes: np.ndarray
+    metrics: Mapping[str, Metric]
+    numbers: Mapping[str, Number]
+    costs: Mapping[str, float]
+    alone: bool = False
+
+    def __contains__(self, metric: str) -> bool:
+        return metric in self.metrics or metric in self.numbers
+
+    def value(self, metric: str) -> float:
+        return self.metrics[metric].value if metric in self.metrics else self.numbers[metric].value
+
+
+@dataclass
+class CellReader:
+    """The run folder of a finished cell."""
+
+    folder: RunFolder
+    metrics: dict[str, Any]
+    arms: dict[str, Measured | None] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, *roots: Path) -> CellReader | None:
+        """The first of some folders that can be read."""
+        for root in roots:
+            try:
+                return cls(RunFolder(root), json.loads(RunFolder(root).metrics.read_text(encoding="utf-8")))
+            except (OSError, ValueError):
+                continue
+        return None
+
+    def arm(self, arm: str) -> Measured | None:
+        """What was measured of an arm; None where it cannot be read."""
+        if arm not in self.arms:
+            try:
+                self.arms[arm] = self._read(arm)
+            except (OSError, ValueError, KeyError, TypeError, AttributeError):
+                self.arms[arm] = None
+        return self.arms[arm]
+
+    def _read(self, arm: str) -> Measured | None:
+        entries = mapping(self.metrics, "arms", arm)
+        if not entries:
+            return None
+        path = self.folder.prediction(arm)
+        rows = read_jsonl(path) if path.is_file() else []
+        metrics, numbers = _metrics(entries, rows, lambda: self._rescore(rows))
+        trained = mapping(self.metrics, "train", "arms", adapter_arm(arm) or "")
+        costs = {key: float(trained.get(key) or 0) for key in COSTS}
+        costs["flops_6nd"] = 6.0 * float(get(self.plan, "model", "parameters", default=0) or 0) * costs["tokens"]
+        costs["eval_flops"] = float(get(self.metrics, "eval", "arms", arm, "flops", default=0) or 0)
+        hashes = np.array([str(row["hash"]) for row in rows], dtype=str)
+        mixed = mapping(self.metrics, "mixture", "rows")
+        return Measured(hashes, metrics, numbers | self._numbers(arm), costs, bool(mixed) and not mixed.get("general"))
+
+    plan = cached_property(lambda self: _read_json(self.folder.plan))
+    findings = cached_property(lambda self: _read_json(self.folder.findings))
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the model's files; empty where the run does not say."""
+        return str(get(self.findings, "machine", "model_fingerprint", default=""))
+
+    @property
+    def model(self) -> str:
+        """Its name."""
+        return str(get(self.plan, "model", "name", default="the model"))
+
+    @property
+    def machine(self) -> str:
+        """Device and number format, ``cpu bf16``; empty where the run does not say."""
+        known = mapping(self.findings, "machine")
+        return " ".join(str(known[key]) for key in ("device", "dtype") if key in known)
+
+    def _rescore(self, rows: Sequence[dict]) -> Mapping[str, Metric]:
+        """Metrics of the whole corpus, which are not means over rows, from the answers."""
+        kind = get(self.metrics, "task", "kind")
+        if kind not in ("text", "label"):
+            return {}
+        labels = get(self.findings, "kind", "labels") or sorted({str(row["reference"]) for row in rows})
+        return make_scorer(kind, labels=labels).score([r["answer"] for r in rows], [r["reference"] for r in rows])
+
+    def _numbers(self, arm: str) -> dict[str, Number]:
+        """Losses on general text and benchmarks, as levels and as changes from the untuned model."""
+        weights = adapter_arm(arm) or "base"
+        found: dict[str, Number] = {}
+
+        def add(name: str, level: object, change: object) -> None:
+            if (number := _number(level)) is not None:
+                found[name] = number
+                if weights == "base":
+                    found[name + CHANGE] = Number(0.0, 0.0)
+            if (number := _number(change)) is not None:
+                found[name + CHANGE] = number
+
+        def keep(name: str, own: SharedRows | None, base: SharedRows | None) -> None:
+            for key, rows in levels_and_changes(own, base).items():
+                known = found.get(name + key)
+                if known is not None and _equal(rows.metric.value, known.value):
+                    found[name + key] = replace(known, rows=rows)
+
+        own_rows, base_rows = (read_general_rows(self.folder, each) for each in (weights, "base"))
+        differences = mapping(self.metrics, "forgetting", "differences", f"{weights} - base")
+        for name, measures in mapping(self.metrics, "forgetting", "arms", weights).items():
+            for measure, entry in mapping(measures).items():
+                add(f"{name} {measure.replace('_', ' ')}", entry, get(differences, name, measure))
+            keep(f"{name} loss", own_rows.get(name), base_rows.get(name))
+        asked = mapping(self.metrics, "benchmarks", "arms")
+        own = arm if arm in asked else weights  # arms of the same weights differ where the anchor is on the prompt
+        differences = mapping(self.metrics, "benchmarks", "differences", f"{own} - base")
+        tasks = mapping(self.metrics, "benchmarks", "settings", "tasks")
+        own_rows, base_rows = (read_questions(self.folder, each, tasks) for each in (own, "base"))
+        for name, entry in mapping(asked, own).items():
+            add(BENCHMARK + name, entry, get(differences, name))
+            keep(BENCHMARK + name, own_rows.get(name), base_rows.get(name))
+        return found
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _metrics(
+    entries: Mapping[str, object], rows: Sequence[dict], rescore: Callable[[], Mapping[str, Metric]]
+) -> tuple[dict[str, Metric], dict[str, Number]]:
+    """Metrics over rows, and those that only the run as a whole has."""
+    metrics: dict[str, Metric] = {}
+    numbers: dict[str, Number] = {}
+    again: Mapping[str, Metric] | None = None
+    for name, entry in entries.items():
+        number = _number(entry)
+        if number is None:
+            continue
+        values = np.array([float(mapping(row, "scores").get(name, np.nan)) for row in rows])
+        known = values[np.isfinite(values)]
+        metric = mean_metric(values, binary=bool(np.isin(known, (0.0, 1.0)).all())) if len(known) else None
+        if metric is None or not _equal(metric.value, number.value):
+            again = rescore() if again is None and rows else again
+            metric = (again or {}).get(name)
+        if metric is not None and _equal(metric.value, number.value):
+            metrics[name] = metric
+        else:
+            numbers[name] = number
+    return metrics, numbers
+
+
+def _equal(a: float, b: float) -> bool:
+    return bool(abs(a - b) <= 2e-5 * max(1.0, abs(b)))
+
+
+def _number(entry: object) -> Number | None:
+    value, ci = get(entry, "value"), get(entry, "ci")
+    if not is_number(value):
+        return None
+    if not has_interval(ci):
+        return Number(float(value), 0.0)
+    return Number(float(value), (ci[1] - ci[0]) / (2 * Z), (float(ci[0]), float(ci[1])))

@@ -1,0 +1,36 @@
+"""Values that are chosen by name, registered by a decorator where they are defined."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from tell.errors import TellError
+
+T = TypeVar("T")
+
+
+def needs(what: str) -> TellError:
+    """The error for a missing package of the extra ``study``."""
+    return TellError(what, where="tell study", remedy='Install it: pip install "tell-llm[study]".')
+
+
+class Registry(dict[str, T]):
+    """Values by name; call it with a name to get the decorator. A name that is taken is an error.
+
+    Args:
+        kind: what the values are, for the error.
+    """
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def __call__(self, name: str) -> Callable[[T], T]:
+        def add(value: T) -> T:
+            if name in self:
+                raise ValueError(f"two {self.kind}s are named {name}")
+            self[name] = value
+            return value
+
+        return add
