@@ -30,7 +30,7 @@ from tell.shown import one_line
 from tell.train.launch import refuse_several
 
 # The base of all usage errors; typer brings click along in some versions and depends on it in others.
-_ClickException: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+_ClickException: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 
 class _Verbs(TyperGroup):

@@ -129,9 +129,8 @@ def separate(
             name: share(length_hits(tokens[a], tokens[b], seed=config.seed), config)
             for name, (a, b) in contrasts.items()
         },
-        "layers": {},
+        "layers": _layers(states, layers, contrasts, config, display),
     }
-    result["layers"] = _layers(states, layers, contrasts, config, display)
     shown = len(layers) // 2
     result["notices"] = _notices(result, str(layers[shown]))
     if files:
