@@ -11,12 +11,9 @@ import pytest
 
 import tell
 
-ENABLED = False
 MOST_ANY = 40
 PACKAGE = Path(tell.__file__).parent
 ROOT = Path(__file__).parents[1]
-
-pytestmark = pytest.mark.skipif(not ENABLED, reason="rooms are still being typed")
 
 
 def any_annotations(path: Path) -> list[str]:
