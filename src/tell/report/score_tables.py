@@ -134,7 +134,7 @@ def arm_table(metrics: dict[str, Any]) -> Plotted | None:
 def _note(name: str, same: Mapping[str, str]) -> str:
     """What an arm is, and which others are one run with it."""
     known = arm(name)
-    words = known.about.removesuffix(".") if known.label.casefold() == name else known.label if known.about else ""
+    words = known.label if known.about and known.label.casefold() != name else ""
     twins = [other for other, shown in same.items() if shown == name]
     return "; ".join(filter(None, [words, f"one run with {', '.join(twins)}" if twins else ""]))
 
