@@ -20,8 +20,10 @@ from tell.presets import PRESETS, general_tokens_for
 
 if TYPE_CHECKING:
     ArmName = str
+    PresetName = str
 else:
     ArmName = Literal[tuple(ARMS)]
+    PresetName = Literal[tuple(sorted(PRESETS))]
 Device = Literal["auto", "cuda", "xpu", "mps", "cpu"]
 DEVICES: tuple[str, ...] = get_args(Device)[1:]  # in the order in which auto looks for them
 GENERAL_AMOUNTS = ("ratio", "tokens", "rows")  # the ways of saying how much general data
@@ -237,7 +239,7 @@ class EvalConfig(Section):
 class Config(Section):
     """Everything one run depends on; saved as ``run.yaml``."""
 
-    preset: Literal["modern", "paper"] = Field("modern", description="defaults of the paper, or found by measurement")
+    preset: PresetName = Field("modern", description="defaults of the paper, or found by measurement")
     task: TaskConfig = Field(default_factory=TaskConfig)
     model: ModelConfig = Field(default_factory=ModelConfig)
     general: GeneralConfig = Field(default_factory=GeneralConfig)
@@ -321,7 +323,7 @@ def make_config(data: Mapping[str, Any], *, where: str = "configuration") -> Con
         raise TellError(
             f"preset {preset!r} is unknown",
             where=where,
-            remedy="Use modern or paper.",
+            remedy=f"Use {' or '.join(sorted(PRESETS))}.",
             nearest=did_you_mean(str(preset), PRESETS),
         )
     try:
