@@ -226,10 +226,8 @@ def adapter_arm(arm: str) -> str | None:
 
 def adapter_folder(root: RunFolder, arm: str) -> Path | None:
     """The folder of the adapter an arm answers with, in a run folder; None for the untuned model."""
-    trained = ARMS[arm].adapter
-    if trained is None:
-        return None
-    return root.adapter if trained == "tell" else root.arms / trained
+    trained = adapter_arm(arm)
+    return None if trained is None else root.adapter_of(trained).root
 
 
 def adapter_ready(root: RunFolder, arm: str) -> bool:

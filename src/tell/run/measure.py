@@ -184,7 +184,10 @@ def measure_weights(
         Mean validation loss by arm; empty without validation rows.
     """
     losses: dict[str, float] = {}
+    if state is None and not len(validation):
+        return losses
     for arm in dict.fromkeys([*(ARMS[arm].adapter or BASE for arm in arms), BASE]):
+        journal.at(f"measure {arm}")
         with session.adapter(adapter_folder(journal.folder, arm)):
             if state is not None:
                 measure_arm(state, arm, session, scorer)

@@ -70,7 +70,8 @@ def helpers(processes: Processes | None, folder: RunFolder) -> Iterator[Callable
     try:
         yield dismiss
     finally:
-        dismiss()
+        if processes is not None:
+            processes.dismiss(str(folder.root) if folder.status.exists() else None)
 
 
 def _join(config: Config) -> Processes | None:

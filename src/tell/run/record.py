@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, Field
 
@@ -15,9 +14,6 @@ from tell.mix.manifest import read_manifest, write_manifest
 from tell.run.plan import describe_plan
 from tell.run.prepare import Prepared
 from tell.run.task import Task
-
-if TYPE_CHECKING:
-    pass
 
 
 class PlannedModel(BaseModel):

@@ -12,7 +12,6 @@ import numpy as np
 from tell.errors import Diverged, Interrupted
 from tell.files import remove_folder, write_json
 from tell.progress import Advance, Display
-from tell.run.answers import adapter_folder
 from tell.run.costs import arm_costs
 from tell.run.journal import Journal
 from tell.run.prepare import Prepared
@@ -108,8 +107,7 @@ def _train(
 
     tables, mixture = prepared.mixtures[arm]
     task = prepared.task
-    place = adapter_folder(journal.folder, arm)
-    assert place is not None  # `train_arms` has seen it
+    place = journal.folder.adapter_of(arm).root
     job = TrainingJob(tables, mixture, task.training, task.config.seed, place, journal.folder.losses(arm))
     base, device = _trainee(session, processes)
     total = int(mixture.column("tokens").sum(dtype=np.int64))

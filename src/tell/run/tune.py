@@ -72,8 +72,9 @@ def tune(
         task, general = read_inputs(config, display, str(processes or ""))
         session = open_session(task, journal, models, processes)
         clock = InTime(config.max_minutes, session, journal)
-        with journal.open(config, fresh=not resumed, overwrite=overwrite), helpers(processes, folder) as dismiss:
+        with helpers(processes, folder) as dismiss, journal.open(config, fresh=not resumed, overwrite=overwrite):
             anchor = settle_anchor(task, session, journal)
+            journal.at("general data")
             prepared = clock.fit(prepare(task, anchor, general or written_by(session, clock)))
             write_plan(folder, prepared, clock.decided)
             trained = train_arms(prepared, prepared.trained[:1], session, journal, processes)
@@ -147,7 +148,6 @@ def written_by(session: Session, clock: InTime) -> Writer:
     """
 
     def write(task: Task, table: RowTable) -> General | None:
-        clock.journal.at("general data")
         if not source_of(task).written:
             return None
         session.load()

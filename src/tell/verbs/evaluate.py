@@ -72,12 +72,13 @@ def evaluate(
         )
     adapters = {arm: opened.adapter(arm) for arm in wanted}
     opened.folder.read_as(opened.folder.metrics, Metrics)  # damage is reported now, not after the arms have answered
+    metrics = opened.folder.read(opened.folder.metrics)
     session = opened.session(config, display)
     exam = _exam(opened, config, seed, session, test=test, rows=rows, arms=wanted)
-    answers = {arm: exam.take(arm, session, adapters[arm]) for arm in wanted}
-    for arm, found in answers.items():
+    answers = {}
+    for arm in wanted:
+        answers[arm] = found = exam.take(arm, session, adapters[arm])
         write_jsonl(opened.folder.evaluated(arm), found.rows)
-    metrics = opened.folder.read(opened.folder.metrics)
     kept = {key: metrics.get(key) for key in ("forgetting", "mixture", "train", "failed", "same")}
     kept |= {key: metrics[key] for key in ("benchmarks",) if key in metrics}
     kind = opened.folder.read_as(opened.folder.findings, Findings).kind
@@ -113,7 +114,7 @@ def _override(config: Config, overrides: Sequence[str]) -> tuple[Config, int]:
     if lost := set(changes) - {"generate", "eval"}:
         raise TellError(
             f"--set {next(iter(lost))} has no effect on scoring",
-            remedy="Only generate.* and eval.* can be changed after training.",
+            remedy="Only generate.*, eval.* and seed can be changed after training.",
         )
     asked = changes.get("eval")
     if isinstance(asked, dict) and (idle := [key for key in asked if key not in EVAL_KEYS]):
@@ -122,7 +123,7 @@ def _override(config: Config, overrides: Sequence[str]) -> tuple[Config, int]:
             remedy=f"Of eval, {', '.join(EVAL_KEYS)} can be set; benchmarks have flags of their own (--benchmarks).",
         )
     # Only the seed of decoding changes: examples in context are those of the run.
-    seed = make_config({"seed": seed}, where="--set").seed
+    seed = make_config({"seed": seed}, where="--seed").seed
     return make_config(merge(config.model_dump(by_alias=True, mode="json"), changes), where="--set"), seed
 
 
