@@ -174,6 +174,7 @@ class MetricSpec:
         unit: of its values, see `show`.
         about: its definition, one sentence.
         higher_is_better: False for losses and leaks.
+        own: of a user's scorer; sentences call it by its name, which the user wrote.
     """
 
     name: str
@@ -181,12 +182,20 @@ class MetricSpec:
     unit: Unit
     about: str = ""
     higher_is_better: bool = True
+    own: bool = False
 
     @property
     def phrase(self) -> str:
-        """The label inside a sentence."""
+        """What a sentence calls it."""
         if self.name.startswith(FIELD) and self.unit == "share":
             return f"accuracy of the field {self.name.removeprefix(FIELD)}"
+        return self._inside
+
+    @property
+    def _inside(self) -> str:
+        """The label after other words."""
+        if self.own:
+            return self.name
         return self.label if self.label[:2].isupper() else self.label[:1].lower() + self.label[1:]
 
     @property
@@ -202,8 +211,8 @@ class MetricSpec:
     @property
     def change(self) -> MetricSpec:
         """Its change from the untuned model."""
-        label = f"Change of {self.phrase if self.unit == 'nats' else self.label}"
-        return replace(self, name=self.name + CHANGE, label=label, unit=self.gap_unit)
+        label = f"Change of {self._inside}"
+        return replace(self, name=self.name + CHANGE, label=label, unit=self.gap_unit, own=False)
 
 
 HELD_OUT, PROBE, WITNESS = "general held out", "probe", "witness"  # sets of general rows; the last two are in no mix
@@ -316,7 +325,7 @@ def metric(name: str) -> MetricSpec:
         return replace(METRICS["task_format"], name=name, label="General prompts answered in the task's format")
     words = name.replace("_", " ")
     label = words[:1].upper() + words[1:] if words.islower() else words
-    return MetricSpec(name, label, "plain", "A metric of this run's own scorer.")
+    return MetricSpec(name, label, "plain", "A metric of this run's own scorer.", own=True)
 
 
 NARROW = "\u202f"

@@ -61,6 +61,12 @@ def test_known_layouts(row, name, contents):
     assert [turn.content for turn in to_messages(row, layout)] == contents
 
 
+def test_a_column_given_by_hand_is_sharegpt_by_the_beginning_of_its_name():
+    names = ("Conversation_1", "conversations_en", "messages_1", "dialog")
+    shown = [detect_layout([{name: ASK}], columns=f"messages={name}").name for name in names]
+    assert shown == ["ShareGPT Conversation_1", "ShareGPT conversations_en", "messages_1", "dialog"]
+
+
 @pytest.mark.parametrize("known", LAYOUTS)
 def test_every_known_layout_is_found_by_its_columns_and_preferred_as_declared(known):
     names = [known.prompt, *known.answers, *known.inputs]

@@ -44,6 +44,8 @@ def test_names_and_shots():
     assert set(GROUPS["agieval"]) == {*GROUPS["agieval_en"], *GROUPS["agieval_cn"]}
     with pytest.raises(TellError, match=r"unknown benchmark 'openbokqa'; did you mean openbookqa\?"):
         benchmark_tasks(["openbokqa"])
+    with pytest.raises(TellError, match="unknown benchmark ''"):
+        benchmark_tasks(["gsm8k", ""])
     assert [task_shots(task, None) for task in ("gsm8k", "openbookqa", "agieval_sat_en")] == [5, 0, 0]
     assert [task_shots(task, 2) for task in ("gsm8k", "openbookqa", "agieval_sat_en")] == [2, 2, 0]
 
@@ -110,6 +112,8 @@ def test_bad_files(tmp_path):
         local_tasks(benchmark_tasks(["agieval"]), tmp_path)
     write(tmp_path / "agieval/sat-en.jsonl", [{"question": "?", "options": ["a", "b"], "label": "A"}])
     assert local_tasks(benchmark_tasks(["agieval"]), tmp_path) == {"agieval": ("agieval_sat_en",)}
+    with pytest.raises(TellError, match="holds no file for "):
+        local_tasks({"": ("gsm8k",)}, tmp_path)
     write(tmp_path / "gsm8k_test.jsonl", [{"question": "?", "answer": "#### 1"}])
     assert read_task("gsm8k", tmp_path, shots=0).train == []
     with pytest.raises(TellError, match=r"gsm8k_train\.jsonl: no such file"):

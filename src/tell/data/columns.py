@@ -76,11 +76,10 @@ def detect_layout(
     return Layout(layout_name(merged), merged, tuple(unused), verdict)
 
 
-def check_columns(number: int, record: Record, layout: Layout, first: tuple[int, Record]) -> str:
+def check_columns(record: Record, layout: Layout, first: tuple[int, Record]) -> str:
     """Why a record lacks a required column: ``""`` when it has them all or only lacks its answer.
 
     Args:
-        number: line or row of ``record``.
         first: number and record of the file's first row, to compare with.
     """
     missing = [column for column in layout.required if column not in record]

@@ -132,5 +132,8 @@ def layout_name(columns: Mapping[str, str]) -> str:
     parts = ("system", "history", "messages", "prompt", "input", "answer", "tools")
     name = "/".join(columns[part] for part in parts if part in columns)
     main, whole = columns.get("messages") or columns["prompt"], "messages" in columns
-    families = (known.family for known in LAYOUTS if known.prompt == main.lower() and whole is not bool(known.answers))
-    return f"{next(families, '')} {name}".lstrip()
+    for known in LAYOUTS:
+        fits = main.lower().startswith(known.prompt) if whole else main.lower() == known.prompt
+        if fits and whole is not bool(known.answers):
+            return f"{known.family} {name}".lstrip()
+    return name

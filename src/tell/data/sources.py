@@ -152,7 +152,7 @@ class _Rows:
         return layout
 
     def _refuse_mixed(self, number: int, record: dict[str, object], layout: Layout, first: Record) -> None:
-        if fault := check_columns(number, record, layout, first):
+        if fault := check_columns(record, layout, first):
             remedy = "Give every row the same columns, or split the file."
             raise TellError(fault, where=f"{self.where}:{number}", remedy=remedy)
 

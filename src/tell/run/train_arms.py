@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tell.errors import Diverged, Interrupted
-from tell.files import write_json
+from tell.files import remove_folder, write_json
 from tell.progress import Advance, Display
 from tell.run.costs import arm_costs
 from tell.run.journal import Journal
@@ -81,7 +80,7 @@ def train_arms(
         except Diverged as error:
             if arm == prepared.lead:
                 raise
-            shutil.rmtree(adapter.checkpoint, ignore_errors=True)
+            remove_folder(adapter.checkpoint)
             write_json(adapter.failed, {"error": error.what})  # a resumed run need not find out again
             _leave_out(prepared, trained, arm, error.what)
             continue
@@ -92,7 +91,7 @@ def train_arms(
         trained.results[arm] = result.to_dict()
         trained.now.append(arm)
         write_json(adapter.result, trained.results[arm])  # last: from here on the arm counts as trained
-        shutil.rmtree(adapter.checkpoint, ignore_errors=True)
+        remove_folder(adapter.checkpoint)
     return trained
 
 

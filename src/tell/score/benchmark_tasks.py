@@ -63,11 +63,11 @@ def benchmark_tasks(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
         TellError: an unknown name, with the nearest.
     """
     known, names = [*SHOTS, *GROUPS, *GROUPS["agieval"]], list(names)
-    if unknown := next((name for name in names if name not in known), None):
+    if unknown := [name for name in names if name not in known]:
         raise TellError(
-            f"unknown benchmark {unknown!r}",
+            f"unknown benchmark {unknown[0]!r}",
             where="benchmarks",
-            nearest=did_you_mean(unknown, known),
+            nearest=did_you_mean(unknown[0], known),
             remedy=f"Use {', '.join([*SHOTS, *GROUPS])}, or one task of AGIEval, e.g. agieval_sat_math.",
         )
     return {name: GROUPS.get(name, (name,)) for name in names}
@@ -111,9 +111,9 @@ def local_tasks(groups: dict[str, tuple[str, ...]], folder: str | Path) -> dict[
         TellError: a benchmark without any file.
     """
     out = {name: tuple(task for task in tasks if local_files(task, folder)) for name, tasks in groups.items()}
-    if missing := next((name for name, tasks in out.items() if not tasks), None):
-        remedy = f"Put e.g. {_stem(groups[missing][0], 'test')}.jsonl there, or leave {missing} out."
-        raise TellError(f"holds no file for {missing}", where=str(folder), remedy=remedy)
+    if missing := [name for name, tasks in out.items() if not tasks]:
+        remedy = f"Put e.g. {_stem(groups[missing[0]][0], 'test')}.jsonl there, or leave {missing[0]} out."
+        raise TellError(f"holds no file for {missing[0]}", where=str(folder), remedy=remedy)
     return out
 
 

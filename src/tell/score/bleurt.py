@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
 
 WHERE = "eval.bleurt"
-_GIVE = "Give lucadiliello/BLEURT-20, or a folder with a copy of it."
+_GIVE = "Give the Hugging Face port, lucadiliello/BLEURT-20, or a folder with a copy of it."
 _CONFIG, _PIECES, _SAFE, _PICKLED = "config.json", "spm.model", "model.safetensors", "pytorch_model.bin"
 _BATCH_TOKENS = 8192  # in one pass, padding included
 _ARCHITECTURE = (

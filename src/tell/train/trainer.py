@@ -201,7 +201,8 @@ class Trainer:
         was_training, plain = self.base.training, None
         model = add_lora(self.base, self.config, seed=self.job.seed, fused=self.fast)
         try:
-            plain = None if self.fast else PlainBody(model)
+            with self._agreed():
+                plain = None if self.fast else PlainBody(model)
             with _noise(model, self.config.neftune_alpha):
                 yield model, plain
         finally:
