@@ -247,7 +247,7 @@ def test_one_process_at_a_time(run):
         assert child.stdout.readline() == b"held\n"
         before = names(folder)
         for how in ({"resume": True, "overwrite": False}, {"resume": False, "overwrite": True}):
-            with pytest.raises(TellError, match="another process works on this run"):
+            with pytest.raises(TellError, match="another process is working on this run"):
                 claim(config, **how)
         with pytest.raises(TellError, match="another process"), open_folder(folder, fresh=False, config=config):
             pass
