@@ -50,7 +50,7 @@ def cut(name: str, left: int):
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 DAMAGED = {
-    "no tensors": (with_tensors(lambda t: {}), "holds no LoRA weights"),
+    "no tensors": (with_tensors(lambda t: {}), "has no LoRA weights"),
     "no A": (with_tensors(lambda t: {k: v for k, v in t.items() if "lora_A" not in k}), "do not match"),
     "no B": (with_tensors(lambda t: {k: v for k, v in t.items() if "lora_B" not in k}), "do not match"),
     "NaN": (with_tensors(lambda t: t | {(k := first(t, "lora_A")): t[k] * torch.nan}), "not finite"),

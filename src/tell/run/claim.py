@@ -173,7 +173,7 @@ def open_folder(
         overwrite: a run in the folder may be replaced.
 
     Raises:
-        TellError: another process is working on it, or has begun a run in it since `claim`; the folder cannot be written.
+        TellError: another process is working on it or has begun a run since `claim`; the folder cannot be written.
     """
     new = not folder.root.exists()
     if _state(folder) == "other":  # appeared since `claim`; taking the lock would add a file to it
