@@ -123,7 +123,7 @@ def test_a_run_with_its_adapter(finished):
 @pytest.mark.parametrize(
     ("sections", "options", "match"),
     [
-        ({}, {"adapter": "tell"}, r"--adapter.*Give a run folder"),
+        ({}, {"adapter": "tell"}, r"--adapter.*Pass a run folder"),
         ({}, {"layer": "99"}, r"no layer '99'"),
         ({}, {"queries": 4}, r"4 task and .* general queries"),
     ],
