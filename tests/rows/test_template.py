@@ -154,7 +154,7 @@ def broken(folder, tmp_path, name: str, content: bytes):
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("tokenizer.json", b'{"version": "1.0", "trunc', "tokenizer.json: is not a tokenizer, or cut short"),
+        ("tokenizer.json", b'{"version": "1.0", "trunc', "tokenizer.json: is not a tokenizer, or truncated"),
         ("tokenizer.json", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a Git LFS pointer"),
         ("tokenizer.json", b"", "cut short"),
         ("tokenizer_config.json", b"[1]", "tokenizer_config.json: does not hold an object"),
