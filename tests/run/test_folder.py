@@ -32,7 +32,7 @@ def run(tiny_model, tmp_path):
 
 def test_a_run_that_exists(run):
     config, folder = run
-    with pytest.raises(TellError, match=r"exists already \(state: running\).*--resume.*--overwrite"):
+    with pytest.raises(TellError, match=r"already exists \(state: running\).*--resume.*--overwrite"):
         claim(config, resume=False, overwrite=False)
     assert claim(config, resume=True, overwrite=False)[1] is True
     assert claim(config, resume=False, overwrite=True)[1] is False
