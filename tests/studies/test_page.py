@@ -130,7 +130,7 @@ def test_a_study_under_way(tmp_path):
 def test_one_seed_is_said_to_be_one(tmp_path):
     made = make_study(tmp_path, seeds=[42], points=POINTS[:1])
     write_study(made)
-    assert "One seed alone: intervals cover the choice of test rows" in (made / "index.html").read_text(
+    assert "One seed only: intervals cover the choice of test rows" in (made / "index.html").read_text(
         encoding="utf-8"
     )
 
@@ -139,7 +139,7 @@ def test_pictures_of_an_earlier_recipe_go(tmp_path):
     made = make_study(tmp_path, recipe={"figures": RECIPE["figures"][:2]})
     write_study(made)
     assert len(list((made / "figures").iterdir())) == 4
-    assert "One seed alone" not in (made / "index.html").read_text(encoding="utf-8")
+    assert "One seed only" not in (made / "index.html").read_text(encoding="utf-8")
     data = json.loads((made / "study.json").read_text())
     data["recipe"]["figures"] = RECIPE["figures"][:1]
     (made / "study.json").write_text(json.dumps(data), encoding="utf-8")
