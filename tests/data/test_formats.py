@@ -179,10 +179,10 @@ def test_json_is_read_in_one_place():
 
 
 BAD = [
-    ("twice.jsonl", b'{"a": 1}\n{"a": 1, "a": 2}\n', "twice.jsonl:2", "key a stands twice"),
-    ("twice.json", b'[{"a": 1},\n{"a": 1, "a": 2}]', "twice.json:2", "key a stands twice"),
-    ("wrapped.json", b'{"data": [{"a": 1}], "data": [{"a": 2}]}', "wrapped.json:1", "key data stands twice"),
-    ("one.json", b'{"a": 1, "a": 2}', "one.json:1", "key a stands twice"),
+    ("twice.jsonl", b'{"a": 1}\n{"a": 1, "a": 2}\n', "twice.jsonl:2", "key a occurs twice"),
+    ("twice.json", b'[{"a": 1},\n{"a": 1, "a": 2}]', "twice.json:2", "key a occurs twice"),
+    ("wrapped.json", b'{"data": [{"a": 1}], "data": [{"a": 2}]}', "wrapped.json:1", "key data occurs twice"),
+    ("one.json", b'{"a": 1, "a": 2}', "one.json:1", "key a occurs twice"),
     ("huge.jsonl", b'{"a": 1e400}', "huge.jsonl:1", "number 1e400 is too large"),
     ("huge.json", b'[{"a": 1},\n {"a": 1e400}]', "huge.json:2", "number 1e400 is too large"),
     ("digits.json", b'[{"a": ' + b"9" * 5000 + b"}]", "digits.json:1", "too large"),

@@ -136,7 +136,7 @@ def test_overrides():
     with pytest.raises(TellError, match="the answer is not JSON") as caught:
         detect_kind(make(['{"a": 1}', "no"]), override="json")
     assert caught.value.where == "f.jsonl:2"
-    with pytest.raises(TellError, match="kind text has no use for a schema"):
+    with pytest.raises(TellError, match="kind text takes no schema"):
         detect_kind(make(["a"]), override="text", schema={})
 
 

@@ -96,7 +96,7 @@ def test_same_in_any_process():
 
 
 def test_too_few_rows():
-    with pytest.raises(TellError, match=r"f.jsonl: holds one row in all; .*--test"):
+    with pytest.raises(TellError, match=r"f.jsonl: has one row in all; .*--test"):
         split(make([("a", "1")]), seed=0, test_fraction=0.3, validation_fraction=0.1)
     with pytest.raises(TellError, match="has no rows"):
         split([], seed=0, test_fraction=0.3, validation_fraction=0.1)

@@ -92,8 +92,8 @@ def test_a_target_below_half_a_row_is_said_aloud():
         ([5], {"tokens": float("inf")}, "inf is not 0 or more"),
         ([5], {"ratio": float("nan")}, "nan is not 0 or more"),
         ([0, 0], {"tokens": 5}, "have no tokens"),
-        ([5], {"tokens": 1e15}, "asks for 200,000,000,000,000 general rows"),
-        ([5], {"rows": 10**12}, "asks for 1,000,000,000,000 general rows"),
+        ([5], {"tokens": 1e15}, "requests 200,000,000,000,000 general rows"),
+        ([5], {"rows": 10**12}, "requests 1,000,000,000,000 general rows"),
     ],
 )
 def test_bad_amounts_are_refused(unit, amount, message):

@@ -52,7 +52,7 @@ def score_one(answer: str, reference: dict | None = None, schema: dict = SCHEMA)
         ('{"a": -Infinity}', "-Infinity is not a JSON number"),
         ('{"a": 1e999}', "too large"),
         ('{"a": ' + "9" * 5000 + "}", "too large"),
-        ('{"a": 1, "a": 1}', "key a stands twice"),
+        ('{"a": 1, "a": 1}', "key a occurs twice"),
         ("{'a': 1}", "at character 2"),
         ('{"a": 1,}', "at character"),
         ('{"a": "line\nbreak"}', "control character"),

@@ -41,7 +41,10 @@ def test_a_factor_is_found():
     assert (
         "SFT, one epoch needs 4 times the task rows that TELL needs for the same schema adherence" in found["verdict"]
     )
-    assert "mean over scores from 20.0" in found["verdict"] and "not significantly different from 1" not in found["verdict"]
+    assert (
+        "mean over scores from 20.0" in found["verdict"]
+        and "not significantly different from 1" not in found["verdict"]
+    )
 
 
 def test_not_reached_is_a_result():

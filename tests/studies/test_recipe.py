@@ -121,7 +121,7 @@ def test_an_override_that_the_grid_would_undo_is_refused(tmp_path):
     for text, remedy in (("seed=1", "--seeds"), ("eval={arms: [tell]}", "arms in the recipe")):
         with pytest.raises(TellError, match=rf"--set (seed|eval.arms): .*{remedy}"):
             load_recipe(path, overrides=[text])
-    with pytest.raises(TellError, match=r"max_minutes stands under config.* cells cut short"):
+    with pytest.raises(TellError, match=r"max_minutes is set under config.* cells cut short"):
         make_recipe({"config": {"max_minutes": 5}})
 
 

@@ -64,7 +64,7 @@ DAMAGED = {
     "empty": (cut(WEIGHTS, 0), "cannot be read"),
     "no config": (lambda folder: (folder / CONFIG).unlink(), "adapter_config.json: is missing"),
     "config cut short": (cut(CONFIG, 40), "not valid JSON"),
-    "config of a list": (lambda folder: (folder / CONFIG).write_text("[]"), "does not hold an object"),
+    "config of a list": (lambda folder: (folder / CONFIG).write_text("[]"), "is not a JSON object"),
     "rank 0": (with_config(r=0), "r is 0"),
     "rank of text": (with_config(r="8"), "r is '8'"),
     "infinite scale": (with_config(lora_alpha=float("inf")), "lora_alpha is inf"),
