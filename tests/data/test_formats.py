@@ -249,5 +249,5 @@ def test_missing_folder_and_folder(tmp_path):
     (tmp_path / "tickets.jsonl").write_text("{}")
     with pytest.raises(TellError, match=r"no such file. Check the path."):
         list(read_records(tmp_path / "orders.jsonl"))
-    with pytest.raises(TellError, match=r"is a folder, not a file. Give one file, e.g. .*tickets.jsonl"):
+    with pytest.raises(TellError, match=r"is a folder, not a file. Name one file, e.g. .*tickets.jsonl"):
         list(read_records(tmp_path))

@@ -189,7 +189,7 @@ def test_one_label_in_a_list_is_the_label(label, answer):
     ("label", "what"),
     [
         ([], "has no answer"),
-        (["a", "b"], "holds 2 labels"),
+        (["a", "b"], "has 2 labels"),
         ([[0, 4, "TAG"]], "has a span"),
         (float("nan"), "no answer"),
     ],
