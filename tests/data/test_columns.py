@@ -190,15 +190,15 @@ LOST = [
     (
         {"question": "Q", "passage": "P", "answer": True},
         "'passage' next to the prompt 'question'",
-        "--columns prompt=passage,input=question,answer=answer to join them, or give --columns",
+        "--columns prompt=passage,input=question,answer=answer to join them, or pass --columns",
     ),
     (
         {"question": "Q", "text": "T", "label": "L"},
         "'question' next to the prompt 'text'",
         "--columns prompt=text,input=question,answer=label to join them",
     ),
-    ({"question": "Q", "choices": ["a", "b"], "answer": 0}, "'choices'", " into the column of prompts, or give"),
-    ({"question": "Q", "A": "a", "B": "b", "answer": "A"}, "'A', 'B'", " into the column of prompts, or give"),
+    ({"question": "Q", "choices": ["a", "b"], "answer": 0}, "'choices'", " into the column of prompts, or pass"),
+    ({"question": "Q", "A": "a", "B": "b", "answer": "A"}, "'A', 'B'", " into the column of prompts, or pass"),
     ({"article": "T", "question": "Q", "options": ["a"], "answer": "A"}, "'article', 'options'", "Write them into the"),
 ]
 

@@ -156,7 +156,7 @@ def broken(folder, tmp_path, name: str, content: bytes):
     [
         ("tokenizer.json", b'{"version": "1.0", "trunc', "tokenizer.json: is not a tokenizer, or truncated"),
         ("tokenizer.json", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a Git LFS pointer"),
-        ("tokenizer.json", b"", "cut short"),
+        ("tokenizer.json", b"", "truncated"),
         ("tokenizer_config.json", b"[1]", "tokenizer_config.json: is not a JSON object"),
         ("tokenizer_config.json", b'{"eos_token": "</s>"', "tokenizer_config.json: is not valid JSON"),
         ("tokenizer_config.json", b"[" * 100_000, "nested too deeply"),

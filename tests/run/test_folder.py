@@ -158,7 +158,7 @@ def test_a_start_that_is_killed_anywhere_can_be_repeated(tiny_model, tmp_path, m
         if how == "resume" and not (folder.root.is_dir() and any(folder.root.iterdir())):
             continue  # not even begun
         if how == "again" and began:
-            with pytest.raises(TellError, match="exists already"):
+            with pytest.raises(TellError, match="already exists"):
                 claim(config, resume=False, overwrite=False)
             continue
         _, resumed = claim(config, resume=how == "resume", overwrite=how == "overwrite")

@@ -105,7 +105,7 @@ def test_self_written_data_is_estimated(tiny_model, tmp_path, monkeypatch):
 
 def test_anchor_to_be_written_is_stood_in_for(tiny_model):
     plan = tell.plan(config_of(tiny_model("gemma2"), anchor={"text": "auto", "place": "system"}))
-    assert any("stand-in" in text for text in plan["notices"])
+    assert any("placeholder" in text for text in plan["notices"])
     assert any("no system role" in text for text in plan["notices"])
     by_hand = tell.plan(config_of(tiny_model("gemma2")))
     assert plan["task"]["tokens"] > by_hand["task"]["tokens"]
