@@ -37,7 +37,7 @@ def anchor(given: Given, options: AnchorOptions) -> None:
     """
     config, out = given.load("anchor"), options.out
     if out is not None and out.exists() and not options.overwrite:
-        raise TellError("exists already", where=str(out), remedy="Name another file with -o, or add --overwrite.")
+        raise TellError("already exists", where=str(out), remedy="Name another file with -o, or add --overwrite.")
     import tell
     from tell.cli.output import say
     from tell.files import write_text
