@@ -1,4 +1,4 @@
-"""Files: read with limits, since somebody else may have written them, and written whole or not at all."""
+"""Reads files with limits, since they may be untrusted, and writes them atomically."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def read_json(path: Path, *, most: int = MOST_JSON, remedy: str) -> dict[str, An
         why = "nested too deeply" if isinstance(error, RecursionError) else first_line(error)
         raise TellError(f"is not valid JSON ({why})", where=str(path), remedy=remedy) from error
     if not isinstance(value, dict):
-        raise TellError("does not hold an object", where=str(path), remedy=remedy)
+        raise TellError("is not a JSON object", where=str(path), remedy=remedy)
     return value
 
 
@@ -159,7 +159,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         TellError: the disk is full or the folder is not writable, or ``path`` is not a regular file.
     """
     try:
-        if path.exists() and not path.is_file():  # a folder; /dev/null would be replaced by a file
+        if path.exists() and not path.is_file():  # a folder, or /dev/null, which would be replaced by a file
             raise TellError("cannot be written (not a regular file)", where=str(path), remedy="Name another file.")
         path.parent.mkdir(parents=True, exist_ok=True)
         clean_temporary(path.parent.glob(f".{glob.escape(path.name)}.*.tmp"))
@@ -196,7 +196,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     clean_temporary(path.parent.glob(f".{glob.escape(path.name)}.*.tmp"))
     temporary = Path(tempfile.mkdtemp(prefix=temporary_prefix(path), suffix=".tmp", dir=path.parent))
     try:
-        temporary.chmod(0o755)  # mkdtemp makes 0700; what is shared must stay readable
+        temporary.chmod(0o755)  # mkdtemp makes 0700; shared folders must stay readable
         yield temporary
         sync_files(temporary)
         if path.exists():

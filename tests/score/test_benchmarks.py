@@ -108,7 +108,7 @@ def test_rows_without_a_usable_key_are_left_out(tmp_path):
 def test_bad_files(tmp_path):
     with pytest.raises(TellError, match="no such folder"):
         local_tasks(benchmark_tasks(["gsm8k"]), tmp_path / "nowhere")
-    with pytest.raises(TellError, match=r"holds no file for agieval\. Put e\.g\. agieval/gaokao-biology\.jsonl there"):
+    with pytest.raises(TellError, match=r"has no file for agieval\. Put e\.g\. agieval/gaokao-biology\.jsonl there"):
         local_tasks(benchmark_tasks(["agieval"]), tmp_path)
     write(tmp_path / "agieval/sat-en.jsonl", [{"question": "?", "options": ["a", "b"], "label": "A"}])
     assert local_tasks(benchmark_tasks(["agieval"]), tmp_path) == {"agieval": ("agieval_sat_en",)}

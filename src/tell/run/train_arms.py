@@ -1,4 +1,4 @@
-"""Training the arms of a run: finished ones are kept, a control that diverges is left out."""
+"""Trains the arms of a run; finished ones are kept, a control that diverges is left out."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
     from tell.train.parallel import Processes
     from tell.train.trainer import StepReport, TrainingHooks, TrainResult
 
-ENOUGH_STEPS = 10  # of a training whose speed is kept
+ENOUGH_STEPS = 10  # steps of a training whose speed is saved
 
 
 @dataclass
 class Trained:
-    """What became of the arms.
+    """Results of the arms.
 
     Attributes:
         results: what each arm's training reported, as in its ``result.json``.
@@ -57,11 +57,11 @@ class Trained:
 def train_arms(
     prepared: Prepared, arms: Sequence[str], session: Session, journal: Journal, processes: Processes | None = None
 ) -> Trained:
-    """Train arms, each with the base model as it was; resumes where an earlier session stopped.
+    """Results of training each arm from the base model; resumes where an earlier session stopped.
 
     Raises:
-        Diverged: the leading arm's loss is no longer a number; without it there is nothing to go on with.
-        Interrupted: a signal has come; the folder can be resumed.
+        Diverged: the leading arm's loss is no longer a number; without it the run cannot continue.
+        Interrupted: a signal was received; the folder can be resumed.
     """
     trained = Trained()
     for arm in arms:
@@ -118,7 +118,7 @@ def _train(
 
 
 def _trainee(session: Session, processes: Processes | None) -> tuple[Loaded, torch.device]:
-    """The base model to train, and on what device; spread over processes, it may not fit next to a whole one."""
+    """The base model to train and its device; a sharded model may not fit next to a whole one."""
     if processes is not None and processes.sharded:
         session.release()
         return load_spread(session.files, session.config)
@@ -127,7 +127,7 @@ def _trainee(session: Session, processes: Processes | None) -> tuple[Loaded, tor
 
 @contextmanager
 def _bar(display: Display, title: str, tokens: int, journal: Journal) -> Iterator[TrainingHooks]:
-    """A bar over the tokens of a training, moved within steps and set right after each."""
+    """A progress bar over training tokens, advanced within steps and corrected after each."""
     from tell.train.trainer import TrainingHooks
 
     with display.bar(title, tokens, "tokens") as advance:

@@ -1,4 +1,4 @@
-"""The finished cells of a study in one file, ``cells.jsonl.gz``, to keep and share without their run folders.
+"""Packs a study's finished cells into one file, ``cells.jsonl.gz``, to archive and share without run folders.
 
     python -m tell.studies.packed studies/fig11
 
@@ -34,7 +34,7 @@ Files = dict[str, Any]  # name of a file in the cell's folder to its JSON value,
 
 
 def pack_cells(folder: str | Path) -> Path:
-    """Write the finished cells of a study into one file.
+    """Write the finished cells of a study into one file, and return its path.
 
     A cell without a run folder keeps its line of a file that is already there.
 
@@ -101,7 +101,7 @@ def _write_cell(folder: Path, files: Files) -> None:
 
 @contextmanager
 def unpacked(path: Path, wanted: Callable[[str], bool]) -> Iterator[Path]:
-    """A temporary folder with the packed cells that are wanted; an empty one where nothing is packed."""
+    """A temporary folder with the requested packed cells; empty where none is packed."""
     with tempfile.TemporaryDirectory() as temporary:
         for name, files in read_packed(path) if path.exists() else ():
             if wanted(name):
@@ -117,7 +117,7 @@ def restore_cells(study: StudyFolder, root: Root, names: set[str]) -> None:
                 with root.lock(name).acquire(timeout=0):
                     if not root.finished(name):
                         _write_cell(root.cell(name).root, files)
-            except Timeout:  # another process runs it
+            except Timeout:  # another process is running it
                 continue
 
 

@@ -1,4 +1,4 @@
-"""Replaces the forward of a module, and what the replacements for CPU and GPU have in common."""
+"""Replaces the forward of a module; shared by the replacements for CPU and GPU."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 Norms, attention and gated MLPs are recognised by their attributes, not by the name of the family, and each kind is
 verified on an fp32 copy of one module before it is replaced: what does not compute the same stays as it is. The
-replacements look up their layers at each call, so LoRA may come and go.
+replacements look up their layers at each call, so LoRA can be added and removed.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ class _Ropes:
 
 @dataclass(frozen=True, slots=True)
 class _Fusion:
-    """What was done to a model.
+    """Result of ``fuse_modules``.
 
     Attributes:
         counts: norms, attentions and MLPs that compute through the kernels.
@@ -184,7 +184,7 @@ def fuse_modules(model: PreTrainedModel, forwards: Forwards | None = None) -> di
     if forwards is None:
         return {}
     if model not in _fusions:
-        with kept_randomness(weight.device):  # the trials draw random numbers, and so may the model's own dropout
+        with kept_randomness(weight.device):  # the trials draw random numbers, as may the model's dropout
             _fusions[model] = _Fuser(model, forwards).fuse()
     return _fusions[model].counts
 
