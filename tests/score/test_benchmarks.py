@@ -112,7 +112,7 @@ def test_bad_files(tmp_path):
         local_tasks(benchmark_tasks(["agieval"]), tmp_path)
     write(tmp_path / "agieval/sat-en.jsonl", [{"question": "?", "options": ["a", "b"], "label": "A"}])
     assert local_tasks(benchmark_tasks(["agieval"]), tmp_path) == {"agieval": ("agieval_sat_en",)}
-    with pytest.raises(TellError, match="holds no file for "):
+    with pytest.raises(TellError, match="has no file for "):
         local_tasks({"": ("gsm8k",)}, tmp_path)
     write(tmp_path / "gsm8k_test.jsonl", [{"question": "?", "answer": "#### 1"}])
     assert read_task("gsm8k", tmp_path, shots=0).train == []

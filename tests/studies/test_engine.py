@@ -407,7 +407,10 @@ def test_a_cell_that_fails_elsewhere_is_not_run_again(recipe, tmp_path):
     first.finish(cell, Outcome("it cannot be done"))
     assert [queue.take() for queue in waiting] == [None, None]
     assert [queue.states[cell.name]["attempts"] for queue in waiting] == [1, 1]
-    assert [tell.plan_study(path, root=root, retry_failed=again)["left"]["cells"] for again in (False, True)] == [0, 1]
+    assert [
+        tell.plan_study(path, root=root, execution=tell.Execution(retry_failed=again))["left"]["cells"]
+        for again in (False, True)
+    ] == [0, 1]
     _, again = opened(path, root, retry_failed=True)
     assert again.take() == cell and again.states[cell.name]["attempts"] == 2
     again.give_back()

@@ -72,25 +72,23 @@ def study(options: StudyOptions) -> None:
         )
     changes = tell.Changes(_variables(options.variables), options.sets, options.seeds)
     asked: dict[str, Any] = {"data": options.data, "changes": changes, "out": options.out, "root": options.root}
+    execution = tell.Execution(
+        executor=options.executor,
+        address=options.address,
+        cpus=options.cpus,
+        gpus=options.gpus,
+        retry_failed=options.retry_failed,
+        keep_adapters=options.keep_adapters or None,
+    )
     if options.dry_run:
         plan = show(
             options.as_json,
-            lambda display: tell.plan_study(
-                options.recipe, retry_failed=options.retry_failed, display=display, **asked
-            ),
+            lambda display: tell.plan_study(options.recipe, execution=execution, display=display, **asked),
             lambda console, plan: console.print(plan_panel(plan)),
         )
         _say_unplanned(plan)
         return
     with only_json(options.as_json) as emit:
-        execution = tell.Execution(
-            executor=options.executor,
-            address=options.address,
-            cpus=options.cpus,
-            gpus=options.gpus,
-            retry_failed=options.retry_failed,
-            keep_adapters=options.keep_adapters or None,
-        )
         folder = tell.run_study(options.recipe, execution=execution, display=make_display(), **asked)
         if options.as_json:
             emit({"folder": str(folder.root), **folder.read()})

@@ -36,7 +36,9 @@ PATHS = (
 )
 
 
-KEYWORDS = frozenset({"model", *SOURCES})  # values that are not paths
+# What to do where a cell of a study lacks files of a run: a finished one is not run again as long as it is there.
+REMAKE = "Remove the cell's folder and give `tell study` again with --keep-adapters."
+KEYWORDS = frozenset({"model", *SOURCES})  # values that mean something else than a path
 
 
 def with_full_paths(config: Config) -> Config:
@@ -242,6 +244,12 @@ def read_run_config(folder: RunFolder) -> Config:
     """
     if not folder.root.is_dir():
         raise TellError("no such run folder", where=str(folder.root), remedy="Give the folder `tell tune` wrote.")
+    if folder.metrics.exists() and not folder.config.exists():
+        raise TellError(
+            "has results but no run.yaml, as a cell from a study's cells.jsonl.gz",
+            where=str(folder.root),
+            remedy=REMAKE,
+        )
     data = read_yaml(folder.require(folder.config, "`tell tune`"), "a run", remedy=DAMAGED)
     if not data:  # falling back on defaults would describe a different run
         raise TellError("is empty", where=str(folder.config), remedy=DAMAGED)

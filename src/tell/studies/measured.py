@@ -78,14 +78,12 @@ class CellReader:
     arms: dict[str, Measured | None] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, *roots: Path) -> CellReader | None:
-        """The first of some folders that can be read."""
-        for root in roots:
-            try:
-                return cls(RunFolder(root), json.loads(RunFolder(root).metrics.read_text(encoding="utf-8")))
-            except (OSError, ValueError):
-                continue
-        return None
+    def open(cls, root: Path) -> CellReader | None:
+        """None where its metrics cannot be read."""
+        try:
+            return cls(RunFolder(root), json.loads(RunFolder(root).metrics.read_text(encoding="utf-8")))
+        except (OSError, ValueError):
+            return None
 
     def arm(self, arm: str) -> Measured | None:
         """Measurements of an arm; None where they cannot be read."""

@@ -14,7 +14,6 @@ from tell.progress import Display, Silent
 from tell.score.custom import CustomScorer
 from tell.studies.cells import Cell, Row, grid_of
 from tell.studies.datasets import build_data
-from tell.studies.packed import restore_cells
 from tell.studies.recipe import Recipe, load_recipe
 from tell.studies.study_folder import Root, StudyFolder
 
@@ -96,7 +95,7 @@ def open_study(
     root: str | Path = "studies",
     display: Display | None = None,
 ) -> Study:
-    """A study ready to run: recipe read, missing data sets built, cells named, packed cells unpacked.
+    """Read a recipe, build its data sets where they are missing, and name its cells.
 
     The arguments are those of `tell.studies.study.run_study`.
     """
@@ -107,5 +106,4 @@ def open_study(
     if not made.title:
         made.title = path.stem
     folder = StudyFolder(out or place.path / path.stem)
-    restore_cells(folder, place, {cell.name for cell in cells})
     return Study(made, path.resolve(), folder, place, rows, cells)

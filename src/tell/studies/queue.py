@@ -68,8 +68,8 @@ class CellQueue:
         """Count cells and time from here on."""
         self.first, self.begin = len(self.waiting), time.monotonic()
 
-    def _look(self, name: str, retry_failed: bool = False) -> str:
-        """The state of a cell from its folder and record; a killed one is waiting."""
+    def _look(self, name: str, retry_failed: bool = False) -> None:
+        """Set the state of a cell from its folder and record; a killed one is waiting."""
         record = self.root.record(name)
         failed = record.get("state") == "failed"
         state = "done" if self.root.finished(name) else "failed" if failed and not retry_failed else "waiting"
@@ -78,7 +78,6 @@ class CellQueue:
         self._set(name, record, state=state, error=record.get("error") if state == "failed" else None)
         if state == "done" and self.states[name]["seconds"] is None:
             self.states[name]["seconds"] = self.root.cell(name).read_status().get("seconds")
-        return state
 
     def _set(self, name: str, record: Mapping[str, Any], **facts: object) -> None:
         self.states[name] = {**NOTHING, **{key: record[key] for key in NOTHING if key in record}, **facts}
@@ -179,7 +178,7 @@ class CellQueue:
             del self.held[name]
 
     def adopt(self) -> None:
-        """Record finished cells whose process was killed before it could."""
+        """Record finished cells that were unpacked, or whose process was killed before it could."""
         for name, cell in self.cells.items():
             if self.states[name]["state"] == "done" and self.root.record(name).get("state") != "done":
                 with self.root.lock(name):

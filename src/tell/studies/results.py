@@ -107,7 +107,7 @@ class Study:
 
 
 def read_results(folder: str | Path, cells: str | Path | None = None) -> Study:
-    """Read a study's finished cells, from their run folders or else from ``cells.jsonl.gz``.
+    """Read a study's finished cells, from their run folders or, where these are missing or damaged, from ``cells.jsonl.gz``.
 
     Args:
         folder: the study's own, with ``study.json``.
@@ -141,8 +141,9 @@ def read_results(folder: str | Path, cells: str | Path | None = None) -> Study:
         failed={name: str(c.get("error") or "") for name, c in states.items() if c.get("state") == "failed"},
     )
     primaries: Counter[str] = Counter()
-    with unpacked(StudyFolder(folder).packed, lambda name: not (root / name / "metrics.json").exists()) as packed:
-        open_cell = cache(lambda name: CellReader.open(root / name, packed / name))
+    own = cache(lambda name: CellReader.open(root / name))
+    with unpacked(StudyFolder(folder).packed, lambda name: own(name) is None) as packed:
+        open_cell = cache(lambda name: own(name) or CellReader.open(packed / name))
         for row in study.rows:
             state = str((states.get(row["cell"]) or {}).get("state", "waiting"))
             if state != "done":

@@ -78,12 +78,13 @@ def _metrics(result: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def pictures(study: Study) -> Iterator[tuple[dict[str, Any], Path]]:
-    """Point and ``separation.svg`` of each comparison, of the first seed that has one."""
-    shown: set[str] = set()
+def pictures(study: Study) -> Iterator[tuple[dict[str, Any], Path | None]]:
+    """Point and ``separation.svg`` of each comparison, of the first seed that has one; None where no seed has."""
+    found: dict[str, tuple[dict[str, Any], Path | None]] = {}
     for outcome in sorted(study.outcomes, key=lambda o: o.seed):
-        path = RunFolder(study.cells / outcome.cell).separation("svg")
-        point = {key: value for key, value in outcome.point.items() if key in study.keys}
-        if str(point) not in shown and path.is_file():
-            shown.add(str(point))
-            yield point, path
+        if outcome.cell.startswith(f"{SEPARATE}-"):
+            path = RunFolder(study.cells / outcome.cell).separation("svg")
+            point = {key: value for key, value in outcome.point.items() if key in study.keys}
+            if found.setdefault(str(point), (point, None))[1] is None and path.is_file():
+                found[str(point)] = (point, path)
+    yield from found.values()

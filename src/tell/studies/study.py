@@ -13,6 +13,7 @@ from tell.progress import Display, Silent
 from tell.run.stop import Stop
 from tell.studies.executors.registry import LOCAL, Execution
 from tell.studies.open_study import UNCHANGED, Changes, Study, open_study
+from tell.studies.packed import restore_cells, usable_cells
 from tell.studies.queue import CellQueue, span
 from tell.studies.recipe import Recipe
 from tell.studies.registered import needs
@@ -27,13 +28,13 @@ def plan_study(
     changes: Changes = UNCHANGED,
     out: str | Path | None = None,
     root: str | Path = "studies",
-    retry_failed: bool = False,
+    execution: Execution = LOCAL,
     display: Display | None = None,
 ) -> dict[str, Any]:
     """Cells of a study with steps, tokens, FLOPs and predicted seconds; runs nothing.
 
     Args:
-        retry_failed: failed cells count as left to do.
+        execution: with ``retry_failed``, failed cells count as left to do; with ``keep_adapters``, packed ones.
         recipe, data, changes, out, root, display: as for `run_study`.
 
     Returns:
@@ -45,8 +46,11 @@ def plan_study(
     display = display or Silent()
     study = open_study(recipe, data=data, changes=changes, out=out, root=root, display=display)
     study.check_scorers()
-    queue = CellQueue(study, display=display, stop=Stop(study.folder.root), retry_failed=retry_failed)
-    table = plan_table(study.root, study.cells, queue.states, queue.points, display)
+    queue = CellQueue(study, display=display, stop=Stop(study.folder.root), retry_failed=execution.retry_failed)
+    states = dict(queue.states)
+    for name, _ in usable_cells(study, keep_adapters=execution.keeps(study.recipe), display=display):
+        states[name] = {**states[name], "state": "done"}
+    table = plan_table(study.root, study.cells, states, queue.points, display)
     return {"title": study.recipe.title, "folder": str(study.folder.root), **table}
 
 
@@ -69,7 +73,8 @@ def run_study(
         recipe: YAML file, see `tell.studies.recipe`.
         data: folder that ``${data}`` stands for.
         changes: other variables, overrides and seeds of the recipe.
-        out: the study's folder; default ``<root>/<name of the recipe>``. Cells packed there are not run.
+        out: the study's folder; default ``<root>/<name of the recipe>``. Cells packed there are not run,
+            except comparisons of hidden states, and where adapters are kept.
         root: folder of the cells.
         execution: the executor and its options.
         display: shows progress.
@@ -87,7 +92,8 @@ def run_study(
     study.check_scorers()
     study.check_folder()
     stop = Stop(study.folder.root)
-    keep = study.recipe.keep_adapters if execution.keep_adapters is None else execution.keep_adapters
+    keep = execution.keeps(study.recipe)
+    restore_cells(study, keep_adapters=keep, display=display)
     queue = CellQueue(study, display=display, stop=stop, retry_failed=execution.retry_failed, keep_adapters=keep)
     write_text(study.folder.recipe, study.recipe.to_yaml())
     queue.adopt()

@@ -14,12 +14,11 @@ from tell.names import ARMS
 from tell.progress import Display, Silent
 from tell.rows.template import ChatTokenizer
 from tell.run.answers import adapter_folder, adapter_ready
-from tell.run.claim import check_trust, read_run_config
+from tell.run.claim import REMAKE, check_trust, read_run_config
 from tell.run.record import thinks
 from tell.run.session import Session
 
-# remedy for a study's cell without adapter: a finished cell is not run again while its folder exists
-CELL_ADAPTER = "for a cell of a study, remove the cell's folder and run `tell study` again with --keep-adapters."
+CELL_ADAPTER = f"for a cell of a study, {REMAKE[0].lower()}{REMAKE[1:]}"
 
 
 @dataclass(frozen=True)

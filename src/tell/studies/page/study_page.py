@@ -11,9 +11,10 @@ from tell.files import write_json, write_text
 from tell.names import ARMS, CHANGE, arm_order, canonical, metric
 from tell.report.page import fill
 from tell.studies.page.figure_kinds import Contents
-from tell.studies.page.study_sections import Picture, Section, sections
+from tell.studies.page.study_sections import STATES, Picture, Section, sections
 from tell.studies.results import Study, read_results
 from tell.studies.separation_cells import WORDS as CONTRAST_WORDS
+from tell.studies.separation_cells import pictures
 from tell.studies.stats.analyses import FILES, analyse
 from tell.studies.stats.comparable_seeds import seed_sets, seeds_name
 from tell.studies.stats.results_table import gaps, lines, to_csv, to_markdown
@@ -69,11 +70,18 @@ def write_study(folder: str | Path) -> Path:
         write_json(folder / f"{name}.json", found.entries[name])
     every = sections(Contents(study, bootstrap, found, table, differences))
     drawn = {block.name for section in every for block in section.blocks if isinstance(block, Picture)}
+    undrawn = _undrawn(study)
     for path in (folder / "figures").glob("f*.*"):
-        if path.stem not in drawn:  # figures of an earlier recipe
+        # Others are of an earlier recipe; but a picture of hidden states may be the only copy there is.
+        if path.stem not in drawn and not (undrawn and path.stem.startswith(STATES)):
             path.unlink(missing_ok=True)
     write_text(folder / "index.html", _page(study, [section for section in every if section.blocks]))
     return folder / "index.html"
+
+
+def _undrawn(study: Study) -> int:
+    """Comparisons of hidden states whose picture is in no run folder: packed cells have none."""
+    return sum(path is None for _, path in pictures(study))
 
 
 def _page(study: Study, sections: Sequence[Section]) -> str:
@@ -125,7 +133,12 @@ def notices(study: Study) -> list[str]:
         )
     if unknown := unknown_metrics(study):
         known = ", ".join(name for name in sorted(study.known()) if CHANGE not in name)
-        found.append(f"The recipe requests {', '.join(unknown)}, which no finished cell has. They have {known}.")
+        found.append(f"The recipe asks for {', '.join(unknown)}, which no finished cell has. They have {known}.")
+    if undrawn := _undrawn(study):
+        found.append(
+            f"Pictures of hidden states are missing for {undrawn} comparisons, whose run folders are not here. "
+            f"`tell study` draws them again; those in figures/{STATES}* stay until then."
+        )
     if len(study.machines) > 1:
         counts = [f"{count} in {name}" for name, count in study.machines.most_common()]
         found.append(f"Rows were measured on different devices or in different number formats: {', '.join(counts)}.")
