@@ -60,10 +60,11 @@ def _scale(path: Path) -> float:
         raise TellError("is missing", where=str(path), remedy=REMEDY) from error
     if config.get("use_dora") or config.get("rank_pattern") or config.get("alpha_pattern"):
         raise TellError("is not a plain LoRA adapter", where=str(path.parent), remedy="Load it with peft instead.")
-    rank: Any = config.get("r")
-    alpha: Any = config.get("lora_alpha")
-    for key, value in (("r", rank), ("lora_alpha", alpha)):
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not 0 < value < math.inf:
+    found: dict[str, float] = {}
+    for key in ("r", "lora_alpha"):
+        value = config.get(key)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
             raise TellError(f"{key} is {value!r}", where=str(path), remedy=REMEDY)
-    return alpha / (rank**0.5 if config.get("use_rslora") else rank)
+        found[key] = value
+    rank = found["r"]
+    return found["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)

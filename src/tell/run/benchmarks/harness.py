@@ -255,7 +255,9 @@ def _rows(local: LocalTask) -> Callable[..., dict[str, Dataset]]:
     return lambda **_: {"test": test, "train": train}
 
 
-def answer_task(lm: EngineLM, name: str, task: Any, *, shots: int, limit: int | None) -> list[dict[str, Any]]:
+def answer_task(
+    lm: EngineLM, name: str, task: task_module.Task, *, shots: int, limit: int | None
+) -> list[dict[str, Any]]:
     """One row per question: ``{"question", "hash", "prompt", "reference", "answer", "scores"}``.
 
     ``answer`` is what was written, or the choice found likeliest, counted from 0, with ``loglikelihoods`` of all.
@@ -289,7 +291,7 @@ def metric_name(metric: str, filtered: str) -> str:
     return metric if filtered == "none" else f"{metric},{filtered}"
 
 
-def _row(task: Any, sample: Mapping[str, Any]) -> dict[str, Any]:
+def _row(task: task_module.Task, sample: Mapping[str, Any]) -> dict[str, Any]:
     answers = [responses[0] for responses in sample["resps"]]
     row = {
         "question": sample["doc_id"],
