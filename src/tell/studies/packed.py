@@ -181,12 +181,15 @@ def restore_cells(study: Study, *, keep_adapters: bool, display: Display) -> Non
     """
     root = study.root
     for name, files in usable_cells(study, keep_adapters=keep_adapters, display=display):
-        with _writing(root.cell(name).root, "Free disk space or choose another folder with --root."), suppress(Timeout):
-            with root.lock(name).acquire(timeout=0):  # else another process runs it
-                if not root.finished(name):
-                    # What it took elsewhere is no measurement of this machine: see `measured_evaluation`.
-                    root.note(name, state="waiting", error=None, attempts=0, host=None)
-                    _write_cell(root.cell(name).root, files)
+        with (
+            _writing(root.cell(name).root, "Free disk space or choose another folder with --root."),
+            suppress(Timeout),  # another process runs it
+            root.lock(name).acquire(timeout=0),
+        ):
+            if not root.finished(name):
+                # What it took elsewhere is no measurement of this machine: see `measured_evaluation`.
+                root.note(name, state="waiting", error=None, attempts=0, host=None)
+                _write_cell(root.cell(name).root, files)
 
 
 def main(folders: Sequence[str]) -> int:
