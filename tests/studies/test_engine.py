@@ -478,7 +478,7 @@ def test_two_recipes_of_one_name_keep_apart(recipe, tmp_path):
     (tmp_path / "paper").mkdir()
     other = tmp_path / "paper" / path.name
     shutil.copy(recipe("edited", **MINIMAL | {"grid": {"task.rows": [5]}}), other)
-    with pytest.raises(TellError, match=r"holds the study of .*small.yaml.*--out"):
+    with pytest.raises(TellError, match=r"contains the study of .*small.yaml.*--out"):
         tell.run_study(other, root=root)
     assert folder.page.read_bytes() == before
     shutil.copy(path, other)  # the same runs from another clone

@@ -42,7 +42,7 @@ class StudyOptions:
     dry_run: bool = switch("--dry-run", "Print cells, tokens, FLOPs and hours; run nothing.")
     as_json: bool = json_switch()
     executor: str = option("--executor", "local or ray", "NAME", default="local")
-    address: str = option("--address", "of the Ray cluster: auto, ray://HOST:PORT or local", "ADDRESS", default="auto")
+    address: str = option("--address", "Ray cluster: auto, ray://HOST:PORT or local", "ADDRESS", default="auto")
     cpus: float | None = option("--cpus", "cores of each cell on a cluster", "N", number)
     gpus: float | None = option("--gpus", "GPUs of each cell on a cluster", "N", number)
     retry_failed: bool = switch("--retry-failed", "Run failed cells again.")
@@ -103,7 +103,7 @@ def study(options: StudyOptions) -> None:
 
 
 def _say_unplanned(plan: Mapping[str, Any]) -> None:
-    """What the study would run into; code 2 where it could run nothing at all."""
+    """Print the errors that the study would meet; code 2 if no cell could run."""
     left = plan["left"]
     if not left["unplanned"]:
         return

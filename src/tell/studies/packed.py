@@ -1,4 +1,4 @@
-"""The finished cells of a study in one file, ``cells.jsonl.gz``, to keep and share without their run folders.
+"""Packs a study's finished cells into one file, ``cells.jsonl.gz``, to archive and share without run folders.
 
     python -m tell.studies.packed studies/fig11
 
@@ -40,7 +40,7 @@ Files = dict[str, Any]  # name of a file in the cell's folder to its JSON value,
 
 
 def pack_cells(folder: str | Path) -> Path:
-    """Write the finished cells of a study into one file.
+    """Write the finished cells of a study into one file, and return its path.
 
     A cell without a run folder, or that is being run again, keeps its line of a file that is already there.
 
@@ -134,7 +134,7 @@ def _write_cell(folder: Path, files: Files) -> None:
 
 @contextmanager
 def unpacked(path: Path, wanted: Callable[[str], bool]) -> Iterator[Path]:
-    """A temporary folder with the packed cells that are wanted; an empty one where nothing is packed.
+    """A temporary folder with the requested packed cells; empty where none is packed.
 
     Raises:
         TellError: the packed file is damaged, or the temporary folder cannot be written.
@@ -183,7 +183,7 @@ def restore_cells(study: Study, *, keep_adapters: bool, display: Display) -> Non
     for name, files in usable_cells(study, keep_adapters=keep_adapters, display=display):
         with (
             _writing(root.cell(name).root, "Free disk space or choose another folder with --root."),
-            suppress(Timeout),  # another process runs it
+            suppress(Timeout),  # another process is running it
             root.lock(name).acquire(timeout=0),
         ):
             if not root.finished(name):

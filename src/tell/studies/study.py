@@ -31,7 +31,7 @@ def plan_study(
     execution: Execution = LOCAL,
     display: Display | None = None,
 ) -> dict[str, Any]:
-    """Cells of a study with steps, tokens, FLOPs and predicted seconds; nothing is run.
+    """Cells of a study with steps, tokens, FLOPs and predicted seconds; runs nothing.
 
     Args:
         execution: with ``retry_failed``, failed cells count as left to do; with ``keep_adapters``, packed ones.
@@ -113,7 +113,7 @@ def run_study(
                 raise Interrupted(
                     f"stopped with {done} of {len(study.cells)} cells done",
                     where=str(study.folder.root),
-                    remedy="Give the same command again to go on.",
+                    remedy="Run the same command again to resume.",
                 ) from error
             finally:
                 queue.give_back()
@@ -123,7 +123,7 @@ def run_study(
 
 
 def check_packages(recipe: Recipe) -> None:
-    """Raise TellError where a package is missing that the recipe's figures and fits will need after hours of runs."""
+    """Raise TellError now if a package is missing that the recipe's figures and fits need after hours of runs."""
     wanted = {
         "matplotlib": recipe.figures or recipe.pareto or recipe.separate,
         "scipy": recipe.fits or recipe.efficiency,
@@ -131,11 +131,11 @@ def check_packages(recipe: Recipe) -> None:
     }
     missing = [name for name, asked in wanted.items() if asked and find_spec(name) is None]
     if missing:
-        raise needs(f"what the recipe asks for needs {' and '.join(missing)}")
+        raise needs(f"the recipe needs {' and '.join(missing)}")
 
 
 def _write(study: Study) -> None:
-    from tell.studies.page.study_page import write_study  # late: it draws
+    from tell.studies.page.study_page import write_study  # imported here, because it loads matplotlib
 
     with reading(study.folder.root):
         write_study(study.folder.root)
@@ -145,7 +145,7 @@ def _predict(study: Study, queue: CellQueue) -> None:
     """Predict the seconds of each waiting cell; refuse a study none of whose cells can be run."""
     display = queue.display
     if done := len(study.cells) - len(queue.waiting):
-        display.note(f"{done} of {len(study.cells)} cells are done or failed already")
+        display.note(f"{done} of {len(study.cells)} cells are already done or failed")
     predicted: dict[str, float] = {}
     errors: set[str | None] = set()
     for cell, cost in plan_cells(study.root, queue.waiting, display):
