@@ -37,8 +37,8 @@ PATHS = (
 
 
 # What to do where a cell of a study lacks files of a run: a finished one is not run again as long as it is there.
-REMAKE = "Remove the cell's folder and give `tell study` again with --keep-adapters."
-KEYWORDS = frozenset({"model", *SOURCES})  # values that mean something else than a path
+REMAKE = "Remove the cell's folder and run `tell study` again with --keep-adapters."
+KEYWORDS = frozenset({"model", *SOURCES})  # values that are not paths
 
 
 def with_full_paths(config: Config) -> Config:

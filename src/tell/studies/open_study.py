@@ -95,7 +95,7 @@ def open_study(
     root: str | Path = "studies",
     display: Display | None = None,
 ) -> Study:
-    """Read a recipe, build its data sets where they are missing, and name its cells.
+    """A study ready to plan or run: recipe read, missing data sets built, cells named.
 
     The arguments are those of `tell.studies.study.run_study`.
     """

@@ -134,7 +134,7 @@ def _write_cell(folder: Path, files: Files) -> None:
 
 @contextmanager
 def unpacked(path: Path, wanted: Callable[[str], bool]) -> Iterator[Path]:
-    """A temporary folder with the packed cells that are wanted; an empty one where nothing is packed.
+    """A temporary folder with the requested packed cells; empty where none is packed.
 
     Raises:
         TellError: the packed file is damaged, or the temporary folder cannot be written.
@@ -181,12 +181,15 @@ def restore_cells(study: Study, *, keep_adapters: bool, display: Display) -> Non
     """
     root = study.root
     for name, files in usable_cells(study, keep_adapters=keep_adapters, display=display):
-        place, remedy = root.cell(name).root, "Free disk space or choose another folder with --root."
-        with _writing(place, remedy), suppress(Timeout), root.lock(name).acquire(timeout=0):  # else another runs it
+        with (
+            _writing(root.cell(name).root, "Free disk space or choose another folder with --root."),
+            suppress(Timeout),  # another process is running it
+            root.lock(name).acquire(timeout=0),
+        ):
             if not root.finished(name):
                 # What it took elsewhere is no measurement of this machine: see `measured_evaluation`.
                 root.note(name, state="waiting", error=None, attempts=0, host=None)
-                _write_cell(place, files)
+                _write_cell(root.cell(name).root, files)
 
 
 def main(folders: Sequence[str]) -> int:

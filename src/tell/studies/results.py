@@ -107,7 +107,7 @@ class Study:
 
 
 def read_results(folder: str | Path, cells: str | Path | None = None) -> Study:
-    """Read a study's finished cells, from their run folders or, where these cannot be read, from ``cells.jsonl.gz``.
+    """Read a study's finished cells: from their run folders, or packed ones where no metrics.json can be read there.
 
     Args:
         folder: the study's own, with ``study.json``.

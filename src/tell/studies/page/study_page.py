@@ -72,7 +72,7 @@ def write_study(folder: str | Path) -> Path:
     drawn = {block.name for section in every for block in section.blocks if isinstance(block, Picture)}
     undrawn = _undrawn(study)
     for path in (folder / "figures").glob("f*.*"):
-        # Others are of an earlier recipe; but a picture of hidden states may be the only copy there is.
+        # Others are figures of an earlier recipe; but a picture of hidden states may be the only copy there is.
         if path.stem not in drawn and not (undrawn and path.stem.startswith(STATES)):
             path.unlink(missing_ok=True)
     write_text(folder / "index.html", _page(study, [section for section in every if section.blocks]))
@@ -133,7 +133,7 @@ def notices(study: Study) -> list[str]:
         )
     if unknown := unknown_metrics(study):
         known = ", ".join(name for name in sorted(study.known()) if CHANGE not in name)
-        found.append(f"The recipe asks for {', '.join(unknown)}, which no finished cell has. They have {known}.")
+        found.append(f"The recipe requests {', '.join(unknown)}, which no finished cell has. They have {known}.")
     if undrawn := _undrawn(study):
         found.append(
             f"Pictures of hidden states are missing for {undrawn} comparisons, whose run folders are not here. "
