@@ -177,7 +177,7 @@ def test_the_command_reports_errors_in_one_line(tmp_path, capsys):
     next((tmp_path / "cells").glob("tell-*/metrics.json")).write_text('{"task": ', encoding="utf-8")
     for folders, what in (
         ([str(folder)], "metrics.json: is not valid JSON"),
-        ([str(tmp_path)], "holds no study"),
+        ([str(tmp_path)], "has no study"),
         ([], "no folder"),
     ):
         assert main(folders) == 2
