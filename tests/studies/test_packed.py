@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import errno
 import gzip
 import json
@@ -65,7 +66,13 @@ def test_a_study_goes_on_from_packed_cells(recipe, tmp_path):
     assert sorted(record["attempts"] for record in records) == [0, 0, 0, 1]
     assert len(measured_evaluation(Root(tmp_path / "other"))) == 1  # of the cell that ran here
     assert numbers(again, tmp_path / "other") == numbers(whole, tmp_path / "whole")
-    assert (again.root / "table.csv").read_bytes() == (whole.root / "table.csv").read_bytes()
+    assert _table(again.root) == _table(whole.root)
+
+
+def _table(folder: Path) -> list[dict[str, str]]:
+    """table.csv without the seconds, which differ for the cell that ran twice."""
+    rows = csv.DictReader((folder / "table.csv").open(encoding="utf-8"))
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
 
 
 def _ran(cell: Path) -> bool:
