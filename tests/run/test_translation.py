@@ -51,7 +51,7 @@ def test_a_checkpoint_that_cannot_be_had_is_said_before_anything_is_written(tiny
 
     monkeypatch.setattr(hub, "download", gone)
     config = config_of(tiny_model("llama"), tmp_path / "run", example="titles", eval={"bleurt": "nobody/BLEURT-none"})
-    with pytest.raises(TellError, match=r"eval\.bleurt: nobody/BLEURT-none is no folder"):
+    with pytest.raises(TellError, match=r"eval\.bleurt: nobody/BLEURT-none is not a folder"):
         tell.tune(config)
     config = config_of(tiny_model("llama"), tmp_path / "run", eval={"bleurt": os.fspath(tmp_path)})
     with pytest.raises(TellError, match=r"eval\.bleurt: kind json is not scored by BLEURT"):

@@ -68,7 +68,7 @@ def test_short_runs_differ_by_the_anchor_alone(tiny_model, monkeypatch, source):
     before = {name: p.clone() for name, p in session.model.named_parameters()}
     mixtures = []
     run = Trainer.run
-    monkeypatch.setattr(Trainer, "run", lambda self: mixtures.append(self.mixture) or run(self))
+    monkeypatch.setattr(Trainer, "run", lambda self: mixtures.append(self.job.mixture) or run(self))
     anchors = [Anchor(text) for text in (BY_HAND[0], BY_HAND[1], BY_HAND[0])]
     a, b, again = short_runs(task, session, anchors, 3)
     assert a.tolist() == again.tolist() != b.tolist() and np.isfinite([a, b]).all()
