@@ -233,10 +233,7 @@ _SCORES = (
     ),
     MetricSpec("bleu", "BLEU", "score", "Corpus BLEU against the reference, 0 to 100 (sacrebleu)."),
     MetricSpec(
-        "bleurt",
-        "BLEURT",
-        "plain",
-        "Mean of BLEURT's learned score: about 0 for a wrong translation, 1 for a perfect one.",
+        "bleurt", "BLEURT", "plain", "Mean learned score: about 0 for a wrong translation, 1 for a perfect one."
     ),
     MetricSpec(
         ANSWER_LOSS,
@@ -272,8 +269,8 @@ _MEASURES = (
         "task_format",
         "Answered in the task's format",
         "share",
-        "Share of general prompts that are answered in the task's format; more than before means leakage.",
-        False,
+        "Share of general prompts answered in the task's format; more than before means leakage.",
+        higher_is_better=False,
     ),
 )
 SCORES = tuple(spec.name for spec in _SCORES)

@@ -20,7 +20,7 @@ def write_report(
     Args:
         runs: a run folder, or several.
         out: the page to write. Default: ``report.html`` in the run folder; for several runs ``compare.html``
-            beside the first of them.
+            next to the first of them.
 
     Returns:
         The page's path.

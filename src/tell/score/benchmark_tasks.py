@@ -146,7 +146,7 @@ def read_task(task: str, folder: str | Path, *, shots: int) -> LocalTask:
 
 
 def group_mean(tasks: Sequence[Metric]) -> Metric:
-    """The arithmetic mean of tasks' means, with equal weights whatever their number of rows (paper, A.5).
+    """The arithmetic mean of tasks' means, with equal weights for any number of rows (paper, A.5).
 
     Intervals come from resampling the rows of all tasks together; a task without a row in a resample is left out of it.
     """

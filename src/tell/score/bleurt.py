@@ -170,7 +170,7 @@ def _load_pieces(path: Path) -> SentencePieceProcessor:
 
     try:
         return SentencePieceProcessor(model_file=str(path))
-    except Exception as error:  # it raises whatever its parser finds
+    except Exception as error:  # its parser raises errors of many types
         raise _refused(f"is not a SentencePiece model ({error})", path) from error
 
 

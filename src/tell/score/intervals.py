@@ -69,7 +69,7 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
     p = successes / n
     centre = (p + Z * Z / (2 * n)) / (1 + Z * Z / n)
     half = Z / (1 + Z * Z / n) * math.sqrt(p * (1 - p) / n + Z * Z / (4 * n * n))
-    low = 0.0 if successes == 0 else centre - half  # exact at the ends, whatever the rounding
+    low = 0.0 if successes == 0 else centre - half  # exact at the ends despite rounding
     high = 1.0 if successes == n else centre + half
     return low, high
 

@@ -1,4 +1,4 @@
-"""What a run dropped, guessed or shrank: the one list at the end of its output and on its page."""
+"""What a run dropped, guessed or shrank: the list at the end of its output and on its page."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from tell.report.read_run import mapping, rows_of
 from tell.shown import left_out
 
 
-def told(findings: dict[str, Any], config: dict[str, Any]) -> list[str]:
-    """A sentence for each, from findings.json and run.yaml: guesses, rows left out, then the run's own notices."""
+def run_notices(findings: dict[str, Any], config: dict[str, Any]) -> list[str]:
+    """Sentences from findings.json and run.yaml: guesses, rows left out, then the run's own notices."""
     return [*_guesses(findings, config), *_dropped(findings), *map(str, rows_of(findings, "notices"))]
 
 
