@@ -95,7 +95,7 @@ def test_training_as_on_an_avx2_machine(tiny_model):
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["capability"] == "AVX2" and found["processor"].endswith("(avx2)")
-    assert found["why"] == "fp32: $TELL_CPU=avx2 leaves the processor no bf16"
+    assert found["why"] == "fp32: $TELL_CPU=avx2 leaves the CPU no bf16"
     assert found["library"] != library()._name and not found["bf16 kernels"]
     assert found["kinds"] == {"norm": 5, "attention": 2, "mlp": 2}
     assert found["fast"] == pytest.approx(found["plain"], rel=1e-5) and found["error"] < 1e-4

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
 import tell
 from tell.errors import TellError
-from tell.files import expanded, parse_yaml, read_bytes, read_json, read_text
+from tell.files import (
+    atomic_folder,
+    expanded,
+    parse_yaml,
+    read_bytes,
+    read_json,
+    read_text,
+    remove_folder,
+    restore_folder,
+)
 
 ALIASES = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{b}: &{b} [{', '.join([f'*{a}'] * 10)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
@@ -73,3 +83,52 @@ def test_yaml_and_homes_are_read_here_alone():
         if path.relative_to(package).as_posix() not in allowed:
             text = path.read_text(encoding="utf-8")
             assert "safe_load(" not in text and "yaml.load(" not in text and ".expanduser()" not in text, path
+
+
+def replace(folder: Path, text: str) -> None:
+    with atomic_folder(folder) as temporary:
+        (temporary / "text").write_text(text)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("renames", [1, 2])
+def test_the_next_writing_of_a_folder_undoes_or_ends_what_a_kill_cut_short(renames, tmp_path, monkeypatch):
+    """Killed after the first rename, the old folder is the only copy; after the second it is rubbish."""
+
+    class Kill(BaseException):
+        pass
+
+    def kill_after(source, target, rename=os.replace):
+        rename(source, target)
+        done.append(target)
+        if len(done) == renames:
+            monkeypatch.undo()
+            monkeypatch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)  # the dead clean nothing up
+            raise Kill
+
+    folder, done = tmp_path / "folder", []
+    replace(folder, "old")
+    monkeypatch.setattr(os, "replace", kill_after)
+    with pytest.raises(Kill):
+        replace(folder, "new")
+    monkeypatch.undo()
+    assert ".folder.old" in names(tmp_path) and folder.exists() is (renames == 2)
+    with pytest.raises(RuntimeError, match="full"), atomic_folder(folder):
+        raise RuntimeError("full")  # nothing new takes its place
+    assert (folder / "text").read_text() == ("old" if renames == 1 else "new")
+    assert ".folder.old" not in names(tmp_path)
+    replace(folder, "newer")
+    assert (folder / "text").read_text() == "newer" and ".folder.old" not in names(tmp_path)
+
+
+def test_a_removed_folder_does_not_come_back(tmp_path):
+    folder = tmp_path / "folder"
+    replace(folder, "new")
+    shutil.copytree(folder, tmp_path / ".folder.old")
+    remove_folder(folder)
+    restore_folder(folder)
+    assert names(tmp_path) == []
+    remove_folder(folder)  # where there is none

@@ -71,7 +71,7 @@ def _mixture(rows: Rows, order: np.ndarray) -> Mixture:
         row=place[order],
         repetition=np.zeros(len(order), dtype=np.int32),
         tables=tables,
-        order="shuffle",
+        ordering="shuffle",
         repeat=1,
         seed=0,
     )

@@ -1,7 +1,7 @@
 """TELL: fine-tune a language model well when there are only 15 to 1,000 examples of a task.
 
 Every verb of the command line is one function here. All names are imported on first use, so that ``import tell`` stays
-quick.
+fast.
 """
 
 from __future__ import annotations

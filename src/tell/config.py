@@ -20,19 +20,21 @@ from tell.presets import PRESETS, general_tokens_for
 
 if TYPE_CHECKING:
     ArmName = str
+    PresetName = str
 else:
     ArmName = Literal[tuple(ARMS)]
+    PresetName = Literal[tuple(sorted(PRESETS))]
 Device = Literal["auto", "cuda", "xpu", "mps", "cpu"]
-DEVICES: tuple[str, ...] = get_args(Device)[1:]  # in the order in which auto looks for them
-GENERAL_AMOUNTS = ("ratio", "tokens", "rows")  # the ways of saying how much general data
+DEVICES: tuple[str, ...] = get_args(Device)[1:]  # in the order that auto tries them
+GENERAL_AMOUNTS = ("ratio", "tokens", "rows")  # keys that set the amount of general data
 DEFAULT_ARMS: tuple[ArmName, ...] = ("base", "base+anchor", "icl", "sft", "sft-matched", "tell", "tell-anchor")
 
-LARGEST = 10**7  # of counts that memory or time grows with: more is a typing error
-_UNWRITABLE = re.compile("[\\0\ud800-\udfff]")  # surrogates stand for bytes of an argument that are not UTF-8
+LARGEST = 10**7  # limit of counts that memory or time grows with: a larger one is a typo
+_UNWRITABLE = re.compile("[\\0\ud800-\udfff]")  # Python decodes argument bytes that are not UTF-8 to surrogates
 
 
 class _Conflict(ValueError):
-    """Keys of a section are set that exclude each other."""
+    """Mutually exclusive keys of a section are set."""
 
     def __init__(self, problem: str, keys: Sequence[str]) -> None:
         super().__init__(problem)
@@ -45,9 +47,9 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _writable(cls, value: object) -> object:
-        """No text that can be neither saved nor a file's name."""
+        """Refuse text that can be neither saved nor a file name."""
         if isinstance(value, str) and _UNWRITABLE.search(value):
-            raise ValueError("holds a character that is not UTF-8, or NUL")
+            raise ValueError("contains a character that is not UTF-8, or NUL")
         return value
 
 
@@ -67,7 +69,7 @@ class TaskConfig(Section):
         0.1, ge=0, lt=1, description="share of the rest kept for validation; not below 30 rows"
     )
     test_rows: int | None = Field(None, ge=1, description="score at most this many test rows, drawn by seed")
-    drop_overlap: bool = Field(False, description="remove task and general rows that nearly equal a test row")
+    drop_overlap: bool = Field(False, description="remove task and general rows that are near-duplicates of a test row")
     shots: int = Field(
         0, ge=0, description="fixed training examples in every test prompt of all arms but icl; eval and chat show them"
     )
@@ -82,7 +84,9 @@ class TaskConfig(Section):
 class ModelConfig(Section):
     name: str = Field("smollm2-135m", description="folder, hub name, or smollm2-135m")
     revision: str | None = Field(None, description="branch, tag or commit on the hub")
-    dtype: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto: bf16 where the hardware computes in it")
+    dtype: Literal["auto", "bf16", "fp32"] = Field(
+        "auto", description="auto: bf16 where the hardware supports it, else fp32"
+    )
     device: Device = Field(
         "auto", description="auto: the first that torch sees of cuda, xpu (Intel), mps (Apple silicon) and cpu"
     )
@@ -90,19 +94,23 @@ class ModelConfig(Section):
 
 
 class SelfConfig(Section):
-    """How the model writes its own general data: it answers our prompts, or invents them (Magpie, arXiv 2406.08464)."""
+    """How the model writes general data: it answers built-in prompts, or invents them (Magpie, arXiv 2406.08464)."""
 
     prompts: Literal["builtin", "invented"] = Field(
-        "builtin", description="what is answered: the prompts on board, then invented ones; or invented ones alone"
+        "builtin", description="prompts to answer: the built-in ones, then invented ones; or invented ones alone"
     )
-    max_prompt_tokens: int = Field(64, ge=8, le=LARGEST, description="longer instructions are left out")
-    max_answer_tokens: int = Field(192, ge=8, le=LARGEST, description="answers that do not end before are left out")
-    temperature: float = Field(1.0, gt=0, description="sampling of the instructions")
-    top_p: float = Field(0.95, gt=0, le=1, description="sampling of instructions and answers")
-    answer_temperature: float = Field(0.6, gt=0, description="sampling of the answers")
+    max_prompt_tokens: int = Field(
+        64, ge=8, le=LARGEST, description="longest instruction, in tokens; longer ones are left out"
+    )
+    max_answer_tokens: int = Field(
+        192, ge=8, le=LARGEST, description="longest answer, in tokens; longer ones are left out"
+    )
+    temperature: float = Field(1.0, gt=0, description="sampling temperature of the instructions")
+    top_p: float = Field(0.95, gt=0, le=1, description="top-p of instructions and answers")
+    answer_temperature: float = Field(0.6, gt=0, description="sampling temperature of the answers")
     answer_wish: str = Field(
         "Answer briefly, in one to three sentences.",
-        description="asked of the model when it answers, not kept in the row; empty for nothing",
+        description="added to the prompt when the model answers, not kept in the row; empty for nothing",
     )
 
 
@@ -111,17 +119,17 @@ class GeneralConfig(Section):
 
     source: str = Field(
         "auto",
-        description="file, hub name, `builtin` (rows on board, answered by SmolLM2-135M), `self` (the model answers "
+        description="file, hub name, `builtin` (rows answered by SmolLM2-135M), `self` (the model answers "
         "their prompts itself), `none`, or `auto`: builtin for SmolLM2-135M, self for any other model",
     )
-    columns: str | None = Field(None, description="names of its columns, as for task.columns")
+    columns: str | None = Field(None, description="names of the source's columns, as in task.columns")
     ratio: float | None = Field(None, ge=0, description="general tokens per task token (task rows counted once)")
     tokens: float | None = Field(None, ge=0, description="general tokens (unit: tokens.unit)")
     rows: int | None = Field(None, ge=0, description="general rows")
     self_: SelfConfig = Field(default_factory=SelfConfig, alias="self")
 
     def amount(self, task_tokens: int) -> dict[str, float]:
-        """The one of ratio, tokens and rows that is set; else tokens by those of the task, each row counted once."""
+        """The one of ratio, tokens and rows that is set; else tokens that follow the task's, each row counted once."""
         return self._given() or {"tokens": general_tokens_for(task_tokens)}
 
     @property
@@ -163,32 +171,36 @@ class MixConfig(Section):
 
 class TrainConfig(Section):
     learning_rate: float | None = Field(
-        None, gt=0, description="highest rate of the schedule; none: by model size, docs/explanation/method.md"
+        None, gt=0, description="peak learning rate; none: by model size (docs/explanation/method.md)"
     )
     weight_decay: float = Field(0.01, ge=0, description="of AdamW")
     schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="decay after the warm-up")
-    warmup_ratio: float = Field(0.03, ge=0, lt=1, description="share of the steps in which the rate rises")
-    max_grad_norm: float = Field(1.0, ge=0, description="0 turns clipping off")
+    warmup_ratio: float = Field(0.03, ge=0, lt=1, description="share of the steps used for warm-up")
+    max_grad_norm: float = Field(1.0, ge=0, description="largest gradient norm; 0 turns clipping off")
     batch_size: int = Field(16, ge=1, le=LARGEST, description="examples per optimiser step")
     micro_tokens: int = Field(3072, ge=1, le=LARGEST, description="tokens per forward pass; smaller needs less memory")
-    max_length: int = Field(2048, ge=8, le=LARGEST, description="tokens; longer rows are never cut, see too_long")
-    too_long: Literal["drop", "refuse"] = Field("drop", description="what happens to a row above max_length")
-    nothing_to_train: Literal["drop", "refuse"] = Field("refuse", description="and to a row with an empty answer")
+    max_length: int = Field(
+        2048, ge=8, le=LARGEST, description="longest row in tokens; longer rows are never cut, see too_long"
+    )
+    too_long: Literal["drop", "refuse"] = Field("drop", description="drop or refuse a row longer than max_length")
+    nothing_to_train: Literal["drop", "refuse"] = Field(
+        "refuse", description="drop or refuse a row with an empty answer"
+    )
     loss_normalization: Literal["example", "token"] = Field(
         "example", description="example: mean over the rows of each row's mean; token: mean over all trained tokens"
     )
     loss_on: Literal["answer", "all"] = Field("answer", description="all: prompts are trained too (arXiv 2405.14394)")
-    task_weight: float = Field(1.0, gt=0, description="weight of a task row's loss against a general row's")
+    task_weight: float = Field(1.0, gt=0, description="weight of a task row's loss relative to a general row's")
     lora_r: int = Field(8, ge=1, le=8192, description="rank of the adapter")
     lora_alpha: float = Field(32.0, gt=0, description="the adapter is scaled by lora_alpha / lora_r")
     lora_dropout: float = Field(0.05, ge=0, lt=1, description="dropout on the adapter's input")
     lora_targets: str = Field("all-linear", description="all-linear, qkv, or comma-separated module names")
-    neftune_alpha: float = Field(0.0, ge=0, description="noise on embeddings (arXiv 2310.05914); 0 is off")
+    neftune_alpha: float = Field(0.0, ge=0, description="NEFTune noise on embeddings (arXiv 2310.05914); 0 is off")
     fast: Literal["auto", "off"] = Field(
         "auto", description="auto: packed rows, fused operations and kernels; off: transformers and peft as they are"
     )
     parallel: Literal["auto", "ddp", "fsdp"] = Field(
-        "auto", description="under torchrun: ddp (auto) copies the model to each process, fsdp spreads its weights"
+        "auto", description="under torchrun: ddp (auto) copies the model to each process, fsdp shards its weights"
     )
     checkpoint_every: int = Field(
         50, ge=0, le=LARGEST, description="optimiser steps between checkpoints; 0: only on a signal"
@@ -202,42 +214,46 @@ class TokensConfig(Section):
 class GenerateConfig(Section):
     """Decoding: greedy, or the paper's sampling by `preset: paper` or `greedy: false` and a penalty of 1.05."""
 
-    greedy: bool = Field(False, description="always the likeliest token; temperature, top_k, top_p have no effect")
+    greedy: bool = Field(
+        False, description="always take the likeliest token; temperature, top_k and top_p have no effect"
+    )
     temperature: float = Field(0.3, gt=0, description="sampling temperature")
-    top_k: int = Field(20, ge=0, le=LARGEST, description="sample among this many tokens; 0: all")
-    top_p: float = Field(0.7, gt=0, le=1, description="sample among the likeliest tokens of this total probability")
-    repetition_penalty: float = Field(1.05, gt=0, description="1 turns it off")
+    top_k: int = Field(20, ge=0, le=LARGEST, description="sample among this many likeliest tokens; 0: all")
+    top_p: float = Field(0.7, gt=0, le=1, description="sample among the likeliest tokens up to this total probability")
+    repetition_penalty: float = Field(1.05, gt=0, description="1 turns the penalty off")
     max_new_tokens: int | None = Field(
-        None, ge=1, le=LARGEST, description="default: 1.5 times the longest training answer"
+        None, ge=1, le=LARGEST, description="most tokens of an answer; none: 1.5 times the longest training answer"
     )
     batch_size: int = Field(128, ge=1, le=LARGEST, description="rows decoded at once, fewer where memory is short")
     engine: Literal["auto", "own", "vllm"] = Field("auto", description="auto: vLLM on a GPU where it is installed")
 
 
 class EvalConfig(Section):
-    arms: tuple[ArmName, ...] = Field(DEFAULT_ARMS, description="what is trained and scored")
-    icl_examples: int = Field(8, ge=1, description="training examples in context, as many as fit")
-    bootstrap: int = Field(2000, ge=100, le=100_000, description="resamples for 95 % intervals")
-    forgetting_rows: int = Field(64, ge=0, description="general rows for loss before and after; 0 turns it off")
+    arms: tuple[ArmName, ...] = Field(DEFAULT_ARMS, description="arms to train and score")
+    icl_examples: int = Field(8, ge=1, description="training examples in the prompts of icl; as many as fit")
+    bootstrap: int = Field(2000, ge=100, le=100_000, description="bootstrap resamples for 95 % intervals")
+    forgetting_rows: int = Field(
+        64, ge=0, description="general rows on which loss is measured before and after; 0 turns it off"
+    )
     forgetting_answers: int = Field(24, ge=0, description="general prompts answered before and after")
     bleurt: str | None = Field(
         None, description="also score text by BLEURT-20: its folder, or lucadiliello/BLEURT-20 (extra: bleurt)"
     )
-    answer_loss: bool = Field(False, description="also score how likely each arm finds the reference answers")
+    answer_loss: bool = Field(False, description="also measure the loss of the reference answers under each arm")
     benchmarks: tuple[str, ...] = Field(
-        (), description="of general ability, before and after: gsm8k, openbookqa, agieval (extra: harness)"
+        (), description="benchmarks of general ability, before and after: gsm8k, openbookqa, agieval (extra: harness)"
     )
-    benchmark_data: str | None = Field(None, description="folder with the benchmarks' files; none: fetched by name")
-    benchmark_limit: int | None = Field(None, ge=1, description="score at most the first so many questions a task")
+    benchmark_data: str | None = Field(None, description="folder with the benchmarks' files; none: download them")
+    benchmark_limit: int | None = Field(None, ge=1, description="score at most the first N questions of each task")
     benchmark_shots: int | None = Field(None, ge=0, description="examples before each question; none: the task's own")
-    benchmark_chat: bool = Field(False, description="ask through the model's chat template")
+    benchmark_chat: bool = Field(False, description="use the model's chat template")
     benchmark_anchor: bool = Field(False, description="put the anchor on the questions, as on task rows")
 
 
 class Config(Section):
     """Everything one run depends on; saved as ``run.yaml``."""
 
-    preset: Literal["modern", "paper"] = Field("modern", description="defaults of the paper, or found by measurement")
+    preset: PresetName = Field("modern", description="modern: defaults found by measurement; paper: those of the paper")
     task: TaskConfig = Field(default_factory=TaskConfig)
     model: ModelConfig = Field(default_factory=ModelConfig)
     general: GeneralConfig = Field(default_factory=GeneralConfig)
@@ -247,18 +263,18 @@ class Config(Section):
     train: TrainConfig = Field(default_factory=TrainConfig)
     generate: GenerateConfig = Field(default_factory=GenerateConfig)
     eval: EvalConfig = Field(default_factory=EvalConfig)
-    seed: int = Field(42, ge=0, le=10**18, description="of every draw: split, subset, order, dropout, decoding")
+    seed: int = Field(42, ge=0, le=10**18, description="seed of every draw: split, subset, order, dropout, decoding")
     out: str | None = Field(None, description="run folder; default runs/<data>-<n>")
     max_minutes: float | None = Field(
         None,
         gt=0,
-        description="do less until the run is predicted to fit; docs/explanation/method.md has the order",
+        description="shrink the run until it is predicted to fit, in the order of docs/explanation/method.md",
     )
 
     @model_validator(mode="before")
     @classmethod
     def _over_preset(cls, data: object) -> object:
-        """Keys over the preset they name. The fields' own defaults stay: names of finished cells are made by them."""
+        """Keys over the preset they name. The fields' defaults stay, since names of finished cells depend on them."""
         if not isinstance(data, Mapping):
             return data
         preset = data.get("preset", "modern")
@@ -321,7 +337,7 @@ def make_config(data: Mapping[str, Any], *, where: str = "configuration") -> Con
         raise TellError(
             f"preset {preset!r} is unknown",
             where=where,
-            remedy="Use modern or paper.",
+            remedy=f"Use {' or '.join(sorted(PRESETS))}.",
             nearest=did_you_mean(str(preset), PRESETS),
         )
     try:
@@ -336,7 +352,7 @@ def make_config(data: Mapping[str, Any], *, where: str = "configuration") -> Con
 
 
 def read_yaml(path: Path, given_to: str = "-c", *, remedy: str = "Save it as UTF-8 YAML.") -> dict[str, Any]:
-    """A YAML file of keys; ``given_to`` names the flag or verb behind which it was given, for errors."""
+    """The keys of a YAML file; ``given_to`` names the flag or verb it was passed to, for errors."""
     try:
         text = read_text(path, remedy=remedy)
     except FileNotFoundError as error:
@@ -346,7 +362,7 @@ def read_yaml(path: Path, given_to: str = "-c", *, remedy: str = "Save it as UTF
         return {}
     if not isinstance(data, dict):
         raise TellError(
-            "holds no mapping of keys", where=str(path), remedy="Write keys with their values, as KEY: VALUE."
+            "is not a mapping of keys", where=str(path), remedy="Write keys with their values as KEY: VALUE."
         )
     return data
 
@@ -381,7 +397,7 @@ def check_keys(
 
 
 def key_paths(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
-    """Every key as it is written: ``general.ratio``."""
+    """Every dotted key: ``general.ratio``."""
     paths: list[str] = []
     for name, info in model.model_fields.items():
         path = f"{prefix}{info.alias or name}"
@@ -407,7 +423,7 @@ def override(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
 def _parse_scalar(text: str) -> Any:
     try:
         value = parse_yaml(text, where="--set")
-    except TellError:  # 2001-99-99, or "a: b: c": the text itself
+    except TellError:  # 2001-99-99, or "a: b: c": keep the text
         return text
     if isinstance(value, str):  # YAML 1.1 reads 1e4 as a string
         try:

@@ -17,13 +17,13 @@ SWITCH = "TELL_CPU"
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """A set of instructions.
+    """An instruction set.
 
     Attributes:
         name: value of the switch.
         march: what the kernels are compiled for.
         capability: what ``torch.backends.cpu.get_cpu_capability`` says under it.
-        environment: variables that hold torch, oneDNN and MKL to it, read when each is first used.
+        environment: variables that limit torch, oneDNN and MKL to it, read when each is first used.
     """
 
     name: str
@@ -62,7 +62,7 @@ def cpu_level() -> Level | None:
 
 
 def limit_libraries(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Hold the numeric libraries to the level; before they are imported. An unknown one is left to ``cpu_level``."""
+    """Limit the numeric libraries to the level, before they are imported. ``cpu_level`` reports an unknown one."""
     level = LEVELS.get(environment.get(SWITCH, "").lower())
     if level is not None:
         environment.update(level.environment)

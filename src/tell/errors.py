@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 from tell.shown import shorten
 
-LONGEST = {"what": 1000, "where": 400, "remedy": 500}  # characters of each part: what they quote may be a whole file
+LONGEST = {"what": 1000, "where": 400, "remedy": 500}  # characters of each part: a quotation may be a whole file
 
 
 def first_line(error: BaseException) -> str:
@@ -22,7 +22,7 @@ def is_panic(error: BaseException) -> bool:
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str | None:
-    """The choice most like ``name``, if need be by its last dotted part (``ratio`` for ``general.ratio``), or None."""
+    """The choice most like ``name``, or like its last dotted part (``ratio`` for ``general.ratio``), or None."""
     names = list(dict.fromkeys(choices))
     if close := difflib.get_close_matches(name, names, n=1):
         return close[0]
@@ -80,14 +80,14 @@ class ConfigError(TellError):
 
 
 class NotInstalled(TellError):
-    """A package that only an extra of tell-llm brings is missing."""
+    """A package that an extra of tell-llm installs is missing."""
 
     def __init__(self, package: str, extra: str, *, where: str) -> None:
         super().__init__(f"{package} is not installed", where=where, remedy=f'pip install "tell-llm[{extra}]"')
 
 
 def require_package(package: str, extra: str, *, where: str) -> None:
-    """Refuse early what only an extra makes possible.
+    """Fail early if the package of an extra is missing.
 
     Raises:
         NotInstalled: the package is missing.

@@ -1,4 +1,4 @@
-"""Files: read with limits, since somebody else may have written them, and written whole or not at all."""
+"""Reads files with limits, since they may be untrusted, and writes them atomically."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def read_json(path: Path, *, most: int = MOST_JSON, remedy: str) -> dict[str, An
         why = "nested too deeply" if isinstance(error, RecursionError) else first_line(error)
         raise TellError(f"is not valid JSON ({why})", where=str(path), remedy=remedy) from error
     if not isinstance(value, dict):
-        raise TellError("does not hold an object", where=str(path), remedy=remedy)
+        raise TellError("is not a JSON object", where=str(path), remedy=remedy)
     return value
 
 
@@ -159,7 +159,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         TellError: the disk is full or the folder is not writable, or ``path`` is not a regular file.
     """
     try:
-        if path.exists() and not path.is_file():  # a folder; /dev/null would be replaced by a file
+        if path.exists() and not path.is_file():  # a folder, or /dev/null, which would be replaced by a file
             raise TellError("cannot be written (not a regular file)", where=str(path), remedy="Name another file.")
         path.parent.mkdir(parents=True, exist_ok=True)
         clean_temporary(path.parent.glob(f".{glob.escape(path.name)}.*.tmp"))
@@ -186,33 +186,41 @@ def atomic_path(path: Path) -> Iterator[Path]:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """A temporary folder next to ``path`` that replaces it on success and is removed on failure, as `atomic_path`.
 
-    The old folder is set aside first; `restore_folder` puts it back after a kill between the two renames.
+    The old folder is set aside first; `restore_folder`, here at the next call, undoes or ends what a kill cut short.
 
     Raises:
         OSError: the disk is full or the folder is not writable.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    restore_folder(path)
     clean_temporary(path.parent.glob(f".{glob.escape(path.name)}.*.tmp"))
     temporary = Path(tempfile.mkdtemp(prefix=temporary_prefix(path), suffix=".tmp", dir=path.parent))
     try:
-        temporary.chmod(0o755)  # mkdtemp makes 0700; what is shared must stay readable
+        temporary.chmod(0o755)  # mkdtemp makes 0700; shared folders must stay readable
         yield temporary
         sync_files(temporary)
-        old = _set_aside(path)
-        shutil.rmtree(old, ignore_errors=True)
         if path.exists():
-            os.replace(path, old)
+            os.replace(path, _set_aside(path))
         os.replace(temporary, path)
         sync(path.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        restore_folder(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def restore_folder(path: Path) -> None:
-    """Put back the old folder if `atomic_folder` was killed before the new one took its place."""
-    if not path.exists() and _set_aside(path).exists():
-        os.replace(_set_aside(path), path)
+    """Put back the old folder if `atomic_folder` was killed before the new one took its place; else remove it."""
+    old = _set_aside(path)
+    if path.exists():
+        shutil.rmtree(old, ignore_errors=True)
+    elif old.exists():
+        os.replace(old, path)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder that `atomic_folder` wrote, and an old one that a kill left; what cannot be removed stays."""
+    shutil.rmtree(_set_aside(path), ignore_errors=True)  # first: alone, it would be put back
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def _set_aside(path: Path) -> Path:

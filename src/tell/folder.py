@@ -1,4 +1,4 @@
-"""The run folder: the one place that knows the names of its files."""
+"""The run folder: names and paths of all its files."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ Content = TypeVar("Content", bound=BaseModel)
 
 @contextmanager
 def reading(root: Path) -> Iterator[None]:
-    """Report damaged files of a run in one line, whatever error they lead to.
+    """Report damaged files of a run in one line, whichever exception they cause.
 
     Raises:
-        TellError: instead of what the values raise.
+        TellError: replaces any exception that damaged values cause.
     """
     try:
         yield
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
         raise TellError(
-            f"holds damaged files ({type(error).__name__}: {first_line(error)})",
+            f"has damaged files ({type(error).__name__}: {first_line(error)})",
             where=str(root),
             remedy=DAMAGED,
         ) from error
@@ -66,9 +66,9 @@ class RunFolder:
         self.status = root / "status.json"
         self.arms = root / "arms"
         self.made = tuple(path for name, path in vars(self).items() if name != "root")
-        """Every file and folder a run makes at the top of its folder, there or not."""
-        self.lock = root / ".lock"  # held by the process that works on the run
-        self.starting = root / ".starting"  # there while a run begins: the folder is ours, and not yet a run
+        """Every file and folder that a run may make at the top of its folder."""
+        self.lock = root / ".lock"  # locked by the process that is working on the run
+        self.starting = root / ".starting"  # exists while a run starts: the folder is ours, but not yet a run
 
     ASIDE = ".old-"
     """Prefix of the folder that keeps the files of a run while another replaces it."""
@@ -98,11 +98,11 @@ class RunFolder:
         return self.logs / f"{arm}.jsonl"
 
     def separation(self, kind: str) -> Path:
-        """What `tell separate` found: ``json``, ``svg`` or ``png``."""
+        """Results of `tell separate`: ``json``, ``svg`` or ``png``."""
         return self.root / f"separation.{kind}"
 
     def set_status(self, state: str, **more: object) -> None:
-        """``running``, ``interrupted``, ``failed`` or ``done``, with what else is worth knowing."""
+        """``running``, ``interrupted``, ``failed`` or ``done``, with further facts."""
         write_json(self.status, {"state": state, **more})
 
     def read_status(self) -> dict:
@@ -125,7 +125,7 @@ class RunFolder:
         return read_json(self.require(path, "`tell tune`"), remedy=DAMAGED)
 
     def read_as(self, path: Path, model: type[Content]) -> Content:
-        """A JSON file of the run, checked against what `model` says of it.
+        """A JSON file of the run, validated by `model`.
 
         Raises:
             TellError: it is missing or damaged.
@@ -143,6 +143,6 @@ class RunFolder:
             raise TellError(
                 f"has no {path.relative_to(self.root)}",
                 where=str(self.root),
-                remedy=f"Give the folder of a finished run, or make one with {verb}.",
+                remedy=f"Name the folder of a finished run, or make one with {verb}.",
             )
         return path

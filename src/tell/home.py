@@ -33,5 +33,5 @@ def unwritable(path: Path, error: OSError) -> TellError:
     return TellError(
         f"cannot be written ({error.strerror or error})",
         where=str(path),
-        remedy="Free disk space, or set TELL_HOME to a folder that can be written.",
+        remedy="Free disk space, or set TELL_HOME to a writable folder.",
     )

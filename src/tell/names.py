@@ -1,4 +1,4 @@
-"""Arms and metrics as declared values, and the one number formatter: the screen, pages, studies and verdict read these.
+"""Arms and metrics as declared values, and the number formatter: used by the screen, pages, studies and verdict.
 
 A new arm is an entry of ``_ARMS``, a new metric an entry of ``_SCORES`` or ``_MEASURES``.
 """
@@ -28,7 +28,7 @@ class Arm:
         about: its definition, one sentence.
         colour: in figures, a name of `tell.report.palette.COLOURS`.
         marker: in figures, matplotlib's letter.
-        mixture: what its adapter is trained on (`tell.run.arms.MIXTURES`); None: it trains nothing of its own.
+        mixture: what its adapter is trained on (`tell.run.arms.MIXTURES`); None: it trains no adapter.
         adapter: the trained arm whose adapter it answers with; None: the untuned model.
         anchored: the anchor is put on its prompts.
         in_context: training examples are put in its prompts.
@@ -134,7 +134,7 @@ _ARMS = (
     ),
     Arm(
         "tell-anchor",
-        "TELL, asked without its anchor",
+        "TELL, prompted without its anchor",
         "TELL without its anchor",
         "The adapter of TELL, scored without the anchor on the prompt.",
         "blue",
@@ -166,7 +166,7 @@ def arm_order(names: Iterable[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class MetricSpec:
-    """What a metric is called and how its values are written.
+    """A metric: its name, unit and format.
 
     Attributes:
         name: in metrics.json and recipes.
@@ -174,6 +174,7 @@ class MetricSpec:
         unit: of its values, see `show`.
         about: its definition, one sentence.
         higher_is_better: False for losses and leaks.
+        own: of a user's scorer; sentences call it by its name, which the user wrote.
     """
 
     name: str
@@ -181,12 +182,20 @@ class MetricSpec:
     unit: Unit
     about: str = ""
     higher_is_better: bool = True
+    own: bool = False
 
     @property
     def phrase(self) -> str:
-        """The label inside a sentence."""
+        """What a sentence calls it."""
         if self.name.startswith(FIELD) and self.unit == "share":
             return f"accuracy of the field {self.name.removeprefix(FIELD)}"
+        return self._inside
+
+    @property
+    def _inside(self) -> str:
+        """The label after other words."""
+        if self.own:
+            return self.name
         return self.label if self.label[:2].isupper() else self.label[:1].lower() + self.label[1:]
 
     @property
@@ -202,8 +211,8 @@ class MetricSpec:
     @property
     def change(self) -> MetricSpec:
         """Its change from the untuned model."""
-        label = f"Change of {self.phrase if self.unit == 'nats' else self.label}"
-        return replace(self, name=self.name + CHANGE, label=label, unit=self.gap_unit)
+        label = f"Change of {self._inside}"
+        return replace(self, name=self.name + CHANGE, label=label, unit=self.gap_unit, own=False)
 
 
 HELD_OUT, PROBE, WITNESS = "general held out", "probe", "witness"  # sets of general rows; the last two are in no mix
@@ -289,7 +298,7 @@ def metric(name: str) -> MetricSpec:
     """A metric by its name in metrics.json, in predictions or in a study.
 
     Besides those of `METRICS`: ``field:<x>``, ``<set> loss``, ``<set> task format``, ``benchmark <x>``, each of them
-    with `` change`` for the change from the untuned model, and a user's own, of whose range nothing is known.
+    with `` change`` for the change from the untuned model, and a user's own, whose range is unknown.
     """
     name = canonical(name)
     if name.endswith(CHANGE):
@@ -313,7 +322,7 @@ def metric(name: str) -> MetricSpec:
         return replace(METRICS["task_format"], name=name, label="General prompts answered in the task's format")
     words = name.replace("_", " ")
     label = words[:1].upper() + words[1:] if words.islower() else words
-    return MetricSpec(name, label, "plain", "A metric of this run's own scorer.")
+    return MetricSpec(name, label, "plain", "A metric of this run's own scorer.", own=True)
 
 
 NARROW = "\u202f"
@@ -324,7 +333,7 @@ _KEYBOARD = str.maketrans({NARROW: " ", "−": "-", "–": "-"})
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Whether it is a finite number; true and false are none."""
+    """Whether it is a finite number; true and false are not."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -334,7 +343,7 @@ def has_interval(ci: object) -> TypeGuard[tuple[float, float]]:
 
 
 def factor(unit: Unit) -> float:
-    """What values are multiplied by to be shown."""
+    """Factor by which values are multiplied for display."""
     return 100.0 if unit in ("share", "points") else 1.0
 
 
@@ -345,7 +354,7 @@ def show(
 
     Args:
         sign: write the plus of a positive number.
-        digits: decimals; by default one, or three of a loss and a number of no known range.
+        digits: decimals; by default one, or three of a loss or a number of unknown range.
         exact: as many decimals as keep a value apart from 0 and from 100 %, without zeros at the end.
     """
     if not is_number(value):

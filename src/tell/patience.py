@@ -10,7 +10,7 @@ Result = TypeVar("Result")
 
 
 def within(seconds: float, call: Callable[[], Result]) -> Result | None:
-    """What ``call`` returns, or raises, if it does so within ``seconds``; else None, and it goes on by itself.
+    """The result of ``call`` (or its exception) within ``seconds``; else None, and it continues in the background.
 
     In a thread, because no timeout of an HTTP client covers a name server that does not answer.
     """

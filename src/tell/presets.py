@@ -33,7 +33,7 @@ MODERN: dict[str, Any] = {
         "lora_dropout": 0.0,
         "lora_targets": "all-linear",
     },
-    # The likeliest answer, and nothing against repeating: structured answers repeat keys and words of the prompt.
+    # Greedy, without repetition penalty: structured answers repeat keys and words of the prompt.
     "generate": {"greedy": True, "repetition_penalty": 1.0},
 }
 
@@ -48,7 +48,7 @@ def learning_rate_for(parameters: int) -> float:
 
 
 def repeat_for(rows: int) -> int:
-    """Times each of so many task rows occurs in the mix: 24 up to 15 rows, 8 from 45 to 115, 4 from 230 on.
+    """Times that each of so many task rows occurs in the mix: 24 up to 15 rows, 8 from 45 to 115, 4 from 230 on.
 
     24 was measured at 15 rows (docs/explanation/lab.md), 8 against 4 and 16 at 60 and 115
     (docs/explanation/study.md). Between 15 and 45 rows

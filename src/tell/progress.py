@@ -1,4 +1,4 @@
-"""How long work shows its progress: the verbs draw bars with rich, a notebook or test stays silent."""
+"""The interface of progress displays: the verbs draw bars with rich, notebooks and tests stay silent."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Advance = Callable[..., None]  # advance(amount: float, info: str = "", left: fl
 
 
 class Display(Protocol):
-    """What the pipeline tells the person who waits."""
+    """Notes and progress for the waiting user."""
 
     def note(self, text: str) -> None:
         """One line worth keeping on the screen."""
@@ -19,7 +19,7 @@ class Display(Protocol):
     def bar(self, title: str, total: float | None, unit: str = "rows") -> AbstractContextManager[Advance]:
         """A context manager that yields ``advance(amount, info="", left=None)``; ``total`` None: of unknown length.
 
-        ``left`` is how many seconds it still takes, where the caller knows better than the pace so far.
+        ``left`` is the remaining seconds, where the caller can estimate better than by the pace so far.
         """
         ...
 

@@ -1,7 +1,7 @@
-"""Randomness that is the same in every process, on every machine and under every numpy.
+"""Random numbers that are the same in every process, on every machine and under every numpy.
 
 All of it comes from the raw PCG64 stream, which numpy promises never to change (NEP 19). ``Generator.permutation``
-carries no such promise, and the splits, subsets and orderings of published runs must stay.
+carries no such promise, and the splits, subsets and orderings of published runs must not change.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _LOW = 0xFFFFFFFF
 
 
 def generator(seed: int, *names: str | int) -> np.random.Generator:
-    """A PCG64 generator of its own for each (seed, names), e.g. ``generator(42, "task", 3)``.
+    """A separate PCG64 generator for each (seed, names), e.g. ``generator(42, "task", 3)``.
 
     Names enter through blake2b, never through ``hash()``, which differs from process to process.
     """

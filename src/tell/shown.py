@@ -1,4 +1,4 @@
-"""Text of models, files and servers made fit to be shown: no sequences that steer a terminal, and bounded in length."""
+"""Untrusted text of models, files and servers made safe to display: no terminal control sequences, bounded length."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def clean(text: str) -> str:
 
 
 def shorten(text: str, most: int) -> str:
-    """At most ``most`` characters of a text: its beginning and its end, which is often the most telling."""
+    """At most ``most`` characters of a text: its beginning and its end, which is often the most informative."""
     if len(text) <= most:
         return text
     tail = most // 4
@@ -31,7 +31,7 @@ def shorten(text: str, most: int) -> str:
 
 def one_line(text: str, most: int = LONGEST_LINE) -> str:
     """Text as one line: cleaned, white space joined, bounded."""
-    if len(text) > 4 * most:  # what is cut away below need not be looked at
+    if len(text) > 4 * most:  # skip what is cut below
         text = shorten(text, 4 * most)
     joined = " ".join(text.split())
     return shorten("".join(char if char.isprintable() and char not in _BIDIRECTIONAL else " " for char in joined), most)

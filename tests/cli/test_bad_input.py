@@ -60,7 +60,7 @@ DATA: dict[str, tuple[str, bytes | None, list[str], list[str]]] = {
         [],
         ["rows.jsonl:7"],
     ),
-    "one row in all": ("rows.jsonl", jsonl(rows(1)), [], ["rows.jsonl: holds one row in all", "--test"]),
+    "one row in all": ("rows.jsonl", jsonl(rows(1)), [], ["rows.jsonl: has one row in all", "--test"]),
     "an answer longer than the limit": (
         "rows.jsonl",
         edited(6, lambda row: {**row, "completion": "ja " * 900}),

@@ -110,7 +110,7 @@ def test_a_resolved_configuration_reads_back_the_same(tmp_path):
         ("task: {dta: x}", ["run.yaml", "unknown key task.dta", "did you mean task.data?"]),
         ("task: x", ["run.yaml", "task is 'x', not a section"]),
         ("seed: [1", ["run.yaml:", "is not valid YAML"]),
-        ("- 1", ["run.yaml", "no mapping"]),
+        ("- 1", ["run.yaml", "not a mapping"]),
         ("seed: -4", ["run.yaml", "seed", "-4"]),
         ("preset: best\ntask: {data: x}", ["preset 'best' is unknown"]),
         ("seed: 4", ["no task data given"]),
@@ -164,7 +164,7 @@ def test_values_that_are_no_number_are_refused(key, value, capsys):
 
 @pytest.mark.parametrize("name", ["a\0b", "a\ud800b"])
 def test_texts_that_nothing_can_be_named_are_refused(name):
-    with pytest.raises(TellError, match=r"task\.data: holds a character"):
+    with pytest.raises(TellError, match=r"task\.data: contains a character"):
         make_config({"task": {"data": name}})
 
 

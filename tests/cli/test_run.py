@@ -138,7 +138,7 @@ def test_anchor_json_and_file(tiny_model, tmp_path, capsys):
     assert file.read_text(encoding="utf-8").strip() == result["text"].strip()
     assert result["text"] in [candidate["text"] for candidate in result["candidates"]]
     assert run([*argv, "-o", str(file)]) == 2
-    assert "exists already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
 
 
 def test_separate_takes_a_run_and_its_adapter(finished, capsys):

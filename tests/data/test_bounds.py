@@ -25,7 +25,7 @@ def test_bombs_are_refused_before_they_fill_memory(tmp_path, monkeypatch, suffix
     monkeypatch.setattr(
         bounds.Allowance, "take", lambda self, n, take=bounds.Allowance.take: (taken.append(n), take(self, n))
     )
-    with pytest.raises(TellError, match=r"has [\d,]+ bytes and grows to more than [\d,]+. Split the file"):
+    with pytest.raises(TellError, match=r"has [\d,]+ bytes and decompresses to more than [\d,]+. Split the file"):
         list(read_records(path))
     assert sum(taken) < 8 * 2**20
 

@@ -61,6 +61,12 @@ def test_known_layouts(row, name, contents):
     assert [turn.content for turn in to_messages(row, layout)] == contents
 
 
+def test_a_column_given_by_hand_is_sharegpt_by_the_beginning_of_its_name():
+    names = ("Conversation_1", "conversations_en", "messages_1", "dialog")
+    shown = [detect_layout([{name: ASK}], columns=f"messages={name}").name for name in names]
+    assert shown == ["ShareGPT Conversation_1", "ShareGPT conversations_en", "messages_1", "dialog"]
+
+
 @pytest.mark.parametrize("known", LAYOUTS)
 def test_every_known_layout_is_found_by_its_columns_and_preferred_as_declared(known):
     names = [known.prompt, *known.answers, *known.inputs]
@@ -189,16 +195,16 @@ def test_three_columns_of_a_prompt_have_to_be_written_into_one():
 LOST = [
     (
         {"question": "Q", "passage": "P", "answer": True},
-        "'passage' beside the prompt 'question'",
-        "--columns prompt=passage,input=question,answer=answer to join them, or give --columns",
+        "'passage' next to the prompt 'question'",
+        "--columns prompt=passage,input=question,answer=answer to join them, or pass --columns",
     ),
     (
         {"question": "Q", "text": "T", "label": "L"},
-        "'question' beside the prompt 'text'",
+        "'question' next to the prompt 'text'",
         "--columns prompt=text,input=question,answer=label to join them",
     ),
-    ({"question": "Q", "choices": ["a", "b"], "answer": 0}, "'choices'", " into the column of prompts, or give"),
-    ({"question": "Q", "A": "a", "B": "b", "answer": "A"}, "'A', 'B'", " into the column of prompts, or give"),
+    ({"question": "Q", "choices": ["a", "b"], "answer": 0}, "'choices'", " into the column of prompts, or pass"),
+    ({"question": "Q", "A": "a", "B": "b", "answer": "A"}, "'A', 'B'", " into the column of prompts, or pass"),
     ({"article": "T", "question": "Q", "options": ["a"], "answer": "A"}, "'article', 'options'", "Write them into the"),
 ]
 
@@ -231,7 +237,7 @@ def test_columns_that_say_nothing_new(row):
 def test_a_column_repeats_the_prompt_though_not_in_every_row():
     rows = [{"instruction": f"I {n} ", "output": "O", "text": f"Now: I {n} Response: O"} for n in range(30)]
     assert detect_layout([*rows, {**rows[0], "text": "cut"}]).unused == ("text",)
-    with pytest.raises(TellError, match="'text' beside the prompt 'instruction'"):
+    with pytest.raises(TellError, match="'text' next to the prompt 'instruction'"):
         detect_layout([{**row, "text": "cut"} if n % 3 else row for n, row in enumerate(rows)])
 
 
@@ -261,16 +267,16 @@ FAULTS = [
 CONVERSATION_FAULTS = [
     (ASK[:1], "ends with a user turn"),
     (ASK[1:], "has no user turn before the answer"),
-    ([], "holds no list of turns"),
-    (None, "holds no list of turns"),
-    ("text", "holds no list of turns"),
+    ([], "has no list of turns"),
+    (None, "has no list of turns"),
+    ("text", "has no list of turns"),
     (["Hi"], "turn 1 is not an object"),
     ([{"role": "narrator", "content": "x"}, *ASK], "turn 1 has the role 'narrator'"),
     ([{"content": "x"}, *ASK], "turn 1 has the role None"),
     ([*ASK, {"role": "system", "content": "x"}, *ASK], "turn 3 is a system turn"),
     ([{"role": "user", "content": ""}, ASK[1]], "turn 1 is empty"),
     ([ASK[0], {"role": "assistant", "content": None}], "has no answer"),
-    ([{"role": "user", "content": [{"type": "image", "url": "x"}]}, ASK[1]], "turn 1 holds parts that are not text"),
+    ([{"role": "user", "content": [{"type": "image", "url": "x"}]}, ASK[1]], "turn 1 has parts that are not text"),
 ]
 GOOD = {"prompt": "p", "completion": "c"}
 ALL_FAULTS = [(GOOD, bad, what) for bad, what in FAULTS]
@@ -314,7 +320,7 @@ def test_conversations_in_csv_cells(tmp_path):
     path = tmp_path / "f.csv"
     cell = json.dumps(ASK).replace('"', '""')
     path.write_text(f'messages\n"{cell}"\nnot json\n')
-    with pytest.raises(TellError, match="holds no list of turns") as caught:
+    with pytest.raises(TellError, match="has no list of turns") as caught:
         load(str(path))
     assert caught.value.where == f"{path}:3"
     assert [m.content for m in load(str(path), bad_rows="drop").examples[0].messages] == ["Hi", "Hello"]

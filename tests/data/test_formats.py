@@ -179,10 +179,10 @@ def test_json_is_read_in_one_place():
 
 
 BAD = [
-    ("twice.jsonl", b'{"a": 1}\n{"a": 1, "a": 2}\n', "twice.jsonl:2", "key a stands twice"),
-    ("twice.json", b'[{"a": 1},\n{"a": 1, "a": 2}]', "twice.json:2", "key a stands twice"),
-    ("wrapped.json", b'{"data": [{"a": 1}], "data": [{"a": 2}]}', "wrapped.json:1", "key data stands twice"),
-    ("one.json", b'{"a": 1, "a": 2}', "one.json:1", "key a stands twice"),
+    ("twice.jsonl", b'{"a": 1}\n{"a": 1, "a": 2}\n', "twice.jsonl:2", "key a occurs twice"),
+    ("twice.json", b'[{"a": 1},\n{"a": 1, "a": 2}]', "twice.json:2", "key a occurs twice"),
+    ("wrapped.json", b'{"data": [{"a": 1}], "data": [{"a": 2}]}', "wrapped.json:1", "key data occurs twice"),
+    ("one.json", b'{"a": 1, "a": 2}', "one.json:1", "key a occurs twice"),
     ("huge.jsonl", b'{"a": 1e400}', "huge.jsonl:1", "number 1e400 is too large"),
     ("huge.json", b'[{"a": 1},\n {"a": 1e400}]', "huge.json:2", "number 1e400 is too large"),
     ("digits.json", b'[{"a": ' + b"9" * 5000 + b"}]", "digits.json:1", "too large"),
@@ -200,8 +200,8 @@ BAD = [
     ("empty.jsonl", b"", "empty.jsonl", "is empty"),
     ("blank.json", b" \n\n", "blank.json", "is empty"),
     ("empty.parquet", b"", "empty.parquet", "is empty"),
-    ("header.csv", b"a,b\n", "header.csv", "holds no rows"),
-    ("none.json", b"[]", "none.json", "holds no rows"),
+    ("header.csv", b"a,b\n", "header.csv", "has no rows"),
+    ("none.json", b"[]", "none.json", "has no rows"),
     ("broken.jsonl", b'{"a": 1}\n{"a": \n', "broken.jsonl:2", "not valid JSON"),
     ("broken.json", b'[\n{"a": 1},\n{"a" 2}]', "broken.json:3", "not valid JSON"),
     ("truncated.json", b'[\n{"a": 1},\n', "truncated.json:3", "not valid JSON"),
@@ -249,5 +249,5 @@ def test_missing_folder_and_folder(tmp_path):
     (tmp_path / "tickets.jsonl").write_text("{}")
     with pytest.raises(TellError, match=r"no such file. Check the path."):
         list(read_records(tmp_path / "orders.jsonl"))
-    with pytest.raises(TellError, match=r"is a folder, not a file. Give one file, e.g. .*tickets.jsonl"):
+    with pytest.raises(TellError, match=r"is a folder, not a file. Name one file, e.g. .*tickets.jsonl"):
         list(read_records(tmp_path))

@@ -136,7 +136,7 @@ def test_overrides():
     with pytest.raises(TellError, match="the answer is not JSON") as caught:
         detect_kind(make(['{"a": 1}', "no"]), override="json")
     assert caught.value.where == "f.jsonl:2"
-    with pytest.raises(TellError, match="kind text has no use for a schema"):
+    with pytest.raises(TellError, match="kind text takes no schema"):
         detect_kind(make(["a"]), override="text", schema={})
 
 
@@ -186,7 +186,7 @@ def test_an_inferred_schema_is_widened_to_the_test_answers():
     validator = jsonschema.Draft202012Validator(wide.schema)
     assert all(validator.is_valid(json.loads(e.answer)) for e in [*known, *test])
     assert "2 of 2 answers break it, the first is f.jsonl:1: 2.5 is not of type 'integer'" in said
-    assert said.endswith("answers are held to a wider one")
+    assert said.endswith("answers are validated against a wider one")
     assert derived_anchor(wide, "user") == derived_anchor(kind, "user")  # nothing of the test rows is said to the model
 
 
@@ -218,7 +218,7 @@ def test_labels():
 
 
 def test_an_answer_with_half_of_a_pair_is_no_json():
-    with pytest.raises(TellError, match=r"f.jsonl:1: the answer is not JSON \(holds half of a surrogate pair"):
+    with pytest.raises(TellError, match=r"f.jsonl:1: the answer is not JSON \(contains half of a surrogate pair"):
         detect_kind(make(['{"a": "\\ud83d"}']), override="json")
 
 

@@ -111,5 +111,5 @@ def test_a_file_that_grows_beyond_all_measure(tmp_path, monkeypatch):
     monkeypatch.setattr(bounds, "FLOOR", 10**6)
     path = tmp_path / "f.parquet"
     pq.write_table(pa.table({"prompt": ["x" * 10_000] * 5_000, "completion": ["y"] * 5_000}), path)
-    with pytest.raises(TellError, match=r"f.parquet: has [\d,]+ bytes and grows to more than 1,000,000"):
+    with pytest.raises(TellError, match=r"f.parquet: has [\d,]+ bytes and decompresses to more than 1,000,000"):
         list(read_records(path))

@@ -39,7 +39,7 @@ def test_fingerprint_follows_content_columns_and_name(tmp_path):
 
 def test_no_usable_row(tmp_path):
     path = write(tmp_path / "f.jsonl", [{"prompt": "q", "response": ""}] * 2)
-    with pytest.raises(TellError, match="no row can be used; the first has no answer") as caught:
+    with pytest.raises(TellError, match="no row is usable; the first has no answer") as caught:
         load(path, name="general")
     assert caught.value.where == f"{path}:1"
 

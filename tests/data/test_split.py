@@ -96,9 +96,9 @@ def test_same_in_any_process():
 
 
 def test_too_few_rows():
-    with pytest.raises(TellError, match=r"f.jsonl: holds one row in all; .*--test"):
+    with pytest.raises(TellError, match=r"f.jsonl: has one row in all; .*--test"):
         split(make([("a", "1")]), seed=0, test_fraction=0.3, validation_fraction=0.1)
-    with pytest.raises(TellError, match="holds no rows"):
+    with pytest.raises(TellError, match="has no rows"):
         split([], seed=0, test_fraction=0.3, validation_fraction=0.1)
     with pytest.raises(TellError, match="all 3 rows have the same prompt"):
         split(make([("a", "1"), ("a", "2"), ("a", "1")]), seed=0, test_fraction=0.3, validation_fraction=0.1)
@@ -123,7 +123,7 @@ def test_given_test(train, test, seed, validation_fraction):
 
 
 def test_given_test_is_not_empty():
-    with pytest.raises(TellError, match="--test: holds no rows"):
+    with pytest.raises(TellError, match="--test: has no rows"):
         split_given_test(make([("a", "1")]), [], seed=0, validation_fraction=0)
 
 

@@ -189,8 +189,8 @@ def test_one_label_in_a_list_is_the_label(label, answer):
     ("label", "what"),
     [
         ([], "has no answer"),
-        (["a", "b"], "holds 2 labels"),
-        ([[0, 4, "TAG"]], "holds a span"),
+        (["a", "b"], "has 2 labels"),
+        ([[0, 4, "TAG"]], "has a span"),
         (float("nan"), "no answer"),
     ],
 )
@@ -236,7 +236,7 @@ def test_histories_that_are_none(history):
 def test_endless_turns_and_deep_cells():
     with pytest.raises(RowFault, match=r"turn 1 has 10,000,001 characters"):
         turns({"prompt": "x" * (MOST_CHARACTERS + 1), "completion": "y"})
-    with pytest.raises(RowFault, match="holds no list of turns"):
+    with pytest.raises(RowFault, match="has no list of turns"):
         turns({"messages": "[" * 5000})
 
 

@@ -60,7 +60,7 @@ def test_exhaustion_is_said_aloud():
     draw = general_rows(np.full(400, 5), task_tokens=10, rows=1500, seed=1)
     assert draw.epochs == 3.75
     assert draw.notices == [
-        "general data is exhausted: 1,500 rows are wanted and the source has 400, so it is passed 3.75 times, "
+        "general data is exhausted: 1,500 rows are requested and the source has 400, so it is passed 3.75 times, "
         "each time in a new order"
     ]
     assert draw.indices[:400].tolist() != draw.indices[400:800].tolist()
@@ -82,8 +82,8 @@ def test_a_target_below_half_a_row_is_said_aloud():
 @pytest.mark.parametrize(
     ("unit", "amount", "message"),
     [
-        ([], {"rows": 3}, "general.rows: 3 is requested of an empty general source"),
-        ([], {"ratio": 20.0}, "general.ratio: 20 is requested of an empty"),
+        ([], {"rows": 3}, "general.rows: 3 is requested from an empty general source"),
+        ([], {"ratio": 20.0}, "general.ratio: 20 is requested from an empty"),
         ([5], {}, "none of ratio, tokens, rows given"),
         ([5], {"rows": 1, "ratio": 2}, "ratio and rows given"),
         ([5], {"rows": -1}, "general.rows: -1 is not a whole number"),
@@ -91,9 +91,9 @@ def test_a_target_below_half_a_row_is_said_aloud():
         ([5], {"tokens": -0.5}, "general.tokens: -0.5 is not 0 or more"),
         ([5], {"tokens": float("inf")}, "inf is not 0 or more"),
         ([5], {"ratio": float("nan")}, "nan is not 0 or more"),
-        ([0, 0], {"tokens": 5}, "hold no tokens at all"),
-        ([5], {"tokens": 1e15}, "asks for 200,000,000,000,000 general rows"),
-        ([5], {"rows": 10**12}, "asks for 1,000,000,000,000 general rows"),
+        ([0, 0], {"tokens": 5}, "have no tokens"),
+        ([5], {"tokens": 1e15}, "requests 200,000,000,000,000 general rows"),
+        ([5], {"rows": 10**12}, "requests 1,000,000,000,000 general rows"),
     ],
 )
 def test_bad_amounts_are_refused(unit, amount, message):

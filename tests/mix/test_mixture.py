@@ -175,7 +175,7 @@ def test_sources_and_batches_are_checked():
         build({"task": table}, general=draw, repeat=1, ordering="shuffle", seed=0)
     with pytest.raises(TellError, match=r"train\.batch_size: 0"):
         build_repeated(table, 3, 0).steps(0)
-    with pytest.raises(TellError, match="0 rows asked of 1 task rows"):
+    with pytest.raises(TellError, match="0 rows requested of 1 task rows"):
         build_repeated(table, 0, 0)
 
 

@@ -48,7 +48,7 @@ def test_values_of_a_wrong_type_are_named(keys, tiny_model, tmp_path):
     ("content", "said"),
     [
         (b"", "not valid JSON"),
-        (b"[]", "does not hold an object"),
+        (b"[]", "is not a JSON object"),
         (b'{"a": ', "not valid JSON"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n", "is a Git LFS pointer"),
         (b'{"a": ' * 100_000, "nested too deeply"),

@@ -118,7 +118,7 @@ def test_what_is_no_model_is_refused(tiny_model, tmp_path, home):
     assert "is a file" in refusal(source / "config.json")
     for name, content, expected in (
         ("broken", "{", "config.json: is not valid JSON"),
-        ("list", "[]", "config.json: does not hold an object"),
+        ("list", "[]", "config.json: is not a JSON object"),
         ("nothing", "{}", "has no hidden_size"),
     ):
         folder = copy(source, tmp_path / name, leave=("config.json",))

@@ -31,12 +31,12 @@ def test_loads_frozen_in_evaluation_mode_and_silent(family, tiny_model, capfd):
 def test_number_format_as_asked_and_by_hardware(tiny_model, monkeypatch):
     files = find_model(str(tiny_model("llama")))
     loaded = load_model(files, dtype="bf16", device="cpu", attn_implementation="eager")
-    assert loaded.model.dtype == torch.bfloat16 and loaded.why == "bf16: as asked for"
+    assert loaded.model.dtype == torch.bfloat16 and loaded.why == "bf16: as requested"
     assert loaded.model.config._attn_implementation == "eager"
     monkeypatch.setattr(machine, "cpu_bf16", lambda: "avx512_bf16")
-    assert choose_dtype("auto", CPU) == (torch.bfloat16, "bf16: the processor has avx512_bf16")
+    assert choose_dtype("auto", CPU) == (torch.bfloat16, "bf16: the CPU has avx512_bf16")
     monkeypatch.setattr(machine, "cpu_bf16", lambda: None)
-    assert choose_dtype("auto", CPU) == (torch.float32, "fp32: the processor has no bf16 in hardware")
+    assert choose_dtype("auto", CPU) == (torch.float32, "fp32: the CPU has no bf16 in hardware")
     with pytest.raises(TellError, match="bf17"):
         choose_dtype("bf17", CPU)
 

@@ -160,7 +160,7 @@ def test_a_row_the_endpoint_refuses_is_dropped_and_asked_again_next_time(tmp_pat
 @pytest.mark.parametrize(
     ("status", "message"),
     [
-        (401, "refuses the key"),
+        (401, "rejects the key"),
         (404, "is not found"),
         (429, "keeps failing .* run the same command again"),
         (500, "keeps failing"),

@@ -177,7 +177,7 @@ def test_the_papers_files_are_read(tmp_path):
     assert built.notices == ["1 training rows are test rows too and were left out"]
     assert [line["prompt"] for line in read_jsonl(tmp_path / "out" / "train.jsonl")] == [r.prompt for r in rows[:3]]
     alone = build_halu_cot_json(tmp_path / "train_inputs.jsonl.gz", tmp_path / "alone")
-    assert alone.test == 0 and "give the test rows with --test" in alone.notices[0]
+    assert alone.test == 0 and "pass the test rows with --test" in alone.notices[0]
     assert not (tmp_path / "alone" / "test.jsonl").exists()
 
 
@@ -202,7 +202,7 @@ def test_bad_rows_are_named_and_nothing_is_written(tmp_path, record, message):
 def test_a_dataset_is_not_overwritten_unasked(tmp_path):
     source = write(tmp_path / "h.jsonl", upstream(5))
     build_halu_cot_json(source, tmp_path / "out")
-    with pytest.raises(TellError, match="holds a dataset already"):
+    with pytest.raises(TellError, match="already has a dataset"):
         build_halu_cot_json(source, tmp_path / "out", rows=2)
     assert len(read_jsonl(tmp_path / "out" / "train.jsonl")) == 5
     assert build_halu_cot_json(source, Replace(tmp_path / "out"), rows=2).train == 2

@@ -114,7 +114,7 @@ def test_nothing_is_written_over_or_half_written(wmt, tmp_path):
     pairs = tmp_path / "pairs.json"
     pairs.write_text(json.dumps({"translation": {"en": LONG_EN, "is": LONG_IS}}) + "\n")
     tell.build_is_en_news(wmt, out, extra=[pairs], direction="en-is")
-    with pytest.raises(TellError, match="holds a dataset already"):
+    with pytest.raises(TellError, match="already has a dataset"):
         tell.build_is_en_news(wmt, out)
     assert not (out / "is-en").exists()
     tell.build_is_en_news(wmt, Replace(out))
@@ -130,7 +130,7 @@ def test_nothing_is_written_over_or_half_written(wmt, tmp_path):
     [
         ({"direction": "en-de"}, ["--direction", "'en-de' is unknown"]),
         ({"times": 1}, ["--times"]),
-        ({"train": "newstest2021.is-en.all.xml.gz"}, ["holds is-en documents, and en-is is wanted"]),
+        ({"train": "newstest2021.is-en.all.xml.gz"}, ["has is-en documents, and en-is is requested"]),
         ({"extra": ["short.json"]}, ["short.json", "no pair of more than 50 English words"]),
         ({"train": "odd.jsonl"}, ["odd.jsonl:1", "is not a row of IS-EN-NEWS"]),
         ({"train": "missing.xml"}, ["missing.xml", "no such file"]),
@@ -153,7 +153,7 @@ def test_command(wmt, tmp_path, capsys):
     assert run([*argv, "--direction", "is-en"]) == 0
     assert capsys.readouterr().out == f"1 training and 2 test documents in {out / 'is-en'}\n"
     assert run([*argv, "--overwrite"]) == 2
-    assert "holds is-en documents, and en-is is wanted" in capsys.readouterr().err
+    assert "has is-en documents, and en-is is requested" in capsys.readouterr().err
     assert run([*argv, "--times", "many"]) == 2
     assert "--times" in capsys.readouterr().err
 

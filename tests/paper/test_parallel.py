@@ -37,7 +37,7 @@ def test_wmt_documents_stand_by_id_with_their_systems(name, tmp_path):
     [
         ({"is": {"paper.9": ICELANDIC["paper.9"]}}, ["document paper.10", "has no reference"]),
         ({"is": {**ICELANDIC, "paper.9": ["Ein lína"]}}, ["document paper.9", "1 segments of is for 2"]),
-        ({"en": {}}, ["holds no document"]),
+        ({"en": {}}, ["has no document"]),
     ],
 )
 def test_broken_wmt_files(texts, parts, tmp_path):

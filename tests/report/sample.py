@@ -197,7 +197,7 @@ def _metrics(arms: tuple[str, ...], good: dict, field: dict, rng: np.random.Gene
         metrics["forgetting"] = {
             "sets": {
                 "general held out": {"origin": "self", "rows": 64, "in_mix_source": True},
-                "probe": {"origin": "tell/evaluate/probe.jsonl", "rows": 60, "in_mix_source": False},
+                "probe": {"origin": "written for TELL", "rows": 60, "in_mix_source": False},
             },
             "arms": told,
             "differences": changed,

@@ -35,7 +35,7 @@ def test_what_is_no_run_is_refused_and_nothing_written(tmp_path: Path) -> None:
     with pytest.raises(TellError, match="no such run folder"):
         write_report(tmp_path / "nowhere")
     (tmp_path / "photos").mkdir()
-    with pytest.raises(TellError, match="holds no run"):
+    with pytest.raises(TellError, match="has no run"):
         write_report(tmp_path / "photos")
     with pytest.raises(TellError, match="no run given"):
         write_report([])
@@ -56,7 +56,7 @@ def test_only_pages_that_tell_wrote_are_replaced(tmp_path: Path) -> None:
     assert write_report(folder, out=own) == write_report(folder, out=own) == own
     for path in (folder.report, tmp_path / "thesis.html"):
         path.write_text("<!doctype html><title>mine</title>")
-        with pytest.raises(TellError, match=r"no report that tell wrote.*-o"):
+        with pytest.raises(TellError, match=r"not a report by tell.*-o"):
             write_report(folder, out=None if path == folder.report else path)
         assert "mine" in path.read_text()
     with pytest.raises(TellError, match="left as it is"):

@@ -167,7 +167,7 @@ def test_earlier_answers_that_decoding_would_write_otherwise_are_context(tiny_mo
     table = tokenize([example] * 2, tokenizer, source="task")
     assert table.notices == [
         "task: 2 earlier answers of 2 rows are context without loss, since the chat template of qwen3 shows them "
-        "differently from how decoding writes them; a row of its own trains one"
+        "differently from how decoding writes them; to train one, give it a row"
     ]
     _, mask = table.row(0)
     assert mask[: len(prompt_ids(tokenizer, example))].sum() == 0

@@ -154,10 +154,10 @@ def broken(folder, tmp_path, name: str, content: bytes):
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("tokenizer.json", b'{"version": "1.0", "trunc', "tokenizer.json: is not a tokenizer, or cut short"),
+        ("tokenizer.json", b'{"version": "1.0", "trunc', "tokenizer.json: is not a tokenizer, or truncated"),
         ("tokenizer.json", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a Git LFS pointer"),
-        ("tokenizer.json", b"", "cut short"),
-        ("tokenizer_config.json", b"[1]", "tokenizer_config.json: does not hold an object"),
+        ("tokenizer.json", b"", "truncated"),
+        ("tokenizer_config.json", b"[1]", "tokenizer_config.json: is not a JSON object"),
         ("tokenizer_config.json", b'{"eos_token": "</s>"', "tokenizer_config.json: is not valid JSON"),
         ("tokenizer_config.json", b"[" * 100_000, "nested too deeply"),
         ("generation_config.json", b'{"eos_token_id": "x"}', "generation_config.json: eos_token_id is 'x'"),

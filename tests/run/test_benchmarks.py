@@ -196,7 +196,7 @@ def test_what_is_refused(copy, questions, tmp_path, tiny_model):
         ask(copy, ["gsm"], data=questions)
     with pytest.raises(TellError, match="no benchmark is requested"):
         benchmark(copy.root)
-    with pytest.raises(TellError, match="holds no file for gsm8k"):
+    with pytest.raises(TellError, match="has no file for gsm8k"):
         ask(copy, ["gsm8k"], data=tmp_path)
     with pytest.raises(TellError, match=r"eval\.benchmark_limit"):
         ask(copy, ["gsm8k"], data=questions, limit=0)

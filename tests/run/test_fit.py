@@ -118,7 +118,7 @@ def test_experts_named_by_hand_are_refused_by_the_plan(tiny_model, tmp_path):
 
     with pytest.raises(TellError, match=said):
         planned("q_proj, gate_proj,down_proj")
-    assert any("LoRA leaves the experts as they are" in notice for notice in planned("all-linear"))
+    assert any("LoRA does not adapt the experts" in notice for notice in planned("all-linear"))
     assert not any("experts" in notice for notice in planned("q_proj"))
     own = {"auto_map": {"AutoModelForCausalLM": "code.Model"}}
     with pytest.raises(TellError, match=said):

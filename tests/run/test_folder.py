@@ -32,7 +32,7 @@ def run(tiny_model, tmp_path):
 
 def test_a_run_that_exists(run):
     config, folder = run
-    with pytest.raises(TellError, match=r"exists already \(state: running\).*--resume.*--overwrite"):
+    with pytest.raises(TellError, match=r"already exists \(state: running\).*--resume.*--overwrite"):
         claim(config, resume=False, overwrite=False)
     assert claim(config, resume=True, overwrite=False)[1] is True
     assert claim(config, resume=False, overwrite=True)[1] is False
@@ -158,7 +158,7 @@ def test_a_start_that_is_killed_anywhere_can_be_repeated(tiny_model, tmp_path, m
         if how == "resume" and not (folder.root.is_dir() and any(folder.root.iterdir())):
             continue  # not even begun
         if how == "again" and began:
-            with pytest.raises(TellError, match="exists already"):
+            with pytest.raises(TellError, match="already exists"):
                 claim(config, resume=False, overwrite=False)
             continue
         _, resumed = claim(config, resume=how == "resume", overwrite=how == "overwrite")
@@ -247,7 +247,7 @@ def test_one_process_at_a_time(run):
         assert child.stdout.readline() == b"held\n"
         before = names(folder)
         for how in ({"resume": True, "overwrite": False}, {"resume": False, "overwrite": True}):
-            with pytest.raises(TellError, match="another process works on this run"):
+            with pytest.raises(TellError, match="another process is working on this run"):
                 claim(config, **how)
         with pytest.raises(TellError, match="another process"), open_folder(folder, fresh=False, config=config):
             pass

@@ -105,7 +105,7 @@ def test_self_written_data_is_estimated(tiny_model, tmp_path, monkeypatch):
 
 def test_anchor_to_be_written_is_stood_in_for(tiny_model):
     plan = tell.plan(config_of(tiny_model("gemma2"), anchor={"text": "auto", "place": "system"}))
-    assert any("stand-in" in text for text in plan["notices"])
+    assert any("placeholder" in text for text in plan["notices"])
     assert any("no system role" in text for text in plan["notices"])
     by_hand = tell.plan(config_of(tiny_model("gemma2")))
     assert plan["task"]["tokens"] > by_hand["task"]["tokens"]
@@ -157,7 +157,7 @@ def test_no_time_is_refused_and_nothing_is_trained(tiny_model, tmp_path):
     """The method is never given up: too few minutes are refused, by the plan as by the run."""
     config = config_of(tiny_model("llama"), tmp_path / "run", max_minutes=1e-6)
     for verb in (tell.tune, tell.plan):
-        with pytest.raises(tell.TellError, match=r"too short.*Give --max-minutes 1,"):
+        with pytest.raises(tell.TellError, match=r"too short.*Use --max-minutes 1,"):
             verb(config)
     assert read(tmp_path / "run/status.json")["state"] == "failed"
     assert not (tmp_path / "run/adapter").exists()

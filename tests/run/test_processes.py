@@ -108,7 +108,7 @@ def test_a_signal_in_the_middle_leaves_a_run_to_go_on_with(number, tiny_model, t
     steps = len(read_jsonl(log))
     assert stopped.returncode != 0 and 3 <= steps < len(read_jsonl(one.losses("tell")))
     assert two.read_status()["state"] == "interrupted" and "tell tune --resume" in stopped.stderr
-    assert "began no run" not in stopped.stderr
+    assert "started no run" not in stopped.stderr
     resumed = torchrun("tune", "--resume", "--out", str(two.root))
     assert resumed.returncode == 0, resumed.stderr
     assert [line["step"] for line in read_jsonl(log)] == [line["step"] for line in read_jsonl(one.losses("tell"))]
@@ -118,7 +118,7 @@ def test_a_signal_in_the_middle_leaves_a_run_to_go_on_with(number, tiny_model, t
 def test_bad_input_ends_both(pair):
     *_, file = pair
     done = torchrun("tune", "-c", str(file))
-    assert done.returncode != 0 and "exists already" in done.stderr
+    assert done.returncode != 0 and "already exists" in done.stderr
 
 
 def test_spreading_weights_needs_processes(tiny_model, tmp_path):

@@ -42,7 +42,7 @@ def test_numbers_and_picture(tiny_model, tmp_path):
     assert all(part in words for part in ("without anchor", "with anchor", "control", "length alone", "layer 1"))
     assert (out / "separation.png").read_bytes()[:4] == b"\x89PNG"
     assert sorted(p.name for p in out.iterdir()) == [f"separation.{x}" for x in ("json", "png", "svg")]
-    with pytest.raises(TellError, match="holds a separation already"):
+    with pytest.raises(TellError, match="already has results"):
         tell.separate(quick(tiny_model("llama")), compare=Comparison(queries=12), out=out)
     again = tell.separate(quick(tiny_model("llama")), compare=Comparison("1", 12), out=out, overwrite=True)
     assert again["layers"] == {"1": result["layers"]["1"]}
@@ -123,7 +123,7 @@ def test_a_run_with_its_adapter(finished):
 @pytest.mark.parametrize(
     ("sections", "options", "match"),
     [
-        ({}, {"adapter": "tell"}, r"--adapter.*Give a run folder"),
+        ({}, {"adapter": "tell"}, r"--adapter.*Pass a run folder"),
         ({}, {"layer": "99"}, r"no layer '99'"),
         ({}, {"queries": 4}, r"4 task and .* general queries"),
     ],
@@ -140,7 +140,7 @@ def test_no_run_there(tiny_model, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("ci", "says"), [([0.28, 0.72], "tells nothing apart, probe 50%"), ([0.61, 0.9], "separates too")]
+    ("ci", "says"), [([0.28, 0.72], "separates nothing, probe 50%"), ([0.61, 0.9], "separates too")]
 )
 def test_the_control_says_what_its_probe_can(ci, says):
     probe = {"value": sum(ci) / 2, "ci": ci}

@@ -28,5 +28,5 @@ def test_solved_as_a_scorer():
 
 
 def test_a_reference_without_a_number():
-    with pytest.raises(ValueError, match="holds no number"):
+    with pytest.raises(ValueError, match="has no number"):
         solved(["1"], ["one"])

@@ -44,6 +44,8 @@ def test_names_and_shots():
     assert set(GROUPS["agieval"]) == {*GROUPS["agieval_en"], *GROUPS["agieval_cn"]}
     with pytest.raises(TellError, match=r"unknown benchmark 'openbokqa'; did you mean openbookqa\?"):
         benchmark_tasks(["openbokqa"])
+    with pytest.raises(TellError, match="unknown benchmark ''"):
+        benchmark_tasks(["gsm8k", ""])
     assert [task_shots(task, None) for task in ("gsm8k", "openbookqa", "agieval_sat_en")] == [5, 0, 0]
     assert [task_shots(task, 2) for task in ("gsm8k", "openbookqa", "agieval_sat_en")] == [2, 2, 0]
 
@@ -106,10 +108,12 @@ def test_rows_without_a_usable_key_are_left_out(tmp_path):
 def test_bad_files(tmp_path):
     with pytest.raises(TellError, match="no such folder"):
         local_tasks(benchmark_tasks(["gsm8k"]), tmp_path / "nowhere")
-    with pytest.raises(TellError, match=r"holds no file for agieval\. Put e\.g\. agieval/gaokao-biology\.jsonl there"):
+    with pytest.raises(TellError, match=r"has no file for agieval\. Put e\.g\. agieval/gaokao-biology\.jsonl there"):
         local_tasks(benchmark_tasks(["agieval"]), tmp_path)
     write(tmp_path / "agieval/sat-en.jsonl", [{"question": "?", "options": ["a", "b"], "label": "A"}])
     assert local_tasks(benchmark_tasks(["agieval"]), tmp_path) == {"agieval": ("agieval_sat_en",)}
+    with pytest.raises(TellError, match="has no file for "):
+        local_tasks({"": ("gsm8k",)}, tmp_path)
     write(tmp_path / "gsm8k_test.jsonl", [{"question": "?", "answer": "#### 1"}])
     assert read_task("gsm8k", tmp_path, shots=0).train == []
     with pytest.raises(TellError, match=r"gsm8k_train\.jsonl: no such file"):

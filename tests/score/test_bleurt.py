@@ -140,7 +140,10 @@ def change_config(folder, **changes):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda f: (f / "bleurt_config.json").write_text("{}"), "is a TensorFlow checkpoint"),
+        (
+            lambda f: (f / "bleurt_config.json").write_text("{}"),  # as the authors publish it
+            "is a TensorFlow checkpoint. Give the Hugging Face port, lucadiliello/BLEURT-20",
+        ),
         (lambda f: (f / "model.safetensors").unlink(), "lacks weights"),
         (lambda f: (f / "spm.model").unlink(), "lacks a SentencePiece model"),
         (lambda f: (f / "config.json").unlink(), "config.json: cannot be read"),

@@ -52,7 +52,7 @@ def score_one(answer: str, reference: dict | None = None, schema: dict = SCHEMA)
         ('{"a": -Infinity}', "-Infinity is not a JSON number"),
         ('{"a": 1e999}', "too large"),
         ('{"a": ' + "9" * 5000 + "}", "too large"),
-        ('{"a": 1, "a": 1}', "key a stands twice"),
+        ('{"a": 1, "a": 1}', "key a occurs twice"),
         ("{'a': 1}", "at character 2"),
         ('{"a": 1,}', "at character"),
         ('{"a": "line\nbreak"}', "control character"),
@@ -266,7 +266,7 @@ def test_half_of_a_surrogate_pair_is_scored_and_written(tmp_path, answer):
     scorer = JsonScorer({"type": "object", "properties": {"urgency": {"enum": ["low"]}}, "additionalProperties": False})
     assert scorer.score([answer], ['{"urgency": "low"}'])["schema_adherence"].value == 0.0
     why = scorer.why_invalid(answer)
-    assert why == "not JSON: holds half of a surrogate pair (\\ud83d)"
+    assert why == "not JSON: contains half of a surrogate pair (\\ud83d)"
     rows = [{"answer": answer, "why": why, "raw": "\ud83d é"}]
     write_jsonl(tmp_path / "rows.jsonl", rows)
     assert read_jsonl(tmp_path / "rows.jsonl") == rows

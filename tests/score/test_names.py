@@ -43,7 +43,7 @@ def test_a_users_own_metric_is_no_share():
     console.print(arms_table(metrics))
     assert "7.500 [6.500, 8.500]" in console.export_text()
     text = verdict(metrics)
-    assert "my score from 6 (" in text and "to 7.5" in text and "%" not in text.split("95 %")[0]
+    assert "my_score from 6 (" in text and "to 7.5" in text and "%" not in text.split("95 %")[0]
     assert show(7.5, metric("my_score").unit) == "7.500"
 
 
@@ -53,7 +53,7 @@ def test_a_users_own_metric_is_no_share():
         ("schema_adherence", "Schema adherence", "share", True),
         ("answer_loss", "Answer loss", "nats", False),
         ("field:urgency", "Field urgency", "share", True),
-        ("field:urgency change", "Change of Field urgency", "points", True),
+        ("field:urgency change", "Change of field urgency", "points", True),
         ("probe", "Loss on general text", "nats", False),
         ("general held out loss change", "Change of loss on held-out general rows", "nats", False),
         ("witness task format", "General prompts answered in the task's format", "share", False),
@@ -61,6 +61,7 @@ def test_a_users_own_metric_is_no_share():
         ("benchmark gsm8k change", "Change of gsm8k", "points", True),
         ("chrf change", "Change of chrF++", "score", True),
         ("my_score", "My score", "plain", True),
+        ("my_score change", "Change of my_score", "plain", True),
         ("F1", "F1", "plain", True),
     ],
 )
@@ -72,6 +73,8 @@ def test_metrics_of_runs_and_studies_are_looked_up_by_name(name, label, unit, hi
 def test_labels_inside_a_sentence():
     phrases = [metric(name).phrase for name in ("valid_json", "macro_f1", "rouge_l", "chrf", "mmd2", "field:x")]
     assert phrases == ["valid JSON", "macro-F1", "ROUGE-L", "chrF++", "MMD²", "accuracy of the field x"]
+    own = [metric(name).phrase for name in ("MyMetric", "my_score", "my_score change")]
+    assert own == ["MyMetric", "my_score", "change of my_score"]  # as the user wrote them
 
 
 def test_unknown_arms_keep_their_name_and_come_last():

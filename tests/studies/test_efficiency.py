@@ -41,7 +41,10 @@ def test_a_factor_is_found():
     assert (
         "SFT, one epoch needs 4 times the task rows that TELL needs for the same schema adherence" in found["verdict"]
     )
-    assert "mean over scores from 20.0" in found["verdict"] and "not told from 1" not in found["verdict"]
+    assert (
+        "mean over scores from 20.0" in found["verdict"]
+        and "not significantly different from 1" not in found["verdict"]
+    )
 
 
 def test_not_reached_is_a_result():
@@ -63,7 +66,7 @@ def test_an_interval_may_end_in_not_reached():
 def test_equal_arms_are_not_unique_labels():
     found = compare(made("sft-matched", line(X), error=0.03), made("tell", line(X), error=0.03))
     low, high = found["factors"]["sft-matched"]["mean"]["ci"]
-    assert low < 1 < high and "not told from 1" in found["verdict"]
+    assert low < 1 < high and "not significantly different from 1" in found["verdict"]
 
 
 def test_an_arm_that_needs_less_has_a_factor_below_one():

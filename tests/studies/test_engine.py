@@ -407,7 +407,10 @@ def test_a_cell_that_fails_elsewhere_is_not_run_again(recipe, tmp_path):
     first.finish(cell, Outcome("it cannot be done"))
     assert [queue.take() for queue in waiting] == [None, None]
     assert [queue.states[cell.name]["attempts"] for queue in waiting] == [1, 1]
-    assert [tell.plan_study(path, root=root, retry_failed=again)["left"]["cells"] for again in (False, True)] == [0, 1]
+    assert [
+        tell.plan_study(path, root=root, execution=tell.Execution(retry_failed=again))["left"]["cells"]
+        for again in (False, True)
+    ] == [0, 1]
     _, again = opened(path, root, retry_failed=True)
     assert again.take() == cell and again.states[cell.name]["attempts"] == 2
     again.give_back()
@@ -475,7 +478,7 @@ def test_two_recipes_of_one_name_keep_apart(recipe, tmp_path):
     (tmp_path / "paper").mkdir()
     other = tmp_path / "paper" / path.name
     shutil.copy(recipe("edited", **MINIMAL | {"grid": {"task.rows": [5]}}), other)
-    with pytest.raises(TellError, match=r"holds the study of .*small.yaml.*--out"):
+    with pytest.raises(TellError, match=r"contains the study of .*small.yaml.*--out"):
         tell.run_study(other, root=root)
     assert folder.page.read_bytes() == before
     shutil.copy(path, other)  # the same runs from another clone

@@ -78,7 +78,7 @@ def test_every_file_is_there(folder):
     names = sorted(path.name for path in (folder / "figures").iterdir())
     stems = ["figure1", "figure2", "figure3", "figure4", "front1"]  # the fifth asks for a metric that no cell has
     text = Page((folder / "index.html").read_text(encoding="utf-8")).text
-    assert "The recipe asks for no such metric, which no finished cell has. They have answer_loss, probe loss," in text
+    assert "The recipe requests no such metric, which no finished cell has. They have answer_loss, probe loss," in text
     assert names == sorted(f"{stem}.{kind}" for stem in stems for kind in ("svg", "png"))
     for path in (folder / "figures").glob("*.svg"):
         ElementTree.parse(path)
@@ -130,16 +130,14 @@ def test_a_study_under_way(tmp_path):
 def test_one_seed_is_said_to_be_one(tmp_path):
     made = make_study(tmp_path, seeds=[42], points=POINTS[:1])
     write_study(made)
-    assert "One seed alone: intervals cover the choice of test rows" in (made / "index.html").read_text(
-        encoding="utf-8"
-    )
+    assert "One seed only: intervals cover the choice of test rows" in (made / "index.html").read_text(encoding="utf-8")
 
 
 def test_pictures_of_an_earlier_recipe_go(tmp_path):
     made = make_study(tmp_path, recipe={"figures": RECIPE["figures"][:2]})
     write_study(made)
     assert len(list((made / "figures").iterdir())) == 4
-    assert "One seed alone" not in (made / "index.html").read_text(encoding="utf-8")
+    assert "One seed only" not in (made / "index.html").read_text(encoding="utf-8")
     data = json.loads((made / "study.json").read_text())
     data["recipe"]["figures"] = RECIPE["figures"][:1]
     (made / "study.json").write_text(json.dumps(data), encoding="utf-8")

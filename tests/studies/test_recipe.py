@@ -37,8 +37,8 @@ def written(tmp_path: Path, **keys) -> Path:
         ({"seeds": []}, "seeds"),
         ({"grid": {"task.rows": []}}, "grid.task.rows has no value"),
         ({"grid": {"task.rows": 15}}, "grid.task.rows"),
-        ({"grid": {"seed": [1, 2]}}, "Give them as seeds"),
-        ({"config": {"eval": {"arms": ["tell"]}}}, "Give them as arms"),
+        ({"grid": {"seed": [1, 2]}}, "Set seeds"),
+        ({"config": {"eval": {"arms": ["tell"]}}}, "Set arms"),
         ({"build": {"halu": {"source": "x"}}}, "build.halu names no dataset"),
         ({"figures": [{"kind": "map", "x": "task.rows", "y": "mix.repeat"}]}, "a map needs value"),
     ],
@@ -83,11 +83,11 @@ def test_variables_of_variables(tmp_path):
     with pytest.raises(TellError, match=r"\$\{data\} in variables.sub is not given.*--data DIR"):
         load_recipe(path)
     path = written(tmp_path, config=config, variables={"file": "${sub}/g.jsonl", "sub": "${file}"})
-    with pytest.raises(TellError, match=r"variables.\w+ holds itself"):
+    with pytest.raises(TellError, match=r"variables.\w+ contains itself"):
         load_recipe(path)
     build = {"halu": {"dataset": "halu-cot-json", "source": "x.jsonl"}}
     path = written(tmp_path, config=config, variables={"file": "${halu}/g.jsonl"}, build=build)
-    with pytest.raises(TellError, match=r"variables.file holds \$\{halu\}, which is built later"):
+    with pytest.raises(TellError, match=r"variables.file contains \$\{halu\}, which is built later"):
         load_recipe(path)
 
 
@@ -121,7 +121,7 @@ def test_an_override_that_the_grid_would_undo_is_refused(tmp_path):
     for text, remedy in (("seed=1", "--seeds"), ("eval={arms: [tell]}", "arms in the recipe")):
         with pytest.raises(TellError, match=rf"--set (seed|eval.arms): .*{remedy}"):
             load_recipe(path, overrides=[text])
-    with pytest.raises(TellError, match=r"max_minutes stands under config.* cells cut short"):
+    with pytest.raises(TellError, match=r"max_minutes is set under config.* cells cut short"):
         make_recipe({"config": {"max_minutes": 5}})
 
 
@@ -163,7 +163,7 @@ def test_arms_and_seeds_of_a_product_are_among_the_recipes(grid, message):
 
 def test_seeds_that_no_product_is_run_with(tmp_path):
     path = written(tmp_path, grid={"task.rows": [15], "seeds": [42]})
-    with pytest.raises(TellError, match=r"nothing in the grid is run with seed 43, 44.* give one of those"):
+    with pytest.raises(TellError, match=r"nothing in the grid is run with seed 43, 44.* use one of those"):
         load_recipe(path, seeds=[43, 44])
 
 
@@ -192,7 +192,7 @@ def test_the_documentation_has_every_key():
             {"figures": [{"kind": "map", "x": "task.rows", "y": "general.token", "value": "m"}]},
             r"figures\[0\].y is 'general.token'.*did you mean general.tokens\?",
         ),
-        ({"fits": [{"x": "mix.repeat", "y": "m"}]}, r"fits\[0\].x is 'mix.repeat', which is no key of the grid"),
+        ({"fits": [{"x": "mix.repeat", "y": "m"}]}, r"fits\[0\].x is 'mix.repeat', which is not a key of the grid"),
         ({"fits": [{"x": "task.rows", "y": "m", "arm": "general"}]}, r"fits\[0\].arm is general.*Use base, sft"),
         ({"figures": [{"kind": "map", "x": "task.rows", "y": "general.tokens", "value": "m", "arm": "icl"}]}, "is icl"),
         ({"efficiency": [{"x": "task.rows", "y": "m", "arms": ["icl", "tell"]}]}, r"efficiency\[0\].arms is icl"),

@@ -246,7 +246,7 @@ def test_what_is_no_study(tmp_path):
         read_results(tmp_path)
     for text in ("{", "[]", '{"rows": []}'):
         (tmp_path / "study.json").write_text(text, encoding="utf-8")
-        with pytest.raises(TellError, match="is no study"):
+        with pytest.raises(TellError, match="is not a study"):
             read_results(tmp_path)
 
 

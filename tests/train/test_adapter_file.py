@@ -50,7 +50,7 @@ def cut(name: str, left: int):
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 DAMAGED = {
-    "no tensors": (with_tensors(lambda t: {}), "holds no LoRA weights"),
+    "no tensors": (with_tensors(lambda t: {}), "has no LoRA weights"),
     "no A": (with_tensors(lambda t: {k: v for k, v in t.items() if "lora_A" not in k}), "do not match"),
     "no B": (with_tensors(lambda t: {k: v for k, v in t.items() if "lora_B" not in k}), "do not match"),
     "NaN": (with_tensors(lambda t: t | {(k := first(t, "lora_A")): t[k] * torch.nan}), "not finite"),
@@ -64,7 +64,7 @@ DAMAGED = {
     "empty": (cut(WEIGHTS, 0), "cannot be read"),
     "no config": (lambda folder: (folder / CONFIG).unlink(), "adapter_config.json: is missing"),
     "config cut short": (cut(CONFIG, 40), "not valid JSON"),
-    "config of a list": (lambda folder: (folder / CONFIG).write_text("[]"), "does not hold an object"),
+    "config of a list": (lambda folder: (folder / CONFIG).write_text("[]"), "is not a JSON object"),
     "rank 0": (with_config(r=0), "r is 0"),
     "rank of text": (with_config(r="8"), "r is '8'"),
     "infinite scale": (with_config(lora_alpha=float("inf")), "lora_alpha is inf"),
@@ -87,7 +87,7 @@ def test_a_whole_one_is_read_and_sizes_are_held_against_the_model(adapter, tiny_
     model = AutoModelForCausalLM.from_pretrained(tiny_model("llama"))
     assert adapter_factors(model, adapter)[0].keys() == pairs.keys()
     with_tensors(lambda t: t | {(k := first(t, "lora_B")): t[k][:8].clone()})(adapter)
-    with pytest.raises(TellError, match="another size"):
+    with pytest.raises(TellError, match="size differs"):
         adapter_factors(model, adapter)
     other = AutoModelForCausalLM.from_pretrained(tiny_model("llama"))
     with pytest.raises(TellError, match="the model lacks"):

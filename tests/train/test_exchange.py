@@ -12,7 +12,7 @@ from tell.config import TrainConfig
 from tell.kernels.ops import kernels_for
 from tell.train.attention import PackedPlan, use_plan
 from tell.train.fast.exchange import Exchange
-from tell.train.fast.fused import fuse_modules, unfuse_modules
+from tell.train.fast.fused import fuse_modules, fused_counts, is_fused, unfuse_modules
 from tell.train.fast.fused_ops import RmsNorm
 from tell.train.lora import add_lora, remove_lora
 from tell.train.plain import PlainBody, plain_step_loss
@@ -50,6 +50,20 @@ def test_a_copy_computes_with_its_own_weights(way, tiny_model):
     assert sum(isinstance(vars(m).get("forward"), Exchange) for m in other.modules()) > 4
     assert abs(changed - before) > 1e-3 and fused_loss(model) == before
     assert changed == pytest.approx(plain_loss(other), rel=1e-5)
+
+
+def test_a_copy_is_as_fused_as_its_model(tiny_model):
+    """The plain path gives a copy its exchanged forwards back, and their numbers are known."""
+    model = load(tiny_model("qwen3"))
+    Body(model)
+    counts = fuse_modules(model)
+    other = copy.deepcopy(model)
+    plain = PlainBody(other)
+    assert plain.fused and not is_fused(other)
+    plain.give_back()
+    assert is_fused(other) and fuse_modules(copy.deepcopy(other)) == counts == fused_counts(other)
+    unfuse_modules(other)
+    assert not is_fused(other) and is_fused(model)
 
 
 def test_biases_written_into_later_are_used(tiny_model):

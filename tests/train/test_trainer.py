@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import resource
 import time
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -217,6 +219,38 @@ def test_resumed_equals_uninterrupted(settings, tiny_model, tmp_path):
     whole, resumed = log(tmp_path / "whole"), log(cut)
     assert [{**row, "seconds": 0} for row in whole] == [{**row, "seconds": 0} for row in resumed]
     assert (result.steps, result.tokens) == (5, whole[-1]["tokens"])
+
+
+def test_a_plain_path_that_fails_in_one_process_is_agreed_on(tiny_model, tmp_path, monkeypatch):
+    """Else the other processes wait for a word of the one that has left."""
+
+    class Alone:
+        rank, world, leads, sharded = 0, 2, True, False
+        failures: ClassVar[list[str]] = []
+
+        def job(self):
+            return nullcontext()
+
+        @contextmanager
+        def agreed(self):
+            try:
+                yield
+            except Exception as error:
+                self.failures.append(str(error))
+                raise
+
+    def fail(model):
+        raise MemoryError("no room")
+
+    model = load(tiny_model("llama"))
+    tables, mixture = mixture_of()
+    config = CONFIG.model_copy(update={"fast": "off"})
+    job = TrainingJob(tables, mixture, config, 7, tmp_path / "adapter", tmp_path / "logs" / "tell.jsonl")
+    monkeypatch.setattr(trainers, "PlainBody", fail)
+    with pytest.raises(MemoryError):
+        Trainer(model, job, processes=Alone()).run()
+    assert Alone.failures == ["no room"]
+    assert not any("lora" in name for name, _ in model.named_parameters())
 
 
 def test_resume_without_a_checkpoint_starts_anew(tiny_model, tmp_path):

@@ -65,7 +65,7 @@ class Anchor:
         return (Message("user", self.text), *turns)
 
     def remove(self, messages: Sequence[Message]) -> tuple[Message, ...]:
-        """Messages of data published with its instruction, without it; unchanged where it heads no turn."""
+        """Messages without the anchor that data was published with; unchanged where it heads no turn."""
         turns = list(messages)
         for i, turn in enumerate(turns):
             if self.text and turn.role == self.place:
@@ -83,7 +83,7 @@ class Anchor:
 
     @classmethod
     def load(cls, path: str | Path) -> Anchor:
-        """Read ``anchor.json`` of a run folder.
+        """The anchor in ``anchor.json`` of a run folder.
 
         Raises:
             TellError: it is not one that tell wrote.
@@ -97,7 +97,7 @@ class Anchor:
 
 
 def _heads(anchor: str, text: str) -> bool:
-    """Whether ``text`` begins with the anchor as words of its own: ``Answer`` does not head ``Answers wanted``."""
+    """Whether ``text`` begins with the anchor as whole words: ``Answer`` does not head ``Answers wanted``."""
     return text.startswith(anchor) and not (text[len(anchor) :][:1].isalnum() and anchor[-1:].isalnum())
 
 

@@ -1,4 +1,4 @@
-"""An anchor composed from what the data shows: the schema's keys or the labels."""
+"""An anchor composed from the data: the schema's keys or the labels."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""How far apart two groups of hidden states lie: a linear probe, the silhouette, MMD; and their t-SNE picture.
+"""Distance between two groups of hidden states: linear probe, silhouette, MMD; and a t-SNE plot.
 
 Needs the extra ``study``. Dimensions are standardised over the rows at hand: a few of a transformer's are hundreds of
-times larger than the rest and would be all that distances see.
+times larger than the rest and would dominate distances.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 
 from tell.errors import TellError
 
-FEWEST = 5  # rows of each group; below that nothing can be held out
+FEWEST = 5  # rows of each group; with fewer none can be held out
 FOLDS = 10
 CONTRASTS = {  # the groups of queries that are compared
     "without anchor": ("task", "general"),
@@ -29,10 +29,10 @@ class Separation:
 
     Attributes:
         hits: (2n,) 1 where the probe, trained without that row, names its group; chance is 0.5.
-        silhouettes: (2n,) of each row (Rousseeuw 1987), -1 to 1, 0 where the groups lie in each other.
+        silhouettes: (2n,) of each row (Rousseeuw 1987), -1 to 1, 0 where the groups overlap.
         silhouettes_without: (2n,) their mean with each row left out, for the jackknife (a row is in all distances).
         mmd2: squared maximum mean discrepancy, unbiased (Gretton et al. 2012, JMLR 13, eq. 3), so it may be below 0.
-        mmd2_ci: 95 % by the jackknife over rows; says little where the groups are equal, there ``p`` does.
+        mmd2_ci: 95 % by the jackknife over rows; uninformative where the groups are equal; use ``p`` there.
         p: share of relabellings of the rows with an MMD as large; at least 1 / (permutations + 1).
     """
 
@@ -45,7 +45,7 @@ class Separation:
 
 
 def separate_states(a: np.ndarray, b: np.ndarray, *, seed: int, permutations: int = PERMUTATIONS) -> Separation:
-    """Compare two groups of states, each (n, width).
+    """Probe, silhouette and MMD of two groups of states, each (n, width).
 
     Args:
         seed: of folds and relabellings.
@@ -57,7 +57,7 @@ def separate_states(a: np.ndarray, b: np.ndarray, *, seed: int, permutations: in
     n = len(a)
     if n != len(b) or n < FEWEST:
         raise TellError(
-            f"{n} rows against {len(b)}", where="separation", remedy=f"Give two groups of one size, at least {FEWEST}."
+            f"{n} rows against {len(b)}", where="separation", remedy=f"Use two groups of one size, at least {FEWEST}."
         )
     states, group = _standardised(np.concatenate([a, b])), np.repeat([1, 0], n)
     states = _rotated(states)
@@ -91,14 +91,14 @@ def jackknife_error(without: np.ndarray) -> float:
 
 
 def length_hits(a: np.ndarray, b: np.ndarray, *, seed: int) -> np.ndarray:
-    """(2n,) hits of the same probe on nothing but each row's number of tokens, its logarithm and that squared."""
+    """(2n,) hits of the same probe on each row's number of tokens alone: its logarithm and that squared."""
     tokens = np.log(np.concatenate([a, b]).astype(np.float64))
     features = _standardised(np.stack([tokens, tokens**2], axis=1))
     return _probe(features, np.repeat([1, 0], len(a)), seed)
 
 
 def tsne(a: np.ndarray, b: np.ndarray, *, seed: int) -> np.ndarray:
-    """(2n, 2) places of the rows in the plane (van der Maaten and Hinton 2008), for the eye alone."""
+    """(2n, 2) t-SNE coordinates of the rows (van der Maaten and Hinton 2008), for plotting only."""
     manifold = _sklearn("manifold")
     states = _rotated(_standardised(np.concatenate([a, b])))
     perplexity = min(30.0, (len(states) - 1) / 3)
@@ -115,7 +115,7 @@ def _standardised(states: np.ndarray) -> np.ndarray:
 
 
 def _rotated(states: np.ndarray) -> np.ndarray:
-    """The rows in at most as many dimensions as there are rows: distances and the probe stay what they are."""
+    """The rows in at most as many dimensions as there are rows; distances and the probe do not change."""
     left, sizes, _ = np.linalg.svd(states, full_matrices=False)
     return left * sizes
 
@@ -125,7 +125,7 @@ def _probe(states: np.ndarray, group: np.ndarray, seed: int) -> np.ndarray:
     linear, selection = _sklearn("linear_model"), _sklearn("model_selection")
     probe = linear.LogisticRegression(max_iter=2000)
     rng, n = np.random.default_rng(seed), len(group) // 2
-    # As many of each group in every fold: else the larger one of those trained on is the wrong guess outside.
+    # Balanced folds: otherwise the majority group in training is the wrong guess on the held-out fold.
     fold = np.concatenate([rng.permutation(n) % min(FOLDS, n) for _ in range(2)])
     guesses = selection.cross_val_predict(probe, states, group, cv=selection.PredefinedSplit(fold))
     return (guesses == group).astype(np.float64)
@@ -141,7 +141,7 @@ def _mmd(squared: np.ndarray, n: int, seed: int, permutations: int) -> tuple[flo
     relabelled = np.stack([labels, *(rng.permutation(labels) for _ in range(permutations))])
     values = _mmd2(relabelled @ kernel, relabelled, kernel.sum(), n)
     value = float(values[0])
-    p = float((values >= value - 1e-12).sum() / (permutations + 1))  # the labels as they are count as one
+    p = float((values >= value - 1e-12).sum() / (permutations + 1))  # the true labels count as one permutation
     error = 1.96 * _jackknife(kernel, n)
     return value, (value - error, value + error), p
 

@@ -1,4 +1,4 @@
-"""``tell anchor``: let the model write the task's instruction, and compare it with those written by hand."""
+"""``tell anchor``: let the model write the task's instruction, and compare it with hand-written ones."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 class AnchorOptions:
     compare: tuple[str, ...] = option("--compare", "a hand-written anchor, or @FILE; repeatable", "TEXT", default=())
     score: tuple[str, ...] | None = option(
-        "--score", "loss, separation, short-run; default: the cheap ones", "A,B,...", words
+        "--score", "loss, separation, short-run; default: all but short-run", "A,B,...", words
     )
     short_steps: int | None = option(
-        "--short-steps", "steps of each candidate's short run; 8 if --score requests it", "N", count
+        "--short-steps", "optimiser steps of each short run; 8 if --score has short-run", "N", count
     )
     out: Path | None = option("-o --out", "write the best anchor here, for --anchor @FILE", "FILE")
     overwrite: bool = switch("--overwrite", "Replace that file.")
@@ -37,7 +37,7 @@ def anchor(given: Given, options: AnchorOptions) -> None:
     """
     config, out = given.load("anchor"), options.out
     if out is not None and out.exists() and not options.overwrite:
-        raise TellError("exists already", where=str(out), remedy="Give another file with -o, or --overwrite.")
+        raise TellError("already exists", where=str(out), remedy="Name another file with -o, or add --overwrite.")
     import tell
     from tell.cli.output import say
     from tell.files import write_text
@@ -75,7 +75,7 @@ def _show(console: Console, result: dict) -> None:
         table.add_row(*cells, origin, Text(clean(candidate["text"])), style="bold" if best else "dim")
     console.print(table)
     runs = result["decided_by"] == "short_run"
-    why = "validation loss after a short run" if runs else "loss of the right answers under the untuned model"
+    why = "validation loss after a short run" if runs else "loss of the reference answers under the untuned model"
     console.print(Text(f"chosen by the lowest {why}", style="italic"))
     console.print(Text(clean(result["text"])))
 

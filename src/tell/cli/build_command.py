@@ -23,19 +23,19 @@ class HaluCotJsonOptions:
     rows: int | None = option("--rows", "number of training rows", "N", count)
     test: Path | None = option("--test", "test rows", "FILE")
     seed: int = option("--seed", "seed of the subset", "N", count, default=42)
-    concurrency: int = option("--concurrency", "requests at a time", "N", count, default=4)
-    price_in: float | None = option("--price-in", "price of a million tokens in", "P", number)
-    price_out: float | None = option("--price-out", "price of a million tokens out", "P", number)
+    concurrency: int = option("--concurrency", "concurrent requests", "N", count, default=4)
+    price_in: float | None = option("--price-in", "price of a million prompt tokens", "P", number)
+    price_out: float | None = option("--price-out", "price of a million completion tokens", "P", number)
     overwrite: bool = switch("--overwrite", "Replace an existing dataset.")
 
 
 @takes_options
 def halu_cot_json(options: HaluCotJsonOptions) -> None:
-    """Halu-CoT-JSON from HaluEval rows: a thought by a teacher, the people's label, strict JSON."""
+    """Make Halu-CoT-JSON from HaluEval rows: a teacher's thought, the human label, strict JSON."""
     name, offline = options.teacher, options.teacher == "offline"
     if offline and options.base_url is not None:
         remedy = "Name the endpoint's model with --teacher."
-        raise TellError("an endpoint without a model", where="--base-url", remedy=remedy)
+        raise TellError("an endpoint is set without a model", where="--base-url", remedy=remedy)
     import tell
     from tell.cli.display import make_display
     from tell.paper import Limits, OfflineTeacher, OpenAITeacher, Prices, Replace, Teacher
@@ -74,14 +74,14 @@ class IsEnNewsOptions:
         "--extra", "further pairs: FILE.json, FILE.tmx, or EN,IS[,IDS]; repeatable", "FILES", default=()
     )
     direction: str = option("--direction", "en-is, is-en or both", "D", default="both")
-    times: float = option("--times", "size of extra.jsonl over train.jsonl", "N", number, default=5)
+    times: float = option("--times", "words of extra.jsonl relative to train.jsonl", "N", number, default=5)
     seed: int = option("--seed", "seed of the further pairs", "N", count, default=42)
     overwrite: bool = switch("--overwrite", "Replace an existing dataset.")
 
 
 @takes_options
 def is_en_news(options: IsEnNewsOptions) -> None:
-    """IS-EN-NEWS from WMT21's documents: whole news texts between English and Icelandic."""
+    """Make IS-EN-NEWS from WMT21's documents: whole news texts between English and Icelandic."""
     import tell
     from tell.paper import Replace
 

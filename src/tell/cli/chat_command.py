@@ -23,7 +23,7 @@ COMMANDS = ("/reset", "/quit", "/help")
 @dataclass(frozen=True)
 class ChatOptions:
     run: Path = argument("RUN", "run folder")
-    message: str | None = argument("MESSAGE", "answer this and exit; also read from a pipe", None)
+    message: str | None = argument("MESSAGE", "answer this and exit; also read from stdin", None)
     arm: str = option("--arm", "tell, base or another arm of the run", "ARM", check_arm, default="tell")
     seed: int | None = option("--seed", "sample with this seed", "N", count)
     greedy: bool | None = option("--greedy/--no-greedy", "decode greedily")
@@ -37,7 +37,7 @@ def chat(options: ChatOptions) -> None:
     if message is None and not sys.stdin.isatty():
         message = _piped()
     if message is not None and not message.strip():
-        raise TellError("the message is empty", where="MESSAGE", remedy="Write one, or leave it out to chat.")
+        raise TellError("the message is empty", where="MESSAGE", remedy="Write one, or leave out -m to chat.")
     import tell
 
     session = tell.chat(
@@ -97,12 +97,12 @@ def _converse(session: ChatSession) -> None:
                 _say(session.stream(text))
             except KeyboardInterrupt:
                 print(" (stopped)", file=sys.stderr)
-            except TellError as error:  # the conversation outgrew the model, say; it can be reset
+            except TellError as error:  # e.g. the conversation exceeds the context; the user can reset it
                 print(f"error: {one_line(str(error))}", file=sys.stderr)
 
 
 def _say(pieces: Iterable[str]) -> None:
-    """Print an answer as it comes. On a terminal a model must not move the cursor or set the title."""
+    """Print an answer as it streams. On a terminal a model must not move the cursor or set the title."""
     steer = sys.stdout.isatty()
     for piece in pieces:
         sys.stdout.write(clean(piece) if steer else piece)

@@ -1,4 +1,4 @@
-"""What the verbs share: dataclasses of options, and flags that set configuration keys."""
+"""Shared by the verbs: dataclasses of options, and flags that set configuration keys."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from tell.progress import Display
 
 Parse = Callable[[str], object] | tuple[str, ...]
-"""Reads the text of a flag and raises ValueError, or the values it may have."""
+"""A parser of a flag's text, which raises ValueError, or the choices of its value."""
 
 
 def number(text: str) -> float:
@@ -69,7 +69,7 @@ def reader(flag: str, parse: Parse) -> Callable[[str], object]:
     """``parse`` as a parser for Typer, with our errors.
 
     Raises:
-        TellError: the text is not what ``parse`` reads.
+        TellError: ``parse`` does not accept the text.
     """
 
     def read(text: str) -> object:
@@ -109,12 +109,12 @@ def option(
 
 
 def switch(name: str, help: str, panel: str | None = None) -> Any:
-    """A field of a dataclass of options that is off unless its flag is given."""
+    """A boolean field of a dataclass of options, off unless its flag is given."""
     return option(name, help, default=False, panel=panel)
 
 
 def argument(metavar: str, help: str, default: object = MISSING) -> Any:
-    """A field of a dataclass of options that is given by its position."""
+    """A positional field of a dataclass of options."""
     return field(default=default, metadata={"typer": typer.Argument(metavar=metavar, help=help, show_default=False)})
 
 
@@ -169,7 +169,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag("--task-tokens", "task.tokens", "train on about this many task tokens", "N", number),
     Flag("--task-rows", "task.rows", "train on this many task rows", "N", count),
     Flag("--test-rows", "task.test_rows", "score at most this many test rows", "N", count, verbs=_RUN),
-    Flag("--drop-overlap", "task.drop_overlap", "remove rows that nearly equal a test row", None, None, verbs=_RUN),
+    Flag("--drop-overlap", "task.drop_overlap", "remove near-duplicates of test rows", None, None, verbs=_RUN),
     Flag("--model", "model.name", "folder, hub name or smollm2-135m", "NAME", str, _MODEL, _ALL),
     Flag(
         "--trust-remote-code", "model.trust_remote_code", "run code that comes with the model", None, None, _MODEL, _ALL
@@ -178,7 +178,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag(
         "--anchor-place",
         "anchor.place",
-        "put the anchor in the user or the system turn",
+        "put the anchor in the user or system turn",
         "PLACE",
         ("user", "system"),
         _MODEL,
@@ -215,7 +215,7 @@ class Given:
 
     data: str | None = argument("DATA", "file or hub name of the task data (task.data)", None)
     file: Path | None = option("-c --config", "YAML file; flags override it", "FILE")
-    sets: tuple[str, ...] = option("--set", "any key; overrides all else; repeatable", "KEY=VALUE", default=())
+    sets: tuple[str, ...] = option("--set", "any key; overrides everything else; repeatable", "KEY=VALUE", default=())
     keys: bool = field(default=False, metadata={"typer": _KEYS})
     flags: Mapping[str, object] = field(default_factory=dict)
     """Values of `FLAGS`, by name."""
@@ -241,12 +241,12 @@ class Given:
         except ConfigError as error:
             raise self._in_flags(error) from error
         if config.task.data is None:
-            remedy = f"Give a file, e.g. `tell {verb} tickets.jsonl`, or run `tell demo`, which brings its own."
+            remedy = f"Pass a file, e.g. `tell {verb} tickets.jsonl`, or run `tell demo`, which has its own data."
             raise TellError("no task data given", remedy=remedy)
         return config
 
     def _in_flags(self, error: ConfigError) -> TellError:
-        """The same error, in terms of what was typed."""
+        """The same error in terms of the flags that were typed."""
         for text in self.sets:
             key = text.partition("=")[0].strip()
             if error.problem is None and f"{key}.".startswith(f"{error.key}."):
@@ -264,7 +264,7 @@ class Given:
 
 
 def configured_by_run(given: Given, folder: Path, *, scores: bool) -> Given:
-    """Let a folder's run.yaml replace what would have been typed, except for trust in code, which only flags give.
+    """The configuration from a folder's run.yaml, except for trust in code, which only flags give.
 
     Args:
         scores: the run's scorer will be called.
@@ -284,7 +284,7 @@ def configured_by_run(given: Given, folder: Path, *, scores: bool) -> Given:
 
 
 def _parameter(name: str, kind: Any, made: Field[object]) -> Parameter:
-    """An argument or flag for Typer, which must see text where we parse, and lists where we keep tuples."""
+    """An argument or flag for Typer, which needs text where we parse, and lists where we keep tuples."""
     info, default = made.metadata["typer"], made.default
     if info.parser:
         kind = str
@@ -324,13 +324,13 @@ def takes_options(function: Callable[..., None]) -> Callable[..., None]:
             arguments["given"] = make(Given, flags=said)
         function(**arguments)
 
-    command.__signature__ = Signature(parameters)  # type: ignore[attr-defined]  # what Typer reads
+    command.__signature__ = Signature(parameters)  # type: ignore[attr-defined]  # read by Typer
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return command
 
 
 def show(as_json: bool, work: Callable[[Display], dict], draw: Callable[[Console, dict], object]) -> dict:
-    """Do the work, then print its result: as JSON alone, or drawn."""
+    """Do the work, then print its result, as JSON or as text."""
     from tell.cli.display import make_console, make_display
     from tell.cli.output import only_json
 

@@ -1,4 +1,4 @@
-"""``tell demo``: the whole method on an example task, with nothing to prepare."""
+"""``tell demo``: the whole method on an example task, without preparation."""
 
 from __future__ import annotations
 

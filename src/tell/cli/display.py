@@ -21,7 +21,7 @@ EVERY = 5.0  # seconds between lines of a log file
 
 
 def make_console(*, stderr: bool = False) -> Console:
-    """A console that shows text of models, files and names as text: no markup, no sequences that steer a terminal."""
+    """A console that prints untrusted text literally: no markup, no terminal control sequences."""
     from rich.console import Console
     from rich.segment import Segment
 
@@ -34,7 +34,7 @@ def make_console(*, stderr: bool = False) -> Console:
 
 
 def make_display() -> TerminalDisplay | PlainDisplay:
-    """The display that fits what stderr is."""
+    """The display for stderr: bars on a terminal, lines elsewhere."""
     console = make_console(stderr=True)
     return TerminalDisplay(console) if console.is_terminal and not console.is_dumb_terminal else PlainDisplay()
 
@@ -55,18 +55,18 @@ def clock(seconds: float) -> str:
 
 
 def _bounded(text: str) -> str:
-    """A note as it is shown."""
+    """A note, formatted for display."""
     return shorten(clean(text), LONGEST_LINE)
 
 
 class _Count:
-    """How far one piece of work is."""
+    """The progress of one piece of work."""
 
     def __init__(self, title: str, total: float | None, unit: str) -> None:
         self.title, self.total, self.unit = title, total, unit
         self.done, self.info, self.began = 0.0, "", time.monotonic()
-        self.end: float | None = None  # on the same clock, as far as can be said
-        self.told = False  # by the caller, not by the pace so far
+        self.end: float | None = None  # on the same clock, if known
+        self.told = False  # set by the caller, not estimated from the pace
 
     def advance(self, amount: float, info: str, left: float | None) -> None:
         now = time.monotonic()
@@ -83,7 +83,7 @@ class _Count:
 
     @property
     def rate(self) -> str:
-        if not self.done or not self.seconds or self.told:  # the pieces are of unlike size
+        if not self.done or not self.seconds or self.told:  # the pieces differ in size
             return ""
         return f"{short(self.done / self.seconds)} {self.unit}/s"
 
@@ -107,13 +107,13 @@ class _Count:
 
 
 class PlainDisplay:
-    """A line when work ends, and one every ``every`` seconds before, whether the work reports anything or not."""
+    """A line when work ends, and one every ``every`` seconds before, even if the work reports nothing."""
 
     def __init__(self, stream: TextIO | None = None, *, every: float = EVERY) -> None:
         self.stream, self.every = stream, every
-        self._open: list[_Count] = []  # the innermost last: it alone is shown
+        self._open: list[_Count] = []  # the innermost last; only it is shown
         self._said = 0.0
-        self._ended: threading.Event | None = None  # of the thread that speaks where the work is silent
+        self._ended: threading.Event | None = None  # of the thread that reports where the work does not
         self._lock = threading.RLock()
 
     def note(self, text: str) -> None:
@@ -137,7 +137,7 @@ class PlainDisplay:
             self.note(state.line(finished=True))
 
     def tick(self) -> None:
-        """Print how far the innermost work is, where that is due."""
+        """Print the progress of the innermost work when a line is due."""
         with self._lock:
             now = time.monotonic()
             if self._open and now - max(self._said, self._open[-1].began) >= self.every:
@@ -192,7 +192,7 @@ class TerminalDisplay:
 
         try:
             yield advance
-        finally:  # an interrupted bar must give the cursor back
+        finally:  # an interrupted bar must restore the cursor
             progress.remove_task(task)
             self._open -= 1
             if not self._open:

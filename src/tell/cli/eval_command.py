@@ -39,8 +39,8 @@ class EvalOptions:
     benchmarks: tuple[str, ...] | None = _of_benchmarks(
         "--benchmarks", "gsm8k, openbookqa, agieval[_en|_cn]", "A,B,...", words
     )
-    benchmark_data: str | None = _of_benchmarks("--benchmark-data", "their files; default: downloaded", "DIR")
-    benchmark_limit: int | None = _of_benchmarks("--benchmark-limit", "the first N questions of a task", "N", count)
+    benchmark_data: str | None = _of_benchmarks("--benchmark-data", "folder of their files; default: download", "DIR")
+    benchmark_limit: int | None = _of_benchmarks("--benchmark-limit", "first N questions of each task", "N", count)
     benchmark_shots: int | None = _of_benchmarks("--benchmark-shots", "examples before each question", "K", count)
     benchmark_chat: bool | None = _of_benchmarks("--benchmark-chat/--no-benchmark-chat", "use the chat template")
     benchmark_anchor: bool | None = _of_benchmarks(

@@ -29,7 +29,7 @@ from tell.errors import TellError, did_you_mean, is_panic
 from tell.shown import one_line
 from tell.train.launch import refuse_several
 
-# The base of all usage errors; typer brings click along in some versions and depends on it in others.
+# The base of all usage errors; some versions of typer vendor click, others depend on it.
 _ClickException: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 
@@ -142,14 +142,14 @@ def run(argv: Sequence[str]) -> int:
 def main() -> None:
     """Entry point of the command ``tell``."""
     if not _take_debug(sys.argv[1:])[1]:
-        warnings.simplefilter("ignore", FutureWarning)  # libraries talk to their callers' authors, not to users
+        warnings.simplefilter("ignore", FutureWarning)  # warnings of libraries are for developers, not users
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # halves of surrogate pairs in answers, for one
+        sys.stdout.reconfigure(errors="backslashreplace")  # e.g. unpaired surrogates in answers
     sys.exit(run(sys.argv[1:]))
 
 
 def _take_debug(argv: list[str]) -> tuple[list[str], bool]:
-    """Take out ``--debug``, which may be anywhere before ``--``."""
+    """Remove ``--debug``, which may be anywhere before ``--``."""
     end = argv.index("--") if "--" in argv else len(argv)
     head = [argument for argument in argv[:end] if argument != "--debug"]
     asked = len(head) < end or os.environ.get("TELL_DEBUG", "") not in ("", "0")
@@ -179,7 +179,7 @@ def _usage(error: Any, arguments: list[str]) -> str:
 
 
 def _check_arguments(arguments: Sequence[str]) -> None:
-    """Refuse arguments that can be neither shown nor saved.
+    """Refuse arguments that can be neither displayed nor saved.
 
     Raises:
         TellError: an argument is not UTF-8.
@@ -191,7 +191,7 @@ def _check_arguments(arguments: Sequence[str]) -> None:
 
 
 def _known(error: BaseException) -> str | None:
-    """One line for errors that no check can foresee: a full disk, no permission, no memory."""
+    """One line for errors that checks cannot foresee: a full disk, no permission, no memory."""
     if isinstance(error, OSError) and (error.filename or error.errno in (errno.ENOSPC, errno.EDQUOT)):
         at = str(error.filename) if error.filename else None
         why = (error.strerror or str(error)).lower()

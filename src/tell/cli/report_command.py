@@ -1,4 +1,4 @@
-"""``tell report``: write the page of one run or several again."""
+"""``tell report``: write the page of one or several runs again."""
 
 from __future__ import annotations
 

@@ -21,8 +21,8 @@ class SeparateOptions:
         "--state", "last prompt token, or mean", "KIND", ("last", "mean"), default="last"
     )
     adapter: str | None = option("--adapter", "use this arm's adapter", "ARM")
-    match_length: bool = switch("--match-length", "Choose general queries of the task queries' lengths.")
-    out: Path | None = option("-o --out", "write numbers and t-SNE picture here", "DIR")
+    match_length: bool = switch("--match-length", "Choose general queries as long as the task queries.")
+    out: Path | None = option("-o --out", "write numbers and t-SNE figure here", "DIR")
     overwrite: bool = switch("--overwrite", "Replace existing results.")
     as_json: bool = json_switch()
 
@@ -31,12 +31,12 @@ class SeparateOptions:
 def separate(given: Given, options: SeparateOptions) -> None:
     """Measure how the anchor separates DATA from general queries.
 
-    DATA may be a run folder. Probe, silhouette and MMD of hidden states; -o adds a t-SNE picture.
+    DATA may be a run folder. Probe, silhouette and MMD of hidden states; -o adds a t-SNE figure.
 
     Example: tell separate tickets.jsonl --general alpaca.jsonl --anchor @anchor.txt -o separation
     """
     if options.queries < 1:
-        raise TellError(f"{options.queries} queries", where="--queries", remedy="Give 5 or more.")
+        raise TellError(f"{options.queries} queries", where="--queries", remedy="Use 5 or more.")
     run = _run_of(given)
     config = (configured_by_run(given, run, scores=False) if run else given).load("separate")
     import tell
@@ -63,14 +63,14 @@ def _run_of(given: Given) -> Path | None:
     from tell.folder import RunFolder
 
     if not RunFolder(folder).config.exists():
-        raise TellError("is not a run folder", where=given.data, remedy="Give a file, or the folder `tell tune` wrote.")
+        raise TellError("is not a run folder", where=given.data, remedy="Pass a file, or the folder `tell tune` wrote.")
     if given.file is not None:
         raise TellError("a run and -c are both given", where=given.data, remedy="Give one of them.")
     return folder
 
 
 def _table(result: dict) -> RenderableType:
-    """A row for each layer and contrast, and the notices."""
+    """Print a row for each layer and contrast, and the notices."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text

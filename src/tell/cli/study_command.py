@@ -42,7 +42,7 @@ class StudyOptions:
     dry_run: bool = switch("--dry-run", "Print cells, tokens, FLOPs and hours; run nothing.")
     as_json: bool = json_switch()
     executor: str = option("--executor", "local or ray", "NAME", default="local")
-    address: str = option("--address", "of the Ray cluster: auto, ray://HOST:PORT or local", "ADDRESS", default="auto")
+    address: str = option("--address", "Ray cluster: auto, ray://HOST:PORT or local", "ADDRESS", default="auto")
     cpus: float | None = option("--cpus", "cores of each cell on a cluster", "N", number)
     gpus: float | None = option("--gpus", "GPUs of each cell on a cluster", "N", number)
     retry_failed: bool = switch("--retry-failed", "Run failed cells again.")
@@ -72,25 +72,23 @@ def study(options: StudyOptions) -> None:
         )
     changes = tell.Changes(_variables(options.variables), options.sets, options.seeds)
     asked: dict[str, Any] = {"data": options.data, "changes": changes, "out": options.out, "root": options.root}
+    execution = tell.Execution(
+        executor=options.executor,
+        address=options.address,
+        cpus=options.cpus,
+        gpus=options.gpus,
+        retry_failed=options.retry_failed,
+        keep_adapters=options.keep_adapters or None,
+    )
     if options.dry_run:
         plan = show(
             options.as_json,
-            lambda display: tell.plan_study(
-                options.recipe, retry_failed=options.retry_failed, display=display, **asked
-            ),
+            lambda display: tell.plan_study(options.recipe, execution=execution, display=display, **asked),
             lambda console, plan: console.print(plan_panel(plan)),
         )
         _say_unplanned(plan)
         return
     with only_json(options.as_json) as emit:
-        execution = tell.Execution(
-            executor=options.executor,
-            address=options.address,
-            cpus=options.cpus,
-            gpus=options.gpus,
-            retry_failed=options.retry_failed,
-            keep_adapters=options.keep_adapters or None,
-        )
         folder = tell.run_study(options.recipe, execution=execution, display=make_display(), **asked)
         if options.as_json:
             emit({"folder": str(folder.root), **folder.read()})
@@ -105,7 +103,7 @@ def study(options: StudyOptions) -> None:
 
 
 def _say_unplanned(plan: Mapping[str, Any]) -> None:
-    """What the study would run into; code 2 where it could run nothing at all."""
+    """Print the errors that the study would meet; code 2 if no cell could run."""
     left = plan["left"]
     if not left["unplanned"]:
         return

@@ -1,4 +1,4 @@
-"""What is printed at the end: the plan, the arms with intervals, answers side by side."""
+"""Tables printed at the end: the plan, the arms with intervals, answers side by side."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def benchmarks_table(benchmarks: dict) -> RenderableType:
     for title in ("benchmark", "shots", "questions", *shown):
         table.add_column(title, justify="left" if title == "benchmark" else "right", no_wrap=title == "benchmark")
     for name, entry in next(iter(arms.values())).items():
-        shots = settings["shots"].get(name.partition(" ")[0], 0)  # a group's tasks are all asked without
+        shots = settings["shots"].get(name.partition(" ")[0], 0)  # the tasks of a group have no examples
         cells = (_cell(found[name], MetricSpec(name, name, "share")) for found in shown.values())
         table.add_row(name, str(shots), f"{entry['n']:,}", *cells)
     return table
@@ -155,7 +155,7 @@ def answers_side_by_side(run: RunFolder, arms: Iterable[str], *, rows: int = 3) 
 
 
 def _judged(row: dict) -> str:
-    """A row's scores of its answer; a loss differs between arms even if their answers agree."""
+    """A row's scores without losses, which differ between arms even for equal answers."""
     return json.dumps({k: v for k, v in row.get("scores", {}).items() if k != ANSWER_LOSS}, sort_keys=True)
 
 
@@ -175,7 +175,7 @@ def show_metrics(console: Console, metrics: dict) -> None:
 
 
 def show_run(console: Console, run: RunFolder) -> None:
-    """What a finished run found: arms, three answers, and where the report is."""
+    """Print the results of a finished run: arms, three answers, and the path of the report."""
     from rich.text import Text
 
     metrics = run.read(run.metrics)

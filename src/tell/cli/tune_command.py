@@ -46,7 +46,7 @@ def tune(given: Given, options: TuneOptions) -> None:
 
 
 def _as_before(given: Given) -> Given:
-    """``tell tune --resume --out DIR`` needs nothing typed twice: the folder has its run.yaml."""
+    """``tell tune --resume --out DIR`` takes its configuration from the folder's run.yaml."""
     from tell.folder import RunFolder
 
     out = given.flags.get("--out")
@@ -68,5 +68,5 @@ def ask_about(folder: Path) -> tuple[bool, bool]:
 
 
 def command_line() -> str:
-    """What was typed, for the report."""
+    """The command line as typed, for the report."""
     return " ".join(["tell", *map(shlex.quote, sys.argv[1:])])

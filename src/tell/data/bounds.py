@@ -1,4 +1,4 @@
-"""Limits on what a compressed file may grow to, so that a small file cannot exhaust memory."""
+"""Limits on the decompressed size of a file, so that a small file cannot exhaust memory."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from pathlib import Path
 from tell.errors import TellError
 
 GROWTH = 100
-"""A file may grow to this many times its size: text grows 3 to 20 times, a bomb 1,000 to 30,000 times."""
+"""Most bytes after decompression, per byte of the file: text takes 3 to 20, a bomb 1,000 to 30,000."""
 FLOOR = 128 * 2**20
-"""Bytes that every file may grow to."""
+"""Bytes that any file may decompress to."""
 CEILING = 4 * 2**30
-"""Bytes that no file may exceed: rows are held in memory, at several times their size."""
+"""Most bytes of any file: rows are kept in memory, at several times their size."""
 _CHUNK = 2**20
 _INPUT = 2**10  # zstandard makes up to 128 KiB of 4 bytes
 
 
 class Allowance:
-    """Counts the bytes that a compressed file has grown to."""
+    """Counts decompressed bytes of a file against the limit."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.used = path, 0
@@ -28,18 +28,18 @@ class Allowance:
         self.limit = min(CEILING, max(FLOOR, GROWTH * self.size))
 
     def take(self, count: int) -> None:
-        """Count ``count`` more bytes; a TellError where the file may not grow so far."""
+        """Count ``count`` more bytes; raises TellError above the limit."""
         self.used += count
         if self.used > self.limit:
-            what = f"has {self.size:,} bytes and grows to more than {self.limit:,}"
+            what = f"has {self.size:,} bytes and decompresses to more than {self.limit:,}"
             raise TellError(what, where=str(self.path), remedy="Split the file, or save it as plain JSON Lines.")
 
 
 def decompress(data: bytes, compression: str, path: Path) -> bytes:
-    """The content of a compressed file.
+    """The decompressed content of a file.
 
     Raises:
-        TellError: damaged, or larger than `Allowance` lets it grow.
+        TellError: damaged, or larger than `Allowance` permits.
     """
     allowance, parts = Allowance(path), []
     try:
@@ -63,7 +63,7 @@ def _gzip(data: bytes) -> Iterator[bytes]:
 def _zstandard(data: bytes) -> Iterator[bytes]:
     import zstandard
 
-    # Frame by frame: zstandard's stream reader would take a file cut short for a whole one.
+    # Frame by frame: zstandard's stream reader would accept a truncated file.
     view, start = memoryview(data), 0
     while start < len(data):
         frame = zstandard.ZstdDecompressor().decompressobj()
@@ -76,4 +76,4 @@ def _zstandard(data: bytes) -> Iterator[bytes]:
 
 
 COMPRESSIONS: dict[str, Callable[[bytes], Iterator[bytes]]] = {".gz": _gzip, ".zst": _zstandard}
-"""What decompresses a file, by its last suffix."""
+"""Decompressors by the last suffix of a file."""

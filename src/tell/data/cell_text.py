@@ -1,4 +1,4 @@
-"""Cells of a record as text, and the faults of a row."""
+"""Cells of a record as text, and errors of a row."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _PLAIN = (bytes, datetime.date, datetime.time, Decimal, BadCell)
 
 
 class RowFault(Exception):
-    """One row cannot become an example; ``str()`` says why, the caller knows where."""
+    """A row cannot become an example; ``str()`` says why, the caller adds where."""
 
     def __init__(self, why: str, remedy: str = "Fill in that row, or remove it.") -> None:
         self.remedy = remedy
@@ -40,7 +40,7 @@ def as_text(value: object) -> str:
     try:
         return json.dumps(value, ensure_ascii=False, default=as_json, allow_nan=False)
     except ValueError as error:
-        raise RowFault("holds a number that is not finite") from error
+        raise RowFault("contains a number that is not finite") from error
     except RecursionError as error:
         raise RowFault("is nested too deeply") from error
 
@@ -50,7 +50,7 @@ def is_blank(text: str) -> bool:
 
 
 def unpacked(value: object, fault: str, *, detail: bool = True) -> object:
-    """A cell that may hold its value as JSON text: of a CSV file, or serialised; None for an empty text.
+    """A cell that may be JSON text (in CSV, or serialised) as its value; None for an empty text.
 
     Raises:
         RowFault: the text is not JSON.
@@ -64,7 +64,7 @@ def unpacked(value: object, fault: str, *, detail: bool = True) -> object:
 
 
 def as_json(value: object) -> object:
-    """For ``json.dumps``: what JSON has no type for, inside an object or list."""
+    """``default`` of ``json.dumps``: converts values that JSON has no type for."""
     if isinstance(value, Decimal) and value.is_finite():
         return int(value) if value == value.to_integral_value() else float(value)
     return _plain(value) if isinstance(value, _PLAIN) else str(value)
@@ -72,10 +72,10 @@ def as_json(value: object) -> object:
 
 def _plain(value: bytes | datetime.date | datetime.time | Decimal | BadCell) -> str:
     if isinstance(value, BadCell):
-        raise RowFault(f"holds a cell that {value.why}")
+        raise RowFault(f"has a cell that {value.why}")
     if isinstance(value, bytes):
         try:
             return value.decode()
         except UnicodeDecodeError as error:
-            raise RowFault(f"holds bytes that are not UTF-8 (0x{value[error.start]:02x})") from error
+            raise RowFault(f"contains bytes that are not UTF-8 (0x{value[error.start]:02x})") from error
     return format(value, "f") if isinstance(value, Decimal) else value.isoformat()

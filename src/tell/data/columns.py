@@ -1,4 +1,4 @@
-"""Which columns of a file hold what: a known layout, or the columns given by hand."""
+"""The layout of a file: detected from its column names, or from the columns the user names."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tell.errors import TellError, did_you_mean
 
 Record = Mapping[str, object]
 
-# Columns that belong to the prompt although no layout reads them: a row without them is another question.
+# Columns that belong to the prompt although no layout reads them: without them the question changes.
 _MATERIAL = re.compile(
     r"passage|context|article|documents?|paragraph|story|background|premise|hypothesis|choices|options|candidates"
     r"|(sentence|text|question|choice|option|passage|document)[_ ]?[1-9a-e]|opa|opb|opc|opd|[a-e]",
@@ -25,7 +25,7 @@ _ANSWERS = (
 _IDS = re.compile(
     r"_.*|unnamed.*|(.*[_ ])?(id|ids|idx|index|uid|uuid|guid|key|hash|nr|no|number)|.*[a-z]I[dD]s?", re.ASCII
 )
-REPEATS = 0.9  # share of cells with the prompt in them, from which on a column only repeats it
+REPEATS = 0.9  # a column repeats the prompt if at least this share of its cells contain it
 SHOWN = 8  # names in one message
 
 
@@ -39,7 +39,7 @@ def detect_layout(
 
     Args:
         records: all records of the file, at least one.
-        columns: names given by hand, ``"prompt=q,answer=a[,input=c][,system=s][,history=h][,tools=t]"`` or
+        columns: names given by the user, ``"prompt=q,answer=a[,input=c][,system=s][,history=h][,tools=t]"`` or
             ``"messages=dialog"``; parts that are not named are detected.
         where: file name for messages.
         flag: the option that ``columns`` comes from.
@@ -76,11 +76,10 @@ def detect_layout(
     return Layout(layout_name(merged), merged, tuple(unused), verdict)
 
 
-def check_columns(number: int, record: Record, layout: Layout, first: tuple[int, Record]) -> str:
+def check_columns(record: Record, layout: Layout, first: tuple[int, Record]) -> str:
     """Why a record lacks a required column: ``""`` when it has them all or only lacks its answer.
 
     Args:
-        number: line or row of ``record``.
         first: number and record of the file's first row, to compare with.
     """
     missing = [column for column in layout.required if column not in record]
@@ -152,20 +151,20 @@ def _refuse_lost(
     prompt, answer = columns["prompt"], columns["answer"]
     whole = [record for record in records if prompt in record and answer in record]  # others are another layout's
     lost = [c for c in others if _is_material(c) and _adds([(record.get(c), record[prompt]) for record in whole])]
-    if not lost or (len(lost) == 1 and len(lost[0]) == 1):  # one letter alone may be anything
+    if not lost or (len(lost) == 1 and len(lost[0]) == 1):  # a single letter may mean anything
         return
     them = "it" if len(lost) == 1 else "them"
     joined = f"Write {them} into the column of prompts"
     if len(lost) == 1 and "input" not in columns and not isinstance(records[0].get(lost[0]), (list, dict)):
         first, second = (prompt, lost[0]) if lost[0].lower() not in _FIRST else (lost[0], prompt)
-        joined = f"Give {flag} {_quoted(f'prompt={first},input={second},answer={answer}')} to join them"
+        joined = f"Pass {flag} {_quoted(f'prompt={first},input={second},answer={answer}')} to join them"
     plain = _quoted(f"prompt={prompt},answer={answer}")
-    what = f"has {_listed(lost)} beside the prompt {prompt!r}, which would be left out"
-    raise TellError(what, where=where, remedy=f"{joined}, or give {flag} {plain} to leave {them} out.")
+    what = f"has {_listed(lost)} next to the prompt {prompt!r}, which would be left out"
+    raise TellError(what, where=where, remedy=f"{joined}, or pass {flag} {plain} to leave {them} out.")
 
 
 def _adds(cells: Sequence[tuple[object, object]]) -> bool:
-    """Whether a column, in pairs with the prompt, says more than the prompt in other words."""
+    """Whether a column adds to the prompt, given pairs of both, rather than rephrasing it."""
     full = [(v, p) for v, p in cells if v not in (None, "") and not isinstance(v, bool) and str(v).strip()]
     repeats = sum(isinstance(v, str) and isinstance(p, str) and p.strip() in v for v, p in full)
     return repeats < REPEATS * len(full)

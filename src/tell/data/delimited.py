@@ -15,17 +15,17 @@ Notify = Callable[[str], None]
 
 
 def read_csv(text: str, path: Path, notify: Notify) -> Iterator[tuple[int, dict[str, object]]]:
-    """Records of a file with a header line; columns without a name are left out, and reported where they hold text."""
+    """Records of a file with a header line; columns without a name are left out, and reported if they have text."""
     head = text.partition("\n")[0]
-    delimiter = ";" if ";" in head and "," not in head else ","  # spreadsheets of many countries write semicolons
+    delimiter = ";" if ";" in head and "," not in head else ","  # spreadsheets write semicolons in many locales
     return _records(_quoted_rows(text, delimiter, path), path, notify)
 
 
 def read_tsv(text: str, path: Path, notify: Notify) -> Iterator[tuple[int, dict[str, object]]]:
     """`read_csv`, with tabs.
 
-    TSV itself knows no quotes: a quoted cell that runs over several lines is taken for text with quotes in it where
-    every line has its cells without that.
+    TSV has no quoting: quotes that span lines are read as text if every line has the right number of cells
+    without them.
     """
     if (plain := _plain_rows(text)) is None:
         return _records(_quoted_rows(text, "\t", path), path, notify)
@@ -44,7 +44,7 @@ def _records(rows: Iterator[Row], path: Path, notify: Notify) -> Iterator[tuple[
     for line, cells in rows:
         if any(names[len(cells) :]) or any(cells[len(names) :]):  # spreadsheets pad rows and headers with empty cells
             what = f"has {len(cells)} cells where the header has {len(names)}"
-            raise TellError(what, where=f"{path}:{line}", remedy="Put quotes around cells that hold the separator.")
+            raise TellError(what, where=f"{path}:{line}", remedy="Put quotes around cells that contain the separator.")
         if unnamed and any(cell for name, cell in zip(names, cells, strict=False) if not name):
             notify(f"{path.name}: columns without a name are not used, the first with text is in line {line}")
             unnamed = False  # once is enough

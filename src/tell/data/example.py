@@ -31,11 +31,11 @@ class Message:
 
     @property
     def is_plain(self) -> bool:
-        """Nothing but role and content, with loss where the assistant speaks."""
+        """A turn with role and content only, with loss if it is the assistant's."""
         return self.trained and not self.extra and not self.tools
 
     def to_dict(self) -> dict[str, object]:
-        """What a chat template sees of the turn; it gets the tools separately (`tools_of`)."""
+        """The turn as a chat template gets it; tools are passed separately (`tools_of`)."""
         turn: dict[str, object] = {"role": self.role, "content": self.content}
         return {**turn, **json.loads(self.extra)} if self.extra else turn
 
@@ -73,7 +73,7 @@ class Example:
             [
                 [m.role, m.content, m.trained, m.extra, m.tools]
                 if not m.trained or m.extra or m.tools
-                else [m.role, m.content]  # as before there was more to a turn, so that hashes stay
+                else [m.role, m.content]  # hash plain turns as before `extra` existed, so that hashes stay
                 for m in turns
             ]
         )

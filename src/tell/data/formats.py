@@ -23,7 +23,7 @@ class FileFormat:
     """A format of data files, read from text, which may be compressed, or from the file itself.
 
     Attributes:
-        text: takes the text, the path for messages, and what is to be called with what was guessed.
+        text: takes the text, the path for messages, and a function to call with guesses.
         file: takes the path.
     """
 
@@ -45,7 +45,7 @@ if len(FORMATS) < len(_FORMATS):
     raise ValueError("a suffix has two formats")
 _KINDS = [", ".join(known.suffix[1:] for known in _FORMATS if bool(known.text) is kind) for kind in (True, False)]
 FORMATS_TEXT = f"{_KINDS[0]} (each also {' or '.join(COMPRESSIONS)}) or {_KINDS[1]}"
-_EMPTY = "Give a file with at least two examples."
+_EMPTY = "Use a file with at least two examples."
 
 
 def format_of(path: str | Path) -> tuple[str, str] | None:
@@ -60,7 +60,7 @@ def check_file(path: str | Path, *, remedy: str | None = None) -> Path:
     """``path`` if it is a file.
 
     Raises:
-        TellError: nothing there (with the nearest name in that folder), or a folder.
+        TellError: there is no such file (with the nearest name in that folder), or it is a folder.
     """
     path = Path(path)
     try:
@@ -68,7 +68,7 @@ def check_file(path: str | Path, *, remedy: str | None = None) -> Path:
             return path
         if path.is_dir():
             inside = sorted(entry.name for entry in path.iterdir() if format_of(entry.name))
-            hint = f"Give one file, e.g. {path / inside[0]}." if inside else "Give the path of a file."
+            hint = f"Name one file, e.g. {path / inside[0]}." if inside else "Name a file."
             raise TellError("is a folder, not a file", where=str(path), remedy=hint)
         nearest = _nearest_file(path)
     except OSError as error:
@@ -79,7 +79,7 @@ def check_file(path: str | Path, *, remedy: str | None = None) -> Path:
 
 def _nearest_file(path: Path) -> Path | None:
     files = [entry.name for entry in path.parent.iterdir() if entry.is_file()] if path.parent.is_dir() else []
-    # Stems, because the same suffix alone makes any two names look alike.
+    # Compare stems, because a common suffix alone makes any two names look alike.
     stems = {name.lower().partition(".")[0]: name for name in files}
     close = did_you_mean(path.name.lower().partition(".")[0], stems)
     return path.parent / stems[close] if close else None
@@ -89,10 +89,10 @@ def read_records(path: str | Path, notify: Notify = lambda text: None) -> Iterat
     """Yield (line or row number from 1, record) of every record in the file, in order.
 
     JSON, JSON Lines, CSV and TSV records carry the line they begin on; Parquet records their row number.
-    JSON Lines named ``.json`` and an array named ``.jsonl`` are read as what they are.
+    JSON Lines named ``.json`` and an array named ``.jsonl`` are read by their content.
 
     Args:
-        notify: called with what was guessed about the file.
+        notify: called with each guess about the file.
 
     Raises:
         TellError: missing, empty, a folder, an unknown extension, not UTF-8 (byte and line), damaged
@@ -117,11 +117,11 @@ def read_records(path: str | Path, notify: Notify = lambda text: None) -> Iterat
         empty = False
         yield record
     if empty:
-        raise TellError("holds no rows", where=str(path), remedy=_EMPTY)
+        raise TellError("has no rows", where=str(path), remedy=_EMPTY)
 
 
 def read_text(path: Path, *, compression: str = "") -> str:
-    """The file's text, decompressed, decoded as UTF-8; a byte order mark is skipped.
+    """The file's text, decompressed and decoded as UTF-8 without a byte order mark.
 
     Raises:
         TellError: unreadable, damaged compression, or bytes that are not UTF-8.

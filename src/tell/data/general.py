@@ -1,6 +1,6 @@
 """Sources of general rows, by the name that ``general.source`` gives them; anything else is a file or hub name.
 
-A new source is an entry here. Who writes rows that no file has is the caller's business (`tell.run.self_written`).
+To add a source, add an entry here. Rows that the model writes come from the caller (`tell.run.self_written`).
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from tell.names import ARMS
 
 @dataclass(frozen=True)
 class GeneralSource:
-    """Where general rows come from.
+    """A source of general rows.
 
     Attributes:
         name: what ``general.source`` says, or the path or hub name.
-        resolve: the source that stands for this one, by whether the model wrote the built-in rows; None: itself.
+        resolve: the source to use instead, given whether the model wrote the built-in rows; None: itself.
         read: the rows; None where the model writes them, or there are none.
         written: the model writes the rows.
-        fingerprint: SHA-256 (hexadecimal) of the rows without parsing them; None where only reading tells.
+        fingerprint: SHA-256 (hexadecimal) of the rows without parsing them; None where that needs reading.
         fixed: a file or hub name, whose rows depend on neither the model nor the configuration.
     """
 
@@ -77,9 +77,9 @@ def is_empty(config: GeneralConfig) -> bool:
 def resolve_source(config: Config, *, wrote_builtin: bool) -> GeneralSource:
     """The source of a run's general rows.
 
-    The built-in rows are one model's answers: they are the default for that model, while any other answers the
-    prompts itself, so that what it rehearses is its own (arXiv 2402.13669). Nothing is written that no requested arm
-    is trained on.
+    The built-in rows are one model's answers: they are the default for that model, while any other model answers
+    the prompts itself and so rehearses its own answers (arXiv 2402.13669). Nothing is written unless a requested arm
+    is trained on it.
 
     Args:
         wrote_builtin: the run's model wrote the built-in rows.

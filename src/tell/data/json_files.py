@@ -56,7 +56,7 @@ def _json_lines(text: str, path: Path) -> Iterator[Record]:
         except ValueError as error:
             if not line or line.isspace():
                 continue
-            raise _not_json(error, f"{path}:{number}", "Fix that line: JSON Lines holds one object a line.") from error
+            raise _not_json(error, f"{path}:{number}", "Fix that line: JSON Lines has one object per line.") from error
         if type(record) is not dict:
             raise _not_an_object(record, f"{path}:{number}")
         if len(line) >= whole:  # the only one
@@ -102,13 +102,13 @@ def _wrapped(text: str, start: int, data: dict[str, object], path: Path) -> int 
     members = list(_members(text, start))
     twice = next((key for key, count in Counter(key for key, _, _ in members).items() if count > 1), None)
     if twice is not None:
-        raise _not_json(ValueError(f"key {brief(twice)} stands twice"), f"{path}:1", "Rename one of them.")
+        raise _not_json(ValueError(f"key {brief(twice)} occurs twice"), f"{path}:1", "Rename one of them.")
     arrays = {key: at for key, at, value in members if isinstance(value, list) and value and isinstance(value[0], dict)}
     if _NOT_WRAPPERS & arrays.keys() or not any(isinstance(value, list) for value in data.values()):
         return None
     if len(arrays) != 1:
         found = f"{len(arrays)} arrays of objects ({', '.join(arrays)})" if arrays else "no array of objects"
-        raise TellError(f"holds {found}", where=str(path), remedy="Save the one array you want, as a file of its own.")
+        raise TellError(f"holds {found}", where=str(path), remedy="Save the array you want as a separate file.")
     return next(iter(arrays.values()))
 
 
@@ -125,7 +125,7 @@ def _members(text: str, start: int) -> Iterator[tuple[str, int, object]]:
 
 
 def _next(text: str, end: int) -> int:
-    """Offset of the element behind the one that ends at ``end``, or of the closing bracket."""
+    """Offset of the element after the one that ends at ``end``, or of the closing bracket."""
     position = _skip(text, end)
     return _skip(text, position + 1) if text[position] == "," else position
 
@@ -137,7 +137,7 @@ def _refuse_columns(data: dict[str, object], path: Path) -> None:
         return
     if len(parts) > 1 or all(key.isdigit() for key in parts[0]) or all(key.isdigit() for key in data):
         raise TellError(
-            "holds columns, not rows, as pandas' to_json writes them by default",
+            "contains columns, not rows, as pandas' to_json writes by default",
             where=str(path),
             remedy='Write it with df.to_json(path, orient="records", lines=True).',
         )

@@ -1,4 +1,4 @@
-"""The one reader of JSON in data: files, cells, schemas and answers, by RFC 8259 and within bounds."""
+"""Parses JSON in data (files, cells, schemas, answers), strictly by RFC 8259 and within bounds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, NoReturn, TypeVar
 from tell.shown import brief
 
 T = TypeVar("T")
-DEPTH = 64  # of nesting; deeper values would exhaust the stack of validator and comparison
+DEPTH = 64  # levels of nesting; deeper values would exhaust the stack of validator and comparison
 _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -26,14 +26,14 @@ def read_json(text: str) -> Any:
     """
     try:
         value = FILES.decode(text)
-        # Counting brackets is quicker than walking, and most lines have few.
+        # Counting brackets is faster than walking the value, and most lines have few.
         return value if text.count("{") + text.count("[") < DEPTH else check_depth(value)
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
 
 def parse_strict(text: str) -> Any:
-    """The JSON value that an answer is, with JSON whitespace around it at most.
+    """The JSON value of an answer, which may have nothing but whitespace around it.
 
     Raises:
         ValueError: anything else: code fences, text around the value, NaN, Infinity, numbers that overflow a double,
@@ -46,7 +46,7 @@ def parse_strict(text: str) -> Any:
     except RecursionError:
         raise ValueError("nested too deeply") from None
     if (half := half_surrogate(text)) is not None:
-        raise ValueError(f"holds half of a surrogate pair ({half})")
+        raise ValueError(f"contains half of a surrogate pair ({half})")
     return value
 
 
@@ -81,7 +81,7 @@ def nfc(value: Any) -> Any:
 
 
 def items(node: list | dict) -> Iterable[object]:
-    """What an array or object holds."""
+    """The values in an array or object."""
     return node.values() if isinstance(node, dict) else node
 
 
@@ -89,7 +89,7 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     out = dict(pairs)
     if len(out) < len(pairs):
         twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise ValueError(f"key {brief(twice)} stands twice")
+        raise ValueError(f"key {brief(twice)} occurs twice")
     return out
 
 
@@ -127,7 +127,7 @@ def _syntax(text: str, error: json.JSONDecodeError) -> str:
     if not text.strip():
         return "the answer is empty"
     if text.lstrip().startswith("```"):
-        return "a code fence stands around it"
+        return "it is inside a code fence"
     if error.msg == "Extra data":
         return "text follows the value"
     if error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated string"):

@@ -1,4 +1,4 @@
-"""What kind of task the answers show: JSON objects, short labels or free text."""
+"""Detects the kind of a task from its answers: JSON objects, short labels or free text."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tell.shown import brief
 
 KindName = Literal["json", "label", "text"]
 
-# An enumeration refuses values that it does not list, so it is inferred only where an unseen value is unlikely:
+# An enumeration rejects values that it does not list, so it is inferred only where an unseen value is unlikely:
 # by Good and Turing, the chance that the next value is new is about the share of values seen once.
 ENUM_ROWS = 10
 ENUM_VALUES = 24
@@ -38,10 +38,10 @@ class Kind:
 
     Attributes:
         name: ``json``, ``label`` or ``text``.
-        schema: JSON Schema that answers are held to; kind json only.
+        schema: JSON Schema that answers are validated against; kind json only.
         schema_inferred: the schema was inferred from the answers, not given.
         labels: the distinct answers, sorted; kind label only.
-        why: one sentence for people.
+        why: one sentence for the user.
         shown: the schema of the training answers alone, where `widen` has made ``schema`` wider; what the model sees
             must not come from test rows.
     """
@@ -55,7 +55,7 @@ class Kind:
 
 
 class Answers:
-    """The answers of a task, as the kinds look at them."""
+    """The answers of a task, in the forms that detection needs."""
 
     def __init__(self, examples: Sequence[Example]) -> None:
         self.examples = examples
@@ -75,11 +75,11 @@ class Answers:
 
 Detect = Callable[[Answers, bool], Kind | None]
 KINDS: dict[KindName, Detect] = {}
-"""What detects each kind, in the order in which they are tried."""
+"""Detectors of each kind, in the order in which they are tried."""
 
 
 def kind(name: KindName) -> Callable[[Detect], Detect]:
-    """Declare what makes a `Kind` of answers: None where they are of another kind, unless it was requested."""
+    """Register a detector: it returns a `Kind`, or None for answers of another kind, unless the kind was requested."""
 
     def add(function: Detect) -> Detect:
         if name in KINDS:
@@ -107,7 +107,7 @@ def detect_kind(
     if schema is not None:
         if override not in ("auto", "json"):
             remedy = "Drop --schema, or set the kind to json."
-            raise TellError(f"kind {override} has no use for a schema", where="--schema", remedy=remedy)
+            raise TellError(f"kind {override} takes no schema", where="--schema", remedy=remedy)
         broken = _misfits(examples, [_parse_or_refuse(example) for example in examples], schema)
         return Kind("json", schema, False, None, f"json: a schema was given{'; ' if broken else ''}{broken}")
     if override != "auto":
@@ -167,12 +167,12 @@ def _distinct(answers: Iterable[str]) -> tuple[str, ...]:
 
 
 def as_label(answer: str) -> str:
-    """An answer as labels are compared: without white space around it, in Unicode's composed form."""
+    """An answer normalised for comparing labels: stripped, in Unicode's composed form (NFC)."""
     return nfc(answer.strip())
 
 
 def misfits(kind: Kind, test: Sequence[Example]) -> str | None:
-    """A notice about test answers that break the schema, so that no answer can be right there; None without any."""
+    """A notice about test answers that break the schema, which no answer can match; None without any."""
     if kind.name != "json" or kind.schema is None:
         return None
     broken = _misfits(test, [_parse(example.answer) for example in test], kind.schema)
@@ -194,11 +194,11 @@ def widen(kind: Kind, known: Sequence[Example], test: Sequence[Example]) -> tupl
     if said is None or not kind.schema_inferred or not all(isinstance(value, (dict, list)) for value in values):
         return kind, said
     wide = infer_schema([*(_parse(example.answer) for example in known), *values])
-    return replace(kind, schema=wide, shown=kind.schema), f"{said}; answers are held to a wider one"
+    return replace(kind, schema=wide, shown=kind.schema), f"{said}; answers are validated against a wider one"
 
 
 def missing_classes(kind: Kind, train: Sequence[Example], test: Sequence[Example]) -> list[str]:
-    """Notices about labels that are trained and not tested, or the other way round."""
+    """Notices about labels that occur in training or test rows only."""
     if kind.name != "label":
         return []
     trained, tested = (Counter(as_label(example.answer) for example in part) for part in (train, test))
@@ -225,7 +225,7 @@ def load_schema(path: str | Path) -> dict[str, Any]:
     except ValueError as error:
         what = "is empty" if not text.strip() else f"is not valid JSON ({getattr(error, 'msg', error)})"
         where = f"{path}:{getattr(error, 'lineno', 1)}"
-        raise TellError(what, where=where, remedy="Give a JSON Schema in a JSON file.") from error
+        raise TellError(what, where=where, remedy="Use a JSON file with a JSON Schema.") from error
     if not isinstance(schema, dict):
         raise TellError("is not a JSON object", where=str(path), remedy='Write e.g. {"type": "object", ...}.')
     try:
@@ -265,7 +265,7 @@ def _tighten(schema: dict[str, Any], values: list[object]) -> None:
         objects = [value for value in values if isinstance(value, dict)]
         parts = schema.get("properties", {})
         if len(parts) > ENUM_VALUES and not schema.get("required"):
-            # Keys that vary from row to row are data (names, ids), not fields: describe what they hold.
+            # Keys that vary from row to row are data (names, ids), not fields: describe their values.
             del schema["properties"]
             schema["additionalProperties"] = infer_schema([part for value in objects for part in value.values()])
             del schema["additionalProperties"]["$schema"]
@@ -276,7 +276,7 @@ def _tighten(schema: dict[str, Any], values: list[object]) -> None:
             schema["additionalProperties"] = False
         for key, part in parts.items():
             if part.get("type") == "null":
-                del part["type"]  # seen only empty, so nothing is known of what it may hold
+                del part["type"]  # seen only empty, so its items are unknown
             _tighten(part, [value[key] for value in objects if key in value])
     if "array" in types and "items" in schema:
         _tighten(schema["items"], [item for value in values if isinstance(value, list) for item in value])
@@ -321,7 +321,7 @@ def _parse_or_refuse(example: Example) -> object:
 
 
 def _misfits(examples: Sequence[Example], values: Sequence[object], schema: dict[str, Any]) -> str:
-    """A clause that counts the answers which break the schema; empty when none does."""
+    """A clause with the number of answers that break the schema; empty when none does."""
     from referencing.exceptions import Unresolvable
 
     validator = Schema(schema).validator

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class KnownLayout:
-    """Columns by which a layout is known; names are in lower case and compared without case.
+    """Columns that identify a layout; names are in lower case and compared without case.
 
     Attributes:
         prompt: column of prompts, or of whole conversations where there are no ``answers``.
         answers: columns of answers, the preferred one first.
         inputs: columns that add to the prompt, the preferred one first.
-        family: what people call the layout.
+        family: common name of the layout.
     """
 
     prompt: str
@@ -57,7 +57,7 @@ SYSTEMS, TOOLS, HISTORIES = ("system", "system_prompt"), ("tools", "functions"),
 PROMPTS = frozenset(known.prompt for known in LAYOUTS if known.answers)
 CONVERSATIONS = frozenset(known.prompt for known in LAYOUTS if not known.answers)
 PARTS = ("messages", "prompt", "answer", "input", "system", "history", "tools")
-"""What a column may be."""
+"""The parts that a column may be."""
 ALIASES = {
     **dict.fromkeys(CONVERSATIONS, "messages"),
     **dict.fromkeys(sorted(PROMPTS), "prompt"),
@@ -73,7 +73,7 @@ VERDICTS = {
     "kto_tag": frozenset({"true", "false"}),
     "answer": frozenset({"accept", "reject", "ignore"}),
 }
-"""Columns that say which rows are good examples, by their values: KTO's (TRL, ms-swift; LLaMA-Factory), Prodigy's."""
+"""Columns whose values mark good and bad examples: KTO's (TRL, ms-swift; LLaMA-Factory), Prodigy's."""
 REJECTED = frozenset({"false", "0", "0.0", "reject", "ignore"})
 """Values of a verdict column, as text in lower case, that mark a bad example."""
 
@@ -84,11 +84,11 @@ if len(set(_pairs)) < len(_pairs):
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """What the columns of a file mean.
+    """The layout of a file: the meaning of its columns.
 
     Attributes:
-        name: for people, e.g. ``"prompt/completion"``.
-        columns: part to column; ``messages``, or ``prompt`` and ``answer``, with the other `PARTS` that there are.
+        name: for display, e.g. ``"prompt/completion"``.
+        columns: part to column; ``messages``, or ``prompt`` and ``answer``, with the other `PARTS` found.
         unused: the other columns, without ids and empty ones.
         verdict: the column that marks bad examples, None where there is none.
     """
@@ -100,7 +100,7 @@ class Layout:
 
     @property
     def required(self) -> tuple[str, ...]:
-        """The columns no row may lack."""
+        """The columns that every row must have."""
         return tuple(self.columns[part] for part in ("messages", "prompt", "answer") if part in self.columns)
 
 
@@ -132,5 +132,8 @@ def layout_name(columns: Mapping[str, str]) -> str:
     parts = ("system", "history", "messages", "prompt", "input", "answer", "tools")
     name = "/".join(columns[part] for part in parts if part in columns)
     main, whole = columns.get("messages") or columns["prompt"], "messages" in columns
-    families = (known.family for known in LAYOUTS if known.prompt == main.lower() and whole is not bool(known.answers))
-    return f"{next(families, '')} {name}".lstrip()
+    for known in LAYOUTS:
+        fits = main.lower().startswith(known.prompt) if whole else main.lower() == known.prompt
+        if fits and whole is not bool(known.answers):
+            return f"{known.family} {name}".lstrip()
+    return name

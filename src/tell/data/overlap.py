@@ -1,4 +1,4 @@
-"""Count what a test set shares with other data: equal prompts and near-duplicates.
+"""Overlap of a test set with other data: equal prompts and near-duplicates.
 
 Near-duplicates are pairs of prompts whose sets of word triples have a Jaccard similarity above a threshold
 (Broder 1997). All such pairs are found: prefix filtering (Chaudhuri, Ganti and Kaushik 2006; Bayardo, Ma and
@@ -18,7 +18,7 @@ from typing import Literal
 from tell.data.example import Example
 
 SHINGLE = 3  # words
-MIN_TEMPLATE = 8  # words that all test prompts share at the head or the tail before they are set aside
+MIN_TEMPLATE = 8  # words that all test prompts must share at their start or end to be ignored
 # Scripts without spaces between words: each character counts as a word.
 _WORD = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\W_]+")
 _ASCII_WORD = re.compile(r"[a-z0-9]+")
@@ -35,10 +35,10 @@ class Pair:
 
 @dataclass(frozen=True)
 class Overlap:
-    """What one list of examples shares with a test set.
+    """Overlap of a list of examples with a test set.
 
     Attributes:
-        exact: rows whose text equals a test row's to the letter.
+        exact: rows whose text equals a test row's exactly.
         near: further rows at or above the threshold.
         pairs: one for each such row, with the test row it resembles most; most similar first.
         indices: the rows' indices, for removing them.
@@ -102,7 +102,7 @@ def _near(candidates: list[tuple[int, set[str]]], test: list[set[str]], threshol
     """Each candidate at or above the threshold, with the test row most like it: an exact join by prefixes.
 
     With all shingles in one order, two sets of Jaccard similarity t or more share one of the first
-    |A| - ceil(t |A|) + 1 of A and one of the first |B| - ceil(t |B|) + 1 of B. Rare shingles stand first, so few
+    |A| - ceil(t |A|) + 1 of A and one of the first |B| - ceil(t |B|) + 1 of B. Rare shingles come first, so few
     pairs are left to compare.
     """
     if not candidates:
@@ -148,7 +148,7 @@ def _shingles(words: list[str]) -> set[str]:
 
 
 def _template(rows: list[list[str]]) -> tuple[list[str], list[str]]:
-    """Words that all rows begin with and end with, where they are many; each row keeps at least a shingle."""
+    """The words that all rows begin and end with, where they are many; each row keeps at least a shingle."""
     different = list({tuple(row): row for row in rows}.values())
     if len(different) < 2:
         return [], []

@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 Fix = Callable[[Any], Any]
-BATCH = 512  # rows; few, since each may be as long as it likes
+BATCH = 512  # rows; few, since each may be long
 
 
 @dataclass(frozen=True, slots=True)
 class BadCell:
-    """A value that cannot be read; only a row that needs it is refused."""
+    """A value that cannot be read; only rows that need it are refused."""
 
     why: str
 
@@ -30,7 +30,7 @@ def read_parquet(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
     """(row number from 1, record) of every row.
 
     Raises:
-        TellError: not a Parquet file, a column named twice, or more data than `Allowance` lets it grow to.
+        TellError: not a Parquet file, a column named twice, or more data than `Allowance` permits.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -60,7 +60,7 @@ def _features(schema: pa.Schema) -> dict[str, object]:
     """The column types that Hugging Face datasets write into a file, class names among them."""
     try:
         return dict(read_json(schema.metadata[b"huggingface"].decode())["info"]["features"])
-    except (TypeError, KeyError, ValueError):  # no such note, or one of another form
+    except (TypeError, KeyError, ValueError):  # missing or of another form
         return {}
 
 
@@ -95,7 +95,7 @@ def _value(cell: pa.Scalar) -> object:
 
 
 def _fix_of(kind: pa.DataType, feature: object) -> Fix | None:
-    """What turns a column's values into plain ones; None where they are plain already."""
+    """A converter of a column's values into plain ones; None where they are plain already."""
     import pyarrow as pa
 
     about = feature if isinstance(feature, dict) else {}

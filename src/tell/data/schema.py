@@ -24,14 +24,14 @@ SECONDS = 1.0
 """Longest search for one pattern in one string; backtracking can take exponential time."""
 FIX_SCHEMA = "Fix the JSON Schema given with --schema."
 STRIKES = 3
-"""Searches given up before a pattern is no longer tried."""
+"""Timed-out searches after which a pattern is no longer tried."""
 MOST_PATHS = 10_000
 """Subschemas that apply to one value, at most; references can double them at every step."""
 REFERENCES = ("$ref", "$dynamicRef", "$recursiveRef")
 VALUES = frozenset({"enum", "const", "default", "examples"})
-"""Keywords that hold values, not schemas."""
+"""Keywords with values, not schemas."""
 NAMED = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas", "dependencies"})
-"""Keywords that hold schemas by name; a name may be that of any keyword."""
+"""Keywords with schemas by name; a name may equal any keyword."""
 _REPEATED_GROUP = re.compile(r"\)[*+{]")
 _IN_PLACE = ("not", "if", "then", "else")
 _ALL_IN_PLACE = ("allOf", "anyOf", "oneOf")
@@ -52,7 +52,7 @@ class Schema:
 
     Attributes:
         validator: a `jsonschema` validator; ``iter_errors`` may raise `SlowPattern`.
-        resolver: looks up references of the top.
+        resolver: looks up references at the top level.
 
     Raises:
         TellError: it is not a valid JSON Schema, or a ``$ref`` leads nowhere (none is fetched) or back to itself.
@@ -102,7 +102,7 @@ class Schema:
         self.extra_keys = search.extra_keys
 
     def _check(self, node: object, path: str, resolver: Resolver, specification: Specification) -> None:
-        """Refuse what ``check_schema`` lets through and validation would trip over; note what applies in place."""
+        """Refuse what ``check_schema`` accepts but validation cannot handle; record subschemas that apply in place."""
         if isinstance(node, list):
             for i, item in enumerate(node):
                 self._check(item, f"{path}[{i}]", resolver, specification)

@@ -1,4 +1,4 @@
-"""Load examples by path or hub name, the layout detected from the columns."""
+"""Loads examples by path or hub name, with the layout detected from the columns."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Loaded:
         path: the path or hub name as given.
         fingerprint: SHA-256 (hexadecimal) over the file's bytes, the columns and the source's name.
         dropped: (origin, reason) of rows left out: bad ones with ``bad_rows="drop"``, and those marked as bad examples.
-        notices: what was guessed or is not used, for people; rows left out are in ``dropped`` alone.
+        notices: guesses and unused parts, as sentences for the user; rows left out are in ``dropped`` alone.
     """
 
     examples: list[Example]
@@ -57,7 +57,7 @@ class Loaded:
 def load(
     source: str, *, name: str = "task", columns: str | None = None, bad_rows: Literal["refuse", "drop"] | None = None
 ) -> Loaded:
-    """Load examples from a file or the hub.
+    """Examples of a file or a hub dataset, with the layout that was detected.
 
     Args:
         source: a path (json, jsonl, csv, tsv, each also .gz or .zst, or parquet), or a hub name
@@ -114,7 +114,7 @@ def _no_collector() -> Iterator[None]:
 
 
 class _Rows:
-    """Reads records into examples, and counts what is left out.
+    """Turns records into examples, and counts what is left out.
 
     Args:
         where: the source in errors.
@@ -148,16 +148,16 @@ class _Rows:
         if not self.examples:
             origin, reason = self.dropped[0]
             where = f"{self.where}:{origin.rsplit(':', 1)[1]}"
-            raise TellError(f"no row can be used; the first {reason}", where=where, remedy="Fix the rows.")
+            raise TellError(f"no row is usable; the first {reason}", where=where, remedy="Fix the rows.")
         return layout
 
     def _refuse_mixed(self, number: int, record: dict[str, object], layout: Layout, first: Record) -> None:
-        if fault := check_columns(number, record, layout, first):
+        if fault := check_columns(record, layout, first):
             remedy = "Give every row the same columns, or split the file."
             raise TellError(fault, where=f"{self.where}:{number}", remedy=remedy)
 
     def notices(self, layout: Layout) -> list[str]:
-        """What of the rows is not used, for people; rows that are left out are in ``dropped``."""
+        """Notices about parts of rows that are not used; rows that are left out are in ``dropped``."""
         lines = []
         if layout.unused:
             more = f" and {len(layout.unused) - SHOWN:,} more" if len(layout.unused) > SHOWN else ""
@@ -177,7 +177,7 @@ def _count(rows: int) -> str:
 
 
 def _is_path(source: str) -> bool:
-    """Whether ``source`` is meant as a path: it is there, or it looks like one."""
+    """Whether ``source`` is meant as a path: it exists, or it looks like one."""
     if os.path.exists(os.path.expanduser(source)) or format_of(source) or not _HUB_NAME.fullmatch(source):
         return True
     if source.startswith((".", "~", "/")):
@@ -190,11 +190,11 @@ def _is_path(source: str) -> bool:
 
 def _load_hub(source: str, name: str, columns: str | None, bad_rows: str) -> Loaded:
     parts = _HUB_NAME.fullmatch(source)
-    assert parts is not None  # _is_path let it through
+    assert parts is not None  # accepted by _is_path
     rows = _hub_rows(source, parts["name"], parts["config"], parts["split"] or "train")
     records = list(enumerate(rows, 1))
     if not records:
-        raise TellError("holds no rows", where=source, remedy="Choose another split: NAME@SPLIT.")
+        raise TellError("has no rows", where=source, remedy="Choose another split: NAME@SPLIT.")
     made = _Rows(name, source, source, bad_rows)
     layout = made.read(records, columns, source)
     digest = hashlib.sha256(repr((source, columns or "", name)).encode())
@@ -217,7 +217,7 @@ def _hub_rows(source: str, name: str, config: str | None, split: str) -> list[di
     except DatasetNotFoundError as error:
         remedy = "Check the name, or log in with `hf auth login` if it is private."
         raise TellError(f"no such file, and the hub says: {first_line(error)}", where=source, remedy=remedy) from error
-    except Exception as error:  # datasets raises whatever its readers raise
+    except Exception as error:  # datasets may raise any exception of its readers
         if not reachable:
             what = f"no such file, and the hub cannot be reached ({why})"
             remedy = "Give the path of a file, or try again with a network connection."
@@ -244,7 +244,7 @@ def hub_reachable(timeout: float = HUB_TIMEOUT) -> tuple[bool, str]:
         return False, "HF_HUB_OFFLINE is set"
     try:
         status = within(timeout, lambda: get_session().head(constants.ENDPOINT, timeout=timeout).status_code)
-    except Exception as error:  # the client's own errors; which client it is differs between hub versions
+    except Exception as error:  # errors of the HTTP client, which differs between hub versions
         return False, str(error) or type(error).__name__
     if status is None:
         return False, f"no answer within {timeout:g} s"

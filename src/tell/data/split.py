@@ -1,4 +1,4 @@
-"""Split into train, validation and test by seed; equal prompts never straddle a split."""
+"""Splits into train, validation and test by seed; equal prompts never straddle a split."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Splits:
 
 
 def split(examples: Sequence[Example], *, seed: int, test_fraction: float, validation_fraction: float) -> Splits:
-    """Split by seed, before anything is repeated.
+    """Train, validation and test rows, split by seed before any row is repeated.
 
     Rows with the same prompt (all turns before the answer) form a group that stays on one side, so no test prompt is
     trained on. Sizes are the nearest that such groups allow, with at least one row in train and one in test; validation
@@ -46,7 +46,7 @@ def split(examples: Sequence[Example], *, seed: int, test_fraction: float, valid
     """
     n = len(examples)
     if n < 2:
-        what = f"holds {'one row' if n else 'no rows'} in all; a test row and a training row are needed"
+        what = f"has {'one row' if n else 'no rows'} in all; a test row and a training row are needed"
         remedy = "Add examples (15 is a good start), or give test rows with --test."
         raise TellError(what, where=_file(examples), remedy=remedy)
     groups = _groups(examples)
@@ -77,7 +77,7 @@ def split(examples: Sequence[Example], *, seed: int, test_fraction: float, valid
 def split_given_test(
     train_examples: Sequence[Example], test_examples: Sequence[Example], *, seed: int, validation_fraction: float
 ) -> Splits:
-    """Keep the test rows given, and split validation off the training rows.
+    """The given test rows, with validation rows split off the training rows.
 
     Training rows that equal a test row in full are removed and counted; rows that share only the prompt are
     left to `find_overlap`.
@@ -86,13 +86,13 @@ def split_given_test(
         TellError: no test row, or no training row left.
     """
     if not test_examples:
-        raise TellError("holds no rows", where="--test", remedy="Give a file with at least one test row.")
+        raise TellError("has no rows", where="--test", remedy="Use a file with at least one test row.")
     held = {example.hash for example in test_examples}
     kept = [example for example in train_examples if example.hash not in held]
     removed = len(train_examples) - len(kept)
     if not kept:
-        what = f"every one of its {removed} rows is also in the test file" if removed else "holds no rows"
-        raise TellError(what, where=_file(train_examples), remedy="Give training rows that are not test rows.")
+        what = f"every one of its {removed} rows is also in the test file" if removed else "has no rows"
+        raise TellError(what, where=_file(train_examples), remedy="Use training rows that are not test rows.")
     groups = _groups(kept)
     order = [groups[i] for i in shuffled(len(groups), seed)]
     validation, rest = _fill(order, min(round(validation_fraction * len(kept)), len(kept) - 1))

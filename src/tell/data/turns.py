@@ -1,4 +1,4 @@
-"""One record of a file to the turns of a conversation: roles, tool calls, and which turns carry loss."""
+"""Turns of a conversation from one record of a file: roles, tool calls, and which turns carry loss."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tell.data.layouts import LABELS, REJECTED, Layout
 
 Record = Mapping[str, object]
 
-MOST_CHARACTERS = 10_000_000  # of one turn; no model reads so much, and tokenizers abort at some more
+MOST_CHARACTERS = 10_000_000  # of one turn; beyond any model's context, and tokenizers crash on longer texts
 
 ROLES: dict[str, Role] = {
     **dict.fromkeys(("system", "developer"), "system"),
@@ -25,7 +25,7 @@ ROLES: dict[str, Role] = {
 """Roles of published formats."""
 _LOSS = ("weight", "loss", "train", "training")  # OpenAI, ms-swift, axolotl
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
-_SHOWN = ("name", "tool_call_id")  # of a tool's turn; templates show them
+_SHOWN = ("name", "tool_call_id")  # keys of a tool's turn that templates show
 _READ = {"role", "from", "content", "value", "tool_calls", "function_call", *_LOSS, *THOUGHTS, *_SHOWN}
 
 
@@ -62,7 +62,7 @@ def to_messages(record: Record, layout: Layout, seen: Counter[str] | None = None
 
 
 def _end(turns: list[Message]) -> int:
-    """Turns up to the last answer with loss: those behind it change nothing about training."""
+    """Turns up to the last answer with loss, since later ones do not affect training."""
     if turns[-1].role != "assistant" or turns[-1].trained:
         return len(turns)
     return max((n for n, turn in enumerate(turns, 1) if turn.role == "assistant" and turn.trained), default=len(turns))
@@ -99,7 +99,7 @@ def _one_label(labels: list[object], column: str) -> object:
     if not labels:
         return None
     if len(labels) > 1 or isinstance(labels[0], (list, dict)):
-        several = f"holds {len(labels)} labels" if len(labels) > 1 else "holds a span, not a label"
+        several = f"has {len(labels)} labels" if len(labels) > 1 else "has a span, not a label"
         remedy = "Write them as one text, the way the model should answer: billing, urgent."
         raise RowFault(f"{several} (column {column!r})", remedy)
     return labels[0]
@@ -112,7 +112,7 @@ def _is_messages(value: object) -> bool:
 
 
 def _turns(value: object, column: str, seen: Counter[str]) -> list[Message]:
-    fault = f"holds no list of turns in column {column!r}"
+    fault = f"has no list of turns in column {column!r}"
     value = unpacked(value, fault, detail=False)
     if isinstance(value, dict) and value and all(isinstance(part, list) for part in value.values()):
         value = [dict(zip(value, parts, strict=False)) for parts in zip(*value.values(), strict=False)]
@@ -125,7 +125,7 @@ def _turns(value: object, column: str, seen: Counter[str]) -> list[Message]:
 
 
 def _turn(turn: object, number: int, found: set[str]) -> Message:
-    """One turn; what of it is not used is added to ``found``."""
+    """One turn; unused keys are added to ``found``."""
     if not isinstance(turn, dict):
         raise RowFault(f"turn {number} is not an object with role and content")
     name = turn.get("role", turn.get("from"))
@@ -177,7 +177,7 @@ def _calls(calls: object, number: int) -> str:
 
 def _declare(turns: list[Message], value: object, column: str) -> None:
     """Put a row's tools on its first user turn, where a chat template finds them."""
-    fault = f"holds no list of tools in column {column!r}"
+    fault = f"has no list of tools in column {column!r}"
     value = unpacked(value, fault)
     if not value:
         return
@@ -199,12 +199,12 @@ def _content(content: object, number: int) -> str:
     ):
         return "".join(part["text"] for part in content)
     if isinstance(content, list) and any(isinstance(part, dict) and "type" in part for part in content):
-        raise RowFault(f"turn {number} holds parts that are not text")
+        raise RowFault(f"turn {number} has parts that are not text")
     return as_text(content)
 
 
 def _history(value: object, column: str) -> list[Message]:
-    fault = f"holds no list of [question, answer] pairs in column {column!r}"
+    fault = f"has no list of [question, answer] pairs in column {column!r}"
     value = unpacked(value, fault, detail=False)
     if value is not None and not isinstance(value, list | tuple):
         raise RowFault(fault)
@@ -243,7 +243,7 @@ def _check_turns(turns: list[Message]) -> None:
                 turn.content.encode()
             except UnicodeEncodeError as error:
                 half = f"\\u{ord(turn.content[error.start]):x}"
-                raise RowFault(f"turn {number} holds half of a surrogate pair ({half})") from error
+                raise RowFault(f"turn {number} contains half of a surrogate pair ({half})") from error
     if not asked:
         raise RowFault("has no user turn before the answer")
     _check_json(last.content)

@@ -55,7 +55,7 @@ class PlainBatch:
 
     Args:
         slots: rows decoded at once.
-        capacity: tokens a row may hold behind the prefix.
+        capacity: tokens a row may have after the prefix.
         prefix: token ids that all rows begin with.
     """
 
@@ -128,7 +128,7 @@ class KernelBatch:
     Args:
         packed: the weights.
         slots: rows decoded at once.
-        capacity: tokens a row may hold behind the prefix.
+        capacity: tokens a row may have after the prefix.
         prefix: token ids that all rows begin with.
     """
 

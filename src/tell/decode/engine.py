@@ -187,7 +187,7 @@ class Engine:
 
     @contextmanager
     def fixed_weights(self) -> Iterator[None]:
-        """Promises that no weight changes inside: the kernels' copy is made once and kept for all calls."""
+        """Promises that no weight changes inside, so that the kernels' copy is made once and kept for all calls."""
         self._fixed = True
         try:
             yield

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tell.train.attention import PackedPlan, Rule, softmax_scores
 from tell.train.device import send
 
-Call = tuple[nn.Module | None, int]  # attention module, and which of its calls in a pass: DiffLlama's make two
+Call = tuple[nn.Module | None, int]  # attention module and number of its call in the pass: DiffLlama calls each twice
 
 
 class Calls:
@@ -33,7 +33,7 @@ class Store:
 
     Args:
         slots: rows decoded at once.
-        capacity: tokens a slot holds after the shared prefix.
+        capacity: tokens of a slot after the shared prefix.
     """
 
     def __init__(self, slots: int, capacity: int) -> None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3"})
-STATIC_ROPE = frozenset({"default", "linear", "llama3", "yarn"})  # others change with the length of the row
+STATIC_ROPE = frozenset({"default", "linear", "llama3", "yarn"})  # other kinds depend on the row's length
 SILU, GELU_TANH = 0, 1
 _ACTIVATIONS = {"silu": SILU, "swish": SILU, "gelu_pytorch_tanh": GELU_TANH}
 
@@ -145,7 +145,7 @@ def _layer(layer: Block, index: int, config: PretrainedConfig) -> Layer:
 
 
 class Product:
-    """x (n, i) to x W^T + b (n, o) for one or more layers side by side, weights copied into the CPU's layout.
+    """x (n, i) to x W^T + b (n, o) for one or more layers at once, weights copied into the CPU's layout.
 
     Args:
         layers: weight (o, i) and bias (o,) or None of linear layers that read the same input.

@@ -1,4 +1,4 @@
-"""What a decoding engine offers, whichever decodes: ours or vLLM."""
+"""The interface of decoding engines: TELL's own and vLLM."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class DecodingEngine(Protocol):
     def adapter(self, folder: Path | None) -> AbstractContextManager[None]:
         """Answers inside come from the model with the LoRA adapter in ``folder``; None for the base model.
 
-        The weights of the transformers model have it merged meanwhile, so that losses are the adapter's too.
+        Meanwhile it is merged into the transformers model's weights, so that losses are the adapter's too.
         """
         ...
 

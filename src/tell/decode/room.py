@@ -1,4 +1,4 @@
-"""Room for answers: tokens in the model's context, rows in free memory."""
+"""Limits of decoding: new tokens that fit into the context, rows that fit into memory."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def answer_limits(
             raise TellError(
                 f"the prompt has {len(prompt):,} tokens and the model takes {max_positions:,}",
                 where=f"prompt {number}",
-                remedy="Shorten the prompt, or give fewer in-context examples.",
+                remedy="Shorten the prompt, or use fewer in-context examples.",
             )
     return [min(n, max_positions - len(prompt)) for n, prompt in zip(wanted, prompts, strict=True)]
 

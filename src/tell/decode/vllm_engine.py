@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 RANKS = (8, 16, 32, 64, 128, 256, 512)  # adapter ranks that vLLM can reserve
 LONGEST = 32_768  # tokens; vLLM refuses to start where one sequence of full length does not fit into memory
-NEVER = -100.0  # the lowest bias vLLM accepts; no logit outweighs it
+NEVER = -100.0  # the lowest bias vLLM accepts; it outweighs any logit
 
 
 def pick_engine(choice: Literal["auto", "own", "vllm"], device: str) -> Literal["own", "vllm"]:
@@ -125,7 +125,7 @@ class VllmEngine:
             enable_lora=True,
             max_lora_rank=reserved_rank(rank),
             gpu_memory_utilization=memory,
-            skip_tokenizer_init=True,  # ids go in, ids come out
+            skip_tokenizer_init=True,  # token ids in, token ids out
         )
         self._numbers: dict[tuple[str, int], int] = {}
         self._lora: LoRARequest | None = None  # of the adapter in use

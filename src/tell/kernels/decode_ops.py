@@ -33,7 +33,7 @@ _ARGUMENTS = {
 
 
 class LayerArguments(ctypes.Structure):
-    """``decode_layer``: what attention of one layer needs to know, pointers borrowed from tensors."""
+    """``decode_layer``: the attention parameters of one layer, pointers borrowed from tensors."""
 
     _fields_ = [
         *((name, _I64) for name in ("heads", "kv_heads", "width", "rotary", "slots", "capacity", "prefix")),
@@ -142,6 +142,6 @@ def packs_weights(weight: Tensor) -> bool:
 
 @functools.cache
 def kernels(dtype: torch.dtype) -> Kernels | None:
-    """The kernels for bf16 or fp32; None where they cannot be had."""
+    """The kernels for bf16 or fp32; None where they are not available."""
     loaded = library()
     return Kernels(loaded, dtype) if loaded is not None and dtype in _SUFFIX else None

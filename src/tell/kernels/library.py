@@ -30,7 +30,7 @@ FLAGS = (
     # Sums may be reordered; infinities and NaN keep their meaning.
     *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-ffp-contract=fast"),
 )
-SWITCH = "TELL_KERNELS"  # "off" keeps to torch operations
+SWITCH = "TELL_KERNELS"  # "off" uses torch operations only
 
 
 class Unavailable(Exception):
@@ -147,7 +147,7 @@ def _runtimes() -> set[str]:
         lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     except OSError as error:
         raise Unavailable(f"/proc/self/maps cannot be read: {error.strerror or error}") from None
-    files = {fields[5] for fields in (line.split(maxsplit=5) for line in lines) if len(fields) > 5}  # paths hold spaces
+    files = {fields[5] for fields in (line.split(maxsplit=5) for line in lines) if len(fields) > 5}  # paths have spaces
     found = {file for file in files if Path(file).name.startswith(("libgomp", "libiomp5", "libomp"))}
     return {file for file in found if "torch" in file} or found if len(found) > 1 else found
 

@@ -86,7 +86,7 @@ class Kernels:
     def pack(
         self, x: Tensor, rope: Rope, out: Tensor, block: Any, heads: int, group: int = 1, prefix: int = 0, scale=1.0
     ) -> None:
-        """Rows of a block from x (T, heads * D), each behind the tokens 0 .. prefix, turned and scaled.
+        """Rows of a block from x (T, heads * D), each after the tokens 0 .. prefix, rotated (RoPE) and scaled.
 
         out: (heads / group, rows, group, L, D), L at least prefix + the longest row; zeros fill it up.
         """
@@ -99,7 +99,7 @@ class Kernels:
     def unpack(
         self, x: Tensor, rope: Rope, out: Tensor, block: Any, heads: int, group: int = 1, prefix: int = 0, scale=1.0
     ) -> None:
-        """The rows' own tokens back from x (heads / group, rows, group, L, D) to out (T, heads * D), turned back."""
+        """The rows' own tokens back from x (heads / group, rows, group, L, D) to out (T, heads * D), rotated back."""
         self._c.unpack(
             x.data_ptr(), block.rows, x.shape[-2] // group, prefix, heads, group, x.shape[-1], *_pointers(rope),
             out.data_ptr(), out.stride(0), block.start.data_ptr(), block.length.data_ptr(), scale,

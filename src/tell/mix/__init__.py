@@ -1,4 +1,4 @@
-"""Amounts, orderings, mixture and manifest: what training will see, decided before a model is loaded."""
+"""Amounts, orderings, mixture and manifest: the training rows and their order, fixed before a model is loaded."""
 
 from tell.mix.amount import Draw, general_rows
 from tell.mix.manifest import read_manifest, write_manifest

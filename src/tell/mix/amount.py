@@ -1,4 +1,4 @@
-"""How much general data: rows, tokens, or a ratio to the task's tokens, met exactly."""
+"""Draws an amount of general data: rows, tokens, or a ratio to the task's tokens."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from tell.errors import TellError
 from tell.seeds import permutation
 
-MOST_ROWS = 10_000_000  # of a mixture; more is a typing error, and the indices alone would fill the memory
+MOST_ROWS = 10_000_000  # rows of a mixture; more is a typo, and the indices alone would fill the memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +40,9 @@ def general_rows(
     rows: int | None = None,
     seed: int,
 ) -> Draw:
-    """Draw general rows without replacement; once all are used, whole further epochs in new permutations.
+    """General rows drawn without replacement; once all are used, further epochs in new permutations.
 
-    Give exactly one of ratio, tokens and rows; 0 draws nothing. With the same seed a larger amount extends a smaller
+    Pass exactly one of ratio, tokens and rows; 0 draws nothing. With the same seed a larger amount extends a smaller
     one, so the cells of a scaling grid are nested.
 
     Args:
@@ -69,24 +69,24 @@ def general_rows(
     if amount == 0:
         return Draw(np.empty(0, np.int32), 0.0)
     if not len(unit):
-        what = f"{amount:g} is requested of an empty general source"
-        raise TellError(what, where=where, remedy="Give a general source with rows, or 0.")
+        what = f"{amount:g} is requested from an empty general source"
+        raise TellError(what, where=where, remedy="Set a general source with rows, or 0.")
     unit = np.asarray(unit, dtype=np.int64)
     if way == "rows":
         return _draw(len(unit), int(amount), seed, where)
     if way == "ratio" and task_tokens <= 0:
-        what = f"ratio {amount:g} to {task_tokens} task tokens means nothing"
+        what = f"ratio {amount:g} to {task_tokens} task tokens is undefined"
         raise TellError(what, where=where, remedy="Set general.tokens or general.rows instead.")
     target = float(amount) * task_tokens if way == "ratio" else float(amount)
     return _draw(len(unit), _rows_for(unit, target, seed, where), seed, where, target)
 
 
 def _rows_for(unit: np.ndarray, target: float, seed: int, where: str) -> int:
-    """Rows whose tokens come nearest to the target, in drawing order; the fewer of two equally near."""
+    """Number of rows, in drawing order, whose tokens come nearest to the target; the smaller of two equally near."""
     epoch_tokens = int(unit.sum())
     if epoch_tokens == 0:
         remedy = "Check the answers of the general source."
-        raise TellError("the general rows hold no tokens at all", where=where, remedy=remedy)
+        raise TellError("the general rows have no tokens", where=where, remedy=remedy)
     check_size(target / epoch_tokens * len(unit), where)
     whole = int(target // epoch_tokens)
     reached = np.concatenate([[0], np.cumsum(unit[_epoch(len(unit), seed, whole)])])
@@ -105,7 +105,7 @@ def _draw(size: int, count: int, seed: int, where: str, target: float | None = N
     notices = []
     if count > size:
         notices.append(
-            f"general data is exhausted: {count:,} rows are wanted and the source has {size:,}, so it is passed "
+            f"general data is exhausted: {count:,} rows are requested and the source has {size:,}, so it is passed "
             f"{count / size:.2f} times, each time in a new order"
         )
     if target is not None and count == 0:
@@ -120,4 +120,4 @@ def _epoch(size: int, seed: int, epoch: int) -> np.ndarray:
 def check_size(count: float, where: str, kind: str = "general") -> None:
     """Refuse more than `MOST_ROWS` rows."""
     if count > MOST_ROWS:
-        raise TellError(f"asks for {count:,.0f} {kind} rows", where=where, remedy=f"Set at most {MOST_ROWS:,} rows.")
+        raise TellError(f"requests {count:,.0f} {kind} rows", where=where, remedy=f"Set at most {MOST_ROWS:,} rows.")

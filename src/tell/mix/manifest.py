@@ -24,7 +24,7 @@ COLUMNS = ("position", "step", "source", "hash", "origin", "tokens", "trained", 
 
 @cache
 def _schema() -> pa.Schema:
-    import pyarrow as pa  # late: planning, which imports this, writes no manifest
+    import pyarrow as pa  # imported here, because planning imports this module and writes no manifest
 
     return pa.schema([(name, pa.string() if name in STRINGS else pa.int32()) for name in COLUMNS])
 
@@ -83,7 +83,7 @@ def read_manifest(path: str | Path) -> pa.Table:
 
     path = Path(path)
     if not path.is_file():
-        raise TellError("no such file", where=str(path), remedy="Give the manifest.parquet of a run folder.")
+        raise TellError("no such file", where=str(path), remedy="Name the manifest.parquet of a run folder.")
     try:
         table = pq.read_table(path)
     except (OSError, pa.ArrowException) as error:

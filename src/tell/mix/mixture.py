@@ -1,4 +1,4 @@
-"""The mixture: the exact order of rows that training will see, built before any model is loaded."""
+"""The mixture: the exact order of training rows, built before any model is loaded."""
 
 from __future__ import annotations
 
@@ -111,9 +111,9 @@ def build(
     seed: int,
     task_rows: np.ndarray | None = None,
 ) -> Mixture:
-    """Mix every task row `repeat` times into the drawn general rows.
+    """A mixture with every task row `repeat` times among the drawn general rows.
 
-    Repetition r of all task rows comes before repetition r + 1, each in a permutation of its own; general rows come
+    Repetition r of all task rows comes before repetition r + 1, each in its own permutation; general rows come
     in drawing order, so the same draw gives the `general` arm the same rows in the same order. Same seed, same
     mixture, in whatever order `tables` come.
 
@@ -154,7 +154,7 @@ def build(
 
 
 def build_repeated(table: RowTable, total_rows: int, seed: int, task_rows: np.ndarray | None = None) -> Mixture:
-    """Task rows alone, epoch after epoch until `total_rows`: the step-matched SFT arm.
+    """A mixture of task rows alone, epoch after epoch until `total_rows`: the step-matched SFT arm.
 
     Whole seeded epochs, the last one partial, so ceil(total_rows / batch size) steps. Each epoch has the order of the
     same repetition in `build` with the same seed.
@@ -171,7 +171,7 @@ def build_repeated(table: RowTable, total_rows: int, seed: int, task_rows: np.nd
     use = _task_rows(table, task_rows)
     if total_rows < 1 or not len(use):
         raise TellError(
-            f"{total_rows} rows asked of {len(use)} task rows", where="mix", remedy="Give at least one row of each."
+            f"{total_rows} rows requested of {len(use)} task rows", where="mix", remedy="Use one row or more of each."
         )
     queues = {TASK: _epochs(use, total_rows, seed)}
     places = np.zeros(total_rows, dtype=np.int8)
@@ -188,7 +188,7 @@ def _mixture(
     notices: tuple[str, ...],
 ) -> Mixture:
     if not len(places):
-        raise TellError("the mixture has no row", where="mix", remedy="Give task rows or a general amount above 0.")
+        raise TellError("the mixture has no row", where="mix", remedy="Provide task rows or a general amount above 0.")
     row = np.empty(len(places), dtype=np.int32)
     repetition = np.empty(len(places), dtype=np.int32)
     for i, queue in enumerate(queues.values()):
@@ -217,7 +217,7 @@ def _occurrence(rows: np.ndarray) -> np.ndarray:
 def _task_rows(table: RowTable, task_rows: np.ndarray | None) -> np.ndarray:
     if task_rows is None:
         return np.arange(len(table), dtype=np.int32)
-    use = np.sort(_in_range(np.asarray(task_rows), table))  # sorted: the order they are named in cannot matter
+    use = np.sort(_in_range(np.asarray(task_rows), table))  # sorted, so that their order does not matter
     if len(np.unique(use)) < len(use):
         raise TellError("task_rows names a row twice", where="mix", remedy="Name each row once and set mix.repeat.")
     return use

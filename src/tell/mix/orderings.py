@@ -1,4 +1,4 @@
-"""Orderings: which source each place of the training stream takes its row from.
+"""Orderings: the source of each row in the training stream.
 
 An ordering maps ``(counts, seed)`` to the source of each training row. To add one::
 
@@ -21,7 +21,7 @@ ORDERINGS: dict[str, Ordering] = {}
 
 
 def ordering(name: str) -> Callable[[Ordering], Ordering]:
-    """Declare an ordering under the name that ``mix.order`` takes.
+    """Register an ordering under a name for ``mix.order``.
 
     Raises:
         ValueError: the name is taken.
@@ -98,7 +98,7 @@ def _canonical(counts: Mapping[str, int]) -> list[str]:
     """Names sorted, so that the order of the keys cannot matter."""
     for name, count in counts.items():
         if count < 0:
-            raise TellError(f"count {count} is negative", where=f"source {name!r}", remedy="Give 0 or more rows.")
+            raise TellError(f"count {count} is negative", where=f"source {name!r}", remedy="Use 0 or more rows.")
     if len(counts) > np.iinfo(np.int8).max:
         raise TellError(f"{len(counts)} sources are too many", remedy="Mix at most 127 sources.")
     return sorted(counts)

@@ -99,7 +99,7 @@ def read_architecture(folder: Path, config: Mapping[str, Any]) -> Architecture:
     """Sizes of the model in ``folder``, whose parsed ``config.json`` is ``config``.
 
     Raises:
-        TellError: the config lacks a size, or a weight file is no readable safetensors.
+        TellError: the config lacks a size, or a weight file is not readable as safetensors.
     """
     text = config.get("text_config") or config
     model_type = str(text.get("model_type") or config.get("model_type") or "")
@@ -200,7 +200,7 @@ def _count_headers(files: list[Path], tied: bool, vocab: int) -> tuple[dict[str,
 
 
 def _estimate(shape: Mapping[str, int], *, tied: bool, vocab: int, model_type: str) -> dict[str, int]:
-    """Llama's layout: q, k, v, o, a gated MLP and two norms per block. GPT-2 and its kin have an ungated MLP."""
+    """Llama's layout: q, k, v, o, a gated MLP and two norms per block. GPT-2 and the like have an ungated MLP."""
     layers, hidden = shape["layers"], shape["hidden"]
     attention = 2 * hidden * shape["head_dim"] * (shape["heads"] + shape["kv_heads"])
     gated = not model_type.startswith(("gpt", "bloom", "opt", "falcon", "phi-", "starcoder"))

@@ -60,7 +60,7 @@ def check(config: Mapping[str, Any], path: Path, prefix: str = "") -> None:
             continue
         kind = TYPES.get(key)
         wrong = kind is not None and not isinstance(value, kind)
-        if key in SIZES:  # some write the sizes of each layer: those are not counted, transformers reads them
+        if key in SIZES:  # some list sizes layer by layer: transformers reads those, we do not count them
             wrong = not isinstance(value, list) and not (type(value) is int and 0 < value <= LARGEST)
         if key in ("architectures", "layer_types"):
             wrong = wrong or not all(isinstance(name, str) for name in value)

@@ -1,6 +1,6 @@
 """GGUF to a bf16 safetensors folder: ``python -m tell.models.convert FILE.gguf FOLDER [BASE_NAME]``.
 
-Runs in a process of its own, so that finding a model imports no torch.
+Runs in a separate process, so that finding a model imports no torch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def check_gguf(file: Path) -> None:
     """
     with file.open("rb") as start:
         if start.read(4) != b"GGUF":
-            raise TellError("is not a GGUF file", where=str(file), remedy="Fetch it again, or give a model folder.")
+            raise TellError("is not a GGUF file", where=str(file), remedy="Fetch it again, or use a model folder.")
     from gguf import GGUFReader
 
     try:
@@ -34,9 +34,9 @@ def check_gguf(file: Path) -> None:
     pre = field.contents() if field else None
     if pre not in _KNOWN_PRE:
         raise TellError(
-            f"has the tokenizer {pre!r}; a GGUF does not hold all of it, and only SmolLM2's is known here",
+            f"has the tokenizer {pre!r}; a GGUF does not have all of it, and only SmolLM2's is known here",
             where=str(file),
-            remedy="Give the model's folder or hub name in transformers format instead.",
+            remedy="Use the model's folder or hub name in transformers format instead.",
         )
 
 
@@ -98,7 +98,7 @@ def main(arguments: list[str]) -> int:
     except TellError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    except Exception as error:  # the parent shows the line, and removes what was half-written
+    except Exception as error:  # the parent shows the line, and removes incomplete output
         print(f"{type(error).__name__}: {error}".splitlines()[0], file=sys.stderr)
         return 2
     return 0

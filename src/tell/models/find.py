@@ -60,7 +60,7 @@ def find_model(
         notify: called with one line before anything that takes long.
 
     Raises:
-        TellError: nothing found, not a causal language model, pickled weights only, code that is not trusted, ...
+        TellError: not found, not a causal language model, pickled weights only, code that is not trusted, ...
     """
     name = str(name)
     folder, sizes, origin, shown = _locate(name, revision, need_weights, trust_remote_code, notify)
@@ -78,7 +78,7 @@ def find_model(
 
 
 def find_tokenizer(name: str, *, revision: str | None = None, notify: Callable[[str], None] | None = None) -> Path:
-    """Folder with the ``tokenizer.json`` of ``name``, which need hold no model: for budgets in its unit.
+    """Folder with the ``tokenizer.json`` of ``name``, which need not have a model: for budgets in its tokens.
 
     Args:
         name: as for `find_model`, or a folder or hub repository of a tokenizer alone.
@@ -123,12 +123,12 @@ def _locate(
     if path.is_file():
         if path.suffix == ".gguf":
             return wheel.folder_of_gguf(path.resolve(), notify), {}, "folder", str(path)
-        raise TellError("is a file, not a model folder", where=str(path), remedy="Give the folder that holds it.")
+        raise TellError("is a file, not a model folder", where=str(path), remedy="Name the folder that contains it.")
     if not _may_be_hub_name(name):
         raise TellError(
             "no such model folder" if name.strip() else "the model's name is empty",
             where=name or "--model",
-            remedy=f"Check the path, or give a hub name or {SMOLLM2}.",
+            remedy=f"Check the path, or use a hub name or {SMOLLM2}.",
         )
     repo = wheel.HUB_NAME if is_smollm2 else name
     cached = hub.cached_snapshot(repo, revision, need_weights=need_weights)
@@ -145,7 +145,7 @@ def _locate(
             raise TellError(
                 f"no folder of that name, not in the Hugging Face cache, and the hub cannot be reached: {error}",
                 where=name,
-                remedy=f"Check the network, give a model folder, or use --model {SMOLLM2}{near}.",
+                remedy=f"Check the network, use a model folder, or use --model {SMOLLM2}{near}.",
             ) from error
         if revision is not None:
             raise TellError(
@@ -180,13 +180,13 @@ def _not_a_model(folder: Path) -> TellError:
         return TellError(
             "is an adapter, not a base model",
             where=str(folder),
-            remedy=f"Give --model {base}." if base else "Give the model it was trained on.",
+            remedy=f"Use --model {base}." if base else "Use the model it was trained on.",
         )
     files = sorted(folder.glob("*.gguf"))
     return TellError(
         "is not a model folder: it has no config.json",
         where=str(folder),
-        remedy=f"Give {files[0]} itself." if files else "Give a folder that save_pretrained wrote, or a hub name.",
+        remedy=f"Pass {files[0]} itself." if files else "Use a folder that save_pretrained wrote, or a hub name.",
     )
 
 
@@ -237,7 +237,7 @@ def _check(folder: Path, config: Mapping[str, Any], shown: str, need_weights: bo
         if pickles:
             raise hub.pickles_only(shown, pickles)
         raise TellError(
-            "has no model.safetensors, or not all of its shards", where=shown, remedy="Fetch the model again, whole."
+            "has no model.safetensors, or not all of its shards", where=shown, remedy="Fetch the whole model again."
         )
 
 
@@ -248,7 +248,7 @@ def _known(model_type: str) -> bool:
     places = [Path(place) / "models" for place in (spec.submodule_search_locations or ())] if spec else []
     if any((place / folder / "__init__.py").exists() for place in places if folder):
         return True
-    named = f'"{model_type}"'  # some families live in another's folder
+    named = f'"{model_type}"'  # some families are in another's folder
     lists = [file for place in places for file in (*place.glob("auto/auto_mapp*.py"), *place.glob("auto/config*.py"))]
     return any(named in file.read_text(encoding="utf-8") for file in lists)
 

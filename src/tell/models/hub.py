@@ -20,7 +20,7 @@ from tell.models.architecture import WEIGHTS, weight_files
 from tell.patience import within
 from tell.shown import without_secrets
 
-PATIENCE = 4.0  # seconds for name lookup, connection and answer in all
+PATIENCE = 4.0  # seconds for name lookup, connection and answer together
 REMEMBER = 600.0  # seconds without a new request to an unreachable hub, for a model with another source
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5")
 _unreachable: dict[str, str] = {}  # cache: reason by endpoint, for this process
@@ -47,7 +47,7 @@ def cached_snapshot(
         raise TellError(
             f"{repo!r} is neither a folder nor a hub name",
             where="--model",
-            remedy="Give a folder with config.json, a name like HuggingFaceTB/SmolLM2-135M-Instruct, or smollm2-135m.",
+            remedy="Use a folder with config.json, a name like HuggingFaceTB/SmolLM2-135M-Instruct, or smollm2-135m.",
         ) from error
     except OSError:
         return None
@@ -79,7 +79,7 @@ def download(
 
     Raises:
         HubUnreachable: no answer within `PATIENCE` seconds, or offline mode.
-        TellError: the hub answered, but holds no such model, or only pickled weights.
+        TellError: the hub answered, but has no such model, or only pickled weights.
     """
     import huggingface_hub
     from huggingface_hub import constants
@@ -142,7 +142,7 @@ def _ask(repo: str, revision: str | None, endpoint: str) -> dict[str, int]:
     except Exception as failed:  # httpx's errors, whose module differs between versions
         error, reason = failed, without_secrets(first_line(failed))
     _unreachable[endpoint] = reason
-    with contextlib.suppress(TellError):  # a home that cannot be written costs four seconds next time, no more
+    with contextlib.suppress(TellError):  # with an unwritable home the next call waits four seconds again
         write_json(_memory(), {"time": time.time(), "endpoint": endpoint, "reason": reason})
     raise HubUnreachable(reason) from error
 
@@ -152,19 +152,19 @@ def _without_safetensors(repo: str, names: list[str]) -> TellError:
         return pickles_only(repo, [name for name in names if name.endswith(_PICKLES)])
     if "adapter_config.json" in names:
         return TellError(
-            f"{repo} is an adapter, not a base model", where="--model", remedy="Give the model it was trained on."
+            f"{repo} is an adapter, not a base model", where="--model", remedy="Use the model it was trained on."
         )
     return TellError(
-        f"{repo} holds no model.safetensors",
+        f"{repo} has no model.safetensors",
         where="--model",
         remedy="Choose a repository of transformers weights (a GGUF or MLX repository is none).",
     )
 
 
 def pickles_only(where: str, names: list[str]) -> TellError:
-    """The refusal of a checkpoint that can only be opened by running code in it."""
+    """The error for a checkpoint that can only be opened by running code in it."""
     return TellError(
-        f"holds only pickled weights ({', '.join(sorted(names)[:2])}{', ...' if len(names) > 2 else ''}), "
+        f"has only pickled weights ({', '.join(sorted(names)[:2])}{', ...' if len(names) > 2 else ''}), "
         "which can run code when opened",
         where=where,
         remedy="Convert them where you trust them: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...) "

@@ -1,4 +1,4 @@
-"""Load a model's weights, and explain the choice of number format."""
+"""Loads a model's weights, and explains the choice of number format."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Loaded:
         model: in evaluation mode, no parameter requires a gradient.
         dtype: of the weights.
         device: of the weights.
-        why: sentence for the user, ``"bf16: the processor has avx512_bf16"``.
+        why: sentence for the user, ``"bf16: the CPU has avx512_bf16"``.
     """
 
     model: PreTrainedModel
@@ -68,7 +68,7 @@ def choose_dtype(dtype: str, device: torch.device) -> tuple[torch.dtype, str]:
         TellError: unknown name.
     """
     if dtype in _DTYPES:
-        return _DTYPES[dtype], f"{dtype}: as asked for"
+        return _DTYPES[dtype], f"{dtype}: as requested"
     if dtype != "auto":
         raise TellError(f"{dtype!r} is not a number format", where="model.dtype", remedy="Use auto, bf16 or fp32.")
     if device.type == "cuda":
@@ -85,12 +85,12 @@ def choose_dtype(dtype: str, device: torch.device) -> tuple[torch.dtype, str]:
         return torch.float32, "fp32: Metal computes in bf16 only from macOS 14 on"
     feature = machine.cpu_bf16()
     if feature and torch.backends.mkldnn.is_available():
-        return torch.bfloat16, f"bf16: the processor has {feature}"
+        return torch.bfloat16, f"bf16: the CPU has {feature}"
     if feature:
-        return torch.float32, f"fp32: the processor has {feature}, but this torch is built without oneDNN"
+        return torch.float32, f"fp32: the CPU has {feature}, but this torch is built without oneDNN"
     if (level := cpu_level()) is not None:
-        return torch.float32, f"fp32: ${SWITCH}={level.name} leaves the processor no bf16"
-    return torch.float32, "fp32: the processor has no bf16 in hardware"
+        return torch.float32, f"fp32: ${SWITCH}={level.name} leaves the CPU no bf16"
+    return torch.float32, "fp32: the CPU has no bf16 in hardware"
 
 
 def _check_level() -> None:
@@ -137,7 +137,7 @@ def load_model(
                 use_safetensors=True,
                 local_files_only=True,
                 trust_remote_code=trust_remote_code,
-                # transformers takes sdpa by itself where it can, but refuses it by name where it cannot
+                # by default transformers uses sdpa where it can, but it refuses sdpa by name where it cannot
                 attn_implementation=None if attn_implementation == "sdpa" else attn_implementation,
                 output_loading_info=True,
             )
@@ -154,7 +154,7 @@ def load_model(
             where=files.name,
             remedy="Use a smaller model, or model.device=cpu.",
         ) from error
-    except BaseException as error:  # transformers and safetensors raise many kinds on damaged files
+    except BaseException as error:  # transformers and safetensors raise many kinds of exceptions on damaged files
         if isinstance(error, TellError) or not (isinstance(error, Exception) or is_panic(error)):
             raise
         raise TellError(f"cannot be loaded ({first_line(error)})", where=str(files.path), remedy=remedy) from error

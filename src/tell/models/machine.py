@@ -1,4 +1,4 @@
-"""What this machine computes in. Imports no torch."""
+"""This machine's CPU, cores, devices and number formats. Imports no torch."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _bf16_feature() -> str | None:
     if system == "Darwin":
         done = subprocess.run(["sysctl", "-n", "hw.optional.arm.FEAT_BF16"], capture_output=True, text=True)
         return "FEAT_BF16" if done.stdout.strip() == "1" else None
-    return None  # elsewhere it takes a driver or assembler to find out
+    return None  # elsewhere detecting it needs a driver or assembler
 
 
 def cpu_name() -> str:

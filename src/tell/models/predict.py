@@ -16,7 +16,7 @@ from tell.models.flops import training_flops
 from tell.models.machine import Place
 
 # Sustained LoRA training, GFLOP/s per core, before any run was measured here. Small matrices and LoRA's thin ones
-# reach a fifth of what a large product does (96 fp32, 437 bf16 on one core of an AMD EPYC with avx512_bf16).
+# reach a fifth of the speed of a large product (96 fp32, 437 bf16 on one core of an AMD EPYC with avx512_bf16).
 CPU_GFLOPS = {"fp32": 30.0, "avx512_bf16": 80.0, "amx_bf16": 150.0, "bf16": 40.0}
 GPU_GFLOPS = {
     "cuda": {"fp32": 8_000.0, "bf16": 40_000.0},
@@ -32,7 +32,7 @@ class Prediction:
 
     Attributes:
         seconds: wall-clock time of the optimiser steps; loading and evaluation not included.
-        basis: where it comes from, for the reader: ``"measured on this machine"``, ``"guess from 2 cores"``.
+        basis: source of the prediction, in words: ``"measured on this machine"``, ``"guess from 2 cores"``.
         measured: True where a run of this very model was measured on this machine.
     """
 
@@ -65,7 +65,7 @@ def record_speed(
         fingerprint: of the `ModelFiles`.
         place: where it trained.
         tokens_per_second: tokens computed per second of training.
-        answer_tokens_per_second: tokens decoded per second; None keeps what is on record.
+        answer_tokens_per_second: tokens decoded per second; None keeps the recorded value.
 
     Raises:
         ValueError: a speed that is not positive.
@@ -139,7 +139,7 @@ def predict_memory(
 ) -> Memory:
     """Peak memory of LoRA training on all linear layers without gradient checkpointing.
 
-    What autograd keeps per token and block was counted on SmolLM2-135M (37,141 bytes in bf16, 40,221 in fp32, both
+    Bytes kept by autograd per token and block were counted on SmolLM2-135M (37,141 bytes in bf16, 40,221 in fp32, both
     met within 1 %): adapters keep their inputs in fp32, the two norms one copy each, the MLP three of its width.
 
     Args:
@@ -175,7 +175,7 @@ def _key(fingerprint: str | None, place: Place) -> str:
 
 
 def _records() -> dict[str, dict[str, Any]]:
-    """Records that are readable; of a damaged file, none."""
+    """The readable records; none of a damaged file."""
     try:
         data = json.loads(_file().read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

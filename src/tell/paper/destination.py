@@ -1,4 +1,4 @@
-"""Where a dataset is written."""
+"""The folder that a dataset is written to."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tell.errors import TellError
 
 @dataclass(frozen=True)
 class Replace:
-    """A folder to write, in place of a dataset that it may hold."""
+    """A folder to write, replacing any dataset in it."""
 
     folder: str | Path
 
@@ -26,13 +26,13 @@ def writable_folder(out: Destination, parts: Sequence[str] = ("",)) -> Path:
         parts: folders in it that each hold a dataset.
 
     Raises:
-        TellError: it is a file, or holds a dataset that is not to be replaced.
+        TellError: it is a file, or has a dataset that must not be replaced.
     """
     folder = Path(out.folder if isinstance(out, Replace) else out)
     if folder.exists() and not folder.is_dir():
-        raise TellError("is a file, not a folder", where=str(folder), remedy="Give another folder with --out.")
+        raise TellError("is a file, not a folder", where=str(folder), remedy="Name another folder with --out.")
     for held in (folder / part for part in parts):
         if (held / "train.jsonl").exists() and not isinstance(out, Replace):
-            remedy = "Give another folder, or --overwrite."
-            raise TellError("holds a dataset already", where=str(held), remedy=remedy)
+            remedy = "Name another folder, or add --overwrite."
+            raise TellError("already has a dataset", where=str(held), remedy=remedy)
     return folder

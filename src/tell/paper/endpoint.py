@@ -25,18 +25,18 @@ passages they marked. Write the analysis that leads to this label: one to three 
 query asked, then what is wrong in the marked passages, or what was checked and found sound. Do not mention the \
 annotators. Answer with one JSON object and nothing else: \
 {"thought": "<the analysis>", "hallucination": "yes" or "no"}."""
-_GIVE_UP_AFTER = 20  # rows dropped with not one kept: the endpoint cannot do it, and going on costs money
+_GIVE_UP_AFTER = 20  # rows dropped without one kept: the endpoint cannot do the task, and continuing costs money
 _Messages = list[dict[str, str]]
 _Key = tuple[str, str, str]  # ID of the row, model, hash of the messages
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How often and how long an endpoint is tried.
+    """Limits on requests to an endpoint.
 
     Attributes:
-        concurrency: requests under way at once, at most.
-        attempts: answers per row, at most.
+        concurrency: most requests in flight at once.
+        attempts: most answers per row.
         retries: repetitions of one request after 429, 5xx or a lost connection.
         timeout: seconds for one request.
     """
@@ -59,7 +59,7 @@ class OpenAITeacher:
         base_url: e.g. ``https://api.openai.com/v1`` or ``http://localhost:8000/v1``.
         model: the endpoint's name of the model.
         api_key: default ``$OPENAI_API_KEY``; endpoints without keys take any.
-        limits: how often and how long the endpoint is tried.
+        limits: on requests, retries and time.
         prices: of tokens; without them only tokens are counted.
         temperature, max_tokens: sent along; left out where the endpoint refuses them. None: never sent.
 
@@ -90,7 +90,7 @@ class OpenAITeacher:
             what = f"base URL {without_secrets(base_url)!r} is not an http address"
             raise TellError(what, where="teacher", remedy="Write http://host:port/v1.")
         try:
-            import openai  # half a second, so only where it is used
+            import openai  # importing it takes half a second
         except ImportError as error:
             remedy = 'pip install "tell-llm[teacher]"'
             raise TellError("openai is not installed", where="teacher", remedy=remedy) from error
@@ -108,7 +108,7 @@ class OpenAITeacher:
         self._stop = threading.Event()
 
     def write(self, rows: Sequence[HaluRow], *, cache: Path, progress: Progress | None = None) -> list[Thought]:
-        """A thought for each row, in order; rows found in the cache are not asked again.
+        """A thought for each row, in order; rows found in the cache are not requested again.
 
         Raises:
             TellError: the endpoint cannot be reached, refuses the key or model, keeps failing after all
@@ -148,12 +148,12 @@ class OpenAITeacher:
         messages = list(messages)
         reason = ""
         for _ in range(self._limits.attempts):
-            if self._stop.is_set():  # another row failed for good: this one is left for the next run
+            if self._stop.is_set():  # another row failed permanently: leave this one for the next run
                 return Thought(None, "stopped")
             try:
                 content = self._ask(messages)
             except _Refused as error:  # too long, or a content filter; costs nothing, so it is not kept
-                return Thought(None, f"the endpoint refuses the request ({error})")
+                return Thought(None, f"the endpoint rejects the request ({error})")
             text, reason = _judge(content, row)
             if text is not None:
                 thought = Thought(text)
@@ -181,8 +181,8 @@ class OpenAITeacher:
                 raise self._failure(error) from error
         choices = getattr(answer, "choices", 0)  # a page of HTML with status 200 is a text here
         if not isinstance(choices, list | None):
-            remedy = "Check the base URL: it mostly ends in /v1."
-            raise TellError("does not answer as a chat completions endpoint does", where=self._where, remedy=remedy)
+            remedy = "Check the base URL: it usually ends in /v1."
+            raise TellError("does not answer like a chat completions endpoint", where=self._where, remedy=remedy)
         with self._lock:
             self.usage.answers += 1
             for count in ("prompt_tokens", "completion_tokens"):
@@ -196,14 +196,14 @@ class OpenAITeacher:
         return without_secrets(f"{self._client.base_url} ({self._model})", self._key)
 
     def _failure(self, error: Exception) -> TellError:
-        """What ends the run, for the user: finished rows stay in the cache."""
+        """The error that ends the run; finished rows stay in the cache."""
         import openai
 
         cause: BaseException = error
         if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
-            what, remedy = "refuses the key", "Set OPENAI_API_KEY to a valid key."
+            what, remedy = "rejects the key", "Set OPENAI_API_KEY to a valid key."
         elif isinstance(error, openai.NotFoundError):
-            what, remedy = "is not found", "Check the base URL (it mostly ends in /v1) and the model's name."
+            what, remedy = "is not found", "Check the base URL (it usually ends in /v1) and the model's name."
         elif isinstance(error, openai.APIConnectionError):
             what, cause = "cannot be reached", error.__cause__ or error
             remedy = "Check the base URL, then run the same command again: finished rows are kept."
@@ -212,11 +212,11 @@ class OpenAITeacher:
         return TellError(f"{what} ({self._message(cause)})", where=self._where, remedy=remedy)
 
     def _message(self, error: BaseException) -> str:
-        """The first line of what the endpoint said, without the key that it may repeat."""
+        """The first line of the endpoint's message, without the key that it may repeat."""
         return without_secrets(first_line(error), self._key)[:200]
 
     def _do_without(self, sent: dict[str, Any], error: Exception) -> bool:
-        """Leave out the option that a 400 complains of; whether there was one."""
+        """Drop the option that a 400 complains about; returns whether there was one."""
         text = str(error)
         for name in ("response_format", "temperature", "max_tokens"):
             if name in sent and name in text:
@@ -256,7 +256,7 @@ def _content(choice: object) -> str:
 def _judge(content: str, row: HaluRow) -> tuple[str | None, str]:
     """(thought, "") of a usable answer, or (None, what is wrong with it)."""
     text = content.strip()
-    if text.startswith("```"):  # many models fence JSON whatever they are told
+    if text.startswith("```"):  # many models fence JSON despite instructions
         text = text.removeprefix("```json").strip("`").strip()
     try:
         answer = json.loads(text)

@@ -27,8 +27,8 @@ class Built:
         folder: of ``train.jsonl``, ``test.jsonl``, ``anchor.txt`` and ``schema.json``.
         train, test: rows written; test is 0 where no test rows were given.
         labels: training rows of each label.
-        dropped: (origin, reason) of each row the teacher gave no usable thought for.
-        usage: tokens and cost of a bought teacher.
+        dropped: (origin, reason) of each row without a usable thought.
+        usage: tokens and cost of a paid teacher.
         notices: sentences for the user.
     """
 
@@ -64,7 +64,7 @@ def build_halu_cot_json(
 ) -> Built:
     """Write ``train.jsonl``, ``test.jsonl`` (``prompt``, ``completion``), ``anchor.txt`` and ``schema.json``.
 
-    Completions are strict JSON of `SCHEMA` under the people's label. Prompts leave the anchor out:
+    Completions are strict JSON of `SCHEMA` with the human label. Prompts leave the anchor out:
     anchor, an empty line and the prompt make the published prompt, byte for byte. The references of the
     test rows are always the offline teacher's, so that tests under different teachers compare; the paper's
     test set comes without marked passages, so its references quote none.
@@ -73,7 +73,7 @@ def build_halu_cot_json(
         source: HaluEval's ``general_data.json`` (rows 0-3000 train, the rest test) or the paper's
             ``train_inputs.jsonl`` (all train); plain, ``.gz`` or ``.zst``.
         out: folder to write, or `Replace` with it to replace the dataset it holds; ``teacher.jsonl`` in it keeps the
-            rows that a bought teacher has finished.
+            rows that a paid teacher has finished.
         teacher: writes the thoughts of the training rows; default offline.
         rows: this many training rows, a random subset by seed; a larger one contains the smaller one.
         seed: decides the subset.
@@ -81,14 +81,14 @@ def build_halu_cot_json(
         progress: called with (rows done, rows in all).
 
     Raises:
-        TellError: bad input, a dataset in `out` that is not to be replaced, or a teacher that fails (the rows it
+        TellError: bad input, a dataset in `out` that must not be replaced, or a teacher that fails (the rows it
             finished are kept, and the same call continues from them). No file of the dataset is written then.
     """
     writer: Teacher = teacher or OfflineTeacher()
     folder = writable_folder(out)
     train, held_out, notices = _parts(source, test)
     if rows is not None and not 1 <= rows <= len(train):
-        what, remedy = f"{rows:,} of {len(train):,} training rows are requested", f"Ask for 1 to {len(train):,}."
+        what, remedy = f"{rows:,} of {len(train):,} training rows are requested", f"Use 1 to {len(train):,}."
         raise TellError(what, where="--rows", remedy=remedy)
     chosen = train if rows is None else subset(train, rows, seed)
     thoughts = writer.write(chosen, cache=folder / "teacher.jsonl", progress=progress)
@@ -131,10 +131,10 @@ def _parts(source: str | Path, test: str | Path | None) -> tuple[list[HaluRow], 
         if len(train) < before:
             notices.append(f"{before - len(train):,} training rows are test rows too and were left out")
         if not train:
-            raise TellError("every row is a test row too", where=str(source), remedy="Give another --test.")
+            raise TellError("every row is a test row too", where=str(source), remedy="Pass another --test.")
     elif not held_out:
         why = f"only {len(rows):,} rows" if upstream else "the paper's training inputs only"
-        notices.append(f"no test.jsonl is written: {source} has {why}; give the test rows with --test")
+        notices.append(f"no test.jsonl is written: {source} has {why}; pass the test rows with --test")
     return train, held_out, notices
 
 

@@ -42,7 +42,7 @@ SCHEMA: dict[str, object] = {
     "additionalProperties": False,
 }
 
-_SOURCES = "Give HaluEval's general_data.json or the paper's train_inputs.jsonl."
+_SOURCES = "Use HaluEval's general_data.json or the paper's train_inputs.jsonl."
 _QUERY = "Consider the following task:\n'relatives' : \n'user_query' : "
 _RESPONSE = "\n'chatgpt_response' : "
 
@@ -55,8 +55,8 @@ class HaluRow:
         id: HaluEval's ID; not unique (one ID occurs twice upstream).
         query: what a user asked ChatGPT.
         response: what ChatGPT answered.
-        label: whether people found a hallucination in it.
-        spans: the passages they marked, or a remark of theirs; empty for ``no`` and for a few ``yes``.
+        label: whether the annotators found a hallucination in it.
+        spans: the passages they marked, or their remark; empty for ``no`` and for a few ``yes``.
         origin: ``file:line``.
     """
 
@@ -69,7 +69,7 @@ class HaluRow:
 
     @property
     def prompt(self) -> str:
-        """The row's own part of the published prompt: ``ANCHOR + "\\n\\n" + prompt`` is the whole."""
+        """The row's part of the published prompt: ``ANCHOR + "\\n\\n" + prompt`` is the whole."""
         return f"{_QUERY}{self.query}{_RESPONSE}{self.response}"
 
 
@@ -107,7 +107,7 @@ def read_rows(path: str | Path) -> tuple[list[HaluRow], bool]:
 
 
 def _split(prompt: str, origin: str) -> tuple[str, str]:
-    """Query and response out of a published prompt."""
+    """Query and response from a published prompt."""
     own = prompt.removeprefix(ANCHOR).lstrip("\n")
     query, separator, response = own.removeprefix(_QUERY).partition(_RESPONSE)
     if not own.startswith(_QUERY) or not separator:

@@ -20,7 +20,7 @@ Direction = Literal["en-is", "is-en"]
 DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
 LANGUAGES = {"en": "English", "is": "Icelandic"}
 LONG = 50  # words; a further pair must have more, as in the paper
-TIMES = 5.0  # times the training data that the paper's SFT reference had
+TIMES = 5.0  # size of the paper's SFT reference, in multiples of the training data
 _SHARED = 5  # words; shorter lines ("Weather") may occur in any document
 _NAMES = {"training": ("newsdev*{}*.xml*", "dev-{}.jsonl*"), "test": ("newstest*{}*.xml*", "test-{}.jsonl*")}
 
@@ -103,17 +103,17 @@ def build_is_en_news(
         seed: draws the further pairs.
 
     Raises:
-        TellError: bad input, or a dataset in `out` that is not to be replaced. No file is written then.
+        TellError: bad input, or a dataset in `out` that must not be replaced. No file is written then.
     """
     wanted = _directions(direction)
     if not times > 1:
-        raise TellError(f"times is {times:g}", where="--times", remedy="Give a number above 1, e.g. 5.")
+        raise TellError(f"times is {times:g}", where="--times", remedy="Use a number above 1, e.g. 5.")
     folder = writable_folder(out, wanted)
     parts = {name: (_documents(train or source, name, "training"), _documents(source, name, "test")) for name in wanted}
     pairs = [doc for spec in extra for doc in read_pairs(spec, ("en", "is")) if doc.words("en") > LONG]
     if extra and not pairs:
-        remedy = "Give longer texts, or the documents that lines belong to (ENGLISH,ICELANDIC,IDS)."
-        what = f"hold no pair of more than {LONG} English words"
+        remedy = "Use longer texts, or add the documents that lines belong to (ENGLISH,ICELANDIC,IDS)."
+        what = f"have no pair of more than {LONG} English words"
         raise TellError(what, where=", ".join(map(str, extra)), remedy=remedy)
     notices: list[str] = []
     made: dict[Direction, _Rows] = {}
@@ -122,7 +122,7 @@ def build_is_en_news(
         training = _apart(training, tested, f"{name}: training documents", notices)
         if not training:
             what = f"every {name} training document is a test document too"
-            raise TellError(what, where=str(train or source), remedy="Give other documents with --train.")
+            raise TellError(what, where=str(train or source), remedy="Pass other documents with --train.")
         more, share = _more(training, _apart(pairs, tested, f"{name}: further pairs", notices), times, seed)
         if extra and share < times * 0.9:
             notices.append(f"{name}: extra.jsonl reaches {share:.1f} times the training words, not {times:g}")
@@ -166,16 +166,16 @@ def _documents(place: str | Path, direction: Direction, role: str) -> list[Docum
         patterns = [pattern.format(direction) for pattern in _NAMES[role]]
         found = sorted(file for pattern in patterns for file in path.glob(pattern))
         if len(found) != 1:
-            what = f"holds {len(found)} files" if found else "holds no file"
-            remedy = f"Give the file itself{' with --train' if role == 'training' else ''}, and --direction."
+            what = f"has {len(found)} files" if found else "has no file"
+            remedy = f"Pass the file itself{' with --train' if role == 'training' else ''}, and --direction."
             what = f"{what} of {direction} {role} documents ({' or '.join(patterns)})"
             raise TellError(what, where=str(path), remedy=remedy)
         path = found[0]
     path = check_file(path)
     held, documents = read_wmt(path) if plain_suffix(path) == ".xml" else _published(path)
     if held != direction:
-        remedy = f"Give --direction {held}, or a folder with a file for each direction."
-        raise TellError(f"holds {held} documents, and {direction} is wanted", where=str(path), remedy=remedy)
+        remedy = f"Use --direction {held}, or a folder with a file for each direction."
+        raise TellError(f"has {held} documents, and {direction} is requested", where=str(path), remedy=remedy)
     return documents
 
 
@@ -188,7 +188,7 @@ def _published(path: Path) -> tuple[str, list[Document]]:
         query, response = str(record.get("query", "")), str(record.get("response", ""))
         held = held or next((name for name, (head, _) in heads.items() if query.startswith(head)), None)
         if held is None or not query.startswith(heads[held][0]) or not response.startswith(heads[held][1]):
-            remedy = "Give the published dev-*.jsonl or test-*.jsonl of one direction, or WMT21's XML."
+            remedy = "Use the published dev-*.jsonl or test-*.jsonl of one direction, or WMT21's XML."
             raise TellError("is not a row of IS-EN-NEWS", where=f"{path}:{line}", remedy=remedy)
         texts = (query.removeprefix(heads[held][0]), response.removeprefix(heads[held][1]))
         lines = {code: tuple(text.split("\n")) for code, text in zip(held.split("-"), texts, strict=True)}
@@ -202,7 +202,7 @@ def _opening(direction: Direction) -> str:
 
 def _row(doc: Document, direction: Direction) -> dict[str, str]:
     source, target = direction.split("-")
-    # the published prompt has a blank before the text; the anchor and an empty line go before it
+    # the published prompt has a space before the text; the anchor and an empty line precede it
     return {"prompt": f" {doc.text(source)}", "completion": f"{_opening(direction)}{doc.text(target)}"}
 
 
@@ -220,7 +220,7 @@ def _apart(docs: list[Document], tested: set[tuple[str, str]], what: str, notice
 
 
 def _more(training: list[Document], pairs: list[Document], times: float, seed: int) -> tuple[list[Document], float]:
-    """Pairs that bring the English words to `times` those of the training documents, and what they come to."""
+    """Pairs that bring the English words to `times` those of the training documents, and the ratio they reach."""
     have = sum(doc.words("en") for doc in training)
     words = np.array([doc.words("en") for doc in pairs], dtype=np.int64)
     wanted = (times - 1) * have

@@ -1,4 +1,4 @@
-"""A teacher without a model: it composes the thought from the label and the passages that annotators marked."""
+"""A teacher without a model, which composes the thought from the label and the annotators' marked passages."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _CREATIVE = re.compile(
 )
 _ITEM = re.compile(r"^\s*(?:\d+[.)]|[-*•])\s+\S", re.MULTILINE)
 
-# What is wrong with a marked passage, by what kind of passage it is. {s} is the quotation.
+# What is wrong with a marked passage, by kind of passage. {s} is the quotation.
 _WRONG = {
     "refusal": (
         "Instead of doing this, the response says {s}, which claims a limit that is not warranted here.",
@@ -86,7 +86,7 @@ _END_YES = (
     "",
 )
 
-# What was checked in an answer that people found sound, by what kind of answer it is.
+# What was checked in an answer that annotators found sound, by kind of answer.
 _SOUND = {
     "refusal": (
         "The response says openly what it cannot do and claims nothing beyond that.",
@@ -128,7 +128,7 @@ _GIVEN = ("The query reads {q}.", "The user writes {q}.", "The request is {q}.")
 
 
 class OfflineTeacher:
-    """Composes one to three sentences from the row alone: what was asked, what is wrong or was checked, the verdict.
+    """Composes thoughts of one to three sentences from the row alone: the query, what is wrong or checked, the verdict.
 
     A thought is as true as the label and the marked passages. A hash of the row picks the sentence patterns, so the
     same row gives the same thought everywhere.
@@ -168,7 +168,7 @@ def _pick(row: HaluRow, slot: str, choices: Sequence[str]) -> str:
 
 
 def _asked(row: HaluRow) -> str:
-    """A sentence that says what the query asked."""
+    """A sentence on what the query asked."""
     first = next((line.strip() for line in row.query.splitlines() if line.strip()), "")
     text = _words(first, 110)
     words = re.findall(r"[a-z']+", text.lower())
@@ -189,7 +189,7 @@ def _given(row: HaluRow, text: str) -> str:
 
 
 def _fault(row: HaluRow) -> tuple[str, str]:
-    """What kind of passage the annotators marked, and the quotation of it."""
+    """The kind of passage that the annotators marked, and a quotation of it."""
     if not row.spans:
         return "none", ""
     span, response = _flat(row.spans[0]), _flat(row.response)

@@ -21,7 +21,7 @@ class Document:
 
     Attributes:
         id: the document's name, unique in its file; a line number where it has none.
-        texts: language code, its lines; every language has as many in files that say what is aligned.
+        texts: language code, its lines; the same number in every language if the file aligns them.
         origin: where it was read, for error messages.
         systems: name, the lines that a translation system gave for the source.
     """
@@ -64,7 +64,7 @@ def read_wmt(path: str | Path) -> tuple[str, list[Document]]:
         source, reference = doc.find("src"), doc.find("ref")
         if source is None or reference is None:
             what = "source" if source is None else "reference"
-            raise TellError(f"has no {what}", where=origin, remedy="Give a test set with references.")
+            raise TellError(f"has no {what}", where=origin, remedy="Use a test set with references.")
         languages = [str(part.get("lang")) for part in (source, reference)]
         directions.add("-".join(languages))
         texts = dict(zip(languages, (_segments(source), _segments(reference)), strict=True))
@@ -75,8 +75,8 @@ def read_wmt(path: str | Path) -> tuple[str, list[Document]]:
                 raise TellError(what, where=origin, remedy="Copy the file again.")
         found.append(Document(name, texts, origin, systems))
     if len(directions) != 1:
-        what = f"holds several directions ({', '.join(sorted(directions))})" if directions else "holds no document"
-        raise TellError(what, where=str(path), remedy="Give a file like newstest2021.en-is.all.xml.")
+        what = f"has several directions ({', '.join(sorted(directions))})" if directions else "has no document"
+        raise TellError(what, where=str(path), remedy="Use a file like newstest2021.en-is.all.xml.")
     return directions.pop(), sorted(found, key=lambda doc: doc.id)
 
 
@@ -108,7 +108,7 @@ def read_pairs(spec: Pairs, languages: tuple[str, str]) -> Iterator[Document]:
         return _tmx(check_file(paths[0]), languages)
     if len(paths) == 1 and plain_suffix(paths[0]) in (".json", ".jsonl"):
         return _translations(paths[0], languages)
-    remedy = "Give FILE.json, FILE.tmx, ENGLISH,ICELANDIC or ENGLISH,ICELANDIC,IDS."
+    remedy = "Pass FILE.json, FILE.tmx, ENGLISH,ICELANDIC or ENGLISH,ICELANDIC,IDS."
     raise TellError("is neither JSON, TMX nor two or three text files", where=", ".join(map(str, paths)), remedy=remedy)
 
 
@@ -116,7 +116,7 @@ def _aligned(paths: list[Path], languages: tuple[str, str]) -> Iterator[Document
     columns = [_lines(check_file(path)) for path in paths]
     if len({len(column) for column in columns}) > 1:
         counts = ", ".join(f"{len(column):,}" for column in columns)
-        remedy = "Give files whose lines belong together."
+        remedy = "Pass files whose lines correspond."
         raise TellError(f"do not match line for line ({counts} lines)", where=", ".join(map(str, paths)), remedy=remedy)
     names = columns[2] if len(columns) == 3 else [str(i) for i in range(1, len(columns[0]) + 1)]
     documents: dict[str, list[int]] = {}
@@ -146,7 +146,7 @@ def _translations(path: Path, languages: tuple[str, str]) -> Iterator[Document]:
 
 
 def _tmx(path: Path, languages: tuple[str, str]) -> Iterator[Document]:
-    """Units of a translation memory, read as a stream: they may be large."""
+    """Units of a translation memory, streamed since it may be large."""
     number = 0
     try:
         with gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as stream:

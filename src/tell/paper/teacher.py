@@ -15,7 +15,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Thought:
-    """What a teacher made of one row: a thought, or the reason there is none."""
+    """A teacher's result for one row: a thought, or the reason there is none."""
 
     text: str | None
     reason: str = ""
@@ -23,7 +23,7 @@ class Thought:
 
 @dataclass(frozen=True, slots=True)
 class Prices:
-    """Prices of a million prompt and completion tokens, in any currency; None where not known."""
+    """Prices of a million prompt and completion tokens, in any currency; None where unknown."""
 
     prompt: float | None = None
     completion: float | None = None
@@ -31,7 +31,7 @@ class Prices:
 
 @dataclass(slots=True)
 class Usage:
-    """What an endpoint was used for.
+    """Usage of an endpoint: answers, tokens, cost.
 
     Attributes:
         answers: answers received in this run, discarded ones included.
@@ -63,7 +63,7 @@ class Usage:
 
 
 class Teacher(Protocol):
-    """Writes thoughts; ``usage`` is None where nothing is bought."""
+    """Writes thoughts; ``usage`` is None for a free teacher."""
 
     @property
     def name(self) -> str: ...
@@ -74,14 +74,14 @@ class Teacher(Protocol):
         """A thought for each row, in order.
 
         Args:
-            rows: what to explain; the label is given.
+            rows: rows to explain, with their labels.
             cache: JSON Lines file of finished rows, so that an interrupted run can continue.
             progress: called with (rows done, rows in all).
         """
         ...
 
 
-# Between a negation and what it denies: "no part of it is a hallucination", but not "no basis, so a hallucination".
+# Between a negation and the negated word: "no part of it is a hallucination", but not "no basis, so a hallucination".
 _LINK = r"(?:(?!(?:and|so|therefore|thus|hence|which|making|but|because)\b)[\w']+\s+){0,8}"
 _DENIED = re.compile(
     rf"\b(?:no|none|nothing|without|free of|free from|zero)\s+{_LINK}hallucinat"
@@ -95,7 +95,7 @@ _NAMED = re.compile(
 
 
 def concluded(thought: str) -> Label | None:
-    """The label that the last sentence of a thought comes to, or None where it names none."""
+    """The label that the last sentence of a thought concludes with, or None."""
     sentences = re.split(r"(?<=[.!?])\s+", thought.strip().lower())
     last = sentences[-1]
     if named := _NAMED.search(last):

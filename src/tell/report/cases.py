@@ -1,4 +1,4 @@
-"""Answers side by side: which test rows are shown, and how the arms did on each."""
+"""Answers side by side: the test rows to show, and how the arms did on each."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def _chosen(differ: np.ndarray, fails: np.ndarray) -> list[int]:
 
 
 def prompt_text(prompt: object) -> str:
-    """A prompt as text, whether it is one or a list of turns."""
+    """A prompt as text, from text or a list of turns."""
     if isinstance(prompt, str):
         return prompt
     if isinstance(prompt, list):
@@ -144,7 +144,7 @@ def _keyed(rows: list[dict]) -> dict[tuple[str, int], dict]:
 
 
 def _number(value: object) -> float | None:
-    """A score that can be shown; true and false are 1 and 0."""
+    """A score as a number; true and false are 1 and 0."""
     return float(value) if is_number(value) or isinstance(value, bool) else None
 
 
@@ -154,7 +154,7 @@ def _outcome(row: dict | None, metric: str) -> float:
 
 
 def _case(i: int, rows: dict[str, dict | None], primary: str) -> Case:
-    """The case of one test row from each arm's prediction, the first of them that of the focus."""
+    """The case of one test row from each arm's prediction, that of the focus first."""
     there = {name: row for name, row in rows.items() if row is not None}
     first = next(iter(there.values()))
     reference = prompt_text(first.get("reference"))

@@ -14,11 +14,11 @@ from tell.report.sections import TRAIN, model_name
 
 ABSENT = "–"
 IGNORED = {"out"}
-"""Settings that name a place, not a way of working."""
+"""Settings that are locations, which do not affect numbers."""
 
 
 def compare(folders: Sequence[RunFolder]) -> str:
-    """One self-contained HTML page that sets runs side by side.
+    """One self-contained HTML page that shows runs side by side.
 
     Args:
         folders: at least two run folders, in the order of the page.
@@ -27,7 +27,7 @@ def compare(folders: Sequence[RunFolder]) -> str:
         TellError: fewer than two folders, or one that does not exist.
     """
     if len(folders) < 2:
-        raise TellError(f"{len(folders)} run given", where="tell report", remedy="Give two run folders or more.")
+        raise TellError(f"{len(folders)} run given", where="tell report", remedy="Pass two run folders or more.")
     runs = [read_run(folder) for folder in folders]
     names = run_names(runs)
     return fill(
@@ -97,7 +97,7 @@ def settings(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
 
 
 def costs(runs: Sequence[Run], names: Sequence[str]) -> list[tuple[str, str, list[str]]]:
-    """(arm, run, what its training took)."""
+    """(arm, run, cost of its training)."""
     arms = arm_order(a for r in runs for a in mapping(r.metrics, "train", "arms"))
     return [
         (arm, name, [show(get(run.metrics, "train", "arms", arm, key)) for key, _, show in TRAIN])

@@ -12,7 +12,7 @@ GLOSSARY: tuple[tuple[str, str], ...] = (
     (
         "difference",
         "tell minus the other arm on the same test rows, so its interval is narrower than the two arms' intervals "
-        "suggest. If the interval holds 0, the two cannot be told apart.",
+        "suggest. If the interval contains 0, the difference is not significant.",
     ),
     ("general rows", "Instructions and answers that have nothing to do with the task."),
     ("step", "One update of the weights, from one batch of rows."),

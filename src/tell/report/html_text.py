@@ -1,4 +1,4 @@
-"""Text of unknown origin made safe and legible, and word differences."""
+"""Untrusted text made safe and legible, and word differences."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def word_diff(reference: str, answer: str) -> Markup | None:
         lacking, added = "".join(old[i:j]), "".join(new[k:m])
         if tag == "equal":
             runs.append([added, "", ""])
-        elif len(runs) > 1 and not runs[-1][0].strip():  # one mark over a changed phrase, not one a word
+        elif len(runs) > 1 and not runs[-1][0].strip():  # one mark per changed phrase, not per word
             space = runs.pop()[0]
             runs[-1][1] += space + lacking
             runs[-1][2] += space + added

@@ -1,4 +1,4 @@
-"""What a run dropped, guessed or shrank: the list at the end of its output and on its page."""
+"""Notices of what a run dropped, guessed or shrank, as listed at the end of its output and on its page."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tell.shown import left_out
 
 
 def run_notices(findings: dict[str, Any], config: dict[str, Any]) -> list[str]:
-    """Sentences from findings.json and run.yaml: guesses, rows left out, then the run's own notices."""
+    """One sentence per notice, from findings.json and run.yaml: guesses, rows left out, then the run's own notices."""
     return [*_guesses(findings, config), *_dropped(findings), *map(str, rows_of(findings, "notices"))]
 
 

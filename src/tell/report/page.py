@@ -73,7 +73,7 @@ def stylesheet() -> tuple[Markup, str]:
 
 
 def prose(text: object) -> str:
-    """A note as a sentence: capital at its head, full stop at its end."""
+    """A note as a sentence, with a capital and a full stop."""
     line = str(text).strip()
     return line and line[0].upper() + line[1:] + ("" if line[-1] in ".?!" else ".")
 

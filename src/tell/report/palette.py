@@ -1,6 +1,6 @@
 """The one palette, of the pages' stylesheet and of a study's figures.
 
-Okabe and Ito's colours, darkened or lightened to a contrast of 3:1 against white and against the dark ground.
+Okabe and Ito's colours, darkened or lightened to a contrast of 3:1 against white and against the dark background.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ COLOURS: dict[Colour, str] = {
 }
 CYCLE = tuple(COLOURS.values())
 ARM_COLOURS = {arm.name: COLOURS[arm.colour] for arm in ARMS.values()}
-_MARKS = {  # the same on both grounds
+_MARKS = {  # the same on both backgrounds
     "task": COLOURS["blue"],
     "general": COLOURS["green"],
     "other": COLOURS["violet"],
@@ -38,7 +38,7 @@ _DARK = {
 
 
 def css() -> str:
-    """The palette as custom properties of a stylesheet, for a light and a dark ground."""
+    """The palette as custom properties of a stylesheet, for a light and a dark background."""
     light, dark = (
         ":root { " + " ".join(f"--{name}: {colour};" for name, colour in part.items()) + " }"
         for part in (_LIGHT | _MARKS, _DARK)

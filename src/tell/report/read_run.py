@@ -1,4 +1,4 @@
-"""A run folder read for the page: what is there, and what could not be read. A missing file is not an error."""
+"""A run folder read for the page: its contents, and problems in reading them. A missing file is not an error."""
 
 from __future__ import annotations
 
@@ -65,13 +65,13 @@ class Run:
 
 
 def read_run(folder: RunFolder) -> Run:
-    """Read what the folder holds; a file that cannot be read is named in ``problems``.
+    """The contents of a run folder; a file that cannot be read is named in ``problems``.
 
     Raises:
         TellError: the folder itself does not exist.
     """
     if not folder.root.is_dir():
-        raise TellError("no such run folder", where=str(folder.root), remedy="Give a folder made by tell tune.")
+        raise TellError("no such run folder", where=str(folder.root), remedy="Name a folder made by tell tune.")
     run = Run(folder)
 
     def attempt(path: Path, kind: type[T], read: Callable[[Path], object]) -> T | None:
@@ -84,7 +84,7 @@ def read_run(folder: RunFolder) -> Run:
             return None
         if isinstance(value, kind):
             return value
-        run.problems.append(f"{path.relative_to(folder.root)} holds no {kind.__name__}")
+        run.problems.append(f"{path.relative_to(folder.root)} is not a {kind.__name__}")
         return None
 
     for name in ("metrics", "findings", "anchor", "plan", "status"):

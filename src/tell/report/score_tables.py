@@ -78,7 +78,7 @@ class Grid:
 
 
 def primary_metric(metrics: dict[str, Any]) -> str | None:
-    """The metric of the verdict; the first one there is, if the file does not name it."""
+    """The metric of the verdict; if the file does not name it, the first one found."""
     named, arms = get(metrics, "task", "primary"), mapping(metrics, "arms")
     if isinstance(named, str):
         return named
@@ -132,7 +132,7 @@ def arm_table(metrics: dict[str, Any]) -> Plotted | None:
 
 
 def _note(name: str, same: Mapping[str, str]) -> str:
-    """What an arm is, and which others are one run with it."""
+    """The description of an arm, with the arms that are one run with it."""
     known = arm(name)
     words = known.label if known.about and known.label.casefold() != name else ""
     twins = [other for other, shown in same.items() if shown == name]
@@ -158,7 +158,7 @@ def difference_table(metrics: dict[str, Any]) -> Plotted | None:
     for key, cell in cells.items():
         left, right = pair(key)
         good = cell.side * (1 if what.higher_is_better else -1)
-        reading = {1: f"{left} better", -1: f"{left} worse", 0: "not told apart"}[good]
+        reading = {1: f"{left} better", -1: f"{left} worse", 0: "not significant"}[good]
         strip = cell.strip(scale, style={1: "ahead", -1: "behind", 0: ""}[good], zero=0.0)
         lines.append(Line(f"{left} − {right}" if right else key, "", cell, strip, reading))
     return Plotted(what, lines, axis(scale, what.gap_unit, sign=True))

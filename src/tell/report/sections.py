@@ -14,11 +14,11 @@ from tell.report.svg import Scale, gaps, loss_chart, series_class, stream_figure
 
 PAIR = ("a", "b", "similarity", "a_text", "b_text")
 PAIRS, DROPPED = 20, 50
-"""Most near-duplicate pairs and dropped rows listed; the counts are always whole."""
+"""Most near-duplicate pairs and dropped rows listed; counts cover all of them."""
 
 
 def facts(run: Run) -> list[tuple[str, str]]:
-    """What was requested, as label and value; only what is known."""
+    """The run's request as (label, value), without unknown values."""
     general = get(run.config, "general", "source")
     amount = next(
         (f", {k} {v:g}" for k, v in mapping(run.config, "general").items() if k in GENERAL_AMOUNTS and is_number(v)), ""
@@ -47,7 +47,7 @@ def model_name(run: Run) -> str | None:
 
 
 def data_name(run: Run) -> str:
-    """The task data's file name without folder and endings, or its folder's if it is called ``train`` or ``data``; else
+    """The task data's file name without folder and endings, or its folder's if that is ``train`` or ``data``; else
     the run folder's name."""
     path = get(run.findings, "data", "path") or get(run.config, "task", "data")
     parts = [p for p in str(path or run.name).replace("\\", "/").split("/") if p not in ("", ".", "..")] or [run.name]
@@ -73,7 +73,7 @@ def losses(run: Run) -> dict[str, object] | None:
     every = [v for by in curves.values() for _, values in by.values() for v in values]
     if not every:
         return None
-    top = float(np.quantile(every, 0.995))  # one spike must not flatten the curves
+    top = float(np.quantile(every, 0.995))  # a single spike must not flatten the curves
     scale = Scale.over([top], hold=[0.0], number=5)
     charts = []
     for i, (arm, by) in enumerate(curves.items()):
@@ -191,7 +191,7 @@ ORIGINS = {
 
 
 def again(run: Run) -> dict[str, object]:
-    """Everything needed to run it again."""
+    """Everything needed to reproduce the run."""
     machine = mapping(run.findings, "machine")
     arms = mapping(run.metrics, "train", "arms")
     keys = [(k, label, show) for k, label, show in TRAIN if any(get(a, k) is not None for a in arms.values())]

@@ -1,4 +1,4 @@
-"""Drawings as inline SVG. Places are per cent of the width, so that text keeps its size from phone to desktop.
+"""Drawings as inline SVG. Positions are in per cent of the width, so that text keeps its size from phone to desktop.
 
 Every value passes through ``Markup.format``, which escapes it. Colours are classes of the stylesheet.
 """
@@ -39,7 +39,7 @@ class Scale:
 
     @classmethod
     def over(cls, values: Sequence[float], *, number: int = 4, hold: Sequence[float] = ()) -> Scale:
-        """The axis with round ticks that covers the values and those to hold."""
+        """The axis with round ticks that covers the values and those to include."""
         known = [float(v) for v in (*values, *hold) if is_number(v)] or [0.0, 1.0]
         low, high = min(known), max(known)
         if high - low < 1e-9 * max(1.0, abs(low), abs(high)):  # all one value
@@ -61,7 +61,7 @@ SHARE = Scale(0.0, 1.0, (0.0, 0.5, 1.0))
 
 
 def element(name: str, *content: str, **attributes: object) -> Markup:
-    """``<name key="value">content</name>``; in keys, ``_`` stands for ``-``, and ``class_`` for ``class``."""
+    """``<name key="value">content</name>``; in keys, ``_`` becomes ``-``, and ``class_`` becomes ``class``."""
     pairs = ((key.rstrip("_").replace("_", "-"), value) for key, value in attributes.items())
     shown = Markup("").join(Markup(' {}="{}"').format(key, value) for key, value in pairs)
     return Markup("<{0}{1}>{2}</{0}>").format(Markup(name), shown, Markup("").join(content))
@@ -150,7 +150,7 @@ def loss_chart(series: Series, *, key: str, title: str, y: Scale, height: int = 
 
 
 def _stretched(parts: Iterable[Markup], height: object, box: tuple[int, int], **more: object) -> Markup:
-    """A drawing of its own units, as wide as the page lets it."""
+    """A drawing in its own units, as wide as the page permits."""
     size = {"width": "100%", "height": height, "viewBox": f"0 0 {box[0]} {box[1]}", "preserveAspectRatio": "none"}
     return element("svg", *parts, **size, **more)
 
@@ -161,7 +161,7 @@ def series_class(source: str) -> str:
 
 
 def stream_figure(task: np.ndarray, step: np.ndarray) -> tuple[Markup, str]:
-    """Where the task rows are in the training stream.
+    """A drawing of where the task rows are in the training stream.
 
     Args:
         task: (n,) bool, True for a task row, in training order.
@@ -194,7 +194,7 @@ def stream_figure(task: np.ndarray, step: np.ndarray) -> tuple[Markup, str]:
             if t
         ]
         box, height = 100, 120
-        how = f"A bar is a stretch of about {show_count(round(n / bins))} rows; the highest holds {top} task rows."
+        how = f"A bar is a stretch of about {show_count(round(n / bins))} rows; the highest has {top} task rows."
     back = element("rect", class_="back", width=100, height=box)
     ends = [(0.0, first), (50.0, (first + last) // 2), (100.0, last)] if columns > 2 else [(0.0, first)]
     labels = [_text(f"{'' if x else 'step '}{at:,}", x, height + 16) for x, at in ends]

@@ -15,7 +15,7 @@ from tell.report.page import GENERATOR, render
 def write_report(
     runs: str | Path | RunFolder | Sequence[str | Path | RunFolder], *, out: str | Path | None = None
 ) -> Path:
-    """Write the report of a run again, or one page that sets several side by side.
+    """Write the report of a run again, or one page with several side by side, and return its path.
 
     Args:
         runs: a run folder, or several.
@@ -26,28 +26,28 @@ def write_report(
         The page's path.
 
     Raises:
-        TellError: a folder does not exist or holds no run or files that tell did not write so; the page cannot be
-            written, or a file is in its place that is no report.
+        TellError: a folder does not exist, has no run or has damaged files; the page cannot be
+            written, or would replace a file that is not a report.
     """
     given = [runs] if isinstance(runs, str | Path | RunFolder) else list(runs)
     folders = [r if isinstance(r, RunFolder) else RunFolder(r) for r in given]
     if not folders:
-        raise TellError("no run given", where="tell report", remedy="Give one run folder or more.")
+        raise TellError("no run given", where="tell report", remedy="Pass one run folder or more.")
     for folder in folders:
         if folder.root.is_dir() and not any(p.exists() for p in (folder.config, folder.status, folder.metrics)):
             raise TellError(
-                "holds no run (no run.yaml, status.json or metrics.json)",
+                "has no run (no run.yaml, status.json or metrics.json)",
                 where=str(folder.root),
-                remedy="Give a folder made by tell tune.",
+                remedy="Name a folder made by tell tune.",
             )
     one = len(folders) == 1
     default = folders[0].report if one else folders[0].root.resolve().parent / "compare.html"
     path = Path(out) if out else default
     if path.exists() and not _is_ours(path):
         raise TellError(
-            "exists already and is no report that tell wrote, so it is left as it is",
+            "already exists and is not a report by tell, so it is left as it is",
             where=str(path),
-            remedy="Give another file with -o, or move it away.",
+            remedy="Name another file with -o, or move it away.",
         )
     with reading(folders[0].root):
         page = render(folders[0]) if one else compare(folders)

@@ -22,7 +22,7 @@ Row = tuple[list[int], list[Span], int]  # ids, trained tokens [first, last), to
 
 
 class FramesDiffer(Exception):
-    """A row made from a frame differs from what the template and the tokenizer make of it."""
+    """A row made from a frame differs from the same row rendered and encoded whole."""
 
 
 @dataclass(slots=True)
@@ -48,7 +48,7 @@ class Encoder:
         frames: of ``chat``; None to render and encode every row whole.
 
     Attributes:
-        context: earlier answers without loss, by the rows that have them, so far.
+        context: number of earlier answers without loss so far, by row.
     """
 
     def __init__(self, chat: ChatTokenizer, unit: ChatTokenizer, anchor: Anchor, frames: Frames | None) -> None:
@@ -139,7 +139,7 @@ class Encoder:
         return chunk.begin, rows
 
     def _ends(self, row: Row) -> TellError | None:
-        """What is wrong with the end of a row's answer: decoding must stop there, and not before."""
+        """The error in the end of a row's answer, where decoding must stop and not before; None if there is none."""
         ids, spans, _ = row
         if not spans or spans[-1][0] >= spans[-1][1]:
             return None  # nothing to train
@@ -158,7 +158,7 @@ class Encoder:
 
 
 def _assemble(frame: Frame, first: int, joins: int, parts: list[Encoding]) -> Row:
-    """The row of a frame whose contents, each behind its header, are ``parts[first:]``."""
+    """The row of a frame whose contents, each after its header, are ``parts[first:]``."""
     ids: list[int] = []
     spans: list[Span] = []
     unit = joins
@@ -166,7 +166,7 @@ def _assemble(frame: Frame, first: int, joins: int, parts: list[Encoding]) -> Ro
         part = parts[first + i].ids
         ids += frame.closings[i]
         start = len(ids) + len(header)
-        if part[: len(header)] != header:  # a content that changes the header's tokens is not what the probes showed
+        if part[: len(header)] != header:  # the content changes the header's tokens, unlike the probes
             raise FramesDiffer
         ids += part
         unit += len(part) - len(header)
@@ -181,7 +181,7 @@ def _whole(chat: ChatTokenizer, row: Rendered, encoding: Encoding) -> tuple[list
 
     Decoding starts from the prompt's ids alone, so the row begins with exactly these. Where a token of the whole text
     crosses the border between prompt and last answer (``]{``), or the prompt's last tokens differ without the answer
-    behind them, the two are encoded separately. Tokenizers cut text at added tokens first, so only what follows the
+    after them, the two are encoded separately. Tokenizers cut text at added tokens first, so only what follows the
     prompt's last one is checked.
     """
     ids = encoding.ids
@@ -193,7 +193,7 @@ def _whole(chat: ChatTokenizer, row: Rendered, encoding: Encoding) -> tuple[list
         tail = row.text[after[0] if after else 0 : border]
         if ids[begin:first] != list(chat.encode_header(tail)):
             head, rest = chat.backend.encode_batch([row.text[:border], row.text[border:]], add_special_tokens=False)
-            if ids[: len(head.ids)] == head.ids:  # a special token took the white space behind it
+            if ids[: len(head.ids)] == head.ids:  # a special token absorbed the white space after it
                 tokens[-1] = (len(head.ids), tokens[-1][1])
             else:
                 tokens = [_token_span(head, head.ids, start, end) for start, end in row.spans[:-1]]

@@ -1,6 +1,6 @@
 """End tokens written into answers: data made for another trainer often has one at the end of each text.
 
-The chat template writes the end token; a second one behind it would be trained but never decoded, and a reference with
+The chat template writes the end token; a second one after it would be trained but never decoded, and a reference with
 one equals no decoded answer.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from tell.data.example import Example, Message
 from tell.rows.template import ChatTokenizer
 
-# End tokens of published families. Behind every answer, one that is not the model's own was written for another model.
+# End tokens of published families. One after every answer that is not the model's own was written for another model.
 FOREIGN = ("</s>", "<|im_end|>", "<|eot_id|>", "<|endoftext|>", "<end_of_turn>", "<eos>", "<|end|>")
 
 
@@ -38,7 +38,7 @@ def _cut(turn: Message, ends: tuple[str, ...]) -> Message:
 
 
 def foreign_end(examples: Sequence[Example]) -> str | None:
-    """The end token of another model behind all the answers, once the model's own are removed."""
+    """The end token of another model after all the answers, once the model's own are removed."""
     found = (end for end in FOREIGN if examples and all(e.answer.rstrip().endswith(end) for e in examples))
     return next(found, None)
 

@@ -1,7 +1,7 @@
 """Rows assembled from a template's constant parts and contents encoded once: the fast path of `tokenize`.
 
 A chat template writes the same text around every conversation of the same roles. Where that text ends with special
-tokens, at which every tokenizer cuts first, a row's ids are those of its parts. Where this cannot be shown (templates
+tokens, at which every tokenizer splits first, a row's ids are those of its parts. Where this cannot be shown (templates
 that look into contents, tokenizers without word borders, contents with white space at their ends), there is no frame,
 and the row is rendered and encoded whole.
 """
@@ -29,14 +29,14 @@ Roles = tuple[Role, ...]
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """What a template writes around n contents.
+    """The constant parts that a template writes around n contents.
 
     Attributes:
-        closings: n + 1 lists of ids, before each content and behind the last; each but the first begins, each but
+        closings: n + 1 lists of ids, before each content and after the last; each but the first begins, each but
             the last ends with a special token.
         headers: n texts between a closing and its content, e.g. ``"assistant\\n"``; they are encoded with the content.
-        header_ids: n lists, the ids of each header on its own.
-        answers: n, True where the content is trained, with the one token behind it.
+        header_ids: n lists, the ids of each header encoded alone.
+        answers: n, True where the content is trained, with the one token after it.
     """
 
     closings: list[list[int]]
@@ -137,7 +137,7 @@ class Frames:
         """n + 1 texts around contents of that form; None where an answer is not where decoding begins."""
         contents = [form.format(i) for i in range(len(roles))]
         messages = [Message(role, content) for role, content in zip(roles, contents, strict=True)]
-        earlier_answers(messages)  # refuses too many
+        earlier_answers(messages)  # it refuses too many answers
         rest, parts, place = self.chat.render(messages), [], 0
         full = rest
         for i, content in enumerate(contents):

@@ -1,4 +1,4 @@
-"""The prefix that the rows of an optimiser step share and that is computed once: its length, and what it saves."""
+"""The prefix that rows of an optimiser step share and that is computed once: its length and the tokens it saves."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def common_prefix(rows: Sequence[np.ndarray]) -> int:
 
 
 def passes(total: int, prefix: int, micro_tokens: int) -> int:
-    """Forward passes that ``total`` tokens behind a shared prefix take."""
+    """Number of forward passes for ``total`` tokens after a shared prefix."""
     return -(-total // max(1, micro_tokens - prefix))
 
 

@@ -1,4 +1,4 @@
-"""A conversation as the text of a training row: the prompt of decoding, the answer, and what ends decoding.
+"""The text of a training row from a conversation: prompt as in decoding, answer, end of turn.
 
 Many templates write a conversation with its answer differently from the prompt for decoding: Mistral v0.3 moves the
 system text to the last user turn if that is the last turn of all, R1 distills open a thought in the prompt alone.
@@ -71,7 +71,7 @@ def render_row(chat: ChatTokenizer, messages: Sequence[Message]) -> Rendered:
 
 def earlier_answers(messages: Sequence[Message]) -> list[int]:
     """Indices of the trained answers before the last one; refuses so many that rendering them would take minutes."""
-    first = next((i for i, m in enumerate(messages) if m.role == "user"), len(messages))  # a greeting answers nothing
+    first = next((i for i, m in enumerate(messages) if m.role == "user"), len(messages))  # a greeting is not a reply
     found = [
         i
         for i, m in enumerate(messages[:-1])
@@ -81,7 +81,7 @@ def earlier_answers(messages: Sequence[Message]) -> list[int]:
         raise TellError(
             f"has {len(found) + 1:,} answers to train in {len(messages):,} turns; to find them, {turns:,} turns would "
             f"be rendered, more than {MOST_TURNS:,}",
-            remedy="Split the conversation, or give all answers but the last few weight 0.",
+            remedy="Split the conversation, or set weight 0 on all answers but the last few.",
         )
     return found
 
@@ -99,7 +99,7 @@ def _with_answer(chat: ChatTokenizer, messages: Sequence[Message], prompt: str) 
     if natural and (at := _find(full, len(prompt), content, chat.lead)) is not None:
         if closed := _closed(full, at, turn):
             return full, closed
-        text = full[: _over(full, at, content)] + turn  # no end that decoding knows: it would never learn to stop
+        text = full[: _over(full, at, content)] + turn  # no end that stops decoding: none to learn
         return text, len(text)
     pieces = _pieces(content)
     if (natural and len(pieces) < 2) or (pieces and pieces[-1] not in full):
@@ -114,7 +114,7 @@ def _behind(chat: ChatTokenizer, prompt: str, content: str) -> str:
     if has_thought(content) and header.endswith(DONE):
         raise _refused(
             chat,
-            "closes the thought before the answer, and this answer has one of its own",
+            "closes the thought before the answer, and this answer contains a thought",
             "Remove the thoughts from the answers, or put one into a task row, so that the run thinks.",
         )
     if has_thought(content) and header.endswith(THINK):
@@ -124,7 +124,7 @@ def _behind(chat: ChatTokenizer, prompt: str, content: str) -> str:
 
 
 def _earlier_answer(chat: ChatTokenizer, before: Sequence[Message], content: str, text: str) -> Span | None:
-    """Where an earlier answer is written as decoding would write it, else None."""
+    """Position of an earlier answer that is written as decoding would write it, else None."""
     try:
         head = chat.render(before, add_generation_prompt=True)
     except TellError:
@@ -138,7 +138,7 @@ def _earlier_answer(chat: ChatTokenizer, before: Sequence[Message], content: str
 def _find(text: str, start: int, content: str, lead: str) -> int | None:
     """End of an answer that begins at ``start``, its trailing white space not counted; None if it is not there.
 
-    Templates trim answers, and write thoughts on lines of their own: of these every word must be there.
+    Templates trim answers and put thoughts on separate lines: of thoughts every word must be there.
     """
     for begin in (start + len(lead), start) if lead and text.startswith(lead, start) else (start,):
         if text.startswith(content.rstrip(), begin):
@@ -163,7 +163,7 @@ def _pieces(content: str) -> list[str]:
 
 
 def _closed(text: str, at: int, turn: str) -> int | None:
-    """End of the end-of-turn text behind an answer that ends at ``at``."""
+    """End of the end-of-turn text after an answer that ends at ``at``."""
     end = _past_space(text, at)
     return end + len(turn) if text.startswith(turn, end) else None
 
@@ -174,7 +174,7 @@ def _past_space(text: str, at: int) -> int:
 
 
 def _over(text: str, at: int, content: str) -> int:
-    """``at``, past the white space that the answer itself ends with."""
+    """``at`` moved past the white space that the answer itself ends with."""
     space = content[len(content.rstrip()) :]
     return at + len(space) if text.startswith(space, at) else at
 

@@ -14,7 +14,7 @@ from tell.files import atomic_folder
 from tell.home import tell_home
 from tell.rows.row_table import Dropped, RowTable
 
-VERSION = 4  # raise when tokenising changes its result
+VERSION = 4  # raise when a change to tokenising changes rows
 COLUMNS = ("hashes", "origins", "tokens", "trained", "unit", "ids", "mask", "starts")
 
 
@@ -25,7 +25,7 @@ def cache_key(**parts: object) -> str:
 
 
 def cached_table(key: str, make: Callable[[], RowTable]) -> tuple[RowTable, bool]:
-    """The table stored under ``key``, made and stored first where it is missing; and whether it was found.
+    """The table stored under ``key``, made and stored where missing, and whether it was found.
 
     A cache that cannot be written (full disk, read-only home) costs speed, not the run.
     """
@@ -44,11 +44,11 @@ def cached_table(key: str, make: Callable[[], RowTable]) -> tuple[RowTable, bool
 def _read(folder: Path) -> RowTable | None:
     try:
         facts = json.loads((folder / "table.json").read_text(encoding="utf-8"))
-        # mmap_mode fails on empty arrays, and small ones are as well read
+        # mmap_mode fails on empty arrays, and small ones may as well be read
         columns = {name: np.load(folder / f"{name}.npy", mmap_mode="r" if facts["total"] else None) for name in COLUMNS}
         dropped = [Dropped(**d) for d in facts["dropped"]]
         more = {key: facts[key] for key in ("source", "notices", "facts")}
-    except (OSError, ValueError, KeyError, TypeError, EOFError):  # missing, cut short or of another version
+    except (OSError, ValueError, KeyError, TypeError, EOFError):  # missing, truncated or of another version
         return None
     return RowTable(dropped=dropped, **more, **columns)
 

@@ -1,4 +1,4 @@
-"""Tokenised rows of one source as flat arrays: what mixing counts and training reads."""
+"""Tokenised rows of one source as flat arrays, for mixing and training."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class RowTable:
         trained: (n,) int32, tokens that carry loss.
         unit: (n,) int32, tokens of the bare contents (anchor included, template not) in the unit of
             counting; budgets and ratios are in these.
-        ids: (sum of tokens,) int32, all rows end to end; may be memory-mapped.
+        ids: (sum of tokens,) int32, all rows concatenated; may be memory-mapped.
         mask: (sum of tokens,) bool, True where the token is trained.
         starts: (n + 1,) int64, row i is ``ids[starts[i]:starts[i + 1]]``.
         dropped: rows left out, with reasons.

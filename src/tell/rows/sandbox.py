@@ -1,4 +1,4 @@
-"""Jinja for chat templates, which come with models: no access to Python, and bounded time and memory.
+"""Sandboxed Jinja for chat templates, which come with models: no access to Python, bounded time and memory.
 
 jinja2's sandbox keeps a template from Python's objects, but not from running for days or filling the memory. Here each
 iteration of a loop, call, filter, test and comparison costs one step, and each 256 characters that these or an operator
@@ -29,13 +29,13 @@ MOST_STEPS = 300_000  # of one rendering; a conversation of 1,000 turns takes so
 MOST_TEXT = 16_000_000  # characters of a text, items of a list
 MOST_BITS = 4096  # of a whole number
 MOST_NUMBER = 1_000_000  # given to a function of texts: most are widths
-_CHARACTERS = 256  # that cost a step
-# Tests that look at no more than a value's type or number; all others pay for what they handle.
+_CHARACTERS = 256  # nodes that cost a step
+# Tests of a value's type or number alone; all others pay for the size of their arguments.
 _TYPE_TESTS = frozenset(
     {"defined", "undefined", "none", "boolean", "false", "true", "integer", "float", "number", "string", "mapping"}
     | {"iterable", "sequence", "callable", "sameas", "escaped", "odd", "even", "divisibleby"}
 )
-_WIDTH = re.compile(r"\*|\d{5,}")  # of a field in a format
+_WIDTH = re.compile(r"\*|\d{5,}")  # width of a field in a format
 
 
 class Exceeded(Exception):
@@ -43,7 +43,7 @@ class Exceeded(Exception):
 
 
 class BoundedEnvironment(ImmutableSandboxedEnvironment):
-    """A sandbox whose templates end. ``start`` gives the next rendering its steps."""
+    """A sandbox whose templates terminate; ``start`` resets the step count for the next rendering."""
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
 
@@ -68,18 +68,18 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return True
 
     def tick(self, characters: int = 0) -> bool:
-        """Pay for a step that handles so many characters; true, as part of a condition."""
+        """Pay for a step that handles so many characters; returns True, for use in a condition."""
         self.left -= 1 + characters // _CHARACTERS
         if self.left < 0:
             raise Exceeded("it takes too many steps")
         return True
 
     def weighed(self, value: T) -> T:
-        """A value that is compared or becomes a key."""
+        """Pay for a value that is compared or becomes a key, and return it."""
         if isinstance(value, str | list | tuple | dict | range):
             self.tick(self._size(value))
         else:
-            self.left -= 1  # the loop around it checks
+            self.left -= 1  # checked by the loop around it
         return value
 
     def searched(self, value: T) -> T:
@@ -130,7 +130,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return super()._generate(_Counting(self).visit(source), *args, **kwargs)
 
     def counted(self, name: str, function: Filter) -> Filter:
-        """A filter that pays for what it handles and what it makes."""
+        """A filter that pays for the size of its arguments and result."""
         passed = int(hasattr(function, "jinja_pass_arg"))  # the environment or context, before the value
 
         @functools.wraps(function)
@@ -215,7 +215,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
 
 def chat_environment() -> BoundedEnvironment:
-    """The environment of transformers' chat templates, bounded."""
+    """The Jinja environment of transformers' chat templates, with bounds."""
     environment = BoundedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation])
     environment.filters["tojson"] = environment.counted("tojson", _tojson)
     environment.globals["raise_exception"] = _raise_exception

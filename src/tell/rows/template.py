@@ -1,6 +1,6 @@
 """Chat template and tokenizer of a model without torch: `tokenizers` and jinja2 alone.
 
-transformers' own tokenizer classes import torch, which planning must not. This reads the same files
+transformers' own tokenizer classes import torch, which planning must avoid. This module reads the same files
 (``tokenizer.json``, ``tokenizer_config.json``, ``chat_template.jinja``); a test compares the result with
 ``AutoTokenizer.apply_chat_template``.
 """
@@ -39,7 +39,7 @@ DEFAULT_TEMPLATE = (
 
 
 FETCH = "Fetch the model again."
-MARK = 73_010_000_000_000_000_000  # a number no row holds: neither JSON nor a change of case alters its digits
+MARK = 73_010_000_000_000_000_000  # a number that no row has; JSON and changes of case keep its digits
 
 
 class ChatTokenizer:
@@ -67,7 +67,7 @@ class ChatTokenizer:
         except BaseException as error:
             if isinstance(error, TellError) or not (isinstance(error, Exception) or is_panic(error)):
                 raise
-            what = f"is not a tokenizer, or cut short ({first_line(error)})"
+            what = f"is not a tokenizer, or truncated ({first_line(error)})"
             raise TellError(what, where=str(path), remedy=FETCH) from error
         self.backend.no_truncation()
         self.backend.no_padding()
@@ -85,7 +85,7 @@ class ChatTokenizer:
         self.family = str(_read_json(self.folder / "config.json").get("model_type") or self.folder.name)
         end = self.backend.id_to_token(self.eos_ids[0])
         if end and self.backend.token_to_id(self.special.get("eos_token", "")) is None:
-            self.special["eos_token"] = end  # named by the generation config alone
+            self.special["eos_token"] = end  # named in the generation config only
         if not self.has_own_template:
             self.template = self.template.replace("begins", str(self._begins()).lower())
 
@@ -177,7 +177,7 @@ class ChatTokenizer:
             self._environment.start()
             text = self._compiled.render(
                 messages=[m.to_dict() for m in messages],
-                tools=tools,  # None, as transformers sets them: templates ask `is not none`
+                tools=tools,  # None, as in transformers: templates test `is not none`
                 documents=None,
                 add_generation_prompt=header,
                 enable_thinking=self.thinking,  # Qwen3, GLM, SmolLM3
@@ -213,7 +213,7 @@ class ChatTokenizer:
 
     @cached_property
     def _probe(self) -> tuple[str, str, bool]:
-        """Text between the prompt of decoding and an answer, text behind the answer, whether answers are trimmed."""
+        """Text between the prompt of decoding and an answer, text after the answer, whether answers are trimmed."""
         answer = "tell-answer-probe"
         turns = [Message("user", "x"), Message("assistant", f"\t{answer}\t")]  # templates write spaces, never tabs
         prompt, text = self.render(turns[:1], add_generation_prompt=True), self.render(turns)
@@ -235,7 +235,7 @@ class ChatTokenizer:
     def end_of_turn(self) -> str:
         """The text that closes an answer, without white space before it: ``<|im_end|>``, ``</s>``, ``<end_of_turn>``.
 
-        It ends with the first added token: Phi-3 writes ``<|end|>`` behind each answer and ``<|endoftext|>`` behind
+        It ends with the first added token: Phi-3 writes ``<|end|>`` after each answer and ``<|endoftext|>`` after
         the last. Where the template writes none that the tokenizer knows, it is the end token: decoding stops at one.
         """
         tail = self._probe[1].strip()
@@ -264,7 +264,7 @@ class ChatTokenizer:
         return {str(token.content) for token in self.backend.get_added_tokens_decoder().values()}
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of text that already holds its special tokens."""
+        """Token ids of text that already includes its special tokens."""
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def encode_header(self, text: str) -> tuple[int, ...]:
@@ -279,7 +279,7 @@ class ChatTokenizer:
         return self.backend.decode(list(ids), skip_special_tokens=True)
 
     def answer(self, ids: Sequence[int]) -> str:
-        """A decoded answer as references have it: without what the template writes before answers (an empty thought),
+        """A decoded answer in the form of references: without the template's text before answers (an empty thought),
         and with the tag of a thought that the prompt opened (R1)."""
         text = self.without_lead(ids)
         return f"<think>\n{text}" if self._opens and "</think>" in text and "<think>" not in text else text

@@ -18,12 +18,12 @@ from tell.rows.row_table import Dropped, RowTable
 from tell.rows.template import ChatTokenizer
 
 CHUNK = 2048  # rows handed to the tokenizer at once; it works on them in parallel
-FEW = 256  # with fewer rows, finding the template's frame takes longer than it saves
+FEW = 256  # with fewer rows, finding the template's frame costs more than it saves
 
 
 @dataclass(frozen=True, slots=True)
 class RowRules:
-    """What becomes of a row.
+    """Rules for the rows of a table.
 
     Attributes:
         max_length: longest row in tokens.
@@ -51,9 +51,9 @@ def tokenize(
     unit: ChatTokenizer | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> RowTable:
-    """Tokenise examples of one source, with the anchor on each.
+    """A RowTable of the examples of one source, tokenised with the anchor on each.
 
-    Ids go to a growing buffer chunk by chunk; Python lists never hold more than one chunk. Most rows are assembled
+    Ids go to a growing buffer chunk by chunk, so that Python lists never exceed one chunk. Most rows are assembled
     from the template's frame (`tell.rows.frame`); a sample of these is also rendered and encoded whole, and where one
     differs, all rows are.
 
@@ -139,7 +139,7 @@ def _notices(source: str, encoder: Encoder) -> list[str]:
     answers, rows = sum(encoder.context.values()), len(encoder.context)
     return [
         f"{source}: {answers:,} earlier answers of {rows:,} rows are context without loss, since the chat template of "
-        f"{encoder.chat.family} shows them differently from how decoding writes them; a row of its own trains one"
+        f"{encoder.chat.family} shows them differently from how decoding writes them; to train one, give it a row"
     ]
 
 
@@ -154,7 +154,7 @@ class Buffer:
         """Append (n,) values."""
         end = self._size + len(values)
         if end > len(self._data):
-            self._data.resize(end + end // 4, refcheck=False)  # nobody else holds it before `array`
+            self._data.resize(end + end // 4, refcheck=False)  # there are no other references before `array`
         self._data[self._size : end] = values
         self._size = end
 
@@ -221,5 +221,5 @@ def unknown_token(ids: Sequence[int], chat: ChatTokenizer, vocab: int | None) ->
 
 
 def prompt_ids(chat: ChatTokenizer, example: Example, anchor: Anchor = NO_ANCHOR) -> list[int]:
-    """Ids that decoding starts from: everything before the answer, with the answer's header."""
+    """Token ids that decoding starts from: everything before the answer, with the answer's header."""
     return chat.encode(chat.render(anchor.apply(example.prompt), add_generation_prompt=True))

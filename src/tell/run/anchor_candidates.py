@@ -1,4 +1,4 @@
-"""The anchor written by the model itself: candidates from a seeded sample of examples, scored, the best kept."""
+"""Anchors written by the model itself: candidates from seeded samples of examples, scored, best first."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ ASK = (
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """One instruction and how likely it makes the right answers.
+    """A candidate anchor with its score: how likely the reference answers are under it.
 
     Attributes:
         origin: ``hand``, ``self`` or ``derived``.
         losses: (rows,) nll in nats a token of each row scored under the untuned model, NaN where the row with this
-            anchor is too long; None where it was thrown away.
-        reason: why it was thrown away.
+            anchor is too long; None where it was rejected.
+        reason: why it was rejected.
     """
 
     text: str
@@ -57,15 +57,15 @@ class Candidate:
 
 
 def write_anchor_candidates(task: Task, session: Session, compare: Sequence[str] = ()) -> list[Candidate]:
-    """Let the untuned model write instructions, and score each by how likely the right answers are under it.
+    """Scored candidate anchors: the untuned model writes instructions, and reference answers score them.
 
     Args:
         task: its training rows are shown, a seeded sample to each candidate; its validation rows are what candidates
             are scored on (training rows where there are none). A candidate composed from its kind competes too.
-        compare: texts written by hand, which compete with them.
+        compare: hand-written texts that compete with them.
 
     Returns:
-        All candidates, the best score first, those thrown away last.
+        All candidates, best score first, rejected ones last.
     """
     place = task.config.anchor.place
     texts: list[tuple[str, Origin]] = [(text, "hand") for text in compare]
@@ -78,7 +78,7 @@ def write_anchor_candidates(task: Task, session: Session, compare: Sequence[str]
             thrown.append(Candidate(text, "self", reason=reason))
         else:
             texts.append((text, "self"))
-    if not texts:  # free text and nothing usable written: the plainest instruction that is true
+    if not texts:  # free text, and the model wrote nothing usable: fall back to the plainest true instruction
         texts.append(("Answer in the way of this task.", "derived"))
     rows = task.validation[:SCORED_ROWS] or task.train[:SCORED_ROWS]
     scored: list[Candidate] = []
@@ -92,7 +92,7 @@ def write_anchor_candidates(task: Task, session: Session, compare: Sequence[str]
 
 
 def anchor_losses(session: Session, rows: Sequence[Example], anchor: Anchor) -> np.ndarray:
-    """(rows,) mean nll in nats a token of each row's answer behind the anchor; NaN where the row is too long."""
+    """(rows,) mean nll in nats a token of each row's answer after the anchor; NaN where the row is too long."""
     rules = RowRules(session.config.train.max_length, "drop", "drop")
     table = tokenize(rows, session.chat, source="task", anchor=anchor, rules=rules)
     out = np.full(len(rows), np.nan)
@@ -103,7 +103,7 @@ def anchor_losses(session: Session, rows: Sequence[Example], anchor: Anchor) -> 
 
 
 def _written(task: Task, session: Session) -> list[tuple[str, str]]:
-    """What the model writes, and how each text came to its end."""
+    """The texts the model writes, and why each one stopped."""
     from tell.decode.sampler import Decoding
 
     config, chat, positions = task.config, session.chat, session.engine.max_positions
@@ -122,7 +122,7 @@ def _written(task: Task, session: Session) -> list[tuple[str, str]]:
 
 
 def _prompt(chat: ChatTokenizer, train: Sequence[Example], config: Config, number: int, positions: int) -> list[int]:
-    """The question for one candidate, with as many of its examples as the context holds."""
+    """The prompt for one candidate, with as many of its examples as fit into the context."""
     order = permutation(len(train), config.seed, "anchor", number)[: config.anchor.examples]
     parts = [f"Input:\n{_short(train[int(i)].question)}\nOutput:\n{_short(train[int(i)].answer)}" for i in order]
     while True:

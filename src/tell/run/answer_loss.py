@@ -1,4 +1,4 @@
-"""How likely a model finds the reference answers: the continuous companion of scores that are right or wrong."""
+"""Answer loss: how likely a model finds the reference answers, a continuous complement to right-or-wrong scores."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ ANY_LENGTH = np.iinfo(np.int32).max
 
 def answer_loss_metric(values: Sequence[float] | np.ndarray) -> dict[str, Metric]:
     """The metric by its name; ``values`` (n,) in nats a token, NaN where a row has none."""
-    return {ANSWER_LOSS: mean_metric(np.round(values, 6))}  # as rows keep it: read back, it gives the same mean
+    return {ANSWER_LOSS: mean_metric(np.round(values, 6))}  # as stored in rows, so that the mean can be reproduced
 
 
 def kept_answer_losses(rows: Sequence[dict]) -> np.ndarray | None:
-    """(n,) values in rows of ``predictions/<arm>.jsonl``; None where none has any."""
+    """(n,) answer losses in rows of ``predictions/<arm>.jsonl``; None where no row has one."""
     values = np.array([row.get("scores", {}).get(ANSWER_LOSS, np.nan) for row in rows], dtype=np.float64)
     return values if np.isfinite(values).any() else None
 
@@ -54,7 +54,7 @@ def answer_losses(
 
 
 def answer_ids(chat: ChatTokenizer, examples: Sequence[Example]) -> dict[str, np.ndarray]:
-    """Ids of each last answer as training would see it, end of turn included, by content hash.
+    """Token ids of each last answer as training would see it, end of turn included, by content hash.
 
     Without the anchor: an answer's ids are the same behind any prompt. Examples with an empty answer are left out.
     """
@@ -70,7 +70,7 @@ def answer_ids(chat: ChatTokenizer, examples: Sequence[Example]) -> dict[str, np
 
 
 def _table(rows: Sequence[tuple[Sequence[int], np.ndarray]], examples: Sequence[Example]) -> RowTable:
-    """Prompts with their answers, of which only the answers count."""
+    """Token rows of prompts and answers; only the answers count in the loss."""
     tokens = np.array([len(prompt) + len(answer) for prompt, answer in rows], dtype=np.int32)
     trained = np.array([len(answer) for _, answer in rows], dtype=np.int32)
     return RowTable(

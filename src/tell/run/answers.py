@@ -1,4 +1,4 @@
-"""How an arm is asked, what it answers, and the numbers of it that go into metrics.json."""
+"""Test prompts of an arm, its answers, and their scores and costs for metrics.json."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def scorer_of(config: Config, kind: Kind) -> Scorer:
 
 
 def answer_limit(config: Config, chat: ChatTokenizer, examples: Sequence[Example]) -> int:
-    """New tokens an answer may have: 1.5 times the longest training answer, unless configured."""
+    """Most new tokens of an answer: 1.5 times the longest training answer, unless configured."""
     if config.generate.max_new_tokens:
         return config.generate.max_new_tokens
     longest = max(len(e.ids) for e in chat.backend.encode_batch([x.answer for x in examples], add_special_tokens=False))
@@ -60,7 +60,7 @@ def check_prompts(
     Args:
         positions: longest row the model takes, in tokens; None where it does not say.
         shots: examples in every prompt.
-        vocab: rows of the model's embedding; None where it is not known.
+        vocab: rows of the model's embedding; None where unknown.
 
     Raises:
         TellError: the first such row.
@@ -85,8 +85,8 @@ class Prompting:
         shots: examples in every prompt of all arms but those with examples in context; the anchor comes once, before
             the first.
         examples: in-context examples wanted.
-        room: tokens a prompt may have; as many examples are used as fit with the longest test prompt.
-        seed: decides which training rows are the examples, and their order; a file may be sorted.
+        room: tokens a prompt may have; as many examples are shown as fit with the longest test prompt.
+        seed: draws which training rows are the examples, and their order, since a file may be sorted.
     """
 
     chat: ChatTokenizer
@@ -110,7 +110,7 @@ class Prompting:
 
 
 def _shot_prompt(chat: ChatTokenizer, example: Example, anchor: Anchor, shots: Sequence[Example]) -> list[int]:
-    """Ids of a test prompt after examples, with the anchor once."""
+    """Token ids of a test prompt after its examples, with the anchor once."""
     system = list(example.prompt[:1]) if shots and example.prompt and example.prompt[0].role == "system" else []
     turns = [*system, *_turns(shots, system), *example.prompt[len(system) :]]
     try:
@@ -120,13 +120,13 @@ def _shot_prompt(chat: ChatTokenizer, example: Example, anchor: Anchor, shots: S
 
 
 def example_turns(examples: Sequence[Example]) -> list[Message]:
-    """Examples as turns, behind the system text of the first that has one."""
+    """Examples as turns, after the system text of the first that has one."""
     system = next((list(e.messages[:1]) for e in examples if e.messages[0].role == "system"), [])
     return [*system, *_turns(examples, system)]
 
 
 def _turns(examples: Sequence[Example], system: Sequence[Message]) -> list[Message]:
-    """The turns of examples; a system text of their own that is not ``system`` heads their first user turn."""
+    """The turns of examples; a system text that differs from ``system`` is prepended to their first user turn."""
     turns: list[Message] = []
     for example in examples:
         own = [m for m in example.messages if m.role == "system" and m not in system]
@@ -139,7 +139,7 @@ def _turns(examples: Sequence[Example], system: Sequence[Message]) -> list[Messa
 def answer_rows(
     session: Session, prompts: Sequence[Sequence[int]], test: Sequence[Example], decoding: Decoding, arm: str
 ) -> list[dict]:
-    """predictions/<arm>.jsonl without scores: an answer for each test row."""
+    """Rows of predictions/<arm>.jsonl without scores: one answer per test row."""
     answers = session.answer(prompts, decoding, f"answer {arm}")
     return [
         {
@@ -156,10 +156,10 @@ def answer_rows(
 
 
 def score_rows(scorer: Scorer, rows: list[dict], more: Mapping[str, Metric] | None = None) -> dict[str, Metric]:
-    """Metrics over the rows; each row gets its own scores, and why it is invalid.
+    """Metrics over the rows by name; each row receives its scores, and why it is invalid.
 
     Args:
-        more: metrics over the same rows that do not come from the answers; they follow the scorer's.
+        more: metrics over the same rows that the answers do not give; they follow the scorer's.
     """
     metrics = scorer.score([r["answer"] for r in rows], [r["reference"] for r in rows]) | dict(more or {})
     explain = getattr(scorer, "why_invalid", None)
@@ -174,7 +174,7 @@ def score_rows(scorer: Scorer, rows: list[dict], more: Mapping[str, Metric] | No
 def arm_numbers(arms: Mapping[str, Mapping[str, Metric]], *, seed: int, samples: int) -> tuple[dict, dict]:
     """``arms`` and ``differences`` of metrics.json: TELL against each arm, and each arm against the untuned model.
 
-    Where neither of the two is among the arms, each is set against the first.
+    Where neither of the two is among the arms, each is compared with the first.
     """
     values = {
         arm: {name: estimate(metric, seed=seed, samples=samples) for name, metric in metrics.items()}
@@ -197,14 +197,14 @@ def arm_numbers(arms: Mapping[str, Mapping[str, Metric]], *, seed: int, samples:
 
 
 def answer_costs(arch: Architecture, prompts: Sequence[Sequence[int]], rows: Sequence[dict]) -> dict:
-    """Tokens and FLOPs of answering, each prompt counted in full however much of it the engine shared.
+    """Tokens and FLOPs of answering; every prompt counts in full, even where the engine shared its prefix.
 
     Args:
         prompts: token ids, one for each of ``rows``.
         rows: as from `answer_rows`.
     """
-    new = [row["tokens"] + (row["finish"] == "stop") for row in rows]  # the end of turn is drawn too, but not kept
-    fed = [len(prompt) + max(0, n - 1) for prompt, n in zip(prompts, new, strict=True)]  # the last token is only drawn
+    new = [row["tokens"] + (row["finish"] == "stop") for row in rows]  # the end of turn is sampled too, but not kept
+    fed = [len(prompt) + max(0, n - 1) for prompt, n in zip(prompts, new, strict=True)]  # the last token is never fed
     flops = inference_flops(arch, sum(fed), output_tokens=sum(new), lengths=fed)
     return {"prompt_tokens": sum(map(len, prompts)), "new_tokens": sum(new), "flops": flops}
 
@@ -215,7 +215,7 @@ def eval_numbers(costs: Mapping[str, dict]) -> dict:
 
 
 def arm_anchor(arm: str, anchor: Anchor) -> Anchor:
-    """The run's anchor, or none for an arm that is asked without it."""
+    """The run's anchor, or none for an arm that is prompted without it."""
     return anchor if ARMS[arm].anchored else NO_ANCHOR
 
 
@@ -226,13 +226,11 @@ def adapter_arm(arm: str) -> str | None:
 
 def adapter_folder(root: RunFolder, arm: str) -> Path | None:
     """The folder of the adapter an arm answers with, in a run folder; None for the untuned model."""
-    trained = ARMS[arm].adapter
-    if trained is None:
-        return None
-    return root.adapter if trained == "tell" else root.arms / trained
+    trained = adapter_arm(arm)
+    return None if trained is None else root.adapter_of(trained).root
 
 
 def adapter_ready(root: RunFolder, arm: str) -> bool:
-    """Whether an arm can answer: it needs no adapter, or its adapter is there."""
+    """Whether an arm can answer: it needs no adapter, or its adapter exists."""
     place = adapter_folder(root, arm)
     return place is None or AdapterFolder(place).weights.exists()

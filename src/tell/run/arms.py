@@ -20,7 +20,7 @@ Tables = Mapping[str, RowTable]
 
 @dataclass(frozen=True)
 class Ingredients:
-    """What mixtures are made of: the task's rows, the general rows drawn for them, and the settings."""
+    """Ingredients of a mixture: the task's rows, the general rows drawn for them, and the settings."""
 
     config: Config
     table: RowTable
@@ -34,7 +34,7 @@ class Ingredients:
 
     @property
     def repeat(self) -> int:
-        """Times each task row occurs in the mixture."""
+        """How often each task row occurs in the mixture."""
         return self.config.mix.repeat or repeat_for(len(self.table))
 
 
@@ -74,7 +74,7 @@ if missing := {ARMS[arm].mixture for arm in TRAINED} - MIXTURES.keys():
 
 
 def arm_mixtures(made: Ingredients) -> dict[str, tuple[Tables, Mixture]]:
-    """Tables and mixture of every arm that trains, TELL first. An arm is a mixture, nothing else."""
+    """Tables and mixture of every arm that trains, TELL first. Arms differ in their mixture only."""
     tell = _mixed(made, None)
     arms = {"tell": tell}
     for arm in TRAINED:
@@ -91,7 +91,7 @@ def wanted_arms(config: Config) -> list[str]:
     """
     arms = list(dict.fromkeys(config.eval.arms))
     if not arms:
-        raise TellError("no arm is asked for", where="eval.arms", remedy="Name at least one, e.g. --arms base,tell.")
+        raise TellError("no arm is requested", where="eval.arms", remedy="Name at least one, e.g. --arms base,tell.")
     if is_empty(config.general) and (lost := [arm for arm in arms if ARMS[arm].mixture == "general"]):
         raise TellError(
             f"the arm {lost[0]} needs general data", where="--arms", remedy="Drop the arm, or set --general."
@@ -105,15 +105,15 @@ def trained_arms(arms: Sequence[str]) -> list[str]:
 
 
 def lead_arm(arms: Sequence[str], mixtures: Mapping[str, object]) -> str | None:
-    """The arm whose mixture, manifest and totals stand for the run: `tell`, else the first that is trained."""
+    """The arm whose mixture, manifest and totals represent the run: `tell`, else the first that is trained."""
     trained = [arm for arm in trained_arms(arms) if arm in mixtures]
     return "tell" if "tell" in trained else next(iter(trained), None)
 
 
 def same_runs(arms: Sequence[str], mixtures: Mapping[str, tuple[Tables, Mixture]]) -> dict[str, str]:
-    """Arms that are trained on the very rows of another, in the same order, and which: they are one run.
+    """Arms that are trained on the same rows as another in the same order, mapped to that arm: they are one run.
 
-    Without general rows, `tell` and `sft-matched` are. The leading arm stands for the others.
+    Without general rows, `tell` and `sft-matched` are. The leading arm represents the others.
     """
     lead = lead_arm(arms, mixtures)
     trained = sorted((arm for arm in trained_arms(arms) if arm in mixtures), key=lambda arm: arm != lead)

@@ -1,4 +1,4 @@
-"""The anchor of a run where the model is to write it."""
+"""Choosing the anchor of a run whose model writes it."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from tell.run.task import Task, limited_rows, place_anchor, stand_in_anchor
 
 
 def choose_anchor(task: Task, session: Session) -> tuple[Anchor, list[dict]]:
-    """The anchor the model writes for a task, placed where its template can carry it; and all candidates.
+    """The anchor the model writes for a task, placed where its template can carry it, and all candidates.
 
-    Only rows within the task's budget are shown to the model: 15 rows are 15 rows.
+    Only rows within the task's budget are shown to the model: a budget of 15 rows covers the anchor too.
     """
     place, candidates = anchor_candidates(task, session)
     best = candidates[0]
@@ -23,10 +23,10 @@ def choose_anchor(task: Task, session: Session) -> tuple[Anchor, list[dict]]:
 
 
 def anchor_candidates(task: Task, session: Session, compare: Sequence[str] = ()) -> tuple[Place, list[Candidate]]:
-    """Where the anchor can be put, and its candidates, the lowest loss first.
+    """The place where the anchor can go, and its candidates, lowest loss first.
 
     Args:
-        compare: texts written by hand, which compete too.
+        compare: hand-written texts that compete too.
     """
     stand_in = place_anchor(task, stand_in_anchor(task))
     train = limited_rows(task, stand_in)
@@ -36,7 +36,7 @@ def anchor_candidates(task: Task, session: Session, compare: Sequence[str] = ())
     parts = config.model_dump(
         mode="json", include={"anchor": True, "generate": True, "seed": True, "train": {"max_length", "micro_tokens"}}
     )
-    key = repr(("anchor", parts, *shown))  # cells of a study that differ elsewhere share it
+    key = repr(("anchor", parts, *shown))  # shared by cells of a study that differ only in other settings
     placed = replace(task, config=config, train=train)
     found = once(session.model, key, lambda: write_anchor_candidates(placed, session, compare))
     return stand_in.place, found

@@ -19,7 +19,7 @@ from tell.errors import TellError
 from tell.files import DAMAGED, clean_temporary, expanded, sync, write_text
 from tell.folder import RunFolder
 
-PATIENCE = 1.0  # seconds: another process may look whether the lock is held
+PATIENCE = 1.0  # seconds; another process may be testing whether the lock is held
 
 # Keys that may differ between a run and its resumption: they change numbers by rounding, and dropout's draws, at most.
 FREE = ("out", "train.parallel")
@@ -36,7 +36,9 @@ PATHS = (
 )
 
 
-KEYWORDS = frozenset({"model", *SOURCES})  # values that mean something else than a path
+# What to do where a cell of a study lacks files of a run: a finished one is not run again as long as it is there.
+REMAKE = "Remove the cell's folder and run `tell study` again with --keep-adapters."
+KEYWORDS = frozenset({"model", *SOURCES})  # values that are not paths
 
 
 def with_full_paths(config: Config) -> Config:
@@ -54,7 +56,7 @@ def with_full_paths(config: Config) -> Config:
 
 
 def default_out(config: Config) -> Path:
-    """``runs/<data>-<n>``, the first n that is free."""
+    """``runs/<data>-<n>`` with the first free n."""
     stem = Path(str(config.task.data)).name.split(".")[0] or "run"
     n = 1
     while (Path("runs") / f"{stem}-{n}").exists():
@@ -63,11 +65,11 @@ def default_out(config: Config) -> Path:
 
 
 def claim(config: Config, *, resume: bool, overwrite: bool) -> tuple[RunFolder, bool]:
-    """Check the output folder without writing anything; and whether there is a run to resume in it.
+    """Whether the output folder has a run to resume; checks the folder and writes nothing.
 
     Raises:
-        TellError: the folder exists and neither resume nor overwrite was given; it holds something else; the run in
-            it was made with other settings; or another process works on it.
+        TellError: the folder exists and neither resume nor overwrite was given; it contains something else; the run in
+            it was made with other settings; or another process is working on it.
     """
     root = Path(config.out) if config.out else default_out(config)
     folder = RunFolder(root)
@@ -77,7 +79,7 @@ def claim(config: Config, *, resume: bool, overwrite: bool) -> tuple[RunFolder, 
         raise TellError("is a file", where=f"--out {root}", remedy="Name a folder.")
     state = _state(folder)
     if state == "empty" and resume:
-        raise TellError("holds no run to resume", where=f"--out {root}", remedy="Leave --resume out.")
+        raise TellError("contains no run to resume", where=f"--out {root}", remedy="Leave out --resume.")
     if state == "other":
         raise _foreign(folder, " to resume" if resume else "")
     if folder.lock.exists():
@@ -98,22 +100,22 @@ def claim(config: Config, *, resume: bool, overwrite: bool) -> tuple[RunFolder, 
 
 
 def _state(folder: RunFolder) -> Literal["empty", "begun", "run", "other"]:
-    """What a folder is: without files, left by a start that was killed, a run, or somebody else's.
+    """The state of a folder: empty, left by a start that was killed, a run, or foreign.
 
-    run.yaml alone may be somebody's own configuration, lying among their files.
+    run.yaml alone may be a user's configuration among their files.
     """
     root = folder.root
     found = {path.name for path in root.iterdir()} if root.is_dir() else set()
     if not found:
         return "empty"
-    if folder.config.exists() and folder.status.exists():  # a start takes status.json away first and writes it last
+    if folder.config.exists() and folder.status.exists():  # a start removes status.json first and writes it last
         return "run"
     return "begun" if folder.starting.name in found or found == {folder.lock.name} else "other"
 
 
 def _foreign(folder: RunFolder, more: str = "") -> TellError:
     return TellError(
-        f"holds other files and no run{more}, so it is left as it is",
+        f"contains other files and no run{more}, so it is left as it is",
         where=f"--out {folder.root}",
         remedy="Choose another --out.",
     )
@@ -121,15 +123,15 @@ def _foreign(folder: RunFolder, more: str = "") -> TellError:
 
 def _exists(folder: RunFolder) -> TellError:
     return TellError(
-        f"exists already (state: {folder.read_status().get('state', 'unknown')})",
+        f"already exists (state: {folder.read_status().get('state', 'unknown')})",
         where=f"--out {folder.root}",
-        remedy="Add --resume to go on with it, --overwrite to start again, or choose another --out.",
+        remedy="Add --resume to continue it, --overwrite to start again, or choose another --out.",
     )
 
 
 @contextmanager
 def _locked(folder: RunFolder) -> Iterator[None]:
-    """Hold the folder's lock, which the system takes back when its holder dies.
+    """Hold the folder's lock, which the system releases when its holder dies.
 
     Raises:
         TellError: another process holds it, or the folder cannot be written.
@@ -140,11 +142,11 @@ def _locked(folder: RunFolder) -> Iterator[None]:
         lock.acquire(timeout=PATIENCE)
     except Timeout as error:
         raise TellError(
-            "another process works on this run",
+            "another process is working on this run",
             where=f"--out {folder.root}",
-            remedy="Wait for its end, or choose another --out.",
+            remedy="Wait for it to finish, or choose another --out.",
         ) from error
-    except NotImplementedError:  # a file system without locks
+    except NotImplementedError:  # the file system has no locks
         yield
         return
     except OSError as error:
@@ -165,18 +167,18 @@ def open_folder(
 ) -> Iterator[None]:
     """Create the folder with its resolved configuration, and keep other processes from it while this is open.
 
-    An old run in it is moved aside and deleted last. Killed at any moment, the folder is one that `claim` takes:
+    An old run in it is moved aside and deleted last. After a kill at any moment, `claim` accepts the folder:
     `RunFolder.starting` says so from before the first change until run.yaml and status.json are there.
 
     Args:
-        seconds: what earlier sessions of this run took.
-        overwrite: a run may be there.
+        seconds: taken by earlier sessions of this run.
+        overwrite: a run in the folder may be replaced.
 
     Raises:
-        TellError: another process works on it, or has begun a run in it since `claim`; the folder cannot be written.
+        TellError: another process is working on it or has begun a run since `claim`; the folder cannot be written.
     """
     new = not folder.root.exists()
-    if _state(folder) == "other":  # since `claim`; a lock would be one file more in it
+    if _state(folder) == "other":  # appeared since `claim`; taking the lock would add a file to it
         raise _foreign(folder)
     with _locked(folder):
         if _state(folder) == "run" and fresh and not overwrite:
@@ -187,14 +189,14 @@ def open_folder(
         else:
             write_text(folder.config, config.to_yaml())
             folder.set_status("running", stage="start", seconds=round(seconds, 1))
-        for old in folder.root.glob(f"{folder.ASIDE}*"):  # also of starts that were killed
+        for old in folder.root.glob(f"{folder.ASIDE}*"):  # including those of killed starts
             shutil.rmtree(old, ignore_errors=True)
         folder.starting.unlink(missing_ok=True)
         yield
 
 
 def _start(folder: RunFolder, config: Config, seconds: float, new: bool) -> None:
-    """Put a new run in the place of what is there; what cannot be written leaves all as it was."""
+    """Replace the folder's contents by a new run; if that cannot be written, everything stays as it was."""
     root, mark = folder.root, folder.starting
     begun = mark.exists()
     aside: Path | None = None
@@ -204,7 +206,7 @@ def _start(folder: RunFolder, config: Config, seconds: float, new: bool) -> None
         sync(root)
         if old:
             aside = Path(tempfile.mkdtemp(prefix=folder.ASIDE, dir=root))
-            for path in sorted(old, key=lambda path: path != folder.status):  # first: the folder holds no run now
+            for path in sorted(old, key=lambda path: path != folder.status):  # status first: then there is no run
                 os.replace(path, aside / path.name)
         write_text(folder.config, config.to_yaml())
         folder.set_status("running", stage="start", seconds=round(seconds, 1))
@@ -228,7 +230,7 @@ def _start(folder: RunFolder, config: Config, seconds: float, new: bool) -> None
 
 
 def _put_back(folder: RunFolder, aside: Path) -> None:
-    """The old run's files over those of the new one; status.json last, which makes it a run again."""
+    """Move the old run's files back over the new one's; status.json last, which makes it a run again."""
     for path in sorted(aside.iterdir(), key=lambda path: path.name == folder.status.name):
         os.replace(path, folder.root / path.name)
     aside.rmdir()
@@ -242,15 +244,21 @@ def read_run_config(folder: RunFolder) -> Config:
     """
     if not folder.root.is_dir():
         raise TellError("no such run folder", where=str(folder.root), remedy="Give the folder `tell tune` wrote.")
+    if folder.metrics.exists() and not folder.config.exists():
+        raise TellError(
+            "has results but no run.yaml, as a cell from a study's cells.jsonl.gz",
+            where=str(folder.root),
+            remedy=REMAKE,
+        )
     data = read_yaml(folder.require(folder.config, "`tell tune`"), "a run", remedy=DAMAGED)
-    if not data:  # the defaults would be another run
+    if not data:  # falling back on defaults would describe a different run
         raise TellError("is empty", where=str(folder.config), remedy=DAMAGED)
     return make_config(data, where=str(folder.config))
 
 
 @dataclass(frozen=True)
 class Trust:
-    """Code of others that may run: Python that comes with the model, and the run's own ``task.scorer``."""
+    """Third-party code that may run: Python that comes with the model, and the run's ``task.scorer``."""
 
     code: bool = False
     scorer: bool = False
@@ -259,11 +267,11 @@ class Trust:
 def check_trust(
     folder: RunFolder, config: Config, *, code: bool, scorer: bool = True, scorer_flag: str = "--trust-scorer"
 ) -> None:
-    """Refuse to run code because a run folder says so: whoever uses it now must say it too.
+    """Refuse to run code just because a run folder names it: the current user must trust it too.
 
     Args:
         code: code that comes with the model is trusted now.
-        scorer: the run's own scorer is trusted now, or not needed.
+        scorer: the run's scorer is trusted now, or not needed.
         scorer_flag: the flag that would trust it.
 
     Raises:
@@ -277,17 +285,17 @@ def check_trust(
         )
     if config.task.scorer is not None and not scorer:
         raise TellError(
-            f"the run is scored by a function of its own, {config.task.scorer}",
+            f"the run is scored by its own function, {config.task.scorer}",
             where=str(folder.config),
             remedy=f"Read that code; if you trust it, add {scorer_flag}.",
         )
 
 
 def _changed(old: Config, new: Config, decided: bool) -> str | None:
-    """The first key that differs, with both values; None where nothing does.
+    """The first key that differs, with both values; None where all agree.
 
     Args:
-        decided: what fits into ``max_minutes`` is decided already, so that the minutes must stay.
+        decided: the extent that fits ``max_minutes`` is already decided, so that the minutes must not change.
     """
     a, b = _flat(old), _flat(new)
     free = FREE if decided else (*FREE, "max_minutes")

@@ -1,4 +1,4 @@
-"""What a run costs, predicted from sizes and from speeds measured on this machine: time, memory, FLOPs. No torch."""
+"""Predicted time, memory and FLOPs of a run, from sizes and from speeds measured on this machine. No torch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tell.run.task import Task
 
 SELF_KEPT = 0.7  # share of the model's own rows that pass the filters (91 of 128, SmolLM2-135M)
 ANSWER_SECONDS_SHARE = 3.0  # decoding a token costs about this many times training on one (docs/explanation/lab.md)
-GENERAL_ROW_TOKENS = 150  # of a row that general loss is measured on; an estimate
+GENERAL_ROW_TOKENS = 150  # tokens of a row that general loss is measured on; an estimate
 OTHER_SECONDS = 2.0  # of an arm: its adapter merged, its answers scored; and once for the report
 
 
@@ -34,7 +34,7 @@ def computed_by(task: Task, mixture: Mixture) -> int:
     heads: dict[bool, list[np.ndarray]] = {True: [], False: []}
     for source, table in tables.items():
         rows = np.unique(mixture.row[mixture.source == source])
-        if len(rows) and len(table.ids):  # rows still to be written have no tokens yet
+        if len(rows) and len(table.ids):  # rows the model has yet to write have no tokens
             sample = rows[np.linspace(0, len(rows) - 1, min(64, len(rows))).astype(int)]
             heads[mixture.sources[source] == TASK] += [table.row(int(row))[0] for row in sample]
     prefix = common_prefix(heads[True]) if heads[True] else 0
@@ -52,7 +52,7 @@ def computed_by(task: Task, mixture: Mixture) -> int:
 
 
 def likely_place(config: Config) -> machine.Place:
-    """Device and number format that the run will compute in, as far as can be known without torch."""
+    """Device and number format of the run, as far as they are known without torch."""
     return machine.likely_place(config.model.device, config.model.dtype)
 
 
@@ -87,14 +87,14 @@ class Pace:
 
     @classmethod
     def of(cls, task: Task, costs: dict) -> Pace:
-        """From what an arm's training is predicted to take, and the decoding speed measured here, if any."""
+        """Speeds from the predicted time of an arm's training and the decoding speed measured here, if any."""
         train = costs["computed_tokens"] / costs["seconds"] if costs["seconds"] else 1.0
         measured = answer_speed(task.files.fingerprint, likely_place(task.config))
         return cls(train, measured or train / ANSWER_SECONDS_SHARE)
 
 
 def answer_seconds(task: Task, arm: str, pace: Pace) -> float:
-    """Predicted seconds to answer the test rows once: an untuned model does not know where to stop."""
+    """Predicted seconds to answer the test rows once; the untuned model is taken to use the whole limit."""
     if not task.test:
         return 0.0
     tuned = ARMS[arm].adapter is not None
@@ -116,7 +116,7 @@ def measuring_seconds(task: Task, arms: Sequence[str], pace: Pace) -> float:
 
 
 def writing_seconds(prepared: Prepared, pace: Pace) -> float:
-    """Predicted seconds until the model has written the general rows that are only estimated so far."""
+    """Predicted seconds until the model has written the general rows that are so far only estimated."""
     general, draw = prepared.general, prepared.draw
     if general is None or draw is None or not general.estimated:
         return 0.0

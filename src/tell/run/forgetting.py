@@ -1,4 +1,4 @@
-"""What tuning cost elsewhere: losses and answers on general prompts, before and after."""
+"""Forgetting: losses and answers on general prompts, before and after tuning."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from tell.score.means import mean_metric
 from tell.score.probe import load_probe
 from tell.score.scored import Metric, Scorer
 
-SETS = 3  # of general rows that loss is measured on
+SETS = 3  # names of the sets of general rows that loss is measured on
 ANSWER_TOKENS = 160
 BASE = "base"  # the weights before training
 
 
 @dataclass
 class Forgetting:
-    """General rows to measure on, and what was measured.
+    """General rows to measure forgetting on, and the measurements.
 
     Attributes:
         losses: arm, set, (rows,) mean nll.
@@ -84,7 +84,7 @@ def general_sets(config: Config, chat: ChatTokenizer, general: General | None) -
 
 
 def _part(table: RowTable, rows: np.ndarray) -> RowTable:
-    """A table of some rows, copied out of the whole one."""
+    """A copy of some rows of a table."""
     pieces = [table.row(int(i)) for i in rows]
     tokens = np.asarray(table.tokens)[rows]
     return RowTable(
@@ -101,7 +101,7 @@ def _part(table: RowTable, rows: np.ndarray) -> RowTable:
 
 
 def losses_of(session: Session, arm: str, table: RowTable, advance: Callable[[int], None] | None = None) -> np.ndarray:
-    """(rows,) mean nll of each row under an arm's weights, once for all runs of an untuned model in memory."""
+    """(rows,) mean nll of each row under an arm's weights; the untuned model's is computed once while it is loaded."""
     if arm != BASE:
         return session.row_losses(table, advance)
     digest = hashlib.sha256()

@@ -1,4 +1,4 @@
-"""The general side of a run: which rows may be mixed in, which are held out, which are drawn. No torch."""
+"""General rows of a run: those that may be mixed in, those held out, those drawn. No torch."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class General:
         held_out: indices of rows kept for measuring general loss.
         facts: ``general`` of findings.json.
         dropped: rows left out, with reasons.
-        overlap: ``general_test`` of findings.json; None where it was not looked for.
-        overlap_dropped: rows left out because they nearly equal a test row.
+        overlap: ``general_test`` of findings.json; None where it was not computed.
+        overlap_dropped: rows left out as near-duplicates of a test row.
         written: the model wrote the rows.
         estimated: the model has yet to write them; ``table`` has lengths alone.
     """
@@ -49,19 +49,19 @@ class General:
 
 
 def source_of(task: Task) -> GeneralSource:
-    """Where the run's general rows come from; notes where the built-in rows are another model's answers."""
+    """The run's source of general rows; adds a notice where the built-in rows are another model's answers."""
     own = task.files.name == HUB_NAME
     source = resolve_source(task.config, wrote_builtin=own)
     if source.name == "builtin" and not own:
         task.notices.add(
-            f"general data: the rows on board are SmolLM2-135M's answers, not {task.files.name}'s; "
+            f"general data: the built-in rows are SmolLM2-135M's answers, not {task.files.name}'s; "
             "with --general self the model answers the prompts itself"
         )
     return source
 
 
 def read_general(task: Task, *, overlap: bool = True) -> General | None:
-    """The general rows of a run; None where there are none, or the model has to write them.
+    """The general rows of a run; None where there are none or the model has to write them.
 
     Raises:
         TellError: see `load_general`.
@@ -71,10 +71,10 @@ def read_general(task: Task, *, overlap: bool = True) -> General | None:
 
 
 def load_general(task: Task, source: GeneralSource, *, overlap: bool = True) -> General:
-    """Tokenise a general source (cached), hold rows out, find its overlap with the test rows.
+    """A general source as rows: tokenised (cached), with rows held out and its overlap with the test rows found.
 
     Args:
-        source: has rows to read; what the model wrote is a file.
+        source: a source of rows; rows that the model wrote are a file.
         overlap: False skips the comparison with the test rows, which needs the texts and not only the cache.
 
     Raises:
@@ -82,7 +82,7 @@ def load_general(task: Task, source: GeneralSource, *, overlap: bool = True) -> 
     """
     config = task.config
     if source.read is None:
-        raise ValueError(f"the general source {source.name} has nothing to read")
+        raise ValueError(f"the general source {source.name} has no rows to read")
     fingerprint = None if overlap else source.fingerprint()
     loaded = source.read() if fingerprint is None else None
     table = _table(task, source, loaded, fingerprint)
@@ -104,7 +104,7 @@ def load_general(task: Task, source: GeneralSource, *, overlap: bool = True) -> 
     order = permutation(len(usable), config.seed, "held out")
     held_out, rest = np.sort(usable[order[:wanted]]), np.sort(usable[order[wanted:]])
     rest = rest[~np.isin(table.hashes[rest], table.hashes[held_out])]  # a row that occurs twice is held out twice
-    facts = {**table.facts, "path": loaded.path if loaded else source.name}  # the cache knows a file by content alone
+    facts = {**table.facts, "path": loaded.path if loaded else source.name}  # the cache goes by a file's content alone
     dropped = [{"origin": d.origin, "reason": d.reason} for d in table.dropped]
     return General(table, rest, held_out, facts, dropped, shared, len(blocked))
 
@@ -115,7 +115,7 @@ def _table(task: Task, source: GeneralSource, loaded: Loaded | None, fingerprint
     rules = RowRules(train.max_length, "drop", "drop", train.loss_on, "drop", task.files.architecture.vocab)
 
     def make() -> RowTable:
-        data = loaded or source.read()  # type: ignore[misc]  # `load_general` has checked it
+        data = loaded or source.read()  # type: ignore[misc]  # checked by `load_general`
         lost = [Dropped(origin, reason) for origin, reason in data.dropped]
         data, notices = cleaned(data, task.chat)
         with task.display.bar("tokenise general data", len(data.examples)) as advance:
@@ -135,7 +135,7 @@ def _table(task: Task, source: GeneralSource, loaded: Loaded | None, fingerprint
 
 
 def draw_general(config: Config, general: General, task_tokens: int) -> Draw:
-    """The general rows of the mix; by the task's tokens where no amount is given."""
+    """The general rows drawn for the mix; the amount follows the task's tokens where none is set."""
     ((way, amount),) = config.general.amount(task_tokens).items()
     unit = general.table.unit[general.allowed]
     draw = general_rows(

@@ -1,4 +1,4 @@
-"""``--max-minutes`` over a run: what is done is decided once, corrected after training, and kept for --resume."""
+"""``--max-minutes`` during a run: the extent is decided once, corrected after training, and saved for --resume."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from tell.run.train_arms import Trained
 
 @dataclass
 class InTime:
-    """The minutes of a run.
+    """The time limit of a run, and what was given up to meet it.
 
     Attributes:
-        minutes: ``--max-minutes``; None: all that is requested is done.
-        session: its pace is measured.
-        given_up: what was given up so far, a notice each.
+        minutes: ``--max-minutes``; None: no limit.
+        session: the open model whose pace is measured.
+        given_up: notices, one for each thing given up so far.
         measured: whether the pace was measured in this session of the run.
         decided: ``fit`` of plan.json, from `fit` on.
     """
@@ -43,9 +43,9 @@ class InTime:
     decided: dict[str, Any] = field(default_factory=dict)
 
     def enough(self, task: Task, table: RowTable) -> Enough:
-        """When the model has written enough general rows: as many as there is predicted to be time for.
+        """A function of rows: the share they make up of the general rows that there is predicted to be time for.
 
-        A resumed run takes those that the session before took.
+        A resumed run takes those that the previous session took.
         """
         tokens = int(table.unit.sum())
         if (kept := self._planned("general")) is not None:
@@ -64,10 +64,10 @@ class InTime:
         return enough_of(shorter, task.unit, 0)
 
     def fit(self, prepared: Prepared) -> Prepared:
-        """As much of the run as fits; when resumed, as was decided the first time.
+        """The extent of the run that fits; a resumed run keeps the first decision.
 
         Raises:
-            TellError: not even the least of it fits, or no arm is left.
+            TellError: not even the smallest extent fits, or no arm is left.
         """
         if (kept := self._planned("fit")) is not None:
             self._give_up(prepared, kept.given_up)
@@ -87,7 +87,7 @@ class InTime:
         return prepared
 
     def corrected(self, prepared: Prepared, trained: Trained) -> Prepared:
-        """The run once its leading arm was trained: less of it if that took longer than predicted."""
+        """The extent after the leading arm has trained: smaller if that took longer than predicted."""
         if not self.minutes or prepared.lead not in trained.now:
             return prepared
         arms = trained_arms(prepared.task.config.eval.arms)
@@ -115,6 +115,6 @@ class InTime:
             prepared.task.notices.add(text)
 
     def _planned(self, key: str) -> Any:
-        """What plan.json of the session before says; None in a first session."""
+        """The decision in the previous session's plan.json; None in a first session."""
         folder = self.journal.folder
         return getattr(folder.read_as(folder.plan, Planned), key) if folder.plan.exists() else None

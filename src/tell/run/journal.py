@@ -1,4 +1,4 @@
-"""status.json of a run on its way: the stage it is in, the seconds it took, how it ended."""
+"""status.json of a run in progress: its stage, its seconds, how it ended."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from tell.run.stop import Stop
 
 @dataclass
 class Journal:
-    """Where a run is, and whether it is to stop.
+    """Records the stage and time of a run, and raises once it is to stop.
 
     Attributes:
-        begin: on the monotonic clock, when this session of the run began.
+        begin: start of this session, on the monotonic clock in seconds.
         earlier: seconds of the sessions before this one.
     """
 
@@ -31,13 +31,13 @@ class Journal:
 
     @classmethod
     def of(cls, folder: RunFolder, *, resumed: bool = False) -> Journal:
-        """The journal of a run in a folder; a resumed one goes on counting seconds."""
+        """The journal of a run in a folder; a resumed one continues counting seconds."""
         earlier = float(folder.read_status().get("seconds", 0)) if resumed else 0.0
         return cls(folder, Stop(folder.root), earlier=earlier)
 
     @property
     def seconds(self) -> float:
-        """The whole run's so far, all its sessions together."""
+        """Seconds of the run so far, over all its sessions."""
         return self.earlier + time.monotonic() - self.begin
 
     @property
@@ -49,19 +49,19 @@ class Journal:
         """Enter a stage.
 
         Raises:
-            Interrupted: a signal has come.
+            Interrupted: a signal was received.
         """
         self.stage = stage
         self.stop.check()
         self.set("running")
 
     def set(self, state: str, **more: object) -> None:
-        """Write status.json, with the seconds that a resumed run goes on counting from."""
+        """Write status.json, with the seconds that a resumed run continues from."""
         self.folder.set_status(state, stage=self.stage, seconds=round(self.seconds, 1), **more)
 
     @contextmanager
     def open(self, config: Config, *, fresh: bool = True, overwrite: bool = False) -> Iterator[None]:
-        """Hold the run's folder, listen for signals, and record how the run ended."""
+        """Lock the run's folder, listen for signals, and record how the run ended."""
         opened = open_folder(self.folder, fresh=fresh, config=config, seconds=self.seconds, overwrite=overwrite)
         with opened, self.stop.listening():
             try:

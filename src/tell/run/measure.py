@@ -1,4 +1,4 @@
-"""Every arm of a run on its test rows, and its weights on general and validation rows: answers, scores, losses."""
+"""Answers, scores and losses of every arm of a run, on its test, general and validation rows."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Answers:
 
 @dataclass(frozen=True)
 class Measured:
-    """All that was measured of a run.
+    """All measurements of a run.
 
     Attributes:
         answers: of each scored arm.
@@ -75,7 +75,7 @@ class Measured:
 
 
 def measure_arms(prepared: Prepared, trained: Trained, session: Session, journal: Journal) -> Measured:
-    """Answer the test rows by every arm, and measure general and validation loss of its weights, and benchmarks."""
+    """Measurements of every arm: answers to the test rows, general and validation loss, benchmarks."""
     config, arms = prepared.task.config, trained.arms(prepared.arms)
     exam, validation = run_exam(prepared), validation_table(prepared)
     answers = answer_arms(exam, arms, session, journal)
@@ -92,7 +92,7 @@ def measure_arms(prepared: Prepared, trained: Trained, session: Session, journal
 
 @dataclass(frozen=True)
 class Exam:
-    """The test rows of a run, how they are asked, decoded and scored: the same for every arm.
+    """The test rows of a run with their prompts, decoding and scorer, the same for every arm.
 
     Attributes:
         train: rows that examples in context come from.
@@ -108,7 +108,7 @@ class Exam:
     scorer: Scorer
 
     def take(self, arm: str, session: Session, adapter: Path | None, kept: list[dict] | None = None) -> Answers:
-        """Answer and score the test rows; answers ``kept`` from an earlier session are not asked for again."""
+        """Answer and score the test rows; answers ``kept`` from an earlier session are reused."""
         config = self.config
         room = min(session.engine.max_positions - self.decoding.max_new_tokens, config.train.max_length * 2)
         prompting = Prompting(session.chat, self.anchor, self.shots, config.eval.icl_examples, room, config.seed)
@@ -126,7 +126,7 @@ class Exam:
 
 
 def answer_arms(exam: Exam, arms: Sequence[str], session: Session, journal: Journal) -> dict[str, Answers]:
-    """Each arm's answers to the test rows, scored; answers that are in the run's folder are scored as they are."""
+    """Each arm's scored answers to the test rows; answers already in the run's folder are reused."""
     found = {}
     for arm in arms:
         journal.at(f"evaluate {arm}")
@@ -138,7 +138,7 @@ def answer_arms(exam: Exam, arms: Sequence[str], session: Session, journal: Jour
 
 
 def run_exam(prepared: Prepared) -> Exam:
-    """The exam of a prepared run."""
+    """The `Exam` of a prepared run."""
     from tell.decode.sampler import Decoding
 
     task, config = prepared.task, prepared.task.config
@@ -184,7 +184,10 @@ def measure_weights(
         Mean validation loss by arm; empty without validation rows.
     """
     losses: dict[str, float] = {}
+    if state is None and not len(validation):
+        return losses
     for arm in dict.fromkeys([*(ARMS[arm].adapter or BASE for arm in arms), BASE]):
+        journal.at(f"measure {arm}")
         with session.adapter(adapter_folder(journal.folder, arm)):
             if state is not None:
                 measure_arm(state, arm, session, scorer)

@@ -1,4 +1,4 @@
-"""What the untuned model has made, kept as long as it stays in memory: runs of a study share it."""
+"""Memoises base-model results while the model is loaded, so that the runs of a study share them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _made: WeakKeyDictionary[Any, dict[Hashable, Any]] = WeakKeyDictionary()  # by m
 
 
 def once(model: object, key: Hashable, make: Callable[[], T]) -> T:
-    """What ``make`` returns, the first time; the same again for the same model and key.
+    """The result of ``make``, memoised by model and key.
 
     Args:
         model: the untuned model, without an adapter.

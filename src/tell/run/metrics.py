@@ -1,4 +1,4 @@
-"""metrics.json and findings.json: what a run measured, and what it found on the way."""
+"""metrics.json and findings.json: a run's measurements, and what it detected on the way."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Metrics:
 
 
 def run_metrics(prepared: Prepared, trained: Trained, measured: Measured) -> Metrics:
-    """metrics.json of a run: scores with intervals, arms paired, what was forgotten, what training took."""
+    """metrics.json of a run: scores with intervals, paired differences of arms, forgetting, cost of training."""
     config = prepared.task.config
     lead = prepared.mixtures.get(prepared.lead or "")
     return Metrics(
@@ -86,7 +86,7 @@ def train_numbers(prepared: Prepared, results: Mapping[str, dict], validation: M
 
 @dataclass(frozen=True)
 class Findings:
-    """findings.json: what was detected and found on the way, the machine and the versions."""
+    """findings.json: what was detected on the way, the machine and the versions."""
 
     data: dict
     test: dict | None
@@ -107,7 +107,7 @@ class Findings:
 
     @classmethod
     def of(cls, prepared: Prepared, loaded: Loaded, *, seconds: float, command: str = "") -> Findings:
-        """What is known of a run at its end; ``seconds`` are of all its sessions."""
+        """Facts of a finished run; ``seconds`` are of all its sessions."""
         task, general, kind = prepared.task, prepared.general, prepared.task.kind
         return cls(
             data=task.facts.data,

@@ -17,7 +17,7 @@ from tell.train.targets import refuse_experts
 
 
 def cleaned(loaded: Loaded, chat: ChatTokenizer) -> tuple[Loaded, list[str]]:
-    """The rows without end tokens written into their answers, and what to say of it."""
+    """The rows with written-out end tokens removed from their answers, and a notice of it."""
     examples, count = without_ends(loaded.examples, chat)
     notices = [ends_notice(loaded.path, count, chat)] if count else []
     if end := foreign_end(examples):
@@ -28,7 +28,7 @@ def cleaned(loaded: Loaded, chat: ChatTokenizer) -> tuple[Loaded, list[str]]:
 def fitted(
     data: Loaded, given: Loaded | None, files: ModelFiles, train: TrainConfig, *, own_code: bool = False
 ) -> tuple[Loaded, Loaded | None, ChatTokenizer, list[str]]:
-    """The task's rows and test rows as the model takes them, its template, and what to say of it.
+    """The task's rows and test rows as the model takes them, its template, and the notices.
 
     Args:
         own_code: the model may run code that comes with it.
@@ -44,18 +44,18 @@ def fitted(
     if any(has_thought(example.answer) for example in data.examples):
         chat = chat.thoughtful()
     if chat.thinking:
-        notices.append(f"answers hold thoughts, so the chat template of {chat.family} is told to let the model think")
+        notices.append(f"answers hold thoughts, so the chat template of {chat.family} is set to let the model think")
     notices += _experts_notice(files, train, own_code)
     return data, given, chat, notices
 
 
 def _experts_notice(files: ModelFiles, train: TrainConfig, own_code: bool) -> list[str]:
-    """What to say of a mixture's experts; only with the weights is it seen how code of its own keeps them."""
+    """Notices about the experts of a mixture; how custom code stores them is known only once weights are loaded."""
     count, targets = files.architecture.experts, train.lora_targets
     if count < 2 or (own_code and "auto_map" in read_config(files.path / "config.json")):
         return []
     refuse_experts(name.strip() for name in targets.split(","))
-    return [f"a mixture of {count} experts: LoRA leaves the experts as they are"] if targets == "all-linear" else []
+    return [f"a mixture of {count} experts: LoRA does not adapt the experts"] if targets == "all-linear" else []
 
 
 def check_general(table: RowTable, source: str) -> None:
@@ -69,5 +69,5 @@ def check_general(table: RowTable, source: str) -> None:
         raise TellError(
             f"none of the {total:,} general rows can be trained on; the first: {first.reason}",
             where=first.origin or source,
-            remedy="Give other general data.",
+            remedy="Use other general data.",
         )

@@ -1,4 +1,4 @@
-"""What a run will do, before any weight is loaded: rows, tokens, steps, FLOPs, time, memory. No torch."""
+"""plan.json: rows, tokens, steps, FLOPs, time and memory of a run, before any weight is loaded. No torch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tell.run.task import Task
 
 
 def unwritten_general(task: Task, table: RowTable) -> General | None:
-    """Rows that the model wrote for an earlier run, or an estimate of them; None where none are to be written."""
+    """Rows that the model wrote for an earlier run, or an estimate of them; None where the model writes none."""
     source = source_of(task)
     if not source.written:
         return None

@@ -1,6 +1,6 @@
-"""Everything that is decided before a weight is trained: one value, made by one call. No torch.
+"""A prepared run: everything that is decided before training, as one value made by one call. No torch.
 
-`tell plan`, `tell tune` and `tell study` get their rows here. They differ only in who supplies what the model writes:
+`tell plan`, `tell tune` and `tell study` get their rows here. They differ only in the source of what the model writes:
 a plan estimates it, a run has the model write it.
 """
 
@@ -21,7 +21,7 @@ from tell.run.general_rows import General, draw_general
 from tell.run.task import Task, limit_task, task_table
 
 Writer = Callable[[Task, RowTable], General | None]
-"""Supplies general rows that no file has, by the task and its rows; None where there are none."""
+"""Supplies general rows that no file has, given the task and its rows; None where there are none."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Prepared:
 
     @cached_property
     def same(self) -> dict[str, str]:
-        """Requested arms that are one run with another, and which."""
+        """Requested arms that equal another arm's run, mapped to that arm."""
         return same_runs(wanted_arms(self.task.config), self.mixtures)
 
     @property
@@ -63,7 +63,7 @@ class Prepared:
 
     @property
     def trained(self) -> list[str]:
-        """The arms to train, the leading one first: its adapter is the one people wait for."""
+        """The arms to train, the leading one first, since its adapter is the one users wait for."""
         return sorted(trained_arms(self.arms), key=lambda arm: arm != self.lead)
 
     @property
@@ -78,7 +78,7 @@ class Prepared:
         return [*self.task.facts.dropped_rows, *dropped, *(self.general.dropped if self.general else [])]
 
     def check_arms(self) -> None:
-        """Note the arms without rows of their own, and those that are one run with another.
+        """Add notices for arms without rows, and for those that are one run with another.
 
         Raises:
             TellError: no arm is left.
@@ -90,7 +90,7 @@ class Prepared:
             raise TellError(
                 "no general row is drawn, and no other arm is requested",
                 where="general",
-                remedy="Ask for more general data: the amount is less than half a row.",
+                remedy="Set a larger amount of general data: it is less than half a row.",
             )
         for arm in lost:
             notices.add(f"the arm {arm} is left out: no general row is drawn")
@@ -103,7 +103,7 @@ def prepare(task: Task, anchor: Anchor, general: General | Writer | None) -> Pre
 
     Args:
         task: as from `load_task`.
-        general: the rows, or who supplies them.
+        general: the rows, or a function that supplies them.
 
     Raises:
         TellError: no row is left to train on, or too few for ``task.shots``.
@@ -117,7 +117,7 @@ def prepare(task: Task, anchor: Anchor, general: General | Writer | None) -> Pre
 
 
 def check_rows(task: Task, anchor: Anchor) -> None:
-    """Refuse rows that no training and prompts that no answer fits, with an anchor of about the final length.
+    """Refuse rows too long to train on and prompts without room for an answer; the anchor is of about final length.
 
     Raises:
         TellError: the first such row.

@@ -1,4 +1,4 @@
-"""One run trained by several processes: the first does all of the run, the others only train.
+"""One run trained by several processes: the first does everything, the others only train.
 
 What they train on is sent to them, tables and mixture as they are: it is the same to the byte whoever wrote the anchor
 or the general data, only the first needs the files, and nothing is tokenised twice.
@@ -46,10 +46,10 @@ class Job:
 
 @contextmanager
 def processes_of(config: Config) -> Iterator[Processes | None]:
-    """The processes that this one was started with; None where it was started alone.
+    """The group of processes that this one was started in; None where it was started alone.
 
     Raises:
-        TellError: the configuration asks for what several processes cannot do, or what one cannot.
+        TellError: the configuration needs what several processes cannot do, or what one cannot.
     """
     processes = _join(config)
     try:
@@ -61,7 +61,7 @@ def processes_of(config: Config) -> Iterator[Processes | None]:
 
 @contextmanager
 def helpers(processes: Processes | None, folder: RunFolder) -> Iterator[Callable[[], None]]:
-    """Keeps the other processes waiting for trainings; calling what it yields, or its end, lets them go."""
+    """Keeps the other processes waiting for trainings; calling what it yields, or leaving the block, releases them."""
 
     def dismiss() -> None:
         if processes is not None:
@@ -70,7 +70,8 @@ def helpers(processes: Processes | None, folder: RunFolder) -> Iterator[Callable
     try:
         yield dismiss
     finally:
-        dismiss()
+        if processes is not None:
+            processes.dismiss(str(folder.root) if folder.status.exists() else None)
 
 
 def _join(config: Config) -> Processes | None:
@@ -88,7 +89,7 @@ def _join(config: Config) -> Processes | None:
         raise TellError("vLLM does not run under torchrun", where="generate.engine", remedy="Use generate.engine=own.")
     if sharded and config.max_minutes:
         raise TellError(
-            "times are measured on a model that one device holds",
+            "times are measured on a model that fits on one device",
             where="--max-minutes with train.parallel=fsdp",
             remedy="Set the amount instead, e.g. --general-tokens.",
         )
@@ -106,10 +107,10 @@ def decoding_beside(config: Config, processes: Processes | None) -> Config:
 
 
 def load_spread(files: ModelFiles, config: Config) -> tuple[Loaded, torch.device]:
-    """The model on the CPU, to be spread over processes, and the device it will compute on."""
+    """The model on the CPU, ready to be sharded, and the device it will compute on."""
     from tell.models.load import choose_device, choose_dtype, load_model
 
-    gc.collect()  # the shares of an arm before it hang in cycles
+    gc.collect()  # the previous arm's shards are in reference cycles
     device = choose_device(config.model.device)
     dtype = config.model.dtype
     if dtype == "auto":
@@ -124,7 +125,7 @@ def help_training(processes: Processes, config: Config) -> RunFolder:
         The run folder; the first process may still be at work in it.
 
     Raises:
-        TellError: this process cannot go on, or there is no run to help with.
+        TellError: this process cannot continue, or the first process started no run.
     """
     stop = Stop(Path(config.out or "."))
     base = None
@@ -135,15 +136,15 @@ def help_training(processes: Processes, config: Config) -> RunFolder:
                     base = _base(job, config, processes, base)
                 _train(job, *base, processes, stop)
             except Exception:
-                if processes.busy:  # the others do not know
+                if processes.busy:  # the others have not failed
                     raise
     if job is None:
-        raise TellError("the first process began no run", where="torchrun", remedy="Its own message says why.")
+        raise TellError("the first process started no run", where="torchrun", remedy="See that process's own message.")
     return RunFolder(job)
 
 
 def _base(job: Job, config: Config, processes: Processes, held: tuple[Any, Any] | None) -> tuple[Any, Any]:
-    """(model, device) of a job; whole, it serves the next job too."""
+    """(model, device) of a job; an unsharded model serves the next job too."""
     if held is not None and not processes.sharded:
         return held
     from tell.models.load import load_model
@@ -172,7 +173,7 @@ def _train(job: Job, model: PreTrainedModel, device: torch.device, processes: Pr
 
 
 def start_job(processes: Processes, files: ModelFiles, loaded: Loaded, training: TrainingJob) -> None:
-    """Call the others to train an arm; the caller trains next.
+    """Send an arm to the other processes to train; the caller then trains too.
 
     Args:
         files, loaded: the base model.

@@ -1,9 +1,8 @@
-"""What a run writes down about itself: what was decided, what was trained, what was found."""
+"""The files in which a run records its decisions: plan.json, split.json, the adapter's metadata."""
 
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, Field
 
@@ -15,9 +14,6 @@ from tell.mix.manifest import read_manifest, write_manifest
 from tell.run.plan import describe_plan
 from tell.run.prepare import Prepared
 from tell.run.task import Task
-
-if TYPE_CHECKING:
-    pass
 
 
 class PlannedModel(BaseModel):
@@ -33,7 +29,7 @@ class PlannedGeneral(BaseModel):
 
 
 class Fit(BaseModel):
-    """``fit`` of plan.json: how much of the run is done, and what was given up for --max-minutes."""
+    """``fit`` of plan.json: the extent of the run, and what was given up for --max-minutes."""
 
     arms: tuple[ArmName, ...] = Field(min_length=1)
     test_rows: int = Field(ge=0, le=LARGEST)
@@ -43,7 +39,7 @@ class Fit(BaseModel):
 
 
 class Planned(BaseModel):
-    """What is read back of plan.json."""
+    """The part of plan.json that is read back."""
 
     model: PlannedModel
     general: PlannedGeneral | None = None
@@ -51,13 +47,13 @@ class Planned(BaseModel):
 
 
 def write_plan(folder: RunFolder, prepared: Prepared, fit: dict | None = None) -> None:
-    """Write everything that is decided before training; a resumed run must decide the same again.
+    """Write everything that is decided before training; a resumed run must reach the same decisions.
 
     Args:
-        fit: how much of the run is done and what was given up for it, as `tell.run.in_time.InTime` decides.
+        fit: the extent of the run and what was given up for it, as `tell.run.in_time.InTime` decides.
 
     Raises:
-        TellError: the data is no longer what it was when the run began.
+        TellError: the data has changed since the run began.
     """
     plan = describe_plan(prepared) | ({"fit": fit} if fit else {})
     for text in plan["mixture"]["notices"]:
@@ -91,7 +87,7 @@ def split_file(task: Task) -> str:
 
 
 def _same_split(before: dict, now: dict) -> bool:
-    """Whether two splits are of the same data: fewer test rows, which --max-minutes may leave, are among more."""
+    """Whether two splits are of the same data: fewer test rows, as --max-minutes may leave, must be among the more."""
     tests = [set(part.pop("test", ())) for part in (before, now)]
     return before == now and (tests[0] <= tests[1] or tests[0] >= tests[1])
 
@@ -104,7 +100,7 @@ def thinks(folder: RunFolder) -> bool:
 
 
 def write_adapter_notes(folder: RunFolder, task: Task, adapter: AdapterFolder) -> None:
-    """What an adapter needs to be used elsewhere: the anchor, and its base model by name, or by path of a folder."""
+    """Add to an adapter what it needs elsewhere: the anchor, and the base model's name or folder."""
     files = task.files
     name = str(files.path) if files.origin == "folder" else files.name
     anchor = folder.read(folder.anchor)
@@ -112,5 +108,5 @@ def write_adapter_notes(folder: RunFolder, task: Task, adapter: AdapterFolder) -
     revision = task.config.model.revision
     notes = {"anchor": anchor, "base_model": name, "revision": revision, "origin": files.origin}
     write_json(adapter.notes, {**notes, "thinking": task.chat.thinking})
-    # peft records the folder of the weights, which for a model of the hub is in its cache.
+    # peft records the folder of the weights, which for a hub model is in the hub's cache.
     write_json(adapter.config, {**folder.read(adapter.config), "base_model_name_or_path": name})

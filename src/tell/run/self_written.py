@@ -1,9 +1,9 @@
 """General data written by the model itself (self-distillation, arXiv 2402.13669; rehearsal, arXiv 2403.01244).
 
-The model answers the prompts on board. Once they are used up, or with ``general.self.prompts: invented``, it writes
-prompts too: from its chat header alone comes an instruction (Magpie, arXiv 2406.08464). It is asked for short answers
-(the wish is not kept in the row), since an answer that runs into the limit is thrown away. Rows are written in
-blocks with a seed each, so a larger amount extends a smaller one; the file is kept by model and settings. A run
+The model answers the built-in prompts. Once they are used up, or with ``general.self.prompts: invented``, it writes
+prompts too: from its chat header alone comes an instruction (Magpie, arXiv 2406.08464). It is told to answer briefly
+(the instruction is not kept in the row), since an answer cut off by the limit is discarded. Rows are written in
+blocks with a seed each, so a larger amount extends a smaller one; the file is cached by model and settings. A run
 takes the first blocks that suffice, however many the file holds, so what it draws from does not depend on other runs.
 """
 
@@ -35,8 +35,8 @@ Enough = Callable[[Sequence[dict]], float]
 BLOCK = 128
 VERSION = 3
 MOST_EMPTY_BLOCKS = 4
-USUAL_ROW = {"instruction": "word " * 20, "output": "word " * 60}  # to guess what a first block will give
-_WORD = re.compile(r"[\u3040-\u30ff\u4e00-\u9fff]|[^\s\u3040-\u30ff\u4e00-\u9fff]+")  # a letter of those scripts is one
+USUAL_ROW = {"instruction": "word " * 20, "output": "word " * 60}  # to estimate the yield of a first block
+_WORD = re.compile(r"[\u3040-\u30ff\u4e00-\u9fff]|[^\s\u3040-\u30ff\u4e00-\u9fff]+")  # these count by letter
 MARK = "\ufffdtell\ufffd"
 
 
@@ -56,7 +56,7 @@ def self_file(config: Config, model: str, tokenizer: str) -> Path:
 
 
 def enough_of(config: Config, unit: ChatTokenizer, task_tokens: int) -> Enough:
-    """Whether rows suffice for the mix and for the rows held out, as a share of what is needed.
+    """A function of rows: the share they make up of what the mix and the held-out rows need.
 
     Args:
         unit: tokenizer that amounts are counted in.
@@ -68,7 +68,7 @@ def enough_of(config: Config, unit: ChatTokenizer, task_tokens: int) -> Enough:
         texts = [f"{row['instruction']}\n{row['output']}" for row in rows]
         counted = [len(e.ids) for e in unit.backend.encode_batch(texts, add_special_tokens=False)]
         n = len(rows)
-        left = n - min(held_out, n // 4)  # as `load_general` holds them out
+        left = n - min(held_out, n // 4)  # held out as in `load_general`
         ((way, wanted),) = amount.amount(task_tokens).items()
         if way == "rows":
             return left / max(1, wanted)
@@ -79,14 +79,14 @@ def enough_of(config: Config, unit: ChatTokenizer, task_tokens: int) -> Enough:
 
 
 def cached_self_file(config: Config, model: str, tokenizer: str, enough: Enough) -> Path | None:
-    """The rows a run would take, where enough of them were written before."""
+    """The rows a run would take, if enough were written before."""
     rows, blocks = _read(self_file(config, model, tokenizer))
     taken = _first_blocks(rows, blocks, enough)
     return None if taken is None else _part(self_file(config, model, tokenizer), rows, blocks[:taken])
 
 
 def _read(path: Path) -> tuple[list[dict], list[dict]]:
-    """All rows, and how many each block gave and threw away."""
+    """All rows, and the numbers that each block kept and rejected."""
     facts = path.with_suffix(".json")
     if not path.exists() or not facts.exists():
         return [], []
@@ -96,7 +96,7 @@ def _read(path: Path) -> tuple[list[dict], list[dict]]:
 
 
 def _first_blocks(rows: list[dict], blocks: list[dict], enough: Enough) -> int | None:
-    """How many blocks suffice; None where all together do not."""
+    """The number of blocks that suffice; None where all together do not."""
     end = 0
     for number, block in enumerate(blocks, start=1):
         end += block["rows"]
@@ -106,7 +106,7 @@ def _first_blocks(rows: list[dict], blocks: list[dict], enough: Enough) -> int |
 
 
 def _part(path: Path, rows: list[dict], blocks: list[dict]) -> Path:
-    """A file of its own for the rows of the first blocks."""
+    """A separate file with the rows of the first blocks."""
     end = sum(block["rows"] for block in blocks)
     part = path.with_name(f"{path.stem}-{end}.jsonl")
     if not part.exists() or read_jsonl(part) != rows[:end]:
@@ -115,14 +115,14 @@ def _part(path: Path, rows: list[dict], blocks: list[dict]) -> Path:
 
 
 def user_header(chat: ChatTokenizer) -> tuple[str, str]:
-    """Text up to where a user's words begin, and the text that follows them, from the chat template."""
+    """The chat template's text before a user's message, and the text after it."""
     text = chat.render([Message("user", MARK)], add_generation_prompt=True)
     head, _, tail = text.partition(MARK)
     return head, tail
 
 
 def is_good(instruction: str, answer: str) -> str | None:
-    """Why a pair is thrown away; None to keep it."""
+    """Why a pair is rejected; None to keep it."""
     words = _WORD.findall(answer.lower())
     if len(_WORD.findall(instruction)) < 3:
         return "instruction too short"
@@ -141,7 +141,7 @@ def is_good(instruction: str, answer: str) -> str | None:
 
 
 def write_self_data(session: Session, enough: Enough) -> tuple[Path, dict]:
-    """Write until there is enough; rows already written for this model and these settings are kept.
+    """Write general rows until there are enough; rows already written for this model and these settings are reused.
 
     Args:
         session: of the untuned model.
@@ -169,7 +169,7 @@ def write_self_data(session: Session, enough: Enough) -> tuple[Path, dict]:
 
 @contextmanager
 def _locked(path: Path, session: Session) -> Iterator[None]:
-    """Hold the lock of a file of rows; while another run holds it, the session is asked whether to stop."""
+    """Hold the lock of a file of rows; while another run holds it, poll the session for a stop."""
     from filelock import FileLock, Timeout
 
     lock = FileLock(make_folder(path.parent) / f".{path.stem}.lock")  # released by the system if its holder dies
@@ -190,7 +190,7 @@ def _locked(path: Path, session: Session) -> Iterator[None]:
 
 
 def _write_more(session: Session, path: Path, rows: list[dict], blocks: list[dict], enough: Enough) -> None:
-    """Extend rows and blocks, in place and on disk, until there is enough."""
+    """Extend rows and blocks, in place and on disk, until there are enough."""
     seen = {row["instruction"].strip().lower() for row in rows}
     empty = 0
     share = max(0.0, min(1.0, enough(rows)))
@@ -226,7 +226,7 @@ def _write_more(session: Session, path: Path, rows: list[dict], blocks: list[dic
                 raise TellError(
                     f"the model wrote no usable row in {empty * BLOCK} tries ({dict(thrown)})",
                     where="general.source self",
-                    remedy="Give a file of general instruction data with --general.",
+                    remedy="Pass a file of general instruction data with --general.",
                 )
             new = max(0.0, min(1.0, enough(rows)))
             gain, share = max(0.0, new - share), new
@@ -236,7 +236,7 @@ def _write_more(session: Session, path: Path, rows: list[dict], blocks: list[dic
 
 
 def _block(session: Session, block: int, thrown: Counter, moved: Callable[[float], None]) -> list[dict]:
-    """One block of instructions with answers; ``moved`` hears what share of it is done."""
+    """One block of instructions with answers; ``moved`` is called with the share that is done."""
     config = session.config
     rules = config.general.self_
     given = load_prompts() if rules.prompts == "builtin" else []
@@ -257,7 +257,7 @@ def _invented(session: Session, seed: int, thrown: Counter, moved: Callable[[flo
     config, chat, engine = session.config, session.chat, session.engine
     rules = config.general.self_
     head, tail = user_header(chat)
-    # The words of the user end where the template's turn ends: at its first special token, or a line break.
+    # The user's message ends where the template's turn ends: at its first special token, or a line break.
     stop = chat.encode(tail.lstrip() or tail)[:1]
     limit = rules.max_prompt_tokens
     ask = _decoding(config, limit, (*chat.stop_ids, *stop), rules.temperature, seed)
@@ -281,12 +281,12 @@ def answered(
     thrown: Counter,
     moved: Callable[[float], None] = lambda part: None,
 ) -> list[str | None]:
-    """The model's answer to each instruction; None where it does not end in time or does not pass `is_good`.
+    """The model's answer to each instruction; None where it does not end within the limit or fails `is_good`.
 
     Args:
         session: of the untuned model; ``general.self`` of its configuration says how answers are drawn.
         seed: of the draws.
-        thrown: counts why answers are thrown away.
+        thrown: counts the reasons for rejected answers.
         moved: called with the share that is done.
     """
     config, chat, engine = session.config, session.chat, session.engine
@@ -324,7 +324,7 @@ def _decoding(config: Config, limit: int, stops: Sequence[int], temperature: flo
 
 
 def _shares(rows: int, moved: Callable[[float], None]) -> Callable[[int, float], None]:
-    """A decoding progress that says what share of the rows is done."""
+    """A decoding progress callback that reports the share of rows done."""
     done = 0.0
 
     def progress(_: int, further: float) -> None:

@@ -1,4 +1,4 @@
-"""An open model: weights, decoding engine and chat template, and what every verb asks of them."""
+"""An open model: weights, decoding engine and chat template, shared by all verbs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class ModelCache:
-    """Keeps the base model and engine of one run for the next one, if that asks for the same; one at a time."""
+    """Keeps the base model and engine of one run for the next one if that needs the same; one at a time."""
 
     def __init__(self) -> None:
         self.key: tuple | None = None
@@ -50,7 +50,7 @@ class ModelCache:
         if held:
             import torch
 
-            torch.cuda.empty_cache()  # what torch keeps for itself, another engine would see as taken
+            torch.cuda.empty_cache()  # memory cached by torch counts as taken for another engine
 
 
 @dataclass
@@ -61,7 +61,7 @@ class Session:
         config: chooses device, number format and engine.
         check: called at every token and block of rows; may raise to stop.
         models: shares the loaded model with other sessions.
-        stream: tokens are needed one by one, which vLLM's offline engine does not give.
+        stream: tokens are needed one by one, which vLLM's offline engine does not support.
         announce: note what was loaded, and on which path it computes.
     """
 
@@ -94,7 +94,7 @@ class Session:
         return self._held
 
     def release(self) -> None:
-        """Let go of the model, and free it where no other session holds it; the next use loads it again."""
+        """Release the model, and free it unless another session holds it; the next use loads it again."""
         self._held = None
         self.models.drop()
 
@@ -116,7 +116,7 @@ class Session:
 
     @contextmanager
     def adapter(self, folder: Path | None) -> Iterator[None]:
-        """While this is open, the model answers with an adapter; None: untuned."""
+        """Inside this context the model answers with an adapter; None: untuned."""
         with self.engine.adapter(folder):
             yield
 
@@ -161,7 +161,7 @@ def _load(session: Session) -> tuple[Loaded, DecodingEngine]:
         positions = files.architecture.max_positions
         return loaded, engine or Engine(loaded.model, device=loaded.device, max_positions=positions)
 
-    rank = config.train.lora_r if choice == "vllm" else None  # vLLM is started for adapters of one size
+    rank = config.train.lora_r if choice == "vllm" else None  # vLLM reserves room for adapters of one rank
     key = (files.path, files.fingerprint, chosen.dtype, chosen.device, chosen.trust_remote_code, choice, rank)
     return session.models.get(key, make)
 
@@ -178,7 +178,7 @@ def _vllm_engine(files: ModelFiles, loaded: Loaded, config: Config) -> DecodingE
             dtype=dtype_name(loaded),
             rank=config.train.lora_r,
         )
-    except Exception as error:  # whatever another engine's start may raise
+    except Exception as error:  # starting another engine may raise any exception
         if config.generate.engine == "vllm":
             raise TellError(
                 f"vLLM does not start ({first_line(error)})", where="generate.engine", remedy="Use generate.engine=own."

@@ -12,10 +12,9 @@ from tell.rows.template import ChatTokenizer
 
 
 def pick_shots(config: Config, train: Sequence[Example], chat: ChatTokenizer) -> list[Example]:
-    """``task.shots`` rows, the first of the permutation that budgets draw from: the same for all budgets and arms.
+    """``task.shots`` rows, the first of the permutation that budgets draw from, so the same for all budgets and arms.
 
-    Rows too long to be trained on are passed over, by their own length, without the anchor; `check_shots` refuses too
-    few.
+    Rows that are too long to be trained on even without the anchor are skipped; `check_shots` refuses too few.
 
     Args:
         train: rows to train on, before the budget.
@@ -46,5 +45,5 @@ def check_shots(config: Config, train: Sequence[Example], shots: Sequence[Exampl
             f"{config.task.shots} examples are requested, and {shown} of {len(trained)} training rows can be "
             "shown; longer ones than train.max_length are not",
             where="task.shots",
-            remedy="Ask for fewer, or train on more rows.",
+            remedy="Lower task.shots, or train on more rows.",
         )

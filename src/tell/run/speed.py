@@ -1,4 +1,4 @@
-"""How fast this machine trains and decodes: measured before a run that must end in time, kept for later plans."""
+"""Training and decoding speed of this machine: measured for --max-minutes, saved for later plans."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tell.decode.protocol import DecodingEngine
     from tell.models.load import Loaded
 
-PROMPTS, NEW_TOKENS = 32, 8  # decoded to measure the pace: some seconds on two slow cores
+PROMPTS, NEW_TOKENS = 32, 8  # decoded to measure the speed: some seconds on two slow cores
 WARM_UP_ROWS = 2
 
 
@@ -79,7 +79,7 @@ def _decoding_speed(task: Task, engine: DecodingEngine) -> float | None:
 
 def keep_speed(task: Task, loaded: Loaded, tokens_per_second: float, decoded_per_second: float | None = None) -> None:
     """Remember how fast a model trained and decoded here."""
-    with suppress(TellError):  # a home that cannot be written costs the next plan's accuracy, not this run
+    with suppress(TellError):  # an unwritable home makes the next plan less accurate but does not fail this run
         record_speed(
             task.files.fingerprint,
             Place(loaded.device.type, dtype_name(loaded)),

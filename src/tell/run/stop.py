@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: finish the step, leave a resumable folder, say how to go on."""
+"""SIGINT and SIGTERM: finish the step, leave a resumable folder, say how to resume."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Handler = Callable[[int, FrameType | None], object] | int | signal.Handlers | No
 
 
 class Stop:
-    """Set by a signal; asked between steps and between decoded tokens."""
+    """Set by a signal; polled between steps and between decoded tokens."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -25,19 +25,19 @@ class Stop:
         return self.asked
 
     def check(self) -> None:
-        """Raise Interrupted once a signal has come."""
+        """Raise Interrupted once a signal was received."""
         if self.asked:
             raise self.interrupted("stopped")
 
     def interrupted(self, what: str) -> Interrupted:
-        """The error that says how to go on."""
+        """The error that says how to resume."""
         return Interrupted(what, where=str(self.folder), remedy=f"Go on with `tell tune --resume --out {self.folder}`.")
 
     @contextmanager
     def listening(self) -> Iterator[Stop]:
         """Catch SIGINT and SIGTERM; a second one takes its usual course. Only the main thread can listen.
 
-        A run of a study listens within it: a signal stops both, for the run may just be over.
+        A run within a study listens too, and a signal stops both, since the run may be about to finish.
         """
         if threading.current_thread() is not threading.main_thread():
             yield self
@@ -54,7 +54,7 @@ class Stop:
 
 
 class _Caught:
-    """A signal handler that sets a `Stop`, and those of the handlers it replaced; the next signal ends the process."""
+    """A signal handler that sets a `Stop` and those of the handlers it replaced; the next signal ends the process."""
 
     def __init__(self, stop: Stop, before: Handler) -> None:
         self.stop, self.before = stop, before

@@ -32,8 +32,8 @@ from tell.shown import left_out
 
 PAIRS_KEPT = 20
 FEW_ROWS = 30  # with fewer rows none is set aside for validation
-CACHED_ROWS = 500  # fewer task rows are tokenised as quickly as they are read back
-VALIDATION_ROWS = 64  # enough to score anchors and watch the loss; more would only cost time
+CACHED_ROWS = 500  # tokenising fewer rows is as fast as reading them from the cache
+VALIDATION_ROWS = 64  # enough to score anchors and monitor the loss; more would only cost time
 
 
 @dataclass
@@ -51,13 +51,13 @@ class Notices:
 
 @dataclass(frozen=True)
 class DataFacts:
-    """What was read and found before training; parts of findings.json and plan.json.
+    """Data read and findings made before training; parts of findings.json and plan.json.
 
     Attributes:
         data, test: path, layout, columns and rows of each file; ``test`` is None where no test file was given.
         duplicates: of the split, as findings.json has them.
         overlap: ``train_test`` of findings.json.
-        overlap_dropped: training rows left out because they nearly equal a test row.
+        overlap_dropped: training rows left out as near-duplicates of a test row.
         dropped_rows: origin and reason of each row left out.
     """
 
@@ -117,7 +117,7 @@ class Task:
 
 
 def load_task(config: Config, display: Display | None = None) -> Task:
-    """Find the model's files, read and split the task's data, detect its kind.
+    """The task of a configuration: model files found, data read and split, kind detected.
 
     Raises:
         TellError: anything wrong with the model or the data.
@@ -125,7 +125,7 @@ def load_task(config: Config, display: Display | None = None) -> Task:
     notices = Notices(display or Silent())
     display = notices.display
     data, given, schema = _read(config)
-    anchor_of(config)  # a missing @FILE is reported before a model is looked for
+    anchor_of(config)  # report a missing @FILE before searching for the model
     with display.bar("find the model", None):
         files = find_model(
             config.model.name,
@@ -175,13 +175,13 @@ def load_task(config: Config, display: Display | None = None) -> Task:
 
 
 def _read(config: Config) -> tuple[Loaded, Loaded | None, dict | None]:
-    """The task's rows, its test rows and its schema, the latter two where they are given."""
+    """The task's rows, and its test rows and schema where they are given."""
     task = config.task
     if not task.data:
         raise TellError(
             "no task data given",
             where="task.data",
-            remedy="Give a file, e.g. `tell tune tickets.jsonl`; `tell demo` runs on a task of ours.",
+            remedy="Pass a file, e.g. `tell tune tickets.jsonl`; `tell demo` runs on a built-in task.",
         )
     schema = load_schema(task.json_schema) if task.json_schema else None
     data = load(task.data, name="task", columns=task.columns)
@@ -189,7 +189,7 @@ def _read(config: Config) -> tuple[Loaded, Loaded | None, dict | None]:
 
 
 def _split(config: Config, data: Loaded, given: Loaded | None) -> Splits:
-    # With few rows every one is needed for training; anchors are then scored on training rows.
+    # With few rows all are needed for training; anchors are then scored on training rows.
     share = config.task.validation_fraction if len(data.examples) >= FEW_ROWS else 0.0
     if given is not None:
         return split_given_test(data.examples, given.examples, seed=config.seed, validation_fraction=share)
@@ -206,7 +206,7 @@ def _without_overlap(config: Config, train: list[Example], overlap: Overlap) -> 
         raise TellError(
             f"all {len(train)} training rows nearly equal a test row",
             where=config.task.data,
-            remedy="Leave --drop-overlap out, or give other test rows.",
+            remedy="Leave out --drop-overlap, or use other test rows.",
         )
     return kept
 
@@ -232,7 +232,7 @@ def overlap_facts(overlap: Overlap, rows: Sequence[Example], test: Sequence[Exam
 
 
 def anchor_of(config: Config) -> Anchor | None:
-    """The anchor as configured; None where the model is to write it."""
+    """The anchor as configured; None where the model has to write it."""
     text = config.anchor.text
     if text == "auto":
         return None
@@ -248,7 +248,7 @@ def anchor_text(text: str, flag: str) -> str:
         TellError: the file cannot be read, or the text is empty.
     """
     if text.startswith("@"):
-        remedy = "Give an existing UTF-8 text file behind the @."
+        remedy = "Put the path of a UTF-8 text file after the @."
         try:
             text = read_text(Path(text[1:]), remedy=remedy)
         except (FileNotFoundError, TellError) as error:
@@ -268,14 +268,14 @@ def place_anchor(task: Task, anchor: Anchor) -> Anchor:
 
 
 def stand_in_anchor(task: Task) -> Anchor:
-    """A stand-in for an anchor the model has yet to write, for counting."""
+    """A placeholder for an anchor the model has yet to write, for counting tokens."""
     return derived_anchor(task.kind, task.config.anchor.place) or Anchor(
         "Answer the following in the way of the task.", task.config.anchor.place, "derived"
     )
 
 
 def placed_anchor(task: Task) -> Anchor:
-    """The configured anchor, or its stand-in, where the template can carry it."""
+    """The configured anchor, or its placeholder, where the template can carry it."""
     anchor = anchor_of(task.config)
     return place_anchor(task, stand_in_anchor(task) if anchor is None else anchor)
 
@@ -306,7 +306,7 @@ def limit_task(task: Task, anchor: Anchor) -> Task:
 
 
 def task_table(task: Task, anchor: Anchor) -> RowTable:
-    """The tokenised training rows with the anchor; many are cached, since each plan and run needs them again.
+    """The tokenised training rows with the anchor; large sets are cached, since each plan and run needs them again.
 
     Raises:
         TellError: no row is left to train on.

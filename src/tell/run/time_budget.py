@@ -1,7 +1,7 @@
 """``--max-minutes``: what a run gives up to end in time, and in which order. No torch.
 
-First the optional arms, then test rows, then general tokens and repetitions together. The method itself is given up
-last: where even the least of it takes longer, the run is refused with the minutes that it needs.
+First the optional arms, then test rows, then general tokens and repetitions together. The method itself is never given
+up: where even its smallest extent takes longer, the run is refused with the minutes that it needs.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from tell.seeds import below
 
 OPTIONAL_ARMS = sorted((arm for arm in ARMS if ARMS[arm].optional is not None), key=lambda arm: ARMS[arm].optional or 0)
 LEAST_TEST_ROWS = 60  # the interval of a share of one half is then 25 points wide
-LEAST_REPEAT = 4  # nor less than a quarter of the requested repetitions
-HALVINGS = 7  # the largest extent that fits is found within 1 % of the way from the least to what was requested
+LEAST_REPEAT = 4  # but at least a quarter of the requested repetitions
+HALVINGS = 7  # tolerance of the search, as a share of the way from the smallest to the requested extent
 
 
 @dataclass(frozen=True)
 class Extent:
-    """How much of a run is done.
+    """The extent of a run: its arms, rows and repetitions.
 
     Attributes:
         arms: trained and scored.
@@ -47,16 +47,16 @@ class Extent:
 
     @classmethod
     def of(cls, prepared: Prepared) -> Extent:
-        """What the configuration asks for."""
+        """The extent that the configuration requests."""
         task = prepared.task
         arms = tuple(dict.fromkeys(task.config.eval.arms))
         return cls(arms, len(task.test), prepared.ingredients.repeat, prepared.draw)
 
     def apply(self, prepared: Prepared) -> Prepared:
-        """The run with this much of it.
+        """The run cut to this extent.
 
-        Which test rows stay is drawn by the run's seed and their content: fewer are always among more, however often
-        and from whatever part of them they are drawn.
+        Test rows are drawn by the run's seed and their content, so that a smaller draw is always a subset of a larger
+        one, even of a draw from a draw.
         """
         task = prepared.task
         config = task.config.model_copy(deep=True)
@@ -73,7 +73,7 @@ class Extent:
 
 
 def read_extent(data: Mapping[str, Any], draw: Draw | None) -> Extent:
-    """The extent that plan.json has, of a draw that is made again."""
+    """The extent recorded in plan.json, with the draw made again."""
     short = None if draw is None else _first(draw, data["general_rows"])
     return Extent(tuple(data["arms"]), data["test_rows"], data["repeat"], short)
 
@@ -81,19 +81,19 @@ def read_extent(data: Mapping[str, Any], draw: Draw | None) -> Extent:
 def fit_minutes(
     prepared: Prepared, *, minutes: float, spent: float, trained: str | None = None, most_general: int | None = None
 ) -> tuple[Extent, list[str]]:
-    """The largest extent of a run that is predicted to end in time, and what was given up for it.
+    """The largest extent of a run that is predicted to fit the time limit, and notices of what was given up for it.
 
     Args:
         minutes: ``--max-minutes``.
-        spent: seconds already gone.
-        trained: an arm that is trained already; its time is not counted, and no mixture is changed any more.
-        most_general: general rows at most, where no more of them were written than there was time for.
+        spent: seconds already used.
+        trained: an arm that is already trained; its time is not counted, and mixtures are no longer changed.
+        most_general: most general rows, where the model wrote only as many as there was time for.
 
     Returns:
-        The extent; a notice for each thing given up.
+        The extent, and a notice for each thing given up.
 
     Raises:
-        TellError: not even the least fits; it names the minutes that do.
+        TellError: not even the smallest extent fits; it names the minutes that would.
     """
     room = minutes * 60 - spent
     whole = extent = Extent.of(prepared)
@@ -117,9 +117,9 @@ def fit_minutes(
         needed = math.ceil((least * 1.1 + spent) / 60)  # predictions are right within some 10 %
         if trained is None:
             raise TellError(
-                f"is too short: with the least test rows, general rows and repetitions the run takes {needed} minutes",
+                f"is too short: with the fewest test rows, general rows and repetitions the run takes {needed} minutes",
                 where=f"--max-minutes {minutes:g}",
-                remedy=f"Give --max-minutes {needed}, or leave it out.",
+                remedy=f"Use --max-minutes {needed}, or leave it out.",
             )
         given_up.append(f"--max-minutes {minutes:g}: training was slower than predicted; {needed} minutes are likely")
     return extent, given_up
@@ -131,7 +131,7 @@ def _seconds(prepared: Prepared, trained: str | None) -> float:
 
 
 def _largest(extent: Extent, shrink: Callable[[Extent, float], Extent], fits: Callable[[Extent], bool]) -> Extent:
-    """The largest extent on the way from the least (share 0) to the whole (1) that fits, else the least."""
+    """The largest extent that fits, between the smallest (share 0) and the whole (1); else the smallest."""
     low, high = 0.0, 1.0
     for _ in range(HALVINGS):
         middle = (low + high) / 2
@@ -148,7 +148,7 @@ def _fewer_test_rows(extent: Extent, share: float) -> Extent:
 
 
 def _smaller_mixture(table: RowTable, general: General | None) -> Callable[[Extent, float], Extent]:
-    """Shrink general rows and repetitions together; the least is `least_general` and `LEAST_REPEAT`."""
+    """Shrink general rows and repetitions together; the minimum is `least_general` and `LEAST_REPEAT`."""
 
     def shrink(extent: Extent, share: float) -> Extent:
         repeat = min(extent.repeat, max(LEAST_REPEAT, math.ceil(extent.repeat / 4)))
@@ -163,13 +163,13 @@ def _smaller_mixture(table: RowTable, general: General | None) -> Callable[[Exte
 
 
 def least_general(table: RowTable, general: General, draw: Draw) -> int:
-    """The fewest general rows that `tell` is trained with: as many tokens as the task rows have, counted once."""
+    """The fewest general rows that `tell` is trained with: as many tokens as the task rows, counted once."""
     reached = np.cumsum(np.asarray(general.table.unit)[draw.indices], dtype=np.int64)
     return min(len(draw), int(np.searchsorted(reached, int(table.unit.sum()))) + 1)
 
 
 def _first(draw: Draw, rows: int) -> Draw:
-    """The first rows of a draw; notices about the whole draw no longer hold."""
+    """The first rows of a draw, without the notices about the whole draw."""
     if rows >= len(draw):
         return draw
     epochs = draw.epochs * rows / max(1, len(draw))

@@ -1,8 +1,7 @@
-"""Training the arms of a run: finished ones are kept, a control that diverges is left out."""
+"""Trains the arms of a run; finished ones are kept, a control that diverges is left out."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,9 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tell.errors import Diverged, Interrupted
-from tell.files import write_json
+from tell.files import remove_folder, write_json
 from tell.progress import Advance, Display
-from tell.run.answers import adapter_folder
 from tell.run.costs import arm_costs
 from tell.run.journal import Journal
 from tell.run.prepare import Prepared
@@ -29,12 +27,12 @@ if TYPE_CHECKING:
     from tell.train.parallel import Processes
     from tell.train.trainer import StepReport, TrainingHooks, TrainResult
 
-ENOUGH_STEPS = 10  # of a training whose speed is kept
+ENOUGH_STEPS = 10  # steps of a training whose speed is saved
 
 
 @dataclass
 class Trained:
-    """What became of the arms.
+    """Results of the arms.
 
     Attributes:
         results: what each arm's training reported, as in its ``result.json``.
@@ -59,11 +57,11 @@ class Trained:
 def train_arms(
     prepared: Prepared, arms: Sequence[str], session: Session, journal: Journal, processes: Processes | None = None
 ) -> Trained:
-    """Train arms, each with the base model as it was; resumes where an earlier session stopped.
+    """Results of training each arm from the base model; resumes where an earlier session stopped.
 
     Raises:
-        Diverged: the leading arm's loss is no longer a number; without it there is nothing to go on with.
-        Interrupted: a signal has come; the folder can be resumed.
+        Diverged: the leading arm's loss is no longer a number; without it the run cannot continue.
+        Interrupted: a signal was received; the folder can be resumed.
     """
     trained = Trained()
     for arm in arms:
@@ -82,7 +80,7 @@ def train_arms(
         except Diverged as error:
             if arm == prepared.lead:
                 raise
-            shutil.rmtree(adapter.checkpoint, ignore_errors=True)
+            remove_folder(adapter.checkpoint)
             write_json(adapter.failed, {"error": error.what})  # a resumed run need not find out again
             _leave_out(prepared, trained, arm, error.what)
             continue
@@ -93,7 +91,7 @@ def train_arms(
         trained.results[arm] = result.to_dict()
         trained.now.append(arm)
         write_json(adapter.result, trained.results[arm])  # last: from here on the arm counts as trained
-        shutil.rmtree(adapter.checkpoint, ignore_errors=True)
+        remove_folder(adapter.checkpoint)
     return trained
 
 
@@ -109,8 +107,7 @@ def _train(
 
     tables, mixture = prepared.mixtures[arm]
     task = prepared.task
-    place = adapter_folder(journal.folder, arm)
-    assert place is not None  # `train_arms` has seen it
+    place = journal.folder.adapter_of(arm).root
     job = TrainingJob(tables, mixture, task.training, task.config.seed, place, journal.folder.losses(arm))
     base, device = _trainee(session, processes)
     total = int(mixture.column("tokens").sum(dtype=np.int64))
@@ -121,7 +118,7 @@ def _train(
 
 
 def _trainee(session: Session, processes: Processes | None) -> tuple[Loaded, torch.device]:
-    """The base model to train, and on what device; spread over processes, it may not fit next to a whole one."""
+    """The base model to train and its device; a sharded model may not fit next to a whole one."""
     if processes is not None and processes.sharded:
         session.release()
         return load_spread(session.files, session.config)
@@ -130,7 +127,7 @@ def _trainee(session: Session, processes: Processes | None) -> tuple[Loaded, tor
 
 @contextmanager
 def _bar(display: Display, title: str, tokens: int, journal: Journal) -> Iterator[TrainingHooks]:
-    """A bar over the tokens of a training, moved within steps and set right after each."""
+    """A progress bar over training tokens, advanced within steps and corrected after each."""
     from tell.train.trainer import TrainingHooks
 
     with display.bar(title, tokens, "tokens") as advance:

@@ -1,4 +1,4 @@
-"""The main job: from a file of examples to an adapter, its scores and a report."""
+"""`tell tune`: from a file of examples to an adapter, its scores and a report."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ def tune(
 
     Args:
         config: see `tell.load_config`.
-        resume: go on with the run in the output folder; it ends as if it had never been stopped.
+        resume: continue the run in the output folder; it ends as if it had never been stopped.
         overwrite: replace the run in the output folder.
         display: shows progress.
         command: kept in the report.
         models: keeps the loaded model for the next run.
 
     Returns:
-        The run folder. Under torchrun the first process does all but train; the others return once training is over.
+        The run folder. Under torchrun the other processes only train, and return once training is over.
 
     Raises:
         TellError: bad input, reported before anything is written.
@@ -72,8 +72,9 @@ def tune(
         task, general = read_inputs(config, display, str(processes or ""))
         session = open_session(task, journal, models, processes)
         clock = InTime(config.max_minutes, session, journal)
-        with journal.open(config, fresh=not resumed, overwrite=overwrite), helpers(processes, folder) as dismiss:
+        with helpers(processes, folder) as dismiss, journal.open(config, fresh=not resumed, overwrite=overwrite):
             anchor = settle_anchor(task, session, journal)
+            journal.at("general data")
             prepared = clock.fit(prepare(task, anchor, general or written_by(session, clock)))
             write_plan(folder, prepared, clock.decided)
             trained = train_arms(prepared, prepared.trained[:1], session, journal, processes)
@@ -85,25 +86,25 @@ def tune(
             findings = Findings.of(prepared, session.loaded, seconds=journal.seconds, command=command)
             write_results(folder, metrics, findings)
             journal.at("report")
-            write_page(folder, state="done")  # which it is once the page is there
+            write_page(folder, state="done")  # done only once the report is written
     return folder
 
 
 def read_inputs(config: Config, display: Display | None = None, processes: str = "") -> tuple[Task, General | None]:
-    """The task and its general rows; anything wrong with them is reported before anything is written.
+    """The task and its general rows, checked before anything is written.
 
     Args:
-        processes: that train together, in words.
+        processes: description of the processes that train together.
 
     Returns:
-        General rows are None where there are none, or the model has to write them.
+        General rows are None where there are none or the model has to write them.
 
     Raises:
         TellError: a bad row, prompt, budget, ordering, scorer or source.
     """
     wanted_arms(config)
     task = load_task(config, display)
-    scorer_of(config, task.kind)  # a scorer that cannot be loaded is reported now, not after training
+    scorer_of(config, task.kind)  # report a scorer that cannot be loaded now, not after training
     check_benchmarks(config)
     if processes:
         task.notices.add(f"trained by {processes}")
@@ -124,7 +125,7 @@ def open_session(
 
 
 def settle_anchor(task: Task, session: Session, journal: Journal) -> Anchor:
-    """The anchor given by hand, of the folder when resumed, or written by the model."""
+    """The anchor: given by hand, read from the folder when resumed, or written by the model."""
     journal.at("anchor")
     folder = journal.folder
     if folder.anchor.exists():
@@ -141,13 +142,12 @@ def settle_anchor(task: Task, session: Session, journal: Journal) -> Anchor:
 
 
 def written_by(session: Session, clock: InTime) -> Writer:
-    """Has the model write general rows until they suffice for the mix and the held-out rows.
+    """General rows written by the model until they suffice for the mix and the held-out rows.
 
     With ``--max-minutes``, as many as the run is predicted to have time for.
     """
 
     def write(task: Task, table: RowTable) -> General | None:
-        clock.journal.at("general data")
         if not source_of(task).written:
             return None
         session.load()
@@ -155,7 +155,7 @@ def written_by(session: Session, clock: InTime) -> Writer:
         if facts["thrown"]:
             thrown = ", ".join(f"{n} {reason}" for reason, n in sorted(facts["thrown"].items(), key=lambda x: -x[1]))
             text = f"general data: the model answered {facts['asked']:,} prompts, {facts['kept']:,} kept ({thrown})"
-            task.notices.texts.append(text)  # not shown: the bar has just said it
+            task.notices.texts.append(text)  # not shown: the progress bar already said it
         general = load_general(task, general_source(str(path), task.config.general.columns))
         facts = {**general.facts, "path": f"self: written by {task.files.name}"}
         return replace(general, facts=facts, written=True)

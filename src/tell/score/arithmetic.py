@@ -11,7 +11,7 @@ MARK = "####"
 
 
 def last_number(text: str) -> Decimal | None:
-    """The number behind the last ``####``, or the last of the text where that mark is missing; None without one."""
+    """The number after the last ``####``, or the last in the text where that mark is missing; None without one."""
     _, mark, tail = text.rpartition(MARK)
     numbers = _NUMBER.findall(tail)
     if not numbers:
@@ -28,6 +28,6 @@ def solved(answers: Sequence[str], references: Sequence[str]) -> list[float]:
     out = []
     for answer, reference in zip(answers, references, strict=True):
         if (expected := last_number(reference)) is None:
-            raise ValueError(f"the reference {reference[-40:]!r} holds no number")
+            raise ValueError(f"the reference {reference[-40:]!r} has no number")
         out.append(float(last_number(answer) == expected))
     return out

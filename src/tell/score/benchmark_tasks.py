@@ -35,7 +35,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "agieval_en": tuple(PREFIX + name for name in AGIEVAL_EN),
     "agieval_cn": tuple(PREFIX + name for name in AGIEVAL_CN),
 }
-SHOTS = {"gsm8k": 5, "openbookqa": 0}  # the harness's own; only these have training rows to show examples of
+SHOTS = {"gsm8k": 5, "openbookqa": 0}  # the harness's own; only these have training rows for examples
 CLOZE = ("agieval_math", "agieval_gaokao_mathcloze")
 LETTERS = "ABCDEFG"
 
@@ -57,17 +57,17 @@ class LocalTask:
 
 
 def benchmark_tasks(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """The harness's tasks of each requested benchmark: itself, or those of a group of AGIEval.
+    """The harness's tasks of each requested benchmark: one, or those of an AGIEval group.
 
     Raises:
         TellError: an unknown name, with the nearest.
     """
     known, names = [*SHOTS, *GROUPS, *GROUPS["agieval"]], list(names)
-    if unknown := next((name for name in names if name not in known), None):
+    if unknown := [name for name in names if name not in known]:
         raise TellError(
-            f"unknown benchmark {unknown!r}",
+            f"unknown benchmark {unknown[0]!r}",
             where="benchmarks",
-            nearest=did_you_mean(unknown, known),
+            nearest=did_you_mean(unknown[0], known),
             remedy=f"Use {', '.join([*SHOTS, *GROUPS])}, or one task of AGIEval, e.g. agieval_sat_math.",
         )
     return {name: GROUPS.get(name, (name,)) for name in names}
@@ -82,7 +82,7 @@ def task_shots(task: str, shots: int | None) -> int:
 
 
 def _stem(task: str, part: str) -> str:
-    """Path of a task's file in the folder, without its ending."""
+    """Path of a task's file in the folder, without its suffix."""
     return f"{task}_{part}" if task in SHOTS else f"agieval/{task.removeprefix(PREFIX).replace('_', '-')}"
 
 
@@ -96,7 +96,7 @@ def local_files(task: str, folder: str | Path) -> dict[str, Path]:
     """
     root = expanded(folder)
     if not root.is_dir():
-        raise TellError("no such folder", where=str(folder), remedy="Give the folder that holds the benchmarks' files.")
+        raise TellError("no such folder", where=str(folder), remedy="Name the folder with the benchmarks' files.")
     found = {}
     for part in ("test", "train") if task in SHOTS else ("test",):
         if matches := sorted(path for path in root.glob(f"{_stem(task, part)}.*") if format_of(path)):
@@ -111,9 +111,9 @@ def local_tasks(groups: dict[str, tuple[str, ...]], folder: str | Path) -> dict[
         TellError: a benchmark without any file.
     """
     out = {name: tuple(task for task in tasks if local_files(task, folder)) for name, tasks in groups.items()}
-    if missing := next((name for name, tasks in out.items() if not tasks), None):
-        remedy = f"Put e.g. {_stem(groups[missing][0], 'test')}.jsonl there, or leave {missing} out."
-        raise TellError(f"holds no file for {missing}", where=str(folder), remedy=remedy)
+    if missing := [name for name, tasks in out.items() if not tasks]:
+        remedy = f"Put e.g. {_stem(groups[missing[0]][0], 'test')}.jsonl there, or leave {missing[0]} out."
+        raise TellError(f"has no file for {missing[0]}", where=str(folder), remedy=remedy)
     return out
 
 
@@ -128,7 +128,7 @@ def read_task(task: str, folder: str | Path, *, shots: int) -> LocalTask:
     """
     found = local_files(task, folder)
     if not found:
-        raise TellError(f"holds no file for {task}", where=str(folder), remedy="Check --benchmark-data.")
+        raise TellError(f"has no file for {task}", where=str(folder), remedy="Check --benchmark-data.")
     if shots and "train" not in found:
         train = Path(folder) / f"{_stem(task, 'train')}.jsonl"
         check_file(train, remedy="Put it there, or use --benchmark-shots 0.")
@@ -141,12 +141,12 @@ def read_task(task: str, folder: str | Path, *, shots: int) -> LocalTask:
         dropped += len(read) - len(rows[part])
         usable = len(rows[part])
         if not usable or (part == "train" and usable < shots):
-            raise TellError(f"has {usable} usable rows", where=str(path), remedy="Give the benchmark's whole file.")
+            raise TellError(f"has {usable} usable rows", where=str(path), remedy="Use the benchmark's whole file.")
     return LocalTask(rows["test"], rows.get("train", []), digest.hexdigest()[:16], dropped)
 
 
 def group_mean(tasks: Sequence[Metric]) -> Metric:
-    """The arithmetic mean of tasks' means, with equal weights for any number of rows (paper, A.5).
+    """The arithmetic mean of tasks' means, weighted equally regardless of their number of rows (paper, A.5).
 
     Intervals come from resampling the rows of all tasks together; a task without a row in a resample is left out of it.
     """

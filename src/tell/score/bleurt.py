@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
 
 WHERE = "eval.bleurt"
-_GIVE = "Give lucadiliello/BLEURT-20, or a folder with a copy of it."
+_GIVE = "Give the Hugging Face port, lucadiliello/BLEURT-20, or a folder with a copy of it."
 _CONFIG, _PIECES, _SAFE, _PICKLED = "config.json", "spm.model", "model.safetensors", "pytorch_model.bin"
 _BATCH_TOKENS = 8192  # in one pass, padding included
 _ARCHITECTURE = (
@@ -73,7 +73,7 @@ class Bleurt:
         """
         check_pairs(candidates, references)
         rows = [self.encode(*pair) for pair in zip(references, candidates, strict=True)]
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]), reverse=True)  # out of memory: at once
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]), reverse=True)  # out of memory: fail at once
         scores = np.empty(len(rows))
         start = 0
         while start < len(order):
@@ -84,7 +84,7 @@ class Bleurt:
 
     def encode(self, reference: str, candidate: str) -> tuple[list[int], list[int]]:
         """Ids and segments (0 reference, 1 candidate) of a pair, as ``bleurt/encoding.py`` makes them."""
-        # by way of the pieces, which differs from EncodeAsIds where a text has "[SEP]" in it
+        # by pieces, which differs from EncodeAsIds where a text contains "[SEP]"
         first, second = (
             [self._pieces.PieceToId(piece) for piece in self._pieces.EncodeAsPieces(text)]
             for text in (reference, candidate)
@@ -170,7 +170,7 @@ def _load_pieces(path: Path) -> SentencePieceProcessor:
 
     try:
         return SentencePieceProcessor(model_file=str(path))
-    except Exception as error:  # its parser raises errors of many types
+    except Exception as error:  # it raises any exception of its parser
         raise _refused(f"is not a SentencePiece model ({error})", path) from error
 
 
@@ -205,13 +205,13 @@ def _weights(path: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     try:
-        # weights_only: tensors and nothing that could run
+        # weights_only: tensors, no code
         found = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, OSError, RuntimeError, ValueError, EOFError) as error:
         raise _refused(f"cannot be opened safely ({first_line(error)})", path) from error
     out = {}
     for name, tensor in found.items():
         name = name.replace("classifier.", "head.").replace("embedding_projection", "embedding_hidden_mapping_in")
-        if not name.endswith("position_ids"):  # a count, which older versions saved
+        if not name.endswith("position_ids"):  # saved by older versions
             out[name.replace("bleurt.", "body.", 1)] = tensor
     return out

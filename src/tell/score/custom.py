@@ -14,11 +14,11 @@ from tell.score.means import check_pairs, mean_metric
 from tell.score.scored import Metric
 from tell.score.scorer_code import forget_changed, scorers_first
 
-RENAMED = {"tell.evaluate.arithmetic:solved": "tell.score.arithmetic:solved"}  # in recipes whose cells are finished
+RENAMED = {"tell.evaluate.arithmetic:solved": "tell.score.arithmetic:solved"}  # in finished recipes
 
 
 class CustomScorer:
-    """Calls ``function(answers, references)`` and takes means of what it returns.
+    """Scorer that calls ``function(answers, references)`` and averages what it returns.
 
     The function gets two lists of n strings and returns n numbers, higher being better, or a mapping from metric name
     to n numbers. A metric whose numbers are all 0 or 1 is binary. A single list is named after the function;

@@ -11,14 +11,14 @@ import numpy as np
 from tell.score.scored import Metric
 
 Z = NormalDist().inv_cdf(0.975)
-_CHUNK = 4_000_000  # weights held at once; 32 MB as float64
+_CHUNK = 4_000_000  # weights in memory at once; 32 MB as float64
 
 
 def estimate(metric: Metric, *, seed: int, samples: int = 2000) -> dict:
     """Value and 95 % interval of one metric: ``{"value", "ci": [low, high], "n"}``.
 
-    Rows of zeros and ones get Wilson's score interval, which also holds if all rows agree; others the percentile
-    bootstrap over rows. Rows that do not apply (NaN) are left out of n; if none is left, the numbers are None.
+    Rows of zeros and ones get Wilson's score interval, which is valid even if all rows agree; others the percentile
+    bootstrap over rows. Rows that do not apply (NaN) are left out of n; if none is left, value and limits are None.
 
     Args:
         seed: of the resampling; equal seeds draw equal rows for equal n.
@@ -69,7 +69,7 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
     p = successes / n
     centre = (p + Z * Z / (2 * n)) / (1 + Z * Z / n)
     half = Z / (1 + Z * Z / n) * math.sqrt(p * (1 - p) / n + Z * Z / (4 * n * n))
-    low = 0.0 if successes == 0 else centre - half  # exact at the ends despite rounding
+    low = 0.0 if successes == 0 else centre - half  # exact at the ends, despite rounding
     high = 1.0 if successes == n else centre + half
     return low, high
 
@@ -146,5 +146,5 @@ def estimate_from(value: float, low: float, high: float, n: int) -> dict:
 
 
 def _rounded(number: float) -> float | None:
-    """Six decimals; None for NaN, which JSON does not know; no minus zero."""
+    """Rounded to six decimals; None for NaN, which JSON lacks; no minus zero."""
     return round(number, 6) + 0.0 if math.isfinite(number) else None

@@ -21,7 +21,7 @@ from tell.shown import brief
 if TYPE_CHECKING:
     from jsonschema.exceptions import ValidationError
 
-# Writing systems without spaces count a word a character; Chinese, Japanese, Thai.
+# In scripts without spaces a character counts as a word: Chinese, Japanese, Thai.
 _WORD = re.compile(r"[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff]|[^\W_\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff]+")
 _LONG_WORDS = 3  # references with a higher median number of words are free text, if they also vary
 _VARIED = 0.5  # share of distinct references above which a string field varies
@@ -62,11 +62,11 @@ class JsonScorer:
     @classmethod
     def of(cls, task: ScoredTask) -> JsonScorer:
         if task.schema is None:
-            raise TellError("kind json needs a JSON Schema", where="task.schema", remedy="Give one with --schema.")
+            raise TellError("kind json needs a JSON Schema", where="task.schema", remedy="Pass one with --schema.")
         return cls(task.schema)
 
     def _parts(self, node: object, seen: set[int]) -> Iterator[dict]:
-        """``node`` and the schemas that ``$ref``, ``anyOf``, ``oneOf`` and ``allOf`` put in its place."""
+        """``node`` and the schemas that ``$ref``, ``anyOf``, ``oneOf`` and ``allOf`` lead to."""
         if not isinstance(node, dict) or id(node) in seen:
             return
         seen.add(id(node))
@@ -118,7 +118,7 @@ class JsonScorer:
     def _reason(self, error: ValidationError) -> str:
         place = ".".join(str(part) for part in error.absolute_path)
         inside = f" in {place}" if place else ""
-        keyword = cast(Any, error.validator_value)  # of a type that the keyword decides
+        keyword = cast(Any, error.validator_value)  # the keyword determines the type
         schema = cast(dict, error.schema)  # a schema that is true or false has no keywords
         if error.validator == "required" and isinstance(error.instance, dict):
             missing = [key for key in keyword if key not in error.instance]
@@ -137,7 +137,7 @@ class JsonScorer:
         return f"wrong value for {place or 'the whole answer'}: {shown} ({why})"
 
     def is_task_format(self, answer: str) -> bool:
-        """The answer is a JSON object with at least half of the schema's keys.
+        """Whether the answer is a JSON object with at least half of the schema's keys.
 
         For a schema without keys: a JSON object, or a JSON list if the schema requires one.
         """
@@ -180,7 +180,7 @@ class JsonScorer:
         return metrics
 
     def counted_fields(self, references: Sequence[str]) -> dict[str, frozenset[str]]:
-        """The fields of the references that are compared, each with its enumerated strings (no case).
+        """The fields of the references that are compared, each with its enumerated strings (case folded).
 
         In the schema's order, then in the references'. A reference that is JSON but not an object is one field,
         ``answer``.
@@ -220,7 +220,7 @@ def _strings(value: object) -> Iterator[str]:
 
 
 def _free_text(values: Sequence[object], choices: frozenset[str]) -> bool:
-    """Long and varied strings have no single right wording, so equality would say nothing."""
+    """Whether strings are long and varied: these have no single right wording, so equality is uninformative."""
     texts = [text for value in values for text in _strings(value) if text and text.casefold() not in choices]
     if not texts:
         return False

@@ -49,7 +49,7 @@ class LabelScorer:
         self.labels = tuple(exact)
 
     def index(self, text: str) -> int:
-        """Place of the label that ``text`` is, or ``len(labels)`` for any other text."""
+        """Index of the label that ``text`` is, or ``len(labels)`` for any other text."""
         folded = _fold(text)
         if folded in self._exact:
             return self._exact[folded]
@@ -57,7 +57,7 @@ class LabelScorer:
         return self._bare.get(stripped, len(self.labels)) if stripped else len(self.labels)
 
     def is_task_format(self, answer: str) -> bool:
-        """The answer is one of the labels."""
+        """Whether the answer is one of the labels."""
         return self.index(answer) < len(self.labels)
 
     def score(self, answers: Sequence[str], references: Sequence[str]) -> dict[str, Metric]:

@@ -11,7 +11,7 @@ from tell.score.scored import Metric
 
 
 def mean_metric(values: Sequence[float] | np.ndarray, *, binary: bool = False) -> Metric:
-    """The mean of ``values`` (n,), where NaN marks rows it does not apply to: they weigh nothing."""
+    """The mean of ``values`` (n,), where NaN marks rows that it does not apply to, with weight 0."""
     per_row = np.asarray(values, dtype=np.float64)
     applies = ~np.isnan(per_row)
     stats = np.stack([np.where(applies, per_row, 0.0), applies.astype(np.float64)], axis=-1)
@@ -34,7 +34,7 @@ def check_pairs(answers: Sequence[str], references: Sequence[str]) -> None:
         raise TellError(
             f"{len(answers)} answers for {len(references)} references",
             where="scorer",
-            remedy="Give one answer for each reference.",
+            remedy="Pass one answer for each reference.",
         )
     if not answers:
-        raise TellError("no test row to score", where="scorer", remedy="Give at least one test row.")
+        raise TellError("no test row to score", where="scorer", remedy="Pass at least one test row.")

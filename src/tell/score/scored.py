@@ -1,4 +1,4 @@
-"""What scorers return, additive statistics of each row, and the registry of scorers by kind of task."""
+"""Metrics as scorers return them, with additive statistics per row, and the registry of scorers by kind of task."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ class Scorer(Protocol):
         ...
 
     def is_task_format(self, answer: str) -> bool | None:
-        """Whether an answer to a general prompt has the task's form; None if the task has no form to tell by."""
+        """Whether an answer to a general prompt has the task's form; None if the task has no distinct form."""
         ...
 
 
 @dataclass(frozen=True)
 class ScoredTask:
-    """What a scorer is made from: the task's JSON Schema, its labels, and a BLEURT checkpoint, where given."""
+    """Arguments of a scorer: the task's JSON Schema, its labels, and a BLEURT checkpoint, where given."""
 
     schema: dict[str, Any] | None = None
     labels: tuple[str, ...] = ()
@@ -56,7 +56,7 @@ class ScoredTask:
 
 
 class ScorerClass(Protocol):
-    """A scorer of ours: its class, as `scorer` registers it."""
+    """The class of a built-in scorer, as `scorer` registers it."""
 
     @classmethod
     def of(cls, task: ScoredTask) -> Scorer:
@@ -66,7 +66,7 @@ class ScorerClass(Protocol):
 
 @dataclass(frozen=True)
 class ScorerKind:
-    """A registered scorer: the kind of task (detected by `tell.data.kind`), and the metrics that it may return."""
+    """A registered scorer: its kind of task (detected by `tell.data.kind`), and the metrics that it may return."""
 
     name: str
     metrics: tuple[str, ...]

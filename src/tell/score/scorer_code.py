@@ -1,4 +1,4 @@
-"""A user's own scorer as files: studies name cells by them, reload them after a change, and send them along."""
+"""Source files of a user's scorer: studies name cells by them, reload them after a change, and send them to workers."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from pathlib import Path
 
 INSTALLED = tuple(Path(sysconfig.get_path(name)) for name in ("purelib", "platlib", "stdlib", "platstdlib"))
 _imported: dict[str, str] = {}  # scorer's module -> hash of its files when this process imported it
-_sent: list[str] = []  # the folder of one that came from another machine
+_sent: list[str] = []  # the folder of a scorer that came from another machine
 
 
 @dataclass(frozen=True)
 class ScorerCode:
-    """The files that decide a scorer's numbers.
+    """The files that determine a scorer's numbers.
 
     Attributes:
         module: its dotted name.
@@ -47,7 +47,7 @@ class ScorerCode:
 
 
 def find_scorer_code(spec: str | None) -> ScorerCode | None:
-    """The files of ``package.module:function``; None for TELL's own scorers and if it cannot be found."""
+    """The files of ``package.module:function``; None for TELL's own scorers, or if it cannot be found."""
     module = (spec or "").partition(":")[0]
     if not module or module.partition(".")[0] == "tell":
         return None
@@ -93,7 +93,7 @@ def _imported_names(module: str, path: Path, _changed: int) -> frozenset[str]:
     """Every name that a file imports, a module or a part of one, with the packages around it."""
     try:
         nodes = list(ast.walk(ast.parse(path.read_bytes())))
-    except (SyntaxError, ValueError):  # the run says what is wrong with it
+    except (SyntaxError, ValueError):  # the run will report what is wrong with it
         return frozenset()
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     names = {module}

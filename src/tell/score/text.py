@@ -22,13 +22,13 @@ _WORD = rf"[{_UNSPACED}]\p{{M}}*|(?:(?![{_UNSPACED}])[\p{{L}}\p{{M}}\p{{N}}])+"
 
 def words(text: str) -> list[str]:
     """Runs of letters, marks and digits of any script, case folded; scripts written without spaces by character."""
-    import regex  # `re` knows no scripts
+    import regex  # `re` has no scripts
 
     return regex.findall(_WORD, unicodedata.normalize("NFC", text).casefold())
 
 
 def rouge_l(answer: str, reference: str) -> float:
-    """F-measure of the longest common subsequence of words (Lin 2004), 0 where a side has none.
+    """F-measure of the longest common subsequence of words (Lin 2004), 0 where a text has no words.
 
     The subsequence's length is counted bit by bit (Hyyrö 2004): a cleared bit of ``open_`` is a matched word.
     """
@@ -49,7 +49,7 @@ def rouge_l(answer: str, reference: str) -> float:
 
 @scorer("text", "bleurt", "chrf", "bleu", "rouge_l", "exact_match")
 class TextScorer:
-    """Likeness to a reference text, both in Unicode's composed form (NFC).
+    """Similarity to a reference text, both in Unicode's composed form (NFC).
 
     Metrics:
         chrf: corpus chrF++ (word order 2), 0 to 100, equal to ``sacrebleu.corpus_chrf``.
@@ -88,7 +88,7 @@ class TextScorer:
         check_pairs(answers, references)
         from sacrebleu.metrics import BLEU, CHRF
 
-        # macOS writes é as two characters; no metric may tell the two forms apart.
+        # macOS writes é as two characters; no metric may distinguish the two forms.
         answers, references = ([unicodedata.normalize("NFC", text) for text in side] for side in (answers, references))
         pairs = list(zip(answers, references, strict=True))
         chrf = CHRF(word_order=2)

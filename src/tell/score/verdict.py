@@ -9,8 +9,8 @@ from typing import Any
 
 from tell.names import ARMS, RIVALS, MetricSpec, arm, as_typed, has_interval, is_number, metric, show, show_interval
 
-MIN_ROWS = 6  # with fewer rows even a sign test of all rows in one direction is not significant at 5 %
-CONTENT = ("field_accuracy", "macro_f1")  # what an answer says, where the primary metric is its form or its count
+MIN_ROWS = 6  # with fewer rows not even a sign test with all rows in one direction is significant at 5 %
+CONTENT = ("field_accuracy", "macro_f1")  # metrics of content, where the primary metric is of form or count
 Entry = Mapping[str, Any]
 
 
@@ -18,14 +18,14 @@ def verdict(metrics: Mapping[str, Any]) -> str:
     """One sentence on what TELL gained on the task's primary metric, from ``metrics.json``.
 
     TELL is compared with the better of `base` and `base+anchor`, then with its rivals (`tell.names.RIVALS`), as far as
-    they were scored. A rival whose interval of the difference holds 0 is never said to be beaten. The sentence names
+    they were scored. A rival whose interval of the difference contains 0 is never called beaten. The sentence names
     general loss that rose significantly, and arms that failed in training.
     """
     failed = [f"{arm(name).phrase} was not scored ({why})" for name, why in (metrics.get("failed") or {}).items()]
     same = [f"the arms {other} and {name} are one run" for name, other in (metrics.get("same") or {}).items()]
     sentence = "; ".join([_Verdict.of(metrics).sentence().removesuffix("."), *same, *failed]) + "."
     rows = (metrics.get("mixture") or {}).get("rows")
-    if rows and not rows.get("general"):  # task rows alone are plain fine-tuning under any name
+    if rows and not rows.get("general"):  # training on task rows alone is plain fine-tuning
         return "Without general rows this is SFT, not TELL: " + re.sub(r"\bTELL\b", "this run", sentence)
     return sentence
 
@@ -58,7 +58,7 @@ class _Gap:
 
 @dataclass(frozen=True)
 class _Verdict:
-    """What the sentence is made from: the primary metric, and each arm's entry for it."""
+    """The data of the sentence: the primary metric, and each arm's entry for it."""
 
     metrics: Mapping[str, Any]
     spec: MetricSpec
@@ -109,7 +109,7 @@ class _Verdict:
         if not untuned:
             limits = _interval(self.scored["tell"].get("ci"), self.spec)
             known = f"95 % interval {limits}; " if limits else ""
-            gained = "as the untuned model was not scored, what it gained is not known"
+            gained = "as the untuned model was not scored, the gain is unknown"
             return f"TELL reaches {now} in {label} ({known}{rows}), and {gained}"
         best = max(untuned, key=lambda name: self.scored[name]["value"])  # the first of equals: base
         before = f"{self._value(best)} ({arm(best).phrase.removeprefix('the ')})"
@@ -190,7 +190,7 @@ class _Forgetting:
             yield f"TELL answers {_value(after, metric('task_format'))} of general prompts in the task's format"
 
     def against(self, rival: str) -> str:
-        """What a rival that is no worse on the task costs or saves in general loss, if that is significant."""
+        """The general loss that a rival, no worse on the task, costs or saves, if that is significant."""
         own, other = self._entry("tell", "loss"), self._entry(rival, "loss")
         if own is None or other is None:
             return ""

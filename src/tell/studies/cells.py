@@ -38,11 +38,11 @@ from tell.studies.nested import dig, fill, nest
 from tell.studies.recipe import Recipe, points
 from tell.studies.separation_cells import SEPARATE, SEPARATION_FORMAT, contrasts
 
-CELL_FORMAT = 1  # increment when a default, or what a run does with the same keys, changes its numbers
+CELL_FORMAT = 1  # increment when a change to defaults or code changes numbers under the same keys
 FREE = (*FREE_OF_RUNS, "train.checkpoint_every")  # without effect on numbers
 RIDERS = {arm.name: arm.adapter for arm in ARMS.values() if arm.adapter and arm.adapter != arm.name}
 """Arms scored in the cell of the arm whose adapter they use."""
-# Training settings that also decide which rows are measured, and in what batches.
+# Training settings that also affect which rows are measured, and in what batches.
 ROWS_TRAIN = frozenset({"max_length", "too_long", "nothing_to_train", "loss_on", "micro_tokens"})
 
 
@@ -51,8 +51,8 @@ class Cell:
     """One run of a study.
 
     Attributes:
-        name: ``<arm>-<16 hexadecimal digits>``, a hash of what its numbers depend on.
-        arm: the arm it trains or asks; ``separate`` trains nothing.
+        name: ``<arm>-<16 hexadecimal digits>``, a hash of everything its numbers depend on.
+        arm: the arm it trains or evaluates; ``separate`` trains nothing.
         config: of `tell.tune`, without ``out``; its arms may include a rider.
         separate: options of `tell.verbs.separate.separate`, which is called instead.
     """
@@ -65,7 +65,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a study: a point, an arm and a seed, and the cell that has their numbers."""
+    """One row of a study: a point, an arm and a seed, with the cell that has their numbers."""
 
     point: dict[str, Any]
     arm: str
@@ -92,7 +92,7 @@ def grid_of(recipe: Recipe, variables: Mapping[str, str], *, where: str = "recip
         cells.setdefault(cell.name, cell)  # and of equal points (3e4 and 30000) the first one's row
         rows.setdefault(json.dumps([row.point, row.arm, row.seed], sort_keys=True), row)
     if not rows:
-        raise TellError("asks for no run at all", where=where, remedy="Add an arm besides general, or general data.")
+        raise TellError("requests no run", where=where, remedy="Add an arm besides general, or general data.")
     used = {row.cell for row in rows.values()}
     # Group by model, which is loaded once for cells in a row; a stable sort keeps all else in order.
     kept = [cell for name, cell in cells.items() if name in used]
@@ -101,7 +101,7 @@ def grid_of(recipe: Recipe, variables: Mapping[str, str], *, where: str = "recip
 
 
 def _every(recipe: Recipe, variables: Mapping[str, str], where: str) -> Iterator[tuple[Row, Cell]]:
-    """Each row with its cell, as the recipe's products ask for them."""
+    """Each row with its cell, in the order of the recipe's products."""
     base = fill(recipe.config, variables)
     for seed in recipe.seeds:
         for raw, arms in points(recipe, seed):
@@ -166,7 +166,7 @@ def identity(config: Config) -> dict[str, Any]:
         section, _, last = key.rpartition(".")
         (data.get(section, {}) if section else data).pop(last, None)
     data = {key: value for key, value in data.items() if value != {}}
-    if config.general.source == "auto":  # the default was `self` once, so this one is hashed too
+    if config.general.source == "auto":  # the default used to be `self`, so this one is hashed too
         data.setdefault("general", {})["source"] = "auto"
     for (section, key), content in contents(config).items():
         named = {"name": config.task.scorer} if key == "scorer" else {}  # a scorer counts by name and code
@@ -249,9 +249,9 @@ def neutral(config: Config, arm: str) -> Config:
     without_rows = (trained_on == "general" or (own.adapter is None and not own.in_context)) and not (
         (own.anchored and written) or (trained_on == "general" and config.general.by_task)
     )
-    # Without a limit of its own, an answer may be half as long again as the longest training answer.
+    # Without a set limit, an answer may be 1.5 times as long as the longest training answer.
     if without_rows and config.generate.max_new_tokens is not None:
         if (out.task.rows, out.task.tokens) != (None, None) and out.train.too_long == "refuse":
-            out.train.too_long = "drop"  # all rows are checked, not those of the budget alone
+            out.train.too_long = "drop"  # all rows are checked, not only those of the budget
         out.task.rows = out.task.tokens = None
     return out

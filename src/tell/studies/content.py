@@ -1,4 +1,4 @@
-"""Hashes of files and folders: studies name their inputs by content, wherever they are."""
+"""Hashes of files and folders, by which studies identify inputs independently of their location."""
 
 from __future__ import annotations
 

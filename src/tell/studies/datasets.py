@@ -1,4 +1,4 @@
-"""The data sets that a recipe builds: each once, under a hash of its builder, options and source files."""
+"""Builds the data sets of a recipe, each once, under a hash of its builder, options and source files."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from tell.studies.nested import fill
 from tell.studies.recipe import Recipe
 from tell.studies.study_folder import Root
 
-DATA_FORMAT = 1  # increment when a builder makes other rows from the same sources and options
-NOT_OPTIONS = frozenset({"out", "progress", "teacher"})  # parameters that a recipe cannot give
+DATA_FORMAT = 1  # increment when a change to a builder changes its rows
+NOT_OPTIONS = frozenset({"out", "progress", "teacher"})  # parameters that a recipe cannot set
 
 
 def build_data(recipe: Recipe, root: Root, display: Display, *, where: str = "recipe") -> dict[str, str]:
-    """The recipe's variables and the folders of its data sets; a data set that is there is not built again.
+    """The recipe's variables and the folders of its data sets; existing data sets are not built again.
 
     Raises:
         TellError: no such builder or option, or what the builder refuses.

@@ -1,4 +1,4 @@
-"""What tables and figures of a study call the keys and values of its grid, and its points."""
+"""Display names of grid keys, values and points, for a study's tables and figures."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ KEYS = {
 }
 COUNTED = frozenset({"general.tokens", "general.rows", "task.rows", "task.tokens"})  # written after their number
 ANCHORS = {"auto": "automatic", "none": "none"}
-SFT = "SFT"  # what TELL is without general rows: `mix.repeat` epochs
+SFT = "SFT"  # TELL without general rows is SFT for `mix.repeat` epochs
 
 
 def key_name(key: str) -> str:
@@ -58,7 +58,7 @@ def unique_labels(points: Sequence[Mapping[str, object]], keys: Sequence[str]) -
         texts = list(dict.fromkeys(text for point in points if isinstance(text := point.get(key), str)))
         if len({value_name(text, key) for text in texts}) == len(texts):
             continue
-        values: dict[tuple[str, ...], set[str]] = {}  # by what the other keys show
+        values: dict[tuple[str, ...], set[str]] = {}  # by the values of the other keys
         for point in points:
             rest = tuple(shown(point, other) for other in keys if other != key)
             values.setdefault(rest, set()).add(str(point.get(key)))

@@ -1,4 +1,4 @@
-"""What a finished cell measured, arm by arm, read from the files in its run folder."""
+"""Measurements of a finished cell by arm, read from the files in its run folder."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Number:
         value: the run's own.
         spread: standard error over the rows it was measured on, from the run's interval; 0 where it has none.
         ci: the run's interval, which need not be symmetric.
-        rows: the rows that it is the mean of, where the run has kept them.
+        rows: the rows that it is the mean of, where the run kept them.
     """
 
     value: float
@@ -78,17 +78,15 @@ class CellReader:
     arms: dict[str, Measured | None] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, *roots: Path) -> CellReader | None:
-        """The first of some folders that can be read."""
-        for root in roots:
-            try:
-                return cls(RunFolder(root), json.loads(RunFolder(root).metrics.read_text(encoding="utf-8")))
-            except (OSError, ValueError):
-                continue
-        return None
+    def open(cls, root: Path) -> CellReader | None:
+        """None where its metrics cannot be read."""
+        try:
+            return cls(RunFolder(root), json.loads(RunFolder(root).metrics.read_text(encoding="utf-8")))
+        except (OSError, ValueError):
+            return None
 
     def arm(self, arm: str) -> Measured | None:
-        """What was measured of an arm; None where it cannot be read."""
+        """Measurements of an arm; None where they cannot be read."""
         if arm not in self.arms:
             try:
                 self.arms[arm] = self._read(arm)
@@ -116,7 +114,7 @@ class CellReader:
 
     @property
     def fingerprint(self) -> str:
-        """Of the model's files; empty where the run does not say."""
+        """Fingerprint of the model's files; empty where the run did not record it."""
         return str(get(self.findings, "machine", "model_fingerprint", default=""))
 
     @property
@@ -126,7 +124,7 @@ class CellReader:
 
     @property
     def machine(self) -> str:
-        """Device and number format, ``cpu bf16``; empty where the run does not say."""
+        """Device and number format, ``cpu bf16``; empty where the run did not record them."""
         known = mapping(self.findings, "machine")
         return " ".join(str(known[key]) for key in ("device", "dtype") if key in known)
 
@@ -164,7 +162,7 @@ class CellReader:
                 add(f"{name} {measure.replace('_', ' ')}", entry, get(differences, name, measure))
             keep(f"{name} loss", own_rows.get(name), base_rows.get(name))
         asked = mapping(self.metrics, "benchmarks", "arms")
-        own = arm if arm in asked else weights  # arms of the same weights differ where the anchor is on the prompt
+        own = arm if arm in asked else weights  # arms with the same weights differ where prompts have the anchor
         differences = mapping(self.metrics, "benchmarks", "differences", f"{own} - base")
         tasks = mapping(self.metrics, "benchmarks", "settings", "tasks")
         own_rows, base_rows = (read_questions(self.folder, each, tasks) for each in (own, "base"))

@@ -1,4 +1,4 @@
-"""Nested mappings by dotted keys, and the variables in them."""
+"""Nested mappings addressed by dotted keys, and substitution of variables in them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A study before it runs: its recipe read, its data sets built, its cells named."""
+"""Opens a study before it runs: reads the recipe, builds data sets, names cells."""
 
 from __future__ import annotations
 
@@ -14,19 +14,18 @@ from tell.progress import Display, Silent
 from tell.score.custom import CustomScorer
 from tell.studies.cells import Cell, Row, grid_of
 from tell.studies.datasets import build_data
-from tell.studies.packed import restore_cells
 from tell.studies.recipe import Recipe, load_recipe
 from tell.studies.study_folder import Root, StudyFolder
 
 
 @dataclass(frozen=True)
 class Changes:
-    """What a study changes in its recipe.
+    """Changes to a recipe, from the command line.
 
     Attributes:
         variables: values of ``${name}`` other than ``${data}``.
         overrides: ``a.b=c`` over keys of every run.
-        seeds: in place of the recipe's.
+        seeds: replace the recipe's.
     """
 
     variables: Mapping[str, str] = field(default_factory=dict)
@@ -66,19 +65,19 @@ class Study:
         """Refuse to overwrite the tables and page of another recipe's study, or files that no study wrote.
 
         Raises:
-            TellError: what is there.
+            TellError: the folder has such files.
         """
         if not self.folder.state.exists():
             found = [path.name for path in (self.folder.page, self.folder.recipe) if path.exists()]
             if found:
-                remedy = "Move it away, or give another folder with --out."
+                remedy = "Move it away, or name another folder with --out."
                 raise TellError(f"has {found[0]}, which no study wrote", where=str(self.folder.root), remedy=remedy)
             return
         there, own = self.folder.read(), self.head()
         same_runs = all(there.get("recipe", {}).get(key) == own["recipe"][key] for key in ("config", "grid"))
         if there.get("source") not in (None, own["source"]) and not same_runs:
-            remedy = "Give this one a folder of its own with --out; finished cells are shared all the same."
-            raise TellError(f"holds the study of {there['source']}", where=str(self.folder.root), remedy=remedy)
+            remedy = "Use a separate folder with --out; finished cells are shared all the same."
+            raise TellError(f"contains the study of {there['source']}", where=str(self.folder.root), remedy=remedy)
 
     def check_scorers(self) -> None:
         """Raise the TellError of a custom scorer that every cell would fail with."""
@@ -96,7 +95,7 @@ def open_study(
     root: str | Path = "studies",
     display: Display | None = None,
 ) -> Study:
-    """Read a recipe, build its data sets where they are missing, name its cells, and unpack those that are packed.
+    """A study ready to plan or run: recipe read, missing data sets built, cells named.
 
     The arguments are those of `tell.studies.study.run_study`.
     """
@@ -107,5 +106,4 @@ def open_study(
     if not made.title:
         made.title = path.stem
     folder = StudyFolder(out or place.path / path.stem)
-    restore_cells(folder, place, {cell.name for cell in cells})
     return Study(made, path.resolve(), folder, place, rows, cells)

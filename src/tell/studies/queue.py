@@ -28,8 +28,8 @@ from tell.studies.study_plan import evaluation_key
 if TYPE_CHECKING:
     from tell.studies.open_study import Study
 
-OVERHEAD = 10.0  # seconds that a cell takes beyond what is predicted, roughly; else short cells distort the estimate
-LOOK_AGAIN = 1.0  # seconds between looks at cells that another process runs
+OVERHEAD = 10.0  # rough overhead of a cell in seconds; without it short cells distort the estimate
+LOOK_AGAIN = 1.0  # seconds between checks of cells that another process runs
 NOTHING = {"state": "waiting", "error": None, "seconds": None, "attempts": 0, "host": None}  # a record in study.json
 
 
@@ -52,12 +52,12 @@ class CellQueue:
         self.points = shared_points(study.rows)
         self.states: dict[str, dict[str, Any]] = {}
         self.held: dict[str, FileLock] = {}
-        self.retried: dict[str, int] = {}  # failed cells to run again, and their attempts when we looked
+        self.retried: dict[str, int] = {}  # failed cells to run again, with their number of attempts at the start
         self.predicted: Mapping[str, float] = {}
         self.advance: Advance = lambda amount=1, info="", left=None: None
         for name in self.cells:
             self._look(name, retry_failed)
-        # A cell that was started twice and never ended may have killed its process: the others go first.
+        # A cell that was started twice and never ended may have killed its process: run the others first.
         self.waiting = sorted(
             (cell for cell in study.cells if self.states[cell.name]["state"] == "waiting"),
             key=lambda cell: max(1, self.states[cell.name]["attempts"]),
@@ -68,8 +68,8 @@ class CellQueue:
         """Count cells and time from here on."""
         self.first, self.begin = len(self.waiting), time.monotonic()
 
-    def _look(self, name: str, retry_failed: bool = False) -> str:
-        """The state of a cell from its folder and record; a killed one is waiting."""
+    def _look(self, name: str, retry_failed: bool = False) -> None:
+        """Set the state of a cell from its folder and record; a killed one is waiting."""
         record = self.root.record(name)
         failed = record.get("state") == "failed"
         state = "done" if self.root.finished(name) else "failed" if failed and not retry_failed else "waiting"
@@ -78,24 +78,23 @@ class CellQueue:
         self._set(name, record, state=state, error=record.get("error") if state == "failed" else None)
         if state == "done" and self.states[name]["seconds"] is None:
             self.states[name]["seconds"] = self.root.cell(name).read_status().get("seconds")
-        return state
 
     def _set(self, name: str, record: Mapping[str, Any], **facts: object) -> None:
         self.states[name] = {**NOTHING, **{key: record[key] for key in NOTHING if key in record}, **facts}
 
     def _over(self, name: str, record: Mapping[str, Any]) -> bool:
-        """Whether another process has ended a cell since we looked."""
+        """Whether another process has ended a cell since the last check."""
         failed = record.get("state") == "failed" and record.get("attempts", 0) != self.retried.get(name)
         return self.root.finished(name) or failed
 
     def _refresh(self) -> None:
-        """Take over what other processes have ended meanwhile."""
+        """Record cells that other processes have ended meanwhile."""
         for name in self.states.keys() - self.held.keys():
             if self.states[name]["state"] != "done" and self._over(name, self.root.record(name)):
                 self._look(name)
 
     def counts(self) -> Counter[str]:
-        """How many cells are in each state."""
+        """Number of cells in each state."""
         self._refresh()
         return Counter(state["state"] for state in self.states.values())
 
@@ -112,7 +111,7 @@ class CellQueue:
             wait: for cells that other processes run, in case they die; False returns None instead.
 
         Raises:
-            Interrupted: a signal has come.
+            Interrupted: a signal was received.
         """
         while self.waiting:
             for cell in list(self.waiting):
@@ -172,14 +171,14 @@ class CellQueue:
         lock.release()
 
     def give_back(self) -> None:
-        """Release every cell that is held; the next study resumes them."""
+        """Release all held cells; the next study resumes them."""
         for name, lock in list(self.held.items()):
             self._note(name, state="waiting")
             lock.release()
             del self.held[name]
 
     def adopt(self) -> None:
-        """Record finished cells whose process was killed before it could."""
+        """Record finished cells that were unpacked, or whose process was killed before it could."""
         for name, cell in self.cells.items():
             if self.states[name]["state"] == "done" and self.root.record(name).get("state") != "done":
                 with self.root.lock(name):
@@ -195,7 +194,7 @@ class CellQueue:
     def _discard(self, cell: Cell, changed: Sequence[str]) -> None:
         """Leave a cell waiting for the next study, and say why."""
         self.root.note(cell.name, state="waiting")
-        text = f"{' and '.join(changed)} changed while the study ran: start it again, cells are named by what they read"
+        text = f"{' and '.join(changed)} changed while the study ran: start it again, cells are named by their inputs"
         self.states[cell.name] |= {"state": "failed", "error": text}
         self.write()
         self._report(cell)
@@ -222,7 +221,7 @@ class CellQueue:
         self.advance(1, left=left)
 
     def _left(self) -> float | None:
-        """Seconds until all is done: what is predicted for the rest, at the pace so far."""
+        """Seconds until all cells are done: the prediction for the rest, scaled by the pace so far."""
         rest = [*(cell.name for cell in self.waiting), *self.held]
         before = sum(seconds + OVERHEAD for name, seconds in self.predicted.items() if name not in rest)
         after = sum(self.predicted.get(name, 0.0) + OVERHEAD for name in rest)
@@ -230,7 +229,7 @@ class CellQueue:
 
 
 def shared_points(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
-    """What all rows of a cell have in common, by cell."""
+    """The values that all rows of a cell have in common, by cell."""
     shared: dict[str, dict[str, Any]] = {}
     for row in rows:
         old = shared.setdefault(row.cell, row.point)

@@ -98,7 +98,7 @@ def work(task: CellTask) -> tuple[Outcome, bytes | None]:
 def place_inputs(config: Config, found: Mapping[tuple[str, str], Input], folder: Path, fetch: Fetch) -> dict[str, str]:
     """Write a cell's inputs below ``folder``, where they are missing, and point its configuration (in place) to them.
 
-    Folders, which are models and tokenizers, are used where they are if the same content is there.
+    Folders (models and tokenizers) are used in place if the content is the same.
 
     Returns:
         Path here -> path on the machine that sent it, of each input.
@@ -111,7 +111,7 @@ def place_inputs(config: Config, found: Mapping[tuple[str, str], Input], folder:
             continue
         if not item.parts:
             what = "is not on this machine with the same content, and too large to send"
-            raise TellError(what, where=item.path, remedy="Copy it there, or give a name of the hub.")
+            raise TellError(what, where=item.path, remedy="Copy it there, or use a hub name.")
         here = _place(item, folder, fetch)
         setattr(getattr(config, section), key, f"@{here}" if key == "text" else str(here))
         moved[str(here)] = item.path
@@ -120,7 +120,7 @@ def place_inputs(config: Config, found: Mapping[tuple[str, str], Input], folder:
 
 def _place(item: Input, folder: Path, fetch: Fetch) -> Path:
     """Path of an input below ``folder``, written there if it is missing."""
-    here = folder / item.content / Path(item.path).name  # how a file is read depends on its name too
+    here = folder / item.content / Path(item.path).name  # readers go by the file's name too
     with FileLock(make_folder(folder) / f".{item.content}.lock"):
         if not here.exists():
             with atomic_folder(here.parent) as temporary:

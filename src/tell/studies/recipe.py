@@ -46,7 +46,7 @@ from tell.studies.recipe_checks import (
 
 
 class Part(Section):
-    """A figure or analysis that a recipe asks for; it names keys of the grid, and arms."""
+    """A figure or analysis of a recipe; it names keys of the grid, and arms."""
 
     def keys(self) -> dict[str, str | None]:
         """Keys of the grid, by the attribute that names them."""
@@ -60,13 +60,17 @@ class Part(Section):
 class Figure(Part):
     """A curve for each value of ``lines``, or a map of one arm; a panel for each value of ``panels``."""
 
-    kind: Literal["curves", "map"] = Field("curves", description="curves of y over x, or a field of x and y for value")
+    kind: Literal["curves", "map"] = Field(
+        "curves", description="curves of y over x, or a heat map of value over x and y"
+    )
     x: str = Field(description="a key of the grid")
-    y: str = Field(description="a metric; of a map, another key of the grid")
-    lines: str = Field("arm", description="arm, or a key of the grid")
-    panels: str | None = Field(None, description="a key of the grid; a map has a panel for every other key as it is")
-    value: str | None = Field(None, description="of a map: the metric")
-    arm: ArmName = Field("tell", description="of a map: whose scores")
+    y: str = Field(description="a metric; in a map, another key of the grid")
+    lines: str = Field("arm", description="one curve for each arm, or for each value of this key of the grid")
+    panels: str | None = Field(
+        None, description="one panel for each value of this key; a map always has one for its other keys"
+    )
+    value: str | None = Field(None, description="map only: the metric")
+    arm: ArmName = Field("tell", description="map only: the arm")
 
     def keys(self) -> dict[str, str | None]:
         y, lines = self.y if self.kind == "map" else None, self.lines if self.lines != "arm" else None
@@ -94,10 +98,10 @@ class Fit(_Curve):
 
 
 class Efficiency(_Curve):
-    """How much of ``x`` each arm needs for the same score."""
+    """The amount of ``x`` that each arm needs for the same score."""
 
     arms: tuple[ArmName, ...] = Field(
-        ("sft", "sft-matched", "tell"), description="compared with tell, or else with the last of them"
+        ("sft", "sft-matched", "tell"), description="compared with tell, or with the last if tell is missing"
     )
 
     def named_arms(self) -> tuple[str, tuple[ArmName, ...]]:
@@ -128,14 +132,14 @@ class Separate(Section):
 
 
 class Resources(Section):
-    """What one cell needs of a cluster (``--executor ray``)."""
+    """The resources of one cell on a cluster (``--executor ray``)."""
 
-    cpus: float | None = Field(None, gt=0, description="CPU cores; none: all of one machine's")
+    cpus: float | None = Field(None, gt=0, description="CPU cores; none: all cores of one machine")
     gpus: float = Field(0, ge=0, description="GPUs")
-    memory: float | None = Field(None, gt=0, description="bytes, reserved and not enforced")
+    memory: float | None = Field(None, gt=0, description="memory in bytes, reserved but not enforced")
 
 
-PARTS: dict[str, type[BaseModel]] = {  # keys of a recipe that have keys of their own
+PARTS: dict[str, type[BaseModel]] = {  # keys of a recipe that are sections
     "figures": Figure,
     "fits": Fit,
     "efficiency": Efficiency,
@@ -148,9 +152,9 @@ PARTS: dict[str, type[BaseModel]] = {  # keys of a recipe that have keys of thei
 class Recipe(Section):
     """Everything that a study depends on; saved as ``recipe.yaml`` in its folder."""
 
-    title: str = Field("", description="heading of its page")
-    claim: str = Field("", description="what the paper says")
-    variables: dict[str, str] = Field(default_factory=dict, description="values of `${name}`; `--var` goes over them")
+    title: str = Field("", description="heading of the page")
+    claim: str = Field("", description="the paper's claim")
+    variables: dict[str, str] = Field(default_factory=dict, description="values of `${name}`; `--var` overrides them")
     build: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description="name -> {dataset: as in `tell build`, source: ..., options of that builder}"
     )
@@ -158,7 +162,7 @@ class Recipe(Section):
     grid: tuple[dict[str, list[Any]], ...] = Field(
         ({},),
         description="dotted key of a run -> its values: their product; or a list of such products, "
-        "each with `arms` and `seeds` of its own where it is not run with all",
+        "each with its own `arms` and `seeds` where it is not run with all",
     )
     arms: tuple[ArmName, ...] = Field(("base", "sft", "sft-matched", "tell"), description="arms of each point")
     separate: Separate | None = Field(
@@ -206,13 +210,13 @@ def load_recipe(
     overrides: Iterable[str] = (),
     seeds: Sequence[int] | None = None,
 ) -> Recipe:
-    """Read a recipe and apply what the user gave with it.
+    """A recipe read from YAML, with variables and overrides applied.
 
     Args:
         data: folder that ``${data}`` stands for.
         variables: values of other variables; they override the recipe's own.
         overrides: ``a.b=c`` over keys of every run; a key of the grid keeps this value alone.
-        seeds: in place of the recipe's.
+        seeds: replace the recipe's.
 
     Returns:
         The recipe, its ``variables`` complete.
@@ -225,7 +229,7 @@ def load_recipe(
     # Here and not in `make_recipe`: other seeds may leave products of its grid out.
     check_parts(recipe.parts(), recipe.grid, recipe.arms, str(path))
     if data is not None and not expanded(data).is_dir():
-        raise TellError("no such folder", where=f"--data {data}", remedy="Give the folder that holds the data.")
+        raise TellError("no such folder", where=f"--data {data}", remedy="Name the folder with the data.")
     given = dict(variables or {})
     if data is not None:
         given["data"] = str(expanded(data).resolve())
@@ -246,7 +250,7 @@ def _variables(recipe: Recipe, given: Mapping[str, str], path: Path) -> dict[str
     for name in recipe.build:
         if name in given or name in recipe.variables:
             where = f"--var {name}" if name in given else f"{path}: variables.{name}"
-            remedy = f"Rename the variable, or name its folder in place of ${{{name}}} instead of building it."
+            remedy = f"Rename the variable, or write its folder instead of ${{{name}}} and do not build it."
             raise TellError(f"{name} is a variable and a data set under build", where=where, remedy=remedy)
     known = {"recipe": str(path.parent.resolve()), **given}
     values = _filled(recipe.variables, known, recipe.build, where=str(path))
@@ -321,7 +325,7 @@ def _with_seeds(grid: Iterable[Mapping[str, Any]], seeds: Sequence[int], *, wher
             kept.append({**product, "seeds": own} if "seeds" in product else dict(product))
     if not kept:
         what = f"nothing in the grid is run with seed {', '.join(map(str, seeds))}"
-        remedy = "Its products have their own seeds: give one of those, or remove them."
+        remedy = "Its products have their own seeds: use one of those, or remove them."
         raise TellError(what, where=where, remedy=remedy)
     return kept
 
@@ -351,10 +355,10 @@ def _filled(
 
     def value(name: str, above: tuple[str, ...] = ()) -> str:
         if name in above:
-            raise TellError(f"variables.{name} holds itself", where=where, remedy="Fix the name in it.")
+            raise TellError(f"variables.{name} contains itself", where=where, remedy="Fix the name in it.")
         if name in built and above:
-            what = f"variables.{above[-1]} holds ${{{name}}}, which is built later"
-            raise TellError(what, where=where, remedy=f"Write ${{{name}}} in place of ${{{above[-1]}}}.")
+            what = f"variables.{above[-1]} contains ${{{name}}}, which is built later"
+            raise TellError(what, where=where, remedy=f"Write ${{{name}}} instead of ${{{above[-1]}}}.")
         if name not in values and name in variables:
             values[name] = VARIABLE.sub(lambda match: value(match[1], (*above, name)), variables[name])
         return values.get(name, f"${{{name}}}")

@@ -1,4 +1,4 @@
-"""What a recipe may not say beyond the types of its keys; each error names the place and the remedy."""
+"""Checks of a recipe beyond the types of its keys; each error names the place and the remedy."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ Product = Mapping[str, Sequence[Any]]  # key of a run to its values
 OF_A_PRODUCT = ("arms", "seeds")  # keys of a product that are not keys of a run
 RIVALS = (tuple(f"general.{way}" for way in GENERAL_AMOUNTS), ("task.tokens", "task.rows"))  # ways to give one amount
 REFUSED = {  # keys of a run that a recipe cannot set, and what to do instead
-    "seed": "Give them as seeds in the recipe or as --seeds, for the whole study.",
-    "eval.arms": "Give them as arms in the recipe, for the whole study.",
-    "out": "Give it as --out, for the whole study.",
+    "seed": "Set seeds in the recipe or --seeds, for the whole study.",
+    "eval.arms": "Set arms in the recipe, for the whole study.",
+    "out": "Set --out, for the whole study.",
     "max_minutes": "Leave it out: cells cut short by the clock cannot be compared.",
 }
 MOST_CELLS = 10_000
@@ -35,7 +35,7 @@ def check_size(grid: Iterable[Product], known: Product, where: str) -> None:
         total += points * max(1, len(arms)) * len(seeds)
     if total > MOST_CELLS:
         what = f"the grid has {total:,} cells; a study has at most {MOST_CELLS:,}"
-        raise TellError(what, where=where, remedy="Give its keys fewer values, or run it with fewer arms or seeds.")
+        raise TellError(what, where=where, remedy="Use fewer values per key, or fewer arms or seeds.")
 
 
 def check_run_keys(nested: Mapping[str, Any], where: str, part: str) -> None:
@@ -43,7 +43,7 @@ def check_run_keys(nested: Mapping[str, Any], where: str, part: str) -> None:
     check_keys(nested, Config, f"{where}: {part}")
     for key, _ in leaves(nested):
         if key in REFUSED:
-            raise TellError(f"{key} stands under {part}", where=where, remedy=REFUSED[key])
+            raise TellError(f"{key} is set under {part}", where=where, remedy=REFUSED[key])
 
 
 def check_set(nested: Mapping[str, Any], grid: Sequence[Product]) -> None:
@@ -74,7 +74,7 @@ def check_grid(grid: Iterable[Product], known: Product, where: str) -> None:
                     )
                     raise TellError(what, where=where, remedy=remedy, nearest=close)
             if not values:
-                raise TellError(f"grid.{key} has no value", where=where, remedy="Give it one, or leave it out.")
+                raise TellError(f"grid.{key} has no value", where=where, remedy="Set one, or leave it out.")
         for ways in RIVALS:
             both = [key for key in product if key in ways]
             if len(both) > 1:
@@ -88,8 +88,8 @@ def check_parts(parts: Iterable[tuple[str, Part]], grid: Iterable[Product], arms
     for place, part in parts:
         for attribute, key in part.keys().items():
             if key is not None and key not in known:
-                what = f"{place}.{attribute} is {key!r}, which is no key of the grid"
-                remedy = f"Use {' or '.join(known)}." if known else "Give the grid that key, or leave it out."
+                what = f"{place}.{attribute} is {key!r}, which is not a key of the grid"
+                remedy = f"Use {' or '.join(known)}." if known else "Add that key to the grid, or leave it out."
                 raise TellError(what, where=where, remedy=remedy, nearest=did_you_mean(key, known))
         attribute, named = part.named_arms()
         for arm in named:

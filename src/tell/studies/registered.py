@@ -1,4 +1,4 @@
-"""Values that are chosen by name, registered by a decorator where they are defined."""
+"""Registries: values chosen by name and registered by a decorator where they are defined."""
 
 from __future__ import annotations
 

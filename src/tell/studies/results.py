@@ -1,4 +1,4 @@
-"""A study read back: what every finished cell measured, and what is still missing."""
+"""Results of a study: the measurements of every finished cell, and what is still missing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tell.studies.study_folder import StudyFolder
 
 @dataclass(frozen=True)
 class Outcome:
-    """One row of the study that has numbers; rows that share a cell share what it measured."""
+    """One row of the study that has numbers; rows that share a cell share its measurements."""
 
     point: Mapping[str, Any]
     arm: str
@@ -36,7 +36,7 @@ class Outcome:
 
 @dataclass
 class Study:
-    """Everything that tables, fits and figures are made from.
+    """The input of tables, fits and figures.
 
     Attributes:
         cells: where the run folders are.
@@ -73,7 +73,7 @@ class Study:
         return sorted({o.seed for o in self.outcomes})
 
     def metrics(self) -> list[str]:
-        """Names to tabulate: those that the recipe asks for and some cell has, else the primary one."""
+        """Metrics to tabulate: those that the recipe requests and some cell has, else the primary one."""
         wanted: list[str] = []
         for name in map(canonical, self.recipe.get("metrics") or [self.primary]):
             wanted += [BENCHMARK + task for task in self.benchmarks] if name == "benchmarks" else [name]
@@ -107,7 +107,7 @@ class Study:
 
 
 def read_results(folder: str | Path, cells: str | Path | None = None) -> Study:
-    """Read a study's finished cells, from their run folders or else from ``cells.jsonl.gz``.
+    """Read a study's finished cells: from their run folders, or packed ones where no metrics.json can be read there.
 
     Args:
         folder: the study's own, with ``study.json``.
@@ -125,9 +125,9 @@ def read_results(folder: str | Path, cells: str | Path | None = None) -> Study:
         data = json.loads(path.read_text(encoding="utf-8"))
         rows, states = data["rows"], data["cells"]
     except FileNotFoundError as error:
-        raise TellError("no such file", where=str(path), remedy="Give a folder made by `tell study`.") from error
+        raise TellError("no such file", where=str(path), remedy="Name a folder made by `tell study`.") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise TellError(f"is no study ({error})", where=str(path), remedy="Run `tell study` again.") from error
+        raise TellError(f"is not a study ({error})", where=str(path), remedy="Run `tell study` again.") from error
     root = Path(cells) if cells is not None else folder / str(data.get("root", "..")) / "cells"
     study = Study(
         folder=folder,
@@ -141,8 +141,9 @@ def read_results(folder: str | Path, cells: str | Path | None = None) -> Study:
         failed={name: str(c.get("error") or "") for name, c in states.items() if c.get("state") == "failed"},
     )
     primaries: Counter[str] = Counter()
-    with unpacked(StudyFolder(folder).packed, lambda name: not (root / name / "metrics.json").exists()) as packed:
-        open_cell = cache(lambda name: CellReader.open(root / name, packed / name))
+    own = cache(lambda name: CellReader.open(root / name))
+    with unpacked(StudyFolder(folder).packed, lambda name: own(name) is None) as packed:
+        open_cell = cache(lambda name: own(name) or CellReader.open(packed / name))
         for row in study.rows:
             state = str((states.get(row["cell"]) or {}).get("state", "waiting"))
             if state != "done":

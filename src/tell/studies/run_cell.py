@@ -1,4 +1,4 @@
-"""Runs one cell to its end, on whatever machine."""
+"""Runs one cell to its end, on any machine."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tell.studies.separation_cells import run_separation
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a cell ended.
+    """The outcome of a cell.
 
     Attributes:
         error: one line; None where it finished.
@@ -43,7 +43,7 @@ def run_cell(
     display: Display,
     models: ModelCache | None = None,
 ) -> Outcome:
-    """Run a cell, or resume it where it was killed. An exception becomes its outcome.
+    """The outcome of running a cell, or of resuming one that was killed; exceptions become part of it.
 
     Args:
         folder: its run folder; the caller holds its lock.
@@ -67,7 +67,7 @@ def run_cell(
         tune(config, resume=resume, display=display, command="tell study", models=models)
     except Interrupted:
         raise
-    except Exception as error:  # the other cells go on
+    except Exception as error:  # the other cells continue
         known = type(error).__module__.startswith("tell.")
         text = str(error) if known else f"{type(error).__name__}: {error}"
         trace = None if known else traceback.format_exc()
@@ -84,7 +84,7 @@ def _resumable(folder: RunFolder, config: Config) -> bool:
     if not (folder.config.exists() and folder.status.exists()):
         shutil.rmtree(folder.root)
         return False
-    # Its name says that it is the same run; its input files may have moved.
+    # The same name means the same run; its input files may have moved.
     write_text(folder.config, config.model_copy(update={"out": str(folder.root)}).to_yaml())
     return True
 
@@ -102,7 +102,7 @@ class InnerDisplay:
         self.advance, self.label = advance, label
 
     def note(self, text: str) -> None:
-        pass  # it is in the cell's own findings
+        pass  # recorded in the cell's own findings
 
     @contextmanager
     def bar(self, title: str, total: float | None, unit: str = "rows") -> Iterator[Advance]:

@@ -19,13 +19,13 @@ from tell.run.session import ModelCache
 if TYPE_CHECKING:
     from tell.studies.results import Study
 
-SEPARATION_FORMAT = 2  # increment when the same keys give other numbers
-SEPARATE = "separate"  # in place of a cell's arm
+SEPARATION_FORMAT = 2  # increment when a change to the code changes numbers
+SEPARATE = "separate"  # used as the arm of a cell
 ADDED = "added by the anchor"
 WORDS = {
     "without anchor": "Task queries against general queries, none with the anchor.",
     "with anchor": "Task queries with the anchor against general queries without.",
-    "control": "General queries with the task's anchor against others without: what the anchor alone sets apart.",
+    "control": "General queries with the task's anchor against others without: the effect of the anchor alone.",
     ADDED: "With anchor minus without, over the same queries.",
 }
 METRICS = ("linear_probe", "silhouette", "mmd2", "length_probe")
@@ -33,7 +33,7 @@ TOKENS = 300  # of a query with its anchor; an estimate
 
 
 def contrasts(config: Config) -> tuple[str, ...]:
-    """The comparisons of a cell, in place of arms; without an anchor there is only the first."""
+    """The comparisons of a cell, used as its arms; without an anchor there is only the first."""
     names = tuple(CONTRASTS)
     return (*names, ADDED) if config.anchor.text != "none" else names[:1]
 
@@ -69,7 +69,7 @@ def _metrics(result: Mapping[str, Any]) -> dict[str, Any]:
             arms[name] = dict(zip(METRICS, own, strict=True))
     if "with - without" in layer:
         arms[ADDED] = {"silhouette": layer["with - without"]["silhouette"]}
-    lead = "with anchor" if "with anchor" in arms else "without anchor"  # whose score the queue shows
+    lead = "with anchor" if "with anchor" in arms else "without anchor"  # the score that the queue shows
     return {
         "task": {"kind": "separation", "primary": "silhouette", "lead": lead, "queries": result["queries"]},
         "layer": result["picture"]["layer"],
@@ -78,12 +78,13 @@ def _metrics(result: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def pictures(study: Study) -> Iterator[tuple[dict[str, Any], Path]]:
-    """Point and ``separation.svg`` of each comparison, of the first seed that has one."""
-    shown: set[str] = set()
+def pictures(study: Study) -> Iterator[tuple[dict[str, Any], Path | None]]:
+    """Point and ``separation.svg`` of each comparison, of the first seed that has one; None where no seed has."""
+    found: dict[str, tuple[dict[str, Any], Path | None]] = {}
     for outcome in sorted(study.outcomes, key=lambda o: o.seed):
-        path = RunFolder(study.cells / outcome.cell).separation("svg")
-        point = {key: value for key, value in outcome.point.items() if key in study.keys}
-        if str(point) not in shown and path.is_file():
-            shown.add(str(point))
-            yield point, path
+        if outcome.cell.startswith(f"{SEPARATE}-"):
+            path = RunFolder(study.cells / outcome.cell).separation("svg")
+            point = {key: value for key, value in outcome.point.items() if key in study.keys}
+            if found.setdefault(str(point), (point, None))[1] is None and path.is_file():
+                found[str(point)] = (point, path)
+    yield from found.values()

@@ -13,6 +13,7 @@ from tell.progress import Display, Silent
 from tell.run.stop import Stop
 from tell.studies.executors.registry import LOCAL, Execution
 from tell.studies.open_study import UNCHANGED, Changes, Study, open_study
+from tell.studies.packed import restore_cells, usable_cells
 from tell.studies.queue import CellQueue, span
 from tell.studies.recipe import Recipe
 from tell.studies.registered import needs
@@ -27,13 +28,13 @@ def plan_study(
     changes: Changes = UNCHANGED,
     out: str | Path | None = None,
     root: str | Path = "studies",
-    retry_failed: bool = False,
+    execution: Execution = LOCAL,
     display: Display | None = None,
 ) -> dict[str, Any]:
-    """Cells of a study with steps, tokens, FLOPs and predicted seconds; nothing is run.
+    """Cells of a study with steps, tokens, FLOPs and predicted seconds; runs nothing.
 
     Args:
-        retry_failed: failed cells count as left to do.
+        execution: with ``retry_failed``, failed cells count as left to do; with ``keep_adapters``, packed ones.
         recipe, data, changes, out, root, display: as for `run_study`.
 
     Returns:
@@ -45,8 +46,11 @@ def plan_study(
     display = display or Silent()
     study = open_study(recipe, data=data, changes=changes, out=out, root=root, display=display)
     study.check_scorers()
-    queue = CellQueue(study, display=display, stop=Stop(study.folder.root), retry_failed=retry_failed)
-    table = plan_table(study.root, study.cells, queue.states, queue.points, display)
+    queue = CellQueue(study, display=display, stop=Stop(study.folder.root), retry_failed=execution.retry_failed)
+    states = dict(queue.states)
+    for name, _ in usable_cells(study, keep_adapters=execution.keeps(study.recipe), display=display):
+        states[name] = {**states[name], "state": "done"}
+    table = plan_table(study.root, study.cells, states, queue.points, display)
     return {"title": study.recipe.title, "folder": str(study.folder.root), **table}
 
 
@@ -69,7 +73,8 @@ def run_study(
         recipe: YAML file, see `tell.studies.recipe`.
         data: folder that ``${data}`` stands for.
         changes: other variables, overrides and seeds of the recipe.
-        out: the study's folder; default ``<root>/<name of the recipe>``. Cells packed there are not run.
+        out: the study's folder; default ``<root>/<name of the recipe>``. Cells packed there are not run,
+            except comparisons of hidden states, and where adapters are kept.
         root: folder of the cells.
         execution: the executor and its options.
         display: shows progress.
@@ -87,7 +92,8 @@ def run_study(
     study.check_scorers()
     study.check_folder()
     stop = Stop(study.folder.root)
-    keep = study.recipe.keep_adapters if execution.keep_adapters is None else execution.keep_adapters
+    keep = execution.keeps(study.recipe)
+    restore_cells(study, keep_adapters=keep, display=display)
     queue = CellQueue(study, display=display, stop=stop, retry_failed=execution.retry_failed, keep_adapters=keep)
     write_text(study.folder.recipe, study.recipe.to_yaml())
     queue.adopt()
@@ -107,7 +113,7 @@ def run_study(
                 raise Interrupted(
                     f"stopped with {done} of {len(study.cells)} cells done",
                     where=str(study.folder.root),
-                    remedy="Give the same command again to go on.",
+                    remedy="Run the same command again to resume.",
                 ) from error
             finally:
                 queue.give_back()
@@ -117,7 +123,7 @@ def run_study(
 
 
 def check_packages(recipe: Recipe) -> None:
-    """Raise TellError where a package is missing that the recipe's figures and fits will need after hours of runs."""
+    """Raise TellError now if a package is missing that the recipe's figures and fits need after hours of runs."""
     wanted = {
         "matplotlib": recipe.figures or recipe.pareto or recipe.separate,
         "scipy": recipe.fits or recipe.efficiency,
@@ -125,11 +131,11 @@ def check_packages(recipe: Recipe) -> None:
     }
     missing = [name for name, asked in wanted.items() if asked and find_spec(name) is None]
     if missing:
-        raise needs(f"what the recipe asks for needs {' and '.join(missing)}")
+        raise needs(f"the recipe needs {' and '.join(missing)}")
 
 
 def _write(study: Study) -> None:
-    from tell.studies.page.study_page import write_study  # late: it draws
+    from tell.studies.page.study_page import write_study  # imported here, because it loads matplotlib
 
     with reading(study.folder.root):
         write_study(study.folder.root)
@@ -139,7 +145,7 @@ def _predict(study: Study, queue: CellQueue) -> None:
     """Predict the seconds of each waiting cell; refuse a study none of whose cells can be run."""
     display = queue.display
     if done := len(study.cells) - len(queue.waiting):
-        display.note(f"{done} of {len(study.cells)} cells are done or failed already")
+        display.note(f"{done} of {len(study.cells)} cells are already done or failed")
     predicted: dict[str, float] = {}
     errors: set[str | None] = set()
     for cell, cost in plan_cells(study.root, queue.waiting, display):

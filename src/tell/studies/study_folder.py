@@ -17,7 +17,7 @@ NUMBERS: dict[str, type] = {"seconds": float, "training_seconds": float, "attemp
 
 
 class Root:
-    """What all studies below one folder share. Creating the object touches nothing on disk."""
+    """The folder whose cells and data sets studies share. Creating the object touches nothing on disk."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = expanded(path)
@@ -34,7 +34,7 @@ class Root:
         return FileLock(make_folder(self.path / kind / ".locks") / f"{name}.lock")
 
     def record(self, name: str) -> dict[str, Any]:
-        """What is recorded of a cell next to its folder: state, error, seconds, attempts, host; empty if nothing is."""
+        """The record of a cell next to its folder: state, error, seconds, attempts, host; empty if there is none."""
         try:
             found = read_json(self.cells / f"{name}.json", remedy="")
         except (FileNotFoundError, TellError):
@@ -48,7 +48,7 @@ class Root:
         return record
 
     def finished(self, name: str) -> bool:
-        """Whether all numbers of a cell are there."""
+        """Whether a cell has all its numbers."""
         folder = self.cell(name)
         return folder.metrics.exists() and folder.read_status().get("state") == "done"
 
@@ -77,14 +77,14 @@ class StudyFolder:
         Raises:
             TellError: it is missing or damaged.
         """
-        remedy = "Give the folder that `tell study` wrote, or run it again into another."
+        remedy = "Name the folder that `tell study` wrote, or run it again into another."
         try:
             data = read_json(self.state, remedy=remedy)
         except FileNotFoundError as error:
-            raise TellError("holds no study", where=str(self.root), remedy=remedy) from error
+            raise TellError("has no study", where=str(self.root), remedy=remedy) from error
         for key, kind in (("cells", dict), ("rows", list), ("recipe", dict)):
             if not isinstance(data.get(key, kind()), kind):
-                raise TellError(f"is damaged ({key} is no {kind.__name__})", where=str(self.state), remedy=remedy)
+                raise TellError(f"is damaged ({key} is not a {kind.__name__})", where=str(self.state), remedy=remedy)
         return data
 
     def failed(self) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""What a study will cost, before weights are loaded: steps, tokens, FLOPs and hours of each cell. Imports no torch."""
+"""The cost of a study before weights are loaded: steps, tokens, FLOPs and hours of each cell. Imports no torch."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ NOTHING |= {"basis": "", "error": None}
 
 
 class Planner:
-    """Plans cells one after the other; what several have in common is read and tokenised once."""
+    """Plans cells one after the other; data that several share is read and tokenised once."""
 
     def __init__(self, root: Root, display: Display) -> None:
         self.display = display
@@ -78,7 +78,7 @@ class Planner:
         return describe_plan(prepare(task, placed_anchor(task), general))
 
     def _task(self, config: Config) -> Task:
-        """A task of its own for a cell, from the rows that cells with the same data share."""
+        """A separate task for a cell, from the rows that cells with the same data share."""
         parts = [config.task.model_copy(update={"rows": None, "tokens": None}), config.model, config.tokens]
         key = _key("task", *parts, config.seed, config.train.max_length)
         kept = self._once(key, lambda: load_task(config, self.display))
@@ -120,7 +120,7 @@ def plan_table(
 
     Args:
         states: of each cell, as in study.json.
-        points: what the rows of each cell have in common.
+        points: the values that the rows of each cell have in common.
 
     Returns:
         ``{"cells": [{"cell", "arm", "point", "seed", "state", "steps", ...}], "total": {...}, "left": {...}}``; totals
@@ -136,7 +136,7 @@ def plan_table(
 
 
 def seconds_of(cost: Mapping[str, Any]) -> float:
-    """Everything that a cell is predicted to take."""
+    """The predicted seconds of a cell in all."""
     return float(cost["training_seconds"] + cost["evaluation_seconds"])
 
 

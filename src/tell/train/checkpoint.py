@@ -19,7 +19,7 @@ def save_checkpoint(folder: Path, parameters: Parameters, optimizer: torch.optim
     """Replace the checkpoint in ``folder`` atomically: a kill leaves the old or the new one complete.
 
     Args:
-        folder: the checkpoint's place.
+        folder: of the checkpoint.
         parameters: trained parameters by name.
         optimizer: AdamW over them.
         facts: JSON-serialisable position: step, digest, tokens, seconds.

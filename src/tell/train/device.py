@@ -1,4 +1,4 @@
-"""What differs by device: the fast path, copies, free memory, random state."""
+"""Device-specific parts: the fast path, copies, free memory, random state."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 FAST_DEVICES = ("cpu", "cuda")  # where rows are packed and operations fused
-SHARE = 4  # a key-value cache, or a copy of weights, takes at most one in so many free bytes
+SHARE = 4  # a key-value cache or a copy of weights takes at most this fraction (1 / n) of the free bytes
 
 
 def trains_fast(fast: str, device: torch.device | str) -> bool:
@@ -35,7 +35,7 @@ def free_bytes(device: torch.device) -> int:
     """Memory this process may still take on ``device``: the GPU's, or the machine's within its control group."""
     if device.type in ("cuda", "xpu"):
         backend = torch.cuda if device.type == "cuda" else torch.xpu
-        cached = backend.memory_reserved(device) - backend.memory_allocated(device)  # torch reuses it
+        cached = backend.memory_reserved(device) - backend.memory_allocated(device)  # cached by torch, which reuses it
         return backend.mem_get_info(device)[0] + cached
     free = psutil.virtual_memory().available
     if device.type == "mps":  # unified memory, of which Metal recommends a maximum

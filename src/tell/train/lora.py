@@ -159,7 +159,7 @@ def remove_lora(model: PeftModel) -> PreTrainedModel:
 def adapter_merged(model: PreTrainedModel, folder: Path | None) -> Iterator[PreTrainedModel]:
     """The base model with an adapter merged into its weights, which are restored exactly afterwards.
 
-    To decode inside, use ``DecodingEngine.adapter``: vLLM has weights of its own.
+    To decode inside, use ``DecodingEngine.adapter``, since vLLM has its own copy of the weights.
 
     Args:
         model: the base causal model.
@@ -217,5 +217,5 @@ def adapter_factors(model: nn.Module, folder: Path) -> tuple[dict[str, tuple[Ten
         if shape is None:
             raise TellError(f"adapts {name}, which the model lacks", where=str(folder), remedy=OWN_BASE)
         if sorted(shape) != sorted((b.shape[0], a.shape[1])):
-            raise TellError(f"adapts {name} of another size", where=str(folder), remedy=OWN_BASE)
+            raise TellError(f"adapts {name}, whose size differs", where=str(folder), remedy=OWN_BASE)
     return pairs, scale

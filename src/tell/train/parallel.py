@@ -46,7 +46,7 @@ class Processes:
     def __init__(self, launch: Launch, device: str, *, sharded: bool) -> None:
         self.rank, self.world, self.sharded = launch.rank, launch.world, sharded
         self.leads = launch.rank == 0
-        self.busy = False  # in the middle of training, where the others may be at any step
+        self.busy = False  # in mid-training, where the others may be at any step
         self.dismissed = False
         if device not in ("cpu", "cuda"):
             raise TellError(
@@ -94,7 +94,7 @@ class Processes:
             )
         failed = [(rank, text) for rank, (_, text) in enumerate(gathered) if text]
         if failed:
-            self.busy = False  # all are here, and all leave
+            self.busy = False  # no process may still be sending
             if error is not None:
                 raise error
             rank, text = failed[0]
@@ -123,7 +123,7 @@ class Processes:
         self.busy = False
 
     def dismiss(self, word: object) -> None:
-        """Release the waiting processes with a last ``word``; after a failure of this process alone, just leave."""
+        """Release the waiting processes with a last ``word``; if this process alone failed, just exit."""
         if not self.busy and not self.dismissed:
             self.dismissed = True
             with suppress(TellError):

@@ -154,7 +154,7 @@ class Body:
         self.logit_scale = _logit_scale(config)
         self.device = self.head.device
         install(causal)
-        with torch.inference_mode(False):  # what is computed and kept here serves training too
+        with torch.inference_mode(False):  # tensors cached here are used in training too
             if causal not in _separate:
                 self._check(model)
                 _separate.add(causal)
@@ -162,7 +162,7 @@ class Body:
 
     @torch.no_grad()
     def _check(self, model: nn.Module) -> None:
-        """Refuse what leaks between rows past the attention function: convolutions, recurrent states, own masks."""
+        """Refuse leaks between rows outside the attention function: convolutions, recurrent states, own masks."""
         was_training = model.training
         model.eval()
         plan = PackedPlan([8, 8], device=self.device)

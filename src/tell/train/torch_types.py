@@ -22,7 +22,7 @@ if TYPE_CHECKING:
         def save_for_backward(self, *tensors: torch.Tensor | None) -> None: ...
 
     class Block(nn.Module):
-        """A module of transformers: which parts it has is looked at, not declared."""
+        """A module of transformers: its parts are looked up, not declared."""
 
         def __getattr__(self, name: str) -> Any: ...
 else:

@@ -2,7 +2,7 @@
 
 Why not transformers' Trainer: training must follow the order of the manifest, each example must have the same weight in
 a step whatever pass it is computed in, no row may be dropped or padded, and a resumed run must end with the same
-adapter. Here that is a hundred lines; there it is overrides of its sampler, collator, loss, accumulation and random
+adapter. Here that takes a hundred lines; there it would override sampler, collator, loss, accumulation and random
 state.
 """
 
@@ -159,7 +159,7 @@ class Trainer:
         processes: Processes | None = None,
     ) -> None:
         rate = job.settings.learning_rate
-        self.rate = learning_rate_for(model.num_parameters()) if rate is None else rate  # the highest
+        self.rate = learning_rate_for(model.num_parameters()) if rate is None else rate  # the peak rate
         config = job.settings.model_copy(update={"learning_rate": self.rate})
         self.base, self.job, self.config = model, job, config
         self.device, self.hooks, self.processes = torch.device(device), hooks, processes
@@ -197,11 +197,12 @@ class Trainer:
 
     @contextmanager
     def _tuned(self) -> Iterator[tuple[PeftModel, PlainBody | None]]:
-        """The base model with an adapter to train, on the plain path or not; at the end it is as it was."""
+        """The base model with an adapter to train, on the plain path or not; restored at the end."""
         was_training, plain = self.base.training, None
         model = add_lora(self.base, self.config, seed=self.job.seed, fused=self.fast)
         try:
-            plain = None if self.fast else PlainBody(model)
+            with self._agreed():
+                plain = None if self.fast else PlainBody(model)
             with _noise(model, self.config.neftune_alpha):
                 yield model, plain
         finally:
@@ -210,7 +211,7 @@ class Trainer:
                 plain.give_back()
 
     def _start(self, model: PeftModel, plain: PlainBody | None, resume: bool) -> _Run:
-        """Everything before the first step, from a checkpoint where there is one; the same in every process."""
+        """Set up the first step, from a checkpoint where there is one; the same in every process."""
         config, processes = self.config, self.processes
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         facts = None

@@ -50,7 +50,7 @@ def benchmark(
             those of the run's configuration.
         arms: default: those of the run that have an adapter; the untuned model is always scored.
         options: how the questions are asked; by default as the run's configuration says.
-        trust_remote_code: run code that comes with the model, as the run did; its own word is not enough.
+        trust_remote_code: run code that comes with the model, as the run did; run.yaml alone does not allow it.
 
     Returns:
         metrics.json as it is now.
@@ -73,13 +73,13 @@ def benchmark(
     session = opened.session(config, display or Silent())
     metrics = opened.folder.read(path)
     earlier = metrics.get("benchmarks") or {}
-    if asked_alike(earlier.get("settings") or {}, config):  # numbers of another call stay: their answers are kept
+    if asked_alike(earlier.get("settings") or {}, config):  # keep numbers of other calls
         names = dict.fromkeys([*earlier["settings"]["tasks"], *config.eval.benchmarks])
         config = config.model_copy(update={"eval": config.eval.model_copy(update={"benchmarks": tuple(names)})})
         arms = list(dict.fromkeys([*(arm for arm in earlier["arms"] if adapter_ready(opened.folder, arm)), *arms]))
     metrics["benchmarks"] = run_benchmarks(config, arms, opened.anchor, session, opened.folder)
     write_json(path, metrics)
-    if opened.folder.report.exists():  # it shows them
+    if opened.folder.report.exists():  # the report shows the benchmarks
         from tell.report.page import write_page
 
         write_page(opened.folder)

@@ -1,4 +1,4 @@
-"""Talking to a tuned model: anchor and adapter applied, answers streamed."""
+"""Chat with a tuned model: anchor and adapter applied, answers streamed."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ MOST_NEW_TOKENS = 512
 
 
 class _ReaderLeft(Exception):
-    """Nobody reads the answer any longer."""
+    """Raised when the reader has stopped reading the answer."""
 
 
 class ChatSession:
-    """A conversation with one arm of a run.
+    """A conversation with one arm of a run, which streams its answers.
 
     Args:
         opened: the run, model loaded.
         arm: whose adapter answers; ``base`` is the untuned model without the anchor.
         greedy: overrides the run's decoding; a seed alone asks to sample.
-        seed: of the first answer; each later one counts on.
+        seed: of the first answer; each later answer adds 1.
     """
 
     def __init__(self, opened: OpenRun, *, arm: str, greedy: bool | None, seed: int | None) -> None:
@@ -49,7 +49,7 @@ class ChatSession:
         self.history: list[Message] = []
 
     def _shots(self) -> tuple[list[Message], bool]:
-        """Turns of the run's fixed examples (``task.shots``), and whether they are no longer to be found."""
+        """Turns of the run's fixed examples (``task.shots``), and whether they can no longer be found."""
         try:
             return example_turns(run_shots(self.opened)), False
         except TellError:
@@ -60,7 +60,7 @@ class ChatSession:
         self.history.clear()
 
     def close(self) -> None:
-        """Give the base weights back."""
+        """Restore the base weights."""
         self._stack.close()
 
     def describe(self) -> str:
@@ -99,7 +99,7 @@ class ChatSession:
             try:
                 self.session.engine.generate([prompt], decoding, on_token=hand_over)
                 tokens.put(None)
-            except BaseException as error:  # handed to the reader
+            except BaseException as error:  # passed to the reader
                 tokens.put(error)
 
         thread = threading.Thread(target=work, daemon=True)
@@ -112,13 +112,13 @@ class ChatSession:
                     raise item
                 ids.append(item)
                 whole = chat.without_lead(ids, more=True)
-                if not whole.endswith("\ufffd") and len(whole) > len(shown):  # half a character waits for its rest
+                if not whole.endswith("\ufffd") and len(whole) > len(shown):  # not within a character
                     yield whole[len(shown) :]
                     shown = whole
             whole = chat.without_lead(ids)
             if len(whole) > len(shown):
                 yield whole[len(shown) :]
-        finally:  # on Ctrl-C, or when the reader has heard enough, the engine must be free for the next answer
+        finally:  # on Ctrl-C, or when the reader stops early, the engine must be free for the next answer
             left.set()
             thread.join()
         self.history += [turns[-1], Message("assistant", chat.answer(ids))]
@@ -132,12 +132,12 @@ def chat(
     greedy: bool | None = None,
     trust_remote_code: bool = False,
 ) -> ChatSession:
-    """Open a run for talking.
+    """A `Conversation` with an arm of a finished run, its model loaded.
 
     Args:
         run: a run folder.
         arm: ``tell``, ``base`` (untuned, no anchor) or another arm of the run.
-        trust_remote_code: run code that comes with the model, as the run did; its own word is not enough.
+        trust_remote_code: run code that comes with the model, as the run did; run.yaml alone does not allow it.
 
     Raises:
         TellError: no such run or arm.

@@ -1,4 +1,4 @@
-"""`tell demo`: the whole way on a task and general data of our own; nothing is downloaded but the model."""
+"""`tell demo`: the whole method on a built-in task with built-in general data; only the model is downloaded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tell.run.tune import tune
 
 MINUTES = 11.0  # predictions are right within some 10 %, and a slow machine has 12
 OUT = Path("runs/demo")
-# Small enough for five minutes on two cores with bf16; a run of one's own has more general rows.
+# Small enough for five minutes on two cores with bf16; real runs use more general rows.
 GENERAL_TOKENS = 1.4e4
 REPEAT = 4
 
@@ -32,7 +32,7 @@ def example_folder(name: str = "support") -> Path:
 
 
 def demo_config(out: str | Path | None = None, minutes: float | None = None) -> Config:
-    """The demo's configuration: support mails to JSON among the general rows on board."""
+    """The demo's configuration: support mails to JSON, mixed with the built-in general rows."""
     folder = example_folder()
     return load_config(
         flags={
@@ -64,13 +64,13 @@ def demo(
     display: Display | None = None,
     minutes: float | None = None,
 ) -> RunFolder:
-    """Run the demo.
+    """Run the demo and return its run folder.
 
     Args:
         out: run folder; default ``runs/demo``.
-        resume: go on with an interrupted demo there.
+        resume: continue an interrupted demo there.
         overwrite: replace an earlier demo there.
-        minutes: less is done until the run is predicted to fit, as with ``--max-minutes``.
+        minutes: shrink the run until it is predicted to fit, as with ``--max-minutes``.
 
     Returns:
         The run folder with the report.

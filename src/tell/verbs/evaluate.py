@@ -26,7 +26,7 @@ from tell.shown import left_out
 from tell.verbs.open_run import CELL_ADAPTER, OpenRun, open_run
 
 EVAL_KEYS = ("answer_loss", "arms", "bleurt", "bootstrap", "icl_examples")
-"""What of ``eval`` scoring reads; the rest belongs to a run, or to ``--benchmarks``."""
+"""Keys of ``eval`` that scoring reads; the others belong to a run, or to ``--benchmarks``."""
 WITHOUT = {"test": ", or give test rows with --test", "training": ", or leave the arm icl out", "fixed example": ""}
 
 
@@ -40,15 +40,15 @@ def evaluate(
     trust: Trust = Trust(),  # noqa: B008  (frozen)
     display: Display | None = None,
 ) -> dict:
-    """Score arms of a run.
+    """Scores of a run's arms, in the shape of metrics.json.
 
     Args:
         run: a run folder with its adapters.
-        arms: default: those of the run that can be answered with.
+        arms: default: those of the run that can answer.
         test: another test file; default: the run's own test rows.
         rows: score at most this many test rows, drawn by seed.
         overrides: ``generate.x=y``, some of ``eval.x=y``, and ``seed=n`` of decoding and of ``rows``, as for ``--set``.
-        trust: code of others that may run. The folder may be somebody else's, so its own word is not enough.
+        trust: third-party code that may run. The folder may be somebody else's, so run.yaml alone does not allow it.
         display: shows progress.
 
     Returns:
@@ -57,7 +57,7 @@ def evaluate(
         stay as they are; the new answers go to ``predictions/eval/``.
 
     Raises:
-        TellError: no run, no adapter for an arm, bad test file, rows that are no longer there.
+        TellError: no run, no adapter for an arm, bad test file, rows that are gone.
     """
     display = display or Silent()
     opened = open_run(run, trust_remote_code=trust.code)
@@ -68,16 +68,17 @@ def evaluate(
         raise TellError(
             "has no adapter left",
             where=str(opened.folder.root),
-            remedy=f"Give `tell tune` again; {CELL_ADAPTER}",
+            remedy=f"Run `tell tune` again; {CELL_ADAPTER}",
         )
     adapters = {arm: opened.adapter(arm) for arm in wanted}
     opened.folder.read_as(opened.folder.metrics, Metrics)  # damage is reported now, not after the arms have answered
+    metrics = opened.folder.read(opened.folder.metrics)
     session = opened.session(config, display)
     exam = _exam(opened, config, seed, session, test=test, rows=rows, arms=wanted)
-    answers = {arm: exam.take(arm, session, adapters[arm]) for arm in wanted}
-    for arm, found in answers.items():
+    answers = {}
+    for arm in wanted:
+        answers[arm] = found = exam.take(arm, session, adapters[arm])
         write_jsonl(opened.folder.evaluated(arm), found.rows)
-    metrics = opened.folder.read(opened.folder.metrics)
     kept = {key: metrics.get(key) for key in ("forgetting", "mixture", "train", "failed", "same")}
     kept |= {key: metrics[key] for key in ("benchmarks",) if key in metrics}
     kind = opened.folder.read_as(opened.folder.findings, Findings).kind
@@ -88,7 +89,7 @@ def evaluate(
 def _exam(
     opened: OpenRun, config: Config, seed: int, session: Session, *, test: str | None, rows: int | None, arms: list[str]
 ) -> Exam:
-    """The test rows and how they are asked; ``seed`` is of decoding and of ``rows``."""
+    """The test rows with prompts, decoding and scorer; ``seed`` is of decoding and of ``rows``."""
     from tell.decode.sampler import Decoding
 
     facts = opened.folder.read_as(opened.folder.findings, Findings)
@@ -107,22 +108,22 @@ def _exam(
 
 
 def _override(config: Config, overrides: Sequence[str]) -> tuple[Config, int]:
-    """The configuration with what can be changed after training, and the seed of decoding."""
+    """The configuration with overrides of keys that can change after training, and the seed of decoding."""
     changes = parse_overrides(overrides)
     seed = changes.pop("seed", config.seed)
     if lost := set(changes) - {"generate", "eval"}:
         raise TellError(
             f"--set {next(iter(lost))} has no effect on scoring",
-            remedy="Only generate.* and eval.* can be changed after training.",
+            remedy="Only generate.*, eval.* and seed can be changed after training.",
         )
     asked = changes.get("eval")
     if isinstance(asked, dict) and (idle := [key for key in asked if key not in EVAL_KEYS]):
         raise TellError(
             f"--set eval.{idle[0]} has no effect on scoring",
-            remedy=f"Of eval, {', '.join(EVAL_KEYS)} can be set; benchmarks have flags of their own (--benchmarks).",
+            remedy=f"Of eval, {', '.join(EVAL_KEYS)} can be set; benchmarks have their own flags (--benchmarks).",
         )
     # Only the seed of decoding changes: examples in context are those of the run.
-    seed = make_config({"seed": seed}, where="--set").seed
+    seed = make_config({"seed": seed}, where="--seed").seed
     return make_config(merge(config.model_dump(by_alias=True, mode="json"), changes), where="--set"), seed
 
 
@@ -136,14 +137,14 @@ class KindFacts(BaseModel):
 
 
 class Findings(BaseModel):
-    """What is needed of findings.json."""
+    """The part of findings.json that is read back."""
 
     kind: KindFacts
     answer_limit: int = Field(ge=1, le=1_000_000)
 
 
 class Number(BaseModel):
-    """A score with its interval; metrics.json has more of them than are named here."""
+    """A score with its interval; metrics.json has further keys."""
 
     model_config = ConfigDict(extra="allow")
     value: float | None = None
@@ -166,7 +167,7 @@ class Forgetting(BaseModel):
 
 
 class Metrics(BaseModel):
-    """What is kept of metrics.json: the run's own measurements, shown next to the new scores."""
+    """The part of metrics.json that is kept: the run's own measurements, shown next to the new scores."""
 
     forgetting: Forgetting | None = None
     mixture: dict[str, Any] | None = None

@@ -1,4 +1,4 @@
-"""Hidden states of prompts at any layer, the general queries to hold them against, and the numbers of a comparison."""
+"""Hidden states of prompts at any layer, general queries to compare them with, and the numbers of a comparison."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ State = Literal["last", "mean"]
 
 
 def layer_numbers(layer: str, layers: int) -> list[int]:
-    """``middle``, ``all`` or a number, as layers of a model of so many blocks; 0 is the embedding.
+    """The layers that ``middle``, ``all`` or a number names, in a model of so many blocks; 0 is the embedding.
 
     Raises:
         TellError: no such layer.
@@ -53,7 +53,7 @@ def hidden_states(
     micro_tokens: int = 3072,
     progress: Callable[[int], None] | None = None,
 ) -> np.ndarray:
-    """(layers, rows, width) float32 states of each prompt.
+    """(layers, rows, width) float32 hidden states of each prompt.
 
     Args:
         model: a causal model.
@@ -61,7 +61,7 @@ def hidden_states(
         layers: 0 for the embeddings, k for the k-th block's output; the last block's comes after the final norm, as
             transformers' ``hidden_states`` has it.
         state: of the last token, or the mean over all tokens.
-        micro_tokens: tokens of one pass; a longer row is a pass of its own.
+        micro_tokens: tokens of one pass; a longer row gets its own pass.
         progress: called with the rows of each pass.
 
     Raises:
@@ -74,7 +74,7 @@ def hidden_states(
     from tell.train.step import Body
 
     body, device = Body(model), model.device
-    # A pack knows the states that predict trained tokens: a stand-in token follows each prompt.
+    # A pack returns the states that predict trained tokens, so a dummy token follows each prompt.
     rows = [
         TrainRow(np.array([*ids, 0]), np.arange(len(ids) + 1) == len(ids), i, False) for i, ids in enumerate(prompts)
     ]
@@ -116,12 +116,12 @@ def hidden_states(
 def general_queries(
     task: Task, *, most: int, anchor: Anchor = NO_ANCHOR, lengths: Sequence[int] | None = None
 ) -> list[Example]:
-    """At most so many rows of the general source, drawn by seed, that the model's positions hold with the anchor.
+    """At most so many rows of the general source, drawn by seed, that fit into the context with the anchor.
 
     Without a source they are the general probe's, of which there are 64.
 
     Args:
-        lengths: (most,) tokens of prompts; of the rows not yet taken, each takes the one nearest to it in length.
+        lengths: (most,) tokens of prompts; each takes the row nearest to it in length that is not taken yet.
     """
     config = task.config
     general = config.general
@@ -189,7 +189,7 @@ def _prompt_text(chat: ChatTokenizer, example: Example) -> str | None:
 
 
 def _prompt_length(chat: ChatTokenizer, example: Example, anchor: Anchor) -> float:
-    """Tokens of a prompt; infinite where the template refuses it."""
+    """Number of tokens of a prompt; infinite where the template refuses it."""
     try:
         return len(prompt_ids(chat, example, anchor))
     except TellError:

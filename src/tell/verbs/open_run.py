@@ -1,4 +1,4 @@
-"""A finished run opened again: configuration, anchor, tokenizer and model, for the verbs that use it."""
+"""Reopens a finished run: configuration, anchor, tokenizer and model, for the verbs that use them."""
 
 from __future__ import annotations
 
@@ -14,17 +14,16 @@ from tell.names import ARMS
 from tell.progress import Display, Silent
 from tell.rows.template import ChatTokenizer
 from tell.run.answers import adapter_folder, adapter_ready
-from tell.run.claim import check_trust, read_run_config
+from tell.run.claim import REMAKE, check_trust, read_run_config
 from tell.run.record import thinks
 from tell.run.session import Session
 
-# What to do where a cell of a study has none: a finished one is not run again as long as it is there.
-CELL_ADAPTER = "for a cell of a study, remove the cell's folder and give `tell study` again with --keep-adapters."
+CELL_ADAPTER = f"for a cell of a study, {REMAKE[0].lower()}{REMAKE[1:]}"
 
 
 @dataclass(frozen=True)
 class OpenRun:
-    """A finished run, opened again."""
+    """A reopened finished run."""
 
     folder: RunFolder
     config: Config
@@ -33,7 +32,7 @@ class OpenRun:
     chat: ChatTokenizer
 
     def session(self, config: Config | None = None, display: Display | None = None, *, stream: bool = False) -> Session:
-        """Its model; ``config`` (default: the run's) chooses device and engine, ``stream`` one that streams."""
+        """A session of its model; ``config`` (default: the run's) sets device and engine, ``stream`` streaming."""
         return Session(self.files, config or self.config, self.chat, display or Silent(), stream=stream)
 
     def adapter(self, arm: str) -> Path | None:
@@ -54,11 +53,11 @@ class OpenRun:
 
 
 def open_run(run: str | Path, *, trust_remote_code: bool = False) -> OpenRun:
-    """Open a run folder.
+    """A finished run, opened from its folder.
 
     Args:
-        trust_remote_code: run code that comes with the model. The folder may be somebody else's, so what its run.yaml
-            says of trust does not count.
+        trust_remote_code: run code that comes with the model. The folder may be somebody else's, so its run.yaml
+            alone does not allow it.
 
     Raises:
         TellError: no run there, its model cannot be found, or it was made with code that is not trusted now.

@@ -1,4 +1,4 @@
-"""`tell plan`: what a run would do, counted without loading weights. No torch."""
+"""`tell plan`: rows, tokens, cost of a run, counted without loading weights. No torch."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from tell.run.time_budget import fit_minutes
 
 
 def plan(config: Config, *, display: Display | None = None) -> dict:
-    """Count a run without loading weights.
+    """The plan of a run, counted without loading weights.
 
     Args:
         config: as for `tell.tune`.
 
     Returns:
-        What ``plan.json`` holds. With ``general: self`` and nothing written yet, the general part is an
-        estimate and says so; so is the anchor's length with ``anchor: auto``. ``max_minutes`` is met by the
-        speed on record, where a run measures it again.
+        The content of ``plan.json``. With ``general: self`` and nothing written yet, the general part is an
+        estimate and says so; so is the anchor's length with ``anchor: auto``. ``max_minutes`` uses the
+        recorded speed, while a run measures it again.
 
     Raises:
         TellError: bad data, model or configuration.
     """
     task = load_task(config, display)
-    scorer_of(config, task.kind)  # what `tune` refuses
+    scorer_of(config, task.kind)  # refused by `tune` too
     wanted_arms(config)
     if anchor_of(config) is None:
-        task.notices.add("the model will write the anchor; a stand-in of similar length is counted")
+        task.notices.add("the model will write the anchor; a placeholder of similar length is counted")
     anchor = placed_anchor(task)
     check_rows(task, anchor)
-    # Comparing texts with the test rows takes longer than all else here, and only dropping changes a count.
+    # Overlap with the test rows takes the longest by far, and changes counts only where rows are dropped.
     general = read_general(task, overlap=config.task.drop_overlap)
     prepared = prepare(task, anchor, general or unwritten_general)
     if config.max_minutes:

@@ -1,4 +1,4 @@
-"""`tell separate`: does the model tell task queries from general ones, and what does the anchor change?"""
+"""`tell separate`: how far hidden states of task and general queries are apart, without and with the anchor."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ from tell.verbs.open_run import open_run
 
 @dataclass(frozen=True)
 class Comparison:
-    """What hidden states are compared.
+    """The hidden states to compare.
 
     Attributes:
-        layer: a number (0: the embeddings), ``middle`` or ``all``; the picture shows the middle of those requested.
+        layer: a number (0: the embeddings), ``middle`` or ``all``; the figure shows the middle one of those requested.
         queries: rows of each group, fewer where there are fewer.
         state: of the last token of the prompt, which the template fixes, or the mean over all its tokens.
         match_length: choose general queries of the task queries' lengths in tokens, instead of a random sample.
@@ -68,7 +68,7 @@ def separate(
     display: Display | None = None,
     models: ModelCache | None = None,
 ) -> dict:
-    """Compare hidden states of task and general queries, without and with the anchor (figures 3 and 4 of the paper).
+    """Separation of task and general queries in hidden states, without and with the anchor (the paper's figures 3, 4).
 
     The control puts the anchor on other general queries: what separates these from general ones is the prefix, not
     the task.
@@ -76,8 +76,8 @@ def separate(
     Args:
         config: task data, anchor (``auto`` is the run's, or written by the model) and general source; without one, the
             general probe's prompts.
-        run: the folder `config` is of; its test rows are the queries then, else all rows of the data. What
-            ``config.model.trust_remote_code`` says counts, not the folder.
+        run: the folder `config` is of; its test rows are the queries then, else all rows of the data. Only
+            ``config.model.trust_remote_code`` allows code of the model, not the folder.
         compare: which states.
         out: folder for ``separation.json``, ``separation.svg`` and ``separation.png``.
         models: keeps the loaded model for the next call.
@@ -91,10 +91,10 @@ def separate(
     """
     display, files = display or Silent(), _output(out, overwrite)
     if compare.adapter is not None and run is None:
-        raise TellError("an adapter needs its run", where="--adapter", remedy="Give a run folder instead of data.")
+        raise TellError("an adapter needs its run", where="--adapter", remedy="Pass a run folder instead of data.")
     given = is_file_or_hub(config.general)
     if not given:
-        display.note("no general source given: TELL's own general prompts stand for it")
+        display.note("no general source given: TELL's own general prompts are used")
     opened = open_run(run, trust_remote_code=config.model.trust_remote_code) if run is not None else None
     place = opened.adapter(compare.adapter) if opened is not None and compare.adapter is not None else None
     task = load_task(config, display)
@@ -109,7 +109,7 @@ def separate(
     prompts = _prompts(task, anchor, rows, compare)
     n = len(prompts["task"])
     if n < compare.queries:
-        display.note(f"{n} queries of each group, as many as there are")
+        display.note(f"{n} queries of each group: there are no more")
     states = _states(session, prompts, layers, place, compare)
     contrasts = {name: pair for name, pair in CONTRASTS.items() if pair[0] in prompts}
     tokens = {name: np.array([len(ids) for ids in rows]) for name, rows in prompts.items()}
@@ -191,7 +191,7 @@ def _draw(result: dict, layer: int, pairs: dict[str, tuple[np.ndarray, np.ndarra
 def _prompts(task: Task, anchor: Anchor, rows: Sequence[Example], compare: Comparison) -> dict[str, list[list[int]]]:
     """Token ids of the queries of each group, as the model's template renders them; all groups of one size.
 
-    Data published with its instruction at the head loses it where the anchor is not wanted.
+    Data published with its instruction at the head has it removed where queries go without the anchor.
 
     Raises:
         TellError: too few rows, or one too long.
@@ -218,7 +218,7 @@ def _prompts(task: Task, anchor: Anchor, rows: Sequence[Example], compare: Compa
 
 
 def _numbers(found: dict[str, Separation], config: Config) -> dict:
-    """Of one layer: each contrast, and what the anchor adds, paired over the same queries."""
+    """Numbers of one layer: each contrast, and what the anchor adds, paired over the same queries."""
     out: dict[str, Any] = {name: separation_numbers(value, config) for name, value in found.items()}
     if "with anchor" in found:
         rule = {"seed": config.seed, "samples": config.eval.bootstrap}
@@ -234,7 +234,7 @@ def _numbers(found: dict[str, Separation], config: Config) -> dict:
 
 
 def _notices(result: dict, layer: str) -> list[str]:
-    """What a reader must know before believing the numbers."""
+    """Caveats of the numbers, as notices."""
     length, numbers = result["length"], result["layers"][layer]
     notices = []
     for name, found in length.items():
@@ -242,16 +242,16 @@ def _notices(result: dict, layer: str) -> list[str]:
             notices.append(f"{name}: token length alone tells the groups apart in {found['value']:.0%} (chance 50%)")
     if "control" in numbers:
         probe = numbers["control"]["probe"]
-        what = "separates too" if probe["ci"][0] > result["chance"] else "tells nothing apart"
+        what = "separates too" if probe["ci"][0] > result["chance"] else "separates nothing"
         notices.append(f"control: on general queries the anchor {what}, probe {probe['value']:.0%} at layer {layer}")
     return notices
 
 
 def _output(out: str | Path | None, overwrite: bool) -> Path | None:
-    """The folder to write to.
+    """The checked folder to write to.
 
     Raises:
-        TellError: a separation is there already.
+        TellError: it is a file, or has results already.
     """
     if out is None:
         return None
@@ -259,5 +259,5 @@ def _output(out: str | Path | None, overwrite: bool) -> Path | None:
     if folder.is_file():
         raise TellError("is a file", where=f"--out {folder}", remedy="Name a folder.")
     if RunFolder(folder).separation("json").exists() and not overwrite:
-        raise TellError("holds a separation already", where=f"--out {folder}", remedy="Give another, or --overwrite.")
+        raise TellError("already has results", where=f"--out {folder}", remedy="Name another, or add --overwrite.")
     return folder

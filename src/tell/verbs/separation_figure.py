@@ -10,7 +10,7 @@ from tell.errors import TellError
 from tell.files import atomic_path
 from tell.folder import RunFolder
 
-# Okabe and Ito's colours, with a shape each as well
+# Okabe and Ito's colours, each with its own shape
 GROUPS = {
     "task": ("#D55E00", "o"),
     "task + anchor": ("#D55E00", "o"),
@@ -49,7 +49,7 @@ def draw(result: dict, folder: Path) -> None:
     kind = "last prompt token" if result["state"] == "last" else "mean over the prompt"
     arm = f" + {result['adapter']}" if result["adapter"] else ""
     figure.suptitle(f"{result['model']}{arm}, layer {picture['layer']}, {kind}; t-SNE", fontsize=11)
-    with matplotlib.rc_context({"svg.hashsalt": "tell", "svg.fonttype": "none"}):  # the same bytes each time
+    with matplotlib.rc_context({"svg.hashsalt": "tell", "svg.fonttype": "none"}):  # reproducible bytes
         for kind, options in (("svg", {"metadata": {"Date": None}}), ("png", {"dpi": 150})):
             with atomic_path(RunFolder(folder).separation(kind)) as path:
                 figure.savefig(path, format=kind, **options)

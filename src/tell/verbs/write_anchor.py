@@ -43,15 +43,15 @@ def write_anchor(
     short_steps: int | None = None,
     display: Display | None = None,
 ) -> dict:
-    """Candidates for the anchor, written by the model and by hand, scored, the best first.
+    """Candidate anchors, written by the model and by hand, scored, best first.
 
-    The lowest loss decides: that of the right answers under the untuned model, or, where there are short runs, that
-    of the validation rows after them. Separation is reported and never decides.
+    The candidate with the lowest loss wins: loss of the reference answers under the untuned model, or, with short
+    runs, validation loss after them. Separation is reported but never decides.
 
     Args:
         config: as for `tell.tune`; ``anchor.text`` is ignored. Separation and short runs take general rows from
             ``general.source`` where it is a file or hub name.
-        compare: anchors written by hand, texts or ``@FILE``; the others' losses are paired with the first one's.
+        compare: hand-written anchors, texts or ``@FILE``; the others' losses are paired with the first one's.
         scores: some of `SCORES`; None for all cheap ones: ``loss``, and ``separation`` where there are general rows.
         short_steps: optimiser steps of each short run (``short-run``; default `SHORT_STEPS`): same rows, order and
             seed under every candidate.
@@ -101,7 +101,7 @@ def _wanted(config: Config, scores: Sequence[str] | None, short_steps: int | Non
     """
     general = is_file_or_hub(config.general)
     if short_steps is not None and short_steps < 1:
-        raise TellError(f"{short_steps} steps", where="--short-steps", remedy="Give 1 or more.")
+        raise TellError(f"{short_steps} steps", where="--short-steps", remedy="Set it to 1 or more.")
     if scores is None:
         cheap = {"loss", "separation"} if general and find_spec("sklearn") else {"loss"}
         return cheap | ({"short-run"} if short_steps else set())
@@ -109,9 +109,9 @@ def _wanted(config: Config, scores: Sequence[str] | None, short_steps: int | Non
         if name not in SCORES:
             raise TellError(f"unknown score {name!r}", where="--score", remedy=f"Use some of {', '.join(SCORES)}.")
     if "separation" in scores and not general:
-        raise TellError("separation needs general rows", where="--score", remedy="Give a file with --general.")
+        raise TellError("separation needs general rows", where="--score", remedy="Pass a file with --general.")
     if short_steps and "short-run" not in scores:
-        raise TellError("is given without the score short-run", where="--short-steps", remedy="Add it to --score.")
+        raise TellError("is set without the score short-run", where="--short-steps", remedy="Add it to --score.")
     return {"loss", *scores}
 
 
@@ -120,7 +120,7 @@ def _rank(value: float | None) -> float:
 
 
 def _add_numbers(entries: list[dict], name: str, values: list[Metric], first: int | None, config: Config) -> None:
-    """A score with its interval to each entry, and its difference from the ``first`` entry's."""
+    """Add a score with its interval to each entry, and its difference from the ``first`` entry's."""
     rule = {"seed": config.seed, "samples": config.eval.bootstrap}
     for i, (entry, value) in enumerate(zip(entries, values, strict=True)):
         entry[name] = estimate(value, **rule)
@@ -138,7 +138,7 @@ def _separations(task: Task, session: Session, anchors: Sequence[Anchor]) -> lis
         raise TellError(
             f"separation of {len(queries)} task rows from {len(general)} general rows",
             where="--score",
-            remedy=f"Give at least {FEWEST} of each, or leave separation out.",
+            remedy=f"Use at least {FEWEST} of each, or leave out separation.",
         )
     queries = queries[: len(general)]
     layer = layer_numbers("middle", task.files.architecture.layers)
@@ -194,7 +194,7 @@ def short_runs(task: Task, session: Session, anchors: Sequence[Anchor], steps: i
 
 
 def _short_rows(task: Task, anchors: Sequence[Anchor], rules: RowRules) -> tuple[list[Example], list[Example]]:
-    """Rows to train and to validate on, the same under every anchor: those too long behind one are left out."""
+    """Rows to train and validate on, the same for every anchor: those too long with any anchor are left out."""
     train = limited_rows(task, anchors[0])
     validation = task.validation
     if not validation:
@@ -209,7 +209,7 @@ def _short_rows(task: Task, anchors: Sequence[Anchor], rules: RowRules) -> tuple
         raise TellError(
             f"{len(train)} rows to train on and {len(validation)} to validate on",
             where="--score short-run",
-            remedy="Give more task rows, or raise train.max_length.",
+            remedy="Add task rows, or raise train.max_length.",
         )
     return train, validation
 
@@ -217,7 +217,7 @@ def _short_rows(task: Task, anchors: Sequence[Anchor], rules: RowRules) -> tuple
 def _short_mixture(
     table: RowTable, general: RowTable | None, total: int, config: Config
 ) -> tuple[dict[str, RowTable], Mixture]:
-    """``total`` rows, half of them general where there are any; by row numbers alone, so equal under every anchor."""
+    """``total`` rows, half of them general where there are any; by row numbers alone, so the same for every anchor."""
     if general is None:
         return {"task": table}, build_repeated(table, total, config.seed)
     rows = permutation(len(table), config.seed, "short run")[: max(1, total // 2)]

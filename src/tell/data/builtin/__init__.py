@@ -1,9 +1,9 @@
-"""General instruction rows on board: open prompts written for TELL, answered by SmolLM2-135M-Instruct.
+"""Built-in general instruction rows: open prompts written for TELL, answered by SmolLM2-135M-Instruct.
 
 ``prompts.jsonl`` has a row per prompt, ``{"prompt", "completion", "kind", "language"}``; ``completion`` is null where
 the model's answer did not pass the filters of `tell.run.self_written`. Any model can answer the prompts itself.
-``witness.jsonl`` has 200 further prompts with answers, of which none is in any mix: loss on them shows what was
-forgotten. ``README.md`` says how both were made.
+``witness.jsonl`` has 200 further prompts with answers, none of them in any mix: loss on them measures
+forgetting. ``README.md`` says how both were made.
 """
 
 from __future__ import annotations

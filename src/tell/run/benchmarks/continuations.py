@@ -17,7 +17,7 @@ from tell.train.step import Body
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-WORTH = 64  # tokens; a context whose sharing saves fewer is not given a pass of its own
+WORTH = 64  # tokens; a context is shared in a separate pass only if that saves at least as many
 
 Pair = tuple[Sequence[int], Sequence[int]]
 
@@ -32,18 +32,18 @@ def continuation_scores(
     device: torch.device | str = "cpu",
     progress: Callable[[int], None] | None = None,
 ) -> list[tuple[float, bool]]:
-    """Log-likelihood in nats of each continuation behind its context, and whether each of its tokens is the likeliest.
+    """Log-likelihood in nats of each continuation given its context, and whether each of its tokens is the likeliest.
 
     Continuations of one long context are computed in one pass, the context once; all others are packed by length.
 
     Args:
         pairs: (context ids, continuation ids), at least one each.
-        max_positions: longest row, in tokens; of a longer one the context loses its beginning.
+        max_positions: longest row, in tokens; a longer context is truncated at its start.
         micro_tokens: tokens of one pass.
         progress: called with the number of pairs finished in each pass.
 
     Raises:
-        TellError: a continuation leaves no room for any context.
+        TellError: a continuation leaves no room for context.
     """
     body = Body(model)
     out: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)

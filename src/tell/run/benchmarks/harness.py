@@ -1,6 +1,6 @@
 """lm-evaluation-harness over our engine: its tasks, prompts and metrics; our passes, adapters and anchor.
 
-Imports ``lm_eval``, an extra; nothing imports this module before a benchmark is asked for.
+Imports ``lm_eval``, an extra; nothing imports this module until a benchmark is requested.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from tell.decode.protocol import DecodingEngine
 
-ANSWER_TOKENS = 256  # where a task sets no limit; the harness's own default
+ANSWER_TOKENS = 256  # where a task sets no limit; the default of the harness
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Passes:
 
 
 class EngineLM(TemplateLM):
-    """A model of the harness that computes by our passes and decodes with our engine.
+    """A harness model that computes with our forward passes and decodes with our engine.
 
     Args:
         model: the base model, with or without an adapter merged.
@@ -61,7 +61,7 @@ class EngineLM(TemplateLM):
         advance: called with the number of requests finished.
 
     Attributes:
-        fed: tokens of each row that went through the model, prompts in full however much was shared.
+        fed: tokens of each row that went through the model; prompts count in full, even where they were shared.
         prompt_tokens, new_tokens: sums over all rows; new tokens are those decoded or scored.
     """
 
@@ -100,7 +100,7 @@ class EngineLM(TemplateLM):
         return self.chat.template
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The conversation as text, the anchor in its place; without a generation prompt, open at its last message."""
+        """The conversation as text with the anchor; without a generation prompt, the last message is left open."""
         turns = self.anchor.apply([Message(m["role"], m["content"]) for m in chat_history])  # type: ignore[arg-type]
         text = self.chat.render(turns, add_generation_prompt=add_generation_prompt)
         if add_generation_prompt:
@@ -109,7 +109,7 @@ class EngineLM(TemplateLM):
         return text[: text.rindex(last) + len(last)]
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: object) -> list[int]:
-        """Ids of a text; a begin token is added as the tokenizer does, but not to what has one or is templated."""
+        """Token ids of a text; a begin token is added as the tokenizer does, but not if it is there or templated."""
         begins = self.chat.backend.id_to_token(self.prefix_token_id)
         if add_special_tokens is None:
             add_special_tokens = not self.templated and not (begins and string.startswith(begins))
@@ -135,7 +135,7 @@ class EngineLM(TemplateLM):
         )
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[float]:
-        """Log-likelihood of whole texts, in windows as long as the model takes."""
+        """Log-likelihood of whole texts in nats, in windows as long as the model takes."""
         windows, owner = [], []
         for i, request in enumerate(requests):
             rolled = utils.get_rolling_token_windows(
@@ -198,8 +198,8 @@ class EngineLM(TemplateLM):
         return [postprocess_generated_text(text, until, None) for text in texts]
 
     def _watch(self, until: Sequence[str], rows: int) -> Callable[[int, int], bool]:
-        """Tells of each new token whether its row has come to one of the texts that end it."""
-        window = max((len(text.encode()) for text in until), default=0) + 4  # a token is a byte at least
+        """A check, called with each new token, of whether its row has reached a stop text."""
+        window = max((len(text.encode()) for text in until), default=0) + 4  # a token is at least one byte
         tails: list[list[int]] = [[] for _ in range(rows)]
 
         def ended(row: int, token: int) -> bool:
@@ -225,7 +225,7 @@ def load_tasks(names: Sequence[str], local: Mapping[str, LocalTask] | None) -> d
     """Tasks of the harness, by its own definitions.
 
     Args:
-        local: rows of each task, which then come from nowhere else; None fetches the harness's datasets by name.
+        local: rows of each task, read instead of any dataset; None fetches the harness's datasets by name.
 
     Raises:
         TellError: a dataset cannot be fetched.
@@ -255,14 +255,16 @@ def _rows(local: LocalTask) -> Callable[..., dict[str, Dataset]]:
     return lambda **_: {"test": test, "train": train}
 
 
-def answer_task(lm: EngineLM, name: str, task: Any, *, shots: int, limit: int | None) -> list[dict[str, Any]]:
-    """A row a question: ``{"question", "hash", "prompt", "reference", "answer", "scores"}``.
+def answer_task(
+    lm: EngineLM, name: str, task: task_module.Task, *, shots: int, limit: int | None
+) -> list[dict[str, Any]]:
+    """One row per question: ``{"question", "hash", "prompt", "reference", "answer", "scores"}``.
 
     ``answer`` is what was written, or the choice found likeliest, counted from 0, with ``loglikelihoods`` of all.
 
     Args:
         shots: examples before each question, the same for every model.
-        limit: the first so many questions; None for all.
+        limit: number of questions, from the first; None for all.
     """
     task.set_config("num_fewshot", shots)
     task.set_fewshot_seed(DEFAULT_OTHER_SEED)
@@ -285,11 +287,11 @@ def answer_task(lm: EngineLM, name: str, task: Any, *, shots: int, limit: int | 
 
 
 def metric_name(metric: str, filtered: str) -> str:
-    """The harness's own name: ``acc``, ``exact_match,strict-match``."""
+    """The metric's name in the harness: ``acc``, ``exact_match,strict-match``."""
     return metric if filtered == "none" else f"{metric},{filtered}"
 
 
-def _row(task: Any, sample: Mapping[str, Any]) -> dict[str, Any]:
+def _row(task: task_module.Task, sample: Mapping[str, Any]) -> dict[str, Any]:
     answers = [responses[0] for responses in sample["resps"]]
     row = {
         "question": sample["doc_id"],
@@ -307,7 +309,7 @@ def _row(task: Any, sample: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No bars, warnings or prints of the harness: what matters in them is reported by us."""
+    """Silences the harness's progress bars, warnings and prints; TELL reports what matters in them."""
     logger, bar = logging.getLogger("lm_eval"), task_module.tqdm
     level = logger.level
     logger.setLevel(logging.ERROR)

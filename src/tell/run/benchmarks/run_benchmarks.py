@@ -33,12 +33,12 @@ from tell.score.benchmark_tasks import (
 from tell.score.means import mean_metric
 from tell.score.scored import Metric
 
-FORMAT = 1  # raise when asking or scoring changes its result
+FORMAT = 1  # raise when a change to prompts or scoring changes results
 Tasks = Mapping[str, tuple[str, ...]]
 
 
 def check_benchmarks(config: Config) -> Tasks:
-    """Tasks under each benchmark of ``eval.benchmarks``, checked before any work is done.
+    """Tasks of each benchmark in ``eval.benchmarks``, checked before any work is done.
 
     Raises:
         TellError: an unknown benchmark, a missing file, or lm-evaluation-harness is not installed.
@@ -65,10 +65,10 @@ def harness_version() -> str:
 
 
 def benchmark_arms(arms: Sequence[str], anchor: Anchor) -> list[str]:
-    """``base`` and the arms that differ from those before them: by their adapter, or by the anchor where it is used.
+    """``base`` and the arms that differ from those before them: in their adapter, or in the anchor where it is used.
 
     Args:
-        anchor: put on the questions; NO_ANCHOR where it is not. Examples in context (``icl``) are never.
+        anchor: put on the questions; NO_ANCHOR where it is not. In-context examples (``icl``) never are.
     """
     found: dict[tuple[str | None, bool], str] = {}
     for arm in ("base", *arms):
@@ -79,10 +79,10 @@ def benchmark_arms(arms: Sequence[str], anchor: Anchor) -> list[str]:
 
 @dataclass(frozen=True)
 class Questions:
-    """What the benchmarks of a configuration ask, and how.
+    """The benchmarks of a configuration: their tasks, shots, data and anchor.
 
     Attributes:
-        tasks: under each benchmark.
+        tasks: of each benchmark.
         shots: examples before each question, by task.
         local: the rows of each task where they are read from files; None: the hub's.
         anchor: put on the questions.
@@ -105,17 +105,17 @@ class Questions:
         tasks, rule = check_benchmarks(config), config.eval
         for name, group in tasks.items():
             if len(group) < len(whole := GROUPS.get(name, group)):
-                session.display.note(f"{name}: {len(group)} of its {len(whole)} tasks are there")
+                session.display.note(f"{name}: {len(group)} of its {len(whole)} tasks have data")
         shots = {name: task_shots(name, rule.benchmark_shots) for group in tasks.values() for name in group}
         place = rule.benchmark_data
         local = {name: read_task(name, place, shots=shots[name]) for name in shots} if place else None
         for name, rows in (local or {}).items():
             if rows.dropped:
-                session.display.note(f"{name}: {rows.dropped} rows are left out, their answer keys are unusable")
+                session.display.note(f"{name}: {rows.dropped} rows are left out: their answer keys are unusable")
         return cls(config, tasks, shots, local, anchor if rule.benchmark_anchor else NO_ANCHOR)
 
     def settings(self, name: str, arm: str, session: Session) -> dict:
-        """All that an arm's answers to a task depend on, apart from its adapter."""
+        """Cache key of an arm's answers to a task: all that they depend on apart from its adapter."""
         rule, on, engine = self.config.eval, arm_anchor(arm, self.anchor), session.engine
         return {
             "format": FORMAT,
@@ -132,7 +132,7 @@ class Questions:
         }
 
     def ask(self, name: str, arm: str, session: Session) -> tuple[list[dict], dict]:
-        """An arm's answers to a task, whose adapter is applied, and what they cost."""
+        """Answers to a task of the arm whose adapter is applied, and their cost."""
         from tell.run.benchmarks.harness import EngineLM, Passes, answer_task, load_tasks
 
         if not self._loaded:
@@ -168,8 +168,8 @@ def run_benchmarks(
 ) -> dict:
     """``benchmarks`` of metrics.json: ``settings``, ``arms``, ``differences`` and ``eval``.
 
-    What is in ``predictions/benchmarks/<arm>/`` from the same questions asked in the same way is not asked again;
-    nor what the untuned model answered in any run on this machine.
+    Answers in ``predictions/benchmarks/<arm>/`` to the same questions and settings are reused, as are the untuned
+    model's answers from any run on this machine.
 
     Args:
         arms: which of `benchmark_arms` are scored; the untuned model always is.
@@ -205,7 +205,7 @@ def run_benchmarks(
 
 
 def asked_alike(settings: Mapping[str, Any], config: Config) -> bool:
-    """Whether earlier questions (``settings`` of `run_benchmarks`) were asked as the configuration would ask them."""
+    """Whether earlier ``settings`` (of `run_benchmarks`) are those that the configuration gives."""
     rule = config.eval
     same = {"harness": harness_version(), "data": rule.benchmark_data or "hub", "limit": rule.benchmark_limit}
     same |= {"chat": rule.benchmark_chat, "anchor": rule.benchmark_anchor}
@@ -214,7 +214,7 @@ def asked_alike(settings: Mapping[str, Any], config: Config) -> bool:
 
 
 def _answers(questions: Questions, arm: str, folder: RunFolder, session: Session) -> dict[str, tuple[list[dict], dict]]:
-    """Rows and cost of each task for one arm, from the folder, from the home cache, or asked now."""
+    """Rows and cost of each task for one arm: from the folder, from the home cache, or computed now."""
     out: dict[str, tuple[list[dict], dict]] = {}
     untuned = ARMS[arm].adapter is None
     settings = {name: questions.settings(name, arm, session) for name in questions.shots}
@@ -231,7 +231,7 @@ def _answers(questions: Questions, arm: str, folder: RunFolder, session: Session
                 out[name] = questions.ask(name, arm, session)
                 _write(folder.benchmark(arm, name), settings[name], *out[name])
                 if untuned:
-                    with suppress(TellError):  # a home that cannot be written costs the next run's time, not this run
+                    with suppress(TellError):  # an unwritable home costs the next run time but does not fail this one
                         _write(_shared(name, settings[name]), settings[name], *out[name])
     return out
 
@@ -248,18 +248,18 @@ def _read(place: Path, settings: dict) -> tuple[list[dict], dict] | None:
         if facts["settings"] != settings:
             return None
         return read_jsonl(place.with_suffix(".jsonl")), facts["cost"]
-    except (OSError, ValueError, KeyError, TellError):  # not there, or cut short
+    except (OSError, ValueError, KeyError, TellError):  # missing or truncated
         return None
 
 
 def _write(place: Path, settings: dict, rows: list[dict], cost: dict) -> None:
     place.with_suffix(".json").unlink(missing_ok=True)
     write_jsonl(place.with_suffix(".jsonl"), rows)
-    write_json(place.with_suffix(".json"), {"settings": settings, "cost": cost})  # last: it says that all is there
+    write_json(place.with_suffix(".json"), {"settings": settings, "cost": cost})  # last: it marks the rest as complete
 
 
 def kept_answers(folder: RunFolder, arm: str, task: str) -> list[dict]:
-    """A row a question, as `tell.run.benchmarks.harness.answer_task` made them; empty where a run has not kept them."""
+    """One row per question, as `tell.run.benchmarks.harness.answer_task` made them; empty where a run kept none."""
     try:
         return read_jsonl(folder.benchmark(arm, task).with_suffix(".jsonl"))
     except (OSError, ValueError, TellError):

@@ -1,4 +1,4 @@
-"""A small general set of our own: loss on it before and after tuning shows what was forgotten."""
+"""TELL's general probe: a small set of rows whose loss before and after tuning measures forgetting."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def load_probe() -> list[Example]:
     """64 everyday instructions with short answers, source ``"probe"``, in the order of the file.
 
     Written by hand for TELL; no instruction equals one of Alpaca or Dolly. Training on Alpaca makes
-    any model better on Alpaca, so what was forgotten is measured on these. Not for training.
+    any model better on Alpaca, so forgetting is measured on these. Not for training.
     """
     text = files(__package__).joinpath(FILE).read_text(encoding="utf-8")
     rows = [json.loads(line) for line in text.split("\n") if line]

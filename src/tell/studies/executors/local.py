@@ -13,7 +13,7 @@ class LocalExecutor:
     """Runs every cell here. Two processes with the same root share the work: each cell has a lock."""
 
     def run(self, queue: CellQueue) -> None:
-        """Run what the queue hands out, until it is empty.
+        """Run the queue's cells until it is empty.
 
         Raises:
             Interrupted: SIGINT or SIGTERM; the current cell can be resumed.

@@ -1,4 +1,4 @@
-"""Cells on a Ray cluster, in parallel. Its machines share nothing but Ray.
+"""Cells on a Ray cluster, in parallel. The machines need no shared file system.
 
 Inputs are sent by content through the object store, finished cells come back as bytes and are written below the same
 root. Ray retries a task whose machine or process dies; on the same machine it resumes.
@@ -63,7 +63,7 @@ class RayExecutor:
         self.stored: dict[str, Any] = {}  # object references of files by content
 
     def run(self, queue: CellQueue) -> None:
-        """Keep the cluster busy with what the queue hands out, until it is empty.
+        """Run the queue's cells on the cluster until the queue is empty.
 
         Raises:
             TellError: no such cluster, or it is gone.
@@ -74,7 +74,7 @@ class RayExecutor:
             gpus = self.resources.gpus
             if not slots and self.address == "local":
                 what = f"this machine has no {cpus:g} CPUs and {gpus:g} GPUs for a cell"
-                remedy = "Ask for less with --cpus and --gpus, or give the address of a larger cluster."
+                remedy = "Lower --cpus and --gpus, or pass the address of a larger cluster."
                 raise TellError(what, where="--address local", remedy=remedy)
             if not slots:
                 queue.display.note(f"no machine of the cluster has {cpus:g} CPUs and {gpus:g} GPUs yet")
@@ -83,7 +83,7 @@ class RayExecutor:
                 num_gpus=gpus,
                 memory=self.resources.memory,
                 max_retries=RETRIES,
-                retry_exceptions=[Interrupted],  # its machine was told to stop
+                retry_exceptions=[Interrupted],  # its machine was shut down
                 max_calls=0,  # a worker stays, and its model with it
             )(work)
             self.stored = {}
@@ -130,7 +130,7 @@ class RayExecutor:
         """Write the run folder of a cell that has ended."""
         try:
             outcome, data = self.ray.get(reference)
-        except self.ray.exceptions.RayTaskError as error:  # outside of the run itself
+        except self.ray.exceptions.RayTaskError as error:  # the error is outside the run itself
             return Outcome(f"{type(error.cause).__name__}: {error.cause}", str(error), "ray")
         except self.ray.exceptions.RayError as error:
             reason = " ".join(str(error).split())[:300]
@@ -144,7 +144,7 @@ class RayExecutor:
 
     @contextmanager
     def _connected(self) -> Iterator[None]:
-        """A connection to the cluster; one that is open already is used and stays open."""
+        """A connection to the cluster; one that is already open is reused and stays open."""
         if self.ray.is_initialized():
             yield
             return
@@ -187,7 +187,7 @@ def ray_executor(execution: Execution, resources: Resources) -> RayExecutor:
 def _check_listening(address: str) -> None:
     """Raise OSError where nobody listens; Ray itself would try for minutes."""
     if address == "auto":
-        noted = Path(tempfile.gettempdir(), "ray", "ray_current_cluster")  # may be of a dead cluster
+        noted = Path(tempfile.gettempdir(), "ray", "ray_current_cluster")  # may belong to a dead cluster
         address = os.environ.get("RAY_ADDRESS") or (noted.read_text(encoding="utf-8").strip() if noted.exists() else "")
     host, colon, port = address.removeprefix("ray://").partition("/")[0].rpartition(":")
     if colon and port.isdigit():

@@ -19,7 +19,7 @@ from tell.studies.registered import Registry
 
 if TYPE_CHECKING:
     from tell.studies.queue import CellQueue
-    from tell.studies.recipe import Resources
+    from tell.studies.recipe import Recipe, Resources
 
 
 class Executor(Protocol):
@@ -46,6 +46,10 @@ class Execution:
     gpus: float | None = None
     retry_failed: bool = False
     keep_adapters: bool | None = None
+
+    def keeps(self, recipe: Recipe) -> bool:
+        """Whether adapters of finished cells are kept."""
+        return recipe.keep_adapters if self.keep_adapters is None else self.keep_adapters
 
     def start(self, resources: Resources) -> Executor:
         """The executor, ready to run.

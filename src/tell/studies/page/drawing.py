@@ -1,4 +1,4 @@
-"""What all figures of a study share: colours, axes, legend, files. Drawn without pyplot and its global state."""
+"""Colours, axes, legend and files shared by a study's figures. Uses no pyplot, which has global state."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ RULES: dict[Any, Any] = {
     "ytick.color": SOFT,
     "figure.facecolor": PAPER,
     "axes.facecolor": "none",
-    "text.parse_math": False,  # a dollar sign in an anchor or a name is one
-    "svg.fonttype": "path",  # looks the same everywhere
+    "text.parse_math": False,  # a dollar sign in an anchor or name is literal
+    "svg.fonttype": "path",  # the same font everywhere
     "svg.hashsalt": "tell",
 }
 

@@ -1,4 +1,4 @@
-"""The kinds of figure that a recipe can ask for (``figures: [{kind: map, ...}]``). To add one, name it in
+"""The kinds of figure for recipes (``figures: [{kind: map, ...}]``). To add one, name it in
 `tell.studies.recipe.Figure` and write a function here::
 
     @figure("mine")
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Contents:
-    """Everything that a page is made from."""
+    """The input of a page."""
 
     study: Study
     bootstrap: Bootstrap
@@ -56,7 +56,7 @@ def curves_figure(page: Contents, asked: Mapping[str, Any]) -> Drawn | None:
     ]
     if not drawn:
         return None
-    # A panel with level lines alone has no cell of its own yet.
+    # A panel with only level lines has no finished cell yet.
     drawn = [entry for entry in drawn if not all(line.flat for line in entry[1])] or drawn
     marks = [[mark for line in lines if (mark := page.found.mark(line, x, shown)) is not None] for _, lines in drawn]
     title = f"{metric(shown).label} over {key_name(x)}"

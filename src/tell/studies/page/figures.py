@@ -31,7 +31,7 @@ def draw_curves(
 ) -> Figure:
     """A metric over a key: a line for each arm (or value of another key) with its interval as a band.
 
-    Arms without effect of the key are level lines. Where the key is not a number, points are side by side with their
+    Arms independent of the key are level lines. Where the key is not a number, points are side by side with their
     intervals as bars.
 
     Args:
@@ -221,7 +221,7 @@ def _looks(curves: Sequence[Curve], names: Sequence[str], lines: str) -> dict[st
         look: dict[str, Any] = {"lw": 2.2, "zorder": 4} if arm == "tell" else {"lw": 1.5, "zorder": 3}
         if lines in curve.rest:
             around, place = divmod(values.index(frozen(curve.rest[lines])), len(CYCLE))
-            look["color"] = CYCLE[place]  # more values than colours: another marker the second time around
+            look["color"] = CYCLE[place]  # more values than colours: change the marker when colours repeat
             look |= {
                 "marker": TURNS[around % 7] if around or arm not in ARMS else ARMS[arm].marker,
                 "ls": STYLES[turns.index(arm) % len(STYLES)],

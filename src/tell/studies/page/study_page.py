@@ -1,4 +1,4 @@
-"""Renders a study's folder from whatever is finished: tables, figures, fits and one self-contained page."""
+"""Renders a study's finished cells: tables, figures, fits and one self-contained page."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from tell.files import write_json, write_text
 from tell.names import ARMS, CHANGE, arm_order, canonical, metric
 from tell.report.page import fill
 from tell.studies.page.figure_kinds import Contents
-from tell.studies.page.study_sections import Picture, Section, sections
+from tell.studies.page.study_sections import STATES, Picture, Section, sections
 from tell.studies.results import Study, read_results
 from tell.studies.separation_cells import WORDS as CONTRAST_WORDS
+from tell.studies.separation_cells import pictures
 from tell.studies.stats.analyses import FILES, analyse
 from tell.studies.stats.comparable_seeds import seed_sets, seeds_name
 from tell.studies.stats.results_table import gaps, lines, to_csv, to_markdown
@@ -24,7 +25,7 @@ WORDS = (
         "interval",
         "Where the value would lie in 95 of 100 repetitions with other seeds and other test rows of the same kind, by "
         "a bootstrap over both. A seed decides the training rows, their order, the test rows and the decoding. Three "
-        "seeds show little of how much seeds differ: take intervals over seeds as too narrow rather than too wide.",
+        "seeds show little of how much seeds differ: intervals over seeds are more likely too narrow than too wide.",
     ),
     ("difference", "TELL minus the other arm, paired by seed and test row; shares in percentage points."),
     (
@@ -69,11 +70,18 @@ def write_study(folder: str | Path) -> Path:
         write_json(folder / f"{name}.json", found.entries[name])
     every = sections(Contents(study, bootstrap, found, table, differences))
     drawn = {block.name for section in every for block in section.blocks if isinstance(block, Picture)}
+    undrawn = _undrawn(study)
     for path in (folder / "figures").glob("f*.*"):
-        if path.stem not in drawn:  # of an earlier recipe
+        # Others are figures of an earlier recipe; but a picture of hidden states may be the only copy there is.
+        if path.stem not in drawn and not (undrawn and path.stem.startswith(STATES)):
             path.unlink(missing_ok=True)
     write_text(folder / "index.html", _page(study, [section for section in every if section.blocks]))
     return folder / "index.html"
+
+
+def _undrawn(study: Study) -> int:
+    """Comparisons of hidden states whose picture is in no run folder: packed cells have none."""
+    return sum(path is None for _, path in pictures(study))
 
 
 def _page(study: Study, sections: Sequence[Section]) -> str:
@@ -113,19 +121,24 @@ def unknown_metrics(study: Study) -> list[str]:
 
 
 def notices(study: Study) -> list[str]:
-    """What has no numbers yet and what limits the others, in sentences."""
+    """Sentences on what is missing and on limits of the numbers."""
     parts = [f"{count} {state}" for state, count in study.missing.items()]
     found = [f"Not complete. Of {len(study.rows)} rows of the study, {', '.join(parts)}."] if parts else []
     sets = seed_sets(study)
     if len(sets) > 1:
         found.append(
-            f"Points and arms have different seeds ({'; '.join(map(seeds_name, sets))}). Of one seed, an interval "
-            "covers the choice of test rows alone. Fits, factors, fronts and differences compare what has the same "
+            f"Points and arms have different seeds ({'; '.join(map(seeds_name, sets))}). With one seed, an interval "
+            "covers the choice of test rows alone. Fits, factors, fronts and differences compare results with the same "
             "seeds."
         )
     if unknown := unknown_metrics(study):
         known = ", ".join(name for name in sorted(study.known()) if CHANGE not in name)
-        found.append(f"The recipe asks for {', '.join(unknown)}, which no finished cell has. They have {known}.")
+        found.append(f"The recipe requests {', '.join(unknown)}, which no finished cell has. They have {known}.")
+    if undrawn := _undrawn(study):
+        found.append(
+            f"Pictures of hidden states are missing for {undrawn} comparisons, whose run folders are not here. "
+            f"`tell study` draws them again; those in figures/{STATES}* stay until then."
+        )
     if len(study.machines) > 1:
         counts = [f"{count} in {name}" for name, count in study.machines.most_common()]
         found.append(f"Rows were measured on different devices or in different number formats: {', '.join(counts)}.")
@@ -134,7 +147,5 @@ def notices(study: Study) -> list[str]:
             counts = [f"{count} with {fingerprint}" for fingerprint, count in weights.most_common()]
             found.append(f"Rows of {name} were measured with different weights or templates: {', '.join(counts)}.")
     if len(study.seeds) == 1:
-        found.append(
-            "One seed alone: intervals cover the choice of test rows, not of training rows, order or decoding."
-        )
+        found.append("One seed only: intervals cover the choice of test rows, not of training rows, order or decoding.")
     return found

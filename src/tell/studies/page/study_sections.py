@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+STATES = "figure-states"  # and a number: names of the pictures of hidden states
+
+
 @dataclass
 class Picture:
     """A drawing in the page; ``name`` is that of its files, without their suffix."""
@@ -74,8 +77,10 @@ def _separation(page: Contents) -> Iterator[Block]:
     """The t-SNE picture of each point, of the first seed."""
     shown = keys_shown(page.study)
     for n, (point, path) in enumerate(pictures(page.study), 1):
+        if path is None:
+            continue
         name = point_name({key: value for key, value in point.items() if key in shown})
-        stem = page.study.folder / "figures" / f"figure-states{n}"
+        stem = page.study.folder / "figures" / f"{STATES}{n}"
         stem.parent.mkdir(parents=True, exist_ok=True)
         for kind in ("svg", "png"):
             with atomic_path(stem.with_suffix(f".{kind}")) as temporary:

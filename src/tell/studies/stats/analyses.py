@@ -1,4 +1,4 @@
-"""The analyses that a recipe can ask for: fits (with flips), efficiency and fronts. To add one, give `Recipe` its key
+"""The analyses of recipes: fits (with flips), efficiency and fronts. To add one, give `Recipe` its key
 and part, and this module (or one that it imports) a function::
 
     @analysis("mine")
@@ -38,17 +38,17 @@ class Analyses:
     seen: set[str] = field(default_factory=set)
 
     def mark(self, curve: Curve, x: str, y: str) -> Mark | None:
-        """The fit of a curve, where the recipe asks for one that has something to show."""
+        """The fit of a curve, where the recipe requests one and there is something to draw."""
         return self.marks.get((x, y, curve.arm, frozen(curve.rest)))
 
 
 @dataclass(frozen=True)
 class Outcomes:
-    """The outcomes that an analysis may compare: those that have the same seeds.
+    """Outcomes that can be compared: those with the same seeds.
 
     Attributes:
         compared: names the seeds, where not all points have the same.
-        found: what the sets with more seeds gave.
+        found: entries of the sets with more seeds.
     """
 
     study: Study
@@ -71,7 +71,7 @@ analysis = Registry[Analysis]("analysis")
 def analyse(study: Study, bootstrap: Bootstrap) -> Analyses:
     """Every analysis that the recipe asks for and the finished cells allow.
 
-    Each curve is analysed by itself: one entry for each value of the grid's other keys, named by ``where``. Only what
+    Each curve is analysed separately: one entry for each value of the grid's other keys, named by ``where``. Only what
     has the same seeds is compared. Where some points have fewer, there is an entry for those that have all, and one for
     all points over the seeds they share; ``compared`` says which.
     """

@@ -1,4 +1,4 @@
-"""Which seeds can be compared: products of a grid may run with only some of them."""
+"""Sets of comparable seeds: products of a grid may run with only some of them."""
 
 from __future__ import annotations
 

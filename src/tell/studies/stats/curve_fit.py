@@ -1,4 +1,4 @@
-"""Which shape a learning curve has: an S-curve in log tokens against a line, a power law and a constant.
+"""The shape of a learning curve: an S-curve in log tokens against a line, a power law and a constant.
 
 With u = log10 of the amount x, the shapes are
 
@@ -7,7 +7,7 @@ With u = log10 of the amount x, the shapes are
     power law  limit + a x^-b, b > 0                                            3
     constant   a                                                                1
 
-An amount of 0 has no logarithm: it is left out of every fit, which the verdict says. The threshold, where the curve
+An amount of 0 has no logarithm: it is left out of every fit, and the verdict says so. The threshold, where the curve
 takes off, is where the tangent at the logistic's steepest point leaves its floor, 10^(middle - 2 / slope): the end of
 the lag phase of growth curves (Zwietering et al. 1990, Applied and Environmental Microbiology 56, 1875-1881); there the
 curve has covered 12 % of its rise.
@@ -148,7 +148,7 @@ def fit_curve(curve: Curve, metric: str) -> Fits:
     rises = facts["logistic"]["ceiling"]["value"] > facts["logistic"]["floor"]["value"]
     facts["improves"] = bool(rises) == spec.higher_is_better
     facts["verdict"] = verdict(facts)
-    moves = facts["against"]["constant"]["ci"][0] > 0  # a curve that may be level takes off nowhere
+    moves = facts["against"]["constant"]["ci"][0] > 0  # a curve that may be level has no threshold
     threshold = facts["logistic"]["threshold"]
     known = moves and facts["improves"] and x[0] <= threshold["value"] <= x[-1]
     return Fits(facts, Mark(*drawn, (threshold["value"], *threshold["ci"]) if known else None) if moves else None)
@@ -238,7 +238,7 @@ def _logistic(
 
 
 def verdict(facts: dict[str, Any]) -> str:
-    """What the held-out errors show, in sentences."""
+    """Sentences on what the held-out errors show."""
     n = len(facts["amounts"])
     given = f"{n} amounts above 0" + ("; 0 itself has no logarithm and is left out" if facts["left_out"] else "")
     if "against" not in facts:

@@ -120,7 +120,7 @@ def _curve(
     most = max(range(len(at)), key=lambda i: len(groups[i]))
     cells = {o.cell for o in groups[most]}
     flat = len(at) > 1 and all({o.cell for o in group} <= cells for group in groups)
-    if flat:  # a point with fewer seeds has the others' numbers too
+    if flat:  # a point with fewer seeds shares numbers with the others
         draws, groups = [draws[most]] * len(at), [groups[most]] * len(at)
     return Curve(arm, context, at, draws, groups, flat)
 

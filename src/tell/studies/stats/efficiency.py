@@ -1,4 +1,4 @@
-"""How much of an amount (task tokens, task rows) each arm needs for the same score, and by what factor more."""
+"""Amounts (task tokens, task rows) that each arm needs for the same score, and their ratios."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tell.studies.registered import needs
 from tell.studies.stats.curves import Curve
 
 SAFE = 0.99  # share of resamples in which both arms reach a score that the mean factor is taken over
-LEVELS = 9  # scores compared at, about
+LEVELS = 9  # approximate number of scores to compare at
 
 
 def efficiency(curves: Sequence[Curve], *, x: str, y: str, reference: str) -> dict[str, Any] | None:
@@ -134,20 +134,18 @@ def _finite(value: float) -> float | None:
 
 
 def _verdict(result: dict[str, Any], x: str, y: str, largest: dict[str, float]) -> str:
-    """What it takes, in sentences; a factor whose interval holds 1 is not told from 1."""
+    """The verdict in sentences; a factor whose interval contains 1 is not significant."""
     what, unit, label = key_name(x), metric(y).unit, metric(y).label.lower()
     own, reference = arm_name(result["reference"]), result["arms"][result["reference"]]
     if not result["levels"]:
-        return (
-            f"No score of {label} lies above what every arm has at its smallest amount, so no amounts can be compared."
-        )
+        return f"No score of {label} is above every arm's at its smallest amount, so no amounts can be compared."
     parts = []
     for arm, factor in result["factors"].items():
         name, mean = arm_name(arm), factor["mean"]
         if mean is not None:
             low, high = mean["ci"]
             ends = f"{low:.2g} to " + (f"{high:.2g}" if high is not None else "not reached")
-            told = ", not told from 1" if low <= 1 and (high is None or high >= 1) else ""
+            told = ", not significantly different from 1" if low <= 1 and (high is None or high >= 1) else ""
             scores = " to ".join(show(mean["scores"][i], unit) for i in (0, -1))
             parts.append(
                 f"{name} needs {mean['factor']:.2g} times the {what} that {own} needs for the same {label} "

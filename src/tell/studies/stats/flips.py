@@ -1,9 +1,9 @@
-"""When each test row turns right: the rows behind a curve, to test the paper's account by quanta (A.3).
+"""Flips: the amount at which each test row turns right, to test the paper's account by quanta (A.3).
 
 If a skill consists of quanta that are learned one after the other (Michaud et al. 2023, arXiv 2303.13506), a test row
 that needs one of them turns from wrong to right at its amount and stays right. If instead all rows become likelier to
 be answered well together, rows that are right at one amount are often wrong at the next. Two numbers distinguish these,
-each against shuffling which rows are right at every amount (the curve stays, the identity of rows goes):
+each against shuffling which rows are right at every amount (which keeps the curve and loses the identity of rows):
 
 - flips back: right at one amount, wrong at the next larger one;
 - agreement: whether a row that turns right between two amounts does so at the same one under another seed.
@@ -178,7 +178,7 @@ def _agreement(tables: dict[int, tuple[list[Any], np.ndarray, np.ndarray]], rng:
 
 
 def _verdict(result: dict[str, Any], x: str) -> str:
-    """What the numbers show and do not show, in sentences."""
+    """Sentences on what the numbers show and do not show."""
     amounts, share = result["amounts"], result["share"]
     what, back = key_name(x), result["back"]
     most = int(np.argmax(share[1:])) + 1
@@ -199,7 +199,7 @@ def _verdict(result: dict[str, Any], x: str) -> str:
     shuffles = f"{by_chance['value']:.1f} ({low:.1f} to {high:.1f}) if rows were shuffled"
     counts = f"{back['value']:.1f} flips back a seed, {shuffles}"
     if back["p_at_none"] >= 0.025:
-        parts.append(f"Too few rows change for flips back to tell anything ({counts})")
+        parts.append(f"Too few rows change for flips back to be informative ({counts})")
     elif back["p"] < 0.025:
         parts.append(
             f"Rows that are right tend to stay right ({counts}), as quanta would have it, and as rows of unequal "

@@ -1,4 +1,4 @@
-"""Gain against cost: which points and arms no other beats in both, and how sure that is."""
+"""Gain against cost: points and arms that no other beats in both, and how certain that is."""
 
 from __future__ import annotations
 

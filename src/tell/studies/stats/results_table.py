@@ -173,10 +173,10 @@ def gaps_of(study: Study, differences: Sequence[Line]) -> Table:
         [*gap.point.values(), arm_name(gap.arm), *(gap.cells[name] for name in names), str(gap.seeds)]
         for gap in differences
     ]
-    note = "Paired by seed and test row. Where an interval holds 0, the two cannot be told apart."
+    note = "Paired by seed and test row. Where an interval contains 0, the difference is not significant."
     if study.without_general_rows():
         note += (
-            " Some runs have not kept what each row of general text lost: there each side's change is taken by itself, "
+            " Some runs did not keep per-row losses on general text: there each side's change is taken separately, "
             "which makes the interval wide rather than narrow."
         )
     return Table("TELL minus the other arms", heads, rows, len(keys) + 1, note)
@@ -212,7 +212,7 @@ def _costs(costs: Mapping[str, float]) -> list[str]:
 
 
 def bare(cells: Mapping[str, Cell]) -> list[Cell]:
-    """The cells of a line; a loss next to its change has no interval: the change has the one that matters."""
+    """The cells of a line; a loss next to its change has no interval: the change has the relevant one."""
     return [
         replace(cell, ci=None) if name.endswith(LOSS) and f"{name}{CHANGE}" in cells else cell
         for name, cell in cells.items()

@@ -58,7 +58,7 @@ class Draws:
 
 
 class Bootstrap:
-    """Resamples of a study, drawn once and used for everything."""
+    """Bootstrap resamples of a study, drawn once and used for everything."""
 
     def __init__(self, study: Study, samples: int = SAMPLES, seed: int = 0) -> None:
         self.samples, self.seed = samples, seed
@@ -73,7 +73,7 @@ class Bootstrap:
         shared: dict[str, dict[str, None]] = {}
         for rows in (number.rows for run in runs for number in run.numbers.values() if number.rows is not None):
             shared.setdefault(rows.source, {}).update(dict.fromkeys(rows.hashes.tolist()))
-        self._shared = {  # by seeds of their own: a set of as many rows would be drawn like the test rows
+        self._shared = {  # with separate seeds: otherwise a set of as many rows would be drawn like the test rows
             source: _Pool(list(known), samples, _digest(f"{seed} {source}")) for source, known in shared.items()
         }
         self._cache: dict[tuple[int, str], np.ndarray] = {}
@@ -83,7 +83,7 @@ class Bootstrap:
 
         Between-seed deviations are widened by sqrt(n / (n - 1)) for n seeds: resampling a handful of seeds shows
         that much too little variance (Hesterberg 2015, The American Statistician 69, section 4.2). In 1,000 simulated
-        studies of three seeds and 100 rows the intervals held the truth in 98 % where seeds differed by the standard
+        studies of three seeds and 100 rows the intervals covered the truth in 98 % where seeds differed by the standard
         error of a seed's rows, in 92 % by twice and in 82 % by six times as much; of five seeds, in 95 % and 88 %.
         With one seed the interval covers the choice of test rows alone.
         """
@@ -164,7 +164,7 @@ class Bootstrap:
 
 
 class _Pool:
-    """Rows that are drawn together: how often each resample drew each of them, in every arm and point."""
+    """Rows that are resampled together: how often each resample drew each of them, in every arm and point."""
 
     def __init__(self, hashes: Sequence[str], samples: int, seed: int) -> None:
         self._row = {key: i for i, key in enumerate(hashes)}

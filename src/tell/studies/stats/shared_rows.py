@@ -1,4 +1,4 @@
-"""What runs measure row by row on rows that are not test rows: losses on general text, questions of benchmarks.
+"""Per-row measurements on rows other than test rows: losses on general text, benchmark questions.
 
 The rows let arms of several runs be paired.
 """
@@ -34,7 +34,7 @@ class SharedRows:
 
 
 def read_general_rows(folder: RunFolder, weights: str) -> dict[str, SharedRows]:
-    """Losses, in nats a token, of a run's weights (``base`` or an arm's), by set of general text; empty where it has
+    """Losses, in nats a token, of a run's weights (``base`` or an arm's), by set of general text; empty where it
     kept no rows."""
     path = folder.general_losses(weights)
     by_set: dict[str, list[dict]] = {}

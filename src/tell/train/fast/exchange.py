@@ -1,4 +1,4 @@
-"""Replaces the forward of a module, and what the replacements for CPU and GPU have in common."""
+"""Replaces the forward of a module; shared by the replacements for CPU and GPU."""
 
 from __future__ import annotations
 
@@ -36,9 +36,14 @@ class Exchange:
         return {**vars(self), "forward": None}
 
 
+def is_exchanged(module: nn.Module) -> bool:
+    """Whether the module's forward is an ``Exchange``, its own or copied with it."""
+    return isinstance(vars(module).get("forward"), Exchange)
+
+
 def restore_forward(module: nn.Module) -> None:
     """Remove an ``Exchange`` from a module; any other replacement stays."""
-    if isinstance(vars(module).get("forward"), Exchange):
+    if is_exchanged(module):
         del module.forward
 
 

@@ -2,7 +2,7 @@
 
 Norms, attention and gated MLPs are recognised by their attributes, not by the name of the family, and each kind is
 verified on an fp32 copy of one module before it is replaced: what does not compute the same stays as it is. The
-replacements look up their layers at each call, so LoRA may come and go.
+replacements look up their layers at each call, so LoRA can be added and removed.
 """
 
 from __future__ import annotations
@@ -22,11 +22,7 @@ from tell.train.attention import PackedPlan, Rule, RulePlan, use_plan
 from tell.train.device import kept_randomness
 from tell.train.fast.cpu_forwards import fused_attention_forward, mlp_forward, norm_forward
 from tell.train.fast.cuda import Forwards, attention_note, liger_forwards
-from tell.train.fast.exchange import (
-    Exchange,
-    Rope,
-    restore_forward,
-)
+from tell.train.fast.exchange import Exchange, Rope, is_exchanged, restore_forward
 from tell.train.torch_types import Block
 
 if TYPE_CHECKING:
@@ -55,6 +51,13 @@ def _is_attention(module: nn.Module) -> bool:
 
 def _is_mlp(module: nn.Module) -> bool:
     return _has(module, "down_proj") and (_has(module, "gate_proj", "up_proj") or _has(module, "gate_up_proj"))
+
+
+def _kind(module: nn.Module) -> str | None:
+    """The field of ``Forwards`` that may replace a module's forward."""
+    if _is_norm(cast(Block, module)):
+        return "norm"
+    return "attention" if _is_attention(module) else "mlp" if _is_mlp(module) else None
 
 
 def _bare(module: nn.Module) -> Any:
@@ -152,7 +155,7 @@ class _Ropes:
 
 @dataclass(frozen=True, slots=True)
 class _Fusion:
-    """What was done to a model.
+    """Result of ``fuse_modules``.
 
     Attributes:
         counts: norms, attentions and MLPs that compute through the kernels.
@@ -181,7 +184,7 @@ def fuse_modules(model: PreTrainedModel, forwards: Forwards | None = None) -> di
     if forwards is None:
         return {}
     if model not in _fusions:
-        with kept_randomness(weight.device):  # the trials draw random numbers, and so may the model's own dropout
+        with kept_randomness(weight.device):  # the trials draw random numbers, as may the model's dropout
             _fusions[model] = _Fuser(model, forwards).fuse()
     return _fusions[model].counts
 
@@ -198,32 +201,25 @@ class _Fuser:
     def fuse(self) -> _Fusion:
         counts = {"norm": 0, "attention": 0, "mlp": 0}
         for module in list(self.core.modules()):
-            found = None if "forward" in vars(module) else self._replacement(cast(Block, module))
-            if found is not None:
-                kind, facts = found
+            kind = _kind(module)
+            if kind is None:
+                continue
+            if "forward" not in vars(module) and (facts := self._facts(kind, cast(Block, module))) is not None:
                 module.forward = Exchange(getattr(self.forwards, kind), module, *facts)
-                counts[kind] += 1
+            counts[kind] += is_exchanged(module)  # a copied model's modules already are
         return _Fusion(counts, self.refused)
 
-    def _replacement(self, module: Block) -> tuple[str, tuple[Any, ...]] | None:
-        """Field of ``Forwards`` and the facts it needs; None for what stays as it is."""
-        kind, traits, forwards = type(module), _traits(module), self.forwards
-        key: tuple[Any, ...]
-        if _is_norm(module):
-            name, key = "norm", (kind, module.weight.shape, traits)
-            facts = self._once(key, lambda: _single(_offset_of(module, forwards)))
-        elif _is_attention(module) and module in self.ropes and module in self.rules:
-            rule = self.rules[module]
-            if rule.softcap is not None:
-                return None
-            name, key = "attention", (kind, rule, traits)
-            facts = self._once(key, lambda: _attention_facts(module, rule, self.ropes[module], forwards))
-        elif _is_mlp(module):
-            name, key = "mlp", (kind, traits)
-            facts = self._once(key, lambda: _single(_activation_of(module, forwards)))
-        else:
+    def _facts(self, kind: str, module: Block) -> tuple[Any, ...] | None:
+        """What the replacement of that kind needs; None for a module that stays as it is."""
+        form, traits, forwards = type(module), _traits(module), self.forwards
+        if kind == "norm":
+            return self._once((form, module.weight.shape, traits), lambda: _single(_offset_of(module, forwards)))
+        if kind == "mlp":
+            return self._once((form, traits), lambda: _single(_activation_of(module, forwards)))
+        if module not in self.ropes or module not in self.rules or self.rules[module].softcap is not None:
             return None
-        return None if facts is None else (name, facts)
+        rule, rope = self.rules[module], self.ropes[module]
+        return self._once((form, rule, traits), lambda: _attention_facts(module, rule, rope, forwards))
 
     def _once(self, key: tuple[Any, ...], find: Callable[[], tuple[Any, ...] | None]) -> tuple[Any, ...] | None:
         if key not in self.known:
@@ -267,8 +263,8 @@ def unfuse_modules(model: PreTrainedModel) -> None:
 
 
 def is_fused(model: PreTrainedModel) -> bool:
-    """Whether ``fuse_modules`` was called on ``model`` and not undone."""
-    return model in _fusions
+    """Whether ``fuse_modules`` was called on ``model``, or on the model it is a copy of, and not undone."""
+    return model in _fusions or any(map(is_exchanged, model.base_model.modules()))
 
 
 def fused_counts(model: PreTrainedModel) -> dict[str, int] | None:

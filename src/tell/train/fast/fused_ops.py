@@ -36,7 +36,7 @@ class RmsNorm(torch.autograd.Function):
     def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, rstd = ctx.saved_tensors
         dy = grad.reshape(-1, x.shape[1])
-        if dy.stride(1) != 1:  # the gradient of a sum is one number, expanded
+        if dy.stride(1) != 1:  # the gradient of a sum is a scalar, expanded
             dy = dy.contiguous()
         dx = torch.empty(x.shape, dtype=x.dtype)
         kernels_of(x).rmsnorm_back(dy, x, weight, rstd, dx, heads=ctx.heads, offset=ctx.offset)

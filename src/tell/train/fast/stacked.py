@@ -13,7 +13,7 @@ from tell.kernels.products import Dropout, products_for
 
 
 def kernels_of(x: Tensor) -> Kernels:
-    """The kernels for tensors like ``x``, which somebody has made sure of."""
+    """The kernels for tensors like ``x``; callers have checked that they exist."""
     found = kernels_for(x)
     if found is None:
         raise RuntimeError(f"no kernels for {x.dtype} on {x.device}")
@@ -43,7 +43,7 @@ class Lora:
 
     def __init__(self, stack: Stack, adapters: Sequence[Tensor], x: Tensor) -> None:
         self.stack, self.seed, self.folds, dtype = stack, 0, False, x.dtype
-        self.products = products_for(x) if sum(stack.widths) % 2 == 0 else None  # they read pairs in both passes
+        self.products = products_for(x) if sum(stack.widths) % 2 == 0 else None  # the kernels read pairs in both passes
         self.parts: list[tuple[slice, slice]] = []  # columns and ranks of each adapter
         column, rank, scales = 0, 0, []
         for width, scale in zip(stack.widths, stack.scales, strict=True):
@@ -61,7 +61,7 @@ class Lora:
         if stack.dropout and any(end % 2 for end in self.ends):
             self.products = None
         if self.products is not None:
-            scales = [scale / (1 - stack.dropout) for scale in scales]  # what is kept is not scaled itself
+            scales = [scale / (1 - stack.dropout) for scale in scales]  # the kept tensor itself is not scaled
         self.scale: Tensor | float = scales[0] if len(set(scales)) == 1 else torch.tensor(scales)[:, None]
         a = adapters[0] if len(self.parts) == 1 else torch.cat(list(adapters[0::2]))
         self.a = (a * self.scale).to(dtype)  # (R, K)
@@ -76,7 +76,7 @@ class Lora:
         self.folds = exact and len(x) >= x.shape[1]
 
     def folded(self, beside: Tensor, dim: int) -> Tensor:
-        """W + B A, with the adapters' thin matrix beside it so that one product serves both: where its rows or columns
+        """W + B A, with the adapters' thin matrix next to it so that one product serves both: where its rows or columns
         are split again anyway, for several layers."""
         weight, inner = self.stack.weight, len(self.stack.widths) > 1
         shape = [n + (beside.shape[dim] if inner and d == dim else 0) for d, n in enumerate(weight.shape)]
@@ -88,7 +88,7 @@ class Lora:
         return whole
 
     def _fold(self, x: Tensor, thin: Tensor, *, back: bool) -> tuple[Tensor, Tensor]:
-        """x times W + B A, and x times the adapters' first matrix on this way."""
+        """x times W + B A, and x times the adapters' first matrix from the same product."""
         whole = self.folded(thin, 1 if back else 0)
         product = x @ (whole if back else whole.t())
         if len(self.stack.widths) == 1:
@@ -156,7 +156,7 @@ class Lora:
         else:
             ga = gu.t() @ x
         ga = ga * self.scale  # in fp32 where the layers' scales differ
-        gb = (u.t() @ gy).t()  # the library is several times as fast on it this way round
+        gb = (u.t() @ gy).t()  # the library is several times as fast in this order
         return [g for columns, ranks in self.parts for g in (ga[ranks], gb[columns, ranks])]
 
     def _exact_gradients(self, x: Tensor, gy: Tensor, u: Tensor, gu: Tensor) -> list[Tensor]:
