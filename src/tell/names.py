@@ -187,9 +187,8 @@ class MetricSpec:
     @property
     def phrase(self) -> str:
         """What a sentence calls it."""
-        if self.name.startswith(FIELD) and self.unit == "share":
-            return f"accuracy of the field {self.name.removeprefix(FIELD)}"
-        return self._inside
+        field = self.name.startswith(FIELD) and self.unit == "share"
+        return f"accuracy of the field {self.name.removeprefix(FIELD)}" if field else self._inside
 
     @property
     def _inside(self) -> str:
@@ -227,19 +226,13 @@ _SCORES = (
         "Share of test rows whose whole answer is JSON by a strict parser and valid under the JSON Schema.",
     ),
     MetricSpec("valid_json", "Valid JSON", "share", "Share of test rows whose whole answer parses as JSON."),
-    MetricSpec(
-        "field_accuracy", "Field accuracy", "share", "Share of the reference's fields that the answer gives exactly."
-    ),
-    MetricSpec(
-        "exact_match", "Exact match", "share", "Share of test rows whose answer equals the reference as a whole."
-    ),
+    MetricSpec("field_accuracy", "Field accuracy", "share", "Share of the reference's fields that are given exactly."),
+    MetricSpec("exact_match", "Exact match", "share", "Share of test rows whose answer equals the whole reference."),
     MetricSpec("accuracy", "Accuracy", "share", "Share of test rows whose label equals the reference's."),
     MetricSpec("macro_f1", "Macro-F1", "share", "Mean over labels of F1, the harmonic mean of precision and recall."),
     MetricSpec("valid_label", "Valid label", "share", "Share of test rows whose answer is one of the task's labels."),
     MetricSpec("rouge_l", "ROUGE-L", "share", "F-measure of the longest common subsequence with the reference."),
-    MetricSpec(
-        "chrf", "chrF++", "score", "Overlap of character and word n-grams with the reference, 0 to 100 (sacrebleu)."
-    ),
+    MetricSpec("chrf", "chrF++", "score", "Overlap of character and word n-grams with the reference, 0 to 100."),
     MetricSpec("bleu", "BLEU", "score", "Corpus BLEU against the reference, 0 to 100 (sacrebleu)."),
     MetricSpec(
         "bleurt", "BLEURT", "plain", "Mean learned score: about 0 for a wrong translation, 1 for a perfect one."
@@ -282,8 +275,7 @@ _MEASURES = (
         higher_is_better=False,
     ),
 )
-SCORES = tuple(spec.name for spec in _SCORES)
-"""Metrics of answers to test rows, the scorers' own and the answer loss."""
+SCORES = tuple(spec.name for spec in _SCORES)  # of answers to test rows: the scorers' own and the answer loss
 METRICS: dict[str, MetricSpec] = {spec.name: spec for spec in (*_SCORES, *_MEASURES)}
 if len(ARMS) < len(_ARMS) or len(METRICS) < len(_SCORES) + len(_MEASURES):
     raise ValueError("an arm or a metric is declared twice")
@@ -310,8 +302,9 @@ def metric(name: str) -> MetricSpec:
         about = f"Share of test rows whose answer gives the field {field} as the reference does."
         return MetricSpec(name, f"Field {field}", "share", about)
     if name.startswith(BENCHMARK):
-        about = "Share of the benchmark's questions answered right."
-        return MetricSpec(name, name.removeprefix(BENCHMARK), "share", about)
+        return MetricSpec(
+            name, name.removeprefix(BENCHMARK), "share", "Share of the benchmark's questions answered right."
+        )
     if name.endswith(LOSS):
         label, rows = "Loss on held-out general rows", "rows of the general data that were held out"
         if name == PROBE + LOSS:
