@@ -149,7 +149,7 @@ ARMS: dict[str, Arm] = {arm.name: arm for arm in _ARMS}
 for _arm in _ARMS:
     if _arm.adapter is not None and ARMS[_arm.adapter].mixture is None:
         raise ValueError(f"arm {_arm.name}: no arm trains the adapter {_arm.adapter}")
-TRAINED = tuple(arm.name for arm in _ARMS if arm.mixture is not None)
+TRAINED = tuple(arm.name for arm in _ARMS if arm.mixture)
 RIVALS = tuple(a.name for a in sorted((a for a in _ARMS if a.rival), key=lambda a: a.rival or 0))
 
 
@@ -210,8 +210,8 @@ class MetricSpec:
     @property
     def change(self) -> MetricSpec:
         """Its change from the untuned model."""
-        label = f"Change of {self._inside}"
-        return replace(self, name=self.name + CHANGE, label=label, unit=self.gap_unit, own=False)
+        name, label = self.name + CHANGE, f"Change of {self._inside}"
+        return replace(self, name=name, label=label, unit=self.gap_unit, own=False)
 
 
 HELD_OUT, PROBE, WITNESS = "general held out", "probe", "witness"  # sets of general rows; the last two are in no mix
@@ -241,8 +241,7 @@ _SCORES = (
         ANSWER_LOSS,
         "Answer loss",
         "nats",
-        "Mean negative log-likelihood of the reference answer given the arm's own prompt, in nats a token: it moves "
-        "smoothly where a score is right or wrong.",
+        "Mean negative log-likelihood of the reference answer given the arm's prompt, in nats a token; it has no jumps.",
         higher_is_better=False,
     ),
 )
@@ -313,8 +312,8 @@ def metric(name: str) -> MetricSpec:
         return MetricSpec(name, label, "nats", about, higher_is_better=False)
     if name.endswith(TASK_FORMAT):
         return replace(METRICS["task_format"], name=name, label="General prompts answered in the task's format")
-    words = name.replace("_", " ")
-    label = words[:1].upper() + words[1:] if words.islower() else words
+    label = name.replace("_", " ")
+    label = label[:1].upper() + label[1:] if label.islower() else label
     return MetricSpec(name, label, "plain", "A metric of this run's own scorer.", own=True)
 
 
@@ -383,10 +382,8 @@ def show_count(value: object) -> str:
 
 def show_power(value: object) -> str:
     """A large number as ``1.2 × 10¹⁴``."""
-    if not is_number(value) or value <= 0:
-        return "–"
-    if value < 1e6:
-        return show_count(value)
+    if not is_number(value) or not 1e6 <= value:
+        return show_count(value) if is_number(value) and value > 0 else "–"
     head, _, exponent = f"{value:.1e}".partition("e+")
     return f"{head} × 10{exponent.lstrip('0').translate(_RAISED)}"
 
