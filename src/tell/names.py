@@ -241,7 +241,7 @@ _SCORES = (
         ANSWER_LOSS,
         "Answer loss",
         "nats",
-        "Mean negative log-likelihood of the reference answer given the arm's prompt, in nats a token; it has no jumps.",
+        "Mean negative log-likelihood of the reference answer given the arm's prompt, in nats a token; it is smooth.",
         higher_is_better=False,
     ),
 )
@@ -382,7 +382,7 @@ def show_count(value: object) -> str:
 
 def show_power(value: object) -> str:
     """A large number as ``1.2 × 10¹⁴``."""
-    if not is_number(value) or not 1e6 <= value:
+    if not is_number(value) or value < 1e6:
         return show_count(value) if is_number(value) and value > 0 else "–"
     head, _, exponent = f"{value:.1e}".partition("e+")
     return f"{head} × 10{exponent.lstrip('0').translate(_RAISED)}"
