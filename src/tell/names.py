@@ -149,7 +149,7 @@ ARMS: dict[str, Arm] = {arm.name: arm for arm in _ARMS}
 for _arm in _ARMS:
     if _arm.adapter is not None and ARMS[_arm.adapter].mixture is None:
         raise ValueError(f"arm {_arm.name}: no arm trains the adapter {_arm.adapter}")
-TRAINED = tuple(arm.name for arm in _ARMS if arm.mixture is not None)
+TRAINED = tuple(arm.name for arm in _ARMS if arm.mixture)
 RIVALS = tuple(a.name for a in sorted((a for a in _ARMS if a.rival), key=lambda a: a.rival or 0))
 
 
@@ -187,9 +187,8 @@ class MetricSpec:
     @property
     def phrase(self) -> str:
         """What a sentence calls it."""
-        if self.name.startswith(FIELD) and self.unit == "share":
-            return f"accuracy of the field {self.name.removeprefix(FIELD)}"
-        return self._inside
+        field = self.name.startswith(FIELD) and self.unit == "share"
+        return f"accuracy of the field {self.name.removeprefix(FIELD)}" if field else self._inside
 
     @property
     def _inside(self) -> str:
@@ -211,8 +210,8 @@ class MetricSpec:
     @property
     def change(self) -> MetricSpec:
         """Its change from the untuned model."""
-        label = f"Change of {self._inside}"
-        return replace(self, name=self.name + CHANGE, label=label, unit=self.gap_unit, own=False)
+        name, label = self.name + CHANGE, f"Change of {self._inside}"
+        return replace(self, name=name, label=label, unit=self.gap_unit, own=False)
 
 
 HELD_OUT, PROBE, WITNESS = "general held out", "probe", "witness"  # sets of general rows; the last two are in no mix
@@ -227,32 +226,22 @@ _SCORES = (
         "Share of test rows whose whole answer is JSON by a strict parser and valid under the JSON Schema.",
     ),
     MetricSpec("valid_json", "Valid JSON", "share", "Share of test rows whose whole answer parses as JSON."),
-    MetricSpec(
-        "field_accuracy", "Field accuracy", "share", "Share of the reference's fields that the answer gives exactly."
-    ),
-    MetricSpec(
-        "exact_match", "Exact match", "share", "Share of test rows whose answer equals the reference as a whole."
-    ),
+    MetricSpec("field_accuracy", "Field accuracy", "share", "Share of the reference's fields that are given exactly."),
+    MetricSpec("exact_match", "Exact match", "share", "Share of test rows whose answer equals the whole reference."),
     MetricSpec("accuracy", "Accuracy", "share", "Share of test rows whose label equals the reference's."),
     MetricSpec("macro_f1", "Macro-F1", "share", "Mean over labels of F1, the harmonic mean of precision and recall."),
     MetricSpec("valid_label", "Valid label", "share", "Share of test rows whose answer is one of the task's labels."),
     MetricSpec("rouge_l", "ROUGE-L", "share", "F-measure of the longest common subsequence with the reference."),
-    MetricSpec(
-        "chrf", "chrF++", "score", "Overlap of character and word n-grams with the reference, 0 to 100 (sacrebleu)."
-    ),
+    MetricSpec("chrf", "chrF++", "score", "Overlap of character and word n-grams with the reference, 0 to 100."),
     MetricSpec("bleu", "BLEU", "score", "Corpus BLEU against the reference, 0 to 100 (sacrebleu)."),
     MetricSpec(
-        "bleurt",
-        "BLEURT",
-        "plain",
-        "Mean of BLEURT's learned score: about 0 for a wrong translation, 1 for a perfect one.",
+        "bleurt", "BLEURT", "plain", "Mean learned score: about 0 for a wrong translation, 1 for a perfect one."
     ),
     MetricSpec(
         ANSWER_LOSS,
         "Answer loss",
         "nats",
-        "Mean negative log-likelihood of the reference answer given the arm's own prompt, in nats a token: it moves "
-        "smoothly where a score is right or wrong.",
+        "Mean negative log-likelihood of the reference answer given the arm's prompt, in nats a token; it is smooth.",
         higher_is_better=False,
     ),
 )
@@ -281,12 +270,11 @@ _MEASURES = (
         "task_format",
         "Answered in the task's format",
         "share",
-        "Share of general prompts that are answered in the task's format; more than before means leakage.",
-        False,
+        "Share of general prompts answered in the task's format; more than before means leakage.",
+        higher_is_better=False,
     ),
 )
-SCORES = tuple(spec.name for spec in _SCORES)
-"""Metrics of answers to test rows, the scorers' own and the answer loss."""
+SCORES = tuple(spec.name for spec in _SCORES)  # of answers to test rows: the scorers' own and the answer loss
 METRICS: dict[str, MetricSpec] = {spec.name: spec for spec in (*_SCORES, *_MEASURES)}
 if len(ARMS) < len(_ARMS) or len(METRICS) < len(_SCORES) + len(_MEASURES):
     raise ValueError("an arm or a metric is declared twice")
@@ -313,8 +301,9 @@ def metric(name: str) -> MetricSpec:
         about = f"Share of test rows whose answer gives the field {field} as the reference does."
         return MetricSpec(name, f"Field {field}", "share", about)
     if name.startswith(BENCHMARK):
-        about = "Share of the benchmark's questions answered right."
-        return MetricSpec(name, name.removeprefix(BENCHMARK), "share", about)
+        return MetricSpec(
+            name, name.removeprefix(BENCHMARK), "share", "Share of the benchmark's questions answered right."
+        )
     if name.endswith(LOSS):
         label, rows = "Loss on held-out general rows", "rows of the general data that were held out"
         if name == PROBE + LOSS:
@@ -323,8 +312,8 @@ def metric(name: str) -> MetricSpec:
         return MetricSpec(name, label, "nats", about, higher_is_better=False)
     if name.endswith(TASK_FORMAT):
         return replace(METRICS["task_format"], name=name, label="General prompts answered in the task's format")
-    words = name.replace("_", " ")
-    label = words[:1].upper() + words[1:] if words.islower() else words
+    label = name.replace("_", " ")
+    label = label[:1].upper() + label[1:] if label.islower() else label
     return MetricSpec(name, label, "plain", "A metric of this run's own scorer.", own=True)
 
 
@@ -393,10 +382,8 @@ def show_count(value: object) -> str:
 
 def show_power(value: object) -> str:
     """A large number as ``1.2 × 10¹⁴``."""
-    if not is_number(value) or value <= 0:
-        return "–"
-    if value < 1e6:
-        return show_count(value)
+    if not is_number(value) or value < 1e6:
+        return show_count(value) if is_number(value) and value > 0 else "–"
     head, _, exponent = f"{value:.1e}".partition("e+")
     return f"{head} × 10{exponent.lstrip('0').translate(_RAISED)}"
 

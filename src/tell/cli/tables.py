@@ -11,7 +11,7 @@ from tell.config import read_yaml
 from tell.files import read_jsonl
 from tell.folder import RunFolder
 from tell.names import ANSWER_LOSS, HELD_OUT, METRICS, MetricSpec, as_typed, factor, has_interval, metric, show
-from tell.report.told import told
+from tell.report.notices import run_notices
 from tell.shown import clean, left_out
 
 if TYPE_CHECKING:
@@ -184,7 +184,7 @@ def show_run(console: Console, run: RunFolder) -> None:
     if answers is not None:
         console.print(answers)
     show_metrics(console, metrics)
-    for text in told(run.read(run.findings), read_yaml(run.config)):
+    for text in run_notices(run.read(run.findings), read_yaml(run.config)):
         console.print(Text(f"note: {clean(text)}", style="yellow"))
     lines = [f"adapter  {run.adapter}"] if run.adapter.exists() else []
     lines += [f"report   {run.report}"] if run.report.exists() else []

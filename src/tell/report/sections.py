@@ -8,9 +8,9 @@ import numpy as np
 
 from tell.config import GENERAL_AMOUNTS
 from tell.names import arm_order, is_number, show, show_count, show_duration, show_power
+from tell.report.notices import run_notices
 from tell.report.read_run import Manifest, Run, flatten, get, mapping, rows_of
 from tell.report.svg import Scale, gaps, loss_chart, series_class, stream_figure
-from tell.report.told import told
 
 PAIR = ("a", "b", "similarity", "a_text", "b_text")
 PAIRS, DROPPED = 20, 50
@@ -157,7 +157,7 @@ def findings(run: Run) -> dict[str, object]:
         "duplicates": get(run.findings, "split", "exact_duplicates_removed"),
         "dropped": dropped[:DROPPED],
         "dropped_count": len(dropped),
-        "notices": told(run.findings, run.config) if run.findings else [],
+        "notices": run_notices(run.findings, run.config) if run.findings else [],
     }
 
 

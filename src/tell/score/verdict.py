@@ -149,7 +149,7 @@ class _Verdict:
         yield from unknown
 
     def _content(self) -> Iterator[str]:
-        """Rivals that are significantly ahead in the content of the answers, whatever the primary metric says."""
+        """Rivals that are significantly ahead in the content of the answers, not only in the primary metric."""
         for spec in map(metric, CONTENT):
             for name in RIVALS:
                 gap = self._gap(name, spec) if name in self.scored and spec != self.spec else None

@@ -8,7 +8,7 @@ from tell.report.read_run import mapping, rows_of
 from tell.shown import left_out
 
 
-def told(findings: dict[str, Any], config: dict[str, Any]) -> list[str]:
+def run_notices(findings: dict[str, Any], config: dict[str, Any]) -> list[str]:
     """One sentence per notice, from findings.json and run.yaml: guesses, rows left out, then the run's own notices."""
     return [*_guesses(findings, config), *_dropped(findings), *map(str, rows_of(findings, "notices"))]
 

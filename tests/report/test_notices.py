@@ -6,7 +6,7 @@ import json
 
 import tell
 from run.runs import config_of, read
-from tell.report.told import told
+from tell.report.notices import run_notices
 
 
 def test_each_row_left_out_is_said_once(tiny_model, tmp_path, capsys):
@@ -29,7 +29,7 @@ def test_each_row_left_out_is_said_once(tiny_model, tmp_path, capsys):
         eval={"arms": ["base"], "forgetting_rows": 0},
     )
     findings = read(tell.tune(config).findings)
-    said = told(findings, {})
+    said = run_notices(findings, {})
     assert [text for text in said if "left out" in text or "dropped" in text] == [
         "2 rows left out, the first: a.jsonl:13: label is false",
         f"1 row left out: g.jsonl:4: {findings['dropped_rows'][-1]['reason']}",
