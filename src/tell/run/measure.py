@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from tell.anchor.anchor import Anchor
 from tell.config import Config
 from tell.data.example import Example
 from tell.files import read_jsonl, write_jsonl
+from tell.folder import RunFolder
 from tell.names import ARMS
 from tell.rows.row_table import RowTable
 from tell.rows.tokenize import tokenize
@@ -76,18 +76,22 @@ class Measured:
 
 def measure_arms(prepared: Prepared, trained: Trained, session: Session, journal: Journal) -> Measured:
     """Measurements of every arm: answers to the test rows, general and validation loss, benchmarks."""
-    config, arms = prepared.task.config, trained.arms(prepared.arms)
+    config, arms, folder = prepared.task.config, trained.arms(prepared.arms), journal.folder
     exam, validation = run_exam(prepared), validation_table(prepared)
-    answers = answer_arms(exam, arms, session, journal)
-    for arm, found in answers.items():
+    weights = Weights(general_sets(config, session.chat, prepared.general), validation, exam.scorer, folder)
+    answers = {}
+    for arm in arms:
+        journal.at(f"evaluate {arm}")
+        with session.adapter(adapter_folder(folder, arm)):
+            answers[arm] = found = answer_arm(exam, arm, session, folder)
+            weights.measure(ARMS[arm].adapter or BASE, session)
         if ARMS[arm].in_context:
             prepared.task.notices.add(f"{arm}: {found.shown} examples fit into the context")
-    state = general_sets(config, session.chat, prepared.general)
-    losses = measure_weights(arms, state, validation, exam.scorer, session, journal)
+    weights.measure(BASE, session)  # what training changed needs a before
     benchmarks = None
     if config.eval.benchmarks:
-        benchmarks = run_benchmarks(config, arms, prepared.anchor, session, journal.folder, journal.at)
-    return Measured(answers, state, losses, benchmarks, exam.scorer.primary)
+        benchmarks = run_benchmarks(config, arms, prepared.anchor, session, folder, journal.at)
+    return Measured(answers, weights.general, weights.losses, benchmarks, exam.scorer.primary)
 
 
 @dataclass(frozen=True)
@@ -107,33 +111,28 @@ class Exam:
     decoding: Decoding
     scorer: Scorer
 
-    def take(self, arm: str, session: Session, adapter: Path | None, kept: list[dict] | None = None) -> Answers:
-        """Answer and score the test rows; answers ``kept`` from an earlier session are reused."""
+    def take(self, arm: str, session: Session, kept: list[dict] | None = None) -> Answers:
+        """The arm's scored answers, its adapter applied; answers ``kept`` from an earlier session are reused."""
         config = self.config
         room = min(session.engine.max_positions - self.decoding.max_new_tokens, config.train.max_length * 2)
         prompting = Prompting(session.chat, self.anchor, self.shots, config.eval.icl_examples, room, config.seed)
         prompts, shown = prompting.prompts(arm, self.test, self.train)
         more: dict[str, Metric] = {}
-        with session.adapter(adapter):
-            rows = answer_rows(session, prompts, self.test, self.decoding, arm) if kept is None else kept
-            if config.eval.answer_loss:
-                values = None if kept is None else kept_answer_losses(kept)
-                if values is None:
-                    values = answer_losses(session, prompts, self.test, title=f"answer loss {arm}")
-                more = answer_loss_metric(values)
+        rows = answer_rows(session, prompts, self.test, self.decoding, arm) if kept is None else kept
+        if config.eval.answer_loss:
+            values = None if kept is None else kept_answer_losses(kept)
+            if values is None:
+                values = answer_losses(session, prompts, self.test, title=f"answer loss {arm}")
+            more = answer_loss_metric(values)
         metrics = score_rows(self.scorer, rows, more)
         return Answers(rows, metrics, answer_costs(session.files.architecture, prompts, rows), shown)
 
 
-def answer_arms(exam: Exam, arms: Sequence[str], session: Session, journal: Journal) -> dict[str, Answers]:
-    """Each arm's scored answers to the test rows; answers already in the run's folder are reused."""
-    found = {}
-    for arm in arms:
-        journal.at(f"evaluate {arm}")
-        path = journal.folder.prediction(arm)
-        kept = read_jsonl(path) if path.exists() else None
-        found[arm] = exam.take(arm, session, adapter_folder(journal.folder, arm), kept)
-        write_jsonl(path, found[arm].rows)
+def answer_arm(exam: Exam, arm: str, session: Session, folder: RunFolder) -> Answers:
+    """The arm's scored answers, its adapter applied; answers already in the run's folder are reused."""
+    path = folder.prediction(arm)
+    found = exam.take(arm, session, read_jsonl(path) if path.exists() else None)
+    write_jsonl(path, found.rows)
     return found
 
 
@@ -167,31 +166,29 @@ def validation_table(prepared: Prepared) -> RowTable:
     return table
 
 
-def measure_weights(
-    arms: Sequence[str],
-    state: Forgetting | None,
-    validation: RowTable,
-    scorer: Scorer,
-    session: Session,
-    journal: Journal,
-) -> dict[str, float]:
-    """Measure the untuned model and each adapter that ``arms`` answer with.
+@dataclass
+class Weights:
+    """Losses of the untuned model and each adapter, measured once each.
 
-    Args:
-        state: general rows; receives their losses and answers. None: they are not measured.
-
-    Returns:
-        Mean validation loss by arm; empty without validation rows.
+    Attributes:
+        general: general rows, and their losses and answers; None: they are not measured.
+        losses: mean validation loss by arm; empty without validation rows.
     """
-    losses: dict[str, float] = {}
-    if state is None and not len(validation):
-        return losses
-    for arm in dict.fromkeys([*(ARMS[arm].adapter or BASE for arm in arms), BASE]):
-        journal.at(f"measure {arm}")
-        with session.adapter(adapter_folder(journal.folder, arm)):
-            if state is not None:
-                measure_arm(state, arm, session, scorer)
-                write_jsonl(journal.folder.general_losses(arm), state.rows(arm))
-            if len(validation):
-                losses[arm] = round(float(losses_of(session, arm, validation).mean()), 6)
-    return losses
+
+    general: Forgetting | None
+    validation: RowTable
+    scorer: Scorer
+    folder: RunFolder
+    losses: dict[str, float] = field(default_factory=dict)
+    done: set[str] = field(default_factory=set)
+
+    def measure(self, arm: str, session: Session) -> None:
+        """Measure the weights of an arm, its adapter applied, unless they have been measured."""
+        if arm in self.done:
+            return
+        self.done.add(arm)
+        if self.general is not None:
+            measure_arm(self.general, arm, session, self.scorer)
+            write_jsonl(self.folder.general_losses(arm), self.general.rows(arm))
+        if len(self.validation):
+            self.losses[arm] = round(float(losses_of(session, arm, self.validation).mean()), 6)

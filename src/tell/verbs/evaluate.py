@@ -21,7 +21,6 @@ from tell.rows.ends import without_ends
 from tell.run.answers import adapter_ready, check_prompts, scorer_of
 from tell.run.claim import Trust, check_trust
 from tell.run.measure import Exam, score_arms
-from tell.run.session import Session
 from tell.shown import left_out
 from tell.verbs.open_run import CELL_ADAPTER, OpenRun, open_run
 
@@ -74,37 +73,43 @@ def evaluate(
     opened.folder.read_as(opened.folder.metrics, Metrics)  # damage is reported now, not after the arms have answered
     metrics = opened.folder.read(opened.folder.metrics)
     session = opened.session(config, display)
-    exam = _exam(opened, config, seed, session, test=test, rows=rows, arms=wanted)
+    facts = opened.folder.read_as(opened.folder.findings, Findings)
+    train, examples, shots = _examples(opened, test, display, need_train=any(ARMS[arm].in_context for arm in wanted))
+    if rows is not None and rows < len(examples):
+        examples = [examples[i] for i in sorted(take_rows(len(examples), rows, seed))]
+    exam = _exam(opened, config, seed, facts, test=examples, train=train, shots=shots)
+    if said := misfits(_kind(opened, facts.kind), examples):
+        display.note(said)
     answers = {}
     for arm in wanted:
-        answers[arm] = found = exam.take(arm, session, adapters[arm])
-        write_jsonl(opened.folder.evaluated(arm), found.rows)
+        with session.adapter(adapters[arm]):
+            answers[arm] = exam.take(arm, session)
+        write_jsonl(opened.folder.evaluated(arm), answers[arm].rows)
     kept = {key: metrics.get(key) for key in ("forgetting", "mixture", "train", "failed", "same")}
     kept |= {key: metrics[key] for key in ("benchmarks",) if key in metrics}
-    kind = opened.folder.read_as(opened.folder.findings, Findings).kind
-    task = {"kind": kind.name, "primary": exam.scorer.primary}
+    task = {"kind": facts.kind.name, "primary": exam.scorer.primary}
     return {"task": task, **score_arms(answers, config.model_copy(update={"seed": seed})), **kept}
 
 
 def _exam(
-    opened: OpenRun, config: Config, seed: int, session: Session, *, test: str | None, rows: int | None, arms: list[str]
+    opened: OpenRun,
+    config: Config,
+    seed: int,
+    facts: Findings,
+    *,
+    test: list[Example],
+    train: list[Example],
+    shots: list[Example],
 ) -> Exam:
-    """The test rows with prompts, decoding and scorer; ``seed`` is of decoding and of ``rows``."""
+    """The test rows with prompts, decoding and scorer; ``seed`` is of decoding."""
     from tell.decode.sampler import Decoding
 
-    facts = opened.folder.read_as(opened.folder.findings, Findings)
-    need_train = any(ARMS[arm].in_context for arm in arms)
-    train, examples, shots = _examples(opened, test, session.display, need_train=need_train)
-    if rows is not None and rows < len(examples):
-        examples = [examples[i] for i in sorted(take_rows(len(examples), rows, seed))]
     arch = opened.files.architecture
-    check_prompts(opened.chat, opened.anchor, examples, arch.max_positions, shots, arch.vocab)
-    kind = _kind(opened, facts.kind)
-    if said := misfits(kind, examples):
-        session.display.note(said)
+    check_prompts(opened.chat, opened.anchor, test, arch.max_positions, shots, arch.vocab)
     limit = config.generate.max_new_tokens or facts.answer_limit
     decoding = Decoding.of(config.generate, max_new_tokens=limit, stop_ids=opened.chat.stop_ids, seed=seed)
-    return Exam(config, opened.anchor, examples, train, shots, decoding, scorer_of(config, kind))
+    scorer = scorer_of(config, _kind(opened, facts.kind))
+    return Exam(config, opened.anchor, test, train, shots, decoding, scorer)
 
 
 def _override(config: Config, overrides: Sequence[str]) -> tuple[Config, int]:
