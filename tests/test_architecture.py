@@ -14,6 +14,9 @@ import tell
 
 PACKAGE = Path(tell.__file__).parent
 GROUND = {
+    "nested",
+    "overrides",
+    "registry",
     "__init__",
     "errors",
     "shown",

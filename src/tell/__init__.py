@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from tell.run.tune import read_inputs as read_inputs
     from tell.run.tune import settle_anchor as settle_anchor
     from tell.run.tune import tune as tune
-    from tell.studies.executors.registry import Execution as Execution
+    from tell.studies.executors.execution import Execution as Execution
     from tell.studies.open_study import Changes as Changes
     from tell.studies.study import plan_study as plan_study
     from tell.studies.study import run_study as run_study
@@ -95,7 +95,7 @@ _MODULES = {
         "settle_anchor",
         "tune",
     ),
-    "tell.studies.executors.registry": ("Execution",),
+    "tell.studies.executors.execution": ("Execution",),
     "tell.studies.open_study": ("Changes",),
     "tell.studies.study": (
         "plan_study",

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from tell.errors import ConfigError, TellError, did_you_mean
 from tell.files import parse_yaml, read_text
 from tell.names import ARMS
+from tell.overrides import GENERAL_AMOUNTS, override, parse_overrides
 from tell.presets import PRESETS, general_tokens_for
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ else:
     PresetName = Literal[tuple(sorted(PRESETS))]
 Device = Literal["auto", "cuda", "xpu", "mps", "cpu"]
 DEVICES: tuple[str, ...] = get_args(Device)[1:]  # in the order that auto tries them
-GENERAL_AMOUNTS = ("ratio", "tokens", "rows")  # keys that set the amount of general data
 DEFAULT_ARMS: tuple[ArmName, ...] = ("base", "base+anchor", "icl", "sft", "sft-matched", "tell", "tell-anchor")
 
 LARGEST = 10**7  # limit of counts that memory or time grows with: a larger one is a typo
@@ -284,15 +284,6 @@ class Config(Section):
         return yaml.safe_dump(self.model_dump(by_alias=True, mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
-    """``high`` over ``low``, section by section."""
-    out = dict(low)
-    for key, value in high.items():
-        old = out.get(key)
-        out[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
-    return out
-
-
 def load_config(
     path: str | Path | None = None,
     flags: Mapping[str, Any] | None = None,
@@ -309,24 +300,6 @@ def load_config(
     data = override(data, flags or {})
     data = override(data, parse_overrides(overrides))
     return make_config(data, where=str(path) if path else "configuration")
-
-
-def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
-    """Nested keys from ``a.b=c`` texts, later ones over earlier ones.
-
-    Raises:
-        TellError: a text without ``=``.
-    """
-    data: dict[str, Any] = {}
-    for text in overrides:
-        key, separator, value = text.partition("=")
-        if not separator or not key:
-            raise TellError(f"--set {text!r} is not of the form a.b=c", remedy="Write e.g. --set general.ratio=100.")
-        nested: Any = _parse_scalar(value)
-        for part in reversed(key.strip().split(".")):
-            nested = {part: nested}
-        data = override(data, nested)
-    return data
 
 
 def make_config(data: Mapping[str, Any], *, where: str = "configuration") -> Config:
@@ -407,27 +380,3 @@ def key_paths(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
         else:
             paths.append(path)
     return paths
-
-
-def override(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested keys of ``high`` over ``low``; one way of giving an amount replaces the ways given lower down."""
-    low = {key: dict(value) if isinstance(value, Mapping) else value for key, value in low.items()}
-    for section, ways in (("general", set(GENERAL_AMOUNTS)), ("task", {"rows", "tokens"})):
-        upper = high.get(section)
-        if isinstance(upper, Mapping) and isinstance(low.get(section), dict) and ways & set(upper):
-            for way in ways - set(upper):
-                low[section].pop(way, None)
-    return merge(low, high)
-
-
-def _parse_scalar(text: str) -> Any:
-    try:
-        value = parse_yaml(text, where="--set")
-    except TellError:  # 2001-99-99, or "a: b: c": keep the text
-        return text
-    if isinstance(value, str):  # YAML 1.1 reads 1e4 as a string
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value

@@ -165,7 +165,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         clean_temporary(path.parent.glob(f".{glob.escape(path.name)}.*.tmp"))
         handle, name = tempfile.mkstemp(prefix=temporary_prefix(path), suffix=".tmp", dir=path.parent)
     except OSError as error:
-        raise _unwritable(path, error) from error
+        raise unwritable(path, error) from error
     os.close(handle)
     temporary = Path(name)
     try:
@@ -177,7 +177,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
         sync(path.parent)
     except OSError as error:
-        raise _unwritable(path, error) from error
+        raise unwritable(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -288,12 +288,11 @@ def _is_writing(number: int, path: Path) -> bool:
         return False
 
 
-def _unwritable(path: Path, error: OSError) -> TellError:
-    return TellError(
-        f"cannot be written ({error.strerror or error})",
-        where=str(path),
-        remedy="Free disk space or choose another folder with --out.",
-    )
+def unwritable(
+    path: Path | str, error: OSError, remedy: str = "Free disk space or choose another folder with --out."
+) -> TellError:
+    """The error for a file or folder that cannot be written."""
+    return TellError(f"cannot be written ({error.strerror or error})", where=str(path), remedy=remedy)
 
 
 def write_text(path: Path, text: str) -> None:

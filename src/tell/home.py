@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tell.errors import TellError
 from tell.files import expanded
+from tell.files import unwritable as cannot_be_written
 
 
 def tell_home() -> Path:
@@ -30,8 +31,5 @@ def make_folder(path: Path) -> Path:
 
 
 def unwritable(path: Path, error: OSError) -> TellError:
-    return TellError(
-        f"cannot be written ({error.strerror or error})",
-        where=str(path),
-        remedy="Free disk space, or set TELL_HOME to a writable folder.",
-    )
+    """The error for a cache folder that cannot be written."""
+    return cannot_be_written(path, error, "Free disk space, or set TELL_HOME to a writable folder.")

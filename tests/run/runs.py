@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from tell.anchor.anchor import Anchor
-from tell.config import Config, load_config, merge
+from tell.config import Config, load_config
 from tell.files import read_jsonl
 from tell.folder import RunFolder
 from tell.mix.manifest import read_manifest
 from tell.models.find import find_model
 from tell.names import ARMS
+from tell.nested import merge
 from tell.progress import Display, Silent
 from tell.rows.template import ChatTokenizer
 from tell.run.general_rows import read_general

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from run.runs import EXAMPLES, PROBE, comparable, read
-from tell.config import merge
+from tell.nested import merge
 from tell.studies.study_folder import StudyFolder
 
 

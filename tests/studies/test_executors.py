@@ -7,8 +7,8 @@ import pytest
 import tell
 from tell.errors import TellError
 from tell.studies.executors import registry
+from tell.studies.executors.execution import Execution, executor, executors
 from tell.studies.executors.local import LocalExecutor
-from tell.studies.executors.registry import Execution, executor, executors
 from tell.studies.recipe import Resources
 
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tell.errors import TellError
-from tell.studies.nested import dig, nest
+from tell.nested import dig, nest
 from tell.studies.recipe import PARTS, Recipe, load_recipe, make_recipe, points
 from tell.studies.recipe_docs import recipe_docs
 

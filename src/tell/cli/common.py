@@ -226,16 +226,13 @@ class Given:
         Raises:
             TellError: no task data, or something is invalid; the error names the flag.
         """
-        from tell.config import load_config, merge
+        from tell.config import load_config
+        from tell.nested import merge, nest
 
         typed: dict[str, object] = {} if self.data is None else {"task": {"data": self.data}}
         for flag in FLAGS:
             if flag.name in self.flags:
-                *sections, last = flag.key.split(".")
-                nested = {last: self.flags[flag.name]}
-                for section in reversed(sections):
-                    nested = {section: nested}
-                typed = merge(typed, nested)
+                typed = merge(typed, nest(flag.key, self.flags[flag.name]))
         try:
             config = load_config(self.file, typed, self.sets)
         except ConfigError as error:

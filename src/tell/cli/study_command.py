@@ -60,7 +60,7 @@ def study(options: StudyOptions) -> None:
     import tell
     from tell.cli.display import make_display
     from tell.cli.output import only_json, say
-    from tell.studies.executors.registry import executors
+    from tell.studies.executors.execution import executors
 
     known = executors()
     if options.executor not in known:

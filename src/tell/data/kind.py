@@ -15,6 +15,7 @@ from tell.data.json_text import nfc, parse_strict, read_json
 from tell.data.schema import FIX_SCHEMA, Schema, SlowPattern
 from tell.errors import TellError
 from tell.files import expanded
+from tell.registry import Registry
 from tell.shown import brief
 
 KindName = Literal["json", "label", "text"]
@@ -74,20 +75,9 @@ class Answers:
 
 
 Detect = Callable[[Answers, bool], Kind | None]
-KINDS: dict[KindName, Detect] = {}
-"""Detectors of each kind, in the order in which they are tried."""
-
-
-def kind(name: KindName) -> Callable[[Detect], Detect]:
-    """Register a detector: it returns a `Kind`, or None for answers of another kind, unless the kind was requested."""
-
-    def add(function: Detect) -> Detect:
-        if name in KINDS:
-            raise ValueError(f"kind {name!r} is declared twice")
-        KINDS[name] = function
-        return function
-
-    return add
+kind = KINDS = Registry[Detect]("kind")
+"""Detectors in the order in which they are tried; ``@kind(name)`` declares one. A detector returns a `Kind`, or None for
+answers of another kind, unless the kind was requested."""
 
 
 def detect_kind(

@@ -19,7 +19,7 @@ from tell.kernels.decode_ops import kernels
 from tell.train.device import free_bytes
 from tell.train.lora import adapter_merged
 from tell.train.step import Body
-from tell.train.torch_types import Block
+from tell.train.torch_types import AnyModule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -207,7 +207,7 @@ class Engine:
 
     def _pack(self) -> Packed | None:
         """The weights in the kernels' layout; None where the kernels do not support this model."""
-        description = describe(cast(Block, self.body.core))
+        description = describe(cast(AnyModule, self.body.core))
         if description is None or kernels(description.dtype) is None:
             return None
         return Packed(description, self.body)

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tell.train.attention import PackedPlan, Rule, softmax_scores
+from tell.train.attention import PackedPlan, Rule
+from tell.train.block_attention import softmax_scores
 from tell.train.device import send
 
 Call = tuple[nn.Module | None, int]  # attention module and number of its call in the pass: DiffLlama calls each twice

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tell.kernels.decode_ops import LANES, QUERIES, PackedWeight, packs_weights
-from tell.train.torch_types import Block
+from tell.train.torch_types import AnyModule
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -76,7 +76,7 @@ def _static_rope(config: PretrainedConfig) -> bool:
     return bool(kinds) and all(kind.get("rope_type", "default") in STATIC_ROPE for kind in kinds)
 
 
-def describe(core: Block) -> Description | None:
+def describe(core: AnyModule) -> Description | None:
     """The parts of a transformer body, or None where the kernels do not support it.
 
     The engine verifies the result: it compares both implementations before it uses the kernels.
@@ -118,12 +118,12 @@ def describe(core: Block) -> Description | None:
     )
 
 
-def _norm(module: Block, config: PretrainedConfig) -> Tensor:
+def _norm(module: AnyModule, config: PretrainedConfig) -> Tensor:
     weight = module.weight.detach().float()
     return (1 + weight if config.model_type.startswith("gemma") else weight).contiguous()
 
 
-def _layer(layer: Block, index: int, config: PretrainedConfig) -> Layer:
+def _layer(layer: AnyModule, index: int, config: PretrainedConfig) -> Layer:
     attention, mlp = layer.self_attn, layer.mlp
     packed, joined = hasattr(attention, "qkv_proj"), hasattr(mlp, "gate_up_proj")
     post = hasattr(layer, "pre_feedforward_layernorm")  # Gemma also norms the residual updates

@@ -13,27 +13,13 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from tell.errors import TellError, did_you_mean
+from tell.registry import Registry
 from tell.seeds import below, permutation
 
 Ordering = Callable[[Mapping[str, int], int], np.ndarray]
 
-ORDERINGS: dict[str, Ordering] = {}
-
-
-def ordering(name: str) -> Callable[[Ordering], Ordering]:
-    """Register an ordering under a name for ``mix.order``.
-
-    Raises:
-        ValueError: the name is taken.
-    """
-
-    def add(function: Ordering) -> Ordering:
-        if name in ORDERINGS:
-            raise ValueError(f"ordering {name!r} is declared twice")
-        ORDERINGS[name] = function
-        return function
-
-    return add
+ordering = ORDERINGS = Registry[Ordering]("ordering")
+"""By the name that ``mix.order`` takes; ``@ordering(name)`` declares one."""
 
 
 def get_ordering(name: str) -> Ordering:

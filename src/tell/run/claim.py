@@ -18,6 +18,7 @@ from tell.data.general import SOURCES
 from tell.errors import TellError
 from tell.files import DAMAGED, clean_temporary, expanded, sync, write_text
 from tell.folder import RunFolder
+from tell.nested import flat
 
 PATIENCE = 1.0  # seconds; another process may be testing whether the lock is held
 
@@ -306,14 +307,4 @@ def _changed(old: Config, new: Config, decided: bool) -> str | None:
 
 
 def _flat(config: Config) -> dict:
-    out: dict = {}
-
-    def walk(value: object, prefix: str) -> None:
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                walk(inner, f"{prefix}.{key}" if prefix else key)
-        else:
-            out[prefix] = value
-
-    walk(config.model_dump(by_alias=True, mode="json"), "")
-    return out
+    return dict(flat(config.model_dump(by_alias=True, mode="json")))

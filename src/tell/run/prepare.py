@@ -122,7 +122,15 @@ def check_rows(task: Task, anchor: Anchor) -> None:
     Raises:
         TellError: the first such row.
     """
-    limited = limit_task(task, anchor)
-    task_table(limited, anchor)
+    task_table(limit_task(task, anchor), anchor)
+    check_tests(task, anchor)
+
+
+def check_tests(task: Task, anchor: Anchor) -> None:
+    """Refuse test rows whose prompts leave no room for an answer.
+
+    Raises:
+        TellError: the first such row.
+    """
     arch = task.files.architecture
     check_prompts(task.chat, anchor, task.test, arch.max_positions, task.shots, arch.vocab)

@@ -23,18 +23,18 @@ from tell.config import (
     MixConfig,
     TrainConfig,
     make_config,
-    override,
 )
 from tell.data.general import is_empty
 from tell.errors import TellError
 from tell.names import ARMS
+from tell.nested import dig, fill, nest
+from tell.overrides import override
 from tell.run.claim import FREE as FREE_OF_RUNS
 from tell.run.claim import KEYWORDS, PATHS, with_full_paths
 from tell.run.task import anchor_of
 from tell.score.benchmark_tasks import benchmark_tasks, local_files
 from tell.score.scorer_code import find_scorer_code
 from tell.studies.content import content_hash
-from tell.studies.nested import dig, fill, nest
 from tell.studies.recipe import Recipe, points
 from tell.studies.separation_cells import SEPARATE, SEPARATION_FORMAT, contrasts
 

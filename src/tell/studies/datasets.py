@@ -14,9 +14,9 @@ from typing import Any
 import tell.paper
 from tell.errors import TellError, did_you_mean
 from tell.files import atomic_folder, write_json
+from tell.nested import fill
 from tell.progress import Display
 from tell.studies.content import content_hash
-from tell.studies.nested import fill
 from tell.studies.recipe import Recipe
 from tell.studies.study_folder import Root
 

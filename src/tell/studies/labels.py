@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import PurePath
 
-from tell.config import GENERAL_AMOUNTS
 from tell.names import arm as arm_of
-from tell.studies.nested import VARIABLE
+from tell.nested import VARIABLE
+from tell.overrides import GENERAL_AMOUNTS
 
 KEYS = {
     "general.tokens": "general tokens",

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import Timeout
 
 from tell.errors import TellError, first_line
-from tell.files import MOST_JSON, atomic_folder, atomic_path, read_json, read_jsonl, write_json, write_jsonl
+from tell.files import MOST_JSON, atomic_folder, atomic_path, read_json, read_jsonl, unwritable, write_json, write_jsonl
 from tell.progress import Display
 from tell.shown import one_line
 from tell.studies.study_folder import StudyFolder
@@ -122,7 +122,7 @@ def _writing(where: Path | str, remedy: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise TellError(f"cannot be written ({error.strerror or error})", where=str(where), remedy=remedy) from error
+        raise unwritable(where, error, remedy) from error
 
 
 def _write_cell(folder: Path, files: Files) -> None:

@@ -30,10 +30,11 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
-from tell.config import ArmName, Section, check_keys, override, parse_overrides, read_yaml
+from tell.config import ArmName, Section, check_keys, read_yaml
 from tell.errors import TellError, did_you_mean
 from tell.files import expanded
-from tell.studies.nested import VARIABLE, dig, leaves, nest
+from tell.nested import VARIABLE, dig, leaves, nest
+from tell.overrides import override, parse_overrides
 from tell.studies.recipe_checks import (
     OF_A_PRODUCT,
     check_build,

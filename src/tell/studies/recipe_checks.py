@@ -6,9 +6,10 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tell.config import GENERAL_AMOUNTS, Config, check_keys
+from tell.config import Config, check_keys
 from tell.errors import TellError, did_you_mean
-from tell.studies.nested import VARIABLE, flat, leaves, nest
+from tell.nested import VARIABLE, flat, leaves, nest
+from tell.overrides import GENERAL_AMOUNTS
 
 if TYPE_CHECKING:
     from tell.studies.recipe import Part

@@ -11,13 +11,12 @@ from tell.files import write_text
 from tell.folder import reading
 from tell.progress import Display, Silent
 from tell.run.stop import Stop
-from tell.studies.executors.registry import LOCAL, Execution
+from tell.studies.executors.execution import LOCAL, Execution
 from tell.studies.open_study import UNCHANGED, Changes, Study, open_study
 from tell.studies.packed import restore_cells, usable_cells
 from tell.studies.queue import CellQueue, span
 from tell.studies.recipe import Recipe
-from tell.studies.registered import needs
-from tell.studies.study_folder import StudyFolder
+from tell.studies.study_folder import StudyFolder, needs
 from tell.studies.study_plan import plan_cells, plan_table, seconds_of
 
 

@@ -16,6 +16,11 @@ FACTS: dict[str, type] = {"state": str, "error": str, "host": str, "evaluation":
 NUMBERS: dict[str, type] = {"seconds": float, "training_seconds": float, "attempts": int}
 
 
+def needs(what: str) -> TellError:
+    """The error for a missing package of the extra ``study``."""
+    return TellError(what, where="tell study", remedy='Install it: pip install "tell-llm[study]".')
+
+
 class Root:
     """The folder whose cells and data sets studies share. Creating the object touches nothing on disk."""
 

@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
         def save_for_backward(self, *tensors: torch.Tensor | None) -> None: ...
 
-    class Block(nn.Module):
+    class AnyModule(nn.Module):
         """A module of transformers: its parts are looked up, not declared."""
 
         def __getattr__(self, name: str) -> Any: ...
 else:
     Context = object
-    Block = nn.Module
+    AnyModule = nn.Module

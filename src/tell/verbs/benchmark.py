@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tell.config import make_config, merge
+from tell.config import make_config
 from tell.errors import TellError
 from tell.files import expanded, write_json
+from tell.nested import merge
 from tell.progress import Display, Silent
 from tell.run.answers import adapter_ready
 from tell.run.benchmarks.run_benchmarks import asked_alike, check_benchmarks, run_benchmarks

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from tell.config import Config, make_config, merge, parse_overrides
+from tell.config import Config, make_config
 from tell.data.example import Example
 from tell.data.kind import Kind, misfits
 from tell.data.sources import load
@@ -16,6 +16,8 @@ from tell.data.subset import take_rows
 from tell.errors import TellError
 from tell.files import write_jsonl
 from tell.names import ARMS
+from tell.nested import merge
+from tell.overrides import parse_overrides
 from tell.progress import Display, Silent
 from tell.rows.ends import without_ends
 from tell.run.answers import adapter_ready, check_prompts, scorer_of

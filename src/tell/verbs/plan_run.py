@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from tell.config import Config
 from tell.progress import Display
+from tell.rows.row_table import RowTable
 from tell.run.answers import scorer_of
 from tell.run.arms import wanted_arms
-from tell.run.general_rows import read_general
+from tell.run.general_rows import General, read_general
 from tell.run.plan import describe_plan, unwritten_general
-from tell.run.prepare import check_rows, prepare
-from tell.run.task import anchor_of, load_task, placed_anchor
+from tell.run.prepare import check_tests, prepare
+from tell.run.task import Task, anchor_of, load_task, placed_anchor
 from tell.run.time_budget import fit_minutes
 
 
@@ -33,13 +34,17 @@ def plan(config: Config, *, display: Display | None = None) -> dict:
     if anchor_of(config) is None:
         task.notices.add("the model will write the anchor; a placeholder of similar length is counted")
     anchor = placed_anchor(task)
-    check_rows(task, anchor)
-    # Overlap with the test rows takes the longest by far, and changes counts only where rows are dropped.
-    general = read_general(task, overlap=config.task.drop_overlap)
-    prepared = prepare(task, anchor, general or unwritten_general)
+    check_tests(task, anchor)
+    prepared = prepare(task, anchor, _general)
     if config.max_minutes:
         extent, given_up = fit_minutes(prepared, minutes=config.max_minutes, spent=0.0)
         for text in given_up:
             task.notices.add(text)
         prepared = extent.apply(prepared)
     return describe_plan(prepared)
+
+
+def _general(task: Task, table: RowTable) -> General | None:
+    """General rows of a source, of an earlier run, or an estimate."""
+    # Overlap with the test rows takes the longest by far, and changes counts only where rows are dropped.
+    return read_general(task, overlap=task.config.task.drop_overlap) or unwritten_general(task, table)

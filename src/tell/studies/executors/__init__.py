@@ -1,1 +1,1 @@
-"""Executors: where cells run. One module each, declared with `tell.studies.executors.registry.executor`."""
+"""Executors: where cells run. One module each, declared with `tell.studies.executors.execution.executor`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tell.run.session import ModelCache
-from tell.studies.executors.registry import Execution, executor
+from tell.studies.executors.execution import Execution, executor
 from tell.studies.queue import CellQueue
 from tell.studies.recipe import Resources
 from tell.studies.run_cell import run_cell

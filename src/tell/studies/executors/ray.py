@@ -25,7 +25,7 @@ from tell.folder import RunFolder
 from tell.score.scorer_code import find_scorer_code
 from tell.studies.cells import Cell, inputs
 from tell.studies.content import content_hash, folder_files
-from tell.studies.executors.registry import Execution, executor
+from tell.studies.executors.execution import Execution, executor
 from tell.studies.queue import CellQueue
 from tell.studies.ray_worker import CellTask, Input, work
 from tell.studies.recipe import Resources

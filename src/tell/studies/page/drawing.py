@@ -13,7 +13,7 @@ import numpy as np
 from tell.files import atomic_path
 from tell.report.palette import INK, PAPER, SOFT
 from tell.studies.labels import key_name, value_name
-from tell.studies.registered import needs
+from tell.studies.study_folder import needs
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, get_args
 import numpy as np
 
 from tell.names import metric
+from tell.registry import Registry
 from tell.studies import recipe
 from tell.studies.labels import arm_name, key_name, point_name
 from tell.studies.page.figures import draw_curves, draw_maps
-from tell.studies.registered import Registry
 from tell.studies.results import Study, as_drawn, frozen
 from tell.studies.stats.analyses import Analyses, panels
 from tell.studies.stats.curves import curves

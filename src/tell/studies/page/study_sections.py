@@ -11,13 +11,13 @@ from markupsafe import Markup
 
 from tell.files import atomic_path
 from tell.names import CHANGE, metric, show
+from tell.registry import Registry
 from tell.report.score_tables import Cell
 from tell.studies.labels import arm_name, key_name, point_name, rounded, value_name
 from tell.studies.page.drawing import save
 from tell.studies.page.figure_kinds import Contents, figure, map_figure
 from tell.studies.page.figures import draw_front
 from tell.studies.page.inline import inline_svg
-from tell.studies.registered import Registry
 from tell.studies.results import Study
 from tell.studies.separation_cells import pictures
 from tell.studies.stats.curve_fit import NAMES

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tell.names import canonical
+from tell.registry import Registry
 from tell.studies.labels import point_name
 from tell.studies.recipe import PARTS
-from tell.studies.registered import Registry
 from tell.studies.results import Study, as_change, as_drawn, frozen
 from tell.studies.stats.comparable_seeds import compared_seeds, seeds_name, with_seeds
 from tell.studies.stats.curve_fit import Mark, fit_curve

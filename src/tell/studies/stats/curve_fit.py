@@ -26,8 +26,8 @@ import numpy as np
 from tell.names import metric as metric_of
 from tell.score.intervals import estimate_from, percentiles
 from tell.studies.labels import rounded
-from tell.studies.registered import needs
 from tell.studies.stats.curves import Curve
+from tell.studies.study_folder import needs
 
 LEAST = 4  # amounts above 0 below which no shapes are compared
 RESAMPLES = 1000  # of the study's that are fitted

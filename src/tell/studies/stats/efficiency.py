@@ -10,8 +10,8 @@ import numpy as np
 from tell.names import metric, show
 from tell.report.svg import nice
 from tell.studies.labels import arm_name, key_name, value_name
-from tell.studies.registered import needs
 from tell.studies.stats.curves import Curve
+from tell.studies.study_folder import needs
 
 SAFE = 0.99  # share of resamples in which both arms reach a score that the mean factor is taken over
 LEVELS = 9  # approximate number of scores to compare at

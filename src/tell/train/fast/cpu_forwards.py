@@ -13,7 +13,7 @@ from tell.train.attention import PackedPlan, Plan, Rule
 from tell.train.fast.cuda import Forward
 from tell.train.fast.exchange import Rope, epsilon, is_frozen, is_plain, planned_attention, split_qkv
 from tell.train.fast.fused_ops import Attention, AttentionCall, Gated, GatedProjection, Projection, RmsNorm, Stack
-from tell.train.torch_types import Block
+from tell.train.torch_types import AnyModule
 
 
 class Projections:
@@ -55,7 +55,7 @@ class Projections:
 
     def stack(self) -> tuple[Stack, list[Tensor]] | None:
         """The layers' frozen part and their adapters; None where one of them is unusual."""
-        parts = [_lora_parts(cast(Block, layer)) for layer in self.layers()]
+        parts = [_lora_parts(cast(AnyModule, layer)) for layer in self.layers()]
         found = [part for part in parts if part is not None]
         if len(found) < len(parts):
             return None
@@ -87,7 +87,7 @@ class _LoraParts(NamedTuple):
     dropout: float = 0.0
 
 
-def _lora_parts(layer: Block) -> _LoraParts | None:
+def _lora_parts(layer: AnyModule) -> _LoraParts | None:
     """None for what is not a plain linear layer with at most one plain adapter."""
     if type(layer) is nn.Linear:
         return _LoraParts(layer) if is_plain(layer) else None
@@ -114,7 +114,7 @@ def _lora_parts(layer: Block) -> _LoraParts | None:
     return _LoraParts(base, adapter, float(layer.scaling[name]), rate)
 
 
-def norm_forward(module: Block, offset: float) -> Forward:
+def norm_forward(module: AnyModule, offset: float) -> Forward:
     original, eps = module.forward, epsilon(module)
 
     def forward(x: Tensor) -> Tensor:
@@ -126,7 +126,7 @@ def norm_forward(module: Block, offset: float) -> Forward:
     return forward
 
 
-def fused_attention_forward(module: Block, rule: Rule, offset: float | None, rotary: bool) -> Forward:
+def fused_attention_forward(module: AnyModule, rule: Rule, offset: float | None, rotary: bool) -> Forward:
     merged = hasattr(module, "qkv_proj")
     inward = Projections(module, ["qkv_proj"] if merged else ["q_proj", "k_proj", "v_proj"])
     outward = Projections(module, ["o_proj"])
@@ -157,7 +157,7 @@ def fused_attention_forward(module: Block, rule: Rule, offset: float | None, rot
     return planned_attention(module, attend, serves)
 
 
-def mlp_forward(module: Block, kind: int) -> Forward:
+def mlp_forward(module: AnyModule, kind: int) -> Forward:
     original = module.forward
     merged = hasattr(module, "gate_up_proj")
     inward = Projections(module, ["gate_up_proj"] if merged else ["gate_proj", "up_proj"])

@@ -20,7 +20,7 @@ from tell.kernels.ops import SILU
 from tell.train.attention import PackedPlan, Plan, Rule
 from tell.train.device import send
 from tell.train.fast.exchange import Rope, epsilon, planned_attention, split_qkv
-from tell.train.torch_types import Block, Context
+from tell.train.torch_types import AnyModule, Context
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -234,7 +234,7 @@ def liger_forwards() -> Forwards | None:
         # not in place: the residual stream needs the gradient too
         return LigerRMSNormFunction.apply(x, weight, eps, offset, casting, False)
 
-    def norm(module: Block, offset: float) -> Forward:
+    def norm(module: AnyModule, offset: float) -> Forward:
         original, eps = module.forward, epsilon(module)
 
         def forward(x: Tensor) -> Tensor:
@@ -244,7 +244,7 @@ def liger_forwards() -> Forwards | None:
 
         return forward
 
-    def attention(module: Block, rule: Rule, offset: float | None, rotary: bool) -> Forward:
+    def attention(module: AnyModule, rule: Rule, offset: float | None, rotary: bool) -> Forward:
         merged, width = hasattr(module, "qkv_proj"), module.head_dim
 
         def attend(states: Tensor, rope: Rope, plan: Plan) -> Tensor:
@@ -262,7 +262,7 @@ def liger_forwards() -> Forwards | None:
 
         return planned_attention(module, attend, lambda plan, _: hasattr(plan, "attend"))
 
-    def mlp(module: Block, kind: int) -> Forward:
+    def mlp(module: AnyModule, kind: int) -> Forward:
         merged = hasattr(module, "gate_up_proj")
         product = LigerSiLUMulFunction if kind == SILU else LigerGELUMulFunction
 

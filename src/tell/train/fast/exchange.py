@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tell.train.attention import Plan, current_plan
-from tell.train.torch_types import Block
+from tell.train.torch_types import AnyModule
 
 Rope = tuple[Tensor, Tensor]  # cosine and sine of the tokens' positions
 
@@ -63,7 +63,7 @@ def epsilon(norm: nn.Module) -> float:
     return float(getattr(norm, "variance_epsilon", getattr(norm, "eps", 0.0)))
 
 
-def split_qkv(module: Block, whole: Tensor) -> tuple[Tensor, ...]:
+def split_qkv(module: AnyModule, whole: Tensor) -> tuple[Tensor, ...]:
     """Queries (..., H D), keys and values (..., Hk D) from the output of a merged ``qkv_proj``."""
     kv = module.num_key_value_heads * module.head_dim
     return whole.split([whole.shape[-1] - 2 * kv, kv, kv], dim=-1)

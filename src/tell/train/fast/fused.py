@@ -23,7 +23,7 @@ from tell.train.device import kept_randomness
 from tell.train.fast.cpu_forwards import fused_attention_forward, mlp_forward, norm_forward
 from tell.train.fast.cuda import Forwards, attention_note, liger_forwards
 from tell.train.fast.exchange import Exchange, Rope, is_exchanged, restore_forward
-from tell.train.torch_types import Block
+from tell.train.torch_types import AnyModule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,7 +35,7 @@ def _has(module: nn.Module, *names: str) -> bool:
     return all(hasattr(module, name) for name in names)
 
 
-def _is_norm(module: Block) -> bool:
+def _is_norm(module: AnyModule) -> bool:
     return (
         type(module).__name__.endswith("RMSNorm")
         and isinstance(getattr(module, "weight", None), Tensor)
@@ -55,7 +55,7 @@ def _is_mlp(module: nn.Module) -> bool:
 
 def _kind(module: nn.Module) -> str | None:
     """The field of ``Forwards`` that may replace a module's forward."""
-    if _is_norm(cast(Block, module)):
+    if _is_norm(cast(AnyModule, module)):
         return "norm"
     return "attention" if _is_attention(module) else "mlp" if _is_mlp(module) else None
 
@@ -63,7 +63,7 @@ def _kind(module: nn.Module) -> str | None:
 def _bare(module: nn.Module) -> Any:
     """An fp32 copy without replaced forwards, its adapters at random so that they have an effect."""
     twin = copy.deepcopy(module).float()
-    for part in cast(Iterable[Block], twin.modules()):
+    for part in cast(Iterable[AnyModule], twin.modules()):
         part.__dict__.pop("forward", None)
         if hasattr(part, "lora_B"):
             for b in part.lora_B.values():
@@ -83,7 +83,7 @@ def forwards_for(weight: Tensor) -> Forwards | None:
 
 
 @torch.no_grad()
-def _offset_of(norm: Block, forwards: Forwards) -> float | None:
+def _offset_of(norm: AnyModule, forwards: Forwards) -> float | None:
     """0 or 1, whichever makes the kernel compute the same as the norm; None where neither does."""
     twin = _bare(norm)
     x = torch.randn(4, twin.weight.shape[0]).to(twin.weight.device)
@@ -110,7 +110,7 @@ def _activation_of(mlp: nn.Module, forwards: Forwards) -> int | None:
 
 @torch.no_grad()
 def _attention_facts(
-    module: Block, rule: Rule, rope: Rope, forwards: Forwards
+    module: AnyModule, rule: Rule, rope: Rope, forwards: Forwards
 ) -> tuple[Rule, float | None, bool] | None:
     """The arguments of ``Forwards.attention`` that make it compute the same as the module; None where none do."""
     offset = None
@@ -204,12 +204,12 @@ class _Fuser:
             kind = _kind(module)
             if kind is None:
                 continue
-            if "forward" not in vars(module) and (facts := self._facts(kind, cast(Block, module))) is not None:
+            if "forward" not in vars(module) and (facts := self._facts(kind, cast(AnyModule, module))) is not None:
                 module.forward = Exchange(getattr(self.forwards, kind), module, *facts)
             counts[kind] += is_exchanged(module)  # a copied model's modules already are
         return _Fusion(counts, self.refused)
 
-    def _facts(self, kind: str, module: Block) -> tuple[Any, ...] | None:
+    def _facts(self, kind: str, module: AnyModule) -> tuple[Any, ...] | None:
         """What the replacement of that kind needs; None for a module that stays as it is."""
         form, traits, forwards = type(module), _traits(module), self.forwards
         if kind == "norm":

@@ -51,3 +51,12 @@ def leaves(value: object, key: str = "") -> Iterator[tuple[str, Any]]:
             yield from leaves(inner, key)
     else:
         yield key, value
+
+
+def merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
+    """``high`` over ``low``, section by section."""
+    out = dict(low)
+    for key, value in high.items():
+        old = out.get(key)
+        out[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return out

@@ -5,14 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-from tell.errors import TellError
-
 T = TypeVar("T")
-
-
-def needs(what: str) -> TellError:
-    """The error for a missing package of the extra ``study``."""
-    return TellError(what, where="tell study", remedy='Install it: pip install "tell-llm[study]".')
 
 
 class Registry(dict[str, T]):
@@ -29,7 +22,7 @@ class Registry(dict[str, T]):
     def __call__(self, name: str) -> Callable[[T], T]:
         def add(value: T) -> T:
             if name in self:
-                raise ValueError(f"two {self.kind}s are named {name}")
+                raise ValueError(f"two {self.kind}s are named {name}: {name!r} is declared twice")
             self[name] = value
             return value
 

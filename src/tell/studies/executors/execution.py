@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import tell.studies.executors
 from tell.errors import TellError
-from tell.studies.registered import Registry
+from tell.registry import Registry
 
 if TYPE_CHECKING:
     from tell.studies.queue import CellQueue
@@ -79,6 +79,6 @@ def executors() -> dict[str, Factory]:
     """Every executor of this folder by name; a module that registers none is an error."""
     for module in pkgutil.iter_modules(tell.studies.executors.__path__):
         place = import_module(f"tell.studies.executors.{module.name}")
-        if module.name != "registry" and not any(make.__module__ == place.__name__ for make in executor.values()):
+        if module.name != "execution" and not any(make.__module__ == place.__name__ for make in executor.values()):
             raise ValueError(f"{place.__name__} registers no executor")
     return executor
