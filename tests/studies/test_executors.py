@@ -6,7 +6,7 @@ import pytest
 
 import tell
 from tell.errors import TellError
-from tell.studies.executors import registry
+from tell.studies.executors import execution as registry
 from tell.studies.executors.execution import Execution, executor, executors
 from tell.studies.executors.local import LocalExecutor
 from tell.studies.recipe import Resources

@@ -76,8 +76,8 @@ class Answers:
 
 Detect = Callable[[Answers, bool], Kind | None]
 kind = KINDS = Registry[Detect]("kind")
-"""Detectors in the order in which they are tried; ``@kind(name)`` declares one. A detector returns a `Kind`, or None for
-answers of another kind, unless the kind was requested."""
+"""Detectors in the order in which they are tried; ``@kind(name)`` declares one. A detector returns a `Kind`, or None
+for answers of another kind, unless the kind was requested."""
 
 
 def detect_kind(
