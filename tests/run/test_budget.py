@@ -53,6 +53,10 @@ def least(prepared) -> Extent:
     return replace(whole, arms=kept, test_rows=LEAST_TEST_ROWS, repeat=max(LEAST_REPEAT, 20 // 4), draw=short)
 
 
+def test_what_says_least_of_the_method_is_given_up_first():
+    assert OPTIONAL_ARMS == ["tell-anchor", "general", "sft", "base+anchor"]
+
+
 def test_what_fits_is_left_as_it_is(prepared):
     whole = Extent.of(prepared)
     assert fit(prepared, seconds(prepared, whole) * 1.001) == (whole, [])
