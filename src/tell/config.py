@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from tell.errors import ConfigError, TellError, did_you_mean
 from tell.files import parse_yaml, read_text
-from tell.names import ARMS
+from tell.names import ARMS, Closed
 from tell.overrides import GENERAL_AMOUNTS, override, parse_overrides
 from tell.presets import PRESETS, general_tokens_for
 
@@ -27,7 +27,7 @@ else:
     PresetName = Literal[tuple(sorted(PRESETS))]
 Device = Literal["auto", "cuda", "xpu", "mps", "cpu"]
 DEVICES: tuple[str, ...] = get_args(Device)[1:]  # in the order that auto tries them
-DEFAULT_ARMS: tuple[ArmName, ...] = ("base", "base+anchor", "icl", "sft", "sft-matched", "tell", "tell-anchor")
+DEFAULT_ARMS: tuple[ArmName, ...] = tuple(name for name in ARMS if name != "general")
 
 LARGEST = 10**7  # limit of counts that memory or time grows with: a larger one is a typo
 _UNWRITABLE = re.compile("[\\0\ud800-\udfff]")  # Python decodes argument bytes that are not UTF-8 to surrogates
@@ -224,6 +224,12 @@ class GenerateConfig(Section):
     max_new_tokens: int | None = Field(
         None, ge=1, le=LARGEST, description="most tokens of an answer; none: 1.5 times the longest training answer"
     )
+    closed: Closed = Field(
+        "off",
+        description="how labels, enumerated values, true or false, null and empty lists are answered by the arms that "
+        "decide them: off (as other text), likelihood (the likeliest value), readout, or fused (both multiplied)",
+    )
+    readout_weight: float = Field(2.0, ge=0, le=100, description="exponent of the readout in `closed: fused`")
     batch_size: int = Field(128, ge=1, le=LARGEST, description="rows decoded at once, fewer where memory is short")
     engine: Literal["auto", "own", "vllm"] = Field("auto", description="auto: vLLM on a GPU where it is installed")
 

@@ -58,6 +58,7 @@ class RunFolder:
         self.plan = root / "plan.json"
         self.manifest = root / "manifest.parquet"
         self.adapter = root / "adapter"
+        self.readout = root / "readout.safetensors"
         self.metrics = root / "metrics.json"
         self.findings = root / "findings.json"
         self.predictions = root / "predictions"

@@ -13,6 +13,9 @@ from typing import Literal, TypeGuard
 
 Mixture = Literal["task", "task-matched", "general", "mixed"]
 Colour = Literal["blue", "orange", "green", "pink", "ochre", "grey", "violet"]
+Closed = Literal["off", "likelihood", "readout", "fused"]
+"""How closed fields (`tell.data.closed`) are answered: as the other text, by the model among their values, by the
+readout, or by both multiplied."""
 Unit = Literal["share", "points", "score", "nats", "plain"]
 """``share``: 0 to 1, written in per cent; ``points``: a difference of shares; ``score``: 0 to 100; ``nats``: a loss."""
 
@@ -32,6 +35,7 @@ class Arm:
         adapter: the trained arm whose adapter it answers with; None: the untuned model.
         anchored: the anchor is put on its prompts.
         in_context: training examples are put in its prompts.
+        decides: its closed fields are answered as ``generate.closed`` says, else as the other text.
         optional: given up to keep ``--max-minutes``, the lowest number first; None: never.
         dashes: of its line in figures; None: solid.
         rival: compared with `tell` in the verdict, the lowest number first; None: never.
@@ -47,6 +51,7 @@ class Arm:
     adapter: str | None = None
     anchored: bool = True
     in_context: bool = False
+    decides: bool = False
     optional: int | None = None
     rival: int | None = None
     dashes: tuple[float, float] | None = None
@@ -85,7 +90,20 @@ _ARMS = (
         "ochre",
         "v",
         in_context=True,
+        rival=5,
+    ),
+    Arm(
+        "icl-readout",
+        "examples in context, with the readout",
+        "the untuned model with examples in context and the readout",
+        "The untuned model with examples in context, its closed fields decided with the readout.",
+        "ochre",
+        "^",
+        in_context=True,
+        decides=True,
+        optional=6,
         rival=3,
+        dashes=(4, 2),
     ),
     Arm(
         "sft",
@@ -97,7 +115,7 @@ _ARMS = (
         mixture="task",
         adapter="sft",
         optional=3,
-        rival=2,
+        rival=4,
     ),
     Arm(
         "sft-matched",
@@ -108,7 +126,20 @@ _ARMS = (
         "D",
         mixture="task-matched",
         adapter="sft-matched",
+        rival=2,
+    ),
+    Arm(
+        "sft-readout",
+        "SFT, as many steps, with the readout",
+        "step-matched SFT with the readout",
+        "The adapter of step-matched SFT, its closed fields decided with the readout, as TELL's are.",
+        "pink",
+        "d",
+        adapter="sft-matched",
+        decides=True,
+        optional=7,
         rival=1,
+        dashes=(4, 2),
     ),
     Arm(
         "general",
@@ -120,17 +151,30 @@ _ARMS = (
         mixture="general",
         adapter="general",
         optional=2,
-        rival=4,
+        rival=6,
     ),
     Arm(
         "tell",
         "TELL",
         "TELL",
-        "LoRA tuned by TELL: the task rows carry the anchor and are mixed into general instruction rows.",
+        "LoRA tuned by TELL: the task rows carry the anchor and are mixed into general instruction rows. Closed fields "
+        "are decided with the readout.",
         "blue",
         "o",
         mixture="mixed",
         adapter="tell",
+        decides=True,
+    ),
+    Arm(
+        "tell-free",
+        "TELL, without the readout",
+        "TELL without the readout",
+        "The adapter of TELL, its closed fields written as freely as the other text.",
+        "blue",
+        "h",
+        adapter="tell",
+        optional=5,
+        dashes=(1.5, 2),
     ),
     Arm(
         "tell-anchor",
@@ -141,6 +185,7 @@ _ARMS = (
         "o",
         adapter="tell",
         anchored=False,
+        decides=True,
         optional=1,
         dashes=(4, 2),
     ),
@@ -149,6 +194,34 @@ ARMS: dict[str, Arm] = {arm.name: arm for arm in _ARMS}
 for _arm in _ARMS:
     if _arm.adapter is not None and ARMS[_arm.adapter].mixture is None:
         raise ValueError(f"arm {_arm.name}: no arm trains the adapter {_arm.adapter}")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of the method, and the pairs of arms that differ by it: the first has it, the second lacks it."""
+
+    label: str
+    about: str
+    pairs: tuple[tuple[str, str], ...]
+
+
+PARTS = (
+    Part(
+        "Readout",
+        "Closed fields are decided, by the model and a classifier on the untuned model's hidden states.",
+        (("tell", "tell-free"), ("sft-readout", "sft-matched"), ("icl-readout", "icl")),
+    ),
+    Part(
+        "General rows",
+        "The task rows are mixed into general rows, instead of being repeated alone for as many steps.",
+        (("tell", "sft-readout"), ("tell-free", "sft-matched")),
+    ),
+    Part("Anchor", "The anchor is on the prompt.", (("tell", "tell-anchor"),)),
+)
+"""What "what each part brought" compares; each ingredient is given to the control too where it can be."""
+for _one, _other in (_pair for _part in PARTS for _pair in _part.pairs):
+    if _one not in ARMS or _other not in ARMS:
+        raise ValueError(f"a part compares {_one} with {_other}, and one of them is no arm")
 TRAINED = tuple(arm.name for arm in _ARMS if arm.mixture)
 RIVALS = tuple(a.name for a in sorted((a for a in _ARMS if a.rival), key=lambda a: a.rival or 0))
 
@@ -228,6 +301,12 @@ _SCORES = (
     MetricSpec("valid_json", "Valid JSON", "share", "Share of test rows whose whole answer parses as JSON."),
     MetricSpec("field_accuracy", "Field accuracy", "share", "Share of the reference's fields that are given exactly."),
     MetricSpec("exact_match", "Exact match", "share", "Share of test rows whose answer equals the whole reference."),
+    MetricSpec(
+        "item_f1",
+        "Item F1",
+        "share",
+        "Over all items of the answers' lists, the harmonic mean of precision and recall.",
+    ),
     MetricSpec("accuracy", "Accuracy", "share", "Share of test rows whose label equals the reference's."),
     MetricSpec("macro_f1", "Macro-F1", "share", "Mean over labels of F1, the harmonic mean of precision and recall."),
     MetricSpec("valid_label", "Valid label", "share", "Share of test rows whose answer is one of the task's labels."),

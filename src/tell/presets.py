@@ -34,7 +34,7 @@ MODERN: dict[str, Any] = {
         "lora_targets": "all-linear",
     },
     # Greedy, without repetition penalty: structured answers repeat keys and words of the prompt.
-    "generate": {"greedy": True, "repetition_penalty": 1.0},
+    "generate": {"greedy": True, "repetition_penalty": 1.0, "closed": "fused"},
 }
 
 

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 from run.runs import config_of
 from tell.errors import TellError
 from tell.run.task import load_task
-from tell.verbs.hidden_states import general_queries, hidden_states, layer_numbers
+from tell.train.states import hidden_states
+from tell.verbs.hidden_states import general_queries, layer_numbers
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
@@ -29,10 +30,10 @@ def test_states_are_those_of_transformers(tiny_model, family):
         expected = [[h[k][0, -1] if state == "last" else h[k][0].mean(0) for h in rows] for k in layers]
         expected = np.stack([torch.stack(layer).numpy() for layer in expected])
         for micro_tokens in (64, 3072):
-            found = hidden_states(packed, prompts, layers, state=state, micro_tokens=micro_tokens)
+            found = hidden_states(packed, prompts, layers, states=(state,), micro_tokens=micro_tokens)[0]
             assert found.shape == expected.shape and np.abs(found - expected).max() < 2e-5
     some = hidden_states(packed, prompts, [layers[-1], 1])
-    assert np.abs(some - hidden_states(packed, prompts, layers)[[layers[-1], 1]]).max() == 0
+    assert np.abs(some - hidden_states(packed, prompts, layers)[:, [layers[-1], 1]]).max() == 0
 
 
 def test_layers_by_name():

@@ -138,7 +138,7 @@ def _text_kind(answers: Answers, requested: bool) -> Kind:
         pairs = zip(answers.examples, answers.parsed, strict=True)
         bad = next(example.origin for example, value in pairs if not isinstance(value, dict))
         why = f"{objects} of {n} answers are JSON objects, but not all; the first that is not is {bad}"
-    elif all(map(_is_short, answers.labels)):
+    elif all(map(is_short, answers.labels)):
         why = f"the answers are short, but {_count(answers.labels, n)} repeat too little to be labels"
     else:
         why = f"the {n} answers are neither JSON objects nor few short labels"
@@ -149,7 +149,7 @@ def are_labels(answers: Sequence[str]) -> bool:
     """Whether answers are few, short and repeated."""
     labels = _distinct(answers)
     few = len(labels) <= LABEL_VALUES and len(answers) >= LABEL_REPEATS * len(labels)
-    return few and all(map(_is_short, labels))
+    return few and all(map(is_short, labels))
 
 
 def _distinct(answers: Iterable[str]) -> tuple[str, ...]:
@@ -283,10 +283,11 @@ def _choices(strings: Iterable[str]) -> list[str] | None:
     if n < ENUM_ROWS or len(counts) > ENUM_VALUES or n < ENUM_REPEATS * len(counts):
         return None
     once = sum(count == 1 for count in counts.values())
-    return sorted(counts) if once <= ENUM_NEW * n and all(map(_is_short, counts)) else None
+    return sorted(counts) if once <= ENUM_NEW * n and all(map(is_short, counts)) else None
 
 
-def _is_short(text: str) -> bool:
+def is_short(text: str) -> bool:
+    """Whether text may be a label: at most 40 characters and five words."""
     return len(text) <= SHORT_CHARACTERS and "\n" not in text and len(text.split()) <= SHORT_WORDS
 
 

@@ -101,6 +101,27 @@ class Schema:
         self.validator = validators.extend(cls, known)(self.schema, registry=referencing.Registry())
         self.extra_keys = search.extra_keys
 
+    def parts(self, node: object) -> Iterator[dict]:
+        """``node`` and the schemas that ``$ref``, ``anyOf``, ``oneOf`` and ``allOf`` lead to, each once."""
+        yield from self.unseen_parts(node, set())
+
+    def unseen_parts(self, node: object, seen: set[int]) -> Iterator[dict]:
+        """`parts` without those in ``seen`` (by ``id``), which are added to it."""
+        if not isinstance(node, dict) or id(node) in seen:
+            return
+        seen.add(id(node))
+        yield node
+        if isinstance(ref := node.get("$ref"), str):
+            yield from self.unseen_parts(self.resolver.lookup(ref).contents, seen)
+        for word in ("anyOf", "oneOf", "allOf"):
+            for part in node.get(word, ()):
+                yield from self.unseen_parts(part, seen)
+
+    def properties(self, node: object) -> Iterator[tuple[str, object]]:
+        """Key and schema of each property of ``node``; a key may come twice."""
+        for part in self.parts(node):
+            yield from part.get("properties", {}).items()
+
     def _check(self, node: object, path: str, resolver: Resolver, specification: Specification) -> None:
         """Refuse what ``check_schema`` accepts but validation cannot handle; record subschemas that apply in place."""
         if isinstance(node, list):

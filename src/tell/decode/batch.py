@@ -41,8 +41,16 @@ class Batch(Protocol):
         """Reset the repetition penalty of the rows from ``begin`` on to the tokens of their prompts."""
         ...
 
-    def choose(self, states: Tensor, begin: int, draws: Tensor) -> list[int]:
-        """Next tokens of the rows from place ``begin`` on; draws (n,) fp32 in [0, 1)."""
+    def logits(self, states: Tensor) -> Tensor:
+        """(n, V) fp32 logits of final states (n, h)."""
+        ...
+
+    def choose(self, states: Tensor, places: Sequence[int], draws: Tensor) -> list[int]:
+        """Next tokens of the rows at some places; draws (n,) fp32 in [0, 1)."""
+        ...
+
+    def mark(self, places: Sequence[int], tokens: Sequence[int]) -> None:
+        """Count tokens that were decided elsewhere for the repetition penalty of their rows."""
         ...
 
     def move(self, sources: Sequence[int], targets: Sequence[int], length: int) -> None:
@@ -91,14 +99,23 @@ class PlainBatch:
         starts = np.repeat(np.arange(len(prompts)) * seen.shape[1], [len(prompt) for prompt in prompts])
         seen.view(-1).index_fill_(0, self._indices(starts + np.concatenate(prompts)), True)
 
-    def choose(self, states: Tensor, begin: int, draws: Tensor) -> list[int]:
-        body, end = self.body, begin + len(states)
+    def logits(self, states: Tensor) -> Tensor:
+        body = self.body
         logits = functional.linear(states * body.logit_scale, body.head, body.bias).float()
-        if body.softcap is not None:
-            logits = torch.tanh(logits / body.softcap) * body.softcap
-        chosen = choose(logits, self.seen[begin:end], send(draws, self.device), self.decoding)
-        self.seen[begin:end].scatter_(1, chosen[:, None], True)
+        return logits if body.softcap is None else torch.tanh(logits / body.softcap) * body.softcap
+
+    def choose(self, states: Tensor, places: Sequence[int], draws: Tensor) -> list[int]:
+        first = places[0]  # a slice is a view, and all rows without a guide are one
+        at = slice(first, first + len(places)) if isinstance(places, range) else self._indices(places)
+        chosen = choose(self.logits(states), self.seen[at], send(draws, self.device), self.decoding)
+        if isinstance(at, slice):
+            self.seen[at].scatter_(1, chosen[:, None], True)
+        else:
+            self.seen[at, chosen] = True
         return chosen.tolist()  # the only wait for a GPU in each step
+
+    def mark(self, places: Sequence[int], tokens: Sequence[int]) -> None:
+        self.seen[self._indices(places), self._indices(tokens)] = True
 
     def move(self, sources: Sequence[int], targets: Sequence[int], length: int) -> None:
         source, target = self._indices(sources), self._indices(targets)
@@ -232,17 +249,26 @@ class KernelBatch:
             row.zero_()
             row[torch.tensor(prompt)] = 1
 
-    def choose(self, states: Tensor, begin: int, draws: Tensor) -> list[int]:
-        body, rule, slot = self.packed.body, self.decoding, self.slot[begin : begin + len(states)]
-        logits = self.packed.head(states * body.logit_scale if body.logit_scale != 1 else states)
+    def logits(self, states: Tensor) -> Tensor:
+        logits, softcap = self._scores(states).float(), self.packed.body.softcap
+        return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+
+    def _scores(self, states: Tensor) -> Tensor:
+        """(n, V) logits in the model's number format, before any soft cap."""
+        scale = self.packed.body.logit_scale
+        return self.packed.head(states * scale if scale != 1 else states)
+
+    def choose(self, states: Tensor, places: Sequence[int], draws: Tensor) -> list[int]:
+        rule, slot = self.decoding, self.slot[list(places)]
         if rule.greedy or 0 < rule.top_k <= c.TOP_K:
-            return self.kernels.sample(ctypes.byref(self.rule), logits, slot, self.seen, draws).tolist()
-        logits = logits.float()
-        if body.softcap is not None:
-            logits = torch.tanh(logits / body.softcap) * body.softcap
-        chosen = choose(logits, self.seen[slot.long()].bool(), draws, rule)
+            scores = self._scores(states)
+            return self.kernels.sample(ctypes.byref(self.rule), scores, slot, self.seen, draws).tolist()
+        chosen = choose(self.logits(states), self.seen[slot.long()].bool(), draws, rule)
         self.seen[slot.long(), chosen] = 1
         return chosen.tolist()
+
+    def mark(self, places: Sequence[int], tokens: Sequence[int]) -> None:
+        self.seen[self.slot[list(places)].long(), torch.tensor(tokens)] = 1
 
     def move(self, sources: Sequence[int], targets: Sequence[int], length: int) -> None:
         """Copies nothing: the places change slots."""

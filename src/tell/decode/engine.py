@@ -24,6 +24,8 @@ from tell.train.torch_types import AnyModule
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from tell.decode.guide import Guide
+
 PREFILL_TOKENS = 4096  # most tokens of one prefill pass
 TOLERANCE = {torch.bfloat16: 0.05, torch.float32: 1e-3}  # relative distance of states that rounding explains
 
@@ -43,6 +45,7 @@ class _Row:
     limit: int
     draws: np.ndarray
     answer: Answer
+    guide: Guide | None = None
 
 
 def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
@@ -102,6 +105,7 @@ class Engine:
         limits: Sequence[int] | None = None,
         progress: Callable[[int, float], None] | None = None,
         on_token: Callable[[int, int], object] | None = None,
+        guides: Sequence[Guide | None] | None = None,
     ) -> list[Answer]:
         """Answer each prompt.
 
@@ -113,6 +117,7 @@ class Engine:
                 of its limit that is written.
             on_token: called with (prompt number, token) as tokens come; if it returns True, that token is the
                 answer's last.
+            guides: of each prompt; it decides closed fields of the answer.
 
         Returns:
             An Answer for each prompt, in order. A prompt's random numbers depend neither on batch size nor on order.
@@ -127,23 +132,26 @@ class Engine:
         was_training = self.model.training
         self.model.eval()
         try:
-            return self._run([list(p) for p in prompts], decoding, limits, progress, on_token)
+            made = guides or [None] * len(prompts)
+            rows = [
+                _Row(number, list(prompt), limit, uniforms(decoding.seed, number, limit), Answer(), guide)
+                for number, (prompt, limit, guide) in enumerate(zip(prompts, limits, made, strict=True))
+            ]
+            return self._run(rows, decoding, progress, on_token)
         finally:
             self.model.train(was_training)
 
     def _run(
         self,
-        prompts: list[list[int]],
+        rows: list[_Row],
         decoding: Decoding,
-        limits: Sequence[int],
         progress: Callable[[int, float], None] | None,
         on_token: Callable[[int, int], object] | None,
     ) -> list[Answer]:
+        prompts = [row.prompt for row in rows]
         prefix = shared_prefix(prompts)
-        rows = []
-        for number, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
-            draws = uniforms(decoding.seed, number, limit)
-            rows.append(_Row(number, prompt[prefix:], limit, draws, Answer()))
+        for row in rows:
+            row.prompt = row.prompt[prefix:]
         answers = [row.answer for row in rows]
         # Long prompts first, so that rows prefilled together are alike in length; ties by number.
         waiting = sorted(rows, key=lambda r: (len(r.prompt), -r.number))
@@ -169,12 +177,12 @@ class Engine:
                 states = batch.prefill([row.prompt for row in fresh], begin)
                 batch.see(begin, [prompts[row.number] for row in fresh])
                 active += fresh
-                last += batch.choose(states, begin, self._draws(fresh))
+                last += _next_tokens(batch, states, begin, fresh, decoding)
                 finished = self._record(active, last, len(active) - len(fresh), decoding, on_token)
                 new = len(fresh)
             else:
                 states = batch.decode([len(r.prompt) + len(r.answer.ids) - 1 for r in active], last)
-                last = batch.choose(states, 0, self._draws(active))
+                last = _next_tokens(batch, states, 0, active, decoding)
                 finished = self._record(active, last, 0, decoding, on_token)
                 new = len(active)
             self._retire(active, last, finished, batch)
@@ -226,10 +234,6 @@ class Engine:
         return error <= TOLERANCE[packed.description.dtype]
 
     @staticmethod
-    def _draws(rows: list[_Row]) -> torch.Tensor:
-        return torch.tensor([r.draws[len(r.answer.ids)] for r in rows], dtype=torch.float32)
-
-    @staticmethod
     def _record(
         active: list[_Row],
         last: list[int],
@@ -264,3 +268,25 @@ class Engine:
         for source, target in zip(sources, targets, strict=True):
             active[target], last[target] = active[source], last[source]
         del active[left:], last[left:]
+
+
+def _next_tokens(batch: Batch, states: torch.Tensor, begin: int, rows: list[_Row], decoding: Decoding) -> list[int]:
+    """The next token of each row, which have the places from ``begin`` on: decided by its guide, else chosen."""
+    draws = torch.tensor([row.draws[len(row.answer.ids)] for row in rows], dtype=torch.float32)
+    found = [None if row.guide is None else row.guide.decision(row.answer.ids) for row in rows]
+    decisions = {at: decision for at, decision in enumerate(found) if decision is not None}
+    if not decisions:
+        return batch.choose(states, range(begin, begin + len(rows)), draws)
+    tokens = [0] * len(rows)
+    free = [at for at in range(len(rows)) if at not in decisions]
+    if free:
+        chosen = batch.choose(states[free], [begin + at for at in free], draws[free])
+        for at, token in zip(free, chosen, strict=True):
+            tokens[at] = token
+    decided = list(decisions)
+    logits = batch.logits(states[decided]).log_softmax(dim=-1).cpu().numpy()
+    logits[:, list(decoding.banned_ids)] = -np.inf
+    for scores, (at, decision) in zip(logits, decisions.items(), strict=True):
+        tokens[at] = decision.pick(scores)
+    batch.mark([begin + at for at in decided], [tokens[at] for at in decided])
+    return tokens

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from vllm.lora.request import LoRARequest
 
+    from tell.decode.guide import Guide
+
 RANKS = (8, 16, 32, 64, 128, 256, 512)  # adapter ranks that vLLM can reserve
 LONGEST = 32_768  # tokens; vLLM refuses to start where one sequence of full length does not fit into memory
 NEVER = -100.0  # the lowest bias vLLM accepts; it outweighs any logit
@@ -158,14 +160,19 @@ class VllmEngine:
         limits: Sequence[int] | None = None,
         progress: Callable[[int, float], None] | None = None,
         on_token: Callable[[int, int], object] | None = None,
+        guides: Sequence[Guide | None] | None = None,
     ) -> list[Answer]:
         """As ``Engine.generate``; ``progress`` and ``on_token`` are called once all answers are complete.
 
         Raises:
-            TellError: a prompt fills the model's context.
+            TellError: a prompt fills the model's context, or there are guides.
             ValueError: ``limits`` are not one positive number per prompt.
         """
         from vllm import SamplingParams
+
+        if guides is not None and any(guide is not None for guide in guides):
+            remedy = "Use generate.engine=own, or generate.closed=off."
+            raise TellError("vLLM cannot decide closed fields", where="generate.engine", remedy=remedy)
 
         limits = answer_limits(prompts, decoding.max_new_tokens, limits, self.max_positions)
         if not prompts:

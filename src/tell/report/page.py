@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from tell.files import write_text
 from tell.folder import RunFolder
-from tell.names import ARMS, METRICS, NARROW, show, show_count, show_duration, show_interval, show_power
+from tell.names import ARMS, METRICS, NARROW, PARTS, show, show_count, show_duration, show_interval, show_power
 from tell.report import palette, sections
 from tell.report.benchmark_section import benchmark_grid, benchmark_tables
 from tell.report.cases import build_cases
@@ -27,6 +27,8 @@ from tell.report.score_tables import (
     difference_table,
     forgetting_tables,
     general_answers,
+    parts_table,
+    readout_lines,
 )
 from tell.score.verdict import verdict
 
@@ -123,6 +125,9 @@ def render(folder: RunFolder, *, state: str | None = None) -> str:
         arms_grid=arm_grid(run.metrics),
         differences=difference_table(run.metrics),
         differences_grid=difference_grid(run.metrics),
+        parts=parts_table(run.metrics),
+        part_words=PARTS,
+        readout=readout_lines(run.metrics),
         losses=sections.losses(run),
         mixture=sections.mixture(run),
         cases=build_cases(run),

@@ -8,7 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from tell.names import METRICS, MetricSpec, Unit, arm, arm_order, has_interval, is_number, metric, show
+from tell.names import METRICS, PARTS, MetricSpec, Unit, arm, arm_order, has_interval, is_number, metric, show
 from tell.report.read_run import get, mapping, rows_of
 from tell.report.svg import SHARE, Scale, axis_strip, interval_strip
 
@@ -92,13 +92,13 @@ def metric_names(tables: Iterable[object], primary: str | None) -> list[str]:
 
 
 def winner(metrics: dict[str, Any]) -> str | None:
-    """The arm ahead of every other by an interval that excludes 0, or None. An arm that answers with the adapter of
-    another one is not a contender."""
+    """The arm ahead of every other by an interval that excludes 0, or None. Another arm with TELL's
+    adapter is not a contender."""
     primary = primary_metric(metrics)
     arms = [
         name
         for name in mapping(metrics, "arms")
-        if arm(name).adapter in (None, name) and get(metrics, "arms", name, primary or "")
+        if (arm(name).adapter != "tell" or name == "tell") and get(metrics, "arms", name, primary or "")
     ]
     if not primary or len(arms) < 2:
         return None
@@ -147,8 +147,19 @@ def arm_grid(metrics: dict[str, Any]) -> Grid | None:
 
 def difference_table(metrics: dict[str, Any]) -> Plotted | None:
     """The primary metric's differences, plotted around 0."""
+    return _plotted_differences(metrics, dict.fromkeys(mapping(metrics, "differences"), ""))
+
+
+def parts_table(metrics: dict[str, Any]) -> Plotted | None:
+    """What each part of the method brought in the primary metric, to TELL and to its controls."""
+    pairs = {f"{a}{MINUS}{b}": part.label for part in PARTS for a, b in part.pairs}
+    return _plotted_differences(metrics, pairs)
+
+
+def _plotted_differences(metrics: dict[str, Any], notes: Mapping[str, str]) -> Plotted | None:
+    """The primary metric's differences of these names, as far as they were measured, each with its note."""
     primary, table = primary_metric(metrics), mapping(metrics, "differences")
-    names = [key for key in table if primary and get(table, key, primary) is not None]
+    names = [key for key in notes if primary and get(table, key, primary) is not None]
     if not names or primary is None:
         return None
     what = metric(primary)
@@ -160,8 +171,36 @@ def difference_table(metrics: dict[str, Any]) -> Plotted | None:
         good = cell.side * (1 if what.higher_is_better else -1)
         reading = {1: f"{left} better", -1: f"{left} worse", 0: "not significant"}[good]
         strip = cell.strip(scale, style={1: "ahead", -1: "behind", 0: ""}[good], zero=0.0)
-        lines.append(Line(f"{left} − {right}" if right else key, "", cell, strip, reading))
+        lines.append(Line(f"{left} − {right}" if right else key, notes[key], cell, strip, reading))
     return Plotted(what, lines, axis(scale, what.gap_unit, sign=True))
+
+
+@dataclass
+class ReadoutLine:
+    """One closed field's readout: as in ``readout`` of metrics.json."""
+
+    name: str
+    values: object
+    accuracy: object
+    loss: object
+    prior_loss: object
+    used: bool
+
+
+def readout_lines(metrics: dict[str, Any]) -> list[ReadoutLine]:
+    """The readout of each closed field."""
+    return [
+        ReadoutLine(
+            str(row.get("field")),
+            row.get("classes"),
+            row.get("accuracy"),
+            row.get("loss"),
+            row.get("prior_loss"),
+            row.get("used") is True,
+        )
+        for row in rows_of(metrics, "readout")
+        if isinstance(row, dict)
+    ]
 
 
 def difference_grid(metrics: dict[str, Any]) -> Grid | None:

@@ -17,7 +17,7 @@ from tell.errors import TellError
 from tell.folder import AdapterFolder, RunFolder
 from tell.models.architecture import Architecture
 from tell.models.flops import inference_flops
-from tell.names import ARMS
+from tell.names import ARMS, PARTS
 from tell.rows.template import ChatTokenizer
 from tell.rows.tokenize import unknown_token
 from tell.score.intervals import difference, estimate
@@ -26,6 +26,7 @@ from tell.score.scorers import make_scorer
 from tell.seeds import permutation
 
 if TYPE_CHECKING:
+    from tell.decode.guide import Guide
     from tell.decode.sampler import Decoding
     from tell.run.session import Session
 
@@ -137,10 +138,15 @@ def _turns(examples: Sequence[Example], system: Sequence[Message]) -> list[Messa
 
 
 def answer_rows(
-    session: Session, prompts: Sequence[Sequence[int]], test: Sequence[Example], decoding: Decoding, arm: str
+    session: Session,
+    prompts: Sequence[Sequence[int]],
+    test: Sequence[Example],
+    decoding: Decoding,
+    arm: str,
+    guides: Sequence[Guide] | None = None,
 ) -> list[dict]:
     """Rows of predictions/<arm>.jsonl without scores: one answer per test row."""
-    answers = session.answer(prompts, decoding, f"answer {arm}")
+    answers = session.answer(prompts, decoding, f"answer {arm}", guides)
     return [
         {
             "hash": example.hash,
@@ -172,7 +178,7 @@ def score_rows(scorer: Scorer, rows: list[dict], more: Mapping[str, Metric] | No
 
 
 def arm_numbers(arms: Mapping[str, Mapping[str, Metric]], *, seed: int, samples: int) -> tuple[dict, dict]:
-    """``arms`` and ``differences`` of metrics.json: TELL against each arm, and each arm against the untuned model.
+    """``arms`` and ``differences`` of metrics.json: TELL against each arm, each against the untuned model, and `PARTS`.
 
     Where neither of the two is among the arms, each is compared with the first.
     """
@@ -185,13 +191,14 @@ def arm_numbers(arms: Mapping[str, Mapping[str, Metric]], *, seed: int, samples:
     if "tell" not in arms and "base" not in arms:
         first, *others = arms
         pairs = [(arm, first) for arm in others]
+    pairs += [pair for part in PARTS for pair in part.pairs if set(pair) <= set(arms)]
     gaps = {
         f"{a} - {b}": {
             name: difference(arms[a][name], arms[b][name], seed=seed, samples=samples)
             for name in arms[a]
             if name in arms[b]
         }
-        for a, b in pairs
+        for a, b in dict.fromkeys(pairs)
     }
     return values, gaps
 

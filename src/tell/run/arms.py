@@ -10,7 +10,7 @@ from tell.data.general import is_empty
 from tell.errors import TellError
 from tell.mix.amount import Draw
 from tell.mix.mixture import Mixture, build, build_repeated
-from tell.names import ARMS, TRAINED
+from tell.names import ARMS, TRAINED, arm_order
 from tell.presets import repeat_for
 from tell.rows.row_table import RowTable
 from tell.run.general_rows import General
@@ -97,6 +97,18 @@ def wanted_arms(config: Config) -> list[str]:
             f"the arm {lost[0]} needs general data", where="--arms", remedy="Drop the arm, or set --general."
         )
     return arms
+
+
+def twins(arms: Sequence[str]) -> dict[str, str]:
+    """Arms that answer as another of them does where no closed field is decided, mapped to that one."""
+    first: dict[tuple, str] = {}
+    out = {}
+    for arm in arm_order(arms):
+        about = ARMS[arm]
+        standing = first.setdefault((about.adapter, about.anchored, about.in_context), arm)
+        if standing != arm:
+            out[arm] = standing
+    return out
 
 
 def trained_arms(arms: Sequence[str]) -> list[str]:

@@ -22,6 +22,7 @@ from tell.run.task import Task
 SELF_KEPT = 0.7  # share of the model's own rows that pass the filters (91 of 128, SmolLM2-135M)
 ANSWER_SECONDS_SHARE = 3.0  # decoding a token costs about this many times training on one (docs/explanation/lab.md)
 GENERAL_ROW_TOKENS = 150  # tokens of a row that general loss is measured on; an estimate
+TEMPLATE_TOKENS = 20  # of a prompt besides its text; an estimate
 OTHER_SECONDS = 2.0  # of an arm: its adapter merged, its answers scored; and once for the report
 
 
@@ -104,6 +105,17 @@ def answer_seconds(task: Task, arm: str, pace: Pace) -> float:
     prompts = np.mean([len(task.chat.encode(e.question)) for e in sample])
     shots = sum(len(task.chat.encode(m.content)) for e in task.shots for m in e.messages)
     return float(len(task.test) * (answers / pace.decode + (prompts + shots) / (3 * pace.train)))
+
+
+def readout_seconds(prepared: Prepared, pace: Pace) -> float:
+    """Predicted seconds to compute the hidden states of training and test prompts and of the values' names."""
+    task = prepared.task
+    if not task.closed or not any(ARMS[arm].decides for arm in prepared.arms):
+        return 0.0
+    sample = (task.train + task.test)[:50]
+    prompt = np.mean([len(task.chat.encode(e.question)) for e in sample])
+    rows = len(task.train) + len(task.test) + sum(len(field.values) for field in task.closed)
+    return float(rows * (prompt + TEMPLATE_TOKENS) / (3 * pace.train))
 
 
 def measuring_seconds(task: Task, arms: Sequence[str], pace: Pace) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,7 @@ from tell.data.example import Example
 from tell.files import read_jsonl, write_jsonl
 from tell.folder import RunFolder
 from tell.names import ARMS
+from tell.readout.readout import Readout
 from tell.rows.row_table import RowTable
 from tell.rows.tokenize import tokenize
 from tell.run.answer_loss import answer_loss_metric, answer_losses, kept_answer_losses
@@ -30,11 +31,13 @@ from tell.run.benchmarks.run_benchmarks import run_benchmarks
 from tell.run.forgetting import BASE, Forgetting, general_sets, losses_of, measure_arm
 from tell.run.journal import Journal
 from tell.run.prepare import Prepared
+from tell.run.readouts import Decider, run_decider
 from tell.run.session import Session
 from tell.run.train_arms import Trained
-from tell.score.scored import Metric, Scorer
+from tell.score.scored import Metric, Scorer, primary_of
 
 if TYPE_CHECKING:
+    from tell.decode.guide import Guide
     from tell.decode.sampler import Decoding
 
 
@@ -65,6 +68,7 @@ class Measured:
         validation: mean validation loss by arm, empty without validation rows.
         benchmarks: of metrics.json; None where none is requested.
         primary: the metric of the verdict.
+        readout: of the closed fields; None where nothing was decided.
     """
 
     answers: dict[str, Answers]
@@ -72,12 +76,15 @@ class Measured:
     validation: dict[str, float]
     benchmarks: dict | None
     primary: str
+    readout: Readout | None = None
 
 
 def measure_arms(prepared: Prepared, trained: Trained, session: Session, journal: Journal) -> Measured:
     """Measurements of every arm: answers to the test rows, general and validation loss, benchmarks."""
     config, arms, folder = prepared.task.config, trained.arms(prepared.arms), journal.folder
-    exam, validation = run_exam(prepared), validation_table(prepared)
+    journal.at("readout")
+    decider = run_decider(prepared.task, session, folder) if any(ARMS[arm].decides for arm in arms) else None
+    exam, validation = run_exam(prepared, session, decider), validation_table(prepared)
     weights = Weights(general_sets(config, session.chat, prepared.general), validation, exam.scorer, folder)
     answers = {}
     for arm in arms:
@@ -91,7 +98,9 @@ def measure_arms(prepared: Prepared, trained: Trained, session: Session, journal
     benchmarks = None
     if config.eval.benchmarks:
         benchmarks = run_benchmarks(config, arms, prepared.anchor, session, folder, journal.at)
-    return Measured(answers, weights.general, weights.losses, benchmarks, exam.scorer.primary)
+    primary = primary_of(exam.scorer, (found.metrics for found in answers.values()))
+    readout = None if decider is None else decider.readout
+    return Measured(answers, weights.general, weights.losses, benchmarks, primary, readout)
 
 
 @dataclass(frozen=True)
@@ -101,6 +110,7 @@ class Exam:
     Attributes:
         train: rows that examples in context come from.
         shots: examples in every prompt.
+        guides: makes those of the test rows, for an arm that decides closed fields; None: nothing is decided.
     """
 
     config: Config
@@ -110,6 +120,7 @@ class Exam:
     shots: Sequence[Example]
     decoding: Decoding
     scorer: Scorer
+    guides: Callable[[], list[Guide]] | None = None
 
     def take(self, arm: str, session: Session, kept: list[dict] | None = None) -> Answers:
         """The arm's scored answers, its adapter applied; answers ``kept`` from an earlier session are reused."""
@@ -118,7 +129,8 @@ class Exam:
         prompting = Prompting(session.chat, self.anchor, self.shots, config.eval.icl_examples, room, config.seed)
         prompts, shown = prompting.prompts(arm, self.test, self.train)
         more: dict[str, Metric] = {}
-        rows = answer_rows(session, prompts, self.test, self.decoding, arm) if kept is None else kept
+        guides = self.guides() if self.guides is not None and ARMS[arm].decides else None
+        rows = answer_rows(session, prompts, self.test, self.decoding, arm, guides) if kept is None else kept
         if config.eval.answer_loss:
             values = None if kept is None else kept_answer_losses(kept)
             if values is None:
@@ -136,15 +148,16 @@ def answer_arm(exam: Exam, arm: str, session: Session, folder: RunFolder) -> Ans
     return found
 
 
-def run_exam(prepared: Prepared) -> Exam:
-    """The `Exam` of a prepared run."""
+def run_exam(prepared: Prepared, session: Session, decider: Decider | None = None) -> Exam:
+    """The `Exam` of a prepared run, no adapter applied."""
     from tell.decode.sampler import Decoding
 
     task, config = prepared.task, prepared.task.config
     limit = answer_limit(config, task.chat, task.train)
     decoding = Decoding.of(config.generate, max_new_tokens=limit, stop_ids=task.chat.stop_ids, seed=config.seed)
     scorer = scorer_of(config, task.kind)
-    return Exam(config, prepared.anchor, task.test, task.train, task.shots, decoding, scorer)
+    guides = decider.guides_of(session, task.test) if decider else None
+    return Exam(config, prepared.anchor, task.test, task.train, task.shots, decoding, scorer, guides)
 
 
 def score_arms(answers: Mapping[str, Answers], config: Config) -> dict:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Metrics:
-    """metrics.json; each part is as docs/reference describes it. ``benchmarks`` is absent where none was requested."""
+    """metrics.json; each part is as docs/reference describes it. ``benchmarks`` and ``readout`` may be absent."""
 
     task: dict
     arms: dict
@@ -37,14 +37,13 @@ class Metrics:
     failed: dict[str, str]
     same: dict[str, str]
     benchmarks: dict | None = None
+    readout: list[dict] | None = None
 
     def to_dict(self) -> dict:
         parts = dict(vars(self))
-        benchmarks = parts.pop("benchmarks")
-        if benchmarks is None:
-            return parts
+        optional = {key: value for key in ("benchmarks", "readout") if (value := parts.pop(key)) is not None}
         first = ("task", "arms", "differences", "forgetting", "eval")
-        return {**{key: parts.pop(key) for key in first}, "benchmarks": benchmarks, **parts}
+        return {**{key: parts.pop(key) for key in first}, **optional, **parts}
 
 
 def run_metrics(prepared: Prepared, trained: Trained, measured: Measured) -> Metrics:
@@ -60,6 +59,7 @@ def run_metrics(prepared: Prepared, trained: Trained, measured: Measured) -> Met
         failed=trained.failed,
         same=prepared.same,
         benchmarks=measured.benchmarks,
+        readout=None if measured.readout is None else measured.readout.numbers(),
     )
 
 

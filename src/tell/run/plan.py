@@ -10,7 +10,7 @@ from tell.mix.amount import check_size
 from tell.models.flops import lora_parameters
 from tell.models.predict import predict_memory
 from tell.rows.row_table import RowTable
-from tell.run.arms import trained_arms, wanted_arms
+from tell.run.arms import trained_arms
 from tell.run.costs import (
     OTHER_SECONDS,
     Pace,
@@ -18,6 +18,7 @@ from tell.run.costs import (
     arm_costs,
     likely_place,
     measuring_seconds,
+    readout_seconds,
     writing_seconds,
 )
 from tell.run.general_rows import General, load_general, source_of
@@ -145,12 +146,11 @@ def _predicted(prepared: Prepared, main: dict, costs: dict[str, dict]) -> dict:
         place=likely_place(task.config),
     )
     pace = Pace.of(task, main)
-    arms = [arm for arm in wanted_arms(task.config) if arm not in prepared.same]
     writing = writing_seconds(prepared, pace)
     training = sum(c["seconds"] for c in costs.values())
-    answering = sum(answer_seconds(task, arm, pace) for arm in arms)
+    answering = sum(answer_seconds(task, arm, pace) for arm in prepared.arms) + readout_seconds(prepared, pace)
     measuring = measuring_seconds(task, list(costs), pace)
-    others = OTHER_SECONDS * (len(wanted_arms(task.config)) + 1)
+    others = OTHER_SECONDS * (len(prepared.arms) + 1)
     return {
         "seconds": writing + training + answering + measuring + others,
         "writing_seconds": writing,

@@ -14,9 +14,10 @@ from tell.anchor.anchor import Anchor
 from tell.errors import TellError
 from tell.mix.amount import Draw
 from tell.mix.mixture import Mixture
+from tell.names import ARMS
 from tell.rows.row_table import RowTable
 from tell.run.answers import check_prompts
-from tell.run.arms import Ingredients, Tables, arm_mixtures, lead_arm, same_runs, trained_arms, wanted_arms
+from tell.run.arms import Ingredients, Tables, arm_mixtures, lead_arm, same_runs, trained_arms, twins, wanted_arms
 from tell.run.general_rows import General, draw_general
 from tell.run.task import Task, limit_task, task_table
 
@@ -58,8 +59,14 @@ class Prepared:
     @property
     def arms(self) -> list[str]:
         """The arms that are scored, in the order of the tables; each trained at most once."""
-        lost = {arm for arm in trained_arms(wanted_arms(self.task.config)) if arm not in self.mixtures}
-        return [arm for arm in wanted_arms(self.task.config) if arm not in lost and arm not in self.same]
+        wanted = wanted_arms(self.task.config)
+        lost = {arm for arm in trained_arms(wanted) if arm not in self.mixtures} | {*self.same}
+        return [arm for arm in wanted if ARMS[arm].adapter not in lost and arm not in self.undecided]
+
+    @property
+    def undecided(self) -> dict[str, str]:
+        """Requested arms that answer as another one does, since the task has nothing to decide."""
+        return {} if self.task.closed else twins(wanted_arms(self.task.config))
 
     @property
     def trained(self) -> list[str]:
@@ -96,6 +103,9 @@ class Prepared:
             notices.add(f"the arm {arm} is left out: no general row is drawn")
         for arm, other in self.same.items():
             notices.add(f"the arms {other} and {arm} are one run: they are trained on the same rows in the same order")
+        if self.undecided:
+            why = "generate.closed is off" if self.task.config.generate.closed == "off" else "no field is closed"
+            notices.add(f"left out, since {why}: {', '.join(self.undecided)}")
 
 
 def prepare(task: Task, anchor: Anchor, general: General | Writer | None) -> Prepared:

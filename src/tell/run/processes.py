@@ -17,7 +17,7 @@ from tell.config import Config
 from tell.errors import TellError
 from tell.folder import RunFolder
 from tell.models.find import ModelFiles, find_model
-from tell.run.session import dtype_name
+from tell.run.session import dtype_name, own_engine
 from tell.run.stop import Stop
 from tell.train.launch import launched
 
@@ -101,9 +101,7 @@ def _join(config: Config) -> Processes | None:
 
 def decoding_beside(config: Config, processes: Processes | None) -> Config:
     """The configuration to load the engine by: our own where there are other processes."""
-    if processes is None:
-        return config
-    return config.model_copy(update={"generate": config.generate.model_copy(update={"engine": "own"})})
+    return config if processes is None else own_engine(config)
 
 
 def load_spread(files: ModelFiles, config: Config) -> tuple[Loaded, torch.device]:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from tell.decode.engine import Answer
+    from tell.decode.guide import Guide
     from tell.decode.protocol import DecodingEngine
     from tell.decode.sampler import Decoding
     from tell.models.load import Loaded
@@ -120,8 +121,18 @@ class Session:
         with self.engine.adapter(folder):
             yield
 
-    def answer(self, prompts: Sequence[Sequence[int]], decoding: Decoding, title: str) -> list[Answer]:
-        """Decoded answers in the order of ``prompts`` (token ids), with a bar of that title."""
+    def answer(
+        self,
+        prompts: Sequence[Sequence[int]],
+        decoding: Decoding,
+        title: str,
+        guides: Sequence[Guide] | None = None,
+    ) -> list[Answer]:
+        """Decoded answers in the order of ``prompts`` (token ids), with a bar of that title.
+
+        Args:
+            guides: of each prompt; they decide closed fields.
+        """
         with self.display.bar(title, len(prompts), "answers") as advance:
             written = 0
 
@@ -131,7 +142,7 @@ class Session:
                 advance(further, f"{written} tokens")
                 self.check()
 
-            return self.engine.generate(prompts, decoding, progress=progress)
+            return self.engine.generate(prompts, decoding, progress=progress, guides=guides)
 
     def row_losses(self, table: RowTable, progress: Callable[[int], None] | None = None) -> np.ndarray:
         """(rows,) mean nll in nats a token of each row's trained tokens; ``progress`` gets the rows of each pass."""
@@ -185,6 +196,23 @@ def _vllm_engine(files: ModelFiles, loaded: Loaded, config: Config) -> DecodingE
             ) from error
         warnings.warn(f"vLLM does not start ({first_line(error)}); answers are decoded without it", stacklevel=2)
         return None
+
+
+def own_engine(config: Config) -> Config:
+    """The configuration with our own decoding engine."""
+    return config.model_copy(update={"generate": config.generate.model_copy(update={"engine": "own"})})
+
+
+def deciding(config: Config) -> Config:
+    """The configuration of a session that decides closed fields, as only our own engine does.
+
+    Raises:
+        TellError: vLLM is requested by name.
+    """
+    if config.generate.engine == "vllm":
+        remedy = "Use generate.engine=own, or generate.closed=off."
+        raise TellError("vLLM cannot decide closed fields", where="generate.engine", remedy=remedy)
+    return own_engine(config)
 
 
 def dtype_name(loaded: Loaded) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 from tell.anchor.anchor import NO_ANCHOR, Anchor
 from tell.anchor.derive import derived_anchor
 from tell.config import Config, TrainConfig
+from tell.data.closed import ClosedField, closed_fields
 from tell.data.example import Example
 from tell.data.kind import Kind, detect_kind, load_schema, missing_classes, widen
 from tell.data.overlap import Overlap, find_overlap
@@ -108,6 +110,13 @@ class Task:
         train = self.config.train
         vocab = self.files.architecture.vocab
         return RowRules(train.max_length, train.too_long, train.nothing_to_train, train.loss_on, vocab=vocab)
+
+    @cached_property
+    def closed(self) -> list[ClosedField]:
+        """The closed fields that are decided; empty where ``generate.closed`` is off."""
+        if self.config.generate.closed == "off":
+            return []
+        return closed_fields(self.kind, [example.answer for example in self.train])
 
     @property
     def split_facts(self) -> dict[str, int]:

@@ -28,7 +28,7 @@ _VARIED = 0.5  # share of distinct references above which a string field varies
 _MISSING = ("missing",)
 
 
-@scorer("json", "schema_adherence", "valid_json", "field_accuracy", "exact_match", FIELD)
+@scorer("json", "schema_adherence", "valid_json", "field_accuracy", "exact_match", "item_f1", FIELD)
 class JsonScorer:
     """Adherence to a JSON Schema, and agreement with the reference field by field.
 
@@ -37,6 +37,8 @@ class JsonScorer:
         valid_json: the whole answer parses. Binary.
         field_accuracy: mean over rows of the share of the reference's counted fields that are equal.
         exact_match: every counted field is equal. Binary.
+        item_f1: micro-averaged F1 of the items of counted lists, where there are lists of scalars; the harmonic mean of
+            the share of given items that are right and the share of the reference's items that are given.
         ``field:<name>``: accuracy of one field over the rows whose reference has it. Binary.
 
     Strings compare in NFC, without surrounding whitespace, and case folded if the schema enumerates them; numbers by
@@ -51,13 +53,13 @@ class JsonScorer:
         TellError: it is not a valid JSON Schema, or a ``$ref`` leads nowhere (none is fetched).
     """
 
-    primary = "schema_adherence"
+    primary = "field_accuracy"
 
     def __init__(self, schema: dict) -> None:
         self._checked = Schema(nfc(schema))
         self.schema = self._checked.schema
         self._validator = self._checked.validator
-        self.keys = tuple(dict.fromkeys(key for key, _ in self._properties(self.schema)))
+        self.keys = tuple(dict.fromkeys(key for key, _ in self._checked.properties(self.schema)))
 
     @classmethod
     def of(cls, task: ScoredTask) -> JsonScorer:
@@ -65,25 +67,9 @@ class JsonScorer:
             raise TellError("kind json needs a JSON Schema", where="task.schema", remedy="Pass one with --schema.")
         return cls(task.schema)
 
-    def _parts(self, node: object, seen: set[int]) -> Iterator[dict]:
-        """``node`` and the schemas that ``$ref``, ``anyOf``, ``oneOf`` and ``allOf`` lead to."""
-        if not isinstance(node, dict) or id(node) in seen:
-            return
-        seen.add(id(node))
-        yield node
-        if isinstance(ref := node.get("$ref"), str):
-            yield from self._parts(self._checked.resolver.lookup(ref).contents, seen)
-        for word in ("anyOf", "oneOf", "allOf"):
-            for part in node.get(word, ()):
-                yield from self._parts(part, seen)
-
-    def _properties(self, node: object) -> Iterator[tuple[str, object]]:
-        for part in self._parts(node, set()):
-            yield from part.get("properties", {}).items()
-
     def _choices(self, node: object, seen: set[int]) -> Iterator[str]:
         """Every string that an enumeration at or below ``node`` names, case folded."""
-        for part in self._parts(node, seen):
+        for part in self._checked.unseen_parts(node, seen):
             named = part.get("enum", []) if isinstance(part.get("enum", []), list) else []
             for value in [*named, part.get("const")]:
                 if isinstance(value, str):
@@ -175,6 +161,8 @@ class JsonScorer:
             share = np.nansum(equal, axis=1) / asked  # 0 / 0 is NaN: no counted field in this reference
         metrics["field_accuracy"] = mean_metric(share)
         metrics["exact_match"] = mean_metric(np.where(asked > 0, share == 1, np.nan), binary=True)
+        if (items := _item_counts(values, references, counted)) is not None:
+            metrics["item_f1"] = Metric(items, _f1, _f1(items))
         for column, field in enumerate(counted):
             metrics[FIELD + field] = mean_metric(equal[:, column], binary=True)
         return metrics
@@ -187,7 +175,7 @@ class JsonScorer:
         """
         gold = [_fields(_parse_or_missing(text)) for text in references]
         specs: dict[str, list[object]] = {}
-        for key, spec in self._properties(self.schema):
+        for key, spec in self._checked.properties(self.schema):
             specs.setdefault(key, []).append(spec)
         counted = {}
         for field in dict.fromkeys([*specs, *(key for row in gold for key in row)]):
@@ -196,6 +184,36 @@ class JsonScorer:
             if present and not _free_text(present, choices):
                 counted[field] = choices
         return counted
+
+
+def _item_counts(
+    answers: Sequence[object], references: Sequence[str], counted: dict[str, frozenset[str]]
+) -> np.ndarray | None:
+    """(n, 3): items of counted lists that are right, that are given, that the reference has; None: it has no list."""
+    gold = [_items(_parse_or_missing(text), counted) for text in references]
+    if all(row is None for row in gold):
+        return None
+    given = [_items(answer, counted) or Counter() for answer in answers]
+    pairs = [(got, want or Counter()) for got, want in zip(given, gold, strict=True)]
+    return np.array([[(got & want).total(), got.total(), want.total()] for got, want in pairs], dtype=np.float64)
+
+
+def _items(value: object, counted: dict[str, frozenset[str]]) -> Counter[tuple] | None:
+    """The items of the counted lists of scalars, each with its field; None without such a list."""
+    lists = {
+        field: part
+        for field, part in _fields(value).items()
+        if field in counted and isinstance(part, list) and not any(isinstance(x, (list, dict)) for x in part)
+    }
+    found = ((field, _normal(x, counted[field])) for field, part in lists.items() for x in part)
+    return Counter(found) if lists else None
+
+
+def _f1(sums: np.ndarray) -> np.ndarray:
+    """F1 from (..., 3) counts; NaN where neither side has an item."""
+    right, given, gold = np.moveaxis(sums, -1, 0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return 2 * right / (given + gold)
 
 
 def _parse_or_missing(text: str) -> object:

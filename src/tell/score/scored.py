@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -33,7 +33,7 @@ class Metric:
 
 
 class Scorer(Protocol):
-    """Scores answers of one kind of task. ``primary`` names the metric of the verdict."""
+    """Scores answers of one kind of task. ``primary`` names the metric of the verdict (see `primary_of`)."""
 
     primary: str
 
@@ -44,6 +44,12 @@ class Scorer(Protocol):
     def is_task_format(self, answer: str) -> bool | None:
         """Whether an answer to a general prompt has the task's form; None if the task has no distinct form."""
         ...
+
+
+def primary_of(scorer: Scorer, arms: Iterable[Mapping[str, Metric]]) -> str:
+    """The metric of the verdict: the scorer's own choice, or the first where the answers have none of that name."""
+    names = [name for metrics in arms for name in metrics]
+    return scorer.primary if scorer.primary in names or not names else names[0]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 from tell.names import ARMS, RIVALS, MetricSpec, arm, as_typed, has_interval, is_number, metric, show, show_interval
 
 MIN_ROWS = 6  # with fewer rows not even a sign test with all rows in one direction is significant at 5 %
-CONTENT = ("field_accuracy", "macro_f1")  # metrics of content, where the primary metric is of form or count
+CONTENT = ("field_accuracy", "item_f1", "macro_f1", "schema_adherence")  # named where a rival is ahead in them
 Entry = Mapping[str, Any]
 
 
@@ -149,7 +149,7 @@ class _Verdict:
         yield from unknown
 
     def _content(self) -> Iterator[str]:
-        """Rivals that are significantly ahead in the content of the answers, not only in the primary metric."""
+        """Rivals that are significantly ahead in another metric than the primary one."""
         for spec in map(metric, CONTENT):
             for name in RIVALS:
                 gap = self._gap(name, spec) if name in self.scored and spec != self.spec else None

@@ -240,6 +240,8 @@ def neutral(config: Config, arm: str) -> Config:
         out.mix.order = MixConfig().order
     elif trained_on == "general":
         out.mix.repeat = None
+    if not own.decides or config.generate.closed == "off":
+        out.generate.closed, out.generate.readout_weight = "off", GenerateConfig().readout_weight
     if not config.eval.benchmarks:
         out.eval.benchmark_data = None
     if not own.anchored and own.adapter is None:

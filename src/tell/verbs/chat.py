@@ -7,12 +7,17 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tell.data.example import Message
+from tell.data.example import Example, Message
 from tell.errors import TellError
+from tell.names import ARMS
 from tell.run.answers import arm_anchor, example_turns
 from tell.verbs.evaluate import run_shots
 from tell.verbs.open_run import OpenRun, open_run
+
+if TYPE_CHECKING:
+    from tell.decode.guide import Guide
 
 MOST_NEW_TOKENS = 512
 
@@ -35,18 +40,35 @@ class ChatSession:
         from tell.decode.engine import Engine
 
         self.opened, self.arm = opened, arm
-        adapter = opened.adapter(arm)
+        self._adapter = opened.adapter(arm)
         self.session = opened.session(stream=True)
         engine = self.session.engine
         assert isinstance(engine, Engine)  # as every session that streams has
+        self._engine = engine
+        self._decider = opened.decider(self.session) if ARMS[arm].decides else None
         self._stack = ExitStack()
-        self._stack.enter_context(self.session.adapter(adapter))
-        self._stack.enter_context(engine.fixed_weights())
+        self._apply()
         self.anchor = arm_anchor(arm, opened.anchor)
         self.greedy = False if greedy is None and seed is not None else greedy
         self.seed = opened.config.seed if seed is None else seed
         self.shots, self.lost = self._shots()
         self.history: list[Message] = []
+
+    def _apply(self) -> None:
+        """Merge the adapter, for all answers until the stack is closed."""
+        self._stack.enter_context(self.session.adapter(self._adapter))
+        self._stack.enter_context(self._engine.fixed_weights())
+
+    def _guides(self, turns: list[Message]) -> list[Guide] | None:
+        """The guide of the next answer; its readout needs the untuned weights for a moment."""
+        if self._decider is None:
+            return None
+        example = Example.of([*turns, Message("assistant", "")], source="chat", origin="")
+        self._stack.close()
+        try:
+            return self._decider.guides_of(self.session, [example])()
+        finally:
+            self._apply()
 
     def _shots(self) -> tuple[list[Message], bool]:
         """Turns of the run's fixed examples (``task.shots``), and whether they can no longer be found."""
@@ -87,6 +109,7 @@ class ChatSession:
         decoding = Decoding.of(
             rule, max_new_tokens=MOST_NEW_TOKENS, stop_ids=chat.stop_ids, seed=self.seed + len(turns)
         )
+        guides = self._guides(turns)
         tokens: queue.Queue[int | BaseException | None] = queue.Queue()
         left = threading.Event()
 
@@ -97,7 +120,7 @@ class ChatSession:
 
         def work() -> None:
             try:
-                self.session.engine.generate([prompt], decoding, on_token=hand_over)
+                self._engine.generate([prompt], decoding, on_token=hand_over, guides=guides)
                 tokens.put(None)
             except BaseException as error:  # passed to the reader
                 tokens.put(error)

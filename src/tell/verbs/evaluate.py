@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,8 +21,11 @@ from tell.overrides import parse_overrides
 from tell.progress import Display, Silent
 from tell.rows.ends import without_ends
 from tell.run.answers import adapter_ready, check_prompts, scorer_of
+from tell.run.arms import twins
 from tell.run.claim import Trust, check_trust
 from tell.run.measure import Exam, score_arms
+from tell.run.session import Session, deciding
+from tell.score.scored import primary_of
 from tell.shown import left_out
 from tell.verbs.open_run import CELL_ADAPTER, OpenRun, open_run
 
@@ -63,8 +66,11 @@ def evaluate(
     display = display or Silent()
     opened = open_run(run, trust_remote_code=trust.code)
     check_trust(opened.folder, opened.config, code=trust.code, scorer=trust.scorer)
-    config, seed = _override(opened.config, overrides)
+    config, seed = _override(opened, overrides)
+    session = opened.session(deciding(config) if opened.decides(config) else config, display)
     wanted = list(dict.fromkeys(arms or (a for a in config.eval.arms if adapter_ready(opened.folder, a))))
+    if not arms and not opened.decides(config):
+        wanted = [arm for arm in wanted if arm not in twins(wanted)]
     if not wanted:
         raise TellError(
             "has no adapter left",
@@ -74,12 +80,11 @@ def evaluate(
     adapters = {arm: opened.adapter(arm) for arm in wanted}
     opened.folder.read_as(opened.folder.metrics, Metrics)  # damage is reported now, not after the arms have answered
     metrics = opened.folder.read(opened.folder.metrics)
-    session = opened.session(config, display)
     facts = opened.folder.read_as(opened.folder.findings, Findings)
     train, examples, shots = _examples(opened, test, display, need_train=any(ARMS[arm].in_context for arm in wanted))
     if rows is not None and rows < len(examples):
         examples = [examples[i] for i in sorted(take_rows(len(examples), rows, seed))]
-    exam = _exam(opened, config, seed, facts, test=examples, train=train, shots=shots)
+    exam = _exam(opened, session, seed, facts, test=examples, train=train, shots=shots)
     if said := misfits(_kind(opened, facts.kind), examples):
         display.note(said)
     answers = {}
@@ -89,13 +94,13 @@ def evaluate(
         write_jsonl(opened.folder.evaluated(arm), answers[arm].rows)
     kept = {key: metrics.get(key) for key in ("forgetting", "mixture", "train", "failed", "same")}
     kept |= {key: metrics[key] for key in ("benchmarks",) if key in metrics}
-    task = {"kind": facts.kind.name, "primary": exam.scorer.primary}
+    task = {"kind": facts.kind.name, "primary": primary_of(exam.scorer, (found.metrics for found in answers.values()))}
     return {"task": task, **score_arms(answers, config.model_copy(update={"seed": seed})), **kept}
 
 
 def _exam(
     opened: OpenRun,
-    config: Config,
+    session: Session,
     seed: int,
     facts: Findings,
     *,
@@ -106,18 +111,32 @@ def _exam(
     """The test rows with prompts, decoding and scorer; ``seed`` is of decoding."""
     from tell.decode.sampler import Decoding
 
-    arch = opened.files.architecture
+    arch, config = opened.files.architecture, session.config
     check_prompts(opened.chat, opened.anchor, test, arch.max_positions, shots, arch.vocab)
     limit = config.generate.max_new_tokens or facts.answer_limit
     decoding = Decoding.of(config.generate, max_new_tokens=limit, stop_ids=opened.chat.stop_ids, seed=seed)
     scorer = scorer_of(config, _kind(opened, facts.kind))
-    return Exam(config, opened.anchor, test, train, shots, decoding, scorer)
+    decider = opened.decider(session)
+    guides = decider.guides_of(session, test) if decider else None
+    return Exam(config, opened.anchor, test, train, shots, decoding, scorer, guides)
 
 
-def _override(config: Config, overrides: Sequence[str]) -> tuple[Config, int]:
+def _closed(changes: Mapping[str, object]) -> str:
+    """``generate.closed`` as overridden; ``off`` where it is not."""
+    generate = changes.get("generate")
+    return str(generate.get("closed", "off")) if isinstance(generate, dict) else "off"
+
+
+def _override(opened: OpenRun, overrides: Sequence[str]) -> tuple[Config, int]:
     """The configuration with overrides of keys that can change after training, and the seed of decoding."""
-    changes = parse_overrides(overrides)
+    config, changes = opened.config, parse_overrides(overrides)
     seed = changes.pop("seed", config.seed)
+    if _closed(changes) != "off" and not opened.folder.readout.exists():
+        raise TellError(
+            f"--set generate.closed={_closed(changes)} needs a readout, and this run has none",
+            where=str(opened.folder.root),
+            remedy="Make the run again with generate.closed=fused.",
+        )
     if lost := set(changes) - {"generate", "eval"}:
         raise TellError(
             f"--set {next(iter(lost))} has no effect on scoring",

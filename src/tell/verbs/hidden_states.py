@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -22,11 +21,7 @@ from tell.score.means import mean_metric
 from tell.score.probe import load_probe
 from tell.seeds import permutation
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 QUERIES = 50
-State = Literal["last", "mean"]
 
 
 def layer_numbers(layer: str, layers: int) -> list[int]:
@@ -42,75 +37,6 @@ def layer_numbers(layer: str, layers: int) -> list[int]:
     if layer.isdecimal() and int(layer) <= layers:
         return [int(layer)]
     raise TellError(f"no layer {layer!r}", where="--layer", remedy=f"Use 0 to {layers}, middle or all.")
-
-
-def hidden_states(
-    model: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
-    layers: Sequence[int],
-    *,
-    state: State = "last",
-    micro_tokens: int = 3072,
-    progress: Callable[[int], None] | None = None,
-) -> np.ndarray:
-    """(layers, rows, width) float32 hidden states of each prompt.
-
-    Args:
-        model: a causal model.
-        prompts: token ids of each row.
-        layers: 0 for the embeddings, k for the k-th block's output; the last block's comes after the final norm, as
-            transformers' ``hidden_states`` has it.
-        state: of the last token, or the mean over all tokens.
-        micro_tokens: tokens of one pass; a longer row gets its own pass.
-        progress: called with the rows of each pass.
-
-    Raises:
-        TellError: an architecture that cannot be computed over packed rows.
-    """
-    import torch
-
-    from tell.train.attention import use_plan
-    from tell.train.packing import TrainRow, pack, split_packs
-    from tell.train.step import Body
-
-    body, device = Body(model), model.device
-    # A pack returns the states that predict trained tokens, so a dummy token follows each prompt.
-    rows = [
-        TrainRow(np.array([*ids, 0]), np.arange(len(ids) + 1) == len(ids), i, False) for i, ids in enumerate(prompts)
-    ]
-    groups: list[np.ndarray] = []
-    parts: list[np.ndarray] = []
-    was_training = model.training
-    model.eval()
-    for group in split_packs(rows, micro_tokens, share_prefix=True):
-        batch = pack(group, share_prefix=True, device=device)
-        with torch.no_grad(), use_plan(batch.plan):
-            found = body.core(
-                input_ids=batch.ids[None],
-                position_ids=batch.plan.positions(),
-                use_cache=False,
-                output_hidden_states=True,
-            )
-            kept = []
-            for layer in layers:
-                tokens = found.hidden_states[layer][0]
-                if state == "last":
-                    kept.append(tokens.index_select(0, batch.predictors).float())
-                    continue
-                tokens = tokens.cpu() if device.type == "mps" else tokens  # Metal has no fp64
-                sums = torch.cat([tokens.new_zeros(1, tokens.shape[1]), tokens]).double().cumsum(0)
-                ends, lengths = batch.predictors.to(sums.device) + 1, [len(row.ids) - 1 for row in group]
-                n = torch.tensor(lengths, device=sums.device)
-                prefix = batch.plan.prefix
-                total = sums[ends] - sums[ends - n + prefix] + sums[prefix]
-                kept.append((total / n[:, None]).float())
-        groups.append(batch.source.numpy())
-        parts.append(torch.stack(kept).cpu().numpy())
-        if progress:
-            progress(len(group))
-    model.train(was_training)
-    order = np.argsort(np.concatenate(groups))
-    return np.concatenate(parts, axis=1)[:, order]
 
 
 def general_queries(

@@ -12,9 +12,11 @@ from tell.folder import RunFolder
 from tell.models.find import ModelFiles, find_model
 from tell.names import ARMS
 from tell.progress import Display, Silent
+from tell.readout.readout import Readout
 from tell.rows.template import ChatTokenizer
 from tell.run.answers import adapter_folder, adapter_ready
 from tell.run.claim import REMAKE, check_trust, read_run_config
+from tell.run.readouts import Decider
 from tell.run.record import thinks
 from tell.run.session import Session
 
@@ -34,6 +36,20 @@ class OpenRun:
     def session(self, config: Config | None = None, display: Display | None = None, *, stream: bool = False) -> Session:
         """A session of its model; ``config`` (default: the run's) sets device and engine, ``stream`` streaming."""
         return Session(self.files, config or self.config, self.chat, display or Silent(), stream=stream)
+
+    def decides(self, config: Config) -> bool:
+        """Whether closed fields are decided: the run has a readout, and ``generate.closed`` is not off."""
+        return config.generate.closed != "off" and self.folder.readout.exists()
+
+    def decider(self, session: Session) -> Decider | None:
+        """What decides the closed fields; None where nothing does.
+
+        Raises:
+            TellError: the readout is damaged, or of another model.
+        """
+        if not self.decides(session.config):
+            return None
+        return Decider.of(Readout.load(self.folder.readout), session)
 
     def adapter(self, arm: str) -> Path | None:
         """The adapter of an arm.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -28,15 +28,16 @@ from tell.score.means import mean_metric
 from tell.seeds import permutation
 from tell.verbs.hidden_states import (
     QUERIES,
-    State,
     general_queries,
-    hidden_states,
     jackknifed,
     layer_numbers,
     separation_numbers,
     share,
 )
 from tell.verbs.open_run import open_run
+
+if TYPE_CHECKING:
+    from tell.train.states import State
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,8 @@ def _states(
     session: Session, prompts: dict[str, list[list[int]]], layers: list[int], place: Path | None, compare: Comparison
 ) -> dict[str, np.ndarray]:
     """(layers, rows, width) hidden states of each group."""
+    from tell.train.states import hidden_states
+
     micro_tokens = session.config.train.micro_tokens
     with (
         session.adapter(place),
@@ -150,8 +153,8 @@ def _states(
     ):
         return {
             name: hidden_states(
-                session.model, ids, layers, progress=advance, state=compare.state, micro_tokens=micro_tokens
-            )
+                session.model, ids, layers, progress=advance, states=(compare.state,), micro_tokens=micro_tokens
+            )[0]
             for name, ids in prompts.items()
         }
 

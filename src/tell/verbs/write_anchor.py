@@ -29,7 +29,7 @@ from tell.score.intervals import difference, estimate
 from tell.score.means import mean_metric
 from tell.score.scored import Metric
 from tell.seeds import permutation
-from tell.verbs.hidden_states import QUERIES, general_queries, hidden_states, layer_numbers, separation_numbers
+from tell.verbs.hidden_states import QUERIES, general_queries, layer_numbers, separation_numbers
 
 SCORES = ("loss", "separation", "short-run")
 SHORT_STEPS = 8
@@ -130,6 +130,8 @@ def _add_numbers(entries: list[dict], name: str, values: list[Metric], first: in
 
 def _separations(task: Task, session: Session, anchors: Sequence[Anchor]) -> list[dict]:
     """How far each anchor moves the task's queries from general ones, at the middle layer."""
+    from tell.train.states import hidden_states
+
     rows = limited_rows(task, anchors[0])
     order = permutation(len(rows), task.config.seed, "separate", "task")[:QUERIES]
     queries = [rows[int(i)] for i in order]
@@ -147,10 +149,10 @@ def _separations(task: Task, session: Session, anchors: Sequence[Anchor]) -> lis
     with task.display.bar("anchor: separation", len(anchors), "candidates") as advance:
         base = hidden_states(
             session.model, [prompt_ids(task.chat, e) for e in general], layer, micro_tokens=micro_tokens
-        )[0]
+        )[0, 0]
         for anchor in anchors:
             prompts = [prompt_ids(task.chat, e, anchor) for e in queries]
-            states = hidden_states(session.model, prompts, layer, micro_tokens=micro_tokens)[0]
+            states = hidden_states(session.model, prompts, layer, micro_tokens=micro_tokens)[0, 0]
             found = separate_states(states, base, seed=task.config.seed)
             out.append({"layer": layer[0], **separation_numbers(found, task.config)})
             advance(1)

@@ -1,0 +1,322 @@
+"""Guides: at closed fields of an answer, the next token is decided among the possible values instead of sampled.
+
+A guide follows the text of one answer. Where a closed field's value begins, only tokens that lead to one of its values
+are possible, and the model's probabilities, renormalised over them, are multiplied with weights of the values (a
+product of experts, Hinton 2002). Renormalising makes tokens that are certain cost nothing, so that long values are not
+at a disadvantage (surface-form competition: Holtzman et al. 2021, arXiv 2104.08315). No torch.
+"""
+
+from __future__ import annotations
+
+import bisect
+import json
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from tell.data.closed import ITEM, ClosedField
+from tell.rows.template import ChatTokenizer
+
+_BLANK = " \t\r\n"
+
+
+class Vocabulary:
+    """The text that each token adds to an answer, and the tokens by their text."""
+
+    def __init__(self, chat: ChatTokenizer) -> None:
+        self.chat = chat
+        before = chat.encode("x")[-1]
+        kept = [i for i in range(chat.size) if i not in chat.added_ids and chat.backend.id_to_token(i) is not None]
+        start = len(chat.decode([before]))
+        texts = chat.backend.decode_batch([[before, i] for i in kept], skip_special_tokens=True)
+        self._ids: dict[str, list[int]] = defaultdict(list)
+        self._matching: dict[re.Pattern[str], list[int]] = {}
+        for token, text in zip(kept, texts, strict=True):
+            if (added := text[start:]) and "\ufffd" not in added:  # a part of a character is no text
+                self._ids[added].append(token)
+
+    @cached_property
+    def _sorted(self) -> list[str]:
+        return sorted(self._ids)
+
+    def within(self, text: str) -> list[tuple[int, str]]:
+        """Tokens, with their texts, that ``text`` begins with, ``text`` itself included."""
+        heads = (text[: i + 1] for i in range(len(text)))
+        return [(token, head) for head in heads for token in self._ids.get(head, ())]
+
+    def beyond(self, text: str) -> list[tuple[int, str]]:
+        """Tokens whose text begins with ``text`` and goes on, each with the rest."""
+        if not text:
+            return [(token, added) for added, tokens in self._ids.items() for token in tokens]
+        at = bisect.bisect_right(self._sorted, text)
+        found = []
+        while at < len(self._sorted) and self._sorted[at].startswith(text):
+            found += [(token, self._sorted[at][len(text) :]) for token in self._ids[self._sorted[at]]]
+            at += 1
+        return found
+
+    def matching(self, pattern: re.Pattern[str]) -> list[int]:
+        """Tokens whose text begins as a pattern says."""
+        if pattern not in self._matching:
+            self._matching[pattern] = [t for text, ids in self._ids.items() if pattern.match(text) for t in ids]
+        return self._matching[pattern]
+
+
+@dataclass(frozen=True)
+class Branch:
+    """The tokens by which closed values go on from a point of an answer.
+
+    Attributes:
+        tokens: (t,) their ids.
+        members: (t, classes) bool, the values that each token leads to. A list has two more classes: its end, and all
+            further items. Those, or all further values, are the last class of an open field.
+        goes_on: (t,) bool, the token ends an item and begins the next: it has a comma.
+        further: all other tokens are possible too, and lead to the further values.
+    """
+
+    tokens: np.ndarray
+    members: np.ndarray
+    goes_on: np.ndarray
+    further: bool
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Candidates for the next token, and the evidence for the classes of the branch.
+
+    Attributes:
+        evidence: (classes,) log factor of each, 0 for none; -inf rules it out.
+        log_prior: (classes,) by which a token that several share weighs their evidence.
+    """
+
+    branch: Branch
+    evidence: np.ndarray
+    log_prior: np.ndarray
+
+    def pick(self, log_probs: np.ndarray) -> int:
+        """The best token, by (V,) log probabilities of the model over the vocabulary."""
+        branch = self.branch
+        scores = log_probs[branch.tokens].astype(np.float64) + self._pooled(branch.members)
+        if branch.goes_on.any():  # the evidence for any other item
+            later = ~branch.members[branch.goes_on]
+            later[:, -2] = False
+            scores[branch.goes_on] += self._pooled(later)
+        rest = log_probs.astype(np.float64)
+        rest[branch.tokens] = -np.inf
+        outside = _log_sum(rest) + self.evidence[-1] if branch.further else -np.inf
+        if scores.max() == -np.inf or outside > scores.max():  # all values of the branch may have been used up
+            return int(rest.argmax())
+        return int(branch.tokens[scores.argmax()])
+
+    def _pooled(self, members: np.ndarray) -> np.ndarray:
+        """(t,) log of the mean factor of the classes that (t, classes) members name, weighted by the prior."""
+        prior = np.where(members, self.log_prior, -np.inf)
+        return _log_sum(prior + self.evidence) - _log_sum(prior)
+
+
+class Fields:
+    """Closed fields of a task, with the branches of their values; shared by the guides of all rows.
+
+    Args:
+        vocabulary: of the model.
+        fields: of one task.
+        stop_ids: tokens that end an answer.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, fields: Sequence[ClosedField], stop_ids: Sequence[int]) -> None:
+        self.vocabulary, self.fields, self.stop_ids = vocabulary, tuple(fields), tuple(stop_ids)
+        self._by_path = {found.path: i for i, found in enumerate(self.fields)}
+        self._branches: dict[tuple[int, str, bool], Branch | None] = {}
+
+    def find(self, cursor: JsonCursor) -> tuple[int, str, bool] | None:
+        """The closed field that a JSON answer has reached, how its value has been begun, and whether that is the value
+        itself or an item of it."""
+        place = cursor.place
+        if place is None:
+            return None
+        if (index := self._by_path.get(place)) is not None:
+            return index, cursor.text, False
+        if place[-1:] != (ITEM,) or (index := self._by_path.get(place[:-1])) is None:
+            return None
+        if self.fields[index].is_set:
+            return index, cursor.text, True
+        return None if cursor.done else (index, "[" + cursor.text, False)  # it may still be the empty list
+
+    def branch(self, index: int, text: str, inside: bool) -> Branch | None:
+        """The branch of a field begun with ``text``, as `find` returns them; None: nothing is left to decide."""
+        key = (index, text, inside)
+        if key not in self._branches:
+            self._branches[key] = self._branch(self.fields[index], text, inside)
+        return self._branches[key]
+
+    def _branch(self, field: ClosedField, raw: str, inside: bool) -> Branch | None:
+        text, words = raw.lstrip(_BLANK), self.vocabulary
+        end = len(field.values)
+        values = ["[" + value if field.is_set and not inside else value for value in field.values]
+        if field.is_set and not inside:
+            values.append("[]")
+        rests = {c: value[len(text) :] for c, value in enumerate(values) if value.startswith(text)}
+        members: dict[tuple[int, bool], set[int]] = defaultdict(set)
+        for c, rest in rests.items():
+            if not rest and not field.path:
+                members |= {(token, False): members[token, False] | {c} for token in self.stop_ids}
+            if not rest and inside:
+                self._add_ends(members, c, end, "")
+            for way in (rest, " " + rest) if rest and not raw else (rest,) * bool(rest):
+                for token, _ in words.within(way):
+                    members[token, False].add(c)
+                if field.is_set and c != end:
+                    self._add_ends(members, c, end, way)
+                elif field.path:
+                    for token, more in words.beyond(way):
+                        if _AFTER.match(more):
+                            members[token, False].add(c)
+        if not members:
+            return None
+        if inside and not raw:  # only the first item's place: after a comma the model knows better than to end
+            for token in words.matching(_CLOSED):
+                members[token, False].add(end)
+        openers = ("", '"') if inside else ("", "[", '["') if field.is_set else ("", '"', "[", "{")
+        further = field.open and text in openers
+        if further:
+            for way in (lead + head for head in openers for lead in ("", " ")[: 1 if raw else 2]):
+                for token, piece in words.within(way):
+                    if text + (piece if raw else piece.lstrip(_BLANK)) in openers:
+                        members[token, False].add(end + field.is_set)
+        matrix = np.zeros((len(members), field.classes + 2 * field.is_set), dtype=bool)
+        for row, classes in enumerate(members.values()):
+            matrix[row, list(classes)] = True
+        tokens, goes_on = zip(*members, strict=True)
+        return Branch(np.array(tokens), matrix, np.array(goes_on), further)
+
+    def _add_ends(self, members: dict[tuple[int, bool], set[int]], c: int, end: int, rest: str) -> None:
+        """Tokens that complete an item of a list by ``rest`` and go on with a comma, or end the list."""
+        for token, more in self.vocabulary.beyond(rest):
+            if _AFTER.match(more):
+                members[token, more.lstrip().startswith(",")].add(c)
+
+
+_AFTER, _CLOSED = re.compile(r"\s*[,}\]]"), re.compile(r"\s*\]")
+"""What may follow a value, and the end of a list."""
+
+
+class Guide:
+    """Follows one answer and decides its closed fields.
+
+    Args:
+        fields: of the task.
+        evidence: (classes,) of each field, see `Decision`; of a list with its two further classes.
+        log_priors: (classes,) of each field, likewise.
+    """
+
+    def __init__(self, fields: Fields, evidence: Sequence[np.ndarray], log_priors: Sequence[np.ndarray]) -> None:
+        self.fields, self.evidence, self.log_priors = fields, evidence, log_priors
+        self._cursor, self._read = JsonCursor(), ""
+        self._label = not fields.fields[0].path
+
+    def decision(self, ids: Sequence[int]) -> Decision | None:
+        """The choice for the token after ``ids``, the answer so far; None where the model is free.
+
+        To be called with every prefix of the answer in turn.
+        """
+        text = self.fields.vocabulary.chat.without_lead(ids) if ids else ""
+        if self._label:
+            found: tuple[int, str, bool] | None = (0, text, False)
+        else:
+            if text.endswith("\ufffd") or not text.startswith(self._read):
+                return None
+            self._cursor.feed(text[len(self._read) :])
+            self._read = text
+            found = self.fields.find(self._cursor)
+        if found is None or (branch := self.fields.branch(*found)) is None:
+            return None
+        index, _, inside = found
+        field, evidence = self.fields.fields[index], self.evidence[index]
+        if field.is_set and inside and (done := self._cursor.done):
+            evidence = evidence.copy()
+            evidence[[i for i, value in enumerate(field.values) if value in done]] = -np.inf
+        return Decision(branch, evidence, self.log_priors[index])
+
+
+class JsonCursor:
+    """Where a growing JSON text stands.
+
+    Attributes:
+        place: keys that lead to the value being written, `ITEM` for an item of a list; None in and before keys, and
+            after lists and objects.
+        text: that value so far, as written, white space included.
+    """
+
+    def __init__(self) -> None:
+        self.place: tuple[str, ...] | None = ()
+        self.text = ""
+        self._open: list[_Level] = []
+        self._in_string = self._escaped = False
+
+    @property
+    def done(self) -> list[str]:
+        """Items that the innermost list already has, as written, without white space around."""
+        return self._open[-1].done if self._open else []
+
+    def feed(self, text: str) -> None:
+        """Go on by ``text``."""
+        for character in text:
+            self._step(character)
+
+    def _step(self, c: str) -> None:
+        level = self._open[-1] if self._open else None
+        if self._in_string:
+            self.text += c
+            self._in_string = c != '"' or self._escaped
+            self._escaped = c == "\\" and not self._escaped
+        elif c in "{[":
+            above = () if level is None else (*level.path, level.key)
+            self._open.append(_Level(c == "[", above, ITEM))
+            self._begin()
+        elif c == ":" and level is not None and not level.is_list:
+            level.key = _unquoted(self.text.strip())
+            self.place, self.text = (*level.path, level.key), ""
+        elif c == "," and level is not None:
+            if level.is_list and (item := self.text.strip()):
+                level.done.append(item)
+            self._begin()
+        elif c in "}]":
+            self._open = self._open[:-1]
+            self.place, self.text = None, ""
+        else:
+            self.text += c
+            self._in_string = c == '"'
+
+    def _begin(self) -> None:
+        """A key or an item begins."""
+        level = self._open[-1]
+        self.place, self.text = (*level.path, ITEM) if level.is_list else None, ""
+
+
+@dataclass(slots=True)
+class _Level:
+    """An open list or object: the path of keys to it, its current key, and the items of a list so far."""
+
+    is_list: bool
+    path: tuple[str, ...]
+    key: str
+    done: list[str] = field(default_factory=list)
+
+
+def _unquoted(key: str) -> str:
+    try:
+        return str(json.loads(key, strict=False))
+    except ValueError:
+        return key
+
+
+def _log_sum(values: np.ndarray) -> np.ndarray:
+    """Log of the sum of exponentials over the last axis; -inf where all are, or where there is none."""
+    top = np.max(values, axis=-1, keepdims=True, initial=-np.inf)
+    safe = np.where(np.isfinite(top), top, 0.0)
+    with np.errstate(divide="ignore"):
+        return np.log(np.exp(values - safe).sum(axis=-1)) + safe[..., 0]

@@ -1,0 +1,117 @@
+"""Closed fields of a run: their readout, fitted on the untuned model's states, and the guides that decide them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from tell.data.example import Example
+from tell.decode.guide import Fields, Guide, Vocabulary
+from tell.errors import TellError
+from tell.files import DAMAGED
+from tell.folder import RunFolder
+from tell.names import Closed
+from tell.readout.readout import FieldReadout, Readout, readout_layers
+from tell.rows.tokenize import prompt_ids
+from tell.run.memo import once
+from tell.run.session import Session
+from tell.run.task import Task
+
+STATES: tuple[Literal["mean", "last"], ...] = ("mean", "last")  # in the order of `tell.readout.readout.POOLINGS`
+_LIST_PRIOR = (0.3, 0.1)  # of a list's end and of further items, where they share a token with known ones
+CERTAIN = 50.0  # log factor of a value that the readout alone decides on: no model outweighs it
+
+
+def prompt_states(session: Session, examples: Sequence[Example], title: str) -> np.ndarray:
+    """(n, poolings, d) states of prompts without the anchor; the untuned model's weights are to be applied."""
+    from tell.train.states import hidden_states
+
+    layers = readout_layers(session.files.architecture.layers)
+    prompts = [prompt_ids(session.chat, example) for example in examples]
+    with session.display.bar(title, len(prompts)) as advance:
+
+        def moved(rows: int) -> None:
+            advance(rows)
+            session.check()
+
+        micro = session.config.train.micro_tokens
+        found = hidden_states(session.model, prompts, layers, states=STATES, micro_tokens=micro, progress=moved)
+    return found.transpose(2, 0, 1, 3).reshape(len(prompts), len(STATES), -1)
+
+
+def fit_readout(task: Task, session: Session) -> Readout:
+    """The readout of a task's closed fields, from its training rows and the words of their values."""
+    fields, rows = task.closed, task.train
+    texts = {field.name: [text for c in range(field.classes) if (text := field.described(c))] for field in fields}
+    named = [Example.pair(text, "") for words in texts.values() for text in words]
+    states = prompt_states(session, [*rows, *named], "hidden states of the task rows")
+    parts = iter(states[len(rows) :])
+    names = {name: np.array([next(parts) for _ in words]) for name, words in texts.items() if words}
+    layers = readout_layers(session.files.architecture.layers)
+    return Readout.fit(states[: len(rows)], [row.answer for row in rows], fields, layers=layers, names=names)
+
+
+@dataclass(frozen=True)
+class Decider:
+    """Decides the closed fields of a task's answers.
+
+    Attributes:
+        fields: with the tokens of their values.
+        readout: of the same fields.
+        how: ``likelihood``, ``readout`` or ``fused``.
+        weight: exponent of the readout where it is fused with the model.
+    """
+
+    fields: Fields
+    readout: Readout
+    how: Closed
+    weight: float
+
+    @classmethod
+    def of(cls, readout: Readout, session: Session) -> Decider:
+        """The decider of a session's model, as its configuration says.
+
+        Raises:
+            TellError: the readout is of another model.
+        """
+        chat, config = session.chat, session.config.generate
+        width = len(readout.layers) * session.model.config.get_text_config().hidden_size
+        if readout.mean.shape != (len(STATES), width):
+            raise TellError("is of another model", where="readout.safetensors", remedy=DAMAGED)
+        vocabulary = once(session.model, ("vocabulary", chat.fingerprint), lambda: Vocabulary(chat))
+        fields = Fields(vocabulary, [field.field for field in readout.fields], chat.stop_ids)
+        return cls(fields, readout, config.closed, config.readout_weight)
+
+    def guides_of(self, session: Session, examples: Sequence[Example]) -> Callable[[], list[Guide]]:
+        """Makes a guide for each prompt, for one pass of answers; the untuned model's weights are to be applied now."""
+        states = prompt_states(session, examples, "hidden states of the prompts")
+        pairs = zip(self.readout.fields, self.readout.scores(states), strict=True)
+        evidence = [self._evidence(field, scores) for field, scores in pairs]
+        priors = [np.log([*field.prior, *_LIST_PRIOR[: 2 * field.field.is_set]]) for field in self.readout.fields]
+        return lambda: [Guide(self.fields, [of[i] for of in evidence], priors) for i in range(len(examples))]
+
+    def _evidence(self, field: FieldReadout, scores: np.ndarray) -> np.ndarray:
+        """(n, classes) log factors of a field's values, by the readout's predictions; of a list also of its end, to
+        which the others are relative, and of further items."""
+        alone, new = self.how == "readout", np.log(field.field.new)
+        if self.how == "likelihood" or not field.informed:
+            found = np.zeros_like(scores)
+        elif alone:
+            found, new = np.where(field.holds(scores), CERTAIN, -np.inf), -CERTAIN
+        else:
+            found = self.weight * field.evidence(scores)
+        if not field.field.is_set:
+            return found
+        return np.concatenate([found, np.tile([0.0, new if field.field.open else -np.inf], (len(found), 1))], axis=1)
+
+
+def run_decider(task: Task, session: Session, folder: RunFolder) -> Decider | None:
+    """The decider of a run, its readout fitted once and kept in the folder; None where nothing is decided."""
+    if not task.closed:
+        return None
+    if not folder.readout.exists():
+        fit_readout(task, session).save(folder.readout)
+    return Decider.of(Readout.load(folder.readout), session)
