@@ -48,23 +48,22 @@ def learning_rate_for(parameters: int) -> float:
 
 
 def repeat_for(rows: int) -> int:
-    """Times that each of so many task rows occurs in the mix: 24 up to 15 rows, 8 from 45 to 115, 4 from 230 on.
+    """Times that each of so many task rows occurs in the mix: 24 up to 15 rows, 16 to 60, 8 at 115, 4 from 230 on.
 
-    24 was measured at 15 rows (docs/explanation/lab.md), 8 against 4 and 16 at 60 and 115
-    (docs/explanation/study.md). Between 15 and 45 rows
-    some 360 task rows in all are kept, beyond 115 some 920; more than 115 rows were not measured.
+    24 was measured at 15 rows (docs/explanation/lab.md), 8 against 4 and 16 at 60 and 115, where 16 give more right
+    fields at 60 and 8 the lower answer loss (docs/explanation/study.md); more than 115 rows were not measured.
     """
     rows = max(1, rows)
-    return max(4, min(24, round(max(360 / rows, min(8, 920 / rows)))))
+    return max(4, min(24, round(max(360 / rows, min(16, 960 / rows)))))
 
 
 def general_tokens_for(task_tokens: int) -> float:
-    """General tokens for so many task tokens, rows counted once: 1e5, within 1 and 10 times the task's.
+    """General tokens for so many task tokens, rows counted once: 3e4, within 1 and 10 times the task's.
 
     From 3e4 to 1e5 did as well as any other amount up to 3e5, with 15 rows (8e3 tokens) and with 115 (6e4) of one
-    task (docs/explanation/study.md); with 2e5, 15 rows fell behind. Tasks of more than 1e5 tokens were not measured.
+    task (docs/explanation/study.md), and 3e4 take the least time. Tasks of more than 1e5 tokens were not measured.
     """
-    return min(10.0 * task_tokens, max(1e5, float(task_tokens)))
+    return min(10.0 * task_tokens, max(3e4, float(task_tokens)))
 
 
 PRESETS = {"paper": PAPER, "modern": MODERN}

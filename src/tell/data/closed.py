@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -147,6 +148,20 @@ def closed_fields(kind: Kind, answers: Sequence[str]) -> list[ClosedField]:
             if field.path not in fields or (fields[field.path].kind == "empty" and field.is_set):
                 fields[field.path] = field
     return [field for field in fields.values() if field.classes <= MOST_VALUES and _varies(field, answers)]
+
+
+_FIRST_KEY = re.compile(r'\{\s*"(?:[^"\\]|\\.)*"\s*:')
+
+
+def opening(kind: Kind, answers: Sequence[str]) -> str:
+    """What all training answers of a JSON task begin with, up to the first value: ``{"category":``; else empty.
+
+    A model that is led past it cannot answer in prose.
+    """
+    first = _FIRST_KEY.match(answers[0]) if kind.name == "json" and answers else None
+    if first is None or not all(answer.startswith(first.group()) for answer in answers):
+        return ""
+    return first.group()
 
 
 def _varies(field: ClosedField, answers: Sequence[str]) -> bool:

@@ -125,10 +125,15 @@ class Fields:
         vocabulary: of the model.
         fields: of one task.
         stop_ids: tokens that end an answer.
+        opening: what every answer begins with.
     """
 
-    def __init__(self, vocabulary: Vocabulary, fields: Sequence[ClosedField], stop_ids: Sequence[int]) -> None:
+    def __init__(
+        self, vocabulary: Vocabulary, fields: Sequence[ClosedField], stop_ids: Sequence[int], opening: str = ""
+    ) -> None:
         self.vocabulary, self.fields, self.stop_ids = vocabulary, tuple(fields), tuple(stop_ids)
+        self.opening = opening
+        self._openings: dict[str, Branch] = {}
         self._by_path = {found.path: i for i, found in enumerate(self.fields)}
         self._branches: dict[tuple[int, str, bool], Branch | None] = {}
 
@@ -145,6 +150,17 @@ class Fields:
         if self.fields[index].is_set:
             return index, cursor.text, True
         return None if cursor.done else (index, "[" + cursor.text, False)  # it may still be the empty list
+
+    def opens(self, text: str) -> Branch | None:
+        """The tokens that lead on to the opening from ``text``; None where the answer has left it behind."""
+        if len(text) >= len(self.opening) or not self.opening.startswith(text):
+            return None
+        if text not in self._openings:
+            left = self.opening[len(text) :]
+            tokens = [token for token, _ in (*self.vocabulary.within(left), *self.vocabulary.beyond(left))]
+            ones = np.ones((len(tokens), 1), dtype=bool)
+            self._openings[text] = Branch(np.array(tokens), ones, np.zeros(len(tokens), dtype=bool), False)
+        return self._openings[text]
 
     def branch(self, index: int, text: str, inside: bool) -> Branch | None:
         """The branch of a field begun with ``text``, as `find` returns them; None: nothing is left to decide."""
@@ -165,12 +181,12 @@ class Fields:
             if not rest and not field.path:
                 members |= {(token, False): members[token, False] | {c} for token in self.stop_ids}
             if not rest and inside:
-                self._add_ends(members, c, end, "")
+                self._add_ends(members, c, "")
             for way in (rest, " " + rest) if rest and not raw else (rest,) * bool(rest):
                 for token, _ in words.within(way):
                     members[token, False].add(c)
                 if field.is_set and c != end:
-                    self._add_ends(members, c, end, way)
+                    self._add_ends(members, c, way)
                 elif field.path:
                     for token, more in words.beyond(way):
                         if _AFTER.match(more):
@@ -193,15 +209,18 @@ class Fields:
         tokens, goes_on = zip(*members, strict=True)
         return Branch(np.array(tokens), matrix, np.array(goes_on), further)
 
-    def _add_ends(self, members: dict[tuple[int, bool], set[int]], c: int, end: int, rest: str) -> None:
+    def _add_ends(self, members: dict[tuple[int, bool], set[int]], c: int, rest: str) -> None:
         """Tokens that complete an item of a list by ``rest`` and go on with a comma, or end the list."""
         for token, more in self.vocabulary.beyond(rest):
-            if _AFTER.match(more):
-                members[token, more.lstrip().startswith(",")].add(c)
+            goes_on = more.lstrip().startswith(",")
+            if goes_on or _CLOSED.match(more):
+                members[token, goes_on].add(c)
 
 
-_AFTER, _CLOSED = re.compile(r"\s*[,}\]]"), re.compile(r"\s*\]")
-"""What may follow a value, and the end of a list."""
+_AFTER = re.compile(r"\s*[,}]")
+"""What may follow the value of a key."""
+_CLOSED = re.compile(r"\s*\](?:\s*[,}]|\s*$)")
+"""The end of a list, which is the value of a key."""
 
 
 class Guide:
@@ -216,7 +235,7 @@ class Guide:
     def __init__(self, fields: Fields, evidence: Sequence[np.ndarray], log_priors: Sequence[np.ndarray]) -> None:
         self.fields, self.evidence, self.log_priors = fields, evidence, log_priors
         self._cursor, self._read = JsonCursor(), ""
-        self._label = not fields.fields[0].path
+        self._label = bool(fields.fields) and not fields.fields[0].path
 
     def decision(self, ids: Sequence[int]) -> Decision | None:
         """The choice for the token after ``ids``, the answer so far; None where the model is free.
@@ -231,6 +250,8 @@ class Guide:
                 return None
             self._cursor.feed(text[len(self._read) :])
             self._read = text
+            if (begin := self.fields.opens(text)) is not None:
+                return Decision(begin, _NOTHING, _NOTHING)
             found = self.fields.find(self._cursor)
         if found is None or (branch := self.fields.branch(*found)) is None:
             return None
@@ -240,6 +261,9 @@ class Guide:
             evidence = evidence.copy()
             evidence[[i for i, value in enumerate(field.values) if value in done]] = -np.inf
         return Decision(branch, evidence, self.log_priors[index])
+
+
+_NOTHING = np.zeros(1)  # no evidence: the model chooses how to spell what is certain
 
 
 class JsonCursor:

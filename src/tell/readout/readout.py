@@ -114,12 +114,14 @@ class Readout:
     Attributes:
         layers: blocks after which states are taken.
         mean, scale: (poolings, d) float32, by which states are standardised.
+        opening: what every answer begins with, see `tell.data.closed.opening`.
     """
 
     layers: tuple[int, ...]
     mean: np.ndarray
     scale: np.ndarray
     fields: tuple[FieldReadout, ...]
+    opening: str = ""
 
     def scores(self, states: np.ndarray) -> list[np.ndarray]:
         """(n, classes) predictions of each field.
@@ -172,7 +174,11 @@ class Readout:
         arrays = {"mean": self.mean, "scale": self.scale}
         for i, field in enumerate(self.fields):
             arrays |= {f"weights.{i}": field.weights, f"prior.{i}": field.prior}
-        facts = {"layers": list(self.layers), "fields": [field.to_dict() for field in self.fields]}
+        facts = {
+            "layers": list(self.layers),
+            "opening": self.opening,
+            "fields": [field.to_dict() for field in self.fields],
+        }
         data = save(
             {k: np.ascontiguousarray(v, dtype=np.float32) for k, v in arrays.items()}, {"tell": json.dumps(facts)}
         )
@@ -195,7 +201,9 @@ class Readout:
                     FieldReadout.from_dict(entry, file.get_tensor(f"weights.{i}"), file.get_tensor(f"prior.{i}"))
                     for i, entry in enumerate(facts["fields"])
                 )
-                return cls(tuple(facts["layers"]), file.get_tensor("mean"), file.get_tensor("scale"), fields)
+                return cls(
+                    tuple(facts["layers"]), file.get_tensor("mean"), file.get_tensor("scale"), fields, facts["opening"]
+                )
         except (SafetensorError, OSError, LookupError, TypeError, ValueError, AttributeError) as error:
             raise TellError(f"cannot be read ({error})", where=str(path), remedy=DAMAGED) from error
 

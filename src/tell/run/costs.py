@@ -110,7 +110,7 @@ def answer_seconds(task: Task, arm: str, pace: Pace) -> float:
 def readout_seconds(prepared: Prepared, pace: Pace) -> float:
     """Predicted seconds to compute the hidden states of training and test prompts and of the values' names."""
     task = prepared.task
-    if not task.closed or not any(ARMS[arm].decides for arm in prepared.arms):
+    if not task.decides or not any(ARMS[arm].decides for arm in prepared.arms):
         return 0.0
     sample = (task.train + task.test)[:50]
     prompt = np.mean([len(task.chat.encode(e.question)) for e in sample])

@@ -66,7 +66,7 @@ class Prepared:
     @property
     def undecided(self) -> dict[str, str]:
         """Requested arms that answer as another one does, since the task has nothing to decide."""
-        return {} if self.task.closed else twins(wanted_arms(self.task.config))
+        return {} if self.task.decides else twins(wanted_arms(self.task.config))
 
     @property
     def trained(self) -> list[str]:

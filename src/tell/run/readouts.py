@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -51,7 +51,8 @@ def fit_readout(task: Task, session: Session) -> Readout:
     parts = iter(states[len(rows) :])
     names = {name: np.array([next(parts) for _ in words]) for name, words in texts.items() if words}
     layers = readout_layers(session.files.architecture.layers)
-    return Readout.fit(states[: len(rows)], [row.answer for row in rows], fields, layers=layers, names=names)
+    made = Readout.fit(states[: len(rows)], [row.answer for row in rows], fields, layers=layers, names=names)
+    return replace(made, opening=task.opening)
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Decider:
         if readout.mean.shape != (len(STATES), width):
             raise TellError("is of another model", where="readout.safetensors", remedy=DAMAGED)
         vocabulary = once(session.model, ("vocabulary", chat.fingerprint), lambda: Vocabulary(chat))
-        fields = Fields(vocabulary, [field.field for field in readout.fields], chat.stop_ids)
+        fields = Fields(vocabulary, [field.field for field in readout.fields], chat.stop_ids, readout.opening)
         return cls(fields, readout, config.closed, config.readout_weight)
 
     def guides_of(self, session: Session, examples: Sequence[Example]) -> Callable[[], list[Guide]]:
@@ -110,7 +111,7 @@ class Decider:
 
 def run_decider(task: Task, session: Session, folder: RunFolder) -> Decider | None:
     """The decider of a run, its readout fitted once and kept in the folder; None where nothing is decided."""
-    if not task.closed:
+    if not task.decides:
         return None
     if not folder.readout.exists():
         fit_readout(task, session).save(folder.readout)

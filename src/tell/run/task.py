@@ -12,7 +12,7 @@ import numpy as np
 from tell.anchor.anchor import NO_ANCHOR, Anchor
 from tell.anchor.derive import derived_anchor
 from tell.config import Config, TrainConfig
-from tell.data.closed import ClosedField, closed_fields
+from tell.data.closed import ClosedField, closed_fields, opening
 from tell.data.example import Example
 from tell.data.kind import Kind, detect_kind, load_schema, missing_classes, widen
 from tell.data.overlap import Overlap, find_overlap
@@ -117,6 +117,18 @@ class Task:
         if self.config.generate.closed == "off":
             return []
         return closed_fields(self.kind, [example.answer for example in self.train])
+
+    @cached_property
+    def opening(self) -> str:
+        """What every answer is led to begin with; empty where nothing is certain, or ``generate.closed`` is off."""
+        if self.config.generate.closed == "off":
+            return ""
+        return opening(self.kind, [example.answer for example in self.train])
+
+    @property
+    def decides(self) -> bool:
+        """Whether anything of an answer is decided rather than sampled."""
+        return bool(self.closed or self.opening)
 
     @property
     def split_facts(self) -> dict[str, int]:

@@ -120,7 +120,7 @@ def open_session(
 ) -> Session:
     """The run's model, which stops at a signal; our own engine decodes where several processes train."""
     config = decoding_beside(task.config, processes)
-    config = deciding(config) if task.closed else config
+    config = deciding(config) if task.decides else config
     check, models = journal.stop.check, models or ModelCache()
     return Session(task.files, config, task.chat, task.display, check=check, models=models, announce=True)
 
