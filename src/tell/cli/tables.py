@@ -46,6 +46,9 @@ def plan_box(plan: dict) -> RenderableType:
         f"{train['steps']:,} steps of {train['batch_size']}, {short(train['tokens'])} tokens, "
         f"{train['flops']:.3g} FLOPs, learning rate {train['learning_rate']:g}",
     ]
+    if plan["closed"]:
+        fields = (f"{field['field']} ({field['values']:,} values)" for field in plan["closed"])
+        lines.append(f"decides {', '.join(fields)}")
     arms = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("arm", "steps", "tokens", "FLOPs", "time"):
         arms.add_column(title, justify="left" if title == "arm" else "right")

@@ -147,7 +147,7 @@ def closed_fields(kind: Kind, answers: Sequence[str]) -> list[ClosedField]:
         for field in found:  # a list whose items are known needs no decision whether it is empty
             if field.path not in fields or (fields[field.path].kind == "empty" and field.is_set):
                 fields[field.path] = field
-    return [field for field in fields.values() if field.classes <= MOST_VALUES and _varies(field, answers)]
+    return [field for field in fields.values() if _varies(field, answers)]
 
 
 _FIRST_KEY = re.compile(r'\{\s*"(?:[^"\\]|\\.)*"\s*:')

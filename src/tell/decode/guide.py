@@ -180,8 +180,11 @@ class Fields:
         for c, rest in rests.items():
             if not rest and not field.path:
                 members |= {(token, False): members[token, False] | {c} for token in self.stop_ids}
-            if not rest and inside:
+            elif not rest and inside:
                 self._add_ends(members, c, "")
+            elif not rest and any(rests.values()):  # 1, where 10 is a value too
+                for token in words.matching(_AFTER):
+                    members[token, False].add(c)
             for way in (rest, " " + rest) if rest and not raw else (rest,) * bool(rest):
                 for token, _ in words.within(way):
                     members[token, False].add(c)
@@ -212,13 +215,15 @@ class Fields:
     def _add_ends(self, members: dict[tuple[int, bool], set[int]], c: int, rest: str) -> None:
         """Tokens that complete an item of a list by ``rest`` and go on with a comma, or end the list."""
         for token, more in self.vocabulary.beyond(rest):
-            goes_on = more.lstrip().startswith(",")
+            goes_on = _NEXT.match(more) is not None
             if goes_on or _CLOSED.match(more):
                 members[token, goes_on].add(c)
 
 
 _AFTER = re.compile(r"\s*[,}]")
 """What may follow the value of a key."""
+_NEXT = re.compile(r"\s*,\s*\"?$")
+"""What may follow an item where another one comes."""
 _CLOSED = re.compile(r"\s*\](?:\s*[,}]|\s*$)")
 """The end of a list, which is the value of a key."""
 

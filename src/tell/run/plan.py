@@ -84,6 +84,7 @@ def describe_plan(prepared: Prepared) -> dict:
             "thinking": task.chat.thinking,
         },
         "task": _task_counts(prepared),
+        "closed": [{"field": field.name, "values": len(field.values)} for field in task.closed],
         "general": None if general is None else general.facts,
         "draw": None if draw is None else {"rows": len(draw), "notices": draw.notices},
         "mixture": counts,

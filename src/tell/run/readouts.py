@@ -19,6 +19,7 @@ from tell.rows.tokenize import prompt_ids
 from tell.run.memo import once
 from tell.run.session import Session
 from tell.run.task import Task
+from tell.shown import brief
 
 STATES: tuple[Literal["mean", "last"], ...] = ("mean", "last")  # in the order of `tell.readout.readout.POOLINGS`
 _LIST_PRIOR = (0.3, 0.1)  # of a list's end and of further items, where they share a token with known ones
@@ -115,4 +116,8 @@ def run_decider(task: Task, session: Session, folder: RunFolder) -> Decider | No
         return None
     if not folder.readout.exists():
         fit_readout(task, session).save(folder.readout)
-    return Decider.of(Readout.load(folder.readout), session)
+    readout = Readout.load(folder.readout)
+    if unused := [field.field.name for field in readout.fields if not field.informed]:
+        names = ", ".join(map(brief, unused))
+        task.notices.add(f"the readout of {names} is not used: it tells no more than the shares of the values do")
+    return Decider.of(readout, session)

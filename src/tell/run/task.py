@@ -12,7 +12,7 @@ import numpy as np
 from tell.anchor.anchor import NO_ANCHOR, Anchor
 from tell.anchor.derive import derived_anchor
 from tell.config import Config, TrainConfig
-from tell.data.closed import ClosedField, closed_fields, opening
+from tell.data.closed import MOST_VALUES, ClosedField, closed_fields, opening
 from tell.data.example import Example
 from tell.data.kind import Kind, detect_kind, load_schema, missing_classes, widen
 from tell.data.overlap import Overlap, find_overlap
@@ -30,7 +30,7 @@ from tell.rows.template import ChatTokenizer
 from tell.rows.tokenize import RowRules, tokenize
 from tell.run.misfits import fitted
 from tell.run.shots import check_shots, pick_shots
-from tell.shown import left_out
+from tell.shown import brief, left_out
 
 PAIRS_KEPT = 20
 FEW_ROWS = 30  # with fewer rows none is set aside for validation
@@ -116,7 +116,11 @@ class Task:
         """The closed fields that are decided; empty where ``generate.closed`` is off."""
         if self.config.generate.closed == "off":
             return []
-        return closed_fields(self.kind, [example.answer for example in self.train])
+        found = closed_fields(self.kind, [example.answer for example in self.train])
+        if large := [field for field in found if field.classes > MOST_VALUES]:
+            names = ", ".join(f"{brief(field.name)} ({field.classes:,} values)" for field in large)
+            self.notices.add(f"not decided but written freely, having more than {MOST_VALUES:,} values: {names}")
+        return [field for field in found if field not in large]
 
     @cached_property
     def opening(self) -> str:
