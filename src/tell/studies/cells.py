@@ -133,7 +133,10 @@ def _shown(config: Config, key: str, raw: object) -> object:
 
 def make_cell(config: Config, arm: str, riders: Sequence[str] = ()) -> Cell:
     """The cell of an arm, keys without effect on it at their defaults."""
+    given = config.generate
     config = neutral(config, arm)
+    if any(ARMS[rider].decides for rider in riders):
+        config.generate.closed, config.generate.readout_weight = given.closed, given.readout_weight
     config.eval.arms = cast(tuple[ArmName, ...], (arm, *riders))
     if not any(ARMS[name].in_context for name in config.eval.arms):
         config.eval.icl_examples = EvalConfig().icl_examples
