@@ -45,7 +45,7 @@ def demo_config(out: str | Path | None = None, minutes: float | None = None) -> 
             "general": {"source": "builtin", "tokens": GENERAL_TOKENS},
             "mix": {"repeat": REPEAT},
             "eval": {
-                "arms": ["base", "icl", "sft-matched", "tell"],
+                "arms": ["base", "icl", "sft-matched", "sft-readout", "tell-free", "tell"],
                 "icl_examples": 4,
                 "forgetting_rows": 16,
                 "forgetting_answers": 4,
