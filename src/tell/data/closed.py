@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 
+from tell.data.example import Example
 from tell.data.json_text import nfc, parse_strict
 from tell.data.kind import Kind, as_label, is_short
 from tell.data.schema import Schema
@@ -19,6 +20,7 @@ MOST_VALUES = 1000  # an enumeration of more values is a dictionary, not a choic
 NEW = 0.5
 """Values that only the rows know are a closed field's if the next one is new with at most this chance: by Good and
 Turing, the share of values seen once."""
+COPIED = 0.5  # share of such values that stand in their prompts, above which they are taken from there
 LEAST_NEW = 0.01  # however often all values were seen
 FieldKind = Literal["value", "empty", "items"]
 EMPTY = "[]"
@@ -127,27 +129,28 @@ def as_json(value: object) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def closed_fields(kind: Kind, answers: Sequence[str]) -> list[ClosedField]:
+def closed_fields(kind: Kind, examples: Sequence[Example]) -> list[ClosedField]:
     """The closed fields of a task: its label, what its schema enumerates, and what its answers repeat.
 
     Of a JSON answer these are properties that enumerate, are booleans or may be null; lists that may be empty, or whose
-    items repeat; and strings that repeat. Those that are alike in all training answers are left out: nothing is to be
-    decided.
+    items repeat; and strings that repeat. Strings that most prompts contain are copied from there, and are not closed.
+    Fields that are alike in all training answers are left out: nothing is to be decided.
 
     Args:
         kind: as from `tell.data.kind.detect_kind`.
-        answers: of the training rows.
+        examples: the training rows.
     """
+    answers = [example.answer for example in examples]
     fields: dict[tuple[str, ...], ClosedField] = {}
     if kind.name == "label" and kind.labels:
         fields[()] = ClosedField((), "value", kind.labels)
     elif kind.name == "json" and kind.schema is not None:
         checked = Schema(nfc(kind.schema))
-        found = [*_within(checked, checked.schema, (), frozenset()), *_repeated(answers)]
-        for field in found:  # a list whose items are known needs no decision whether it is empty
-            if field.path not in fields or (fields[field.path].kind == "empty" and field.is_set):
-                fields[field.path] = field
-    return [field for field in fields.values() if _varies(field, answers)]
+        found = [*_within(checked, checked.schema, (), frozenset()), *_repeated(examples)]
+        for one in found:  # a list whose items are known needs no decision whether it is empty
+            if one.path not in fields or (fields[one.path].kind == "empty" and one.is_set):
+                fields[one.path] = one
+    return [one for one in fields.values() if _varies(one, answers)]
 
 
 _FIRST_KEY = re.compile(r'\{\s*"(?:[^"\\]|\\.)*"\s*:')
@@ -211,39 +214,51 @@ def _enumerated(node: dict) -> list[str] | None:
     return [as_json(node["const"])] if "const" in node else None
 
 
-def _repeated(answers: Sequence[str]) -> Iterator[ClosedField]:
-    """Fields whose values only the answers know: strings and items that repeat."""
-    strings: dict[tuple[str, ...], Counter[str]] = {}
-    items: dict[tuple[str, ...], Counter[str]] = {}
-    mixed: set[tuple[str, ...]] = set()
+def _repeated(examples: Sequence[Example]) -> Iterator[ClosedField]:
+    """Fields whose values only the answers know: strings that repeat, and lists of such."""
+    found: dict[tuple[tuple[str, ...], bool], _Strings] = defaultdict(_Strings)
+    mixed: set[tuple[str, ...]] = set()  # paths with values of other types
 
-    def visit(value: object, path: tuple[str, ...]) -> None:
-        if isinstance(value, str):
-            strings.setdefault(path, Counter())[value] += 1
-        elif isinstance(value, list) and all(isinstance(item, str) for item in value):
-            items.setdefault(path, Counter()).update(value)
-        elif isinstance(value, dict):
+    def visit(value: object, path: tuple[str, ...], prompt: str) -> None:
+        if isinstance(value, dict):
             for key, part in value.items():
-                visit(part, (*path, key))
+                visit(part, (*path, key), prompt)
+        elif isinstance(value, str):
+            found[path, False].add(value, prompt)
+        elif isinstance(value, list) and all(isinstance(item, str) for item in value):
+            for item in value:
+                found[path, True].add(item, prompt)
         else:
             mixed.add(path)
 
-    for answer in answers:
-        if isinstance(value := value_at(answer, ()), dict):
-            visit(value, ())
-    for path, found in strings.items():
-        if path not in mixed and _is_closed(found):
-            yield ClosedField(path, "value", tuple(map(as_json, sorted(found))), True)
-    for path, found in items.items():
-        if path not in mixed and _is_closed(found):
-            yield ClosedField(path, "items", tuple(map(as_json, sorted(found))), True, max(LEAST_NEW, _new(found)))
+    for example in examples:
+        if isinstance(value := value_at(example.answer, ()), dict):
+            visit(value, (), "\n".join(turn.content for turn in example.prompt).casefold())
+    for (path, is_list), strings in found.items():
+        if path not in mixed and (path, not is_list) not in found and strings.closed:
+            values = tuple(map(as_json, sorted(strings.counts)))
+            kind: FieldKind = "items" if is_list else "value"
+            yield ClosedField(path, kind, values, True, max(LEAST_NEW, strings.new) if is_list else 1.0)
 
 
-def _is_closed(counts: Counter[str]) -> bool:
-    """Whether strings are short and a new one is no more likely than a known one."""
-    return bool(counts) and _new(counts) <= NEW and all(map(is_short, counts))
+@dataclass
+class _Strings:
+    """Strings of one field: how often each occurs, and how many stand in their prompt."""
 
+    counts: Counter[str] = field(default_factory=Counter)
+    copied: int = 0
 
-def _new(counts: Counter[str]) -> float:
-    """The chance that the next value is a new one, by Good and Turing: the share of values seen once."""
-    return sum(count == 1 for count in counts.values()) / counts.total()
+    def add(self, text: str, prompt: str) -> None:
+        self.counts[text] += 1
+        self.copied += text.casefold() in prompt
+
+    @property
+    def new(self) -> float:
+        """The chance that the next value is a new one, by Good and Turing: the share of values seen once."""
+        return sum(count == 1 for count in self.counts.values()) / self.counts.total()
+
+    @property
+    def closed(self) -> bool:
+        """Whether they are short, mostly not copied, and a new one is no more likely than a known one."""
+        few = self.new <= NEW and self.copied <= COPIED * self.counts.total()
+        return few and all(map(is_short, self.counts))

@@ -116,7 +116,7 @@ class Task:
         """The closed fields that are decided; empty where ``generate.closed`` is off."""
         if self.config.generate.closed == "off":
             return []
-        found = closed_fields(self.kind, [example.answer for example in self.train])
+        found = closed_fields(self.kind, self.train)
         if large := [field for field in found if field.classes > MOST_VALUES]:
             names = ", ".join(f"{brief(field.name)} ({field.classes:,} values)" for field in large)
             self.notices.add(f"not decided but written freely, having more than {MOST_VALUES:,} values: {names}")
