@@ -22,25 +22,36 @@ from tell.run.task import Task
 from tell.shown import brief
 
 STATES: tuple[Literal["mean", "last"], ...] = ("mean", "last")  # in the order of `tell.readout.readout.POOLINGS`
+MOST_KEPT = 4000  # prompts whose states are kept: 150 MB of SmolLM2-135M's
 _LIST_PRIOR = (0.3, 0.1)  # of a list's end and of further items, where they share a token with known ones
 CERTAIN = 50.0  # log factor of a value that the readout alone decides on: no model outweighs it
 
 
 def prompt_states(session: Session, examples: Sequence[Example], title: str) -> np.ndarray:
-    """(n, poolings, d) states of prompts without the anchor; the untuned model's weights are to be applied."""
+    """(n, poolings, d) states of prompts without the anchor; the untuned model's weights are to be applied.
+
+    They are kept while the model is loaded: the arms and cells of a study ask for the same rows.
+    """
     from tell.train.states import hidden_states
 
     layers = readout_layers(session.files.architecture.layers)
-    prompts = [prompt_ids(session.chat, example) for example in examples]
-    with session.display.bar(title, len(prompts)) as advance:
+    prompts = [tuple(prompt_ids(session.chat, example)) for example in examples]
+    known: dict[tuple[int, ...], np.ndarray] = once(session.model, "states of prompts", dict)
+    fresh = [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]
+    if len(known) + len(fresh) > MOST_KEPT:
+        known.clear()
+        fresh = list(dict.fromkeys(prompts))
+    with session.display.bar(title, len(fresh)) as advance:
 
         def moved(rows: int) -> None:
             advance(rows)
             session.check()
 
-        micro = session.config.train.micro_tokens
-        found = hidden_states(session.model, prompts, layers, states=STATES, micro_tokens=micro, progress=moved)
-    return found.transpose(2, 0, 1, 3).reshape(len(prompts), len(STATES), -1)
+        if fresh:
+            micro = session.config.train.micro_tokens
+            found = hidden_states(session.model, fresh, layers, states=STATES, micro_tokens=micro, progress=moved)
+            known.update(zip(fresh, found.transpose(2, 0, 1, 3).reshape(len(fresh), len(STATES), -1), strict=True))
+    return np.stack([known[prompt] for prompt in prompts])
 
 
 def fit_readout(task: Task, session: Session) -> Readout:
