@@ -41,6 +41,7 @@ class FieldReadout:
         prior: (classes,) share of the training rows in which each value holds, smoothed.
         rows: training rows that it was fitted on.
         loss, prior_loss: leave-one-out log loss of the readout, and of the shares alone, in nats a row.
+        gain_error: standard error of their difference over the rows.
         accuracy: leave-one-out share of rows whose values are all right.
     """
 
@@ -53,12 +54,16 @@ class FieldReadout:
     rows: int
     loss: float
     prior_loss: float
+    gain_error: float
     accuracy: float
 
     @property
     def informed(self) -> bool:
-        """Whether it tells more than the shares do, by leaving one row out."""
-        return self.loss < self.prior_loss
+        """Whether it tells more than the shares do, leaving one row out.
+
+        The gain must exceed its standard error, since the settings were chosen by the same rows.
+        """
+        return self.prior_loss - self.loss > self.gain_error
 
     def scores(self, features: np.ndarray) -> np.ndarray:
         """(n, classes) predictions of rows with standardised features (n, poolings, d)."""
@@ -93,6 +98,7 @@ class FieldReadout:
             "rows": self.rows,
             "loss": round(self.loss, 6),
             "prior_loss": round(self.prior_loss, 6),
+            "gain_error": round(self.gain_error, 6),
             "accuracy": round(self.accuracy, 6),
         }
 
@@ -101,7 +107,9 @@ class FieldReadout:
         """From what `to_dict` returns, and the arrays."""
         field = ClosedField.from_dict(data)
         calibration = Calibration(data["threshold"], data["temperature"])
-        numbers = {key: data[key] for key in ("pooling", "ridge", "rows", "loss", "prior_loss", "accuracy")}
+        numbers = {
+            key: data[key] for key in ("pooling", "ridge", "rows", "loss", "prior_loss", "gain_error", "accuracy")
+        }
         if weights.shape[1:] != (field.classes,) or prior.shape != (field.classes,):
             raise ValueError(f"{field.name}: {field.classes} classes, weights of shape {weights.shape}")
         return cls(field, weights=weights, calibration=calibration, prior=prior, **numbers)
@@ -134,7 +142,7 @@ class Readout:
 
     def numbers(self) -> list[dict[str, Any]]:
         """``readout`` of metrics.json: how well each field is read, leaving one training row out."""
-        keys = ("pooling", "temperature", "ridge", "rows", "loss", "prior_loss", "accuracy")
+        keys = ("pooling", "temperature", "ridge", "rows", "loss", "prior_loss", "gain_error", "accuracy")
         return [
             {"field": of.field.name, "classes": of.field.classes, "used": of.informed}
             | {key: value for key, value in of.to_dict().items() if key in keys}
@@ -226,6 +234,7 @@ def _fit_field(
     smoothing = SMOOTHING * (2 if field.is_set else field.classes)
     without = (counts - own + SMOOTHING) / (n - 1 + smoothing)  # the shares among the other rows
     terms = own * np.log(without) + (1 - own) * np.log1p(-without) if field.is_set else own * np.log(without)
+    prior_losses, losses = -terms.sum(axis=1), chosen.calibration.losses(chosen.fit.left_out[:n], own)
     made = FieldReadout(
         field,
         kernel,
@@ -235,7 +244,8 @@ def _fit_field(
         ((counts + SMOOTHING) / (n + smoothing)).astype(np.float32),
         n,
         chosen.loss,
-        float(-terms.sum(axis=1).mean()),
+        float(prior_losses.mean()),
+        float((prior_losses - losses).std() / np.sqrt(n)),
         0.0,
     )
     right = (made.holds(chosen.fit.left_out[:n]) == own.astype(bool)).all(axis=1)

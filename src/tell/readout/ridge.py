@@ -59,11 +59,11 @@ class Calibration:
         x = (scores - self.threshold) / self.temperature
         return -np.logaddexp(0, -x), -np.logaddexp(0, x)
 
-    def loss(self, scores: np.ndarray, targets: np.ndarray) -> float:
-        """Log loss in nats a row of scores and targets (n, classes)."""
+    def losses(self, scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        """(n,) log loss in nats of scores and targets (n, classes)."""
         held, fails = self.log_probs(scores)
         terms = targets * held if self.threshold is None else targets * held + (1 - targets) * fails
-        return float(-terms.sum(axis=1).mean())
+        return -terms.sum(axis=1)
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def choose_ridge(kernels: Mapping[str, np.ndarray], targets: np.ndarray, rows: i
     for (name, kernel), ridge in product(kernels.items(), RIDGES):
         fit = fit_ridge(kernel, targets, ridge)
         for calibration in calibrations:
-            loss = calibration.loss(fit.left_out[:rows], targets[:rows])
+            loss = float(calibration.losses(fit.left_out[:rows], targets[:rows]).mean())
             if best is None or loss < best.loss:
                 best = Choice(name, ridge, calibration, loss, fit)
     assert best is not None  # at least one kernel
