@@ -20,6 +20,7 @@ from tell.files import DAMAGED, atomic_path
 from tell.readout.ridge import INTERCEPT, Calibration, choose_ridge
 
 LAYERS = 8  # states are taken after this many blocks, at equal distances
+CHANCE = 0.95  # of the loss by shares: noise seldom gets below, though its settings are chosen by the same rows
 SMOOTHING = 0.5  # added to each class's count in the prior (Krichevsky and Trofimov 1981)
 POOLINGS = {"mean": (0,), "last": (1,), "both": (0, 1)}
 """Which of the two states of a prompt are used: the mean over its tokens, the one of its last token."""
@@ -40,7 +41,8 @@ class FieldReadout:
         calibration: of its predictions.
         prior: (classes,) share of the training rows in which each value holds, smoothed.
         rows: training rows that it was fitted on.
-        loss, prior_loss: leave-one-out log loss of the readout, and of the shares alone, in nats a row.
+        loss: leave-one-out log loss, in nats a row.
+        prior_loss: log loss of `prior` on the same rows, in nats a row.
         accuracy: leave-one-out share of rows whose values are all right.
     """
 
@@ -57,8 +59,12 @@ class FieldReadout:
 
     @property
     def informed(self) -> bool:
-        """Whether it tells more than the shares do, by leaving one row out."""
-        return self.loss < self.prior_loss
+        """Whether it tells more than the shares do, by leaving one row out.
+
+        The shares are not left out: without its row a value seems rarer than it is, and a readout that says the same of
+        every row would win.
+        """
+        return self.loss < CHANCE * self.prior_loss
 
     def scores(self, features: np.ndarray) -> np.ndarray:
         """(n, classes) predictions of rows with standardised features (n, poolings, d)."""
@@ -99,12 +105,14 @@ class FieldReadout:
     @classmethod
     def from_dict(cls, data: dict[str, Any], weights: np.ndarray, prior: np.ndarray) -> FieldReadout:
         """From what `to_dict` returns, and the arrays."""
-        field = ClosedField.from_dict(data)
-        calibration = Calibration(data["threshold"], data["temperature"])
-        numbers = {key: data[key] for key in ("pooling", "ridge", "rows", "loss", "prior_loss", "accuracy")}
+        field, pooling, threshold = ClosedField.from_dict(data), data["pooling"], data["threshold"]
+        calibration = Calibration(None if threshold is None else float(threshold), float(data["temperature"]))
+        numbers = {key: float(data[key]) for key in ("ridge", "loss", "prior_loss", "accuracy")}
         if weights.shape[1:] != (field.classes,) or prior.shape != (field.classes,):
             raise ValueError(f"{field.name}: {field.classes} classes, weights of shape {weights.shape}")
-        return cls(field, weights=weights, calibration=calibration, prior=prior, **numbers)
+        if pooling not in POOLINGS or field.is_set != (threshold is not None) or not calibration.temperature > 0:
+            raise ValueError(f"{field.name}: {pooling}, {calibration}")
+        return cls(field, pooling, weights, calibration, prior=prior, rows=int(data["rows"]), **numbers)
 
 
 @dataclass(frozen=True)
@@ -195,7 +203,11 @@ class Readout:
                     FieldReadout.from_dict(entry, file.get_tensor(f"weights.{i}"), file.get_tensor(f"prior.{i}"))
                     for i, entry in enumerate(facts["fields"])
                 )
-                return cls(tuple(facts["layers"]), file.get_tensor("mean"), file.get_tensor("scale"), fields)
+                made = cls(tuple(facts["layers"]), file.get_tensor("mean"), file.get_tensor("scale"), fields)
+            width = made.mean.shape[1]
+            if not fields or any(len(of.weights) != len(POOLINGS[of.pooling]) * width + 1 for of in fields):
+                raise ValueError(f"{len(fields)} fields of states with {width} numbers")
+            return made
         except (SafetensorError, OSError, LookupError, TypeError, ValueError, AttributeError) as error:
             raise TellError(f"cannot be read ({error})", where=str(path), remedy=DAMAGED) from error
 
@@ -216,15 +228,15 @@ def _fit_field(
     weights = np.concatenate([flat[kernel].T @ dual, INTERCEPT * dual.sum(axis=0, keepdims=True)])
     counts = own.sum(axis=0)
     smoothing = SMOOTHING * (2 if field.is_set else field.classes)
-    without = (counts - own + SMOOTHING) / (n - 1 + smoothing)  # the shares among the other rows
-    terms = own * np.log(without) + (1 - own) * np.log1p(-without) if field.is_set else own * np.log(without)
+    prior = (counts + SMOOTHING) / (n + smoothing)
+    terms = own * np.log(prior) + (1 - own) * np.log1p(-prior) if field.is_set else own * np.log(prior)
     made = FieldReadout(
         field,
         kernel,
         weights.astype(np.float32),
         chosen.calibration,
         chosen.ridge,
-        ((counts + SMOOTHING) / (n + smoothing)).astype(np.float32),
+        prior.astype(np.float32),
         n,
         chosen.loss,
         float(-terms.sum(axis=1).mean()),
