@@ -39,11 +39,12 @@ ROOMS = {
     "mix": {"rows"},
     "kernels": set(),
     "train": {"rows", "mix", "kernels"},
-    "decode": {"train", "kernels"},
+    "readout": {"data"},
+    "decode": {"data", "rows", "train", "kernels"},
     "score": {"data"},
     "report": {"score"},
-    "run": {"data", "anchor", "rows", "models", "mix", "train", "decode", "score", "report"},
-    "verbs": {"data", "anchor", "rows", "models", "mix", "train", "decode", "score", "report", "run"},
+    "run": {"data", "anchor", "rows", "models", "mix", "train", "readout", "decode", "score", "report"},
+    "verbs": {"data", "anchor", "rows", "models", "mix", "train", "readout", "decode", "score", "report", "run"},
     "paper": {"data"},
     "studies": {
         "rows",
@@ -66,7 +67,20 @@ EXCEPTIONS = {
     "run/choose_anchor.py": {"verbs"},
     "run/tune.py": {"verbs"},
 }
-NO_TORCH = ("config", "names", "data", "anchor", "rows", "mix", "models", "score", "report", "paper", "studies")
+NO_TORCH = (
+    "config",
+    "names",
+    "data",
+    "anchor",
+    "rows",
+    "mix",
+    "models",
+    "readout",
+    "score",
+    "report",
+    "paper",
+    "studies",
+)
 MOST_PARAMETERS, MOST_LINES = 7, 80  # of a function; kernels/ follows C
 WITH_TORCH = ("models.convert", "models.load")
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from tell.errors import ConfigError, TellError, did_you_mean
 from tell.files import parse_yaml, read_text
@@ -51,6 +51,13 @@ class Section(BaseModel):
         if isinstance(value, str) and _UNWRITABLE.search(value):
             raise ValueError("contains a character that is not UTF-8, or NUL")
         return value
+
+
+def _spelled(value: object) -> object:
+    return "off" if value is False else value
+
+
+_SpelledOff = BeforeValidator(_spelled)  # YAML reads a bare off as false
 
 
 class TaskConfig(Section):
@@ -196,7 +203,7 @@ class TrainConfig(Section):
     lora_dropout: float = Field(0.05, ge=0, lt=1, description="dropout on the adapter's input")
     lora_targets: str = Field("all-linear", description="all-linear, qkv, or comma-separated module names")
     neftune_alpha: float = Field(0.0, ge=0, description="NEFTune noise on embeddings (arXiv 2310.05914); 0 is off")
-    fast: Literal["auto", "off"] = Field(
+    fast: Annotated[Literal["auto", "off"], _SpelledOff] = Field(
         "auto", description="auto: packed rows, fused operations and kernels; off: transformers and peft as they are"
     )
     parallel: Literal["auto", "ddp", "fsdp"] = Field(
@@ -224,7 +231,7 @@ class GenerateConfig(Section):
     max_new_tokens: int | None = Field(
         None, ge=1, le=LARGEST, description="most tokens of an answer; none: 1.5 times the longest training answer"
     )
-    closed: Closed = Field(
+    closed: Annotated[Closed, _SpelledOff] = Field(
         "off",
         description="how labels, enumerated values, true or false, null and empty lists are answered by the arms that "
         "decide them: off (as other text), likelihood (the likeliest value), readout, or fused (both multiplied)",

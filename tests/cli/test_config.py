@@ -171,3 +171,17 @@ def test_texts_that_nothing_can_be_named_are_refused(name):
 def test_arguments_that_are_not_utf8_are_refused(capsys):
     assert run(["plan", os.fsdecode(b"r\xff.jsonl")]) == 2
     assert "argument r?.jsonl: is not UTF-8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("key", ["generate.closed", "train.fast"])
+def test_a_bare_off_is_read_as_it_is_written(key, tmp_path):
+    """YAML 1.1 reads it as false."""
+    section, name = key.split(".")
+    path = tmp_path / "run.yaml"
+    path.write_text(f"{section}:\n  {name}: off\n", encoding="utf-8")
+    for config in (load_config(path), load_config(overrides=[f"{key}=off"])):
+        assert getattr(getattr(config, section), name) == "off"
+        path.write_text(config.to_yaml(), encoding="utf-8")
+        assert load_config(path) == config
+    with pytest.raises(TellError, match=key):
+        load_config(overrides=[f"{key}=on"])

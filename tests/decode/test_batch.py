@@ -176,7 +176,7 @@ def test_a_step_waits_for_no_gpu_and_prefill_has_no_loop_of_rows(tiny_model):
         assert fetches.names == []
         counts.append(fetches.operations)
         assert batch.seen.nonzero().tolist() == [[row, token] for row in range(rows) for token in (3, 4, 5)]
-        assert 7 not in batch.choose(states, 0, torch.rand(rows))
+        assert 7 not in batch.choose(states, range(rows), torch.rand(rows))
     assert counts[1] - counts[0] <= 10  # positions are counted row by row, once, on the CPU
 
 

@@ -16,6 +16,8 @@ from report.sample import ARMS, HOSTILE, make_sample
 from tell.errors import TellError
 from tell.files import write_json
 from tell.folder import RunFolder
+from tell.names import ARMS as ARM
+from tell.names import PARTS
 from tell.report import render, write_page
 from tell.report.page import stylesheet
 from tell.score.verdict import verdict
@@ -84,6 +86,7 @@ def test_sections_stand_in_the_order_promised(page: Page) -> None:
     wanted = [
         "scores",
         "differences",
+        "parts",
         "losses",
         "mixture",
         "answers",
@@ -317,3 +320,51 @@ def test_without_benchmarks_there_is_no_such_section(folder: RunFolder, tmp_path
     del metrics["benchmarks"]
     copy.metrics.write_text(json.dumps(metrics), encoding="utf-8")
     assert 'id="benchmarks"' not in render(copy)
+
+
+def with_parts(tmp_path: Path, readout: list) -> Page:
+    """The page of a run with all pairs of `PARTS` but those with examples in context."""
+    folder = make_sample(tmp_path / "run")
+    metrics = json.loads(folder.metrics.read_text(encoding="utf-8"))
+    gap = {"value": 0.08, "ci": [0.02, 0.14], "n": 100}
+    for one, other in (pair for part in PARTS for pair in part.pairs if "icl" not in pair):
+        metrics["differences"][f"{one} - {other}"] = {"schema_adherence": gap}
+    write_json(folder.metrics, metrics | {"readout": readout})
+    return Page(render(folder))
+
+
+def section_text(page: Page, name: str) -> str:
+    """The words of a page from one section's heading to the next one's."""
+    names = sections_of(page)
+    heading = {"parts": "What each part brought"}[name]
+    return page.text.split(heading, 1)[1].split("Training", 1)[0] if name in names else ""
+
+
+def test_what_each_part_brought(tmp_path: Path) -> None:
+    """Every pair that was measured, with the part that the two differ by; and each field's readout."""
+    fields = [
+        {"field": "category", "classes": 6, "used": True, "accuracy": 0.9, "loss": 0.35, "prior_loss": 1.7},
+        {"field": "<b>tags</b>[]", "classes": 3, "used": False, "accuracy": 0.4, "loss": 1.9, "prior_loss": 1.8},
+    ]
+    page = with_parts(tmp_path, fields)
+    assert (page.wrong, page.open) == ([], []) and not page.all("b")
+    text = " ".join(section_text(page, "parts").split())
+    for part in PARTS:
+        assert part.about in text
+        for one, other in part.pairs:
+            assert (f"{ARM[one].label} − {ARM[other].label}" in text or f"{one} − {other}" in text) == (
+                "icl" not in other
+            )
+    assert "90.0 %" in text and "0.350" in text and "1.700" in text
+    assert text.count("not used") == 1 and "<b>tags</b>[] not used" in text
+
+
+def test_without_parts_and_readout_there_is_no_such_section(tmp_path: Path) -> None:
+    folder = make_sample(tmp_path / "run", arms=("base", "sft-matched", "tell"))
+    assert "parts" not in sections_of(Page(render(folder)))
+
+
+@pytest.mark.parametrize("readout", [3, "x", [3], [{}], [{"field": None, "classes": "many", "loss": []}], {"a": 1}])
+def test_a_readout_that_is_none(tmp_path: Path, readout: object) -> None:
+    page = with_parts(tmp_path, readout)
+    assert (page.wrong, page.open) == ([], []) and "parts" in sections_of(page)

@@ -17,6 +17,7 @@ from run.runs import ALL_ARMS, FILES, check_anchor_and_counts, comparable, is_nu
 from tell.anchor.anchor import Anchor
 from tell.files import read_jsonl
 from tell.mix.manifest import read_manifest
+from tell.names import PARTS
 from tell.run.claim import read_run_config
 from tell.run.general_rows import read_general
 from tell.run.task import load_task
@@ -40,15 +41,17 @@ def test_every_file_is_there(finished):
 def test_metrics_have_the_documented_shape(finished):
     folder, _ = finished
     metrics = read(folder.metrics)
-    parts = {"task", "arms", "differences", "forgetting", "eval", "mixture", "train", "failed", "same"}
+    parts = {"task", "arms", "differences", "forgetting", "eval", "mixture", "train", "failed", "same", "readout"}
     assert set(metrics) == parts and metrics["failed"] == metrics["same"] == {}
-    assert metrics["task"] == {"kind": "json", "primary": "schema_adherence"}
+    assert metrics["task"] == {"kind": "json", "primary": "field_accuracy"}
     assert list(metrics["arms"]) == ALL_ARMS
     for numbers in metrics["arms"].values():
         assert is_number(numbers["schema_adherence"]) and numbers["schema_adherence"]["n"] == 5
     others = [arm for arm in ALL_ARMS if arm != "tell"]
     pairs = {f"tell - {arm}" for arm in others} | {f"{arm} - base" for arm in others if arm != "base"}
+    pairs |= {f"{one} - {other}" for part in PARTS for one, other in part.pairs}
     assert set(metrics["differences"]) == pairs
+    assert {row["rows"] for row in metrics["readout"]} == {6}
     for name, numbers in metrics["differences"].items():
         a, b = name.split(" - ")
         values = [metrics["arms"][arm]["schema_adherence"]["value"] for arm in (a, b)]
@@ -145,7 +148,11 @@ def test_findings(finished):
     assert found["test"]["rows"] == 108 and found["split"]["test"] == 5
     assert found["kind"]["name"] == "json" and found["kind"]["schema_inferred"] is False
     assert found["overlap"]["general_test"] == {"exact": 0, "near": 0, "pairs": []}
-    assert found["notices"] == ["general.jsonl: columns not used: category", "icl: 2 examples fit into the context"]
+    assert found["notices"] == [
+        "general.jsonl: columns not used: category",
+        "icl: 2 examples fit into the context",
+        "icl-readout: 2 examples fit into the context",
+    ]
     assert found["machine"]["dtype"] == "fp32" and found["answer_limit"] == 8
 
 

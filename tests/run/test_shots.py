@@ -32,10 +32,10 @@ def test_every_arm_but_icl_shows_the_same_examples(family, tiny_model):
     prompting = Prompting(chat, ANCHOR, SHOTS, **shared)
     by_arm = {arm: prompting.prompts(arm, TEST, TRAIN)[0] for arm in ARMS}
     for arm, prompts in by_arm.items():
-        if arm == "icl":
+        if ARMS[arm].in_context:
             assert prompts == Prompting(chat, ANCHOR, (), **shared).prompts(arm, TEST, TRAIN)[0]
             continue
-        bare = arm in ("base", "tell-anchor")
+        bare = not ARMS[arm].anchored
         assert prompts == by_arm["base" if bare else "tell"]
         for ids, example in zip(prompts, TEST, strict=True):
             turns = (*SHOTS[0].messages, *SHOTS[1].messages, *example.prompt)

@@ -93,7 +93,7 @@ def test_import_failures(module, spec, message):
 
 
 def test_make_scorer():
-    assert make_scorer("json", schema={"type": "object"}).primary == "schema_adherence"
+    assert make_scorer("json", schema={"type": "object"}).primary == "field_accuracy"
     assert make_scorer("label", labels=["a"]).primary == "accuracy"
     assert make_scorer("text").primary == "chrf"
     with pytest.raises(TellError, match="needs a JSON Schema"):

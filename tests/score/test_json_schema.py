@@ -86,7 +86,7 @@ def test_strict_parser_reads_all_that_json_writes(value):
 def test_perfect_answer_scores_one_in_everything():
     scores = score_one(f"\n {json.dumps(GOLD)} \n")
     assert set(scores) == {
-        *("schema_adherence", "valid_json", "field_accuracy", "exact_match"),
+        *("schema_adherence", "valid_json", "field_accuracy", "exact_match", "item_f1"),
         *("field:category", "field:amount", "field:items", "field:urgent"),
     }  # the summary is free text
     assert set(scores.values()) == {1.0}
@@ -245,6 +245,35 @@ def test_lengths_and_emptiness_are_checked():
         JsonScorer(SCHEMA).score(["{}"], ["{}", "{}"])
     with pytest.raises(TellError, match="no test row"):
         JsonScorer(SCHEMA).score([], [])
+
+
+def item_f1(answers: list[str], references: list[str], schema: dict = SCHEMA) -> float | None:
+    found = JsonScorer(schema).score(answers, references).get("item_f1")
+    return None if found is None else found.value
+
+
+def test_item_f1_counts_items_over_all_rows():
+    """Items are a multiset of their field, an answer without the list gives none, and rows are pooled."""
+    gold = json.dumps(GOLD)  # lamp, bulb, lamp
+    assert item_f1([gold], [gold]) == 1
+    assert item_f1([other(items=["lamp", "cord"])], [gold]) == pytest.approx(2 * 1 / (2 + 3))
+    assert item_f1([other(items=["lamp"] * 4)], [gold]) == pytest.approx(2 * 2 / (4 + 3))
+    assert item_f1(["no JSON"], [gold]) == item_f1([other(items="lamp")], [gold]) == 0
+    both = item_f1([other(items=["lamp", "cord"]), other(items=[])], [gold, other(items=["bulb"])])
+    assert both == pytest.approx(2 * 1 / (2 + 4))
+    found = JsonScorer(SCHEMA).score([gold, other(items=[])], [gold, other(items=[])])["item_f1"]
+    assert found.value == 1 and np.isnan(found.per_row[1])  # neither side has an item
+
+
+def test_item_f1_needs_lists_of_scalars():
+    plain = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    assert item_f1(['{"a": 1}'], ['{"a": 1}'], plain) is None
+    nested = {"type": "object", "properties": {"a": {"type": "array"}, "b": {"type": "array"}}}
+    assert item_f1(['{"a": [[1]]}'], ['{"a": [[1]]}'], nested) is None
+    same = '{"a": ["x"], "b": ["y"]}'
+    assert item_f1(['{"a": ["y"], "b": ["x"]}'], [same], nested) == 0  # an item belongs to its field
+    choice = {"type": "object", "properties": {"a": {"type": "array", "items": {"enum": ["Red", "blue"]}}}}
+    assert item_f1(['{"a": ["red ", "blue"]}'], ['{"a": ["blue", "Red"]}'], choice) == 1
 
 
 COMPOSED, DECOMPOSED = "Jos\u00e9", "Jose\u0301"  # the second is how macOS writes it

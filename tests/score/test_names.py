@@ -13,7 +13,7 @@ from tell.score.verdict import verdict
 
 WORTH = {"base": 6.0, "tell": 7.5}
 ANSWERS = {
-    "json": (['{"a": 1}', "no"], ['{"a": 1}', '{"a": 2}']),
+    "json": (['{"a": [1]}', "no"], ['{"a": [1]}', '{"a": [2]}']),
     "label": (["x", "y"], ["x", "x"]),
     "text": (["one two", ""], ["one three", "two"]),
 }

@@ -28,12 +28,14 @@ BASE = {
     "generate": {"max_new_tokens": 64},
 }
 # What a change may be, and the arms it has no effect on.
-UNTRAINED = {"base", "base+anchor", "icl"}
+UNTRAINED = {name for name, arm in ARMS.items() if arm.adapter is None}
+MATCHED = {"sft-matched", "sft-readout"}
+FREE = {name for name, arm in ARMS.items() if not arm.decides}
 CHANGES: dict[str, tuple[str, set[str]]] = {
     "task rows": ("task.rows=30", {"base", "base+anchor", "general"}),
     "task tokens": ("task.tokens=500", {"base", "base+anchor", "general"}),
     "repetition": ("mix.repeat=8", {*UNTRAINED, "sft", "general"}),
-    "order": ("mix.order=shuffle", {*UNTRAINED, "sft", "sft-matched"}),
+    "order": ("mix.order=shuffle", {*UNTRAINED, "sft", *MATCHED}),
     "general amount": ("general.tokens=1e5", {*UNTRAINED, "sft"}),
     "general rows": ("general.rows=40", {*UNTRAINED, "sft"}),
     "general source": (f"general.source={SUPPORT / 'test.jsonl'}", set()),  # rows held out come from there
@@ -44,12 +46,14 @@ CHANGES: dict[str, tuple[str, set[str]]] = {
     "anchor's place": ("anchor.place=system", {"base"}),
     "candidates of an anchor by hand": ("anchor.candidates=9", set(ARMS)),
     "self-written data that is not asked for": ("general.self.temperature=0.5", set(ARMS)),
-    "examples in context": ("eval.icl_examples=3", set(ARMS) - {"icl"}),
+    "examples in context": ("eval.icl_examples=3", set(ARMS) - {"icl", "icl-readout"}),
     "checkpoints": ("train.checkpoint_every=7", set(ARMS)),
     "folder": ("out=elsewhere", set(ARMS)),
     "time": ("max_minutes=5", {*UNTRAINED, "sft"}),
     "seed": ("seed=43", set()),
     "temperature": ("generate.temperature=0.9", set()),
+    "closed fields": ("generate.closed=likelihood", FREE),
+    "readout weight": ("generate.readout_weight=1", FREE),
     "test rows": ("task.test_rows=10", set()),
 }
 
@@ -204,7 +208,8 @@ def test_folders_count_by_content(tmp_path):
 
 def test_names_stay_what_they_are():
     """A change here loses every finished cell of every user; raise CELL_FORMAT where that is meant."""
-    sampled = {"greedy": False, "repetition_penalty": 1.05}  # the defaults before `modern` decoded greedily
+    # The defaults before `modern` decoded greedily and decided closed fields.
+    sampled = {"greedy": False, "repetition_penalty": 1.05, "closed": "off"}
     plain = load_config(flags={"task": {"data": "no-such-file.jsonl"}, "anchor": {"text": "none"}, "generate": sampled})
     names = {
         "base": "base-bee076224683e319",  # another than when the default source was `self`: other rows are held out
@@ -277,6 +282,19 @@ def test_tell_without_its_anchor_is_scored_where_tell_is():
         assert (tell.arm, without.arm) == ("tell", "tell-anchor") and tell.cell == without.cell
     alone, cells = grid_of(recipe({}, arms=["tell-anchor"]), {})
     assert alone[0].cell.startswith("tell-anchor-") and cells[0].config.eval.arms == ("tell-anchor",)
+
+
+def test_all_arms_of_an_adapter_are_one_cell():
+    arms = ["tell-free", "sft-readout", "tell-anchor", "tell", "sft-matched"]
+    rows, cells = grid_of(recipe({}, arms=arms), {})
+    of = {row.arm: row.cell for row in rows if row.seed == 42}
+    assert len(set(of.values())) == 2 == len(cells) / 2
+    assert of["tell"] == of["tell-free"] == of["tell-anchor"] and of["sft-matched"] == of["sft-readout"]
+    scored = {cell.arm: cell.config.eval.arms for cell in cells}
+    assert scored == {"tell": ("tell", "tell-free", "tell-anchor"), "sft-matched": ("sft-matched", "sft-readout")}
+    assert {cell.config.generate.closed for cell in cells} == {"fused"}  # for an arm that the lead shares its cell with
+    alone, cells = grid_of(recipe({}, arms=["sft-matched"]), {})
+    assert cells[0].config.generate.closed == "off" and alone[0].cell != of["sft-matched"]
 
 
 def test_points_hold_numbers_and_names():

@@ -56,7 +56,7 @@ def test_a_study_from_recipe_to_page(recipe, tmp_path):
         assert list(metrics["arms"]) == [name.rpartition("-")[0]]
         assert not list((tmp_path / "studies/cells" / name).rglob("*.safetensors"))  # adapters of finished cells go
     ended = [text for text in shown.notes if text.startswith("✓")]
-    assert len(ended) == 4 and ended[-1].startswith("✓ 4/4 tell, general.rows 8, seed 42: schema adherence")
+    assert len(ended) == 4 and ended[-1].startswith("✓ 4/4 tell, general.rows 8, seed 42: field accuracy")
     assert yaml.safe_load(folder.recipe.read_text(encoding="utf-8"))["seeds"] == [42]
 
 

@@ -7,7 +7,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -89,7 +89,7 @@ class ClosedField:
         """The words of a value, for a text that names it; empty where it has none."""
         value = self.values[index] if index < len(self.values) else ""
         if self.path:
-            found = json.loads(value) if value else None
+            found = parse_strict(value) if value else None
             value = found if isinstance(found, str) else ""
         return value.replace("_", " ").strip()
 
@@ -104,8 +104,11 @@ class ClosedField:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ClosedField:
-        """From what `to_dict` returns; other keys are ignored."""
-        return cls(tuple(data["path"]), data["kind"], tuple(data["values"]), bool(data["open"]), float(data["new"]))
+        """From what `to_dict` returns; other keys are ignored. A ValueError, TypeError or KeyError where it is not."""
+        path, kind, values = tuple(data["path"]), data["kind"], tuple(data["values"])
+        if kind not in get_args(FieldKind) or not all(isinstance(text, str) for text in (*path, *values)):
+            raise ValueError(f"{path}: {kind}, {values}")
+        return cls(path, kind, values, bool(data["open"]), float(data["new"]))
 
 
 MISSING = object()
@@ -188,7 +191,7 @@ def _field(checked: Schema, nodes: Sequence[object], path: tuple[str, ...]) -> C
     """The closed field that some subschemas of one property describe; None where no value is known beforehand."""
     values: dict[str, None] = {}
     items: dict[str, None] = {}
-    further = is_list = False
+    further = is_list = further_items = False
     for part in (part for node in nodes for part in checked.parts(node)):
         kinds = part.get("type", ())
         kinds = {kinds} if isinstance(kinds, str) else set(kinds)
@@ -201,9 +204,12 @@ def _field(checked: Schema, nodes: Sequence[object], path: tuple[str, ...]) -> C
             is_list = True
             for item in checked.parts(part.get("items")):
                 items |= dict.fromkeys(_enumerated(item) or ())
+                further_items |= "type" in item and _enumerated(item) is None
         further |= bool(kinds - {"null", "boolean", "array"})
     if is_list and not further and not values:
-        return ClosedField(path, "items", tuple(items)) if items else ClosedField(path, "empty", (EMPTY,), True)
+        if not items:
+            return ClosedField(path, "empty", (EMPTY,), True)
+        return ClosedField(path, "items", tuple(items), further_items)
     return ClosedField(path, "value", tuple(values), further or is_list) if values else None
 
 

@@ -18,10 +18,11 @@ from functools import cached_property
 
 import numpy as np
 
-from tell.data.closed import ITEM, ClosedField
+from tell.data.closed import EMPTY, ITEM, ClosedField
 from tell.rows.template import ChatTokenizer
 
 _BLANK = " \t\r\n"
+_PARTIAL = "\ufffd"  # as which the bytes of an unfinished character are decoded
 
 
 class Vocabulary:
@@ -29,14 +30,15 @@ class Vocabulary:
 
     def __init__(self, chat: ChatTokenizer) -> None:
         self.chat = chat
-        before = chat.encode("x")[-1]
+        self._before = before = chat.encode("x")[-1]
         kept = [i for i in range(chat.size) if i not in chat.added_ids and chat.backend.id_to_token(i) is not None]
         start = len(chat.decode([before]))
         texts = chat.backend.decode_batch([[before, i] for i in kept], skip_special_tokens=True)
         self._ids: dict[str, list[int]] = defaultdict(list)
         self._matching: dict[re.Pattern[str], list[int]] = {}
+        self._pieces: dict[str, tuple[int, ...]] = {}
         for token, text in zip(kept, texts, strict=True):
-            if (added := text[start:]) and "\ufffd" not in added:  # a part of a character is no text
+            if (added := text[start:]) and _PARTIAL not in added:  # a part of a character is no text
                 self._ids[added].append(token)
 
     @cached_property
@@ -58,6 +60,16 @@ class Vocabulary:
             found += [(token, self._sorted[at][len(text) :]) for token in self._ids[self._sorted[at]]]
             at += 1
         return found
+
+    def pieces(self, character: str) -> tuple[int, ...]:
+        """The tokens that spell a character by parts, each without a text of its own; empty where one token does."""
+        if character not in self._pieces:
+            ids = () if character in self._ids else tuple(self.chat.encode(character))
+            whole = self.chat.decode([self._before]) + character
+            ways = (ids, ids[1:])  # the second without a space that SentencePiece writes before a text
+            found = (way for way in ways if way and self.chat.decode([self._before, *way]) == whole)
+            self._pieces[character] = next(found, ())
+        return self._pieces[character]
 
     def matching(self, pattern: re.Pattern[str]) -> list[int]:
         """Tokens whose text begins as a pattern says."""
@@ -133,9 +145,9 @@ class Fields:
     ) -> None:
         self.vocabulary, self.fields, self.stop_ids = vocabulary, tuple(fields), tuple(stop_ids)
         self.opening = opening
-        self._openings: dict[str, Branch] = {}
+        self._openings: dict[str, Branch | None] = {}
         self._by_path = {found.path: i for i, found in enumerate(self.fields)}
-        self._branches: dict[tuple[int, str, bool], Branch | None] = {}
+        self._branches: dict[tuple, Branch | None] = {}
 
     def find(self, cursor: JsonCursor) -> tuple[int, str, bool] | None:
         """The closed field that a JSON answer has reached, how its value has been begun, and whether that is the value
@@ -158,45 +170,61 @@ class Fields:
         if text not in self._openings:
             left = self.opening[len(text) :]
             tokens = [token for token, _ in (*self.vocabulary.within(left), *self.vocabulary.beyond(left))]
-            ones = np.ones((len(tokens), 1), dtype=bool)
-            self._openings[text] = Branch(np.array(tokens), ones, np.zeros(len(tokens), dtype=bool), False)
+            ones, none = np.ones((len(tokens), 1), dtype=bool), np.zeros(len(tokens), dtype=bool)
+            self._openings[text] = Branch(np.array(tokens), ones, none, False) if tokens else None
         return self._openings[text]
 
-    def branch(self, index: int, text: str, inside: bool) -> Branch | None:
-        """The branch of a field begun with ``text``, as `find` returns them; None: nothing is left to decide."""
-        key = (index, text, inside)
+    def branch(self, index: int, text: str, inside: bool, begun: tuple[int, ...] = ()) -> Branch | None:
+        """The branch of a field begun with ``text``, as `find` returns them; None: nothing is left to decide.
+
+        Args:
+            begun: tokens after ``text`` that are the first parts of a character.
+        """
+        key = (index, text, inside, begun)
         if key not in self._branches:
-            self._branches[key] = self._branch(self.fields[index], text, inside)
+            field, blank = self.fields[index], text.lstrip(_BLANK)
+            values = ["[" + value if field.is_set and not inside else value for value in field.values]
+            if field.is_set and not inside:
+                values.append(EMPTY)
+            rests = {c: value[len(blank) :] for c, value in enumerate(values) if value.startswith(blank)}
+            made = self._within_character(field, rests, begun) if begun else self._branch(field, text, inside, rests)
+            self._branches[key] = made
         return self._branches[key]
 
-    def _branch(self, field: ClosedField, raw: str, inside: bool) -> Branch | None:
+    def _within_character(self, field: ClosedField, rests: dict[int, str], begun: tuple[int, ...]) -> Branch | None:
+        members: dict[tuple[int, bool], set[int]] = defaultdict(set)
+        for c, rest in rests.items():
+            pieces = self.vocabulary.pieces(rest[:1])
+            if len(begun) < len(pieces) and pieces[: len(begun)] == begun:
+                members[pieces[len(begun)], False].add(c)
+        return _as_branch(members, field, field.open)
+
+    def _branch(self, field: ClosedField, raw: str, inside: bool, rests: dict[int, str]) -> Branch | None:
         text, words = raw.lstrip(_BLANK), self.vocabulary
         end = len(field.values)
-        values = ["[" + value if field.is_set and not inside else value for value in field.values]
-        if field.is_set and not inside:
-            values.append("[]")
-        rests = {c: value[len(text) :] for c, value in enumerate(values) if value.startswith(text)}
         members: dict[tuple[int, bool], set[int]] = defaultdict(set)
         for c, rest in rests.items():
             if not rest and not field.path:
                 members |= {(token, False): members[token, False] | {c} for token in self.stop_ids}
             elif not rest and inside:
-                self._add_ends(members, c, "")
-            elif not rest and any(rests.values()):  # 1, where 10 is a value too
-                for token in words.matching(_AFTER):
+                self._add_ends(members, field, c, "")
+            elif not rest and text[-1] not in _CLOSERS:  # a number may go on, be it to another value or to none
+                for token in words.matching(_NUMBER_END):
                     members[token, False].add(c)
+            for token in words.pieces(rest[:1])[:1]:
+                members[token, False].add(c)
             for way in (rest, " " + rest) if rest and not raw else (rest,) * bool(rest):
                 for token, _ in words.within(way):
                     members[token, False].add(c)
                 if field.is_set and c != end:
-                    self._add_ends(members, c, way)
+                    self._add_ends(members, field, c, way)
                 elif field.path:
                     for token, more in words.beyond(way):
                         if _AFTER.match(more):
                             members[token, False].add(c)
         if not members:
             return None
-        if inside and not raw:  # only the first item's place: after a comma the model knows better than to end
+        if inside and not raw:  # a list may end before its first item; `Guide.decision` rules it out after a comma
             for token in words.matching(_CLOSED):
                 members[token, False].add(end)
         openers = ("", '"') if inside else ("", "[", '["') if field.is_set else ("", '"', "[", "{")
@@ -206,26 +234,34 @@ class Fields:
                 for token, piece in words.within(way):
                     if text + (piece if raw else piece.lstrip(_BLANK)) in openers:
                         members[token, False].add(end + field.is_set)
-        matrix = np.zeros((len(members), field.classes + 2 * field.is_set), dtype=bool)
-        for row, classes in enumerate(members.values()):
-            matrix[row, list(classes)] = True
-        tokens, goes_on = zip(*members, strict=True)
-        return Branch(np.array(tokens), matrix, np.array(goes_on), further)
+        return _as_branch(members, field, further)
 
-    def _add_ends(self, members: dict[tuple[int, bool], set[int]], c: int, rest: str) -> None:
+    def _add_ends(self, members: dict[tuple[int, bool], set[int]], field: ClosedField, c: int, rest: str) -> None:
         """Tokens that complete an item of a list by ``rest`` and go on with a comma, or end the list."""
+        starts = ("", '"') if all(value.startswith('"') for value in field.values) else ("",)  # of any next item
         for token, more in self.vocabulary.beyond(rest):
-            goes_on = _NEXT.match(more) is not None
-            if goes_on or _CLOSED.match(more):
-                members[token, goes_on].add(c)
+            after = more.lstrip(_BLANK)
+            if _CLOSED.match(more):
+                members[token, False].add(c)
+            elif after[:1] == "," and after[1:].lstrip(_BLANK) in starts:
+                members[token, True].add(c)
 
 
-_AFTER = re.compile(r"\s*[,}]")
-"""What may follow the value of a key."""
-_NEXT = re.compile(r"\s*,\s*\"?$")
-"""What may follow an item where another one comes."""
-_CLOSED = re.compile(r"\s*\](?:\s*[,}]|\s*$)")
-"""The end of a list, which is the value of a key."""
+def _as_branch(members: dict[tuple[int, bool], set[int]], field: ClosedField, further: bool) -> Branch | None:
+    """The branch of tokens, each with whether it goes on to a next item, and the classes that they lead to."""
+    if not members:
+        return None
+    matrix = np.zeros((len(members), field.classes + 2 * field.is_set), dtype=bool)
+    for row, classes in enumerate(members.values()):
+        matrix[row, list(classes)] = True
+    tokens, goes_on = zip(*members, strict=True)
+    return Branch(np.array(tokens), matrix, np.array(goes_on), further)
+
+
+_AFTER, _CLOSED = re.compile(r"\s*[,}]"), re.compile(r"\s*\](?:\s*[,}]|\s*$)")
+"""What may follow the value of a key, and the end of a list that is such a value."""
+_NUMBER_END = re.compile(r"\s*([,}]|\Z)")  # or white space alone
+_CLOSERS = '"]}'  # they end a value by themselves
 
 
 class Guide:
@@ -240,6 +276,7 @@ class Guide:
     def __init__(self, fields: Fields, evidence: Sequence[np.ndarray], log_priors: Sequence[np.ndarray]) -> None:
         self.fields, self.evidence, self.log_priors = fields, evidence, log_priors
         self._cursor, self._read = JsonCursor(), ""
+        self._whole, self._text = 0, ""  # tokens up to the last whole character, and their text
         self._label = bool(fields.fields) and not fields.fields[0].path
 
     def decision(self, ids: Sequence[int]) -> Decision | None:
@@ -248,23 +285,28 @@ class Guide:
         To be called with every prefix of the answer in turn.
         """
         text = self.fields.vocabulary.chat.without_lead(ids) if ids else ""
+        if not text.endswith(_PARTIAL):
+            self._whole, self._text = len(ids), text
+        text = self._text  # as it was: some tokenizers decode all bytes before an unfinished character anew
         if self._label:
             found: tuple[int, str, bool] | None = (0, text, False)
         else:
-            if text.endswith("\ufffd") or not text.startswith(self._read):
+            if not text.startswith(self._read):
                 return None
             self._cursor.feed(text[len(self._read) :])
             self._read = text
-            if (begin := self.fields.opens(text)) is not None:
+            if self._whole == len(ids) and (begin := self.fields.opens(text)) is not None:
                 return Decision(begin, _NOTHING, _NOTHING)
             found = self.fields.find(self._cursor)
-        if found is None or (branch := self.fields.branch(*found)) is None:
+        if found is None or (branch := self.fields.branch(*found, tuple(ids[self._whole :]))) is None:
             return None
         index, _, inside = found
         field, evidence = self.fields.fields[index], self.evidence[index]
         if field.is_set and inside and (done := self._cursor.done):
             evidence = evidence.copy()
             evidence[[i for i, value in enumerate(field.values) if value in done]] = -np.inf
+            if not self._cursor.text:
+                evidence[-2] = -np.inf  # after a comma comes an item
         return Decision(branch, evidence, self.log_priors[index])
 
 
@@ -288,7 +330,7 @@ class JsonCursor:
 
     @property
     def done(self) -> list[str]:
-        """Items that the innermost list already has, as written, without white space around."""
+        """Items that the innermost list already has, as written, without white space around; "" for nested ones."""
         return self._open[-1].done if self._open else []
 
     def feed(self, text: str) -> None:
@@ -310,8 +352,8 @@ class JsonCursor:
             level.key = _unquoted(self.text.strip())
             self.place, self.text = (*level.path, level.key), ""
         elif c == "," and level is not None:
-            if level.is_list and (item := self.text.strip()):
-                level.done.append(item)
+            if level.is_list:
+                level.done.append(self.text.strip())
             self._begin()
         elif c in "}]":
             self._open = self._open[:-1]

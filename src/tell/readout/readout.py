@@ -40,7 +40,8 @@ class FieldReadout:
         calibration: of its predictions.
         prior: (classes,) share of the training rows in which each value holds, smoothed.
         rows: training rows that it was fitted on.
-        loss, prior_loss: leave-one-out log loss of the readout, and of the shares alone, in nats a row.
+        loss: leave-one-out log loss, in nats a row.
+        prior_loss: log loss of `prior` on the same rows, in nats a row.
         gain_error: standard error of their difference over the rows.
         accuracy: leave-one-out share of rows whose values are all right.
     """
@@ -61,7 +62,8 @@ class FieldReadout:
     def informed(self) -> bool:
         """Whether it tells more than the shares do, leaving one row out.
 
-        The gain must exceed its standard error, since the settings were chosen by the same rows.
+        The gain must exceed its standard error, since the settings were chosen by the same rows. The shares are not
+        left out: without its row a value seems rarer than it is, and a readout that says the same of every row would win.
         """
         return self.prior_loss - self.loss > self.gain_error
 
@@ -105,14 +107,14 @@ class FieldReadout:
     @classmethod
     def from_dict(cls, data: dict[str, Any], weights: np.ndarray, prior: np.ndarray) -> FieldReadout:
         """From what `to_dict` returns, and the arrays."""
-        field = ClosedField.from_dict(data)
-        calibration = Calibration(data["threshold"], data["temperature"])
-        numbers = {
-            key: data[key] for key in ("pooling", "ridge", "rows", "loss", "prior_loss", "gain_error", "accuracy")
-        }
+        field, pooling, threshold = ClosedField.from_dict(data), data["pooling"], data["threshold"]
+        calibration = Calibration(None if threshold is None else float(threshold), float(data["temperature"]))
+        numbers = {key: float(data[key]) for key in ("ridge", "loss", "prior_loss", "gain_error", "accuracy")}
         if weights.shape[1:] != (field.classes,) or prior.shape != (field.classes,):
             raise ValueError(f"{field.name}: {field.classes} classes, weights of shape {weights.shape}")
-        return cls(field, weights=weights, calibration=calibration, prior=prior, **numbers)
+        if pooling not in POOLINGS or field.is_set != (threshold is not None) or not calibration.temperature > 0:
+            raise ValueError(f"{field.name}: {pooling}, {calibration}")
+        return cls(field, pooling, weights, calibration, prior=prior, rows=int(data["rows"]), **numbers)
 
 
 @dataclass(frozen=True)
@@ -209,9 +211,12 @@ class Readout:
                     FieldReadout.from_dict(entry, file.get_tensor(f"weights.{i}"), file.get_tensor(f"prior.{i}"))
                     for i, entry in enumerate(facts["fields"])
                 )
-                return cls(
-                    tuple(facts["layers"]), file.get_tensor("mean"), file.get_tensor("scale"), fields, facts["opening"]
-                )
+                mean, scale, opening = file.get_tensor("mean"), file.get_tensor("scale"), str(facts["opening"])
+                made = cls(tuple(facts["layers"]), mean, scale, fields, opening)
+            width = made.mean.shape[1]
+            if any(len(of.weights) != len(POOLINGS[of.pooling]) * width + 1 for of in fields):
+                raise ValueError(f"{len(fields)} fields of states with {width} numbers")
+            return made
         except (SafetensorError, OSError, LookupError, TypeError, ValueError, AttributeError) as error:
             raise TellError(f"cannot be read ({error})", where=str(path), remedy=DAMAGED) from error
 
@@ -232,8 +237,8 @@ def _fit_field(
     weights = np.concatenate([flat[kernel].T @ dual, INTERCEPT * dual.sum(axis=0, keepdims=True)])
     counts = own.sum(axis=0)
     smoothing = SMOOTHING * (2 if field.is_set else field.classes)
-    without = (counts - own + SMOOTHING) / (n - 1 + smoothing)  # the shares among the other rows
-    terms = own * np.log(without) + (1 - own) * np.log1p(-without) if field.is_set else own * np.log(without)
+    prior = (counts + SMOOTHING) / (n + smoothing)
+    terms = own * np.log(prior) + (1 - own) * np.log1p(-prior) if field.is_set else own * np.log(prior)
     prior_losses, losses = -terms.sum(axis=1), chosen.calibration.losses(chosen.fit.left_out[:n], own)
     made = FieldReadout(
         field,
@@ -241,7 +246,7 @@ def _fit_field(
         weights.astype(np.float32),
         chosen.calibration,
         chosen.ridge,
-        ((counts + SMOOTHING) / (n + smoothing)).astype(np.float32),
+        prior.astype(np.float32),
         n,
         chosen.loss,
         float(prior_losses.mean()),

@@ -62,7 +62,7 @@ class Session:
         config: chooses device, number format and engine.
         check: called at every token and block of rows; may raise to stop.
         models: shares the loaded model with other sessions.
-        stream: tokens are needed one by one, which vLLM's offline engine does not support.
+        stream: tokens are needed one by one, or decided by guides, which vLLM's offline engine does not support.
         announce: note what was loaded, and on which path it computes.
     """
 
@@ -203,8 +203,8 @@ def own_engine(config: Config) -> Config:
     return config.model_copy(update={"generate": config.generate.model_copy(update={"engine": "own"})})
 
 
-def deciding(config: Config) -> Config:
-    """The configuration of a session that decides closed fields, as only our own engine does.
+def check_deciding(config: Config) -> None:
+    """Refuse vLLM by name where closed fields are decided, as only our own engine does.
 
     Raises:
         TellError: vLLM is requested by name.
@@ -212,7 +212,6 @@ def deciding(config: Config) -> Config:
     if config.generate.engine == "vllm":
         remedy = "Use generate.engine=own, or generate.closed=off."
         raise TellError("vLLM cannot decide closed fields", where="generate.engine", remedy=remedy)
-    return own_engine(config)
 
 
 def dtype_name(loaded: Loaded) -> str:

@@ -29,7 +29,7 @@ from tell.run.prepare import Writer, check_rows, prepare
 from tell.run.processes import decoding_beside, help_training, helpers, processes_of
 from tell.run.record import write_plan
 from tell.run.self_written import write_self_data
-from tell.run.session import ModelCache, Session, deciding
+from tell.run.session import ModelCache, Session, check_deciding
 from tell.run.task import Task, anchor_of, load_task, place_anchor, placed_anchor
 from tell.run.train_arms import train_arms
 
@@ -120,9 +120,11 @@ def open_session(
 ) -> Session:
     """The run's model, which stops at a signal; our own engine decodes where several processes train."""
     config = decoding_beside(task.config, processes)
-    config = deciding(config) if task.decides else config
+    if task.decides:
+        check_deciding(config)
     check, models = journal.stop.check, models or ModelCache()
-    return Session(task.files, config, task.chat, task.display, check=check, models=models, announce=True)
+    own = task.decides
+    return Session(task.files, config, task.chat, task.display, check=check, models=models, stream=own, announce=True)
 
 
 def settle_anchor(task: Task, session: Session, journal: Journal) -> Anchor:

@@ -114,7 +114,7 @@ def _every(recipe: Recipe, variables: Mapping[str, str], where: str) -> Iterator
                 lead = RIDERS.get(arm, arm) if RIDERS.get(arm) in arms else arm
                 if ARMS[lead].mixture == "general" and is_empty(config.general):
                     continue
-                riders = [a for a in arms if RIDERS.get(a) == lead and a != arm] if lead == arm else [arm]
+                riders = [a for a in arms if RIDERS.get(a) == lead]
                 cell = make_cell(config, lead, riders)
                 yield Row(point, arm, seed, cell.name), cell
             if recipe.separate is not None:
@@ -132,11 +132,8 @@ def _shown(config: Config, key: str, raw: object) -> object:
 
 
 def make_cell(config: Config, arm: str, riders: Sequence[str] = ()) -> Cell:
-    """The cell of an arm, keys without effect on it at their defaults."""
-    given = config.generate
-    config = neutral(config, arm)
-    if any(ARMS[rider].decides for rider in riders):
-        config.generate.closed, config.generate.readout_weight = given.closed, given.readout_weight
+    """The cell of an arm and of others with its adapter, keys without effect on them at their defaults."""
+    config = neutral(config, arm, decides=any(ARMS[name].decides for name in (arm, *riders)))
     config.eval.arms = cast(tuple[ArmName, ...], (arm, *riders))
     if not any(ARMS[name].in_context for name in config.eval.arms):
         config.eval.icl_examples = EvalConfig().icl_examples
@@ -145,7 +142,7 @@ def make_cell(config: Config, arm: str, riders: Sequence[str] = ()) -> Cell:
 
 def separation_cell(config: Config, options: Mapping[str, Any]) -> Cell:
     """The cell that compares hidden states, keys without effect on it at their defaults."""
-    config = neutral(config, "base+anchor")
+    config = neutral(config, "base+anchor", decides=False)
     config.eval = EvalConfig(bootstrap=config.eval.bootstrap, arms=("base",))
     if config.anchor.text != "auto":  # else the model writes it, from these rows
         config.generate, config.task.rows, config.task.tokens = GenerateConfig(), None, None
@@ -222,8 +219,8 @@ def changed_inputs(config: Config, before: Mapping[tuple[str, str], str]) -> lis
     return [str(getattr(getattr(config, section), key)) for section, key in places]
 
 
-def neutral(config: Config, arm: str) -> Config:
-    """A copy in which every key without effect on an arm has its default."""
+def neutral(config: Config, arm: str, *, decides: bool) -> Config:
+    """A copy in which every key without effect on an arm has its default; ``decides``: closed fields are decided."""
     out = config.model_copy(deep=True)
     written = config.anchor.text == "auto"  # by the model, from the task rows
     own = ARMS[arm]
@@ -243,7 +240,7 @@ def neutral(config: Config, arm: str) -> Config:
         out.mix.order = MixConfig().order
     elif trained_on == "general":
         out.mix.repeat = None
-    if not own.decides or config.generate.closed == "off":
+    if not decides or config.generate.closed == "off":
         out.generate.closed, out.generate.readout_weight = "off", GenerateConfig().readout_weight
     if not config.eval.benchmarks:
         out.eval.benchmark_data = None

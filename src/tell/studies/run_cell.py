@@ -90,9 +90,10 @@ def _resumable(folder: RunFolder, config: Config) -> bool:
 
 
 def prune(folder: RunFolder) -> None:
-    """Delete adapters and checkpoints, which are most of a finished cell's size."""
+    """Delete adapters, readout and checkpoints, which are most of a finished cell's size."""
     for path in (folder.adapter, folder.arms):
         shutil.rmtree(path, ignore_errors=True)
+    folder.readout.unlink(missing_ok=True)
 
 
 class InnerDisplay:

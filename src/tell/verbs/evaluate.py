@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +24,7 @@ from tell.run.answers import adapter_ready, check_prompts, scorer_of
 from tell.run.arms import twins
 from tell.run.claim import Trust, check_trust
 from tell.run.measure import Exam, score_arms
-from tell.run.session import Session, deciding
+from tell.run.session import Session, check_deciding
 from tell.score.scored import primary_of
 from tell.shown import left_out
 from tell.verbs.open_run import CELL_ADAPTER, OpenRun, open_run
@@ -67,7 +67,9 @@ def evaluate(
     opened = open_run(run, trust_remote_code=trust.code)
     check_trust(opened.folder, opened.config, code=trust.code, scorer=trust.scorer)
     config, seed = _override(opened, overrides)
-    session = opened.session(deciding(config) if opened.decides(config) else config, display)
+    if opened.decides(config):
+        check_deciding(config)
+    session = opened.session(config, display, stream=opened.decides(config))
     wanted = list(dict.fromkeys(arms or (a for a in config.eval.arms if adapter_ready(opened.folder, a))))
     if not arms and not opened.decides(config):
         wanted = [arm for arm in wanted if arm not in twins(wanted)]
@@ -93,7 +95,8 @@ def evaluate(
             answers[arm] = exam.take(arm, session)
         write_jsonl(opened.folder.evaluated(arm), answers[arm].rows)
     kept = {key: metrics.get(key) for key in ("forgetting", "mixture", "train", "failed", "same")}
-    kept |= {key: metrics[key] for key in ("benchmarks",) if key in metrics}
+    also = ("benchmarks", "readout") if exam.guides else ("benchmarks",)
+    kept |= {key: metrics[key] for key in also if key in metrics}
     task = {"kind": facts.kind.name, "primary": primary_of(exam.scorer, (found.metrics for found in answers.values()))}
     return {"task": task, **score_arms(answers, config.model_copy(update={"seed": seed})), **kept}
 
@@ -121,22 +124,10 @@ def _exam(
     return Exam(config, opened.anchor, test, train, shots, decoding, scorer, guides)
 
 
-def _closed(changes: Mapping[str, object]) -> str:
-    """``generate.closed`` as overridden; ``off`` where it is not."""
-    generate = changes.get("generate")
-    return str(generate.get("closed", "off")) if isinstance(generate, dict) else "off"
-
-
 def _override(opened: OpenRun, overrides: Sequence[str]) -> tuple[Config, int]:
     """The configuration with overrides of keys that can change after training, and the seed of decoding."""
     config, changes = opened.config, parse_overrides(overrides)
     seed = changes.pop("seed", config.seed)
-    if _closed(changes) != "off" and not opened.folder.readout.exists():
-        raise TellError(
-            f"--set generate.closed={_closed(changes)} needs a readout, and this run has none",
-            where=str(opened.folder.root),
-            remedy="Make the run again with generate.closed=fused.",
-        )
     if lost := set(changes) - {"generate", "eval"}:
         raise TellError(
             f"--set {next(iter(lost))} has no effect on scoring",
@@ -150,7 +141,15 @@ def _override(opened: OpenRun, overrides: Sequence[str]) -> tuple[Config, int]:
         )
     # Only the seed of decoding changes: examples in context are those of the run.
     seed = make_config({"seed": seed}, where="--seed").seed
-    return make_config(merge(config.model_dump(by_alias=True, mode="json"), changes), where="--set"), seed
+    made = make_config(merge(config.model_dump(by_alias=True, mode="json"), changes), where="--set")
+    how, changed = made.generate.closed, changes.get("generate")
+    if isinstance(changed, dict) and "closed" in changed and how != "off" and not opened.folder.readout.exists():
+        raise TellError(
+            f"--set generate.closed={how} needs a readout, and this run has none",
+            where=str(opened.folder.root),
+            remedy="Make the run again with generate.closed=fused.",
+        )
+    return made, seed
 
 
 class KindFacts(BaseModel):
