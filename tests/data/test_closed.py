@@ -7,7 +7,8 @@ import json
 import numpy as np
 import pytest
 
-from tell.data.closed import LEAST_NEW, MISSING, ClosedField, closed_fields, value_at
+from tell.data.closed import LEAST_NEW, MISSING, ClosedField, closed_fields, opening, value_at
+from tell.data.example import Example
 from tell.data.kind import Kind
 
 
@@ -15,7 +16,13 @@ def fields_of(properties: dict, answers: list, **schema) -> dict[str, ClosedFiel
     """Closed fields by name, of answers that are objects (or texts) under a schema of these properties."""
     kind = Kind("json", {"type": "object", "properties": properties, **schema}, False, None, "given")
     texts = [answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False) for answer in answers]
-    return {field.name: field for field in closed_fields(kind, texts)}
+    return {field.name: field for field in closed_fields(kind, examples_of(texts))}
+
+
+def examples_of(answers: list[str], prompts: list[str] | None = None) -> list[Example]:
+    return [
+        Example.pair(prompt, answer) for prompt, answer in zip(prompts or ["?"] * len(answers), answers, strict=True)
+    ]
 
 
 def named(*values: object) -> tuple[str, ...]:
@@ -70,14 +77,6 @@ def test_a_field_that_never_varies_is_left_out():
     assert list(fields_of(spec, [{"x": "a", "y": "a"}, {"x": "a", "y": "b"}])) == ["y"]
     assert fields_of(spec, [{"x": "a"}, {"y": "b"}]) == {}  # a row without the field is no value of it
     assert fields_of({"x": {"type": ["string", "null"]}}, [{"x": "one"}, {"x": "two"}]) == {}  # null never
-
-
-def test_an_enumeration_of_too_many_values_is_free_text():
-    for n, closed in ((1000, ["x"]), (1001, [])):
-        values = [f"v{i}" for i in range(n)]
-        assert list(fields_of({"x": {"enum": values}}, [{"x": "v0"}, {"x": "v1"}])) == closed
-    kind = Kind("label", None, False, tuple(f"v{i}" for i in range(1001)), "given")
-    assert closed_fields(kind, ["v0", "v1"]) == []
 
 
 def test_nested_objects_and_references():
@@ -184,13 +183,13 @@ def test_what_the_schema_names_comes_before_what_repeats():
 
 def test_labels_and_prefixes_of_one_another():
     kind = Kind("label", None, False, ("yes", "yes please", "no"), "given")
-    (field,) = closed_fields(kind, ["yes", "no", "yes please"])
+    (field,) = closed_fields(kind, examples_of(["yes", "no", "yes please"]))
     assert (field.path, field.name, field.kind, field.values) == ((), "label", "value", kind.labels)
     assert [field.target(f" {label}\n").tolist() for label in kind.labels] == np.eye(3).tolist()
     assert field.target("yes pl") is None and field.target("Yes") is None
     assert [field.described(c) for c in range(3)] == list(kind.labels)
-    assert closed_fields(kind, ["yes", "yes"]) == []
-    assert closed_fields(Kind("text", None, False, None, "given"), ["yes", "no"]) == []
+    assert closed_fields(kind, examples_of(["yes", "yes"])) == []
+    assert closed_fields(Kind("text", None, False, None, "given"), examples_of(["yes", "no"])) == []
 
 
 def test_answers_that_are_not_json():
@@ -232,3 +231,29 @@ def test_unicode_forms_are_one():
 def test_to_and_from_a_dictionary(field):
     data = json.loads(json.dumps(field.to_dict()))
     assert ClosedField.from_dict({**data, "later": 1}) == field
+
+
+def test_strings_that_most_prompts_contain_are_copied_not_closed():
+    kind = Kind("json", {"type": "object"}, True, None, "inferred")
+    answers = [json.dumps({"who": name, "what": what}) for name, what in [("Ann", "ask"), ("Bob", "buy")] * 3]
+    prompts = [f"{name} is here" for name in ("ANN", "Bob")] * 3
+    assert [one.name for one in closed_fields(kind, examples_of(answers))] == ["who", "what"]
+    assert [one.name for one in closed_fields(kind, examples_of(answers, prompts))] == ["what"]
+
+
+@pytest.mark.parametrize(
+    ("answers", "begin"),
+    [
+        (['{"a": 1, "b": 2}', '{"a": null}'], '{"a":'),
+        (['{ "a" : 1}', '{ "a" : 2}'], '{ "a" :'),
+        (['{"say \\"hi\\": \\\\": 1}', '{"say \\"hi\\": \\\\": 2}'], '{"say \\"hi\\": \\\\":'),
+        (['{"a": 1}', '{"b": 1}'], ""),
+        (['{"a": 1}', '{"a" : 1}'], ""),
+        (["[1]", "[2]"], ""),
+        (["{}", "{}"], ""),
+        ([], ""),
+    ],
+)
+def test_what_all_answers_begin_with(answers, begin):
+    assert opening(Kind("json", {}, True, None, "inferred"), answers) == begin
+    assert opening(Kind("text", None, False, None, "given"), answers) == ""

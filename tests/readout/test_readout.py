@@ -47,6 +47,7 @@ def test_separable_states_are_read_without_error():
         **{"field": "label", "classes": 3, "used": True, "pooling": field.pooling},
         **{"temperature": field.calibration.temperature, "ridge": field.ridge, "rows": 24},
         **{"loss": round(field.loss, 6), "prior_loss": round(field.prior_loss, 6), "accuracy": 1.0},
+        "gain_error": round(field.gain_error, 6),
     }
 
 
@@ -167,7 +168,7 @@ DAMAGE = {
     "a value that is a number": lambda facts: (
         facts | {"fields": [facts["fields"][0] | {"values": [1, 2, 3]}, facts["fields"][1]]}
     ),
-    "no field at all": lambda facts: facts | {"fields": []},
+    "no opening": lambda facts: without(facts, "opening"),
 }
 
 
@@ -175,7 +176,7 @@ DAMAGE = {
 def test_a_damaged_readout_is_named(name, saved):
     readout, _, path = saved
     arrays = load_file(path)
-    facts = {"layers": [1, 2], "fields": [field.to_dict() for field in readout.fields]}
+    facts = {"layers": [1, 2], "opening": "", "fields": [field.to_dict() for field in readout.fields]}
     save_file(arrays, path, {"tell": json.dumps(facts)})
     assert Readout.load(path).numbers() == readout.numbers()
     save_file(arrays, path, {"tell": json.dumps(DAMAGE[name](facts))})

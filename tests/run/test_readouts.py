@@ -24,6 +24,7 @@ from tell.files import read_jsonl
 from tell.names import PARTS
 from tell.nested import merge
 from tell.readout.readout import Readout
+from tell.run.task import load_task
 from tell.rows.template import ChatTokenizer
 
 ARMS = ["base", "icl", "icl-readout", "sft-matched", "sft-readout", "tell-free", "tell"]
@@ -300,6 +301,24 @@ def test_a_damaged_or_foreign_readout_is_named(label_run, json_run, tmp_path):
     with pytest.raises(TellError, match="is of another model"):
         tell.evaluate(copy, arms=["tell"])
     assert tell.evaluate(copy, arms=["tell"], overrides=["generate.closed=off"])["arms"]["tell"]
+
+
+def test_an_enumeration_of_too_many_values_is_written_freely(tiny_model, tmp_path):
+    schema = json.loads(json.dumps(SCHEMA))
+    schema["properties"]["colour"] = {"enum": ["red", "green", "dark green", *(f"colour {i}" for i in range(1000))]}
+    (tmp_path / "schema.json").write_text(json.dumps(schema))
+    write_orders(tmp_path / "rows.jsonl", 20, seed=3)
+    task = {"data": str(tmp_path / "rows.jsonl"), "schema": str(tmp_path / "schema.json"), "test": None}
+    config = configured(tiny_model("llama"), tmp_path / "run", "support", task=task)
+    loaded = load_task(config)
+    assert "colour" not in [field.name for field in loaded.closed] and "urgent" in [f.name for f in loaded.closed]
+    assert any("colour (1,003 values)" in text for text in loaded.notices.texts)
+
+
+def test_a_json_answer_is_led_past_its_opening(json_run):
+    folder, _ = json_run
+    for arm in DECIDING:
+        assert all(text.startswith('{"colour":') for text in answers(folder, arm))
 
 
 def test_vllm_by_name_is_refused(label_run, tiny_model, tmp_path):

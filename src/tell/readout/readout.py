@@ -63,7 +63,7 @@ class FieldReadout:
         """Whether it tells more than the shares do, leaving one row out.
 
         The gain must exceed its standard error, since the settings were chosen by the same rows. The shares are not
-        left out: without its row a value seems rarer than it is, and a readout that says the same of every row would win.
+        left out: without its row a value seems rarer than it is, and a readout that says the same of all would win.
         """
         return self.prior_loss - self.loss > self.gain_error
 
