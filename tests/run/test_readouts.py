@@ -24,8 +24,8 @@ from tell.files import read_jsonl
 from tell.names import PARTS
 from tell.nested import merge
 from tell.readout.readout import Readout
-from tell.run.task import load_task
 from tell.rows.template import ChatTokenizer
+from tell.run.task import load_task
 
 ARMS = ["base", "icl", "icl-readout", "sft-matched", "sft-readout", "tell-free", "tell"]
 DECIDING = ("icl-readout", "sft-readout", "tell")
