@@ -236,7 +236,7 @@ class GenerateConfig(Section):
         description="how labels, enumerated values, true or false, null and empty lists are answered by the arms that "
         "decide them: off (as other text), likelihood (the likeliest value), readout, or fused (both multiplied)",
     )
-    readout_weight: float = Field(2.0, ge=0, le=100, description="exponent of the readout in `closed: fused`")
+    readout_weight: float = Field(3.0, ge=0, le=100, description="exponent of the readout in `closed: fused`")
     batch_size: int = Field(128, ge=1, le=LARGEST, description="rows decoded at once, fewer where memory is short")
     engine: Literal["auto", "own", "vllm"] = Field("auto", description="auto: vLLM on a GPU where it is installed")
 
