@@ -150,6 +150,8 @@ def test_findings(finished):
     assert found["overlap"]["general_test"] == {"exact": 0, "near": 0, "pairs": []}
     assert found["notices"] == [
         "general.jsonl: columns not used: category",
+        "the readout of category, urgency, sentiment, order_id is not used: it tells no more than the shares of the "
+        "values do",
         "icl: 2 examples fit into the context",
         "icl-readout: 2 examples fit into the context",
     ]
