@@ -46,7 +46,7 @@ def plan_box(plan: dict) -> RenderableType:
         f"{train['steps']:,} steps of {train['batch_size']}, {short(train['tokens'])} tokens, "
         f"{train['flops']:.3g} FLOPs, learning rate {train['learning_rate']:g}",
     ]
-    if plan["closed"]:
+    if plan.get("closed"):  # older plans lack it
         fields = (f"{field['field']} ({field['values']:,} values)" for field in plan["closed"])
         lines.append(f"decides {', '.join(fields)}")
     arms = Table(box=None, pad_edge=False, header_style="bold")
