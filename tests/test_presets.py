@@ -7,18 +7,18 @@ from tell.presets import general_tokens_for, learning_rate_for, repeat_for
 
 
 def test_few_rows_are_seen_oftener() -> None:
-    assert [repeat_for(n) for n in (1, 15, 30, 45, 60, 115, 230, 1000)] == [24, 24, 12, 8, 8, 8, 4, 4]
+    assert [repeat_for(n) for n in (1, 15, 30, 45, 60, 115, 230, 1000)] == [24, 24, 16, 16, 16, 8, 4, 4]
     times = [repeat_for(n) for n in range(1, 400)]
     assert times == sorted(times, reverse=True)
 
 
 def test_general_data_stays_within_what_was_measured() -> None:
-    assert [general_tokens_for(n) for n in (0, 1_000, 8_000, 60_000, 500_000)] == [0, 1e4, 8e4, 1e5, 5e5]
+    assert [general_tokens_for(n) for n in (0, 1_000, 8_000, 60_000, 500_000)] == [0, 1e4, 3e4, 6e4, 5e5]
 
 
 def test_an_amount_given_goes_over_that_of_the_task() -> None:
     config = load_config().general
-    assert config.amount(60_000) == {"tokens": 1e5} and config.by_task
+    assert config.amount(60_000) == {"tokens": 6e4} and config.by_task
     ratio = load_config(flags={"general": {"ratio": 3.0}}).general
     assert ratio.amount(60_000) == {"ratio": 3.0} and ratio.by_task
     rows = load_config(flags={"general": {"rows": 7}}).general
