@@ -191,6 +191,7 @@ class _Forgetting:
 
     def against(self, rival: str) -> str:
         """The general loss that a rival, no worse on the task, costs or saves, if that is significant."""
+        rival = arm(rival).adapter or rival  # whose weights it has
         own, other = self._entry("tell", "loss"), self._entry(rival, "loss")
         if own is None or other is None:
             return ""
