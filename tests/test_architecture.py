@@ -28,6 +28,7 @@ GROUND = {
     "config",
     "presets",
     "names",
+    "number_text",
     "seeds",
     "patience",
 }
@@ -70,6 +71,7 @@ EXCEPTIONS = {
 NO_TORCH = (
     "config",
     "names",
+    "number_text",
     "data",
     "anchor",
     "rows",

@@ -18,7 +18,8 @@ import tiny
 from tell.data.closed import ITEM, ClosedField
 from tell.data.kind import as_label
 from tell.decode.engine import Engine
-from tell.decode.guide import Decision, Fields, Guide, JsonCursor, Vocabulary
+from tell.decode.guide import Decision, Fields, Guide, Vocabulary
+from tell.decode.json_cursor import JsonCursor
 from tell.decode.sampler import Decoding
 from tell.rows.template import ChatTokenizer
 from train.packed import load
@@ -526,6 +527,21 @@ def test_banned_tokens_of_a_guided_row(tiny_model):
     again = engine.generate(PROMPTS, closed, guides=label_guides(words, chat, range(5)))
     assert not {token for answer in again for token in answer.ids} & set(banned)
     assert all(as_label(chat.answer(answer.ids)) in LABEL.values for answer in again)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_an_untaught_model_is_led_past_the_opening(tiny_model, fast):
+    chat = ChatTokenizer(tiny_model("llama"))
+    words, engine = Vocabulary(chat), Engine(load(tiny_model("llama")), fast=fast)
+    colour = ClosedField(("colour é",), "value", ('"red"', '"dark red"'))
+    fields, decoding = Fields(words, [colour], chat.stop_ids, '{ "colour é":'), Decoding(40, (), greedy=True)
+    guides = [Guide(fields, [np.zeros(2)], [np.zeros(2)]) for _ in PROMPTS]
+    texts = [chat.answer(answer.ids) for answer in engine.generate(PROMPTS, decoding, guides=guides)]
+    for text in texts:
+        assert text.startswith('{ "colour é":')
+        assert text.removeprefix('{ "colour é":').lstrip().startswith(colour.values)
+    free = [chat.answer(answer.ids) for answer in engine.generate(PROMPTS, decoding)]
+    assert not any(text.startswith("{") for text in free)
 
 
 def test_json_answers_in_the_engine(tiny_model):

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tell.names import show, show_count, show_duration, show_interval, show_power
+from tell.number_text import show, show_count, show_duration, show_interval, show_power
 from tell.report.html_text import HIDDEN, plain, visible, word_diff
 from tell.report.svg import Scale, gaps, interval_strip, loss_chart, nice, outcome_figure, smooth, stream_figure
 

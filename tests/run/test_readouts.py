@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import tell
-from run.runs import Killer, comparable, config_of, read
+from run.runs import Killer, comparable, config_of, open_session, read
 from tell.cli.main import run as command
 from tell.config import Config
 from tell.data.example import Message
@@ -25,6 +25,7 @@ from tell.names import PARTS
 from tell.nested import merge
 from tell.readout.readout import Readout
 from tell.rows.template import ChatTokenizer
+from tell.run.readouts import fit_readout
 from tell.run.task import load_task
 
 ARMS = ["base", "icl", "icl-readout", "sft-matched", "sft-readout", "tell-free", "tell"]
@@ -313,6 +314,22 @@ def test_an_enumeration_of_too_many_values_is_written_freely(tiny_model, tmp_pat
     loaded = load_task(config)
     assert "colour" not in [field.name for field in loaded.closed] and "urgent" in [f.name for f in loaded.closed]
     assert any("colour (1,003 values)" in text for text in loaded.notices.texts)
+
+
+def test_a_field_that_only_overlong_rows_have_is_left_to_the_model(tiny_model, tmp_path):
+    rows = [{"prompt": f"{i} is {'red' if i % 2 else 'blue'}", "completion": {"a": bool(i % 2)}} for i in range(20)]
+    rows += [{"prompt": "long " * 400 + str(i), "completion": {"a": True, "b": i == 1}} for i in range(2)]
+    text = "".join(json.dumps(row | {"completion": json.dumps(row["completion"])}) + "\n" for row in rows)
+    (tmp_path / "rows.jsonl").write_text(text)
+    task = {"data": str(tmp_path / "rows.jsonl"), "test": None, "schema": None, "rows": None, "test_fraction": 0.05}
+    train = {"max_length": 200}
+    model = tiny_model("llama")
+    config = configured(model, tmp_path / "run", "support", task=task, train=train)
+    loaded = load_task(config)
+    loaded = replace(loaded, train=[*loaded.train, *loaded.test, *loaded.validation])
+    assert {field.name for field in loaded.closed} == {"a", "b"}
+    readout = fit_readout(loaded, open_session(model, loaded.config))
+    assert [field.field.name for field in readout.fields] == ["a"]
 
 
 def test_a_json_answer_is_led_past_its_opening(json_run):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from studies.made import make_study
-from tell.names import show
+from tell.number_text import show
 from tell.studies.results import read_results
 from tell.studies.stats.seed_means import Bootstrap
 

@@ -10,7 +10,8 @@ from tell.cli.display import clock, short
 from tell.config import read_yaml
 from tell.files import read_jsonl
 from tell.folder import RunFolder
-from tell.names import ANSWER_LOSS, HELD_OUT, METRICS, MetricSpec, as_typed, factor, has_interval, metric, show
+from tell.names import ANSWER_LOSS, HELD_OUT, METRICS, MetricSpec, metric
+from tell.number_text import as_typed, factor, has_interval, show
 from tell.report.notices import run_notices
 from tell.shown import clean, left_out
 

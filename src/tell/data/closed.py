@@ -93,6 +93,11 @@ class ClosedField:
             value = found if isinstance(found, str) else ""
         return value.replace("_", " ").strip()
 
+    @property
+    def words(self) -> dict[int, str]:
+        """The words of each value that has some, by its class."""
+        return {c: text for c in range(len(self.values)) if (text := self.described(c))}
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "path": list(self.path),

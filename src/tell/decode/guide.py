@@ -9,16 +9,16 @@ at a disadvantage (surface-form competition: Holtzman et al. 2021, arXiv 2104.08
 from __future__ import annotations
 
 import bisect
-import json
 import re
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
 from tell.data.closed import EMPTY, ITEM, ClosedField
+from tell.decode.json_cursor import JsonCursor
 from tell.rows.template import ChatTokenizer
 
 _BLANK = " \t\r\n"
@@ -145,7 +145,7 @@ class Fields:
     ) -> None:
         self.vocabulary, self.fields, self.stop_ids = vocabulary, tuple(fields), tuple(stop_ids)
         self.opening = opening
-        self._openings: dict[str, Branch | None] = {}
+        self._openings: dict[tuple, Branch | None] = {}
         self._by_path = {found.path: i for i, found in enumerate(self.fields)}
         self._branches: dict[tuple, Branch | None] = {}
 
@@ -163,16 +163,25 @@ class Fields:
             return index, cursor.text, True
         return None if cursor.done else (index, "[" + cursor.text, False)  # it may still be the empty list
 
-    def opens(self, text: str) -> Branch | None:
-        """The tokens that lead on to the opening from ``text``; None where the answer has left it behind."""
+    def opens(self, text: str, begun: tuple[int, ...] = ()) -> Branch | None:
+        """The tokens that lead on to the opening from ``text``; None where the answer has left it behind.
+
+        Args:
+            begun: as of `branch`.
+        """
         if len(text) >= len(self.opening) or not self.opening.startswith(text):
             return None
-        if text not in self._openings:
-            left = self.opening[len(text) :]
-            tokens = [token for token, _ in (*self.vocabulary.within(left), *self.vocabulary.beyond(left))]
-            ones, none = np.ones((len(tokens), 1), dtype=bool), np.zeros(len(tokens), dtype=bool)
-            self._openings[text] = Branch(np.array(tokens), ones, none, False) if tokens else None
-        return self._openings[text]
+        key = (text, begun)
+        if key not in self._openings:
+            left, whole = self.opening[len(text) :], ClosedField((), "value", (self.opening,))
+            if begun:
+                made = self._within_character(whole, {0: left}, begun)
+            else:
+                words = self.vocabulary
+                tokens = [*words.pieces(left[0])[:1], *(t for t, _ in (*words.within(left), *words.beyond(left)))]
+                made = _as_branch({(token, False): {0} for token in tokens}, whole, False)
+            self._openings[key] = made
+        return self._openings[key]
 
     def branch(self, index: int, text: str, inside: bool, begun: tuple[int, ...] = ()) -> Branch | None:
         """The branch of a field begun with ``text``, as `find` returns them; None: nothing is left to decide.
@@ -295,7 +304,7 @@ class Guide:
                 return None
             self._cursor.feed(text[len(self._read) :])
             self._read = text
-            if self._whole == len(ids) and (begin := self.fields.opens(text)) is not None:
+            if (begin := self.fields.opens(text, tuple(ids[self._whole :]))) is not None:
                 return Decision(begin, _NOTHING, _NOTHING)
             found = self.fields.find(self._cursor)
         if found is None or (branch := self.fields.branch(*found, tuple(ids[self._whole :]))) is None:
@@ -311,78 +320,6 @@ class Guide:
 
 
 _NOTHING = np.zeros(1)  # no evidence: the model chooses how to spell what is certain
-
-
-class JsonCursor:
-    """Where a growing JSON text stands.
-
-    Attributes:
-        place: keys that lead to the value being written, `ITEM` for an item of a list; None in and before keys, and
-            after lists and objects.
-        text: that value so far, as written, white space included.
-    """
-
-    def __init__(self) -> None:
-        self.place: tuple[str, ...] | None = ()
-        self.text = ""
-        self._open: list[_Level] = []
-        self._in_string = self._escaped = False
-
-    @property
-    def done(self) -> list[str]:
-        """Items that the innermost list already has, as written, without white space around; "" for nested ones."""
-        return self._open[-1].done if self._open else []
-
-    def feed(self, text: str) -> None:
-        """Go on by ``text``."""
-        for character in text:
-            self._step(character)
-
-    def _step(self, c: str) -> None:
-        level = self._open[-1] if self._open else None
-        if self._in_string:
-            self.text += c
-            self._in_string = c != '"' or self._escaped
-            self._escaped = c == "\\" and not self._escaped
-        elif c in "{[":
-            above = () if level is None else (*level.path, level.key)
-            self._open.append(_Level(c == "[", above, ITEM))
-            self._begin()
-        elif c == ":" and level is not None and not level.is_list:
-            level.key = _unquoted(self.text.strip())
-            self.place, self.text = (*level.path, level.key), ""
-        elif c == "," and level is not None:
-            if level.is_list:
-                level.done.append(self.text.strip())
-            self._begin()
-        elif c in "}]":
-            self._open = self._open[:-1]
-            self.place, self.text = None, ""
-        else:
-            self.text += c
-            self._in_string = c == '"'
-
-    def _begin(self) -> None:
-        """A key or an item begins."""
-        level = self._open[-1]
-        self.place, self.text = (*level.path, ITEM) if level.is_list else None, ""
-
-
-@dataclass(slots=True)
-class _Level:
-    """An open list or object: the path of keys to it, its current key, and the items of a list so far."""
-
-    is_list: bool
-    path: tuple[str, ...]
-    key: str
-    done: list[str] = field(default_factory=list)
-
-
-def _unquoted(key: str) -> str:
-    try:
-        return str(json.loads(key, strict=False))
-    except ValueError:
-        return key
 
 
 def _log_sum(values: np.ndarray) -> np.ndarray:

@@ -89,12 +89,11 @@ class FieldReadout:
             return held - fails - np.log(self.prior) + np.log1p(-self.prior)
         return held - np.log(self.prior)
 
-    def to_dict(self) -> dict[str, Any]:
-        """All but the arrays."""
+    @property
+    def settings(self) -> dict[str, Any]:
+        """How it reads and how well, as in metrics.json."""
         return {
-            **self.field.to_dict(),
             "pooling": self.pooling,
-            "threshold": self.calibration.threshold,
             "temperature": self.calibration.temperature,
             "ridge": self.ridge,
             "rows": self.rows,
@@ -103,6 +102,10 @@ class FieldReadout:
             "gain_error": round(self.gain_error, 6),
             "accuracy": round(self.accuracy, 6),
         }
+
+    def to_dict(self) -> dict[str, Any]:
+        """All but the arrays."""
+        return {**self.field.to_dict(), "threshold": self.calibration.threshold, **self.settings}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any], weights: np.ndarray, prior: np.ndarray) -> FieldReadout:
@@ -144,10 +147,8 @@ class Readout:
 
     def numbers(self) -> list[dict[str, Any]]:
         """``readout`` of metrics.json: how well each field is read, leaving one training row out."""
-        keys = ("pooling", "temperature", "ridge", "rows", "loss", "prior_loss", "gain_error", "accuracy")
         return [
-            {"field": of.field.name, "classes": of.field.classes, "used": of.informed}
-            | {key: value for key, value in of.to_dict().items() if key in keys}
+            {"field": of.field.name, "classes": of.field.classes, "used": of.informed, **of.settings}
             for of in self.fields
         ]
 
@@ -167,8 +168,8 @@ class Readout:
             states: (n, poolings, d) hidden states of the training prompts, `POOLINGS` of all layers side by side.
             answers: their n answers.
             layers: of the states.
-            names: states (k, poolings, d) of texts that name a field's values, by the field's name; they are further
-                rows of the regression. Values without words have none.
+            names: states (k, poolings, d) of the words of a field's values (`ClosedField.words`), by the field's name;
+                they are further rows of the regression.
         """
         mean, scale = states.mean(axis=0), states.std(axis=0)
         scale = scale + 1e-3 * float(states.std()) + 1e-6
@@ -229,8 +230,8 @@ def _fit_field(
     n = len(own)
     together, targets = features[list(found)], own
     if names is not None:
-        words = [c for c in range(len(field.values)) if field.described(c)]
-        together, targets = np.concatenate([together, names]), np.concatenate([own, np.eye(field.classes)[words]])
+        together = np.concatenate([together, names])
+        targets = np.concatenate([own, np.eye(field.classes)[list(field.words)]])
     flat = {pooling: _pooled(together, pooling) for pooling in POOLINGS}
     chosen = choose_ridge({k: x @ x.T for k, x in flat.items()}, targets, n, is_set=field.is_set)
     dual, kernel = chosen.fit.dual, chosen.kernel

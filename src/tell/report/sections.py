@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from tell.names import arm_order, is_number, show, show_count, show_duration, show_power
+from tell.names import arm_order
+from tell.number_text import is_number, show, show_count, show_duration, show_power
 from tell.overrides import GENERAL_AMOUNTS
 from tell.report.notices import run_notices
 from tell.report.read_run import Manifest, Run, flatten, get, mapping, rows_of

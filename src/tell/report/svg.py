@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from markupsafe import Markup
 
-from tell.names import has_interval, is_number, show_count
+from tell.number_text import has_interval, is_number, show_count
 from tell.report.html_text import plain
 
 SPREAD_COLUMNS = 400

@@ -57,8 +57,9 @@ def prompt_states(session: Session, examples: Sequence[Example], title: str) -> 
 def fit_readout(task: Task, session: Session) -> Readout:
     """The readout of a task's closed fields, from its training rows and the words of their values."""
     longest = task.config.train.max_length  # rows that training leaves out, with a notice, are left out here too
-    fields, rows = task.closed, [row for row in task.train if len(prompt_ids(task.chat, row)) <= longest]
-    texts = {field.name: [text for c in range(field.classes) if (text := field.described(c))] for field in fields}
+    rows = [row for row in task.train if len(prompt_ids(task.chat, row)) <= longest]
+    fields = [field for field in task.closed if any(field.target(row.answer) is not None for row in rows)]
+    texts = {field.name: list(field.words.values()) for field in fields}
     named = [Example.pair(text, "") for words in texts.values() for text in words]
     states = prompt_states(session, [*rows, *named], "hidden states of the task rows")
     parts = iter(states[len(rows) :])

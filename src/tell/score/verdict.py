@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tell.names import ARMS, RIVALS, MetricSpec, arm, as_typed, has_interval, is_number, metric, show, show_interval
+from tell.names import ARMS, RIVALS, MetricSpec, arm, metric
+from tell.number_text import as_typed, has_interval, is_number, show, show_interval
 
 MIN_ROWS = 6  # with fewer rows not even a sign test with all rows in one direction is significant at 5 %
 CONTENT = ("field_accuracy", "item_f1", "macro_f1", "schema_adherence")  # named where a rival is ahead in them

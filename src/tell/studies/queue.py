@@ -16,7 +16,8 @@ from filelock import FileLock, Timeout
 
 from tell.files import write_json
 from tell.folder import reading
-from tell.names import metric, show
+from tell.names import metric
+from tell.number_text import show
 from tell.progress import Advance, Display
 from tell.run.stop import Stop
 from tell.studies.cells import Cell, Row, changed_inputs, contents

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from tell.names import arm_order, is_number
+from tell.names import arm_order
+from tell.number_text import is_number
 from tell.studies.results import Outcome, Study, frozen
 from tell.studies.stats.seed_means import Bootstrap, Draws
 

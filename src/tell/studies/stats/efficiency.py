@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from tell.names import metric, show
+from tell.names import metric
+from tell.number_text import show
 from tell.report.svg import nice
 from tell.studies.labels import arm_name, key_name, value_name
 from tell.studies.stats.curves import Curve

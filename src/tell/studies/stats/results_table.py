@@ -10,18 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from tell.names import (
-    ANSWER_LOSS,
-    CHANGE,
-    LOSS,
-    PROBE,
-    arm_order,
-    has_interval,
-    metric,
-    show,
-    show_interval,
-    show_power,
-)
+from tell.names import ANSWER_LOSS, CHANGE, LOSS, PROBE, arm_order, metric
+from tell.number_text import has_interval, show, show_interval, show_power
 from tell.report.score_tables import Cell
 from tell.run.answers import adapter_arm
 from tell.studies.labels import arm_name, key_name, value_name
