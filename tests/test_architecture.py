@@ -27,6 +27,7 @@ GROUND = {
     "folder",
     "config",
     "presets",
+    "metric_names",
     "names",
     "number_text",
     "seeds",
@@ -70,6 +71,7 @@ EXCEPTIONS = {
 }
 NO_TORCH = (
     "config",
+    "metric_names",
     "names",
     "number_text",
     "data",

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 
 from tell.errors import TellError
-from tell.names import metric
+from tell.metric_names import metric
 from tell.number_text import show, show_interval
 from tell.studies.labels import arm_name, point_name, value_name
 from tell.studies.results import Outcome, Study, read_results

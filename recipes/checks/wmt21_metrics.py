@@ -19,7 +19,7 @@ from correlation import correlations  # the file next to this one
 
 from tell.data.formats import check_file, read_text
 from tell.errors import TellError
-from tell.names import metric
+from tell.metric_names import metric
 from tell.paper.parallel_texts import Document, read_wmt
 from tell.score.scored import Metric
 from tell.score.text import TextScorer

@@ -27,7 +27,7 @@ else:
     PresetName = Literal[tuple(sorted(PRESETS))]
 Device = Literal["auto", "cuda", "xpu", "mps", "cpu"]
 DEVICES: tuple[str, ...] = get_args(Device)[1:]  # in the order that auto tries them
-DEFAULT_ARMS: tuple[ArmName, ...] = tuple(name for name in ARMS if name != "general")
+DEFAULT_ARMS: tuple[ArmName, ...] = tuple(name for name, arm in ARMS.items() if arm.standard)
 
 LARGEST = 10**7  # limit of counts that memory or time grows with: a larger one is a typo
 _UNWRITABLE = re.compile("[\\0\ud800-\udfff]")  # Python decodes argument bytes that are not UTF-8 to surrogates

@@ -16,7 +16,7 @@ from tell.cli.tables import arms_table
 from tell.config import make_config
 from tell.data.example import Example, Message
 from tell.files import read_jsonl
-from tell.names import ANSWER_LOSS
+from tell.metric_names import ANSWER_LOSS
 from tell.report.page import render
 from tell.rows.template import ChatTokenizer
 from tell.run.answer_loss import answer_ids, answer_losses

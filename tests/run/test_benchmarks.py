@@ -18,7 +18,7 @@ from tell.cli.main import run as main
 from tell.errors import Interrupted, TellError
 from tell.files import read_jsonl
 from tell.folder import RunFolder
-from tell.names import CHANGE
+from tell.metric_names import CHANGE
 from tell.run.benchmarks import run_benchmarks as module
 from tell.run.benchmarks.run_benchmarks import benchmark_arms, check_benchmarks
 from tell.studies.stats.shared_rows import levels_and_changes, read_questions

@@ -6,7 +6,8 @@ import pytest
 from rich.console import Console
 
 from tell.cli.tables import arms_table
-from tell.names import ARMS, FIELD, METRICS, SCORES, arm, arm_order, metric
+from tell.metric_names import FIELD, METRICS, SCORES, metric
+from tell.names import ARMS, arm, arm_order
 from tell.number_text import show, show_interval
 from tell.score.scored import KINDS, ScoredTask, scorer
 from tell.score.scorers import make_scorer

@@ -11,7 +11,7 @@ import pytest
 from studies.made import POINTS, make_study, outcome, study_of, write_cell
 from tell.errors import TellError
 from tell.files import write_jsonl
-from tell.names import canonical
+from tell.metric_names import canonical
 from tell.score.intervals import newcombe_paired, wilson
 from tell.score.means import mean_metric
 from tell.score.text import TextScorer

@@ -10,7 +10,7 @@ from tell.cli.display import clock, short
 from tell.config import read_yaml
 from tell.files import read_jsonl
 from tell.folder import RunFolder
-from tell.names import ANSWER_LOSS, HELD_OUT, METRICS, MetricSpec, metric
+from tell.metric_names import ANSWER_LOSS, HELD_OUT, METRICS, MetricSpec, metric
 from tell.number_text import as_typed, factor, has_interval, show
 from tell.report.notices import run_notices
 from tell.shown import clean, left_out

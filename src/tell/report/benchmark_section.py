@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from tell.names import BENCHMARK, MetricSpec, arm_order, metric
+from tell.metric_names import BENCHMARK, MetricSpec, metric
+from tell.names import arm_order
 from tell.report.read_run import get, mapping
 from tell.report.score_tables import MINUS, Cell, Grid, Plotted, before_and_after
 

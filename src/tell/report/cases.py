@@ -10,7 +10,8 @@ from itertools import islice
 import numpy as np
 from markupsafe import Markup
 
-from tell.names import arm, metric
+from tell.metric_names import metric
+from tell.names import arm
 from tell.number_text import is_number
 from tell.report.html_text import shorten, word_diff
 from tell.report.read_run import Run, mapping

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from tell.errors import TellError
 from tell.folder import RunFolder
-from tell.names import arm_order, metric
+from tell.metric_names import metric
+from tell.names import arm_order
 from tell.report.page import fill, verdict_of
 from tell.report.read_run import Run, flatten, get, mapping, read_run
 from tell.report.score_tables import Cell, Line, Plotted, axis, metric_names, primary_metric, scale_of

@@ -13,7 +13,8 @@ from markupsafe import Markup
 
 from tell.files import write_text
 from tell.folder import RunFolder
-from tell.names import ARMS, METRICS, PARTS
+from tell.metric_names import METRICS
+from tell.names import ARMS, PARTS
 from tell.number_text import NARROW, show, show_count, show_duration, show_interval, show_power
 from tell.report import palette, sections
 from tell.report.benchmark_section import benchmark_grid, benchmark_tables

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from tell.data.example import Example
-from tell.names import ANSWER_LOSS
+from tell.metric_names import ANSWER_LOSS
 from tell.rows.row_table import RowTable
 from tell.rows.template import ChatTokenizer
 from tell.rows.tokenize import RowRules, tokenize

@@ -11,6 +11,8 @@ from tell.errors import TellError
 from tell.mix.amount import Draw
 from tell.mix.mixture import Mixture, build, build_repeated
 from tell.names import ARMS, TRAINED, arm_order
+from tell.nested import nest
+from tell.overrides import override
 from tell.presets import repeat_for
 from tell.rows.row_table import RowTable
 from tell.run.general_rows import General
@@ -73,14 +75,29 @@ if missing := {ARMS[arm].mixture for arm in TRAINED} - MIXTURES.keys():
     raise ValueError(f"no way to make the mixtures {missing}")
 
 
-def arm_mixtures(made: Ingredients) -> dict[str, tuple[Tables, Mixture]]:
-    """Tables and mixture of every arm that trains, TELL first. Arms differ in their mixture only."""
-    tell = _mixed(made, None)
-    arms = {"tell": tell}
-    for arm in TRAINED:
-        if arm not in arms and (found := MIXTURES[str(ARMS[arm].mixture)](made, tell[1])) is not None:
-            arms[arm] = found
-    return arms
+def arm_config(config: Config, arm: str) -> Config:
+    """The run's configuration with what the arm sets itself."""
+    settings = ARMS[arm].settings
+    if not settings:
+        return config
+    data = config.model_dump(by_alias=True)
+    for key, value in settings.items():
+        data = override(data, nest(key, value))
+    return Config.model_validate(data)
+
+
+def arm_mixtures(arms: Sequence[str], made: Callable[[str], Ingredients]) -> dict[str, tuple[Tables, Mixture]]:
+    """Tables and mixture of TELL, which controls are matched to, and of each of ``arms`` that has rows.
+
+    Args:
+        made: the ingredients of an arm.
+    """
+    tell = _mixed(made("tell"), None)
+    mixtures = {"tell": tell}
+    for arm in arms:
+        if arm not in mixtures and (found := MIXTURES[str(ARMS[arm].mixture)](made(arm), tell[1])) is not None:
+            mixtures[arm] = found
+    return mixtures
 
 
 def wanted_arms(config: Config) -> list[str]:
@@ -123,16 +140,21 @@ def lead_arm(arms: Sequence[str], mixtures: Mapping[str, object]) -> str | None:
 
 
 def same_runs(arms: Sequence[str], mixtures: Mapping[str, tuple[Tables, Mixture]]) -> dict[str, str]:
-    """Arms that are trained on the same rows as another in the same order, mapped to that arm: they are one run.
+    """Arms that are trained on the same rows as another in the same order and in the same way, mapped to that arm.
 
     Without general rows, `tell` and `sft-matched` are. The leading arm represents the others.
     """
     lead = lead_arm(arms, mixtures)
     trained = sorted((arm for arm in trained_arms(arms) if arm in mixtures), key=lambda arm: arm != lead)
-    first: dict[str, str] = {}
+    first: dict[tuple[str, str], str] = {}
     same = {}
     for arm in trained:
-        standing = first.setdefault(mixtures[arm][1].digest(), arm)
+        standing = first.setdefault((mixtures[arm][1].digest(), _training(arm)), arm)
         if standing != arm:
             same[arm] = standing
     return same
+
+
+def _training(arm: str) -> str:
+    """What an arm sets of the training itself, which its mixture does not show."""
+    return repr({key: value for key, value in ARMS[arm].settings.items() if key.startswith("train.")})

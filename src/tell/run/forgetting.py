@@ -11,7 +11,8 @@ import numpy as np
 from tell.config import Config
 from tell.data.builtin import ON_BOARD, load_witness
 from tell.data.example import Example
-from tell.names import ARMS, HELD_OUT, PROBE, TRAINED, WITNESS
+from tell.metric_names import HELD_OUT, PROBE, WITNESS
+from tell.names import ARMS, TRAINED
 from tell.rows.row_table import RowTable
 from tell.rows.template import ChatTokenizer
 from tell.rows.tokenize import RowRules, prompt_ids, tokenize

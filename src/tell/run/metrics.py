@@ -72,7 +72,7 @@ def train_numbers(prepared: Prepared, results: Mapping[str, dict], validation: M
     """
     arms: dict[str, dict] = {}
     for arm, result in results.items():
-        arms[arm] = {**result, "flops": arm_costs(prepared.task, prepared.mixtures[arm][1])["flops"]}
+        arms[arm] = {**result, "flops": arm_costs(prepared.task_of(arm), prepared.mixtures[arm][1])["flops"]}
         if arm in validation:
             arms[arm]["validation_loss"] = validation[arm]
     totals = arms.get(prepared.lead or "", {})

@@ -72,7 +72,7 @@ def describe_plan(prepared: Prepared) -> dict:
     config, files = task.config, task.files
     lead = prepared.lead or "tell"
     mixture = prepared.mixtures[lead][1]
-    costs = {arm: arm_costs(task, prepared.mixtures[arm][1]) for arm in trained_arms(prepared.arms)}
+    costs = {arm: arm_costs(prepared.task_of(arm), prepared.mixtures[arm][1]) for arm in trained_arms(prepared.arms)}
     main = costs.get(lead) or arm_costs(task, mixture)
     counts = mixture.counts()
     return {

@@ -7,7 +7,7 @@ a plan estimates it, a run has the model write it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from tell.anchor.anchor import Anchor
@@ -17,7 +17,17 @@ from tell.mix.mixture import Mixture
 from tell.names import ARMS
 from tell.rows.row_table import RowTable
 from tell.run.answers import check_prompts
-from tell.run.arms import Ingredients, Tables, arm_mixtures, lead_arm, same_runs, trained_arms, twins, wanted_arms
+from tell.run.arms import (
+    Ingredients,
+    Tables,
+    arm_config,
+    arm_mixtures,
+    lead_arm,
+    same_runs,
+    trained_arms,
+    twins,
+    wanted_arms,
+)
 from tell.run.general_rows import General, draw_general
 from tell.run.task import Task, limit_task, task_table
 
@@ -42,14 +52,24 @@ class Prepared:
     general: General | None
     draw: Draw | None
 
-    @property
-    def ingredients(self) -> Ingredients:
-        return Ingredients(self.task.config, self.table, self.general, self.draw)
+    def task_of(self, arm: str) -> Task:
+        """The task as the arm is trained on it: the run's, with the settings of the arm."""
+        config = arm_config(self.task.config, arm)
+        return self.task if config is self.task.config else replace(self.task, config=config)
+
+    def ingredients_of(self, arm: str) -> Ingredients:
+        """What the arm's mixture is made of: the run's own rows, except where the arm's settings are about rows."""
+        task, table, draw = self.task_of(arm), self.table, self.draw
+        if task.rules != self.task.rules:
+            table = task_table(task, self.anchor)
+        if self.general is not None and task.config.general != self.task.config.general:
+            draw = draw_general(task.config, self.general, int(table.unit.sum()))
+        return Ingredients(task.config, table, self.general, draw)
 
     @cached_property
     def mixtures(self) -> dict[str, tuple[Tables, Mixture]]:
-        """Tables and mixture of every arm that can be trained."""
-        return arm_mixtures(self.ingredients)
+        """Tables and mixture of every requested arm that can be trained, and of `tell`."""
+        return arm_mixtures(trained_arms(wanted_arms(self.task.config)), self.ingredients_of)
 
     @cached_property
     def same(self) -> dict[str, str]:

@@ -50,7 +50,7 @@ class Extent:
         """The extent that the configuration requests."""
         task = prepared.task
         arms = tuple(dict.fromkeys(task.config.eval.arms))
-        return cls(arms, len(task.test), prepared.ingredients.repeat, prepared.draw)
+        return cls(arms, len(task.test), prepared.ingredients_of("tell").repeat, prepared.draw)
 
     def apply(self, prepared: Prepared) -> Prepared:
         """The run cut to this extent.

@@ -86,7 +86,7 @@ def train_arms(
             continue
         write_adapter_notes(journal.folder, prepared.task, adapter)
         if arm == "tell" and result.steps >= ENOUGH_STEPS and result.seconds > 0 and processes is None:
-            computed = arm_costs(prepared.task, prepared.mixtures[arm][1])["computed_tokens"]
+            computed = arm_costs(prepared.task_of(arm), prepared.mixtures[arm][1])["computed_tokens"]
             keep_speed(prepared.task, session.loaded, computed / result.seconds)
         trained.results[arm] = result.to_dict()
         trained.now.append(arm)
@@ -106,7 +106,7 @@ def _train(
     from tell.train.trainer import Trainer, TrainingJob
 
     tables, mixture = prepared.mixtures[arm]
-    task = prepared.task
+    task = prepared.task_of(arm)
     place = journal.folder.adapter_of(arm).root
     job = TrainingJob(tables, mixture, task.training, task.config.seed, place, journal.folder.losses(arm))
     base, device = _trainee(session, processes)

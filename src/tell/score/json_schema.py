@@ -13,7 +13,7 @@ import numpy as np
 from tell.data.json_text import items, nfc, parse_strict
 from tell.data.schema import Schema, SlowPattern
 from tell.errors import TellError
-from tell.names import FIELD
+from tell.metric_names import FIELD
 from tell.score.means import check_pairs, mean_metric
 from tell.score.scored import Metric, ScoredTask, scorer
 from tell.shown import brief

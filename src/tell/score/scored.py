@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from tell.names import FIELD, METRICS
+from tell.metric_names import FIELD, METRICS
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def scorer(name: str, *metrics: str) -> Callable[[type[S]], type[S]]:
     """Register a scorer class for the kind of task ``name``.
 
     Args:
-        metrics: everything that it returns, names of `tell.names.METRICS`; ``field:`` stands for one per field.
+        metrics: everything that it returns, names of `tell.metric_names.METRICS`; ``field:`` stands for one per field.
 
     Raises:
         ValueError: the kind is registered already, or a metric is not declared.

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tell.names import ARMS, RIVALS, MetricSpec, arm, metric
+from tell.metric_names import MetricSpec, metric
+from tell.names import ARMS, RIVALS, arm
 from tell.number_text import as_typed, has_interval, is_number, show, show_interval
 
 MIN_ROWS = 6  # with fewer rows not even a sign test with all rows in one direction is significant at 5 %

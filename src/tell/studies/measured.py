@@ -13,7 +13,7 @@ import numpy as np
 
 from tell.files import read_jsonl
 from tell.folder import RunFolder
-from tell.names import BENCHMARK, CHANGE
+from tell.metric_names import BENCHMARK, CHANGE
 from tell.number_text import has_interval, is_number
 from tell.report.read_run import get, mapping
 from tell.run.answers import adapter_arm

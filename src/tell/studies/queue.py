@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 
 from tell.files import write_json
 from tell.folder import reading
-from tell.names import metric
+from tell.metric_names import metric
 from tell.number_text import show
 from tell.progress import Advance, Display
 from tell.run.stop import Stop

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from pydantic import BaseModel
 
-from tell.names import SCORES
+from tell.metric_names import SCORES
 from tell.studies import recipe
 from tell.studies.recipe import PARTS, Recipe
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tell.errors import TellError
-from tell.names import BENCHMARK, CHANGE, LOSS, canonical
+from tell.metric_names import BENCHMARK, CHANGE, LOSS, canonical
 from tell.report.read_run import get, mapping
 from tell.studies.labels import unique_labels
 from tell.studies.measured import CellReader, Measured

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
-from tell.names import metric
+from tell.metric_names import metric
 from tell.registry import Registry
 from tell.studies import recipe
 from tell.studies.labels import arm_name, key_name, point_name

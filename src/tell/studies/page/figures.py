@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tell.names import ARMS, CHANGE, metric
+from tell.metric_names import CHANGE, metric
+from tell.names import ARMS
 from tell.number_text import factor
 from tell.report.palette import ARM_COLOURS, CYCLE, HAIR, INK, PAPER, SOFT
 from tell.studies.labels import SFT, arm_name, key_name, point_name, rounded, value_name

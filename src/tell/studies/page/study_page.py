@@ -8,7 +8,8 @@ from pathlib import Path
 import yaml
 
 from tell.files import write_json, write_text
-from tell.names import ARMS, CHANGE, arm_order, canonical, metric
+from tell.metric_names import CHANGE, canonical, metric
+from tell.names import ARMS, arm_order
 from tell.report.page import fill
 from tell.studies.page.figure_kinds import Contents
 from tell.studies.page.study_sections import STATES, Picture, Section, sections

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup
 
 from tell.files import atomic_path
-from tell.names import CHANGE, metric
+from tell.metric_names import CHANGE, metric
 from tell.number_text import show
 from tell.registry import Registry
 from tell.report.score_tables import Cell

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from tell.names import canonical
+from tell.metric_names import canonical
 from tell.registry import Registry
 from tell.studies.labels import point_name
 from tell.studies.recipe import PARTS

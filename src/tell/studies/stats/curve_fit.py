@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from tell.names import metric as metric_of
+from tell.metric_names import metric as metric_of
 from tell.score.intervals import estimate_from, percentiles
 from tell.studies.labels import rounded
 from tell.studies.stats.curves import Curve

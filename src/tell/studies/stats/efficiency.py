@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tell.names import metric
+from tell.metric_names import metric
 from tell.number_text import show
 from tell.report.svg import nice
 from tell.studies.labels import arm_name, key_name, value_name

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from tell.names import arm_order, metric
+from tell.metric_names import metric
+from tell.names import arm_order
 from tell.studies.labels import SFT, arm_name, arm_point_name
 from tell.studies.results import Outcome, Study
 from tell.studies.stats.results_table import merged

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from tell.names import ANSWER_LOSS, CHANGE, LOSS, PROBE, arm_order, metric
+from tell.metric_names import ANSWER_LOSS, CHANGE, LOSS, PROBE, metric
+from tell.names import arm_order
 from tell.number_text import has_interval, show, show_interval, show_power
 from tell.report.score_tables import Cell
 from tell.run.answers import adapter_arm

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tell.names import CHANGE, canonical
-from tell.names import metric as metric_of
+from tell.metric_names import CHANGE, canonical
+from tell.metric_names import metric as metric_of
 from tell.score.intervals import applies, estimate_from, newcombe_paired, percentiles, resamples, shares, wilson
 from tell.score.intervals import difference as paired
 from tell.score.scored import Metric

@@ -12,7 +12,7 @@ import numpy as np
 
 from tell.files import read_jsonl
 from tell.folder import RunFolder
-from tell.names import CHANGE
+from tell.metric_names import CHANGE
 from tell.run.benchmarks.run_benchmarks import benchmark_metrics, kept_answers
 from tell.score.means import mean_metric
 from tell.score.scored import Metric
