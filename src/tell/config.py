@@ -241,6 +241,15 @@ class GenerateConfig(Section):
     engine: Literal["auto", "own", "vllm"] = Field("auto", description="auto: vLLM on a GPU where it is installed")
 
 
+class SearchConfig(Section):
+    """Search of learning rate, repetitions, general rows and the decoding of closed fields (`tell.run.search`)."""
+
+    minutes: float | None = Field(
+        None, gt=0, description="search for at most so many minutes for each arm that is searched; none: no search"
+    )
+    folds: int = Field(3, ge=2, le=20, description="parts of the task rows, each held out once")
+
+
 class EvalConfig(Section):
     arms: tuple[ArmName, ...] = Field(DEFAULT_ARMS, description="arms to train and score")
     icl_examples: int = Field(8, ge=1, description="training examples in the prompts of icl; as many as fit")
@@ -275,6 +284,7 @@ class Config(Section):
     tokens: TokensConfig = Field(default_factory=TokensConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
     generate: GenerateConfig = Field(default_factory=GenerateConfig)
+    search: SearchConfig = Field(default_factory=SearchConfig)
     eval: EvalConfig = Field(default_factory=EvalConfig)
     seed: int = Field(42, ge=0, le=10**18, description="seed of every draw: split, subset, order, dropout, decoding")
     out: str | None = Field(None, description="run folder; default runs/<data>-<n>")

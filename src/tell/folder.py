@@ -59,6 +59,8 @@ class RunFolder:
         self.manifest = root / "manifest.parquet"
         self.adapter = root / "adapter"
         self.readout = root / "readout.safetensors"
+        self.search = root / "search.json"
+        self.searching = root / "search"  # trials of a search that is not finished
         self.metrics = root / "metrics.json"
         self.findings = root / "findings.json"
         self.predictions = root / "predictions"

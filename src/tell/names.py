@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-Mixture = Literal["task", "task-matched", "general", "mixed"]
+Mixture = Literal["task", "task-matched", "task-repeated", "general", "mixed"]
 Colour = Literal["blue", "orange", "green", "pink", "ochre", "grey", "violet"]
 Closed = Literal["off", "likelihood", "readout", "fused"]
 """How closed fields (`tell.data.closed`) are answered: as the other text, by the model among their values, by the
@@ -33,6 +33,7 @@ class Arm:
         in_context: training examples are put in its prompts.
         decides: its closed fields are answered as ``generate.closed`` says, else as the other text.
         settings: dotted keys of the configuration with the values that this arm is trained with instead of the run's.
+        searched: its settings are searched where ``search.minutes`` is set (`tell.run.search`).
         standard: among the arms of a run that names none.
         optional: given up to keep ``--max-minutes``, the lowest number first; None: never.
         dashes: of its line in figures; None: solid.
@@ -51,6 +52,7 @@ class Arm:
     in_context: bool = False
     decides: bool = False
     settings: Mapping[str, object] = field(default_factory=dict)
+    searched: bool = False
     standard: bool = True
     optional: int | None = None
     rival: int | None = None
@@ -92,7 +94,7 @@ _ARMS = (
         "ochre",
         "v",
         in_context=True,
-        rival=5,
+        rival=6,
     ),
     Arm(
         "icl-readout",
@@ -104,7 +106,7 @@ _ARMS = (
         in_context=True,
         decides=True,
         optional=6,
-        rival=3,
+        rival=4,
         dashes=(4, 2),
     ),
     Arm(
@@ -117,7 +119,7 @@ _ARMS = (
         mixture="task",
         adapter="sft",
         optional=3,
-        rival=4,
+        rival=5,
     ),
     Arm(
         "sft-matched",
@@ -128,7 +130,7 @@ _ARMS = (
         "D",
         mixture="task-matched",
         adapter="sft-matched",
-        rival=2,
+        rival=3,
     ),
     Arm(
         "sft-readout",
@@ -140,8 +142,22 @@ _ARMS = (
         adapter="sft-matched",
         decides=True,
         optional=7,
-        rival=1,
+        rival=2,
         dashes=(4, 2),
+    ),
+    Arm(
+        "sft-tuned",
+        "SFT, searched",
+        "SFT with searched settings",
+        "LoRA tuned on the task rows alone; its learning rate, repetitions and decoding are searched as TELL's are.",
+        "orange",
+        "D",
+        mixture="task-repeated",
+        adapter="sft-tuned",
+        decides=True,
+        searched=True,
+        standard=False,
+        rival=1,
     ),
     Arm(
         "general",
@@ -154,7 +170,7 @@ _ARMS = (
         adapter="general",
         standard=False,
         optional=2,
-        rival=6,
+        rival=7,
     ),
     Arm(
         "tell",
@@ -167,6 +183,7 @@ _ARMS = (
         mixture="mixed",
         adapter="tell",
         decides=True,
+        searched=True,
     ),
     Arm(
         "tell-free",

@@ -94,6 +94,10 @@ def test_import_failures(module, spec, message):
 
 def test_make_scorer():
     assert make_scorer("json", schema={"type": "object"}).primary == "field_accuracy"
+    lists = {"type": "object", "properties": {key: {"type": "array"} for key in ("people", "places")}}
+    assert make_scorer("json", schema=lists).primary == "item_f1"
+    mixed = {"type": "object", "properties": {**lists["properties"], "language": {"type": "string"}}}
+    assert make_scorer("json", schema=mixed).primary == "field_accuracy"
     assert make_scorer("label", labels=["a"]).primary == "accuracy"
     assert make_scorer("text").primary == "chrf"
     with pytest.raises(TellError, match="needs a JSON Schema"):

@@ -198,6 +198,7 @@ FLAGS: tuple[Flag, ...] = (
         *("--fast", "train.fast", "auto, or off: train through plain transformers and peft", "NAME"),
         *(("auto", "off"), _TRAINING, _RUN),
     ),
+    Flag("--search", "search.minutes", "minutes to search settings on folds of the rows", "N", number, "Run", _RUN),
     Flag("--max-minutes", "max_minutes", "shrink the run until it is predicted to fit", "N", number, "Run", _RUN),
     Flag("--arms", "eval.arms", "arms to score, comma-separated", "A,B,...", read_arms, "Run", _RUN),
     Flag("--greedy", "generate.greedy", "decode greedily", None, None, "Run", ("tune",)),

@@ -139,6 +139,7 @@ def render(folder: RunFolder, *, state: str | None = None) -> str:
         general=general_answers(run.metrics),
         findings=sections.findings(run),
         anchor=sections.anchor(run),
+        search=sections.search(run),
         again=sections.again(run),
         arm_words=[(arm.name, arm.about) for arm in ARMS.values() if not used or arm.name in used],
         metric_words=[spec for name, spec in METRICS.items() if name in scored],

@@ -51,6 +51,7 @@ class Run:
     config: dict[str, Any] = field(default_factory=dict)
     anchor: dict[str, Any] = field(default_factory=dict)
     plan: dict[str, Any] = field(default_factory=dict)
+    search: dict[str, Any] = field(default_factory=dict)
     status: dict[str, Any] = field(default_factory=dict)
     config_text: str = ""
     predictions: dict[str, list[dict]] = field(default_factory=dict)
@@ -87,7 +88,7 @@ def read_run(folder: RunFolder) -> Run:
         run.problems.append(f"{path.relative_to(folder.root)} is not a {kind.__name__}")
         return None
 
-    for name in ("metrics", "findings", "anchor", "plan", "status"):
+    for name in ("metrics", "findings", "anchor", "plan", "search", "status"):
         setattr(run, name, attempt(getattr(folder, name), dict, lambda path: json.loads(_read_text(path))) or {})
     run.config_text = attempt(folder.config, str, _read_text) or ""
     run.config = attempt(folder.config, dict, lambda path: parse_yaml(_read_text(path), where=path.name)) or {}

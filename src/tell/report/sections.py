@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from tell.metric_names import metric
 from tell.names import arm_order
 from tell.number_text import is_number, show, show_count, show_duration, show_power
 from tell.overrides import GENERAL_AMOUNTS
@@ -183,6 +184,29 @@ def anchor(run: Run) -> dict[str, object] | None:
     }
 
 
+def search(run: Run) -> list[dict[str, object]]:
+    """The settings that were tried on folds of the task rows, for each arm that was searched."""
+    found = []
+    for arm, one in mapping(run.search, "arms").items():
+        tried = [entry for entry in rows_of(one, "tried") if isinstance(entry, dict)]
+        columns = [key for key in dict.fromkeys(key for entry in tried for key in entry) if key != "value"]
+        unit = metric(str(get(one, "metric"))).unit
+        rows = [([_value(entry.get(key)) for key in columns], show(entry.get("value"), unit)) for entry in tried]
+        labels = [SEARCHED.get(key, key) for key in columns]
+        label = metric(str(get(one, "metric"))).label
+        found.append({"arm": arm, "why": get(one, "why", default=""), "columns": labels, "metric": label, "rows": rows})
+    return found
+
+
+SEARCHED = {
+    "train.learning_rate": "Learning rate",
+    "mix.repeat": "Repetitions",
+    "general": "Share of the general rows",
+    "folds": "Folds held out",
+    "general_loss": "Loss on held-out general rows",
+    "generate.closed": "Closed fields",
+    "generate.readout_weight": "Weight of the readout",
+}
 ORIGINS = {
     "hand": "written by hand",
     "self": "written by the model itself",
@@ -227,4 +251,6 @@ def _value(value: object) -> str:
         return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:.4g}"
+    if isinstance(value, list):
+        return ", ".join(map(_value, value))
     return str(value)

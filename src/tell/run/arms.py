@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from tell.config import Config
+from tell.config import Config, TrainConfig
 from tell.data.general import is_empty
 from tell.errors import TellError
 from tell.mix.amount import Draw
@@ -22,12 +22,17 @@ Tables = Mapping[str, RowTable]
 
 @dataclass(frozen=True)
 class Ingredients:
-    """Ingredients of a mixture: the task's rows, the general rows drawn for them, and the settings."""
+    """Ingredients of a mixture: the task's rows, the general rows drawn for them, and the settings.
+
+    Attributes:
+        searched: the settings are a search's.
+    """
 
     config: Config
     table: RowTable
     general: General | None
     draw: Draw | None
+    searched: bool = False
 
     @property
     def tables(self) -> dict[str, RowTable]:
@@ -56,6 +61,14 @@ def _task_matched(made: Ingredients, mixed: Mixture | None) -> tuple[Tables, Mix
     return {"task": made.table}, build_repeated(made.table, len(mixed), made.config.seed)
 
 
+def _task_repeated(made: Ingredients, mixed: Mixture | None) -> tuple[Tables, Mixture]:
+    """As often as a search chose, else as many rows as the mixture has."""
+    rows = len(made.table) * made.config.mix.repeat if made.config.mix.repeat and made.searched else None
+    if rows is None:
+        return _task_matched(made, mixed)
+    return {"task": made.table}, build_repeated(made.table, rows, made.config.seed)
+
+
 def _general(made: Ingredients, _: Mixture | None) -> tuple[Tables, Mixture] | None:
     if made.general is None or made.draw is None or not len(made.draw):
         return None
@@ -67,6 +80,7 @@ MIXTURES: dict[str, Callable[[Ingredients, Mixture | None], tuple[Tables, Mixtur
     "mixed": _mixed,
     "task": _task,
     "task-matched": _task_matched,
+    "task-repeated": _task_repeated,
     "general": _general,
 }
 """What `tell.names.Arm.mixture` stands for: tables and mixture by the ingredients and TELL's mixture; None: no rows."""
@@ -75,9 +89,14 @@ if missing := {ARMS[arm].mixture for arm in TRAINED} - MIXTURES.keys():
     raise ValueError(f"no way to make the mixtures {missing}")
 
 
-def arm_config(config: Config, arm: str) -> Config:
-    """The run's configuration with what the arm sets itself."""
-    settings = ARMS[arm].settings
+Chosen = Mapping[str, Mapping[str, object]]
+"""Dotted keys with the values that a search chose (`tell.run.search`), by the arm that was searched."""
+
+
+def arm_config(config: Config, arm: str, chosen: Chosen = {}) -> Config:  # noqa: B006  # never changed
+    """The run's configuration with what the trained arm behind ``arm`` sets itself, and what a search chose for it."""
+    trained = ARMS[arm].adapter or arm
+    settings = {**ARMS[trained].settings, **chosen.get(trained, {})}
     if not settings:
         return config
     data = config.model_dump(by_alias=True)
@@ -139,22 +158,22 @@ def lead_arm(arms: Sequence[str], mixtures: Mapping[str, object]) -> str | None:
     return "tell" if "tell" in trained else next(iter(trained), None)
 
 
-def same_runs(arms: Sequence[str], mixtures: Mapping[str, tuple[Tables, Mixture]]) -> dict[str, str]:
+def same_runs(
+    arms: Sequence[str], mixtures: Mapping[str, tuple[Tables, Mixture]], training: Callable[[str], TrainConfig]
+) -> dict[str, str]:
     """Arms that are trained on the same rows as another in the same order and in the same way, mapped to that arm.
 
     Without general rows, `tell` and `sft-matched` are. The leading arm represents the others.
+
+    Args:
+        training: the training settings of an arm.
     """
     lead = lead_arm(arms, mixtures)
     trained = sorted((arm for arm in trained_arms(arms) if arm in mixtures), key=lambda arm: arm != lead)
     first: dict[tuple[str, str], str] = {}
     same = {}
     for arm in trained:
-        standing = first.setdefault((mixtures[arm][1].digest(), _training(arm)), arm)
+        standing = first.setdefault((mixtures[arm][1].digest(), training(arm).model_dump_json()), arm)
         if standing != arm:
             same[arm] = standing
     return same
-
-
-def _training(arm: str) -> str:
-    """What an arm sets of the training itself, which its mixture does not show."""
-    return repr({key: value for key, value in ARMS[arm].settings.items() if key.startswith("train.")})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -27,17 +27,17 @@ from tell.run.answers import (
     score_rows,
     scorer_of,
 )
+from tell.run.arms import Chosen, arm_config
 from tell.run.benchmarks.run_benchmarks import run_benchmarks
 from tell.run.forgetting import BASE, Forgetting, general_sets, losses_of, measure_arm
 from tell.run.journal import Journal
 from tell.run.prepare import Prepared
-from tell.run.readouts import Decider, run_decider
+from tell.run.readouts import Decider, Guides, run_decider
 from tell.run.session import Session
 from tell.run.train_arms import Trained
 from tell.score.scored import Metric, Scorer, primary_of
 
 if TYPE_CHECKING:
-    from tell.decode.guide import Guide
     from tell.decode.sampler import Decoding
 
 
@@ -111,6 +111,7 @@ class Exam:
         train: rows that examples in context come from.
         shots: examples in every prompt.
         guides: makes those of the test rows, for an arm that decides closed fields; None: nothing is decided.
+        chosen: settings that a search chose.
     """
 
     config: Config
@@ -120,7 +121,8 @@ class Exam:
     shots: Sequence[Example]
     decoding: Decoding
     scorer: Scorer
-    guides: Callable[[], list[Guide]] | None = None
+    guides: Guides | None = None
+    chosen: Chosen = field(default_factory=dict)
 
     def take(self, arm: str, session: Session, kept: list[dict] | None = None) -> Answers:
         """The arm's scored answers, its adapter applied; answers ``kept`` from an earlier session are reused."""
@@ -129,7 +131,8 @@ class Exam:
         prompting = Prompting(session.chat, self.anchor, self.shots, config.eval.icl_examples, room, config.seed)
         prompts, shown = prompting.prompts(arm, self.test, self.train)
         more: dict[str, Metric] = {}
-        guides = self.guides() if self.guides is not None and ARMS[arm].decides else None
+        generate = arm_config(config, arm, self.chosen).generate
+        guides = self.guides(generate) if self.guides is not None and ARMS[arm].decides else None
         rows = answer_rows(session, prompts, self.test, self.decoding, arm, guides) if kept is None else kept
         if config.eval.answer_loss:
             values = None if kept is None else kept_answer_losses(kept)
@@ -157,7 +160,7 @@ def run_exam(prepared: Prepared, session: Session, decider: Decider | None = Non
     decoding = Decoding.of(config.generate, max_new_tokens=limit, stop_ids=task.chat.stop_ids, seed=config.seed)
     scorer = scorer_of(config, task.kind)
     guides = decider.guides_of(session, task.test) if decider else None
-    return Exam(config, prepared.anchor, task.test, task.train, task.shots, decoding, scorer, guides)
+    return Exam(config, prepared.anchor, task.test, task.train, task.shots, decoding, scorer, guides, prepared.chosen)
 
 
 def score_arms(answers: Mapping[str, Answers], config: Config) -> dict:

@@ -7,7 +7,7 @@ a plan estimates it, a run has the model write it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from tell.anchor.anchor import Anchor
@@ -18,6 +18,7 @@ from tell.names import ARMS
 from tell.rows.row_table import RowTable
 from tell.run.answers import check_prompts
 from tell.run.arms import (
+    Chosen,
     Ingredients,
     Tables,
     arm_config,
@@ -44,6 +45,7 @@ class Prepared:
         table: its rows, tokenised with the anchor.
         general: the general rows; None where there are none.
         draw: those that are mixed in.
+        chosen: settings that a search chose.
     """
 
     task: Task
@@ -51,10 +53,11 @@ class Prepared:
     table: RowTable
     general: General | None
     draw: Draw | None
+    chosen: Chosen = field(default_factory=dict)
 
     def task_of(self, arm: str) -> Task:
         """The task as the arm is trained on it: the run's, with the settings of the arm."""
-        config = arm_config(self.task.config, arm)
+        config = arm_config(self.task.config, arm, self.chosen)
         return self.task if config is self.task.config else replace(self.task, config=config)
 
     def ingredients_of(self, arm: str) -> Ingredients:
@@ -64,7 +67,7 @@ class Prepared:
             table = task_table(task, self.anchor)
         if self.general is not None and task.config.general != self.task.config.general:
             draw = draw_general(task.config, self.general, int(table.unit.sum()))
-        return Ingredients(task.config, table, self.general, draw)
+        return Ingredients(task.config, table, self.general, draw, arm in self.chosen and bool(self.chosen[arm]))
 
     @cached_property
     def mixtures(self) -> dict[str, tuple[Tables, Mixture]]:
@@ -74,7 +77,7 @@ class Prepared:
     @cached_property
     def same(self) -> dict[str, str]:
         """Requested arms that equal another arm's run, mapped to that arm."""
-        return same_runs(wanted_arms(self.task.config), self.mixtures)
+        return same_runs(wanted_arms(self.task.config), self.mixtures, lambda arm: self.task_of(arm).config.train)
 
     @property
     def arms(self) -> list[str]:

@@ -8,12 +8,12 @@ from typing import Literal
 
 import numpy as np
 
+from tell.config import GenerateConfig
 from tell.data.example import Example
 from tell.decode.guide import Fields, Guide, Vocabulary
 from tell.errors import TellError
 from tell.files import DAMAGED
 from tell.folder import RunFolder
-from tell.names import Closed
 from tell.readout.readout import FieldReadout, Readout, readout_layers
 from tell.rows.tokenize import prompt_ids
 from tell.run.memo import once
@@ -23,6 +23,8 @@ from tell.shown import brief
 
 STATES: tuple[Literal["mean", "last"], ...] = ("mean", "last")  # in the order of `tell.readout.readout.POOLINGS`
 MOST_KEPT = 4000  # prompts whose states are kept: 150 MB of SmolLM2-135M's
+Guides = Callable[[GenerateConfig], "list[Guide] | None"]
+"""Makes the guide of each prompt for one pass of answers, decided as the configuration says; None where it is off."""
 _LIST_PRIOR = (0.3, 0.1)  # of a list's end and of further items, where they share a token with known ones
 CERTAIN = 50.0  # log factor of a value that the readout alone decides on: no model outweighs it
 
@@ -76,51 +78,55 @@ class Decider:
     Attributes:
         fields: with the tokens of their values.
         readout: of the same fields.
-        how: ``likelihood``, ``readout`` or ``fused``.
-        weight: exponent of the readout where it is fused with the model.
     """
 
     fields: Fields
     readout: Readout
-    how: Closed
-    weight: float
 
     @classmethod
     def of(cls, readout: Readout, session: Session) -> Decider:
-        """The decider of a session's model, as its configuration says.
+        """The decider of a session's model.
 
         Raises:
             TellError: the readout is of another model.
         """
-        chat, config = session.chat, session.config.generate
+        chat = session.chat
         width = len(readout.layers) * session.model.config.get_text_config().hidden_size
         if readout.mean.shape != (len(STATES), width):
             raise TellError("is of another model", where="readout.safetensors", remedy=DAMAGED)
         vocabulary = once(session.model, ("vocabulary", chat.fingerprint), lambda: Vocabulary(chat))
         fields = Fields(vocabulary, [field.field for field in readout.fields], chat.stop_ids, readout.opening)
-        return cls(fields, readout, config.closed, config.readout_weight)
+        return cls(fields, readout)
 
-    def guides_of(self, session: Session, examples: Sequence[Example]) -> Callable[[], list[Guide]]:
-        """Makes a guide for each prompt, for one pass of answers; the untuned model's weights are to be applied now."""
+    def guides_of(self, session: Session, examples: Sequence[Example]) -> Guides:
+        """Makes the guides of the prompts; the untuned model's weights are to be applied now."""
         states = prompt_states(session, examples, "hidden states of the prompts")
         pairs = zip(self.readout.fields, self.readout.scores(states), strict=True)
-        evidence = [self._evidence(field, scores) for field, scores in pairs]
+        scored = list(pairs)
         priors = [np.log([*field.prior, *_LIST_PRIOR[: 2 * field.field.is_set]]) for field in self.readout.fields]
-        return lambda: [Guide(self.fields, [of[i] for of in evidence], priors) for i in range(len(examples))]
 
-    def _evidence(self, field: FieldReadout, scores: np.ndarray) -> np.ndarray:
-        """(n, classes) log factors of a field's values, by the readout's predictions; of a list also of its end, to
-        which the others are relative, and of further items."""
-        alone, new = self.how == "readout", np.log(field.field.new)
-        if self.how == "likelihood" or not field.informed:
-            found = np.zeros_like(scores)
-        elif alone:
-            found, new = np.where(field.holds(scores), CERTAIN, -np.inf), -CERTAIN
-        else:
-            found = self.weight * field.evidence(scores)
-        if not field.field.is_set:
-            return found
-        return np.concatenate([found, np.tile([0.0, new if field.field.open else -np.inf], (len(found), 1))], axis=1)
+        def make(config: GenerateConfig) -> list[Guide] | None:
+            if config.closed == "off":
+                return None
+            evidence = [_evidence(field, scores, config) for field, scores in scored]
+            return [Guide(self.fields, [of[i] for of in evidence], priors) for i in range(len(examples))]
+
+        return make
+
+
+def _evidence(field: FieldReadout, scores: np.ndarray, config: GenerateConfig) -> np.ndarray:
+    """(n, classes) log factors of a field's values, by the readout's predictions; of a list also of its end, to which
+    the others are relative, and of further items."""
+    alone, new = config.closed == "readout", np.log(field.field.new)
+    if config.closed == "likelihood" or not field.informed:
+        found = np.zeros_like(scores)
+    elif alone:
+        found, new = np.where(field.holds(scores), CERTAIN, -np.inf), -CERTAIN
+    else:
+        found = config.readout_weight * field.evidence(scores)
+    if not field.field.is_set:
+        return found
+    return np.concatenate([found, np.tile([0.0, new if field.field.open else -np.inf], (len(found), 1))], axis=1)
 
 
 def run_decider(task: Task, session: Session, folder: RunFolder) -> Decider | None:

@@ -26,6 +26,7 @@ from tell.seeds import below
 OPTIONAL_ARMS = sorted((arm for arm in ARMS if ARMS[arm].optional is not None), key=lambda arm: ARMS[arm].optional or 0)
 LEAST_TEST_ROWS = 60  # the interval of a share of one half is then 25 points wide
 LEAST_REPEAT = 4  # but at least a quarter of the requested repetitions
+REPEAT = "mix.repeat"
 HALVINGS = 7  # tolerance of the search, as a share of the way from the smallest to the requested extent
 
 
@@ -64,7 +65,10 @@ class Extent:
         keys = [below(1 << 60, config.seed, "test rows", example.hash) for example in task.test]
         kept = sorted(range(len(keys)), key=keys.__getitem__)[: self.test_rows]
         task = replace(task, config=config, test=[task.test[i] for i in sorted(kept)])
-        return replace(prepared, task=task, draw=self.draw)
+        chosen = {arm: dict(keys) for arm, keys in prepared.chosen.items()}
+        if REPEAT in chosen.get("tell", {}):  # a search's repetitions, as far as there is time for them
+            chosen["tell"][REPEAT] = min(int(str(chosen["tell"][REPEAT])), self.repeat)
+        return replace(prepared, task=task, draw=self.draw, chosen=chosen)
 
     def to_dict(self) -> dict[str, Any]:
         """``fit`` of plan.json."""

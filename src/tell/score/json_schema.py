@@ -46,6 +46,9 @@ class JsonScorer:
     enumeration, have a median of more than three words and differ in more than half of the references. Rows whose
     reference is not JSON count for the first two only.
 
+    The verdict is about field accuracy; where the schema asks for lists alone, about item F1, since most lists are empty
+    and an answer without any item has most of the fields right.
+
     Args:
         schema: a JSON Schema of any draft; ``$schema`` names it, else draft 2020-12.
 
@@ -59,7 +62,10 @@ class JsonScorer:
         self._checked = Schema(nfc(schema))
         self.schema = self._checked.schema
         self._validator = self._checked.validator
-        self.keys = tuple(dict.fromkeys(key for key, _ in self._checked.properties(self.schema)))
+        fields = list(self._checked.properties(self.schema))
+        self.keys = tuple(dict.fromkeys(key for key, _ in fields))
+        if fields and all(isinstance(spec, dict) and spec.get("type") == "array" for _, spec in fields):
+            self.primary = "item_f1"
 
     @classmethod
     def of(cls, task: ScoredTask) -> JsonScorer:

@@ -21,6 +21,7 @@ from tell.config import (
     GeneralConfig,
     GenerateConfig,
     MixConfig,
+    SearchConfig,
     TrainConfig,
     make_config,
 )
@@ -242,6 +243,8 @@ def neutral(config: Config, arm: str, *, decides: bool) -> Config:
         out.mix.repeat = None
     if not decides or config.generate.closed == "off":
         out.generate.closed, out.generate.readout_weight = "off", GenerateConfig().readout_weight
+    if not (own.adapter and ARMS[own.adapter].searched):
+        out.search = SearchConfig()
     if not config.eval.benchmarks:
         out.eval.benchmark_data = None
     if not own.anchored and own.adapter is None:

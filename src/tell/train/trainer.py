@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -86,12 +86,14 @@ class TrainingHooks:
     Attributes:
         stopped: polled between steps; True writes a checkpoint and raises Interrupted.
         progress: called after each step.
+        marks: folders that receive a copy of the adapter, by the number of steps after which it is made.
         moved: called within a step, after each forward and backward pass, with the tokens this process trained on.
     """
 
     stopped: Callable[[], bool] | None = None
     progress: Callable[[StepReport], None] | None = None
     moved: Callable[[int], None] | None = None
+    marks: Mapping[int, Path] = field(default_factory=dict)
 
 
 def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
@@ -188,7 +190,7 @@ class Trainer:
                 keep_memory()
             with self._tuned() as (model, plain):
                 run = self._start(model, plain, resume)
-                self._train(run)
+                self._train(run, model)
                 with self._agreed():
                     if self.writes:
                         save_adapter(model, self.job.folder)
@@ -236,7 +238,7 @@ class Trainer:
         totals = _Totals(**{name: facts[name] for name in asdict(_Totals())}) if facts else _Totals()
         return _Run(parameters, optimizer, step, digest, totals)
 
-    def _train(self, run: _Run) -> None:
+    def _train(self, run: _Run, model: PeftModel) -> None:
         logger = StepLog(self.job.log, keep=run.totals.step) if self.writes else None
         begin = time.monotonic() - run.totals.seconds
         try:
@@ -250,6 +252,8 @@ class Trainer:
                     logger.write(report, rate, out.norm or 0.0)
                 if self.hooks.progress:
                     self.hooks.progress(report)
+                if self.writes and (place := self.hooks.marks.get(run.totals.step)) is not None:
+                    save_adapter(model, place)
                 self._pause(run)
         finally:
             if logger:

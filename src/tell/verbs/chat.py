@@ -13,6 +13,7 @@ from tell.data.example import Example, Message
 from tell.errors import TellError
 from tell.names import ARMS
 from tell.run.answers import arm_anchor, example_turns
+from tell.run.arms import arm_config
 from tell.verbs.evaluate import run_shots
 from tell.verbs.open_run import OpenRun, open_run
 
@@ -46,6 +47,7 @@ class ChatSession:
         assert isinstance(engine, Engine)  # as every session that streams has
         self._engine = engine
         self._decider = opened.decider(self.session) if ARMS[arm].decides else None
+        self._generate = arm_config(opened.config, arm, opened.chosen).generate
         self._stack = ExitStack()
         self._apply()
         self.anchor = arm_anchor(arm, opened.anchor)
@@ -66,7 +68,7 @@ class ChatSession:
         example = Example.of([*turns, Message("assistant", "")], source="chat", origin="")
         self._stack.close()
         try:
-            return self._decider.guides_of(self.session, [example])()
+            return self._decider.guides_of(self.session, [example])(self._generate)
         finally:
             self._apply()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +22,7 @@ from tell.overrides import parse_overrides
 from tell.progress import Display, Silent
 from tell.rows.ends import without_ends
 from tell.run.answers import adapter_ready, check_prompts, scorer_of
-from tell.run.arms import twins
+from tell.run.arms import Chosen, twins
 from tell.run.claim import Trust, check_trust
 from tell.run.measure import Exam, score_arms
 from tell.run.session import Session, check_deciding
@@ -87,6 +88,7 @@ def evaluate(
     if rows is not None and rows < len(examples):
         examples = [examples[i] for i in sorted(take_rows(len(examples), rows, seed))]
     exam = _exam(opened, session, seed, facts, test=examples, train=train, shots=shots)
+    exam = replace(exam, chosen=_still_chosen(opened, overrides))
     if said := misfits(_kind(opened, facts.kind), examples):
         display.note(said)
     answers = {}
@@ -122,6 +124,12 @@ def _exam(
     decider = opened.decider(session)
     guides = decider.guides_of(session, test) if decider else None
     return Exam(config, opened.anchor, test, train, shots, decoding, scorer, guides)
+
+
+def _still_chosen(opened: OpenRun, overrides: Sequence[str]) -> Chosen:
+    """What the run's search chose, without what is typed now."""
+    typed = {f"generate.{key}" for key in parse_overrides(overrides).get("generate", {})}
+    return {arm: {k: v for k, v in keys.items() if k not in typed} for arm, keys in opened.chosen.items()}
 
 
 def _override(opened: OpenRun, overrides: Sequence[str]) -> tuple[Config, int]:

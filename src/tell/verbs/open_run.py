@@ -15,9 +15,11 @@ from tell.progress import Display, Silent
 from tell.readout.readout import Readout
 from tell.rows.template import ChatTokenizer
 from tell.run.answers import adapter_folder, adapter_ready
+from tell.run.arms import Chosen
 from tell.run.claim import REMAKE, check_trust, read_run_config
 from tell.run.readouts import Decider
 from tell.run.record import thinks
+from tell.run.search import chosen_settings
 from tell.run.session import Session
 
 CELL_ADAPTER = f"for a cell of a study, {REMAKE[0].lower()}{REMAKE[1:]}"
@@ -36,6 +38,11 @@ class OpenRun:
     def session(self, config: Config | None = None, display: Display | None = None, *, stream: bool = False) -> Session:
         """A session of its model; ``config`` (default: the run's) sets device and engine, ``stream`` streaming."""
         return Session(self.files, config or self.config, self.chat, display or Silent(), stream=stream)
+
+    @property
+    def chosen(self) -> Chosen:
+        """What the run's search chose, by arm."""
+        return chosen_settings(self.folder)
 
     def decides(self, config: Config) -> bool:
         """Whether closed fields are decided: the run has a readout, and ``generate.closed`` is not off."""
