@@ -1,0 +1,101 @@
+"""TELL with n rows against its controls with n and 2n rows, from the scores of single test rows.
+
+    python recipes/checks/win_table.py docs/results/win/scores.jsonl.gz
+
+Each line of the file is one arm of one cell: model, task, rows, seed, arm, the first half of each test row's hash, and
+its scores. Differences are paired by test row; the interval is the 95 % percentile bootstrap over test rows, which are
+resampled together for all seeds, and the mean over tasks resamples each task by itself. Where the answer is lists alone
+(WNUT17) the score is item F1, from counts of right, given and wanted items.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+
+SAMPLES = 2000
+SCORE = {
+    "support": "field_accuracy",
+    "clinc30": "accuracy",
+    "nlupp": "field_accuracy",
+    "wnut17": "items",
+    "halu": "exact_match",
+}
+PAIRS = (
+    ("tell, n", "sft-matched, 2n", 2),
+    ("tell, n", "sft-matched, n", 1),
+    ("tell, n", "sft-readout, n", 1),
+    ("tell, n", "icl-readout, n", 1),
+    ("tell-free, n", "sft-matched, n", 1),
+)
+
+Key = tuple[str, str, int, str]  # model, task, rows, arm
+
+
+def share(stats: np.ndarray) -> np.ndarray:
+    """Mean of (..., rows) scores; F1 of (..., 3) sums of counts is `f1`."""
+    return np.asarray(stats.mean(axis=-1))
+
+
+def f1(sums: np.ndarray) -> np.ndarray:
+    return np.asarray(2 * sums[..., 0] / np.maximum(1, sums[..., 1] + sums[..., 2]))
+
+
+def _item_f1(rows: np.ndarray) -> np.ndarray:
+    """Of (..., rows, 3) counts."""
+    return f1(rows.sum(axis=-2))
+
+
+def read(path: Path) -> dict[Key, dict[int, np.ndarray]]:
+    """Scores by model, task, rows and arm, then by seed: (rows,), or (rows, 3) counts; rows in the order of hashes."""
+    found: dict[Key, dict[int, np.ndarray]] = defaultdict(dict)
+    with gzip.open(path, "rt") as lines:
+        for line in lines:
+            one = json.loads(line)
+            values = one["items"] if SCORE[one["task"]] == "items" else one["scores"][SCORE[one["task"]]]
+            scores = np.array([np.nan if v is None else v for v in values], dtype=float)
+            found[one["model"], one["task"], one["rows"], one["arm"]][one["seed"]] = scores
+    return found
+
+
+def draws_of(a: dict[int, np.ndarray], b: dict[int, np.ndarray], rng: np.random.Generator) -> tuple[float, np.ndarray]:
+    """Mean difference over the seeds that both have, and its resamples. Test rows differ between seeds."""
+    gaps, resampled = [], []
+    for seed in sorted(set(a) & set(b)):
+        left, right = a[seed], b[seed]
+        picks = rng.integers(0, len(left), (SAMPLES, len(left)))
+        value = _item_f1 if left.ndim == 2 else share
+        gaps.append(float(value(left)) - float(value(right)))
+        resampled.append(value(left[picks]) - value(right[picks]))
+    return float(np.mean(gaps)), np.mean(resampled, axis=0)
+
+
+def shown(gap: float, draws: np.ndarray) -> str:
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return f"{100 * gap:+6.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+
+
+def main(path: Path) -> None:
+    found, rng = read(path), np.random.default_rng(0)
+    for model in dict.fromkeys(key[0] for key in found):
+        print(f"\n{model}")
+        for first, second, factor in PAIRS:
+            a, b = first.split(",")[0], second.split(",")[0]
+            together: dict[int, list[tuple[str, float, np.ndarray]]] = defaultdict(list)
+            for of, task, rows, arm in found:
+                other = found.get((model, task, factor * rows, b))
+                if of == model and arm == a and other and set(other) & set(found[of, task, rows, arm]):
+                    together[rows].append((task, *draws_of(found[of, task, rows, arm], other, rng)))
+            for rows, parts in sorted(together.items()):
+                mean = shown(float(np.mean([gap for _, gap, _ in parts])), np.mean([d for _, _, d in parts], axis=0))
+                each = "; ".join(f"{task} {shown(gap, draws)}" for task, gap, draws in parts)
+                print(f"{first} - {second}, n = {rows}: mean {mean} ({each})")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
