@@ -9,7 +9,7 @@ from tell.config import Config
 from tell.data.general import is_empty
 from tell.errors import TellError
 from tell.mix.amount import Draw
-from tell.mix.mixture import Mixture, build, build_repeated
+from tell.mix.mixture import GENERAL, Mixture, build, build_repeated
 from tell.names import ARMS, TRAINED, arm_order
 from tell.nested import nest
 from tell.overrides import override
@@ -139,22 +139,26 @@ def lead_arm(arms: Sequence[str], mixtures: Mapping[str, object]) -> str | None:
     return "tell" if "tell" in trained else next(iter(trained), None)
 
 
-def same_runs(arms: Sequence[str], mixtures: Mapping[str, tuple[Tables, Mixture]]) -> dict[str, str]:
+def same_runs(config: Config, arms: Sequence[str], mixtures: Mapping[str, tuple[Tables, Mixture]]) -> dict[str, str]:
     """Arms that are trained on the same rows as another in the same order and in the same way, mapped to that arm.
 
     Without general rows, `tell` and `sft-matched` are. The leading arm represents the others.
+
+    Args:
+        config: the run's.
     """
     lead = lead_arm(arms, mixtures)
     trained = sorted((arm for arm in trained_arms(arms) if arm in mixtures), key=lambda arm: arm != lead)
     first: dict[tuple[str, str], str] = {}
     same = {}
     for arm in trained:
-        standing = first.setdefault((mixtures[arm][1].digest(), _training(arm)), arm)
+        mixture = mixtures[arm][1]
+        standing = first.setdefault((mixture.digest(), _training(arm_config(config, arm), mixture)), arm)
         if standing != arm:
             same[arm] = standing
     return same
 
 
-def _training(arm: str) -> str:
-    """What an arm sets of the training itself, which its mixture does not show."""
-    return repr({key: value for key, value in ARMS[arm].settings.items() if key.startswith("train.")})
+def _training(config: Config, mixture: Mixture) -> str:
+    """How an arm is trained, which its mixture does not show; without what has no effect on such rows."""
+    return config.train.model_dump_json(exclude=set() if GENERAL in mixture.sources else {"general_target"})
