@@ -15,11 +15,11 @@ from tell.config import TrainConfig
 from tell.errors import Interrupted, TellError
 from tell.mix.amount import general_rows
 from tell.mix.mixture import build
-from tell.train import teacher
+from tell.train import soft_targets
 from tell.train.lora import add_lora
 from tell.train.plain import PlainBody, plain_step_loss
+from tell.train.soft_targets import SoftTargets, cached_targets, untuned_targets
 from tell.train.step import Body, StepRules, step_loss
-from tell.train.teacher import SoftTargets, cached_targets, untuned_targets
 from tell.train.trainer import DISTILLED, Trainer, TrainingHooks, TrainingJob, run_digest, step_rows
 from train.packed import assert_close, gradients, load, make_rows, make_table, wake
 
@@ -200,7 +200,7 @@ def test_a_job_without_the_targets_it_needs_is_refused(tiny_model, tmp_path):
 
 
 def test_targets_too_large_for_the_memory_are_refused(tiny_model, monkeypatch):
-    monkeypatch.setattr(teacher, "free_bytes", lambda device: 10_000)
+    monkeypatch.setattr(soft_targets, "free_bytes", lambda device: 10_000)
     table = make_table(make_rows([40, 60]), "general")
     with pytest.raises(TellError, match=r"train.general_target: the distributions at .* free.*general.tokens"):
         untuned_targets(load(tiny_model("llama")), table, [0, 1])

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from tell.models.load import Loaded
     from tell.train.parallel import Processes
-    from tell.train.teacher import SoftTargets
+    from tell.train.soft_targets import SoftTargets
     from tell.train.trainer import StepReport, TrainingHooks, TrainResult
 
 ENOUGH_STEPS = 10  # steps of a training whose speed is saved
@@ -131,7 +131,7 @@ def _train(
 
 def _targets(mixture: Mixture, session: Session, path: Path) -> SoftTargets | None:
     """The untuned model's distributions over the general rows of a mixture; None where it has no such row."""
-    from tell.train.teacher import TOP_K, cached_targets, untuned_targets
+    from tell.train.soft_targets import TOP_K, cached_targets, untuned_targets
 
     if GENERAL not in mixture.sources:
         return None

@@ -38,9 +38,9 @@ from tell.train.lora import add_lora, remove_lora, save_adapter
 from tell.train.packing import TrainRow
 from tell.train.parallel import Processes, SharedStep, Step, shard
 from tell.train.plain import PaddedRows, PlainBody, plain_step_loss
+from tell.train.soft_targets import SoftTargets
 from tell.train.step import Body, StepLoss, StepRules, step_loss
 from tell.train.step_log import StepLog, StepReport
-from tell.train.teacher import SoftTargets
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -184,7 +184,7 @@ class Trainer:
         self.steps = job.mixture.steps(config.batch_size)
         self.targets = job.targets if config.general_target == "untuned" else None
         if config.general_target == "untuned" and job.targets is None and set(job.mixture.sources) > {TASK}:
-            raise ValueError("general_target is untuned, and the job has no targets (tell.train.teacher)")
+            raise ValueError("general_target is untuned, and the job has no targets (tell.train.soft_targets)")
         self.rules = StepRules(
             config.loss_normalization,
             config.task_weight,
