@@ -198,6 +198,21 @@ class TrainConfig(Section):
     )
     loss_on: Literal["answer", "all"] = Field("answer", description="all: prompts are trained too (arXiv 2405.14394)")
     task_weight: float = Field(1.0, gt=0, description="weight of a task row's loss relative to a general row's")
+    general_target: Literal["text", "untuned"] = Field(
+        "text",
+        description="what general rows are trained on: their tokens (text), or the untuned model's next-token "
+        "distributions over them (untuned: self-distillation)",
+    )
+    average: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="save the mean of the weights after each step of this last share of the steps (arXiv 2209.14981); "
+        "0: the last ones",
+    )
+    adapter_scale: float = Field(
+        1.0, gt=0, le=100, description="factor of the adapter's update after training (WiSE-FT, arXiv 2109.01903)"
+    )
     lora_r: int = Field(8, ge=1, le=8192, description="rank of the adapter")
     lora_alpha: float = Field(32.0, gt=0, description="the adapter is scaled by lora_alpha / lora_r")
     lora_dropout: float = Field(0.05, ge=0, lt=1, description="dropout on the adapter's input")

@@ -42,6 +42,7 @@ class AdapterFolder:
         self.config = root / "adapter_config.json"
         self.notes = root / "tell.json"  # anchor and base model, for use elsewhere
         self.checkpoint = root / "checkpoint"  # of a training run that is not finished
+        self.targets = root / "targets.safetensors"  # of its general rows, where these are distilled
         self.result = root / "result.json"  # of a finished one
         self.failed = root / "failed.json"  # of one that diverged
 

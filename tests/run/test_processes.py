@@ -19,7 +19,7 @@ from tell.errors import TellError
 from tell.files import read_jsonl
 from tell.folder import RunFolder
 
-PLAIN = {"eval": {"arms": ["base", "sft", "tell"]}, "generate": {"greedy": True}}
+PLAIN = {"eval": {"arms": ["base", "sft", "tell", "tell-distilled"]}, "generate": {"greedy": True}}
 
 
 def started(*arguments: str) -> subprocess.Popen[str]:

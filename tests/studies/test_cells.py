@@ -29,7 +29,7 @@ BASE = {
 }
 # What a change may be, and the arms it has no effect on.
 UNTRAINED = {name for name, arm in ARMS.items() if arm.adapter is None}
-MATCHED = {"sft-matched", "sft-readout"}
+MATCHED = {name for name, arm in ARMS.items() if arm.adapter and ARMS[arm.adapter].mixture == "task-matched"}
 FREE = {name for name, arm in ARMS.items() if not arm.decides}
 CHANGES: dict[str, tuple[str, set[str]]] = {
     "task rows": ("task.rows=30", {"base", "base+anchor", "general"}),
@@ -41,6 +41,9 @@ CHANGES: dict[str, tuple[str, set[str]]] = {
     "general source": (f"general.source={SUPPORT / 'test.jsonl'}", set()),  # rows held out come from there
     "learning rate": ("train.learning_rate=1e-4", UNTRAINED),
     "rank": ("train.lora_r=16", UNTRAINED),
+    "general target": ("train.general_target=untuned", {*UNTRAINED, "sft", *MATCHED}),
+    "averaged weights": ("train.average=0.5", UNTRAINED),
+    "adapter scale": ("train.adapter_scale=0.5", UNTRAINED),
     "longest row": ("train.max_length=512", set()),
     "anchor": ("anchor.text=Read this mail.", {"base"}),
     "anchor's place": ("anchor.place=system", {"base"}),

@@ -21,16 +21,20 @@ from tell.mix.amount import general_rows
 from tell.mix.mixture import build
 from tell.train.launch import launched
 from tell.train.parallel import Processes
+from tell.train.soft_targets import untuned_targets
 from tell.train.trainer import Trainer, TrainingHooks, TrainingJob
 from train.packed import load, make_rows, make_table
 
 CONFIG = TrainConfig(
     batch_size=4, learning_rate=5e-3, lora_r=4, lora_dropout=0.0, checkpoint_every=0, micro_tokens=90, task_weight=2.0
 )
+OBJECTIVE = {"general_target": "untuned", "average": 0.5, "adapter_scale": 0.5}
 CASES = {
     "ddp": CONFIG,
     "plain": CONFIG.model_copy(update={"fast": "off", "loss_normalization": "token"}),
     "fsdp": CONFIG.model_copy(update={"parallel": "fsdp"}),
+    "objective": CONFIG.model_copy(update=OBJECTIVE),
+    "fsdp-objective": CONFIG.model_copy(update={**OBJECTIVE, "parallel": "fsdp"}),
     "fsdp-bf16": CONFIG.model_copy(update={"parallel": "fsdp"}),  # adapters stay in fp32
 }
 
@@ -70,7 +74,10 @@ def train(model: Path, folder: Path, config: TrainConfig, *, broken=False, resum
     tables, mixture = mixture_of(broken=broken)
     log = folder / "logs" / "tell.jsonl"
     base = load(model, dtype=torch.bfloat16 if "bf16" in folder.name else torch.float32)
-    job = TrainingJob(tables, mixture, config, 7, folder / "adapter", log)
+    targets = None
+    if config.general_target == "untuned":
+        targets = untuned_targets(load(model), tables["general"], range(len(tables["general"])))  # a whole model
+    job = TrainingJob(tables, mixture, config, 7, folder / "adapter", log, targets)
     trainer = Trainer(base, job, hooks=TrainingHooks(stopped=stopped), processes=processes)
     with recorded() as gradients:
         return gradients, trainer.run(resume=resume), base
@@ -91,7 +98,7 @@ def main(model: Path, out: Path) -> None:
         here = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in base.parameters())
         leave(case, (gradients, result.tokens, result.trained_tokens, here))
 
-    for case in ("ddp", "fsdp"):  # a signal reaches the second process alone, in the second step
+    for case in ("ddp", "fsdp", "objective"):  # a signal reaches the second process alone, in the second step
         asked = iter([False, launch.rank == 1, False, False, False])
         try:
             train(model, out / f"{case}-stopped", CASES[case], processes=joined(case == "fsdp"), stopped=asked.__next__)

@@ -57,7 +57,9 @@ def log(folder: Path) -> list[dict]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_equal_one(both, tiny_model, tmp_path, case):
-    config = CASES[case].model_copy(update={"parallel": "auto", "fast": "off" if case != "ddp" else "auto"})
+    config = CASES[case].model_copy(
+        update={"parallel": "auto", "fast": "auto" if case in ("ddp", "objective") else "off"}
+    )
     gradients, result, base = train(tiny_model("llama"), tmp_path / case, config)
     ones, twos = log(tmp_path / case), log(both / case)
     rounding = 100 if "bf16" in case else 1
@@ -83,7 +85,7 @@ def test_two_processes_equal_one(both, tiny_model, tmp_path, case):
     assert (both / case / "adapter" / "adapter_config.json").exists()
 
 
-@pytest.mark.parametrize("case", ["ddp", "fsdp"])
+@pytest.mark.parametrize("case", ["ddp", "fsdp", "objective"])
 def test_a_signal_to_one_stops_both_and_the_run_resumes(both, case):
     assert all("stopped after step 2 of 5" in text for text in saw(both, f"{case}-stopped"))
     whole, resumed = adapter(both / case), adapter(both / f"{case}-stopped")

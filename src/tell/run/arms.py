@@ -9,7 +9,7 @@ from tell.config import Config, TrainConfig
 from tell.data.general import is_empty
 from tell.errors import TellError
 from tell.mix.amount import Draw
-from tell.mix.mixture import Mixture, build, build_repeated
+from tell.mix.mixture import GENERAL, Mixture, build, build_repeated
 from tell.names import ARMS, TRAINED, arm_order
 from tell.nested import nest
 from tell.overrides import override
@@ -173,7 +173,13 @@ def same_runs(
     first: dict[tuple[str, str], str] = {}
     same = {}
     for arm in trained:
-        standing = first.setdefault((mixtures[arm][1].digest(), training(arm).model_dump_json()), arm)
+        mixture = mixtures[arm][1]
+        standing = first.setdefault((mixture.digest(), _training(training(arm), mixture)), arm)
         if standing != arm:
             same[arm] = standing
     return same
+
+
+def _training(settings: TrainConfig, mixture: Mixture) -> str:
+    """How an arm is trained, which its mixture does not show; without what has no effect on such rows."""
+    return settings.model_dump_json(exclude=set() if GENERAL in mixture.sources else {"general_target"})

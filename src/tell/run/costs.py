@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from tell.config import Config
-from tell.mix.mixture import TASK, Mixture
+from tell.mix.mixture import GENERAL, TASK, Mixture
 from tell.models import machine
-from tell.models.flops import lora_parameters, training_flops
+from tell.models.flops import inference_flops, lora_parameters, training_flops
 from tell.models.predict import answer_speed, predict_seconds
 from tell.names import ARMS
 from tell.rows.prefix import common_prefix, computed_tokens
@@ -58,7 +59,10 @@ def likely_place(config: Config) -> machine.Place:
 
 
 def arm_costs(task: Task, mixture: Mixture) -> dict:
-    """Steps, tokens, FLOPs and predicted seconds of one trained arm."""
+    """Steps, tokens, FLOPs and predicted seconds of one trained arm.
+
+    ``target_seconds``, a part of ``seconds``, are those of the untuned model over the general rows that are distilled.
+    """
     config, arch = task.config, task.files.architecture
     lengths = mixture.column("tokens")
     trained = int(mixture.column("trained").sum(dtype=np.int64))
@@ -67,7 +71,7 @@ def arm_costs(task: Task, mixture: Mixture) -> dict:
     facts = {"trained_tokens": trained, "lengths": lengths.tolist(), "lora_parameters": adapter}
     computed = max(1, computed_by(task, mixture))
     time = predict_seconds(arch, computed, fingerprint=task.files.fingerprint, place=likely_place(config), **facts)
-    return {
+    costs: dict[str, Any] = {
         "steps": mixture.steps(config.train.batch_size),
         "rows": len(mixture),
         "tokens": tokens,
@@ -77,6 +81,15 @@ def arm_costs(task: Task, mixture: Mixture) -> dict:
         "seconds": time.seconds,
         "basis": time.basis,
     }
+    if config.train.general_target == "untuned" and GENERAL in mixture.sources:
+        table = mixture.tables[GENERAL]
+        rows = np.unique(mixture.row[mixture.source == mixture.sources.index(GENERAL)])
+        once, heads = table.tokens[rows], int(table.trained[rows].sum(dtype=np.int64))
+        forward = int(once.sum(dtype=np.int64))
+        costs["target_seconds"] = time.seconds * forward / (3 * computed)
+        costs["seconds"] += costs["target_seconds"]
+        costs["flops"] += inference_flops(arch, forward, output_tokens=heads, lengths=once.tolist())
+    return costs
 
 
 @dataclass(frozen=True)
@@ -89,7 +102,8 @@ class Pace:
     @classmethod
     def of(cls, task: Task, costs: dict) -> Pace:
         """Speeds from the predicted time of an arm's training and the decoding speed measured here, if any."""
-        train = costs["computed_tokens"] / costs["seconds"] if costs["seconds"] else 1.0
+        seconds = costs["seconds"] - costs.get("target_seconds", 0.0)
+        train = costs["computed_tokens"] / seconds if seconds else 1.0
         measured = answer_speed(task.files.fingerprint, likely_place(task.config))
         return cls(train, measured or train / ANSWER_SECONDS_SHARE)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 
@@ -132,6 +133,20 @@ def _table(task: Task, source: GeneralSource, loaded: Loaded | None, fingerprint
         rules=[rules.max_length, rules.loss_on, rules.vocab],
     )
     return cached_table(key, make)[0]
+
+
+def trained_on(table: RowTable, loss_on: Literal["answer", "all"]) -> RowTable:
+    """The same rows with loss on every token but the first of each: for an arm that trains prompts too.
+
+    Raises:
+        ValueError: ``answer``, which a table that was made for ``all`` does not know any more.
+    """
+    if loss_on == "answer":
+        raise ValueError("an arm trains on answers alone in a run that trains on all tokens")
+    mask = np.ones(len(table.ids), dtype=bool)
+    if len(mask):  # rows that the model has yet to write have no tokens
+        mask[table.starts[:-1]] = False
+    return replace(table, mask=mask, trained=table.tokens - 1)
 
 
 def draw_general(config: Config, general: General, task_tokens: int) -> Draw:

@@ -29,7 +29,7 @@ from tell.run.arms import (
     twins,
     wanted_arms,
 )
-from tell.run.general_rows import General, draw_general
+from tell.run.general_rows import General, draw_general, trained_on
 from tell.run.task import Task, limit_task, task_table
 
 Writer = Callable[[Task, RowTable], General | None]
@@ -62,12 +62,14 @@ class Prepared:
 
     def ingredients_of(self, arm: str) -> Ingredients:
         """What the arm's mixture is made of: the run's own rows, except where the arm's settings are about rows."""
-        task, table, draw = self.task_of(arm), self.table, self.draw
+        task, table, general, draw = self.task_of(arm), self.table, self.general, self.draw
         if task.rules != self.task.rules:
             table = task_table(task, self.anchor)
+        if general is not None and task.rules.loss_on != self.task.rules.loss_on:
+            general = replace(general, table=trained_on(general.table, task.rules.loss_on))
         if self.general is not None and task.config.general != self.task.config.general:
             draw = draw_general(task.config, self.general, int(table.unit.sum()))
-        return Ingredients(task.config, table, self.general, draw, arm in self.chosen and bool(self.chosen[arm]))
+        return Ingredients(task.config, table, general, draw, arm in self.chosen and bool(self.chosen[arm]))
 
     @cached_property
     def mixtures(self) -> dict[str, tuple[Tables, Mixture]]:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from tell.errors import Diverged, Interrupted
 from tell.files import remove_folder, write_json
+from tell.folder import AdapterFolder
+from tell.mix.mixture import GENERAL, Mixture
 from tell.progress import Advance, Display
 from tell.run.costs import arm_costs
 from tell.run.journal import Journal
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
 
     from tell.models.load import Loaded
     from tell.train.parallel import Processes
+    from tell.train.soft_targets import SoftTargets
     from tell.train.trainer import StepReport, TrainingHooks, TrainResult
 
 ENOUGH_STEPS = 10  # steps of a training whose speed is saved
@@ -80,7 +84,7 @@ def train_arms(
         except Diverged as error:
             if arm == prepared.lead:
                 raise
-            remove_folder(adapter.checkpoint)
+            _remove_state(adapter)
             write_json(adapter.failed, {"error": error.what})  # a resumed run need not find out again
             _leave_out(prepared, trained, arm, error.what)
             continue
@@ -91,8 +95,14 @@ def train_arms(
         trained.results[arm] = result.to_dict()
         trained.now.append(arm)
         write_json(adapter.result, trained.results[arm])  # last: from here on the arm counts as trained
-        remove_folder(adapter.checkpoint)
+        _remove_state(adapter)
     return trained
+
+
+def _remove_state(adapter: AdapterFolder) -> None:
+    """Remove what only a stopped training needs."""
+    remove_folder(adapter.checkpoint)
+    adapter.targets.unlink(missing_ok=True)
 
 
 def _leave_out(prepared: Prepared, trained: Trained, arm: str, why: str) -> None:
@@ -107,14 +117,43 @@ def _train(
 
     tables, mixture = prepared.mixtures[arm]
     task = prepared.task_of(arm)
-    place = journal.folder.adapter_of(arm).root
-    job = TrainingJob(tables, mixture, task.training, task.config.seed, place, journal.folder.losses(arm))
+    place = journal.folder.adapter_of(arm)
+    targets = _targets(mixture, session, place.targets) if task.training.general_target == "untuned" else None
+    log = journal.folder.losses(arm)
+    job = TrainingJob(tables, mixture, task.training, task.config.seed, place.root, log, targets)
     base, device = _trainee(session, processes)
     total = int(mixture.column("tokens").sum(dtype=np.int64))
     with _bar(session.display, f"train {arm}", total, journal) as hooks:
         if processes:
             start_job(processes, task.files, base, job)
         return Trainer(base.model, job, device=device, hooks=hooks, processes=processes).run(resume=True)
+
+
+def _targets(mixture: Mixture, session: Session, path: Path) -> SoftTargets | None:
+    """The untuned model's distributions over the general rows of a mixture; None where it has no such row."""
+    from tell.train.soft_targets import TOP_K, cached_targets, untuned_targets
+
+    if GENERAL not in mixture.sources:
+        return None
+    table = mixture.tables[GENERAL]
+    rows = np.unique(mixture.row[mixture.source == mixture.sources.index(GENERAL)])
+
+    def make() -> SoftTargets:
+        with session.display.bar("targets of the general rows", len(rows)) as advance:
+
+            def moved(done: int) -> None:
+                advance(done)
+                session.check()
+
+            micro = session.config.train.micro_tokens
+            return untuned_targets(session.model, table, rows, micro_tokens=micro, progress=moved)
+
+    targets = cached_targets(path, table, rows, make)
+    session.display.note(
+        f"general rows are distilled: the {TOP_K} likeliest tokens hold {targets.mass():.1%} of the untuned model's "
+        "probability on average, the others are one bucket"
+    )
+    return targets
 
 
 def _trainee(session: Session, processes: Processes | None) -> tuple[Loaded, torch.device]:

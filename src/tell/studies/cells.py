@@ -232,6 +232,8 @@ def neutral(config: Config, arm: str, *, decides: bool) -> Config:
         out.general = GeneralConfig(**kept, tokens=0)
     elif config.general.source not in ("auto", "self"):
         out.general.self_ = GeneralConfig().self_
+    if alone or trained_on == "task-matched" or is_empty(config.general):
+        out.train.general_target = TrainConfig().general_target
     if trained_on is None:
         out.preset = Config().preset
         out.train = TrainConfig(**{key: getattr(config.train, key) for key in ROWS_TRAIN})

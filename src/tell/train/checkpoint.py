@@ -15,7 +15,14 @@ from tell.files import atomic_folder, restore_folder
 Parameters = Mapping[str, nn.Parameter]  # trained, by name
 
 
-def save_checkpoint(folder: Path, parameters: Parameters, optimizer: torch.optim.Optimizer, facts: dict) -> None:
+def save_checkpoint(
+    folder: Path,
+    parameters: Parameters,
+    optimizer: torch.optim.Optimizer,
+    facts: dict,
+    *,
+    more: Mapping[str, Tensor] = {},  # never changed
+) -> None:
     """Replace the checkpoint in ``folder`` atomically: a kill leaves the old or the new one complete.
 
     Args:
@@ -23,6 +30,7 @@ def save_checkpoint(folder: Path, parameters: Parameters, optimizer: torch.optim
         parameters: trained parameters by name.
         optimizer: AdamW over them.
         facts: JSON-serialisable position: step, digest, tokens, seconds.
+        more: further tensors by names that none of the others has.
 
     Raises:
         TellError: it cannot be written.
@@ -31,6 +39,7 @@ def save_checkpoint(folder: Path, parameters: Parameters, optimizer: torch.optim
     from safetensors.torch import save_file
 
     tensors = state_tensors(parameters, optimizer)
+    tensors |= {name: tensor.cpu().contiguous() for name, tensor in more.items()}
     try:
         with atomic_folder(folder) as temporary:
             save_file(tensors, str(temporary / "state.safetensors"))
@@ -44,9 +53,14 @@ def save_checkpoint(folder: Path, parameters: Parameters, optimizer: torch.optim
 
 
 def load_checkpoint(
-    folder: Path, parameters: Parameters, optimizer: torch.optim.Optimizer, *, digest: str
+    folder: Path,
+    parameters: Parameters,
+    optimizer: torch.optim.Optimizer,
+    *,
+    digest: str,
+    more: Mapping[str, Tensor] = {},  # in place
 ) -> dict | None:
-    """Restore a checkpoint's tensors and return its facts; None where there is no checkpoint.
+    """Restore a checkpoint's tensors, those of ``more`` too, and return its facts; None where there is no checkpoint.
 
     Raises:
         TellError: the checkpoint belongs to another mixture or configuration, or is damaged.
@@ -71,6 +85,8 @@ def load_checkpoint(
             remedy="Resume with the settings in run.yaml, or start over with --overwrite.",
         )
     load_state(tensors, parameters, optimizer)
+    for name, tensor in more.items():
+        tensor.copy_(tensors[name])
     return facts
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,14 +16,51 @@ from tell.train.device import send
 from tell.train.fast.cuda import packed_plan
 
 
+class RowTargets(NamedTuple):
+    """Distributions that a row is trained on instead of its m trained tokens.
+
+    Attributes:
+        ids: (m, k) tokens.
+        probs: (m, k + 1) their probabilities, the last of all other tokens together.
+    """
+
+    ids: np.ndarray
+    probs: np.ndarray
+
+
 @dataclass(frozen=True, slots=True)
 class TrainRow:
-    """One row of a step: (n,) ids, (n,) mask of trained tokens, index of its source, whether it is a task row."""
+    """One row of a step.
+
+    Attributes:
+        ids: (n,) tokens.
+        mask: (n,) bool, which are trained.
+        source: index of its source.
+        task: whether it is a task row.
+        soft: distributions to train on; None: the tokens themselves.
+    """
 
     ids: np.ndarray
     mask: np.ndarray
     source: int
     task: bool
+    soft: RowTargets | None = None
+
+
+class PackTargets(NamedTuple):
+    """The distributions among the n targets of a pass, m positions.
+
+    Attributes:
+        at: (m,) their indices among the n.
+        hard: (n - m,) indices of the others, which are trained on tokens.
+        ids: (m, k) int64 tokens.
+        probs: (m, k + 1) fp32 probabilities that sum to one.
+    """
+
+    at: Tensor
+    hard: Tensor
+    ids: Tensor
+    probs: Tensor
 
 
 @dataclass(slots=True)
@@ -38,6 +76,7 @@ class Pack:
         trained, task: (rows,) trained tokens and task flag of each row.
         source: (rows,) source index of each row, on the CPU.
         real: tokens of the rows before sharing.
+        soft: distributions to train on instead of ``targets``; None where no row has any.
     """
 
     ids: Tensor
@@ -49,6 +88,7 @@ class Pack:
     source: Tensor
     task: Tensor
     real: int
+    soft: PackTargets | None = None
 
 
 def _shared(rows: Sequence[TrainRow], share_prefix: bool) -> int:
@@ -120,4 +160,21 @@ def pack(rows: Sequence[TrainRow], *, share_prefix: bool, device: torch.device |
         source=torch.tensor([row.source for row in rows]),
         task=send(torch.tensor([row.task for row in rows]), device),
         real=sum(len(row.ids) for row in rows),
+        soft=pack_targets(rows, device),
     )
+
+
+def pack_targets(rows: Sequence[TrainRow], device: torch.device | str) -> PackTargets | None:
+    """The distributions of rows whose trained positions follow one another; None where none has any."""
+    given = [row.soft for row in rows if row.soft is not None]
+    if not given:
+        return None
+    counts = [int(row.mask.sum()) for row in rows]
+    soft = torch.repeat_interleave(torch.tensor([row.soft is not None for row in rows]), torch.tensor(counts))
+    probs = torch.from_numpy(np.concatenate([targets.probs for targets in given]).astype(np.float32))
+    ids = torch.from_numpy(np.concatenate([targets.ids for targets in given]).astype(np.int64))
+    if len(ids) != int(soft.sum()):
+        raise ValueError(f"{len(ids)} distributions for {int(soft.sum())} trained positions")
+    probs /= probs.sum(1, keepdim=True)  # they were rounded
+    parts = (soft.nonzero()[:, 0], (~soft).nonzero()[:, 0], ids, probs)
+    return PackTargets(*(send(part, device) for part in parts))

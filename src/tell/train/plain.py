@@ -15,7 +15,8 @@ from torch import Tensor
 from tell.train.attention import install, restore, use_plan
 from tell.train.device import send
 from tell.train.fast.fused import fuse_modules, is_fused, unfuse_modules
-from tell.train.packing import TrainRow
+from tell.train.packing import TrainRow, pack_targets
+from tell.train.soft_loss import soft_cross_entropy
 from tell.train.step import Pass, StepLoss, StepRules, accumulate, causal_of, row_means
 
 if TYPE_CHECKING:
@@ -89,6 +90,8 @@ def plain_step_loss(
         targets = send(torch.from_numpy(ids[trained]), device)
         logits = out.logits[at, position - 1].float()  # the state before a token predicts it
         nll = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+        if (soft := pack_targets(group, device)) is not None:
+            nll = nll.index_copy(0, soft.at, soft_cross_entropy(logits[soft.at], soft.ids, soft.probs))
         counts = send(torch.from_numpy(trained.sum(axis=1)), device)
         task = send(torch.tensor([row.task for row in group]), device)
         weights = rules.position_weights(counts[at], task[at], divisor)

@@ -18,6 +18,7 @@ from tell.train.device import send
 from tell.train.fast.fused import fuse_modules
 from tell.train.loss import blocked_cross_entropy
 from tell.train.packing import Pack, TrainRow, pack, split_packs
+from tell.train.soft_loss import blocked_soft_cross_entropy
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -67,7 +68,7 @@ class StepLoss:
 
     Attributes:
         loss: the optimised scalar.
-        rows: (rows,) mean nll of each row in nats per token.
+        rows: (rows,) mean nll of each row in nats per token, or cross-entropy to the distributions it is trained on.
         source: (rows,) source index of each row.
         tokens: real tokens (shared prefixes counted in every row).
         norm: of the gradient before clipping; None where nothing was clipped.
@@ -192,8 +193,20 @@ class Body:
         return states * self.logit_scale if self.logit_scale != 1 else states
 
     def loss(self, pack: Pack, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Sum of the pack's losses, weighted by (n,) fp32, and (n,) nll of its trained tokens without gradient."""
-        return blocked_cross_entropy(self.states(pack), self.head, pack.targets, weights, self.softcap, self.bias)
+        """Sum of the pack's losses, weighted by (n,) fp32, and (n,) each of them without gradient.
+
+        They are nll of the trained tokens, or cross-entropies to distributions where the pack has those.
+        """
+        states, soft, more = self.states(pack), pack.soft, (self.softcap, self.bias)
+        if soft is None:
+            return blocked_cross_entropy(states, self.head, pack.targets, weights, *more)
+        goal = soft.ids, soft.probs
+        loss, found = blocked_soft_cross_entropy(states[soft.at], self.head, goal, weights[soft.at], *more)
+        if not len(soft.hard):
+            return loss, found
+        hard = pack.targets[soft.hard], weights[soft.hard]
+        own, nll = blocked_cross_entropy(states[soft.hard], self.head, *hard, *more)
+        return loss + own, torch.empty_like(weights).index_copy_(0, soft.at, found).index_copy_(0, soft.hard, nll)
 
 
 def _logit_scale(config: PretrainedConfig) -> float:
@@ -251,6 +264,20 @@ def step_loss(
     return accumulate(map(forward, groups), backward=backward, clip=clip, moved=moved)
 
 
+def length_groups(table: RowTable, indices: Sequence[int], micro_tokens: int) -> list[list[int]]:
+    """Rows by length, in groups of at most ``micro_tokens``; a longer row gets a group of its own."""
+    groups: list[list[int]] = []
+    used = 0
+    for i in sorted(indices, key=lambda i: (int(table.tokens[i]), i)):
+        size = int(table.tokens[i])
+        if not groups or used + size > micro_tokens:
+            groups.append([])
+            used = 0
+        groups[-1].append(i)
+        used += size
+    return groups
+
+
 @torch.no_grad()
 def row_losses(
     model: PreTrainedModel,
@@ -263,15 +290,7 @@ def row_losses(
     """(rows,) mean nll in nats per trained token of each row, without training."""
     body = Body(model)
     chosen = list(range(len(table))) if indices is None else list(indices)
-    groups: list[list[int]] = []
-    used = 0
-    for i in sorted(chosen, key=lambda i: (int(table.tokens[i]), i)):
-        size = int(table.tokens[i])
-        if not groups or used + size > micro_tokens:
-            groups.append([])
-            used = 0
-        groups[-1].append(i)
-        used += size
+    groups = length_groups(table, chosen, micro_tokens)
     means: list[Tensor] = []
     was_training = model.training
     model.eval()

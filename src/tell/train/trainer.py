@@ -27,22 +27,28 @@ from tell.config import TrainConfig
 from tell.errors import Diverged, Interrupted
 from tell.folder import AdapterFolder
 from tell.kernels import keep_memory
-from tell.mix.mixture import Mixture
+from tell.mix.mixture import TASK, Mixture
 from tell.presets import learning_rate_for
 from tell.rows.row_table import RowTable
 from tell.train.attention import current_plan
+from tell.train.average import WeightMean
 from tell.train.checkpoint import load_checkpoint, load_state, save_checkpoint, state_tensors
 from tell.train.device import FAST_DEVICES, kept_randomness, send, trains_fast
 from tell.train.lora import add_lora, remove_lora, save_adapter
 from tell.train.packing import TrainRow
 from tell.train.parallel import Processes, SharedStep, Step, shard
 from tell.train.plain import PaddedRows, PlainBody, plain_step_loss
+from tell.train.soft_targets import SoftTargets
 from tell.train.step import Body, StepLoss, StepRules, step_loss
 from tell.train.step_log import StepLog, StepReport
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
+
+
+DISTILLED = "general-distillation"
+"""In logs, the loss of general rows that are trained on the untuned model's distributions: cross-entropy to these."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +75,7 @@ class TrainingJob:
         seed: of LoRA's initial weights, dropout and noise.
         folder: receives the adapter and its checkpoints.
         log: JSON Lines file of the steps; TensorBoard files go to the folder of the same name.
+        targets: of the general rows, where ``train.general_target`` is not their text.
     """
 
     tables: Mapping[str, RowTable]
@@ -77,6 +84,7 @@ class TrainingJob:
     seed: int
     folder: Path
     log: Path
+    targets: SoftTargets | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,14 +136,21 @@ def run_digest(config: TrainConfig, mixture: Mixture, seed: int) -> str:
     return digest.hexdigest()[:32]
 
 
-def step_rows(mixture: Mixture, tables: Mapping[str, RowTable], step: int, batch_size: int) -> list[TrainRow]:
-    """The rows of one step, in the mixture's order."""
+def step_rows(
+    mixture: Mixture,
+    tables: Mapping[str, RowTable],
+    step: int,
+    batch_size: int,
+    targets: SoftTargets | None = None,
+) -> list[TrainRow]:
+    """The rows of one step, in the mixture's order; general ones with their ``targets``."""
     rows = []
     for at in range(step * batch_size, min((step + 1) * batch_size, len(mixture))):
         source = int(mixture.source[at])
         name = mixture.sources[source]
-        ids, mask = tables[name].row(int(mixture.row[at]))
-        rows.append(TrainRow(ids, mask, source, name == "task"))
+        i = int(mixture.row[at])
+        soft = None if targets is None or name == TASK else targets.row(i)
+        rows.append(TrainRow(*tables[name].row(i), source, name == TASK, soft))
     return rows
 
 
@@ -169,6 +184,9 @@ class Trainer:
         self.writes = processes is None or processes.leads
         self.fast = trains_fast(config.fast, device) and not self.sharded
         self.steps = job.mixture.steps(config.batch_size)
+        self.targets = job.targets if config.general_target == "untuned" else None
+        if config.general_target == "untuned" and job.targets is None and set(job.mixture.sources) > {TASK}:
+            raise ValueError("general_target is untuned, and the job has no targets (tell.train.soft_targets)")
         self.rules = StepRules(
             config.loss_normalization,
             config.task_weight,
@@ -193,6 +211,7 @@ class Trainer:
                 self._train(run, model)
                 with self._agreed():
                     if self.writes:
+                        self._finish(run)
                         save_adapter(model, self.job.folder)
         totals = run.totals
         return TrainResult(self.steps, totals.tokens, totals.trained_tokens, totals.seconds, self.rate)
@@ -227,8 +246,9 @@ class Trainer:
                 fused=self.device.type in FAST_DEVICES or None,  # None: torch decides
             )
             digest = run_digest(config, self.job.mixture, self.job.seed)
+            average = WeightMean(parameters, config.average, self.steps) if config.average and self.writes else None
             if resume and self.writes:
-                facts = load_checkpoint(self._checkpoint, parameters, optimizer, digest=digest)
+                facts = load_checkpoint(self._checkpoint, parameters, optimizer, digest=digest, more=_state(average))
             one = partial(plain_step_loss, plain) if plain is not None else partial(step_loss, Body(model))
             step: Step = partial(one, rules=self.rules, moved=self.hooks.moved)
         if processes:
@@ -236,7 +256,20 @@ class Trainer:
             load_state(state, parameters, optimizer)
             step = SharedStep(processes, step, self.rules, list(parameters.values()))
         totals = _Totals(**{name: facts[name] for name in asdict(_Totals())}) if facts else _Totals()
-        return _Run(parameters, optimizer, step, digest, totals)
+        return _Run(parameters, optimizer, step, digest, totals, average)
+
+    @torch.no_grad()
+    def _finish(self, run: _Run) -> None:
+        """From the weights after the last step to those that are saved.
+
+        The update is B A, so its factor goes into B (WiSE-FT, arXiv 2109.01903): whoever loads the adapter has it.
+        """
+        if run.average is not None:
+            run.average.apply()
+        if self.config.adapter_scale != 1:
+            for name, p in run.parameters.items():
+                if ".lora_B." in name:
+                    p.mul_(self.config.adapter_scale)
 
     def _train(self, run: _Run, model: PeftModel) -> None:
         logger = StepLog(self.job.log, keep=run.totals.step) if self.writes else None
@@ -244,9 +277,11 @@ class Trainer:
         try:
             for step in range(run.totals.step, self.steps):
                 rate = learning_rate(self.config, step, self.steps)
-                rows = step_rows(self.job.mixture, self.job.tables, step, self.config.batch_size)
+                rows = step_rows(self.job.mixture, self.job.tables, step, self.config.batch_size, self.targets)
                 out = self._step(run, step, rows, rate)
                 run.totals.add(out.tokens, sum(int(row.mask.sum()) for row in rows), time.monotonic() - begin)
+                if run.average is not None:
+                    run.average.add(run.totals.step)
                 report = self._report(run.totals, out)
                 if logger:
                     logger.write(report, rate, out.norm or 0.0)
@@ -286,7 +321,7 @@ class Trainer:
 
     def _report(self, totals: _Totals, out: StepLoss) -> StepReport:
         by_source = {
-            name: float(np.mean(out.rows[out.source == i]))
+            name if self.targets is None or name == TASK else DISTILLED: float(np.mean(out.rows[out.source == i]))
             for i, name in enumerate(self.job.mixture.sources)
             if (out.source == i).any()
         }
@@ -308,7 +343,8 @@ class Trainer:
             with self._agreed():
                 if self.writes:
                     facts = {"digest": run.digest, **asdict(run.totals)}
-                    save_checkpoint(self._checkpoint, run.parameters, run.optimizer, facts)
+                    more = _state(run.average)
+                    save_checkpoint(self._checkpoint, run.parameters, run.optimizer, facts, more=more)
         if stop:
             raise Interrupted(
                 f"stopped after step {done} of {self.steps}",
@@ -347,6 +383,11 @@ class _Run:
     step: Step
     digest: str
     totals: _Totals
+    average: WeightMean | None
+
+
+def _state(average: WeightMean | None) -> Mapping[str, torch.Tensor]:
+    return {} if average is None else average.tensors
 
 
 @contextmanager
