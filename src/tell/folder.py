@@ -58,6 +58,7 @@ class RunFolder:
         self.plan = root / "plan.json"
         self.manifest = root / "manifest.parquet"
         self.adapter = root / "adapter"
+        self.nearest = root / "nearest.npz"  # the general rows ranked, where they are
         self.readout = root / "readout.safetensors"
         self.metrics = root / "metrics.json"
         self.findings = root / "findings.json"

@@ -27,6 +27,7 @@ from tell.run.measure import measure_arms
 from tell.run.metrics import Findings, run_metrics, write_results
 from tell.run.prepare import Writer, check_rows, prepare
 from tell.run.processes import decoding_beside, help_training, helpers, processes_of
+from tell.run.rank_general import ranked_by
 from tell.run.record import write_plan
 from tell.run.self_written import write_self_data
 from tell.run.session import ModelCache, Session, check_deciding
@@ -75,7 +76,8 @@ def tune(
         with helpers(processes, folder) as dismiss, journal.open(config, fresh=not resumed, overwrite=overwrite):
             anchor = settle_anchor(task, session, journal)
             journal.at("general data")
-            prepared = clock.fit(prepare(task, anchor, general or written_by(session, clock)))
+            rows = ranked_by(session, folder, general or written_by(session, clock))
+            prepared = clock.fit(prepare(task, anchor, rows))
             write_plan(folder, prepared, clock.decided)
             trained = train_arms(prepared, prepared.trained[:1], session, journal, processes)
             prepared = clock.corrected(prepared, trained)
