@@ -35,7 +35,8 @@ def needs_ranking(task: Task, table: RowTable, general: General) -> bool:
         return False
     tokens = int(table.unit.sum())
     similar = (config for config in mixed_configs(task.config) if config.general.select == "similar")
-    return any(not exhausts(draw_general(config, general, tokens), general) for config in similar)
+    draws = (draw_general(config, general, tokens) for config in similar)
+    return any(len(draw) and not exhausts(draw, general) for draw in draws)
 
 
 def with_known_ranking(task: Task, table: RowTable, general: General) -> General:
