@@ -133,6 +133,12 @@ class GeneralConfig(Section):
     ratio: float | None = Field(None, ge=0, description="general tokens per task token (task rows counted once)")
     tokens: float | None = Field(None, ge=0, description="general tokens (unit: tokens.unit)")
     rows: int | None = Field(None, ge=0, description="general rows")
+    select: Literal["random", "similar"] = Field(
+        "random", description="rows to mix in: drawn by seed, or nearest to the task rows by the model's hidden states"
+    )
+    recast: float = Field(
+        0.0, ge=0, le=1, description="share of the general rows turned by rule into the task's form (kinds json, label)"
+    )
     self_: SelfConfig = Field(default_factory=SelfConfig, alias="self")
 
     def amount(self, task_tokens: int) -> dict[str, float]:

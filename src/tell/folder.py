@@ -59,6 +59,7 @@ class RunFolder:
         self.plan = root / "plan.json"
         self.manifest = root / "manifest.parquet"
         self.adapter = root / "adapter"
+        self.nearest = root / "nearest.npz"  # the general rows ranked, where they are
         self.readout = root / "readout.safetensors"
         self.search = root / "search.json"
         self.searching = root / "search"  # trials of a search that is not finished

@@ -17,7 +17,7 @@ from run.runs import ALL_ARMS, FILES, check_anchor_and_counts, comparable, is_nu
 from tell.anchor.anchor import Anchor
 from tell.files import read_jsonl
 from tell.mix.manifest import read_manifest
-from tell.names import PARTS
+from tell.names import PARTS, TRAINED
 from tell.run.claim import read_run_config
 from tell.run.general_rows import read_general
 from tell.run.task import load_task
@@ -58,7 +58,7 @@ def test_metrics_have_the_documented_shape(finished):
         assert numbers["schema_adherence"]["value"] == pytest.approx(values[0] - values[1])
         assert is_number(numbers["schema_adherence"])
     train = metrics["train"]
-    assert list(train["arms"]) == ["tell", "sft", "sft-matched", "general"]
+    assert list(train["arms"]) == ["tell", *(arm for arm in TRAINED if arm != "tell")]
     for numbers in train["arms"].values():
         assert numbers["flops"] > 0 and numbers["seconds"] > 0 and math.isfinite(numbers["validation_loss"])
     assert {key: train[key] for key in ("steps", "tokens", "flops")} == {
@@ -83,9 +83,7 @@ def test_forgetting_before_and_after(finished):
             found["arms"][a]["probe"]["loss"]["value"] - found["arms"][b]["probe"]["loss"]["value"], abs=2e-6
         )
     assert found["arms"]["tell"]["probe"]["loss"]["value"] != found["arms"]["base"]["probe"]["loss"]["value"]
-    assert [set(row) for row in found["answers"]] == [
-        {"prompt", "reference", "base", "sft", "sft-matched", "general", "tell"}
-    ] * 2
+    assert [set(row) for row in found["answers"]] == [{"prompt", "reference", "base", *TRAINED}] * 2
 
 
 def test_held_out_rows_are_not_in_the_mix(finished):
@@ -150,6 +148,7 @@ def test_findings(finished):
     assert found["overlap"]["general_test"] == {"exact": 0, "near": 0, "pairs": []}
     assert found["notices"] == [
         "general.jsonl: columns not used: category",
+        "tell-recast: 5 of 10 general rows are recast into the form of the task",
         "the readout of category, urgency, sentiment, order_id is not used: it tells no more than the shares of the "
         "values do",
         "icl: 2 examples fit into the context",

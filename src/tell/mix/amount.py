@@ -30,6 +30,14 @@ class Draw:
     def __len__(self) -> int:
         return len(self.indices)
 
+    def first(self, rows: int) -> Draw:
+        """The first rows of the draw, without the notices about the whole draw."""
+        if rows >= len(self):
+            return self
+        epochs = self.epochs * rows / max(1, len(self))
+        notices = [f"the general source is passed {epochs:.2f} times"] if epochs > 1 else []
+        return Draw(self.indices[:rows], epochs, notices)
+
 
 def general_rows(
     unit: np.ndarray,
@@ -39,11 +47,15 @@ def general_rows(
     tokens: float | None = None,
     rows: int | None = None,
     seed: int,
+    order: np.ndarray | None = None,
 ) -> Draw:
     """General rows drawn without replacement; once all are used, further epochs in new permutations.
 
     Pass exactly one of ratio, tokens and rows; 0 draws nothing. With the same seed a larger amount extends a smaller
     one, so the cells of a scaling grid are nested.
+
+    With `order` the rows drawn are the first of it, still in the places of the random draw: which rows there are is
+    all that changes, and a draw of the whole source stays as it is.
 
     Args:
         unit: (m,) tokens of each general row in the unit of counting.
@@ -52,6 +64,7 @@ def general_rows(
         tokens: general tokens, met as nearly as whole rows allow.
         rows: general rows, met exactly.
         seed: decides the permutation of each epoch.
+        order: (m,) permutation of the rows, by which they are preferred where the source is not exhausted.
 
     Raises:
         TellError: no or several amounts, a negative or infinite one, a positive one from an empty source,
@@ -73,15 +86,15 @@ def general_rows(
         raise TellError(what, where=where, remedy="Set a general source with rows, or 0.")
     unit = np.asarray(unit, dtype=np.int64)
     if way == "rows":
-        return _draw(len(unit), int(amount), seed, where)
+        return _draw(len(unit), int(amount), seed, where, order=order)
     if way == "ratio" and task_tokens <= 0:
         what = f"ratio {amount:g} to {task_tokens} task tokens is undefined"
         raise TellError(what, where=where, remedy="Set general.tokens or general.rows instead.")
     target = float(amount) * task_tokens if way == "ratio" else float(amount)
-    return _draw(len(unit), _rows_for(unit, target, seed, where), seed, where, target)
+    return _draw(len(unit), _rows_for(unit, target, seed, where, order), seed, where, target, order)
 
 
-def _rows_for(unit: np.ndarray, target: float, seed: int, where: str) -> int:
+def _rows_for(unit: np.ndarray, target: float, seed: int, where: str, order: np.ndarray | None) -> int:
     """Number of rows, in drawing order, whose tokens come nearest to the target; the smaller of two equally near."""
     epoch_tokens = int(unit.sum())
     if epoch_tokens == 0:
@@ -89,7 +102,8 @@ def _rows_for(unit: np.ndarray, target: float, seed: int, where: str) -> int:
         raise TellError("the general rows have no tokens", where=where, remedy=remedy)
     check_size(target / epoch_tokens * len(unit), where)
     whole = int(target // epoch_tokens)
-    reached = np.concatenate([[0], np.cumsum(unit[_epoch(len(unit), seed, whole)])])
+    last = order if order is not None and not whole else drawing_order(len(unit), seed, whole)
+    reached = np.concatenate([[0], np.cumsum(unit[last])])
     rest = target - whole * epoch_tokens
     after = int(np.searchsorted(reached, rest))  # reached[after - 1] < rest <= reached[after]
     after = min(after, len(unit))
@@ -98,10 +112,14 @@ def _rows_for(unit: np.ndarray, target: float, seed: int, where: str) -> int:
     return whole * len(unit) + nearest
 
 
-def _draw(size: int, count: int, seed: int, where: str, target: float | None = None) -> Draw:
+def _draw(
+    size: int, count: int, seed: int, where: str, target: float | None = None, order: np.ndarray | None = None
+) -> Draw:
     check_size(count, where)
-    epochs = [_epoch(size, seed, e) for e in range(-(-count // size))]
+    epochs = [drawing_order(size, seed, e) for e in range(-(-count // size))]
     indices = np.concatenate(epochs)[:count] if epochs else np.empty(0)
+    if order is not None and 0 < count < size:
+        indices = epochs[0][np.isin(epochs[0], order[:count])]
     notices = []
     if count > size:
         notices.append(
@@ -113,7 +131,8 @@ def _draw(size: int, count: int, seed: int, where: str, target: float | None = N
     return Draw(indices.astype(np.int32), count / size, notices)
 
 
-def _epoch(size: int, seed: int, epoch: int) -> np.ndarray:
+def drawing_order(size: int, seed: int, epoch: int = 0) -> np.ndarray:
+    """(size,) the rows of a source in the order in which an epoch of it is drawn."""
     return permutation(size, seed, "general", epoch)
 
 

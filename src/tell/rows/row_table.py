@@ -55,3 +55,16 @@ class RowTable:
         """(ids, mask) of row i, both of length ``tokens[i]``."""
         span = slice(int(self.starts[i]), int(self.starts[i + 1]))
         return self.ids[span], self.mask[span]
+
+
+def joined(first: RowTable, second: RowTable) -> RowTable:
+    """A table of the rows of `first`, then those of `second`; what else is known of the rows is that of `first`."""
+
+    def both(name: str) -> np.ndarray:
+        return np.concatenate([np.asarray(getattr(table, name)) for table in (first, second)])
+
+    columns = {name: both(name) for name in ("hashes", "origins", "tokens", "trained", "unit", "ids", "mask")}
+    starts = np.concatenate([[0], np.cumsum(columns["tokens"], dtype=np.int64)]).astype(np.int64)
+    return RowTable(
+        first.source, **columns, starts=starts, dropped=first.dropped, notices=first.notices, facts=first.facts
+    )

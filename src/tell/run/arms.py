@@ -105,6 +105,11 @@ def arm_config(config: Config, arm: str, chosen: Chosen = {}) -> Config:  # noqa
     return Config.model_validate(data)
 
 
+def mixed_configs(config: Config) -> list[Config]:
+    """The configurations of the requested arms whose training depends on the general rows."""
+    return [arm_config(config, arm) for arm in trained_arms(wanted_arms(config)) if ARMS[arm].mixture != "task"]
+
+
 def arm_mixtures(arms: Sequence[str], made: Callable[[str], Ingredients]) -> dict[str, tuple[Tables, Mixture]]:
     """Tables and mixture of TELL, which controls are matched to, and of each of ``arms`` that has rows.
 

@@ -17,6 +17,7 @@ from tell.names import ARMS
 from tell.rows.prefix import common_prefix, computed_tokens
 from tell.run.answers import answer_limit
 from tell.run.forgetting import ANSWER_TOKENS, SETS
+from tell.run.nearest_rows import needs_ranking
 from tell.run.prepare import Prepared
 from tell.run.task import Task
 
@@ -147,3 +148,12 @@ def writing_seconds(prepared: Prepared, pace: Pace) -> float:
     if general is None or draw is None or not general.estimated:
         return 0.0
     return float(general.table.trained[draw.indices].sum(dtype=np.int64)) / SELF_KEPT / pace.decode
+
+
+def ranking_seconds(prepared: Prepared, pace: Pace) -> float:
+    """Predicted seconds to rank the general rows by hidden states of their prompts, where that is yet to be done."""
+    general = prepared.general
+    if general is None or general.ranking is not None or not needs_ranking(prepared.task, prepared.table, general):
+        return 0.0
+    prompts = np.asarray(general.table.tokens) - np.asarray(general.table.trained)
+    return float(prompts[general.allowed].sum(dtype=np.int64)) / (3 * pace.train)

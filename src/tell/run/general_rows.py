@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
 
 from tell.config import Config
+from tell.data.example import Example
 from tell.data.general import GeneralSource, resolve_source
 from tell.data.overlap import find_overlap
 from tell.data.sources import Loaded
-from tell.mix.amount import Draw, general_rows
+from tell.mix.amount import Draw, drawing_order, general_rows
 from tell.models.wheel import HUB_NAME
 from tell.rows.row_cache import cache_key, cached_table
 from tell.rows.row_table import Dropped, RowTable
+from tell.rows.template import ChatTokenizer
 from tell.rows.tokenize import RowRules, tokenize
 from tell.run.misfits import check_general, cleaned
 from tell.run.task import Task, describe, overlap_facts
 from tell.seeds import permutation
 from tell.shown import left_out
+
+ROUNDING = 1e-9  # of a sum of shares
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,10 @@ class General:
         overlap_dropped: rows left out as near-duplicates of a test row.
         written: the model wrote the rows.
         estimated: the model has yet to write them; ``table`` has lengths alone.
+        source: what the rows were read from; None for an estimate.
+        ranking: (m,) `allowed`, nearest to the task rows first; None where nothing was ranked.
+        recast: (rows of the source,) index in ``table`` of each row's recast version, -1 where it has none; None where
+            nothing is recast. The recast versions follow the rows of the source.
     """
 
     table: RowTable
@@ -47,6 +55,20 @@ class General:
     overlap_dropped: int = 0
     written: bool = False
     estimated: bool = False
+    source: GeneralSource | None = field(default=None, repr=False)
+    ranking: np.ndarray | None = None
+    recast: np.ndarray | None = None
+
+    @property
+    def source_rows(self) -> int:
+        """Rows of the table that the source has; recast versions are not counted."""
+        return len(self.table) if self.recast is None else len(self.recast)
+
+    def examples(self, chat: ChatTokenizer) -> dict[str, Example]:
+        """The rows of the source with their texts, by content hash."""
+        if self.source is None or self.source.read is None:
+            raise ValueError("the general rows have no texts")
+        return {example.hash: example for example in cleaned(self.source.read(), chat)[0].examples}
 
 
 def source_of(task: Task) -> GeneralSource:
@@ -107,7 +129,7 @@ def load_general(task: Task, source: GeneralSource, *, overlap: bool = True) -> 
     rest = rest[~np.isin(table.hashes[rest], table.hashes[held_out])]  # a row that occurs twice is held out twice
     facts = {**table.facts, "path": loaded.path if loaded else source.name}  # the cache goes by a file's content alone
     dropped = [{"origin": d.origin, "reason": d.reason} for d in table.dropped]
-    return General(table, rest, held_out, facts, dropped, shared, len(blocked))
+    return General(table, rest, held_out, facts, dropped, shared, len(blocked), source=source)
 
 
 def _table(task: Task, source: GeneralSource, loaded: Loaded | None, fingerprint: str | None) -> RowTable:
@@ -150,15 +172,52 @@ def trained_on(table: RowTable, loss_on: Literal["answer", "all"]) -> RowTable:
 
 
 def draw_general(config: Config, general: General, task_tokens: int) -> Draw:
-    """The general rows drawn for the mix; the amount follows the task's tokens where none is set."""
-    ((way, amount),) = config.general.amount(task_tokens).items()
-    unit = general.table.unit[general.allowed]
+    """The general rows drawn for the mix; the amount follows the task's tokens where none is set.
+
+    With ``general.select: similar`` the nearest are drawn, where they are ranked; with ``general.recast`` a share of
+    the rows, by the order of drawing, is replaced by the recast versions, whose tokens count.
+    """
+    settings = config.general
+    ((way, amount),) = settings.amount(task_tokens).items()
+    order = None
+    if settings.select == "similar" and general.ranking is not None:
+        order = np.searchsorted(general.allowed, general.ranking)
+    rows = _with_recast(general, settings.recast, order, config.seed)
     draw = general_rows(
-        unit,
+        general.table.unit[rows],
         task_tokens=task_tokens,
         seed=config.seed,
         rows=int(amount) if way == "rows" else None,
         tokens=amount if way == "tokens" else None,
         ratio=amount if way == "ratio" else None,
+        order=order,
     )
-    return Draw(general.allowed[draw.indices].astype(np.int32), draw.epochs, draw.notices)
+    notices = list(draw.notices)
+    if settings.select == "similar" and len(draw) and exhausts(draw, general) and not general.estimated:
+        notices.append(
+            f"general.select: similar changes nothing, since all {len(general.allowed):,} general rows are drawn; "
+            "give more general data, or a smaller amount"
+        )
+    return Draw(rows[draw.indices].astype(np.int32), draw.epochs, notices)
+
+
+def exhausts(draw: Draw, general: General) -> bool:
+    """Whether a draw takes every row that may be mixed in."""
+    return len(draw) >= len(general.allowed)
+
+
+def _with_recast(general: General, share: float, order: np.ndarray | None, seed: int) -> np.ndarray:
+    """(m,) `allowed`, with a share of the rows replaced by their recast versions.
+
+    They are taken at equal distances in the order of drawing, so that any amount drawn has that share of them.
+    """
+    rows = general.allowed.copy()
+    if general.recast is None or not share:
+        return rows
+    owed = 0.0
+    for i in drawing_order(len(rows), seed) if order is None else order:
+        owed += share
+        if owed >= 1 - ROUNDING and general.recast[rows[i]] >= 0:
+            rows[i] = general.recast[rows[i]]
+            owed -= 1
+    return rows

@@ -112,7 +112,7 @@ class Findings:
         return cls(
             data=task.facts.data,
             test=task.facts.test,
-            general=None if general is None else general.facts,
+            general=prepared.general_facts,
             split=task.split_facts,
             kind={
                 "name": kind.name,

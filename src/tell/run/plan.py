@@ -18,6 +18,7 @@ from tell.run.costs import (
     arm_costs,
     likely_place,
     measuring_seconds,
+    ranking_seconds,
     readout_seconds,
     writing_seconds,
 )
@@ -68,10 +69,10 @@ def estimated_general(task: Task, task_tokens: int) -> General:
 
 def describe_plan(prepared: Prepared) -> dict:
     """plan.json of a prepared run; mixture and totals are those of the leading arm, TELL's where no arm is trained."""
-    task, general, draw = prepared.task, prepared.general, prepared.draw
+    task = prepared.task
     config, files = task.config, task.files
     lead = prepared.lead or "tell"
-    mixture = prepared.mixtures[lead][1]
+    mixture, draw = prepared.mixtures[lead][1], prepared.ingredients_of(lead).draw
     costs = {arm: arm_costs(prepared.task_of(arm), prepared.mixtures[arm][1]) for arm in trained_arms(prepared.arms)}
     main = costs.get(lead) or arm_costs(task, mixture)
     counts = mixture.counts()
@@ -85,7 +86,7 @@ def describe_plan(prepared: Prepared) -> dict:
         },
         "task": _task_counts(prepared),
         "closed": [{"field": field.name, "values": len(field.values)} for field in task.closed],
-        "general": None if general is None else general.facts,
+        "general": prepared.general_facts,
         "draw": None if draw is None else {"rows": len(draw), "notices": draw.notices},
         "mixture": counts,
         "train": _training(prepared, lead, main),
@@ -95,7 +96,7 @@ def describe_plan(prepared: Prepared) -> dict:
         "split": task.split_facts,
         "unit": config.tokens.unit,
         "dropped_rows": prepared.dropped_rows,
-        "notices": [*task.notices.texts, *mixture.notices],
+        "notices": [*task.notices.texts, *prepared.mixture_notices],
     }
 
 
@@ -147,7 +148,7 @@ def _predicted(prepared: Prepared, main: dict, costs: dict[str, dict]) -> dict:
         place=likely_place(task.config),
     )
     pace = Pace.of(task, main)
-    writing = writing_seconds(prepared, pace)
+    writing = writing_seconds(prepared, pace) + ranking_seconds(prepared, pace)
     training = sum(c["seconds"] for c in costs.values())
     answering = sum(answer_seconds(task, arm, pace) for arm in prepared.arms) + readout_seconds(prepared, pace)
     measuring = measuring_seconds(task, list(costs), pace)

@@ -10,10 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+import numpy as np
+
 from tell.anchor.anchor import Anchor
+from tell.data.general import is_empty
 from tell.errors import TellError
 from tell.mix.amount import Draw
-from tell.mix.mixture import Mixture
+from tell.mix.mixture import GENERAL, Mixture
 from tell.names import ARMS
 from tell.rows.row_table import RowTable
 from tell.run.answers import check_prompts
@@ -24,12 +27,15 @@ from tell.run.arms import (
     arm_config,
     arm_mixtures,
     lead_arm,
+    mixed_configs,
     same_runs,
     trained_arms,
     twins,
     wanted_arms,
 )
 from tell.run.general_rows import General, draw_general, trained_on
+from tell.run.nearest_rows import with_known_ranking
+from tell.run.recast_rows import with_recast
 from tell.run.task import Task, limit_task, task_table
 
 Writer = Callable[[Task, RowTable], General | None]
@@ -46,6 +52,7 @@ class Prepared:
         general: the general rows; None where there are none.
         draw: those that are mixed in.
         chosen: settings that a search chose.
+        share: of the rows requested that are mixed in; below 1 where ``--max-minutes`` leaves out the others.
     """
 
     task: Task
@@ -54,6 +61,7 @@ class Prepared:
     general: General | None
     draw: Draw | None
     chosen: Chosen = field(default_factory=dict)
+    share: float = 1.0
 
     def task_of(self, arm: str) -> Task:
         """The task as the arm is trained on it: the run's, with the settings of the arm."""
@@ -69,6 +77,7 @@ class Prepared:
             general = replace(general, table=trained_on(general.table, task.rules.loss_on))
         if self.general is not None and task.config.general != self.task.config.general:
             draw = draw_general(task.config, self.general, int(table.unit.sum()))
+            draw = draw.first(round(self.share * len(draw)))
         return Ingredients(task.config, table, general, draw, arm in self.chosen and bool(self.chosen[arm]))
 
     @cached_property
@@ -102,6 +111,39 @@ class Prepared:
     def lead(self) -> str | None:
         """See `tell.run.arms.lead_arm`."""
         return lead_arm(self.arms, self.mixtures)
+
+    @cached_property
+    def recast(self) -> dict[str, int]:
+        """Recast general rows in the mixture of each arm to train that has any, repetitions included."""
+        general = self.general
+        if general is None or general.recast is None:
+            return {}
+        counts = {}
+        for arm in self.trained:
+            counts[arm] = int((self._general_rows(arm) >= general.source_rows).sum())
+        return {arm: count for arm, count in counts.items() if count}
+
+    def _general_rows(self, arm: str) -> np.ndarray:
+        """Rows of the general table in an arm's mixture, in order, repetitions included."""
+        mixture = self.mixtures[arm][1]
+        return mixture.row[(np.array(mixture.sources) == GENERAL)[mixture.source]]
+
+    @property
+    def general_facts(self) -> dict | None:
+        """``general`` of plan.json and findings.json."""
+        if self.general is None:
+            return None
+        return {**self.general.facts, **({"recast": self.recast} if self.recast else {})}
+
+    @property
+    def mixture_notices(self) -> list[str]:
+        """Sentences about the mixtures, those of the leading arm (TELL's where none is trained) first."""
+        arms = [self.lead or "tell", *(arm for arm in self.mixtures if ARMS[arm].settings)]
+        texts = [text for arm in arms for text in self.mixtures[arm][1].notices]
+        for arm, count in self.recast.items():
+            rows = len(self._general_rows(arm))
+            texts.append(f"{arm}: {count:,} of {rows:,} general rows are recast into the form of the task")
+        return list(dict.fromkeys(texts))
 
     @property
     def dropped_rows(self) -> list[dict]:
@@ -147,6 +189,11 @@ def prepare(task: Task, anchor: Anchor, general: General | Writer | None) -> Pre
     table = task_table(task, anchor)
     if callable(general):
         general = general(task, table)
+    if general is None or is_empty(task.config.general):
+        if any(config.general.select == "similar" or config.general.recast for config in mixed_configs(task.config)):
+            task.notices.add("general.select and general.recast change nothing: there are no general rows")
+    else:
+        general = with_known_ranking(task, table, with_recast(task, general))
     draw = None if general is None else draw_general(task.config, general, int(table.unit.sum()))
     return Prepared(task, anchor, table, general, draw)
 

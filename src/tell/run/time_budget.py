@@ -68,7 +68,9 @@ class Extent:
         chosen = {arm: dict(keys) for arm, keys in prepared.chosen.items()}
         if REPEAT in chosen.get("tell", {}):  # a search's repetitions, as far as there is time for them
             chosen["tell"][REPEAT] = min(int(str(chosen["tell"][REPEAT])), self.repeat)
-        return replace(prepared, task=task, draw=self.draw, chosen=chosen)
+        whole = prepared.draw
+        share = 1.0 if self.draw is None or not whole else len(self.draw) / len(whole)
+        return replace(prepared, task=task, draw=self.draw, chosen=chosen, share=prepared.share * share)
 
     def to_dict(self) -> dict[str, Any]:
         """``fit`` of plan.json."""
@@ -78,7 +80,7 @@ class Extent:
 
 def read_extent(data: Mapping[str, Any], draw: Draw | None) -> Extent:
     """The extent recorded in plan.json, with the draw made again."""
-    short = None if draw is None else _first(draw, data["general_rows"])
+    short = None if draw is None else draw.first(data["general_rows"])
     return Extent(tuple(data["arms"]), data["test_rows"], data["repeat"], short)
 
 
@@ -102,7 +104,7 @@ def fit_minutes(
     room = minutes * 60 - spent
     whole = extent = Extent.of(prepared)
     if extent.draw is not None and most_general is not None:
-        extent = replace(extent, draw=_first(extent.draw, most_general))
+        extent = replace(extent, draw=extent.draw.first(most_general))
     lead = lead_arm(whole.arms, dict.fromkeys(trained_arms(whole.arms)))
 
     def cost(of: Extent) -> float:
@@ -161,7 +163,7 @@ def _smaller_mixture(table: RowTable, general: General | None) -> Callable[[Exte
             return replace(extent, repeat=repeat)
         least = least_general(table, general, extent.draw)
         rows = least + int(share * (len(extent.draw) - least))
-        return replace(extent, repeat=repeat, draw=_first(extent.draw, rows))
+        return replace(extent, repeat=repeat, draw=extent.draw.first(rows))
 
     return shrink
 
@@ -170,15 +172,6 @@ def least_general(table: RowTable, general: General, draw: Draw) -> int:
     """The fewest general rows that `tell` is trained with: as many tokens as the task rows, counted once."""
     reached = np.cumsum(np.asarray(general.table.unit)[draw.indices], dtype=np.int64)
     return min(len(draw), int(np.searchsorted(reached, int(table.unit.sum()))) + 1)
-
-
-def _first(draw: Draw, rows: int) -> Draw:
-    """The first rows of a draw, without the notices about the whole draw."""
-    if rows >= len(draw):
-        return draw
-    epochs = draw.epochs * rows / max(1, len(draw))
-    notices = [f"the general source is passed {epochs:.2f} times"] if epochs > 1 else []
-    return Draw(draw.indices[:rows], epochs, notices)
 
 
 def _given_up(whole: Extent, extent: Extent, minutes: float) -> list[str]:

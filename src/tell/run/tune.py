@@ -27,6 +27,7 @@ from tell.run.measure import measure_arms
 from tell.run.metrics import Findings, run_metrics, write_results
 from tell.run.prepare import Writer, check_rows, prepare
 from tell.run.processes import decoding_beside, help_training, helpers, processes_of
+from tell.run.rank_general import ranked_by
 from tell.run.record import write_plan
 from tell.run.search import searched
 from tell.run.self_written import write_self_data
@@ -76,8 +77,8 @@ def tune(
         with helpers(processes, folder) as dismiss, journal.open(config, fresh=not resumed, overwrite=overwrite):
             anchor = settle_anchor(task, session, journal)
             journal.at("general data")
-            prepared = prepare(task, anchor, general or written_by(session, clock))
-            prepared = clock.fit(searched(prepared, session, journal))
+            rows = ranked_by(session, folder, general or written_by(session, clock))
+            prepared = clock.fit(searched(prepare(task, anchor, rows), session, journal))
             write_plan(folder, prepared, clock.decided)
             trained = train_arms(prepared, prepared.trained[:1], session, journal, processes)
             prepared = clock.corrected(prepared, trained)

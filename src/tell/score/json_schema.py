@@ -46,8 +46,8 @@ class JsonScorer:
     enumeration, have a median of more than three words and differ in more than half of the references. Rows whose
     reference is not JSON count for the first two only.
 
-    The verdict is about field accuracy; where the schema asks for lists alone, about item F1, since most lists are empty
-    and an answer without any item has most of the fields right.
+    The verdict is about field accuracy; where the schema asks for lists alone, about item F1, since most lists are
+    empty and an answer without any item has most of the fields right.
 
     Args:
         schema: a JSON Schema of any draft; ``$schema`` names it, else draft 2020-12.
