@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -55,3 +56,18 @@ class RowTable:
         """(ids, mask) of row i, both of length ``tokens[i]``."""
         span = slice(int(self.starts[i]), int(self.starts[i + 1]))
         return self.ids[span], self.mask[span]
+
+
+def joined(tables: Sequence[RowTable]) -> RowTable:
+    """The rows of one or more tables of one source, in their order; equal notices once, facts of the first."""
+    columns = ("hashes", "origins", "tokens", "trained", "unit", "ids", "mask")
+    before = np.cumsum([0, *(int(table.starts[-1]) for table in tables)])
+    starts = [table.starts[:-1] + start for table, start in zip(tables, before, strict=False)]
+    return RowTable(
+        source=tables[0].source,
+        **{name: np.concatenate([getattr(table, name) for table in tables]) for name in columns},
+        starts=np.concatenate([*starts, before[-1:]]).astype(np.int64),
+        dropped=[row for table in tables for row in table.dropped],
+        notices=list(dict.fromkeys(text for table in tables for text in table.notices)),
+        facts=tables[0].facts,
+    )

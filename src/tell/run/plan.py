@@ -95,7 +95,7 @@ def describe_plan(prepared: Prepared) -> dict:
         "split": task.split_facts,
         "unit": config.tokens.unit,
         "dropped_rows": prepared.dropped_rows,
-        "notices": [*task.notices.texts, *mixture.notices],
+        "notices": [*task.notices.texts, *prepared.mixture_notices],
     }
 
 

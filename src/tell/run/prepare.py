@@ -7,7 +7,7 @@ a plan estimates it, a run has the model write it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from tell.anchor.anchor import Anchor
@@ -28,6 +28,7 @@ from tell.run.arms import (
     twins,
     wanted_arms,
 )
+from tell.run.exemplars import Exemplars
 from tell.run.general_rows import General, draw_general
 from tell.run.task import Task, limit_task, task_table
 
@@ -44,6 +45,7 @@ class Prepared:
         table: its rows, tokenised with the anchor.
         general: the general rows; None where there are none.
         draw: those that are mixed in.
+        made: rows with exemplars that were made so far; a copy of another extent shares them.
     """
 
     task: Task
@@ -51,6 +53,7 @@ class Prepared:
     table: RowTable
     general: General | None
     draw: Draw | None
+    made: dict = field(default_factory=dict, repr=False, compare=False)
 
     def task_of(self, arm: str) -> Task:
         """The task as the arm is trained on it: the run's, with the settings of the arm."""
@@ -64,7 +67,8 @@ class Prepared:
             table = task_table(task, self.anchor)
         if self.general is not None and task.config.general != self.task.config.general:
             draw = draw_general(task.config, self.general, int(table.unit.sum()))
-        return Ingredients(task.config, table, self.general, draw)
+        shown = Exemplars(task, self.anchor, table, self.made) if task.config.mix.exemplars else None
+        return Ingredients(task.config, table, self.general, draw, shown)
 
     @cached_property
     def mixtures(self) -> dict[str, tuple[Tables, Mixture]]:
@@ -123,9 +127,21 @@ class Prepared:
             notices.add(f"the arm {arm} is left out: no general row is drawn")
         for arm, other in self.same.items():
             notices.add(f"the arms {other} and {arm} are one run: they are trained on the same rows in the same order")
+        for arm in wanted:
+            if ARMS[arm].in_context and (adapter := ARMS[arm].adapter) in self.same:
+                notices.add(f"the arm {arm} is left out: its adapter is that of {self.same[adapter]}")
         if self.undecided:
             why = "generate.closed is off" if self.task.config.generate.closed == "off" else "no field is closed"
             notices.add(f"left out, since {why}: {', '.join(self.undecided)}")
+
+    @property
+    def mixture_notices(self) -> list[str]:
+        """The notices of the leading arm's mixture, and what those of other requested arms say besides."""
+        lead = self.lead or "tell"
+        known = list(self.mixtures[lead][1].notices)
+        others = [arm for arm in trained_arms(wanted_arms(self.task.config)) if arm in self.mixtures and arm != lead]
+        said = [(arm, text) for arm in others for text in self.mixtures[arm][1].notices]
+        return known + [f"{arm}: {text}" for arm, text in said if text not in known]
 
 
 def prepare(task: Task, anchor: Anchor, general: General | Writer | None) -> Prepared:

@@ -56,7 +56,7 @@ def write_plan(folder: RunFolder, prepared: Prepared, fit: dict | None = None) -
         TellError: the data has changed since the run began.
     """
     plan = describe_plan(prepared) | ({"fit": fit} if fit else {})
-    for text in plan["mixture"]["notices"]:
+    for text in prepared.mixture_notices:
         prepared.task.notices.add(text)
     task, lead = prepared.task, prepared.mixtures.get(prepared.lead or "")
     if (folder.split.exists() and not _same_split(folder.read(folder.split), json.loads(split_file(task)))) or (

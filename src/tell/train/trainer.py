@@ -28,6 +28,7 @@ from tell.errors import Diverged, Interrupted
 from tell.folder import AdapterFolder
 from tell.kernels import keep_memory
 from tell.mix.mixture import Mixture
+from tell.names import TASK_SOURCES
 from tell.presets import learning_rate_for
 from tell.rows.row_table import RowTable
 from tell.train.attention import current_plan
@@ -133,7 +134,7 @@ def step_rows(mixture: Mixture, tables: Mapping[str, RowTable], step: int, batch
         source = int(mixture.source[at])
         name = mixture.sources[source]
         ids, mask = tables[name].row(int(mixture.row[at]))
-        rows.append(TrainRow(ids, mask, source, name == "task"))
+        rows.append(TrainRow(ids, mask, source, name in TASK_SOURCES))
     return rows
 
 
