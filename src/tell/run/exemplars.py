@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
@@ -38,6 +38,11 @@ class _Shown:
         shown = [replace(e, messages=_untrained(e.messages)) for e in self.exemplars]
         turns = [*shown_turns(own, shown), own.messages[-1]]
         return Example.of(turns, source=EXEMPLARS, origin=self.row.origin)
+
+    def without_longest(self, lengths: Mapping[str, int]) -> _Shown:
+        """The same without its longest exemplar, by content hash; of equally long ones the last."""
+        longest = max(range(len(self.exemplars)), key=lambda i: (lengths[self.exemplars[i].hash], i))
+        return _Shown(self.row, [*self.exemplars[:longest], *self.exemplars[longest + 1 :]])
 
 
 def _untrained(turns: Sequence[Message]) -> tuple[Message, ...]:
@@ -122,7 +127,8 @@ class Exemplars:
         return drawn
 
     def _fitted(self, drawn: Sequence[_Shown]) -> _Epoch:
-        """The rows with as many of their exemplars as fit, the last ones left out first, as in test prompts."""
+        """The rows with as many of their exemplars as fit; the longest are left out first."""
+        lengths = dict(zip(self.table.hashes.tolist(), self.table.tokens.tolist(), strict=True))
         fits: dict[int, _Shown] = {}
         left = {i: entry for i, entry in enumerate(drawn) if entry.exemplars}
         reason = ""
@@ -133,7 +139,7 @@ class Exemplars:
                 reason = f"{table.dropped[0].origin}: {table.dropped[0].reason}"
             kept = set(table.hashes.tolist())
             fits |= {i: left[i] for i, row in conversations.items() if row.hash in kept}
-            shorter = {i: _Shown(s.row, s.exemplars[:-1]) for i, s in left.items() if i not in fits}
+            shorter = {i: entry.without_longest(lengths) for i, entry in left.items() if i not in fits}
             left = {i: entry for i, entry in shorter.items() if entry.exemplars}
         at = np.full(len(drawn), -1)
         at[sorted(fits)] = np.arange(len(fits))
