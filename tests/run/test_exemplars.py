@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +20,14 @@ from tell.mix.manifest import read_manifest
 from tell.names import ARMS, TASK_SOURCES
 from tell.nested import merge
 from tell.rows.template import ChatTokenizer
+from tell.rows.tokenize import tokenize
 from tell.run.answers import Prompting
-from tell.run.exemplars import EXEMPLARS, Exemplars
+from tell.run.exemplars import EXEMPLARS, Exemplars, _Shown
 from tell.run.general_rows import read_general
 from tell.run.prepare import Prepared, prepare
 from tell.run.task import load_task, placed_anchor
+from tell.run.time_budget import Extent
+from tell.train.trainer import step_rows
 
 ANCHOR = Anchor("Sort this mail.")
 ARM = {"eval": {"arms": ["tell", "tell-exemplars", "sft-matched", "sft-exemplars"]}}
@@ -212,9 +216,6 @@ def test_a_greeting_is_not_trained_behind_exemplars_either(tiny_model):
     chat = ChatTokenizer(tiny_model("llama"))
     turns = [Message("assistant", "hello"), Message("user", "ask"), Message("assistant", "answer")]
     own = Example.of(turns, source="task", origin="here")
-    from tell.rows.tokenize import tokenize
-    from tell.run.exemplars import _Shown
-
     row = _Shown(own, [Example.pair("another", "thing")]).conversation()
     table = tokenize([row], chat, source=EXEMPLARS)
     ids, mask = table.row(0)
@@ -241,6 +242,28 @@ def test_the_run_can_have_them_too(tiny_model, tmp_path):
     for arm, count in (("tell", 2), ("tell-exemplars", 4)):
         found = [whole for source, whole, _ in texts(prepared, arm) if source == EXEMPLARS]
         assert {whole.count("Which colour") for whole in found} == {count}
+
+
+def test_rows_with_exemplars_weigh_as_task_rows(tiny_model, tmp_path):
+    tables, mixture = prepared_of(tiny_model("llama"), tmp_path, pairs(4)).mixtures["tell-exemplars"]
+    rows = step_rows(mixture, tables, 0, len(mixture))
+    names = [mixture.sources[row.source] for row in rows]
+    assert {name: {row.task for row, of in zip(rows, names, strict=True) if of == name} for name in names} == {
+        "task": {True},
+        EXEMPLARS: {True},
+        "general": {False},
+    }
+
+
+def test_another_extent_makes_no_row_twice(tiny_model, tmp_path):
+    """A time limit tries many; the largest comes first."""
+    prepared = prepared_of(tiny_model("llama"), tmp_path, pairs(4), mix={"repeat": 6})
+    assert prepared.mixtures and len(prepared.made) >= 3
+    before = dict(prepared.made)
+    shorter = replace(Extent.of(prepared), repeat=3).apply(prepared)
+    mixture, whole = (p.mixtures["tell-exemplars"][1] for p in (shorter, prepared))
+    assert shorter.made is prepared.made and prepared.made == before
+    assert {*mixture.column("hashes")} < {*whole.column("hashes")}
 
 
 RUN = {
