@@ -180,6 +180,13 @@ class MixConfig(Section):
         ge=1,
         description="times each task row occurs in the mix; none: by row count (docs/explanation/method.md)",
     )
+    exemplars: int = Field(
+        0,
+        ge=0,
+        le=8,
+        description="other task rows in the prompt of a task row at every second repetition, as many as fit; its own "
+        "answer alone is trained (arXiv 2110.15943)",
+    )
 
 
 class TrainConfig(Section):
@@ -274,6 +281,11 @@ class SearchConfig(Section):
 class EvalConfig(Section):
     arms: tuple[ArmName, ...] = Field(DEFAULT_ARMS, description="arms to train and score")
     icl_examples: int = Field(8, ge=1, description="training examples in the prompts of icl; as many as fit")
+    icl_select: Literal["random", "nearest"] = Field(
+        "random",
+        description="random: the same ones for every test row; nearest: those whose prompts' hidden states are most "
+        "similar to the test row's, by the untuned model",
+    )
     bootstrap: int = Field(2000, ge=100, le=100_000, description="bootstrap resamples for 95 % intervals")
     forgetting_rows: int = Field(
         64, ge=0, description="general rows on which loss is measured before and after; 0 turns it off"

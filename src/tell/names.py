@@ -11,6 +11,8 @@ from typing import Literal
 
 Mixture = Literal["task", "task-matched", "task-repeated", "general", "mixed"]
 Colour = Literal["blue", "orange", "green", "pink", "ochre", "grey", "violet"]
+TASK_SOURCES = ("task", "exemplars")
+"""Sources of a mixture that are task rows: as they are, and with other task rows in their prompts."""
 Closed = Literal["off", "likelihood", "readout", "fused"]
 """How closed fields (`tell.data.closed`) are answered: as the other text, by the model among their values, by the
 readout, or by both multiplied."""
@@ -65,6 +67,7 @@ class Arm:
             raise ValueError(f"arm {self.name}: only a trained arm has settings of its own")
 
 
+_EXEMPLARS: Mapping[str, object] = {"mix.exemplars": 3}
 _ARMS = (
     Arm(
         "base",
@@ -304,6 +307,59 @@ _ARMS = (
         optional=1,
         dashes=(4, 2),
     ),
+    Arm(
+        "tell-exemplars",
+        "TELL, trained with exemplars",
+        "TELL trained with exemplars",
+        "TELL, every other repetition of a task row with other task rows in its prompt. Tested without them.",
+        "blue",
+        "X",
+        mixture="mixed",
+        adapter="tell-exemplars",
+        decides=True,
+        settings=_EXEMPLARS,
+        standard=False,
+    ),
+    Arm(
+        "tell-exemplars-icl",
+        "TELL, trained and tested with exemplars",
+        "TELL trained and tested with exemplars",
+        "The adapter of TELL trained with exemplars, shown as many training examples in its prompt as fit.",
+        "blue",
+        "v",
+        adapter="tell-exemplars",
+        in_context=True,
+        decides=True,
+        standard=False,
+        dashes=(4, 2),
+    ),
+    Arm(
+        "sft-exemplars",
+        "SFT, as many steps, trained with exemplars",
+        "step-matched SFT trained with exemplars",
+        "Step-matched SFT with the readout, every other repetition of a task row with other task rows in its prompt. "
+        "Tested without them.",
+        "pink",
+        "X",
+        mixture="task-matched",
+        adapter="sft-exemplars",
+        decides=True,
+        settings=_EXEMPLARS,
+        standard=False,
+    ),
+    Arm(
+        "sft-exemplars-icl",
+        "SFT, as many steps, trained and tested with exemplars",
+        "step-matched SFT trained and tested with exemplars",
+        "The adapter of step-matched SFT trained with exemplars, shown as many training examples in its prompt as fit.",
+        "pink",
+        "v",
+        adapter="sft-exemplars",
+        in_context=True,
+        decides=True,
+        standard=False,
+        dashes=(4, 2),
+    ),
 )
 ARMS: dict[str, Arm] = {arm.name: arm for arm in _ARMS}
 if len(ARMS) < len(_ARMS):
@@ -358,6 +414,16 @@ PARTS = (
         "Loss on prompts",
         "Prompts are trained on too.",
         (("tell-prompts", "tell"), ("sft-prompts", "sft-readout")),
+    ),
+    Part(
+        "Exemplars in training",
+        "In every other repetition of a task row its prompt shows other task rows.",
+        (("tell-exemplars", "tell"), ("sft-exemplars", "sft-readout")),
+    ),
+    Part(
+        "Exemplars at test time",
+        "An adapter trained with exemplars is shown training examples in the test prompt.",
+        (("tell-exemplars-icl", "tell-exemplars"), ("sft-exemplars-icl", "sft-exemplars")),
     ),
 )
 """What "what each part brought" compares; each ingredient is given to the control too where it can be."""

@@ -203,3 +203,40 @@ def test_same_mixture_in_every_process():
     assert outputs[0] == outputs[1] == outputs[2]
     # and on every machine: a change here would change every user's mixture
     assert [digest[:16] for digest in outputs[0]] == ["367b8142f4e51b99", "ce96cd2edaee8d4b", "0e256ea25be0cde3"]
+
+
+@given(n=st.integers(1, 9), rows=st.integers(0, 12), repeat=st.integers(2, 5), order=orders, seed=seeds)
+def test_replaced_rows_keep_their_places_and_repetitions(n, rows, repeat, order, seed):
+    """And what was mixed before is as it was."""
+    tables = {"task": make_table("task", [9] * n), "general": make_table("general", [7] * 5)}
+    draw = general_rows(tables["general"].unit, task_tokens=1, rows=rows, seed=seed)
+    plain = build(tables, general=draw, repeat=repeat, ordering=order, seed=seed)
+    before = plain.digest()
+    places = np.flatnonzero((plain.source == 0) & (plain.repetition % 2 == 1))
+    other = make_table("exemplars", list(range(20, 20 + len(places) + 2)))
+    use = np.arange(len(places))[::-1] + 1
+    mixture = plain.replaced(places, use, other, ["said"])
+    assert mixture.sources == (*plain.sources, "exemplars") and mixture.notices == (*plain.notices, "said")
+    rest = np.setdiff1d(np.arange(len(plain)), places)
+    for name in ("tokens", "hashes"):
+        assert np.array_equal(mixture.column(name)[places], getattr(other, name)[use])
+        assert np.array_equal(mixture.column(name)[rest], plain.column(name)[rest])
+    assert np.array_equal(mixture.repetition, plain.repetition) and plain.digest() == before != mixture.digest()
+    counts = mixture.counts()
+    assert sum(counts["rows"].values()) == len(plain) and counts["unique_rows"]["exemplars"] == len(places)
+    assert counts["ratio"] == plain.counts()["ratio"]
+    assert mixture.examples_per_step(4).sum(0).tolist() == list(counts["rows"].values())
+
+
+def test_replacing_no_row_changes_nothing_but_the_notices():
+    plain = build({"task": make_table("task", [5] * 3)}, general=None, repeat=2, ordering="shuffle", seed=0)
+    same = plain.replaced(np.empty(0, int), np.empty(0, int), make_table("exemplars", []), ["none fit"])
+    assert same.digest() == plain.digest() and same.sources == ("task",) and same.notices == ("none fit",)
+
+
+def test_replaced_rows_are_of_a_new_source_and_exist():
+    plain = build({"task": make_table("task", [5] * 3)}, general=None, repeat=2, ordering="shuffle", seed=0)
+    with pytest.raises(ValueError, match="has rows of task"):
+        plain.replaced(np.array([0]), np.array([0]), make_table("task", [5]))
+    with pytest.raises(TellError, match="row 1 is not among 1 exemplars rows"):
+        plain.replaced(np.array([0]), np.array([1]), make_table("exemplars", [5]))

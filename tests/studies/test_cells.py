@@ -29,6 +29,8 @@ BASE = {
 }
 # What a change may be, and the arms it has no effect on.
 UNTRAINED = {name for name, arm in ARMS.items() if arm.adapter is None}
+EXEMPLARS = {name for name, arm in ARMS.items() if arm.adapter and "exemplars" in arm.adapter}
+NO_CONTEXT = {name for name, arm in ARMS.items() if not arm.in_context}
 MATCHED = {name for name, arm in ARMS.items() if arm.adapter and ARMS[arm.adapter].mixture == "task-matched"}
 FREE = {name for name, arm in ARMS.items() if not arm.decides}
 CHANGES: dict[str, tuple[str, set[str]]] = {
@@ -49,7 +51,9 @@ CHANGES: dict[str, tuple[str, set[str]]] = {
     "anchor's place": ("anchor.place=system", {"base"}),
     "candidates of an anchor by hand": ("anchor.candidates=9", set(ARMS)),
     "self-written data that is not asked for": ("general.self.temperature=0.5", set(ARMS)),
-    "examples in context": ("eval.icl_examples=3", set(ARMS) - {"icl", "icl-readout"}),
+    "exemplars": ("mix.exemplars=2", {*UNTRAINED, "sft", "general", *EXEMPLARS}),
+    "examples in context": ("eval.icl_examples=3", NO_CONTEXT),
+    "nearest examples": ("eval.icl_select=nearest", NO_CONTEXT),
     "checkpoints": ("train.checkpoint_every=7", set(ARMS)),
     "folder": ("out=elsewhere", set(ARMS)),
     "time": ("max_minutes=5", {*UNTRAINED, "sft"}),

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from tell.errors import TellError
 from tell.mix.amount import Draw, check_size
 from tell.mix.orderings import get_ordering
+from tell.names import TASK_SOURCES
 from tell.rows.row_table import RowTable
 from tell.seeds import permutation
 
@@ -25,7 +26,7 @@ class Mixture:
         sources: names of the sources that have rows here, ``task`` first.
         source: (n,) int8, index into `sources`.
         row: (n,) int32, index into that source's table.
-        repetition: (n,) int32, how often this row occurred before in the stream.
+        repetition: (n,) int32, how often this row occurred before in the stream, in whatever form (`replaced`).
         tables: the table of each source in `sources`.
         ordering: name of the ordering.
         repeat: times each task row occurs (for `build_repeated` the most).
@@ -81,7 +82,7 @@ class Mixture:
         once = 0
         if TASK in here:
             once = int(columns["unit_tokens"][here[TASK] & (self.repetition == 0)].sum(dtype=np.int64))
-        general = sum(tokens for name, tokens in sums["unit_tokens"].items() if name != TASK)
+        general = sum(tokens for name, tokens in sums["unit_tokens"].items() if name not in TASK_SOURCES)
         return {
             "rows": {name: int(where.sum()) for name, where in here.items()},
             "unique_rows": {name: len(np.unique(self.row[where])) for name, where in here.items()},
@@ -97,6 +98,25 @@ class Mixture:
         names = np.array(self.sources)[self.source]
         text = "".join(f"{name}\x00{key}\n" for name, key in zip(names, self.column("hashes"), strict=True))
         return hashlib.sha256(text.encode()).hexdigest()
+
+    def replaced(self, places: np.ndarray, rows: np.ndarray, table: RowTable, notices: Sequence[str] = ()) -> Mixture:
+        """The mixture with rows of another table in some places; all else stays where it is, repetitions too.
+
+        Args:
+            places: (m,) positions, each once.
+            rows: (m,) the row of the table that comes to each.
+            table: of a source that the mixture has not.
+            notices: further sentences for the user.
+        """
+        if table.source in self.sources:
+            raise ValueError(f"the mixture has rows of {table.source}")
+        source, row = self.source.copy(), self.row.copy()
+        sources, tables = self.sources, self.tables
+        if len(places):
+            source[places], row[places] = len(sources), _in_range(rows, table)
+            sources, tables = (*sources, table.source), {**tables, table.source: table}
+        said = (*self.notices, *notices)
+        return replace(self, sources=sources, source=source, row=row, tables=tables, notices=said)
 
 
 COUNTED = {"tokens": "tokens", "trained_tokens": "trained", "unit_tokens": "unit"}

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from tell.metric_names import metric
-from tell.names import arm_order
+from tell.names import TASK_SOURCES, arm_order
 from tell.number_text import is_number, show, show_count, show_duration, show_power
 from tell.overrides import GENERAL_AMOUNTS
 from tell.report.notices import run_notices
@@ -114,7 +114,7 @@ def mixture(run: Run) -> dict[str, object] | None:
         "figure": None,
     }
     if run.manifest is not None and len(run.manifest.source):
-        task = run.manifest.source == "task"
+        task = np.isin(run.manifest.source, TASK_SOURCES)
         out["figure"], out["how"] = stream_figure(task, run.manifest.step)
         out["gaps"] = gaps(task)
     return out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -57,14 +58,16 @@ class RowTable:
         return self.ids[span], self.mask[span]
 
 
-def joined(first: RowTable, second: RowTable) -> RowTable:
-    """A table of the rows of `first`, then those of `second`; what else is known of the rows is that of `first`."""
-
-    def both(name: str) -> np.ndarray:
-        return np.concatenate([np.asarray(getattr(table, name)) for table in (first, second)])
-
-    columns = {name: both(name) for name in ("hashes", "origins", "tokens", "trained", "unit", "ids", "mask")}
-    starts = np.concatenate([[0], np.cumsum(columns["tokens"], dtype=np.int64)]).astype(np.int64)
+def joined(tables: Sequence[RowTable]) -> RowTable:
+    """The rows of one or more tables of one source, in their order; equal notices once, facts of the first."""
+    columns = ("hashes", "origins", "tokens", "trained", "unit", "ids", "mask")
+    before = np.cumsum([0, *(int(table.starts[-1]) for table in tables)])
+    starts = [table.starts[:-1] + start for table, start in zip(tables, before, strict=False)]
     return RowTable(
-        first.source, **columns, starts=starts, dropped=first.dropped, notices=first.notices, facts=first.facts
+        source=tables[0].source,
+        **{name: np.concatenate([getattr(table, name) for table in tables]) for name in columns},
+        starts=np.concatenate([*starts, before[-1:]]).astype(np.int64),
+        dropped=[row for table in tables for row in table.dropped],
+        notices=list(dict.fromkeys(text for table in tables for text in table.notices)),
+        facts=tables[0].facts,
     )

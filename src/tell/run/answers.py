@@ -88,6 +88,8 @@ class Prompting:
         examples: in-context examples wanted.
         room: tokens a prompt may have; as many examples are shown as fit with the longest test prompt.
         seed: draws which training rows are the examples, and their order, since a file may be sorted.
+        nearest: (n, k) training rows to show each test row instead, the most similar first, as from
+            `tell.run.neighbours.nearest_rows`; the most similar is shown last, next to the question.
     """
 
     chat: ChatTokenizer
@@ -96,28 +98,41 @@ class Prompting:
     examples: int
     room: int
     seed: int
+    nearest: np.ndarray | None = None
 
     def prompts(self, arm: str, test: Sequence[Example], train: Sequence[Example]) -> tuple[list[list[int]], int]:
-        """Token ids of the prompts of an arm, and how many training examples are put in context."""
+        """Token ids of the prompts of an arm, and how many training examples are put in context of each."""
         if not ARMS[arm].in_context:
             anchor = arm_anchor(arm, self.anchor)
             return [_shot_prompt(self.chat, example, anchor, self.shots) for example in test], 0
-        shown = [train[int(i)] for i in permutation(len(train), self.seed, "icl")[: self.examples]]
+        if self.nearest is None:
+            drawn = permutation(len(train), self.seed, "icl")[: self.examples]
+            rows, step = np.tile(drawn, (len(test), 1)), 1
+        else:
+            rows, step = self.nearest[:, : self.examples], -1
+        count = rows.shape[1]
         while True:
-            prompts = [_shot_prompt(self.chat, example, self.anchor, shown) for example in test]
-            if not shown or max(map(len, prompts)) <= self.room:
-                return prompts, len(shown)
-            shown = shown[:-1]
+            prompts = [
+                _shot_prompt(self.chat, example, self.anchor, [train[int(i)] for i in of[:count][::step]])
+                for example, of in zip(test, rows, strict=True)
+            ]
+            if not count or max(map(len, prompts)) <= self.room:
+                return prompts, count
+            count -= 1
 
 
 def _shot_prompt(chat: ChatTokenizer, example: Example, anchor: Anchor, shots: Sequence[Example]) -> list[int]:
     """Token ids of a test prompt after its examples, with the anchor once."""
-    system = list(example.prompt[:1]) if shots and example.prompt and example.prompt[0].role == "system" else []
-    turns = [*system, *_turns(shots, system), *example.prompt[len(system) :]]
     try:
-        return chat.encode(chat.render(anchor.apply(turns), add_generation_prompt=True))
+        return chat.encode(chat.render(anchor.apply(shown_turns(example, shots)), add_generation_prompt=True))
     except TellError as error:
         raise TellError(error.what, where=example.origin or error.where, remedy=error.remedy) from error
+
+
+def shown_turns(example: Example, shots: Sequence[Example]) -> list[Message]:
+    """The turns of a prompt after its examples, without the anchor; the prompt's own system text comes first."""
+    system = list(example.prompt[:1]) if shots and example.prompt and example.prompt[0].role == "system" else []
+    return [*system, *_turns(shots, system), *example.prompt[len(system) :]]
 
 
 def example_turns(examples: Sequence[Example]) -> list[Message]:

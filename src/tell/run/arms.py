@@ -15,6 +15,7 @@ from tell.nested import nest
 from tell.overrides import override
 from tell.presets import repeat_for
 from tell.rows.row_table import RowTable
+from tell.run.exemplars import Exemplars
 from tell.run.general_rows import General
 
 Tables = Mapping[str, RowTable]
@@ -26,6 +27,7 @@ class Ingredients:
 
     Attributes:
         searched: the settings are a search's.
+        exemplars: puts task rows into the prompts of others; None: none are wanted.
     """
 
     config: Config
@@ -33,6 +35,7 @@ class Ingredients:
     general: General | None
     draw: Draw | None
     searched: bool = False
+    exemplars: Exemplars | None = None
 
     @property
     def tables(self) -> dict[str, RowTable]:
@@ -116,12 +119,23 @@ def arm_mixtures(arms: Sequence[str], made: Callable[[str], Ingredients]) -> dic
     Args:
         made: the ingredients of an arm.
     """
-    tell = _mixed(made("tell"), None)
+    tell = make_mixture("mixed", made("tell"), None)
+    if tell is None:
+        raise ValueError("TELL has no rows")
     mixtures = {"tell": tell}
     for arm in arms:
-        if arm not in mixtures and (found := MIXTURES[str(ARMS[arm].mixture)](made(arm), tell[1])) is not None:
+        if arm not in mixtures and (found := make_mixture(str(ARMS[arm].mixture), made(arm), tell[1])) is not None:
             mixtures[arm] = found
     return mixtures
+
+
+def make_mixture(name: str, made: Ingredients, tell: Mixture | None) -> tuple[Tables, Mixture] | None:
+    """Tables and mixture of that name in `MIXTURES`, with the exemplars that are wanted; None: no rows."""
+    found = MIXTURES[name](made, tell)
+    if found is None or made.exemplars is None or name == "task":  # which repeats no row
+        return found
+    tables, mixture = found[0], made.exemplars.into(found[1])
+    return {**tables, **mixture.tables}, mixture
 
 
 def wanted_arms(config: Config) -> list[str]:

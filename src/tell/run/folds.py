@@ -75,7 +75,7 @@ def _part(prepared: Prepared, train: list[Example], test: list[Example]) -> Prep
     if draw is not None:
         rows = max(1, round(share * len(draw))) if len(draw) else 0
         draw = Draw(draw.indices[:rows], share * draw.epochs)
-    return replace(prepared, task=task, table=task_table(task, prepared.anchor), draw=draw)
+    return replace(prepared, task=task, table=task_table(task, prepared.anchor), draw=draw, made={})
 
 
 def pooled(parts: Sequence[Metric]) -> Metric:

@@ -31,6 +31,7 @@ from tell.run.arms import Chosen, arm_config
 from tell.run.benchmarks.run_benchmarks import run_benchmarks
 from tell.run.forgetting import BASE, Forgetting, general_sets, losses_of, measure_arm
 from tell.run.journal import Journal
+from tell.run.neighbours import nearest_rows
 from tell.run.prepare import Prepared
 from tell.run.readouts import Decider, Guides, run_decider
 from tell.run.session import Session
@@ -38,6 +39,8 @@ from tell.run.train_arms import Trained
 from tell.score.scored import Metric, Scorer, primary_of
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from tell.decode.sampler import Decoding
 
 
@@ -112,6 +115,7 @@ class Exam:
         shots: examples in every prompt.
         guides: makes those of the test rows, for an arm that decides closed fields; None: nothing is decided.
         chosen: settings that a search chose.
+        nearest: training rows to show each test row, as from `nearest_rows`; None: the same ones for all.
     """
 
     config: Config
@@ -123,12 +127,14 @@ class Exam:
     scorer: Scorer
     guides: Guides | None = None
     chosen: Chosen = field(default_factory=dict)
+    nearest: np.ndarray | None = None
 
     def take(self, arm: str, session: Session, kept: list[dict] | None = None) -> Answers:
         """The arm's scored answers, its adapter applied; answers ``kept`` from an earlier session are reused."""
         config = self.config
         room = min(session.engine.max_positions - self.decoding.max_new_tokens, config.train.max_length * 2)
-        prompting = Prompting(session.chat, self.anchor, self.shots, config.eval.icl_examples, room, config.seed)
+        most = config.eval.icl_examples
+        prompting = Prompting(session.chat, self.anchor, self.shots, most, room, config.seed, self.nearest)
         prompts, shown = prompting.prompts(arm, self.test, self.train)
         more: dict[str, Metric] = {}
         generate = arm_config(config, arm, self.chosen).generate
@@ -160,7 +166,9 @@ def run_exam(prepared: Prepared, session: Session, decider: Decider | None = Non
     decoding = Decoding.of(config.generate, max_new_tokens=limit, stop_ids=task.chat.stop_ids, seed=config.seed)
     scorer = scorer_of(config, task.kind)
     guides = decider.guides_of(session, task.test) if decider else None
-    return Exam(config, prepared.anchor, task.test, task.train, task.shots, decoding, scorer, guides, prepared.chosen)
+    nearest = nearest_rows(session, prepared.arms, task.test, task.train)
+    chosen = prepared.chosen
+    return Exam(config, prepared.anchor, task.test, task.train, task.shots, decoding, scorer, guides, chosen, nearest)
 
 
 def score_arms(answers: Mapping[str, Answers], config: Config) -> dict:

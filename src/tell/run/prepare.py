@@ -33,6 +33,7 @@ from tell.run.arms import (
     twins,
     wanted_arms,
 )
+from tell.run.exemplars import Exemplars
 from tell.run.general_rows import General, draw_general, trained_on
 from tell.run.nearest_rows import with_known_ranking
 from tell.run.recast_rows import with_recast
@@ -53,6 +54,7 @@ class Prepared:
         draw: those that are mixed in.
         chosen: settings that a search chose.
         share: of the rows requested that are mixed in; below 1 where ``--max-minutes`` leaves out the others.
+        made: rows with exemplars that were made so far; a copy of another extent shares them.
     """
 
     task: Task
@@ -62,6 +64,7 @@ class Prepared:
     draw: Draw | None
     chosen: Chosen = field(default_factory=dict)
     share: float = 1.0
+    made: dict = field(default_factory=dict, repr=False, compare=False)
 
     def task_of(self, arm: str) -> Task:
         """The task as the arm is trained on it: the run's, with the settings of the arm."""
@@ -78,7 +81,9 @@ class Prepared:
         if self.general is not None and task.config.general != self.task.config.general:
             draw = draw_general(task.config, self.general, int(table.unit.sum()))
             draw = draw.first(round(self.share * len(draw)))
-        return Ingredients(task.config, table, general, draw, arm in self.chosen and bool(self.chosen[arm]))
+        shown = Exemplars(task, self.anchor, table, self.made) if task.config.mix.exemplars else None
+        searched = bool(self.chosen.get(arm))
+        return Ingredients(task.config, table, general, draw, searched, shown)
 
     @cached_property
     def mixtures(self) -> dict[str, tuple[Tables, Mixture]]:
@@ -136,16 +141,6 @@ class Prepared:
         return {**self.general.facts, **({"recast": self.recast} if self.recast else {})}
 
     @property
-    def mixture_notices(self) -> list[str]:
-        """Sentences about the mixtures, those of the leading arm (TELL's where none is trained) first."""
-        arms = [self.lead or "tell", *(arm for arm in self.mixtures if ARMS[arm].settings)]
-        texts = [text for arm in arms for text in self.mixtures[arm][1].notices]
-        for arm, count in self.recast.items():
-            rows = len(self._general_rows(arm))
-            texts.append(f"{arm}: {count:,} of {rows:,} general rows are recast into the form of the task")
-        return list(dict.fromkeys(texts))
-
-    @property
     def dropped_rows(self) -> list[dict]:
         """Origin and reason of every row left out, of all sources."""
         dropped = [{"origin": d.origin, "reason": d.reason} for d in self.table.dropped]
@@ -170,9 +165,24 @@ class Prepared:
             notices.add(f"the arm {arm} is left out: no general row is drawn")
         for arm, other in self.same.items():
             notices.add(f"the arms {other} and {arm} are one run: they are trained on the same rows in the same order")
+        for arm in wanted:
+            if ARMS[arm].in_context and (adapter := ARMS[arm].adapter) in self.same:
+                notices.add(f"the arm {arm} is left out: its adapter is that of {self.same[adapter]}")
         if self.undecided:
             why = "generate.closed is off" if self.task.config.generate.closed == "off" else "no field is closed"
             notices.add(f"left out, since {why}: {', '.join(self.undecided)}")
+
+    @property
+    def mixture_notices(self) -> list[str]:
+        """The notices of the leading arm's mixture, and what those of other requested arms say besides."""
+        lead = self.lead or "tell"
+        known = list(self.mixtures[lead][1].notices)
+        others = [arm for arm in trained_arms(wanted_arms(self.task.config)) if arm in self.mixtures and arm != lead]
+        said = [(arm, text) for arm in others for text in self.mixtures[arm][1].notices]
+        for arm, count in self.recast.items():
+            rows = len(self._general_rows(arm))
+            said.append((arm, f"{count:,} of {rows:,} general rows are recast into the form of the task"))
+        return known + [f"{arm}: {text}" for arm, text in said if text not in known]
 
 
 def prepare(task: Task, anchor: Anchor, general: General | Writer | None) -> Prepared:

@@ -42,7 +42,7 @@ def with_recast(task: Task, general: General) -> General:
     for row in general.allowed:
         if (found := place.get(str(general.table.hashes[row]))) is not None:
             recast[row] = size + found
-    return replace(general, table=joined(general.table, table), recast=recast)
+    return replace(general, table=joined([general.table, table]), recast=recast)
 
 
 def _recast_table(task: Task, general: General, form: Form) -> RowTable:

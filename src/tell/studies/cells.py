@@ -137,7 +137,7 @@ def make_cell(config: Config, arm: str, riders: Sequence[str] = ()) -> Cell:
     config = neutral(config, arm, decides=any(ARMS[name].decides for name in (arm, *riders)))
     config.eval.arms = cast(tuple[ArmName, ...], (arm, *riders))
     if not any(ARMS[name].in_context for name in config.eval.arms):
-        config.eval.icl_examples = EvalConfig().icl_examples
+        config.eval.icl_examples, config.eval.icl_select = EvalConfig().icl_examples, EvalConfig().icl_select
     return Cell(_name(arm, {"arms": config.eval.arms, "config": identity(config)}), arm, config)
 
 
@@ -242,7 +242,9 @@ def neutral(config: Config, arm: str, *, decides: bool) -> Config:
     elif trained_on == "task-matched":
         out.mix.order = MixConfig().order
     elif trained_on == "general":
-        out.mix.repeat = None
+        out.mix.repeat, out.mix.exemplars = None, MixConfig().exemplars
+    if own.adapter and "mix.exemplars" in ARMS[own.adapter].settings:  # the arm's own instead
+        out.mix.exemplars = MixConfig().exemplars
     if not decides or config.generate.closed == "off":
         out.generate.closed, out.generate.readout_weight = "off", GenerateConfig().readout_weight
     if not (own.adapter and ARMS[own.adapter].searched):

@@ -27,7 +27,8 @@ from tell.config import TrainConfig
 from tell.errors import Diverged, Interrupted
 from tell.folder import AdapterFolder
 from tell.kernels import keep_memory
-from tell.mix.mixture import TASK, Mixture
+from tell.mix.mixture import Mixture
+from tell.names import TASK_SOURCES
 from tell.presets import learning_rate_for
 from tell.rows.row_table import RowTable
 from tell.train.attention import current_plan
@@ -149,8 +150,8 @@ def step_rows(
         source = int(mixture.source[at])
         name = mixture.sources[source]
         i = int(mixture.row[at])
-        soft = None if targets is None or name == TASK else targets.row(i)
-        rows.append(TrainRow(*tables[name].row(i), source, name == TASK, soft))
+        soft = None if targets is None or name in TASK_SOURCES else targets.row(i)
+        rows.append(TrainRow(*tables[name].row(i), source, name in TASK_SOURCES, soft))
     return rows
 
 

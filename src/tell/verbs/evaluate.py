@@ -25,12 +25,13 @@ from tell.run.answers import adapter_ready, check_prompts, scorer_of
 from tell.run.arms import Chosen, twins
 from tell.run.claim import Trust, check_trust
 from tell.run.measure import Exam, score_arms
+from tell.run.neighbours import nearest_rows
 from tell.run.session import Session, check_deciding
 from tell.score.scored import primary_of
 from tell.shown import left_out
 from tell.verbs.open_run import CELL_ADAPTER, OpenRun, open_run
 
-EVAL_KEYS = ("answer_loss", "arms", "bleurt", "bootstrap", "icl_examples")
+EVAL_KEYS = ("answer_loss", "arms", "bleurt", "bootstrap", "icl_examples", "icl_select")
 """Keys of ``eval`` that scoring reads; the others belong to a run, or to ``--benchmarks``."""
 WITHOUT = {"test": ", or give test rows with --test", "training": ", or leave the arm icl out", "fixed example": ""}
 
@@ -88,7 +89,8 @@ def evaluate(
     if rows is not None and rows < len(examples):
         examples = [examples[i] for i in sorted(take_rows(len(examples), rows, seed))]
     exam = _exam(opened, session, seed, facts, test=examples, train=train, shots=shots)
-    exam = replace(exam, chosen=_still_chosen(opened, overrides))
+    nearest = nearest_rows(session, wanted, examples, train)
+    exam = replace(exam, chosen=_still_chosen(opened, overrides), nearest=nearest)
     if said := misfits(_kind(opened, facts.kind), examples):
         display.note(said)
     answers = {}
