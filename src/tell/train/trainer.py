@@ -186,7 +186,7 @@ class Trainer:
         self.fast = trains_fast(config.fast, device) and not self.sharded
         self.steps = job.mixture.steps(config.batch_size)
         self.targets = job.targets if config.general_target == "untuned" else None
-        if config.general_target == "untuned" and job.targets is None and set(job.mixture.sources) > {TASK}:
+        if config.general_target == "untuned" and job.targets is None and not set(job.mixture.sources) <= set(TASK_SOURCES):
             raise ValueError("general_target is untuned, and the job has no targets (tell.train.soft_targets)")
         self.rules = StepRules(
             config.loss_normalization,
@@ -322,7 +322,7 @@ class Trainer:
 
     def _report(self, totals: _Totals, out: StepLoss) -> StepReport:
         by_source = {
-            name if self.targets is None or name == TASK else DISTILLED: float(np.mean(out.rows[out.source == i]))
+            name if self.targets is None or name in TASK_SOURCES else DISTILLED: float(np.mean(out.rows[out.source == i]))
             for i, name in enumerate(self.job.mixture.sources)
             if (out.source == i).any()
         }
