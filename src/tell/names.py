@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-Mixture = Literal["task", "task-matched", "general", "mixed"]
+Mixture = Literal["task", "task-matched", "general", "mixed", "pseudo", "pseudo-matched"]
 Colour = Literal["blue", "orange", "green", "pink", "ochre", "grey", "violet"]
 Closed = Literal["off", "likelihood", "readout", "fused"]
 """How closed fields (`tell.data.closed`) are answered: as the other text, by the model among their values, by the
@@ -33,6 +33,7 @@ class Arm:
         in_context: training examples are put in its prompts.
         decides: its closed fields are answered as ``generate.closed`` says, else as the other text.
         settings: dotted keys of the configuration with the values that this arm is trained with instead of the run's.
+        teacher: the trained arm whose answers to unlabelled prompts this one is trained on; it is trained first.
         standard: among the arms of a run that names none.
         optional: given up to keep ``--max-minutes``, the lowest number first; None: never.
         dashes: of its line in figures; None: solid.
@@ -51,6 +52,7 @@ class Arm:
     in_context: bool = False
     decides: bool = False
     settings: Mapping[str, object] = field(default_factory=dict)
+    teacher: str | None = None
     standard: bool = True
     optional: int | None = None
     rival: int | None = None
@@ -61,8 +63,12 @@ class Arm:
             raise ValueError(f"arm {self.name}: a trained arm answers with its own adapter")
         if self.settings and self.mixture is None:
             raise ValueError(f"arm {self.name}: only a trained arm has settings of its own")
+        if self.teacher is not None and self.mixture is None:
+            raise ValueError(f"arm {self.name}: only a trained arm has a teacher")
 
 
+PSEUDO = {"mix.pseudo": 4}
+"""What arms with pseudo-labelled rows are trained with where the run sets no other amount."""
 _ARMS = (
     Arm(
         "base",
@@ -192,6 +198,60 @@ _ARMS = (
         optional=1,
         dashes=(4, 2),
     ),
+    Arm(
+        "tell-pseudo",
+        "TELL, with pseudo-labelled rows",
+        "TELL with pseudo-labelled rows",
+        "LoRA tuned by TELL, with unlabelled prompts of the task that TELL has answered as further rows. Closed fields "
+        "are decided with the readout.",
+        "violet",
+        "o",
+        mixture="pseudo",
+        adapter="tell-pseudo",
+        decides=True,
+        settings=PSEUDO,
+        teacher="tell",
+        standard=False,
+    ),
+    Arm(
+        "tell-pseudo-free",
+        "TELL, with pseudo-labelled rows, without the readout",
+        "TELL with pseudo-labelled rows, without the readout",
+        "The adapter of TELL with pseudo-labelled rows, its closed fields written as freely as the other text, as any "
+        "other server does.",
+        "violet",
+        "h",
+        adapter="tell-pseudo",
+        standard=False,
+        dashes=(1.5, 2),
+    ),
+    Arm(
+        "sft-pseudo",
+        "SFT, as many steps, with pseudo-labelled rows and the readout",
+        "step-matched SFT with pseudo-labelled rows and the readout",
+        "LoRA tuned on the task rows and on unlabelled prompts that step-matched SFT has answered with the readout, "
+        "for as many optimiser steps as TELL. Closed fields are decided with the readout.",
+        "ochre",
+        "D",
+        mixture="pseudo-matched",
+        adapter="sft-pseudo",
+        decides=True,
+        settings=PSEUDO,
+        teacher="sft-matched",
+        standard=False,
+    ),
+    Arm(
+        "sft-pseudo-free",
+        "SFT, as many steps, with pseudo-labelled rows",
+        "step-matched SFT with pseudo-labelled rows",
+        "The adapter of step-matched SFT with pseudo-labelled rows, its closed fields written as freely as the other "
+        "text.",
+        "ochre",
+        "d",
+        adapter="sft-pseudo",
+        standard=False,
+        dashes=(1.5, 2),
+    ),
 )
 ARMS: dict[str, Arm] = {arm.name: arm for arm in _ARMS}
 if len(ARMS) < len(_ARMS):
@@ -199,6 +259,8 @@ if len(ARMS) < len(_ARMS):
 for _arm in _ARMS:
     if _arm.adapter is not None and ARMS[_arm.adapter].mixture is None:
         raise ValueError(f"arm {_arm.name}: no arm trains the adapter {_arm.adapter}")
+    if _arm.teacher is not None and (ARMS[_arm.teacher].mixture is None or ARMS[_arm.teacher].teacher is not None):
+        raise ValueError(f"arm {_arm.name}: {_arm.teacher} cannot be its teacher")
 
 
 @dataclass(frozen=True)
@@ -222,6 +284,11 @@ PARTS = (
         (("tell", "sft-readout"), ("tell-free", "sft-matched")),
     ),
     Part("Anchor", "The anchor is on the prompt.", (("tell", "tell-anchor"),)),
+    Part(
+        "Readout into weights",
+        "Unlabelled prompts, answered with the readout, are further training rows.",
+        (("tell-pseudo-free", "tell-free"), ("sft-pseudo-free", "sft-matched"), ("tell-pseudo", "tell")),
+    ),
 )
 """What "what each part brought" compares; each ingredient is given to the control too where it can be."""
 for _one, _other in (_pair for _part in PARTS for _pair in _part.pairs):

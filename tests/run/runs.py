@@ -28,7 +28,7 @@ from tell.run.task import limit_task, load_task, task_table
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PROBE = Path(__file__).parents[2] / "src/tell/score/probe/general.jsonl"
 ANCHORS = {"support": "Sort this mail.", "reviews": "Positive, negative or mixed?", "titles": "Write a headline."}
-ALL_ARMS = list(ARMS)
+ALL_ARMS = [name for name, arm in ARMS.items() if ARMS[arm.adapter or name].teacher is None]
 FILES = (  # that every run of the arm tell leaves
     *("run.yaml", "status.json", "anchor.json", "split.json", "plan.json", "manifest.parquet", "findings.json"),
     *("metrics.json", "report.html", "adapter/adapter_model.safetensors", "adapter/adapter_config.json"),

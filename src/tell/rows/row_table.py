@@ -33,6 +33,7 @@ class RowTable:
         dropped: rows left out, with reasons.
         notices: sentences for the user about all rows.
         facts: about the source they were read from, for findings.json.
+        weights: (n,) float64 in (0, 1], by which each row's loss is multiplied in training; None: 1 for all.
     """
 
     source: str
@@ -47,6 +48,7 @@ class RowTable:
     dropped: list[Dropped] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
     facts: dict = field(default_factory=dict)
+    weights: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -55,3 +57,7 @@ class RowTable:
         """(ids, mask) of row i, both of length ``tokens[i]``."""
         span = slice(int(self.starts[i]), int(self.starts[i + 1]))
         return self.ids[span], self.mask[span]
+
+    def weight(self, i: int) -> float:
+        """Weight of row i."""
+        return 1.0 if self.weights is None else float(self.weights[i])

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tell.config import Config
-from tell.mix.mixture import TASK, Mixture
+from tell.mix.mixture import ANCHORED, Mixture
 from tell.models import machine
 from tell.models.flops import lora_parameters, training_flops
 from tell.models.predict import answer_speed, predict_seconds
@@ -37,9 +37,9 @@ def computed_by(task: Task, mixture: Mixture) -> int:
         rows = np.unique(mixture.row[mixture.source == source])
         if len(rows) and len(table.ids):  # rows the model has yet to write have no tokens
             sample = rows[np.linspace(0, len(rows) - 1, min(64, len(rows))).astype(int)]
-            heads[mixture.sources[source] == TASK] += [table.row(int(row))[0] for row in sample]
+            heads[mixture.sources[source] in ANCHORED] += [table.row(int(row))[0] for row in sample]
     prefix = common_prefix(heads[True]) if heads[True] else 0
-    is_task = np.array([name == TASK for name in mixture.sources])[mixture.source]
+    is_task = np.array([name in ANCHORED for name in mixture.sources])[mixture.source]
     step = np.arange(len(mixture)) // config.batch_size
     cell, shape = 2 * step + ~is_task, (mixture.steps(config.batch_size), 2)
     return computed_tokens(
@@ -133,3 +133,16 @@ def writing_seconds(prepared: Prepared, pace: Pace) -> float:
     if general is None or draw is None or not general.estimated:
         return 0.0
     return float(general.table.trained[draw.indices].sum(dtype=np.int64)) / SELF_KEPT / pace.decode
+
+
+def pseudo_seconds(prepared: Prepared, pace: Pace) -> float:
+    """Predicted seconds to answer unlabelled prompts, and to write them where there is no file of them."""
+    seconds, written = 0.0, 0.0
+    for pseudo in prepared.pseudo.values():
+        if pseudo.estimated:
+            table = pseudo.table
+            answers, prompts = float(table.trained.sum()), float(table.tokens.sum() - table.trained.sum())
+            seconds += answers / pace.decode + prompts / (3 * pace.train)
+            if pseudo.prompts is None:
+                written = max(written, prompts / SELF_KEPT / pace.decode)
+    return seconds + written

@@ -17,12 +17,20 @@ from tell.train.fast.cuda import packed_plan
 
 @dataclass(frozen=True, slots=True)
 class TrainRow:
-    """One row of a step: (n,) ids, (n,) mask of trained tokens, index of its source, whether it is a task row."""
+    """One row of a step.
+
+    Attributes:
+        ids, mask: (n,) tokens, and which are trained.
+        source: index of its source.
+        task: it is a row of the task, with the anchor.
+        weight: by which its loss is multiplied.
+    """
 
     ids: np.ndarray
     mask: np.ndarray
     source: int
     task: bool
+    weight: float = 1.0
 
 
 @dataclass(slots=True)
@@ -38,6 +46,7 @@ class Pack:
         trained, task: (rows,) trained tokens and task flag of each row.
         source: (rows,) source index of each row, on the CPU.
         real: tokens of the rows before sharing.
+        weight: (rows,) fp32 weight of each row; None: 1 for all.
     """
 
     ids: Tensor
@@ -49,6 +58,13 @@ class Pack:
     source: Tensor
     task: Tensor
     real: int
+    weight: Tensor | None = None
+
+
+def row_weights(rows: Sequence[TrainRow], device: torch.device | str = "cpu") -> Tensor | None:
+    """(rows,) fp32 weights; None where all are 1, so that nothing is computed with them."""
+    weights = [row.weight for row in rows]
+    return send(torch.tensor(weights, dtype=torch.float32), device) if any(w != 1 for w in weights) else None
 
 
 def _shared(rows: Sequence[TrainRow], share_prefix: bool) -> int:
@@ -120,4 +136,5 @@ def pack(rows: Sequence[TrainRow], *, share_prefix: bool, device: torch.device |
         source=torch.tensor([row.source for row in rows]),
         task=send(torch.tensor([row.task for row in rows]), device),
         real=sum(len(row.ids) for row in rows),
+        weight=row_weights(rows, device),
     )

@@ -27,7 +27,7 @@ from tell.config import TrainConfig
 from tell.errors import Diverged, Interrupted
 from tell.folder import AdapterFolder
 from tell.kernels import keep_memory
-from tell.mix.mixture import Mixture
+from tell.mix.mixture import ANCHORED, Mixture
 from tell.presets import learning_rate_for
 from tell.rows.row_table import RowTable
 from tell.train.attention import current_plan
@@ -123,6 +123,8 @@ def run_digest(config: TrainConfig, mixture: Mixture, seed: int) -> str:
         table = mixture.tables[name]
         for column in (table.ids, table.mask, table.starts):
             digest.update(np.ascontiguousarray(column).data)
+        if table.weights is not None:
+            digest.update(np.ascontiguousarray(table.weights).data)
     return digest.hexdigest()[:32]
 
 
@@ -132,8 +134,8 @@ def step_rows(mixture: Mixture, tables: Mapping[str, RowTable], step: int, batch
     for at in range(step * batch_size, min((step + 1) * batch_size, len(mixture))):
         source = int(mixture.source[at])
         name = mixture.sources[source]
-        ids, mask = tables[name].row(int(mixture.row[at]))
-        rows.append(TrainRow(ids, mask, source, name == "task"))
+        table, row = tables[name], int(mixture.row[at])
+        rows.append(TrainRow(*table.row(row), source, name in ANCHORED, table.weight(row)))
     return rows
 
 
