@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tell.data.cell_text import RowFault, unpacked
-from tell.data.columns import Record, detect_layout
+from tell.data.columns import SHOWN, Record, detect_layout
 from tell.data.example import Example, Message
 from tell.data.layouts import CONVERSATIONS, LAYOUTS, Layout, layout_name
 from tell.data.sources import read_source
@@ -73,10 +73,13 @@ def load_prompts_of(source: str, columns: Mapping[str, str]) -> Prompts:
         examples.append(Example.of(turns, source=UNLABELLED, origin=origin))
     if not examples:
         raise TellError(f"no row has a prompt; the first {dropped[0][1]}", where=source, remedy="Fix the rows.")
-    told = columns.get("answer") or _answer_column([record for _, record in records], source)
-    named = f"column {told!r}" if not whole and told and any(told in record for _, record in records) else ""
-    if named or answers:
-        guessed.append(f"the answers ({named or 'last turns'}) are ignored: the file counts as unlabelled")
+    names = dict.fromkeys(name for _, record in records for name in record)
+    told = columns.get("answer") if columns.get("answer") in names else _answer_column(records, source)
+    if answers or (told in names and not whole):
+        named = "last turns" if answers else f"column {told!r}"
+        guessed.append(f"the answers ({named}) are ignored: the file counts as unlabelled")
+    if others := [name for name in names if name not in layout.columns.values() and (whole or name != told)]:
+        guessed.append(f"columns not used: {', '.join(others[:SHOWN])}{' ...' if len(others) > SHOWN else ''}")
     return Prompts(examples, source, tuple(dropped), tuple(f"{short}: {text}" for text in guessed))
 
 
@@ -97,7 +100,7 @@ def _layout(records: Sequence[Record], task: Mapping[str, str], where: str) -> L
     if not found and len(names) == 1:
         found = {"prompt": next(iter(names))}
     if not found:
-        shown = ", ".join(map(repr, list(names)[:8]))
+        shown = ", ".join(map(repr, list(names)[:SHOWN]))
         name = task.get("prompt") or task.get("messages") or "prompt"
         raise TellError(
             f"has the columns {shown}, and none is known to hold prompts",
@@ -108,10 +111,10 @@ def _layout(records: Sequence[Record], task: Mapping[str, str], where: str) -> L
     return Layout(name.replace(f"/{_ANSWER}", ""), {**found, **({} if "messages" in found else {"answer": _ANSWER})})
 
 
-def _answer_column(records: Sequence[Record], where: str) -> str | None:
+def _answer_column(records: Sequence[tuple[int, Record]], where: str) -> str | None:
     """The column of answers that a labelled file of this kind would have."""
     try:
-        return detect_layout(records, where=where).columns.get("answer")
+        return detect_layout([record for _, record in records], where=where).columns.get("answer")
     except TellError:
         return None
 

@@ -206,7 +206,7 @@ def load_task(config: Config, display: Display | None = None) -> Task:
 def _unlabelled(config: Config, data: Loaded, test: list[Example], notices: Notices) -> Prompts | None:
     """The prompts of ``task.unlabelled``, read by the columns of the task's data.
 
-    Copies of test rows are left out here, be they scored or not (``task.test_rows``): a run may be scored on others later.
+    Copies of test rows are left out here, be they scored or not (``task.test_rows``): others may be scored later.
     """
     if config.task.unlabelled is None:
         return None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,12 +29,11 @@ if TYPE_CHECKING:
 VERSION = 1
 SHOWN = 3  # training prompts that the model sees
 TRIES = 4  # most prompts written for one that is wanted
-ROOM = 1.5  # longest prompt, by the longest training prompt
+TEMPERATURE, TOP_P = 1.0, 0.95
+ROOM, LEAST = 1.5, 0.5  # longest prompt, by the longest training prompt, and shortest by the shortest
 _LIST = re.compile(r"\A(?:\d+\s*[.):]|[-*])\s+")
 _NEXT = re.compile(r"\n\s*(?:2|3|4|5)\s*[.):]\s")
-REQUEST = (
-    "Here are texts of one kind.\n\n{shown}\n\nWrite one more of this kind with other content. Write the text alone."
-)
+REQUEST = "Here are texts of one kind.\n\n{shown}\n\nWrite one more of this kind. Write the text alone."
 
 
 def write_prompts(session: Session, task: Task, wanted: int) -> tuple[list[Example], dict]:
@@ -80,7 +80,7 @@ def _file(session: Session, asked: Sequence[str]) -> Path:
         seed=config.seed,
         asked=list(asked),
         arithmetic=[config.model.dtype, config.model.device, config.generate.engine, config.generate.batch_size],
-        sampling=[config.general.self_.temperature, config.general.self_.top_p],
+        sampling=[TEMPERATURE, TOP_P],
     )
     return tell_home() / "self" / f"{key}.jsonl"
 
@@ -110,14 +110,15 @@ def _block(
     if not requests:
         return []
     seed = config.seed * 100_003 + 2 * number + 1
-    decoding = decoding_of(config, limit, chat.stop_ids, config.general.self_.temperature, seed)
+    decoding = replace(decoding_of(config, limit, chat.stop_ids, TEMPERATURE, seed), top_p=TOP_P)
     copies, rows = {text.strip().casefold() for text in asked}, []
+    least = max(1, int(LEAST * min(map(len, asked))))
     for answer in engine.generate(requests, decoding, progress=shares(len(requests), moved)):
         text = _clean(chat.decode(answer.ids))
         if answer.finish != "stop":
             reason: str | None = "too long"
-        elif not text:
-            reason = "empty"
+        elif len(text) < least:
+            reason = "too short" if text else "empty"
         else:
             reason = "like a training prompt" if text.casefold() in copies else faulty_text(text)
         if reason:
