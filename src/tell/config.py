@@ -66,6 +66,9 @@ class TaskConfig(Section):
     data: str | None = Field(None, description="file (json, jsonl[.gz|.zst], csv, tsv, parquet) or hub name")
     test: str | None = Field(None, description="test file; without it a test part is split off `data`")
     columns: str | None = Field(None, description="names of prompt and answer columns, e.g. prompt=q,answer=a")
+    unlabelled: str | None = Field(
+        None, description="file of prompts without answers for mix.pseudo; without it the model writes such prompts"
+    )
     kind: Literal["auto", "json", "label", "text"] = Field("auto", description="auto detects it from the answers")
     json_schema: str | None = Field(None, alias="schema", description="JSON Schema file for kind json")
     scorer: str | None = Field(None, description="package.module:function(answers, references) -> list[float]")
@@ -186,6 +189,12 @@ class MixConfig(Section):
         le=8,
         description="other task rows in the prompt of a task row at every second repetition, as many as fit; its own "
         "answer alone is trained (arXiv 2110.15943)",
+    )
+    pseudo: float = Field(
+        0,
+        ge=0,
+        le=100,
+        description="pseudo-labelled rows per task row, in the arms that have any; 0: as the arm says, 4",
     )
 
 

@@ -68,6 +68,7 @@ class RunFolder:
         self.predictions = root / "predictions"
         self.logs = root / "logs"
         self.report = root / "report.html"
+        self.pseudo = root / "pseudo"
         self.status = root / "status.json"
         self.arms = root / "arms"
         self.made = tuple(path for name, path in vars(self).items() if name != "root")
@@ -101,6 +102,14 @@ class RunFolder:
     def losses(self, arm: str) -> Path:
         """Per-step training log of one arm: ``logs/<arm>.jsonl``."""
         return self.logs / f"{arm}.jsonl"
+
+    def pseudo_labels(self, teacher: str) -> Path:
+        """Unlabelled prompts with a teacher's answers and their weights: ``pseudo/<teacher>.jsonl``."""
+        return self.pseudo / f"{teacher}.jsonl"
+
+    def pseudo_manifest(self, arm: str) -> Path:
+        """The manifest of an arm with pseudo-labelled rows: ``pseudo/<arm>.parquet``."""
+        return self.pseudo / f"{arm}.parquet"
 
     def separation(self, kind: str) -> Path:
         """Results of `tell separate`: ``json``, ``svg`` or ``png``."""

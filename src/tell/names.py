@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-Mixture = Literal["task", "task-matched", "task-repeated", "general", "mixed"]
+Mixture = Literal["task", "task-matched", "task-repeated", "general", "mixed", "pseudo", "pseudo-matched"]
 Colour = Literal["blue", "orange", "green", "pink", "ochre", "grey", "violet"]
 TASK_SOURCES = ("task", "exemplars")
 """Sources of a mixture that are task rows: as they are, and with other task rows in their prompts."""
@@ -36,6 +36,7 @@ class Arm:
         decides: its closed fields are answered as ``generate.closed`` says, else as the other text.
         settings: dotted keys of the configuration with the values that this arm is trained with instead of the run's.
         searched: its settings are searched where ``search.minutes`` is set (`tell.run.search`).
+        teacher: the trained arm whose answers to unlabelled prompts this one is trained on; it is trained first.
         standard: among the arms of a run that names none.
         optional: given up to keep ``--max-minutes``, the lowest number first; None: never.
         dashes: of its line in figures; None: solid.
@@ -55,6 +56,7 @@ class Arm:
     decides: bool = False
     settings: Mapping[str, object] = field(default_factory=dict)
     searched: bool = False
+    teacher: str | None = None
     standard: bool = True
     optional: int | None = None
     rival: int | None = None
@@ -65,9 +67,13 @@ class Arm:
             raise ValueError(f"arm {self.name}: a trained arm answers with its own adapter")
         if self.settings and self.mixture is None:
             raise ValueError(f"arm {self.name}: only a trained arm has settings of its own")
+        if self.teacher is not None and self.mixture is None:
+            raise ValueError(f"arm {self.name}: only a trained arm has a teacher")
 
 
 _EXEMPLARS: Mapping[str, object] = {"mix.exemplars": 3}
+PSEUDO = {"mix.pseudo": 4}
+"""What arms with pseudo-labelled rows are trained with where the run sets no other amount."""
 _ARMS = (
     Arm(
         "base",
@@ -360,6 +366,60 @@ _ARMS = (
         standard=False,
         dashes=(4, 2),
     ),
+    Arm(
+        "tell-pseudo",
+        "TELL, with pseudo-labelled rows",
+        "TELL with pseudo-labelled rows",
+        "LoRA tuned by TELL, with unlabelled prompts of the task that TELL has answered as further rows. Closed fields "
+        "are decided with the readout.",
+        "violet",
+        "o",
+        mixture="pseudo",
+        adapter="tell-pseudo",
+        decides=True,
+        settings=PSEUDO,
+        teacher="tell",
+        standard=False,
+    ),
+    Arm(
+        "tell-pseudo-free",
+        "TELL, with pseudo-labelled rows, without the readout",
+        "TELL with pseudo-labelled rows, without the readout",
+        "The adapter of TELL with pseudo-labelled rows, its closed fields written as freely as the other text, as any "
+        "other server does.",
+        "violet",
+        "h",
+        adapter="tell-pseudo",
+        standard=False,
+        dashes=(1.5, 2),
+    ),
+    Arm(
+        "sft-pseudo",
+        "SFT, as many steps, with pseudo-labelled rows and the readout",
+        "step-matched SFT with pseudo-labelled rows and the readout",
+        "LoRA tuned on the task rows and on unlabelled prompts that step-matched SFT has answered with the readout, "
+        "for as many optimiser steps as TELL. Closed fields are decided with the readout.",
+        "ochre",
+        "D",
+        mixture="pseudo-matched",
+        adapter="sft-pseudo",
+        decides=True,
+        settings=PSEUDO,
+        teacher="sft-matched",
+        standard=False,
+    ),
+    Arm(
+        "sft-pseudo-free",
+        "SFT, as many steps, with pseudo-labelled rows",
+        "step-matched SFT with pseudo-labelled rows",
+        "The adapter of step-matched SFT with pseudo-labelled rows, its closed fields written as freely as the other "
+        "text.",
+        "ochre",
+        "d",
+        adapter="sft-pseudo",
+        standard=False,
+        dashes=(1.5, 2),
+    ),
 )
 ARMS: dict[str, Arm] = {arm.name: arm for arm in _ARMS}
 if len(ARMS) < len(_ARMS):
@@ -367,6 +427,8 @@ if len(ARMS) < len(_ARMS):
 for _arm in _ARMS:
     if _arm.adapter is not None and ARMS[_arm.adapter].mixture is None:
         raise ValueError(f"arm {_arm.name}: no arm trains the adapter {_arm.adapter}")
+    if _arm.teacher is not None and (ARMS[_arm.teacher].mixture is None or ARMS[_arm.teacher].teacher is not None):
+        raise ValueError(f"arm {_arm.name}: {_arm.teacher} cannot be its teacher")
 
 
 @dataclass(frozen=True)
@@ -424,6 +486,11 @@ PARTS = (
         "Exemplars at test time",
         "An adapter trained with exemplars is shown training examples in the test prompt.",
         (("tell-exemplars-icl", "tell-exemplars"), ("sft-exemplars-icl", "sft-exemplars")),
+    ),
+    Part(
+        "Readout into weights",
+        "Unlabelled prompts, answered with the readout, are further training rows.",
+        (("tell-pseudo-free", "tell-free"), ("sft-pseudo-free", "sft-matched"), ("tell-pseudo", "tell")),
     ),
 )
 """What "what each part brought" compares; each ingredient is given to the control too where it can be."""

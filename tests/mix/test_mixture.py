@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from tell.errors import TellError
 from tell.mix import ORDERINGS, build, build_repeated, general_rows
+from tell.mix.mixture import build_counted
 
 from .tables import make_table
 
@@ -240,3 +241,38 @@ def test_replaced_rows_are_of_a_new_source_and_exist():
         plain.replaced(np.array([0]), np.array([0]), make_table("task", [5]))
     with pytest.raises(TellError, match="row 1 is not among 1 exemplars rows"):
         plain.replaced(np.array([0]), np.array([1]), make_table("exemplars", [5]))
+
+
+@given(task=lengths, pseudo=lengths, rows=st.integers(0, 40), order=orders, seed=seeds, times=st.integers(1, 4))
+def test_a_third_source_changes_nothing_of_the_others(task, pseudo, rows, order, seed, times):
+    tables = {
+        name: make_table(name, [7] * 40 if name == "general" else list(given))
+        for name, given in (("pseudo", pseudo), ("general", []), ("task", task))
+    }
+    draw = general_rows(tables["general"].unit, task_tokens=1, rows=rows, seed=seed)
+    arguments = {"general": draw, "repeat": 3, "ordering": order, "seed": seed}
+    mixture = build(tables, **arguments, further={"pseudo": times * len(pseudo)})
+    assert mixture.sources == tuple(name for name in ("task", "general", "pseudo") if name != "general" or rows)
+    counts = mixture.counts()
+    assert counts["rows"]["pseudo"] == times * len(pseudo) and counts["unique_rows"]["pseudo"] == len(pseudo)
+    row, repetition = occurrences(mixture, "pseudo")
+    assert (np.bincount(row) == times).all() and repetition.tolist() == np.repeat(range(times), len(pseudo)).tolist()
+    without = build({name: tables[name] for name in ("task", "general")}, **arguments)
+    for source in without.sources:
+        for one, other in zip(occurrences(mixture, source), occurrences(without, source), strict=True):
+            assert one.tolist() == other.tolist()
+    assert counts["ratio"] == without.counts()["ratio"]  # general to task: pseudo-labelled rows are neither
+
+
+@given(task=lengths, pseudo=lengths, a=st.integers(1, 90), b=st.integers(0, 90), order=orders, seed=seeds)
+def test_counted_rows_come_in_whole_epochs(task, pseudo, a, b, order, seed):
+    tables = {"pseudo": make_table("pseudo", pseudo), "task": make_table("task", task)}
+    mixture = build_counted(tables, {"task": a, "pseudo": b}, ordering=order, seed=seed)
+    assert mixture.counts()["rows"] == {"task": a} | ({"pseudo": b} if b else {})
+    for source in mixture.sources:
+        row, repetition = occurrences(mixture, source)
+        n = len(tables[source])
+        assert np.ptp(np.bincount(row, minlength=n)) <= 1
+        assert repetition.tolist() == (np.arange(len(row)) // n).tolist()
+    alone = build_repeated(tables["task"], a, seed)
+    assert occurrences(mixture, "task")[0].tolist() == alone.row.tolist()

@@ -32,7 +32,8 @@ UNTRAINED = {name for name, arm in ARMS.items() if arm.adapter is None}
 EXEMPLARS = {name for name, arm in ARMS.items() if arm.adapter and "exemplars" in arm.adapter}
 NO_CONTEXT = {name for name, arm in ARMS.items() if not arm.in_context}
 MATCHED = {name for name, arm in ARMS.items() if arm.adapter and ARMS[arm.adapter].mixture == "task-matched"}
-FREE = {name for name, arm in ARMS.items() if not arm.decides}
+TAUGHT = {name for name, arm in ARMS.items() if ARMS[arm.adapter or name].teacher}
+FREE = {name for name, arm in ARMS.items() if not arm.decides} - TAUGHT  # a teacher's answers are decided
 CHANGES: dict[str, tuple[str, set[str]]] = {
     "task rows": ("task.rows=30", {"base", "base+anchor", "general"}),
     "task tokens": ("task.tokens=500", {"base", "base+anchor", "general"}),
@@ -62,6 +63,9 @@ CHANGES: dict[str, tuple[str, set[str]]] = {
     "closed fields": ("generate.closed=likelihood", FREE),
     "readout weight": ("generate.readout_weight=1", FREE),
     "test rows": ("task.test_rows=10", set()),
+    "pseudo-labelled rows": ("mix.pseudo=2", set(ARMS) - TAUGHT),
+    "what an arm has anyway": ("mix.pseudo=4", set(ARMS)),
+    "unlabelled prompts": (f"task.unlabelled={SUPPORT / 'test.jsonl'}", set(ARMS) - TAUGHT),
 }
 
 
@@ -82,7 +86,7 @@ def test_only_what_has_an_effect_counts(arm, change):
 def test_several_changes_count_as_each_alone(arm, changes, random):
     """In whatever order they come; only another amount of the same thing may undo an amount."""
     texts = [CHANGES[name][0] for name in changes]
-    if sum(t.startswith("general.") for t in texts) > 1 or sum(t.startswith("task.") for t in texts) > 1:
+    if any(sum(t.startswith(section) for t in texts) > 1 for section in ("general.", "task.", "mix.pseudo")):
         return
     counts = any(arm not in CHANGES[name][1] for name in changes)
     cell = make_cell(config(*texts), arm)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,7 @@ from tell.errors import TellError
 from tell.rows.prefix import common_prefix
 from tell.train.lora import add_lora
 from tell.train.packing import pack, split_packs
+from tell.train.plain import PlainBody, plain_step_loss
 from tell.train.step import Body, StepRules, row_losses, step_loss
 from train.packed import assert_close, gradients, load, make_rows, make_table, reference_loss, wake
 
@@ -226,3 +229,23 @@ def test_other_architectures(name):
 def test_architectures_that_would_mix_rows_are_refused(name):
     with pytest.raises(TellError, match=r"Use a plain transformer"):
         Body(_other(name))
+
+
+@pytest.mark.parametrize("normalization", ["example", "token"])
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_rows_weight_multiplies_its_loss(plain, normalization, tiny_model):
+    """Rows of weight 1 give the same bits as rows without weights; others as much of the loss as they weigh."""
+    model = load(tiny_model("llama"))
+    rows = make_rows([9, 17, 5, 12], task=[0, 2])
+    rules = StepRules(normalization, 2.0, 24)
+
+    def loss(given) -> float:
+        body = PlainBody(model) if plain else Body(model)
+        return (plain_step_loss if plain else step_loss)(body, given, rules, backward=False).loss
+
+    assert loss([replace(row, weight=1.0) for row in rows]) == loss(rows)
+    single = [loss([replace(row, weight=float(i == j)) for j, row in enumerate(rows)]) for i in range(4)]
+    assert sum(single) == pytest.approx(loss(rows), rel=1e-5)
+    weights = [1.0, 0.25, 0.5, 0.0]
+    weighed = loss([replace(row, weight=weight) for row, weight in zip(rows, weights, strict=True)])
+    assert weighed == pytest.approx(float(np.dot(weights, single)), rel=1e-5)

@@ -162,6 +162,7 @@ _ALL = ("tune", "plan", "anchor", "separate")
 _MODEL, _GENERAL, _TRAINING = "Model and anchor", "General data", "Mixture and training"
 FLAGS: tuple[Flag, ...] = (
     Flag("--test", "task.test", "test file; default: rows split off DATA", "FILE"),
+    Flag("--unlabelled", "task.unlabelled", "prompts without answers, for the arm tell-pseudo", "FILE", verbs=_RUN),
     Flag("--columns", "task.columns", "names of the columns, e.g. prompt=q,answer=a", "NAMES", verbs=_ALL),
     Flag("--kind", "task.kind", "auto, json, label or text", "KIND", ("auto", "json", "label", "text")),
     Flag("--schema", "task.schema", "JSON Schema of the answers; default: inferred", "FILE"),

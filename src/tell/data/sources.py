@@ -7,7 +7,7 @@ import hashlib
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,6 +86,27 @@ def load(
     fingerprint = file_fingerprint(path, columns, name)
     notices = (*guessed, *rows.notices(layout))
     return Loaded(rows.examples, layout.name, layout.columns, source, fingerprint, tuple(rows.dropped), notices)
+
+
+def read_source(source: str, notify: Callable[[str], None]) -> tuple[str, list[Record]]:
+    """The source in origins, and its numbered records, before anything is read from their columns.
+
+    Args:
+        source: as of `load`.
+        notify: called with each guess about a file.
+
+    Raises:
+        TellError: as `load` of the file itself.
+    """
+    if not _is_path(source):
+        parts = _HUB_NAME.fullmatch(source)
+        assert parts is not None  # accepted by _is_path
+        records = list(enumerate(_hub_rows(source, parts["name"], parts["config"], parts["split"] or "train"), 1))
+        if not records:
+            raise TellError("has no rows", where=source, remedy="Choose another split: NAME@SPLIT.")
+        return source, records
+    path = expanded(source)
+    return path.name, list(read_records(path, notify))
 
 
 def file_fingerprint(path: str | Path, columns: str | None = None, name: str = "task") -> str:

@@ -15,7 +15,11 @@ from tell.names import TASK_SOURCES
 from tell.rows.row_table import RowTable
 from tell.seeds import permutation
 
-TASK, GENERAL = "task", "general"
+TASK, GENERAL, PSEUDO = "task", "general", "pseudo"
+SOURCES = (TASK, GENERAL, PSEUDO)
+"""Sources of rows, in the order in which a mixture has them."""
+ANCHORED = frozenset({*TASK_SOURCES, PSEUDO})
+"""Sources whose rows are of the task: they carry the anchor and ``train.task_weight``."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +27,7 @@ class Mixture:
     """n training rows in order.
 
     Attributes:
-        sources: names of the sources that have rows here, ``task`` first.
+        sources: names of the sources that have rows here, in the order of `SOURCES`.
         source: (n,) int8, index into `sources`.
         row: (n,) int32, index into that source's table.
         repetition: (n,) int32, how often this row occurred before in the stream, in whatever form (`replaced`).
@@ -70,7 +74,8 @@ class Mixture:
     def counts(self) -> dict[str, object]:
         """``mixture`` of metrics.json: realised rows, tokens and ratio.
 
-        Token counts include repetitions; ``ratio`` counts each task row once and is None without task rows.
+        Token counts include repetitions; ``ratio`` is of general to task tokens, counts each task row once and is None
+        without task rows.
         Sources without rows are left out.
         """
         columns = {key: self.column(name) for key, name in COUNTED.items()}
@@ -82,7 +87,7 @@ class Mixture:
         once = 0
         if TASK in here:
             once = int(columns["unit_tokens"][here[TASK] & (self.repetition == 0)].sum(dtype=np.int64))
-        general = sum(tokens for name, tokens in sums["unit_tokens"].items() if name not in TASK_SOURCES)
+        general = sums["unit_tokens"].get(GENERAL, 0)
         return {
             "rows": {name: int(where.sum()) for name, where in here.items()},
             "unique_rows": {name: len(np.unique(self.row[where])) for name, where in here.items()},
@@ -130,27 +135,29 @@ def build(
     ordering: str,
     seed: int,
     task_rows: np.ndarray | None = None,
+    further: Mapping[str, int] | None = None,
 ) -> Mixture:
-    """A mixture with every task row `repeat` times among the drawn general rows.
+    """A mixture with every task row `repeat` times among the drawn general rows and rows of further sources.
 
     Repetition r of all task rows comes before repetition r + 1, each in its own permutation; general rows come
     in drawing order, so the same draw gives the `general` arm the same rows in the same order. Same seed, same
     mixture, in whatever order `tables` come.
 
     Args:
-        tables: ``task`` (may be absent for the `general` arm) and, where `general` draws from it, ``general``.
+        tables: ``task`` (may be absent for the `general` arm), where `general` draws from it ``general``, and those of
+            ``further``.
         general: rows from `general_rows`, or None.
         repeat: times each task row occurs, 1 or more.
         ordering: name in `ORDERINGS`.
         seed: decides places and permutations.
         task_rows: indices of the task rows to use, without repeats; None for all.
+        further: rows of each further source, of which every epoch has its own permutation; the last one is cut.
 
     Raises:
         TellError: unknown ordering or source, repeat below 1, indices out of range, no row at all.
     """
     place = get_ordering(ordering)
-    if unknown := sorted(set(tables) - {TASK, GENERAL}):
-        raise TellError(f"source {unknown[0]!r} is unknown", where="mix", remedy="Name sources task and general.")
+    _check_sources(tables)
     if repeat < 1:
         raise TellError(f"{repeat} repetitions", where="mix.repeat", remedy="Set mix.repeat to 1 or more.")
     queues: dict[str, np.ndarray] = {}
@@ -161,6 +168,7 @@ def build(
         if GENERAL not in tables:
             raise TellError("general rows were drawn but there is no general table", where="mix")
         queues[GENERAL] = _in_range(general.indices, tables[GENERAL])
+    queues |= _queues(tables, further or {}, seed)
     notices = tuple(general.notices) if general is not None else ()
     return _mixture(
         tables,
@@ -198,6 +206,43 @@ def build_repeated(table: RowTable, total_rows: int, seed: int, task_rows: np.nd
     return _mixture({TASK: table}, queues, places, "shuffle", -(-total_rows // len(use)), seed, ())
 
 
+def build_counted(tables: Mapping[str, RowTable], counts: Mapping[str, int], *, ordering: str, seed: int) -> Mixture:
+    """A mixture of so many rows of each source, epoch after epoch, the last one cut.
+
+    Args:
+        tables: of each source.
+        counts: rows of each source.
+        ordering: name in `ORDERINGS`.
+        seed: decides places and the permutation of each epoch, for task rows those of `build`.
+
+    Raises:
+        TellError: unknown ordering or source, or no row at all.
+    """
+    place = get_ordering(ordering)
+    _check_sources(tables)
+    queues = _queues(tables, counts, seed)
+    repeat = -(-len(queues[TASK]) // len(tables[TASK])) if TASK in queues else 1
+    return _mixture(
+        tables, queues, place({name: len(queue) for name, queue in queues.items()}, seed), ordering, repeat, seed, ()
+    )
+
+
+def _queues(tables: Mapping[str, RowTable], counts: Mapping[str, int], seed: int) -> dict[str, np.ndarray]:
+    """The rows of each source in their order, for sources with rows."""
+    queues = {}
+    for name in SOURCES:
+        if (count := counts.get(name, 0)) and len(tables[name]):
+            check_size(count, f"mix.{name}", name)
+            queues[name] = _epochs(np.arange(len(tables[name]), dtype=np.int32), count, seed, name)
+    return queues
+
+
+def _check_sources(tables: Mapping[str, RowTable]) -> None:
+    if unknown := sorted(set(tables) - set(SOURCES)):
+        named = ", ".join(SOURCES)
+        raise TellError(f"source {unknown[0]!r} is unknown", where="mix", remedy=f"Name sources {named}.")
+
+
 def _mixture(
     tables: Mapping[str, RowTable],
     queues: dict[str, np.ndarray],
@@ -211,16 +256,16 @@ def _mixture(
         raise TellError("the mixture has no row", where="mix", remedy="Provide task rows or a general amount above 0.")
     row = np.empty(len(places), dtype=np.int32)
     repetition = np.empty(len(places), dtype=np.int32)
-    for i, queue in enumerate(queues.values()):
+    for i, queue in enumerate(queues.values()):  # in the order of `SOURCES`
         row[places == i] = queue
         repetition[places == i] = _occurrence(queue)
     used = {name: tables[name] for name in queues}
     return Mixture(tuple(used), places, row, repetition, used, ordering, repeat, seed, notices)
 
 
-def _epochs(use: np.ndarray, total: int, seed: int) -> np.ndarray:
+def _epochs(use: np.ndarray, total: int, seed: int, source: str = TASK) -> np.ndarray:
     """(total,) rows: whole permutations of `use`, the last one cut."""
-    epochs = [use[permutation(len(use), seed, TASK, r)] for r in range(-(-total // len(use)))]
+    epochs = [use[permutation(len(use), seed, source, r)] for r in range(-(-total // len(use)))]
     return np.concatenate(epochs)[:total]
 
 

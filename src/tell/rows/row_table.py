@@ -34,6 +34,7 @@ class RowTable:
         dropped: rows left out, with reasons.
         notices: sentences for the user about all rows.
         facts: about the source they were read from, for findings.json.
+        weights: (n,) float64 in (0, 1], by which each row's loss is multiplied in training; None: 1 for all.
     """
 
     source: str
@@ -48,6 +49,7 @@ class RowTable:
     dropped: list[Dropped] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
     facts: dict = field(default_factory=dict)
+    weights: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -57,12 +59,19 @@ class RowTable:
         span = slice(int(self.starts[i]), int(self.starts[i + 1]))
         return self.ids[span], self.mask[span]
 
+    def weight(self, i: int) -> float:
+        """Weight of row i."""
+        return 1.0 if self.weights is None else float(self.weights[i])
+
 
 def joined(tables: Sequence[RowTable]) -> RowTable:
     """The rows of one or more tables of one source, in their order; equal notices once, facts of the first."""
     columns = ("hashes", "origins", "tokens", "trained", "unit", "ids", "mask")
     before = np.cumsum([0, *(int(table.starts[-1]) for table in tables)])
     starts = [table.starts[:-1] + start for table, start in zip(tables, before, strict=False)]
+    weights = None
+    if any(table.weights is not None for table in tables):
+        weights = np.concatenate([np.ones(len(t)) if t.weights is None else t.weights for t in tables])
     return RowTable(
         source=tables[0].source,
         **{name: np.concatenate([getattr(table, name) for table in tables]) for name in columns},
@@ -70,4 +79,5 @@ def joined(tables: Sequence[RowTable]) -> RowTable:
         dropped=[row for table in tables for row in table.dropped],
         notices=list(dict.fromkeys(text for table in tables for text in table.notices)),
         facts=tables[0].facts,
+        weights=weights,
     )

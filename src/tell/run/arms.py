@@ -4,30 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from tell.config import Config, TrainConfig
 from tell.data.general import is_empty
 from tell.errors import TellError
 from tell.mix.amount import Draw
-from tell.mix.mixture import GENERAL, Mixture, build, build_repeated
+from tell.mix.mixture import GENERAL, PSEUDO, TASK, Mixture, build, build_counted, build_repeated
 from tell.names import ARMS, TRAINED, arm_order
-from tell.nested import nest
+from tell.nested import dig, nest
 from tell.overrides import override
 from tell.presets import repeat_for
 from tell.rows.row_table import RowTable
 from tell.run.exemplars import Exemplars
 from tell.run.general_rows import General
 
+if TYPE_CHECKING:
+    from tell.run.pseudo_rows import Pseudo
+
+AMOUNTS = frozenset({"mix.pseudo"})
+"""Keys that an arm sets only where the run leaves them off: how much of an ingredient the arms have that have any."""
 Tables = Mapping[str, RowTable]
 
 
 @dataclass(frozen=True)
 class Ingredients:
-    """Ingredients of a mixture: the task's rows, the general rows drawn for them, and the settings.
+    """Ingredients of a mixture: the task's rows, the general rows drawn for them, the teacher's, and the settings.
 
     Attributes:
         searched: the settings are a search's.
         exemplars: puts task rows into the prompts of others; None: none are wanted.
+        pseudo: pseudo-labelled rows; None: none are wanted.
     """
 
     config: Config
@@ -36,16 +43,23 @@ class Ingredients:
     draw: Draw | None
     searched: bool = False
     exemplars: Exemplars | None = None
+    pseudo: Pseudo | None = None
 
     @property
     def tables(self) -> dict[str, RowTable]:
         """By source."""
-        return {"task": self.table} | ({} if self.general is None else {"general": self.general.table})
+        general = {} if self.general is None else {GENERAL: self.general.table}
+        return {TASK: self.table} | general | ({} if self.pseudo is None else {PSEUDO: self.pseudo.table})
 
     @property
     def repeat(self) -> int:
         """How often each task row occurs in the mixture."""
         return self.config.mix.repeat or repeat_for(len(self.table))
+
+    @property
+    def pseudo_rows(self) -> int:
+        """Pseudo-labelled rows in the mixture: each half as often as a task row, since its answer may be wrong."""
+        return 0 if self.pseudo is None else len(self.pseudo.table) * -(-self.repeat // 2)
 
 
 def _mixed(made: Ingredients, _: Mixture | None) -> tuple[Tables, Mixture]:
@@ -79,12 +93,35 @@ def _general(made: Ingredients, _: Mixture | None) -> tuple[Tables, Mixture] | N
     return tables, build(tables, general=made.draw, repeat=1, ordering=config.mix.order, seed=config.seed)
 
 
+def _pseudo(made: Ingredients, _: Mixture | None) -> tuple[Tables, Mixture] | None:
+    if not (rows := made.pseudo_rows):
+        return None
+    mix, tables, seed = made.config.mix, made.tables, made.config.seed
+    further = {PSEUDO: rows}
+    return tables, build(tables, general=made.draw, repeat=made.repeat, ordering=mix.order, seed=seed, further=further)
+
+
+def _pseudo_matched(made: Ingredients, mixed: Mixture | None) -> tuple[Tables, Mixture] | None:
+    """As many rows as TELL's mixture, task and pseudo-labelled ones in the shares that `_pseudo` has of them."""
+    if mixed is None:
+        raise ValueError("as many rows as the mixture has, without the mixture")
+    if not (rows := made.pseudo_rows):
+        return None
+    tables = {name: table for name, table in made.tables.items() if name != GENERAL}
+    task = len(made.table) * made.repeat
+    count = min(max(1, round(len(mixed) * task / (task + rows))), len(mixed) - 1)
+    counts = {TASK: count, PSEUDO: len(mixed) - count}
+    return tables, build_counted(tables, counts, ordering=made.config.mix.order, seed=made.config.seed)
+
+
 MIXTURES: dict[str, Callable[[Ingredients, Mixture | None], tuple[Tables, Mixture] | None]] = {
     "mixed": _mixed,
     "task": _task,
     "task-matched": _task_matched,
     "task-repeated": _task_repeated,
     "general": _general,
+    "pseudo": _pseudo,
+    "pseudo-matched": _pseudo_matched,
 }
 """What `tell.names.Arm.mixture` stands for: tables and mixture by the ingredients and TELL's mixture; None: no rows."""
 
@@ -97,13 +134,18 @@ Chosen = Mapping[str, Mapping[str, object]]
 
 
 def arm_config(config: Config, arm: str, chosen: Chosen = {}) -> Config:  # noqa: B006  # never changed
-    """The run's configuration with what the trained arm behind ``arm`` sets itself, and what a search chose for it."""
+    """The run's configuration with what the trained arm behind ``arm`` sets itself, and what a search chose for it.
+
+    An amount of `AMOUNTS` that the run sets is kept.
+    """
     trained = ARMS[arm].adapter or arm
     settings = {**ARMS[trained].settings, **chosen.get(trained, {})}
     if not settings:
         return config
     data = config.model_dump(by_alias=True)
     for key, value in settings.items():
+        if key in AMOUNTS and dig(data, key):
+            continue
         data = override(data, nest(key, value))
     return Config.model_validate(data)
 
@@ -167,8 +209,9 @@ def twins(arms: Sequence[str]) -> dict[str, str]:
 
 
 def trained_arms(arms: Sequence[str]) -> list[str]:
-    """The trained arms whose adapters `arms` answer with."""
-    return list(dict.fromkeys(adapter for arm in arms if (adapter := ARMS[arm].adapter) is not None))
+    """The trained arms whose adapters `arms` answer with, each after its teacher."""
+    adapters = [adapter for arm in arms if (adapter := ARMS[arm].adapter) is not None]
+    return list(dict.fromkeys(arm for adapter in adapters for arm in (ARMS[adapter].teacher, adapter) if arm))
 
 
 def lead_arm(arms: Sequence[str], mixtures: Mapping[str, object]) -> str | None:

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from tell.config import Config
-from tell.mix.mixture import GENERAL, Mixture
+from tell.mix.mixture import ANCHORED, GENERAL, Mixture
 from tell.models import machine
 from tell.models.flops import inference_flops, lora_parameters, training_flops
 from tell.models.predict import answer_speed, predict_seconds
-from tell.names import ARMS, TASK_SOURCES
+from tell.names import ARMS
 from tell.rows.prefix import common_prefix, computed_tokens
 from tell.run.answers import answer_limit
 from tell.run.forgetting import ANSWER_TOKENS, SETS
@@ -39,9 +39,9 @@ def computed_by(task: Task, mixture: Mixture) -> int:
         rows = np.unique(mixture.row[mixture.source == source])
         if len(rows) and len(table.ids):  # rows the model has yet to write have no tokens
             sample = rows[np.linspace(0, len(rows) - 1, min(64, len(rows))).astype(int)]
-            heads[mixture.sources[source] in TASK_SOURCES] += [table.row(int(row))[0] for row in sample]
+            heads[mixture.sources[source] in ANCHORED] += [table.row(int(row))[0] for row in sample]
     prefix = common_prefix(heads[True]) if heads[True] else 0
-    is_task = np.array([name in TASK_SOURCES for name in mixture.sources])[mixture.source]
+    is_task = np.array([name in ANCHORED for name in mixture.sources])[mixture.source]
     step = np.arange(len(mixture)) // config.batch_size
     cell, shape = 2 * step + ~is_task, (mixture.steps(config.batch_size), 2)
     return computed_tokens(
@@ -157,3 +157,16 @@ def ranking_seconds(prepared: Prepared, pace: Pace) -> float:
         return 0.0
     prompts = np.asarray(general.table.tokens) - np.asarray(general.table.trained)
     return float(prompts[general.allowed].sum(dtype=np.int64)) / (3 * pace.train)
+
+
+def pseudo_seconds(prepared: Prepared, pace: Pace) -> float:
+    """Predicted seconds to answer unlabelled prompts, and to write them where there is no file of them."""
+    seconds, written = 0.0, 0.0
+    for pseudo in prepared.pseudo.values():
+        if pseudo.estimated:
+            table = pseudo.table
+            answers, prompts = float(table.trained.sum()), float(table.tokens.sum() - table.trained.sum())
+            seconds += answers / pace.decode + prompts / (3 * pace.train)
+            if pseudo.prompts is None:
+                written = max(written, prompts / SELF_KEPT / pace.decode)
+    return seconds + written

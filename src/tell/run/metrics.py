@@ -23,9 +23,12 @@ if TYPE_CHECKING:
     from tell.models.load import Loaded
 
 
+OPTIONAL = ("benchmarks", "readout", "pseudo")
+
+
 @dataclass(frozen=True)
 class Metrics:
-    """metrics.json; each part is as docs/reference describes it. ``benchmarks`` and ``readout`` may be absent."""
+    """metrics.json; each part is as docs/reference describes it. The last three may be absent."""
 
     task: dict
     arms: dict
@@ -38,10 +41,11 @@ class Metrics:
     same: dict[str, str]
     benchmarks: dict | None = None
     readout: list[dict] | None = None
+    pseudo: dict[str, dict] | None = None
 
     def to_dict(self) -> dict:
         parts = dict(vars(self))
-        optional = {key: value for key in ("benchmarks", "readout") if (value := parts.pop(key)) is not None}
+        optional = {key: value for key in OPTIONAL if (value := parts.pop(key)) is not None}
         first = ("task", "arms", "differences", "forgetting", "eval")
         return {**{key: parts.pop(key) for key in first}, **optional, **parts}
 
@@ -60,6 +64,7 @@ def run_metrics(prepared: Prepared, trained: Trained, measured: Measured) -> Met
         same=prepared.same,
         benchmarks=measured.benchmarks,
         readout=None if measured.readout is None else measured.readout.numbers(),
+        pseudo=prepared.pseudo_facts or None,
     )
 
 

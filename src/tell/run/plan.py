@@ -18,6 +18,7 @@ from tell.run.costs import (
     arm_costs,
     likely_place,
     measuring_seconds,
+    pseudo_seconds,
     ranking_seconds,
     readout_seconds,
     writing_seconds,
@@ -91,6 +92,7 @@ def describe_plan(prepared: Prepared) -> dict:
         "mixture": counts,
         "train": _training(prepared, lead, main),
         "arms": costs,
+        **({"pseudo": found} if (found := prepared.pseudo_facts) else {}),
         "predicted": _predicted(prepared, main, costs),
         "data": task.facts.data,
         "split": task.split_facts,
@@ -152,6 +154,7 @@ def _predicted(prepared: Prepared, main: dict, costs: dict[str, dict]) -> dict:
     training = sum(c["seconds"] for c in costs.values())
     answering = sum(answer_seconds(task, arm, pace) for arm in prepared.arms) + readout_seconds(prepared, pace)
     measuring = measuring_seconds(task, list(costs), pace)
+    answering += pseudo_seconds(prepared, pace)
     others = OTHER_SECONDS * (len(prepared.arms) + 1)
     return {
         "seconds": writing + training + answering + measuring + others,

@@ -6,7 +6,7 @@ a plan estimates it, a run has the model write it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -36,6 +36,7 @@ from tell.run.arms import (
 from tell.run.exemplars import Exemplars
 from tell.run.general_rows import General, draw_general, trained_on
 from tell.run.nearest_rows import with_known_ranking
+from tell.run.pseudo_rows import Pseudo, planned_pseudo, students, usable_prompts
 from tell.run.recast_rows import with_recast
 from tell.run.task import Task, limit_task, task_table
 
@@ -55,6 +56,7 @@ class Prepared:
         chosen: settings that a search chose.
         share: of the rows requested that are mixed in; below 1 where ``--max-minutes`` leaves out the others.
         made: rows with exemplars that were made so far; a copy of another extent shares them.
+        pseudo: pseudo-labelled rows by teacher, estimated until it has answered.
     """
 
     task: Task
@@ -65,6 +67,7 @@ class Prepared:
     chosen: Chosen = field(default_factory=dict)
     share: float = 1.0
     made: dict = field(default_factory=dict, repr=False, compare=False)
+    pseudo: Mapping[str, Pseudo] = field(default_factory=dict)
 
     def task_of(self, arm: str) -> Task:
         """The task as the arm is trained on it: the run's, with the settings of the arm."""
@@ -82,8 +85,8 @@ class Prepared:
             draw = draw_general(task.config, self.general, int(table.unit.sum()))
             draw = draw.first(round(self.share * len(draw)))
         shown = Exemplars(task, self.anchor, table, self.made) if task.config.mix.exemplars else None
-        searched = bool(self.chosen.get(arm))
-        return Ingredients(task.config, table, general, draw, searched, shown)
+        searched, pseudo = bool(self.chosen.get(arm)), self.pseudo.get(ARMS[arm].teacher or "")
+        return Ingredients(task.config, table, general, draw, searched, shown, pseudo)
 
     @cached_property
     def mixtures(self) -> dict[str, tuple[Tables, Mixture]]:
@@ -109,8 +112,30 @@ class Prepared:
 
     @property
     def trained(self) -> list[str]:
-        """The arms to train, the leading one first, since its adapter is the one users wait for."""
-        return sorted(trained_arms(self.arms), key=lambda arm: arm != self.lead)
+        """The arms to train, the leading one first, since its adapter is the one users wait for; teachers before the
+        arms with pseudo-labelled rows."""
+        arms = dict.fromkeys(self.same.get(arm, arm) for arm in trained_arms(self.arms))
+        return sorted(arms, key=lambda arm: (ARMS[arm].teacher is not None, arm != self.lead))
+
+    @property
+    def untaught(self) -> list[str]:
+        """Those of `trained` that need the answers of no other one."""
+        return [arm for arm in self.trained if ARMS[arm].teacher is None]
+
+    @property
+    def taught(self) -> list[str]:
+        """Those of `trained` that need the answers of another one."""
+        return [arm for arm in self.trained if ARMS[arm].teacher is not None]
+
+    @property
+    def pseudo_facts(self) -> dict[str, dict]:
+        """``pseudo`` of plan.json and metrics.json: teacher, prompts and mixture of each arm of `taught`."""
+        facts = {}
+        for arm in self.taught:
+            teacher = ARMS[arm].teacher or ""
+            named = {"teacher": self.same.get(teacher, teacher)}
+            facts[arm] = {**named, **self.pseudo[teacher].facts, "mixture": self.mixtures[arm][1].counts()}
+        return facts
 
     @property
     def lead(self) -> str | None:
@@ -144,6 +169,8 @@ class Prepared:
     def dropped_rows(self) -> list[dict]:
         """Origin and reason of every row left out, of all sources."""
         dropped = [{"origin": d.origin, "reason": d.reason} for d in self.table.dropped]
+        prompts = self.task.unlabelled.dropped if self.task.unlabelled else ()
+        dropped += [{"origin": origin, "reason": reason} for origin, reason in prompts]
         return [*self.task.facts.dropped_rows, *dropped, *(self.general.dropped if self.general else [])]
 
     def check_arms(self) -> None:
@@ -205,16 +232,19 @@ def prepare(task: Task, anchor: Anchor, general: General | Writer | None) -> Pre
     else:
         general = with_known_ranking(task, table, with_recast(task, general))
     draw = None if general is None else draw_general(task.config, general, int(table.unit.sum()))
-    return Prepared(task, anchor, table, general, draw)
+    return Prepared(task, anchor, table, general, draw, pseudo=planned_pseudo(task, table))
 
 
 def check_rows(task: Task, anchor: Anchor) -> None:
     """Refuse rows too long to train on and prompts without room for an answer; the anchor is of about final length.
 
     Raises:
-        TellError: the first such row.
+        TellError: the first such row, or no unlabelled prompt can be used.
     """
-    task_table(limit_task(task, anchor), anchor)
+    limited = limit_task(task, anchor)
+    task_table(limited, anchor)
+    if students(task.config):
+        usable_prompts(limited)
     check_tests(task, anchor)
 
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from tell.run.session import Session
 
 Enough = Callable[[Sequence[dict]], float]
+Block = Callable[[int, Counter[str], Callable[[float], None]], list[dict]]
 
 BLOCK = 128
 VERSION = 3
@@ -130,11 +131,17 @@ def is_good(instruction: str, answer: str) -> str | None:
         return "answer too short"
     if instruction.strip() == answer.strip():
         return "answer repeats the instruction"
+    return faulty_text(answer)
+
+
+def faulty_text(text: str) -> str | None:
+    """Why a text is rejected that repeats itself; None to keep it."""
+    words = _WORD.findall(text.lower())
     for n, most in ((1, 0.4), (3, 0.2)):
         grams = Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
         if len(words) >= 12 and grams and max(grams.values()) / max(1, len(words) - n + 1) > most:
             return "repetitive"
-    lines = [line.strip().lower() for line in answer.splitlines() if len(line.strip()) > 12]
+    lines = [line.strip().lower() for line in text.splitlines() if len(line.strip()) > 12]
     if len(lines) >= 4 and len(set(lines)) < 0.7 * len(lines):
         return "repeated lines"
     return None
@@ -154,12 +161,38 @@ def write_self_data(session: Session, enough: Enough) -> tuple[Path, dict]:
         TellError: the model writes nothing usable.
     """
     path = self_file(session.config, session.files.fingerprint, session.chat.fingerprint)
+
+    def block(number: int, thrown: Counter[str], moved: Callable[[float], None]) -> list[dict]:
+        return _block(session, number, thrown, moved)
+
+    return write_blocks(session, path, enough, block=block, title="general data, written by the model")
+
+
+def write_blocks(
+    session: Session, path: Path, enough: Enough, *, block: Block, title: str, most: int | None = None
+) -> tuple[Path, dict]:
+    """Write rows into a cached file, block by block, until there are enough; those that are there are reused.
+
+    Args:
+        path: of all rows of this model and these settings.
+        enough: as of `write_self_data`.
+        block: writes one block by its number; counts reasons for rejected rows; reports the share that is done.
+        title: of the progress bar.
+        most: blocks after which there are as many rows as there will be; None: until there are enough.
+
+    Returns:
+        As `write_self_data`.
+
+    Raises:
+        TellError: the model writes nothing usable, and ``most`` is None.
+    """
     with _locked(path, session):  # two runs would write the same blocks, and one over the other
         rows, blocks = _read(path)
         taken = _first_blocks(rows, blocks, enough)
         if taken is None:
-            _write_more(session, path, rows, blocks, enough)
-            taken = len(blocks)
+            if most is None or len(blocks) < most:
+                _write_more(session, path, (rows, blocks), enough, block, title, most)
+            taken = len(blocks) if most is None else min(most, len(blocks))
         blocks = blocks[:taken]
         part = _part(path, rows, blocks)
     thrown = sum((Counter(block["thrown"]) for block in blocks), Counter())
@@ -189,13 +222,22 @@ def _locked(path: Path, session: Session) -> Iterator[None]:
         lock.release()
 
 
-def _write_more(session: Session, path: Path, rows: list[dict], blocks: list[dict], enough: Enough) -> None:
-    """Extend rows and blocks, in place and on disk, until there are enough."""
+def _write_more(
+    session: Session,
+    path: Path,
+    found: tuple[list[dict], list[dict]],
+    enough: Enough,
+    block: Block,
+    title: str,
+    most: int | None,
+) -> None:
+    """Extend the found rows and blocks, in place and on disk, until there are enough."""
+    rows, blocks = found
     seen = {row["instruction"].strip().lower() for row in rows}
     empty = 0
     share = max(0.0, min(1.0, enough(rows)))
     gain = enough([USUAL_ROW] * BLOCK)
-    with session.display.bar("general data, written by the model", 100, "%") as advance:
+    with session.display.bar(title, 100, "%") as advance:
         shown = 0.0
 
         def show(target: float) -> None:
@@ -211,7 +253,7 @@ def _write_more(session: Session, path: Path, rows: list[dict], blocks: list[dic
         show(share)
         while True:
             before, thrown = len(rows), Counter[str]()
-            for pair in _block(session, len(blocks), thrown, moved):
+            for pair in block(len(blocks), thrown, moved):
                 name = pair["instruction"].strip().lower()
                 if name in seen:
                     thrown["duplicate"] += 1
@@ -222,7 +264,7 @@ def _write_more(session: Session, path: Path, rows: list[dict], blocks: list[dic
             write_jsonl(path, rows)
             write_json(path.with_suffix(".json"), {"blocks": blocks})
             empty = empty + 1 if len(rows) == before else 0
-            if empty >= MOST_EMPTY_BLOCKS:
+            if most is None and empty >= MOST_EMPTY_BLOCKS:
                 raise TellError(
                     f"the model wrote no usable row in {empty * BLOCK} tries ({dict(thrown)})",
                     where="general.source self",
@@ -231,7 +273,7 @@ def _write_more(session: Session, path: Path, rows: list[dict], blocks: list[dic
             new = max(0.0, min(1.0, enough(rows)))
             gain, share = max(0.0, new - share), new
             show(share)
-            if share >= 1 and rows:
+            if (share >= 1 and rows) or (most is not None and len(blocks) >= most):
                 return
 
 
@@ -260,8 +302,8 @@ def _invented(session: Session, seed: int, thrown: Counter, moved: Callable[[flo
     # The user's message ends where the template's turn ends: at its first special token, or a line break.
     stop = chat.encode(tail.lstrip() or tail)[:1]
     limit = rules.max_prompt_tokens
-    ask = _decoding(config, limit, (*chat.stop_ids, *stop), rules.temperature, seed)
-    written = engine.generate([chat.encode(head)] * BLOCK, ask, progress=_shares(BLOCK, moved))
+    ask = decoding_of(config, limit, (*chat.stop_ids, *stop), rules.temperature, seed)
+    written = engine.generate([chat.encode(head)] * BLOCK, ask, progress=shares(BLOCK, moved))
     instructions = []
     for answer in written:
         text = chat.decode(answer.ids).strip()
@@ -296,8 +338,8 @@ def answered(
         chat.encode(chat.render([Message("user", text + wish)], add_generation_prompt=True)) for text in instructions
     ]
     limit = rules.max_answer_tokens
-    reply = _decoding(config, limit, chat.stop_ids, rules.answer_temperature, seed)
-    answers = engine.generate(prompts, reply, progress=_shares(len(prompts), moved))
+    reply = decoding_of(config, limit, chat.stop_ids, rules.answer_temperature, seed)
+    answers = engine.generate(prompts, reply, progress=shares(len(prompts), moved))
     outputs: list[str | None] = []
     for text, answer in zip(instructions, answers, strict=True):
         output = chat.decode(answer.ids).strip()
@@ -308,7 +350,8 @@ def answered(
     return outputs
 
 
-def _decoding(config: Config, limit: int, stops: Sequence[int], temperature: float, seed: int) -> Decoding:
+def decoding_of(config: Config, limit: int, stops: Sequence[int], temperature: float, seed: int) -> Decoding:
+    """How texts are drawn that are not answers to be scored."""
     from tell.decode.sampler import Decoding
 
     return Decoding(
@@ -323,7 +366,7 @@ def _decoding(config: Config, limit: int, stops: Sequence[int], temperature: flo
     )
 
 
-def _shares(rows: int, moved: Callable[[float], None]) -> Callable[[int, float], None]:
+def shares(rows: int, moved: Callable[[float], None]) -> Callable[[int, float], None]:
     """A decoding progress callback that reports the share of rows done."""
     done = 0.0
 

@@ -19,6 +19,7 @@ from tell.data.overlap import Overlap, find_overlap
 from tell.data.sources import Loaded, load
 from tell.data.split import Splits, split, split_given_test
 from tell.data.subset import take_rows, take_tokens
+from tell.data.unlabelled import Prompts, load_prompts_of
 from tell.errors import TellError
 from tell.files import read_text
 from tell.models.find import ModelFiles, find_model, find_tokenizer
@@ -81,6 +82,7 @@ class Task:
         unit: tokenizer that budgets are counted in.
         train: rows to train on, after split and overlap removal; `limit_task` applies the budget.
         shots: the examples in every test prompt (``task.shots``).
+        unlabelled: prompts without answers (``task.unlabelled``); None where no file is given.
     """
 
     config: Config
@@ -94,6 +96,7 @@ class Task:
     shots: list[Example]
     facts: DataFacts
     notices: Notices
+    unlabelled: Prompts | None = None
 
     @property
     def display(self) -> Display:
@@ -196,7 +199,23 @@ def load_task(config: Config, display: Display | None = None) -> Task:
     )
     shots = pick_shots(config, train, chat)
     validation = parts.validation[:VALIDATION_ROWS]
-    return Task(config, files, chat, unit, train, validation, test, kind, shots, facts, notices)
+    unlabelled = _unlabelled(config, data, parts.test, notices)
+    return Task(config, files, chat, unit, train, validation, test, kind, shots, facts, notices, unlabelled)
+
+
+def _unlabelled(config: Config, data: Loaded, test: list[Example], notices: Notices) -> Prompts | None:
+    """The prompts of ``task.unlabelled``, read by the columns of the task's data.
+
+    Copies of test rows are left out here, be they scored or not (``task.test_rows``): others may be scored later.
+    """
+    if config.task.unlabelled is None:
+        return None
+    found = load_prompts_of(config.task.unlabelled, data.columns)
+    for text in (*found.notices, *left_out(found.dropped)):
+        notices.add(text)
+    tested = find_overlap(found.examples, test).indices
+    kept = [example for i, example in enumerate(found.examples) if i not in tested]
+    return replace(found, examples=kept, tested=len(tested))
 
 
 def _read(config: Config) -> tuple[Loaded, Loaded | None, dict | None]:

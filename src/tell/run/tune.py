@@ -33,6 +33,7 @@ from tell.run.search import searched
 from tell.run.self_written import write_self_data
 from tell.run.session import ModelCache, Session, check_deciding
 from tell.run.task import Task, anchor_of, load_task, place_anchor, placed_anchor
+from tell.run.teach import teach
 from tell.run.train_arms import train_arms
 
 if TYPE_CHECKING:
@@ -82,7 +83,9 @@ def tune(
             write_plan(folder, prepared, clock.decided)
             trained = train_arms(prepared, prepared.trained[:1], session, journal, processes)
             prepared = clock.corrected(prepared, trained)
-            trained.add(train_arms(prepared, prepared.trained[1:], session, journal, processes))
+            trained.add(train_arms(prepared, prepared.untaught[1:], session, journal, processes))
+            prepared = teach(prepared, trained, session, journal)
+            trained.add(train_arms(prepared, prepared.taught, session, journal, processes))
             dismiss()
             measured = measure_arms(prepared, trained, session, journal)
             metrics = run_metrics(prepared, trained, measured)

@@ -30,6 +30,7 @@ from tell.errors import TellError
 from tell.names import ARMS
 from tell.nested import dig, fill, nest
 from tell.overrides import override
+from tell.run.arms import arm_config
 from tell.run.claim import FREE as FREE_OF_RUNS
 from tell.run.claim import KEYWORDS, PATHS, with_full_paths
 from tell.run.task import anchor_of
@@ -245,7 +246,12 @@ def neutral(config: Config, arm: str, *, decides: bool) -> Config:
         out.mix.repeat, out.mix.exemplars = None, MixConfig().exemplars
     if own.adapter and "mix.exemplars" in ARMS[own.adapter].settings:  # the arm's own instead
         out.mix.exemplars = MixConfig().exemplars
-    if not decides or config.generate.closed == "off":
+    taught = own.adapter is not None and ARMS[own.adapter].teacher is not None  # by answers with closed fields decided
+    if taught and own.adapter:
+        out.mix.pseudo = arm_config(config, own.adapter).mix.pseudo
+    else:
+        out.mix.pseudo, out.task.unlabelled = MixConfig().pseudo, None
+    if not (decides or taught) or config.generate.closed == "off":
         out.generate.closed, out.generate.readout_weight = "off", GenerateConfig().readout_weight
     if not (own.adapter and ARMS[own.adapter].searched):
         out.search = SearchConfig()

@@ -36,8 +36,9 @@ class TrainRow:
         ids: (n,) tokens.
         mask: (n,) bool, which are trained.
         source: index of its source.
-        task: whether it is a task row.
+        task: it is a row of the task, with the anchor.
         soft: distributions to train on; None: the tokens themselves.
+        weight: by which its loss is multiplied.
     """
 
     ids: np.ndarray
@@ -45,6 +46,7 @@ class TrainRow:
     source: int
     task: bool
     soft: RowTargets | None = None
+    weight: float = 1.0
 
 
 class PackTargets(NamedTuple):
@@ -77,6 +79,7 @@ class Pack:
         source: (rows,) source index of each row, on the CPU.
         real: tokens of the rows before sharing.
         soft: distributions to train on instead of ``targets``; None where no row has any.
+        weight: (rows,) fp32 weight of each row; None: 1 for all.
     """
 
     ids: Tensor
@@ -89,6 +92,13 @@ class Pack:
     task: Tensor
     real: int
     soft: PackTargets | None = None
+    weight: Tensor | None = None
+
+
+def row_weights(rows: Sequence[TrainRow], device: torch.device | str = "cpu") -> Tensor | None:
+    """(rows,) fp32 weights; None where all are 1, so that nothing is computed with them."""
+    weights = [row.weight for row in rows]
+    return send(torch.tensor(weights, dtype=torch.float32), device) if any(w != 1 for w in weights) else None
 
 
 def _shared(rows: Sequence[TrainRow], share_prefix: bool) -> int:
@@ -161,6 +171,7 @@ def pack(rows: Sequence[TrainRow], *, share_prefix: bool, device: torch.device |
         task=send(torch.tensor([row.task for row in rows]), device),
         real=sum(len(row.ids) for row in rows),
         soft=pack_targets(rows, device),
+        weight=row_weights(rows, device),
     )
 
 

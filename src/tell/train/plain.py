@@ -15,7 +15,7 @@ from torch import Tensor
 from tell.train.attention import install, restore, use_plan
 from tell.train.device import send
 from tell.train.fast.fused import fuse_modules, is_fused, unfuse_modules
-from tell.train.packing import TrainRow, pack_targets
+from tell.train.packing import TrainRow, pack_targets, row_weights
 from tell.train.soft_loss import soft_cross_entropy
 from tell.train.step import Pass, StepLoss, StepRules, accumulate, causal_of, row_means
 
@@ -94,7 +94,8 @@ def plain_step_loss(
             nll = nll.index_copy(0, soft.at, soft_cross_entropy(logits[soft.at], soft.ids, soft.probs))
         counts = send(torch.from_numpy(trained.sum(axis=1)), device)
         task = send(torch.tensor([row.task for row in group]), device)
-        weights = rules.position_weights(counts[at], task[at], divisor)
+        weight = row_weights(group, device)
+        weights = rules.position_weights(counts[at], task[at], divisor, None if weight is None else weight[at])
         source = np.array([row.source for row in group])
         tokens = sum(len(row.ids) for row in group)
         return Pass((nll * weights).sum(), row_means(nll.detach(), at, counts), source, tokens)

@@ -44,21 +44,26 @@ class StepRules:
     share_prefix: bool = False
 
     def total(self, rows: Sequence[TrainRow]) -> float:
-        """The normaliser of a step: the sum of its rows' weights (``example``) or of its tokens' (``token``)."""
+        """The normaliser of a step: the sum of its rows' weights (``example``) or of its tokens' (``token``).
+
+        A row's own weight does not count: rows of low weight make a step smaller, not the other rows heavier.
+        """
         weights = [self.task_weight if row.task else 1.0 for row in rows]
         if self.normalization == "token":
             return sum(w * int(row.mask.sum()) for w, row in zip(weights, rows, strict=True))
         return sum(weights)
 
-    def position_weights(self, trained: Tensor, task: Tensor, total: Tensor) -> Tensor:
+    def position_weights(self, trained: Tensor, task: Tensor, total: Tensor, weight: Tensor | None = None) -> Tensor:
         """Weight of each trained position, so that the weighted sum is the step's loss.
 
         Args:
             trained: (n,) number of trained tokens of the position's row.
             task: (n,) bool, whether that row is a task row.
             total: normaliser of the whole step, as ``total`` returns.
+            weight: (n,) own weight of that row; None: 1.
         """
         own = torch.where(task, self.task_weight, 1.0)
+        own = own if weight is None else own * weight
         return (own / trained if self.normalization == "example" else own) / total
 
 
@@ -256,7 +261,8 @@ def step_loss(
 
     def forward(group: list[TrainRow]) -> Pass:
         batch = pack(group, share_prefix=share, device=device)
-        weights = rules.position_weights(batch.trained[batch.row], batch.task[batch.row], divisor)
+        weight = None if batch.weight is None else batch.weight[batch.row]
+        weights = rules.position_weights(batch.trained[batch.row], batch.task[batch.row], divisor, weight)
         loss, nll = body.loss(batch, weights)
         return Pass(loss, row_means(nll, batch.row, batch.trained), batch.source.numpy(), batch.real)
 

@@ -27,8 +27,7 @@ from tell.config import TrainConfig
 from tell.errors import Diverged, Interrupted
 from tell.folder import AdapterFolder
 from tell.kernels import keep_memory
-from tell.mix.mixture import Mixture
-from tell.names import TASK_SOURCES
+from tell.mix.mixture import ANCHORED, Mixture
 from tell.presets import learning_rate_for
 from tell.rows.row_table import RowTable
 from tell.train.attention import current_plan
@@ -134,6 +133,8 @@ def run_digest(config: TrainConfig, mixture: Mixture, seed: int) -> str:
         table = mixture.tables[name]
         for column in (table.ids, table.mask, table.starts):
             digest.update(np.ascontiguousarray(column).data)
+        if table.weights is not None:
+            digest.update(np.ascontiguousarray(table.weights).data)
     return digest.hexdigest()[:32]
 
 
@@ -149,9 +150,9 @@ def step_rows(
     for at in range(step * batch_size, min((step + 1) * batch_size, len(mixture))):
         source = int(mixture.source[at])
         name = mixture.sources[source]
-        i = int(mixture.row[at])
-        soft = None if targets is None or name in TASK_SOURCES else targets.row(i)
-        rows.append(TrainRow(*tables[name].row(i), source, name in TASK_SOURCES, soft))
+        table, row = tables[name], int(mixture.row[at])
+        soft = None if targets is None or name in ANCHORED else targets.row(row)
+        rows.append(TrainRow(*table.row(row), source, name in ANCHORED, soft, table.weight(row)))
     return rows
 
 
@@ -186,7 +187,7 @@ class Trainer:
         self.fast = trains_fast(config.fast, device) and not self.sharded
         self.steps = job.mixture.steps(config.batch_size)
         self.targets = job.targets if config.general_target == "untuned" else None
-        if config.general_target == "untuned" and job.targets is None and not set(job.mixture.sources) <= set(TASK_SOURCES):
+        if config.general_target == "untuned" and job.targets is None and not ANCHORED.issuperset(job.mixture.sources):
             raise ValueError("general_target is untuned, and the job has no targets (tell.train.soft_targets)")
         self.rules = StepRules(
             config.loss_normalization,
@@ -322,7 +323,7 @@ class Trainer:
 
     def _report(self, totals: _Totals, out: StepLoss) -> StepReport:
         by_source = {
-            name if self.targets is None or name in TASK_SOURCES else DISTILLED: float(np.mean(out.rows[out.source == i]))
+            name if self.targets is None or name in ANCHORED else DISTILLED: float(np.mean(out.rows[out.source == i]))
             for i, name in enumerate(self.job.mixture.sources)
             if (out.source == i).any()
         }

@@ -1,0 +1,146 @@
+"""Prompts in the style of the task's, written by the untuned model, where the user has none without answers.
+
+The model sees some training prompts and writes another (self-instruct, arXiv 2212.10560). Blocks, seeds and the cache
+are those of `tell.run.self_written`: a larger number of prompts extends a smaller one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tell.data.example import Example, Message
+from tell.data.overlap import find_overlap
+from tell.files import read_jsonl
+from tell.home import tell_home
+from tell.mix.mixture import PSEUDO
+from tell.rows.row_cache import cache_key
+from tell.run.self_written import BLOCK, decoding_of, faulty_text, shares, write_blocks
+from tell.run.task import Task
+from tell.seeds import permutation
+
+if TYPE_CHECKING:
+    from tell.run.session import Session
+
+VERSION = 1
+SHOWN = 3  # training prompts that the model sees
+TRIES = 4  # most prompts written for one that is wanted
+TEMPERATURE, TOP_P = 1.0, 0.95
+ROOM, LEAST = 1.5, 0.5  # longest prompt, by the longest training prompt, and shortest by the shortest
+_LIST = re.compile(r"\A(?:\d+\s*[.):]|[-*])\s+")
+_NEXT = re.compile(r"\n\s*(?:2|3|4|5)\s*[.):]\s")
+REQUEST = "Here are texts of one kind.\n\n{shown}\n\nWrite one more of this kind. Write the text alone."
+
+
+def write_prompts(session: Session, task: Task, wanted: int) -> tuple[list[Example], dict]:
+    """Prompts that the model writes, without copies of training, validation and test prompts.
+
+    Args:
+        session: of the untuned model.
+        task: with the rows of its budget.
+        wanted: prompts; there may be fewer, if the model writes too few usable ones in `TRIES` times as many tries.
+
+    Returns:
+        The prompts, each with an empty answer, and ``{"asked", "kept", "thrown": {reason: prompts}}``.
+    """
+    asked = [example.question for example in task.train if example.question.strip()]
+
+    def usable(rows: Sequence[dict]) -> tuple[list[Example], Counter[str]]:
+        examples = [_prompt(task, row["instruction"], i) for i, row in enumerate(rows)]
+        tested = find_overlap(examples, task.test).indices
+        known = find_overlap(examples, [*task.train, *task.validation]).indices - tested
+        lost = Counter({"like a test prompt": len(tested), "like a training prompt": len(known)})
+        return [e for i, e in enumerate(examples) if i not in tested and i not in known], +lost
+
+    path, facts = write_blocks(
+        session,
+        _file(session, asked),
+        lambda rows: len(usable(rows)[0]) / wanted,
+        block=lambda number, thrown, moved: _block(session, asked, number, thrown, moved),
+        title="prompts, written by the model",
+        most=max(2, -(-TRIES * wanted // BLOCK)),
+    )
+    found, lost = usable(read_jsonl(path))
+    thrown = Counter(facts["thrown"]) + lost
+    return found[:wanted], {"asked": facts["asked"], "kept": len(found), "thrown": dict(thrown.most_common())}
+
+
+def _file(session: Session, asked: Sequence[str]) -> Path:
+    """The file of the prompts of this model, task and settings."""
+    config = session.config
+    key = cache_key(
+        what="prompts",
+        version=VERSION,
+        model=session.files.fingerprint,
+        tokenizer=session.chat.fingerprint,
+        seed=config.seed,
+        asked=list(asked),
+        arithmetic=[config.model.dtype, config.model.device, config.generate.engine, config.generate.batch_size],
+        sampling=[TEMPERATURE, TOP_P],
+    )
+    return tell_home() / "self" / f"{key}.jsonl"
+
+
+def _prompt(task: Task, text: str, number: int) -> Example:
+    """A text as a prompt of the task, after the system text that its first row has."""
+    system = task.train[0].prompt[:1] if task.train[0].prompt[0].role == "system" else ()
+    turns = (*system, Message("user", text), Message("assistant", ""))
+    return Example.of(turns, source=PSEUDO, origin=f"written:{number + 1}")
+
+
+def _block(
+    session: Session, asked: Sequence[str], number: int, thrown: Counter[str], moved: Callable[[float], None]
+) -> list[dict]:
+    """One block of prompts, as rows of `tell.run.self_written`."""
+    config, chat, engine = session.config, session.chat, session.engine
+    longest = max(len(e.ids) for e in chat.backend.encode_batch(list(asked), add_special_tokens=False))
+    limit = max(16, int(ROOM * longest))
+    room = engine.max_positions - limit
+    requests = []
+    for i in range(BLOCK):
+        order = permutation(len(asked), config.seed, "written prompts", number, i)[:SHOWN]
+        requests.append(_request(session, [asked[int(j)] for j in order], room))
+    if not all(requests):
+        thrown["no room for a training prompt"] += requests.count([])
+        requests = [ids for ids in requests if ids]
+    if not requests:
+        return []
+    seed = config.seed * 100_003 + 2 * number + 1
+    decoding = replace(decoding_of(config, limit, chat.stop_ids, TEMPERATURE, seed), top_p=TOP_P)
+    copies, rows = {text.strip().casefold() for text in asked}, []
+    least = max(1, int(LEAST * min(map(len, asked))))
+    for answer in engine.generate(requests, decoding, progress=shares(len(requests), moved)):
+        text = _clean(chat.decode(answer.ids))
+        if answer.finish != "stop":
+            reason: str | None = "too long"
+        elif len(text) < least:
+            reason = "too short" if text else "empty"
+        else:
+            reason = "like a training prompt" if text.casefold() in copies else faulty_text(text)
+        if reason:
+            thrown[reason] += 1
+        else:
+            rows.append({"instruction": text, "output": ""})
+    return rows
+
+
+def _request(session: Session, texts: Sequence[str], room: int) -> list[int]:
+    """Tokens of a request that shows as many texts as fit; none where not even one does."""
+    for shown in range(len(texts), 0, -1):
+        listed = "\n\n".join(f"{i}. {text.strip()}" for i, text in enumerate(texts[:shown], 1))
+        turns = [Message("user", REQUEST.format(shown=listed))]
+        if len(ids := session.chat.encode(session.chat.render(turns, add_generation_prompt=True))) < room:
+            return ids
+    return []
+
+
+def _clean(text: str) -> str:
+    """A written text without the number, mark or quotes of a list, and without the list's next items."""
+    text = _NEXT.split(_LIST.sub("", text.strip()), maxsplit=1)[0].strip()
+    if len(text) > 1 and text[0] == text[-1] == '"':
+        text = text[1:-1].strip()
+    return text
