@@ -273,6 +273,7 @@ _ARMS = (
         decides=True,
         settings={"general.select": "similar"},
         standard=False,
+        optional=9,
         dashes=(6, 2),
     ),
     Arm(
@@ -287,6 +288,7 @@ _ARMS = (
         decides=True,
         settings={"general.recast": 0.5},
         standard=False,
+        optional=8,
         dashes=(3, 1),
     ),
     Arm(

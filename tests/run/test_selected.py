@@ -16,6 +16,7 @@ from tell.data.recast import MARK
 from tell.errors import Interrupted, TellError
 from tell.files import read_jsonl
 from tell.folder import RunFolder
+from tell.mix.amount import drawing_order
 from tell.mix.manifest import read_manifest
 from tell.run.general_rows import General, read_general
 from tell.run.prepare import Prepared, prepare
@@ -274,3 +275,18 @@ def test_arms_get_as_few_general_rows_as_time_leaves_the_run(config):
 def test_a_share_beyond_one_is_refused(config, value):
     with pytest.raises(TellError, match=r"general\.recast"):
         config(general={"recast": value})
+
+
+def test_more_rows_than_can_be_compared(config, monkeypatch):
+    """Some of the general rows and of the task rows are compared, which is said; the other general rows come last."""
+    monkeypatch.setattr("tell.run.nearest_rows.MOST_BYTES", 4 * 2 * 64 * 20)  # the states of 20 rows: 2 layers of 64
+    monkeypatch.setattr("tell.run.nearest_rows.MOST_TASK_ROWS", 3)
+    folder = tell.tune(config(general={"rows": 30, "select": "similar"}))
+    notices = read(folder.findings)["notices"]
+    assert any("20 of 60 general rows, drawn by seed, are compared" in text for text in notices)
+    assert any("3 of 6 task rows, drawn by seed, are compared" in text for text in notices)
+    with np.load(folder.nearest) as kept:
+        order = kept["order"]
+    drawn = read_general(load_task(config())).allowed[drawing_order(60, 7)]
+    assert set(order[:20]) == set(drawn[:20]) and order[20:].tolist() == drawn[20:].tolist()
+    assert len(general_origins(folder)) == 30
