@@ -244,6 +244,26 @@ def test_the_run_can_have_them_too(tiny_model, tmp_path):
         assert {whole.count("Which colour") for whole in found} == {count}
 
 
+def test_fixed_examples_of_test_prompts_change_nothing(tiny_model, tmp_path):
+    """``task.shots`` are not in training rows, nor in the prompts of arms with examples in context."""
+    digests = [
+        prepared_of(tiny_model("llama"), tmp_path, pairs(5), task={"shots": n}).mixtures["tell-exemplars"][1].digest()
+        for n in (0, 2)
+    ]
+    assert digests[0] == digests[1]
+
+
+@pytest.mark.parametrize("example", ["support", "reviews", "titles"])
+def test_any_kind_of_answer(example, tiny_model):
+    plan = tell.plan(config_of(tiny_model("qwen3"), example=example, train={"max_length": 900}, **ARM))
+    assert {arm: cost["rows"] for arm, cost in plan["arms"].items()} == dict.fromkeys(ARM["eval"]["arms"], 22)
+    same = [("tell", "tell-exemplars"), ("sft-matched", "sft-exemplars")]
+    for plain, shown in same:
+        costs = [plan["arms"][arm] for arm in (plain, shown)]
+        assert costs[0]["trained_tokens"] == costs[1]["trained_tokens"] and costs[0]["tokens"] < costs[1]["tokens"]
+        assert costs[1]["tokens"] >= costs[1]["computed_tokens"] > costs[0]["computed_tokens"]
+
+
 def test_rows_with_exemplars_weigh_as_task_rows(tiny_model, tmp_path):
     tables, mixture = prepared_of(tiny_model("llama"), tmp_path, pairs(4)).mixtures["tell-exemplars"]
     rows = step_rows(mixture, tables, 0, len(mixture))
