@@ -17,7 +17,7 @@ from run.runs import ALL_ARMS, FILES, check_anchor_and_counts, comparable, is_nu
 from tell.anchor.anchor import Anchor
 from tell.files import read_jsonl
 from tell.mix.manifest import read_manifest
-from tell.names import PARTS
+from tell.names import PARTS, TRAINED
 from tell.run.claim import read_run_config
 from tell.run.general_rows import read_general
 from tell.run.task import load_task
@@ -58,7 +58,7 @@ def test_metrics_have_the_documented_shape(finished):
         assert numbers["schema_adherence"]["value"] == pytest.approx(values[0] - values[1])
         assert is_number(numbers["schema_adherence"])
     train = metrics["train"]
-    assert list(train["arms"]) == ["tell", "sft", "sft-matched", "general"]
+    assert list(train["arms"]) == ["tell", *(arm for arm in TRAINED if arm != "tell")]
     for numbers in train["arms"].values():
         assert numbers["flops"] > 0 and numbers["seconds"] > 0 and math.isfinite(numbers["validation_loss"])
     assert {key: train[key] for key in ("steps", "tokens", "flops")} == {
@@ -73,7 +73,7 @@ def test_forgetting_before_and_after(finished):
     found = read(folder.metrics)["forgetting"]
     assert found["sets"]["probe"]["in_mix_source"] is False and found["sets"]["probe"]["rows"] == 4
     assert found["sets"]["general held out"] | {"origin": ""} == {"origin": "", "rows": 4, "in_mix_source": True}
-    for arm in ("base", "sft", "sft-matched", "general", "tell"):
+    for arm in ("base", *TRAINED):
         assert all(is_number(found["arms"][arm][name]["loss"]) for name in ("probe", "general held out"))
         assert is_number(found["arms"][arm]["probe"]["task_format"])
     for name in ("tell - base", "sft - base", "tell - sft"):
@@ -83,9 +83,7 @@ def test_forgetting_before_and_after(finished):
             found["arms"][a]["probe"]["loss"]["value"] - found["arms"][b]["probe"]["loss"]["value"], abs=2e-6
         )
     assert found["arms"]["tell"]["probe"]["loss"]["value"] != found["arms"]["base"]["probe"]["loss"]["value"]
-    assert [set(row) for row in found["answers"]] == [
-        {"prompt", "reference", "base", "sft", "sft-matched", "general", "tell"}
-    ] * 2
+    assert [set(row) for row in found["answers"]] == [{"prompt", "reference", "base", *TRAINED}] * 2
 
 
 def test_held_out_rows_are_not_in_the_mix(finished):
