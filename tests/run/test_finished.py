@@ -73,7 +73,7 @@ def test_forgetting_before_and_after(finished):
     found = read(folder.metrics)["forgetting"]
     assert found["sets"]["probe"]["in_mix_source"] is False and found["sets"]["probe"]["rows"] == 4
     assert found["sets"]["general held out"] | {"origin": ""} == {"origin": "", "rows": 4, "in_mix_source": True}
-    for arm in ("base", "sft", "sft-matched", "general", "tell"):
+    for arm in ("base", *TRAINED):
         assert all(is_number(found["arms"][arm][name]["loss"]) for name in ("probe", "general held out"))
         assert is_number(found["arms"][arm]["probe"]["task_format"])
     for name in ("tell - base", "sft - base", "tell - sft"):
