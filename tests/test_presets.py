@@ -29,8 +29,9 @@ def test_an_amount_given_goes_over_that_of_the_task() -> None:
 
 
 def test_rate_falls_with_size() -> None:
-    assert learning_rate_for(135_000_000) == 1e-3
-    assert 1e-4 < learning_rate_for(7_000_000_000) < learning_rate_for(1_000_000_000) < 1e-3
+    for mixed, best in ((False, 1e-3), (True, 2e-3)):
+        rates = [learning_rate_for(size, mixed=mixed) for size in (135_000_000, 1_000_000_000, 7_000_000_000)]
+        assert rates[0] == best and best > rates[1] > rates[2] > best / 10
 
 
 def test_the_papers_numbers_are_fixed() -> None:

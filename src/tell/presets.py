@@ -38,13 +38,19 @@ MODERN: dict[str, Any] = {
 }
 
 
-def learning_rate_for(parameters: int) -> float:
+def learning_rate_for(parameters: int, *, mixed: bool) -> float:
     """Peak rate for LoRA on all linear layers of a model of this size.
 
-    1e-3 was measured at 135 M parameters; the fall with the 0.4th power (2e-4 at 7 B, what LoRA users of that
-    size commonly take) is not.
+    Measured at 135 M parameters: 1e-3 for task rows alone, where half and twice of it do worse, and 2e-3 among general
+    rows (docs/explanation/lab.md). The fall with the 0.4th power (2e-4 at 7 B, what LoRA users of that size commonly
+    take) is not measured.
+
+    Args:
+        mixed: there are general rows. Their gradient stays noisy to the end; Adam divides by it, so that task rows move
+            the weights less than they do alone.
     """
-    return float(f"{1e-3 * (135e6 / max(parameters, 1)) ** 0.4:.2g}") if parameters > 135e6 else 1e-3
+    best = 2e-3 if mixed else 1e-3
+    return float(f"{best * (135e6 / max(parameters, 1)) ** 0.4:.2g}") if parameters > 135e6 else best
 
 
 def repeat_for(rows: int) -> int:

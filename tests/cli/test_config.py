@@ -143,8 +143,9 @@ def test_the_rate_goes_by_the_models_size_unless_given():
     assert make_config({}).train.learning_rate is None
     assert make_config({"preset": "paper"}).train.learning_rate == 1e-4
     assert make_config({"train": {"learning_rate": 2e-3}}).train.learning_rate == 2e-3
-    assert [learning_rate_for(n) for n in (10_000, 134_515_008)] == [1e-3, 1e-3]
-    assert learning_rate_for(7_000_000_000) == pytest.approx(2e-4, rel=0.1)
+    assert [learning_rate_for(n, mixed=False) for n in (10_000, 134_515_008)] == [1e-3, 1e-3]
+    assert learning_rate_for(7_000_000_000, mixed=False) == pytest.approx(2e-4, rel=0.1)
+    assert learning_rate_for(134_515_008, mixed=True) == 2e-3
 
 
 def test_a_config_made_by_hand_has_the_defaults_of_the_preset():

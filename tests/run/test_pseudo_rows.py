@@ -11,11 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
 import tell
 from run.runs import EXAMPLES, Killer, comparable, config_of, read
 from run.test_readouts import SCHEMA, teach, write_orders
+from tell.cli.tables import plan_box
 from tell.config import Config
 from tell.data.kind import as_label
 from tell.errors import Interrupted, TellError
@@ -170,9 +172,27 @@ def test_answers_are_taken_from_the_folder_and_not_asked_again(made, tmp_path):
     assert read(again.metrics)["pseudo"]["tell-pseudo"]["kept"] == 5
 
 
-def test_a_plan_counts_them(made, tmp_path):
+def test_damaged_answers_are_named(made, tmp_path):
+    folder, config = made
+    shutil.copytree(folder.root, tmp_path / "run")
+    again = type(folder)(tmp_path / "run")
+    write_rows(again.pseudo_labels("tell"), [{"prompt": 1}])
+    with pytest.raises(TellError, match="has damaged files") as error:
+        tell.tune(config.model_copy(update={"out": str(again.root)}), resume=True)
+    assert str(error.value.where).endswith("tell.jsonl")
+
+
+def test_the_run_can_be_scored_again(made):
+    folder, _ = made
+    assert tell.evaluate(folder.root) == json.loads(json.dumps(read(folder.metrics)))
+
+
+def test_a_plan_counts_them(made):
     folder, config = made
     plan = tell.plan(config)
+    console = Console(width=200, record=True)
+    console.print(plan_box(plan))
+    assert "tell-pseudo: 24 pseudo-labelled rows, of 12 prompts" in console.export_text()
     found, real = plan["pseudo"]["tell-pseudo"], read(folder.metrics)["pseudo"]["tell-pseudo"]
     assert found["estimated"] and found["prompts"] == 12 and found["teacher"] == "tell"
     assert found["mixture"]["rows"] == real["mixture"]["rows"]

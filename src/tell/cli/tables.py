@@ -50,6 +50,12 @@ def plan_box(plan: dict) -> RenderableType:
     if plan.get("closed"):  # older plans lack it
         fields = (f"{field['field']} ({field['values']:,} values)" for field in plan["closed"])
         lines.append(f"decides {', '.join(fields)}")
+    for arm, found in plan.get("pseudo", {}).items():
+        rows = found["mixture"]["rows"]["pseudo"]
+        lines.append(
+            f"{arm}: {rows:,} pseudo-labelled rows, of {found['prompts']:,} prompts ({found['source']}) that "
+            f"{found['teacher']} answers"
+        )
     arms = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("arm", "steps", "tokens", "FLOPs", "time"):
         arms.add_column(title, justify="left" if title == "arm" else "right")

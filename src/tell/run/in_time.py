@@ -14,6 +14,7 @@ from tell.run.general_rows import draw_general
 from tell.run.journal import Journal
 from tell.run.plan import estimated_general
 from tell.run.prepare import Prepared
+from tell.run.pseudo_rows import planned_pseudo
 from tell.run.record import Planned, split_file
 from tell.run.self_written import Enough, cached_self_file, enough_of
 from tell.run.session import Session
@@ -57,7 +58,7 @@ class InTime:
         self._measure(task, table)
         general = estimated_general(task, tokens)
         draw = draw_general(task.config, general, tokens)
-        estimate = Prepared(task, NO_ANCHOR, table, general, draw)
+        estimate = Prepared(task, NO_ANCHOR, table, general, draw, pseudo=planned_pseudo(task, table))
         extent, _ = fit_minutes(estimate, minutes=self.minutes, spent=self.journal.spent)
         shorter = task.config.model_copy(deep=True)
         shorter.general = GeneralConfig(rows=0 if extent.draw is None else len(extent.draw))

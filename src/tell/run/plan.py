@@ -131,7 +131,7 @@ def _training(prepared: Prepared, lead: str, main: dict) -> dict:
         "tokens": main["tokens"],
         "trained_tokens": main["trained_tokens"],
         "flops": main["flops"],
-        "learning_rate": task.training.learning_rate,
+        "learning_rate": prepared.task_of(lead).training(mixture).learning_rate,
         "adapter_parameters": lora_parameters(task.files.architecture, train.lora_r, train.lora_targets),
     }
 

@@ -148,9 +148,8 @@ class _Search:
     @property
     def usual(self) -> Candidate:
         """The settings without a search."""
-        task = self.prepared.task_of(self.arm)
-        repeat = self.prepared.mixtures[self.arm][1].repeat
-        return Candidate(float(task.training.learning_rate or 0), repeat)
+        mixture = self.prepared.mixtures[self.arm][1]
+        return Candidate(float(self.prepared.task_of(self.arm).training(mixture).learning_rate or 0), mixture.repeat)
 
     @property
     def primary(self) -> str:
@@ -323,7 +322,7 @@ class _Search:
         def stopped() -> bool:
             return self.journal.stop() or done >= end
 
-        job = TrainingJob(tables, mixture, task.training, task.config.seed, place, place / "log.jsonl")
+        job = TrainingJob(tables, mixture, task.training(mixture), task.config.seed, place, place / "log.jsonl")
         hooks = TrainingHooks(stopped=stopped, progress=progress, marks={end: place / name})
         with self.session.display.bar(f"search {self.arm}: {place.name}", end, "steps") as advance:
             try:

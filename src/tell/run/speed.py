@@ -40,7 +40,7 @@ def measure_pace(task: Task, table: RowTable, session: Session) -> None:
     config, loaded = task.config, session.loaded
     decode = _decoding_speed(task, session.engine)
     fast = trains_fast(config.train.fast, loaded.device)
-    tuned = add_lora(loaded.model, task.training, seed=config.seed, fused=fast)
+    tuned = add_lora(loaded.model, config.train, seed=config.seed, fused=fast)
     plain = None if fast else PlainBody(tuned)
     try:
         step = partial(step_loss, Body(tuned)) if plain is None else partial(plain_step_loss, plain)

@@ -22,6 +22,7 @@ from tell.data.subset import take_rows, take_tokens
 from tell.data.unlabelled import Prompts, load_prompts_of
 from tell.errors import TellError
 from tell.files import read_text
+from tell.mix.mixture import GENERAL, Mixture
 from tell.models.find import ModelFiles, find_model, find_tokenizer
 from tell.presets import learning_rate_for
 from tell.progress import Display, Silent
@@ -102,10 +103,10 @@ class Task:
     def display(self) -> Display:
         return self.notices.display
 
-    @property
-    def training(self) -> TrainConfig:
-        """The training settings with the learning rate resolved for this model."""
-        rate = self.config.train.learning_rate or learning_rate_for(self.files.architecture.parameters)
+    def training(self, mixture: Mixture) -> TrainConfig:
+        """The training settings with the learning rate resolved for this model and a mixture."""
+        size, mixed = self.files.architecture.parameters, GENERAL in mixture.sources
+        rate = self.config.train.learning_rate or learning_rate_for(size, mixed=mixed)
         return self.config.train.model_copy(update={"learning_rate": rate})
 
     @property

@@ -10,7 +10,7 @@ import numpy as np
 from tell.data.example import Example, Message
 from tell.errors import TellError
 from tell.files import read_jsonl, write_jsonl
-from tell.folder import RunFolder
+from tell.folder import RunFolder, reading
 from tell.mix.manifest import write_manifest
 from tell.mix.mixture import PSEUDO
 from tell.names import ARMS
@@ -50,7 +50,9 @@ def teach(prepared: Prepared, trained: Trained, session: Session, journal: Journ
             session.load()
             rows = _answers(prepared, prepared.pseudo[declared], teacher, session, folder)
             write_jsonl(path, rows)
-        made[declared] = found = labelled(prepared.task, prepared.anchor, rows, prepared.pseudo[declared])
+        with reading(path):
+            found = labelled(prepared.task, prepared.anchor, rows, prepared.pseudo[declared])
+        made[declared] = found
         _say(prepared.task, teacher, found)
         if not len(found.table):
             why = (

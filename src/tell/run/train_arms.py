@@ -118,9 +118,9 @@ def _train(
     tables, mixture = prepared.mixtures[arm]
     task = prepared.task_of(arm)
     place = journal.folder.adapter_of(arm)
-    targets = _targets(mixture, session, place.targets) if task.training.general_target == "untuned" else None
+    targets = _targets(mixture, session, place.targets) if task.config.train.general_target == "untuned" else None
     log = journal.folder.losses(arm)
-    job = TrainingJob(tables, mixture, task.training, task.config.seed, place.root, log, targets)
+    job = TrainingJob(tables, mixture, task.training(mixture), task.config.seed, place.root, log, targets)
     base, device = _trainee(session, processes)
     total = int(mixture.column("tokens").sum(dtype=np.int64))
     with _bar(session.display, f"train {arm}", total, journal) as hooks:

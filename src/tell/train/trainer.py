@@ -27,7 +27,7 @@ from tell.config import TrainConfig
 from tell.errors import Diverged, Interrupted
 from tell.folder import AdapterFolder
 from tell.kernels import keep_memory
-from tell.mix.mixture import ANCHORED, Mixture
+from tell.mix.mixture import ANCHORED, GENERAL, Mixture
 from tell.presets import learning_rate_for
 from tell.rows.row_table import RowTable
 from tell.train.attention import current_plan
@@ -178,7 +178,9 @@ class Trainer:
         processes: Processes | None = None,
     ) -> None:
         rate = job.settings.learning_rate
-        self.rate = learning_rate_for(model.num_parameters()) if rate is None else rate  # the peak rate
+        self.rate = rate or learning_rate_for(
+            model.num_parameters(), mixed=GENERAL in job.mixture.sources
+        )  # the peak rate
         config = job.settings.model_copy(update={"learning_rate": self.rate})
         self.base, self.job, self.config = model, job, config
         self.device, self.hooks, self.processes = torch.device(device), hooks, processes

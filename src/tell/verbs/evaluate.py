@@ -99,7 +99,7 @@ def evaluate(
             answers[arm] = exam.take(arm, session)
         write_jsonl(opened.folder.evaluated(arm), answers[arm].rows)
     kept = {key: metrics.get(key) for key in ("forgetting", "mixture", "train", "failed", "same")}
-    also = ("benchmarks", "readout") if exam.guides else ("benchmarks",)
+    also = ("benchmarks", *(("readout",) if exam.guides else ()), "pseudo")
     kept |= {key: metrics[key] for key in also if key in metrics}
     task = {"kind": facts.kind.name, "primary": primary_of(exam.scorer, (found.metrics for found in answers.values()))}
     return {"task": task, **score_arms(answers, config.model_copy(update={"seed": seed})), **kept}

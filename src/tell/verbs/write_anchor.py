@@ -175,7 +175,6 @@ def short_runs(task: Task, session: Session, anchors: Sequence[Anchor], steps: i
     if is_file_or_hub(config.general):
         examples = general_queries(task, most=total // 2)
         general = tokenize(examples, chat, source="general", rules=replace(rules, misfit="drop"))
-    training = task.training.model_copy(update={"checkpoint_every": 0})
     out: list[np.ndarray] = []
     with task.display.bar("anchor: short runs", steps * len(anchors), "steps") as advance:
         for anchor in anchors:
@@ -183,6 +182,7 @@ def short_runs(task: Task, session: Session, anchors: Sequence[Anchor], steps: i
             tables, mixture = _short_mixture(table, general, total, config)
             with tempfile.TemporaryDirectory() as name:
                 folder = Path(name)
+                training = task.training(mixture).model_copy(update={"checkpoint_every": 0})
                 job = TrainingJob(tables, mixture, training, seed, folder / "adapter", folder / "log.jsonl")
                 hooks = TrainingHooks(progress=lambda report: advance(1, f"loss {report.loss:.3f}"))
                 try:
