@@ -46,7 +46,7 @@ def f1(sums: np.ndarray) -> np.ndarray:
     return np.asarray(2 * sums[..., 0] / np.maximum(1, sums[..., 1] + sums[..., 2]))
 
 
-def _item_f1(rows: np.ndarray) -> np.ndarray:
+def item_f1(rows: np.ndarray) -> np.ndarray:
     """Of (..., rows, 3) counts."""
     return f1(rows.sum(axis=-2))
 
@@ -57,6 +57,8 @@ def read(path: Path) -> dict[Key, dict[int, np.ndarray]]:
     with gzip.open(path, "rt") as lines:
         for line in lines:
             one = json.loads(line)
+            if one["settings"]:
+                continue
             values = one["items"] if SCORE[one["task"]] == "items" else one["scores"][SCORE[one["task"]]]
             scores = np.array([np.nan if v is None else v for v in values], dtype=float)
             found[one["model"], one["task"], one["rows"], one["arm"]][one["seed"]] = scores
@@ -69,7 +71,7 @@ def draws_of(a: dict[int, np.ndarray], b: dict[int, np.ndarray], rng: np.random.
     for seed in sorted(set(a) & set(b)):
         left, right = a[seed], b[seed]
         picks = rng.integers(0, len(left), (SAMPLES, len(left)))
-        value = _item_f1 if left.ndim == 2 else share
+        value = item_f1 if left.ndim == 2 else share
         gaps.append(float(value(left)) - float(value(right)))
         resampled.append(value(left[picks]) - value(right[picks]))
     return float(np.mean(gaps)), np.mean(resampled, axis=0)

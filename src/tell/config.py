@@ -29,6 +29,10 @@ Device = Literal["auto", "cuda", "xpu", "mps", "cpu"]
 DEVICES: tuple[str, ...] = get_args(Device)[1:]  # in the order that auto tries them
 DEFAULT_ARMS: tuple[ArmName, ...] = tuple(name for name, arm in ARMS.items() if arm.standard)
 
+TAUGHT_ARMS: tuple[ArmName, ...] = tuple(
+    name for name, arm in ARMS.items() if ARMS[arm.adapter or name].teacher == "tell"
+)
+
 LARGEST = 10**7  # limit of counts that memory or time grows with: a larger one is a typo
 _UNWRITABLE = re.compile("[\\0\ud800-\udfff]")  # Python decodes argument bytes that are not UTF-8 to surrogates
 
@@ -288,7 +292,9 @@ class SearchConfig(Section):
 
 
 class EvalConfig(Section):
-    arms: tuple[ArmName, ...] = Field(DEFAULT_ARMS, description="arms to train and score")
+    arms: tuple[ArmName, ...] = Field(
+        DEFAULT_ARMS, description="arms to train and score; with task.unlabelled the default has tell-pseudo too"
+    )
     icl_examples: int = Field(8, ge=1, description="training examples in the prompts of icl; as many as fit")
     icl_select: Literal["random", "nearest"] = Field(
         "random",
@@ -344,6 +350,13 @@ class Config(Section):
             return data
         preset = data.get("preset", "modern")
         return override(PRESETS[preset], data) if isinstance(preset, str) and preset in PRESETS else data
+
+    @model_validator(mode="after")
+    def _with_taught(self) -> Config:
+        """With unlabelled prompts, the arms that are trained on them are among the default ones."""
+        if self.task.unlabelled and self.eval.arms == DEFAULT_ARMS:
+            self.eval.arms = (*DEFAULT_ARMS, *TAUGHT_ARMS)
+        return self
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(by_alias=True, mode="json"), sort_keys=False, allow_unicode=True)

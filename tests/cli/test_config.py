@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from tell.cli.common import FLAGS, Given, count, number
 from tell.cli.main import run
-from tell.config import Config, MixConfig, load_config, make_config
+from tell.config import DEFAULT_ARMS, Config, MixConfig, load_config, make_config
 from tell.config_docs import config_docs
 from tell.errors import TellError
 from tell.presets import learning_rate_for
@@ -28,6 +28,14 @@ def keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
         else:
             assert info.description or path == "mix.order", f"{path} has no description"
             yield path
+
+
+def test_unlabelled_prompts_bring_the_arms_that_are_trained_on_them():
+    given = {"task": {"data": "a.jsonl", "unlabelled": "more.txt"}}
+    arms = load_config(flags=given).eval.arms
+    assert arms == (*DEFAULT_ARMS, "tell-pseudo", "tell-pseudo-free")
+    assert load_config(flags={**given, "eval": {"arms": ["tell"]}}).eval.arms == ("tell",)
+    assert load_config(flags={"task": {"data": "a.jsonl"}}).eval.arms == DEFAULT_ARMS
 
 
 def test_every_flag_sets_a_key():
