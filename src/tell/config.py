@@ -195,7 +195,7 @@ class MixConfig(Section):
         "answer alone is trained (arXiv 2110.15943)",
     )
     pseudo: float = Field(
-        0,
+        0.0,
         ge=0,
         le=100,
         description="pseudo-labelled rows per task row, in the arms that have any; 0: as the arm says, 4",

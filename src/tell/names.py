@@ -166,6 +166,7 @@ _ARMS = (
         decides=True,
         searched=True,
         standard=False,
+        optional=8,
         rival=1,
     ),
     Arm(
@@ -206,6 +207,7 @@ _ARMS = (
         decides=True,
         settings={"train.general_target": "untuned"},
         standard=False,
+        optional=8,
     ),
     Arm(
         "tell-averaged",
@@ -219,6 +221,7 @@ _ARMS = (
         decides=True,
         settings={"train.average": 0.25},
         standard=False,
+        optional=8,
     ),
     Arm(
         "sft-averaged",
@@ -232,6 +235,7 @@ _ARMS = (
         decides=True,
         settings={"train.average": 0.25},
         standard=False,
+        optional=8,
         dashes=(4, 2),
     ),
     Arm(
@@ -246,6 +250,7 @@ _ARMS = (
         decides=True,
         settings={"train.loss_on": "all"},
         standard=False,
+        optional=8,
     ),
     Arm(
         "sft-prompts",
@@ -259,6 +264,7 @@ _ARMS = (
         decides=True,
         settings={"train.loss_on": "all"},
         standard=False,
+        optional=8,
         dashes=(4, 2),
     ),
     Arm(
@@ -273,7 +279,7 @@ _ARMS = (
         decides=True,
         settings={"general.select": "similar"},
         standard=False,
-        optional=9,
+        optional=8,
         dashes=(6, 2),
     ),
     Arm(
@@ -327,6 +333,7 @@ _ARMS = (
         decides=True,
         settings=_EXEMPLARS,
         standard=False,
+        optional=8,
     ),
     Arm(
         "tell-exemplars-icl",
@@ -339,6 +346,7 @@ _ARMS = (
         in_context=True,
         decides=True,
         standard=False,
+        optional=8,
         dashes=(4, 2),
     ),
     Arm(
@@ -354,6 +362,7 @@ _ARMS = (
         decides=True,
         settings=_EXEMPLARS,
         standard=False,
+        optional=8,
     ),
     Arm(
         "sft-exemplars-icl",
@@ -366,6 +375,7 @@ _ARMS = (
         in_context=True,
         decides=True,
         standard=False,
+        optional=8,
         dashes=(4, 2),
     ),
     Arm(
@@ -382,6 +392,7 @@ _ARMS = (
         settings=PSEUDO,
         teacher="tell",
         standard=False,
+        optional=8,
     ),
     Arm(
         "tell-pseudo-free",
@@ -393,6 +404,7 @@ _ARMS = (
         "h",
         adapter="tell-pseudo",
         standard=False,
+        optional=8,
         dashes=(1.5, 2),
     ),
     Arm(
@@ -409,6 +421,7 @@ _ARMS = (
         settings=PSEUDO,
         teacher="sft-matched",
         standard=False,
+        optional=8,
     ),
     Arm(
         "sft-pseudo-free",
@@ -420,6 +433,7 @@ _ARMS = (
         "d",
         adapter="sft-pseudo",
         standard=False,
+        optional=8,
         dashes=(1.5, 2),
     ),
 )

@@ -10,6 +10,7 @@ import pytest
 
 from run.runs import ALL_ARMS, PROBE, config_of
 from tell.errors import TellError
+from tell.names import ARMS as REGISTRY
 from tell.run.general_rows import read_general
 from tell.run.plan import describe_plan
 from tell.run.prepare import Prepared, prepare
@@ -24,10 +25,6 @@ from tell.run.time_budget import (
     read_extent,
 )
 
-ARMS = [
-    arm for arm in ALL_ARMS if arm != "tell-selected"
-]  # all general rows are drawn here: it is tell, and costs nothing
-
 
 @pytest.fixture(scope="module")
 def prepared(tiny_model) -> Prepared:
@@ -36,7 +33,7 @@ def prepared(tiny_model) -> Prepared:
         general={"source": str(PROBE), "rows": 300},
         mix={"repeat": 20},
         task={"test_rows": None},
-        eval={"arms": ARMS},
+        eval={"arms": ALL_ARMS},
     )
     task = load_task(config)
     return prepare(task, anchor_of(config), read_general(task))
@@ -61,13 +58,15 @@ def test_what_says_least_of_the_method_is_given_up_first():
     """The controls that have the readout, without which nobody knows what it brings to TELL, and arms asked for by
     name come last."""
     first, last = ["tell-anchor", "general", "sft", "base+anchor"], ["tell-free", "icl-readout", "sft-readout"]
-    assert [*first, *last, "tell-recast", "tell-selected"] == OPTIONAL_ARMS
+    asked = [arm for arm in OPTIONAL_ARMS if arm not in (*first, *last)]
+    assert [*first, *last, *asked] == OPTIONAL_ARMS
+    assert {*asked} == {name for name, arm in REGISTRY.items() if not arm.standard} - {"general"}
 
 
 def test_what_fits_is_left_as_it_is(prepared):
     whole = Extent.of(prepared)
     assert fit(prepared, seconds(prepared, whole) * 1.001) == (whole, [])
-    assert whole.arms == tuple(ARMS) and whole.test_rows == 108 and whole.repeat == 20 and len(whole.draw) == 300
+    assert whole.arms == tuple(ALL_ARMS) and whole.test_rows == 108 and whole.repeat == 20 and len(whole.draw) == 300
 
 
 def test_things_are_given_up_in_their_order(prepared):
