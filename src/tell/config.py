@@ -204,7 +204,10 @@ class MixConfig(Section):
 
 class TrainConfig(Section):
     learning_rate: float | None = Field(
-        None, gt=0, description="peak learning rate; none: by model size (docs/explanation/method.md)"
+        None,
+        gt=0,
+        description="peak learning rate; none: by model size, twice as high among general rows "
+        "(docs/explanation/method.md)",
     )
     weight_decay: float = Field(0.01, ge=0, description="of AdamW")
     schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="decay after the warm-up")
@@ -351,13 +354,6 @@ class Config(Section):
         preset = data.get("preset", "modern")
         return override(PRESETS[preset], data) if isinstance(preset, str) and preset in PRESETS else data
 
-    @model_validator(mode="after")
-    def _with_taught(self) -> Config:
-        """With unlabelled prompts, the arms that are trained on them are among the default ones."""
-        if self.task.unlabelled and self.eval.arms == DEFAULT_ARMS:
-            self.eval.arms = (*DEFAULT_ARMS, *TAUGHT_ARMS)
-        return self
-
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(by_alias=True, mode="json"), sort_keys=False, allow_unicode=True)
 
@@ -381,8 +377,13 @@ def load_config(
 
 
 def make_config(data: Mapping[str, Any], *, where: str = "configuration") -> Config:
-    """Validate nested keys over the preset they name."""
+    """Validate nested keys over the preset they name.
+
+    With unlabelled prompts, and no arms named, the arms that are trained on them are among the arms.
+    """
     check_keys(data, Config, where)
+    if (data.get("task") or {}).get("unlabelled") and "arms" not in (data.get("eval") or {}):
+        data = override(data, {"eval": {"arms": [*DEFAULT_ARMS, *TAUGHT_ARMS]}})
     preset = data.get("preset", Config.model_fields["preset"].default)
     if not isinstance(preset, str) or preset not in PRESETS:
         raise TellError(

@@ -24,8 +24,8 @@ PAPER: dict[str, Any] = {
     },
     "generate": {"greedy": False, "temperature": 0.3, "top_k": 20, "top_p": 0.7, "repetition_penalty": 1.05},
 }
-# Training found by measurement (runs: docs/explanation/lab.md). The rate is `learning_rate_for` the model's size,
-# the repetition `repeat_for` the number of task rows, general data `general_tokens_for` their tokens.
+# Training found by measurement (runs: docs/explanation/lab.md). The rate is `learning_rate_for` the model's size
+# and the mixture, repetitions `repeat_for` the number of task rows, general data `general_tokens_for` their tokens.
 MODERN: dict[str, Any] = {
     "mix": {"order": "spread"},
     "train": {

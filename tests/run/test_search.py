@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from tell.run.general_rows import read_general
 from tell.run.prepare import prepare
 from tell.run.search import chosen_settings
 from tell.run.task import load_task
+from tell.run.time_budget import Extent
 from tell.score.scored import Metric
 from tell.verbs.evaluate import evaluate
 
@@ -75,13 +77,21 @@ def test_rows_of_one_label_are_spread_and_a_lone_label_is_not_held_out(tiny_mode
     run = prepared_of(searching(tiny_model("llama"), example="reviews"))
     run = replace(run, task=replace(run.task, train=rows, kind=replace(run.task.kind, labels=("a", "b", "c"))))
     folds = folds_of(run, 3)
-    assert [sorted({row.answer for row in fold.run.task.test}) for fold in folds] == [["a", "b"]] * 3
-    assert all("c" not in [row.answer for row in fold.run.task.test] for fold in folds)
+    assert [sorted(row.answer for row in fold.run.task.test) for fold in folds] == [["a", "b"]] * 3
+
+
+def test_rows_with_one_prompt_are_in_one_part(tiny_model):
+    task = load_task(searching(tiny_model("llama")))
+    twice = [replace(row, origin=f"again:{i}") for i, row in enumerate(task.train[:4])]
+    task = replace(task, train=[*task.train[:6], *twice])
+    for part in parts_of(task, 3):
+        held, others = ({task.train[i].question for i in rows} for rows in (part, np.setdiff1d(range(10), part)))
+        assert held and not held & others
 
 
 def test_fewer_rows_than_folds_are_refused(tiny_model):
     task = load_task(searching(tiny_model("llama")))
-    with pytest.raises(TellError, match=r"search\.folds.*2 task rows.*3 folds") as refused:
+    with pytest.raises(TellError, match=r"search\.folds.*2 task rows with different prompts.*3 folds") as refused:
         parts_of(replace(task, train=task.train[:2]), 3)
     assert "search.folds to 2" in str(refused.value)
 
@@ -159,6 +169,64 @@ def test_resumed_equals_uninterrupted(found, tiny_model, tmp_path, moment):
     assert comparable(read(folder.metrics)) == comparable(read(other.metrics))
     weights = [f.adapter_of("sft-tuned").weights.read_bytes() for f in (folder, other)]
     assert weights[0] == weights[1]
+
+
+def test_a_choice_of_decoding_alone_leaves_the_training_as_it_is(tiny_model):
+    run = prepared_of(searching(tiny_model("llama"), eval={"arms": ["sft-tuned", "tell-averaged", "tell"]}))
+    chosen = replace(run, chosen={"sft-tuned": {"generate.closed": "off"}, "tell": {"generate.closed": "readout"}})
+    for arm in ("sft-tuned", "tell", "tell-averaged"):
+        assert len(chosen.mixtures[arm][1]) == len(run.mixtures[arm][1])
+
+
+def test_a_variant_of_tell_differs_by_its_ingredient_alone(tiny_model):
+    run = prepared_of(searching(tiny_model("llama"), eval={"arms": ["sft-averaged", "tell-averaged", "tell"]}))
+    run = replace(run, chosen={"tell": {"mix.repeat": 3, "train.learning_rate": 4e-3}})
+    one, other, control = (run.task_of(arm).config for arm in ("tell", "tell-averaged", "sft-averaged"))
+    assert (other.mix.repeat, other.train.learning_rate, other.train.average) == (3, 4e-3, 0.25)
+    other.train.average = one.train.average
+    assert one == other and control.train.learning_rate is None
+
+
+def test_a_time_limit_shrinks_what_was_chosen_for_each_arm_alike(tiny_model):
+    run = prepared_of(searching(tiny_model("llama"), eval={"arms": ["sft-tuned", "tell"]}))
+    usual = Extent.of(run)
+    run = replace(run, chosen={"tell": {"mix.repeat": 36}, "sft-tuned": {"mix.repeat": 12}})
+    assert Extent.of(run) == usual and usual.repeat == 24
+    assert Extent.of(run).apply(run).chosen == run.chosen
+    half = replace(usual, repeat=12).apply(run).chosen
+    assert half == {"tell": {"mix.repeat": 18}, "sft-tuned": {"mix.repeat": 6}}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"average": 0.5, "adapter_scale": 0.5}, {"schedule": "constant"}, {"general_target": "untuned"}],
+    ids=lambda settings: "-".join(settings),
+)
+def test_a_fold_is_trained_as_the_run_is(tiny_model, tmp_path, settings):
+    """With settings that change the saved weights, the rate's decay or the targets."""
+    given = {"train": settings, "mix": {"repeat": 2}, "general": {"rows": 5}, "eval": {"arms": ["tell"]}}
+    folder = tell.tune(searching(tiny_model("llama"), tmp_path / "run", **given))
+    one = read(folder.search)["arms"]["tell"]
+    assert {tuple(entry["folds"]) for entry in one["tried"] if "mix.repeat" in entry} == {(0,), (1,), (2,)}
+    assert read(folder.metrics)["train"]["arms"]["tell"]["steps"] == 2
+
+
+def test_a_search_that_leaves_no_time_to_train_is_refused_at_once(tiny_model, tmp_path):
+    config = searching(tiny_model("llama"), tmp_path / "run", max_minutes=20.0, search={"minutes": 10})
+    with pytest.raises(TellError, match=r"10 minutes for each of tell, sft-tuned leaves no time to train"):
+        tell.tune(config)
+    assert not RunFolder(tmp_path / "run").search.exists()
+
+
+@pytest.mark.parametrize("chosen", [{"generate.closed": "nonsense"}, {"out": "/elsewhere"}, {"mix.repeat": -1}])
+def test_a_foreign_record_is_damage_not_a_setting(found, tmp_path, chosen):
+    folder = RunFolder(tmp_path / "run")
+    shutil.copytree(found[0].root, folder.root)
+    one = read(folder.search)
+    one["arms"]["tell"]["chosen"] = chosen
+    write_json(folder.search, one)
+    with pytest.raises(TellError, match=r"search\.json: is damaged"):
+        evaluate(folder.root)
 
 
 def test_without_a_search_the_searched_control_is_the_matched_one(tiny_model, tmp_path):

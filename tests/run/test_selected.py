@@ -123,7 +123,7 @@ def test_a_ranking_of_other_rows_is_not_used(config):
     folder = tell.tune(config("a", **SELECTED))
     with np.load(folder.nearest) as kept:
         order, key = kept["order"], str(kept["key"])
-    from tell.run.nearest_rows import read_ranking
+    from tell.run.known_ranking import read_ranking
 
     general = read_general(load_task(config()))
     assert read_ranking(folder.nearest, key, general).tolist() == order.tolist()
@@ -279,8 +279,8 @@ def test_a_share_beyond_one_is_refused(config, value):
 
 def test_more_rows_than_can_be_compared(config, monkeypatch):
     """Some of the general rows and of the task rows are compared, which is said; the other general rows come last."""
-    monkeypatch.setattr("tell.run.nearest_rows.MOST_BYTES", 4 * 2 * 64 * 20)  # the states of 20 rows: 2 layers of 64
-    monkeypatch.setattr("tell.run.nearest_rows.MOST_TASK_ROWS", 3)
+    monkeypatch.setattr("tell.run.known_ranking.MOST_BYTES", 4 * 2 * 64 * 20)  # the states of 20 rows: 2 layers of 64
+    monkeypatch.setattr("tell.run.known_ranking.MOST_TASK_ROWS", 3)
     folder = tell.tune(config(general={"rows": 30, "select": "similar"}))
     notices = read(folder.findings)["notices"]
     assert any("20 of 60 general rows, drawn by seed, are compared" in text for text in notices)

@@ -15,7 +15,7 @@ from tell.data.subset import take_rows
 from tell.names import ARMS
 from tell.run.claim import with_full_paths
 from tell.studies import content
-from tell.studies.cells import grid_of, make_cell
+from tell.studies.cells import TASK_ALONE, grid_of, make_cell
 from tell.studies.content import content_hash
 from tell.studies.recipe import make_recipe
 
@@ -29,30 +29,43 @@ BASE = {
 }
 # What a change may be, and the arms it has no effect on.
 UNTRAINED = {name for name, arm in ARMS.items() if arm.adapter is None}
-EXEMPLARS = {name for name, arm in ARMS.items() if arm.adapter and "exemplars" in arm.adapter}
 NO_CONTEXT = {name for name, arm in ARMS.items() if not arm.in_context}
 MATCHED = {name for name, arm in ARMS.items() if arm.adapter and ARMS[arm.adapter].mixture == "task-matched"}
 TAUGHT = {name for name, arm in ARMS.items() if ARMS[arm.adapter or name].teacher}
+ALONE = {n for n, arm in ARMS.items() if arm.adapter and ARMS[arm.adapter].mixture in TASK_ALONE}
+SEARCHED = {name for name, arm in ARMS.items() if arm.searched}
+UNSEARCHED = {n for n, arm in ARMS.items() if not {arm.adapter, ARMS[arm.adapter or n].teacher} & SEARCHED}
+
+
+def own(key: str) -> set[str]:
+    """Arms that set the key themselves."""
+    return {name for name, arm in ARMS.items() if arm.adapter and key in ARMS[arm.adapter].settings}
+
+
 FREE = {name for name, arm in ARMS.items() if not arm.decides} - TAUGHT  # a teacher's answers are decided
 CHANGES: dict[str, tuple[str, set[str]]] = {
     "task rows": ("task.rows=30", {"base", "base+anchor", "general"}),
     "task tokens": ("task.tokens=500", {"base", "base+anchor", "general"}),
     "repetition": ("mix.repeat=8", {*UNTRAINED, "sft", "general"}),
-    "order": ("mix.order=shuffle", {*UNTRAINED, "sft", *MATCHED}),
+    "order": ("mix.order=shuffle", {*UNTRAINED, "sft", "sft-tuned", *MATCHED}),
     "general amount": ("general.tokens=1e5", {*UNTRAINED, "sft"}),
     "general rows": ("general.rows=40", {*UNTRAINED, "sft"}),
     "general source": (f"general.source={SUPPORT / 'test.jsonl'}", set()),  # rows held out come from there
     "learning rate": ("train.learning_rate=1e-4", UNTRAINED),
     "rank": ("train.lora_r=16", UNTRAINED),
-    "general target": ("train.general_target=untuned", {*UNTRAINED, "sft", *MATCHED}),
-    "averaged weights": ("train.average=0.5", UNTRAINED),
+    "general target": ("train.general_target=untuned", {*UNTRAINED, "sft", *ALONE, *own("train.general_target")}),
+    "averaged weights": ("train.average=0.5", UNTRAINED | own("train.average")),
     "adapter scale": ("train.adapter_scale=0.5", UNTRAINED),
+    "selected": ("general.select=similar", {*UNTRAINED, "sft", *own("general.select")}),
+    "recast": ("general.recast=0.25", {*UNTRAINED, "sft", *own("general.recast")}),
+    "prompts": ("train.loss_on=all", set()),  # of validation rows, too
+    "search": ("search.minutes=5", UNSEARCHED),
     "longest row": ("train.max_length=512", set()),
     "anchor": ("anchor.text=Read this mail.", {"base"}),
     "anchor's place": ("anchor.place=system", {"base"}),
     "candidates of an anchor by hand": ("anchor.candidates=9", set(ARMS)),
     "self-written data that is not asked for": ("general.self.temperature=0.5", set(ARMS)),
-    "exemplars": ("mix.exemplars=2", {*UNTRAINED, "sft", "general", *EXEMPLARS}),
+    "exemplars": ("mix.exemplars=2", {*UNTRAINED, "sft", "general", *own("mix.exemplars")}),
     "examples in context": ("eval.icl_examples=3", NO_CONTEXT),
     "nearest examples": ("eval.icl_select=nearest", NO_CONTEXT),
     "checkpoints": ("train.checkpoint_every=7", set(ARMS)),

@@ -49,7 +49,7 @@ def split(examples: Sequence[Example], *, seed: int, test_fraction: float, valid
         what = f"has {'one row' if n else 'no rows'} in all; a test row and a training row are needed"
         remedy = "Add examples (15 is a good start), or give test rows with --test."
         raise TellError(what, where=_file(examples), remedy=remedy)
-    groups = _groups(examples)
+    groups = prompt_groups(examples)
     if len(groups) < 2:
         what = f"all {n} rows have the same prompt, so none can be held out for testing"
         remedy = "Add rows with other prompts, or give test rows with --test."
@@ -93,7 +93,7 @@ def split_given_test(
     if not kept:
         what = f"every one of its {removed} rows is also in the test file" if removed else "has no rows"
         raise TellError(what, where=_file(train_examples), remedy="Use training rows that are not test rows.")
-    groups = _groups(kept)
+    groups = prompt_groups(kept)
     order = [groups[i] for i in shuffled(len(groups), seed)]
     validation, rest = _fill(order, min(round(validation_fraction * len(kept)), len(kept) - 1))
     _share(rest, validation, _labels(kept), all_of_it=True)
@@ -104,7 +104,7 @@ def _file(examples: Sequence[Example]) -> str | None:
     return (examples[0].origin.rpartition(":")[0] or None) if examples else None
 
 
-def _groups(examples: Sequence[Example]) -> list[Group]:
+def prompt_groups(examples: Sequence[Example]) -> list[Group]:
     """Indices by equal prompt, in order of first appearance."""
     groups: dict[tuple[Message, ...], Group] = {}
     for i, example in enumerate(examples):

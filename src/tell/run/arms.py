@@ -129,17 +129,22 @@ if missing := {ARMS[arm].mixture for arm in TRAINED} - MIXTURES.keys():
     raise ValueError(f"no way to make the mixtures {missing}")
 
 
+LIKE_TELL = frozenset({"mixed", "pseudo"})
+"""Mixtures of `tell` and of its variants with a further ingredient."""
 Chosen = Mapping[str, Mapping[str, object]]
 """Dotted keys with the values that a search chose (`tell.run.search`), by the arm that was searched."""
+REPEAT = "mix.repeat"
 
 
 def arm_config(config: Config, arm: str, chosen: Chosen = {}) -> Config:  # noqa: B006  # never changed
     """The run's configuration with what the trained arm behind ``arm`` sets itself, and what a search chose for it.
 
-    An amount of `AMOUNTS` that the run sets is kept.
+    TELL with a further ingredient has what was chosen for `tell`, so that the two differ by the ingredient alone. An
+    amount of `AMOUNTS` that the run sets is kept.
     """
     trained = ARMS[arm].adapter or arm
-    settings = {**ARMS[trained].settings, **chosen.get(trained, {})}
+    inherited = chosen.get("tell", {}) if ARMS[trained].mixture in LIKE_TELL else {}
+    settings = {**inherited, **ARMS[trained].settings, **chosen.get(trained, {})}
     if not settings:
         return config
     data = config.model_dump(by_alias=True)

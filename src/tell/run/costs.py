@@ -17,7 +17,7 @@ from tell.names import ARMS
 from tell.rows.prefix import common_prefix, computed_tokens
 from tell.run.answers import answer_limit
 from tell.run.forgetting import ANSWER_TOKENS, SETS
-from tell.run.nearest_rows import needs_ranking
+from tell.run.known_ranking import needs_ranking
 from tell.run.prepare import Prepared
 from tell.run.task import Task
 

@@ -109,7 +109,7 @@ class Exemplars:
 
     def _epoch(self, repetition: int) -> _Epoch:
         """The rows of one repetition, made once."""
-        key = (self.task.config.mix.exemplars, self._rules, repetition)
+        key = (self.task.config.mix.exemplars, self._rules, repetition, tuple(self.table.hashes.tolist()))
         if key not in self.made:
             self.made[key] = self._fitted(self._draw(repetition))
         return self.made[key]

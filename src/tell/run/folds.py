@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from tell.data.example import Example
+from tell.data.split import prompt_groups
 from tell.errors import TellError
 from tell.mix.amount import Draw
 from tell.run.prepare import Prepared
@@ -32,20 +33,24 @@ class Fold:
 def parts_of(task: Task, count: int) -> list[np.ndarray]:
     """Indices of the training rows in ``count`` parts of near-equal size; rows of one label are spread over them.
 
+    Rows with the same prompt are in one part, as in every other split: else they would be trained on before they are
+    asked.
+
     Raises:
-        TellError: fewer rows than parts.
+        TellError: fewer different prompts than parts.
     """
-    rows = len(task.train)
+    groups = prompt_groups(task.train)
+    rows = len(groups)
     if rows < count:
         raise TellError(
-            f"{rows} task rows cannot be divided into {count} folds",
+            f"{rows} task rows with different prompts cannot be divided into {count} folds",
             where="search.folds",
             remedy=f"Set search.folds to {rows} or less, or leave out --search." if rows > 1 else "Add task rows.",
         )
-    order = permutation(rows, task.config.seed, "folds")
+    order = permutation(rows, task.config.seed, "folds").tolist()
     if task.kind.name == "label":
-        order = np.array(sorted(order, key=lambda row: task.train[row].answer))
-    return [np.sort(order[part::count]) for part in range(count)]
+        order.sort(key=lambda i: task.train[groups[i][0]].answer)
+    return [np.sort(np.concatenate([groups[i] for i in order[part::count]])) for part in range(count)]
 
 
 def folds_of(prepared: Prepared, count: int) -> list[Fold]:

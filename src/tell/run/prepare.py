@@ -21,6 +21,7 @@ from tell.names import ARMS
 from tell.rows.row_table import RowTable
 from tell.run.answers import check_prompts
 from tell.run.arms import (
+    REPEAT,
     Chosen,
     Ingredients,
     Tables,
@@ -35,7 +36,7 @@ from tell.run.arms import (
 )
 from tell.run.exemplars import Exemplars
 from tell.run.general_rows import General, draw_general, trained_on
-from tell.run.nearest_rows import with_known_ranking
+from tell.run.known_ranking import with_known_ranking
 from tell.run.pseudo_rows import Pseudo, planned_pseudo, students, usable_prompts
 from tell.run.recast_rows import with_recast
 from tell.run.task import Task, limit_task, task_table
@@ -85,7 +86,7 @@ class Prepared:
             draw = draw_general(task.config, self.general, int(table.unit.sum()))
             draw = draw.first(round(self.share * len(draw)))
         shown = Exemplars(task, self.anchor, table, self.made) if task.config.mix.exemplars else None
-        searched, pseudo = bool(self.chosen.get(arm)), self.pseudo.get(ARMS[arm].teacher or "")
+        searched, pseudo = REPEAT in self.chosen.get(arm, {}), self.pseudo.get(ARMS[arm].teacher or "")
         return Ingredients(task.config, table, general, draw, searched, shown, pseudo)
 
     @cached_property

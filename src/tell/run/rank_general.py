@@ -25,7 +25,7 @@ from tell.readout.readout import readout_layers
 from tell.rows.row_table import RowTable
 from tell.rows.tokenize import prompt_ids
 from tell.run.general_rows import General
-from tell.run.nearest_rows import (
+from tell.run.known_ranking import (
     cached_ranking,
     candidates,
     needs_ranking,

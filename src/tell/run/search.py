@@ -15,24 +15,28 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel
+from pydantic import BaseModel, field_validator
 
-from tell.errors import Diverged, Interrupted
+from tell.config import Config
+from tell.errors import Diverged, Interrupted, TellError
 from tell.files import read_jsonl, remove_folder, write_json, write_jsonl
-from tell.folder import RunFolder
+from tell.folder import AdapterFolder, RunFolder
 from tell.metric_names import metric
 from tell.names import ARMS
+from tell.nested import nest
 from tell.number_text import show
-from tell.run.arms import Chosen
+from tell.overrides import override
+from tell.run.arms import REPEAT, Chosen
 from tell.run.folds import Fold, folds_of, pooled
 from tell.run.journal import Journal
 from tell.run.measure import run_exam
 from tell.run.prepare import Prepared
 from tell.run.readouts import Decider, fit_readout
 from tell.run.session import Session
+from tell.run.train_arms import arm_targets
 from tell.score.intervals import Z, difference
 from tell.score.scored import Metric, primary_of
 
@@ -46,7 +50,10 @@ DECODINGS: tuple[dict[str, object], ...] = (
     {"generate.closed": "readout"},
 )
 MOST_FORGOTTEN = 0.02  # nats a token above the untuned model's loss on held-out general rows
-RATE, REPEAT, GENERAL = "train.learning_rate", "mix.repeat", "general.rows"
+RATE, GENERAL = "train.learning_rate", "general.rows"
+
+
+CHOOSABLE = (RATE, REPEAT, GENERAL, "generate.closed", "generate.readout_weight")
 
 
 class SearchedArm(BaseModel):
@@ -58,11 +65,21 @@ class SearchedArm(BaseModel):
         why: one sentence.
     """
 
-    chosen: dict[str, float | int | str]
+    chosen: dict[Literal[CHOOSABLE], float | int | str]  # type: ignore[valid-type]  # pydantic reads the values
     metric: str
     tried: list[dict[str, Any]]
     why: str
     seconds: float
+
+    @field_validator("chosen")
+    @classmethod
+    def _valid(cls, chosen: dict[str, Any]) -> dict[str, Any]:
+        """The folder may be somebody else's: values that a configuration does not take are damage."""
+        data: dict[str, Any] = {}
+        for key, value in chosen.items():
+            data = override(data, nest(key, value))
+        Config.model_validate(data)
+        return chosen
 
 
 class SearchRecord(BaseModel):
@@ -85,10 +102,17 @@ def searched(prepared: Prepared, session: Session, journal: Journal) -> Prepared
         TellError: fewer task rows than folds.
         Interrupted: a signal was received; what was answered so far is kept.
     """
-    minutes = prepared.task.config.search.minutes
+    config = prepared.task.config
+    minutes = config.search.minutes
     arms = [arm for arm in prepared.trained if ARMS[arm].searched]
     if minutes is None or not arms:
         return prepared
+    if config.max_minutes is not None and minutes * len(arms) >= config.max_minutes:
+        raise TellError(
+            f"a search of {minutes:g} minutes for each of {', '.join(arms)} leaves no time to train",
+            where=f"--max-minutes {config.max_minutes:g}",
+            remedy="Search for fewer minutes, or allow the run more.",
+        )
     folder = journal.folder
     record = folder.read_as(folder.search, SearchRecord) if folder.search.exists() else SearchRecord()
     folds = folds_of(prepared, prepared.task.config.search.folds)
@@ -126,7 +150,10 @@ class _Search:
     limit: float
     begin: float = field(default_factory=time.monotonic)
     tried: list[dict[str, Any]] = field(default_factory=list)
-    pace: list[tuple[int, float]] = field(default_factory=list)  # rows trained and seconds, answers included
+    pace: list[tuple[int, float]] = field(default_factory=list)  # rows trained, and seconds with their answers
+    answering: float = 0.0  # seconds of the last answers to the rows of a fold
+    found: dict[str, Metric] = field(default_factory=dict)  # of the runs on folds, by name
+    primary: str = ""  # the metric, once a row is answered
     deciders: dict[int, Decider | None] = field(default_factory=dict)
     losses: dict[str, float] = field(default_factory=dict)  # on held-out general rows; of the untuned model under ""
 
@@ -151,10 +178,6 @@ class _Search:
         mixture = self.prepared.mixtures[self.arm][1]
         return Candidate(float(self.prepared.task_of(self.arm).training(mixture).learning_rate or 0), mixture.repeat)
 
-    @property
-    def primary(self) -> str:
-        return str(getattr(self, "_primary", ""))
-
     def _candidates(self) -> list[Candidate]:
         """The usual settings first. Keys that the user set, and general rows where there are none, stay."""
         config, usual = self.prepared.task.config, self.usual
@@ -172,17 +195,18 @@ class _Search:
         fold, usual = self.folds[0], self.usual
         fixed = self.prepared.task.config.mix.repeat is not None
         rungs = [usual.repeat] if fixed else sorted({max(1, round(usual.repeat * rung)) for rung in RUNGS})
-        alive, seen = self._candidates(), {}
+        alive, seen, late = self._candidates(), {}, False
         for rung, repeat in enumerate(rungs):
-            scores = {}
+            scores: dict[Candidate, float] = {}
             for candidate in alive:
-                at, before = replace(candidate, repeat=repeat), rungs[rung - 1] if rung else 0
-                if not self._time_for(len(fold.run.table) * (repeat - before)):
+                more = len(fold.run.table) * (repeat - (rungs[rung - 1] if rung else 0))
+                if late := late or not self._time_for(more):
                     break
-                found = self._on_rung(fold, at, rungs[-1])
+                at = replace(candidate, repeat=repeat)
+                found = self._on_rung(fold, at, rungs[-1], more)
                 if found is not None:
                     scores[candidate] = seen[at] = found
-            if len(scores) < len(alive) and rung == 0 and len(scores) < 2 and len(alive) > 1:
+            if late and rung == 0:  # what was not tried may be better than what was
                 return None
             ranked = sorted(scores, key=lambda candidate: -scores[candidate])  # stable: the usual settings lead ties
             alive = ranked[: -(-len(ranked) // 2)]
@@ -194,17 +218,20 @@ class _Search:
         best = [candidate for candidate, value in seen.items() if value == top]
         return min(best, key=lambda one: (one.rate != usual.rate, abs(one.repeat - usual.repeat)))
 
-    def _on_rung(self, fold: Fold, candidate: Candidate, most: int) -> float | None:
-        """The candidate's value after its repetitions in a training of ``most``; None where it diverged or forgot."""
+    def _on_rung(self, fold: Fold, candidate: Candidate, most: int, more: int) -> float | None:
+        """The candidate's value after its repetitions in a training of ``most``; None where it diverged or forgot.
+
+        Args:
+            more: rows to train on since the rung before.
+        """
         path = self._folder / f"{candidate.named(fold, decayed=False)}.jsonl"
         run = self._run(fold, candidate, most=most)
         place = self._folder / replace(candidate, repeat=most).named(fold, decayed=False)
-        if not (place / f"at-{candidate.repeat}").exists():
-            begin = time.monotonic()
-            if not self._train(run, place, share=candidate.repeat / most):
-                return None
-            self.pace.append((len(fold.run.table) * candidate.repeat, time.monotonic() - begin))
-        found, loss = self._answered(fold, run, place / f"at-{candidate.repeat}", path)
+        mark, begin = place / f"at-{candidate.repeat}", time.monotonic()
+        if not mark.exists() and not self._train(run, place, mark, share=candidate.repeat / most):
+            return None
+        found, loss = self._answered(fold, run, mark, path)
+        self.pace.append((more, time.monotonic() - begin))
         value = self._value(found)
         self._note(candidate, [fold], value, loss)
         return value if loss is None or loss <= self.losses[""] + MOST_FORGOTTEN else None
@@ -237,12 +264,15 @@ class _Search:
         """The candidate's metric on a fold, trained as a run would be; None where it diverged."""
         name = candidate.named(fold, decayed=True)
         run, place = self._run(fold, candidate), self._folder / name
+        if name in self.found:
+            return self.found[name]
         begin = time.monotonic()
-        if not (place / "at-1").exists() and not self._train(run, place):
+        if not AdapterFolder(place).weights.exists() and not self._train(run, place):
             return None
-        found, loss = self._answered(fold, run, place / "at-1", self._folder / f"{name}.jsonl")
+        found, loss = self._answered(fold, run, place, self._folder / f"{name}.jsonl")
         self.pace.append((len(fold.run.table) * candidate.repeat, time.monotonic() - begin))
         self._note(candidate, [fold], self._value(found), loss)
+        self.found[name] = found
         return found
 
     def _decoding(self, settings: Candidate) -> tuple[dict[str, object], str]:
@@ -251,18 +281,20 @@ class _Search:
         if not ARMS[self.arm].decides or not task.closed or task.config.generate.closed != "fused":
             return {}, ""
         name = settings.named
-        folds = [f for f in self.folds[1:] if (self._folder / name(f, decayed=True) / "at-1").exists()]
+        folds = [fold for fold in self.folds[1:] if name(fold, decayed=True) in self.found]
         if not folds:
             return {}, ""
-        usual = [self._as_run(fold, settings) for fold in folds]
+        usual = [self.found[name(fold, decayed=True)] for fold in folds]
         best: tuple[float, dict[str, object], str] = (0.0, {}, "")
         for number, keys in enumerate(DECODINGS):
             found = []
+            if time.monotonic() - self.begin + self.answering * len(folds) > self.limit:
+                break
             for fold in folds:
                 run = self._run(fold, settings, more=keys)
                 path = self._folder / f"{name(fold, decayed=True)}-decoding{number}.jsonl"
-                found.append(self._answered(fold, run, self._folder / name(fold, decayed=True) / "at-1", path)[0])
-            gain, error = self._gain(found, [one for one in usual if one is not None])
+                found.append(self._answered(fold, run, self._folder / name(fold, decayed=True), path)[0])
+            gain, error = self._gain(found, usual)
             self.tried.append({**keys, "folds": [f.number for f in folds], "value": self._value(pooled(found))})
             if gain > max(error, best[0]):
                 shown = show(gain, metric(self.primary).gap_unit, sign=True)
@@ -296,8 +328,11 @@ class _Search:
             keys[GENERAL] = max(1, round(candidate.general * len(draw)))
         return keys
 
-    def _train(self, run: Prepared, place: Path, share: float = 1.0) -> bool:
-        """Train to a share of the steps, from where an earlier rung stopped; a copy of the adapter is kept there.
+    def _train(self, run: Prepared, place: Path, mark: Path | None = None, share: float = 1.0) -> bool:
+        """Train to a share of the steps, from where an earlier rung stopped.
+
+        Args:
+            mark: receives a copy of the adapter at that step; None: the whole training, whose adapter is in ``place``.
 
         Returns:
             False: it diverged.
@@ -311,7 +346,6 @@ class _Search:
         task = run.task_of(self.arm)
         steps = mixture.steps(task.config.train.batch_size)
         end = max(1, round(share * steps))
-        name = "at-1" if task.config.train.schedule != "constant" else f"at-{round(share * mixture.repeat)}"
         done = 0
 
         def progress(report: Any) -> None:
@@ -320,17 +354,19 @@ class _Search:
             advance(1, f"loss {report.loss:.3f}")
 
         def stopped() -> bool:
-            return self.journal.stop() or done >= end
+            return self.journal.stop() or (mark is not None and done >= end)
 
-        job = TrainingJob(tables, mixture, task.training(mixture), task.config.seed, place, place / "log.jsonl")
-        hooks = TrainingHooks(stopped=stopped, progress=progress, marks={end: place / name})
+        targets = arm_targets(task, mixture, self.session, self._folder / "targets.safetensors")
+        settings, seed = task.training(mixture), task.config.seed
+        job = TrainingJob(tables, mixture, settings, seed, place, place / "log.jsonl", targets)
+        hooks = TrainingHooks(stopped=stopped, progress=progress, marks={end: mark} if mark else {})
         with self.session.display.bar(f"search {self.arm}: {place.name}", end, "steps") as advance:
             try:
                 Trainer(self.session.model, job, device=self.session.loaded.device, hooks=hooks).run(resume=True)
             except Diverged:
                 return False
             except Interrupted as error:
-                if done < end:
+                if mark is None or done < end:
                     raise self.journal.stop.interrupted(f"search {self.arm}: {error.what}") from error
         return True
 
@@ -342,13 +378,14 @@ class _Search:
             self.deciders[fold.number] = Decider.of(readout, self.session) if readout is not None else None
         exam = run_exam(run, self.session, self.deciders[fold.number])
         self._general_loss("")
-        kept, loss = (read_jsonl(path) if path.exists() else None), None
+        kept, loss, begin = (read_jsonl(path) if path.exists() else None), None, time.monotonic()
         with self.session.adapter(adapter):
             answers = exam.take(self.arm, self.session, kept)
             loss = self._general_loss(str(adapter))
+        self.answering = time.monotonic() - begin
         write_jsonl(path, answers.rows)
-        self._primary = primary_of(exam.scorer, [answers.metrics])
-        return answers.metrics[self._primary], loss
+        self.primary = primary_of(exam.scorer, [answers.metrics])
+        return answers.metrics[self.primary], loss
 
     def _general_loss(self, weights: str) -> float | None:
         """Mean loss on held-out general rows with the applied weights, measured once; None without general rows."""
@@ -371,7 +408,7 @@ class _Search:
 
     def _value(self, found: Metric) -> float:
         """Higher is better."""
-        return found.value if metric(self._primary).higher_is_better else -found.value
+        return found.value if metric(self.primary).higher_is_better else -found.value
 
     def _note(self, candidate: Candidate, folds: Sequence[Fold], value: float, loss: float | None) -> None:
         entry: dict[str, Any] = {RATE: candidate.rate, REPEAT: candidate.repeat, "general": candidate.general}

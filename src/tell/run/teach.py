@@ -137,7 +137,8 @@ def _answers(prepared: Prepared, planned: Pseudo, teacher: str, session: Session
 
 
 def _row(example: Example) -> dict:
-    turns = [{key: value for key, value in asdict(turn).items() if value != ""} for turn in example.prompt]
+    always = ("role", "content")  # a turn of tool calls alone has no content
+    turns = [{k: value for k, value in asdict(turn).items() if value != "" or k in always} for turn in example.prompt]
     return {"origin": example.origin, "prompt": turns, "answer": None, "weight": None, "by": None, "why": None}
 
 

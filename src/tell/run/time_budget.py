@@ -16,8 +16,9 @@ import numpy as np
 from tell.errors import TellError
 from tell.mix.amount import Draw
 from tell.names import ARMS
+from tell.presets import repeat_for
 from tell.rows.row_table import RowTable
-from tell.run.arms import lead_arm, trained_arms
+from tell.run.arms import REPEAT, lead_arm, trained_arms
 from tell.run.general_rows import General
 from tell.run.plan import describe_plan
 from tell.run.prepare import Prepared
@@ -26,7 +27,6 @@ from tell.seeds import below
 OPTIONAL_ARMS = sorted((arm for arm in ARMS if ARMS[arm].optional is not None), key=lambda arm: ARMS[arm].optional or 0)
 LEAST_TEST_ROWS = 60  # the interval of a share of one half is then 25 points wide
 LEAST_REPEAT = 4  # but at least a quarter of the requested repetitions
-REPEAT = "mix.repeat"
 HALVINGS = 7  # tolerance of the search, as a share of the way from the smallest to the requested extent
 
 
@@ -51,7 +51,7 @@ class Extent:
         """The extent that the configuration requests."""
         task = prepared.task
         arms = tuple(dict.fromkeys(task.config.eval.arms))
-        return cls(arms, len(task.test), prepared.ingredients_of("tell").repeat, prepared.draw)
+        return cls(arms, len(task.test), _usual_repeat(prepared), prepared.draw)
 
     def apply(self, prepared: Prepared) -> Prepared:
         """The run cut to this extent.
@@ -65,9 +65,11 @@ class Extent:
         keys = [below(1 << 60, config.seed, "test rows", example.hash) for example in task.test]
         kept = sorted(range(len(keys)), key=keys.__getitem__)[: self.test_rows]
         task = replace(task, config=config, test=[task.test[i] for i in sorted(kept)])
+        left = min(1.0, self.repeat / _usual_repeat(prepared))  # what a search chose shrinks as the usual number does
         chosen = {arm: dict(keys) for arm, keys in prepared.chosen.items()}
-        if REPEAT in chosen.get("tell", {}):  # a search's repetitions, as far as there is time for them
-            chosen["tell"][REPEAT] = min(int(str(chosen["tell"][REPEAT])), self.repeat)
+        for found in chosen.values():
+            if REPEAT in found:
+                found[REPEAT] = max(1, round(left * int(str(found[REPEAT]))))
         whole = prepared.draw
         share = 1.0 if self.draw is None or not whole else len(self.draw) / len(whole)
         return replace(prepared, task=task, draw=self.draw, chosen=chosen, share=prepared.share * share)
@@ -76,6 +78,11 @@ class Extent:
         """``fit`` of plan.json."""
         rows = 0 if self.draw is None else len(self.draw)
         return {"arms": list(self.arms), "test_rows": self.test_rows, "repeat": self.repeat, "general_rows": rows}
+
+
+def _usual_repeat(prepared: Prepared) -> int:
+    """Times each task row occurs without a search."""
+    return prepared.task.config.mix.repeat or repeat_for(len(prepared.table))
 
 
 def read_extent(data: Mapping[str, Any], draw: Draw | None) -> Extent:

@@ -22,6 +22,7 @@ from tell.run.processes import load_spread, start_job
 from tell.run.record import write_adapter_notes
 from tell.run.session import Session
 from tell.run.speed import keep_speed
+from tell.run.task import Task
 
 if TYPE_CHECKING:
     import torch
@@ -118,7 +119,7 @@ def _train(
     tables, mixture = prepared.mixtures[arm]
     task = prepared.task_of(arm)
     place = journal.folder.adapter_of(arm)
-    targets = _targets(mixture, session, place.targets) if task.config.train.general_target == "untuned" else None
+    targets = arm_targets(task, mixture, session, place.targets)
     log = journal.folder.losses(arm)
     job = TrainingJob(tables, mixture, task.training(mixture), task.config.seed, place.root, log, targets)
     base, device = _trainee(session, processes)
@@ -129,11 +130,14 @@ def _train(
         return Trainer(base.model, job, device=device, hooks=hooks, processes=processes).run(resume=True)
 
 
-def _targets(mixture: Mixture, session: Session, path: Path) -> SoftTargets | None:
-    """The untuned model's distributions over the general rows of a mixture; None where it has no such row."""
+def arm_targets(task: Task, mixture: Mixture, session: Session, path: Path) -> SoftTargets | None:
+    """The untuned model's distributions over the general rows of a mixture, kept in a file.
+
+    None where the mixture has no such row, or is trained on their text.
+    """
     from tell.train.soft_targets import TOP_K, cached_targets, untuned_targets
 
-    if GENERAL not in mixture.sources:
+    if GENERAL not in mixture.sources or task.config.train.general_target != "untuned":
         return None
     table = mixture.tables[GENERAL]
     rows = np.unique(mixture.row[mixture.source == mixture.sources.index(GENERAL)])

@@ -30,7 +30,7 @@ from tell.errors import TellError
 from tell.names import ARMS
 from tell.nested import dig, fill, nest
 from tell.overrides import override
-from tell.run.arms import arm_config
+from tell.run.arms import AMOUNTS, LIKE_TELL, arm_config
 from tell.run.claim import FREE as FREE_OF_RUNS
 from tell.run.claim import KEYWORDS, PATHS, with_full_paths
 from tell.run.task import anchor_of
@@ -41,7 +41,10 @@ from tell.studies.recipe import Recipe, points
 from tell.studies.separation_cells import SEPARATE, SEPARATION_FORMAT, contrasts
 
 CELL_FORMAT = 1  # increment when a change to defaults or code changes numbers under the same keys
+RATES = 2  # the same, where `learning_rate_for` changes for mixtures with general rows: only names of such cells change
 FREE = (*FREE_OF_RUNS, "train.checkpoint_every")  # without effect on numbers
+TASK_ALONE = ("task-matched", "task-repeated", "pseudo-matched")
+"""Mixtures of the task's rows alone, in an amount that depends on the general rows of TELL's."""
 RIDERS = {arm.name: arm.adapter for arm in ARMS.values() if arm.adapter and arm.adapter != arm.name}
 """Arms scored in the cell of the arm whose adapter they use."""
 # Training settings that also affect which rows are measured, and in what batches.
@@ -117,6 +120,12 @@ def _every(recipe: Recipe, variables: Mapping[str, str], where: str) -> Iterator
                 if ARMS[lead].mixture == "general" and is_empty(config.general):
                     continue
                 riders = [a for a in arms if RIDERS.get(a) == lead]
+                if config.search.minutes and str(ARMS[lead].mixture).endswith("-matched"):
+                    raise TellError(
+                        f"{lead} has as many steps as TELL, whose repetitions are searched in another cell",
+                        where=where,
+                        remedy="Use sft-tuned, which is searched itself, or search cells of tell alone.",
+                    )
                 cell = make_cell(config, lead, riders)
                 yield Row(point, arm, seed, cell.name), cell
             if recipe.separate is not None:
@@ -139,7 +148,12 @@ def make_cell(config: Config, arm: str, riders: Sequence[str] = ()) -> Cell:
     config.eval.arms = cast(tuple[ArmName, ...], (arm, *riders))
     if not any(ARMS[name].in_context for name in config.eval.arms):
         config.eval.icl_examples, config.eval.icl_select = EvalConfig().icl_examples, EvalConfig().icl_select
-    return Cell(_name(arm, {"arms": config.eval.arms, "config": identity(config)}), arm, config)
+    parts: dict[str, Any] = {"arms": config.eval.arms, "config": identity(config)}
+    mixture = ARMS[ARMS[arm].adapter or arm].mixture
+    mixed = mixture in (*LIKE_TELL, "general") and not is_empty(config.general)
+    if mixed and config.train.learning_rate is None:
+        parts["rates"] = RATES
+    return Cell(_name(arm, parts), arm, config)
 
 
 def separation_cell(config: Config, options: Mapping[str, Any]) -> Cell:
@@ -233,19 +247,21 @@ def neutral(config: Config, arm: str, *, decides: bool) -> Config:
         out.general = GeneralConfig(**kept, tokens=0)
     elif config.general.source not in ("auto", "self"):
         out.general.self_ = GeneralConfig().self_
-    if alone or trained_on == "task-matched" or is_empty(config.general):
+    if alone or trained_on in TASK_ALONE or is_empty(config.general):
         out.train.general_target = TrainConfig().general_target
     if trained_on is None:
         out.preset = Config().preset
         out.train = TrainConfig(**{key: getattr(config.train, key) for key in ROWS_TRAIN})
     if alone:
         out.mix, out.max_minutes = MixConfig(), None
-    elif trained_on == "task-matched":
+    elif trained_on in ("task-matched", "task-repeated"):
         out.mix.order = MixConfig().order
     elif trained_on == "general":
         out.mix.repeat, out.mix.exemplars = None, MixConfig().exemplars
-    if own.adapter and "mix.exemplars" in ARMS[own.adapter].settings:  # the arm's own instead
-        out.mix.exemplars = MixConfig().exemplars
+    for key in ARMS[own.adapter].settings if own.adapter else ():  # the arm's own are taken instead
+        section, _, name = key.partition(".")
+        if key not in AMOUNTS and not (section == "train" and name in ROWS_TRAIN):
+            setattr(getattr(out, section), name, getattr(getattr(Config(), section), name))
     taught = own.adapter is not None and ARMS[own.adapter].teacher is not None  # by answers with closed fields decided
     if taught and own.adapter:
         out.mix.pseudo = arm_config(config, own.adapter).mix.pseudo
@@ -253,7 +269,7 @@ def neutral(config: Config, arm: str, *, decides: bool) -> Config:
         out.mix.pseudo, out.task.unlabelled = MixConfig().pseudo, None
     if not (decides or taught) or config.generate.closed == "off":
         out.generate.closed, out.generate.readout_weight = "off", GenerateConfig().readout_weight
-    if not (own.adapter and ARMS[own.adapter].searched):
+    if not (own.adapter and any(ARMS[one].searched for one in (own.adapter, ARMS[own.adapter].teacher) if one)):
         out.search = SearchConfig()
     if not config.eval.benchmarks:
         out.eval.benchmark_data = None
