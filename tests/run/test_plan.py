@@ -12,7 +12,7 @@ import pytest
 import tell
 from run.runs import ALL_ARMS, PROBE, config_of, read
 from tell.data.general import general_source
-from tell.names import TRAINED
+from tell.names import ARMS
 from tell.run.costs import arm_costs
 from tell.run.general_rows import load_general, read_general
 from tell.run.prepare import prepare
@@ -25,7 +25,7 @@ def test_plan_is_what_the_run_does(finished):
     metrics = read(folder.metrics)
     assert planned["mixture"] == done["mixture"] == metrics["mixture"]
     assert planned["task"] == done["task"] and planned["train"] == done["train"]
-    assert set(planned["arms"]) == set(metrics["train"]["arms"]) == set(TRAINED)
+    assert set(planned["arms"]) == set(metrics["train"]["arms"]) == {arm for arm in ALL_ARMS if ARMS[arm].mixture}
     for arm, cost in planned["arms"].items():
         trained = metrics["train"]["arms"][arm]
         for key in ("steps", "tokens", "trained_tokens", "flops"):
