@@ -255,7 +255,7 @@ def test_the_flag_and_bad_values(tiny_model, tmp_path, capsys):
     data = str(Path(__file__).parents[2] / "examples/support/train.jsonl")
     common = ["plan", data, "--model", str(tiny_model("llama")), "--general", "none", "--json"]
     assert command([*common, "--search", "5"]) == 0
-    json.loads(capsys.readouterr().out)
+    assert json.loads(capsys.readouterr().out)["predicted"]["searching_seconds"] == 300  # tell alone is searched
     for typed in (["--search", "0"], ["--search", "soon"], ["--set", "search.folds=1"]):
         assert command([*common, *typed]) == 2
         assert len(capsys.readouterr().err.strip().splitlines()) == 1

@@ -9,6 +9,7 @@ from tell.data.general import general_source
 from tell.mix.amount import check_size
 from tell.models.flops import lora_parameters
 from tell.models.predict import predict_memory
+from tell.names import ARMS
 from tell.rows.row_table import RowTable
 from tell.run.arms import trained_arms
 from tell.run.costs import (
@@ -156,12 +157,15 @@ def _predicted(prepared: Prepared, main: dict, costs: dict[str, dict]) -> dict:
     measuring = measuring_seconds(task, list(costs), pace)
     answering += pseudo_seconds(prepared, pace)
     others = OTHER_SECONDS * (len(prepared.arms) + 1)
+    limit = 0.0 if prepared.chosen else 60 * (task.config.search.minutes or 0)
+    searching = limit * sum(ARMS[arm].searched for arm in prepared.trained)  # at most
     return {
-        "seconds": writing + training + answering + measuring + others,
+        "seconds": writing + searching + training + answering + measuring + others,
         "writing_seconds": writing,
         "training_seconds": training,
         "answering_seconds": answering,
         "measuring_seconds": measuring,
+        **({"searching_seconds": searching} if searching else {}),
         "basis": main["basis"],
         "memory_gb": round(memory.total / 1e9, 2),
     }
