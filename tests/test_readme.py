@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 INSTALL = 'pip install -c constraints.txt ".[all]"'
-TEST = 'pip install -c constraints.txt ".[test]" && pytest'
+TEST = 'pip install -c constraints.txt ".[test]" && pytest -n logical --dist loadfile'
 VERBS = sorted(set(re.findall(r"`tell ([a-z]+)", README)))
 
 
