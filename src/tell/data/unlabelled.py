@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from tell.data.cell_text import RowFault, unpacked
 from tell.data.columns import SHOWN, Record, detect_layout
 from tell.data.example import Example, Message
+from tell.data.json_text import read_json
 from tell.data.layouts import CONVERSATIONS, LAYOUTS, Layout, layout_name
 from tell.data.sources import read_source
 from tell.data.turns import ROLES, to_messages
@@ -130,4 +131,4 @@ def _asked(record: Record, column: str) -> tuple[Record, bool]:
     answered = isinstance(name, str) and ROLES.get(name.lower()) == "assistant"
     keys = ("from", "value") if "from" in last else ("role", "content")
     asked = [*(turns[:-1] if answered else turns), dict(zip(keys, ("assistant", "-"), strict=True))]
-    return {**record, column: json.loads(json.dumps(asked, default=str))}, answered
+    return {**record, column: read_json(json.dumps(asked, default=str))}, answered
