@@ -368,3 +368,27 @@ def test_without_parts_and_readout_there_is_no_such_section(tmp_path: Path) -> N
 def test_a_readout_that_is_none(tmp_path: Path, readout: object) -> None:
     page = with_parts(tmp_path, readout)
     assert (page.wrong, page.open) == ([], []) and "parts" in sections_of(page)
+
+
+def test_settings_that_were_searched(tmp_path: Path) -> None:
+    """Each trial with its value, folds counted from one, no column that says nothing; nothing in it runs."""
+    folder = make_sample(tmp_path / "run", rows=12)
+    trial = {"train.learning_rate": 2e-3, "mix.repeat": 24, "general": 1.0, "folds": [0], "value": 0.625}
+    decoding = {"generate.closed": "likelihood", "folds": [1, 2], "value": 0.5}
+    one = {"metric": "field_accuracy", "tried": [trial, decoding], "why": "<script>why</script>", "chosen": {}}
+    write_json(folder.search, {"arms": {"tell": one, "sft-tuned": {**one, "tried": []}}})
+    page = Page(render(folder))
+    assert (page.wrong, page.open) == ([], []) and "search" in sections_of(page) and not page.all("script")
+    text = "".join(page.text.split())  # cells follow one another
+    assert "LearningrateRepetitionsFoldsheldoutClosedfieldsFieldaccuracy" in text
+    assert "0.002241–62.5%" in text and "––2,3likelihood50.0%" in text
+
+
+@pytest.mark.parametrize(
+    "arms", [3, [3], {"tell": 3}, {"tell": {"tried": [3, {"folds": "x", "value": "<b>"}], "metric": []}}]
+)
+def test_a_search_that_is_none(tmp_path: Path, arms: object) -> None:
+    folder = make_sample(tmp_path / "run", rows=12)
+    write_json(folder.search, {"arms": arms})
+    page = Page(render(folder))
+    assert (page.wrong, page.open) == ([], []) and not page.all("b")

@@ -189,7 +189,11 @@ def search(run: Run) -> list[dict[str, object]]:
     found = []
     for arm, one in mapping(run.search, "arms").items():
         tried = [entry for entry in rows_of(one, "tried") if isinstance(entry, dict)]
-        columns = [key for key in dict.fromkeys(key for entry in tried for key in entry) if key != "value"]
+        for entry in tried:
+            if all(is_number(fold) for fold in rows_of(entry, "folds")):
+                entry["folds"] = [fold + 1 for fold in rows_of(entry, "folds")]  # people count from one
+        keys = dict.fromkeys(key for entry in tried for key in entry if key != "value")
+        columns = [key for key in keys if any(entry.get(key) not in (None, USUAL.get(key)) for entry in tried)]
         unit = metric(str(get(one, "metric"))).unit
         rows = [([_value(entry.get(key)) for key in columns], show(entry.get("value"), unit)) for entry in tried]
         labels = [SEARCHED.get(key, key) for key in columns]
@@ -198,6 +202,7 @@ def search(run: Run) -> list[dict[str, object]]:
     return found
 
 
+USUAL = {"general": 1.0}  # a column of it alone says nothing
 SEARCHED = {
     "train.learning_rate": "Learning rate",
     "mix.repeat": "Repetitions",
