@@ -213,9 +213,12 @@ def test_a_fold_is_trained_as_the_run_is(tiny_model, tmp_path, settings):
 
 def test_a_search_that_leaves_no_time_to_train_is_refused_at_once(tiny_model, tmp_path):
     config = searching(tiny_model("llama"), tmp_path / "run", max_minutes=20.0, search={"minutes": 10})
-    with pytest.raises(TellError, match=r"10 minutes for each of tell, sft-tuned leaves no time to train"):
+    with pytest.raises(TellError, match=r"10 minutes for each of sft-tuned, tell leaves no time to train"):
         tell.tune(config)
-    assert not RunFolder(tmp_path / "run").search.exists()
+    few = searching(tiny_model("llama"), tmp_path / "run", task={"rows": 2})
+    with pytest.raises(TellError, match=r"2 task rows with different prompts cannot be divided into 3 folds"):
+        tell.tune(few)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("chosen", [{"generate.closed": "nonsense"}, {"out": "/elsewhere"}, {"mix.repeat": -1}])

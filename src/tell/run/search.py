@@ -29,13 +29,14 @@ from tell.names import ARMS
 from tell.nested import nest
 from tell.number_text import show
 from tell.overrides import override
-from tell.run.arms import REPEAT, Chosen
-from tell.run.folds import Fold, folds_of, pooled
+from tell.run.arms import REPEAT, Chosen, trained_arms
+from tell.run.folds import Fold, folds_of, parts_of, pooled
 from tell.run.journal import Journal
 from tell.run.measure import run_exam
 from tell.run.prepare import Prepared
 from tell.run.readouts import Decider, fit_readout
 from tell.run.session import Session
+from tell.run.task import Task
 from tell.run.train_arms import arm_targets
 from tell.score.intervals import Z, difference
 from tell.score.scored import Metric, primary_of
@@ -95,24 +96,35 @@ def chosen_settings(folder: RunFolder) -> Chosen:
     return {arm: found.chosen for arm, found in folder.read_as(folder.search, SearchRecord).arms.items()}
 
 
-def searched(prepared: Prepared, session: Session, journal: Journal) -> Prepared:
-    """The run with the settings that a search chooses for its arms; a resumed run keeps those found before.
+def check_search(task: Task) -> None:
+    """Refuse a search that cannot be made, before anything is written.
 
     Raises:
-        TellError: fewer task rows than folds.
-        Interrupted: a signal was received; what was answered so far is kept.
+        TellError: fewer task rows than folds, or no time left to train.
     """
-    config = prepared.task.config
-    minutes = config.search.minutes
-    arms = [arm for arm in prepared.trained if ARMS[arm].searched]
+    config = task.config
+    minutes, arms = config.search.minutes, [arm for arm in trained_arms(config.eval.arms) if ARMS[arm].searched]
     if minutes is None or not arms:
-        return prepared
+        return
+    parts_of(task, config.search.folds)
     if config.max_minutes is not None and minutes * len(arms) >= config.max_minutes:
         raise TellError(
             f"a search of {minutes:g} minutes for each of {', '.join(arms)} leaves no time to train",
             where=f"--max-minutes {config.max_minutes:g}",
             remedy="Search for fewer minutes, or allow the run more.",
         )
+
+
+def searched(prepared: Prepared, session: Session, journal: Journal) -> Prepared:
+    """The run with the settings that a search chooses for its arms; a resumed run keeps those found before.
+
+    Raises:
+        Interrupted: a signal was received; what was answered so far is kept.
+    """
+    minutes = prepared.task.config.search.minutes
+    arms = [arm for arm in prepared.trained if ARMS[arm].searched]
+    if minutes is None or not arms:
+        return prepared
     folder = journal.folder
     record = folder.read_as(folder.search, SearchRecord) if folder.search.exists() else SearchRecord()
     folds = folds_of(prepared, prepared.task.config.search.folds)

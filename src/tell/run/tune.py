@@ -29,10 +29,10 @@ from tell.run.prepare import Writer, check_rows, prepare
 from tell.run.processes import decoding_beside, help_training, helpers, processes_of
 from tell.run.rank_general import ranked_by
 from tell.run.record import write_plan
-from tell.run.search import searched
+from tell.run.search import check_search, searched
 from tell.run.self_written import write_self_data
 from tell.run.session import ModelCache, Session, check_deciding
-from tell.run.task import Task, anchor_of, load_task, place_anchor, placed_anchor
+from tell.run.task import Task, anchor_of, limit_task, load_task, place_anchor, placed_anchor
 from tell.run.teach import teach
 from tell.run.train_arms import train_arms
 
@@ -118,6 +118,7 @@ def read_inputs(config: Config, display: Display | None = None, processes: str =
         task.notices.add('no TensorBoard files are written; to have them, pip install "tell-llm[tensorboard]"')
     get_ordering(config.mix.order)
     check_rows(task, placed_anchor(task))
+    check_search(limit_task(task, placed_anchor(task)))
     return task, read_general(task)
 
 
