@@ -1,6 +1,7 @@
 """Prompts in the style of the task's, written by the untuned model, where the user has none without answers.
 
-The model sees some training prompts and writes another (self-instruct, arXiv 2212.10560). Blocks, seeds and the cache
+The model goes on with a list of some training prompts (self-instruct, arXiv 2212.10560), begun as its own answer: asked
+for one more in words, a small model leaves their style. Blocks, seeds and the cache
 are those of `tell.run.self_written`: a larger number of prompts extends a smaller one.
 """
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 VERSION = 1
 SHOWN = 3  # training prompts that the model sees
 TRIES = 4  # most prompts written for one that is wanted
-TEMPERATURE, TOP_P = 1.0, 0.95
+TEMPERATURE, TOP_P = 0.7, 0.95
 ROOM, LEAST = 1.5, 0.5  # longest prompt, by the longest training prompt, and shortest by the shortest
 _LIST = re.compile(r"\A(?:\d+\s*[.):]|[-*])\s+")
 _NEXT = re.compile(r"\n\s*(?:2|3|4|5)\s*[.):]\s")
@@ -104,18 +105,19 @@ def _block(
     for i in range(BLOCK):
         order = permutation(len(asked), config.seed, "written prompts", number, i)[:SHOWN]
         requests.append(_request(session, [asked[int(j)] for j in order], room))
-    if not all(requests):
-        thrown["no room for a training prompt"] += requests.count([])
-        requests = [ids for ids in requests if ids]
+    if lost := sum(not shown for _, shown in requests):
+        thrown["no room for a training prompt"] += lost
+        requests = [request for request in requests if request[1]]
     if not requests:
         return []
     seed = config.seed * 100_003 + 2 * number + 1
     decoding = replace(decoding_of(config, limit, chat.stop_ids, TEMPERATURE, seed), top_p=TOP_P)
     copies, rows = {text.strip().casefold() for text in asked}, []
     least = max(1, int(LEAST * min(map(len, asked))))
-    for answer in engine.generate(requests, decoding, progress=shares(len(requests), moved)):
-        text = _clean(chat.decode(answer.ids))
-        if answer.finish != "stop":
+    written = engine.generate([ids for ids, _ in requests], decoding, progress=shares(len(requests), moved))
+    for answer, (_, shown) in zip(written, requests, strict=True):
+        text, following, _ = _item(chat.decode(answer.ids), shown + 2)
+        if answer.finish != "stop" and not following:
             reason: str | None = "too long"
         elif len(text) < least:
             reason = "too short" if text else "empty"
@@ -128,19 +130,21 @@ def _block(
     return rows
 
 
-def _request(session: Session, texts: Sequence[str], room: int) -> list[int]:
-    """Tokens of a request that shows as many texts as fit; none where not even one does."""
+def _request(session: Session, texts: Sequence[str], room: int) -> tuple[list[int], int]:
+    """Tokens of a list of as many texts as fit, up to the next number, and how many; 0: not even one does."""
+    chat = session.chat
+    head = chat.render([Message("user", REQUEST)], add_generation_prompt=True)
     for shown in range(len(texts), 0, -1):
-        listed = "\n\n".join(f"{i}. {text.strip()}" for i, text in enumerate(texts[:shown], 1))
-        turns = [Message("user", REQUEST.format(shown=listed))]
-        if len(ids := session.chat.encode(session.chat.render(turns, add_generation_prompt=True))) < room:
-            return ids
-    return []
+        listed = "".join(f"{i}. {text.strip()}\n\n" for i, text in enumerate(texts[:shown], 1))
+        if len(ids := chat.encode(f"{head}{listed}{shown + 1}.")) < room:
+            return ids, shown
+    return [], 0
 
 
-def _clean(text: str) -> str:
-    """A written text without the number, mark or quotes of a list, and without the list's next items."""
-    text = _NEXT.split(_LIST.sub("", text.strip()), maxsplit=1)[0].strip()
-    if len(text) > 1 and text[0] == text[-1] == '"':
-        text = text[1:-1].strip()
-    return text
+def _item(text: str, number: int) -> tuple[str, str, str]:
+    """One item of a list, the number of the next one where that was reached, and what follows."""
+    item, *more = re.split(rf"(\n\s*{number}\s*[.)])", text, maxsplit=1)
+    item = item.strip()
+    if len(item) > 1 and item[0] == item[-1] == '"':
+        item = item[1:-1].strip()
+    return item, *(more or ("", ""))
