@@ -27,13 +27,11 @@ from tell.seeds import permutation
 if TYPE_CHECKING:
     from tell.run.session import Session
 
-VERSION = 1
+VERSION = 2
 SHOWN = 3  # training prompts that the model sees
 TRIES = 4  # most prompts written for one that is wanted
 TEMPERATURE, TOP_P = 0.7, 0.95
 ROOM, LEAST = 1.5, 0.5  # longest prompt, by the longest training prompt, and shortest by the shortest
-_LIST = re.compile(r"\A(?:\d+\s*[.):]|[-*])\s+")
-_NEXT = re.compile(r"\n\s*(?:2|3|4|5)\s*[.):]\s")
 REQUEST = "Here are texts of one kind.\n\n{shown}\n\nWrite one more of this kind. Write the text alone."
 
 
