@@ -15,7 +15,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 import tell
-from run.runs import EXAMPLES, Killer, comparable, config_of, read
+from run.runs import EXAMPLES, Killer, comparable, config_of, open_session, read
 from run.test_readouts import SCHEMA, teach, write_orders
 from tell.cli.tables import plan_box
 from tell.config import Config
@@ -27,6 +27,8 @@ from tell.nested import merge
 from tell.studies.cells import make_cell
 
 ARMS = ["sft-matched", "sft-pseudo", "sft-pseudo-free", "tell", "tell-free", "tell-pseudo", "tell-pseudo-free"]
+from tell.run.written_prompts import REQUEST, _request
+
 TEACHERS = {"tell-pseudo": "tell", "sft-pseudo": "sft-matched"}
 GREEDY = {"greedy": True, "repetition_penalty": 1.0, "max_new_tokens": 24, "closed": "fused"}
 
@@ -272,3 +274,15 @@ def test_a_cell_of_a_study_trains_the_teacher(made, tmp_path):
     assert list(found["arms"]) == ["tell-pseudo", "tell-pseudo-free"]
     assert found["arms"] == {arm: whole["arms"][arm] for arm in found["arms"]}
     assert found["pseudo"]["tell-pseudo"] == whole["pseudo"]["tell-pseudo"]
+
+
+def test_the_model_goes_on_with_a_list_of_training_prompts(tiny_model):
+    session = open_session(tiny_model("llama"))
+    texts = ["Where is my parcel?", "The lamp is broken.", "Cancel my order."]
+    ids, shown = _request(session, texts, room=400)
+    asked = session.chat.decode(ids)
+    assert shown == 3 and REQUEST in asked and "{" not in REQUEST
+    assert asked.endswith("1. Where is my parcel?\n\n2. The lamp is broken.\n\n3. Cancel my order.\n\n4.")
+    fewer, shown = _request(session, texts, room=len(ids))
+    assert shown == 2 and len(fewer) < len(ids) and session.chat.decode(fewer).endswith("broken.\n\n3.")
+    assert _request(session, texts, room=3) == ([], 0)

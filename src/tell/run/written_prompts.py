@@ -1,8 +1,8 @@
 """Prompts in the style of the task's, written by the untuned model, where the user has none without answers.
 
 The model goes on with a list of some training prompts (self-instruct, arXiv 2212.10560), begun as its own answer: asked
-for one more in words, a small model leaves their style. Blocks, seeds and the cache
-are those of `tell.run.self_written`: a larger number of prompts extends a smaller one.
+for one more in words, a small model leaves their style. Blocks, seeds and the cache are those of
+`tell.run.self_written`: a larger number of prompts extends a smaller one.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SHOWN = 3  # training prompts that the model sees
 TRIES = 4  # most prompts written for one that is wanted
 TEMPERATURE, TOP_P = 0.7, 0.95
 ROOM, LEAST = 1.5, 0.5  # longest prompt, by the longest training prompt, and shortest by the shortest
-REQUEST = "Here are texts of one kind.\n\n{shown}\n\nWrite one more of this kind. Write the text alone."
+REQUEST = "Write a list of texts of one kind, each with its number."
 
 
 def write_prompts(session: Session, task: Task, wanted: int) -> tuple[list[Example], dict]:
