@@ -24,10 +24,10 @@ from tell.errors import Interrupted, TellError
 from tell.files import read_jsonl
 from tell.mix.manifest import read_manifest
 from tell.nested import merge
+from tell.run.written_prompts import REQUEST, _request
 from tell.studies.cells import make_cell
 
 ARMS = ["sft-matched", "sft-pseudo", "sft-pseudo-free", "tell", "tell-free", "tell-pseudo", "tell-pseudo-free"]
-from tell.run.written_prompts import REQUEST, _request
 
 TEACHERS = {"tell-pseudo": "tell", "sft-pseudo": "sft-matched"}
 GREEDY = {"greedy": True, "repetition_penalty": 1.0, "max_new_tokens": 24, "closed": "fused"}
