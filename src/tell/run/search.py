@@ -50,6 +50,7 @@ DECODINGS: tuple[dict[str, object], ...] = (
     {"generate.closed": "fused", "generate.readout_weight": 10.0},
     {"generate.closed": "readout"},
 )
+EXPLORED = 0.5  # share of the time for the first fold: a choice that is not confirmed on another one changes nothing
 MOST_FORGOTTEN = 0.02  # nats a token above the untuned model's loss on held-out general rows
 RATE, GENERAL = "train.learning_rate", "general.rows"
 
@@ -212,13 +213,13 @@ class _Search:
             scores: dict[Candidate, float] = {}
             for candidate in alive:
                 more = len(fold.run.table) * (repeat - (rungs[rung - 1] if rung else 0))
-                if late := late or not self._time_for(more):
+                if late := late or not self._time_for(more, EXPLORED):
                     break
                 at = replace(candidate, repeat=repeat)
                 found = self._on_rung(fold, at, rungs[-1], more)
                 if found is not None:
                     scores[candidate] = seen[at] = found
-            if late and rung == 0:  # what was not tried may be better than what was
+            if late and rung == 0 and len(scores) < 2 and len(alive) > 1:
                 return None
             ranked = sorted(scores, key=lambda candidate: -scores[candidate])  # stable: the usual settings lead ties
             alive = ranked[: -(-len(ranked) // 2)]
@@ -433,14 +434,14 @@ class _Search:
         general = "" if candidate.general == 1 else f", {candidate.general:.2g} of the general rows"
         return f"learning rate {candidate.rate:.2g}, {candidate.repeat} times{general}"
 
-    def _time_for(self, rows: int) -> bool:
-        """Whether training on so many further rows is predicted to end in time, by the pace so far."""
+    def _time_for(self, rows: int, share: float = 1.0) -> bool:
+        """Whether training on so many further rows is predicted to end within a share of the time."""
         self.journal.stop.check()
         spent = time.monotonic() - self.begin
         if not self.pace:
-            return spent < self.limit
+            return spent < share * self.limit
         seconds = sum(s for _, s in self.pace) / max(1, sum(n for n, _ in self.pace))
-        return spent + seconds * rows <= self.limit
+        return spent + seconds * rows <= share * self.limit
 
     @property
     def _folder(self) -> Path:
