@@ -30,6 +30,7 @@ GROUND = {
     "metric_names",
     "names",
     "number_text",
+    "parts",
     "seeds",
     "patience",
 }
@@ -74,6 +75,7 @@ NO_TORCH = (
     "metric_names",
     "names",
     "number_text",
+    "parts",
     "data",
     "anchor",
     "rows",

@@ -1,4 +1,4 @@
-"""TELL with n rows against its controls with n and 2n rows, from the scores of single test rows.
+"""TELL with n rows against its controls with n and 2n rows, from the scores of single test rows: scores, losses, gaps.
 
     python recipes/checks/win_table.py docs/results/win/scores.jsonl.gz
 
@@ -65,6 +65,21 @@ def read(path: Path) -> dict[Key, dict[int, np.ndarray]]:
     return found
 
 
+def show_scores(path: Path) -> None:
+    """The mean score of each arm over its seeds, and the mean losses of what it was tuned to."""
+    for (model, task, rows, arm), seeds in read(path).items():
+        values = [float(item_f1(scores) if scores.ndim == 2 else share(scores)) for scores in seeds.values()]
+        print(f"{model}, {task}, {rows} rows, {arm}: {100 * np.mean(values):.1f} ({len(values)} seeds)")
+    losses: dict[tuple[str, str, str], list[tuple[float, float]]] = defaultdict(list)
+    with gzip.open(path, "rt") as lines:
+        for one in map(json.loads, lines):
+            for name, loss in ({} if one["settings"] else one["loss"]).items():
+                losses[one["model"], one["arm"], name].append((loss, one["untuned loss"][name]))
+    for (model, arm, name), pairs in losses.items():
+        tuned, untuned = np.mean(pairs, axis=0)
+        print(f"{model}, {arm}, {name}: loss {tuned:.3f}, untuned {untuned:.3f} ({len(pairs)} cells)")
+
+
 def draws_of(a: dict[int, np.ndarray], b: dict[int, np.ndarray], rng: np.random.Generator) -> tuple[float, np.ndarray]:
     """Mean difference over the seeds that both have, and its resamples. Test rows differ between seeds."""
     gaps, resampled = [], []
@@ -83,6 +98,7 @@ def shown(gap: float, draws: np.ndarray) -> str:
 
 
 def main(path: Path) -> None:
+    show_scores(path)
     found, rng = read(path), np.random.default_rng(0)
     for model in dict.fromkeys(key[0] for key in found):
         print(f"\n{model}")

@@ -1,4 +1,4 @@
-"""Arms and parts of the method as declared values: used by the screen, pages, studies and verdict.
+"""Arms as declared values: used by the screen, pages, studies and verdict. The parts they differ by: `tell.parts`.
 
 A new arm is an entry of ``_ARMS``.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 Mixture = Literal["task", "task-matched", "task-repeated", "general", "mixed", "pseudo", "pseudo-matched"]
 Colour = Literal["blue", "orange", "green", "pink", "ochre", "grey", "violet"]
@@ -74,6 +74,21 @@ class Arm:
 _EXEMPLARS: Mapping[str, object] = {"mix.exemplars": 3}
 PSEUDO = {"mix.pseudo": 4}
 """What arms with pseudo-labelled rows are trained with where the run sets no other amount."""
+
+
+def _ingredient(
+    name: str, label: str, phrase: str, about: str, colour: Colour, marker: str, adapter: str = "", **more: Any
+) -> Arm:
+    """An arm with one ingredient more than `tell` or its control, trained where it is asked for by name.
+
+    Args:
+        adapter: of another arm; by default its own.
+        more: as for `Arm`.
+    """
+    more = {"decides": True, "standard": False, "optional": 8, **more}
+    return Arm(name, label, phrase, about, colour, marker, adapter=adapter or name, **more)
+
+
 _ARMS = (
     Arm(
         "base",
@@ -195,7 +210,7 @@ _ARMS = (
         decides=True,
         searched=True,
     ),
-    Arm(
+    _ingredient(
         "tell-distilled",
         "TELL, general rows distilled",
         "TELL with distilled general rows",
@@ -203,13 +218,9 @@ _ARMS = (
         "green",
         "o",
         mixture="mixed",
-        adapter="tell-distilled",
-        decides=True,
         settings={"train.general_target": "untuned"},
-        standard=False,
-        optional=8,
     ),
-    Arm(
+    _ingredient(
         "tell-averaged",
         "TELL, averaged weights",
         "TELL with averaged weights",
@@ -217,13 +228,9 @@ _ARMS = (
         "violet",
         "o",
         mixture="mixed",
-        adapter="tell-averaged",
-        decides=True,
         settings={"train.average": 0.25},
-        standard=False,
-        optional=8,
     ),
-    Arm(
+    _ingredient(
         "sft-averaged",
         "SFT, as many steps, averaged weights",
         "step-matched SFT with averaged weights",
@@ -231,14 +238,10 @@ _ARMS = (
         "violet",
         "d",
         mixture="task-matched",
-        adapter="sft-averaged",
-        decides=True,
         settings={"train.average": 0.25},
-        standard=False,
-        optional=8,
         dashes=(4, 2),
     ),
-    Arm(
+    _ingredient(
         "tell-prompts",
         "TELL, trained on prompts too",
         "TELL trained on prompts too",
@@ -246,13 +249,9 @@ _ARMS = (
         "ochre",
         "o",
         mixture="mixed",
-        adapter="tell-prompts",
-        decides=True,
         settings={"train.loss_on": "all"},
-        standard=False,
-        optional=8,
     ),
-    Arm(
+    _ingredient(
         "sft-prompts",
         "SFT, as many steps, trained on prompts too",
         "step-matched SFT trained on prompts too",
@@ -260,14 +259,10 @@ _ARMS = (
         "ochre",
         "d",
         mixture="task-matched",
-        adapter="sft-prompts",
-        decides=True,
         settings={"train.loss_on": "all"},
-        standard=False,
-        optional=8,
         dashes=(4, 2),
     ),
-    Arm(
+    _ingredient(
         "tell-selected",
         "TELL, nearest general rows",
         "TELL with the nearest general rows",
@@ -275,14 +270,10 @@ _ARMS = (
         "blue",
         "*",
         mixture="mixed",
-        adapter="tell-selected",
-        decides=True,
         settings={"general.select": "similar"},
-        standard=False,
-        optional=8,
         dashes=(6, 2),
     ),
-    Arm(
+    _ingredient(
         "tell-recast",
         "TELL, general rows recast",
         "TELL with recast general rows",
@@ -290,11 +281,7 @@ _ARMS = (
         "blue",
         "p",
         mixture="mixed",
-        adapter="tell-recast",
-        decides=True,
         settings={"general.recast": 0.5},
-        standard=False,
-        optional=8,
         dashes=(3, 1),
     ),
     Arm(
@@ -321,7 +308,7 @@ _ARMS = (
         optional=1,
         dashes=(4, 2),
     ),
-    Arm(
+    _ingredient(
         "tell-exemplars",
         "TELL, trained with exemplars",
         "TELL trained with exemplars",
@@ -329,13 +316,9 @@ _ARMS = (
         "blue",
         "X",
         mixture="mixed",
-        adapter="tell-exemplars",
-        decides=True,
         settings=_EXEMPLARS,
-        standard=False,
-        optional=8,
     ),
-    Arm(
+    _ingredient(
         "tell-exemplars-icl",
         "TELL, trained and tested with exemplars",
         "TELL trained and tested with exemplars",
@@ -344,12 +327,9 @@ _ARMS = (
         "v",
         adapter="tell-exemplars",
         in_context=True,
-        decides=True,
-        standard=False,
-        optional=8,
         dashes=(4, 2),
     ),
-    Arm(
+    _ingredient(
         "sft-exemplars",
         "SFT, as many steps, trained with exemplars",
         "step-matched SFT trained with exemplars",
@@ -358,13 +338,9 @@ _ARMS = (
         "pink",
         "X",
         mixture="task-matched",
-        adapter="sft-exemplars",
-        decides=True,
         settings=_EXEMPLARS,
-        standard=False,
-        optional=8,
     ),
-    Arm(
+    _ingredient(
         "sft-exemplars-icl",
         "SFT, as many steps, trained and tested with exemplars",
         "step-matched SFT trained and tested with exemplars",
@@ -373,12 +349,9 @@ _ARMS = (
         "v",
         adapter="sft-exemplars",
         in_context=True,
-        decides=True,
-        standard=False,
-        optional=8,
         dashes=(4, 2),
     ),
-    Arm(
+    _ingredient(
         "tell-pseudo",
         "TELL, with pseudo-labelled rows",
         "TELL with pseudo-labelled rows",
@@ -387,14 +360,10 @@ _ARMS = (
         "violet",
         "o",
         mixture="pseudo",
-        adapter="tell-pseudo",
-        decides=True,
         settings=PSEUDO,
         teacher="tell",
-        standard=False,
-        optional=8,
     ),
-    Arm(
+    _ingredient(
         "tell-pseudo-free",
         "TELL, with pseudo-labelled rows, without the readout",
         "TELL with pseudo-labelled rows, without the readout",
@@ -403,11 +372,10 @@ _ARMS = (
         "violet",
         "h",
         adapter="tell-pseudo",
-        standard=False,
-        optional=8,
         dashes=(1.5, 2),
+        decides=False,
     ),
-    Arm(
+    _ingredient(
         "sft-pseudo",
         "SFT, as many steps, with pseudo-labelled rows and the readout",
         "step-matched SFT with pseudo-labelled rows and the readout",
@@ -416,14 +384,10 @@ _ARMS = (
         "ochre",
         "D",
         mixture="pseudo-matched",
-        adapter="sft-pseudo",
-        decides=True,
         settings=PSEUDO,
         teacher="sft-matched",
-        standard=False,
-        optional=8,
     ),
-    Arm(
+    _ingredient(
         "sft-pseudo-free",
         "SFT, as many steps, with pseudo-labelled rows",
         "step-matched SFT with pseudo-labelled rows",
@@ -432,9 +396,8 @@ _ARMS = (
         "ochre",
         "d",
         adapter="sft-pseudo",
-        standard=False,
-        optional=8,
         dashes=(1.5, 2),
+        decides=False,
     ),
 )
 ARMS: dict[str, Arm] = {arm.name: arm for arm in _ARMS}
@@ -445,74 +408,6 @@ for _arm in _ARMS:
         raise ValueError(f"arm {_arm.name}: no arm trains the adapter {_arm.adapter}")
     if _arm.teacher is not None and (ARMS[_arm.teacher].mixture is None or ARMS[_arm.teacher].teacher is not None):
         raise ValueError(f"arm {_arm.name}: {_arm.teacher} cannot be its teacher")
-
-
-@dataclass(frozen=True)
-class Part:
-    """One part of the method, and the pairs of arms that differ by it: the first has it, the second lacks it."""
-
-    label: str
-    about: str
-    pairs: tuple[tuple[str, str], ...]
-
-
-PARTS = (
-    Part(
-        "Readout",
-        "Closed fields are decided, by the model and a classifier on the untuned model's hidden states.",
-        (("tell", "tell-free"), ("sft-readout", "sft-matched"), ("icl-readout", "icl")),
-    ),
-    Part(
-        "General rows",
-        "The task rows are mixed into general rows, instead of being repeated alone for as many steps.",
-        (("tell", "sft-readout"), ("tell-free", "sft-matched")),
-    ),
-    Part(
-        "Selected general rows",
-        "The general rows are those nearest to the task rows, instead of random ones.",
-        (("tell-selected", "tell"),),
-    ),
-    Part(
-        "Recast general rows",
-        "Half of the general rows are turned by rule into the form of the task.",
-        (("tell-recast", "tell"),),
-    ),
-    Part("Anchor", "The anchor is on the prompt.", (("tell", "tell-anchor"),)),
-    Part(
-        "Self-distillation",
-        "General rows are trained on the untuned model's distributions instead of their text.",
-        (("tell-distilled", "tell"),),
-    ),
-    Part(
-        "Weight averaging",
-        "The weights are averaged over the last quarter of the steps.",
-        (("tell-averaged", "tell"), ("sft-averaged", "sft-readout")),
-    ),
-    Part(
-        "Loss on prompts",
-        "Prompts are trained on too.",
-        (("tell-prompts", "tell"), ("sft-prompts", "sft-readout")),
-    ),
-    Part(
-        "Exemplars in training",
-        "In every other repetition of a task row its prompt shows other task rows.",
-        (("tell-exemplars", "tell"), ("sft-exemplars", "sft-readout")),
-    ),
-    Part(
-        "Exemplars at test time",
-        "An adapter trained with exemplars is shown training examples in the test prompt.",
-        (("tell-exemplars-icl", "tell-exemplars"), ("sft-exemplars-icl", "sft-exemplars")),
-    ),
-    Part(
-        "Readout into weights",
-        "Unlabelled prompts, answered with the readout, are further training rows.",
-        (("tell-pseudo-free", "tell-free"), ("sft-pseudo-free", "sft-matched"), ("tell-pseudo", "tell")),
-    ),
-)
-"""What "what each part brought" compares; each ingredient is given to the control too where it can be."""
-for _one, _other in (_pair for _part in PARTS for _pair in _part.pairs):
-    if _one not in ARMS or _other not in ARMS:
-        raise ValueError(f"a part compares {_one} with {_other}, and one of them is no arm")
 TRAINED = tuple(arm.name for arm in _ARMS if arm.mixture)
 RIVALS = tuple(a.name for a in sorted((a for a in _ARMS if a.rival), key=lambda a: a.rival or 0))
 

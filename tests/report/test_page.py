@@ -17,7 +17,7 @@ from tell.errors import TellError
 from tell.files import write_json
 from tell.folder import RunFolder
 from tell.names import ARMS as ARM
-from tell.names import PARTS
+from tell.parts import PARTS
 from tell.report import render, write_page
 from tell.report.page import stylesheet
 from tell.score.verdict import verdict

@@ -17,7 +17,8 @@ from run.runs import ALL_ARMS, FILES, check_anchor_and_counts, comparable, is_nu
 from tell.anchor.anchor import Anchor
 from tell.files import read_jsonl
 from tell.mix.manifest import read_manifest
-from tell.names import ARMS, PARTS
+from tell.names import ARMS
+from tell.parts import PARTS
 from tell.run.claim import read_run_config
 from tell.run.general_rows import read_general
 from tell.run.task import load_task

@@ -16,7 +16,7 @@ from run.runs import Killer, comparable, config_of, read
 from tell.errors import Interrupted
 from tell.files import read_jsonl
 from tell.folder import RunFolder
-from tell.names import PARTS
+from tell.parts import PARTS
 from tell.run.general_rows import read_general, trained_on
 from tell.run.prepare import Prepared, prepare
 from tell.run.task import anchor_of, load_task

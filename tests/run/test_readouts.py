@@ -21,8 +21,8 @@ from tell.data.example import Message
 from tell.data.kind import as_label
 from tell.errors import Interrupted, TellError
 from tell.files import read_jsonl
-from tell.names import PARTS
 from tell.nested import merge
+from tell.parts import PARTS
 from tell.readout.readout import Readout
 from tell.rows.template import ChatTokenizer
 from tell.run.readouts import fit_readout

@@ -25,7 +25,7 @@ from tell.run.arms import arm_config
 from tell.run.folds import folds_of, parts_of, pooled
 from tell.run.general_rows import read_general
 from tell.run.prepare import prepare
-from tell.run.search import chosen_settings
+from tell.run.search_record import chosen_settings
 from tell.run.task import load_task
 from tell.run.time_budget import Extent
 from tell.score.scored import Metric

@@ -14,8 +14,9 @@ from markupsafe import Markup
 from tell.files import write_text
 from tell.folder import RunFolder
 from tell.metric_names import METRICS
-from tell.names import ARMS, PARTS
+from tell.names import ARMS
 from tell.number_text import NARROW, show, show_count, show_duration, show_interval, show_power
+from tell.parts import PARTS
 from tell.report import palette, sections
 from tell.report.benchmark_section import benchmark_grid, benchmark_tables
 from tell.report.cases import build_cases

@@ -9,8 +9,9 @@ from typing import Any
 from markupsafe import Markup
 
 from tell.metric_names import METRICS, MetricSpec, metric
-from tell.names import PARTS, arm, arm_order
+from tell.names import arm, arm_order
 from tell.number_text import Unit, has_interval, is_number, show
+from tell.parts import PARTS
 from tell.report.read_run import get, mapping, rows_of
 from tell.report.svg import SHARE, Scale, axis_strip, interval_strip
 

@@ -17,7 +17,8 @@ from tell.errors import TellError
 from tell.folder import AdapterFolder, RunFolder
 from tell.models.architecture import Architecture
 from tell.models.flops import inference_flops
-from tell.names import ARMS, PARTS
+from tell.names import ARMS
+from tell.parts import PARTS
 from tell.rows.template import ChatTokenizer
 from tell.rows.tokenize import unknown_token
 from tell.score.intervals import difference, estimate

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from tell.anchor.anchor import Anchor
 from tell.data.example import Example, Message
 from tell.mix.mixture import TASK, Mixture
-from tell.rows.row_cache import cache_key, cached_table
 from tell.rows.row_table import RowTable, joined
-from tell.rows.tokenize import RowRules, tokenize
+from tell.rows.tokenize import RowRules
 from tell.run.answers import shown_turns
-from tell.run.task import CACHED_ROWS, Task
+from tell.run.task import Task, anchored_table
 from tell.seeds import permutation
 
 EXEMPLARS = "exemplars"
@@ -134,7 +133,7 @@ class Exemplars:
         reason = ""
         while left:
             conversations = {i: entry.conversation() for i, entry in left.items()}
-            table = self._table(list(conversations.values()))
+            table = anchored_table(self.task, self.anchor, list(conversations.values()), EXEMPLARS, self._rules)
             if table.dropped and not reason:
                 reason = f"{table.dropped[0].origin}: {table.dropped[0].reason}"
             kept = set(table.hashes.tolist())
@@ -144,7 +143,8 @@ class Exemplars:
         at = np.full(len(drawn), -1)
         at[sorted(fits)] = np.arange(len(fits))
         shown = [len(fits[i].exemplars) if i in fits else 0 for i in range(len(drawn))]
-        whole = self._table([fits[i].conversation() for i in sorted(fits)])
+        rows = [fits[i].conversation() for i in sorted(fits)]
+        whole = anchored_table(self.task, self.anchor, rows, EXEMPLARS, self._rules)
         return _Epoch(whole, at, np.array([len(entry.exemplars) for entry in drawn]), np.array(shown), reason)
 
     @property
@@ -152,25 +152,6 @@ class Exemplars:
         """A row that does not fit with exemplars is no error; they are not trained, whatever ``train.loss_on`` says."""
         policies = {"too_long": "drop", "nothing_to_train": "drop", "misfit": "drop", "loss_on": "answer"}
         return replace(self.task.rules, **policies)  # type: ignore[arg-type]
-
-    def _table(self, rows: Sequence[Example]) -> RowTable:
-        """The rows that fit, tokenised."""
-        task, rules = self.task, self._rules
-
-        def make() -> RowTable:
-            return tokenize(rows, task.chat, source=EXEMPLARS, anchor=self.anchor, rules=rules, unit=task.unit)
-
-        if len(rows) < CACHED_ROWS:
-            return make()
-        key = cache_key(
-            rows=[[e.hash, e.origin] for e in rows],
-            source=EXEMPLARS,
-            anchor=self.anchor.hash if self.anchor else None,
-            tokenizer=task.chat.fingerprint,
-            unit=task.unit.fingerprint,
-            rules=asdict(rules),
-        )
-        return cached_table(key, make)[0]
 
     def _notices(self, drawn: np.ndarray, shown: np.ndarray, reason: str) -> list[str]:
         """What the rows lack, by their exemplars before and after it was known how many fit."""

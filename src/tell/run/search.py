@@ -15,26 +15,23 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, field_validator
 
-from tell.config import Config
 from tell.errors import Diverged, Interrupted, TellError
 from tell.files import read_jsonl, remove_folder, write_json, write_jsonl
-from tell.folder import AdapterFolder, RunFolder
+from tell.folder import AdapterFolder
 from tell.metric_names import metric
 from tell.names import ARMS
-from tell.nested import nest
 from tell.number_text import show
-from tell.overrides import override
-from tell.run.arms import REPEAT, Chosen, trained_arms
+from tell.run.arms import REPEAT, trained_arms
 from tell.run.folds import Fold, folds_of, parts_of, pooled
 from tell.run.journal import Journal
 from tell.run.measure import run_exam
 from tell.run.prepare import Prepared
 from tell.run.readouts import Decider, fit_readout
+from tell.run.search_record import GENERAL, RATE, SearchedArm, SearchRecord
 from tell.run.session import Session
 from tell.run.task import Task
 from tell.run.train_arms import arm_targets
@@ -52,49 +49,6 @@ DECODINGS: tuple[dict[str, object], ...] = (
 )
 EXPLORED = 0.5  # share of the time for the first fold: a choice that is not confirmed on another one changes nothing
 MOST_FORGOTTEN = 0.02  # nats a token above the untuned model's loss on held-out general rows
-RATE, GENERAL = "train.learning_rate", "general.rows"
-
-
-CHOOSABLE = (RATE, REPEAT, GENERAL, "generate.closed", "generate.readout_weight")
-
-
-class SearchedArm(BaseModel):
-    """The search of one arm, as in search.json.
-
-    Attributes:
-        chosen: dotted keys that replace the run's; empty where the usual settings stay.
-        tried: settings, fold, value of the metric, and loss on held-out general rows where it was measured.
-        why: one sentence.
-    """
-
-    chosen: dict[Literal[CHOOSABLE], float | int | str]  # type: ignore[valid-type]  # pydantic reads the values
-    metric: str
-    tried: list[dict[str, Any]]
-    why: str
-    seconds: float
-
-    @field_validator("chosen")
-    @classmethod
-    def _valid(cls, chosen: dict[str, Any]) -> dict[str, Any]:
-        """The folder may be somebody else's: values that a configuration does not take are damage."""
-        data: dict[str, Any] = {}
-        for key, value in chosen.items():
-            data = override(data, nest(key, value))
-        Config.model_validate(data)
-        return chosen
-
-
-class SearchRecord(BaseModel):
-    """search.json."""
-
-    arms: dict[str, SearchedArm] = {}
-
-
-def chosen_settings(folder: RunFolder) -> Chosen:
-    """What the search of a run chose for each arm; empty where nothing was searched."""
-    if not folder.search.exists():
-        return {}
-    return {arm: found.chosen for arm, found in folder.read_as(folder.search, SearchRecord).arms.items()}
 
 
 def check_search(task: Task) -> None:

@@ -357,22 +357,7 @@ def task_table(task: Task, anchor: Anchor) -> RowTable:
         TellError: no row is left to train on.
     """
     examples = task.train
-
-    def make() -> RowTable:
-        return tokenize(examples, task.chat, source="task", anchor=anchor, rules=task.rules, unit=task.unit)
-
-    if len(examples) < CACHED_ROWS:
-        table = make()
-    else:
-        key = cache_key(
-            rows=[[e.hash, e.origin] for e in examples],
-            source="task",
-            anchor=anchor.hash if anchor else None,
-            tokenizer=task.chat.fingerprint,
-            unit=task.unit.fingerprint,
-            rules=asdict(task.rules),
-        )
-        table, _ = cached_table(key, make)
+    table = anchored_table(task, anchor, examples, "task", task.rules)
     for notice in table.notices:
         task.notices.add(notice)
     if examples and not len(table):
@@ -383,3 +368,22 @@ def task_table(task: Task, anchor: Anchor) -> RowTable:
             remedy="Raise train.max_length, or shorten the rows.",
         )
     return table
+
+
+def anchored_table(task: Task, anchor: Anchor, rows: Sequence[Example], source: str, rules: RowRules) -> RowTable:
+    """Rows of a task, tokenised with the anchor; many come from the cache where it has them."""
+
+    def make() -> RowTable:
+        return tokenize(rows, task.chat, source=source, anchor=anchor, rules=rules, unit=task.unit)
+
+    if len(rows) < CACHED_ROWS:
+        return make()
+    key = cache_key(
+        rows=[[e.hash, e.origin] for e in rows],
+        source=source,
+        anchor=anchor.hash if anchor else None,
+        tokenizer=task.chat.fingerprint,
+        unit=task.unit.fingerprint,
+        rules=asdict(rules),
+    )
+    return cached_table(key, make)[0]

@@ -17,7 +17,16 @@ def block_size(device: torch.device, vocabulary: int) -> int:
     return max(BLOCK, GPU_LOGITS // vocabulary) if device.type == "cuda" else BLOCK
 
 
-class _BlockedCrossEntropy(torch.autograd.Function):
+class GradientMade(torch.autograd.Function):
+    """A weighted sum whose gradient with respect to the states was computed in the forward pass, as ``ctx.grad``."""
+
+    @staticmethod
+    def backward(ctx: Context, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        grad = ctx.grad * grad_loss.to(ctx.grad.dtype) if ctx.grad is not None else None
+        return grad, None, None, None, None, None
+
+
+class _BlockedCrossEntropy(GradientMade):
     """sum_i weight_i * nll_i; the gradient is computed in the forward pass, block by block."""
 
     @staticmethod
@@ -65,11 +74,6 @@ class _BlockedCrossEntropy(torch.autograd.Function):
         ctx.grad = grad
         ctx.mark_non_differentiable(nll)
         return (nll * weights).sum(), nll
-
-    @staticmethod
-    def backward(ctx: Context, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        grad = ctx.grad * grad_loss.to(ctx.grad.dtype) if ctx.grad is not None else None
-        return grad, None, None, None, None, None
 
 
 def blocked_cross_entropy(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tell.train.loss import block_size
+from tell.train.loss import GradientMade, block_size
 from tell.train.torch_types import Context
 
 
@@ -56,7 +56,7 @@ def soft_cross_entropy(logits: Tensor, ids: Tensor, probs: Tensor) -> Tensor:
     return -(probs * torch.cat([log_probs.gather(1, ids), rest], dim=1)).sum(1)
 
 
-class _BlockedSoftCrossEntropy(torch.autograd.Function):
+class _BlockedSoftCrossEntropy(GradientMade):
     """sum_i weight_i * cross-entropy_i; the gradient is computed in the forward pass, block by block."""
 
     @staticmethod
@@ -94,11 +94,6 @@ class _BlockedSoftCrossEntropy(torch.autograd.Function):
         ctx.grad = grad
         ctx.mark_non_differentiable(out)
         return (out * weights).sum(), out
-
-    @staticmethod
-    def backward(ctx: Context, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        grad = ctx.grad * grad_loss.to(ctx.grad.dtype) if ctx.grad is not None else None
-        return grad, None, None, None, None, None
 
 
 def blocked_soft_cross_entropy(

@@ -19,7 +19,7 @@ from tell.run.arms import Chosen
 from tell.run.claim import REMAKE, check_trust, read_run_config
 from tell.run.readouts import Decider
 from tell.run.record import thinks
-from tell.run.search import chosen_settings
+from tell.run.search_record import chosen_settings
 from tell.run.session import Session
 
 CELL_ADAPTER = f"for a cell of a study, {REMAKE[0].lower()}{REMAKE[1:]}"
