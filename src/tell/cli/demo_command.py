@@ -14,7 +14,7 @@ class DemoOptions:
     out: Path | None = option("--out", "run folder", "DIR")
     resume: bool = switch("--resume", "Resume an interrupted run.")
     overwrite: bool = switch("--overwrite", "Replace an earlier run.")
-    minutes: float | None = option("--minutes", "finish within N minutes", "N", number)
+    minutes: float | None = option("--minutes --max-minutes", "finish within N minutes", "N", number)
 
 
 @takes_options
