@@ -33,9 +33,11 @@ def read(path: Path, rows: int = 60) -> dict[tuple[str, str], dict[str, dict]]:
             for how, arms in ARMS.items():
                 if one["arm"] in arms:
                     trained = "sft" if one["arm"].startswith("sft") else "tell"
-                    what = [key for key in one["settings"] if key != "task.unlabelled"]
-                    text = ", ".join(f"{key.split('.')[1]} {one['settings'][key]}" for key in what)
-                    text = "pseudo-labelled rows" if "pseudo" in one["arm"] else text
+                    what = dict(one["settings"])
+                    if trained == "tell" and what.setdefault("train.learning_rate", 2e-3) == 1e-3:
+                        del what["train.learning_rate"]  # of the ablation, whose defaults were those of its day
+                    text = ", ".join(f"{key.split('.')[1]} {value}" for key, value in what.items())
+                    text = ", ".join(filter(None, ["pseudo-labelled rows" if "pseudo" in one["arm"] else "", text]))
                     found[f"{trained}: {text}".removesuffix(": "), how][one["task"]] = one
     return found
 

@@ -2,10 +2,11 @@
 
     python recipes/checks/win_table.py docs/results/win/scores.jsonl.gz
 
-Each line of the file is one arm of one cell: model, task, rows, seed, arm, the first half of each test row's hash, and
-its scores. Differences are paired by test row; the interval is the 95 % percentile bootstrap over test rows, which are
-resampled together for all seeds, and the mean over tasks resamples each task by itself. Where the answer is lists alone
-(WNUT17) the score is item F1, from counts of right, given and wanted items.
+Each line of the file is one arm of one cell: model, task, rows, seed, arm, the settings that differ from today's
+defaults, the first half of each test row's hash, and its scores. Differences are paired by test row; the interval is
+the 95 % percentile bootstrap over test rows, which are resampled together for all seeds, and the mean over tasks
+resamples each task by itself. Where the answer is lists alone (WNUT17) the score is item F1, from counts of right,
+given and wanted items.
 """
 
 from __future__ import annotations
@@ -26,12 +27,19 @@ SCORE = {
     "wnut17": "items",
     "halu": "exact_match",
 }
+TWICE = {15: 30, 30: 60, 60: 115, 115: 230}
 PAIRS = (
-    ("tell, n", "sft-matched, 2n", 2),
-    ("tell, n", "sft-matched, n", 1),
-    ("tell, n", "sft-readout, n", 1),
-    ("tell, n", "icl-readout, n", 1),
-    ("tell-free, n", "sft-matched, n", 1),
+    ("tell, n", "sft-matched, 2n"),
+    ("tell, n", "sft-readout, 2n"),
+    ("tell, n", "sft-matched, n"),
+    ("tell, n", "sft-readout, n"),
+    ("tell, n", "icl-readout, n"),
+    ("tell-free, n", "sft-matched, n"),
+    ("tell-pseudo, n", "tell, n"),
+    ("tell-pseudo, n", "sft-matched, 2n"),
+    ("tell-pseudo, n", "sft-pseudo, n"),
+    ("tell-pseudo-free, n", "sft-pseudo-free, n"),
+    ("sft-pseudo, n", "sft-readout, n"),
 )
 
 Key = tuple[str, str, int, str]  # model, task, rows, arm
@@ -102,11 +110,11 @@ def main(path: Path) -> None:
     found, rng = read(path), np.random.default_rng(0)
     for model in dict.fromkeys(key[0] for key in found):
         print(f"\n{model}")
-        for first, second, factor in PAIRS:
-            a, b = first.split(",")[0], second.split(",")[0]
+        for first, second in PAIRS:
+            (a, _), (b, more) = first.split(", "), second.split(", ")
             together: dict[int, list[tuple[str, float, np.ndarray]]] = defaultdict(list)
             for of, task, rows, arm in found:
-                other = found.get((model, task, factor * rows, b))
+                other = found.get((model, task, TWICE.get(rows, 0) if more == "2n" else rows, b))
                 if of == model and arm == a and other and set(other) & set(found[of, task, rows, arm]):
                     together[rows].append((task, *draws_of(found[of, task, rows, arm], other, rng)))
             for rows, parts in sorted(together.items()):

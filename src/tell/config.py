@@ -134,7 +134,7 @@ class GeneralConfig(Section):
     source: str = Field(
         "auto",
         description="file, hub name, `builtin` (rows answered by SmolLM2-135M), `self` (the model answers "
-        "their prompts itself), `none`, or `auto`: builtin for SmolLM2-135M, self for any other model",
+        "their prompts itself), `none`, or `auto`: builtin",
     )
     columns: str | None = Field(None, description="names of the source's columns, as in task.columns")
     ratio: float | None = Field(None, ge=0, description="general tokens per task token (task rows counted once)")
@@ -227,10 +227,10 @@ class TrainConfig(Section):
     )
     loss_on: Literal["answer", "all"] = Field("answer", description="all: prompts are trained too (arXiv 2405.14394)")
     task_weight: float = Field(1.0, gt=0, description="weight of a task row's loss relative to a general row's")
-    general_target: Literal["text", "untuned"] = Field(
-        "text",
+    general_target: Literal["auto", "text", "untuned"] = Field(
+        "auto",
         description="what general rows are trained on: their tokens (text), or the untuned model's next-token "
-        "distributions over them (untuned: self-distillation)",
+        "distributions over them (untuned: self-distillation); auto: untuned over built-in rows of another model",
     )
     average: float = Field(
         0.0,

@@ -16,6 +16,7 @@ PAPER: dict[str, Any] = {
         "warmup_ratio": 0.03,
         "max_grad_norm": 0.5,
         "batch_size": 16,
+        "general_target": "text",
         "loss_normalization": "example",
         "lora_r": 8,
         "lora_alpha": 32,

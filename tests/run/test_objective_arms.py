@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 import tell
 from run.runs import Killer, comparable, config_of, read
+from tell.data.general import general_target
 from tell.errors import Interrupted
 from tell.files import read_jsonl
 from tell.folder import RunFolder
@@ -122,6 +123,23 @@ def test_a_key_that_is_the_runs_anyway_or_has_no_effect_makes_no_second_run(tiny
     assert same(train={"general_target": "untuned"}) == {"tell-distilled": "tell"}
     without = same(general={"source": "none"})
     assert without["tell-distilled"] == "tell" and len(without) == 3  # and each sft- arm is its tell- arm
+
+
+def test_a_model_keeps_its_own_distributions_over_rows_that_another_wrote(tiny_model):
+    def config(**sections):
+        return config_of(tiny_model("llama"), eval={"arms": ["tell", "tell-distilled"]}, **sections)
+
+    for source, target in (("auto", "untuned"), ("builtin", "untuned"), ("self", "text"), ("none", "text")):
+        assert load_task(config(general={"source": source})).general_target == target, source
+    assert load_task(config()).general_target == "text"  # a file of the user's
+    assert load_task(config(preset="paper", general={"source": "builtin"})).general_target == "text"
+    builtin = config(general={"source": "builtin", "rows": 10})
+    assert general_target(builtin, wrote_builtin=True) == "text"
+    prepared = ready(builtin)
+    assert prepared.same == {"tell-distilled": "tell"}
+    assert not any("SmolLM2" in text for text in prepared.task.notices.texts)
+    text = ready(config(general={"source": "builtin", "rows": 10}, train={"general_target": "text"}))
+    assert text.same == {} and any("SmolLM2-135M's answers" in notice for notice in text.task.notices.texts)
 
 
 def test_the_plan_counts_what_distilling_costs(run):

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from tell.config import Config, GeneralConfig
 from tell.data.builtin import load_builtin
 from tell.data.sources import Loaded, file_fingerprint, load
 from tell.files import expanded
 from tell.names import ARMS
+
+Target = Literal["text", "untuned"]
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class GeneralSource:
 
     Attributes:
         name: what ``general.source`` says, or the path or hub name.
-        resolve: the source to use instead, given whether the model wrote the built-in rows; None: itself.
+        instead: the source to use instead; empty: itself.
         read: the rows; None where the model writes them, or there are none.
         written: the model writes the rows.
         fingerprint: SHA-256 (hexadecimal) of the rows without parsing them; None where that needs reading.
@@ -29,7 +32,7 @@ class GeneralSource:
     """
 
     name: str
-    resolve: Callable[[bool], str] | None = None
+    instead: str = ""
     read: Callable[[], Loaded] | None = None
     written: bool = False
     fingerprint: Callable[[], str | None] = lambda: None
@@ -38,11 +41,11 @@ class GeneralSource:
     @property
     def empty(self) -> bool:
         """Whether it has no rows."""
-        return self.read is None and not self.written and self.resolve is None
+        return self.read is None and not self.written and not self.instead
 
 
 _SOURCES = (
-    GeneralSource("auto", resolve=lambda wrote_builtin: "builtin" if wrote_builtin else "self"),
+    GeneralSource("auto", instead="builtin"),
     GeneralSource("builtin", read=load_builtin),
     GeneralSource("self", written=True),
     GeneralSource("none"),
@@ -74,22 +77,29 @@ def is_empty(config: GeneralConfig) -> bool:
     return config.is_zero or (config.source in SOURCES and SOURCES[config.source].empty)
 
 
-def resolve_source(config: Config, *, wrote_builtin: bool) -> GeneralSource:
-    """The source of a run's general rows.
-
-    The built-in rows are one model's answers: they are the default for that model, while any other model answers
-    the prompts itself and so rehearses its own answers (arXiv 2402.13669). Nothing is written unless a requested arm
-    is trained on it.
-
-    Args:
-        wrote_builtin: the run's model wrote the built-in rows.
-    """
+def resolve_source(config: Config) -> GeneralSource:
+    """The source of a run's general rows; nothing is written unless a requested arm is trained on it."""
     source = general_source(config.general.source, config.general.columns)
     if source.fixed or source.empty:
         return source
     if is_empty(config.general) or not any(_mixed(arm) for arm in config.eval.arms):
         return SOURCES["none"]
-    return SOURCES[source.resolve(wrote_builtin)] if source.resolve is not None else source
+    return SOURCES[source.instead] if source.instead else source
+
+
+def general_target(config: Config, *, wrote_builtin: bool) -> Target:
+    """What general rows are trained on: their text, or the untuned model's distributions over them.
+
+    Another model's answers, trained on as text, make a model forget its own (docs/explanation/lab.md), so that over
+    the built-in rows every other model than theirs keeps its own distributions.
+
+    Args:
+        wrote_builtin: the run's model wrote the built-in rows.
+    """
+    if config.train.general_target != "auto":
+        return config.train.general_target
+    foreign = resolve_source(config).name == "builtin" and not wrote_builtin
+    return "untuned" if foreign else "text"
 
 
 def _mixed(arm: str) -> bool:

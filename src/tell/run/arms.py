@@ -226,14 +226,14 @@ def lead_arm(arms: Sequence[str], mixtures: Mapping[str, object]) -> str | None:
 
 
 def same_runs(
-    arms: Sequence[str], mixtures: Mapping[str, tuple[Tables, Mixture]], training: Callable[[str], TrainConfig]
+    arms: Sequence[str], mixtures: Mapping[str, tuple[Tables, Mixture]], training: Callable[[str, Mixture], TrainConfig]
 ) -> dict[str, str]:
     """Arms that are trained on the same rows as another in the same order and in the same way, mapped to that arm.
 
     Without general rows, `tell` and `sft-matched` are. The leading arm represents the others.
 
     Args:
-        training: the training settings of an arm.
+        training: the training settings of an arm over its mixture.
     """
     lead = lead_arm(arms, mixtures)
     trained = sorted((arm for arm in trained_arms(arms) if arm in mixtures), key=lambda arm: arm != lead)
@@ -241,7 +241,7 @@ def same_runs(
     same = {}
     for arm in trained:
         mixture = mixtures[arm][1]
-        standing = first.setdefault((mixture.digest(), _training(training(arm), mixture)), arm)
+        standing = first.setdefault((mixture.digest(), _training(training(arm, mixture), mixture)), arm)
         if standing != arm:
             same[arm] = standing
     return same

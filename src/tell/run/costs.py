@@ -82,7 +82,7 @@ def arm_costs(task: Task, mixture: Mixture) -> dict:
         "seconds": time.seconds,
         "basis": time.basis,
     }
-    if config.train.general_target == "untuned" and GENERAL in mixture.sources:
+    if task.general_target == "untuned" and GENERAL in mixture.sources:
         table = mixture.tables[GENERAL]
         rows = np.unique(mixture.row[mixture.source == mixture.sources.index(GENERAL)])
         once, heads = table.tokens[rows], int(table.trained[rows].sum(dtype=np.int64))

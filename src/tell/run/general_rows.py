@@ -72,13 +72,12 @@ class General:
 
 
 def source_of(task: Task) -> GeneralSource:
-    """The run's source of general rows; adds a notice where the built-in rows are another model's answers."""
-    own = task.files.name == HUB_NAME
-    source = resolve_source(task.config, wrote_builtin=own)
-    if source.name == "builtin" and not own:
+    """The run's source of general rows; says where the built-in rows are another model's answers."""
+    source = resolve_source(task.config)
+    if source.name == "builtin" and task.files.name != HUB_NAME and task.general_target == "text":
         task.notices.add(
-            f"general data: the built-in rows are SmolLM2-135M's answers, not {task.files.name}'s; "
-            "with --general self the model answers the prompts itself"
+            f"general data: the built-in rows are SmolLM2-135M's answers, not {task.files.name}'s, and it is trained "
+            "on their text; train.general_target=auto keeps its own distributions over them"
         )
     return source
 

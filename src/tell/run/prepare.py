@@ -97,7 +97,7 @@ class Prepared:
     @cached_property
     def same(self) -> dict[str, str]:
         """Requested arms that equal another arm's run, mapped to that arm."""
-        return same_runs(wanted_arms(self.task.config), self.mixtures, lambda arm: self.task_of(arm).config.train)
+        return same_runs(wanted_arms(self.task.config), self.mixtures, lambda arm, mix: self.task_of(arm).training(mix))
 
     @property
     def arms(self) -> list[str]:

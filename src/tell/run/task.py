@@ -14,6 +14,7 @@ from tell.anchor.derive import derived_anchor
 from tell.config import Config, TrainConfig
 from tell.data.closed import MOST_VALUES, ClosedField, closed_fields, opening
 from tell.data.example import Example
+from tell.data.general import Target, general_target
 from tell.data.kind import Kind, detect_kind, load_schema, missing_classes, widen
 from tell.data.overlap import Overlap, find_overlap
 from tell.data.sources import Loaded, load
@@ -24,6 +25,7 @@ from tell.errors import TellError
 from tell.files import read_text
 from tell.mix.mixture import GENERAL, Mixture
 from tell.models.find import ModelFiles, find_model, find_tokenizer
+from tell.models.wheel import HUB_NAME
 from tell.presets import learning_rate_for
 from tell.progress import Display, Silent
 from tell.rows.row_cache import cache_key, cached_table
@@ -104,10 +106,15 @@ class Task:
         return self.notices.display
 
     def training(self, mixture: Mixture) -> TrainConfig:
-        """The training settings with the learning rate resolved for this model and a mixture."""
+        """The training settings, with learning rate and target of general rows resolved for this model and mixture."""
         size, mixed = self.files.architecture.parameters, GENERAL in mixture.sources
         rate = self.config.train.learning_rate or learning_rate_for(size, mixed=mixed)
-        return self.config.train.model_copy(update={"learning_rate": rate})
+        return self.config.train.model_copy(update={"learning_rate": rate, "general_target": self.general_target})
+
+    @property
+    def general_target(self) -> Target:
+        """What general rows are trained on."""
+        return general_target(self.config, wrote_builtin=self.files.name == HUB_NAME)
 
     @property
     def rules(self) -> RowRules:

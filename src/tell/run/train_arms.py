@@ -137,7 +137,7 @@ def arm_targets(task: Task, mixture: Mixture, session: Session, path: Path) -> S
     """
     from tell.train.soft_targets import TOP_K, cached_targets, untuned_targets
 
-    if GENERAL not in mixture.sources or task.config.train.general_target != "untuned":
+    if GENERAL not in mixture.sources or task.general_target != "untuned":
         return None
     table = mixture.tables[GENERAL]
     rows = np.unique(mixture.row[mixture.source == mixture.sources.index(GENERAL)])

@@ -25,8 +25,10 @@ from tell.config import (
     TrainConfig,
     make_config,
 )
-from tell.data.general import is_empty
+from tell.data.general import is_empty, resolve_source
 from tell.errors import TellError
+from tell.models.find import SMOLLM2
+from tell.models.wheel import HUB_NAME
 from tell.names import ARMS
 from tell.nested import dig, fill, nest
 from tell.overrides import override
@@ -42,6 +44,7 @@ from tell.studies.separation_cells import SEPARATE, SEPARATION_FORMAT, contrasts
 
 CELL_FORMAT = 1  # increment when a change to defaults or code changes numbers under the same keys
 RATES = 2  # the same, where `learning_rate_for` changes for mixtures with general rows: only names of such cells change
+FOREIGN_ROWS = 2  # the same, where what a model other than theirs makes of the built-in rows changes
 FREE = (*FREE_OF_RUNS, "train.checkpoint_every")  # without effect on numbers
 TASK_ALONE = ("task-matched", "task-repeated", "pseudo-matched")
 """Mixtures of the task's rows alone, in an amount that depends on the general rows of TELL's."""
@@ -153,6 +156,8 @@ def make_cell(config: Config, arm: str, riders: Sequence[str] = ()) -> Cell:
     mixed = mixture in (*LIKE_TELL, "general") and not is_empty(config.general)
     if mixed and config.train.learning_rate is None:
         parts["rates"] = RATES
+    if mixture not in (None, "task") and resolve_source(config).name == "builtin" and not _wrote_builtin(config):
+        parts["general"] = FOREIGN_ROWS
     return Cell(_name(arm, parts), arm, config)
 
 
@@ -181,6 +186,8 @@ def identity(config: Config) -> dict[str, Any]:
     for key in FREE:
         section, _, last = key.rpartition(".")
         (data.get(section, {}) if section else data).pop(last, None)
+    if config.train.general_target == "text":  # the default used to be `text`, which cells do not name
+        del data["train"]["general_target"]
     data = {key: value for key, value in data.items() if value != {}}
     if config.general.source == "auto":  # the default used to be `self`, so this one is hashed too
         data.setdefault("general", {})["source"] = "auto"
@@ -191,6 +198,10 @@ def identity(config: Config) -> dict[str, Any]:
     if anchor is not None:
         data["anchor"] = {"text": anchor.text} | ({"place": anchor.place} if anchor else {})
     return data
+
+
+def _wrote_builtin(config: Config) -> bool:
+    return config.model.name in (SMOLLM2, HUB_NAME)
 
 
 def inputs(config: Config) -> dict[tuple[str, str], Path]:

@@ -188,7 +188,7 @@ class Trainer:
         self.writes = processes is None or processes.leads
         self.fast = trains_fast(config.fast, device) and not self.sharded
         self.steps = job.mixture.steps(config.batch_size)
-        self.targets = job.targets if config.general_target == "untuned" else None
+        self.targets = job.targets if config.general_target != "text" else None
         if config.general_target == "untuned" and job.targets is None and not ANCHORED.issuperset(job.mixture.sources):
             raise ValueError("general_target is untuned, and the job has no targets (tell.train.soft_targets)")
         self.rules = StepRules(
