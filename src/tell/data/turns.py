@@ -50,7 +50,7 @@ def to_messages(record: Record, layout: Layout, seen: Counter[str] | None = None
         turns = _turns(record.get(columns["messages"]), columns["messages"], seen)
         turns = turns[: _end(turns)]
     else:
-        turns = _pair(record, columns, seen)
+        turns = _pair(record, columns, seen, layout.lists)
     if "system" in columns and turns[0].role != "system":
         system = as_text(record.get(columns["system"]))
         if not is_blank(system):
@@ -68,10 +68,12 @@ def _end(turns: list[Message]) -> int:
     return max((n for n, turn in enumerate(turns, 1) if turn.role == "assistant" and turn.trained), default=len(turns))
 
 
-def _pair(record: Record, columns: Mapping[str, str], seen: Counter[str]) -> list[Message]:
+def _pair(record: Record, columns: Mapping[str, str], seen: Counter[str], lists: bool) -> list[Message]:
     column = columns["answer"]
     answer = record.get(column)
-    if column.lower() in LABELS and isinstance(answer, list):
+    if lists and answer is not None:
+        answer = _labels(answer, column)
+    elif column.lower() in LABELS and isinstance(answer, list):
         answer = _one_label(answer, column)
     answers = _turns(answer, column, seen) if _is_messages(answer) else [Message("assistant", as_text(answer))]
     if len(answers) == 1 and not answers[0].extra and is_blank(answers[0].content):
@@ -92,6 +94,14 @@ def _pair(record: Record, columns: Mapping[str, str], seen: Counter[str]) -> lis
     if "history" in columns:
         turns = [*_history(record.get(columns["history"]), columns["history"]), *turns]
     return turns + answers
+
+
+def _labels(answer: object, column: str) -> object:
+    """The labels of a row as a list, in a file of such lists; texts that are empty stay no answer."""
+    labels = answer if isinstance(answer, list) else [answer] if as_text(answer).strip() else None
+    if labels and any(isinstance(label, (list, dict)) for label in labels):
+        raise RowFault(f"has spans, not labels (column {column!r})", "Write the labels alone: [\"billing\", \"urgent\"].")
+    return labels
 
 
 def _one_label(labels: list[object], column: str) -> object:
