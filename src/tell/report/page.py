@@ -25,6 +25,7 @@ from tell.report.html_text import plain, shorten, visible, word_diff
 from tell.report.label_section import label_tables
 from tell.report.read_run import Run, mapping, read_run
 from tell.report.score_tables import (
+    CONSTANT,
     arm_grid,
     arm_table,
     difference_grid,
@@ -133,6 +134,7 @@ def render(folder: RunFolder, *, state: str | None = None) -> str:
         part_words=PARTS,
         readout=readout_lines(run.metrics),
         labels=label_tables(run.metrics),
+        constant=CONSTANT,
         losses=sections.losses(run),
         mixture=sections.mixture(run),
         cases=build_cases(run),
