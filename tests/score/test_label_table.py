@@ -53,7 +53,9 @@ def test_lists_have_no_confusion_matrix():
 def test_many_labels_are_bounded_and_the_rest_is_counted():
     names = tuple(f"label {i:03}" for i in range(70))
     gold = [name for i, name in enumerate(names[:60]) for _ in range(1 + i % 3)]
-    found = label_numbers(label_scorer(Kind("label", None, False, names, "")), {"a": (gold[::-1], gold), "b": (gold, gold)})
+    found = label_numbers(
+        label_scorer(Kind("label", None, False, names, "")), {"a": (gold[::-1], gold), "b": (gold, gold)}
+    )
     assert (found["shown"], found["occurring"]) == (MOST_LABELS, 60)
     one, two = found["arms"].values()
     assert [row["label"] for row in one] == [row["label"] for row in two] and len(one) == MOST_LABELS

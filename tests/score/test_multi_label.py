@@ -39,9 +39,7 @@ def test_f1_is_exact_under_resampling():
     for name in ("micro_f1", "macro_f1", "sample_f1"):
         for row, value in zip(weights, metrics[name].combine(weights @ metrics[name].stats), strict=True):
             drawn = np.repeat(np.arange(4), row.astype(int))
-            again = MultiLabelScorer(LABELS, "json").score(
-                [answers[i] for i in drawn], [references[i] for i in drawn]
-            )
+            again = MultiLabelScorer(LABELS, "json").score([answers[i] for i in drawn], [references[i] for i in drawn])
             assert value == pytest.approx(again[name].value), name
     for metric in metrics.values():
         found = estimate(metric, seed=1, samples=200)

@@ -12,7 +12,7 @@ CHOICES_SHOWN = 8
 
 
 def derived_anchor(kind: Kind, place: Place) -> Anchor | None:
-    """``Answer with one JSON object ...``, ``Answer with exactly one of these labels ...`` and the like; None for free text."""
+    """``Answer with one JSON object ...`` or ``Answer with exactly one of these labels ...``; None for free text."""
     if kind.name == "json" and kind.schema:
         keys = ", ".join(
             f"{json.dumps(name, ensure_ascii=False)} ({_describe(part)})"

@@ -179,7 +179,7 @@ def _cut(text: str, length: int) -> str:
 
 
 def label_lines(metrics: dict) -> list[str]:
-    """The labels that are answered worst, and those most often taken for another; nothing where answers are no labels."""
+    """The labels that are answered worst, and those most often taken for another; none for a task without labels."""
     arms = (metrics.get("labels") or {}).get("arms") or {}
     arm = "tell" if "tell" in arms else next(iter(arms), "")
     rows = [row for row in arms.get(arm, ()) if row["support"]]

@@ -20,7 +20,6 @@ from tell.names import KindName
 from tell.registry import Registry
 from tell.shown import brief
 
-
 # An enumeration rejects values that it does not list, so it is inferred only where an unseen value is unlikely:
 # by Good and Turing, the chance that the next value is new is about the share of values seen once.
 ENUM_ROWS = 10
@@ -190,7 +189,7 @@ def _distinct(answers: Iterable[str]) -> tuple[str, ...]:
 
 
 def misfits(kind: Kind, test: Sequence[Example]) -> str | None:
-    """A notice about test answers that break the schema or are no lists, which no answer can match; None without any."""
+    """A notice about test answers that break the schema or are no list, so that no answer can match; None without."""
     if kind.list_form is not None:
         bad = [example.origin for example in test if kind.list_form.split(example.answer) is None]
         what = f"test rows are no list of labels {kind.list_form.words}, as the training rows are"

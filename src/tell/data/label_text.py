@@ -102,7 +102,7 @@ def list_form(answers: Sequence[str]) -> ListForm | None:
 
 
 def requested_form(answers: Sequence[str]) -> ListForm:
-    """The likeliest form of answers that a user says are lists of labels: JSON if any is, else the separator in most."""
+    """The form of answers that a user says are lists of labels: JSON if any is, else the most frequent separator."""
     form = FORMS["json"]
     if any(form.split(answer) is not None for answer in answers):
         return form

@@ -233,7 +233,9 @@ def _load_hub(source: str, name: str, columns: str | None, bad_rows: str, lists:
     for example in made.examples:
         digest.update(example.hash.encode())
     notices, dropped = tuple(made.notices(layout)), tuple(made.dropped)
-    return Loaded(made.examples, layout.name, layout.columns, source, digest.hexdigest(), dropped, notices, layout.lists)
+    return Loaded(
+        made.examples, layout.name, layout.columns, source, digest.hexdigest(), dropped, notices, layout.lists
+    )
 
 
 def _hub_rows(source: str, name: str, config: str | None, split: str) -> list[dict[str, object]]:

@@ -100,7 +100,7 @@ def _labels(answer: object, column: str) -> object:
     """The labels of a row as a list, in a file of such lists; texts that are empty stay no answer."""
     labels = answer if isinstance(answer, list) else [answer] if as_text(answer).strip() else None
     if labels and any(isinstance(label, (list, dict)) for label in labels):
-        raise RowFault(f"has spans, not labels (column {column!r})", "Write the labels alone: [\"billing\", \"urgent\"].")
+        raise RowFault(f"has spans, not labels (column {column!r})", 'Write the labels alone: ["billing", "urgent"].')
     return labels
 
 

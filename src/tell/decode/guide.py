@@ -244,7 +244,9 @@ class Fields:
                             members[token, False].add(c)
         if not members:
             return None
-        if inside and not raw and not field.separator:  # before its first item; `Guide.decision` forbids it after a comma
+        if (
+            inside and not raw and not field.separator
+        ):  # before its first item; `Guide.decision` forbids it after a comma
             for token in words.matching(_CLOSED if field.path else _CLOSED_LAST):
                 members[token, False].add(end)
         openers = ("", '"') if inside else ("", "[", '["') if field.is_set else ("", '"', "[", "{")

@@ -64,7 +64,9 @@ def label_tables(metrics: dict[str, Any]) -> LabelTables | None:
     lines = [
         LabelLine(
             str(row["label"]),
-            *(Cell(row.get(key), unit="share") for key in ("precision", "recall", "f1")),
+            Cell(row.get("precision"), unit="share"),
+            Cell(row.get("recall"), unit="share"),
+            Cell(row.get("f1"), unit="share"),
             row.get("support"),
             row.get("given"),
         )

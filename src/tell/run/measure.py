@@ -186,9 +186,9 @@ def score_arms(answers: Mapping[str, Answers], config: Config, kind: Kind) -> di
 
 def _label_parts(answers: Mapping[str, Answers], config: Config, kind: Kind) -> dict:
     scorer = label_scorer(kind)
-    if scorer is None or not answers:
+    if scorer is None:
         return {}
-    pairs = {arm: tuple([row[key] for row in of.rows] for key in ("answer", "reference")) for arm, of in answers.items()}
+    pairs = {arm: ([r["answer"] for r in of.rows], [r["reference"] for r in of.rows]) for arm, of in answers.items()}
     parts = {"labels": label_numbers(scorer, pairs)}
     if config.task.scorer is None:
         metrics, (_, references) = {arm: of.metrics for arm, of in answers.items()}, next(iter(pairs.values()))

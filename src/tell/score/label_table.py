@@ -39,7 +39,7 @@ def label_numbers(scorer: LabelScorer | MultiLabelScorer, arms: Mapping[str, Pai
         matrix's line: ``"answers"``, the shown labels that its rows were given; ``"others"``, how many were given
         other labels, and ``"none"``, none.
     """
-    sets = {arm: tuple([scorer.keys(text) for text in texts] for texts in pairs) for arm, pairs in arms.items()}
+    sets = {arm: (_sets(scorer, answers), _sets(scorer, references)) for arm, (answers, references) in arms.items()}
     support: Counter[int | str] = Counter()
     given: Counter[int | str] = Counter()
     for answers, references in sets.values():
@@ -48,8 +48,12 @@ def label_numbers(scorer: LabelScorer | MultiLabelScorer, arms: Mapping[str, Pai
     occurring = [key for key in range(len(scorer.labels)) if support[key] + given[key]]
     shown = sorted(occurring, key=lambda key: (-support[key], -given[key], key))[:MOST_LABELS]
     confused = isinstance(scorer, LabelScorer)
-    rows = {arm: _arm_rows(scorer.names, shown, *pair, confused) for arm, pair in sets.items()}
+    rows = {arm: _arm_rows(scorer.names, shown, pair, confused) for arm, pair in sets.items()}
     return {"shown": len(shown), "occurring": len(occurring), "arms": rows}
+
+
+def _sets(scorer: LabelScorer | MultiLabelScorer, texts: Sequence[str]) -> list[LabelSet]:
+    return [scorer.keys(text) for text in texts]
 
 
 def _counts(sets: Iterable[LabelSet]) -> Counter[int | str]:
@@ -57,8 +61,9 @@ def _counts(sets: Iterable[LabelSet]) -> Counter[int | str]:
 
 
 def _arm_rows(
-    names: Sequence[str], shown: Sequence[int], answers: list[LabelSet], references: list[LabelSet], confused: bool
+    names: Sequence[str], shown: Sequence[int], sets: tuple[list[LabelSet], list[LabelSet]], confused: bool
 ) -> list[dict[str, Any]]:
+    answers, references = sets
     support, given = _counts(references), _counts(answers)
     right = _counts(a & r for a, r in zip(answers, references, strict=True))
     rows = []
@@ -85,7 +90,12 @@ def _share(part: int, whole: int) -> float | None:
 
 
 def baseline_numbers(
-    kind: Kind, scorer: Scorer, arms: Mapping[str, Mapping[str, Metric]], references: Sequence[str], seed: int, samples: int
+    kind: Kind,
+    scorer: Scorer,
+    arms: Mapping[str, Mapping[str, Metric]],
+    references: Sequence[str],
+    seed: int,
+    samples: int,
 ) -> dict[str, Any]:
     """``baseline`` of metrics.json: the best score that one answer to every test row reaches.
 

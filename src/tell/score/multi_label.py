@@ -69,7 +69,9 @@ class MultiLabelScorer:
         counts = np.stack([right, given, gold], axis=1)
         per_row = np.where(given + gold > 0, f1(counts), 1.0)
         nothing = np.full(len(pairs), np.nan)  # of a metric of the whole corpus
-        by_label = np.concatenate([self._hits([a & r for a, r in pairs]), *map(self._hits, zip(*pairs, strict=True))], 1)
+        by_label = np.concatenate(
+            [self._hits([a & r for a, r in pairs]), *map(self._hits, zip(*pairs, strict=True))], 1
+        )
         return {
             "sample_f1": mean_metric(per_row),
             "exact_set": mean_metric([a == r for a, r in pairs], binary=True),

@@ -13,7 +13,14 @@ from tell.number_text import as_typed, has_interval, is_number, show, show_inter
 from tell.shown import brief
 
 MIN_ROWS = 6  # with fewer rows not even a sign test with all rows in one direction is significant at 5 %
-CONTENT = ("field_accuracy", "item_f1", "macro_f1", "schema_adherence")  # named where a rival is ahead in them
+CONTENT = (
+    "field_accuracy",
+    "item_f1",
+    "exact_set",
+    "micro_f1",
+    "macro_f1",
+    "schema_adherence",
+)  # named where a rival is ahead in them
 Entry = Mapping[str, Any]
 
 

@@ -136,7 +136,9 @@ class CellReader:
             return {}
         labels = get(self.findings, "kind", "labels") or sorted({str(row["reference"]) for row in rows})
         form = get(self.findings, "kind", "form")
-        return make_scorer(kind, labels=labels, form=form).score([r["answer"] for r in rows], [r["reference"] for r in rows])
+        return make_scorer(kind, labels=labels, form=form).score(
+            [r["answer"] for r in rows], [r["reference"] for r in rows]
+        )
 
     def _numbers(self, arm: str) -> dict[str, Number]:
         """Losses on general text and benchmarks, as levels and as changes from the untuned model."""
