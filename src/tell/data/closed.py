@@ -52,12 +52,9 @@ class ClosedField:
 
     @property
     def name(self) -> str:
-        """As in reports: ``category``, ``intents[]``, ``products empty``; of the whole answer ``label``, ``labels[]``."""
-        return (".".join(self.path) or ("labels" if self.is_set else "label")) + {
-            "value": "",
-            "empty": " empty",
-            "items": ITEM,
-        }[self.kind]
+        """As in reports: ``category``, ``intents[]``, ``products empty``; ``label`` or ``labels[]`` for an answer."""
+        whole = "labels" if self.is_set else "label"
+        return (".".join(self.path) or whole) + {"value": "", "empty": " empty", "items": ITEM}[self.kind]
 
     @property
     def classes(self) -> int:

@@ -54,7 +54,7 @@ def primary_of(scorer: Scorer, arms: Iterable[Mapping[str, Metric]]) -> str:
 
 @dataclass(frozen=True)
 class ScoredTask:
-    """Arguments of a scorer, where given: a task's JSON Schema, its labels and how they are listed, BLEURT's weights."""
+    """Arguments of a scorer, where given: a JSON Schema, labels and how they are listed, a BLEURT checkpoint."""
 
     schema: dict[str, Any] | None = None
     labels: tuple[str, ...] = ()

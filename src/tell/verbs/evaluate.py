@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from tell.config import Config, make_config
 from tell.data.example import Example
 from tell.data.kind import Kind, misfits
+from tell.data.label_text import FORMS
 from tell.data.sources import load
 from tell.data.subset import take_rows
 from tell.errors import TellError
@@ -170,7 +171,13 @@ class KindFacts(BaseModel):
     why: str
     schema_inferred: bool
     labels: list[str] | None = None
-    form: Literal["json", "semicolons", "bars", "commas"] | None = None
+    form: str | None = None
+
+    @model_validator(mode="after")
+    def _has_its_form(self) -> KindFacts:
+        if (self.form in FORMS) != (self.name == "labels") or (self.form and not self.labels):
+            raise ValueError(f"kind {self.name} with the form {self.form!r}")
+        return self
 
 
 class Findings(BaseModel):
