@@ -26,6 +26,7 @@ ROLES: dict[str, Role] = {
 _LOSS = ("weight", "loss", "train", "training")  # OpenAI, ms-swift, axolotl
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 _SHOWN = ("name", "tool_call_id")  # keys of a tool's turn that templates show
+SPANS = 'Write the labels alone: ["billing", "urgent"].'
 _READ = {"role", "from", "content", "value", "tool_calls", "function_call", *_LOSS, *THOUGHTS, *_SHOWN}
 
 
@@ -100,19 +101,15 @@ def _labels(answer: object, column: str) -> object:
     """The labels of a row as a list, in a file of such lists; texts that are empty stay no answer."""
     labels = answer if isinstance(answer, list) else [answer] if as_text(answer).strip() else None
     if labels and any(isinstance(label, (list, dict)) for label in labels):
-        raise RowFault(f"has spans, not labels (column {column!r})", 'Write the labels alone: ["billing", "urgent"].')
+        raise RowFault(f"has spans, not labels (column {column!r})", SPANS)
     return labels
 
 
 def _one_label(labels: list[object], column: str) -> object:
-    """The label in a list of annotation tools; None for an empty list."""
-    if not labels:
-        return None
-    if len(labels) > 1 or isinstance(labels[0], (list, dict)):
-        several = f"has {len(labels)} labels" if len(labels) > 1 else "has a span, not a label"
-        remedy = "Write them as one text, the way the model should answer: billing, urgent."
-        raise RowFault(f"{several} (column {column!r})", remedy)
-    return labels[0]
+    """The label in a list of annotation tools, in a file whose rows have one each; None for an empty list."""
+    if any(isinstance(label, (list, dict)) for label in labels):
+        raise RowFault(f"has a span, not a label (column {column!r})", SPANS)
+    return labels[0] if labels else None
 
 
 def _is_messages(value: object) -> bool:
