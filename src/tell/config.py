@@ -15,7 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from tell.errors import ConfigError, TellError, did_you_mean
 from tell.files import parse_yaml, read_text
-from tell.names import ARMS, Closed
+from tell.names import ARMS, Closed, KindName
 from tell.overrides import GENERAL_AMOUNTS, override, parse_overrides
 from tell.presets import PRESETS, general_tokens_for
 
@@ -73,7 +73,7 @@ class TaskConfig(Section):
     unlabelled: str | None = Field(
         None, description="file of prompts without answers for mix.pseudo; without it the model writes such prompts"
     )
-    kind: Literal["auto", "json", "label", "text"] = Field("auto", description="auto detects it from the answers")
+    kind: Literal["auto", KindName] = Field("auto", description="auto detects it from the answers")
     json_schema: str | None = Field(None, alias="schema", description="JSON Schema file for kind json")
     scorer: str | None = Field(None, description="package.module:function(answers, references) -> list[float]")
     rows: int | None = Field(None, ge=1, description="train on this many task rows, drawn by seed")

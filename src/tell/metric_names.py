@@ -83,6 +83,17 @@ _SCORES = (
     MetricSpec("accuracy", "Accuracy", "share", "Share of test rows whose label equals the reference's."),
     MetricSpec("macro_f1", "Macro-F1", "share", "Mean over labels of F1, the harmonic mean of precision and recall."),
     MetricSpec("valid_label", "Valid label", "share", "Share of test rows whose answer is one of the task's labels."),
+    MetricSpec(
+        "sample_f1", "Sample F1", "share", "Mean over test rows of F1 of the answer's labels and the reference's."
+    ),
+    MetricSpec("exact_set", "Exact set", "share", "Share of test rows whose labels are the reference's and no others."),
+    MetricSpec("micro_f1", "Micro-F1", "share", "F1 of all labels of all test rows together."),
+    MetricSpec(
+        "valid_labels",
+        "Valid labels",
+        "share",
+        "Share of test rows whose answer lists labels of the task and no others.",
+    ),
     MetricSpec("rouge_l", "ROUGE-L", "share", "F-measure of the longest common subsequence with the reference."),
     MetricSpec("chrf", "chrF++", "score", "Overlap of character and word n-grams with the reference, 0 to 100."),
     MetricSpec("bleu", "BLEU", "score", "Corpus BLEU against the reference, 0 to 100 (sacrebleu)."),

@@ -13,6 +13,8 @@ Mixture = Literal["task", "task-matched", "task-repeated", "general", "mixed", "
 Colour = Literal["blue", "orange", "green", "pink", "ochre", "grey", "violet"]
 TASK_SOURCES = ("task", "exemplars")
 """Sources of a mixture that are task rows: as they are, and with other task rows in their prompts."""
+KindName = Literal["json", "label", "labels", "text"]
+"""Kinds of a task, by its answers (`tell.data.kind`): objects, one of few labels, lists of labels, free text."""
 Closed = Literal["off", "likelihood", "readout", "fused"]
 """How closed fields (`tell.data.closed`) are answered: as the other text, by the model among their values, by the
 readout, or by both multiplied."""

@@ -223,6 +223,6 @@ def test_an_answer_with_half_of_a_pair_is_no_json():
 
 
 def test_a_kind_is_declared_once_and_tried_in_order():
-    assert list(KINDS) == ["json", "label", "text"]
+    assert list(KINDS) == ["json", "labels", "label", "text"]
     with pytest.raises(ValueError, match="'text' is declared twice"):
         kind("text")(KINDS["text"])

@@ -17,6 +17,7 @@ WORTH = {"base": 6.0, "tell": 7.5}
 ANSWERS = {
     "json": (['{"a": [1]}', "no"], ['{"a": [1]}', '{"a": [2]}']),
     "label": (["x", "y"], ["x", "x"]),
+    "labels": (['["x"]', "y"], ['["x", "y"]', '["x"]']),
     "text": (["one two", ""], ["one three", "two"]),
 }
 

@@ -12,7 +12,7 @@ CHOICES_SHOWN = 8
 
 
 def derived_anchor(kind: Kind, place: Place) -> Anchor | None:
-    """``Answer with one JSON object ...`` or ``Answer with one of these labels ...``; None for free text."""
+    """``Answer with one JSON object ...`` or ``Answer with exactly one of these labels ...``; None for free text."""
     if kind.name == "json" and kind.schema:
         keys = ", ".join(
             f"{json.dumps(name, ensure_ascii=False)} ({_describe(part)})"
@@ -22,7 +22,10 @@ def derived_anchor(kind: Kind, place: Place) -> Anchor | None:
         if keys:
             text = f"{text[:-1]}. Its keys, in this order: {keys}."
         return Anchor(text, place, "derived")
-    if kind.name == "label" and kind.labels:
+    if kind.list_form is not None and kind.labels:
+        text = f"Answer with all of these labels that apply, {kind.list_form.words}, and nothing else:"
+        return Anchor(f"{text} {', '.join(kind.labels)}.", place, "derived")
+    if kind.labels:
         return Anchor(
             f"Answer with exactly one of these labels and nothing else: {', '.join(kind.labels)}.", place, "derived"
         )

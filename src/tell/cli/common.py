@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin, get_type
 import typer
 
 from tell.errors import ConfigError, TellError, did_you_mean
-from tell.names import ARMS
+from tell.names import ARMS, KindName
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -164,7 +164,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag("--test", "task.test", "test file; default: rows split off DATA", "FILE"),
     Flag("--unlabelled", "task.unlabelled", "prompts without answers, for the arm tell-pseudo", "FILE", verbs=_RUN),
     Flag("--columns", "task.columns", "names of the columns, e.g. prompt=q,answer=a", "NAMES", verbs=_ALL),
-    Flag("--kind", "task.kind", "auto, json, label or text", "KIND", ("auto", "json", "label", "text")),
+    Flag("--kind", "task.kind", "auto, json, label, labels or text", "KIND", ("auto", *get_args(KindName))),
     Flag("--schema", "task.schema", "JSON Schema of the answers; default: inferred", "FILE"),
     Flag("--scorer", "task.scorer", "your own scorer, package.module:function", "NAME", verbs=_RUN),
     Flag("--task-tokens", "task.tokens", "train on about this many task tokens", "N", number),

@@ -13,12 +13,13 @@ from tell.folder import RunFolder
 from tell.metric_names import ANSWER_LOSS, HELD_OUT, METRICS, MetricSpec, metric
 from tell.number_text import as_typed, factor, has_interval, show
 from tell.report.notices import run_notices
-from tell.shown import clean, left_out
+from tell.report.score_tables import CONSTANT
+from tell.shown import brief, clean, left_out
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-METRICS_SHOWN = 3
+METRICS_SHOWN, LABELS_SHOWN = 3, 4
 ANSWER_LENGTH, PROMPT_LENGTH = 400, 150  # characters
 
 
@@ -89,6 +90,9 @@ def arms_table(metrics: dict) -> RenderableType:
         cells = [_cell(scores.get(spec.name), spec) for spec in columns]
         cells += [_cell(losses.get(name, {}).get("loss"), METRICS["loss"]) for name in sets]
         table.add_row(arm, *cells, style="bold" if arm == "tell" else "")
+    if constant := metrics.get("baseline"):
+        cells = [_cell(constant["scores"].get(spec.name), spec) for spec in columns]
+        table.add_row(CONSTANT, *cells, *("" for _ in sets), style="dim")
     for arm, other in (metrics.get("same") or {}).items():
         table.add_row(arm, f"one run with {other}", style="dim")
     return table
@@ -174,6 +178,24 @@ def _cut(text: str, length: int) -> str:
     return text if len(text) <= length else f"{text[:length].rstrip()} ..."
 
 
+def label_lines(metrics: dict) -> list[str]:
+    """The labels that are answered worst, and those most often taken for another; none for a task without labels."""
+    arms = (metrics.get("labels") or {}).get("arms") or {}
+    arm = "tell" if "tell" in arms else next(iter(arms), "")
+    rows = [row for row in arms.get(arm, ()) if row["support"]]
+    worst = sorted((row for row in rows if row["f1"] < 1), key=lambda row: row["f1"])[:LABELS_SHOWN]
+    taken = [(n, of, row) for row in rows for of, n in row.get("answers", {}).items() if of != row["label"]]
+    taken.sort(key=lambda entry: -entry[0])
+    weak = (f"{brief(row['label'])} {as_typed(show(row['f1'], 'share', digits=0))} ({_rows(row)})" for row in worst)
+    often = (f"{brief(row['label'])} as {brief(of)} ({n} of {_rows(row)})" for n, of, row in taken[:LABELS_SHOWN])
+    lines = [("lowest F1", ", ".join(weak)), ("most often mistaken", ", ".join(often))]
+    return [f"{arm}, {what}: {text}" for what, text in lines if text]
+
+
+def _rows(row: dict) -> str:
+    return f"{row['support']} row{'' if row['support'] == 1 else 's'}"
+
+
 def show_metrics(console: Console, metrics: dict) -> None:
     """The verdict and the table of arms."""
     from rich.text import Text
@@ -181,6 +203,8 @@ def show_metrics(console: Console, metrics: dict) -> None:
     from tell.score.verdict import verdict
 
     console.print(arms_table(metrics))
+    for line in label_lines(metrics):
+        console.print(Text(line))
     console.print(Text(verdict(metrics), style="bold"))
 
 

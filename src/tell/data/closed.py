@@ -13,7 +13,8 @@ import numpy as np
 
 from tell.data.example import Example
 from tell.data.json_text import nfc, parse_strict
-from tell.data.kind import Kind, as_label, is_short
+from tell.data.kind import Kind
+from tell.data.label_text import FORMS, as_label, is_short
 from tell.data.schema import Schema
 
 MOST_VALUES = 1000  # an enumeration of more values is a dictionary, not a choice
@@ -33,11 +34,13 @@ class ClosedField:
     """A field and its possible values.
 
     Attributes:
-        path: keys from the top of the answer; empty: the whole answer, a label, or the object itself.
+        path: keys from the top of the answer; empty: the whole answer, a label or a list of labels, or the object
+            itself.
         kind: ``value``: one of ``values``; ``empty``: whether a list is empty; ``items``: which items a list has.
         values: as they stand in an answer: JSON, or the label.
         open: further values are possible; what they have in common is that they are none of ``values``.
         new: of an open set, the chance that the next value is a further one (Good and Turing).
+        separator: between the labels of a list that is no JSON, as of `tell.data.label_text.ListForm`.
     """
 
     path: tuple[str, ...]
@@ -45,11 +48,13 @@ class ClosedField:
     values: tuple[str, ...]
     open: bool = False
     new: float = 1.0
+    separator: str = ""
 
     @property
     def name(self) -> str:
-        """As in reports: ``category``, ``intents[]``, ``products empty``; ``label`` for the whole answer."""
-        return (".".join(self.path) or "label") + {"value": "", "empty": " empty", "items": ITEM}[self.kind]
+        """As in reports: ``category``, ``intents[]``, ``products empty``; ``label`` or ``labels[]`` for an answer."""
+        whole = "labels" if self.is_set else "label"
+        return (".".join(self.path) or whole) + {"value": "", "empty": " empty", "items": ITEM}[self.kind]
 
     @property
     def classes(self) -> int:
@@ -61,10 +66,15 @@ class ClosedField:
         """Whether several values may hold at once."""
         return self.kind == "items"
 
+    @property
+    def in_json(self) -> bool:
+        """Whether values are JSON, not labels as they are."""
+        return bool(self.path) or (self.is_set and not self.separator)
+
     def target(self, answer: str) -> np.ndarray | None:
         """(classes,) 1 for the values of an answer, else 0; None where the answer lacks the field."""
-        if not self.path:
-            found: list[str] = [as_label(answer)]
+        if not self.in_json:
+            found = [as_label(part) for part in (answer.split(self.separator.strip()) if self.is_set else [answer])]
         else:
             value = value_at(answer, self.path)
             if value is MISSING:
@@ -88,7 +98,7 @@ class ClosedField:
     def described(self, index: int) -> str:
         """The words of a value, for a text that names it; empty where it has none."""
         value = self.values[index] if index < len(self.values) else ""
-        if self.path:
+        if self.in_json:
             found = parse_strict(value) if value else None
             value = found if isinstance(found, str) else ""
         return value.replace("_", " ").strip()
@@ -105,6 +115,7 @@ class ClosedField:
             "values": list(self.values),
             "open": self.open,
             "new": self.new,
+            **({"separator": self.separator} if self.separator else {}),
         }
 
     @classmethod
@@ -113,7 +124,10 @@ class ClosedField:
         path, kind, values = tuple(data["path"]), data["kind"], tuple(data["values"])
         if kind not in get_args(FieldKind) or not all(isinstance(text, str) for text in (*path, *values)):
             raise ValueError(f"{path}: {kind}, {values}")
-        return cls(path, kind, values, bool(data["open"]), float(data["new"]))
+        separator = data.get("separator", "")
+        if separator not in {form.separator for form in FORMS.values()} or (separator and (path or kind != "items")):
+            raise ValueError(f"{path}: {kind}, separated by {separator!r}")
+        return cls(path, kind, values, bool(data["open"]), float(data["new"]), separator)
 
 
 MISSING = object()
@@ -138,7 +152,7 @@ def as_json(value: object) -> str:
 
 
 def closed_fields(kind: Kind, examples: Sequence[Example]) -> list[ClosedField]:
-    """The closed fields of a task: its label, what its schema enumerates, and what its answers repeat.
+    """The closed fields of a task: its label or labels, what its schema enumerates, and what its answers repeat.
 
     Of a JSON answer these are properties that enumerate, are booleans or may be null; lists that may be empty, or whose
     items repeat; and strings that repeat. Strings that most prompts contain are copied from there, and are not closed.
@@ -150,7 +164,11 @@ def closed_fields(kind: Kind, examples: Sequence[Example]) -> list[ClosedField]:
     """
     answers = [example.answer for example in examples]
     fields: dict[tuple[str, ...], ClosedField] = {}
-    if kind.name == "label" and kind.labels:
+    if kind.list_form is not None and kind.labels:
+        form = kind.list_form
+        values = kind.labels if form.separator else tuple(map(as_json, kind.labels))
+        fields[()] = ClosedField((), "items", values, separator=form.separator)
+    elif kind.labels:
         fields[()] = ClosedField((), "value", kind.labels)
     elif kind.name == "json" and kind.schema is not None:
         checked = Schema(nfc(kind.schema))

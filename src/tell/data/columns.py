@@ -30,7 +30,12 @@ SHOWN = 8  # names in one message
 
 
 def detect_layout(
-    records: Sequence[Record], *, columns: str | None = None, where: str | None = None, flag: str = "--columns"
+    records: Sequence[Record],
+    *,
+    columns: str | None = None,
+    where: str | None = None,
+    flag: str = "--columns",
+    lists: bool = False,
 ) -> Layout:
     """Layout of a file from its column names.
 
@@ -43,6 +48,7 @@ def detect_layout(
             ``"messages=dialog"``; parts that are not named are detected.
         where: file name for messages.
         flag: the option that ``columns`` comes from.
+        lists: a column of lists of labels is one even where no row has several.
 
     Raises:
         TellError: no known layout, columns of the prompt that would be left out, or ``columns`` names a part or column
@@ -73,7 +79,18 @@ def detect_layout(
     if "prompt" in merged and "prompt" not in given:
         _refuse_lost(records, merged, others, where, flag)
     unused = [c for c in others if not _is_id(c) and any(r.get(c) not in (None, "", []) for r in records[:1000])]
-    return Layout(layout_name(merged), merged, tuple(unused), verdict)
+    lists = _lists_labels(records, merged.get("answer", ""), lists)
+    return Layout(layout_name(merged), merged, tuple(unused), verdict, lists)
+
+
+def _lists_labels(records: Sequence[Record], answer: str, one_is_enough: bool) -> bool:
+    """Whether an answer column of annotation tools lists labels, several in some row (or any, if that is enough)."""
+    if answer.lower() not in LABELS:
+        return False
+    cells = [cell for record in records if isinstance(cell := record.get(answer), list)]
+    return any(
+        (one_is_enough or len(cell) > 1) and not any(isinstance(item, (list, dict)) for item in cell) for cell in cells
+    )
 
 
 def check_columns(record: Record, layout: Layout, first: tuple[int, Record]) -> str:

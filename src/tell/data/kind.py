@@ -1,4 +1,4 @@
-"""Detects the kind of a task from its answers: JSON objects, short labels or free text."""
+"""Detects the kind of a task from its answers: JSON objects, short labels, lists of labels or free text."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any, Literal
 
 from tell.data.example import Example
 from tell.data.formats import check_file, read_text
-from tell.data.json_text import nfc, parse_strict, read_json
+from tell.data.json_text import parse_strict, read_json
+from tell.data.label_text import FORMS, ListForm, are_labels, as_label, is_short, list_form, requested_form
 from tell.data.schema import FIX_SCHEMA, Schema, SlowPattern
 from tell.errors import TellError
 from tell.files import expanded
+from tell.names import KindName
 from tell.registry import Registry
 from tell.shown import brief
-
-KindName = Literal["json", "label", "text"]
 
 # An enumeration rejects values that it does not list, so it is inferred only where an unseen value is unlikely:
 # by Good and Turing, the chance that the next value is new is about the share of values seen once.
@@ -26,10 +26,7 @@ ENUM_ROWS = 10
 ENUM_VALUES = 24
 ENUM_REPEATS = 3.0  # mean occurrences of a value
 ENUM_NEW = 0.05
-SHORT_CHARACTERS, SHORT_WORDS = 40, 5
 SCHEMA_URI = "https://json-schema.org/draft/2020-12/schema"
-LABEL_VALUES = 200
-LABEL_REPEATS = 2.0
 CLASSES_SHOWN = 5
 
 
@@ -38,13 +35,14 @@ class Kind:
     """The kind of a task.
 
     Attributes:
-        name: ``json``, ``label`` or ``text``.
+        name: ``json``, ``label``, ``labels`` or ``text``.
         schema: JSON Schema that answers are validated against; kind json only.
         schema_inferred: the schema was inferred from the answers, not given.
-        labels: the distinct answers, sorted; kind label only.
+        labels: the distinct labels, sorted; kinds label and labels only.
         why: one sentence for the user.
         shown: the schema of the training answers alone, where `widen` has made ``schema`` wider; what the model sees
             must not come from test rows.
+        form: how answers list their labels, a name of `tell.data.label_text.FORMS`; kind labels only.
     """
 
     name: KindName
@@ -53,6 +51,18 @@ class Kind:
     labels: tuple[str, ...] | None
     why: str
     shown: dict[str, Any] | None = None
+    form: str | None = None
+
+    @property
+    def list_form(self) -> ListForm | None:
+        """How answers list their labels; None for other kinds than labels."""
+        return FORMS[self.form] if self.form else None
+
+    def labels_in(self, answer: str) -> tuple[str, ...]:
+        """The labels of an answer, each once; empty for other kinds than label and labels, and where it is no list."""
+        if self.list_form is not None:
+            return tuple(dict.fromkeys(self.list_form.split(answer) or ()))
+        return (as_label(answer),) if self.name == "label" else ()
 
 
 class Answers:
@@ -121,11 +131,33 @@ def _json_kind(answers: Answers, requested: bool) -> Kind | None:
     return Kind("json", infer_schema(values), True, None, why)
 
 
+@kind("labels")
+def _labels_kind(answers: Answers, requested: bool) -> Kind | None:
+    form = requested_form(answers.texts) if requested else list_form(answers.texts)
+    if form is None:
+        return None
+    lists = [form.split(text) for text in answers.texts]
+    for example, found in zip(answers.examples, lists, strict=True):
+        if found is None:
+            remedy = f"Write every answer {form.words}, or set the kind to label or text."
+            what = f"the answer {brief(example.answer)!r} is no list of labels {form.words}, as others are"
+            raise TellError(what, where=example.origin, remedy=remedy)
+    labels = _distinct(label for found in lists for label in found or ())
+    if not labels:
+        raise TellError("no answer names a label", where="task.kind", remedy="Set the kind to text.")
+    each = sum(len(set(found or ())) for found in lists) / answers.n
+    why = f"{answers.n} answers of {each:.1f} labels on average, {len(labels)} different ones, {form.words}"
+    if empty := sum(not found for found in lists):
+        why += f"; {empty} of them name no label"
+    why = f"labels: {'requested; ' if requested else ''}{why}"
+    return Kind("labels", None, False, labels, why, form=form.name)
+
+
 @kind("label")
 def _label_kind(answers: Answers, requested: bool) -> Kind | None:
     if not requested and not are_labels(answers.texts):
         return None
-    why = f"label: {'requested; ' if requested else ''}{_count(answers.labels, answers.n)}"
+    why = f"label: {'requested; ' if requested else ''}{_count(answers.labels, answers.n)}{_python_lists(answers)}"
     return Kind("label", None, False, answers.labels, why)
 
 
@@ -142,27 +174,26 @@ def _text_kind(answers: Answers, requested: bool) -> Kind:
         why = f"the answers are short, but {_count(answers.labels, n)} repeat too little to be labels"
     else:
         why = f"the {n} answers are neither JSON objects nor few short labels"
-    return Kind("text", None, False, None, f"text: {why}")
+    return Kind("text", None, False, None, f"text: {why}{_python_lists(answers)}")
 
 
-def are_labels(answers: Sequence[str]) -> bool:
-    """Whether answers are few, short and repeated."""
-    labels = _distinct(answers)
-    few = len(labels) <= LABEL_VALUES and len(answers) >= LABEL_REPEATS * len(labels)
-    return few and all(map(is_short, labels))
+def _python_lists(answers: Answers) -> str:
+    """A clause for answers as pandas writes lists into CSV; they are read as text, since JSON has other quotes."""
+    if not all(text.lstrip().startswith(("['", "[]")) for text in answers.texts):
+        return ""
+    return """; they look like Python lists: write ["a", "b"] for lists of labels"""
 
 
 def _distinct(answers: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(set(map(as_label, answers))))
 
 
-def as_label(answer: str) -> str:
-    """An answer normalised for comparing labels: stripped, in Unicode's composed form (NFC)."""
-    return nfc(answer.strip())
-
-
 def misfits(kind: Kind, test: Sequence[Example]) -> str | None:
-    """A notice about test answers that break the schema, which no answer can match; None without any."""
+    """A notice about test answers that break the schema or are no list, so that no answer can match; None without."""
+    if kind.list_form is not None:
+        bad = [example.origin for example in test if kind.list_form.split(example.answer) is None]
+        what = f"test rows are no list of labels {kind.list_form.words}, as the training rows are"
+        return f"{len(bad)} of {len(test)} {what}, the first is {bad[0]}" if bad else None
     if kind.name != "json" or kind.schema is None:
         return None
     broken = _misfits(test, [_parse(example.answer) for example in test], kind.schema)
@@ -189,9 +220,11 @@ def widen(kind: Kind, known: Sequence[Example], test: Sequence[Example]) -> tupl
 
 def missing_classes(kind: Kind, train: Sequence[Example], test: Sequence[Example]) -> list[str]:
     """Notices about labels that occur in training or test rows only."""
-    if kind.name != "label":
+    if not kind.labels:
         return []
-    trained, tested = (Counter(as_label(example.answer) for example in part) for part in (train, test))
+    trained, tested = (
+        Counter(label for example in part for label in kind.labels_in(example.answer)) for part in (train, test)
+    )
     parts = []
     for what, have, lack in (("test", trained, tested), ("training", tested, trained)):
         names = sorted(have.keys() - lack.keys())
@@ -284,11 +317,6 @@ def _choices(strings: Iterable[str]) -> list[str] | None:
         return None
     once = sum(count == 1 for count in counts.values())
     return sorted(counts) if once <= ENUM_NEW * n and all(map(is_short, counts)) else None
-
-
-def is_short(text: str) -> bool:
-    """Whether text may be a label: at most 40 characters and five words."""
-    return len(text) <= SHORT_CHARACTERS and "\n" not in text and len(text.split()) <= SHORT_WORDS
 
 
 def _count(labels: Sequence[str], n: int) -> str:

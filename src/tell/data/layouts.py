@@ -91,12 +91,14 @@ class Layout:
         columns: part to column; ``messages``, or ``prompt`` and ``answer``, with the other `PARTS` found.
         unused: the other columns, without ids and empty ones.
         verdict: the column that marks bad examples, None where there is none.
+        lists: the answer column lists labels, several in some rows: then every answer is such a list.
     """
 
     name: str
     columns: dict[str, str]
     unused: tuple[str, ...] = ()
     verdict: str | None = None
+    lists: bool = False
 
     @property
     def required(self) -> tuple[str, ...]:

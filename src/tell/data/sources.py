@@ -43,6 +43,7 @@ class Loaded:
         fingerprint: SHA-256 (hexadecimal) over the file's bytes, the columns and the source's name.
         dropped: (origin, reason) of rows left out: bad ones with ``bad_rows="drop"``, and those marked as bad examples.
         notices: guesses and unused parts, as sentences for the user; rows left out are in ``dropped`` alone.
+        lists: as of `Layout`.
     """
 
     examples: list[Example]
@@ -52,10 +53,16 @@ class Loaded:
     fingerprint: str
     dropped: tuple[tuple[str, str], ...] = ()
     notices: tuple[str, ...] = ()
+    lists: bool = False
 
 
 def load(
-    source: str, *, name: str = "task", columns: str | None = None, bad_rows: Literal["refuse", "drop"] | None = None
+    source: str,
+    *,
+    name: str = "task",
+    columns: str | None = None,
+    bad_rows: Literal["refuse", "drop"] | None = None,
+    lists: bool = False,
 ) -> Loaded:
     """Examples of a file or a hub dataset, with the layout that was detected.
 
@@ -67,6 +74,7 @@ def load(
         bad_rows: what to do with a row without prompt or answer. By default the task's own data is refused
             (every row counts, and its author can fix it) and other data is cleaned, with reasons kept:
             28 of Alpaca's 52,002 rows have no answer.
+        lists: see `detect_layout`.
 
     Raises:
         TellError: the file, its columns or a row is invalid, or the hub cannot be reached.
@@ -76,16 +84,16 @@ def load(
     if bad_rows is None:
         bad_rows = "refuse" if name == "task" else "drop"
     if not _is_path(source):
-        return _load_hub(source, name, columns, bad_rows)
+        return _load_hub(source, name, columns, bad_rows, lists)
     path = expanded(source)
     guessed: list[str] = []
     with _no_collector():
         records = list(read_records(path, guessed.append))
-        rows = _Rows(name, str(path), path.name, bad_rows)
+        rows = _Rows(name, str(path), path.name, bad_rows, lists)
         layout = rows.read(records, columns, source)
     fingerprint = file_fingerprint(path, columns, name)
-    notices = (*guessed, *rows.notices(layout))
-    return Loaded(rows.examples, layout.name, layout.columns, source, fingerprint, tuple(rows.dropped), notices)
+    notices, dropped = (*guessed, *rows.notices(layout)), tuple(rows.dropped)
+    return Loaded(rows.examples, layout.name, layout.columns, source, fingerprint, dropped, notices, layout.lists)
 
 
 def read_source(source: str, notify: Callable[[str], None]) -> tuple[str, list[Record]]:
@@ -140,10 +148,11 @@ class _Rows:
     Args:
         where: the source in errors.
         short: the source in origins.
+        lists: as of `detect_layout`.
     """
 
-    def __init__(self, name: str, where: str, short: str, bad_rows: str) -> None:
-        self.name, self.where, self.short, self.bad_rows = name, where, short, bad_rows
+    def __init__(self, name: str, where: str, short: str, bad_rows: str, lists: bool) -> None:
+        self.name, self.where, self.short, self.bad_rows, self.lists = name, where, short, bad_rows, lists
         self.examples: list[Example] = []
         self.dropped: list[tuple[str, str]] = []
         self.seen: Counter[str] = Counter()
@@ -152,7 +161,9 @@ class _Rows:
     def read(self, records: list[Record], columns: str | None, source: str) -> Layout:
         """Detect the layout and read every record by it."""
         flag = "--general-columns" if self.name == "general" else "--columns"
-        layout = detect_layout([record for _, record in records], columns=columns, where=source, flag=flag)
+        layout = detect_layout(
+            [record for _, record in records], columns=columns, where=source, flag=flag, lists=self.lists
+        )
         for number, record in records:
             if any(column not in record for column in layout.required):
                 self._refuse_mixed(number, record, layout, records[0])
@@ -209,20 +220,22 @@ def _is_path(source: str) -> bool:
     return bool(re.search(r"\.[A-Za-z]{2,5}$", source))  # tickets.txt: hub names with a dot have an owner
 
 
-def _load_hub(source: str, name: str, columns: str | None, bad_rows: str) -> Loaded:
+def _load_hub(source: str, name: str, columns: str | None, bad_rows: str, lists: bool) -> Loaded:
     parts = _HUB_NAME.fullmatch(source)
     assert parts is not None  # accepted by _is_path
     rows = _hub_rows(source, parts["name"], parts["config"], parts["split"] or "train")
     records = list(enumerate(rows, 1))
     if not records:
         raise TellError("has no rows", where=source, remedy="Choose another split: NAME@SPLIT.")
-    made = _Rows(name, source, source, bad_rows)
+    made = _Rows(name, source, source, bad_rows, lists)
     layout = made.read(records, columns, source)
     digest = hashlib.sha256(repr((source, columns or "", name)).encode())
     for example in made.examples:
         digest.update(example.hash.encode())
-    notices = tuple(made.notices(layout))
-    return Loaded(made.examples, layout.name, layout.columns, source, digest.hexdigest(), tuple(made.dropped), notices)
+    notices, dropped = tuple(made.notices(layout)), tuple(made.dropped)
+    return Loaded(
+        made.examples, layout.name, layout.columns, source, digest.hexdigest(), dropped, notices, layout.lists
+    )
 
 
 def _hub_rows(source: str, name: str, config: str | None, split: str) -> list[dict[str, object]]:

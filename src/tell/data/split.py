@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tell.data.example import Example, Message
-from tell.data.kind import are_labels, as_label
+from tell.data.label_text import are_labels, as_label, list_form
 from tell.errors import TellError
 from tell.seeds import shuffled
 
@@ -112,10 +112,12 @@ def prompt_groups(examples: Sequence[Example]) -> list[Group]:
     return list(groups.values())
 
 
-def _labels(examples: Sequence[Example]) -> list[str] | None:
-    """The label of each row; None where the answers are not labels."""
+def _labels(examples: Sequence[Example]) -> list[set[str]] | None:
+    """The labels of each row; None where the answers are not labels."""
     answers = [as_label(example.answer) for example in examples]
-    return answers if are_labels(answers) else None
+    if (form := list_form(answers)) is not None:
+        return [set(form.split(answer) or ()) for answer in answers]
+    return [{answer} for answer in answers] if are_labels(answers) else None
 
 
 def _fill(groups: list[Group], wanted: int) -> tuple[list[Group], list[Group]]:
@@ -132,7 +134,9 @@ def _fill(groups: list[Group], wanted: int) -> tuple[list[Group], list[Group]]:
     return taken, rest
 
 
-def _share(part: list[Group], other: list[Group], labels: list[str] | None, *, all_of_it: bool, leave: int = 0) -> None:
+def _share(
+    part: list[Group], other: list[Group], labels: list[set[str]] | None, *, all_of_it: bool, leave: int = 0
+) -> None:
     """Give ``part``, in place, a group of each label that only ``other`` has, for one of the same size it can spare.
 
     Args:
@@ -145,10 +149,10 @@ def _share(part: list[Group], other: list[Group], labels: list[str] | None, *, a
     for label in sorted(theirs.keys() - mine.keys()):
         if mine[label] or (theirs[label] < 2 and not all_of_it):
             continue
-        holders = [group for group in other if label in {labels[i] for i in group}]
+        holders = [group for group in other if any(label in labels[i] for i in group)]
         for group in holders:
-            spared = [g for g in part if len(g) == len(group) and all(mine[labels[i]] > 1 for i in g)]
-            kept = all(theirs[labels[i]] > 1 for i in group) or all_of_it
+            spared = [g for g in part if len(g) == len(group) and all(mine[name] > 1 for i in g for name in labels[i])]
+            kept = all(theirs[name] > 1 for i in group for name in labels[i]) or all_of_it
             if not kept or not (spared or (all_of_it and len(other) > leave)):
                 continue
             other.remove(group)
@@ -160,9 +164,9 @@ def _share(part: list[Group], other: list[Group], labels: list[str] | None, *, a
             break
 
 
-def _holders(groups: list[Group], labels: list[str]) -> Counter[str]:
+def _holders(groups: list[Group], labels: list[set[str]]) -> Counter[str]:
     """In how many groups each label occurs."""
-    return Counter(label for group in groups for label in {labels[i] for i in group})
+    return Counter(label for group in groups for label in {name for i in group for name in labels[i]})
 
 
 def _size(groups: list[Group]) -> int:

@@ -26,6 +26,7 @@ ROLES: dict[str, Role] = {
 _LOSS = ("weight", "loss", "train", "training")  # OpenAI, ms-swift, axolotl
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 _SHOWN = ("name", "tool_call_id")  # keys of a tool's turn that templates show
+SPANS = 'Write the labels alone: ["billing", "urgent"].'
 _READ = {"role", "from", "content", "value", "tool_calls", "function_call", *_LOSS, *THOUGHTS, *_SHOWN}
 
 
@@ -50,7 +51,7 @@ def to_messages(record: Record, layout: Layout, seen: Counter[str] | None = None
         turns = _turns(record.get(columns["messages"]), columns["messages"], seen)
         turns = turns[: _end(turns)]
     else:
-        turns = _pair(record, columns, seen)
+        turns = _pair(record, columns, seen, layout.lists)
     if "system" in columns and turns[0].role != "system":
         system = as_text(record.get(columns["system"]))
         if not is_blank(system):
@@ -68,10 +69,12 @@ def _end(turns: list[Message]) -> int:
     return max((n for n, turn in enumerate(turns, 1) if turn.role == "assistant" and turn.trained), default=len(turns))
 
 
-def _pair(record: Record, columns: Mapping[str, str], seen: Counter[str]) -> list[Message]:
+def _pair(record: Record, columns: Mapping[str, str], seen: Counter[str], lists: bool) -> list[Message]:
     column = columns["answer"]
     answer = record.get(column)
-    if column.lower() in LABELS and isinstance(answer, list):
+    if lists and answer is not None:
+        answer = _labels(answer, column)
+    elif column.lower() in LABELS and isinstance(answer, list):
         answer = _one_label(answer, column)
     answers = _turns(answer, column, seen) if _is_messages(answer) else [Message("assistant", as_text(answer))]
     if len(answers) == 1 and not answers[0].extra and is_blank(answers[0].content):
@@ -94,15 +97,19 @@ def _pair(record: Record, columns: Mapping[str, str], seen: Counter[str]) -> lis
     return turns + answers
 
 
+def _labels(answer: object, column: str) -> object:
+    """The labels of a row as a list, in a file of such lists; texts that are empty stay no answer."""
+    labels = answer if isinstance(answer, list) else [answer] if as_text(answer).strip() else None
+    if labels and any(isinstance(label, (list, dict)) for label in labels):
+        raise RowFault(f"has spans, not labels (column {column!r})", SPANS)
+    return labels
+
+
 def _one_label(labels: list[object], column: str) -> object:
-    """The label in a list of annotation tools; None for an empty list."""
-    if not labels:
-        return None
-    if len(labels) > 1 or isinstance(labels[0], (list, dict)):
-        several = f"has {len(labels)} labels" if len(labels) > 1 else "has a span, not a label"
-        remedy = "Write them as one text, the way the model should answer: billing, urgent."
-        raise RowFault(f"{several} (column {column!r})", remedy)
-    return labels[0]
+    """The label in a list of annotation tools, in a file whose rows have one each; None for an empty list."""
+    if any(isinstance(label, (list, dict)) for label in labels):
+        raise RowFault(f"has a span, not a label (column {column!r})", SPANS)
+    return labels[0] if labels else None
 
 
 def _is_messages(value: object) -> bool:

@@ -18,7 +18,7 @@ from functools import cached_property
 import numpy as np
 
 from tell.data.closed import EMPTY, ITEM, ClosedField
-from tell.decode.json_cursor import JsonCursor
+from tell.decode.json_cursor import JsonCursor, ListCursor
 from tell.rows.template import ChatTokenizer
 
 _BLANK = " \t\r\n"
@@ -149,8 +149,19 @@ class Fields:
         self._by_path = {found.path: i for i, found in enumerate(self.fields)}
         self._branches: dict[tuple, Branch | None] = {}
 
-    def find(self, cursor: JsonCursor) -> tuple[int, str, bool] | None:
-        """The closed field that a JSON answer has reached, how its value has been begun, and whether that is the value
+    @cached_property
+    def stop(self) -> Branch:
+        """The end of an answer."""
+        rows = len(self.stop_ids)
+        return Branch(np.array(self.stop_ids), np.ones((rows, 1), dtype=bool), np.zeros(rows, dtype=bool), False)
+
+    @property
+    def whole(self) -> ClosedField | None:
+        """The field that the whole answer is, a label or a list of labels; None where answers have fields."""
+        return self.fields[0] if self.fields and not self.fields[0].path else None
+
+    def find(self, cursor: JsonCursor | ListCursor) -> tuple[int, str, bool] | None:
+        """The closed field that an answer has reached, how its value has been begun, and whether that is the value
         itself or an item of it."""
         place = cursor.place
         if place is None:
@@ -213,7 +224,7 @@ class Fields:
         end = len(field.values)
         members: dict[tuple[int, bool], set[int]] = defaultdict(set)
         for c, rest in rests.items():
-            if not rest and not field.path:
+            if not rest and not field.path and not field.is_set:
                 members |= {(token, False): members[token, False] | {c} for token in self.stop_ids}
             elif not rest and inside:
                 self._add_ends(members, field, c, "")
@@ -233,8 +244,10 @@ class Fields:
                             members[token, False].add(c)
         if not members:
             return None
-        if inside and not raw:  # a list may end before its first item; `Guide.decision` rules it out after a comma
-            for token in words.matching(_CLOSED):
+        if (
+            inside and not raw and not field.separator
+        ):  # before its first item; `Guide.decision` forbids it after a comma
+            for token in words.matching(_CLOSED if field.path else _CLOSED_LAST):
                 members[token, False].add(end)
         openers = ("", '"') if inside else ("", "[", '["') if field.is_set else ("", '"', "[", "{")
         further = field.open and text in openers
@@ -246,13 +259,16 @@ class Fields:
         return _as_branch(members, field, further)
 
     def _add_ends(self, members: dict[tuple[int, bool], set[int]], field: ClosedField, c: int, rest: str) -> None:
-        """Tokens that complete an item of a list by ``rest`` and go on with a comma, or end the list."""
+        """Tokens that complete an item of a list by ``rest`` and go on to the next, or end the list."""
+        comma, closed = field.separator.strip() or ",", _CLOSED if field.path else _CLOSED_LAST
+        if field.separator and not rest:
+            members |= {(token, False): members[token, False] | {c} for token in self.stop_ids}
         starts = ("", '"') if all(value.startswith('"') for value in field.values) else ("",)  # of any next item
         for token, more in self.vocabulary.beyond(rest):
             after = more.lstrip(_BLANK)
-            if _CLOSED.match(more):
+            if not field.separator and closed.match(more):
                 members[token, False].add(c)
-            elif after[:1] == "," and after[1:].lstrip(_BLANK) in starts:
+            elif after[:1] == comma and after[1:].lstrip(_BLANK) in starts:
                 members[token, True].add(c)
 
 
@@ -269,6 +285,7 @@ def _as_branch(members: dict[tuple[int, bool], set[int]], field: ClosedField, fu
 
 _AFTER, _CLOSED = re.compile(r"\s*[,}]"), re.compile(r"\s*\](?:\s*[,}]|\s*$)")
 """What may follow the value of a key, and the end of a list that is such a value."""
+_CLOSED_LAST = re.compile(r"\s*\]\s*$")  # of a list that is the whole answer
 _NUMBER_END = re.compile(r"\s*([,}]|\Z)")  # or white space alone
 _CLOSERS = '"]}'  # they end a value by themselves
 
@@ -284,9 +301,13 @@ class Guide:
 
     def __init__(self, fields: Fields, evidence: Sequence[np.ndarray], log_priors: Sequence[np.ndarray]) -> None:
         self.fields, self.evidence, self.log_priors = fields, evidence, log_priors
-        self._cursor, self._read = JsonCursor(), ""
+        whole = fields.whole
+        self._cursor: JsonCursor | ListCursor = JsonCursor()
+        if whole is not None and whole.separator:
+            self._cursor = ListCursor(whole.separator)
+        self._read = ""
         self._whole, self._text = 0, ""  # tokens up to the last whole character, and their text
-        self._label = bool(fields.fields) and not fields.fields[0].path
+        self._label, self._list = whole is not None and not whole.is_set, whole is not None and whole.is_set
 
     def decision(self, ids: Sequence[int]) -> Decision | None:
         """The choice for the token after ``ids``, the answer so far; None where the model is free.
@@ -304,6 +325,8 @@ class Guide:
                 return None
             self._cursor.feed(text[len(self._read) :])
             self._read = text
+            if self._list and self._cursor.ended:
+                return Decision(self.fields.stop, _NOTHING, _NOTHING)
             if (begin := self.fields.opens(text, tuple(ids[self._whole :]))) is not None:
                 return Decision(begin, _NOTHING, _NOTHING)
             found = self.fields.find(self._cursor)
@@ -312,7 +335,7 @@ class Guide:
         index, _, inside = found
         field, evidence = self.fields.fields[index], self.evidence[index]
         if field.is_set and inside and (done := self._cursor.done):
-            evidence = evidence.copy()
+            evidence = evidence.copy()  # a value comes once, and a list with separators has at least one
             evidence[[i for i, value in enumerate(field.values) if value in done]] = -np.inf
             if not self._cursor.text:
                 evidence[-2] = -np.inf  # after a comma comes an item

@@ -1,4 +1,4 @@
-"""Follows a growing JSON text character by character. No torch."""
+"""Follows a growing answer, JSON or a list with separators. No torch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,26 @@ import json
 from dataclasses import dataclass, field
 
 from tell.data.closed import ITEM
+
+
+class ListCursor:
+    """Where a growing list with separators stands: always in an item. Attributes are as of `JsonCursor`.
+
+    Args:
+        separator: between two items, one character between blanks.
+    """
+
+    place: tuple[str, ...] | None = (ITEM,)
+    ended = False  # what ends it is the end of the answer
+
+    def __init__(self, separator: str) -> None:
+        self.text, self.done = "", list[str]()
+        self._separator = separator.strip()
+
+    def feed(self, text: str) -> None:
+        """Go on by ``text``."""
+        *done, self.text = (self.text + text).split(self._separator)
+        self.done += [part.strip() for part in done]
 
 
 class JsonCursor:
@@ -22,6 +42,11 @@ class JsonCursor:
         self.text = ""
         self._open: list[_Level] = []
         self._in_string = self._escaped = False
+
+    @property
+    def ended(self) -> bool:
+        """Whether the list or object that the text is has been closed."""
+        return self.place is None and not self._open
 
     @property
     def done(self) -> list[str]:

@@ -22,8 +22,10 @@ from tell.report.benchmark_section import benchmark_grid, benchmark_tables
 from tell.report.cases import build_cases
 from tell.report.glossary import GLOSSARY
 from tell.report.html_text import plain, shorten, visible, word_diff
+from tell.report.label_section import label_tables
 from tell.report.read_run import Run, mapping, read_run
 from tell.report.score_tables import (
+    CONSTANT,
     arm_grid,
     arm_table,
     difference_grid,
@@ -131,6 +133,8 @@ def render(folder: RunFolder, *, state: str | None = None) -> str:
         parts=parts_table(run.metrics),
         part_words=PARTS,
         readout=readout_lines(run.metrics),
+        labels=label_tables(run.metrics),
+        constant=CONSTANT,
         losses=sections.losses(run),
         mixture=sections.mixture(run),
         cases=build_cases(run),

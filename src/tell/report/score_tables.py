@@ -12,10 +12,13 @@ from tell.metric_names import METRICS, MetricSpec, metric
 from tell.names import arm, arm_order
 from tell.number_text import Unit, has_interval, is_number, show
 from tell.parts import PARTS
+from tell.report.html_text import shorten
 from tell.report.read_run import get, mapping, rows_of
 from tell.report.svg import SHARE, Scale, axis_strip, interval_strip
 
 MINUS = " - "
+CONSTANT = "constant answer"
+"""What `baseline` of metrics.json is called: one answer to every test row."""
 READINGS = {1: "more than before", -1: "less than before", 0: "no change seen"}
 
 
@@ -131,6 +134,10 @@ def arm_table(metrics: dict[str, Any]) -> Plotted | None:
         strip = cell.strip(scale, style="ahead" if name == best else "own" if name == "tell" else "")
         mark = "ahead of all others" if name == best else ""
         lines.append(Line(name, _note(name, mapping(metrics, "same")), cell, strip, mark=mark))
+    if (entry := get(metrics, "baseline", "scores", primary)) is not None:
+        cell = Cell.of(entry, what.unit)
+        note = f"always “{shorten(str(get(metrics, 'baseline', 'answer')), 60)}”"
+        lines.append(Line(CONSTANT, note, cell, cell.strip(scale)))
     return Plotted(what, lines, axis(scale, what.unit))
 
 
@@ -145,7 +152,9 @@ def _note(name: str, same: Mapping[str, str]) -> str:
 def arm_grid(metrics: dict[str, Any]) -> Grid | None:
     """Every metric of each arm."""
     arms = mapping(metrics, "arms")
-    return _grid({name: arms[name] for name in arm_order(arms)}, primary_metric(metrics))
+    constant = mapping(metrics, "baseline", "scores")
+    rows = {name: arms[name] for name in arm_order(arms)} | ({CONSTANT: constant} if constant else {})
+    return _grid(rows, primary_metric(metrics))
 
 
 def difference_table(metrics: dict[str, Any]) -> Plotted | None:

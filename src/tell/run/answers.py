@@ -37,7 +37,12 @@ MOST_NEW_TOKENS = 1024
 def scorer_of(config: Config, kind: Kind) -> Scorer:
     """The scorer of a task: the user's own function, or by the kind of answers."""
     return make_scorer(
-        kind.name, schema=kind.schema, labels=kind.labels, custom=config.task.scorer, bleurt=config.eval.bleurt
+        kind.name,
+        schema=kind.schema,
+        labels=kind.labels,
+        custom=config.task.scorer,
+        bleurt=config.eval.bleurt,
+        form=kind.form,
     )
 
 

@@ -48,7 +48,7 @@ def parts_of(task: Task, count: int) -> list[np.ndarray]:
             remedy=f"Set search.folds to {rows} or less, or leave out --search." if rows > 1 else "Add task rows.",
         )
     order = permutation(rows, task.config.seed, "folds").tolist()
-    if task.kind.name == "label":
+    if task.kind.labels:
         order.sort(key=lambda i: task.train[groups[i][0]].answer)
     return [np.sort(np.concatenate([groups[i] for i in order[part::count]])) for part in range(count)]
 
@@ -66,9 +66,9 @@ def folds_of(prepared: Prepared, count: int) -> list[Fold]:
         held = set(part.tolist())
         train = [row for i, row in enumerate(task.train) if i not in held]
         test = [task.train[i] for i in part if task.train[i].hash not in shown]
-        if task.kind.name == "label":
-            known = {row.answer for row in train}
-            test = [row for row in test if row.answer in known]
+        if task.kind.labels:
+            known = {label for row in train for label in task.kind.labels_in(row.answer)}
+            test = [row for row in test if known.issuperset(task.kind.labels_in(row.answer))]
         if train and test:
             folds.append(Fold(_part(prepared, train, test), number))
     return folds

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from tell.anchor.anchor import Anchor
 from tell.config import Config
 from tell.data.example import Example
+from tell.data.kind import Kind
 from tell.files import read_jsonl, write_jsonl
 from tell.folder import RunFolder
 from tell.names import ARMS
@@ -36,6 +37,7 @@ from tell.run.prepare import Prepared
 from tell.run.readouts import Decider, Guides, run_decider
 from tell.run.session import Session
 from tell.run.train_arms import Trained
+from tell.score.label_table import baseline_numbers, label_numbers, label_scorer
 from tell.score.scored import Metric, Scorer, primary_of
 
 if TYPE_CHECKING:
@@ -171,12 +173,28 @@ def run_exam(prepared: Prepared, session: Session, decider: Decider | None = Non
     return Exam(config, prepared.anchor, task.test, task.train, task.shots, decoding, scorer, guides, chosen, nearest)
 
 
-def score_arms(answers: Mapping[str, Answers], config: Config) -> dict:
-    """``arms``, ``differences`` and ``eval`` of metrics.json: each metric with its interval, arms paired."""
+def score_arms(answers: Mapping[str, Answers], config: Config, kind: Kind) -> dict:
+    """``arms``, ``differences`` and ``eval`` of metrics.json: each metric with its interval, arms paired.
+
+    Where answers are labels also ``labels``, and ``baseline`` unless the scorer is the user's own.
+    """
     metrics = {arm: found.metrics for arm, found in answers.items()}
     values, gaps = arm_numbers(metrics, seed=config.seed, samples=config.eval.bootstrap)
     costs = eval_numbers({arm: found.costs for arm, found in answers.items()})
-    return {"arms": values, "differences": gaps, "eval": costs}
+    return {"arms": values, "differences": gaps, "eval": costs, **_label_parts(answers, config, kind)}
+
+
+def _label_parts(answers: Mapping[str, Answers], config: Config, kind: Kind) -> dict:
+    scorer = label_scorer(kind)
+    if scorer is None:
+        return {}
+    pairs = {arm: ([r["answer"] for r in of.rows], [r["reference"] for r in of.rows]) for arm, of in answers.items()}
+    parts = {"labels": label_numbers(scorer, pairs)}
+    if config.task.scorer is None:
+        metrics, (_, references) = {arm: of.metrics for arm, of in answers.items()}, next(iter(pairs.values()))
+        draws = {"seed": config.seed, "samples": config.eval.bootstrap}
+        parts["baseline"] = baseline_numbers(kind, scorer, metrics, references, **draws)
+    return parts
 
 
 def validation_table(prepared: Prepared) -> RowTable:

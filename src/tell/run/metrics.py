@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from tell.models.load import Loaded
 
 
-OPTIONAL = ("benchmarks", "readout", "pseudo")
+OPTIONAL = ("labels", "baseline", "benchmarks", "readout", "pseudo")
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """metrics.json; each part is as docs/reference describes it. The last three may be absent."""
+    """metrics.json; each part is as docs/reference describes it. The last ones may be absent."""
 
     task: dict
     arms: dict
@@ -42,6 +42,8 @@ class Metrics:
     benchmarks: dict | None = None
     readout: list[dict] | None = None
     pseudo: dict[str, dict] | None = None
+    labels: dict | None = None
+    baseline: dict | None = None
 
     def to_dict(self) -> dict:
         parts = dict(vars(self))
@@ -56,7 +58,7 @@ def run_metrics(prepared: Prepared, trained: Trained, measured: Measured) -> Met
     lead = prepared.mixtures.get(prepared.lead or "")
     return Metrics(
         task={"kind": prepared.task.kind.name, "primary": measured.primary},
-        **score_arms(measured.answers, config),
+        **score_arms(measured.answers, config, prepared.task.kind),
         forgetting={} if measured.forgetting is None else numbers(measured.forgetting, config),
         mixture={} if lead is None else lead[1].counts(),
         train=train_numbers(prepared, trained.results, measured.validation),
@@ -124,6 +126,7 @@ class Findings:
                 "why": kind.why,
                 "schema_inferred": kind.schema_inferred,
                 "labels": list(kind.labels) if kind.labels else None,
+                **({"form": kind.form} if kind.form else {}),
             },
             overlap={
                 "train_test": task.facts.overlap,

@@ -121,7 +121,10 @@ def _evidence(field: FieldReadout, scores: np.ndarray, config: GenerateConfig) -
     if config.closed == "likelihood" or not field.informed:
         found = np.zeros_like(scores)
     elif alone:
-        found, new = np.where(field.holds(scores), CERTAIN, -np.inf), -CERTAIN
+        holds = field.holds(scores)
+        if field.field.separator:  # such a list has a label at least
+            holds |= ~holds.any(axis=1, keepdims=True) & (scores == scores.max(axis=1, keepdims=True))
+        found, new = np.where(holds, CERTAIN, -np.inf), -CERTAIN
     else:
         found = config.readout_weight * field.evidence(scores)
     if not field.field.is_set:

@@ -25,7 +25,7 @@ def with_recast(task: Task, general: General) -> General:
     form: Form
     if task.kind.name == "json":
         form = "json"
-    elif task.kind.name == "label":
+    elif task.kind.labels:
         form = "label"
     else:
         task.notices.add("general.recast changes nothing: a task of free text has no form that a rule could ask for")

@@ -237,7 +237,12 @@ def _read(config: Config) -> tuple[Loaded, Loaded | None, dict | None]:
         )
     schema = load_schema(task.json_schema) if task.json_schema else None
     data = load(task.data, name="task", columns=task.columns)
-    return data, load(task.test, name="task", columns=task.columns) if task.test else None, schema
+    if task.test is None:
+        return data, None, schema
+    given = load(task.test, name="task", columns=task.columns, lists=data.lists)
+    if given.lists and not data.lists:  # rows with one label each, where test rows have several
+        data = load(task.data, name="task", columns=task.columns, lists=True)
+    return data, given, schema
 
 
 def _split(config: Config, data: Loaded, given: Loaded | None) -> Splits:

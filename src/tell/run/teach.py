@@ -161,8 +161,8 @@ class _Checks:
 
     def __init__(self, task: Task) -> None:
         kind = task.kind  # of the schema of the training answers: what test rows add must not be learned
-        self.kind = kind.name
-        self.scorer = make_scorer(kind.name, schema=kind.shown or kind.schema, labels=kind.labels)
+        self.labels = kind.labels
+        self.scorer = make_scorer(kind.name, schema=kind.shown or kind.schema, labels=kind.labels, form=kind.form)
 
     def fault(self, text: str, finish: str) -> str | None:
         """Why an answer is not trained on; None where it is."""
@@ -173,7 +173,7 @@ class _Checks:
         explain = getattr(self.scorer, "why_invalid", None)
         if explain and (why := explain(text)):
             return why if why.startswith("not JSON") else f"against the schema: {why}"
-        if self.kind == "label" and not self.scorer.is_task_format(text):
+        if self.labels and not self.scorer.is_task_format(text):
             return "no label"
         return None
 

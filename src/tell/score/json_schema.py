@@ -14,7 +14,7 @@ from tell.data.json_text import items, nfc, parse_strict
 from tell.data.schema import Schema, SlowPattern
 from tell.errors import TellError
 from tell.metric_names import FIELD
-from tell.score.means import check_pairs, mean_metric
+from tell.score.means import check_pairs, f1, mean_metric
 from tell.score.scored import Metric, ScoredTask, scorer
 from tell.shown import brief
 
@@ -168,7 +168,7 @@ class JsonScorer:
         metrics["field_accuracy"] = mean_metric(share)
         metrics["exact_match"] = mean_metric(np.where(asked > 0, share == 1, np.nan), binary=True)
         if (items := _item_counts(values, references, counted)) is not None:
-            metrics["item_f1"] = Metric(items, _f1, _f1(items))
+            metrics["item_f1"] = Metric(items, f1, f1(items))
         for column, field in enumerate(counted):
             metrics[FIELD + field] = mean_metric(equal[:, column], binary=True)
         return metrics
@@ -213,13 +213,6 @@ def _items(value: object, counted: dict[str, frozenset[str]]) -> Counter[tuple] 
     }
     found = ((field, _normal(x, counted[field])) for field, part in lists.items() for x in part)
     return Counter(found) if lists else None
-
-
-def _f1(sums: np.ndarray) -> np.ndarray:
-    """F1 from (..., 3) counts; NaN where neither side has an item."""
-    right, given, gold = np.moveaxis(sums, -1, 0)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return 2 * right / (given + gold)
 
 
 def _parse_or_missing(text: str) -> object:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from tell.errors import TellError
-from tell.score.means import check_pairs, mean_metric
+from tell.score.means import check_pairs, macro_f1, mean_metric
 from tell.score.scored import Metric, ScoredTask, scorer
 
 _TRAILING = " \t\r\n.,;:!?…。、，；：！？"
@@ -38,7 +38,10 @@ class LabelScorer:
         return cls(task.labels)
 
     def __init__(self, labels: Sequence[str]) -> None:
-        exact = dict.fromkeys(folded for label in labels if (folded := _fold(label)))
+        exact: dict[str, str] = {}
+        for label in labels:
+            if folded := fold(label):
+                exact.setdefault(folded, label)
         if not exact:
             raise TellError("no label is given", where="labels", remedy="Name at least one label.")
         self._exact = {folded: i for i, folded in enumerate(exact)}
@@ -46,15 +49,20 @@ class LabelScorer:
         self._bare = {
             stripped: i for folded, i in self._exact.items() if bare[stripped := folded.rstrip(_TRAILING)] == 1
         }
-        self.labels = tuple(exact)
+        self.labels, self.names = tuple(exact), tuple(exact.values())
 
     def index(self, text: str) -> int:
         """Index of the label that ``text`` is, or ``len(labels)`` for any other text."""
-        folded = _fold(text)
+        folded = fold(text)
         if folded in self._exact:
             return self._exact[folded]
         stripped = folded.rstrip(_TRAILING)
         return self._bare.get(stripped, len(self.labels)) if stripped else len(self.labels)
+
+    def keys(self, text: str) -> frozenset[int | str]:
+        """The label of an answer: the index of a known one, else its text."""
+        place = self.index(text)
+        return frozenset([place if place < len(self.labels) else fold(text).rstrip(_TRAILING)])
 
     def is_task_format(self, answer: str) -> bool:
         """Whether the answer is one of the labels."""
@@ -73,12 +81,12 @@ class LabelScorer:
         given = np.array([self.index(text) for text in answers])
         gold = np.array([self.index(text) for text in references])
         same_text = [
-            _fold(a).rstrip(_TRAILING) == _fold(r).rstrip(_TRAILING) for a, r in zip(answers, references, strict=True)
+            fold(a).rstrip(_TRAILING) == fold(r).rstrip(_TRAILING) for a, r in zip(answers, references, strict=True)
         ]
         right = np.where(gold == other, (given == other) & np.array(same_text), given == gold)
         return {
             "accuracy": mean_metric(right, binary=True),
-            "macro_f1": Metric(self._counts(given, gold), _macro_f1, np.full(len(answers), np.nan)),
+            "macro_f1": Metric(self._counts(given, gold), macro_f1, np.full(len(answers), np.nan)),
             "valid_label": mean_metric(given < other, binary=True),
         }
 
@@ -89,13 +97,6 @@ class LabelScorer:
         return np.concatenate([is_given & is_gold, is_given, is_gold], axis=1).astype(np.float64)
 
 
-def _fold(text: str) -> str:
+def fold(text: str) -> str:
+    """Text as labels are compared: composed, stripped, without case."""
     return unicodedata.normalize("NFC", text).strip().casefold()
-
-
-def _macro_f1(sums: np.ndarray) -> np.ndarray:
-    true_positives, given, gold = np.split(sums, 3, axis=-1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        f1 = 2 * true_positives / (given + gold)  # NaN for a label that neither side names
-        occurs = given + gold > 0
-        return np.where(occurs, f1, 0.0).sum(axis=-1) / occurs.sum(axis=-1)

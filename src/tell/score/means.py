@@ -24,6 +24,22 @@ def ratio(sums: np.ndarray) -> np.ndarray:
         return np.divide(sums[..., 0], sums[..., 1])
 
 
+def f1(sums: np.ndarray) -> np.ndarray:
+    """F1 from (..., 3) counts of right, given and gold items; NaN where neither side has an item."""
+    right, given, gold = np.moveaxis(sums, -1, 0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.asarray(2 * right / (given + gold))
+
+
+def macro_f1(sums: np.ndarray) -> np.ndarray:
+    """Mean F1 over labels from (..., 3 L) counts: right, then given, then gold of each of L labels that occur."""
+    right, given, gold = np.split(sums, 3, axis=-1)
+    each = f1(np.stack([right, given, gold], axis=-1))  # NaN for a label that neither side names
+    occurs = given + gold > 0
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.asarray(np.where(occurs, each, 0.0).sum(axis=-1) / occurs.sum(axis=-1))
+
+
 def check_pairs(answers: Sequence[str], references: Sequence[str]) -> None:
     """Refuse lists that cannot be scored row against row.
 

@@ -54,11 +54,12 @@ def primary_of(scorer: Scorer, arms: Iterable[Mapping[str, Metric]]) -> str:
 
 @dataclass(frozen=True)
 class ScoredTask:
-    """Arguments of a scorer: the task's JSON Schema, its labels, and a BLEURT checkpoint, where given."""
+    """Arguments of a scorer, where given: a JSON Schema, labels and how they are listed, a BLEURT checkpoint."""
 
     schema: dict[str, Any] | None = None
     labels: tuple[str, ...] = ()
     bleurt: str | None = None
+    form: str = ""
 
 
 class ScorerClass(Protocol):

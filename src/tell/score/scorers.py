@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tell.errors import TellError
-from tell.score import json_schema, label, text  # noqa: F401  (register their scorers)
+from tell.score import json_schema, label, multi_label, text  # noqa: F401  (register their scorers)
 from tell.score.custom import CustomScorer
 from tell.score.scored import KINDS, ScoredTask, Scorer
 
@@ -18,14 +18,16 @@ def make_scorer(
     labels: Sequence[str] | None = None,
     custom: str | None = None,
     bleurt: str | None = None,
+    form: str | None = None,
 ) -> Scorer:
-    """The scorer for ``kind`` (json, label or text), or the user's own if ``custom`` names one.
+    """The scorer for ``kind`` (json, label, labels or text), or the user's own if ``custom`` names one.
 
     Args:
         schema: JSON Schema, needed for json.
-        labels: the known labels, needed for label.
+        labels: the known labels, needed for label and labels.
         custom: ``package.module:function``, for any kind.
         bleurt: a BLEURT checkpoint, for text alone.
+        form: how labels are listed (`tell.data.label_text.FORMS`), needed for labels.
 
     Raises:
         TellError: an unknown kind, a missing or invalid schema, missing labels, a function or a checkpoint not found.
@@ -37,4 +39,4 @@ def make_scorer(
         raise TellError(f"{other} is not scored by BLEURT", where="eval.bleurt", remedy="Leave it out.")
     if custom is not None:
         return CustomScorer(custom)
-    return KINDS[kind].made_by.of(ScoredTask(schema, tuple(labels or ()), bleurt))
+    return KINDS[kind].made_by.of(ScoredTask(schema, tuple(labels or ()), bleurt, form or "json"))

@@ -10,9 +10,17 @@ from typing import Any
 from tell.metric_names import MetricSpec, metric
 from tell.names import ARMS, RIVALS, arm
 from tell.number_text import as_typed, has_interval, is_number, show, show_interval
+from tell.shown import brief
 
 MIN_ROWS = 6  # with fewer rows not even a sign test with all rows in one direction is significant at 5 %
-CONTENT = ("field_accuracy", "item_f1", "macro_f1", "schema_adherence")  # named where a rival is ahead in them
+CONTENT = (
+    "field_accuracy",
+    "item_f1",
+    "exact_set",
+    "micro_f1",
+    "macro_f1",
+    "schema_adherence",
+)  # named where a rival is ahead in them
 Entry = Mapping[str, Any]
 
 
@@ -82,13 +90,28 @@ class _Verdict:
         rows = f"{n} test row" if n == 1 else f"{n} test rows"
         if n < MIN_ROWS:
             verb = "is" if n == 1 else "are"
-            return f"{rows} {verb} too few for a verdict: {self.spec.phrase} is {self._values()}."
-        if "tell" not in self.scored:
-            return f"TELL was not scored: {self.spec.phrase} is {self._values(intervals=True)} ({rows})."
-        forgetting = _Forgetting.of(self.metrics.get("forgetting") or {})
-        clauses = [self._gain(rows), *self._rivals(forgetting), *self._content(), *forgetting.clauses()]
-        text = "; ".join(clauses)
+            found = [f"{rows} {verb} too few for a verdict: {self.spec.phrase} is {self._values()}", *self._constant()]
+        elif "tell" not in self.scored:
+            values = self._values(intervals=True)
+            found = [f"TELL was not scored: {self.spec.phrase} is {values} ({rows})", *self._constant()]
+        else:
+            forgetting = _Forgetting.of(self.metrics.get("forgetting") or {})
+            rivals = [*self._rivals(forgetting), *self._content()]
+            found = [self._gain(rows), *self._constant(), *rivals, *forgetting.clauses()]
+        text = "; ".join(found)
         return f"{text[0].upper()}{text[1:]}."
+
+    def _constant(self) -> Iterator[str]:
+        """What the same answer to every row reaches, and whether TELL is above it."""
+        baseline = self.metrics.get("baseline") or {}
+        entry = _known((baseline.get("scores") or {}).get(self.spec.name))
+        if entry is None:
+            return
+        text = f"answering “{brief(str(baseline.get('answer')))}” to everything gives {_value(entry, self.spec)}"
+        gap = _as_gap((baseline.get("differences") or {}).get("tell"))
+        if gap is not None and gap.n >= MIN_ROWS and gap.side <= 0:
+            text += f", which TELL is not clearly above (TELL minus it: {gap.words(self.spec)})"
+        yield text
 
     def _value(self, name: str) -> str:
         return _value(self.scored[name], self.spec)
@@ -222,10 +245,16 @@ def _gap(differences: Mapping[str, Any] | None, a: str, b: str, *path: str) -> _
         found = (differences or {}).get(key)
         for part in path:
             found = (found or {}).get(part)
-        entry = _known(found)
-        if entry is not None and has_interval(ci := entry.get("ci")):
-            gap = _Gap(entry["value"], ci[0], ci[1], int(entry.get("n", 0)))
+        if (gap := _as_gap(found)) is not None:
             return gap.reversed if reverse else gap
+    return None
+
+
+def _as_gap(found: Entry | None) -> _Gap | None:
+    """A difference as metrics.json has it; None without its interval."""
+    entry = _known(found)
+    if entry is not None and has_interval(ci := entry.get("ci")):
+        return _Gap(entry["value"], ci[0], ci[1], int(entry.get("n", 0)))
     return None
 
 

@@ -132,10 +132,13 @@ class CellReader:
     def _rescore(self, rows: Sequence[dict]) -> Mapping[str, Metric]:
         """Metrics of the whole corpus, which are not means over rows, from the answers."""
         kind = get(self.metrics, "task", "kind")
-        if kind not in ("text", "label"):
+        if kind not in ("text", "label", "labels"):
             return {}
         labels = get(self.findings, "kind", "labels") or sorted({str(row["reference"]) for row in rows})
-        return make_scorer(kind, labels=labels).score([r["answer"] for r in rows], [r["reference"] for r in rows])
+        form = get(self.findings, "kind", "form")
+        return make_scorer(kind, labels=labels, form=form).score(
+            [r["answer"] for r in rows], [r["reference"] for r in rows]
+        )
 
     def _numbers(self, arm: str) -> dict[str, Number]:
         """Losses on general text and benchmarks, as levels and as changes from the untuned model."""

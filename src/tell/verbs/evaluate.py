@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from tell.config import Config, make_config
 from tell.data.example import Example
 from tell.data.kind import Kind, misfits
+from tell.data.label_text import FORMS
 from tell.data.sources import load
 from tell.data.subset import take_rows
 from tell.errors import TellError
 from tell.files import write_jsonl
-from tell.names import ARMS
+from tell.names import ARMS, KindName
 from tell.nested import merge
 from tell.overrides import parse_overrides
 from tell.progress import Display, Silent
@@ -91,7 +92,8 @@ def evaluate(
     exam = _exam(opened, session, seed, facts, test=examples, train=train, shots=shots)
     nearest = nearest_rows(session, wanted, examples, train)
     exam = replace(exam, chosen=_still_chosen(opened, overrides), nearest=nearest)
-    if said := misfits(_kind(opened, facts.kind), examples):
+    kind = _kind(opened, facts.kind)
+    if said := misfits(kind, examples):
         display.note(said)
     answers = {}
     for arm in wanted:
@@ -102,7 +104,7 @@ def evaluate(
     also = ("benchmarks", *(("readout",) if exam.guides else ()), "pseudo")
     kept |= {key: metrics[key] for key in also if key in metrics}
     task = {"kind": facts.kind.name, "primary": primary_of(exam.scorer, (found.metrics for found in answers.values()))}
-    return {"task": task, **score_arms(answers, config.model_copy(update={"seed": seed})), **kept}
+    return {"task": task, **score_arms(answers, config.model_copy(update={"seed": seed}), kind), **kept}
 
 
 def _exam(
@@ -165,10 +167,17 @@ def _override(opened: OpenRun, overrides: Sequence[str]) -> tuple[Config, int]:
 class KindFacts(BaseModel):
     """``kind`` of findings.json."""
 
-    name: Literal["json", "label", "text"]
+    name: KindName
     why: str
     schema_inferred: bool
     labels: list[str] | None = None
+    form: str | None = None
+
+    @model_validator(mode="after")
+    def _has_its_form(self) -> KindFacts:
+        if (self.form in FORMS) != (self.name == "labels") or (self.form and not self.labels):
+            raise ValueError(f"kind {self.name} with the form {self.form!r}")
+        return self
 
 
 class Findings(BaseModel):
@@ -224,7 +233,8 @@ def _kind(opened: OpenRun, facts: KindFacts) -> Kind:
     """The kind of task as the run found it."""
     folder = opened.folder
     schema = folder.read(folder.schema) if folder.schema.exists() else None
-    return Kind(facts.name, schema, facts.schema_inferred, tuple(facts.labels) if facts.labels else None, facts.why)
+    labels = tuple(facts.labels) if facts.labels else None
+    return Kind(facts.name, schema, facts.schema_inferred, labels, facts.why, form=facts.form)
 
 
 def _examples(
@@ -239,7 +249,7 @@ def _examples(
     train = _pick(parts.train, by_hash, task.data, "training") if need_train else []
     shots = _pick(shown, by_hash, task.data, "fixed example")
     if test:
-        given = load(test, name="task", columns=task.columns)
+        given = load(test, name="task", columns=task.columns, lists=_lists(opened))
         for notice in (*left_out(given.dropped), *given.notices):
             display.note(notice)
         return train, without_ends(given.examples, opened.chat)[0], shots
@@ -257,11 +267,17 @@ def run_shots(opened: OpenRun) -> list[Example]:
     return _pick(hashes, _by_hash(opened, [data] * bool(hashes)), data, "fixed example")
 
 
+def _lists(opened: OpenRun) -> bool:
+    """Whether the run's answers are JSON lists of labels, so that a row with one label is such a list too."""
+    return opened.folder.read_as(opened.folder.findings, Findings).kind.form == "json"
+
+
 def _by_hash(opened: OpenRun, paths: Iterable[str | None]) -> dict[str, Example]:
     """The rows of task files, each file read once."""
     columns = opened.config.task.columns
     files = dict.fromkeys(path for path in paths if path)
-    rows = (load(path, name="task", columns=columns).examples for path in files)
+    lists = bool(files) and _lists(opened)
+    rows = (load(path, name="task", columns=columns, lists=lists).examples for path in files)
     return {e.hash: e for examples in rows for e in without_ends(examples, opened.chat)[0]}
 
 
