@@ -239,7 +239,7 @@ def _examples(
     train = _pick(parts.train, by_hash, task.data, "training") if need_train else []
     shots = _pick(shown, by_hash, task.data, "fixed example")
     if test:
-        given = load(test, name="task", columns=task.columns)
+        given = load(test, name="task", columns=opened.read_by)
         for notice in (*left_out(given.dropped), *given.notices):
             display.note(notice)
         return train, without_ends(given.examples, opened.chat)[0], shots
@@ -259,7 +259,7 @@ def run_shots(opened: OpenRun) -> list[Example]:
 
 def _by_hash(opened: OpenRun, paths: Iterable[str | None]) -> dict[str, Example]:
     """The rows of task files, each file read once."""
-    columns = opened.config.task.columns
+    columns = opened.read_by
     files = dict.fromkeys(path for path in paths if path)
     rows = (load(path, name="task", columns=columns).examples for path in files)
     return {e.hash: e for examples in rows for e in without_ends(examples, opened.chat)[0]}
