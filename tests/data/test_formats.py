@@ -214,7 +214,7 @@ BAD = [
         "damaged.jsonl",
         b'{"a": "\xc3\xa9"}\n{"a": "caf\xe9"}\n',
         "damaged.jsonl:2",
-        "not UTF-8 (byte 0xe9 at offset 23)",
+        "not UTF-8 (byte 0xe9 at offset 22)",
     ),
     ("mark.csv", b"\xef\xbb\xbfa,b\n1,\xff\n", "mark.csv:2", "byte 0xff at offset 9"),
     ("wide.csv", "a,b\n1,2\n".encode("utf-16")[:-1], "wide.csv", "begins as UTF-16 and is not"),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from tell.data.cell_text import RowFault, as_json, as_text, is_blank
 from tell.data.json_text import read_json
 from tell.data.parquet import BadCell
+from tell.data.workbook_process import ERRORS
 from tell.errors import TellError, did_you_mean
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ class Form:
         Raises:
             RowFault: a cell cannot be read.
         """
-        texts = {name: as_text(record.get(name)) for name in self.asked}
+        texts = {name: as_text(_sound(record.get(name), name)) for name in self.asked}
         if all(map(is_blank, texts.values())):
             return ""
         # One pass over the template: braces in a cell are text.
@@ -122,10 +123,7 @@ class Form:
         Raises:
             RowFault: a cell cannot be read.
         """
-        cells = [record.get(name) for name in self.answer]
-        for cell in cells:
-            if isinstance(cell, BadCell):
-                raise RowFault(f"has a cell that {cell.why}")
+        cells = [_sound(record.get(name), name) for name in self.answer]
         if all(map(_is_empty, cells)):
             return None
         if len(cells) == 1:
@@ -213,6 +211,15 @@ def _listed(names: Sequence[str]) -> str:
 
 def _is_empty(cell: object) -> bool:
     return cell is None or cell != cell or (isinstance(cell, str) and not cell.strip())
+
+
+def _sound(cell: object, name: str) -> object:
+    """A cell that can be read and is no formula error, which spreadsheets export as its name."""
+    if isinstance(cell, BadCell):
+        raise RowFault(f"has a cell that {cell.why}")
+    if isinstance(cell, str) and cell in ERRORS:
+        raise RowFault(f"holds the formula error {cell} (column {name!r})", "Fix the formula, or empty the cell.")
+    return cell
 
 
 def _type_of(records: Sequence[Record], name: str) -> CellType:

@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -19,7 +19,7 @@ from tell.data.example import Example
 from tell.data.file_read import FileRead
 from tell.data.form import PROMPT, Form, empty_cells, formed
 from tell.data.formats import Record, check_file, format_of, read_records
-from tell.data.layouts import Layout
+from tell.data.layouts import Layout, raw_layout
 from tell.data.parquet import batch_rows
 from tell.data.shape import guess_form
 from tell.data.turns import THOUGHTS, to_messages
@@ -212,6 +212,8 @@ class _Rows:
             self.said += empty_cells(records, self.form)
             records, left = formed(records, self.form, self.where)
             self.dropped += [(f"{self.short}:{number}", reason) for number, reason in left]
+        elif columns is None and self.name == "general" and (raw := self._raw_layout(plain)) is not None:
+            layout = raw
         else:
             flag = "--general-columns" if self.name == "general" else "--columns"
             given = columns if isinstance(columns, str) else None
@@ -244,6 +246,16 @@ class _Rows:
         used = {*self.form.asked, *self.form.answer}
         unused = unused_columns(records, [name for name in seen if name not in used])
         return Layout(self.form.name, {"prompt": PROMPT, "answer": self.form.answer_column}, unused)
+
+    def _raw_layout(self, records: list[dict[str, object]]) -> Layout | None:
+        """The layout of raw texts, which general data may be; None where it is not."""
+        names = dict.fromkeys(name for record in records for name in record)
+        layout = raw_layout(names)
+        if layout is None:
+            return None
+        self.said.append("rows are raw texts: all of each is trained, without the chat template")
+        others = [name for name in names if name not in layout.columns.values()]
+        return replace(layout, unused=unused_columns(records, others))
 
     def _read_rows(self, records: list[Record], layout: Layout) -> None:
         for number, record in records:

@@ -6,6 +6,7 @@ The workbook is read in a process of its own (`tell.data.workbook_process`), wit
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -25,6 +26,7 @@ from tell.data.workbook_process import cell_name
 from tell.errors import TellError, did_you_mean
 
 WORKBOOKS = (".xlsx", ".xls", ".ods")
+_SHEET = re.compile(rf"(.+?(?:{'|'.join(map(re.escape, WORKBOOKS))}))#(.*)", re.IGNORECASE | re.DOTALL)
 SHOWN = 8  # names in one message
 _SAVE = "Save it again as .xlsx, or as CSV."
 _ENCRYPTED = "EncryptedPackage".encode("utf-16-le")  # a stream of the container that Excel wraps it in
@@ -34,11 +36,10 @@ _Row = tuple[int, list[object]]  # from 0
 def split_sheet(source: str | Path) -> tuple[str, str | None]:
     """A path and the sheet after its ``#``; None where a file has that very name, or no workbook is named."""
     text = str(source)
-    path, mark, sheet = text.partition("#")
-    if mark and not path.lower().endswith(WORKBOOKS):
-        path, mark, sheet = text.rpartition("#")
-    named = bool(mark) and path.lower().endswith(WORKBOOKS) and not os.path.exists(os.path.expanduser(text))
-    return (path, sheet) if named else (text, None)
+    found = _SHEET.fullmatch(text)
+    if found is None or os.path.exists(os.path.expanduser(text)):
+        return text, None
+    return found[1], found[2]
 
 
 def with_sheet(path: str | Path, sheet: str | None) -> str:

@@ -24,6 +24,7 @@ MEMORY = 4 * 2**30
 SECONDS = 600  # of CPU time
 NO_MEMORY = 3  # status of the process
 EXACT = 1e15  # Excel keeps 15 digits; a larger number is no count
+ERRORS = frozenset({"#REF!", "#N/A", "#VALUE!", "#DIV/0!", "#NAME?", "#NUM!", "#NULL!", "#SPILL!", "#CALC!"})
 MOST_NOTES = 100_000  # formula errors kept
 _ODS_ERROR = re.compile(rb"""value-type=["']error""")
 _ODS_SPANS = re.compile(rb"""number-rows-spanned=["'](?!1["'])""")
@@ -112,7 +113,7 @@ def _fills(ranges: list) -> tuple[list, dict[int, list]]:
 
 def _plain(cell: Any) -> Any:
     if isinstance(cell, str):
-        return cell if cell.strip() else None
+        return {"error": cell} if cell in ERRORS else cell if cell.strip() else None
     if isinstance(cell, float):  # spreadsheets keep all numbers as floats
         if cell != cell or cell in (float("inf"), float("-inf")):
             return None
