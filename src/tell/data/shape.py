@@ -72,8 +72,8 @@ def _forms(records: Sequence[Record], given: Form) -> Iterator[Form]:
         prompts, answers = _prompts(texts), _answers(labels)
     elif len(texts) == 2:  # question and answer, in either order
         prompts, answers = [], []
-        for prompt, answer in (texts, reversed(texts)):
-            yield Form(_template([prompt]), (answer,))
+        for first, second in (texts, reversed(texts)):
+            yield Form(_template([first]), (second,))
     else:
         return
     for prompt in prompts:

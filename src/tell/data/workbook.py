@@ -200,8 +200,8 @@ def _records(rows: Iterator[_Row], path: Path, found: FileRead) -> Iterator[tupl
         raise TellError(f"the sheet {found.sheet!r} is empty", where=str(path), remedy=f"Name a sheet with rows.{more}")
     twice = next((name for name, count in Counter(named).items() if count > 1), None)
     if twice is not None:
-        cells = [cell_name(top, i) for i, name in enumerate(names) if name == twice]
-        what = f"names the column {twice!r} in {' and '.join(cells[:3])}"
+        places = [cell_name(top, i) for i, name in enumerate(names) if name == twice]
+        what = f"names the column {twice!r} in {' and '.join(places[:3])}"
         raise TellError(what, where=where, remedy="Rename one of them.")
     unnamed: dict[int, str] = {}
     for row, cells in rows:

@@ -25,7 +25,6 @@ SECONDS = 600  # of CPU time
 NO_MEMORY = 3  # status of the process
 EXACT = 1e15  # Excel keeps 15 digits; a larger number is no count
 ERRORS = frozenset({"#REF!", "#N/A", "#VALUE!", "#DIV/0!", "#NAME?", "#NUM!", "#NULL!", "#SPILL!", "#CALC!"})
-MOST_NOTES = 100_000  # formula errors kept
 _ODS_ERROR = re.compile(rb"""value-type=["']error""")
 _ODS_SPANS = re.compile(rb"""number-rows-spanned=["'](?!1["'])""")
 _MAIN = "{http://schemas.openxmlformats.org/spreadsheetml/2006/main}"
@@ -85,9 +84,9 @@ def _lines(path: str, wanted: str | None) -> Iterator[Any]:
     held: dict[int, Any] = {}
     for row, cells in enumerate(sheet.to_python(), down):
         out = [None] * left + [_plain(cell) for cell in cells]
-        for column, error in notes.errors.get(row, {}).items():
+        for column, fault in notes.errors.get(row, {}).items():
             out += [None] * (column + 1 - len(out))
-            out[column] = {"error": error}
+            out[column] = {"error": fault}
         for (first, column), last in columns.get(row, ()):
             held[column] = (out[column] if column < len(out) else None, first, last)
         for column, (value, first, last) in list(held.items()):
@@ -192,7 +191,7 @@ class _Notes:
 
     def _end(self, name: str) -> None:
         name = name.rpartition(" ")[2]
-        if name == "c" and self._error is not None and len(self.errors) < MOST_NOTES:
+        if name == "c" and self._error is not None:
             self.errors.setdefault(self._row, {})[self._column] = "".join(self._error)[:20] or "an error"
         if name == "v":
             self._value = False
