@@ -5,6 +5,7 @@ Precedence, lowest first: the model's defaults, the preset, the YAML file, flags
 
 from __future__ import annotations
 
+import csv
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -64,12 +65,28 @@ def _spelled(value: object) -> object:
 _SpelledOff = BeforeValidator(_spelled)  # YAML reads a bare off as false
 
 
+def _names(value: object) -> object:
+    """Comma-separated names; one that has a comma itself is written in double quotes."""
+    if not isinstance(value, str):
+        return value
+    rows = list(csv.reader([value], skipinitialspace=True))
+    return tuple(dict.fromkeys(name.strip() for name in (rows[0] if rows else ()) if name.strip()))
+
+
 class TaskConfig(Section):
     """The task's own data."""
 
-    data: str | None = Field(None, description="file (json, jsonl[.gz|.zst], csv, tsv, parquet) or hub name")
+    data: str | None = Field(
+        None, description="file (json, jsonl[.gz|.zst], csv, tsv, parquet, xlsx[#sheet], xls, ods) or hub name"
+    )
     test: str | None = Field(None, description="test file; without it a test part is split off `data`")
     columns: str | None = Field(None, description="names of prompt and answer columns, e.g. prompt=q,answer=a")
+    prompt: str | None = Field(
+        None, description="template of the prompt, e.g. 'Subject: {Subject}\\n\\n{Body}'; instead of columns"
+    )
+    answer: Annotated[tuple[str, ...], BeforeValidator(_names)] = Field(
+        (), description="answer columns; several make one JSON object in this order; instead of columns"
+    )
     unlabelled: str | None = Field(
         None, description="file of prompts without answers for mix.pseudo; without it the model writes such prompts"
     )
@@ -92,6 +109,9 @@ class TaskConfig(Section):
     def _one_budget(self) -> TaskConfig:
         if self.rows is not None and self.tokens is not None:
             raise _Conflict("rows and tokens are both set; set one of them", ("rows", "tokens"))
+        for name in ("prompt", "answer"):
+            if self.columns is not None and getattr(self, name):
+                raise _Conflict(f"columns and {name} are both set; set one of them", ("columns", name))
         return self
 
 

@@ -40,8 +40,8 @@ DATA: dict[str, tuple[str, bytes | None, list[str], list[str]]] = {
         [],
         ["rows.jsonl:4: is not valid JSON"],
     ),
-    "wrong encoding": ("rows.jsonl", 'id,text\n1,"é"\n'.encode("utf-16"), [], ["rows.jsonl", "UTF-16", "UTF-8"]),
-    "latin-1": ("rows.csv", "prompt,completion\na,é\nb,c\n".encode("latin-1"), [], ["rows.csv:2", "UTF-8"]),
+    "wrong encoding": ("rows.jsonl", 'id,text\n1,"é"\n'.encode("utf-16")[:-1], [], ["rows.jsonl", "UTF-16", "UTF-8"]),
+    "damaged UTF-8": ("rows.csv", "prompt,completion\ná,é\nb,".encode() + b"\xe9\n", [], ["rows.csv:3", "UTF-8"]),
     "mixed layouts": (
         "rows.jsonl",
         jsonl([*rows(2), {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]),

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tell
+from tell.data.file_read import FileRead
 from tell.data.formats import read_records
 from tell.errors import TellError
 
@@ -121,8 +122,8 @@ SIX = 'text\tlabel\nLine 1.\tpos\n"I will be back, she said.\tneg\nLine 3.\tpos\
 
 def read(path, text):
     path.write_text(text)
-    told = []
-    return [list(record.values()) for _, record in read_records(path, told.append)], told
+    found = FileRead()
+    return [list(record.values()) for _, record in read_records(path, found)], found.notices
 
 
 def test_quotes_of_a_tsv_that_are_text(tmp_path):
@@ -209,9 +210,16 @@ BAD = [
     ("list.jsonl", b'{"a": 1}\n[1]\n', "list.jsonl:2", "is [1], not an object"),
     ("list.json", b'[{"a": 1},\n"x"]', "list.json:2", 'is "x", not an object'),
     ("number.json", b"5", "number.json:1", "is 5, not an object"),
-    ("latin.jsonl", b'{"a": 1}\n{"a": "caf\xe9"}\n', "latin.jsonl:2", "not UTF-8 (byte 0xe9 at offset 19)"),
+    (
+        "damaged.jsonl",
+        b'{"a": "\xc3\xa9"}\n{"a": "caf\xe9"}\n',
+        "damaged.jsonl:2",
+        "not UTF-8 (byte 0xe9 at offset 22)",
+    ),
     ("mark.csv", b"\xef\xbb\xbfa,b\n1,\xff\n", "mark.csv:2", "byte 0xff at offset 9"),
-    ("wide.csv", "a,b\n1,2\n".encode("utf-16"), "wide.csv:1", "is UTF-16"),
+    ("wide.csv", "a,b\n1,2\n".encode("utf-16")[:-1], "wide.csv", "begins as UTF-16 and is not"),
+    ("picture.csv", b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR\xff\xfe\x00\x01", "picture.csv:1", "not UTF-8 (byte 0x89"),
+    ("noise.csv", bytes(range(1, 255)) * 4, "noise.csv:2", "not UTF-8"),
     ("cells.csv", b"a,b\n1,2\n1,2,3\n", "cells.csv:3", "has 3 cells where the header has 2"),
     ("quote.csv", b'a,b\n1,2\n"1,2\n', "quote.csv:3", "not valid CSV"),
     ("twice.tsv", b"a\ta\n1\t2\n", "twice.tsv:1", "names the column 'a' twice"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from functools import wraps
@@ -58,6 +59,11 @@ def check_arm(name: str, flag: str = "--arm") -> str:
         remedy = f"The arms are {', '.join(ARMS)}."
         raise TellError(f"unknown arm {name!r}", where=flag, remedy=remedy, nearest=did_you_mean(name, ARMS))
     return name
+
+
+def template(text: str) -> str:
+    r"""A template as shells pass it on, which keep ``\n`` and ``\t`` as two characters; ``\\`` is a backslash."""
+    return re.sub(r"\\([nt\\])", lambda match: {"n": "\n", "t": "\t"}.get(match[1], match[1]), text)
 
 
 def read_arms(text: str) -> tuple[str, ...]:
@@ -164,6 +170,11 @@ FLAGS: tuple[Flag, ...] = (
     Flag("--test", "task.test", "test file; default: rows split off DATA", "FILE"),
     Flag("--unlabelled", "task.unlabelled", "prompts without answers, for the arm tell-pseudo", "FILE", verbs=_RUN),
     Flag("--columns", "task.columns", "names of the columns, e.g. prompt=q,answer=a", "NAMES", verbs=_ALL),
+    Flag(
+        *("--prompt", "task.prompt", "template of the prompt, e.g. 'Subject: {Subject}\\n\\n{Body}'", "TEMPLATE"),
+        *(template, "Data", _ALL),
+    ),
+    Flag("--answer", "task.answer", "answer columns; several make one JSON object", "A,B,...", verbs=_ALL),
     Flag("--kind", "task.kind", "auto, json, label, labels or text", "KIND", ("auto", *get_args(KindName))),
     Flag("--schema", "task.schema", "JSON Schema of the answers; default: inferred", "FILE"),
     Flag("--scorer", "task.scorer", "your own scorer, package.module:function", "NAME", verbs=_RUN),

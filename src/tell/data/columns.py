@@ -78,9 +78,8 @@ def detect_layout(
     others = [column for column in others if column != verdict]
     if "prompt" in merged and "prompt" not in given:
         _refuse_lost(records, merged, others, where, flag)
-    unused = [c for c in others if not _is_id(c) and any(r.get(c) not in (None, "", []) for r in records[:1000])]
     lists = _lists_labels(records, merged.get("answer", ""), lists)
-    return Layout(layout_name(merged), merged, tuple(unused), verdict, lists)
+    return Layout(layout_name(merged), merged, unused_columns(records, others), verdict, lists)
 
 
 def _lists_labels(records: Sequence[Record], answer: str, one_is_enough: bool) -> bool:
@@ -91,6 +90,17 @@ def _lists_labels(records: Sequence[Record], answer: str, one_is_enough: bool) -
     return any(
         (one_is_enough or len(cell) > 1) and not any(isinstance(item, (list, dict)) for item in cell) for cell in cells
     )
+
+
+def unused_columns(records: Sequence[Record], names: Sequence[str]) -> tuple[str, ...]:
+    """Those of some columns that hold something other than ids."""
+    return tuple(n for n in names if not is_id(n) and any(r.get(n) not in (None, "", []) for r in records[:1000]))
+
+
+def has_known_layout(records: Sequence[Record]) -> bool:
+    """Whether the column names alone say what prompt and answer are."""
+    seen = dict.fromkeys(name for record in records for name in record)
+    return find_columns(records[0], seen) is not None or find_columns(seen, seen) is not None
 
 
 def check_columns(record: Record, layout: Layout, first: tuple[int, Record]) -> str:
@@ -153,7 +163,8 @@ def _values(records: Sequence[Record], column: str) -> set[str]:
     return {str(cell).strip().lower() for cell in cells if cell is not None and cell == cell}  # neither null nor NaN
 
 
-def _is_id(column: str) -> bool:
+def is_id(column: str) -> bool:
+    """Whether a column's name is that of an id, or empty."""
     return not column or bool(_IDS.fullmatch(column) or _IDS.fullmatch(column.lower()))
 
 
@@ -192,7 +203,7 @@ def _suggestion(records: Sequence[Record], names: Sequence[str], flag: str) -> s
     usable = [
         n
         for n in names
-        if (n.lower() in _ANSWERS or not _is_id(n))
+        if (n.lower() in _ANSWERS or not is_id(n))
         and not _is_verdict(records, n)
         and any(record.get(n) not in (None, "") for record in records[:100])
     ]

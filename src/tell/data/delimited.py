@@ -83,6 +83,8 @@ def _plain_rows(text: str) -> list[Row] | None:
     width = len(rows[0][1])
     if width < 2 or any(len(cells) != width for _, cells in rows):
         return None
+    if all(len(name) > 1 and name[0] == name[-1] == '"' for name in rows[0][1]):  # by a writer that quotes all cells
+        return None
     try:
         reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t", strict=True)
         joined = sum(1 for cells in reader if cells) < len(rows)

@@ -51,7 +51,7 @@ def tools_of(messages: Iterable[Message]) -> list[dict] | None:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A conversation that ends with the assistant's answer.
+    """A conversation that ends with the assistant's answer; or a raw text, which is one turn without a prompt.
 
     Attributes:
         messages: the turns; the last one is the assistant's. Without the anchor, which is put on when a row is
@@ -89,6 +89,16 @@ class Example:
     def prompt(self) -> tuple[Message, ...]:
         """All turns before the answer."""
         return self.messages[:-1]
+
+    @property
+    def asked(self) -> tuple[Message, ...]:
+        """The prompt; of a raw text the text as a user's turn, by which it is compared with prompts."""
+        return (Message("user", self.answer),) if self.is_raw else self.prompt
+
+    @property
+    def is_raw(self) -> bool:
+        """A text without a prompt, all of which is trained and which no chat template surrounds: a general row."""
+        return len(self.messages) == 1
 
     @property
     def answer(self) -> str:

@@ -1,4 +1,4 @@
-"""Read the records of a file: JSON, JSON Lines, CSV, TSV or Parquet, plain or compressed (.gz, .zst).
+"""Read the records of a file: JSON, JSON Lines, CSV, TSV (each also .gz or .zst), Parquet, or a sheet of a workbook.
 
 To add a format, add an entry to `_FORMATS`.
 """
@@ -11,8 +11,11 @@ from pathlib import Path
 
 from tell.data.bounds import COMPRESSIONS, decompress
 from tell.data.delimited import read_csv, read_tsv
+from tell.data.encodings import decode
+from tell.data.file_read import FileRead
 from tell.data.json_files import Record, read_json_lines, read_one_json
 from tell.data.parquet import read_parquet
+from tell.data.workbook import WORKBOOKS, read_workbook, split_sheet, with_sheet
 from tell.errors import TellError, did_you_mean
 
 Notify = Callable[[str], None]
@@ -25,11 +28,13 @@ class FileFormat:
     Attributes:
         text: takes the text, the path for messages, and a function to call with guesses.
         file: takes the path.
+        sheet: takes the path, what is found out about the file, and the name of a sheet or None.
     """
 
     suffix: str
     text: Callable[[str, Path, Notify], Iterator[Record]] | None = None
     file: Callable[[Path], Iterator[Record]] | None = None
+    sheet: Callable[[Path, FileRead, str | None], Iterator[Record]] | None = None
 
 
 _FORMATS = (
@@ -39,6 +44,7 @@ _FORMATS = (
     FileFormat(".csv", text=read_csv),
     FileFormat(".tsv", text=read_tsv),
     FileFormat(".parquet", file=read_parquet),
+    *(FileFormat(suffix, sheet=read_workbook) for suffix in WORKBOOKS),
 )
 FORMATS = {known.suffix: known for known in _FORMATS}
 if len(FORMATS) < len(_FORMATS):
@@ -49,8 +55,11 @@ _EMPTY = "Use a file with at least two examples."
 
 
 def format_of(path: str | Path) -> tuple[str, str] | None:
-    """(format, compression) from the file name, e.g. ``(".jsonl", ".gz")``; None for an unknown extension."""
-    suffixes = [suffix.lower() for suffix in Path(path).suffixes]
+    """(format, compression) from the file name, e.g. ``(".jsonl", ".gz")``; None for an unknown extension.
+
+    A sheet after the name of a workbook (``book.xlsx#Train``) does not count.
+    """
+    suffixes = [suffix.lower() for suffix in Path(split_sheet(path)[0]).suffixes]
     compression = suffixes.pop() if suffixes and suffixes[-1] in COMPRESSIONS else ""
     known = FORMATS.get(suffixes[-1]) if suffixes else None
     return (known.suffix, compression) if known and (known.text or not compression) else None
@@ -85,64 +94,61 @@ def _nearest_file(path: Path) -> Path | None:
     return path.parent / stems[close] if close else None
 
 
-def read_records(path: str | Path, notify: Notify = lambda text: None) -> Iterator[Record]:
+def read_records(path: str | Path, found: FileRead | None = None) -> Iterator[Record]:
     """Yield (line or row number from 1, record) of every record in the file, in order.
 
-    JSON, JSON Lines, CSV and TSV records carry the line they begin on; Parquet records their row number.
+    JSON, JSON Lines, CSV and TSV records carry the line they begin on; those of Parquet and workbooks their row.
     JSON Lines named ``.json`` and an array named ``.jsonl`` are read by their content.
 
     Args:
-        notify: called with each guess about the file.
+        path: of a workbook also ``FILE#SHEET``.
+        found: gets encoding, sheet and notices of each guess about the file.
 
     Raises:
-        TellError: missing, empty, a folder, an unknown extension, not UTF-8 (byte and line), damaged
-            compression, a file that grows too large, broken JSON or CSV (line), or a record that is not an object.
+        TellError: missing, empty, a folder, an unknown extension, in no known encoding (byte and line), damaged
+            compression, a file that grows too large, broken JSON or CSV (line), or a record that is not an object; of a
+            workbook see `tell.data.workbook.read_workbook`.
     """
-    path = check_file(path)
-    found = format_of(path)
-    if found is None:
+    found = FileRead() if found is None else found
+    named, sheet = split_sheet(path)
+    path = check_file(named)
+    kind = format_of(path)
+    if kind is None:
         what = f"has an unknown file type ({''.join(path.suffixes[-2:]) or 'no extension'})"
         raise TellError(what, where=str(path), remedy=f"Save it as {FORMATS_TEXT}, and name it so.")
-    known = FORMATS[found[0]]
-    text = read_text(path, compression=found[1]) if known.text else ""
+    known = FORMATS[kind[0]]
+    text = read_text(path, compression=kind[1], found=found) if known.text else ""
     if text.isspace() or not (text if known.text else path.stat().st_size):
         raise TellError("is empty", where=str(path), remedy=_EMPTY)
     records: Iterator[Record] = iter(())
     if known.text:
-        records = known.text(text, path, notify)
+        records = known.text(text, path, found.notices.append)
     elif known.file:
         records = known.file(path)
+    elif known.sheet:
+        records = known.sheet(path, found, sheet)
     empty = True
     for record in records:
         empty = False
         yield record
     if empty:
-        raise TellError("has no rows", where=str(path), remedy=_EMPTY)
+        raise TellError("has no rows", where=with_sheet(path, found.sheet), remedy=_EMPTY)
 
 
-def read_text(path: Path, *, compression: str = "") -> str:
-    """The file's text, decompressed and decoded as UTF-8 without a byte order mark.
+def read_text(path: Path, *, compression: str = "", found: FileRead | None = None) -> str:
+    """The file's text, decompressed and decoded, without a byte order mark.
+
+    Args:
+        found: gets the encoding; None: it must be UTF-8.
 
     Raises:
-        TellError: unreadable, damaged compression, or bytes that are not UTF-8.
+        TellError: unreadable, damaged compression, or bytes in no encoding that is known.
     """
     try:
         data = path.read_bytes()
     except OSError as error:
         raise _unreadable(path, error) from error
-    if compression:
-        data = decompress(data, compression, path)
-    remedy = "Save the file as UTF-8."
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise TellError(f"is UTF-16 (byte 0x{data[0]:02x} at offset 0)", where=f"{path}:1", remedy=remedy)
-    mark = 3 if data.startswith(b"\xef\xbb\xbf") else 0
-    try:
-        return data[mark:].decode("utf-8")
-    except UnicodeDecodeError as error:
-        offset = error.start + mark
-        what = f"is not UTF-8 (byte 0x{data[offset]:02x} at offset {offset})"
-        line = data.count(b"\n", 0, offset) + 1
-        raise TellError(what, where=f"{path}:{line}", remedy=remedy) from error
+    return decode(decompress(data, compression, path) if compression else data, path, found)
 
 
 def _unreadable(path: Path, error: OSError) -> TellError:

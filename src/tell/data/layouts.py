@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 
@@ -56,6 +56,8 @@ SYSTEMS, TOOLS, HISTORIES = ("system", "system_prompt"), ("tools", "functions"),
 
 PROMPTS = frozenset(known.prompt for known in LAYOUTS if known.answers)
 CONVERSATIONS = frozenset(known.prompt for known in LAYOUTS if not known.answers)
+RAW = "text"
+"""The column of raw texts, in general data."""
 PARTS = ("messages", "prompt", "answer", "input", "system", "history", "tools")
 """The parts that a column may be."""
 ALIASES = {
@@ -88,7 +90,8 @@ class Layout:
 
     Attributes:
         name: for display, e.g. ``"prompt/completion"``.
-        columns: part to column; ``messages``, or ``prompt`` and ``answer``, with the other `PARTS` found.
+        columns: part to column; ``messages``, or ``prompt`` and ``answer``, with the other `PARTS` found; of raw texts
+            ``text`` alone.
         unused: the other columns, without ids and empty ones.
         verdict: the column that marks bad examples, None where there is none.
         lists: the answer column lists labels, several in some rows: then every answer is such a list.
@@ -103,7 +106,7 @@ class Layout:
     @property
     def required(self) -> tuple[str, ...]:
         """The columns that every row must have."""
-        return tuple(self.columns[part] for part in ("messages", "prompt", "answer") if part in self.columns)
+        return tuple(self.columns[part] for part in ("messages", "prompt", "answer", RAW) if part in self.columns)
 
 
 def find_columns(first: Mapping[str, object], seen: Mapping[str, object]) -> dict[str, str] | None:
@@ -127,6 +130,14 @@ def find_columns(first: Mapping[str, object], seen: Mapping[str, object]) -> dic
         if column := next((names[name] for name in candidates if name in names), None):
             found[part] = column
     return found
+
+
+def raw_layout(names: Iterable[str]) -> Layout | None:
+    """The layout of raw texts, where there is a column of that name and nothing that would make it a prompt."""
+    found = {name.lower(): name for name in reversed(list(names)) if name}
+    if RAW not in found or find_columns(dict.fromkeys(found.values()), dict.fromkeys(found.values())) is not None:
+        return None
+    return Layout(RAW, {RAW: found[RAW]})
 
 
 def layout_name(columns: Mapping[str, str]) -> str:

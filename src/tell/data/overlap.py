@@ -130,7 +130,7 @@ def _near(candidates: list[tuple[int, set[str]]], test: list[set[str]], threshol
 
 
 def _text(example: Example, on: str) -> str:
-    turns = example.messages if on == "all" else example.messages[:-1]
+    turns = example.messages if on == "all" else example.asked
     return "\n".join([turn.content for turn in turns])
 
 

@@ -7,19 +7,23 @@ import hashlib
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from tell.data.cell_text import Rejected, RowFault
-from tell.data.columns import SHOWN, check_columns, detect_layout
+from tell.data.columns import SHOWN, check_columns, detect_layout, has_known_layout, unused_columns
 from tell.data.example import Example
+from tell.data.file_read import FileRead
+from tell.data.form import PROMPT, Form, empty_cells, formed
 from tell.data.formats import Record, check_file, format_of, read_records
-from tell.data.layouts import Layout
+from tell.data.layouts import Layout, raw_layout
 from tell.data.parquet import batch_rows
+from tell.data.shape import guess_form
 from tell.data.turns import THOUGHTS, to_messages
+from tell.data.workbook import split_sheet, with_sheet
 from tell.errors import TellError, first_line
 from tell.files import expanded
 from tell.patience import within
@@ -27,6 +31,7 @@ from tell.patience import within
 if TYPE_CHECKING:
     import datasets
 
+GUESSED = "guessed from the shape of the columns"
 HUB_TIMEOUT = 5.0  # seconds the hub may take to answer before it counts as unreachable
 _HUB_NAME = re.compile(r"(?P<name>[\w.-]+(?:/[\w.-]+)?)(?::(?P<config>[\w.-]+))?(?:@(?P<split>[\w.\[\]:%-]+))?")
 
@@ -44,6 +49,10 @@ class Loaded:
         dropped: (origin, reason) of rows left out: bad ones with ``bad_rows="drop"``, and those marked as bad examples.
         notices: guesses and unused parts, as sentences for the user; rows left out are in ``dropped`` alone.
         lists: as of `Layout`.
+        form: of prompts and answers that several columns make, given or guessed; None for a known layout. Further files
+            of the task are read by it.
+        file: encoding and sheet; None for a hub dataset and for rows that are on board.
+        guessed: the form was guessed.
     """
 
     examples: list[Example]
@@ -54,23 +63,56 @@ class Loaded:
     dropped: tuple[tuple[str, str], ...] = ()
     notices: tuple[str, ...] = ()
     lists: bool = False
+    form: Form | None = None
+    file: FileRead | None = None
+    guessed: bool = False
+
+    @property
+    def flags(self) -> str:
+        """The flags that read the file as it was read; empty where its column names suffice."""
+        return self.form.flags if self.form is not None else ""
+
+
+def how_read(loaded: Loaded) -> dict[str, object]:
+    """How a file was read, for whoever shows it (`tell look`).
+
+    Returns:
+        ``path``, ``layout``, ``columns``, ``flags`` (what to type to read it so; empty where the column names suffice),
+        ``guessed``, ``sheet``, ``sheets`` and ``encoding`` (None where there is none), ``rows``, ``notices`` and
+        ``left_out`` (origin and reason of each row).
+    """
+    file = loaded.file or FileRead()
+    return {
+        "path": loaded.path,
+        "layout": loaded.layout,
+        "columns": loaded.columns,
+        "flags": loaded.flags,
+        "guessed": loaded.guessed,
+        "sheet": file.sheet,
+        "sheets": list(file.sheets),
+        "encoding": file.encoding,
+        "rows": len(loaded.examples),
+        "notices": list(loaded.notices),
+        "left_out": [{"origin": origin, "reason": reason} for origin, reason in loaded.dropped],
+    }
 
 
 def load(
     source: str,
     *,
     name: str = "task",
-    columns: str | None = None,
+    columns: str | Form | None = None,
     bad_rows: Literal["refuse", "drop"] | None = None,
     lists: bool = False,
 ) -> Loaded:
     """Examples of a file or a hub dataset, with the layout that was detected.
 
     Args:
-        source: a path (json, jsonl, csv, tsv, each also .gz or .zst, or parquet), or a hub name
-            ``name[:config][@split]``; split is ``train`` where none is given.
+        source: a path (json, jsonl, csv, tsv, each also .gz or .zst, parquet, xlsx, xls or ods, these also
+            ``FILE#SHEET``), or a hub name ``name[:config][@split]``; split is ``train`` where none is given.
         name: the source's name in every example, ``"task"`` or ``"general"``.
-        columns: see `detect_layout`.
+        columns: see `detect_layout`; or the form of prompt and answer. Without them, where the column names are not
+            those of a known layout, the form of the task's own data is guessed from the shape of its columns.
         bad_rows: what to do with a row without prompt or answer. By default the task's own data is refused
             (every row counts, and its author can fix it) and other data is cleaned, with reasons kept:
             28 of Alpaca's 52,002 rows have no answer.
@@ -85,23 +127,27 @@ def load(
         bad_rows = "refuse" if name == "task" else "drop"
     if not _is_path(source):
         return _load_hub(source, name, columns, bad_rows, lists)
-    path = expanded(source)
-    guessed: list[str] = []
+    path, _ = split_sheet(expanded(source))
+    file = FileRead()
     with _no_collector():
-        records = list(read_records(path, guessed.append))
-        rows = _Rows(name, str(path), path.name, bad_rows, lists)
+        records = list(read_records(expanded(source), file))
+        rows = _Rows(name, _where(path, file), _where(Path(path).name, file), bad_rows, lists)
         layout = rows.read(records, columns, source)
-    fingerprint = file_fingerprint(path, columns, name)
-    notices, dropped = (*guessed, *rows.notices(layout)), tuple(rows.dropped)
-    return Loaded(rows.examples, layout.name, layout.columns, source, fingerprint, dropped, notices, layout.lists)
+    fingerprint = file_fingerprint(source, columns, name)
+    return rows.loaded(layout, source, fingerprint, file)
 
 
-def read_source(source: str, notify: Callable[[str], None]) -> tuple[str, list[Record]]:
+def _where(path: str, file: FileRead) -> str:
+    """A file in errors and origins, with its sheet where there are several."""
+    return with_sheet(path, file.sheet if len(file.sheets) > 1 else None)
+
+
+def read_source(source: str, file: FileRead) -> tuple[str, list[Record]]:
     """The source in origins, and its numbered records, before anything is read from their columns.
 
     Args:
         source: as of `load`.
-        notify: called with each guess about a file.
+        file: gets encoding, sheet and notices of a file.
 
     Raises:
         TellError: as `load` of the file itself.
@@ -113,20 +159,22 @@ def read_source(source: str, notify: Callable[[str], None]) -> tuple[str, list[R
         if not records:
             raise TellError("has no rows", where=source, remedy="Choose another split: NAME@SPLIT.")
         return source, records
-    path = expanded(source)
-    return path.name, list(read_records(path, notify))
+    records = list(read_records(expanded(source), file))
+    return _where(Path(split_sheet(source)[0]).name, file), records
 
 
-def file_fingerprint(path: str | Path, columns: str | None = None, name: str = "task") -> str:
+def file_fingerprint(source: str | Path, columns: str | Form | None = None, name: str = "task") -> str:
     """SHA-256 (hexadecimal) over a file's bytes and how it is read; what caches are keyed by.
 
     Raises:
         TellError: no such file.
     """
-    path = check_file(expanded(path))
+    named, sheet = split_sheet(expanded(source))
+    path = check_file(named)
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256")
-    digest.update(f"\0{path.name}\0{columns or ''}\0{name}".encode())
+    read_by = columns.to_dict() if isinstance(columns, Form) else columns or ""
+    digest.update(f"\0{with_sheet(path.name, sheet)}\0{read_by}\0{name}".encode())
     return digest.hexdigest()
 
 
@@ -157,13 +205,64 @@ class _Rows:
         self.dropped: list[tuple[str, str]] = []
         self.seen: Counter[str] = Counter()
         self.calls = 0
+        self.form: Form | None = None
+        self.said: list[str] = []
 
-    def read(self, records: list[Record], columns: str | None, source: str) -> Layout:
+    def read(self, records: list[Record], columns: str | Form | None, source: str) -> Layout:
         """Detect the layout and read every record by it."""
-        flag = "--general-columns" if self.name == "general" else "--columns"
-        layout = detect_layout(
-            [record for _, record in records], columns=columns, where=source, flag=flag, lists=self.lists
-        )
+        plain = [record for _, record in records]
+        self.form = self._form_of(plain, columns, source)
+        if self.form is not None:
+            layout = self._formed_layout(plain)
+            self.said += empty_cells(records, self.form)
+            records, left = formed(records, self.form, self.where)
+            self.dropped += [(f"{self.short}:{number}", reason) for number, reason in left]
+        elif columns is None and self.name == "general" and (raw := self._raw_layout(plain)) is not None:
+            layout = raw
+        else:
+            flag = "--general-columns" if self.name == "general" else "--columns"
+            given = columns if isinstance(columns, str) else None
+            layout = detect_layout(plain, columns=given, where=source, flag=flag, lists=self.lists)
+        self._read_rows(records, layout)
+        return layout
+
+    def _form_of(self, records: list[dict[str, object]], columns: str | Form | None, source: str) -> Form | None:
+        """The form as given, its missing half guessed; guessed where no layout is known; None for a known layout."""
+        given = columns if isinstance(columns, Form) else Form()
+        if "\\n" in (given.prompt or ""):
+            self.said.append("the prompt has a backslash before an n; in YAML only double quotes make it a new line")
+        if given.prompt is not None and given.answer:
+            return given.settled(records, source)
+        if given == Form() and (columns is not None or self.name != "task" or has_known_layout(records)):
+            return None
+        form = guess_form(records, source, given)
+        if form is None and given != Form():
+            flag, other = ("--answer", "--prompt") if given.answer else ("--prompt", "--answer")
+            what = f"{flag} is given, and no column is certain to be the other part"
+            raise TellError(what, where=source, remedy=f"Add {other}.")
+        if form is not None:
+            form = form.settled(records, source)
+            self.said.append(f"{GUESSED}: {form.flags}")
+        return form
+
+    def _formed_layout(self, records: list[dict[str, object]]) -> Layout:
+        assert self.form is not None
+        seen = dict.fromkeys(name for record in records for name in record)
+        used = {*self.form.asked, *self.form.answer}
+        unused = unused_columns(records, [name for name in seen if name not in used])
+        return Layout(self.form.name, {"prompt": PROMPT, "answer": self.form.answer_column}, unused)
+
+    def _raw_layout(self, records: list[dict[str, object]]) -> Layout | None:
+        """The layout of raw texts, which general data may be; None where it is not."""
+        names = dict.fromkeys(name for record in records for name in record)
+        layout = raw_layout(names)
+        if layout is None:
+            return None
+        self.said.append("rows are raw texts: all of each is trained, without the chat template")
+        others = [name for name in names if name not in layout.columns.values()]
+        return replace(layout, unused=unused_columns(records, others))
+
+    def _read_rows(self, records: list[Record], layout: Layout) -> None:
         for number, record in records:
             if any(column not in record for column in layout.required):
                 self._refuse_mixed(number, record, layout, records[0])
@@ -181,7 +280,19 @@ class _Rows:
             origin, reason = self.dropped[0]
             where = f"{self.where}:{origin.rsplit(':', 1)[1]}"
             raise TellError(f"no row is usable; the first {reason}", where=where, remedy="Fix the rows.")
-        return layout
+
+    def loaded(self, layout: Layout, source: str, fingerprint: str, file: FileRead | None = None) -> Loaded:
+        """What was read."""
+        notices = (*(file.notices if file else ()), *self.notices(layout))
+        columns = layout.columns if self.form is None else self.form.columns
+        guessed = any(text.startswith(GUESSED) for text in self.said)
+        return Loaded(
+            *(self.examples, layout.name, columns, source, fingerprint, tuple(self.dropped), notices),
+            form=self.form,
+            file=file,
+            guessed=guessed,
+            lists=layout.lists,
+        )
 
     def _refuse_mixed(self, number: int, record: dict[str, object], layout: Layout, first: Record) -> None:
         if fault := check_columns(record, layout, first):
@@ -190,7 +301,7 @@ class _Rows:
 
     def notices(self, layout: Layout) -> list[str]:
         """Notices about parts of rows that are not used; rows that are left out are in ``dropped``."""
-        lines = []
+        lines = list(self.said)
         if layout.unused:
             more = f" and {len(layout.unused) - SHOWN:,} more" if len(layout.unused) > SHOWN else ""
             lines.append(f"columns not used: {', '.join(layout.unused[:SHOWN])}{more}")
@@ -220,7 +331,7 @@ def _is_path(source: str) -> bool:
     return bool(re.search(r"\.[A-Za-z]{2,5}$", source))  # tickets.txt: hub names with a dot have an owner
 
 
-def _load_hub(source: str, name: str, columns: str | None, bad_rows: str, lists: bool) -> Loaded:
+def _load_hub(source: str, name: str, columns: str | Form | None, bad_rows: str, lists: bool) -> Loaded:
     parts = _HUB_NAME.fullmatch(source)
     assert parts is not None  # accepted by _is_path
     rows = _hub_rows(source, parts["name"], parts["config"], parts["split"] or "train")
@@ -232,10 +343,7 @@ def _load_hub(source: str, name: str, columns: str | None, bad_rows: str, lists:
     digest = hashlib.sha256(repr((source, columns or "", name)).encode())
     for example in made.examples:
         digest.update(example.hash.encode())
-    notices, dropped = tuple(made.notices(layout)), tuple(made.dropped)
-    return Loaded(
-        made.examples, layout.name, layout.columns, source, digest.hexdigest(), dropped, notices, layout.lists
-    )
+    return made.loaded(layout, source, digest.hexdigest())
 
 
 def _hub_rows(source: str, name: str, config: str | None, split: str) -> list[dict[str, object]]:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from tell.data.cell_text import Rejected, RowFault, as_json, as_text, is_blank, unpacked
 from tell.data.example import Message, Role
 from tell.data.json_text import half_surrogate
-from tell.data.layouts import LABELS, REJECTED, Layout
+from tell.data.layouts import LABELS, RAW, REJECTED, Layout
 
 Record = Mapping[str, object]
 
@@ -31,7 +31,7 @@ _READ = {"role", "from", "content", "value", "tool_calls", "function_call", *_LO
 
 
 def to_messages(record: Record, layout: Layout, seen: Counter[str] | None = None) -> list[Message]:
-    """The conversation of one record; it ends with the assistant's answer.
+    """The conversation of one record; it ends with the assistant's answer. A raw text is one assistant's turn.
 
     Answers that are not strings become compact JSON. ``input`` follows the prompt on a line of its own, as
     ms-swift (the paper's framework) and LLaMA-Factory join Alpaca's columns. Answers inside a prompt carry no loss, nor
@@ -47,6 +47,12 @@ def to_messages(record: Record, layout: Layout, seen: Counter[str] | None = None
     columns, seen = layout.columns, Counter() if seen is None else seen
     if layout.verdict and (shown := str(record.get(layout.verdict)).strip().lower()) in REJECTED:
         raise Rejected(f"{layout.verdict} is {shown}")
+    if RAW in columns:
+        turns = [Message("assistant", as_text(record.get(columns[RAW])))]
+        if is_blank(turns[0].content):
+            raise RowFault(f"has no text (column {columns[RAW]!r} is empty)")
+        _check_text(turns[0], 1)
+        return turns
     if "messages" in columns:
         turns = _turns(record.get(columns["messages"]), columns["messages"], seen)
         turns = turns[: _end(turns)]
@@ -243,17 +249,21 @@ def _check_turns(turns: list[Message]) -> None:
         before = turn
         if is_blank(turn.content) and not turn.extra and turn.role != "tool":
             raise RowFault("has no answer (the last turn is empty)" if turn is last else f"turn {number} is empty")
-        if (size := len(turn.content) + len(turn.extra) + len(turn.tools)) > MOST_CHARACTERS:
-            raise RowFault(f"turn {number} has {size:,} characters, more than {MOST_CHARACTERS:,}", "Cut it.")
-        if not turn.content.isascii():
-            try:
-                turn.content.encode()
-            except UnicodeEncodeError as error:
-                half = f"\\u{ord(turn.content[error.start]):x}"
-                raise RowFault(f"turn {number} contains half of a surrogate pair ({half})") from error
+        _check_text(turn, number)
     if not asked:
         raise RowFault("has no user turn before the answer")
     _check_json(last.content)
+
+
+def _check_text(turn: Message, number: int) -> None:
+    if (size := len(turn.content) + len(turn.extra) + len(turn.tools)) > MOST_CHARACTERS:
+        raise RowFault(f"turn {number} has {size:,} characters, more than {MOST_CHARACTERS:,}", "Cut it.")
+    if not turn.content.isascii():
+        try:
+            turn.content.encode()
+        except UnicodeEncodeError as error:
+            half = f"\\u{ord(turn.content[error.start]):x}"
+            raise RowFault(f"turn {number} contains half of a surrogate pair ({half})") from error
 
 
 def _check_json(answer: str) -> None:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from tell.data.cell_text import RowFault, unpacked
 from tell.data.columns import SHOWN, Record, detect_layout
 from tell.data.example import Example, Message
+from tell.data.file_read import FileRead
+from tell.data.form import PROMPT, Form
 from tell.data.json_text import read_json
 from tell.data.layouts import CONVERSATIONS, LAYOUTS, Layout, layout_name
 from tell.data.sources import read_source
@@ -40,19 +42,26 @@ class Prompts:
     tested: int = 0
 
 
-def load_prompts_of(source: str, columns: Mapping[str, str]) -> Prompts:
+def load_prompts_of(source: str, columns: Mapping[str, str], form: Form | None = None) -> Prompts:
     """The prompts of a file or hub dataset.
 
     Args:
         source: as `tell.data.sources.load` takes it.
         columns: part to column of the task's data; they count where the file has the column of prompts.
+        form: of the task's data, where prompt and answer are made of columns; the prompt's must be in the file.
 
     Raises:
         TellError: the file cannot be read, no column holds prompts, or no row has one.
     """
+    file = FileRead()
+    short, records = read_source(source, file)
     guessed: list[str] = []
-    short, records = read_source(source, guessed.append)
-    layout = _layout([record for _, record in records], columns, source)
+    plain = [record for _, record in records]
+    if form is not None:
+        form = form.asking(plain, source)
+        layout = Layout("+".join(form.asked), {"prompt": PROMPT, "answer": _ANSWER})
+    else:
+        layout = _layout(plain, columns, source)
     whole, answers = "messages" in layout.columns, 0
     examples: list[Example] = []
     dropped: list[tuple[str, str]] = []
@@ -61,6 +70,10 @@ def load_prompts_of(source: str, columns: Mapping[str, str]) -> Prompts:
         record: Record = given
         origin = f"{short}:{number}"
         try:
+            if form is not None:
+                record = {PROMPT: form.render(record)}
+                if not record[PROMPT]:
+                    raise RowFault(f"has no prompt ({', '.join(form.asked)} empty)")
             if whole:
                 record, answered = _asked(record, layout.columns["messages"])
             else:
@@ -75,13 +88,20 @@ def load_prompts_of(source: str, columns: Mapping[str, str]) -> Prompts:
     if not examples:
         raise TellError(f"no row has a prompt; the first {dropped[0][1]}", where=source, remedy="Fix the rows.")
     names = dict.fromkeys(name for _, record in records for name in record)
-    told = columns.get("answer") if columns.get("answer") in names else _answer_column(records, source)
-    if answers or (told in names and not whole):
-        named = "last turns" if answers else f"column {told!r}"
+    if form is not None:
+        used = {*form.asked}
+        told = [name for name in form.answer if name in names]
+    else:
+        used = set(layout.columns.values())
+        answer = columns.get("answer") if columns.get("answer") in names else _answer_column(records, source)
+        told = [answer] if answer in names and not whole else []
+    if answers or told:
+        named = "last turns" if answers else f"column {', '.join(map(repr, told))}"
         guessed.append(f"the answers ({named}) are ignored: the file counts as unlabelled")
-    if others := [name for name in names if name not in layout.columns.values() and (whole or name != told)]:
+    if others := [name for name in names if name not in used and name not in told]:
         guessed.append(f"columns not used: {', '.join(others[:SHOWN])}{' ...' if len(others) > SHOWN else ''}")
-    return Prompts(examples, source, tuple(dropped), tuple(f"{short}: {text}" for text in guessed))
+    notices = (*file.notices, *(f"{short}: {text}" for text in guessed))
+    return Prompts(examples, source, tuple(dropped), notices)
 
 
 def _layout(records: Sequence[Record], task: Mapping[str, str], where: str) -> Layout:

@@ -100,7 +100,7 @@ class Encoder:
 
     def _frame(self, messages: Sequence[Message]) -> tuple[Frame | None, int]:
         """The frame of a conversation and the tokens of the line breaks between its contents, else (None, 0)."""
-        if self.frames is None or not all([m.is_plain for m in messages]):
+        if self.frames is None or len(messages) == 1 or not all([m.is_plain for m in messages]):
             return None, 0
         frame, joins = self.frames.of(messages), 0
         if frame is not None and self.same_unit:

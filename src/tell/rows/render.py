@@ -43,9 +43,14 @@ def render_row(chat: ChatTokenizer, messages: Sequence[Message]) -> Rendered:
     A span is an answer with its end of turn; white space after that is not trained. What the template writes between
     the prompt and the answer is trained, since decoding must write it.
 
+    A raw text (one turn, no prompt) is trained whole, with the end token after it and outside of the template.
+
     Raises:
         TellError: the template refuses the conversation, or loses a part of it; too many answers.
     """
+    if len(messages) == 1:
+        begin, text = chat.begin, f"{chat.begin}{messages[0].content}{chat.backend.id_to_token(chat.eos_ids[0])}"
+        return Rendered(text, [(len(begin), len(text))], 0)
     earlier = earlier_answers(messages)
     prompt = chat.render(messages[:-1], add_generation_prompt=True)
     text, end = _with_answer(chat, messages, prompt)

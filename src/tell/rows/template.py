@@ -87,7 +87,7 @@ class ChatTokenizer:
         if end and self.backend.token_to_id(self.special.get("eos_token", "")) is None:
             self.special["eos_token"] = end  # named in the generation config only
         if not self.has_own_template:
-            self.template = self.template.replace("begins", str(self._begins()).lower())
+            self.template = self.template.replace("begins", str(bool(self.begin)).lower())
 
     @cached_property
     def fingerprint(self) -> str:
@@ -114,11 +114,12 @@ class ChatTokenizer:
             raise TellError("defines no end token", where=str(self.folder), remedy=remedy)
         return tuple(dict.fromkeys(ids))
 
-    def _begins(self) -> bool:
-        """Whether the tokenizer puts its begin token before plain text."""
+    @cached_property
+    def begin(self) -> str:
+        """The token that the tokenizer puts before plain text; empty where it puts none."""
         begin = self.special.get("bos_token")
         ids = self.backend.encode("x").ids
-        return begin is not None and bool(ids) and ids[0] == self.backend.token_to_id(begin)
+        return begin if begin is not None and ids and ids[0] == self.backend.token_to_id(begin) else ""
 
     @cached_property
     def parsed(self) -> nodes.Template:

@@ -222,4 +222,4 @@ def unknown_token(ids: Sequence[int], chat: ChatTokenizer, vocab: int | None) ->
 
 def prompt_ids(chat: ChatTokenizer, example: Example, anchor: Anchor = NO_ANCHOR) -> list[int]:
     """Token ids that decoding starts from: everything before the answer, with the answer's header."""
-    return chat.encode(chat.render(anchor.apply(example.prompt), add_generation_prompt=True))
+    return chat.encode(chat.render(anchor.apply(example.asked), add_generation_prompt=True))

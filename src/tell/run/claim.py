@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 
 from tell.config import Config, make_config, read_yaml
 from tell.data.general import SOURCES
+from tell.data.workbook import split_sheet, with_sheet
 from tell.errors import TellError
 from tell.files import DAMAGED, clean_temporary, expanded, sync, write_text
 from tell.folder import RunFolder
@@ -51,9 +52,10 @@ def with_full_paths(config: Config) -> Config:
         if not isinstance(value, str) or value in KEYWORDS:
             continue
         mark = "@" if key == "text" else ""
-        path = expanded(value.removeprefix(mark))
+        named, sheet = split_sheet(value.removeprefix(mark))
+        path = expanded(named)
         if value.startswith(mark) and path.exists():
-            setattr(getattr(out, section), key, f"{mark}{path.resolve()}")
+            setattr(getattr(out, section), key, mark + with_sheet(path.resolve(), sheet))
     return out
 
 

@@ -14,6 +14,7 @@ from tell.anchor.derive import derived_anchor
 from tell.config import Config, TrainConfig
 from tell.data.closed import MOST_VALUES, ClosedField, closed_fields, opening
 from tell.data.example import Example
+from tell.data.form import form_of
 from tell.data.general import Target, general_target
 from tell.data.kind import Kind, detect_kind, load_schema, missing_classes, widen
 from tell.data.overlap import Overlap, find_overlap
@@ -218,7 +219,7 @@ def _unlabelled(config: Config, data: Loaded, test: list[Example], notices: Noti
     """
     if config.task.unlabelled is None:
         return None
-    found = load_prompts_of(config.task.unlabelled, data.columns)
+    found = load_prompts_of(config.task.unlabelled, data.columns, data.form)
     for text in (*found.notices, *left_out(found.dropped)):
         notices.add(text)
     tested = find_overlap(found.examples, test).indices
@@ -236,12 +237,12 @@ def _read(config: Config) -> tuple[Loaded, Loaded | None, dict | None]:
             remedy="Pass a file, e.g. `tell tune tickets.jsonl`; `tell demo` runs on a built-in task.",
         )
     schema = load_schema(task.json_schema) if task.json_schema else None
-    data = load(task.data, name="task", columns=task.columns)
+    data = load(task.data, name="task", columns=form_of(task) or task.columns)
     if task.test is None:
         return data, None, schema
-    given = load(task.test, name="task", columns=task.columns, lists=data.lists)
+    given = load(task.test, name="task", columns=data.form or task.columns, lists=data.lists)
     if given.lists and not data.lists:  # rows with one label each, where test rows have several
-        data = load(task.data, name="task", columns=task.columns, lists=True)
+        data = load(task.data, name="task", columns=form_of(task) or task.columns, lists=True)
     return data, given, schema
 
 
@@ -270,7 +271,8 @@ def _without_overlap(config: Config, train: list[Example], overlap: Overlap) -> 
 
 def describe(data: Loaded) -> dict:
     """``data`` of findings.json."""
-    return {"path": data.path, "layout": data.layout, "columns": data.columns, "rows": len(data.examples)}
+    facts = {"path": data.path, "layout": data.layout, "columns": data.columns, "rows": len(data.examples)}
+    return facts | ({"form": data.form.to_dict()} if data.form else {})
 
 
 def overlap_facts(overlap: Overlap, rows: Sequence[Example], test: Sequence[Example]) -> dict:

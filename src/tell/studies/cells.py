@@ -26,6 +26,7 @@ from tell.config import (
     make_config,
 )
 from tell.data.general import is_empty, resolve_source
+from tell.data.workbook import split_sheet, with_sheet
 from tell.errors import TellError
 from tell.models.find import SMOLLM2
 from tell.models.wheel import HUB_NAME
@@ -211,7 +212,7 @@ def inputs(config: Config) -> dict[tuple[str, str], Path]:
         value = getattr(getattr(config, section), key)
         if not isinstance(value, str) or value in KEYWORDS or (key == "text" and not value.startswith("@")):
             continue
-        path = Path(value.removeprefix("@") if key == "text" else value)
+        path = Path(value.removeprefix("@") if key == "text" else split_sheet(value)[0])
         if path.exists():
             found[section, key] = path
     return found
@@ -225,7 +226,8 @@ def contents(config: Config) -> dict[tuple[str, str], str]:
     found = {}
     for place, path in inputs(config).items():
         if place != ("eval", "benchmark_data"):
-            found[place] = content_hash(path)
+            _, sheet = split_sheet(str(getattr(getattr(config, place[0]), place[1])))
+            found[place] = with_sheet(content_hash(path), sheet)
         else:
             tasks = [task for group in benchmark_tasks(config.eval.benchmarks).values() for task in group]
             files = {task: local_files(task, path) for task in tasks}

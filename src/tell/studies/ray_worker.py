@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 
 from tell import __version__
 from tell.config import Config
+from tell.data.workbook import split_sheet, with_sheet
 from tell.errors import TellError
 from tell.files import atomic_folder, parse_yaml
 from tell.folder import RunFolder
@@ -113,7 +114,8 @@ def place_inputs(config: Config, found: Mapping[tuple[str, str], Input], folder:
             what = "is not on this machine with the same content, and too large to send"
             raise TellError(what, where=item.path, remedy="Copy it there, or use a hub name.")
         here = _place(item, folder, fetch)
-        setattr(getattr(config, section), key, f"@{here}" if key == "text" else str(here))
+        _, sheet = split_sheet(str(getattr(getattr(config, section), key)))
+        setattr(getattr(config, section), key, f"@{here}" if key == "text" else with_sheet(here, sheet))
         moved[str(here)] = item.path
     return moved
 

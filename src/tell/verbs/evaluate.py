@@ -249,7 +249,7 @@ def _examples(
     train = _pick(parts.train, by_hash, task.data, "training") if need_train else []
     shots = _pick(shown, by_hash, task.data, "fixed example")
     if test:
-        given = load(test, name="task", columns=task.columns, lists=_lists(opened))
+        given = load(test, name="task", columns=opened.read_by, lists=_lists(opened))
         for notice in (*left_out(given.dropped), *given.notices):
             display.note(notice)
         return train, without_ends(given.examples, opened.chat)[0], shots
@@ -274,7 +274,7 @@ def _lists(opened: OpenRun) -> bool:
 
 def _by_hash(opened: OpenRun, paths: Iterable[str | None]) -> dict[str, Example]:
     """The rows of task files, each file read once."""
-    columns = opened.config.task.columns
+    columns = opened.read_by
     files = dict.fromkeys(path for path in paths if path)
     lists = bool(files) and _lists(opened)
     rows = (load(path, name="task", columns=columns, lists=lists).examples for path in files)

@@ -109,7 +109,7 @@ def share(hits: np.ndarray, config: Config) -> dict:
 def _prompt_text(chat: ChatTokenizer, example: Example) -> str | None:
     """The rendered prompt; None where the template refuses it, as it may refuse a general row."""
     try:
-        return chat.render(example.prompt, add_generation_prompt=True)
+        return chat.render(example.asked, add_generation_prompt=True)
     except TellError:
         return None
 

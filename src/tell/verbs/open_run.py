@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import BaseModel, Field, model_validator
+
 from tell.anchor.anchor import Anchor
 from tell.config import Config
+from tell.data.form import CellType, Form, form_of
 from tell.errors import TellError
 from tell.folder import RunFolder
 from tell.models.find import ModelFiles, find_model
@@ -23,6 +26,32 @@ from tell.run.search_record import chosen_settings
 from tell.run.session import Session
 
 CELL_ADAPTER = f"for a cell of a study, {REMAKE[0].lower()}{REMAKE[1:]}"
+
+
+class _Form(BaseModel):
+    """``form`` of findings.json."""
+
+    prompt: str
+    answer: tuple[str, ...] = Field(min_length=1)
+    types: tuple[CellType, ...]
+
+    @model_validator(mode="after")
+    def _a_type_each(self) -> _Form:
+        if len(self.types) != len(self.answer):
+            raise ValueError("types of another number of columns")
+        return self
+
+
+class _Data(BaseModel):
+    """``data`` of findings.json."""
+
+    form: _Form | None = None
+
+
+class _Findings(BaseModel):
+    """The part of findings.json that says how the data were read."""
+
+    data: _Data
 
 
 @dataclass(frozen=True)
@@ -43,6 +72,15 @@ class OpenRun:
     def chosen(self) -> Chosen:
         """What the run's search chose, by arm."""
         return chosen_settings(self.folder)
+
+    @property
+    def read_by(self) -> str | Form | None:
+        """How the run read its data, as `tell.data.sources.load` takes it: guesses and types are the run's own."""
+        if self.folder.findings.exists():
+            form = self.folder.read_as(self.folder.findings, _Findings).data.form
+            if form is not None:
+                return Form(form.prompt, form.answer, form.types)
+        return form_of(self.config.task) or self.config.task.columns
 
     def decides(self, config: Config) -> bool:
         """Whether closed fields are decided: the run has a readout, and ``generate.closed`` is not off."""

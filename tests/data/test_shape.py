@@ -1,0 +1,105 @@
+import shlex
+
+import pytest
+
+from data.test_form import table, tickets
+from tell.cli.common import template
+from tell.config import make_config
+from tell.data.form import Form, form_of
+from tell.data.sources import load
+from tell.errors import TellError
+
+
+def rows(*names, n=30):
+    return [{name: row[name] for name in names} for row in tickets(n)]
+
+
+def test_the_one_plausible_form_is_used_and_said(tmp_path):
+    data = load(table(tmp_path / "a.csv", rows("Id", "Body", "Category", "Due")))
+    assert data.guessed and data.form == Form("{Body}", ("Category",), ("text",))
+    assert 'a.csv: guessed from the shape of the columns: --prompt "{Body}" --answer Category' in data.notices
+    assert "a.csv: columns not used: Due" in data.notices
+
+
+def test_known_layouts_keep_first_claim(tmp_path):
+    known = [
+        {"text": r["Subject"], "label": r["Priority"], "Body": r["Body"], "Category": r["Category"]} for r in tickets()
+    ]
+    data = load(table(tmp_path / "a.csv", known))
+    assert data.layout == "text/label" and data.form is None and not data.guessed
+
+
+def commands(path):
+    with pytest.raises(TellError) as caught:
+        load(path)
+    return str(caught.value)
+
+
+def test_two_plausible_forms_are_both_printed_as_commands(tmp_path):
+    path = table(tmp_path / "my a.csv", rows("Body", "Category", "Priority"))
+    said = commands(path)
+    for answer in ("Category,Priority", "Category", "Priority"):
+        assert f'`tell tune "{path}" --prompt "{{Body}}" --answer {answer}`' in said
+    two = [{"Question text": r["Body"], "Long note": f"{r['Body']} Indeed.", "Team": r["Category"]} for r in tickets()]
+    said = commands(table(tmp_path / "b.csv", two))
+    assert r'--prompt "{Question text}\n\n{Long note}" --answer Team`, or' in said
+    assert '--prompt "{Question text}" --answer Team`' in said
+    pair = [{"A": r["Body"], "B": f"{r['Body']} Indeed."} for r in tickets()]
+    said = commands(table(tmp_path / "c.csv", pair))
+    assert '--prompt "{A}" --answer B`, or' in said and '--prompt "{B}" --answer A`' in said
+
+
+def test_a_command_in_an_error_reads_the_file(tmp_path):
+    path = table(tmp_path / "a b.csv", rows("Body", "Category", "Priority"))
+    command = commands(path).partition("`")[2].partition("`")[0]
+    words = shlex.split(command)
+    assert words[:3] == ["tell", "tune", path] and words[3::2] == ["--prompt", "--answer"]
+    task = make_config({"task": {"data": path, "prompt": template(words[4]), "answer": words[6]}}).task
+    assert len(load(path, columns=form_of(task)).examples) == 30
+
+
+@pytest.mark.parametrize("form", [Form('a "b" $c\n\t\\n {Body}', ("x, y", 'z"')), Form("{A} `!'{B}", ("C D", "E"))])
+def test_printed_flags_are_what_is_to_be_typed(form):
+    words = shlex.split(form.flags)
+    task = make_config({"task": {"data": "a", "prompt": template(words[1]), "answer": words[3]}}).task
+    assert form_of(task) == form
+
+
+def test_half_a_form_is_completed(tmp_path):
+    path = table(tmp_path / "a.csv", rows("Subject", "Body", "Category", "Priority"))
+    assert load(path, columns=Form(None, ("Category", "Priority"))).form.prompt == "{Body}"
+    with pytest.raises(TellError, match="can be read in several ways"):
+        load(path, columns=Form("{Body}"))
+    path = table(tmp_path / "b.csv", rows("Subject", "Body", "Category"))
+    assert load(path, columns=Form("{Subject}: {Body}")).form.answer == ("Category",)
+    with pytest.raises(TellError, match=r"--answer is given, and no column is certain.*Add --prompt"):
+        load(table(tmp_path / "c.csv", rows("Subject", "Category")), columns=Form(None, ("Category",)))
+
+
+def test_a_file_without_column_names_is_refused(tmp_path):
+    path = tmp_path / "a.csv"
+    lines = [f'"Hello, this is question number {i} about it",{"ab"[i % 2]}' for i in range(20)]
+    path.write_text("\n".join(lines) + "\n")
+    with pytest.raises(TellError, match="begins with a row that looks like data, not like column names"):
+        load(str(path))
+
+
+NOTHING = [
+    rows("Subject", "Category"),  # no long text
+    rows("Id", "Body"),  # no answer
+    [{"Body": r["Body"], "Due": r["Due"]} for r in tickets()],  # dates are no labels
+    [{"Body": r["Body"], "Phone": f"+49 30 {i}"} for i, r in enumerate(tickets())],
+    [{"When": f"2024-05-01 12:{i:02}:00 UTC+00:00", "Category": r["Category"]} for i, r in enumerate(tickets())],
+    rows("Body", "Category", n=2),
+]
+
+
+@pytest.mark.parametrize("records", NOTHING)
+def test_nothing_is_guessed_where_nothing_is_plausible(tmp_path, records):
+    with pytest.raises(TellError, match="no known layout fits them"):
+        load(table(tmp_path / "a.csv", records))
+
+
+def test_general_data_are_not_guessed_at(tmp_path):
+    with pytest.raises(TellError, match="no known layout fits them"):
+        load(table(tmp_path / "a.csv", rows("Body", "Category")), name="general")
