@@ -1,0 +1,1 @@
+"""Exports: a trained run as files for other servers."""
