@@ -141,15 +141,22 @@ class LlamaCpp:
         check = None if wanted.schema is None else JsonScorer(dict(wanted.schema)).why_invalid
         pieces: list[str] = []
         last: dict[str, Any] = {}
+        raised: list[BaseException] = []
 
-        def take(chunk: Any) -> bool:
+        def take(chunk: dict[str, Any]) -> bool:
             nonlocal last
-            last = json.loads(chunk) if isinstance(chunk, str | bytes) else chunk
-            text = "".join(choice.get("text", "") for choice in last.get("choices", ()))
+            last = chunk
+            text = "".join(choice.get("text", "") for choice in chunk.get("choices", ()))
             pieces.append(text)
-            return bool(text and on_text and on_text(text) is True)
+            try:
+                return bool(text and on_text and on_text(text) is True)
+            except BaseException as error:  # xllamacpp would drop it
+                raised.append(error)
+                return True
 
         self._server.handle_completions(self._request(ids, generate, wanted), take)
+        if raised:
+            raise raised[0]
         if "error" in last:
             raise self._refusal(last["error"])
         text = "".join(pieces)
