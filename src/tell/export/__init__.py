@@ -1,1 +1,1 @@
-"""Exports: a trained run as files for other servers."""
+"""Exports of a run. Each target is a module ``to_*.py`` of its own, declared by `tell.export.target.export_target`."""
