@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from jinja2 import nodes
 
-from template_bed import tokenizer_of
 from tell.anchor.anchor import NO_ANCHOR, Anchor
 from tell.data.example import Example, Message
 from tell.errors import TellError
@@ -17,6 +16,7 @@ from tell.rows.prelude import _BREAKS, literal, with_anchor
 from tell.rows.sandbox import chat_environment
 from tell.rows.template import DEFAULT_TEMPLATE, ChatTokenizer
 from tell.run.answers import shots_by_system, shown_turns
+from template_bed import tokenizer_of
 from tiny import _STYLES, NO_SYSTEM
 
 LLAMA3 = """{{- bos_token }}
@@ -36,7 +36,8 @@ LLAMA3 = """{{- bos_token }}
 {%- else %}
     {%- set system_message = "" %}
 {%- endif %}
-{{- "<|start_header_id|>system<|end_header_id|>\\n\\nToday Date: " + date_string + "\\n\\n" + system_message + "<|eot_id|>" }}
+{{- "<|start_header_id|>system<|end_header_id|>\\n\\nToday Date: " + date_string + "\\n\\n" }}
+{{- system_message + "<|eot_id|>" }}
 {%- for message in messages %}
     {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n'+ message['content'] | trim + '<|eot_id|>' }}
 {%- endfor %}
@@ -155,6 +156,8 @@ def test_only_whole_words_head_a_text(chats, theirs):
 def test_any_text_is_rendered_as_it_is(anchor, place, texts, system):
     """Our sandbox is jinja2 as transformers sets it up; the tests above hold the two together."""
     source = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>\n{% endfor %}"
+    rests = [text.removeprefix(anchor)[:1] for text in (*texts, system or "") if text.startswith(anchor)]
+    assume(all(rest.isalnum() or rest in ["", *_BREAKS] for rest in rests))  # see `_BREAKS`
     anchor = Anchor(anchor, place)
     turns = [Message("system", system)] if system is not None else []
     turns += [Message("user" if i % 2 == 0 else "assistant", text) for i, text in enumerate(texts)]
@@ -186,6 +189,22 @@ def test_the_date_is_fixed(chats, theirs):
     text = chats["llama3"].backend.decode(rendered(theirs["llama3"], with_anchor(LLAMA3), turns))
     assert "26 Jul 2024" in text
     assert "26 Jul 2024" not in chats["llama3"].backend.decode(rendered(theirs["llama3"], LLAMA3, turns))
+
+
+@pytest.mark.parametrize("head", ["", "\n", "  ", "\n\n  ", " \n"])
+@pytest.mark.parametrize("begin", ["{% if eos_token %}", "{{ eos_token }}{% if true %}", "x{%- if true %}"])
+def test_white_space_at_the_head_of_a_template_stays(head, begin):
+    source = f"{head}{begin}\n{{{{ messages[0].content }}}}{{% endif %}}"
+    environment = chat_environment()
+    given = {"messages": [{"role": "user", "content": "hi"}], "eos_token": "</s>"}
+    want = environment.from_string(source).render(given)
+    for template in (
+        with_anchor(source, special={"eos_token": "</s>"}),
+        with_anchor(source, shots={None: []}, special={"eos_token": "</s>"}),
+        with_anchor(source, shots={None: []}),
+    ):
+        environment.start()
+        assert environment.from_string(template).render(given) == want
 
 
 def test_a_template_that_needs_nothing_stays():
@@ -222,8 +241,8 @@ def test_examples_with_tools_cannot_travel():
 
 def test_parts_that_are_no_text_stay(chats, theirs):
     source = (
-        "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}{{ m.content | tojson }}{% endif %}"
-        "{% endfor %}"
+        "{% for m in messages %}{% if m.content is string %}{{ m.content }}"
+        "{% else %}{{ m.content | tojson }}{% endif %}{% endfor %}"
     )
     environment = chat_environment()
     template = environment.from_string(with_anchor(source, Anchor("Look.")))

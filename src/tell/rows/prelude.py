@@ -1,9 +1,8 @@
 """The run's prompt as a chat template: a Jinja prelude that any server renders before the model's own template.
 
-A server knows nothing of anchors, of our fixed date or of the template that TELL falls back on. `with_anchor` writes all
-that into one chat template. It uses only what transformers' sandboxed Jinja, vLLM and llama.cpp's Jinja engine share:
-no macros with arguments other than strings, no methods but ``startswith``, no slices of text, and no loop over a turn's
-content (vLLM takes such a loop as a sign that the template wants contents as lists of parts).
+A server knows no anchors, no fixed date and no fallback template. `with_anchor` writes all that into one template, in
+what transformers' sandboxed Jinja, vLLM and llama.cpp's Jinja engine share: no method but ``startswith``, no slices of
+text, and no loop over a turn's content (vLLM takes such a loop as a sign that the template wants lists of parts).
 """
 
 from __future__ import annotations
@@ -20,7 +19,8 @@ SWITCH = "tell_anchor"
 """``chat_template_kwargs={"tell_anchor": false}`` renders a conversation without anchor and fixed examples."""
 THINKING = ("enable_thinking", "thinking")  # names of the switch for thoughts, as in `ChatTokenizer`
 _TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
-# What may follow an anchor's last letter where the anchor heads a text: no Jinja engine but jinja2 has `isalnum`.
+# What may follow an anchor's last letter where the anchor heads a text: only jinja2 has `isalnum`. A text that goes on
+# with another sign, a control character say, gets the anchor once more than in the run.
 _BREAKS = " \n\t\r.,;:!?\"'()[]{}<>-_/|*#`~=+&%$@\\^\u00a0\u2013\u2014\u2018\u2019\u201c\u201d\u2026\u3000\u3001\u3002"
 _DIRECTIVE = re.compile(r"%[-#]?[aAbBdeHIjmMpSuUwWyY]")
 
@@ -57,8 +57,10 @@ def with_anchor(
     lines = [*_values(template, thinking, force_thinking, special or {}), *_date(template, force_thinking)]
     if anchor or shots:
         lines += _turns(anchor, shots or {})
-    # The newline after the last tag is dropped by `trim_blocks`, and the template begins on a line of its own, as before.
-    return "\n".join(lines) + ("\n" if lines else "") + template
+    if not lines:
+        return template
+    # `trim_blocks` drops the newline: the template begins on a line of its own, its white space as before.
+    return "\n".join(lines).removesuffix("-%}") + "%}\n" + template
 
 
 def literal(value: object) -> str:
@@ -119,8 +121,9 @@ def _turns(anchor: Anchor, shots: Shots) -> list[str]:
         f"{{%- if {SWITCH} is not defined or {SWITCH} -%}}",
         "{%- set tell = namespace(turns=[], out=[], placed=false, heads=false) -%}",
         "{%- for m in messages -%}",
-        "{%- set parts = m['role'] in ['system', 'user'] and m['content'] is not string and m['content'] is iterable -%}",
-        "{%- if parts and not (m['content'] | rejectattr('type', 'equalto', 'text') | list) -%}",
+        "{%- set parts = m['content'] is not string and m['content'] is iterable -%}",
+        "{%- if parts and m['role'] in ['system', 'user'] and "
+        "not (m['content'] | rejectattr('type', 'equalto', 'text') | list) -%}",
         "{%- set tell.turns = tell.turns + [{'role': m['role'], "
         "'content': m['content'] | map(attribute='text') | join('\\n')}] -%}",
         "{%- else -%}{%- set tell.turns = tell.turns + [m] -%}{%- endif -%}",
@@ -128,7 +131,7 @@ def _turns(anchor: Anchor, shots: Shots) -> list[str]:
         *_shots(shots),
         *_anchored(anchor),
         "{%- set messages = tell.turns -%}",
-        "{%- endif %}",
+        "{%- endif -%}",
     ]
 
 
