@@ -13,6 +13,7 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -66,6 +67,11 @@ def llama_cpp_ready() -> bool:
     return find_spec(PACKAGE) is not None
 
 
+def llama_cpp_version() -> str:
+    """The installed version of xllamacpp."""
+    return version(PACKAGE)
+
+
 class LlamaCpp:
     """A GGUF file in memory. Several threads may call its methods at once; ``rows`` answers are decoded together.
 
@@ -99,13 +105,17 @@ class LlamaCpp:
         self.template = str(props.get("chat_template", ""))
 
     def prompt_ids(
-        self, messages: Sequence[Mapping[str, Any]], template_kwargs: Mapping[str, Any] | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        template_kwargs: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[int]:
         """Token ids of a chat request, rendered by llama.cpp's Jinja engine with the header of the answer.
 
         Args:
             messages: as in an OpenAI request; contents are text or lists of parts.
             template_kwargs: ``chat_template_kwargs`` of the request.
+            tools: of the request, in OpenAI's form.
 
         Raises:
             TellError: the template or llama.cpp refuses the messages.
@@ -113,6 +123,8 @@ class LlamaCpp:
         asked: dict[str, Any] = {"messages": [dict(message) for message in messages]}
         if template_kwargs:
             asked["chat_template_kwargs"] = dict(template_kwargs)
+        if tools:
+            asked["tools"] = list(tools)
         text = self._ask("/apply-template", asked)["prompt"]
         # the rendered text lacks a begin token that the tokenizer writes: `add_special` puts it back, as in a request
         found = self._ask("/tokenize", {"content": text, "add_special": True, "parse_special": True})
