@@ -43,7 +43,8 @@ def with_anchor(
         template: the model's own, or the default that `ChatTokenizer` uses where it has none.
         anchor: put at the head of the first user turn or into the system message, unless it is there already.
         thinking: whether the template's switch for thoughts is on where the caller does not say (``enable_thinking``).
-        force_thinking: it is ``thinking`` whatever the server says. For llama.cpp, which always sets it, on by default.
+        force_thinking: it is ``thinking`` whatever the server says. For llama.cpp, which always sets it, on by default,
+            and Llama's ``date_string``, of the day.
         shots: turns of the fixed examples (``task.shots``), put before the conversation, after its system text.
         special: the tokenizer's special tokens by name (``bos_token``), for servers that do not pass them.
 
@@ -53,7 +54,7 @@ def with_anchor(
     Raises:
         TellError: the fixed examples have tools, which belong to a conversation as a whole.
     """
-    lines = [*_values(template, thinking, force_thinking, special or {}), *_date(template)]
+    lines = [*_values(template, thinking, force_thinking, special or {}), *_date(template, force_thinking)]
     if anchor or shots:
         lines += _turns(anchor, shots or {})
     if not lines:
@@ -99,13 +100,16 @@ def _values(template: str, thinking: bool, force: bool, special: Mapping[str, st
     return lines
 
 
-def _date(template: str) -> list[str]:
+def _date(template: str, force: bool) -> list[str]:
     """``strftime_now`` of the run's fixed date, by replacing each directive that the template's formats may have."""
+    lines = []
+    if force and "date_string" in template:
+        lines.append(f"{{%- set date_string = {literal(FIXED_DATE.strftime('%d %b %Y'))} -%}}")
     if "strftime_now" not in template:
-        return []
+        return lines
     found = dict.fromkeys(_DIRECTIVE.findall(template))
     steps = "".join(f" | replace({literal(key)}, {literal(FIXED_DATE.strftime(key))})" for key in found)
-    return ["{%- macro strftime_now(format) %}{{ format" + steps + " }}{% endmacro -%}"]
+    return [*lines, "{%- macro strftime_now(format) %}{{ format" + steps + " }}{% endmacro -%}"]
 
 
 def _turns(anchor: Anchor, shots: Shots) -> list[str]:
