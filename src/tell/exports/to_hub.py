@@ -6,10 +6,10 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from tell.errors import TellError, first_line
-from tell.export.serving_files import hub_base
-from tell.export.target import ExportOptions, Reader, Source, Target, export_target
-from tell.export.to_adapter import Adapter
-from tell.export.to_hf import Merged
+from tell.exports.serving_files import hub_base
+from tell.exports.target import ExportOptions, Reader, Source, Target, export_target
+from tell.exports.to_adapter import Adapter
+from tell.exports.to_hf import Merged
 from tell.shown import without_secrets
 
 LOCAL = ("export.json",)  # names folders of this machine

@@ -10,7 +10,7 @@ from pathlib import Path
 from tell.data.example import Example
 from tell.data.subset import take_rows
 from tell.errors import TellError
-from tell.export.target import Reader, Source, Target
+from tell.exports.target import Reader, Source, Target
 from tell.run.answers import Prompting, scorer_of
 from tell.run.session import own_engine
 from tell.score.intervals import difference, estimate

@@ -7,9 +7,9 @@ import shlex
 from pathlib import Path
 
 from tell.errors import TellError
-from tell.export.serving_files import base_name, decoding
-from tell.export.target import ExportOptions, Source, export_target
-from tell.export.to_adapter import Adapter
+from tell.exports.serving_files import base_name, decoding
+from tell.exports.target import ExportOptions, Source, export_target
+from tell.exports.to_adapter import Adapter
 from tell.files import write_text
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has kernels for

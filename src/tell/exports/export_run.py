@@ -8,9 +8,9 @@ from pathlib import Path
 from tell import __version__
 from tell.config import Config
 from tell.errors import TellError, did_you_mean
-from tell.export.card import measured, readout_notice
-from tell.export.check_export import check_export
-from tell.export.target import ExportOptions, Source, find_target
+from tell.exports.card import measured, readout_notice
+from tell.exports.check_export import check_export
+from tell.exports.target import ExportOptions, Source, find_target
 from tell.files import atomic_folder, expanded, read_json, write_json
 from tell.folder import AdapterFolder
 from tell.models.architecture import weight_files
@@ -42,7 +42,7 @@ def export(
 
     Args:
         run: a run folder with its adapters.
-        to: ``hf``, ``adapter``, ``vllm``, ``hub`` or another target of `tell.export.target.export_targets`.
+        to: ``hf``, ``adapter``, ``vllm``, ``hub`` or another target of `tell.exports.target.export_targets`.
         out: folder to write; default ``exports/<run>-<to>``. It may not exist.
         arm: whose adapter and anchor.
         check: compare prompts and answers with the run's; None: where rows and runtime are there.

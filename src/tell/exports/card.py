@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from tell.export.serving_files import hub_base, licence_of
-from tell.export.target import Source
+from tell.exports.serving_files import hub_base, licence_of
+from tell.exports.target import Source
 from tell.metric_names import metric
 from tell.names import ARMS
 from tell.number_text import Unit, show, show_interval

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from tell.errors import TellError
-from tell.export.target import Source
+from tell.exports.target import Source
 from tell.files import read_json, write_json
 
 _TOKENIZER = ("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model")

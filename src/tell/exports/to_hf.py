@@ -5,10 +5,10 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from tell.export.card import model_card
-from tell.export.merge import write_merged
-from tell.export.serving_files import write_config, write_decoding, write_licence, write_tokenizer
-from tell.export.target import ExportOptions, Reader, Source, Target, export_target
+from tell.exports.card import model_card
+from tell.exports.merge import write_merged
+from tell.exports.serving_files import write_config, write_decoding, write_licence, write_tokenizer
+from tell.exports.target import ExportOptions, Reader, Source, Target, export_target
 from tell.files import write_text
 
 
@@ -25,7 +25,7 @@ class Merged(Target):
         return write_model(source, folder)
 
     def reopen(self, source: Source, folder: Path) -> AbstractContextManager[Reader] | str:
-        from tell.export.transformers_reader import open_with_transformers
+        from tell.exports.transformers_reader import open_with_transformers
 
         return open_with_transformers(source, folder)
 

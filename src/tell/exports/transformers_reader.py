@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from tell.data.example import Message, tools_of
 from tell.errors import TellError, first_line
-from tell.export.target import Source
+from tell.exports.target import Source
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
 
 
 class TransformersReader:
-    """A `tell.export.target.Reader`; see `open_with_transformers`."""
+    """A `tell.exports.target.Reader`; see `open_with_transformers`."""
 
     def __init__(self, tokenizer: Any, model: PreTrainedModel, config: GenerationConfig, runtime: str) -> None:
         self.tokenizer, self.model, self.config, self.runtime = tokenizer, model, config, runtime

@@ -15,7 +15,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Protocol
 
-import tell.export
+import tell.exports
 from tell.anchor.anchor import Anchor
 from tell.config import GenerateConfig
 from tell.data.example import Message
@@ -167,7 +167,7 @@ export_target = Registry[type[Target]]("export target")
 def export_targets() -> dict[str, type[Target]]:
     """Every target of this folder by name; a module ``to_*`` that registers none is an error."""
     for name in _modules():
-        place = import_module(f"tell.export.{name}")
+        place = import_module(f"tell.exports.{name}")
         if not any(target.__module__ == place.__name__ for target in export_target.values()):
             raise ValueError(f"{place.__name__} registers no export target")
     return export_target
@@ -187,4 +187,4 @@ def find_target(name: str) -> Target:
 
 
 def _modules() -> Iterator[str]:
-    return (m.name for m in pkgutil.iter_modules(tell.export.__path__) if m.name.startswith("to_"))
+    return (m.name for m in pkgutil.iter_modules(tell.exports.__path__) if m.name.startswith("to_"))

@@ -6,9 +6,9 @@ import shutil
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from tell.export.card import model_card
-from tell.export.serving_files import adapter_config, base_name, write_decoding, write_licence, write_tokenizer
-from tell.export.target import ExportOptions, Reader, Source, Target, export_target
+from tell.exports.card import model_card
+from tell.exports.serving_files import adapter_config, base_name, write_decoding, write_licence, write_tokenizer
+from tell.exports.target import ExportOptions, Reader, Source, Target, export_target
 from tell.files import write_json, write_text
 
 
@@ -32,7 +32,7 @@ class Adapter(Target):
         return {"rank": config["r"]}
 
     def reopen(self, source: Source, folder: Path) -> AbstractContextManager[Reader] | str:
-        from tell.export.transformers_reader import open_with_transformers
+        from tell.exports.transformers_reader import open_with_transformers
 
         return open_with_transformers(source, folder, adapter=True)
 
