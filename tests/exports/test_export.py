@@ -23,10 +23,8 @@ from tell.folder import AdapterFolder
 from tell.progress import Silent
 from tell.train.lora import adapter_merged
 
-FAMILIES = ("llama", "qwen3", "gemma2", "mistral", "phi3")
 
-
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
 def test_a_merged_model_is_the_run(family, finished, tmp_path):
     run = finished(family)
     made = tell.export(run.root, "hf", out=tmp_path / "hf")
@@ -100,10 +98,7 @@ def test_decoding_and_stops_travel(finished, tmp_path):
     config = GenerationConfig.from_pretrained(tmp_path / "hf")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert config.eos_token_id == tokenizer.convert_tokens_to_ids(["<eos>", "<end_of_turn>"])
-    assert (config.do_sample, config.temperature, config.top_k, config.top_p) == (True, 0.3, 20, 0.7) or (
-        config.do_sample is False and config.temperature == 0
-    )
-    assert config.max_new_tokens == 8
+    assert (config.do_sample, config.temperature, config.max_new_tokens) == (False, 0.0, 8)
     assert read(tmp_path / "hf/tokenizer_config.json")["chat_template"] == tokenizer.chat_template
 
 
