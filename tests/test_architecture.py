@@ -48,7 +48,7 @@ ROOMS = {
     "report": {"score"},
     "run": {"data", "anchor", "rows", "models", "mix", "train", "readout", "decode", "score", "report"},
     "verbs": {"data", "anchor", "rows", "models", "mix", "train", "readout", "decode", "score", "report", "run"},
-    "export": {
+    "exports": {
         "data",
         "anchor",
         "rows",

@@ -10,8 +10,8 @@ import pytest
 
 import tiny
 from tell.errors import TellError
-from tell.export.converter import converter_folder, to_gguf
-from tell.export.llama_cpp import llama_cpp_ready
+from tell.exports.converter import converter_folder, to_gguf
+from tell.exports.llama_cpp import llama_cpp_ready
 
 HOME_OF_USER = "TELL_HOME"
 # What tiny.py's template leaves out of the real Qwen3's: llama.cpp takes ``reasoning_content`` as a sign that the model

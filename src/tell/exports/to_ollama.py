@@ -13,8 +13,8 @@ import subprocess
 from pathlib import Path
 from shlex import quote
 
-from tell.export.target import ExportOptions, Source, export_target
-from tell.export.to_gguf import Gguf, context_of, gguf_name
+from tell.exports.target import ExportOptions, Source, export_target
+from tell.exports.to_gguf import Gguf, context_of, gguf_name
 from tell.files import write_text
 
 NEEDED = (0, 30)

@@ -13,9 +13,9 @@ from shlex import quote
 
 from tell.data.example import Message, tools_of
 from tell.errors import TellError
-from tell.export.converter import CONVERTER, OUT_TYPES, converter_folder, quantise, quantiser, refuse_code, to_gguf
-from tell.export.llama_cpp import INSTALL, MOST_CONTEXT, LlamaCpp, Wanted, llama_cpp_ready, llama_cpp_version
-from tell.export.target import ExportOptions, Source, Target, export_target, find_target
+from tell.exports.converter import CONVERTER, OUT_TYPES, converter_folder, quantise, quantiser, refuse_code, to_gguf
+from tell.exports.llama_cpp import INSTALL, MOST_CONTEXT, LlamaCpp, Wanted, llama_cpp_ready, llama_cpp_version
+from tell.exports.target import ExportOptions, Source, Target, export_target, find_target
 
 K_QUANTS = ("q4_k_m",)
 """Made from f16 by ``llama-quantize``."""

@@ -15,16 +15,17 @@ from importlib import import_module
 from pathlib import Path
 from typing import Protocol
 
-import tell.export
+import tell.exports
 from tell.anchor.anchor import Anchor
 from tell.config import GenerateConfig
 from tell.data.example import Message
-from tell.errors import TellError
+from tell.errors import TellError, did_you_mean
 from tell.folder import AdapterFolder
 from tell.models.architecture import weight_files
 from tell.registry import Registry
 from tell.rows.prelude import Shots, with_anchor
 from tell.rows.template import ChatTokenizer
+from tell.run.claim import Trust
 from tell.run.task import Notices
 from tell.verbs.open_run import OpenRun
 
@@ -93,6 +94,7 @@ class ExportOptions:
         repo: ``user/name`` of the hub repository.
         public: make that repository public.
         merged: upload the merged model to the hub instead of the adapter.
+        trust: third-party code that may run. The folder may be somebody else's, so run.yaml alone does not allow it.
     """
 
     quant: str = "q8_0"
@@ -100,6 +102,7 @@ class ExportOptions:
     repo: str | None = None
     public: bool = False
     merged: bool = False
+    trust: Trust = field(default_factory=Trust)
 
 
 class Reader(Protocol):
@@ -164,7 +167,7 @@ export_target = Registry[type[Target]]("export target")
 def export_targets() -> dict[str, type[Target]]:
     """Every target of this folder by name; a module ``to_*`` that registers none is an error."""
     for name in _modules():
-        place = import_module(f"tell.export.{name}")
+        place = import_module(f"tell.exports.{name}")
         if not any(target.__module__ == place.__name__ for target in export_target.values()):
             raise ValueError(f"{place.__name__} registers no export target")
     return export_target
@@ -176,8 +179,6 @@ def find_target(name: str) -> Target:
     Raises:
         TellError: there is none.
     """
-    from tell.errors import did_you_mean
-
     known = export_targets()
     if name not in known:
         remedy = f"Use one of {', '.join(sorted(known))}."
@@ -186,4 +187,4 @@ def find_target(name: str) -> Target:
 
 
 def _modules() -> Iterator[str]:
-    return (m.name for m in pkgutil.iter_modules(tell.export.__path__) if m.name.startswith("to_"))
+    return (m.name for m in pkgutil.iter_modules(tell.exports.__path__) if m.name.startswith("to_"))

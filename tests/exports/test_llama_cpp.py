@@ -7,14 +7,14 @@ import threading
 
 import pytest
 
-from export.gguf_files import QWEN3_THINKS, gguf_of, with_template
+from exports.gguf_files import QWEN3_THINKS, gguf_of, with_template
 from rows.test_prelude import ANCHORS, CONVERSATIONS, INDENTED, LLAMA3, TEMPLATES, conversation, takes_system
 from tell.anchor.anchor import Anchor
 from tell.config import GenerateConfig
 from tell.data.example import Message
 from tell.errors import TellError
-from tell.export.llama_cpp import LlamaCpp, Wanted
-from tell.export.to_gguf import _KEPT
+from tell.exports.llama_cpp import LlamaCpp, Wanted
+from tell.exports.to_gguf import _KEPT
 from tell.rows.prelude import with_anchor
 from tell.rows.template import DEFAULT_TEMPLATE, ChatTokenizer
 

@@ -1,1 +1,0 @@
-"""Exports of a run. Each target is a module ``to_*.py`` of its own, declared by `tell.export.target.export_target`."""
