@@ -2,8 +2,9 @@
 
 The converter recognises byte-level tokenizers by a hash of what they make of one text, so that a vocabulary newer than
 the converter, or one's own, is refused although llama.cpp splits words just as it does. Such a one gets the name
-``PRE``, which the parent found from the tokenizer's own rule for words (`tell.exports.converter.word_rule`); the check of
-the export compares token ids. Runs in a process of its own with the converter's packages, and imports nothing of TELL.
+``PRE``, which the parent found from the own rule for words of that tokenizer (`tell.exports.converter.word_rule`); the
+check of the export compares token ids. Runs in a process of its own with the packages of the converter, and imports
+nothing of TELL.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ K_QUANTS = ("q4_k_m",)
 # Ollama replaces a template that differs from one it knows by fewer than 100 characters; this keeps it from doing so.
 _KEPT = (
     "{#- Written by `tell export`: the run's anchor, fixed examples and switches come before the model's own template, "
-    "as in training. -#}"
+    "as in training. #}"
 )
 
 

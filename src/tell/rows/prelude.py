@@ -54,7 +54,7 @@ def with_anchor(
     Raises:
         TellError: the fixed examples have tools, which belong to a conversation as a whole.
     """
-    lines = [*_values(template, thinking, force_thinking, special or {}), *_date(template, force_thinking)]
+    lines = [*_values(template, thinking, force_thinking, special), *_date(template, force_thinking)]
     if anchor or shots:
         lines += _turns(anchor, shots or {})
     if not lines:
@@ -80,7 +80,7 @@ def literal(value: object) -> str:
     )
 
 
-def _values(template: str, thinking: bool, force: bool, special: Mapping[str, str]) -> list[str]:
+def _values(template: str, thinking: bool, force: bool, special: Mapping[str, str] | None) -> list[str]:
     """Variables that the run sets, where the template reads them."""
     lines = []
     for name in ("tools", "documents"):
@@ -94,9 +94,9 @@ def _values(template: str, thinking: bool, force: bool, special: Mapping[str, st
                 if force
                 else f"{{%- if {name} is not defined %}}{{% set {name} = {value} %}}{{% endif -%}}"
             )
-    lines += [
-        f"{{%- set {name} = {literal(special[name])} -%}}" for name in _TOKENS if name in special and name in template
-    ]
+    # one that the tokenizer lacks is empty: llama.cpp would name the token of some default id
+    tokens = [name for name in _TOKENS if special is not None and name in template]
+    lines += [f"{{%- set {name} = {literal((special or {}).get(name, ''))} -%}}" for name in tokens]
     return lines
 
 
