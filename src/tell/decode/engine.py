@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from tell.decode.guide import Guide
 
 PREFILL_TOKENS = 4096  # most tokens of one prefill pass
+ROOM = 1024  # tokens of a row, prompt and answer, that may join a running batch even if its first rows are shorter
 TOLERANCE = {torch.bfloat16: 0.05, torch.float32: 1e-3}  # relative distance of states that rounding explains
 
 
@@ -38,14 +40,46 @@ class Answer:
     finish: Literal["stop", "length"] = "length"
 
 
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A prompt for `Engine.serve`.
+
+    Attributes:
+        prompt: token ids, at least one.
+        limit: most new tokens; prompt and answer fit into the model's context.
+        seed: its random numbers are those of `Engine.generate` for a single prompt with that seed.
+        on_token: gets each token as it comes; if it returns True, that token is the answer's last.
+        on_end: gets the finished answer.
+        guide: decides closed fields of the answer.
+    """
+
+    prompt: Sequence[int]
+    limit: int
+    seed: int
+    on_token: Callable[[int], object]
+    on_end: Callable[[Answer], object]
+    guide: Guide | None = None
+
+
+Arrivals = Callable[[int, Callable[[Request], bool]], Sequence[Request]]
+"""``arrivals(free, fits)`` returns at most ``free`` requests that join a running batch, each of which ``fits``."""
+
+
 @dataclass(slots=True)
 class _Row:
-    number: int
     prompt: list[int]  # after the shared prefix
     limit: int
     draws: np.ndarray
     answer: Answer
     guide: Guide | None = None
+    on_token: Callable[[int], object] | None = None
+    on_end: Callable[[Answer], object] | None = None
+
+    @classmethod
+    def of(cls, request: Request) -> _Row:
+        draws = uniforms(request.seed, 0, request.limit)
+        heard = (request.guide, request.on_token, request.on_end)
+        return cls(list(request.prompt), request.limit, draws, Answer(), *heard)
 
 
 def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
@@ -129,42 +163,84 @@ class Engine:
         limits = answer_limits(prompts, decoding.max_new_tokens, limits, self.max_positions)
         if not prompts:
             return []
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            made = guides or [None] * len(prompts)
-            rows = [
-                _Row(number, list(prompt), limit, uniforms(decoding.seed, number, limit), Answer(), guide)
-                for number, (prompt, limit, guide) in enumerate(zip(prompts, limits, made, strict=True))
-            ]
-            return self._run(rows, decoding, progress, on_token)
-        finally:
-            self.model.train(was_training)
+        made = guides or [None] * len(prompts)
+        rows = [
+            _Row(list(prompt), limit, uniforms(decoding.seed, number, limit), Answer(), guide)
+            for number, (prompt, limit, guide) in enumerate(zip(prompts, limits, made, strict=True))
+        ]
+        if on_token is not None:
+            for number, row in enumerate(rows):
+                row.on_token = partial(on_token, number)
+        prefix = list(prompts[0])[: shared_prefix(prompts)]
+        self._run(rows, decoding, prefix, progress=progress)
+        return [row.answer for row in rows]
+
+    @torch.inference_mode()
+    def serve(
+        self, first: Sequence[Request], decoding: Decoding, arrivals: Arrivals, *, prefix: Sequence[int] = ()
+    ) -> None:
+        """Answer requests, and others that arrive meanwhile; returns when all are answered.
+
+        Args:
+            first: at least one.
+            decoding: sampler and batch size; limits and seeds are those of the requests.
+            arrivals: called before each step that has room for more.
+            prefix: token ids that the prompts probably begin with; computed once if those of ``first`` do.
+        """
+        shared = list(prefix)
+        if any(len(r.prompt) <= len(shared) or list(r.prompt[: len(shared)]) != shared for r in first):
+            shared = []
+        self._run([_Row.of(request) for request in first], decoding, shared, arrivals=arrivals)
 
     def _run(
         self,
         rows: list[_Row],
         decoding: Decoding,
+        prefix: list[int],
+        *,
+        progress: Callable[[int, float], None] | None = None,
+        arrivals: Arrivals | None = None,
+    ) -> None:
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            self._decode(rows, decoding, prefix, progress, arrivals)
+        finally:
+            self.model.train(was_training)
+
+    def _decode(
+        self,
+        rows: list[_Row],
+        decoding: Decoding,
+        prefix: list[int],
         progress: Callable[[int, float], None] | None,
-        on_token: Callable[[int, int], object] | None,
-    ) -> list[Answer]:
-        prompts = [row.prompt for row in rows]
-        prefix = shared_prefix(prompts)
+        arrivals: Arrivals | None,
+    ) -> None:
         for row in rows:
-            row.prompt = row.prompt[prefix:]
-        answers = [row.answer for row in rows]
-        # Long prompts first, so that rows prefilled together are alike in length; ties by number.
-        waiting = sorted(rows, key=lambda r: (len(r.prompt), -r.number))
+            row.prompt = row.prompt[len(prefix) :]
+        waiting = _longest_last(rows)
         capacity = max(len(r.prompt) + r.limit for r in rows)
+        wanted = min(decoding.batch_size, len(rows))
+        if arrivals is not None:  # which may be longer and more than the first
+            wanted, capacity = decoding.batch_size, max(capacity, min(ROOM, self.max_positions - len(prefix)))
         if self._token_bytes is None:
             self._token_bytes = token_bytes(self.body.core, self.device)
-        wanted = min(decoding.batch_size, len(rows))
         slots = rows_that_fit(wanted, capacity, self._token_bytes, free_bytes(self.device))
-        batch = self._batch(decoding, slots, capacity, prompts[0][:prefix])
+        batch = self._batch(decoding, slots, capacity, prefix)
         active: list[_Row] = []
         last: list[int] = []
         ended, before = 0, 0.0
+
+        def fits(request: Request) -> bool:
+            own = len(request.prompt) - len(prefix)
+            return 0 < own <= capacity - request.limit and list(request.prompt[: len(prefix)]) == prefix
+
         while waiting or active:
+            if arrivals is not None and (room := slots - len(active) - len(waiting)) > 0:
+                joined = [_Row.of(request) for request in arrivals(room, fits)]
+                for row in joined:
+                    row.prompt = row.prompt[len(prefix) :]
+                waiting = _longest_last([*waiting[::-1], *joined]) if joined else waiting
             free = slots - len(active)
             if waiting and (not active or free >= max(1, slots // 4)):
                 fresh: list[_Row] = []
@@ -175,23 +251,25 @@ class Engine:
                     fresh.append(row)
                 begin = len(active)
                 states = batch.prefill([row.prompt for row in fresh], begin)
-                batch.see(begin, [prompts[row.number] for row in fresh])
+                batch.see(begin, [prefix + row.prompt for row in fresh])
                 active += fresh
                 last += _next_tokens(batch, states, begin, fresh, decoding)
-                finished = self._record(active, last, len(active) - len(fresh), decoding, on_token)
+                finished = self._record(active, last, len(active) - len(fresh), decoding)
                 new = len(fresh)
             else:
                 states = batch.decode([len(r.prompt) + len(r.answer.ids) - 1 for r in active], last)
                 last = _next_tokens(batch, states, 0, active, decoding)
-                finished = self._record(active, last, 0, decoding, on_token)
+                finished = self._record(active, last, 0, decoding)
                 new = len(active)
+            for row in (active[at] for at in finished):
+                if row.on_end:
+                    row.on_end(row.answer)
             self._retire(active, last, finished, batch)
             ended += len(finished)
             if progress:
                 now = ended + sum(len(row.answer.ids) / row.limit for row in active)
                 progress(new, now - before)
                 before = now
-        return answers
 
     @contextmanager
     def fixed_weights(self) -> Iterator[None]:
@@ -234,13 +312,7 @@ class Engine:
         return error <= TOLERANCE[packed.description.dtype]
 
     @staticmethod
-    def _record(
-        active: list[_Row],
-        last: list[int],
-        begin: int,
-        decoding: Decoding,
-        on_token: Callable[[int, int], object] | None,
-    ) -> list[int]:
+    def _record(active: list[_Row], last: list[int], begin: int, decoding: Decoding) -> list[int]:
         """Append the tokens just drawn; returns the positions of finished rows."""
         finished = []
         for at in range(begin, len(active)):
@@ -250,7 +322,7 @@ class Engine:
                 finished.append(at)
                 continue
             row.answer.ids.append(token)
-            if on_token and on_token(row.number, token) is True:
+            if row.on_token and row.on_token(token) is True:
                 row.answer.finish = "stop"
                 finished.append(at)
             elif len(row.answer.ids) >= row.limit:
@@ -268,6 +340,11 @@ class Engine:
         for source, target in zip(sources, targets, strict=True):
             active[target], last[target] = active[source], last[source]
         del active[left:], last[left:]
+
+
+def _longest_last(rows: Sequence[_Row]) -> list[_Row]:
+    """Waiting rows, taken from the end: long prompts first, so that rows prefilled together are alike in length."""
+    return sorted(reversed(rows), key=lambda row: len(row.prompt))  # of equal ones the first is taken first
 
 
 def _next_tokens(batch: Batch, states: torch.Tensor, begin: int, rows: list[_Row], decoding: Decoding) -> list[int]:

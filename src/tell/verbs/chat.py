@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tell.data.example import Example, Message
+from tell.decode.answer_text import AnswerText
 from tell.errors import TellError
 from tell.names import ARMS
 from tell.run.answers import arm_anchor, example_turns
@@ -129,24 +130,19 @@ class ChatSession:
 
         thread = threading.Thread(target=work, daemon=True)
         thread.start()
-        ids: list[int] = []
-        shown = ""
+        answer = AnswerText(chat)
         try:
             while (item := tokens.get()) is not None:
                 if isinstance(item, BaseException):
                     raise item
-                ids.append(item)
-                whole = chat.without_lead(ids, more=True)
-                if not whole.endswith("\ufffd") and len(whole) > len(shown):  # not within a character
-                    yield whole[len(shown) :]
-                    shown = whole
-            whole = chat.without_lead(ids)
-            if len(whole) > len(shown):
-                yield whole[len(shown) :]
+                if piece := answer.add(item):
+                    yield piece
+            if piece := answer.end():
+                yield piece
         finally:  # on Ctrl-C, or when the reader stops early, the engine must be free for the next answer
             left.set()
             thread.join()
-        self.history += [turns[-1], Message("assistant", chat.answer(ids))]
+        self.history += [turns[-1], Message("assistant", answer.whole)]
 
 
 def chat(
