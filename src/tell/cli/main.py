@@ -23,6 +23,7 @@ from tell.cli import eval_command as eval
 from tell.cli import plan_command as plan
 from tell.cli import report_command as report
 from tell.cli import separate_command as separate
+from tell.cli import serve_command as serve
 from tell.cli import study_command as study
 from tell.cli import tune_command as tune
 from tell.errors import TellError, did_you_mean, is_panic
@@ -94,6 +95,7 @@ for _name, _verb in (
     ("plan", plan.plan),
     ("eval", eval.evaluate),
     ("chat", chat.chat),
+    ("serve", serve.serve),
     ("report", report.report),
     ("anchor", anchor.anchor),
     ("separate", separate.separate),
