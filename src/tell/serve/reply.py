@@ -16,12 +16,15 @@ class Reply:
     """Tokens in, text out; made in the event loop that reads it.
 
     Attributes:
+        gone: the client reads no more.
         finish: ``stop`` or ``length``, once the text has ended.
+        result: of decoding, once it has ended; what came after a stop text included.
     """
 
     def __init__(self, text: AnswerText, prompt_tokens: int) -> None:
         self.text, self.prompt_tokens = text, prompt_tokens
-        self.gone, self.ended, self.finish = False, False, "stop"
+        self.gone, self.finish = False, "stop"
+        self.result: Answer | Exception | None = None
         self._loop = asyncio.get_running_loop()
         self._tokens: asyncio.Queue[int | Answer | Exception] = asyncio.Queue()
 
@@ -30,7 +33,7 @@ class Reply:
         return self.gone
 
     def end(self, answer: Answer | Exception) -> None:
-        self.ended = True
+        self.result = answer
         self._put(answer)
 
     def _put(self, item: int | Answer | Exception) -> None:
