@@ -91,6 +91,11 @@ class RunFolder:
         """Answers of one arm in `tell eval`: ``predictions/eval/<arm>.jsonl``."""
         return self.predictions / "eval" / f"{arm}.jsonl"
 
+    @property
+    def endpoint_answers(self) -> Path:
+        """Answers of servers in `tell eval --endpoint`, by content of the request: ``predictions/endpoints.jsonl``."""
+        return self.predictions / "endpoints.jsonl"
+
     def general_losses(self, arm: str) -> Path:
         """Losses of an arm's weights on general rows: ``predictions/general/<arm>.jsonl``."""
         return self.predictions / "general" / f"{arm}.jsonl"

@@ -32,6 +32,21 @@ def verdict(metrics: Mapping[str, Any]) -> str:
     return sentence
 
 
+def against(metrics: Mapping[str, Any], other: str) -> str:
+    """One sentence on TELL and another arm that is no rival of a run; empty without an interval of their difference."""
+    found = _Verdict.of(metrics)
+    gap = found._gap(other)
+    if gap is None or gap.n < MIN_ROWS:
+        return ""
+    phrase, label = f"the {arm(other).phrase}", found.spec.phrase
+    if gap.side < 0:
+        return f"In {label} {phrase} is ahead of TELL by {gap.reversed.words(found.spec, '95 % interval ')}."
+    words = f"(TELL minus {phrase}: {gap.words(found.spec, '95 % interval ')})"
+    if gap.side > 0:
+        return f"In {label} TELL is ahead of {phrase} {words}."
+    return f"In {label} TELL and {phrase} do not differ clearly {words}."
+
+
 @dataclass(frozen=True)
 class _Gap:
     """A difference of two arms with its interval."""

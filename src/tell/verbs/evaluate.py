@@ -33,6 +33,8 @@ from tell.verbs.open_run import CELL_ADAPTER, OpenRun, open_run
 
 EVAL_KEYS = ("answer_loss", "arms", "bleurt", "bootstrap", "icl_examples", "icl_select")
 """Keys of ``eval`` that scoring reads; the others belong to a run, or to ``--benchmarks``."""
+KEPT = ("forgetting", "mixture", "train", "failed", "same")
+"""Parts of metrics.json that are shown next to new scores as the run measured them."""
 WITHOUT = {"test": ", or give test rows with --test", "training": ", or leave the arm icl out", "fixed example": ""}
 
 
@@ -68,7 +70,7 @@ def evaluate(
     display = display or Silent()
     opened = open_run(run, trust_remote_code=trust.code)
     check_trust(opened.folder, opened.config, code=trust.code, scorer=trust.scorer)
-    config, seed = _override(opened, overrides)
+    config, seed = changed_config(opened, overrides)
     if opened.decides(config):
         check_deciding(config)
     session = opened.session(config, display, stream=opened.decides(config))
@@ -85,20 +87,20 @@ def evaluate(
     opened.folder.read_as(opened.folder.metrics, Metrics)  # damage is reported now, not after the arms have answered
     metrics = opened.folder.read(opened.folder.metrics)
     facts = opened.folder.read_as(opened.folder.findings, Findings)
-    train, examples, shots = _examples(opened, test, display, need_train=any(ARMS[arm].in_context for arm in wanted))
+    train, examples, shots = test_rows(opened, test, display, need_train=any(ARMS[arm].in_context for arm in wanted))
     if rows is not None and rows < len(examples):
         examples = [examples[i] for i in sorted(take_rows(len(examples), rows, seed))]
     exam = _exam(opened, session, seed, facts, test=examples, train=train, shots=shots)
     nearest = nearest_rows(session, wanted, examples, train)
     exam = replace(exam, chosen=_still_chosen(opened, overrides), nearest=nearest)
-    if said := misfits(_kind(opened, facts.kind), examples):
+    if said := misfits(kind_of(opened, facts.kind), examples):
         display.note(said)
     answers = {}
     for arm in wanted:
         with session.adapter(adapters[arm]):
             answers[arm] = exam.take(arm, session)
         write_jsonl(opened.folder.evaluated(arm), answers[arm].rows)
-    kept = {key: metrics.get(key) for key in ("forgetting", "mixture", "train", "failed", "same")}
+    kept = {key: metrics.get(key) for key in KEPT}
     also = ("benchmarks", *(("readout",) if exam.guides else ()), "pseudo")
     kept |= {key: metrics[key] for key in also if key in metrics}
     task = {"kind": facts.kind.name, "primary": primary_of(exam.scorer, (found.metrics for found in answers.values()))}
@@ -122,7 +124,7 @@ def _exam(
     check_prompts(opened.chat, opened.anchor, test, arch.max_positions, shots, arch.vocab)
     limit = config.generate.max_new_tokens or facts.answer_limit
     decoding = Decoding.of(config.generate, max_new_tokens=limit, stop_ids=opened.chat.stop_ids, seed=seed)
-    scorer = scorer_of(config, _kind(opened, facts.kind))
+    scorer = scorer_of(config, kind_of(opened, facts.kind))
     decider = opened.decider(session)
     guides = decider.guides_of(session, test) if decider else None
     return Exam(config, opened.anchor, test, train, shots, decoding, scorer, guides)
@@ -134,7 +136,7 @@ def _still_chosen(opened: OpenRun, overrides: Sequence[str]) -> Chosen:
     return {arm: {k: v for k, v in keys.items() if k not in typed} for arm, keys in opened.chosen.items()}
 
 
-def _override(opened: OpenRun, overrides: Sequence[str]) -> tuple[Config, int]:
+def changed_config(opened: OpenRun, overrides: Sequence[str]) -> tuple[Config, int]:
     """The configuration with overrides of keys that can change after training, and the seed of decoding."""
     config, changes = opened.config, parse_overrides(overrides)
     seed = changes.pop("seed", config.seed)
@@ -220,14 +222,14 @@ class Split(BaseModel):
     shots: list[str] | None = None
 
 
-def _kind(opened: OpenRun, facts: KindFacts) -> Kind:
+def kind_of(opened: OpenRun, facts: KindFacts) -> Kind:
     """The kind of task as the run found it."""
     folder = opened.folder
     schema = folder.read(folder.schema) if folder.schema.exists() else None
     return Kind(facts.name, schema, facts.schema_inferred, tuple(facts.labels) if facts.labels else None, facts.why)
 
 
-def _examples(
+def test_rows(
     opened: OpenRun, test: str | None, display: Display, *, need_train: bool
 ) -> tuple[list[Example], list[Example], list[Example]]:
     """Training rows (for in-context examples only), test rows and fixed examples, found again by their hashes."""
