@@ -149,15 +149,11 @@ class ChatClient:
 
         try:
             found = self._client.models.list().data
-        except (openai.NotFoundError, openai.BadRequestError, openai.APIStatusError, ValueError) as error:
-            if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError | openai.InternalServerError):
-                raise self._failure(error) from error
-            return {}
-        except openai.OpenAIError as error:
+        except (openai.AuthenticationError, openai.PermissionDeniedError, openai.APIConnectionError) as error:
             raise self._failure(error) from error
-        except AttributeError:  # a page of HTML
+        except (openai.OpenAIError, ValueError, AttributeError):  # no such path, or a page of HTML
             return {}
-        return {m.id: m.model_dump() for m in found or () if isinstance(getattr(m, "id", None), str)}
+        return {m.id: m.model_dump() for m in found or [] if isinstance(getattr(m, "id", None), str)}
 
     def _failure(self, error: Exception) -> TellError:
         """The error that ends the work; what was answered before is kept."""

@@ -14,7 +14,7 @@ from serve.serving import Running, running
 from tell.progress import Silent
 from tell.serve.served_models import open_models
 
-ARMS = ["base", "sft-matched", "sft-readout", "tell-free", "tell"]
+ARMS = ["base", "tell-free", "tell"]
 DECODING = {"greedy": True, "repetition_penalty": 1.0, "max_new_tokens": 40, "closed": "fused"}
 
 

@@ -50,7 +50,7 @@ def chatted(run, arm: str, text: str = TEXT, **options) -> str:
 @pytest.mark.parametrize("name", ["support", "reviews"])
 def test_answers_are_those_of_tell_eval(name, runs, server):
     client = client_of(server)
-    for arm in ("base", "tell", "tell-free", "sft-readout"):
+    for arm in ("base", "tell", "tell-free"):
         rows = read_jsonl(runs[name] / f"predictions/{arm}.jsonl")
         found = [ask(client, f"{name}/{arm}", row["prompt"]) for row in rows]
         assert [f.choices[0].message.content for f in found] == [row["answer"] for row in rows]
@@ -109,7 +109,7 @@ def test_stop_texts(server):
 def test_models_and_health(runs, server):
     client = client_of(server)
     found = {model.id: model for model in client.models.list()}
-    assert {"support", "reviews", "base", "support/base", "reviews/tell-free", "support/sft-matched"} <= set(found)
+    assert {"support", "reviews", "base", "support/base", "reviews/tell-free", "support/tell-anchor"} <= set(found)
     assert not any("icl" in name for name in found)
     assert all(model.owned_by == "tell" for model in found.values())
     assert client.models.retrieve("support/tell-free").tell == {
@@ -179,7 +179,9 @@ def leaves_early(server, body) -> None:
 
 def test_a_prompt_beyond_the_context(server):
     client = client_of(server)
-    with pytest.raises(openai.BadRequestError, match=r"the prompt has [\d,]+ tokens, and the model takes 1,024") as error:
+    with pytest.raises(
+        openai.BadRequestError, match=r"the prompt has [\d,]+ tokens, and the model takes 1,024"
+    ) as error:
         ask(client, "support", "word " * 2000)
     assert error.value.code == "context_length_exceeded"
     with pytest.raises(openai.BadRequestError, match=r"asks for 1,000 more, and the model takes 1,024 in all"):
@@ -354,4 +356,3 @@ def test_what_cannot_be_served(runs, tiny_model, tmp_path):
             bind("127.0.0.1", taken.getsockname()[1])
     with pytest.raises(TellError, match="cannot listen at no such host port 80"):
         bind("no such host", 80)
-

@@ -127,8 +127,8 @@ def _server(options: EvalOptions) -> Server | None:
         options.anchor,
         options.key_name,
         options.concurrency,
-        options.fresh,
-        options.arms,
+        fresh=options.fresh,
+        arms=options.arms,
     )
 
 

@@ -21,9 +21,13 @@ def _port(text: str) -> int:
 @dataclass(frozen=True)
 class ServeOptions:
     runs: tuple[Path, ...] = argument("RUN", "run folders over one base model", ())
-    host: str = option("--host", "address to listen at; beyond this machine a token is needed", "ADDRESS", default="127.0.0.1")
+    host: str = option(
+        "--host", "address to listen at; beyond this machine a token is needed", "ADDRESS", default="127.0.0.1"
+    )
     port: int = option("--port", "port; 0: any free one", "N", _port, default=8000)
-    token: str | None = option("--token", "API key that requests must carry; beyond this machine a new one is made and printed", "TEXT")
+    token: str | None = option(
+        "--token", "API key that requests must carry; beyond this machine a new one is made and printed", "TEXT"
+    )
     trust_remote_code: bool = trust_switch()
 
 

@@ -101,7 +101,9 @@ class OpenAITeacher:
         messages = [_messages(row) for row in rows]
         keys = [(row.id, self._model, digest(sent)) for row, sent in zip(rows, messages, strict=True)]
         found = {i: stored.known[key] for i, key in enumerate(keys) if key in stored.known}
-        out = {i: Thought(row["thought"], row["reason"]) for i, row in found.items() if {"thought", "reason"} <= set(row)}
+        out = {
+            i: Thought(row["thought"], row["reason"]) for i, row in found.items() if {"thought", "reason"} <= set(row)
+        }
         self.usage.reused += len(out)
         if progress:
             progress(len(out), len(rows))

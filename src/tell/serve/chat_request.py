@@ -132,7 +132,9 @@ class ChatRequest(BaseModel):
         answer = {"role": "assistant", "content": "-"}  # read as a row of training data, which ends with an answer
         last = self.messages[-1].get("role")
         if last not in ("user", "tool"):
-            raise ApiError(BAD, f"messages: the last has the role {last!r}; let it be the user's or a tool's", "messages")
+            raise ApiError(
+                BAD, f"messages: the last has the role {last!r}; let it be the user's or a tool's", "messages"
+            )
         try:
             return to_messages({"messages": [*self.messages, answer]}, CONVERSATION)[:-1]
         except RowFault as fault:

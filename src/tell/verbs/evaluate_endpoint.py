@@ -40,6 +40,7 @@ class Server:
         anchored: whether the anchor is put on the prompts; None: unless the server is `tell serve`, which does so.
         key_name: the environment variable of the API key.
         concurrency: requests at once.
+        retries: of a request, as of `Endpoint`.
         fresh: ask again for what an earlier command was answered.
         arms: of the run, to compare with; None: all that it has answers of.
     """
@@ -49,6 +50,7 @@ class Server:
     anchored: bool | None = None
     key_name: str = "OPENAI_API_KEY"
     concurrency: int = 16
+    retries: int = 6
     fresh: bool = False
     arms: Sequence[str] | None = None
 
@@ -170,7 +172,8 @@ class _Questions:
 
     @classmethod
     def of(cls, opened: OpenRun, server: Server, config: Config, display: Display) -> _Questions:
-        endpoint = Endpoint(server.url, server.model or "", where="--endpoint", extra="serve", key_name=server.key_name)
+        more = {"key_name": server.key_name, "retries": server.retries}
+        endpoint = Endpoint(server.url, server.model or "", where="--endpoint", extra="serve", **more)
         listed = ChatClient(endpoint, {}).models()
         model = server.model or _only(listed, opened.folder.root.resolve().name)
         card = listed.get(model, {})
@@ -181,7 +184,9 @@ class _Questions:
         anchored = (not applies if server.anchored is None else server.anchored) and bool(opened.anchor)
         made = cls(opened, server, ChatClient(replace(endpoint, model=model), {}), card, anchored, said)
         told = {"prompts": "the anchor is in the prompts", "server": "the server puts the anchor on the prompts itself"}
-        display.note(f"endpoint: {one_line(model)} at {made.about['url']}; {told.get(made.about['anchor'], 'no anchor')}")
+        display.note(
+            f"endpoint: {one_line(model)} at {made.about['url']}; {told.get(made.about['anchor'], 'no anchor')}"
+        )
         return made
 
     def messages(self, example: Example, shots: Sequence[Example]) -> Messages:
@@ -225,7 +230,7 @@ class _Questions:
             with display.bar(f"ask {one_line(self.client.endpoint.model, 60)}", len(todo), "answers") as advance:
                 known |= _at_once(one, list(todo), self.server.concurrency, advance)
         answers = [known.get(key) or Completion("", "refused") for key in keys]
-        self._note(answers, refused, set(sent) - set(self.client.options), display)
+        self._note(answers, refused, sent, display)
         return [
             {
                 "hash": example.hash,
@@ -240,7 +245,9 @@ class _Questions:
             for example, answer in zip(examples, answers, strict=True)
         ]
 
-    def _note(self, answers: Sequence[Completion], refused: Sequence[str], dropped: set[str], display: Display) -> None:
+    def _note(
+        self, answers: Sequence[Completion], refused: Sequence[str], sent: dict[str, Any], display: Display
+    ) -> None:
         """Say what was refused, cut or left out.
 
         Raises:
@@ -253,12 +260,14 @@ class _Questions:
             raise TellError(f"rejects every request ({why})", where=self.client.where, remedy=remedy)
         if rejected:
             display.note(f"{rejected:,} of {len(answers):,} prompts are rejected and count as wrong (the first: {why})")
+        renamed = {"max_tokens"} & set(sent) if "max_completion_tokens" in self.client.options else set()
+        dropped = set(sent) - set(self.client.options) - renamed
         if cut := sum(answer.finish == "length" for answer in answers):
-            most = "limit" if "max_tokens" in dropped else f"limit of {self.client.options.get('max_tokens'):,} tokens"
+            most = "server's limit" if "max_tokens" in dropped else f"limit of {sent['max_tokens']:,} tokens"
             more = "--set generate.max_new_tokens=N raises it"
             display.note(f"{cut:,} of {len(answers):,} answers are cut at the {most}; {more}")
         if dropped:
-            display.note(f"the endpoint takes no {', '.join(sorted(dropped))}, so its own are used")
+            display.note(f"the endpoint takes no {', '.join(sorted(dropped))}, so its own setting is used")
 
 
 def _only(listed: dict[str, Any], run: str) -> str:
