@@ -49,6 +49,17 @@ ROOMS = {
     "report": {"score"},
     "run": {"data", "anchor", "rows", "models", "mix", "train", "readout", "decode", "score", "report"},
     "verbs": {"data", "anchor", "rows", "models", "mix", "train", "readout", "decode", "score", "report", "run"},
+    "exports": {
+        "data",
+        "anchor",
+        "rows",
+        "models",
+        "train",
+        "decode",
+        "score",
+        "run",
+        "verbs",
+    },
     "paper": {"data"},
     "studies": {
         "rows",

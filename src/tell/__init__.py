@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from tell.config import make_config as make_config
     from tell.data.example import Example as Example
     from tell.errors import TellError as TellError
+    from tell.exports.export_run import export as export
+    from tell.exports.target import ExportOptions as ExportOptions
     from tell.folder import RunFolder as RunFolder
     from tell.paper.halu_cot_json import build_halu_cot_json as build_halu_cot_json
     from tell.paper.is_en_news import build_is_en_news as build_is_en_news
@@ -66,6 +68,8 @@ _MODULES = {
     ),
     "tell.data.example": ("Example",),
     "tell.errors": ("TellError",),
+    "tell.exports.export_run": ("export",),
+    "tell.exports.target": ("ExportOptions",),
     "tell.folder": ("RunFolder",),
     "tell.paper.halu_cot_json": ("build_halu_cot_json",),
     "tell.paper.is_en_news": ("build_is_en_news",),

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-import tell
 from paper.server import completion
 from paper.server import serve as foreign
 from serve.serving import running

@@ -171,7 +171,7 @@ def leaves_early(server, body) -> None:
     import socket
 
     data = json.dumps(body).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
         connection.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
         until(lambda: len(server.replies) == 2)
@@ -352,7 +352,7 @@ def test_what_cannot_be_served(runs, tiny_model, tmp_path):
         open_models([runs["reviews"], other], Silent())
     with bind("127.0.0.1", 0) as taken:
         taken.listen()
-        with pytest.raises(TellError, match="cannot listen at 127.0.0.1 port"):
+        with pytest.raises(TellError, match=r"cannot listen at 127\.0\.0\.1 port"):
             bind("127.0.0.1", taken.getsockname()[1])
     with pytest.raises(TellError, match="cannot listen at no such host port 80"):
         bind("no such host", 80)

@@ -20,6 +20,7 @@ from tell.cli import build_command as build
 from tell.cli import chat_command as chat
 from tell.cli import demo_command as demo
 from tell.cli import eval_command as eval
+from tell.cli import export_command as export
 from tell.cli import plan_command as plan
 from tell.cli import report_command as report
 from tell.cli import separate_command as separate
@@ -95,6 +96,7 @@ for _name, _verb in (
     ("plan", plan.plan),
     ("eval", eval.evaluate),
     ("chat", chat.chat),
+    ("export", export.export),
     ("serve", serve.serve),
     ("report", report.report),
     ("anchor", anchor.anchor),

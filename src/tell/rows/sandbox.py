@@ -25,6 +25,7 @@ Filter = Callable[..., Any]
 T = TypeVar("T")
 N = TypeVar("N", bound=nodes.Node)
 
+FIXED_DATE = datetime(2024, 7, 26)  # templates that print today's would make the mixture change overnight
 MOST_STEPS = 300_000  # of one rendering; a conversation of 1,000 turns takes some ten thousand
 MOST_TEXT = 16_000_000  # characters of a text, items of a list
 MOST_BITS = 4096  # of a whole number
@@ -219,8 +220,7 @@ def chat_environment() -> BoundedEnvironment:
     environment = BoundedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation])
     environment.filters["tojson"] = environment.counted("tojson", _tojson)
     environment.globals["raise_exception"] = _raise_exception
-    # A fixed date: templates that print today's would make the mixture change overnight.
-    environment.globals["strftime_now"] = datetime(2024, 7, 26).strftime
+    environment.globals["strftime_now"] = FIXED_DATE.strftime
     return environment
 
 

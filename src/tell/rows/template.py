@@ -182,6 +182,7 @@ class ChatTokenizer:
                 add_generation_prompt=header,
                 enable_thinking=self.thinking,  # Qwen3, GLM, SmolLM3
                 thinking=self.thinking,  # DeepSeek V3.1, Granite
+                tell_anchor=False,  # a model that `tell export` wrote: its template would put an anchor on every row
                 **self.special,
             )
             text.encode()  # half a surrogate pair, from the template or a row, is not text to a tokenizer

@@ -136,6 +136,12 @@ def shown_turns(example: Example, shots: Sequence[Example]) -> list[Message]:
     return [*system, *_turns(shots, system), *example.prompt[len(system) :]]
 
 
+def shots_by_system(shots: Sequence[Example]) -> dict[str | None, list[Message]]:
+    """The turns of examples in a prompt as `shown_turns` has them, by the prompt's own system text; None: any other."""
+    texts = dict.fromkeys(m.content for example in shots for m in example.messages if m.role == "system")
+    return {None: _turns(shots, ()), **{text: _turns(shots, [Message("system", text)]) for text in texts}}
+
+
 def example_turns(examples: Sequence[Example]) -> list[Message]:
     """Examples as turns, after the system text of the first that has one."""
     system = next((list(e.messages[:1]) for e in examples if e.messages[0].role == "system"), [])

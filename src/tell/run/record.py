@@ -11,6 +11,8 @@ from tell.errors import TellError
 from tell.files import write_json, write_text
 from tell.folder import AdapterFolder, RunFolder
 from tell.mix.manifest import read_manifest, write_manifest
+from tell.models.architecture import weight_files
+from tell.models.digest import weights_digest
 from tell.run.plan import describe_plan
 from tell.run.prepare import Prepared
 from tell.run.task import Task
@@ -107,6 +109,7 @@ def write_adapter_notes(folder: RunFolder, task: Task, adapter: AdapterFolder) -
     anchor.pop("candidates", None)
     revision = task.config.model.revision
     notes = {"anchor": anchor, "base_model": name, "revision": revision, "origin": files.origin}
+    notes["base_weights"] = weights_digest(weight_files(files.path))
     write_json(adapter.notes, {**notes, "thinking": task.chat.thinking})
     # peft records the folder of the weights, which for a hub model is in the hub's cache.
     write_json(adapter.config, {**folder.read(adapter.config), "base_model_name_or_path": name})

@@ -87,13 +87,13 @@ def evaluate(
     opened.folder.read_as(opened.folder.metrics, Metrics)  # damage is reported now, not after the arms have answered
     metrics = opened.folder.read(opened.folder.metrics)
     facts = opened.folder.read_as(opened.folder.findings, Findings)
-    train, examples, shots = test_rows(opened, test, display, need_train=any(ARMS[arm].in_context for arm in wanted))
+    train, examples, shots = run_examples(opened, test, display, need_train=any(ARMS[arm].in_context for arm in wanted))
     if rows is not None and rows < len(examples):
         examples = [examples[i] for i in sorted(take_rows(len(examples), rows, seed))]
     exam = _exam(opened, session, seed, facts, test=examples, train=train, shots=shots)
     nearest = nearest_rows(session, wanted, examples, train)
     exam = replace(exam, chosen=_still_chosen(opened, overrides), nearest=nearest)
-    if said := misfits(kind_of(opened, facts.kind), examples):
+    if said := misfits(run_kind(opened, facts.kind), examples):
         display.note(said)
     answers = {}
     for arm in wanted:
@@ -124,7 +124,7 @@ def _exam(
     check_prompts(opened.chat, opened.anchor, test, arch.max_positions, shots, arch.vocab)
     limit = config.generate.max_new_tokens or facts.answer_limit
     decoding = Decoding.of(config.generate, max_new_tokens=limit, stop_ids=opened.chat.stop_ids, seed=seed)
-    scorer = scorer_of(config, kind_of(opened, facts.kind))
+    scorer = scorer_of(config, run_kind(opened, facts.kind))
     decider = opened.decider(session)
     guides = decider.guides_of(session, test) if decider else None
     return Exam(config, opened.anchor, test, train, shots, decoding, scorer, guides)
@@ -222,14 +222,14 @@ class Split(BaseModel):
     shots: list[str] | None = None
 
 
-def kind_of(opened: OpenRun, facts: KindFacts) -> Kind:
+def run_kind(opened: OpenRun, facts: KindFacts) -> Kind:
     """The kind of task as the run found it."""
     folder = opened.folder
     schema = folder.read(folder.schema) if folder.schema.exists() else None
     return Kind(facts.name, schema, facts.schema_inferred, tuple(facts.labels) if facts.labels else None, facts.why)
 
 
-def test_rows(
+def run_examples(
     opened: OpenRun, test: str | None, display: Display, *, need_train: bool
 ) -> tuple[list[Example], list[Example], list[Example]]:
     """Training rows (for in-context examples only), test rows and fixed examples, found again by their hashes."""

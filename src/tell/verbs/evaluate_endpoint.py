@@ -21,7 +21,7 @@ from tell.run.answers import arm_numbers, score_rows, scorer_of, shown_turns
 from tell.run.claim import Trust, check_trust
 from tell.score.scored import Metric, Scorer, primary_of
 from tell.shown import brief, one_line
-from tell.verbs.evaluate import KEPT, Findings, Metrics, changed_config, kind_of, test_rows
+from tell.verbs.evaluate import KEPT, Findings, Metrics, changed_config, run_examples, run_kind
 from tell.verbs.open_run import OpenRun, open_run
 
 ENDPOINT = "endpoint"
@@ -86,10 +86,10 @@ def evaluate_endpoint(
     opened.folder.read_as(opened.folder.metrics, Metrics)
     metrics = opened.folder.read(opened.folder.metrics)
     facts = opened.folder.read_as(opened.folder.findings, Findings)
-    _, examples, shots = test_rows(opened, test, display, need_train=False)
+    _, examples, shots = run_examples(opened, test, display, need_train=False)
     if rows is not None and rows < len(examples):
         examples = [examples[i] for i in sorted(take_rows(len(examples), rows, seed))]
-    kind = kind_of(opened, facts.kind)
+    kind = run_kind(opened, facts.kind)
     if said := misfits(kind, examples):
         display.note(said)
     scorer = scorer_of(config, kind)

@@ -1,0 +1,36 @@
+"""``python run_converter.py PRE SCRIPT ARGUMENT...``: llama.cpp's converter, which may not know the tokenizer.
+
+The converter recognises byte-level tokenizers by a hash of what they make of one text, so that a vocabulary newer than
+the converter, or one's own, is refused although llama.cpp splits words just as it does. Such a one gets the name
+``PRE``, which the parent found from the own rule for words of that tokenizer (`tell.exports.converter.word_rule`); the
+check of the export compares token ids. Runs in a process of its own with the packages of the converter, and imports
+nothing of TELL.
+"""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from typing import Any
+
+
+def main() -> None:
+    pre, script, *arguments = sys.argv[1:]
+    sys.argv = [script, *arguments]
+    if pre:
+        from conversion.base import TextModel
+
+        known = TextModel.get_vocab_base_pre
+
+        def named(self: Any, tokenizer: Any) -> str:
+            try:
+                return known(self, tokenizer)
+            except NotImplementedError:
+                return pre
+
+        TextModel.get_vocab_base_pre = named
+    runpy.run_path(script, run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()
