@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
 import numpy as np
 import torch
 
-from tell.decode.batch import Batch, KernelBatch, Packed, PlainBatch
+from tell.decode.batch import Batch, KernelBatch, Packed, PlainBatch, only
 from tell.decode.layers import describe
 from tell.decode.room import answer_limits, rows_that_fit, token_bytes
 from tell.decode.sampler import Decoding, uniforms
 from tell.kernels.decode_ops import kernels
-from tell.train.device import free_bytes
+from tell.train.device import free_bytes, send
 from tell.train.lora import adapter_merged
 from tell.train.step import Body
 from tell.train.torch_types import AnyModule
@@ -24,6 +24,7 @@ from tell.train.torch_types import AnyModule
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from tell.decode.grammar import Mask
     from tell.decode.guide import Guide
 
 PREFILL_TOKENS = 4096  # most tokens of one prefill pass
@@ -46,6 +47,34 @@ class _Row:
     draws: np.ndarray
     answer: Answer
     guide: Guide | None = None
+    mask: Mask | None = None
+    cached: int = 0  # tokens, after the shared prefix, whose keys and values are cached
+
+    @property
+    def whole(self) -> list[int]:
+        """Its tokens after the shared prefix."""
+        return self.prompt + self.answer.ids
+
+    @property
+    def fresh(self) -> list[int]:
+        """The tokens of the answer that are not cached yet, at least one."""
+        return self.answer.ids[self.cached - len(self.prompt) :]
+
+    def append(self, tokens: Sequence[int], on_token: Callable[[int, int], object] | None) -> bool:
+        """Go on by tokens, as far as the answer may; whether it is complete."""
+        for token in tokens:
+            if self.guide is not None and self.mask is not None:
+                self.guide.decision(self.answer.ids)  # it is to see every prefix, those before forced tokens too
+            self.answer.ids.append(token)
+            if on_token and on_token(self.number, token) is True:
+                self.answer.finish = "stop"
+                return True
+            if len(self.answer.ids) >= self.limit:
+                break
+        if self.mask is not None and self.mask.ended and not self.mask.failed:
+            self.answer.finish = "stop"  # also at the limit: nothing could follow
+            return True
+        return len(self.answer.ids) >= self.limit
 
 
 def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
@@ -106,6 +135,7 @@ class Engine:
         progress: Callable[[int, float], None] | None = None,
         on_token: Callable[[int, int], object] | None = None,
         guides: Sequence[Guide | None] | None = None,
+        masks: Sequence[Mask | None] | None = None,
     ) -> list[Answer]:
         """Answer each prompt.
 
@@ -118,6 +148,9 @@ class Engine:
             on_token: called with (prompt number, token) as tokens come; if it returns True, that token is the
                 answer's last.
             guides: of each prompt; it decides closed fields of the answer.
+            masks: of each prompt; the answer has only tokens that its mask allows, also where a guide decides. Tokens
+                that must follow are fed in one pass with the one before. No row then has a repetition penalty: JSON
+                repeats quotes, commas and keys. A mask that has ``failed`` ends its answer as the limit does.
 
         Returns:
             An Answer for each prompt, in order. A prompt's random numbers depend neither on batch size nor on order.
@@ -129,13 +162,16 @@ class Engine:
         limits = answer_limits(prompts, decoding.max_new_tokens, limits, self.max_positions)
         if not prompts:
             return []
+        if masks is not None:
+            decoding = replace(decoding, repetition_penalty=1.0)
         was_training = self.model.training
         self.model.eval()
         try:
-            made = guides or [None] * len(prompts)
+            nothing = [None] * len(prompts)
+            steering = zip(prompts, limits, guides or nothing, masks or nothing, strict=True)
             rows = [
-                _Row(number, list(prompt), limit, uniforms(decoding.seed, number, limit), Answer(), guide)
-                for number, (prompt, limit, guide) in enumerate(zip(prompts, limits, made, strict=True))
+                _Row(number, list(prompt), limit, uniforms(decoding.seed, number, limit), Answer(), guide, mask)
+                for number, (prompt, limit, guide, mask) in enumerate(steering)
             ]
             return self._run(rows, decoding, progress, on_token)
         finally:
@@ -153,8 +189,10 @@ class Engine:
         for row in rows:
             row.prompt = row.prompt[prefix:]
         answers = [row.answer for row in rows]
+        # Tokens that an answer must begin with are fed with its prompt.
+        done = [row for row in rows if row.mask is not None and row.append(row.mask.start(), on_token)]
         # Long prompts first, so that rows prefilled together are alike in length; ties by number.
-        waiting = sorted(rows, key=lambda r: (len(r.prompt), -r.number))
+        waiting = sorted((row for row in rows if row not in done), key=lambda r: (len(r.prompt), -r.number))
         capacity = max(len(r.prompt) + r.limit for r in rows)
         if self._token_bytes is None:
             self._token_bytes = token_bytes(self.body.core, self.device)
@@ -162,34 +200,36 @@ class Engine:
         slots = rows_that_fit(wanted, capacity, self._token_bytes, free_bytes(self.device))
         batch = self._batch(decoding, slots, capacity, prompts[0][:prefix])
         active: list[_Row] = []
-        last: list[int] = []
-        ended, before = 0, 0.0
+        ended, before = len(done), 0.0
         while waiting or active:
             free = slots - len(active)
             if waiting and (not active or free >= max(1, slots // 4)):
                 fresh: list[_Row] = []
                 used = 0
-                while waiting and len(fresh) < free and (not fresh or used + len(waiting[-1].prompt) <= PREFILL_TOKENS):
+                while waiting and len(fresh) < free and (not fresh or used + len(waiting[-1].whole) <= PREFILL_TOKENS):
                     row = waiting.pop()
-                    used += len(row.prompt)
+                    used += len(row.whole)
                     fresh.append(row)
                 begin = len(active)
-                states = batch.prefill([row.prompt for row in fresh], begin)
+                states = batch.prefill([row.whole for row in fresh], begin)
                 batch.see(begin, [prompts[row.number] for row in fresh])
                 active += fresh
-                last += _next_tokens(batch, states, begin, fresh, decoding)
-                finished = self._record(active, last, len(active) - len(fresh), decoding, on_token)
-                new = len(fresh)
             else:
-                states = batch.decode([len(r.prompt) + len(r.answer.ids) - 1 for r in active], last)
-                last = _next_tokens(batch, states, 0, active, decoding)
-                finished = self._record(active, last, 0, decoding, on_token)
-                new = len(active)
-            self._retire(active, last, finished, batch)
+                begin, new = 0, [row.fresh for row in active]
+                lengths = [row.cached for row in active]
+                several = any(len(tokens) > 1 for tokens in new)
+                states = batch.extend(lengths, new) if several else batch.decode(lengths, [t for (t,) in new])
+            known = sum(len(row.answer.ids) for row in active)
+            for row in active[begin:]:
+                row.cached = len(row.whole)
+            tokens = _next_tokens(batch, states, begin, active[begin:], decoding)
+            finished = self._record(active, tokens, begin, decoding, on_token)
+            written = sum(len(row.answer.ids) for row in active) - known
+            self._retire(active, finished, batch)
             ended += len(finished)
             if progress:
                 now = ended + sum(len(row.answer.ids) / row.limit for row in active)
-                progress(new, now - before)
+                progress(written, now - before)
                 before = now
         return answers
 
@@ -236,57 +276,69 @@ class Engine:
     @staticmethod
     def _record(
         active: list[_Row],
-        last: list[int],
+        tokens: list[int],
         begin: int,
         decoding: Decoding,
         on_token: Callable[[int, int], object] | None,
     ) -> list[int]:
-        """Append the tokens just drawn; returns the positions of finished rows."""
+        """Append the tokens just drawn for the rows from ``begin`` on; returns the positions of finished rows."""
         finished = []
-        for at in range(begin, len(active)):
-            row, token = active[at], last[at]
-            if token in decoding.stop_ids:
+        for at, token in enumerate(tokens, begin):
+            row = active[at]
+            if row.mask is not None and row.mask.failed:
+                finished.append(at)
+            elif token in decoding.stop_ids:
                 row.answer.finish = "stop"
                 finished.append(at)
-                continue
-            row.answer.ids.append(token)
-            if on_token and on_token(row.number, token) is True:
-                row.answer.finish = "stop"
-                finished.append(at)
-            elif len(row.answer.ids) >= row.limit:
+            elif row.append([token, *(row.mask.take(token) if row.mask is not None else ())], on_token):
                 finished.append(at)
         return finished
 
     @staticmethod
-    def _retire(active: list[_Row], last: list[int], finished: list[int], batch: Batch) -> None:
+    def _retire(active: list[_Row], finished: list[int], batch: Batch) -> None:
         """Remove finished rows; the last rows move into the gaps."""
         left = len(active) - len(finished)
         targets = [at for at in finished if at < left]
         sources = sorted(set(range(left, len(active))) - set(finished), reverse=True)
         if targets:
-            batch.move(sources, targets, max(len(active[s].prompt) + len(active[s].answer.ids) for s in sources))
+            batch.move(sources, targets, max(len(active[s].whole) for s in sources))
         for source, target in zip(sources, targets, strict=True):
-            active[target], last[target] = active[source], last[source]
-        del active[left:], last[left:]
+            active[target] = active[source]
+        del active[left:]
 
 
 def _next_tokens(batch: Batch, states: torch.Tensor, begin: int, rows: list[_Row], decoding: Decoding) -> list[int]:
-    """The next token of each row, which have the places from ``begin`` on: decided by its guide, else chosen."""
+    """The next token of each row, which have the places from ``begin`` on: decided by its guide, else chosen; in both
+    cases among those that its mask allows."""
     draws = torch.tensor([row.draws[len(row.answer.ids)] for row in rows], dtype=torch.float32)
     found = [None if row.guide is None else row.guide.decision(row.answer.ids) for row in rows]
     decisions = {at: decision for at, decision in enumerate(found) if decision is not None}
+    allowed = _allowed(rows, batch.vocabulary, states.device)
     if not decisions:
-        return batch.choose(states, range(begin, begin + len(rows)), draws)
+        return batch.choose(states, range(begin, begin + len(rows)), draws, allowed)
     tokens = [0] * len(rows)
     free = [at for at in range(len(rows)) if at not in decisions]
     if free:
-        chosen = batch.choose(states[free], [begin + at for at in free], draws[free])
+        among = None if allowed is None else allowed[free]
+        chosen = batch.choose(states[free], [begin + at for at in free], draws[free], among)
         for at, token in zip(free, chosen, strict=True):
             tokens[at] = token
     decided = list(decisions)
-    logits = batch.logits(states[decided]).log_softmax(dim=-1).cpu().numpy()
+    among = None if allowed is None else allowed[decided]
+    logits = only(batch.logits(states[decided]), among).log_softmax(dim=-1).cpu().numpy()
     logits[:, list(decoding.banned_ids)] = -np.inf
     for scores, (at, decision) in zip(logits, decisions.items(), strict=True):
         tokens[at] = decision.pick(scores)
+        if scores[tokens[at]] == -np.inf:  # the mask leaves none of the values that the guide knows
+            tokens[at] = int(scores.argmax())
     batch.mark([begin + at for at in decided], [tokens[at] for at in decided])
     return tokens
+
+
+def _allowed(rows: Sequence[_Row], vocabulary: int, device: torch.device) -> torch.Tensor | None:
+    """(n, V) bool, the tokens that each row may go on with; None where no row has a mask."""
+    if all(row.mask is None for row in rows):
+        return None
+    every = np.ones(vocabulary, dtype=bool)
+    made = [every if row.mask is None else row.mask.allowed(vocabulary) for row in rows]
+    return send(torch.from_numpy(np.stack(made)), device)
