@@ -55,6 +55,7 @@ class RunFolder:
         self.config = root / "run.yaml"
         self.anchor = root / "anchor.json"
         self.schema = root / "schema.json"
+        self.constraint = root / "constraint.json"  # of constrained answers, where an arm has any
         self.split = root / "split.json"
         self.plan = root / "plan.json"
         self.manifest = root / "manifest.parquet"

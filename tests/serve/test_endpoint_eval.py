@@ -145,9 +145,9 @@ def test_rejected_cut_and_unknown_options_are_said(root):
     assert any("1 of 5 prompts are rejected and count as wrong (the first: " in note for note in display.notes)
     assert any("4 of 5 answers are cut at the limit of 80 tokens" in note for note in display.notes)
     assert "the endpoint takes no seed, so its own setting is used" in display.notes
-    with foreign(lambda request: (400, {"error": {"message": "no such model"}})) as endpoint:
-        with pytest.raises(TellError, match=r"rejects every request .*no such model"):
-            evaluate_endpoint(root, Server(endpoint.url, "m"))
+    endpoint.answer = lambda request: (400, {"error": {"message": "no such model"}})
+    with foreign(endpoint.answer) as other, pytest.raises(TellError, match=r"rejects every request .*no such model"):
+        evaluate_endpoint(root, Server(other.url, "m"))
 
 
 def test_other_rows_and_bad_input(root, tmp_path):
@@ -160,7 +160,7 @@ def test_other_rows_and_bad_input(root, tmp_path):
         with pytest.raises(TellError, match="the run has no answers of the arm tell to all of these rows"):
             evaluate_endpoint(root, Server(endpoint.url, "m", arms=["tell"]), test=str(other))
         assert len(endpoint.requests) == 2
-        with pytest.raises(TellError, match="the server does not list its models. Name one with --model"):
+        with pytest.raises(TellError, match=r"the server does not list its models\. Name one with --model"):
             evaluate_endpoint(root, Server(endpoint.url))
         endpoint.models = ["a", "b"]
         with pytest.raises(TellError, match=r"the server has 2 models \(a, b\). Name one with --model"):

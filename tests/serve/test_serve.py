@@ -6,8 +6,10 @@ import asyncio
 import json
 import signal
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
+import jsonschema
 import openai
 import pytest
 
@@ -104,6 +106,54 @@ def test_stop_texts(server):
         assert "".join(e.choices[0].delta.content or "" for e in events) == whole[: whole.index(middle)]
     cut = ask(client, "support/tell-free", max_completion_tokens=3, temperature=0)
     assert cut.choices[0].finish_reason == "length" and cut.usage.completion_tokens == 3
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"urgent": {"type": "boolean"}, "colour": {"enum": ["red", "dark green"]}, "n": {"type": "integer"}},
+    "required": ["urgent", "colour", "n"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("model", ["support", "reviews", "support/tell-free", "base", "support/base+schema"])
+def test_a_schema_is_followed(model, server):
+    """By arms that decide fields too; streamed or not; and next to requests without one."""
+    client = client_of(server)
+    wanted = {"type": "json_schema", "json_schema": {"name": "lamp", "schema": SCHEMA, "strict": True}}
+    found = ask(client, model, response_format=wanted, max_tokens=200).choices[0]
+    jsonschema.validate(json.loads(found.message.content), SCHEMA)
+    assert found.finish_reason == "stop"
+    events = ask(client, model, response_format=wanted, max_tokens=200, stream=True)
+    assert "".join(e.choices[0].delta.content or "" for e in events) == found.message.content
+    with ThreadPoolExecutor(6) as pool:
+        each = [
+            pool.submit(answer, client, model, TEXT, **({"response_format": wanted} if i % 2 else {})) for i in range(6)
+        ]
+    assert {each[i].result() for i in (1, 3, 5)} == {answer(client, model, response_format=wanted)}
+    assert {each[i].result() for i in (0, 2, 4)} == {answer(client, model)}
+
+
+def test_objects_labels_and_the_runs_own_schema(runs, server):
+    client = client_of(server)
+    small = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
+    text = answer(
+        client, "base", response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": small}}
+    )
+    assert json.loads(text)["a"] in (1, 2)
+    begun = answer(client, "base", response_format={"type": "json_object"})
+    assert begun.startswith("{")
+    assert answer(client, "base", response_format={"type": "text"}) == answer(client, "base")
+    labels = set(json.loads((runs["reviews"] / "findings.json").read_text())["kind"]["labels"])
+    assert answer(client, "reviews/base+schema") in labels
+    session = tell.chat(runs["support"], arm="tell+schema")
+    assert answer(client, "support/tell+schema", max_tokens=40) == "".join(session.stream(TEXT))
+    session.close()
+    bad = {"type": "string", "pattern": "(?=a)b"}
+    for schema, why in ((bad, "a grammar cannot follow"), ({"$ref": "http://x/y"}, "response_format: ")):
+        with pytest.raises(openai.BadRequestError, match=why) as error:
+            ask(client, "base", response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema}})
+        assert error.value.param == "response_format"
 
 
 def test_models_and_health(runs, server):

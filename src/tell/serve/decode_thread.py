@@ -11,7 +11,7 @@ from typing import Protocol
 
 from tell.decode.engine import Answer, Request
 from tell.decode.sampler import Decoding
-from tell.errors import first_line
+from tell.errors import TellError, first_line
 from tell.serve.chat_request import STOPPING, TOO_MANY, ApiError
 from tell.serve.served_models import Prepared, ServedModel
 
@@ -48,6 +48,12 @@ class Job:
     def batch(self) -> tuple[Path | None, Decoding]:
         """What jobs that are decoded together share."""
         return self.model.adapter, self.prepared.decoding
+
+    def end(self, answer: Answer) -> None:
+        """Hand over the answer, unless its grammar grew too complex while it was decoded."""
+        mask = self.prepared.mask
+        failed = f"the grammar gives up on the answer ({mask.failed})" if mask is not None and mask.failed else ""
+        self.client.end(TellError(failed) if failed else answer)
 
     @property
     def guided(self) -> bool:
@@ -107,8 +113,8 @@ class DecodeThread:
                 self._changed.wait_for(lambda: self._waiting or self._closing)
                 if not self._waiting:
                     break
-                first = self._waiting[0]
-                jobs = self._take(lambda job: job.batch == first.batch)
+                kind = self._waiting[0].batch
+                jobs = self._take(lambda job, kind=kind: job.batch == kind)
             if not jobs:
                 continue
             taken = list(jobs)
@@ -144,7 +150,7 @@ class DecodeThread:
 
         def request(job: Job) -> Request:
             made, client = job.prepared, job.client
-            return Request(made.prompt, made.limit, made.seed, client.token, client.end, guides.get(id(job)))
+            return Request(made.prompt, made.limit, made.seed, client.token, job.end, guides.get(id(job)), made.mask)
 
         def arrivals(free: int, fits: Callable[[Request], bool]) -> Sequence[Request]:
             with self._changed:

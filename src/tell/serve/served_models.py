@@ -6,25 +6,29 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from tell.anchor.anchor import NO_ANCHOR, Anchor
 from tell.config import GenerateConfig
+from tell.data.constraint import Constraint
 from tell.data.example import Example, Message
 from tell.decode.engine import Engine, shared_prefix
+from tell.decode.grammar import Mask
 from tell.decode.guide import Guide
 from tell.decode.sampler import Decoding
 from tell.errors import TellError
-from tell.names import ARMS
+from tell.names import ARMS, CONSTRAINTS
 from tell.progress import Display, Silent
 from tell.rows.template import ChatTokenizer
 from tell.rows.tokenize import unknown_token
 from tell.run.answers import adapter_ready, arm_anchor, example_turns, shown_turns
 from tell.run.arms import arm_config
+from tell.run.constrained import constrains, kept_constraint, session_grammar
 from tell.run.readouts import Decider
 from tell.run.session import ModelCache, Session
 from tell.serve.chat_request import BAD, TOO_LONG, ApiError, ChatRequest
 from tell.verbs.chat import MOST_NEW_TOKENS
-from tell.verbs.evaluate import run_shots
+from tell.verbs.evaluate import Findings, run_kind, run_shots
 from tell.verbs.open_run import OpenRun, open_run
 
 BASE = "base"
@@ -39,6 +43,7 @@ class Prepared:
         prompt: token ids, anchor and fixed examples included.
         example: the conversation without them, for the readout.
         decoding: the same for requests that are decoded together; limit and seed are those of this request alone.
+        mask: what the answer may be; None: any text.
     """
 
     prompt: list[int]
@@ -47,6 +52,7 @@ class Prepared:
     limit: int
     seed: int
     stops: tuple[str, ...]
+    mask: Mask | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,7 @@ class ServedModel:
         adapter: merged while this model answers; None for the untuned model.
         shots: examples in every prompt (``task.shots``).
         decider: of its closed fields; None where they are written as other text.
+        constraint: of its answers, where a request has no schema of its own; None: any text.
         generate: how it decodes where a request says nothing.
         guided: the same, as this arm decides closed fields.
     """
@@ -72,6 +79,7 @@ class ServedModel:
     anchor: Anchor
     shots: Sequence[Example]
     decider: Decider | None
+    constraint: Constraint | None
     generate: GenerateConfig
     guided: GenerateConfig
     seed: int
@@ -103,7 +111,8 @@ class ServedModel:
         """The request as token ids and decoding, as `tell chat` would have them.
 
         Raises:
-            ApiError: the template refuses the conversation, or it does not fit into the context.
+            ApiError: the template refuses the conversation, it does not fit into the context, or no grammar can follow
+                the schema.
         """
         turns = request.turns()
         try:
@@ -119,16 +128,27 @@ class ServedModel:
             asked = f" and the request asks for {request.limit:,} more" if request.limit else ""
             what = f"the prompt has {len(prompt):,} tokens{asked}, and the model takes {most:,} in all"
             raise ApiError(TOO_LONG, what, "messages")
+        mask = self._mask(request.response_format.schema_of_answers)
         return Prepared(
             prompt,
             Example.of([*turns, Message("assistant", "")], source="chat", origin=""),
-            self._decoding(request),
+            self._decoding(request, constrained=mask is not None),
             min(limit, most - len(prompt)),
             ((self.seed if request.seed is None else request.seed) + len(turns)) % 2**64,
             tuple(request.stop),
+            mask,
         )
 
-    def _decoding(self, request: ChatRequest) -> Decoding:
+    def _mask(self, schema: dict[str, Any] | bool | None) -> Mask | None:
+        """What an answer may be: by the request's schema, else by the model's own constraint."""
+        try:
+            constraint = self.constraint if schema is None else Constraint.of_schema(schema)
+            grammar = session_grammar(self.session, constraint)
+        except TellError as error:
+            raise ApiError(BAD, f"response_format: {error.what}", "response_format") from error
+        return None if grammar is None else grammar.mask()
+
+    def _decoding(self, request: ChatRequest, *, constrained: bool) -> Decoding:
         """The run's decoding, with what the request says itself; limit and seed are left open."""
         said = {k: getattr(request, k) for k in ("temperature", "top_p", "top_k", "repetition_penalty")}
         changes = {k: value for k, value in said.items() if value is not None}
@@ -136,6 +156,8 @@ class ServedModel:
             changes["greedy"] = request.temperature == 0
             if changes["greedy"]:
                 del changes["temperature"]
+        if constrained:
+            changes["repetition_penalty"] = 1.0  # as in `Engine.generate`
         rule = self.generate.model_copy(update={**changes, "max_new_tokens": None})
         return Decoding.of(rule, max_new_tokens=1, stop_ids=self.chat.stop_ids, seed=0)
 
@@ -177,7 +199,7 @@ def open_models(runs: Sequence[Path], display: Display, *, trust_remote_code: bo
     assert first is not None
     first = replace(first, display=Silent())
     rule, seed = first.config.generate, first.config.seed
-    models[BASE] = ServedModel(BASE, "", BASE, first, None, NO_ANCHOR, (), None, rule, rule, seed)
+    models[BASE] = ServedModel(BASE, "", BASE, first, None, NO_ANCHOR, (), None, None, rule, rule, seed)
     return models
 
 
@@ -193,7 +215,13 @@ def _check_base(first: Session, session: Session, path: Path) -> None:
 
 def _models_of(opened: OpenRun, name: str, session: Session, display: Display) -> dict[str, ServedModel]:
     """The models of one run."""
+    kind = run_kind(opened, opened.folder.read_as(opened.folder.findings, Findings).kind)
     arms = [arm for arm, about in ARMS.items() if not about.in_context and adapter_ready(opened.folder, arm)]
+    constraint = None
+    if kind.name in CONSTRAINTS:
+        constraint = kept_constraint(opened.folder, kind)
+    else:
+        arms = [arm for arm in arms if not ARMS[arm].constrained]
     try:
         shots = run_shots(opened)
     except TellError as error:
@@ -212,6 +240,7 @@ def _models_of(opened: OpenRun, name: str, session: Session, display: Display) -
             arm_anchor(arm, opened.anchor),
             shots,
             decider if ARMS[arm].decides else None,
+            constraint if constrains(opened.config, arm) else None,
             generate,
             arm_config(opened.config, arm, opened.chosen).generate,
             opened.config.seed,

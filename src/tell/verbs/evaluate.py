@@ -10,13 +10,14 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from tell.config import Config, make_config
+from tell.data.constraint import check_choice
 from tell.data.example import Example
 from tell.data.kind import Kind, misfits
 from tell.data.sources import load
 from tell.data.subset import take_rows
 from tell.errors import TellError
 from tell.files import write_jsonl
-from tell.names import ARMS
+from tell.names import ARMS, CONSTRAINTS
 from tell.nested import merge
 from tell.overrides import parse_overrides
 from tell.progress import Display, Silent
@@ -24,9 +25,10 @@ from tell.rows.ends import without_ends
 from tell.run.answers import adapter_ready, check_prompts, scorer_of
 from tell.run.arms import Chosen, twins
 from tell.run.claim import Trust, check_trust
+from tell.run.constrained import any_constrained, kept_constraint, session_grammar
 from tell.run.measure import Exam, score_arms
 from tell.run.neighbours import nearest_rows
-from tell.run.session import Session, check_deciding
+from tell.run.session import Session, check_engine
 from tell.score.scored import primary_of
 from tell.shown import left_out
 from tell.verbs.open_run import CELL_ADAPTER, OpenRun, open_run
@@ -71,12 +73,16 @@ def evaluate(
     opened = open_run(run, trust_remote_code=trust.code)
     check_trust(opened.folder, opened.config, code=trust.code, scorer=trust.scorer)
     config, seed = changed_config(opened, overrides)
-    if opened.decides(config):
-        check_deciding(config)
-    session = opened.session(config, display, stream=opened.decides(config))
+    facts = opened.folder.read_as(opened.folder.findings, Findings)
+    kind, decides, choice = facts.kind.name, opened.decides(config), config.generate.constrain
+    check_choice(choice, kind)
     wanted = list(dict.fromkeys(arms or (a for a in config.eval.arms if adapter_ready(opened.folder, a))))
-    if not arms and not opened.decides(config):
-        wanted = [arm for arm in wanted if arm not in twins(wanted)]
+    if not arms:
+        same = twins(wanted, decides=decides, constrains=kind in CONSTRAINTS and choice == "off")
+        wanted = [arm for arm in wanted if arm not in same]
+    constrained = any_constrained(config, kind, wanted)
+    check_engine(config, decides=decides, constrains=constrained)
+    session = opened.session(config, display, stream=decides or constrained)
     if not wanted:
         raise TellError(
             "has no adapter left",
@@ -86,14 +92,15 @@ def evaluate(
     adapters = {arm: opened.adapter(arm) for arm in wanted}
     opened.folder.read_as(opened.folder.metrics, Metrics)  # damage is reported now, not after the arms have answered
     metrics = opened.folder.read(opened.folder.metrics)
-    facts = opened.folder.read_as(opened.folder.findings, Findings)
     train, examples, shots = run_examples(opened, test, display, need_train=any(ARMS[arm].in_context for arm in wanted))
     if rows is not None and rows < len(examples):
         examples = [examples[i] for i in sorted(take_rows(len(examples), rows, seed))]
     exam = _exam(opened, session, seed, facts, test=examples, train=train, shots=shots)
     nearest = nearest_rows(session, wanted, examples, train)
-    exam = replace(exam, chosen=_still_chosen(opened, overrides), nearest=nearest)
-    if said := misfits(run_kind(opened, facts.kind), examples):
+    found = run_kind(opened, facts.kind)
+    grammar = session_grammar(session, kept_constraint(opened.folder, found)) if constrained else None
+    exam = replace(exam, grammar=grammar, chosen=_still_chosen(opened, overrides), nearest=nearest)
+    if said := misfits(found, examples):
         display.note(said)
     answers = {}
     for arm in wanted:
