@@ -33,6 +33,7 @@ GROUND = {
     "parts",
     "seeds",
     "patience",
+    "chat_client",
 }
 ROOMS = {
     "data": set(),

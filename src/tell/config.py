@@ -16,7 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from tell.errors import ConfigError, TellError, did_you_mean
 from tell.files import parse_yaml, read_text
-from tell.names import ARMS, Closed, KindName
+from tell.names import ARMS, Closed, Constrain, KindName
 from tell.overrides import GENERAL_AMOUNTS, override, parse_overrides
 from tell.presets import PRESETS, general_tokens_for
 
@@ -299,6 +299,11 @@ class GenerateConfig(Section):
         "off",
         description="how labels, enumerated values, true or false, null and empty lists are answered by the arms that "
         "decide them: off (as other text), likelihood (the likeliest value), readout, or fused (both multiplied)",
+    )
+    constrain: Annotated[Constrain, _SpelledOff] = Field(
+        "off",
+        description="tokens that answers to test prompts and in chat may have: off (any), schema (kind json) or labels "
+        "(kind label); their repetition penalty is then 1 (docs/howto/constrain.md)",
     )
     readout_weight: float = Field(3.0, ge=0, le=100, description="exponent of the readout in `closed: fused`")
     batch_size: int = Field(128, ge=1, le=LARGEST, description="rows decoded at once, fewer where memory is short")

@@ -55,6 +55,7 @@ class RunFolder:
         self.config = root / "run.yaml"
         self.anchor = root / "anchor.json"
         self.schema = root / "schema.json"
+        self.constraint = root / "constraint.json"  # of constrained answers, where an arm has any
         self.split = root / "split.json"
         self.plan = root / "plan.json"
         self.manifest = root / "manifest.parquet"
@@ -90,6 +91,11 @@ class RunFolder:
     def evaluated(self, arm: str) -> Path:
         """Answers of one arm in `tell eval`: ``predictions/eval/<arm>.jsonl``."""
         return self.predictions / "eval" / f"{arm}.jsonl"
+
+    @property
+    def endpoint_answers(self) -> Path:
+        """Answers of servers in `tell eval --endpoint`, by content of the request: ``predictions/endpoints.jsonl``."""
+        return self.predictions / "endpoints.jsonl"
 
     def general_losses(self, arm: str) -> Path:
         """Losses of an arm's weights on general rows: ``predictions/general/<arm>.jsonl``."""

@@ -18,6 +18,10 @@ KindName = Literal["json", "label", "labels", "text"]
 Closed = Literal["off", "likelihood", "readout", "fused"]
 """How closed fields (`tell.data.closed`) are answered: as the other text, by the model among their values, by the
 readout, or by both multiplied."""
+Constrain = Literal["off", "schema", "labels"]
+"""What answers are constrained to: nothing, the task's JSON Schema, or its labels."""
+CONSTRAINTS: dict[str, Constrain] = {"json": "schema", "label": "labels"}
+"""By the kind of task; one without has nothing that answers could be constrained to."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,7 @@ class Arm:
         anchored: the anchor is put on its prompts.
         in_context: training examples are put in its prompts.
         decides: its closed fields are answered as ``generate.closed`` says, else as the other text.
+        constrained: its answers are constrained to the task's schema or labels, whatever ``generate.constrain`` says.
         settings: dotted keys of the configuration with the values that this arm is trained with instead of the run's.
         searched: its settings are searched where ``search.minutes`` is set (`tell.run.search`).
         teacher: the trained arm whose answers to unlabelled prompts this one is trained on; it is trained first.
@@ -56,6 +61,7 @@ class Arm:
     anchored: bool = True
     in_context: bool = False
     decides: bool = False
+    constrained: bool = False
     settings: Mapping[str, object] = field(default_factory=dict)
     searched: bool = False
     teacher: str | None = None
@@ -76,6 +82,10 @@ class Arm:
 _EXEMPLARS: Mapping[str, object] = {"mix.exemplars": 3}
 PSEUDO = {"mix.pseudo": 4}
 """What arms with pseudo-labelled rows are trained with where the run sets no other amount."""
+
+
+_CONSTRAINED: Mapping[str, Any] = {"constrained": True, "standard": False, "optional": 8}
+"""Not among the standard arms: each answers all test rows once more, the untuned model up to the limit of tokens."""
 
 
 def _ingredient(
@@ -113,6 +123,17 @@ _ARMS = (
         dashes=(4, 2),
     ),
     Arm(
+        "base+schema",
+        "untuned, constrained",
+        "the untuned model with constrained answers",
+        "The untuned model, given the prompt alone, its answers constrained to the task's schema or labels.",
+        "grey",
+        "D",
+        anchored=False,
+        dashes=(3, 1),
+        **_CONSTRAINED,
+    ),
+    Arm(
         "icl",
         "examples in context",
         "the untuned model with examples in context",
@@ -121,6 +142,18 @@ _ARMS = (
         "v",
         in_context=True,
         rival=6,
+    ),
+    Arm(
+        "icl+schema",
+        "examples in context, constrained",
+        "the untuned model with examples in context and constrained answers",
+        "The untuned model with examples in context, its answers constrained to the task's schema or labels.",
+        "ochre",
+        "D",
+        in_context=True,
+        rival=8,
+        dashes=(3, 1),
+        **_CONSTRAINED,
     ),
     Arm(
         "icl-readout",
@@ -296,6 +329,19 @@ _ARMS = (
         adapter="tell",
         optional=5,
         dashes=(1.5, 2),
+    ),
+    Arm(
+        "tell+schema",
+        "TELL, constrained",
+        "TELL with constrained answers",
+        "The adapter of TELL, its answers constrained to the task's schema or labels; closed fields are decided within "
+        "them.",
+        "blue",
+        "D",
+        adapter="tell",
+        decides=True,
+        dashes=(3, 1),
+        **_CONSTRAINED,
     ),
     Arm(
         "tell-anchor",

@@ -37,6 +37,11 @@ PARTS = (
         "Half of the general rows are turned by rule into the form of the task.",
         (("tell-recast", "tell"),),
     ),
+    Part(
+        "Constraint",
+        "Answers are constrained to the task's schema or labels, instead of being written freely.",
+        (("tell+schema", "tell"), ("base+schema", "base"), ("icl+schema", "icl")),
+    ),
     Part("Anchor", "The anchor is on the prompt.", (("tell", "tell-anchor"),)),
     Part(
         "Self-distillation",

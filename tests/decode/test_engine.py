@@ -229,3 +229,56 @@ def test_decoding_of_a_configuration():
     assert decoding == Decoding(33, (1, 2), True, 0.5, 7, 0.6, 1.3, 9, 4)
     config.max_new_tokens = 5
     assert Decoding.of(config, max_new_tokens=33, stop_ids=(1,), seed=4).max_new_tokens == 5
+
+
+class Desk:
+    """Hands requests to an engine, some after a number of tokens of others, and keeps what it hears."""
+
+    def __init__(self, prompts, limits, later: dict[int, int]) -> None:
+        self.prompts, self.limits, self.later = prompts, limits, later
+        self.tokens: dict[int, list[int]] = {i: [] for i in range(len(prompts))}
+        self.ended: dict[int, engines.Answer] = {}
+        self.leaves: dict[int, int] = {}
+
+    def request(self, i: int) -> engines.Request:
+        def hear(token: int) -> bool:
+            self.tokens[i].append(token)
+            return len(self.tokens[i]) == self.leaves.get(i)
+
+        return engines.Request(self.prompts[i], self.limits[i], 5, hear, lambda answer: self.ended.update({i: answer}))
+
+    def arrivals(self, free, fits):
+        heard = sum(map(len, self.tokens.values()))
+        ready = [i for i, after in self.later.items() if heard >= after and fits(self.request(i))][:free]
+        for i in ready:
+            del self.later[i]
+        return [self.request(i) for i in ready]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("greedy", [True, False])
+def test_requests_that_arrive_while_others_are_answered(family, greedy, tiny_model):
+    """Each answer is that of the prompt alone with its seed; who leaves ends his own row only."""
+    for fast in (True, False):
+        engine = Engine(load(tiny_model(family)), fast=fast)
+        prompts = prompts_of((3, 45, 20, 1, 33, 70), prefix=7)
+        limits = [30, 12, 25, 40, 18, 9]
+        decoding = Decoding(1, (), greedy=greedy, batch_size=4, seed=0)
+        desk = Desk(prompts, limits, {2: 3, 3: 10, 4: 11, 5: 40})
+        desk.leaves[3] = 8
+        engine.serve([desk.request(0), desk.request(1)], decoding, desk.arrivals, prefix=prompts[0][:7])
+        assert not desk.later and len(desk.ended) == 6
+        for i, prompt in enumerate(prompts):
+            alone = engine.generate([prompt], dataclasses.replace(decoding, max_new_tokens=limits[i], seed=5))[0]
+            if i == 3:
+                alone = engines.Answer(alone.ids[:8], "stop")
+            assert desk.ended[i] == alone and desk.tokens[i] == alone.ids
+
+
+def test_a_request_that_does_not_fit_waits(tiny_model, monkeypatch):
+    monkeypatch.setattr(engines, "ROOM", 32)
+    engine = Engine(load(tiny_model("llama")))
+    prompts = [*prompts_of((5,), prefix=6), *prompts_of((9,), prefix=6, seed=1), *prompts_of((60,), prefix=6)]
+    desk = Desk(prompts, [12, 12, 12], {1: 0, 2: 0})
+    engine.serve([desk.request(0)], Decoding(1, (), greedy=True), desk.arrivals, prefix=prompts[0][:6])
+    assert sorted(desk.ended) == [0] and sorted(desk.later) == [1, 2]  # another prefix; too long

@@ -35,6 +35,7 @@ class Endpoint:
         self.lock = threading.Lock()
         self.keys: set[str | None] = set()
         self.url = ""
+        self.models: list[str] | None = None  # that it lists; None: it has no list
 
     def queries(self) -> list[str]:
         return [row_of(request)["query"] for request in self.requests]
@@ -72,6 +73,15 @@ def serve(answer: Callable[[dict], Reply] = good) -> Iterator[Endpoint]:
                 self.wfile.write(data)
             except OSError:
                 self.close_connection = True  # the client was killed
+
+        def do_GET(self) -> None:
+            listed = [{"id": name, "object": "model", "created": 1, "owned_by": "x"} for name in endpoint.models or ()]
+            data = json.dumps({"object": "list", "data": listed}).encode()
+            self.send_response(404 if endpoint.models is None or self.path != "/v1/models" else 200)
+            for name, value in {"content-type": "application/json", "content-length": len(data)}.items():
+                self.send_header(name, str(value))
+            self.end_headers()
+            self.wfile.write(data)
 
         def log_message(self, *_: object) -> None:
             pass

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from tell.cli.common import argument, check_arm, count, option, takes_options, trust_switch
 from tell.errors import TellError, did_you_mean
 from tell.files import MOST_TEXT
+from tell.names import Constrain
 from tell.shown import clean, one_line
 
 if TYPE_CHECKING:
@@ -27,6 +27,9 @@ class ChatOptions:
     arm: str = option("--arm", "tell, base or another arm of the run", "ARM", check_arm, default="tell")
     seed: int | None = option("--seed", "sample with this seed", "N", count)
     greedy: bool | None = option("--greedy/--no-greedy", "decode greedily")
+    constrain: Constrain | None = option(
+        "--constrain", "off, schema or labels; default: as in the run", "WHAT", get_args(Constrain)
+    )
     trust_remote_code: bool = trust_switch()
 
 
@@ -45,11 +48,12 @@ def chat(options: ChatOptions) -> None:
         arm=options.arm,
         seed=options.seed,
         greedy=options.greedy,
+        constrain=options.constrain,
         trust_remote_code=options.trust_remote_code,
     )
     print(one_line(session.describe()), file=sys.stderr)
     if message is not None:
-        _say(session.stream(message))
+        _say(session, message)
     else:
         _converse(session)
 
@@ -94,17 +98,20 @@ def _converse(session: ChatSession) -> None:
             print(f"unknown command {word}; did you mean {did_you_mean(word, COMMANDS)}?", file=sys.stderr)
         else:
             try:
-                _say(session.stream(text))
+                _say(session, text)
             except KeyboardInterrupt:
                 print(" (stopped)", file=sys.stderr)
             except TellError as error:  # e.g. the conversation exceeds the context; the user can reset it
                 print(f"error: {one_line(str(error))}", file=sys.stderr)
 
 
-def _say(pieces: Iterable[str]) -> None:
-    """Print an answer as it streams. On a terminal a model must not move the cursor or set the title."""
+def _say(session: ChatSession, text: str) -> None:
+    """Print the answer to ``text`` as it streams. On a terminal a model must not move the cursor or set the title."""
     steer = sys.stdout.isatty()
-    for piece in pieces:
+    for piece in session.stream(text):
         sys.stdout.write(clean(piece) if steer else piece)
         sys.stdout.flush()
     sys.stdout.write("\n")
+    sys.stdout.flush()
+    if session.cut:
+        print("the answer is cut off at the limit of tokens", file=sys.stderr)

@@ -22,9 +22,14 @@ from tell.cli.common import (
 from tell.errors import TellError
 
 if TYPE_CHECKING:
-    from tell.progress import Display
+    from rich.console import Console
 
+    from tell.progress import Display
+    from tell.verbs.evaluate_endpoint import Server
+
+MOST_AT_ONCE = 256
 _of_benchmarks = partial(option, panel="Benchmarks (lm-evaluation-harness)")
+_of_endpoint = partial(option, panel="A model behind an OpenAI-compatible server")
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,14 @@ class EvalOptions:
     benchmark_anchor: bool | None = _of_benchmarks(
         "--benchmark-anchor/--no-benchmark-anchor", "put the anchor on the questions"
     )
+    endpoint: str | None = _of_endpoint("--endpoint", "score this server, e.g. http://localhost:8000/v1", "URL")
+    model: str | None = _of_endpoint("--model", "its name of the model; default: the only one", "NAME")
+    anchor: bool | None = _of_endpoint(
+        "--anchor/--no-anchor", "put the anchor on the prompts; default: unless the server is tell's own"
+    )
+    key_name: str = _of_endpoint("--key-name", "environment variable of the API key", "NAME", default="OPENAI_API_KEY")
+    concurrency: int = _of_endpoint("--concurrency", "requests at once", "N", count, default=16)
+    fresh: bool = _of_endpoint("--fresh", "ask again for what was answered before", default=False)
     trust_remote_code: bool = trust_switch()
     trust_scorer: bool = switch("--trust-scorer", "score by the run's own function (task.scorer)")
     as_json: bool = json_switch()
@@ -55,7 +68,8 @@ class EvalOptions:
 def evaluate(options: EvalOptions) -> None:
     """Score the arms of a run on its test rows, or on benchmarks.
 
-    Scores have intervals. Benchmarks (--benchmarks) measure general ability: GSM8K, OpenBookQA, AGIEval.
+    Scores have intervals. With --endpoint, a model behind an OpenAI-compatible server is scored on the same rows, next
+    to the run's own answers. Benchmarks (--benchmarks) measure general ability: GSM8K, OpenBookQA, AGIEval.
     """
     if any(value is not None for name, value in vars(options).items() if name.startswith("benchmark")):
         _benchmark(options)
@@ -65,21 +79,57 @@ def evaluate(options: EvalOptions) -> None:
     from tell.run.claim import Trust
 
     overrides = list(options.sets)
+    server = _server(options)
     overrides += [] if options.greedy is None else [f"generate.greedy={str(options.greedy).lower()}"]
     overrides += [] if options.seed is None else [f"seed={options.seed}"]
 
-    def work(display: Display) -> dict:
-        return tell.evaluate(
-            options.run,
-            arms=options.arms,
-            test=options.test,
-            rows=options.rows,
-            overrides=overrides,
-            trust=Trust(options.trust_remote_code, options.trust_scorer),
-            display=display,
-        )
+    trust = Trust(options.trust_remote_code, options.trust_scorer)
 
-    show(options.as_json, work, show_metrics)
+    def work(display: Display) -> dict:
+        asked = {"test": options.test, "rows": options.rows, "overrides": overrides, "trust": trust, "display": display}
+        if server is not None:
+            from tell.verbs.evaluate_endpoint import evaluate_endpoint
+
+            return evaluate_endpoint(options.run, server, **asked)
+        return tell.evaluate(options.run, arms=options.arms, **asked)
+
+    show(options.as_json, work, show_metrics if server is None else _show_endpoint)
+
+
+def _show_endpoint(console: Console, metrics: dict) -> None:
+    """The table of arms, the verdict, and how the endpoint compares."""
+    from rich.text import Text
+
+    from tell.cli.tables import show_metrics
+    from tell.score.verdict import against
+    from tell.verbs.evaluate_endpoint import ENDPOINT
+
+    show_metrics(console, metrics)
+    if sentence := against(metrics, ENDPOINT):
+        console.print(Text(sentence, style="bold"))
+
+
+def _server(options: EvalOptions) -> Server | None:
+    """The server of ``--endpoint``; None where the arms of the run are to be scored."""
+    given = {"--model": options.model, "--anchor": options.anchor, "--fresh": options.fresh or None}
+    if options.endpoint is None:
+        if named := [flag for flag, value in given.items() if value is not None]:
+            raise TellError("has no effect without --endpoint", where=named[0], remedy="Add it, or leave this out.")
+        return None
+    if not 1 <= options.concurrency <= MOST_AT_ONCE:
+        what = f"{options.concurrency} requests at once"
+        raise TellError(what, where="--concurrency", remedy=f"Choose 1 to {MOST_AT_ONCE}.")
+    from tell.verbs.evaluate_endpoint import Server
+
+    return Server(
+        options.endpoint,
+        options.model,
+        options.anchor,
+        options.key_name,
+        options.concurrency,
+        fresh=options.fresh,
+        arms=options.arms,
+    )
 
 
 def _benchmark(options: EvalOptions) -> None:
@@ -88,6 +138,7 @@ def _benchmark(options: EvalOptions) -> None:
         "--rows": options.rows,
         "--greedy": options.greedy,
         "--seed": options.seed,
+        "--endpoint": options.endpoint,
     }
     flags |= {"--set": options.sets or None, "--trust-scorer": options.trust_scorer or None}
     if given := [flag for flag, value in flags.items() if value is not None]:

@@ -24,6 +24,7 @@ from tell.cli import export_command as export
 from tell.cli import plan_command as plan
 from tell.cli import report_command as report
 from tell.cli import separate_command as separate
+from tell.cli import serve_command as serve
 from tell.cli import study_command as study
 from tell.cli import tune_command as tune
 from tell.errors import TellError, did_you_mean, is_panic
@@ -96,6 +97,7 @@ for _name, _verb in (
     ("eval", eval.evaluate),
     ("chat", chat.chat),
     ("export", export.export),
+    ("serve", serve.serve),
     ("report", report.report),
     ("anchor", anchor.anchor),
     ("separate", separate.separate),

@@ -27,7 +27,13 @@ PREFILL_TOKENS = 1024  # tokens of one pass through the kernels: its activations
 
 
 class Batch(Protocol):
-    """The interface of both implementations."""
+    """The interface of both implementations.
+
+    Attributes:
+        vocabulary: rows of the model's output matrix, V.
+    """
+
+    vocabulary: int
 
     def prefill(self, rows: Sequence[Sequence[int]], begin: int) -> Tensor:
         """(n, h) final states at the last token of new rows, which get the places from ``begin`` on."""
@@ -35,6 +41,10 @@ class Batch(Protocol):
 
     def decode(self, lengths: Sequence[int], last: Sequence[int]) -> Tensor:
         """(n, h) final states of all rows after one more token; ``lengths``: tokens of each row already cached."""
+        ...
+
+    def extend(self, lengths: Sequence[int], rows: Sequence[Sequence[int]]) -> Tensor:
+        """(n, h) final states of all rows after one or several more tokens each; ``lengths`` as in `decode`."""
         ...
 
     def see(self, begin: int, prompts: Sequence[Sequence[int]]) -> None:
@@ -45,8 +55,12 @@ class Batch(Protocol):
         """(n, V) fp32 logits of final states (n, h)."""
         ...
 
-    def choose(self, states: Tensor, places: Sequence[int], draws: Tensor) -> list[int]:
-        """Next tokens of the rows at some places; draws (n,) fp32 in [0, 1)."""
+    def choose(self, states: Tensor, places: Sequence[int], draws: Tensor, allowed: Tensor | None = None) -> list[int]:
+        """Next tokens of the rows at some places; draws (n,) fp32 in [0, 1).
+
+        Args:
+            allowed: (n, V) bool, the tokens that may be chosen; None: all.
+        """
         ...
 
     def mark(self, places: Sequence[int], tokens: Sequence[int]) -> None:
@@ -56,6 +70,17 @@ class Batch(Protocol):
     def move(self, sources: Sequence[int], targets: Sequence[int], length: int) -> None:
         """Rows at ``sources``, at most ``length`` tokens long, take the places of finished ones at ``targets``."""
         ...
+
+
+def only(logits: Tensor, allowed: Tensor | None) -> Tensor:
+    """Logits (n, V), changed in place: -inf where ``allowed`` (n, V) is False; None allows all."""
+    return logits if allowed is None else logits.masked_fill_(~allowed, float("-inf"))
+
+
+def _each_token(begun: Sequence[int], rows: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:
+    """Of each token of rows that go on after ``begun`` tokens: its position, and the number of its row."""
+    at = [start + i for start, row in zip(begun, rows, strict=True) for i in range(len(row))]
+    return at, [number for number, row in enumerate(rows) for _ in row]
 
 
 class PlainBatch:
@@ -72,7 +97,8 @@ class PlainBatch:
     ) -> None:
         self.body, self.decoding, self.device, self.prefix = body, decoding, device, len(prefix)
         self.store = Store(slots, capacity)
-        self.seen = torch.zeros(slots, body.head.shape[0], dtype=torch.bool, device=device)
+        self.vocabulary = len(body.head)
+        self.seen = torch.zeros(slots, self.vocabulary, dtype=torch.bool, device=device)
         if prefix:
             self._forward(PrefixPlan(len(prefix), self.store, device), prefix)
 
@@ -94,6 +120,12 @@ class PlainBatch:
     def decode(self, lengths: Sequence[int], last: Sequence[int]) -> Tensor:
         return self._forward(DecodePlan(lengths, self.store, self.prefix, self.device), last)
 
+    def extend(self, lengths: Sequence[int], rows: Sequence[Sequence[int]]) -> Tensor:
+        at, slots = _each_token(lengths, rows)
+        plan = DecodePlan(at, self.store, self.prefix, self.device, slots)
+        states = self._forward(plan, [token for row in rows for token in row])
+        return states.index_select(0, self._indices(np.cumsum([len(row) for row in rows]) - 1))
+
     def see(self, begin: int, prompts: Sequence[Sequence[int]]) -> None:
         seen = self.seen[begin : begin + len(prompts)].fill_(False)
         starts = np.repeat(np.arange(len(prompts)) * seen.shape[1], [len(prompt) for prompt in prompts])
@@ -104,10 +136,11 @@ class PlainBatch:
         logits = functional.linear(states * body.logit_scale, body.head, body.bias).float()
         return logits if body.softcap is None else torch.tanh(logits / body.softcap) * body.softcap
 
-    def choose(self, states: Tensor, places: Sequence[int], draws: Tensor) -> list[int]:
+    def choose(self, states: Tensor, places: Sequence[int], draws: Tensor, allowed: Tensor | None = None) -> list[int]:
         first = places[0]  # a slice is a view, and all rows without a guide are one
         at = slice(first, first + len(places)) if isinstance(places, range) else self._indices(places)
-        chosen = choose(self.logits(states), self.seen[at], send(draws, self.device), self.decoding)
+        logits = only(self.logits(states), allowed)
+        chosen = choose(logits, self.seen[at], send(draws, self.device), self.decoding)
         if isinstance(at, slice):
             self.seen[at].scatter_(1, chosen[:, None], True)
         else:
@@ -157,7 +190,7 @@ class KernelBatch:
         self.layers = list(zip(self.description.layers, packed.products, strict=True))
         self.tables = self.description.rotary_tables(len(prefix) + capacity)
         self.slot = torch.arange(slots, dtype=torch.int32)  # of the row at each place
-        vocabulary = len(packed.body.head)
+        self.vocabulary = vocabulary = len(packed.body.head)
         self.seen = torch.zeros(slots, vocabulary, dtype=torch.uint8)
         self.banned = torch.tensor(decoding.banned_ids, dtype=torch.int64)
         self.rule = c.RuleArguments(
@@ -228,9 +261,13 @@ class KernelBatch:
         return x
 
     def prefill(self, rows: Sequence[Sequence[int]], begin: int) -> Tensor:
+        return self._pass([0] * len(rows), rows, begin)
+
+    def _pass(self, begun: Sequence[int], rows: Sequence[Sequence[int]], begin: int) -> Tensor:
+        """(n, h) final states at the last token of rows, which go on after ``begun`` tokens that are cached."""
         lengths = torch.tensor([len(row) for row in rows])
         ids = [token for row in rows for token in row]
-        at = [i for row in rows for i in range(len(row))]
+        at, _ = _each_token(begun, rows)
         slot = self.slot[begin : begin + len(rows)].repeat_interleave(lengths)
         ends, out = lengths.cumsum(0) - 1, []
         for start in range(0, len(ids), PREFILL_TOKENS):
@@ -242,6 +279,9 @@ class KernelBatch:
 
     def decode(self, lengths: Sequence[int], last: Sequence[int]) -> Tensor:
         return self._forward(last, self.slot[: len(last)], lengths)
+
+    def extend(self, lengths: Sequence[int], rows: Sequence[Sequence[int]]) -> Tensor:
+        return self._pass(lengths, rows, 0)
 
     def see(self, begin: int, prompts: Sequence[Sequence[int]]) -> None:
         for slot, prompt in zip(self.slot[begin:].tolist(), prompts, strict=False):
@@ -258,12 +298,13 @@ class KernelBatch:
         scale = self.packed.body.logit_scale
         return self.packed.head(states * scale if scale != 1 else states)
 
-    def choose(self, states: Tensor, places: Sequence[int], draws: Tensor) -> list[int]:
+    def choose(self, states: Tensor, places: Sequence[int], draws: Tensor, allowed: Tensor | None = None) -> list[int]:
         rule, slot = self.decoding, self.slot[list(places)]
-        if rule.greedy or 0 < rule.top_k <= c.TOP_K:
-            scores = self._scores(states)
+        capped = allowed is not None and self.packed.body.softcap is not None  # the kernel would lift -inf to the cap
+        if not capped and (rule.greedy or 0 < rule.top_k <= c.TOP_K):
+            scores = only(self._scores(states), allowed)
             return self.kernels.sample(ctypes.byref(self.rule), scores, slot, self.seen, draws).tolist()
-        chosen = choose(self.logits(states), self.seen[slot.long()].bool(), draws, rule)
+        chosen = choose(only(self.logits(states), allowed), self.seen[slot.long()].bool(), draws, rule)
         self.seen[slot.long(), chosen] = 1
         return chosen.tolist()
 

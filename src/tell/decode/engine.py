@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
 import numpy as np
 import torch
 
-from tell.decode.batch import Batch, KernelBatch, Packed, PlainBatch
+from tell.decode.batch import Batch, KernelBatch, Packed, PlainBatch, only
 from tell.decode.layers import describe
 from tell.decode.room import answer_limits, rows_that_fit, token_bytes
 from tell.decode.sampler import Decoding, uniforms
 from tell.kernels.decode_ops import kernels
-from tell.train.device import free_bytes
+from tell.train.device import free_bytes, send
 from tell.train.lora import adapter_merged
 from tell.train.step import Body
 from tell.train.torch_types import AnyModule
@@ -24,9 +25,11 @@ from tell.train.torch_types import AnyModule
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from tell.decode.grammar import Mask
     from tell.decode.guide import Guide
 
 PREFILL_TOKENS = 4096  # most tokens of one prefill pass
+ROOM = 1024  # tokens of a row, prompt and answer, that may join a running batch even if its first rows are shorter
 TOLERANCE = {torch.bfloat16: 0.05, torch.float32: 1e-3}  # relative distance of states that rounding explains
 
 
@@ -38,14 +41,80 @@ class Answer:
     finish: Literal["stop", "length"] = "length"
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A prompt for `Engine.serve`.
+
+    Attributes:
+        prompt: token ids, at least one.
+        limit: most new tokens; prompt and answer fit into the model's context.
+        seed: its random numbers are those of `Engine.generate` for a single prompt with that seed.
+        on_token: gets each token as it comes; if it returns True, that token is the answer's last.
+        on_end: gets the finished answer.
+        guide, mask: as of `Engine.generate`; the decoding of masked rows has no repetition penalty.
+    """
+
+    prompt: Sequence[int]
+    limit: int
+    seed: int
+    on_token: Callable[[int], object]
+    on_end: Callable[[Answer], object]
+    guide: Guide | None = None
+    mask: Mask | None = None
+
+
+Arrivals = Callable[[int, Callable[[Request], bool]], Sequence[Request]]
+"""``arrivals(free, fits)`` returns at most ``free`` requests that join a running batch, each of which ``fits``."""
+
+
+@dataclass(slots=True, eq=False)
 class _Row:
-    number: int
     prompt: list[int]  # after the shared prefix
     limit: int
     draws: np.ndarray
     answer: Answer
     guide: Guide | None = None
+    mask: Mask | None = None
+    on_token: Callable[[int], object] | None = None
+    on_end: Callable[[Answer], object] | None = None
+    cached: int = 0  # tokens, after the shared prefix, whose keys and values are cached
+
+    @classmethod
+    def of(cls, request: Request) -> _Row:
+        draws = uniforms(request.seed, 0, request.limit)
+        steering = (request.guide, request.mask, request.on_token, request.on_end)
+        return cls(list(request.prompt), request.limit, draws, Answer(), *steering)
+
+    @property
+    def whole(self) -> list[int]:
+        """Its tokens after the shared prefix."""
+        return self.prompt + self.answer.ids
+
+    @property
+    def fresh(self) -> list[int]:
+        """The tokens of the answer that are not cached yet, at least one."""
+        return self.answer.ids[self.cached - len(self.prompt) :]
+
+    def append(self, tokens: Sequence[int]) -> bool:
+        """Go on by tokens, as far as the answer may; whether it is complete."""
+        for token in tokens:
+            if self.guide is not None and self.mask is not None:
+                self.guide.decision(self.answer.ids)  # it is to see every prefix, those before forced tokens too
+            self.answer.ids.append(token)
+            if self.on_token and self.on_token(token) is True:
+                self.answer.finish = "stop"
+                return True
+            if len(self.answer.ids) >= self.limit:
+                break
+        if self.mask is not None and self.mask.ended and not self.mask.failed:
+            self.answer.finish = "stop"  # also at the limit: nothing could follow
+            return True
+        return len(self.answer.ids) >= self.limit
+
+    def end(self) -> None:
+        """Hand over the finished answer."""
+        if self.on_end:
+            self.on_end(self.answer)
 
 
 def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
@@ -106,6 +175,7 @@ class Engine:
         progress: Callable[[int, float], None] | None = None,
         on_token: Callable[[int, int], object] | None = None,
         guides: Sequence[Guide | None] | None = None,
+        masks: Sequence[Mask | None] | None = None,
     ) -> list[Answer]:
         """Answer each prompt.
 
@@ -118,6 +188,9 @@ class Engine:
             on_token: called with (prompt number, token) as tokens come; if it returns True, that token is the
                 answer's last.
             guides: of each prompt; it decides closed fields of the answer.
+            masks: of each prompt; the answer has only tokens that its mask allows, also where a guide decides. Tokens
+                that must follow are fed in one pass with the one before. No row then has a repetition penalty: JSON
+                repeats quotes, commas and keys. A mask that has ``failed`` ends its answer as the limit does.
 
         Returns:
             An Answer for each prompt, in order. A prompt's random numbers depend neither on batch size nor on order.
@@ -129,69 +202,111 @@ class Engine:
         limits = answer_limits(prompts, decoding.max_new_tokens, limits, self.max_positions)
         if not prompts:
             return []
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            made = guides or [None] * len(prompts)
-            rows = [
-                _Row(number, list(prompt), limit, uniforms(decoding.seed, number, limit), Answer(), guide)
-                for number, (prompt, limit, guide) in enumerate(zip(prompts, limits, made, strict=True))
-            ]
-            return self._run(rows, decoding, progress, on_token)
-        finally:
-            self.model.train(was_training)
+        if masks is not None:
+            decoding = replace(decoding, repetition_penalty=1.0)
+        nothing = [None] * len(prompts)
+        steering = zip(prompts, limits, guides or nothing, masks or nothing, strict=True)
+        rows = [
+            _Row(list(prompt), limit, uniforms(decoding.seed, number, limit), Answer(), guide, mask)
+            for number, (prompt, limit, guide, mask) in enumerate(steering)
+        ]
+        if on_token is not None:
+            for number, row in enumerate(rows):
+                row.on_token = partial(on_token, number)
+        prefix = list(prompts[0])[: shared_prefix(prompts)]
+        self._run(rows, decoding, prefix, progress=progress)
+        return [row.answer for row in rows]
+
+    @torch.inference_mode()
+    def serve(
+        self, first: Sequence[Request], decoding: Decoding, arrivals: Arrivals, *, prefix: Sequence[int] = ()
+    ) -> None:
+        """Answer requests, and others that arrive meanwhile; returns when all are answered.
+
+        Args:
+            first: at least one.
+            decoding: sampler and batch size; limits and seeds are those of the requests.
+            arrivals: called before each step that has room for more.
+            prefix: token ids that the prompts probably begin with; computed once if those of ``first`` do.
+        """
+        shared = list(prefix)
+        if any(len(r.prompt) <= len(shared) or list(r.prompt[: len(shared)]) != shared for r in first):
+            shared = []
+        self._run([_Row.of(request) for request in first], decoding, shared, arrivals=arrivals)
 
     def _run(
         self,
         rows: list[_Row],
         decoding: Decoding,
+        prefix: list[int],
+        *,
+        progress: Callable[[int, float], None] | None = None,
+        arrivals: Arrivals | None = None,
+    ) -> None:
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            self._decode(rows, decoding, prefix, progress, arrivals)
+        finally:
+            self.model.train(was_training)
+
+    def _decode(
+        self,
+        rows: list[_Row],
+        decoding: Decoding,
+        prefix: list[int],
         progress: Callable[[int, float], None] | None,
-        on_token: Callable[[int, int], object] | None,
-    ) -> list[Answer]:
-        prompts = [row.prompt for row in rows]
-        prefix = shared_prefix(prompts)
-        for row in rows:
-            row.prompt = row.prompt[prefix:]
-        answers = [row.answer for row in rows]
-        # Long prompts first, so that rows prefilled together are alike in length; ties by number.
-        waiting = sorted(rows, key=lambda r: (len(r.prompt), -r.number))
+        arrivals: Arrivals | None,
+    ) -> None:
+        waiting = _waiting(rows, prefix)
         capacity = max(len(r.prompt) + r.limit for r in rows)
+        wanted = min(decoding.batch_size, len(rows))
+        if arrivals is not None:  # which may be longer and more than the first
+            wanted, capacity = decoding.batch_size, max(capacity, min(ROOM, self.max_positions - len(prefix)))
         if self._token_bytes is None:
             self._token_bytes = token_bytes(self.body.core, self.device)
-        wanted = min(decoding.batch_size, len(rows))
         slots = rows_that_fit(wanted, capacity, self._token_bytes, free_bytes(self.device))
-        batch = self._batch(decoding, slots, capacity, prompts[0][:prefix])
+        batch = self._batch(decoding, slots, capacity, prefix)
+
+        def fits(request: Request) -> bool:
+            own = len(request.prompt) - len(prefix)
+            return 0 < own <= capacity - request.limit and list(request.prompt[: len(prefix)]) == prefix
+
         active: list[_Row] = []
-        last: list[int] = []
-        ended, before = 0, 0.0
+        ended, before = len(rows) - len(waiting), 0.0
         while waiting or active:
+            if arrivals is not None and (room := slots - len(active) - len(waiting)) > 0:
+                joined = _waiting([_Row.of(request) for request in arrivals(room, fits)], prefix)
+                waiting = _longest_last([*waiting[::-1], *joined[::-1]]) if joined else waiting
             free = slots - len(active)
             if waiting and (not active or free >= max(1, slots // 4)):
                 fresh: list[_Row] = []
                 used = 0
-                while waiting and len(fresh) < free and (not fresh or used + len(waiting[-1].prompt) <= PREFILL_TOKENS):
+                while waiting and len(fresh) < free and (not fresh or used + len(waiting[-1].whole) <= PREFILL_TOKENS):
                     row = waiting.pop()
-                    used += len(row.prompt)
+                    used += len(row.whole)
                     fresh.append(row)
                 begin = len(active)
-                states = batch.prefill([row.prompt for row in fresh], begin)
-                batch.see(begin, [prompts[row.number] for row in fresh])
+                states = batch.prefill([row.whole for row in fresh], begin)
+                batch.see(begin, [prefix + row.prompt for row in fresh])
                 active += fresh
-                last += _next_tokens(batch, states, begin, fresh, decoding)
-                finished = self._record(active, last, len(active) - len(fresh), decoding, on_token)
-                new = len(fresh)
             else:
-                states = batch.decode([len(r.prompt) + len(r.answer.ids) - 1 for r in active], last)
-                last = _next_tokens(batch, states, 0, active, decoding)
-                finished = self._record(active, last, 0, decoding, on_token)
-                new = len(active)
-            self._retire(active, last, finished, batch)
+                begin, new = 0, [row.fresh for row in active]
+                lengths = [row.cached for row in active]
+                several = any(len(tokens) > 1 for tokens in new)
+                states = batch.extend(lengths, new) if several else batch.decode(lengths, [t for (t,) in new])
+            known = sum(len(row.answer.ids) for row in active)
+            for row in active[begin:]:
+                row.cached = len(row.whole)
+            tokens = _next_tokens(batch, states, begin, active[begin:], decoding)
+            finished = self._record(active, tokens, begin, decoding)
+            written = sum(len(row.answer.ids) for row in active) - known
+            self._retire(active, finished, batch)
             ended += len(finished)
             if progress:
                 now = ended + sum(len(row.answer.ids) / row.limit for row in active)
-                progress(new, now - before)
+                progress(written, now - before)
                 before = now
-        return answers
 
     @contextmanager
     def fixed_weights(self) -> Iterator[None]:
@@ -234,59 +349,84 @@ class Engine:
         return error <= TOLERANCE[packed.description.dtype]
 
     @staticmethod
-    def _record(
-        active: list[_Row],
-        last: list[int],
-        begin: int,
-        decoding: Decoding,
-        on_token: Callable[[int, int], object] | None,
-    ) -> list[int]:
-        """Append the tokens just drawn; returns the positions of finished rows."""
+    def _record(active: list[_Row], tokens: list[int], begin: int, decoding: Decoding) -> list[int]:
+        """Append the tokens just drawn for the rows from ``begin`` on; returns the positions of finished rows."""
         finished = []
-        for at in range(begin, len(active)):
-            row, token = active[at], last[at]
-            if token in decoding.stop_ids:
+        for at, token in enumerate(tokens, begin):
+            row = active[at]
+            if row.mask is not None and row.mask.failed:
+                finished.append(at)
+            elif token in decoding.stop_ids:
                 row.answer.finish = "stop"
                 finished.append(at)
-                continue
-            row.answer.ids.append(token)
-            if on_token and on_token(row.number, token) is True:
-                row.answer.finish = "stop"
-                finished.append(at)
-            elif len(row.answer.ids) >= row.limit:
+            elif row.append([token, *(row.mask.take(token) if row.mask is not None else ())]):
                 finished.append(at)
         return finished
 
     @staticmethod
-    def _retire(active: list[_Row], last: list[int], finished: list[int], batch: Batch) -> None:
+    def _retire(active: list[_Row], finished: list[int], batch: Batch) -> None:
         """Remove finished rows; the last rows move into the gaps."""
+        for row in (active[at] for at in finished):
+            row.end()
         left = len(active) - len(finished)
         targets = [at for at in finished if at < left]
         sources = sorted(set(range(left, len(active))) - set(finished), reverse=True)
         if targets:
-            batch.move(sources, targets, max(len(active[s].prompt) + len(active[s].answer.ids) for s in sources))
+            batch.move(sources, targets, max(len(active[s].whole) for s in sources))
         for source, target in zip(sources, targets, strict=True):
-            active[target], last[target] = active[source], last[source]
-        del active[left:], last[left:]
+            active[target] = active[source]
+        del active[left:]
+
+
+def _waiting(rows: Sequence[_Row], prefix: list[int]) -> list[_Row]:
+    """Rows that wait for their prompts to be computed, taken from the end; the prefix is taken off their prompts."""
+    for row in rows:
+        row.prompt = row.prompt[len(prefix) :]
+    # Tokens that an answer must begin with are fed with its prompt.
+    done = {id(row) for row in rows if row.mask is not None and row.append(row.mask.start())}
+    for row in rows:
+        if id(row) in done:
+            row.end()
+    return _longest_last([row for row in rows if id(row) not in done])
+
+
+def _longest_last(rows: Sequence[_Row]) -> list[_Row]:
+    """Waiting rows, taken from the end: long prompts first, so that rows prefilled together are alike in length."""
+    return sorted(reversed(rows), key=lambda row: len(row.prompt))  # of equal ones the first is taken first
 
 
 def _next_tokens(batch: Batch, states: torch.Tensor, begin: int, rows: list[_Row], decoding: Decoding) -> list[int]:
-    """The next token of each row, which have the places from ``begin`` on: decided by its guide, else chosen."""
+    """The next token of each row, which have the places from ``begin`` on: decided by its guide, else chosen; in both
+    cases among those that its mask allows."""
     draws = torch.tensor([row.draws[len(row.answer.ids)] for row in rows], dtype=torch.float32)
     found = [None if row.guide is None else row.guide.decision(row.answer.ids) for row in rows]
     decisions = {at: decision for at, decision in enumerate(found) if decision is not None}
+    allowed = _allowed(rows, batch.vocabulary, states.device)
     if not decisions:
-        return batch.choose(states, range(begin, begin + len(rows)), draws)
+        return batch.choose(states, range(begin, begin + len(rows)), draws, allowed)
     tokens = [0] * len(rows)
     free = [at for at in range(len(rows)) if at not in decisions]
     if free:
-        chosen = batch.choose(states[free], [begin + at for at in free], draws[free])
+        among = None if allowed is None else allowed[free]
+        chosen = batch.choose(states[free], [begin + at for at in free], draws[free], among)
         for at, token in zip(free, chosen, strict=True):
             tokens[at] = token
     decided = list(decisions)
-    logits = batch.logits(states[decided]).log_softmax(dim=-1).cpu().numpy()
+    among = None if allowed is None else allowed[decided]
+    logits = only(batch.logits(states[decided]), among).log_softmax(dim=-1).cpu().numpy()
     logits[:, list(decoding.banned_ids)] = -np.inf
     for scores, (at, decision) in zip(logits, decisions.items(), strict=True):
         tokens[at] = decision.pick(scores)
+        if scores[tokens[at]] == -np.inf:  # the mask leaves none of the values that the guide knows
+            tokens[at] = int(scores.argmax())
     batch.mark([begin + at for at in decided], [tokens[at] for at in decided])
     return tokens
+
+
+def _allowed(rows: Sequence[_Row], vocabulary: int, device: torch.device) -> torch.Tensor | None:
+    """(n, V) bool, the tokens that each row may go on with; None where no row has a mask."""
+    if all(row.mask is None for row in rows):
+        return None
+    every = np.ones(vocabulary, dtype=bool)
+    made = [every if row.mask is None else row.mask.allowed(vocabulary) for row in rows]
+    return send(torch.from_numpy(np.stack(made)), device)

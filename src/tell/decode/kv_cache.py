@@ -118,18 +118,28 @@ class PrefillPlan(PackedPlan):
 
 
 class DecodePlan:
-    """One new token for each of the first n slots.
+    """One new token for each of the first n slots, or n tokens for given ones.
 
     Args:
-        lengths: (n,) tokens already in each slot after the prefix.
+        lengths: (n,) tokens in each slot, after the prefix, that come before the new one.
         prefix: tokens of the shared prefix.
+        slots: (n,) of each token, where some have several.
     """
 
-    def __init__(self, lengths: Sequence[int], store: Store, prefix: int, device: torch.device | str) -> None:
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        store: Store,
+        prefix: int,
+        device: torch.device | str,
+        slots: Sequence[int] | None = None,
+    ) -> None:
         self.longest = max(lengths) + 1  # on the CPU, without waiting for a GPU
         self.lengths, self.store, self.prefix = send(torch.tensor(lengths), device), store, prefix
         self.calls = Calls()
-        self.places = Places(torch.arange(len(lengths), device=self.lengths.device), self.lengths)
+        self.slots = None if slots is None else send(torch.tensor(slots), device)
+        first = torch.arange(len(lengths), device=self.lengths.device) if self.slots is None else self.slots
+        self.places = Places(first, self.lengths)
         self._hidden: dict[int | None, Tensor] = {}
 
     def positions(self) -> Tensor:
@@ -155,7 +165,10 @@ class DecodePlan:
         call = self.calls.next(layer)
         keys, values = self.store.put(call, key, value, self.places)
         kv = key.shape[1]
-        k, v = keys[:n, :, : self.longest], values[:n, :, : self.longest]
+        if self.slots is None:
+            k, v = keys[:n, :, : self.longest], values[:n, :, : self.longest]
+        else:  # copied for each token: a pass over several tokens a row is rare and short
+            k, v = (x[:, :, : self.longest].index_select(0, self.slots) for x in (keys, values))
         q = (query[0].transpose(0, 1) * rule.scaling).reshape(n, kv, heads // kv, width)
         scores = q @ k.transpose(2, 3)
         if self.prefix:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import torch
 
     from tell.decode.engine import Answer
+    from tell.decode.grammar import Mask
     from tell.decode.guide import Guide
     from tell.decode.sampler import Decoding
 
@@ -39,6 +40,7 @@ class DecodingEngine(Protocol):
         progress: Callable[[int, float], None] | None = None,
         on_token: Callable[[int, int], object] | None = None,
         guides: Sequence[Guide | None] | None = None,
+        masks: Sequence[Mask | None] | None = None,
     ) -> list[Answer]:
         """Answers in the order of ``prompts``; see `tell.decode.engine.Engine.generate`."""
         ...

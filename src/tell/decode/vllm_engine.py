@@ -23,10 +23,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from vllm.lora.request import LoRARequest
 
+    from tell.decode.grammar import Mask
     from tell.decode.guide import Guide
 
 RANKS = (8, 16, 32, 64, 128, 256, 512)  # adapter ranks that vLLM can reserve
 LONGEST = 32_768  # tokens; vLLM refuses to start where one sequence of full length does not fit into memory
+NO_MASKS = "vLLM has no tokenizer here, which its constrained answers need"  # see skip_tokenizer_init
 NEVER = -100.0  # the lowest bias vLLM accepts; it outweighs any logit
 
 
@@ -161,11 +163,12 @@ class VllmEngine:
         progress: Callable[[int, float], None] | None = None,
         on_token: Callable[[int, int], object] | None = None,
         guides: Sequence[Guide | None] | None = None,
+        masks: Sequence[Mask | None] | None = None,
     ) -> list[Answer]:
         """As ``Engine.generate``; ``progress`` and ``on_token`` are called once all answers are complete.
 
         Raises:
-            TellError: a prompt fills the model's context, or there are guides.
+            TellError: a prompt fills the model's context, or there are guides or masks.
             ValueError: ``limits`` are not one positive number per prompt.
         """
         from vllm import SamplingParams
@@ -173,6 +176,8 @@ class VllmEngine:
         if guides is not None and any(guide is not None for guide in guides):
             remedy = "Use generate.engine=own, or generate.closed=off."
             raise TellError("vLLM cannot decide closed fields", where="generate.engine", remedy=remedy)
+        if masks is not None and any(mask is not None for mask in masks):
+            raise TellError(NO_MASKS, where="generate.engine", remedy="Use generate.engine=own.")
 
         limits = answer_limits(prompts, decoding.max_new_tokens, limits, self.max_positions)
         if not prompts:

@@ -21,12 +21,14 @@ from tell.names import ARMS
 from tell.parts import PARTS
 from tell.rows.template import ChatTokenizer
 from tell.rows.tokenize import unknown_token
+from tell.run.constrained import check_masks
 from tell.score.intervals import difference, estimate
 from tell.score.scored import Metric, Scorer
 from tell.score.scorers import make_scorer
 from tell.seeds import permutation
 
 if TYPE_CHECKING:
+    from tell.decode.grammar import Grammar
     from tell.decode.guide import Guide
     from tell.decode.sampler import Decoding
     from tell.run.session import Session
@@ -171,9 +173,16 @@ def answer_rows(
     decoding: Decoding,
     arm: str,
     guides: Sequence[Guide] | None = None,
+    grammar: Grammar | None = None,
 ) -> list[dict]:
-    """Rows of predictions/<arm>.jsonl without scores: one answer per test row."""
-    answers = session.answer(prompts, decoding, f"answer {arm}", guides)
+    """Rows of predictions/<arm>.jsonl without scores: one answer per test row.
+
+    Raises:
+        TellError: the grammar gives up on an answer.
+    """
+    masks = None if grammar is None else [grammar.mask() for _ in prompts]
+    answers = session.answer(prompts, decoding, f"answer {arm}", guides, masks)
+    check_masks(masks or (), [row.origin for row in test] if masks else ())
     return [
         {
             "hash": example.hash,

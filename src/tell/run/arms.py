@@ -201,13 +201,19 @@ def wanted_arms(config: Config) -> list[str]:
     return arms
 
 
-def twins(arms: Sequence[str]) -> dict[str, str]:
-    """Arms that answer as another of them does where no closed field is decided, mapped to that one."""
+def twins(arms: Sequence[str], *, decides: bool = False, constrains: bool = False) -> dict[str, str]:
+    """Arms that answer as another of them does, mapped to that one.
+
+    Args:
+        decides: closed fields are decided by the arms that do.
+        constrains: answers are constrained by the arms ending in +schema, and by no other.
+    """
     first: dict[tuple, str] = {}
     out = {}
     for arm in arm_order(arms):
         about = ARMS[arm]
-        standing = first.setdefault((about.adapter, about.anchored, about.in_context), arm)
+        ways = (decides and about.decides, constrains and about.constrained)
+        standing = first.setdefault((about.adapter, about.anchored, about.in_context, *ways), arm)
         if standing != arm:
             out[arm] = standing
     return out

@@ -30,6 +30,7 @@ from tell.run.answers import (
 )
 from tell.run.arms import Chosen, arm_config
 from tell.run.benchmarks.run_benchmarks import run_benchmarks
+from tell.run.constrained import constrains, session_grammar, task_constraint
 from tell.run.forgetting import BASE, Forgetting, general_sets, losses_of, measure_arm
 from tell.run.journal import Journal
 from tell.run.neighbours import nearest_rows
@@ -43,6 +44,7 @@ from tell.score.scored import Metric, Scorer, primary_of
 if TYPE_CHECKING:
     import numpy as np
 
+    from tell.decode.grammar import Grammar
     from tell.decode.sampler import Decoding
 
 
@@ -116,6 +118,7 @@ class Exam:
         train: rows that examples in context come from.
         shots: examples in every prompt.
         guides: makes those of the test rows, for an arm that decides closed fields; None: nothing is decided.
+        grammar: of the answers of an arm that is constrained; None: the task has none, or no arm is.
         chosen: settings that a search chose.
         nearest: training rows to show each test row, as from `nearest_rows`; None: the same ones for all.
     """
@@ -128,6 +131,7 @@ class Exam:
     decoding: Decoding
     scorer: Scorer
     guides: Guides | None = None
+    grammar: Grammar | None = None
     chosen: Chosen = field(default_factory=dict)
     nearest: np.ndarray | None = None
 
@@ -141,7 +145,13 @@ class Exam:
         more: dict[str, Metric] = {}
         generate = arm_config(config, arm, self.chosen).generate
         guides = self.guides(generate) if self.guides is not None and ARMS[arm].decides else None
-        rows = answer_rows(session, prompts, self.test, self.decoding, arm, guides) if kept is None else kept
+        grammar = self.grammar if constrains(config, arm) else None
+        rows = kept
+        if rows is None:
+            rows = answer_rows(session, prompts, self.test, self.decoding, arm, guides, grammar)
+        if grammar is not None and (cut := sum(row["finish"] == "length" for row in rows)):
+            limit = self.decoding.max_new_tokens
+            session.display.note(f"{arm}: {cut} of {len(rows)} constrained answers are cut off at {limit} tokens")
         if config.eval.answer_loss:
             values = None if kept is None else kept_answer_losses(kept)
             if values is None:
@@ -169,8 +179,9 @@ def run_exam(prepared: Prepared, session: Session, decider: Decider | None = Non
     scorer = scorer_of(config, task.kind)
     guides = decider.guides_of(session, task.test) if decider else None
     nearest = nearest_rows(session, prepared.arms, task.test, task.train)
-    chosen = prepared.chosen
-    return Exam(config, prepared.anchor, task.test, task.train, task.shots, decoding, scorer, guides, chosen, nearest)
+    exam = Exam(config, prepared.anchor, task.test, task.train, task.shots, decoding, scorer, guides)
+    grammar = session_grammar(session, task_constraint(task))
+    return replace(exam, grammar=grammar, chosen=prepared.chosen, nearest=nearest)
 
 
 def score_arms(answers: Mapping[str, Answers], config: Config, kind: Kind) -> dict:

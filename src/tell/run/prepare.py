@@ -17,7 +17,7 @@ from tell.data.general import is_empty
 from tell.errors import TellError
 from tell.mix.amount import Draw
 from tell.mix.mixture import GENERAL, Mixture
-from tell.names import ARMS
+from tell.names import ARMS, CONSTRAINTS
 from tell.rows.row_table import RowTable
 from tell.run.answers import check_prompts
 from tell.run.arms import (
@@ -108,8 +108,10 @@ class Prepared:
 
     @property
     def undecided(self) -> dict[str, str]:
-        """Requested arms that answer as another one does, since the task has nothing to decide."""
-        return {} if self.task.decides else twins(wanted_arms(self.task.config))
+        """Requested arms that answer as another one does, since the task has nothing to decide, or to constrain."""
+        config, kind = self.task.config, self.task.kind.name
+        apart = kind in CONSTRAINTS and config.generate.constrain == "off"
+        return twins(wanted_arms(config), decides=self.task.decides, constrains=apart)
 
     @property
     def trained(self) -> list[str]:
@@ -196,9 +198,14 @@ class Prepared:
         for arm in wanted:
             if ARMS[arm].in_context and (adapter := ARMS[arm].adapter) in self.same:
                 notices.add(f"the arm {arm} is left out: its adapter is that of {self.same[adapter]}")
-        if self.undecided:
-            why = "generate.closed is off" if self.task.config.generate.closed == "off" else "no field is closed"
-            notices.add(f"left out, since {why}: {', '.join(self.undecided)}")
+        generate = self.task.config.generate
+        if left := [arm for arm in self.undecided if not ARMS[arm].constrained]:
+            why = "generate.closed is off" if generate.closed == "off" else "no field is closed"
+            notices.add(f"left out, since {why}: {', '.join(left)}")
+        if left := [arm for arm in self.undecided if ARMS[arm].constrained]:
+            why = f"answers of kind {self.task.kind.name} have no schema or labels"
+            why = why if generate.constrain == "off" else "generate.constrain holds for all arms"
+            notices.add(f"left out, since {why}: {', '.join(left)}")
 
     @property
     def mixture_notices(self) -> list[str]:

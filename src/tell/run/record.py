@@ -13,6 +13,7 @@ from tell.folder import AdapterFolder, RunFolder
 from tell.mix.manifest import read_manifest, write_manifest
 from tell.models.architecture import weight_files
 from tell.models.digest import weights_digest
+from tell.run.constrained import task_constraint
 from tell.run.plan import describe_plan
 from tell.run.prepare import Prepared
 from tell.run.task import Task
@@ -74,6 +75,8 @@ def write_plan(folder: RunFolder, prepared: Prepared, fit: dict | None = None) -
     write_text(folder.split, split_file(task))
     if task.kind.schema is not None:
         write_json(folder.schema, task.kind.schema)
+    if (constraint := task_constraint(task)) is not None:
+        write_json(folder.constraint, constraint.to_dict())
     write_json(folder.plan, plan)
     if lead is not None:
         tables, mixture = lead

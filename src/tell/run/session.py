@@ -24,10 +24,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from tell.decode.engine import Answer
+    from tell.decode.grammar import Mask
     from tell.decode.guide import Guide
     from tell.decode.protocol import DecodingEngine
     from tell.decode.sampler import Decoding
     from tell.models.load import Loaded
+
+
+CONSTRAIN = "generate.constrain=off and no arm ending in +schema"
 
 
 class ModelCache:
@@ -127,11 +131,13 @@ class Session:
         decoding: Decoding,
         title: str,
         guides: Sequence[Guide] | None = None,
+        masks: Sequence[Mask] | None = None,
     ) -> list[Answer]:
         """Decoded answers in the order of ``prompts`` (token ids), with a bar of that title.
 
         Args:
             guides: of each prompt; they decide closed fields.
+            masks: of each prompt; they constrain its answer.
         """
         with self.display.bar(title, len(prompts), "answers") as advance:
             written = 0
@@ -142,7 +148,7 @@ class Session:
                 advance(further, f"{written} tokens")
                 self.check()
 
-            return self.engine.generate(prompts, decoding, progress=progress, guides=guides)
+            return self.engine.generate(prompts, decoding, progress=progress, guides=guides, masks=masks)
 
     def row_losses(self, table: RowTable, progress: Callable[[int], None] | None = None) -> np.ndarray:
         """(rows,) mean nll in nats a token of each row's trained tokens; ``progress`` gets the rows of each pass."""
@@ -203,15 +209,16 @@ def own_engine(config: Config) -> Config:
     return config.model_copy(update={"generate": config.generate.model_copy(update={"engine": "own"})})
 
 
-def check_deciding(config: Config) -> None:
-    """Refuse vLLM by name where closed fields are decided, as only our own engine does.
+def check_engine(config: Config, *, decides: bool, constrains: bool) -> None:
+    """Refuse vLLM by name where closed fields are decided or answers constrained, as only our own engine does.
 
     Raises:
         TellError: vLLM is requested by name.
     """
-    if config.generate.engine == "vllm":
-        remedy = "Use generate.engine=own, or generate.closed=off."
-        raise TellError("vLLM cannot decide closed fields", where="generate.engine", remedy=remedy)
+    if config.generate.engine == "vllm" and (decides or constrains):
+        what, without = ("decide closed fields", "generate.closed=off") if decides else ("constrain answers", CONSTRAIN)
+        remedy = f"Use generate.engine=own, or {without}."
+        raise TellError(f"vLLM cannot {what}", where="generate.engine", remedy=remedy)
 
 
 def dtype_name(loaded: Loaded) -> str:

@@ -20,6 +20,7 @@ from tell.run.arms import trained_arms, wanted_arms
 from tell.run.benchmarks.run_benchmarks import check_benchmarks
 from tell.run.choose_anchor import choose_anchor
 from tell.run.claim import claim, with_full_paths
+from tell.run.constrained import any_constrained, check_constraint
 from tell.run.general_rows import General, load_general, read_general, source_of
 from tell.run.in_time import InTime
 from tell.run.journal import Journal
@@ -31,7 +32,7 @@ from tell.run.rank_general import ranked_by
 from tell.run.record import write_plan
 from tell.run.search import check_search, searched
 from tell.run.self_written import write_self_data
-from tell.run.session import ModelCache, Session, check_deciding
+from tell.run.session import ModelCache, Session, check_engine
 from tell.run.task import Task, anchor_of, limit_task, load_task, place_anchor, placed_anchor
 from tell.run.teach import teach
 from tell.run.train_arms import train_arms
@@ -118,7 +119,9 @@ def read_inputs(config: Config, display: Display | None = None, processes: str =
         task.notices.add('no TensorBoard files are written; to have them, pip install "tell-llm[tensorboard]"')
     get_ordering(config.mix.order)
     check_rows(task, placed_anchor(task))
-    check_search(limit_task(task, placed_anchor(task)))
+    limited = limit_task(task, placed_anchor(task))
+    check_constraint(limited)
+    check_search(limited)
     return task, read_general(task)
 
 
@@ -127,10 +130,10 @@ def open_session(
 ) -> Session:
     """The run's model, which stops at a signal; our own engine decodes where several processes train."""
     config = decoding_beside(task.config, processes)
-    if task.decides:
-        check_deciding(config)
+    constrained = any_constrained(config, task.kind.name, config.eval.arms)
+    check_engine(config, decides=task.decides, constrains=constrained)
     check, models = journal.stop.check, models or ModelCache()
-    own = task.decides
+    own = task.decides or constrained
     return Session(task.files, config, task.chat, task.display, check=check, models=models, stream=own, announce=True)
 
 

@@ -15,12 +15,14 @@ from tell.shown import brief
 MIN_ROWS = 6  # with fewer rows not even a sign test with all rows in one direction is significant at 5 %
 CONTENT = (
     "field_accuracy",
+    "exact_match",
     "item_f1",
     "exact_set",
     "micro_f1",
     "macro_f1",
     "schema_adherence",
-)  # named where a rival is ahead in them
+)
+"""Named where a rival is ahead in them; the form of answers last, since a constraint gives it for nothing."""
 Entry = Mapping[str, Any]
 
 
@@ -38,6 +40,21 @@ def verdict(metrics: Mapping[str, Any]) -> str:
     if rows and not rows.get("general"):  # training on task rows alone is plain fine-tuning
         return "Without general rows this is SFT, not TELL: " + re.sub(r"\bTELL\b", "this run", sentence)
     return sentence
+
+
+def against(metrics: Mapping[str, Any], other: str) -> str:
+    """One sentence on TELL and another arm that is no rival of a run; empty without an interval of their difference."""
+    found = _Verdict.of(metrics)
+    gap = found._gap(other)
+    if gap is None or gap.n < MIN_ROWS:
+        return ""
+    phrase, label = f"the {arm(other).phrase}", found.spec.phrase
+    if gap.side < 0:
+        return f"In {label} {phrase} is ahead of TELL by {gap.reversed.words(found.spec, '95 % interval ')}."
+    words = f"(TELL minus {phrase}: {gap.words(found.spec, '95 % interval ')})"
+    if gap.side > 0:
+        return f"In {label} TELL is ahead of {phrase} {words}."
+    return f"In {label} TELL and {phrase} do not differ clearly {words}."
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,19 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tell.data.constraint import check_choice
 from tell.data.example import Example, Message
+from tell.decode.answer_text import AnswerText
 from tell.errors import TellError
-from tell.names import ARMS
+from tell.names import ARMS, Constrain
 from tell.run.answers import arm_anchor, example_turns
 from tell.run.arms import arm_config
-from tell.verbs.evaluate import run_shots
+from tell.run.constrained import check_masks, kept_constraint, session_grammar
+from tell.verbs.evaluate import Findings, run_kind, run_shots
 from tell.verbs.open_run import OpenRun, open_run
 
 if TYPE_CHECKING:
+    from tell.decode.grammar import Grammar
     from tell.decode.guide import Guide
 
 MOST_NEW_TOKENS = 512
@@ -35,9 +39,21 @@ class ChatSession:
         arm: whose adapter answers; ``base`` is the untuned model without the anchor.
         greedy: overrides the run's decoding; a seed alone asks to sample.
         seed: of the first answer; each later answer adds 1.
+        constrain: overrides ``generate.constrain`` of the run.
+
+    Attributes:
+        cut: the last answer reached the limit of tokens before it ended.
     """
 
-    def __init__(self, opened: OpenRun, *, arm: str, greedy: bool | None, seed: int | None) -> None:
+    def __init__(
+        self,
+        opened: OpenRun,
+        *,
+        arm: str,
+        greedy: bool | None,
+        seed: int | None,
+        constrain: Constrain | None = None,
+    ) -> None:
         from tell.decode.engine import Engine
 
         self.opened, self.arm = opened, arm
@@ -48,6 +64,7 @@ class ChatSession:
         self._engine = engine
         self._decider = opened.decider(self.session) if ARMS[arm].decides else None
         self._generate = arm_config(opened.config, arm, opened.chosen).generate
+        self._grammar = self._constraint(constrain or self._generate.constrain)
         self._stack = ExitStack()
         self._apply()
         self.anchor = arm_anchor(arm, opened.anchor)
@@ -55,6 +72,14 @@ class ChatSession:
         self.seed = opened.config.seed if seed is None else seed
         self.shots, self.lost = self._shots()
         self.history: list[Message] = []
+        self.cut = False
+
+    def _constraint(self, choice: Constrain) -> Grammar | None:
+        if choice == "off" and not ARMS[self.arm].constrained:
+            return None
+        kind = run_kind(self.opened, self.opened.folder.read_as(self.opened.folder.findings, Findings).kind)
+        check_choice(choice, kind.name)
+        return session_grammar(self.session, kept_constraint(self.opened.folder, kind))
 
     def _apply(self) -> None:
         """Merge the adapter, for all answers until the stack is closed."""
@@ -112,6 +137,7 @@ class ChatSession:
             rule, max_new_tokens=MOST_NEW_TOKENS, stop_ids=chat.stop_ids, seed=self.seed + len(turns)
         )
         guides = self._guides(turns)
+        masks = None if self._grammar is None else [self._grammar.mask()]
         tokens: queue.Queue[int | BaseException | None] = queue.Queue()
         left = threading.Event()
 
@@ -122,31 +148,28 @@ class ChatSession:
 
         def work() -> None:
             try:
-                self._engine.generate([prompt], decoding, on_token=hand_over, guides=guides)
+                (answer,) = self._engine.generate([prompt], decoding, on_token=hand_over, guides=guides, masks=masks)
+                check_masks(masks or (), ["chat"] if masks else ())
+                self.cut = answer.finish == "length"
                 tokens.put(None)
             except BaseException as error:  # passed to the reader
                 tokens.put(error)
 
         thread = threading.Thread(target=work, daemon=True)
         thread.start()
-        ids: list[int] = []
-        shown = ""
+        answer = AnswerText(chat)
         try:
             while (item := tokens.get()) is not None:
                 if isinstance(item, BaseException):
                     raise item
-                ids.append(item)
-                whole = chat.without_lead(ids, more=True)
-                if not whole.endswith("\ufffd") and len(whole) > len(shown):  # not within a character
-                    yield whole[len(shown) :]
-                    shown = whole
-            whole = chat.without_lead(ids)
-            if len(whole) > len(shown):
-                yield whole[len(shown) :]
+                if piece := answer.add(item):
+                    yield piece
+            if piece := answer.end():
+                yield piece
         finally:  # on Ctrl-C, or when the reader stops early, the engine must be free for the next answer
             left.set()
             thread.join()
-        self.history += [turns[-1], Message("assistant", chat.answer(ids))]
+        self.history += [turns[-1], Message("assistant", answer.whole)]
 
 
 def chat(
@@ -155,6 +178,7 @@ def chat(
     arm: str = "tell",
     seed: int | None = None,
     greedy: bool | None = None,
+    constrain: Constrain | None = None,
     trust_remote_code: bool = False,
 ) -> ChatSession:
     """A `Conversation` with an arm of a finished run, its model loaded.
@@ -162,9 +186,11 @@ def chat(
     Args:
         run: a run folder.
         arm: ``tell``, ``base`` (untuned, no anchor) or another arm of the run.
+        constrain: what answers are constrained to, ``off``, ``schema`` or ``labels``; default: as the run says.
         trust_remote_code: run code that comes with the model, as the run did; run.yaml alone does not allow it.
 
     Raises:
-        TellError: no such run or arm.
+        TellError: no such run or arm, or the run's task has no such constraint.
     """
-    return ChatSession(open_run(run, trust_remote_code=trust_remote_code), arm=arm, greedy=greedy, seed=seed)
+    opened = open_run(run, trust_remote_code=trust_remote_code)
+    return ChatSession(opened, arm=arm, greedy=greedy, seed=seed, constrain=constrain)

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from tell.config import Config, make_config
+from tell.data.constraint import check_choice
 from tell.data.example import Example
 from tell.data.kind import Kind, misfits
 from tell.data.label_text import FORMS
@@ -17,7 +18,7 @@ from tell.data.sources import load
 from tell.data.subset import take_rows
 from tell.errors import TellError
 from tell.files import write_jsonl
-from tell.names import ARMS, KindName
+from tell.names import ARMS, CONSTRAINTS, KindName
 from tell.nested import merge
 from tell.overrides import parse_overrides
 from tell.progress import Display, Silent
@@ -25,15 +26,18 @@ from tell.rows.ends import without_ends
 from tell.run.answers import adapter_ready, check_prompts, scorer_of
 from tell.run.arms import Chosen, twins
 from tell.run.claim import Trust, check_trust
+from tell.run.constrained import any_constrained, kept_constraint, session_grammar
 from tell.run.measure import Exam, score_arms
 from tell.run.neighbours import nearest_rows
-from tell.run.session import Session, check_deciding
+from tell.run.session import Session, check_engine
 from tell.score.scored import primary_of
 from tell.shown import left_out
 from tell.verbs.open_run import CELL_ADAPTER, OpenRun, open_run
 
 EVAL_KEYS = ("answer_loss", "arms", "bleurt", "bootstrap", "icl_examples", "icl_select")
 """Keys of ``eval`` that scoring reads; the others belong to a run, or to ``--benchmarks``."""
+KEPT = ("forgetting", "mixture", "train", "failed", "same")
+"""Parts of metrics.json that are shown next to new scores as the run measured them."""
 WITHOUT = {"test": ", or give test rows with --test", "training": ", or leave the arm icl out", "fixed example": ""}
 
 
@@ -69,13 +73,17 @@ def evaluate(
     display = display or Silent()
     opened = open_run(run, trust_remote_code=trust.code)
     check_trust(opened.folder, opened.config, code=trust.code, scorer=trust.scorer)
-    config, seed = _override(opened, overrides)
-    if opened.decides(config):
-        check_deciding(config)
-    session = opened.session(config, display, stream=opened.decides(config))
+    config, seed = changed_config(opened, overrides)
+    facts = opened.folder.read_as(opened.folder.findings, Findings)
+    kind, decides, choice = facts.kind.name, opened.decides(config), config.generate.constrain
+    check_choice(choice, kind)
     wanted = list(dict.fromkeys(arms or (a for a in config.eval.arms if adapter_ready(opened.folder, a))))
-    if not arms and not opened.decides(config):
-        wanted = [arm for arm in wanted if arm not in twins(wanted)]
+    if not arms:
+        same = twins(wanted, decides=decides, constrains=kind in CONSTRAINTS and choice == "off")
+        wanted = [arm for arm in wanted if arm not in same]
+    constrained = any_constrained(config, kind, wanted)
+    check_engine(config, decides=decides, constrains=constrained)
+    session = opened.session(config, display, stream=decides or constrained)
     if not wanted:
         raise TellError(
             "has no adapter left",
@@ -85,14 +93,14 @@ def evaluate(
     adapters = {arm: opened.adapter(arm) for arm in wanted}
     opened.folder.read_as(opened.folder.metrics, Metrics)  # damage is reported now, not after the arms have answered
     metrics = opened.folder.read(opened.folder.metrics)
-    facts = opened.folder.read_as(opened.folder.findings, Findings)
     train, examples, shots = run_examples(opened, test, display, need_train=any(ARMS[arm].in_context for arm in wanted))
     if rows is not None and rows < len(examples):
         examples = [examples[i] for i in sorted(take_rows(len(examples), rows, seed))]
     exam = _exam(opened, session, seed, facts, test=examples, train=train, shots=shots)
     nearest = nearest_rows(session, wanted, examples, train)
-    exam = replace(exam, chosen=_still_chosen(opened, overrides), nearest=nearest)
     kind = run_kind(opened, facts.kind)
+    grammar = session_grammar(session, kept_constraint(opened.folder, kind)) if constrained else None
+    exam = replace(exam, grammar=grammar, chosen=_still_chosen(opened, overrides), nearest=nearest)
     if said := misfits(kind, examples):
         display.note(said)
     answers = {}
@@ -100,7 +108,7 @@ def evaluate(
         with session.adapter(adapters[arm]):
             answers[arm] = exam.take(arm, session)
         write_jsonl(opened.folder.evaluated(arm), answers[arm].rows)
-    kept = {key: metrics.get(key) for key in ("forgetting", "mixture", "train", "failed", "same")}
+    kept = {key: metrics.get(key) for key in KEPT}
     also = ("benchmarks", *(("readout",) if exam.guides else ()), "pseudo")
     kept |= {key: metrics[key] for key in also if key in metrics}
     task = {"kind": facts.kind.name, "primary": primary_of(exam.scorer, (found.metrics for found in answers.values()))}
@@ -136,7 +144,7 @@ def _still_chosen(opened: OpenRun, overrides: Sequence[str]) -> Chosen:
     return {arm: {k: v for k, v in keys.items() if k not in typed} for arm, keys in opened.chosen.items()}
 
 
-def _override(opened: OpenRun, overrides: Sequence[str]) -> tuple[Config, int]:
+def changed_config(opened: OpenRun, overrides: Sequence[str]) -> tuple[Config, int]:
     """The configuration with overrides of keys that can change after training, and the seed of decoding."""
     config, changes = opened.config, parse_overrides(overrides)
     seed = changes.pop("seed", config.seed)

@@ -7,6 +7,7 @@ from tell.progress import Display
 from tell.rows.row_table import RowTable
 from tell.run.answers import scorer_of
 from tell.run.arms import wanted_arms
+from tell.run.constrained import check_constraint
 from tell.run.general_rows import General, read_general
 from tell.run.plan import describe_plan, unwritten_general
 from tell.run.prepare import check_tests, prepare
@@ -36,6 +37,7 @@ def plan(config: Config, *, display: Display | None = None) -> dict:
     anchor = placed_anchor(task)
     check_tests(task, anchor)
     prepared = prepare(task, anchor, _general)
+    check_constraint(prepared.task)
     if config.max_minutes:
         extent, given_up = fit_minutes(prepared, minutes=config.max_minutes, spent=0.0)
         for text in given_up:

@@ -1,0 +1,56 @@
+"""``tell serve``: an OpenAI-compatible server of tuned models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tell.cli.common import argument, count, option, takes_options, trust_switch
+from tell.errors import TellError, require_package
+
+PORTS = 65_536
+
+
+def _port(text: str) -> int:
+    port = count(text)
+    if not 0 <= port < PORTS:
+        raise TellError(f"{port} is no port", where="--port", remedy=f"Choose one of 1 to {PORTS - 1:,}, or 0 for any.")
+    return port
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    runs: tuple[Path, ...] = argument("RUN", "run folders over one base model", ())
+    host: str = option(
+        "--host", "address to listen at; beyond this machine a token is needed", "ADDRESS", default="127.0.0.1"
+    )
+    port: int = option("--port", "port; 0: any free one", "N", _port, default=8000)
+    token: str | None = option(
+        "--token", "API key that requests must carry; beyond this machine a new one is made and printed", "TEXT"
+    )
+    trust_remote_code: bool = trust_switch()
+
+
+@takes_options
+def serve(options: ServeOptions) -> None:
+    """Serve tuned models over an OpenAI-compatible API.
+
+    Models are RUN, RUN/ARM and base; anchor, adapter and decoding are the run's.
+
+    Example: tell serve runs/tickets
+    """
+    for package in ("starlette", "uvicorn"):
+        require_package(package, "serve", where="tell serve")
+    if not options.runs:
+        raise TellError("no run is given", where="RUN", remedy="Name the folder of a finished run.")
+    from tell.cli.display import make_display
+    from tell.serve.run_server import serve as run
+
+    run(
+        options.runs,
+        make_display(),
+        host=options.host,
+        port=options.port,
+        token=options.token,
+        trust_remote_code=options.trust_remote_code,
+    )

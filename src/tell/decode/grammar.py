@@ -1,0 +1,238 @@
+"""Grammars: which tokens an answer may go on with, computed by llguidance while it is decoded. No torch.
+
+Compiling a schema takes milliseconds and a mask some 20 to 100 microseconds. Tokens that are the only way to go on are
+known without a forward pass.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from llguidance import LLMatcher, LLTokenizer
+
+from tell.data.constraint import OFF, Constraint, WhiteSpace
+from tell.data.schema import NAMED, VALUES
+from tell.errors import TellError, first_line, is_panic
+from tell.rows.template import ChatTokenizer
+from tell.shown import brief
+
+MOST_SCHEMA = 500_000
+"""Characters of a schema: 5,000 properties of one object take 0.4 MB and 2 seconds to compile."""
+_OPTIONS: dict[WhiteSpace, dict[str, Any]] = {
+    "compact": {"item_separator": ",", "key_separator": ":"},
+    "spaced": {"item_separator": ", ", "key_separator": ": "},
+    "either": {"item_separator": ", ?", "key_separator": ": ?"},
+    # Bounded: a weak model goes on with white space for ever where it may.
+    "free": {"whitespace_pattern": r"[ \t\r\n]{0,80}"},
+}
+_UNSUPPORTED = re.compile(r"Unimplemented keys: (\[.*?\])")
+_SHOWN = 8  # faults of a schema in one error
+
+
+class Grammars:
+    """Compiles constraints for one tokenizer; made once, since it reads the whole vocabulary (0.4 s for 49,000 tokens).
+
+    Raises:
+        TellError: llguidance cannot read the tokenizer.
+    """
+
+    def __init__(self, chat: ChatTokenizer) -> None:
+        try:
+            self.tokenizer = LLTokenizer(chat.backend.to_str(), eos_token=list(chat.stop_ids))
+        except BaseException as error:
+            if not (isinstance(error, Exception) or is_panic(error)):
+                raise
+            what = f"answers cannot be constrained with this tokenizer ({first_line(error)})"
+            raise TellError(what, where=str(chat.folder), remedy=f"To do without, {OFF}.") from error
+        self.lead: list[int] = []
+        blanks = len(chat.lead)
+        if chat.lead.strip():  # tokens that the template writes before every answer: an empty thought
+            self.lead, blanks = chat.encode(chat.lead), 0
+        # A SentencePiece tokenizer begins a text with a space that decoding takes off again.
+        first = chat.encode("{")[:1]
+        self.blanks = blanks + self.tokenizer.decode_bytes(first).startswith(b" ")
+
+    def compile(self, constraint: Constraint) -> Grammar:
+        """The grammar of a constraint.
+
+        Raises:
+            TellError: the schema is too large, or has keywords that a grammar cannot follow; all are named.
+        """
+        if constraint.json_schema is None:
+            body = "(" + " | ".join(json.dumps(label, ensure_ascii=False) for label in constraint.labels) + ")"
+            return self._grammar(body)
+        options = {
+            "item_separator": ",",
+            "key_separator": ":",
+            "whitespace_flexible": False,
+            **_OPTIONS[constraint.white_space],
+            "json_allow_general_unicode_escapes": constraint.escapes,
+            "lenient": False,  # a schema must not switch its own check off
+            "coerce_one_of": False,
+        }
+        schema = constraint.json_schema
+        if (size := len(json.dumps(schema))) > MOST_SCHEMA:
+            what = f"has {size:,} characters; for a constraint it may have {MOST_SCHEMA:,}"
+            raise TellError(what, where="the schema", remedy=f"Shorten it, or {OFF}.")
+        try:
+            return self._grammar(_as_json(schema, options))
+        except _Refused as refused:
+            found = list(_faults(schema, str(refused), lambda part: self._fault(_as_json(part, options))))
+            listed = "; ".join(found[:_SHOWN]) + (f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else "")
+            what = f"a grammar cannot follow {listed}"
+            remedy = f"Remove that from the schema, which answers are then checked against without it, or {OFF}."
+            raise TellError(what, where="the schema", remedy=remedy) from refused
+
+    def _fault(self, body: str) -> str:
+        try:
+            self._grammar(body)
+        except _Refused as refused:
+            return str(refused)
+        return ""
+
+    def _grammar(self, body: str) -> Grammar:
+        lead = f"start: BLANK? answer\nBLANK: /[ \\t\\n]{{1,{self.blanks}}}/\nanswer: " if self.blanks else "start: "
+        matcher = LLMatcher(self.tokenizer, lead + body, log_level=0)
+        if matcher.is_error():
+            raise _Refused(matcher.get_error())
+        return Grammar(self, matcher)
+
+
+class _Refused(Exception):
+    """llguidance's own error."""
+
+
+class Grammar:
+    """A compiled constraint."""
+
+    def __init__(self, made_by: Grammars, matcher: LLMatcher) -> None:
+        self.grammars, self._matcher = made_by, matcher
+
+    def mask(self) -> Mask:
+        """What one answer may be, from its beginning."""
+        return Mask(self._matcher.deep_copy(), self.grammars.lead)
+
+    def fault(self, answer: str) -> str | None:
+        """Where an answer leaves the grammar: the text before, or that it ends too early; None where it is accepted."""
+        matcher, ids = self._matcher.deep_copy(), self.grammars.tokenizer.tokenize_str(answer)
+        taken = matcher.try_consume_tokens(ids)
+        if taken == len(ids) and matcher.is_accepting():
+            return None
+        kept = self.grammars.tokenizer.decode_str(ids[:taken])
+        if taken == len(ids):
+            return "it ends too early"
+        return f"after {brief(kept[-40:])} it goes on with {brief(answer[len(kept) : len(kept) + 20])}"
+
+
+class Mask:
+    """Follows one answer: the tokens it may go on with, and those it must.
+
+    Attributes:
+        failed: why no mask can be computed any more; empty as long as it can. The answer then ends.
+        forced: tokens that were the only way to go on.
+    """
+
+    def __init__(self, matcher: LLMatcher, lead: Sequence[int]) -> None:
+        self._matcher, self._lead = matcher, list(lead)
+        self.failed, self.forced = "", 0
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing but the end of the answer may follow."""
+        return self._matcher.is_stopped()
+
+    def start(self) -> list[int]:
+        """The tokens that every answer begins with, taken; called once, before any token."""
+        return [*self._lead, *self._further()]
+
+    def take(self, token: int) -> list[int]:
+        """Go on by a token that `allowed` has; the tokens that must follow, taken too."""
+        if not self._matcher.consume_token(token):
+            self.failed = self._matcher.get_error()
+        return self._further()
+
+    def _further(self) -> list[int]:
+        tokens = [] if self.ended else self._matcher.compute_ff_tokens()
+        if tokens and not self._matcher.consume_tokens(tokens):
+            self.failed, tokens = self._matcher.get_error(), []
+        self.forced += len(tokens)
+        return tokens
+
+    def allowed(self, size: int) -> np.ndarray:
+        """(size,) bool, the tokens of the model's vocabulary that may follow; a stop token where the answer may end."""
+        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        if self._matcher.is_error():
+            self.failed = self._matcher.get_error()
+        out = np.zeros(size, dtype=bool)
+        found = np.unpackbits(bits, bitorder="little")[:size]
+        out[: len(found)] = found
+        if not out.any():
+            self.failed = self.failed or "no token of the model can follow"
+        return out
+
+
+def _as_json(schema: dict[str, Any], options: dict[str, Any]) -> str:
+    return "%json " + json.dumps({**schema, "x-guidance": options}, ensure_ascii=False)
+
+
+def _faults(schema: dict[str, Any], error: str, fault_of: Callable[[dict], str]) -> Iterator[str]:
+    """Everything of a schema that llguidance refuses, each with its path; keywords first, which it reports one by one.
+
+    Args:
+        error: its error about the whole schema.
+        fault_of: its error about another schema; empty where it accepts it.
+    """
+    unsupported: set[str] = set()
+    while (found := _UNSUPPORTED.search(error)) is not None:
+        names = set(json.loads(found.group(1))) - unsupported
+        if not names:
+            break
+        unsupported |= names
+        for node, path in _nodes(schema, "$"):
+            yield from (f"{name} at {path}" for name in sorted(names) if name in node)
+        error = fault_of(_without(schema, unsupported))
+    known = bool(unsupported)
+    for node, path in _nodes(schema, "$"):
+        for name in ("pattern", "format"):  # a string alone has the same fault
+            if name in node and fault_of({"type": "string", name: node[name]}):
+                known = True
+                yield f"{name} {brief(node[name])} at {path}"
+        if "oneOf" in node and "oneOf" in error:
+            known = True
+            yield f"oneOf at {path} (use anyOf)"
+    if error and not known:
+        yield brief(error.removeprefix("at 1(8): failed to compile JSON schema: ").splitlines()[0], 120)
+
+
+def _nodes(node: object, path: str) -> Iterator[tuple[dict, str]]:
+    """Every subschema with its path."""
+    if isinstance(node, list):
+        for i, item in enumerate(node):
+            yield from _nodes(item, f"{path}[{i}]")
+    elif isinstance(node, dict):
+        yield node, path
+        for key, value in node.items():
+            if key in NAMED and isinstance(value, dict):
+                for name, part in value.items():
+                    yield from _nodes(part, f"{path}.{key}.{name}")
+            elif key not in VALUES:
+                yield from _nodes(value, f"{path}.{key}")
+
+
+def _without(node: Any, names: set[str]) -> Any:
+    """A schema without some keywords."""
+    if isinstance(node, list):
+        return [_without(item, names) for item in node]
+    if not isinstance(node, dict):
+        return node
+    out = {}
+    for key, value in node.items():
+        if key in NAMED and isinstance(value, dict):
+            out[key] = {name: _without(part, names) for name, part in value.items()}
+        elif key not in names:
+            out[key] = value if key in VALUES else _without(value, names)
+    return out
