@@ -27,6 +27,7 @@ from tell.patience import within
 if TYPE_CHECKING:
     import datasets
 
+BadRows = Literal["refuse", "drop"]
 HUB_TIMEOUT = 5.0  # seconds the hub may take to answer before it counts as unreachable
 _HUB_NAME = re.compile(r"(?P<name>[\w.-]+(?:/[\w.-]+)?)(?::(?P<config>[\w.-]+))?(?:@(?P<split>[\w.\[\]:%-]+))?")
 
@@ -54,9 +55,7 @@ class Loaded:
     notices: tuple[str, ...] = ()
 
 
-def load(
-    source: str, *, name: str = "task", columns: str | None = None, bad_rows: Literal["refuse", "drop"] | None = None
-) -> Loaded:
+def load(source: str, *, name: str = "task", columns: str | None = None, bad_rows: BadRows | None = None) -> Loaded:
     """Examples of a file or a hub dataset, with the layout that was detected.
 
     Args:
