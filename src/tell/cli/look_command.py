@@ -19,7 +19,7 @@ BAR, VALUES, PIECE = 24, 12, 1200  # cells of a bar, values of a field, characte
 MARKS = {"trained": ("⟦", "⟧", "bold underline green"), "anchor": ("⟪", "⟫", "italic reverse cyan")}
 """How pieces of a row are marked: by brackets where the output is no terminal, else by a style that shows without
 colour too."""
-LEVELS = {"refused": ("✗", "bold red"), "warning": ("!", "bold yellow"), "note": ("·", "")}
+LEVELS = {"refused": ("✗ `tell tune` refuses this:", "bold red"), "warning": ("!", "bold yellow"), "note": ("·", "")}
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ def look(given: Given, options: LookOptions) -> None:
 
     page = options.html or (None if options.as_json else look_page(config))
 
-    def work(display: Display) -> dict:
-        return tell.look(config, rows=options.rows, page=page, display=display)
+    def work(_display: Display) -> dict:  # all that would be noted is printed or in the JSON
+        return tell.look(config, rows=options.rows, page=page)
 
     show(options.as_json, work, lambda console, found: _print(console, found))
 

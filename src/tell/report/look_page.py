@@ -14,7 +14,7 @@ from tell.report.score_tables import Cell, Line, Plotted
 from tell.report.svg import SHARE, axis_strip, bar_strip, histogram
 
 VALUES_OPEN = 15  # values of a field that are shown; further ones unfold
-LEVELS = {"refused": "Stops tell tune", "warning": "Look at this", "note": "Good to know"}
+LEVELS = {"refused": "What tell tune refuses", "warning": "To look at", "note": "To know"}
 PARTS = ("train", "validation", "test")
 
 

@@ -289,13 +289,13 @@ def _lengths(seen: _Seen) -> dict | None:
     }
 
 
-def _quantiles(table: RowTable) -> dict[str, float]:
+def _quantiles(table: RowTable) -> dict[str, int]:
     middle, high = np.percentile(table.tokens, (50, 95))
     return {
         "shortest": int(table.tokens.min()),
-        "median": round(float(middle), 1),
-        "95 %": round(float(high), 1),
+        "median": round(middle),
+        "95 %": round(high),
         "longest": int(table.tokens.max()),
-        "trained, median": round(float(np.median(table.trained)), 1),
+        "trained, median": round(np.median(table.trained)),
         "trained, longest": int(table.trained.max()),
     }

@@ -130,7 +130,8 @@ def intervals(n: int, fields: Sequence[dict]) -> list[dict]:
     if constant and constant["n"] == n:
         right, (low, high) = constant["right"], constant["ci"]
         gain = next((k for k in range(1, n - right + 1) if is_gain(right, right + k, n)), None)
-        least = f"only a score of {_percent((right + gain) / n)} or more is" if gain else "no score can be"
+        more = " or more" if gain and right + gain < n else ""
+        least = f"only a score of {_percent((right + gain) / n)}{more} is" if gain else "no score can be"
         words = (
             f"with {_rows(n)} the constant baseline, {_percent(constant['share'])}, has an interval of "
             f"{_range(low, high)}: {least} seen to be better"
@@ -157,7 +158,7 @@ def constant_words(one: Mapping) -> str | None:
     if constant is None:
         return None
     text = f"answering {brief(constant['value'])} to everything gives {_percent(constant['share'])}"
-    return text if one["field"] == "label" else f"{brief(one['field'])}: {text}"
+    return text if one["field"] == "label" else f"field {brief(one['field'])}: {text}"
 
 
 def checks(found: Mapping) -> list[dict]:
@@ -167,7 +168,7 @@ def checks(found: Mapping) -> list[dict]:
         ``{"level", "text"}`` each; the level is ``refused`` (`tell tune` stops there), ``warning`` or ``note``.
     """
     rows, lengths = found["findings"], found["lengths"]
-    refused = [f"`tell tune` refuses this: {text}" for text in found["refused"]]
+    refused = list(found["refused"])
     warnings = [f"no row is rendered and no token counted: {text}" for text in [found["model"]["absent"]] if text]
     warnings += _counted("rows without an answer, left out", rows["empty_answers"])
     if (total := rows["left_out"]["total"]) > rows["empty_answers"]["total"]:
