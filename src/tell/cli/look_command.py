@@ -31,7 +31,7 @@ class LookOptions:
 
 @takes_options
 def look(given: Given, options: LookOptions) -> None:
-    """Show what the model will see of DATA, before anything is trained.
+    """Show what the model will see of DATA before training.
 
     In the terminal and as one offline page: rendered rows, balance, lengths, rows to look at. Takes the data and model
     flags of `tell plan`. With --json, the page is written only where --html says so.

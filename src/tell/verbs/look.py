@@ -260,7 +260,8 @@ def _shared(head: str, whole: str) -> int:
 
 def _anchored(example: Example, anchor: Anchor) -> tuple[str, str]:
     turns = anchor.apply(example.messages) if anchor else ()
-    return next((m.content for m in turns if m.content.startswith(anchor.text)), ""), anchor.text
+    carriers = (m.content for m in turns if m.role == anchor.place and m.content.startswith(anchor.text))
+    return next(carriers, ""), anchor.text
 
 
 def _anchor_span(text: str, turn: str, anchor: str) -> tuple[int, int]:
