@@ -38,7 +38,7 @@ def look(*argv: str) -> int:
 def test_the_page_is_whole_and_loads_nothing(model, folder, tiny_model):
     anchor = f"{HOSTILE[0]} Sort."
     assert look("--model", str(tiny_model(model)) if model else "someone/not-here", "--anchor", anchor) == 0
-    html = (folder / "<b>.look.html").read_text(encoding="utf-8")
+    html = (folder / "b.look.html").read_text(encoding="utf-8")
     page = Page(html)
     assert (page.wrong, page.open) == ([], [])
     assert [attrs["id"] for attrs in page.all("section")] == [
@@ -51,7 +51,12 @@ def test_the_page_is_whole_and_loads_nothing(model, folder, tiny_model):
         assert not [a for a in attrs if a.startswith("on") or a in ("src", "style", "srcset", "href")], (tag, attrs)
     policy = next(m["content"] for m in page.all("meta") if m.get("http-equiv") == "Content-Security-Policy")
     assert policy.startswith("default-src 'none'; style-src 'sha256-") and "unsafe" not in policy
-    assert html.count("</style>") == 1 and HOSTILE[0] in page.text and HOSTILE[1] in page.text and "62710561" not in page.text
+    assert (
+        html.count("</style>") == 1
+        and HOSTILE[0] in page.text
+        and HOSTILE[1] in page.text
+        and "62710561" not in page.text
+    )
     assert not re.findall("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u202a-\u202e]", html) and "U+202E" in page.text
     marks = [attrs["class"].split() for attrs in page.all("mark")]
     assert (["trained"] in marks, ["anchor"] in marks) == (bool(model), bool(model))
@@ -65,7 +70,7 @@ def test_the_terminal_gets_no_control_sequences_of_the_data(folder, tiny_model, 
     assert "\x1b" not in out and "\u202e" not in out and "\x00" not in out
     assert "[red]bold[/red]" in out and ":skull:" in out
     assert "⟪Sort.⟫" in out and re.search(r"⟦[^⟦⟧]+<\|im_end\|>⟧", out)
-    assert "page     <b>.look.html" in out
+    assert "page     b.look.html" in out
 
 
 def test_styles_on_a_terminal_do_not_depend_on_colour(folder, tiny_model, capsys, monkeypatch):

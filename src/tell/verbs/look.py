@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -65,8 +66,8 @@ class _Seen:
 
 def look_page(config: Config) -> Path:
     """Where the command `tell look` writes its page by default: in the current folder, named after the data."""
-    name = PurePath(config.task.data or "data").name
-    return Path(f"{name.split('.')[0] or name}.look.html")
+    name = re.sub(r"[^\w.-]+", "-", PurePath(config.task.data or "").name).strip("-.")
+    return Path(f"{name.split('.')[0] or 'data'}.look.html")
 
 
 def look(config: Config, *, rows: int = SHOWN, page: str | Path | None = None, display: Display | None = None) -> dict:
@@ -103,7 +104,7 @@ def look(config: Config, *, rows: int = SHOWN, page: str | Path | None = None, d
     findings = row_findings(every, seen.rows.facts)
     if (compared := findings["near_duplicates"]["compared"]) < len(every):
         notices.add(f"near-duplicates are looked for among the first {compared:,} of {len(every):,} rows")
-    found = {
+    found: dict = {
         "data": seen.rows.facts.data,
         "test": seen.rows.facts.test,
         "kind": {"name": seen.rows.kind.name, "why": seen.rows.kind.why},
@@ -119,7 +120,7 @@ def look(config: Config, *, rows: int = SHOWN, page: str | Path | None = None, d
         "refused": seen.refused,
         "notices": notices.texts,
     }
-    found |= {"page": page and str(page), "checks": checks(found)}
+    found |= {"page": None if page is None else str(page), "checks": checks(found)}
     if page is not None:
         write_text(page, render_look(found, name=PurePath(config.task.data or "").name))
     return found
@@ -224,10 +225,10 @@ def _row(seen: _Seen, example: Example, why: str) -> dict:
     turns = [{"role": m.role, "text": shorten(m.content, PIECE)} for m in example.messages]
     row = {"origin": example.origin, "why": why, "turns": turns, "pieces": None}
     table = seen.tables.get("train")
-    at = np.flatnonzero(table.origins == example.origin) if table is not None else ()
-    if seen.task is None or table is None or not len(at):
+    at = [] if table is None else np.flatnonzero(table.origins == example.origin).tolist()
+    if seen.task is None or table is None or not at:
         return row
-    ids, mask = table.row(int(at[0]))
+    ids, mask = table.row(at[0])
     pieces = _pieces(seen.task.chat, ids, mask, _anchored(example, seen.anchor))
     return row | {"tokens": len(ids), "trained_tokens": int(mask.sum()), "pieces": pieces}
 

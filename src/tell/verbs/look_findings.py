@@ -22,7 +22,8 @@ LISTED = 50  # rows listed of each finding; the counts cover all of them
 NAMED = 3  # rows named in a sentence
 QUOTED = 300  # characters of a prompt or an answer in a finding
 MOST_VALUES = 200  # values of a field that are listed
-COMPARED = 20_000  # rows compared with each other for near-duplicates
+COMPARED = 10_000  # rows compared with each other for near-duplicates
+MANY = 1000  # test rows from which shares have a decimal
 GOOD = 0.9  # a score whose interval is told
 
 
@@ -39,7 +40,7 @@ def balance(kind: Kind, parts: Mapping[str, Sequence[Example]]) -> list[dict]:
         parts: rows of ``train``, ``validation`` and ``test``.
     """
     fields = closed_fields(kind, parts["train"])
-    if not fields and kind.labels:  # all training rows have one label
+    if not fields and kind.name == "label" and kind.labels:  # all training rows have one label
         fields = [ClosedField((), "value", kind.labels)]
     return [_balance(one, parts) for one in fields]
 
@@ -123,18 +124,19 @@ def intervals(n: int, fields: Sequence[dict]) -> list[dict]:
     right = round(GOOD * n)
     low, high = wilson(right, n)
     gain = next((k for k in range(1, right + 1) if is_gain(right - k, right, n)), None)
-    least = f"a gain below {100 * gain / n:.0f} points cannot be seen" if gain else "no gain can be seen"
-    words = f"with {_rows(n)} a score of 90 % has an interval of {_range(low, high)}: {least}"
+    digits = int(n >= MANY)
+    least = f"a gain below {100 * gain / n:.{digits}f} points cannot be seen" if gain else "no gain can be seen"
+    words = f"with {_rows(n)} a score of 90 % has an interval of {_range(low, high, digits)}: {least}"
     found = [{"score": GOOD, "n": n, "ci": [low, high], "gain_rows": gain, "words": words}]
     constant = fields[0]["constant"] if len(fields) == 1 else None
     if constant and constant["n"] == n:
         right, (low, high) = constant["right"], constant["ci"]
         gain = next((k for k in range(1, n - right + 1) if is_gain(right, right + k, n)), None)
         more = " or more" if gain and right + gain < n else ""
-        least = f"only a score of {_percent((right + gain) / n)}{more} is" if gain else "no score can be"
+        least = f"only a score of {_percent((right + gain) / n, digits)}{more} is" if gain else "no score can be"
         words = (
-            f"with {_rows(n)} the constant baseline, {_percent(constant['share'])}, has an interval of "
-            f"{_range(low, high)}: {least} seen to be better"
+            f"with {_rows(n)} the constant baseline, {_percent(constant['share'], digits)}, has an interval of "
+            f"{_range(low, high, digits)}: {least} seen to be better"
         )
         found.append({"score": constant["share"], "n": n, "ci": [low, high], "gain_rows": gain, "words": words})
     return found
@@ -144,12 +146,12 @@ def _rows(n: int) -> str:
     return f"{n:,} test row{'s' if n > 1 else ''}"
 
 
-def _range(low: float, high: float) -> str:
-    return f"{100 * low:.0f} to {100 * high:.0f} %"
+def _range(low: float, high: float, digits: int) -> str:
+    return f"{100 * low:.{digits}f} to {100 * high:.{digits}f} %"
 
 
-def _percent(share: float) -> str:
-    return as_typed(show(share, "share", digits=0, exact=True))
+def _percent(share: float, digits: int = 0) -> str:
+    return as_typed(show(share, "share", digits=digits, exact=True))
 
 
 def constant_words(one: Mapping) -> str | None:
@@ -158,7 +160,7 @@ def constant_words(one: Mapping) -> str | None:
     if constant is None:
         return None
     text = f"answering {brief(constant['value'])} to everything gives {_percent(constant['share'])}"
-    return text if one["field"] == "label" else f"field {brief(one['field'])}: {text}"
+    return text if one["field"] == "label" else f"field {brief(one['field'].removesuffix(' empty'))}: {text}"
 
 
 def checks(found: Mapping) -> list[dict]:
@@ -184,10 +186,9 @@ def checks(found: Mapping) -> list[dict]:
         warnings += _counted(f"training rows over train.max_length, {lengths['limit']:,} tokens", lengths["over"])
     notes = []
     if total := rows["near_duplicates"]["near"]:
-        pairs = rows["near_duplicates"]["pairs"]
-        other = sum(pair["other_answer"] for pair in pairs)
-        more = f"; {other:,} of the {len(pairs):,} most similar have another answer" if other else ""
-        notes.append(f"rows that nearly equal an earlier row: {total:,}{more}")
+        pairs = [pair for pair in rows["near_duplicates"]["pairs"] if pair["other_answer"]]
+        where = f"; with another answer: {pairs[0]['a']} and {pairs[0]['b']}, for one" if pairs else ""
+        (warnings if pairs else notes).append(f"rows that nearly equal an earlier row: {total:,}{where}")
     if total := rows["repeated"]:
         notes.append(f"rows that repeat an earlier row in full: {total:,}")
     notes += [text for one in found["fields"] if (text := constant_words(one))]
