@@ -25,6 +25,7 @@ SMALL = {  # flags that make a run small, by verb; put ahead of the block's own 
         *("anchor.candidates=1", "generate.max_new_tokens=4", "eval.bootstrap=100"),
     ),
     "plan": (),
+    "look": (),
     "anchor": ("anchor.candidates=1", "generate.max_new_tokens=4"),
     "separate": (),
 }
@@ -106,6 +107,8 @@ def _run(block: Block, words: list[str], tiny: Path) -> None:
         extra = [part for setting in SMALL[verb] for part in ("--set", setting)]
         if "-c" not in rest:
             extra += [] if "--model" in rest else ["--model", str(tiny)]
-            extra += [] if "--general" in rest else ["--general", "builtin"]  # a tiny model would write nothing usable
+            extra += (
+                [] if "--general" in rest else ["--set", "general.source=builtin"]
+            )  # a tiny model would write nothing usable
     arguments = [verb, *extra, *rest]
     assert run(arguments) == 0, f"{block}: tell {shlex.join(arguments)}"

@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from tell.verbs.chat import chat as chat
     from tell.verbs.demo import demo as demo
     from tell.verbs.evaluate import evaluate as evaluate
+    from tell.verbs.look import look as look
     from tell.verbs.plan_run import plan as plan
     from tell.verbs.separate import Comparison as Comparison
     from tell.verbs.separate import separate as separate
@@ -112,6 +113,7 @@ _MODULES = {
     "tell.verbs.chat": ("chat",),
     "tell.verbs.demo": ("demo",),
     "tell.verbs.evaluate": ("evaluate",),
+    "tell.verbs.look": ("look",),
     "tell.verbs.plan_run": ("plan",),
     "tell.verbs.separate": (
         "Comparison",

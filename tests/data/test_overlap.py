@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tell.data.example import Example
-from tell.data.overlap import _shingles, _words, find_overlap
+from tell.data.overlap import _shingles, _words, find_duplicates, find_overlap
 
 WORDS = [a + b for a, b in product("bdfgklmnprst", "aeiou")]
 
@@ -104,3 +104,32 @@ def test_prompt_or_all():
     a, test = [Example.pair("same prompt here", "one answer")], [Example.pair("same prompt here", "another thing")]
     assert find_overlap(a, test).exact == 1
     assert find_overlap(a, test, on="all").indices == set()
+
+
+def test_duplicates_within_a_list_are_pairs_of_an_earlier_and_a_later_row():
+    texts = [
+        "the parcel that I ordered three weeks ago has still not arrived in Bonn",
+        "something else that has nothing to do with parcels or with any weeks",
+        "The parcel, that I ordered three weeks ago, has still not arrived in Bonn!",
+        "the parcel that I ordered three weeks ago has still not arrived in Kiel",
+        "something else that has nothing to do with parcels or with any weeks",
+    ]
+    rows = [Example.pair(text, str(i)) for i, text in enumerate(texts)]
+    pairs = find_duplicates(rows)
+    assert [(pair.a_index, pair.test_index) for pair in pairs] == [(2, 0), (3, 0)]  # 4 equals 1, so it is not near it
+    assert pairs[0].similarity == 1 > pairs[1].similarity >= 0.8
+    assert find_duplicates([]) == find_duplicates(rows[:1]) == []
+
+
+def test_duplicates_within_a_list_are_those_of_comparing_all_pairs():
+    rng = random.Random(5)
+    words = ["red", "blue", "green", "tent", "stove"]
+    rows = [Example.pair(" ".join(rng.choices(words, k=6)), str(i)) for i in range(150)]
+    found = {(pair.a_index, pair.similarity) for pair in find_duplicates(rows, threshold=0.5)}
+    expected = set()
+    for i, row in enumerate(rows):
+        earlier = [other for other in rows[:i] if other.prompt != row.prompt]
+        first = all(other.prompt != row.prompt for other in rows[:i])
+        best = find_overlap([row], earlier, threshold=0.5, ignore_template=False).pairs if earlier and first else []
+        expected |= {(i, pair.similarity) for pair in best}
+    assert found == expected and len(found) > 10

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tell.score.intervals import difference, estimate, newcombe_paired, wilson
+from tell.score.intervals import difference, estimate, is_gain, newcombe_paired, wilson
 from tell.score.label import LabelScorer
 from tell.score.means import mean_metric
 from tell.score.text import TextScorer
@@ -166,3 +166,10 @@ def test_corpus_metrics_go_through():
 def test_unequal_lengths_are_refused():
     with pytest.raises(ValueError, match="2 and 3 rows"):
         difference(mean_metric([1, 2]), mean_metric([1, 2, 3]), seed=0)
+
+
+@pytest.mark.parametrize(("before", "after", "n", "seen"), [(22, 27, 30, True), (23, 27, 30, False), (5, 5, 9, False)])
+def test_a_gain_is_seen_where_its_interval_excludes_zero(before, after, n, seen):
+    a, b = np.arange(n) < after, np.arange(n) < before
+    found = difference(mean_metric(a, binary=True), mean_metric(b, binary=True), seed=0)
+    assert is_gain(before, after, n) == (found["ci"][0] > 0) == seen

@@ -161,11 +161,17 @@ class Flag:
         made = option(self.name, f"{self.help} ({self.key})", self.metavar, self.parse, default, self.panel)
         return _parameter(name, kind, made)
 
+    def is_of(self, verb: str) -> bool:
+        """Whether a verb takes the flag: one of ``verbs``, or one that takes whole groups of another's flags."""
+        like, panels = _LIKE.get(verb, ("", ()))
+        return verb in self.verbs or (like in self.verbs and self.panel in panels)
+
 
 _RUN = ("tune", "plan")
 _ANCHORED = ("tune", "plan", "separate")
 _ALL = ("tune", "plan", "anchor", "separate")
 _MODEL, _GENERAL, _TRAINING = "Model and anchor", "General data", "Mixture and training"
+_LIKE = {"look": ("plan", ("Data", _MODEL))}
 FLAGS: tuple[Flag, ...] = (
     Flag("--test", "task.test", "test file; default: rows split off DATA", "FILE"),
     Flag("--unlabelled", "task.unlabelled", "prompts without answers, for the arm tell-pseudo", "FILE", verbs=_RUN),
@@ -214,7 +220,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag("--max-minutes", "max_minutes", "shrink the run until it is predicted to fit", "N", number, "Run", _RUN),
     Flag("--arms", "eval.arms", "arms to score, comma-separated", "A,B,...", read_arms, "Run", _RUN),
     Flag("--greedy", "generate.greedy", "decode greedily", None, None, "Run", ("tune",)),
-    Flag("--seed", "seed", "seed of every draw", "N", count, "Run", _ALL),
+    Flag("--seed", "seed", "seed of every draw", "N", count, "Run", (*_ALL, "look")),
     Flag("--out", "out", "run folder", "DIR", str, "Run", ("tune",)),
 )
 
@@ -317,7 +323,7 @@ def takes_options(function: Callable[..., None]) -> Callable[..., None]:
     A function that also takes ``given`` gets DATA, ``-c``, ``--set`` and the flags of `FLAGS` for its verb.
     """
     hints = get_type_hints(function)
-    flags = [flag for flag in FLAGS if "given" in hints and function.__name__ in flag.verbs]
+    flags = [flag for flag in FLAGS if "given" in hints and flag.is_of(function.__name__)]
     parameters = [*(_parameters(Given) if flags else ()), *(f.parameter for f in flags), *_parameters(hints["options"])]
 
     @wraps(function)

@@ -21,6 +21,7 @@ from tell.cli import chat_command as chat
 from tell.cli import demo_command as demo
 from tell.cli import eval_command as eval
 from tell.cli import export_command as export
+from tell.cli import look_command as look
 from tell.cli import plan_command as plan
 from tell.cli import report_command as report
 from tell.cli import separate_command as separate
@@ -94,6 +95,7 @@ _build.command("is-en-news")(build.is_en_news)
 for _name, _verb in (
     ("tune", tune.tune),
     ("plan", plan.plan),
+    ("look", look.look),
     ("eval", eval.evaluate),
     ("chat", chat.chat),
     ("export", export.export),

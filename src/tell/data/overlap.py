@@ -94,16 +94,45 @@ def find_overlap(
             candidates.append((i, row))
     n_exact = len(pairs)
     pairs += _near(candidates, shingles, threshold)
-    pairs.sort(key=lambda pair: (-pair.similarity, pair.a_index))
+    pairs.sort(key=_most_similar_first)
     return Overlap(n_exact, len(pairs) - n_exact, pairs, {pair.a_index for pair in pairs})
 
 
-def _near(candidates: list[tuple[int, set[str]]], test: list[set[str]], threshold: float) -> Iterable[Pair]:
+def find_duplicates(rows: Sequence[Example], *, threshold: float = 0.8) -> list[Pair]:
+    """Rows whose prompt nearly equals an earlier one of the same list, each with the earlier row most like it.
+
+    Words are compared as by `find_overlap`. Of rows with equal prompts only the first is compared.
+
+    Returns:
+        The pairs, most similar first; both indices are of ``rows``.
+    """
+    first: dict[str, int] = {}
+    for i, example in enumerate(rows):
+        first.setdefault(_text(example, "prompt"), i)
+    words = [_words(text) for text in first]
+    head, tail = _template(words)
+    shingles = [_shingles(_strip(row, head, tail)) for row in words]
+    index = list(first.values())
+    near = _near([(i, row) for i, row in enumerate(shingles) if row], shingles, threshold, earlier=True)
+    pairs = [Pair(index[pair.a_index], index[pair.test_index], pair.similarity) for pair in near]
+    return sorted(pairs, key=_most_similar_first)
+
+
+def _most_similar_first(pair: Pair) -> tuple[float, int]:
+    return -pair.similarity, pair.a_index
+
+
+def _near(
+    candidates: list[tuple[int, set[str]]], test: list[set[str]], threshold: float, *, earlier: bool = False
+) -> Iterable[Pair]:
     """Each candidate at or above the threshold, with the test row most like it: an exact join by prefixes.
 
     With all shingles in one order, two sets of Jaccard similarity t or more share one of the first
     |A| - ceil(t |A|) + 1 of A and one of the first |B| - ceil(t |B|) + 1 of B. Rare shingles come first, so few
     pairs are left to compare.
+
+    Args:
+        earlier: ``test`` is the list of the candidates itself; each is compared with those before it.
     """
     if not candidates:
         return
@@ -121,6 +150,8 @@ def _near(candidates: list[tuple[int, set[str]]], test: list[set[str]], threshol
         best = (0.0, 0)
         for j in {j for shingle in prefix(row) for j in index.get(shingle, ())}:
             other = test[j]
+            if earlier and j >= i:
+                continue
             if min(len(row), len(other)) < threshold * max(len(row), len(other)) - 1e-9:
                 continue  # too different in size
             shared = len(row & other)

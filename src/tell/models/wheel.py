@@ -71,6 +71,12 @@ def folder_of_gguf(file: Path, notify: Notify | None = None) -> Path:
     return _convert_once(file, _target(file.stem.lower(), sha256(file)), None, notify)
 
 
+def converted(file: Path | None = None) -> Path | None:
+    """The folder of a GGUF file, by default the wheel's, if it was converted before."""
+    target = _target(file.stem.lower(), sha256(file)) if file else _target("smollm2-135m", GGUF_SHA256)
+    return target if _ready(target) else None
+
+
 def sha256(file: Path) -> str:
     with file.open("rb") as data:
         return hashlib.file_digest(data, "sha256").hexdigest()

@@ -101,6 +101,32 @@ def axis_strip(scale: Scale, label: Callable[[float], str]) -> Markup:
     return element("svg", *parts, class_="axis", aria_hidden="true", focusable="false")
 
 
+def bar_strip(parts: Iterable[tuple[str, float]]) -> Markup:
+    """A stacked bar of (class, share of the full width). Hidden from screen readers: the cells next to it hold the
+    numbers."""
+    bars, x = [], 0.0
+    for name, share in parts:
+        place = {"x": f"{100 * x:.3f}%", "width": f"{100 * share:.3f}%", "height": "100%"}
+        bars.append(element("rect", class_=name, **place))
+        x += share
+    return element("svg", *bars, class_="bars", aria_hidden="true", focusable="false")
+
+
+def histogram(counts: Sequence[int], last: float, limit: float, *, title: str, said: str, height: int = 140) -> Markup:
+    """Counts of equal ranges from 0 to ``last``, and a line at ``limit`` where it is in the picture."""
+    width, top = 100 / max(1, len(counts)), max(1, *counts)
+    bars = [_rect((i + 0.06) * width, 100 - 100 * n / top, 0.88 * width, 100 * n / top) for i, n in enumerate(counts)]
+    x = Scale.over([], number=5, hold=[0, max(1.0, last)])
+    x = Scale(0, max(1.0, last), tuple(tick for tick in x.ticks if tick <= last))
+    labels = [_text(f"{tick:,.0f}{'' if tick else ' tokens'}", x.at(tick), height - 4) for tick in x.ticks]
+    line = []
+    if limit <= last:
+        at = f"{x.at(limit)}%"
+        line = [element("line", class_="limit", x1=at, x2=at, y1=0, y2=height - 20)]
+    drawn = _stretched(bars, height - 20, (100, 100))
+    return picture("histogram", "lengths-figure", title, said, drawn, *line, *labels, height=height)
+
+
 def smooth(values: np.ndarray) -> np.ndarray:
     """Centred moving average over about a twelfth of the steps, at least 3; shorter at the ends."""
     half = max(1, len(values) // 24)

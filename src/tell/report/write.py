@@ -43,16 +43,28 @@ def write_report(
     one = len(folders) == 1
     default = folders[0].report if one else folders[0].root.resolve().parent / "compare.html"
     path = Path(out) if out else default
-    if path.exists() and not _is_ours(path):
-        raise TellError(
-            "already exists and is not a report by tell, so it is left as it is",
-            where=str(path),
-            remedy="Name another file with -o, or move it away.",
-        )
+    check_replaceable(path, "-o")
     with reading(folders[0].root):
         page = render(folders[0]) if one else compare(folders)
     write_text(path, page)
     return path
+
+
+def check_replaceable(path: Path, flag: str) -> None:
+    """Refuse to write a page over a file that is not one.
+
+    Args:
+        flag: names the file.
+
+    Raises:
+        TellError: there is such a file.
+    """
+    if path.exists() and not _is_ours(path):
+        raise TellError(
+            "already exists and is not a report by tell, so it is left as it is",
+            where=str(path),
+            remedy=f"Name another file with {flag}, or move it away.",
+        )
 
 
 def _is_ours(path: Path) -> bool:

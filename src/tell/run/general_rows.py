@@ -19,7 +19,8 @@ from tell.rows.row_table import Dropped, RowTable
 from tell.rows.template import ChatTokenizer
 from tell.rows.tokenize import RowRules, tokenize
 from tell.run.misfits import check_general, cleaned
-from tell.run.task import Task, describe, overlap_facts
+from tell.run.task import Task
+from tell.run.task_rows import describe, overlap_facts
 from tell.seeds import permutation
 from tell.shown import left_out
 

@@ -14,12 +14,10 @@ from tell.anchor.derive import derived_anchor
 from tell.config import Config, TrainConfig
 from tell.data.closed import MOST_VALUES, ClosedField, closed_fields, opening
 from tell.data.example import Example
-from tell.data.form import form_of
 from tell.data.general import Target, general_target
-from tell.data.kind import Kind, detect_kind, load_schema, missing_classes, widen
-from tell.data.overlap import Overlap, find_overlap
-from tell.data.sources import Loaded, load
-from tell.data.split import Splits, split, split_given_test
+from tell.data.kind import Kind
+from tell.data.overlap import find_overlap
+from tell.data.sources import Loaded
 from tell.data.subset import take_rows, take_tokens
 from tell.data.unlabelled import Prompts, load_prompts_of
 from tell.errors import TellError
@@ -35,10 +33,9 @@ from tell.rows.template import ChatTokenizer
 from tell.rows.tokenize import RowRules, tokenize
 from tell.run.misfits import fitted
 from tell.run.shots import check_shots, pick_shots
+from tell.run.task_rows import DataFacts, Read, read_task, split_task
 from tell.shown import brief, left_out
 
-PAIRS_KEPT = 20
-FEW_ROWS = 30  # with fewer rows none is set aside for validation
 CACHED_ROWS = 500  # tokenising fewer rows is as fast as reading them from the cache
 VALIDATION_ROWS = 64  # enough to score anchors and monitor the loss; more would only cost time
 
@@ -54,26 +51,6 @@ class Notices:
         if text not in self.texts:
             self.texts.append(text)
             self.display.note(text)
-
-
-@dataclass(frozen=True)
-class DataFacts:
-    """Data read and findings made before training; parts of findings.json and plan.json.
-
-    Attributes:
-        data, test: path, layout, columns and rows of each file; ``test`` is None where no test file was given.
-        duplicates: of the split, as findings.json has them.
-        overlap: ``train_test`` of findings.json.
-        overlap_dropped: training rows left out as near-duplicates of a test row.
-        dropped_rows: origin and reason of each row left out.
-    """
-
-    data: dict
-    test: dict | None
-    duplicates: dict[str, int]
-    overlap: dict
-    overlap_dropped: int
-    dropped_rows: list[dict]
 
 
 @dataclass(frozen=True)
@@ -160,16 +137,25 @@ def load_task(config: Config, display: Display | None = None) -> Task:
         TellError: anything wrong with the model or the data.
     """
     notices = Notices(display or Silent())
-    display = notices.display
-    data, given, schema = _read(config)
+    read = read_task(config)
     anchor_of(config)  # report a missing @FILE before searching for the model
-    with display.bar("find the model", None):
+    with notices.display.bar("find the model", None):
         files = find_model(
             config.model.name,
             revision=config.model.revision,
             trust_remote_code=config.model.trust_remote_code,
-            notify=display.note,
+            notify=notices.display.note,
         )
+    return open_task(config, read, files, notices)
+
+
+def open_task(config: Config, read: Read, files: ModelFiles, notices: Notices) -> Task:
+    """The task of data that was read, for a model that was found.
+
+    Raises:
+        TellError: anything wrong with the model's files or the data.
+    """
+    display, (data, given, schema) = notices.display, read
     positions = files.architecture.max_positions
     if positions and positions < config.train.max_length:
         config = config.model_copy(update={"train": config.train.model_copy(update={"max_length": positions})})
@@ -177,39 +163,22 @@ def load_task(config: Config, display: Display | None = None) -> Task:
     unit = chat
     if config.tokens.unit != "model":
         unit = ChatTokenizer(find_tokenizer(config.tokens.unit, notify=display.note))
-    parts = _split(config, data, given)
-    known = [*parts.train, *parts.validation]
-    kind, widened = widen(detect_kind(known, override=config.task.kind, schema=schema), known, parts.test)
-    for text in (*data.notices, *(given.notices if given else ()), *fit_notices, *([widened] if widened else ())):
-        notices.add(text)
-    dropped = [*data.dropped, *(given.dropped if given else ())]
-    for text in left_out(dropped):
+    rows = split_task(config, (data, given, schema))
+    for text in (*data.notices, *(given.notices if given else ()), *fit_notices, rows.widened):
+        if text:
+            notices.add(text)
+    for text in left_out((row["origin"], row["reason"]) for row in rows.facts.dropped_rows):
         display.note(text)  # not a notice: findings.json and plan.json list the rows themselves
     if not chat.has_own_template:
         notices.add(f"{files.name} has no chat template; the plain default is used (docs/howto/models.md)")
-    test = parts.test
-    if config.task.test_rows and config.task.test_rows < len(test):
-        test = [test[i] for i in sorted(take_rows(len(test), config.task.test_rows, config.seed))]
-    for text in missing_classes(kind, known, test):
+    for text in rows.missing:
         notices.add(text)
-    overlap = find_overlap(parts.train, test)
-    train = _without_overlap(config, parts.train, overlap)
-    display.note(f"task: {config.task.data}, {data.layout}, {len(data.examples)} rows; {kind.why}")
-    facts = DataFacts(
-        data=describe(data),
-        test=describe(given) if given else None,
-        duplicates={
-            "exact_duplicates_removed": parts.exact_duplicates if given else 0,
-            "exact_duplicates_kept_together": 0 if given else parts.exact_duplicates,
-        },
-        overlap=overlap_facts(overlap, parts.train, test),
-        overlap_dropped=len(parts.train) - len(train),
-        dropped_rows=[{"origin": origin, "reason": reason} for origin, reason in dropped],
-    )
-    shots = pick_shots(config, train, chat)
-    validation = parts.validation[:VALIDATION_ROWS]
-    unlabelled = _unlabelled(config, data, parts.test, notices)
-    return Task(config, files, chat, unit, train, validation, test, kind, shots, facts, notices, unlabelled)
+    display.note(f"task: {config.task.data}, {data.layout}, {len(data.examples)} rows; {rows.kind.why}")
+    shots = pick_shots(config, rows.train, chat)
+    validation = rows.validation[:VALIDATION_ROWS]
+    unlabelled = _unlabelled(config, data, rows.held_out, notices)
+    parts = rows.train, validation, rows.test, rows.kind, shots, rows.facts
+    return Task(config, files, chat, unit, *parts, notices, unlabelled)
 
 
 def _unlabelled(config: Config, data: Loaded, test: list[Example], notices: Notices) -> Prompts | None:
@@ -225,69 +194,6 @@ def _unlabelled(config: Config, data: Loaded, test: list[Example], notices: Noti
     tested = find_overlap(found.examples, test).indices
     kept = [example for i, example in enumerate(found.examples) if i not in tested]
     return replace(found, examples=kept, tested=len(tested))
-
-
-def _read(config: Config) -> tuple[Loaded, Loaded | None, dict | None]:
-    """The task's rows, and its test rows and schema where they are given."""
-    task = config.task
-    if not task.data:
-        raise TellError(
-            "no task data given",
-            where="task.data",
-            remedy="Pass a file, e.g. `tell tune tickets.jsonl`; `tell demo` runs on a built-in task.",
-        )
-    schema = load_schema(task.json_schema) if task.json_schema else None
-    data = load(task.data, name="task", columns=form_of(task) or task.columns)
-    if task.test is None:
-        return data, None, schema
-    given = load(task.test, name="task", columns=data.form or task.columns, lists=data.lists)
-    if given.lists and not data.lists:  # rows with one label each, where test rows have several
-        data = load(task.data, name="task", columns=form_of(task) or task.columns, lists=True)
-    return data, given, schema
-
-
-def _split(config: Config, data: Loaded, given: Loaded | None) -> Splits:
-    # With few rows all are needed for training; anchors are then scored on training rows.
-    share = config.task.validation_fraction if len(data.examples) >= FEW_ROWS else 0.0
-    if given is not None:
-        return split_given_test(data.examples, given.examples, seed=config.seed, validation_fraction=share)
-    fraction = config.task.test_fraction
-    return split(data.examples, test_fraction=fraction, seed=config.seed, validation_fraction=share)
-
-
-def _without_overlap(config: Config, train: list[Example], overlap: Overlap) -> list[Example]:
-    """The training rows, without near-duplicates of test rows where ``task.drop_overlap`` says so."""
-    if not config.task.drop_overlap:
-        return train
-    kept = [e for i, e in enumerate(train) if i not in overlap.indices]
-    if not kept:
-        raise TellError(
-            f"all {len(train)} training rows nearly equal a test row",
-            where=config.task.data,
-            remedy="Leave out --drop-overlap, or use other test rows.",
-        )
-    return kept
-
-
-def describe(data: Loaded) -> dict:
-    """``data`` of findings.json."""
-    facts = {"path": data.path, "layout": data.layout, "columns": data.columns, "rows": len(data.examples)}
-    return facts | ({"form": data.form.to_dict()} if data.form else {})
-
-
-def overlap_facts(overlap: Overlap, rows: Sequence[Example], test: Sequence[Example]) -> dict:
-    """Counts and the first pairs, with their texts, for findings.json."""
-    pairs = [
-        {
-            "a": rows[p.a_index].origin,
-            "b": test[p.test_index].origin,
-            "similarity": round(p.similarity, 3),
-            "a_text": rows[p.a_index].question[:300],
-            "b_text": test[p.test_index].question[:300],
-        }
-        for p in overlap.pairs[:PAIRS_KEPT]
-    ]
-    return {"exact": overlap.exact, "near": overlap.near, "pairs": pairs}
 
 
 def anchor_of(config: Config) -> Anchor | None:

@@ -74,6 +74,14 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
     return low, high
 
 
+def is_gain(before: int, after: int, n: int) -> bool:
+    """Whether ``after`` instead of ``before`` right rows of n is seen to be a gain, if no row is lost.
+
+    That is: whether the interval of `newcombe_paired` excludes 0. Where rows are lost too, more have to be won.
+    """
+    return newcombe_paired(np.arange(n) < after, np.arange(n) < before)[0] > 0
+
+
 def newcombe_paired(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
     """95 % interval for mean(a) - mean(b) of paired zeros and ones, both (n,).
 
