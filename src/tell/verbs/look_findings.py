@@ -184,7 +184,7 @@ def checks(found: Mapping) -> list[dict]:
         warnings.append(f"training rows that equal or nearly equal a test row: {total:,}; {remedy}")
     if lengths:
         warnings += _counted(f"training rows over train.max_length, {lengths['limit']:,} tokens", lengths["over"])
-    notes = []
+    notes: list[str] = []
     if total := rows["near_duplicates"]["near"]:
         pairs = [pair for pair in rows["near_duplicates"]["pairs"] if pair["other_answer"]]
         where = f"; with another answer: {pairs[0]['a']} and {pairs[0]['b']}, for one" if pairs else ""
