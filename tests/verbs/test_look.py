@@ -137,6 +137,14 @@ def test_balance_and_constant_baseline(tmp_path):
     assert f"answering a to everything gives {100 * right / 12:.0f} %" in levels(found, "note")
 
 
+def test_the_constant_baseline_is_the_best_of_all_constant_answers(tmp_path):
+    test = tmp_path / "test.jsonl"
+    rows = [json.dumps({"prompt": f"test {i}", "completion": "ab"[i > 2]}) for i in range(10)]
+    test.write_text("\n".join(rows), encoding="utf-8")
+    found = look_at(tmp_path, QUESTIONS, task={"test": str(test)})
+    assert "answering b to everything gives 70 %" in levels(found, "note")  # a is commoner in training
+
+
 def test_every_closed_field_of_a_json_task_has_its_balance(tiny_model):
     config = config_of(tiny_model("llama"), task={"rows": None, "test_rows": None, "schema": None})
     fields = {field["field"]: field for field in tell.look(config)["fields"]}

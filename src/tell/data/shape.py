@@ -9,7 +9,7 @@ from dataclasses import replace
 from tell.data.cell_text import RowFault, as_text
 from tell.data.columns import Record, is_id
 from tell.data.form import MOST_EMPTY, Form, quoted
-from tell.data.kind import LABEL_VALUES, are_labels
+from tell.data.label_text import LABEL_VALUES, are_labels
 from tell.errors import TellError
 
 SAMPLE = 5000  # rows that are looked at

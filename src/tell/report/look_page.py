@@ -12,6 +12,7 @@ from tell.number_text import show_count
 from tell.report.page import fill
 from tell.report.score_tables import Cell, Line, Plotted
 from tell.report.svg import SHARE, axis_strip, bar_strip, histogram
+from tell.shown import one_line
 
 VALUES_OPEN = 15  # values of a field that are shown; further ones unfold
 LEVELS = {"refused": "What tell tune refuses", "warning": "To look at", "note": "To know"}
@@ -44,7 +45,7 @@ def summary(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
     columns = ", ".join(f"{part} from {column}" for part, column in data["columns"].items())
     sizes = ", ".join(f"{split[part]:,} {part}" for part in PARTS)
     how = "test file given" if test else f"test rows split off by seed {facts['seed']}"
-    found = [
+    found: list[tuple[str, str | None]] = [
         ("Data", f"{data['path']}, {data['rows']:,} rows"),
         ("Layout", data["layout"] + (f" ({columns})" if columns else "")),
         ("Test", f"{test['path']}, {test['rows']:,} rows, {test['layout']}" if test else None),
@@ -52,7 +53,7 @@ def summary(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Split", f"{sizes} ({how})"),
         ("Model", f"{model['name']} ({model['origin']})" if model["name"] else "not on this machine"),
     ]
-    return [(label, value) for label, value in found if value]
+    return [(label, one_line(value)) for label, value in found if value]
 
 
 def _field(entry: Mapping[str, Any]) -> dict[str, Any]:

@@ -66,8 +66,9 @@ class _Seen:
 
 def look_page(config: Config) -> Path:
     """Where the command `tell look` writes its page by default: in the current folder, named after the data."""
-    name = re.sub(r"[^\w.-]+", "-", PurePath(config.task.data or "").name).strip("-.")
-    return Path(f"{name.split('.')[0] or 'data'}.look.html")
+    name = PurePath(config.task.data or "").name
+    stem = re.sub(r"[^\w-]+", "-", name.split(".")[0] or name).strip("-")
+    return Path(f"{stem or 'data'}.look.html")
 
 
 def look(config: Config, *, rows: int = SHOWN, page: str | Path | None = None, display: Display | None = None) -> dict:

@@ -34,7 +34,7 @@ def listed(rows: Iterable[dict]) -> dict:
 
 
 def balance(kind: Kind, parts: Mapping[str, Sequence[Example]]) -> list[dict]:
-    """``fields``: each closed field's values with their counts in each part, and its constant baseline.
+    """``fields``: each closed field with the counts of its values in each part, and the best constant answer.
 
     Args:
         parts: rows of ``train``, ``validation`` and ``test``.
@@ -56,11 +56,11 @@ def _balance(one: ClosedField, parts: Mapping[str, Sequence[Example]]) -> dict:
     order = np.argsort(-np.sum(list(counts.values()), axis=0), kind="stable").tolist()
     values = [{"value": names[c], **{name: int(count[c]) for name, count in counts.items()}} for c in order]
     constant, n = None, sizes["test"]
-    commonest = int(np.argmax(counts["train"] + counts["validation"]))
-    if n and not one.is_set and commonest < len(one.values):
-        right = int(counts["test"][commonest])
+    if n and not one.is_set:  # the best of all constant answers, so that no lucky one is above it
+        best = int(np.argmax(counts["test"][: len(one.values)]))
+        right = int(counts["test"][best])
         ci = list(wilson(right, n))
-        constant = {"value": names[commonest], "right": right, "n": n, "share": right / n, "ci": ci}
+        constant = {"value": names[best], "right": right, "n": n, "share": right / n, "ci": ci}
     return {
         "field": one.name,
         "rows": sizes,
@@ -184,7 +184,7 @@ def checks(found: Mapping) -> list[dict]:
         warnings.append(f"training rows that equal or nearly equal a test row: {total:,}; {remedy}")
     if lengths:
         warnings += _counted(f"training rows over train.max_length, {lengths['limit']:,} tokens", lengths["over"])
-    notes = []
+    notes: list[str] = []
     if total := rows["near_duplicates"]["near"]:
         pairs = [pair for pair in rows["near_duplicates"]["pairs"] if pair["other_answer"]]
         where = f"; with another answer: {pairs[0]['a']} and {pairs[0]['b']}, for one" if pairs else ""
