@@ -63,15 +63,15 @@ class _Row:
     def append(self, tokens: Sequence[int], on_token: Callable[[int, int], object] | None) -> bool:
         """Go on by tokens, as far as the answer may; whether it is complete."""
         for token in tokens:
+            if len(self.answer.ids) >= self.limit:
+                return True
             if self.guide is not None and self.mask is not None:
                 self.guide.decision(self.answer.ids)  # it is to see every prefix, those before forced tokens too
             self.answer.ids.append(token)
             if on_token and on_token(self.number, token) is True:
                 self.answer.finish = "stop"
                 return True
-            if len(self.answer.ids) >= self.limit:
-                break
-        if self.mask is not None and self.mask.ended and not self.mask.failed:
+        if self.mask is not None and self.mask.ended:
             self.answer.finish = "stop"  # also at the limit: nothing could follow
             return True
         return len(self.answer.ids) >= self.limit
@@ -162,7 +162,7 @@ class Engine:
         limits = answer_limits(prompts, decoding.max_new_tokens, limits, self.max_positions)
         if not prompts:
             return []
-        if masks is not None:
+        if any(mask is not None for mask in masks or ()):
             decoding = replace(decoding, repetition_penalty=1.0)
         was_training = self.model.training
         self.model.eval()
@@ -189,10 +189,10 @@ class Engine:
         for row in rows:
             row.prompt = row.prompt[prefix:]
         answers = [row.answer for row in rows]
-        # Tokens that an answer must begin with are fed with its prompt.
-        done = [row for row in rows if row.mask is not None and row.append(row.mask.start(), on_token)]
+        # Tokens that an answer must begin with are fed with its prompt; they may be all of it.
+        waiting = [row for row in rows if row.mask is None or not row.append(row.mask.start(), on_token)]
         # Long prompts first, so that rows prefilled together are alike in length; ties by number.
-        waiting = sorted((row for row in rows if row not in done), key=lambda r: (len(r.prompt), -r.number))
+        waiting.sort(key=lambda r: (len(r.prompt), -r.number))
         capacity = max(len(r.prompt) + r.limit for r in rows)
         if self._token_bytes is None:
             self._token_bytes = token_bytes(self.body.core, self.device)
@@ -200,7 +200,7 @@ class Engine:
         slots = rows_that_fit(wanted, capacity, self._token_bytes, free_bytes(self.device))
         batch = self._batch(decoding, slots, capacity, prompts[0][:prefix])
         active: list[_Row] = []
-        ended, before = len(done), 0.0
+        ended, before = len(rows) - len(waiting), 0.0
         while waiting or active:
             free = slots - len(active)
             if waiting and (not active or free >= max(1, slots // 4)):
@@ -224,7 +224,8 @@ class Engine:
                 row.cached = len(row.whole)
             tokens = _next_tokens(batch, states, begin, active[begin:], decoding)
             finished = self._record(active, tokens, begin, decoding, on_token)
-            written = sum(len(row.answer.ids) for row in active) - known
+            # A token a row, be it the end; with masks those that follow it too.
+            written = max(len(tokens), sum(len(row.answer.ids) for row in active) - known)
             self._retire(active, finished, batch)
             ended += len(finished)
             if progress:
