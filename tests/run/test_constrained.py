@@ -112,7 +112,7 @@ def test_chat(run, capsys):
         assert not session.cut
         session.close()
     free = tell.chat(folder.root, arm="tell", seed=3)
-    with pytest.raises(ValueError, match="JSON|Expecting|Extra"):
+    with pytest.raises(ValueError, match=r"JSON|Expecting|Extra"):
         json.loads("".join(free.stream("My tent has a hole.")))
     free.close()
     with pytest.raises(TellError, match="labels does not fit a task of kind json"):
@@ -179,10 +179,8 @@ def test_references_that_the_grammar_refuses_are_named_before_training(tiny_mode
     ("schema", "message"),
     [
         (SHORT | {"not": {"required": ["x"]}}, r"a grammar cannot follow not at \$"),
-        (
-            SHORT | {"properties": {"category": {"type": "integer"}}},
-            "training references cannot be constrained answers",
-        ),
+        (SHORT | {"properties": {"category": {"type": "integer"}}}, r"it \(Unsatisfiable schema: required property"),
+        ({"properties": {"category": {"type": "integer"}}}, "training references cannot be constrained answers"),
         (SHORT | {"$ref": "https://example.org/s.json"}, "nothing is fetched"),
     ],
 )
@@ -215,7 +213,7 @@ def test_free_text_has_nothing_to_constrain(tiny_model, tmp_path):
     folder = tell.tune(config_of(tiny_model("llama"), tmp_path / "run", **config))
     said = "left out, since answers of kind text have no schema or labels: base+schema"
     assert said in read(folder.findings)["notices"] and list(read(folder.metrics)["arms"]) == ["base", "tell"]
-    with pytest.raises(TellError, match="schema does not fit a task of kind text. Use generate.constrain=off"):
+    with pytest.raises(TellError, match=r"schema does not fit a task of kind text. Use generate.constrain=off"):
         plan(tiny_model, **config, generate={"constrain": "schema"})
     with pytest.raises(TellError, match=r"generate.constrain"):
         config_of(tiny_model("llama"), generate={"constrain": "json"})

@@ -206,7 +206,7 @@ def _faults(schema: dict[str, Any], error: str, fault_of: Callable[[dict], str])
             known = True
             yield f"{fault} at {path}"
     if not known:
-        yield brief(_MESSAGE.sub("", error).splitlines()[0], 120)
+        yield f"it ({brief(_MESSAGE.sub('', error).splitlines()[0], 120)})"
 
 
 def _nodes(node: object, path: str) -> Iterator[tuple[dict, str]]:
