@@ -51,7 +51,10 @@ def test_what_it_says_of_itself_and_refuses(server, tmp_path):
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
     (model,) = client.models.list()
     assert model.id == "tiny-f16" and not hasattr(model, "tell")  # no anchor in its template: `tell eval` sends it
-    with pytest.raises(openai.BadRequestError, match=r"the prompt has [\d,]+ tokens, and the model takes 1,024"):
+    with pytest.raises(
+        openai.BadRequestError,
+        match=r"the prompt has [\d,]+ tokens and the request asks for 20 more, and the model takes 1,024",
+    ):
         ask(server, messages=[{"role": "user", "content": "word " * 3000}])
     with pytest.raises(openai.NotFoundError, match="there is no model 'x'"):
         ask(server, model="x")
