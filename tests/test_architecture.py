@@ -61,6 +61,7 @@ ROOMS = {
         "verbs",
     },
     "paper": {"data"},
+    "serve": {"data", "anchor", "rows", "decode", "run", "verbs", "exports"},
     "studies": {
         "rows",
         "models",

@@ -24,7 +24,7 @@ class Running:
         replies: what it answers, in the order of the requests.
     """
 
-    def __init__(self, answerer: OwnAnswerer, *, host: str = "127.0.0.1", token: str | None = None) -> None:
+    def __init__(self, answerer, *, host: str = "127.0.0.1", token: str | None = None) -> None:
         self.answerer, self.replies = answerer, []
         answer = answerer.answer
 
@@ -49,12 +49,19 @@ class Running:
 
 
 @contextmanager
-def running(models, **options) -> Iterator[Running]:
-    server = Running(OwnAnswerer(models), **options)
+def running_answers(answerer, **options) -> Iterator[Running]:
+    server = Running(answerer, **options)
     try:
         yield server
     finally:
         server.stop()
+        answerer.free()
+
+
+@contextmanager
+def running(models, **options) -> Iterator[Running]:
+    with running_answers(OwnAnswerer(models), **options) as server:
+        yield server
 
 
 def until(true) -> None:

@@ -110,7 +110,7 @@ def test_stop_texts(server):
 
 SCHEMA = {
     "type": "object",
-    "properties": {"urgent": {"type": "boolean"}, "colour": {"enum": ["red", "dark green"]}, "n": {"type": "integer"}},
+    "properties": {"urgent": {"type": "boolean"}, "colour": {"enum": ["red", "dark green"]}, "n": {"enum": [1, 12, 3]}},
     "required": ["urgent", "colour", "n"],
     "additionalProperties": False,
 }

@@ -86,12 +86,27 @@ def evaluate(options: EvalOptions) -> None:
     trust = Trust(options.trust_remote_code, options.trust_scorer)
 
     def work(display: Display) -> dict:
-        asked = {"test": options.test, "rows": options.rows, "overrides": overrides, "trust": trust, "display": display}
-        if server is not None:
-            from tell.verbs.evaluate_endpoint import evaluate_endpoint
+        if server is None:
+            return tell.evaluate(
+                options.run,
+                arms=options.arms,
+                test=options.test,
+                rows=options.rows,
+                overrides=overrides,
+                trust=trust,
+                display=display,
+            )
+        from tell.verbs.evaluate_endpoint import evaluate_endpoint
 
-            return evaluate_endpoint(options.run, server, **asked)
-        return tell.evaluate(options.run, arms=options.arms, **asked)
+        return evaluate_endpoint(
+            options.run,
+            server,
+            test=options.test,
+            rows=options.rows,
+            overrides=overrides,
+            trust=trust,
+            display=display,
+        )
 
     show(options.as_json, work, show_metrics if server is None else _show_endpoint)
 

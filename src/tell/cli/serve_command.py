@@ -21,6 +21,7 @@ def _port(text: str) -> int:
 @dataclass(frozen=True)
 class ServeOptions:
     runs: tuple[Path, ...] = argument("RUN", "run folders over one base model", ())
+    gguf: Path | None = option("--gguf", "serve this GGUF file through llama.cpp, decoded as RUN says", "FILE")
     host: str = option(
         "--host", "address to listen at; beyond this machine a token is needed", "ADDRESS", default="127.0.0.1"
     )
@@ -35,14 +36,17 @@ class ServeOptions:
 def serve(options: ServeOptions) -> None:
     """Serve tuned models over an OpenAI-compatible API.
 
-    Models are RUN, RUN/ARM and base; anchor, adapter and decoding are the run's.
+    Models are RUN, RUN/ARM and base; anchor, adapter and decoding are the run's. With --gguf the file is the model.
 
     Example: tell serve runs/tickets
     """
     for package in ("starlette", "uvicorn"):
         require_package(package, "serve", where="tell serve")
-    if not options.runs:
-        raise TellError("no run is given", where="RUN", remedy="Name the folder of a finished run.")
+    if not options.runs and options.gguf is None:
+        raise TellError("no run is given", where="RUN", remedy="Name the folder of a finished run, or --gguf FILE.")
+    if options.gguf is not None and len(options.runs) > 1:
+        what = f"{len(options.runs)} runs are given with a GGUF file"
+        raise TellError(what, where="RUN", remedy="Name the one that it was exported from, or none.")
     from tell.cli.display import make_display
     from tell.serve.run_server import serve as run
 
@@ -52,5 +56,6 @@ def serve(options: ServeOptions) -> None:
         host=options.host,
         port=options.port,
         token=options.token,
+        gguf=options.gguf,
         trust_remote_code=options.trust_remote_code,
     )

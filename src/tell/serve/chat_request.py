@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from tell.config import GenerateConfig
 from tell.data.cell_text import RowFault
 from tell.data.example import Message
 from tell.data.layouts import Layout
@@ -122,6 +123,37 @@ class ChatRequest(BaseModel):
     def limit(self) -> int | None:
         """Most new tokens, where the request says."""
         return self.max_completion_tokens or self.max_tokens
+
+    def check_room(self, prompt: int, most: int) -> None:
+        """Refuse a prompt that does not fit.
+
+        Args:
+            prompt: tokens of the prompt.
+            most: tokens of prompt and answer together.
+
+        Raises:
+            ApiError: with both numbers.
+        """
+        if prompt >= most or (self.limit and prompt + self.limit > most):
+            more = f" and the request asks for {self.limit:,} more" if self.limit else ""
+            what = f"the prompt has {prompt:,} tokens{more}, and the model takes {most:,} in all"
+            raise ApiError(TOO_LONG, what, "messages")
+
+    def rule(self, own: GenerateConfig, *, constrained: bool) -> GenerateConfig:
+        """How the answer is decoded: as the model does, with what the request says; limit and seed are left open.
+
+        Args:
+            constrained: by a grammar, which a repetition penalty would fight: JSON repeats quotes, commas and keys.
+        """
+        said = {key: getattr(self, key) for key in ("temperature", "top_p", "top_k", "repetition_penalty")}
+        changes: dict[str, Any] = {key: value for key, value in said.items() if value is not None}
+        if self.temperature is not None:
+            changes["greedy"] = self.temperature == 0
+        if changes.get("greedy"):
+            del changes["temperature"]
+        if constrained:
+            changes["repetition_penalty"] = 1.0
+        return own.model_copy(update={**changes, "max_new_tokens": None})
 
     def turns(self) -> list[Message]:
         """The conversation.

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from tell.decode.engine import Answer, Request
+from tell.decode.guide import Guide
 from tell.decode.sampler import Decoding
 from tell.errors import TellError, first_line
 from tell.serve.chat_request import STOPPING, TOO_MANY, ApiError
@@ -59,6 +60,10 @@ class Job:
     def guided(self) -> bool:
         """Its closed fields are decided by states of the untuned model, so that it cannot join a running batch."""
         return self.model.decider is not None
+
+
+def _like(first: Job) -> Callable[[Job], bool]:
+    return lambda job: job.batch == first.batch
 
 
 class DecodeThread:
@@ -113,8 +118,7 @@ class DecodeThread:
                 self._changed.wait_for(lambda: self._waiting or self._closing)
                 if not self._waiting:
                     break
-                kind = self._waiting[0].batch
-                jobs = self._take(lambda job, kind=kind: job.batch == kind)
+                jobs = self._take(_like(self._waiting[0]))
             if not jobs:
                 continue
             taken = list(jobs)
@@ -141,7 +145,7 @@ class DecodeThread:
         model, decoding = jobs[0].model, jobs[0].prepared.decoding
         if any(job.guided for job in jobs):
             self._release()  # the readout looks at states of the untuned model
-        guides = {}
+        guides: dict[int, Guide | None] = {}
         for owner in {id(job.model): job.model for job in jobs}.values():
             own = [job for job in jobs if job.model is owner]
             made = owner.guides([job.prepared.example for job in own])

@@ -18,9 +18,11 @@ from tell.errors import TellError
 from tell.progress import Display
 from tell.serve.chat_request import ChatRequest
 from tell.serve.decode_thread import DecodeThread, Job
+from tell.serve.gguf_answers import GgufAnswers
 from tell.serve.http_app import Answerer, AnswerStream, make_app
 from tell.serve.reply import Reply
 from tell.serve.served_models import ServedModel, open_models
+from tell.verbs.open_run import open_run
 
 MOST_CONNECTIONS = 1024
 LOCAL = frozenset({"127.0.0.1", "localhost", "::1"})
@@ -31,6 +33,10 @@ class Stoppable(Answerer, Protocol):
 
     def close(self, done: Callable[[], object]) -> None:
         """Take no more requests; call ``done`` once all are answered."""
+        ...
+
+    def free(self) -> None:
+        """Free the model."""
         ...
 
 
@@ -56,6 +62,9 @@ class OwnAnswerer:
 
     def close(self, done: Callable[[], object]) -> None:
         self.thread.close(done)
+
+    def free(self) -> None:
+        self.models = {}
 
 
 class Server(uvicorn.Server):
@@ -123,11 +132,13 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
     token: str | None = None,
+    gguf: Path | None = None,
     trust_remote_code: bool = False,
 ) -> None:
-    """Serve the arms of some runs until SIGINT or SIGTERM.
+    """Serve the arms of some runs, or a GGUF file, until SIGINT or SIGTERM.
 
     Args:
+        runs: over one base model; with ``gguf`` at most one, whose decoding is used.
         host: other addresses than this machine's own need a token; it is made and shown where none is given.
         port: 0 takes a free one.
 
@@ -136,7 +147,10 @@ def serve(
     """
     token = token or (None if is_local(host) else secrets.token_urlsafe(24))
     with bind(host, port) as listening:
-        answerer = OwnAnswerer(open_models(runs, display, trust_remote_code=trust_remote_code))
+        if gguf is None:
+            answerer: Stoppable = OwnAnswerer(open_models(runs, display, trust_remote_code=trust_remote_code))
+        else:
+            answerer = GgufAnswers(gguf, open_run(runs[0], trust_remote_code=trust_remote_code) if runs else None)
         server = make_server(answerer, listening, token)
         shown = f"[{host}]" if ":" in host else host
         display.note(f"models: {', '.join(answerer.cards())}")
@@ -144,3 +158,4 @@ def serve(
             display.note(f"token (API key): {token}")
         display.note(f"serving at http://{shown}:{listening.getsockname()[1]}/v1 (Ctrl-C stops)")
         server.run(sockets=[listening])
+    answerer.free()

@@ -26,7 +26,7 @@ from tell.run.arms import arm_config
 from tell.run.constrained import constrains, kept_constraint, session_grammar
 from tell.run.readouts import Decider
 from tell.run.session import ModelCache, Session
-from tell.serve.chat_request import BAD, TOO_LONG, ApiError, ChatRequest
+from tell.serve.chat_request import BAD, ApiError, ChatRequest
 from tell.verbs.chat import MOST_NEW_TOKENS
 from tell.verbs.evaluate import Findings, run_kind, run_shots
 from tell.verbs.open_run import OpenRun, open_run
@@ -120,19 +120,17 @@ class ServedModel:
         except TellError as error:
             raise ApiError(BAD, f"messages: {error.what}", "messages") from error
         architecture = self.session.files.architecture
-        if error := unknown_token(prompt, self.chat, architecture.vocab):
-            raise ApiError(BAD, f"messages: {error.what}", "messages")
+        if unknown := unknown_token(prompt, self.chat, architecture.vocab):
+            raise ApiError(BAD, f"messages: {unknown.what}", "messages")
         limit = request.limit or self.generate.max_new_tokens or MOST_NEW_TOKENS
         most = self.engine.max_positions
-        if len(prompt) >= most or (request.limit and len(prompt) + limit > most):
-            asked = f" and the request asks for {request.limit:,} more" if request.limit else ""
-            what = f"the prompt has {len(prompt):,} tokens{asked}, and the model takes {most:,} in all"
-            raise ApiError(TOO_LONG, what, "messages")
+        request.check_room(len(prompt), most)
         mask = self._mask(request.response_format.schema_of_answers)
+        rule = request.rule(self.generate, constrained=mask is not None)
         return Prepared(
             prompt,
             Example.of([*turns, Message("assistant", "")], source="chat", origin=""),
-            self._decoding(request, constrained=mask is not None),
+            Decoding.of(rule, max_new_tokens=1, stop_ids=self.chat.stop_ids, seed=0),
             min(limit, most - len(prompt)),
             ((self.seed if request.seed is None else request.seed) + len(turns)) % 2**64,
             tuple(request.stop),
@@ -147,19 +145,6 @@ class ServedModel:
         except TellError as error:
             raise ApiError(BAD, f"response_format: {error.what}", "response_format") from error
         return None if grammar is None else grammar.mask()
-
-    def _decoding(self, request: ChatRequest, *, constrained: bool) -> Decoding:
-        """The run's decoding, with what the request says itself; limit and seed are left open."""
-        said = {k: getattr(request, k) for k in ("temperature", "top_p", "top_k", "repetition_penalty")}
-        changes = {k: value for k, value in said.items() if value is not None}
-        if request.temperature is not None:
-            changes["greedy"] = request.temperature == 0
-            if changes["greedy"]:
-                del changes["temperature"]
-        if constrained:
-            changes["repetition_penalty"] = 1.0  # as in `Engine.generate`
-        rule = self.generate.model_copy(update={**changes, "max_new_tokens": None})
-        return Decoding.of(rule, max_new_tokens=1, stop_ids=self.chat.stop_ids, seed=0)
 
     def guides(self, examples: Sequence[Example]) -> Sequence[Guide | None]:
         """What decides the closed fields of the answers; the untuned model's weights are to be applied."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from tell.anchor.anchor import NO_ANCHOR
@@ -56,7 +57,7 @@ class Server:
 
 
 def evaluate_endpoint(
-    run: str,
+    run: str | Path,
     server: Server,
     *,
     test: str | None = None,
@@ -172,8 +173,14 @@ class _Questions:
 
     @classmethod
     def of(cls, opened: OpenRun, server: Server, config: Config, display: Display) -> _Questions:
-        more = {"key_name": server.key_name, "retries": server.retries}
-        endpoint = Endpoint(server.url, server.model or "", where="--endpoint", extra="serve", **more)
+        endpoint = Endpoint(
+            server.url,
+            server.model or "",
+            where="--endpoint",
+            extra="serve",
+            key_name=server.key_name,
+            retries=server.retries,
+        )
         listed = ChatClient(endpoint, {}).models()
         model = server.model or _only(listed, opened.folder.root.resolve().name)
         card = listed.get(model, {})
