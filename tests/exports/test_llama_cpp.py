@@ -70,7 +70,9 @@ def test_token_ids_are_those_of_the_run(name, file, chat, tmp_path):
         model.close()
 
 
-@pytest.mark.parametrize("template", ["  {% for m in messages %}x{{ m.content }}{% endfor %}", "\n a\n{{ 1 }}", INDENTED, LLAMA3])
+@pytest.mark.parametrize(
+    "template", ["  {% for m in messages %}x{{ m.content }}{% endfor %}", "\n a\n{{ 1 }}", INDENTED, LLAMA3]
+)
 def test_a_template_that_needs_nothing_is_kept_too(template, file, chat, tmp_path):
     """Its head of white space survives the comment that keeps Ollama from replacing it."""
     other = rendering(chat, template, tmp_path)
