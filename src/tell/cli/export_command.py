@@ -39,7 +39,7 @@ class ExportFlags:
 
 @takes_options
 def export(options: ExportFlags) -> None:
-    """Export a run for other servers, and check that it behaves there as here.
+    """Export a run for other servers, and check that export.
 
     Exit code 1: what was written differs from the run.
     """

@@ -23,10 +23,18 @@ PEFT_013 = frozenset(
 
 
 def copy_files(base: Path, folder: Path, patterns: tuple[str, ...]) -> None:
-    """Copy the files of a folder that match, links as the files that they mean."""
+    """Copy the files of a folder that match.
+
+    Raises:
+        TellError: one is a link to elsewhere than its own folder or the hub's cache. The model may come from anybody,
+            and what is copied may be published.
+    """
+    inside = (base.resolve(), base.resolve().parent.parent / "blobs")
     for pattern in patterns:
         for path in base.glob(pattern):
             if path.is_file():
+                if not any(path.resolve().is_relative_to(place) for place in inside):
+                    raise TellError("is a link out of the model's folder", where=str(path), remedy="Remove it.")
                 shutil.copyfile(path, folder / path.name)
 
 
@@ -122,5 +130,6 @@ def adapter_config(source: Source, *, base: str) -> dict:
     alpha = config.get("lora_alpha")
     if isinstance(alpha, float) and alpha.is_integer():
         config["lora_alpha"] = int(alpha)
+    config.pop("auto_mapping", None)  # names a module that peft's Auto classes import
     config |= {"base_model_name_or_path": base, "revision": source.opened.files.revision, "inference_mode": True}
     return config

@@ -64,7 +64,7 @@ class Source:
     @property
     def name(self) -> str:
         """Of the model to be served: the run folder's, and the arm's where it is not ``tell``."""
-        run = self.opened.folder.root.resolve().name
+        run = self.opened.folder.root.resolve().name.replace("=", "-")  # vLLM writes NAME=FOLDER
         return run if self.arm == "tell" else f"{run}-{self.arm}"
 
     def template(self, *, force_thinking: bool = False) -> str:

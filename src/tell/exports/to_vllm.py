@@ -57,6 +57,6 @@ def serve_script(source: Source, rank: int) -> str:
     ]
     return (
         "#!/bin/sh\n"
-        f"# Serves the model {source.name} with vLLM's OpenAI-compatible API; further arguments go to vLLM.\n"
+        "# Serves the adapter over its base model with vLLM's OpenAI-compatible API; arguments go to vLLM.\n"
         'here=$(cd "$(dirname "$0")" && pwd)\n' + " \\\n  ".join(words) + "\n"
     )
