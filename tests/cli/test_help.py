@@ -11,7 +11,9 @@ import pytest
 from tell import __version__
 from tell.cli.main import run
 
-VERBS = ("tune", "plan", "look", "eval", "chat", "report", "anchor", "separate", "build", "study", "demo")
+VERBS = (
+    *("tune", "plan", "look", "eval", "chat", "export", "serve", "report", "anchor", "separate", "build", "study", "demo"),
+)
 HEAVY = ("torch", "transformers", "datasets", "peft", "pydantic", "numpy", "rich")
 
 

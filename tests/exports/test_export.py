@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,8 @@ from tell.exports import check_export, export_run
 from tell.exports.merge import write_merged
 from tell.exports.serving_files import PEFT_013
 from tell.exports.target import export_targets
-from tell.folder import AdapterFolder
+from tell.files import read_jsonl
+from tell.folder import AdapterFolder, RunFolder
 from tell.progress import Silent
 from tell.train.lora import adapter_merged
 
@@ -123,14 +125,37 @@ def test_an_adapter_goes_anywhere(finished, tmp_path, monkeypatch):
     assert not (tmp_path / "b").exists()
 
 
-def test_the_script_for_vllm(finished, tmp_path):
-    """A stand-in for vllm on the PATH prints its arguments: the script works from anywhere, with spaces in its path."""
+def test_files_of_others(finished, tmp_path, tiny_model):
+    """A damaged adapter is reported before anything is written; a link out of the model's folder is not followed."""
     run = finished("llama")
+    copy = shutil.copytree(run.root, tmp_path / "run")
+    for name, text in (("adapter_config.json", '{"r": "8; rm -rf /"}'), ("adapter_model.safetensors", "x")):
+        kept = (copy / "adapter" / name).read_bytes()
+        (copy / "adapter" / name).write_text(text)
+        with pytest.raises(TellError, match=name.partition(".")[0]):
+            tell.export(copy, "vllm", out=tmp_path / "x")
+        (copy / "adapter" / name).write_bytes(kept)
+    base = shutil.copytree(tiny_model("llama"), tmp_path / "base")
+    (copy / "run.yaml").write_text((copy / "run.yaml").read_text().replace(str(tiny_model("llama")), str(base)))
+    (tmp_path / "secret").write_text("mine")
+    (base / "LICENSE").symlink_to(tmp_path / "secret")
+    with pytest.raises(TellError, match="LICENSE: is a link out of the model's folder"):
+        tell.export(copy, "hf", out=tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+    (base / "LICENSE").unlink()
+    (base / "LICENSE").write_text("Do as you like.")
+    tell.export(copy, "hf", out=tmp_path / "x", check=False)
+    assert (tmp_path / "x/LICENSE").read_text() == "Do as you like."
+
+
+def test_the_script_for_vllm(finished, tmp_path):
+    """A stand-in for vllm on the PATH prints its arguments: the script works from anywhere, for a run of any name."""
+    run = RunFolder(shutil.copytree(finished("llama").root, tmp_path / "a\necho hacked; $(b)=c"))
     folder = tmp_path / "it's mine"
     tell.export(run.root, "vllm", out=folder, check=False)
     tools = tmp_path / "bin"
     tools.mkdir()
-    (tools / "vllm").write_text('#!/bin/sh\nfor word in "$@"; do echo "$word"; done\n')
+    (tools / "vllm").write_text('#!/bin/sh\nfor word in "$@"; do printf "%s\\0" "$word"; done\n')
     (tools / "vllm").chmod(0o755)
     done = subprocess.run(
         [folder / "serve.sh", "--port", "8001"],
@@ -140,21 +165,22 @@ def test_the_script_for_vllm(finished, tmp_path):
         text=True,
         check=True,
     )
-    words = done.stdout.splitlines()
+    words = done.stdout.rstrip("\0").split("\0")
     assert words[:2] == ["serve", tell.load_config(run.config).model.name]
     assert words[-2:] == ["--port", "8001"]
-    given = dict(zip(words, words[1:], strict=False))
+    given = dict(pairwise(words))
     assert given["--max-lora-rank"] == "8"  # rank 4: the smallest that vLLM has
-    assert given["--lora-modules"] == f"{run.root.name}={folder}"
+    assert given["--lora-modules"] == f"{run.root.name.replace('=', '-')}={folder}"
     assert given["--chat-template"] == f"{folder}/chat_template.jinja"
-    assert "temperature" in json.loads(given["--override-generation-config"])
+    decoding = read(Path(given["--generation-config"]) / "generation_config.json")
+    assert decoding["temperature"] == 0 and decoding["eos_token_id"] and "max_new_tokens" not in decoding
 
 
 def test_the_card_has_scores_and_no_row(finished, tmp_path):
     run = finished("llama", "reviews")
     tell.export(run.root, "hf", out=tmp_path / "hf", check=False)
     card = (tmp_path / "hf/README.md").read_text()
-    data = [json.loads(line) for name in ("train", "test") for line in open(EXAMPLES / f"reviews/{name}.jsonl")]
+    data = [row for name in ("train", "test") for row in read_jsonl(EXAMPLES / f"reviews/{name}.jsonl")]
     assert not any(row["text"] in card for row in data)
     scores = read(run.metrics)["arms"]["tell-free"]
     assert f"value: {scores['accuracy']['value']}" in card and "model-index" in card

@@ -14,6 +14,7 @@ from huggingface_hub import constants
 import tell
 from run.runs import EXAMPLES
 from tell.errors import TellError
+from tell.files import read_jsonl
 
 TOKEN = "hf_secretsecret"
 
@@ -119,7 +120,7 @@ def test_a_private_repository_without_a_row(public, hub, finished, tmp_path):
     assert {"README.md", "model.safetensors", "chat_template.jinja"} <= set(
         hub.files
     ) and "export.json" not in hub.files
-    rows = [json.loads(line) for name in ("train", "test") for line in open(EXAMPLES / f"reviews/{name}.jsonl")]
+    rows = [row for name in ("train", "test") for row in read_jsonl(EXAMPLES / f"reviews/{name}.jsonl")]
     texts = [data for path, data in hub.files.items() if not path.endswith(".safetensors")]
     assert not any(row["text"].encode() in data for row in rows for data in texts)
     assert not any(str(run.root).encode() in data or str(tmp_path).encode() in data for data in texts)

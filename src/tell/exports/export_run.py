@@ -21,6 +21,7 @@ from tell.run.answers import arm_anchor, shots_by_system
 from tell.run.arms import arm_config
 from tell.run.claim import check_trust
 from tell.run.task import Notices
+from tell.train.adapter_file import read_adapter
 from tell.verbs.evaluate import Findings, run_shots
 from tell.verbs.open_run import CELL_ADAPTER, OpenRun, open_run
 
@@ -89,6 +90,7 @@ def open_source(run: str | Path, arm: str, options: ExportOptions, notices: Noti
     check_trust(opened.folder, opened.config, code=options.trust.code, scorer=options.trust.scorer)
     adapter = _adapter(opened, arm)
     facts = opened.folder.read_as(opened.folder.findings, Findings)
+    read_adapter(adapter.root)  # damage is reported before anything is written
     _check_base(opened, adapter, notices)
     config: Config = arm_config(opened.config, arm, opened.chosen)
     shots = run_shots(opened)

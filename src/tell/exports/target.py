@@ -64,7 +64,7 @@ class Source:
     @property
     def name(self) -> str:
         """Of the model to be served: the run folder's, and the arm's where it is not ``tell``."""
-        run = self.opened.folder.root.resolve().name
+        run = self.opened.folder.root.resolve().name.replace("=", "-")  # vLLM writes NAME=FOLDER
         return run if self.arm == "tell" else f"{run}-{self.arm}"
 
     def template(self, *, force_thinking: bool = False) -> str:
@@ -106,13 +106,12 @@ class ExportOptions:
 
 
 class Reader(Protocol):
-    """An artefact opened again by another runtime, from its folder alone.
+    """An artefact opened again by another runtime, from its folder alone."""
 
-    Attributes:
-        runtime: its name and version.
-    """
-
-    runtime: str
+    @property
+    def runtime(self) -> str:
+        """Its name and version."""
+        ...
 
     def prompt_ids(self, turns: Sequence[Message]) -> list[int]:
         """Token ids of a conversation rendered by the artefact's own template, with the header of an answer."""
