@@ -69,6 +69,9 @@ def test_other_files_than_data_must_be_utf8(tmp_path):
         path.write_bytes('{"title": "Größe"}'.encode(encoding))
         with pytest.raises(TellError, match=what):
             read_text(path)
+    (tmp_path / "a.csv").write_bytes("a,b\nGröße,1\n".encode("cp1252"))
+    with pytest.raises(TellError, match="is not UTF-8"):
+        list(read_records(tmp_path / "a.csv"))  # by a caller that says nothing of guesses
 
 
 def test_a_damaged_utf8_file_is_not_taken_for_another_encoding(tmp_path):
@@ -76,3 +79,20 @@ def test_a_damaged_utf8_file_is_not_taken_for_another_encoding(tmp_path):
     path.write_bytes(GERMAN.encode() + b"caf\xe9,x\n")
     with pytest.raises(TellError, match=r"a.csv:4: is not UTF-8 \(byte 0xe9"):
         read_text(path, found=FileRead())
+
+
+BROKEN = {
+    "mark": ("a,b\n1,2\n".encode("utf-16")[:-1], "begins as UTF-16 and is not"),
+    "picture": (b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR\xff\xfe\x00\x01", "not UTF-8 (byte 0x89"),
+    "noise": (bytes(range(1, 255)) * 4, "not UTF-8"),
+    "both": (b'{"a": "\xc3\xa9"}\n{"a": "caf\xe9"}\n', "not UTF-8 (byte 0xe9 at offset 22)"),
+}
+
+
+@pytest.mark.parametrize(("data", "what"), BROKEN.values(), ids=BROKEN)
+def test_what_is_in_no_encoding_is_refused(tmp_path, data, what):
+    path = tmp_path / "a.csv"
+    path.write_bytes(data)
+    with pytest.raises(TellError) as caught:
+        read_text(path, found=FileRead())
+    assert what in caught.value.what and caught.value.remedy

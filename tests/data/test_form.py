@@ -3,8 +3,9 @@ import json
 import pytest
 
 from tell.data.form import Form
+from tell.data.how_read import how_read
 from tell.data.kind import detect_kind
-from tell.data.sources import how_read, load
+from tell.data.sources import load
 from tell.data.unlabelled import load_prompts_of
 from tell.errors import TellError
 from workbooks import xlsx

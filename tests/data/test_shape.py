@@ -72,6 +72,8 @@ def test_half_a_form_is_completed(tmp_path):
         load(path, columns=Form("{Body}"))
     path = table(tmp_path / "b.csv", rows("Subject", "Body", "Category"))
     assert load(path, columns=Form("{Subject}: {Body}")).form.answer == ("Category",)
+    short = [{"prompt": r["Subject"], "Category": r["Category"]} for r in tickets()]
+    assert load(table(tmp_path / "d.csv", short), columns=Form(None, ("Category",))).form.prompt == "{prompt}"
     with pytest.raises(TellError, match=r"--answer is given, and no column is certain.*Add --prompt"):
         load(table(tmp_path / "c.csv", rows("Subject", "Category")), columns=Form(None, ("Category",)))
 

@@ -1,10 +1,12 @@
 import datetime
+import random
 import sys
 import zipfile
 
 import openpyxl
 import pytest
 
+from hostile.mutate import mutate_bytes
 from tell.data import workbook, workbook_process
 from tell.data.file_read import FileRead
 from tell.data.form import Form
@@ -183,6 +185,26 @@ def test_what_is_no_workbook(tmp_path):
     with zipfile.ZipFile(tmp_path / "zip.xlsx", "w") as archive:
         archive.writestr("a.txt", "hello")
     refused(tmp_path / "zip.xlsx", "is not a readable workbook")
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_damaged_workbooks_end_in_one_line_or_are_read(tmp_path, seed):
+    rng, rows = random.Random(seed), [["Body", "n"], *([f"text {i}", i] for i in range(9))]
+    path = [tmp_path / f"a{suffix}" for suffix in workbook.WORKBOOKS][seed % 3]
+    if path.suffix == ".xlsx":
+        inner = {"xl/worksheets/sheet1.xml", "xl/workbook.xml", "xl/_rels/workbook.xml.rels"}
+        with zipfile.ZipFile(xlsx(path, rows)) as archive:
+            parts = {name: archive.read(name) for name in archive.namelist()}
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, data in parts.items():
+                archive.writestr(name, mutate_bytes(rng, data) if name in inner else data)
+    else:
+        made = xls(path, rows) if path.suffix == ".xls" else ods(path, "".join(ods_row(*row) for row in rows))
+        made.write_bytes(mutate_bytes(rng, made.read_bytes()))
+    try:
+        list(read_records(path))
+    except TellError as error:
+        assert "\n" not in str(error)
 
 
 def test_bombs_end_in_one_line(tmp_path):

@@ -102,14 +102,13 @@ def read_records(path: str | Path, found: FileRead | None = None) -> Iterator[Re
 
     Args:
         path: of a workbook also ``FILE#SHEET``.
-        found: gets encoding, sheet and notices of each guess about the file.
+        found: gets encoding, sheet and notices of each guess about the file; None: text must be UTF-8.
 
     Raises:
         TellError: missing, empty, a folder, an unknown extension, in no known encoding (byte and line), damaged
             compression, a file that grows too large, broken JSON or CSV (line), or a record that is not an object; of a
             workbook see `tell.data.workbook.read_workbook`.
     """
-    found = FileRead() if found is None else found
     named, sheet = split_sheet(path)
     path = check_file(named)
     kind = format_of(path)
@@ -118,6 +117,7 @@ def read_records(path: str | Path, found: FileRead | None = None) -> Iterator[Re
         raise TellError(what, where=str(path), remedy=f"Save it as {FORMATS_TEXT}, and name it so.")
     known = FORMATS[kind[0]]
     text = read_text(path, compression=kind[1], found=found) if known.text else ""
+    found = FileRead() if found is None else found
     if text.isspace() or not (text if known.text else path.stat().st_size):
         raise TellError("is empty", where=str(path), remedy=_EMPTY)
     records: Iterator[Record] = iter(())

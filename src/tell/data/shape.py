@@ -10,6 +10,7 @@ from tell.data.cell_text import RowFault, as_text
 from tell.data.columns import Record, is_id
 from tell.data.form import MOST_EMPTY, Form, quoted
 from tell.data.label_text import LABEL_VALUES, are_labels
+from tell.data.layouts import PROMPTS
 from tell.errors import TellError
 
 SAMPLE = 5000  # rows that are looked at
@@ -62,12 +63,14 @@ def _forms(records: Sequence[Record], given: Form) -> Iterator[Form]:
         elif not is_id(name) and _is_label(cells):
             labels.append(name)
     if given.answer:
-        prompts = _prompts([name for name in texts if name not in given.answer])
+        left = [name for name in names if name not in given.answer]
+        known = [name for name in left if name.lower() in PROMPTS]  # a known name needs no long text
+        prompts = _prompts(known or [name for name in left if name in texts])
         answers = [given.answer]
     elif given.prompt is not None:
         prompts, used = [given.prompt], {*given.asked, given.prompt}
-        left = [name for name in texts if name not in used]
-        answers = _answers([name for name in labels if name not in used] or left)
+        others = [name for name in texts if name not in used]
+        answers = _answers([name for name in labels if name not in used] or others)
     elif labels:
         prompts, answers = _prompts(texts), _answers(labels)
     elif len(texts) == 2:  # question and answer, in either order

@@ -31,7 +31,6 @@ from tell.patience import within
 if TYPE_CHECKING:
     import datasets
 
-GUESSED = "guessed from the shape of the columns"
 BadRows = Literal["refuse", "drop"]
 HUB_TIMEOUT = 5.0  # seconds the hub may take to answer before it counts as unreachable
 _HUB_NAME = re.compile(r"(?P<name>[\w.-]+(?:/[\w.-]+)?)(?::(?P<config>[\w.-]+))?(?:@(?P<split>[\w.\[\]:%-]+))?")
@@ -72,30 +71,6 @@ class Loaded:
     def flags(self) -> str:
         """The flags that read the file as it was read; empty where its column names suffice."""
         return self.form.flags if self.form is not None else ""
-
-
-def how_read(loaded: Loaded) -> dict[str, object]:
-    """How a file was read, for whoever shows it (`tell look`).
-
-    Returns:
-        ``path``, ``layout``, ``columns``, ``flags`` (what to type to read it so; empty where the column names suffice),
-        ``guessed``, ``sheet``, ``sheets`` and ``encoding`` (None where there is none), ``rows``, ``notices`` and
-        ``left_out`` (origin and reason of each row).
-    """
-    file = loaded.file or FileRead()
-    return {
-        "path": loaded.path,
-        "layout": loaded.layout,
-        "columns": loaded.columns,
-        "flags": loaded.flags,
-        "guessed": loaded.guessed,
-        "sheet": file.sheet,
-        "sheets": list(file.sheets),
-        "encoding": file.encoding,
-        "rows": len(loaded.examples),
-        "notices": list(loaded.notices),
-        "left_out": [{"origin": origin, "reason": reason} for origin, reason in loaded.dropped],
-    }
 
 
 def load(
@@ -207,6 +182,7 @@ class _Rows:
         self.seen: Counter[str] = Counter()
         self.calls = 0
         self.form: Form | None = None
+        self.guessed = False
         self.said: list[str] = []
 
     def read(self, records: list[Record], columns: str | Form | None, source: str) -> Layout:
@@ -242,8 +218,8 @@ class _Rows:
             what = f"{flag} is given, and no column is certain to be the other part"
             raise TellError(what, where=source, remedy=f"Add {other}.")
         if form is not None:
-            form = form.settled(records, source)
-            self.said.append(f"{GUESSED}: {form.flags}")
+            form, self.guessed = form.settled(records, source), True
+            self.said.append(f"guessed from the shape of the columns: {form.flags}")
         return form
 
     def _formed_layout(self, records: list[dict[str, object]]) -> Layout:
@@ -286,12 +262,11 @@ class _Rows:
         """What was read."""
         notices = (*(file.notices if file else ()), *self.notices(layout))
         columns = layout.columns if self.form is None else self.form.columns
-        guessed = any(text.startswith(GUESSED) for text in self.said)
         return Loaded(
             *(self.examples, layout.name, columns, source, fingerprint, tuple(self.dropped), notices),
             form=self.form,
             file=file,
-            guessed=guessed,
+            guessed=self.guessed,
             lists=layout.lists,
         )
 

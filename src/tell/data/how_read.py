@@ -1,0 +1,30 @@
+"""How a file was read, for whoever shows it."""
+
+from __future__ import annotations
+
+from tell.data.file_read import FileRead
+from tell.data.sources import Loaded
+
+
+def how_read(loaded: Loaded) -> dict[str, object]:
+    """How a file was read, for whoever shows it (`tell look`).
+
+    Returns:
+        ``path``, ``layout``, ``columns``, ``flags`` (what to type to read it so; empty where the column names suffice),
+        ``guessed``, ``sheet``, ``sheets`` and ``encoding`` (None where there is none), ``rows``, ``notices`` and
+        ``left_out`` (origin and reason of each row).
+    """
+    file = loaded.file or FileRead()
+    return {
+        "path": loaded.path,
+        "layout": loaded.layout,
+        "columns": loaded.columns,
+        "flags": loaded.flags,
+        "guessed": loaded.guessed,
+        "sheet": file.sheet,
+        "sheets": list(file.sheets),
+        "encoding": file.encoding,
+        "rows": len(loaded.examples),
+        "notices": list(loaded.notices),
+        "left_out": [{"origin": origin, "reason": reason} for origin, reason in loaded.dropped],
+    }
