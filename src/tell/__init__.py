@@ -52,6 +52,9 @@ if TYPE_CHECKING:
     from tell.verbs.chat import chat as chat
     from tell.verbs.demo import demo as demo
     from tell.verbs.evaluate import evaluate as evaluate
+    from tell.verbs.gate import Limit as Limit
+    from tell.verbs.gate import NotWorse as NotWorse
+    from tell.verbs.gate import gate as gate
     from tell.verbs.plan_run import plan as plan
     from tell.verbs.separate import Comparison as Comparison
     from tell.verbs.separate import separate as separate
@@ -108,6 +111,11 @@ _MODULES = {
     "tell.verbs.chat": ("chat",),
     "tell.verbs.demo": ("demo",),
     "tell.verbs.evaluate": ("evaluate",),
+    "tell.verbs.gate": (
+        "Limit",
+        "NotWorse",
+        "gate",
+    ),
     "tell.verbs.plan_run": ("plan",),
     "tell.verbs.separate": (
         "Comparison",

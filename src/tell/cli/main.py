@@ -20,6 +20,7 @@ from tell.cli import build_command as build
 from tell.cli import chat_command as chat
 from tell.cli import demo_command as demo
 from tell.cli import eval_command as eval
+from tell.cli import gate_command as gate
 from tell.cli import plan_command as plan
 from tell.cli import report_command as report
 from tell.cli import separate_command as separate
@@ -95,6 +96,7 @@ for _name, _verb in (
     ("eval", eval.evaluate),
     ("chat", chat.chat),
     ("report", report.report),
+    ("gate", gate.gate),
     ("anchor", anchor.anchor),
     ("separate", separate.separate),
     ("study", study.study),
