@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from tell.studies.open_study import Changes as Changes
     from tell.studies.study import plan_study as plan_study
     from tell.studies.study import run_study as run_study
+    from tell.verbs.add_rows import add as add
     from tell.verbs.benchmark import BenchmarkOptions as BenchmarkOptions
     from tell.verbs.benchmark import benchmark as benchmark
     from tell.verbs.chat import chat as chat
@@ -104,6 +105,7 @@ _MODULES = {
         "plan_study",
         "run_study",
     ),
+    "tell.verbs.add_rows": ("add",),
     "tell.verbs.benchmark": (
         "BenchmarkOptions",
         "benchmark",

@@ -69,6 +69,7 @@ class TaskConfig(Section):
 
     data: str | None = Field(None, description="file (json, jsonl[.gz|.zst], csv, tsv, parquet) or hub name")
     test: str | None = Field(None, description="test file; without it a test part is split off `data`")
+    validation: str | None = Field(None, description="validation file; without it a validation part is split off")
     columns: str | None = Field(None, description="names of prompt and answer columns, e.g. prompt=q,answer=a")
     unlabelled: str | None = Field(
         None, description="file of prompts without answers for mix.pseudo; without it the model writes such prompts"

@@ -69,10 +69,12 @@ class RunFolder:
         self.logs = root / "logs"
         self.report = root / "report.html"
         self.pseudo = root / "pseudo"
+        self.added = root / "added.json"  # of a run that `tell add` made
         self.status = root / "status.json"
         self.arms = root / "arms"
         self.made = tuple(path for name, path in vars(self).items() if name != "root")
         """Every file and folder that a run may make at the top of its folder."""
+        self.rows = root / "rows"  # training, validation and test rows of `tell add`; read as the task's files
         self.lock = root / ".lock"  # locked by the process that is working on the run
         self.starting = root / ".starting"  # exists while a run starts: the folder is ours, but not yet a run
 
@@ -90,6 +92,10 @@ class RunFolder:
     def evaluated(self, arm: str) -> Path:
         """Answers of one arm in `tell eval`: ``predictions/eval/<arm>.jsonl``."""
         return self.predictions / "eval" / f"{arm}.jsonl"
+
+    def before(self, arm: str) -> Path:
+        """Answers of an arm of the run that `tell add` started from: ``predictions/before/<arm>.jsonl``."""
+        return self.predictions / "before" / f"{arm}.jsonl"
 
     def general_losses(self, arm: str) -> Path:
         """Losses of an arm's weights on general rows: ``predictions/general/<arm>.jsonl``."""

@@ -31,7 +31,9 @@ class GateOptions:
 
 @takes_options
 def gate(options: GateOptions) -> None:
-    """Judge a run by its intervals: exit code 0 passed, 1 failed, 3 too few test rows to tell.
+    """Judge a run by the ends of its intervals.
+
+    Exit code 0: passed; 1: failed; 3: too few test rows to tell, and how many would do.
 
     Example: tell gate runs/tickets-2 --min accuracy=0.9 --not-worse-than runs/tickets-1:0.02
     """

@@ -15,6 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from tell import __version__
+from tell.cli import add_command as add
 from tell.cli import anchor_command as anchor
 from tell.cli import build_command as build
 from tell.cli import chat_command as chat
@@ -97,6 +98,7 @@ for _name, _verb in (
     ("chat", chat.chat),
     ("report", report.report),
     ("gate", gate.gate),
+    ("add", add.add),
     ("anchor", anchor.anchor),
     ("separate", separate.separate),
     ("study", study.study),

@@ -27,6 +27,7 @@ FREE = ("out", "train.parallel")
 PATHS = (
     ("task", "data"),
     ("task", "test"),
+    ("task", "validation"),
     ("task", "unlabelled"),
     ("task", "json_schema"),
     ("general", "source"),

@@ -17,7 +17,7 @@ from tell.data.example import Example
 from tell.data.kind import Kind, detect_kind, load_schema, missing_classes, widen
 from tell.data.overlap import Overlap, find_overlap
 from tell.data.sources import Loaded, load
-from tell.data.split import Splits, split, split_given_test
+from tell.data.split import Splits, split, split_given_test, with_validation
 from tell.data.subset import take_rows, take_tokens
 from tell.data.unlabelled import Prompts, load_prompts_of
 from tell.errors import TellError
@@ -30,7 +30,7 @@ from tell.rows.row_cache import cache_key, cached_table
 from tell.rows.row_table import RowTable
 from tell.rows.template import ChatTokenizer
 from tell.rows.tokenize import RowRules, tokenize
-from tell.run.misfits import fitted
+from tell.run.misfits import cleaned, fitted
 from tell.run.shots import check_shots, pick_shots
 from tell.shown import brief, left_out
 
@@ -154,6 +154,7 @@ def load_task(config: Config, display: Display | None = None) -> Task:
     notices = Notices(display or Silent())
     display = notices.display
     data, given, schema = _read(config)
+    held = load(config.task.validation, name="task", columns=config.task.columns) if config.task.validation else None
     anchor_of(config)  # report a missing @FILE before searching for the model
     with display.bar("find the model", None):
         files = find_model(
@@ -170,6 +171,9 @@ def load_task(config: Config, display: Display | None = None) -> Task:
     if config.tokens.unit != "model":
         unit = ChatTokenizer(find_tokenizer(config.tokens.unit, notify=display.note))
     parts = _split(config, data, given)
+    if held is not None:
+        parts, lost = with_validation(parts, cleaned(held, chat)[0].examples)
+        fit_notices += [f"rows left out because they are in two parts: {lost:,}"] * bool(lost)
     known = [*parts.train, *parts.validation]
     kind, widened = widen(detect_kind(known, override=config.task.kind, schema=schema), known, parts.test)
     for text in (*data.notices, *(given.notices if given else ()), *fit_notices, *([widened] if widened else ())):
@@ -235,7 +239,8 @@ def _read(config: Config) -> tuple[Loaded, Loaded | None, dict | None]:
 
 def _split(config: Config, data: Loaded, given: Loaded | None) -> Splits:
     # With few rows all are needed for training; anchors are then scored on training rows.
-    share = config.task.validation_fraction if len(data.examples) >= FEW_ROWS else 0.0
+    own = config.task.validation is None and len(data.examples) >= FEW_ROWS
+    share = config.task.validation_fraction if own else 0.0
     if given is not None:
         return split_given_test(data.examples, given.examples, seed=config.seed, validation_fraction=share)
     fraction = config.task.test_fraction
