@@ -33,6 +33,8 @@ TAUGHT_ARMS: tuple[ArmName, ...] = tuple(
     name for name, arm in ARMS.items() if ARMS[arm.adapter or name].teacher == "tell"
 )
 
+TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio"]
+
 LARGEST = 10**7  # limit of counts that memory or time grows with: a larger one is a typo
 _UNWRITABLE = re.compile("[\\0\ud800-\udfff]")  # Python decodes argument bytes that are not UTF-8 to surrogates
 
@@ -253,6 +255,10 @@ class TrainConfig(Section):
     )
     parallel: Literal["auto", "ddp", "fsdp"] = Field(
         "auto", description="under torchrun: ddp (auto) copies the model to each process, fsdp shards its weights"
+    )
+    report_to: tuple[TrackerName, ...] = Field(
+        ("tensorboard",),
+        description="trackers that steps are reported to, of tensorboard, wandb, mlflow, trackio; [] for none",
     )
     checkpoint_every: int = Field(
         50, ge=0, le=LARGEST, description="optimiser steps between checkpoints; 0: only on a signal"
