@@ -136,8 +136,9 @@ class GeneralConfig(Section):
 
     source: str = Field(
         "auto",
-        description="file, hub name, `builtin` (rows answered by SmolLM2-135M), `self` (the model answers "
-        "their prompts itself), `none`, or `auto`: builtin for SmolLM2-135M, self for any other model",
+        description="file, hub name, a set by name (`tell general`), `builtin` (rows answered by SmolLM2-135M), "
+        "`self` (the model answers their prompts itself), `none`, or `auto`: builtin for SmolLM2-135M, self for any "
+        "other model",
     )
     columns: str | None = Field(None, description="names of the source's columns, as in task.columns")
     ratio: float | None = Field(None, ge=0, description="general tokens per task token (task rows counted once)")

@@ -11,7 +11,21 @@ import pytest
 from tell import __version__
 from tell.cli.main import run
 
-VERBS = ("tune", "plan", "eval", "chat", "report", "gate", "add", "anchor", "separate", "build", "study", "demo")
+VERBS = (
+    "tune",
+    "plan",
+    "eval",
+    "chat",
+    "report",
+    "gate",
+    "add",
+    "general",
+    "anchor",
+    "separate",
+    "build",
+    "study",
+    "demo",
+)
 HEAVY = ("torch", "transformers", "datasets", "peft", "pydantic", "numpy", "rich")
 
 

@@ -22,6 +22,7 @@ from tell.cli import chat_command as chat
 from tell.cli import demo_command as demo
 from tell.cli import eval_command as eval
 from tell.cli import gate_command as gate
+from tell.cli import general_command as general
 from tell.cli import plan_command as plan
 from tell.cli import report_command as report
 from tell.cli import separate_command as separate
@@ -99,6 +100,7 @@ for _name, _verb in (
     ("report", report.report),
     ("gate", gate.gate),
     ("add", add.add),
+    ("general", general.general),
     ("anchor", anchor.anchor),
     ("separate", separate.separate),
     ("study", study.study),

@@ -6,11 +6,13 @@ To add a source, add an entry here. Rows that the model writes come from the cal
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tell.config import Config, GeneralConfig
 from tell.data.builtin import load_builtin
+from tell.data.named_general import GeneralSet, general_sets, keep_set
 from tell.data.sources import Loaded, file_fingerprint, load
+from tell.errors import TellError
 from tell.files import expanded
 from tell.names import ARMS
 
@@ -26,6 +28,8 @@ class GeneralSource:
         written: the model writes the rows.
         fingerprint: SHA-256 (hexadecimal) of the rows without parsing them; None where that needs reading.
         fixed: a file or hub name, whose rows depend on neither the model nor the configuration.
+        named: a data set of ``general_sets.yaml``, with its revision and licence.
+        notices: on where the rows are from, for the user.
     """
 
     name: str
@@ -34,11 +38,13 @@ class GeneralSource:
     written: bool = False
     fingerprint: Callable[[], str | None] = lambda: None
     fixed: bool = False
+    named: GeneralSet | None = None
+    notices: tuple[str, ...] = ()
 
     @property
     def empty(self) -> bool:
         """Whether it has no rows."""
-        return self.read is None and not self.written and self.resolve is None
+        return self.read is None and not self.written and self.resolve is None and self.named is None
 
 
 _SOURCES = (
@@ -46,6 +52,7 @@ _SOURCES = (
     GeneralSource("builtin", read=load_builtin),
     GeneralSource("self", written=True),
     GeneralSource("none"),
+    *(GeneralSource(name, named=known) for name, known in general_sets().items()),
 )
 SOURCES = {source.name: source for source in _SOURCES}
 
@@ -74,7 +81,7 @@ def is_empty(config: GeneralConfig) -> bool:
     return config.is_zero or (config.source in SOURCES and SOURCES[config.source].empty)
 
 
-def resolve_source(config: Config, *, wrote_builtin: bool) -> GeneralSource:
+def resolve_source(config: Config, *, wrote_builtin: bool, tokens: float = 0.0) -> GeneralSource:
     """The source of a run's general rows.
 
     The built-in rows are one model's answers: they are the default for that model, while any other model answers
@@ -83,13 +90,34 @@ def resolve_source(config: Config, *, wrote_builtin: bool) -> GeneralSource:
 
     Args:
         wrote_builtin: the run's model wrote the built-in rows.
+        tokens: general tokens that the run needs, to stream as many of a named set.
+
+    Raises:
+        TellError: a named set is not on the hub, or is given columns.
     """
     source = general_source(config.general.source, config.general.columns)
     if source.fixed or source.empty:
         return source
     if is_empty(config.general) or not any(_mixed(arm) for arm in config.eval.arms):
         return SOURCES["none"]
+    if source.named is not None:
+        return _kept(source.named, config.general, tokens, wrote_builtin)
     return SOURCES[source.resolve(wrote_builtin)] if source.resolve is not None else source
+
+
+def _kept(known: GeneralSet, config: GeneralConfig, tokens: float, wrote_builtin: bool) -> GeneralSource:
+    """A named set as a file on this machine; the default source where the set cannot be had."""
+    if config.columns is not None:
+        what = f"general.columns has no effect on {known.name}, whose columns are known"
+        raise TellError(what, where="--general-columns", remedy=f"Leave it out, or name the hub's {known.hub}.")
+    kept = keep_set(known, tokens)
+    if kept.path is None:
+        default = SOURCES["auto"].resolve
+        assert default is not None
+        found = SOURCES[default(wrote_builtin)]
+        return replace(found, notices=(f"general data: {kept.notice}; the default, {found.name}, is used instead",))
+    file = general_source(str(kept.path), known.columns)
+    return replace(file, named=known, notices=(known.notice, *([kept.notice] if kept.notice else [])))
 
 
 def _mixed(arm: str) -> bool:
