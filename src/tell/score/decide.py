@@ -55,7 +55,8 @@ def scaled_interval(value: float, low: float, high: float, n: int) -> IntervalOf
 def paired_interval(a: Metric, b: Metric, gap: dict) -> IntervalOf:
     """Of the difference ``gap`` of two metrics over the same rows: Newcombe's for shares."""
     if not shares(a, b):
-        return scaled_interval(gap["value"], *gap["ci"], gap["n"])
+        low, high = gap["ci"]
+        return scaled_interval(gap["value"], low, high, gap["n"])
     keep = applies(a) & applies(b)
     left, right = (np.asarray(m.combine(m.stats[keep]), dtype=np.float64) for m in (a, b))
     both, only_a, only_b = (float(x.mean()) for x in (left * right, left * (1 - right), right * (1 - left)))
