@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from tell.cli.common import argument, json_switch, option, show, switch, takes_options, trust_switch
 from tell.errors import TellError
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
+
+    from tell.progress import Display
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,11 @@ def add(options: AddOptions) -> None:
         return
     import tell
 
-    start = "resume" if options.resume else "overwrite" if options.overwrite else "new"
+    start: Literal["new", "resume", "overwrite"] = (
+        "resume" if options.resume else "overwrite" if options.overwrite else "new"
+    )
 
-    def work(display: object) -> dict:
+    def work(display: Display) -> dict:
         folder = tell.add(
             options.run,
             options.data,
@@ -91,8 +95,8 @@ def added_table(found: dict) -> RenderableType | None:
     table = Table(title=f"{found['arm']} against {found['run']}", title_justify="left", header_style="bold")
     for title in ("", "metric", "before", "now", "difference, 95 % interval", "rows"):
         table.add_column(title, justify="left" if title in ("", "metric") else "right")
-    for side, numbers in sides.items():
-        names = [name for name in numbers or {} if ":" not in name]
+    for side, numbers in ((side, numbers or {}) for side, numbers in sides.items()):
+        names = [name for name in numbers if ":" not in name]
         names.sort(key=lambda name: name != found.get("primary"))
         for name in names[:METRICS_SHOWN]:
             spec, entry = metric(name), numbers[name]

@@ -121,14 +121,10 @@ def _flips(found: Pairing, read: tuple[ArmRows, ArmRows], keys: Sequence[Key], p
     order = np.argsort(-np.abs(gap), kind="stable")[: min(FLIPS, found.gained + found.lost)]
     for i in order:
         rows, scores = (a.rows[keys[i]], b.rows[keys[i]]), (float(ours[i]), float(theirs[i]))
-        found.flips.append(
-            Flip(
-                str(rows[0].get("origin", "")),
-                *(shorten(prompt_text(rows[0].get(part)), LONG) for part in ("prompt", "reference")),
-                better=found.names[0 if gap[i] > 0 else 1],
-                answers=list(zip(found.names, map(_answer, rows), scores, strict=True)),
-            )
-        )
+        question, reference = (shorten(prompt_text(rows[0].get(part)), LONG) for part in ("prompt", "reference"))
+        better = found.names[0 if gap[i] > 0 else 1]
+        answers = list(zip(found.names, map(_answer, rows), scores, strict=True))
+        found.flips.append(Flip(str(rows[0].get("origin", "")), question, reference, better, answers))
 
 
 def _answer(row: dict) -> str:

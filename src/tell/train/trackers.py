@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -156,19 +157,18 @@ class Trackers:
         for name in dict.fromkeys(names):
             if find_spec(name) is None:  # said before training
                 continue
-            kind = TRACKERS[name]
+            self._try(name, partial(self._start, name, run, known))
 
-            def start(name: str = name, kind: TrackerKind = kind) -> None:
-                self.open[name] = kind.start(run)
-                if kind.settings:
-                    self.open[name].store_init_configuration(known)
-
-            self._try(name, start)
+    def _start(self, name: str, run: Reported, settings: dict[str, Any]) -> None:
+        kind = TRACKERS[name]
+        self.open[name] = kind.start(run)
+        if kind.settings:
+            self.open[name].store_init_configuration(settings)
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Report numbers of a step."""
         for name, tracker in list(self.open.items()):
-            self._try(name, lambda tracker=tracker: tracker.log(dict(values), step=step))
+            self._try(name, partial(tracker.log, dict(values), step=step))
 
     def close(self) -> None:
         """End the runs."""
