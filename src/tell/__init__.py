@@ -49,11 +49,15 @@ if TYPE_CHECKING:
     from tell.studies.open_study import Changes as Changes
     from tell.studies.study import plan_study as plan_study
     from tell.studies.study import run_study as run_study
+    from tell.verbs.add_rows import add as add
     from tell.verbs.benchmark import BenchmarkOptions as BenchmarkOptions
     from tell.verbs.benchmark import benchmark as benchmark
     from tell.verbs.chat import chat as chat
     from tell.verbs.demo import demo as demo
     from tell.verbs.evaluate import evaluate as evaluate
+    from tell.verbs.gate import Limit as Limit
+    from tell.verbs.gate import NotWorse as NotWorse
+    from tell.verbs.gate import gate as gate
     from tell.verbs.look import look as look
     from tell.verbs.plan_run import plan as plan
     from tell.verbs.separate import Comparison as Comparison
@@ -106,6 +110,7 @@ _MODULES = {
         "plan_study",
         "run_study",
     ),
+    "tell.verbs.add_rows": ("add",),
     "tell.verbs.benchmark": (
         "BenchmarkOptions",
         "benchmark",
@@ -113,6 +118,11 @@ _MODULES = {
     "tell.verbs.chat": ("chat",),
     "tell.verbs.demo": ("demo",),
     "tell.verbs.evaluate": ("evaluate",),
+    "tell.verbs.gate": (
+        "Limit",
+        "NotWorse",
+        "gate",
+    ),
     "tell.verbs.look": ("look",),
     "tell.verbs.plan_run": ("plan",),
     "tell.verbs.separate": (

@@ -34,6 +34,8 @@ TAUGHT_ARMS: tuple[ArmName, ...] = tuple(
     name for name, arm in ARMS.items() if ARMS[arm.adapter or name].teacher == "tell"
 )
 
+TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio"]
+
 LARGEST = 10**7  # limit of counts that memory or time grows with: a larger one is a typo
 _UNWRITABLE = re.compile("[\\0\ud800-\udfff]")  # Python decodes argument bytes that are not UTF-8 to surrogates
 
@@ -80,6 +82,7 @@ class TaskConfig(Section):
         None, description="file (json, jsonl[.gz|.zst], csv, tsv, parquet, xlsx[#sheet], xls, ods) or hub name"
     )
     test: str | None = Field(None, description="test file; without it a test part is split off `data`")
+    validation: str | None = Field(None, description="validation file; without it a validation part is split off")
     columns: str | None = Field(None, description="names of prompt and answer columns, e.g. prompt=q,answer=a")
     prompt: str | None = Field(
         None, description="template of the prompt, e.g. 'Subject: {Subject}\\n\\n{Body}'; instead of columns"
@@ -153,8 +156,8 @@ class GeneralConfig(Section):
 
     source: str = Field(
         "auto",
-        description="file, hub name, `builtin` (rows answered by SmolLM2-135M), `self` (the model answers "
-        "their prompts itself), `none`, or `auto`: builtin",
+        description="file, hub name, a set by name (`tell general`), `builtin` (rows answered by SmolLM2-135M), "
+        "`self` (the model answers their prompts itself), `none`, or `auto`: builtin",
     )
     columns: str | None = Field(None, description="names of the source's columns, as in task.columns")
     ratio: float | None = Field(None, ge=0, description="general tokens per task token (task rows counted once)")
@@ -272,6 +275,10 @@ class TrainConfig(Section):
     )
     parallel: Literal["auto", "ddp", "fsdp"] = Field(
         "auto", description="under torchrun: ddp (auto) copies the model to each process, fsdp shards its weights"
+    )
+    report_to: tuple[TrackerName, ...] = Field(
+        ("tensorboard",),
+        description="trackers that steps are reported to, of tensorboard, wandb, mlflow, trackio; [] for none",
     )
     checkpoint_every: int = Field(
         50, ge=0, le=LARGEST, description="optimiser steps between checkpoints; 0: only on a signal"

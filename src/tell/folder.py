@@ -70,10 +70,12 @@ class RunFolder:
         self.logs = root / "logs"
         self.report = root / "report.html"
         self.pseudo = root / "pseudo"
+        self.added = root / "added.json"  # of a run that `tell add` made
         self.status = root / "status.json"
         self.arms = root / "arms"
         self.made = tuple(path for name, path in vars(self).items() if name != "root")
         """Every file and folder that a run may make at the top of its folder."""
+        self.rows = root / "rows"  # training, validation and test rows of `tell add`; read as the task's files
         self.lock = root / ".lock"  # locked by the process that is working on the run
         self.starting = root / ".starting"  # exists while a run starts: the folder is ours, but not yet a run
 
@@ -96,6 +98,10 @@ class RunFolder:
     def endpoint_answers(self) -> Path:
         """Answers of servers in `tell eval --endpoint`, by content of the request: ``predictions/endpoints.jsonl``."""
         return self.predictions / "endpoints.jsonl"
+
+    def before(self, arm: str) -> Path:
+        """Answers of an arm of the run that `tell add` started from: ``predictions/before/<arm>.jsonl``."""
+        return self.predictions / "before" / f"{arm}.jsonl"
 
     def general_losses(self, arm: str) -> Path:
         """Losses of an arm's weights on general rows: ``predictions/general/<arm>.jsonl``."""

@@ -12,21 +12,8 @@ from tell import __version__
 from tell.cli.main import run
 
 VERBS = (
-    *(
-        "tune",
-        "plan",
-        "look",
-        "eval",
-        "chat",
-        "export",
-        "serve",
-        "report",
-        "anchor",
-        "separate",
-        "build",
-        "study",
-        "demo",
-    ),
+    *("tune", "plan", "look", "eval", "chat", "export", "serve", "report", "gate", "add", "general"),
+    *("anchor", "separate", "build", "study", "demo"),
 )
 HEAVY = ("torch", "transformers", "datasets", "peft", "pydantic", "numpy", "rich")
 

@@ -15,12 +15,15 @@ import typer
 from typer.core import TyperGroup
 
 from tell import __version__
+from tell.cli import add_command as add
 from tell.cli import anchor_command as anchor
 from tell.cli import build_command as build
 from tell.cli import chat_command as chat
 from tell.cli import demo_command as demo
 from tell.cli import eval_command as eval
 from tell.cli import export_command as export
+from tell.cli import gate_command as gate
+from tell.cli import general_command as general
 from tell.cli import look_command as look
 from tell.cli import plan_command as plan
 from tell.cli import report_command as report
@@ -101,6 +104,9 @@ for _name, _verb in (
     ("export", export.export),
     ("serve", serve.serve),
     ("report", report.report),
+    ("gate", gate.gate),
+    ("add", add.add),
+    ("general", general.general),
     ("anchor", anchor.anchor),
     ("separate", separate.separate),
     ("study", study.study),

@@ -6,12 +6,14 @@ To add a source, add an entry here. Rows that the model writes come from the cal
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from tell.config import Config, GeneralConfig
 from tell.data.builtin import load_builtin
+from tell.data.named_general import GeneralSet, general_sets, keep_set
 from tell.data.sources import Loaded, file_fingerprint, load
+from tell.errors import TellError
 from tell.files import expanded
 from tell.names import ARMS
 
@@ -29,6 +31,8 @@ class GeneralSource:
         written: the model writes the rows.
         fingerprint: SHA-256 (hexadecimal) of the rows without parsing them; None where that needs reading.
         fixed: a file or hub name, whose rows depend on neither the model nor the configuration.
+        named: a data set of ``general_sets.yaml``, with its revision and licence.
+        notices: on where the rows are from, for the user.
     """
 
     name: str
@@ -37,11 +41,13 @@ class GeneralSource:
     written: bool = False
     fingerprint: Callable[[], str | None] = lambda: None
     fixed: bool = False
+    named: GeneralSet | None = None
+    notices: tuple[str, ...] = ()
 
     @property
     def empty(self) -> bool:
         """Whether it has no rows."""
-        return self.read is None and not self.written and not self.instead
+        return self.read is None and not self.written and not self.instead and self.named is None
 
 
 _SOURCES = (
@@ -49,6 +55,7 @@ _SOURCES = (
     GeneralSource("builtin", read=load_builtin),
     GeneralSource("self", written=True),
     GeneralSource("none"),
+    *(GeneralSource(name, named=known) for name, known in general_sets().items()),
 )
 SOURCES = {source.name: source for source in _SOURCES}
 
@@ -77,13 +84,28 @@ def is_empty(config: GeneralConfig) -> bool:
     return config.is_zero or (config.source in SOURCES and SOURCES[config.source].empty)
 
 
-def resolve_source(config: Config) -> GeneralSource:
-    """The source of a run's general rows; nothing is written unless a requested arm is trained on it."""
+def is_builtin(config: GeneralConfig) -> bool:
+    """Whether the source is the built-in rows, given or by default."""
+    known = SOURCES.get(config.source)
+    return known is not None and (known.instead or known.name) == "builtin"
+
+
+def resolve_source(config: Config, *, tokens: float = 0.0) -> GeneralSource:
+    """The source of a run's general rows; nothing is written unless a requested arm is trained on it.
+
+    Args:
+        tokens: general tokens that the run needs, to stream as many of a named set.
+
+    Raises:
+        TellError: a named set is not on the hub, or is given columns.
+    """
     source = general_source(config.general.source, config.general.columns)
     if source.fixed or source.empty:
         return source
     if is_empty(config.general) or not any(_mixed(arm) for arm in config.eval.arms):
         return SOURCES["none"]
+    if source.named is not None:
+        return _kept(source.named, config.general, tokens)
     return SOURCES[source.instead] if source.instead else source
 
 
@@ -98,8 +120,20 @@ def general_target(config: Config, *, wrote_builtin: bool) -> Target:
     """
     if config.train.general_target != "auto":
         return config.train.general_target
-    foreign = resolve_source(config).name == "builtin" and not wrote_builtin
-    return "untuned" if foreign else "text"
+    return "untuned" if is_builtin(config.general) and not wrote_builtin else "text"
+
+
+def _kept(known: GeneralSet, config: GeneralConfig, tokens: float) -> GeneralSource:
+    """A named set as a file on this machine; the default source where the set cannot be had."""
+    if config.columns is not None:
+        what = f"general.columns has no effect on {known.name}, whose columns are known"
+        raise TellError(what, where="--general-columns", remedy=f"Leave it out, or name the hub's {known.hub}.")
+    kept = keep_set(known, tokens)
+    if kept.path is None:
+        found = SOURCES[SOURCES["auto"].instead]
+        return replace(found, notices=(f"general data: {kept.notice}; the default, {found.name}, is used instead",))
+    file = general_source(str(kept.path), known.columns)
+    return replace(file, named=known, notices=(known.notice, *([kept.notice] if kept.notice else [])))
 
 
 def _mixed(arm: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tell.data.example import Example, Message
 from tell.data.label_text import are_labels, as_label, list_form
@@ -98,6 +98,24 @@ def split_given_test(
     validation, rest = _fill(order, min(round(validation_fraction * len(kept)), len(kept) - 1))
     _share(rest, validation, _labels(kept), all_of_it=True)
     return Splits(_pick(kept, rest), _pick(kept, validation), list(test_examples), removed)
+
+
+def with_validation(parts: Splits, held: Sequence[Example]) -> tuple[Splits, int]:
+    """The parts with given validation rows, and how many rows were left out for being in two parts.
+
+    A row that is also a test row is a test row; one that is also a training row is a validation row.
+
+    Raises:
+        TellError: no validation or no training row is left.
+    """
+    tested, held_out = ({example.hash for example in rows} for rows in (parts.test, held))
+    validation = [example for example in held if example.hash not in tested]
+    train = [example for example in parts.train if example.hash not in held_out]
+    if not train or not validation:
+        what = "every training row is also in it" if validation else "every row is also a test row"
+        raise TellError(what, where="task.validation", remedy="Use validation rows that occur nowhere else.")
+    lost = len(held) - len(validation) + len(parts.train) - len(train)
+    return replace(parts, train=train, validation=validation), lost
 
 
 def _file(examples: Sequence[Example]) -> str | None:

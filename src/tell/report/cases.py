@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -13,6 +12,7 @@ from markupsafe import Markup
 from tell.metric_names import metric
 from tell.names import arm
 from tell.number_text import is_number
+from tell.report.arm_rows import keyed
 from tell.report.html_text import shorten, word_diff
 from tell.report.read_run import Run, mapping
 from tell.report.score_tables import primary_metric
@@ -67,12 +67,12 @@ def build_cases(run: Run) -> Cases | None:
         return None
     arms = list(run.predictions)
     focus = "tell" if "tell" in arms else arms[-1]
-    keyed = {name: _keyed(rows) for name, rows in run.predictions.items()}
-    keys = list(keyed[focus])
+    rows_of = {name: keyed(rows) for name, rows in run.predictions.items()}
+    keys = list(rows_of[focus])
     primary = primary_metric(run.metrics) or next(
-        (m for row in keyed[focus].values() for m in mapping(row, "scores")), ""
+        (m for row in rows_of[focus].values() for m in mapping(row, "scores")), ""
     )
-    scores = np.array([[_outcome(keyed[name].get(key), primary) for key in keys] for name in arms], dtype=float)
+    scores = np.array([[_outcome(rows_of[name].get(key), primary) for key in keys] for name in arms], dtype=float)
     known = scores[np.isfinite(scores)]
     binary = bool(len(known)) and bool(np.isin(known, (0.0, 1.0)).all())
     signed = dict(zip(arms, scores if metric(primary).higher_is_better else -scores, strict=True))  # more is better
@@ -92,7 +92,7 @@ def build_cases(run: Run) -> Cases | None:
     order = [focus, *(name for name in arms if name != focus)]
     cases = []
     for i in _chosen(differ, fails):
-        case = _case(i, {name: keyed[name].get(keys[i]) for name in order}, primary)
+        case = _case(i, {name: rows_of[name].get(keys[i]) for name in order}, primary)
         case.tags = [tag for tag, _, mask in filters if mask[i]]
         cases.append(case)
     counts = [("all", "All shown", len(cases))]
@@ -132,17 +132,6 @@ def _figure(scores: dict[str, np.ndarray], primary: str) -> Markup | None:
     order = np.argsort(-np.nan_to_num(stacked).sum(axis=0), kind="stable")
     title = f"{metric(primary).label if primary else 'Score'} of every test row, for each arm"
     return outcome_figure({name: values[order] for name, values in scores.items()}, title)
-
-
-def _keyed(rows: list[dict]) -> dict[tuple[str, int], dict]:
-    """Rows by content hash and how often that hash came before, which keeps equal test rows apart."""
-    seen: Counter[str] = Counter()
-    out = {}
-    for i, row in enumerate(rows):
-        name = str(row.get("hash", i))
-        out[(name, seen[name])] = row
-        seen[name] += 1
-    return out
 
 
 def _number(value: object) -> float | None:

@@ -9,6 +9,7 @@ from tell.folder import RunFolder
 from tell.metric_names import metric
 from tell.names import arm_order
 from tell.report.page import fill, verdict_of
+from tell.report.paired import Pairing, pairings
 from tell.report.read_run import Run, flatten, get, mapping, read_run
 from tell.report.score_tables import Cell, Line, Plotted, axis, metric_names, primary_metric, scale_of
 from tell.report.sections import TRAIN, model_name
@@ -39,11 +40,18 @@ def compare(folders: Sequence[RunFolder]) -> str:
             for n, r in zip(names, runs, strict=True)
         ],
         same=same_rows(runs),
+        pairs=pairings(runs, names),
         tables=tables(runs, names),
         settings=settings(runs),
         train=costs(runs, names),
         train_columns=[label for _, label, _ in TRAIN],
     )
+
+
+def paired(folders: Sequence[RunFolder]) -> list[Pairing]:
+    """Every run against the first, on the test rows that both answered."""
+    runs = [read_run(folder) for folder in folders]
+    return pairings(runs, run_names(runs))
 
 
 def run_names(runs: Sequence[Run]) -> list[str]:

@@ -24,10 +24,11 @@ from tell.nested import flat
 PATIENCE = 1.0  # seconds; another process may be testing whether the lock is held
 
 # Keys that may differ between a run and its resumption: they change numbers by rounding, and dropout's draws, at most.
-FREE = ("out", "train.parallel")
+FREE = ("out", "train.parallel", "train.report_to")
 PATHS = (
     ("task", "data"),
     ("task", "test"),
+    ("task", "validation"),
     ("task", "unlabelled"),
     ("task", "json_schema"),
     ("general", "source"),

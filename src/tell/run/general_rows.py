@@ -25,6 +25,7 @@ from tell.seeds import permutation
 from tell.shown import left_out
 
 ROUNDING = 1e-9  # of a sum of shares
+ROW_TOKENS = 400  # of a general row, to estimate how many a budget needs
 
 
 @dataclass(frozen=True)
@@ -74,13 +75,26 @@ class General:
 
 def source_of(task: Task) -> GeneralSource:
     """The run's source of general rows; says where the built-in rows are another model's answers."""
-    source = resolve_source(task.config)
+    source = resolve_source(task.config, tokens=_tokens_needed(task))
+    for text in source.notices:
+        task.notices.add(text)
     if source.name == "builtin" and task.files.name != HUB_NAME and task.general_target == "text":
         task.notices.add(
             f"general data: the built-in rows are SmolLM2-135M's answers, not {task.files.name}'s, and it is trained "
             "on their text; train.general_target=auto keeps its own distributions over them"
         )
     return source
+
+
+def _tokens_needed(task: Task) -> float:
+    """About how many general tokens the run draws, holds out and chooses among, before anything is tokenised."""
+    config = task.config
+    characters = sum(len(m.content) for example in task.train for m in example.messages)
+    ((way, amount),) = config.general.amount(max(1, characters // 3)).items()
+    rows = max(4 * config.eval.forgetting_rows, int(amount) if way == "rows" else 0)
+    tokens = amount if way == "tokens" else amount * characters / 3 if way == "ratio" else 0.0
+    choice = 4 if config.general.select == "similar" else 1
+    return choice * max(tokens + config.eval.forgetting_rows * ROW_TOKENS, rows * ROW_TOKENS)
 
 
 def read_general(task: Task, *, overlap: bool = True) -> General | None:
@@ -128,6 +142,7 @@ def load_general(task: Task, source: GeneralSource, *, overlap: bool = True) -> 
     held_out, rest = np.sort(usable[order[:wanted]]), np.sort(usable[order[wanted:]])
     rest = rest[~np.isin(table.hashes[rest], table.hashes[held_out])]  # a row that occurs twice is held out twice
     facts = {**table.facts, "path": loaded.path if loaded else source.name}  # the cache goes by a file's content alone
+    facts |= source.named.facts if source.named else {}
     dropped = [{"origin": d.origin, "reason": d.reason} for d in table.dropped]
     return General(table, rest, held_out, facts, dropped, shared, len(blocked), source=source)
 

@@ -324,7 +324,7 @@ class _Search:
             return self.journal.stop() or (mark is not None and done >= end)
 
         targets = arm_targets(task, mixture, self.session, self._folder / "targets.safetensors")
-        settings, seed = task.training(mixture), task.config.seed
+        settings, seed = task.training(mixture).model_copy(update={"report_to": ()}), task.config.seed
         job = TrainingJob(tables, mixture, settings, seed, place, place / "log.jsonl", targets)
         hooks = TrainingHooks(stopped=stopped, progress=progress, marks={end: mark} if mark else {})
         with self.session.display.bar(f"search {self.arm}: {place.name}", end, "steps") as advance:

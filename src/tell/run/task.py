@@ -17,7 +17,7 @@ from tell.data.example import Example
 from tell.data.general import Target, general_target
 from tell.data.kind import Kind
 from tell.data.overlap import find_overlap
-from tell.data.sources import Loaded
+from tell.data.sources import Loaded, load
 from tell.data.subset import take_rows, take_tokens
 from tell.data.unlabelled import Prompts, load_prompts_of
 from tell.errors import TellError
@@ -31,7 +31,7 @@ from tell.rows.row_cache import cache_key, cached_table
 from tell.rows.row_table import RowTable
 from tell.rows.template import ChatTokenizer
 from tell.rows.tokenize import RowRules, tokenize
-from tell.run.misfits import fitted
+from tell.run.misfits import cleaned, fitted
 from tell.run.shots import check_shots, pick_shots
 from tell.run.task_rows import DataFacts, Read, read_task, split_task
 from tell.shown import brief, left_out
@@ -163,8 +163,12 @@ def open_task(config: Config, read: Read, files: ModelFiles, notices: Notices) -
     unit = chat
     if config.tokens.unit != "model":
         unit = ChatTokenizer(find_tokenizer(config.tokens.unit, notify=display.note))
-    rows = split_task(config, (data, given, schema))
-    for text in (*data.notices, *(given.notices if given else ()), *fit_notices, rows.widened):
+    held = None
+    if config.task.validation is not None:
+        how = data.form or config.task.columns
+        held = cleaned(load(config.task.validation, name="task", columns=how, lists=data.lists), chat)[0].examples
+    rows = split_task(config, (data, given, schema), held)
+    for text in (*data.notices, *(given.notices if given else ()), *fit_notices, rows.lost, rows.widened):
         if text:
             notices.add(text)
     for text in left_out((row["origin"], row["reason"]) for row in rows.facts.dropped_rows):

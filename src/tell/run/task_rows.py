@@ -11,7 +11,7 @@ from tell.data.form import form_of
 from tell.data.kind import Kind, detect_kind, load_schema, missing_classes, widen
 from tell.data.overlap import Overlap, find_overlap
 from tell.data.sources import BadRows, Loaded, load
-from tell.data.split import Splits, split, split_given_test
+from tell.data.split import Splits, split, split_given_test, with_validation
 from tell.data.subset import take_rows
 from tell.errors import TellError
 
@@ -50,6 +50,7 @@ class TaskRows:
         held_out: all test rows, also those that ``task.test_rows`` leaves unscored.
         widened: notice about a schema that had to be widened for test rows; empty where it was not.
         missing: notices about labels without training or without test rows.
+        lost: notice about rows of ``task.validation`` that are in another part too; empty where there are none.
     """
 
     train: list[Example]
@@ -60,6 +61,7 @@ class TaskRows:
     held_out: list[Example]
     widened: str
     missing: list[str]
+    lost: str = ""
 
 
 def read_task(config: Config, bad_rows: BadRows | None = None) -> Read:
@@ -90,14 +92,19 @@ def read_task(config: Config, bad_rows: BadRows | None = None) -> Read:
     return data, given, schema
 
 
-def split_task(config: Config, read: Read) -> TaskRows:
+def split_task(config: Config, read: Read, held: Sequence[Example] | None = None) -> TaskRows:
     """The rows of a task as a run splits them, their kind, and the findings about them.
+
+    Args:
+        held: the rows of ``task.validation``, where it is given.
 
     Raises:
         TellError: too few rows, or answers that are not of the requested kind.
     """
     data, given, schema = read
-    parts = _split(config, data, given)
+    parts, lost = _split(config, data, given), 0
+    if held is not None:
+        parts, lost = with_validation(parts, held)
     known = [*parts.train, *parts.validation]
     kind, widened = widen(detect_kind(known, override=config.task.kind, schema=schema), known, parts.test)
     test = parts.test
@@ -118,12 +125,14 @@ def split_task(config: Config, read: Read) -> TaskRows:
         dropped_rows=[{"origin": origin, "reason": reason} for origin, reason in dropped],
     )
     missing = missing_classes(kind, known, test)
-    return TaskRows(train, parts.validation, test, kind, facts, parts.test, widened or "", missing)
+    twice = f"rows left out because they are in two parts: {lost:,}" if lost else ""
+    return TaskRows(train, parts.validation, test, kind, facts, parts.test, widened or "", missing, twice)
 
 
 def _split(config: Config, data: Loaded, given: Loaded | None) -> Splits:
     # With few rows all are needed for training; anchors are then scored on training rows.
-    share = config.task.validation_fraction if len(data.examples) >= FEW_ROWS else 0.0
+    own = config.task.validation is None and len(data.examples) >= FEW_ROWS
+    share = config.task.validation_fraction if own else 0.0
     if given is not None:
         return split_given_test(data.examples, given.examples, seed=config.seed, validation_fraction=share)
     fraction = config.task.test_fraction

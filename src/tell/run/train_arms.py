@@ -14,7 +14,7 @@ from tell.errors import Diverged, Interrupted
 from tell.files import remove_folder, write_json
 from tell.folder import AdapterFolder
 from tell.mix.mixture import GENERAL, Mixture
-from tell.progress import Advance, Display
+from tell.progress import Advance
 from tell.run.costs import arm_costs
 from tell.run.journal import Journal
 from tell.run.prepare import Prepared
@@ -22,7 +22,7 @@ from tell.run.processes import load_spread, start_job
 from tell.run.record import write_adapter_notes
 from tell.run.session import Session
 from tell.run.speed import keep_speed
-from tell.run.task import Task
+from tell.run.task import Notices, Task
 
 if TYPE_CHECKING:
     import torch
@@ -124,7 +124,7 @@ def _train(
     job = TrainingJob(tables, mixture, task.training(mixture), task.config.seed, place.root, log, targets)
     base, device = _trainee(session, processes)
     total = int(mixture.column("tokens").sum(dtype=np.int64))
-    with _bar(session.display, f"train {arm}", total, journal) as hooks:
+    with _bar(prepared.task.notices, f"train {arm}", total, journal) as hooks:
         if processes:
             start_job(processes, task.files, base, job)
         return Trainer(base.model, job, device=device, hooks=hooks, processes=processes).run(resume=True)
@@ -169,13 +169,13 @@ def _trainee(session: Session, processes: Processes | None) -> tuple[Loaded, tor
 
 
 @contextmanager
-def _bar(display: Display, title: str, tokens: int, journal: Journal) -> Iterator[TrainingHooks]:
+def _bar(notices: Notices, title: str, tokens: int, journal: Journal) -> Iterator[TrainingHooks]:
     """A progress bar over training tokens, advanced within steps and corrected after each."""
     from tell.train.trainer import TrainingHooks
 
-    with display.bar(title, tokens, "tokens") as advance:
+    with notices.display.bar(title, tokens, "tokens") as advance:
         counter = _Counter(advance)
-        yield TrainingHooks(stopped=journal.stop, progress=counter.step, moved=counter.moved)
+        yield TrainingHooks(stopped=journal.stop, progress=counter.step, moved=counter.moved, note=notices.add)
 
 
 @dataclass

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from tell.anchor.anchor import Anchor
@@ -36,6 +35,7 @@ from tell.run.session import ModelCache, Session, check_engine
 from tell.run.task import Task, anchor_of, limit_task, load_task, place_anchor, placed_anchor
 from tell.run.teach import teach
 from tell.run.train_arms import train_arms
+from tell.train.trackers import missing_trackers
 
 if TYPE_CHECKING:
     from tell.train.parallel import Processes
@@ -115,8 +115,8 @@ def read_inputs(config: Config, display: Display | None = None, processes: str =
     check_benchmarks(config)
     if processes:
         task.notices.add(f"trained by {processes}")
-    if trained_arms(config.eval.arms) and find_spec("tensorboard") is None:
-        task.notices.add('no TensorBoard files are written; to have them, pip install "tell-llm[tensorboard]"')
+    for text in missing_trackers(config.train.report_to) if trained_arms(config.eval.arms) else ():
+        task.notices.add(text)
     get_ordering(config.mix.order)
     check_rows(task, placed_anchor(task))
     limited = limit_task(task, placed_anchor(task))

@@ -64,7 +64,7 @@ def difference(a: Metric, b: Metric, *, seed: int, samples: int = 2000) -> dict:
     return estimate_from(value, low, high, n)
 
 
-def wilson(successes: int, n: int) -> tuple[float, float]:
+def wilson(successes: float, n: int) -> tuple[float, float]:
     """Wilson's 95 % score interval for a proportion (Wilson 1927, J. Am. Stat. Assoc. 22, 209-212)."""
     p = successes / n
     centre = (p + Z * Z / (2 * n)) / (1 + Z * Z / n)
@@ -88,8 +88,12 @@ def newcombe_paired(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
     Method 10 of Newcombe 1998, Statistics in Medicine 17, 2635-2650: the Wilson limits of both shares, squared and
     added, with the pairs' correlation phi (continuity corrected).
     """
-    n = len(a)
     both, only_a, only_b = int((a * b).sum()), int((a * (1 - b)).sum()), int((b * (1 - a)).sum())
+    return newcombe(both, only_a, only_b, len(a))
+
+
+def newcombe(both: float, only_a: float, only_b: float, n: int) -> tuple[float, float]:
+    """`newcombe_paired` from counts of pairs, whole or expected: both are 1, only the first, only the second, of n."""
     neither = n - both - only_a - only_b
     sum_a, sum_b = both + only_a, both + only_b
     product = both * neither - only_a * only_b

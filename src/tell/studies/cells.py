@@ -25,7 +25,7 @@ from tell.config import (
     TrainConfig,
     make_config,
 )
-from tell.data.general import is_empty, resolve_source
+from tell.data.general import is_builtin, is_empty
 from tell.data.workbook import split_sheet, with_sheet
 from tell.errors import TellError
 from tell.models.find import SMOLLM2
@@ -157,7 +157,8 @@ def make_cell(config: Config, arm: str, riders: Sequence[str] = ()) -> Cell:
     mixed = mixture in (*LIKE_TELL, "general") and not is_empty(config.general)
     if mixed and config.train.learning_rate is None:
         parts["rates"] = RATES
-    if mixture not in (None, "task") and resolve_source(config).name == "builtin" and not _wrote_builtin(config):
+    counts = mixture not in (None, "task") and not is_empty(config.general)  # of SFT's steps too
+    if counts and is_builtin(config.general) and config.model.name not in (SMOLLM2, HUB_NAME):
         parts["general"] = FOREIGN_ROWS
     return Cell(_name(arm, parts), arm, config)
 
@@ -199,10 +200,6 @@ def identity(config: Config) -> dict[str, Any]:
     if anchor is not None:
         data["anchor"] = {"text": anchor.text} | ({"place": anchor.place} if anchor else {})
     return data
-
-
-def _wrote_builtin(config: Config) -> bool:
-    return config.model.name in (SMOLLM2, HUB_NAME)
 
 
 def inputs(config: Config) -> dict[tuple[str, str], Path]:

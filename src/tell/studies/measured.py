@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,10 +15,10 @@ from tell.files import read_jsonl
 from tell.folder import RunFolder
 from tell.metric_names import BENCHMARK, CHANGE
 from tell.number_text import has_interval, is_number
+from tell.report.arm_rows import agrees, row_metrics
 from tell.report.read_run import get, mapping
 from tell.run.answers import adapter_arm
 from tell.score.intervals import Z
-from tell.score.means import mean_metric
 from tell.score.scored import Metric
 from tell.score.scorers import make_scorer
 from tell.studies.stats.shared_rows import SharedRows, levels_and_changes, read_general_rows, read_questions
@@ -101,7 +101,9 @@ class CellReader:
             return None
         path = self.folder.prediction(arm)
         rows = read_jsonl(path) if path.is_file() else []
-        metrics, numbers = _metrics(entries, rows, lambda: self._rescore(rows))
+        metrics = row_metrics(entries, rows, self._rescore)
+        rest = {name: _number(entry) for name, entry in entries.items() if name not in metrics}
+        numbers = {name: number for name, number in rest.items() if number is not None}
         trained = mapping(self.metrics, "train", "arms", adapter_arm(arm) or "")
         costs = {key: float(trained.get(key) or 0) for key in COSTS}
         costs["flops_6nd"] = 6.0 * float(get(self.plan, "model", "parameters", default=0) or 0) * costs["tokens"]
@@ -156,7 +158,7 @@ class CellReader:
         def keep(name: str, own: SharedRows | None, base: SharedRows | None) -> None:
             for key, rows in levels_and_changes(own, base).items():
                 known = found.get(name + key)
-                if known is not None and _equal(rows.metric.value, known.value):
+                if known is not None and agrees(rows.metric.value, known.value):
                     found[name + key] = replace(known, rows=rows)
 
         own_rows, base_rows = (read_general_rows(self.folder, each) for each in (weights, "base"))
@@ -178,34 +180,6 @@ class CellReader:
 
 def _read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
-def _metrics(
-    entries: Mapping[str, object], rows: Sequence[dict], rescore: Callable[[], Mapping[str, Metric]]
-) -> tuple[dict[str, Metric], dict[str, Number]]:
-    """Metrics over rows, and those that only the run as a whole has."""
-    metrics: dict[str, Metric] = {}
-    numbers: dict[str, Number] = {}
-    again: Mapping[str, Metric] | None = None
-    for name, entry in entries.items():
-        number = _number(entry)
-        if number is None:
-            continue
-        values = np.array([float(mapping(row, "scores").get(name, np.nan)) for row in rows])
-        known = values[np.isfinite(values)]
-        metric = mean_metric(values, binary=bool(np.isin(known, (0.0, 1.0)).all())) if len(known) else None
-        if metric is None or not _equal(metric.value, number.value):
-            again = rescore() if again is None and rows else again
-            metric = (again or {}).get(name)
-        if metric is not None and _equal(metric.value, number.value):
-            metrics[name] = metric
-        else:
-            numbers[name] = number
-    return metrics, numbers
-
-
-def _equal(a: float, b: float) -> bool:
-    return bool(abs(a - b) <= 2e-5 * max(1.0, abs(b)))
 
 
 def _number(entry: object) -> Number | None:

@@ -1,11 +1,13 @@
-"""Reports of training steps: as JSON Lines, and for TensorBoard."""
+"""Reports of training steps: as JSON Lines, and to trackers."""
 
 from __future__ import annotations
 
 import json
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+from tell.config import TrainConfig
+from tell.train.trackers import Note, Reported, Trackers
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,20 +24,16 @@ class StepReport:
 
 
 class StepLog:
-    """One JSON line per step, and the same numbers for TensorBoard."""
+    """One JSON line per step, and the same numbers for the trackers of ``train.report_to``."""
 
-    def __init__(self, path: Path, *, keep: int) -> None:
+    def __init__(self, path: Path, config: TrainConfig, *, keep: int, note: Note) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         lines: list[str] = []
         if keep and path.exists():
             lines = path.read_text(encoding="utf-8").splitlines()[:keep]
         path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         self.file = path.open("a", encoding="utf-8")
-        self.board = None
-        with suppress(ImportError):
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(str(path.with_suffix("")), purge_step=keep + 1)
+        self.trackers = Trackers(config.report_to, Reported(path, keep, note), config.model_dump(mode="json"))
 
     def write(self, report: StepReport, rate: float, norm: float) -> None:
         row = {
@@ -49,12 +47,9 @@ class StepLog:
         }
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
-        if self.board:
-            scalars = {"loss/all": report.loss, **{f"loss/{name}": x for name, x in report.by_source.items()}}
-            for name, value in {**scalars, "learning_rate": rate, "grad_norm": norm}.items():
-                self.board.add_scalar(name, value, report.step)
+        scalars = {"loss/all": report.loss, **{f"loss/{name}": x for name, x in report.by_source.items()}}
+        self.trackers.log({**scalars, "learning_rate": rate, "grad_norm": norm}, report.step)
 
     def close(self) -> None:
         self.file.close()
-        if self.board:
-            self.board.close()
+        self.trackers.close()

@@ -74,7 +74,7 @@ class TrainingJob:
         mixture: the rows to train on, in order.
         seed: of LoRA's initial weights, dropout and noise.
         folder: receives the adapter and its checkpoints.
-        log: JSON Lines file of the steps; TensorBoard files go to the folder of the same name.
+        log: JSON Lines file of the steps; a tracker's files go to the folder of the same name.
         targets: of the general rows, where ``train.general_target`` is not their text.
     """
 
@@ -95,6 +95,7 @@ class TrainingHooks:
         stopped: polled between steps; True writes a checkpoint and raises Interrupted.
         progress: called after each step.
         marks: folders that receive a copy of the adapter, by the number of steps after which it is made.
+        note: receives sentences on trackers that were turned off.
         moved: called within a step, after each forward and backward pass, with the tokens this process trained on.
     """
 
@@ -102,6 +103,7 @@ class TrainingHooks:
     progress: Callable[[StepReport], None] | None = None
     moved: Callable[[int], None] | None = None
     marks: Mapping[int, Path] = field(default_factory=dict)
+    note: Callable[[str], None] = lambda text: None
 
 
 def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
@@ -127,7 +129,7 @@ def run_digest(config: TrainConfig, mixture: Mixture, seed: int) -> str:
 
     The mixture's own digest identifies examples; the tokens distinguish anchors, templates and tokenizers.
     """
-    settings = config.model_dump(exclude={"checkpoint_every", "micro_tokens", "parallel"})
+    settings = config.model_dump(exclude={"checkpoint_every", "micro_tokens", "parallel", "report_to"})
     digest = hashlib.sha256(json.dumps([settings, mixture.digest(), seed], sort_keys=True).encode())
     for name in mixture.sources:
         table = mixture.tables[name]
@@ -276,7 +278,8 @@ class Trainer:
                     p.mul_(self.config.adapter_scale)
 
     def _train(self, run: _Run, model: PeftModel) -> None:
-        logger = StepLog(self.job.log, keep=run.totals.step) if self.writes else None
+        keep, note = run.totals.step, self.hooks.note
+        logger = StepLog(self.job.log, self.config, keep=keep, note=note) if self.writes else None
         begin = time.monotonic() - run.totals.seconds
         try:
             for step in range(run.totals.step, self.steps):

@@ -38,7 +38,7 @@ EVAL_KEYS = ("answer_loss", "arms", "bleurt", "bootstrap", "icl_examples", "icl_
 """Keys of ``eval`` that scoring reads; the others belong to a run, or to ``--benchmarks``."""
 KEPT = ("forgetting", "mixture", "train", "failed", "same")
 """Parts of metrics.json that are shown next to new scores as the run measured them."""
-WITHOUT = {"test": ", or give test rows with --test", "training": ", or leave the arm icl out", "fixed example": ""}
+WITHOUT = {"test": ", or give test rows with --test", "training": ", or leave the arm icl out"}
 
 
 def evaluate(
@@ -96,7 +96,7 @@ def evaluate(
     train, examples, shots = run_examples(opened, test, display, need_train=any(ARMS[arm].in_context for arm in wanted))
     if rows is not None and rows < len(examples):
         examples = [examples[i] for i in sorted(take_rows(len(examples), rows, seed))]
-    exam = _exam(opened, session, seed, facts, test=examples, train=train, shots=shots)
+    exam = exam_of(opened, session, seed, facts, test=examples, train=train, shots=shots)
     nearest = nearest_rows(session, wanted, examples, train)
     kind = run_kind(opened, facts.kind)
     grammar = session_grammar(session, kept_constraint(opened.folder, kind)) if constrained else None
@@ -115,7 +115,7 @@ def evaluate(
     return {"task": task, **score_arms(answers, config.model_copy(update={"seed": seed}), kind), **kept}
 
 
-def _exam(
+def exam_of(
     opened: OpenRun,
     session: Session,
     seed: int,
@@ -234,6 +234,7 @@ class Split(BaseModel):
 
     train: list[str]
     test: list[str]
+    validation: list[str] = []
     shots: list[str] | None = None
 
 
@@ -253,15 +254,15 @@ def run_examples(
     parts = opened.folder.read_as(opened.folder.split, Split)
     shown = parts.shots or []
     needed = [task.data] * bool(need_train or shown) + [task.test or task.data] * (test is None)
-    by_hash = _by_hash(opened, needed)
-    train = _pick(parts.train, by_hash, task.data, "training") if need_train else []
-    shots = _pick(shown, by_hash, task.data, "fixed example")
+    by_hash = rows_by_hash(opened, needed)
+    train = pick_rows(parts.train, by_hash, task.data, "training") if need_train else []
+    shots = pick_rows(shown, by_hash, task.data, "fixed example")
     if test:
         given = load(test, name="task", columns=opened.read_by, lists=_lists(opened))
         for notice in (*left_out(given.dropped), *given.notices):
             display.note(notice)
         return train, without_ends(given.examples, opened.chat)[0], shots
-    return train, _pick(parts.test, by_hash, task.test or task.data, "test"), shots
+    return train, pick_rows(parts.test, by_hash, task.test or task.data, "test"), shots
 
 
 def run_shots(opened: OpenRun) -> list[Example]:
@@ -272,7 +273,7 @@ def run_shots(opened: OpenRun) -> list[Example]:
     """
     hashes = opened.folder.read_as(opened.folder.split, Split).shots or []
     data = opened.config.task.data
-    return _pick(hashes, _by_hash(opened, [data] * bool(hashes)), data, "fixed example")
+    return pick_rows(hashes, rows_by_hash(opened, [data] * bool(hashes)), data, "fixed example")
 
 
 def _lists(opened: OpenRun) -> bool:
@@ -280,7 +281,7 @@ def _lists(opened: OpenRun) -> bool:
     return opened.folder.read_as(opened.folder.findings, Findings).kind.form == "json"
 
 
-def _by_hash(opened: OpenRun, paths: Iterable[str | None]) -> dict[str, Example]:
+def rows_by_hash(opened: OpenRun, paths: Iterable[str | None]) -> dict[str, Example]:
     """The rows of task files, each file read once."""
     columns = opened.read_by
     files = dict.fromkeys(path for path in paths if path)
@@ -289,12 +290,12 @@ def _by_hash(opened: OpenRun, paths: Iterable[str | None]) -> dict[str, Example]
     return {e.hash: e for examples in rows for e in without_ends(examples, opened.chat)[0]}
 
 
-def _pick(hashes: Sequence[str], by_hash: dict[str, Example], path: str | None, what: str) -> list[Example]:
+def pick_rows(hashes: Sequence[str], by_hash: dict[str, Example], path: str | None, what: str) -> list[Example]:
     missing = sum(h not in by_hash for h in hashes)
     if missing:
         raise TellError(
             f"{missing} of the run's {len(hashes)} {what} rows are no longer in the file",
             where=str(path),
-            remedy=f"Put the file back as it was{WITHOUT[what]}.",
+            remedy=f"Put the file back as it was{WITHOUT.get(what, '')}.",
         )
     return [by_hash[h] for h in hashes]

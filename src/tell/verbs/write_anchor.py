@@ -182,7 +182,8 @@ def short_runs(task: Task, session: Session, anchors: Sequence[Anchor], steps: i
             tables, mixture = _short_mixture(table, general, total, config)
             with tempfile.TemporaryDirectory() as name:
                 folder = Path(name)
-                training = task.training(mixture).model_copy(update={"checkpoint_every": 0, "general_target": "text"})
+                alone = {"checkpoint_every": 0, "general_target": "text", "report_to": ()}
+                training = task.training(mixture).model_copy(update=alone)
                 job = TrainingJob(tables, mixture, training, seed, folder / "adapter", folder / "log.jsonl")
                 hooks = TrainingHooks(progress=lambda report: advance(1, f"loss {report.loss:.3f}"))
                 try:
