@@ -98,15 +98,15 @@ class _Row:
     def append(self, tokens: Sequence[int]) -> bool:
         """Go on by tokens, as far as the answer may; whether it is complete."""
         for token in tokens:
+            if len(self.answer.ids) >= self.limit:
+                return True
             if self.guide is not None and self.mask is not None:
                 self.guide.decision(self.answer.ids)  # it is to see every prefix, those before forced tokens too
             self.answer.ids.append(token)
             if self.on_token and self.on_token(token) is True:
                 self.answer.finish = "stop"
                 return True
-            if len(self.answer.ids) >= self.limit:
-                break
-        if self.mask is not None and self.mask.ended and not self.mask.failed:
+        if self.mask is not None and self.mask.ended:
             self.answer.finish = "stop"  # also at the limit: nothing could follow
             return True
         return len(self.answer.ids) >= self.limit
@@ -202,7 +202,7 @@ class Engine:
         limits = answer_limits(prompts, decoding.max_new_tokens, limits, self.max_positions)
         if not prompts:
             return []
-        if masks is not None:
+        if any(mask is not None for mask in masks or ()):
             decoding = replace(decoding, repetition_penalty=1.0)
         nothing = [None] * len(prompts)
         steering = zip(prompts, limits, guides or nothing, masks or nothing, strict=True)
@@ -300,7 +300,8 @@ class Engine:
                 row.cached = len(row.whole)
             tokens = _next_tokens(batch, states, begin, active[begin:], decoding)
             finished = self._record(active, tokens, begin, decoding)
-            written = sum(len(row.answer.ids) for row in active) - known
+            # A token a row, be it the end; with masks those that follow it too.
+            written = max(len(tokens), sum(len(row.answer.ids) for row in active) - known)
             self._retire(active, finished, batch)
             ended += len(finished)
             if progress:
@@ -382,12 +383,13 @@ def _waiting(rows: Sequence[_Row], prefix: list[int]) -> list[_Row]:
     """Rows that wait for their prompts to be computed, taken from the end; the prefix is taken off their prompts."""
     for row in rows:
         row.prompt = row.prompt[len(prefix) :]
-    # Tokens that an answer must begin with are fed with its prompt.
-    done = {id(row) for row in rows if row.mask is not None and row.append(row.mask.start())}
-    for row in rows:
-        if id(row) in done:
+    wait = []
+    for row in rows:  # tokens that an answer must begin with are fed with its prompt; they may be all of it
+        if row.mask is not None and row.append(row.mask.start()):
             row.end()
-    return _longest_last([row for row in rows if id(row) not in done])
+        else:
+            wait.append(row)
+    return _longest_last(wait)
 
 
 def _longest_last(rows: Sequence[_Row]) -> list[_Row]:

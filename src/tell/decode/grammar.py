@@ -30,6 +30,7 @@ _OPTIONS: dict[WhiteSpace, dict[str, Any]] = {
     "free": {"whitespace_pattern": r"[ \t\r\n]{0,80}"},
 }
 _UNSUPPORTED = re.compile(r"Unimplemented keys: (\[.*?\])")
+_MESSAGE = re.compile(r"^at \d+\(\d+\): failed to compile JSON schema: ")
 _SHOWN = 8  # faults of a schema in one error
 
 
@@ -132,18 +133,22 @@ class Mask:
     """Follows one answer: the tokens it may go on with, and those it must.
 
     Attributes:
-        failed: why no mask can be computed any more; empty as long as it can. The answer then ends.
-        forced: tokens that were the only way to go on.
+        forced: tokens so far that were the only way to go on.
     """
 
     def __init__(self, matcher: LLMatcher, lead: Sequence[int]) -> None:
         self._matcher, self._lead = matcher, list(lead)
-        self.failed, self.forced = "", 0
+        self._stuck, self.forced = False, 0
+
+    @property
+    def failed(self) -> str:
+        """Why no mask can be computed any more; empty as long as it can. The answer then ends."""
+        return self._matcher.get_error() or ("no token of the model can follow" if self._stuck else "")
 
     @property
     def ended(self) -> bool:
         """Whether nothing but the end of the answer may follow."""
-        return self._matcher.is_stopped()
+        return self._matcher.is_stopped() and not self.failed
 
     def start(self) -> list[int]:
         """The tokens that every answer begins with, taken; called once, before any token."""
@@ -151,27 +156,22 @@ class Mask:
 
     def take(self, token: int) -> list[int]:
         """Go on by a token that `allowed` has; the tokens that must follow, taken too."""
-        if not self._matcher.consume_token(token):
-            self.failed = self._matcher.get_error()
-        return self._further()
+        return self._further() if self._matcher.consume_token(token) else []
 
     def _further(self) -> list[int]:
-        tokens = [] if self.ended else self._matcher.compute_ff_tokens()
-        if tokens and not self._matcher.consume_tokens(tokens):
-            self.failed, tokens = self._matcher.get_error(), []
+        tokens = [] if self._matcher.is_stopped() else self._matcher.compute_ff_tokens()
+        if not tokens or not self._matcher.consume_tokens(tokens):
+            return []
         self.forced += len(tokens)
         return tokens
 
     def allowed(self, size: int) -> np.ndarray:
         """(size,) bool, the tokens of the model's vocabulary that may follow; a stop token where the answer may end."""
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
-        if self._matcher.is_error():
-            self.failed = self._matcher.get_error()
         out = np.zeros(size, dtype=bool)
         found = np.unpackbits(bits, bitorder="little")[:size]
         out[: len(found)] = found
-        if not out.any():
-            self.failed = self.failed or "no token of the model can follow"
+        self._stuck = not out.any()
         return out
 
 
@@ -180,32 +180,33 @@ def _as_json(schema: dict[str, Any], options: dict[str, Any]) -> str:
 
 
 def _faults(schema: dict[str, Any], error: str, fault_of: Callable[[dict], str]) -> Iterator[str]:
-    """Everything of a schema that llguidance refuses, each with its path; keywords first, which it reports one by one.
+    """Everything of a schema that llguidance refuses, each with its path; it reports one fault alone.
 
     Args:
         error: its error about the whole schema.
         fault_of: its error about another schema; empty where it accepts it.
     """
-    unsupported: set[str] = set()
-    while (found := _UNSUPPORTED.search(error)) is not None:
-        names = set(json.loads(found.group(1))) - unsupported
-        if not names:
-            break
-        unsupported |= names
-        for node, path in _nodes(schema, "$"):
-            yield from (f"{name} at {path}" for name in sorted(names) if name in node)
-        error = fault_of(_without(schema, unsupported))
-    known = bool(unsupported)
+    unknown: dict[str, bool] = {}  # keywords that it does not implement
+
+    def implements(name: str, value: object) -> bool:
+        if name not in unknown:
+            found = _UNSUPPORTED.search(fault_of({name: value}))
+            unknown[name] = found is not None and name in json.loads(found.group(1))
+        return not unknown[name]
+
+    known = False
     for node, path in _nodes(schema, "$"):
+        faults = [name for name, value in node.items() if not implements(name, value)]
         for name in ("pattern", "format"):  # a string alone has the same fault
             if name in node and fault_of({"type": "string", name: node[name]}):
-                known = True
-                yield f"{name} {brief(node[name])} at {path}"
+                faults.append(f"{name} {brief(node[name])}")
         if "oneOf" in node and "oneOf" in error:
+            faults.append("oneOf (use anyOf)")
+        for fault in faults:
             known = True
-            yield f"oneOf at {path} (use anyOf)"
-    if error and not known:
-        yield brief(error.removeprefix("at 1(8): failed to compile JSON schema: ").splitlines()[0], 120)
+            yield f"{fault} at {path}"
+    if not known:
+        yield f"it ({brief(_MESSAGE.sub('', error).splitlines()[0], 120)})"
 
 
 def _nodes(node: object, path: str) -> Iterator[tuple[dict, str]]:
@@ -221,18 +222,3 @@ def _nodes(node: object, path: str) -> Iterator[tuple[dict, str]]:
                     yield from _nodes(part, f"{path}.{key}.{name}")
             elif key not in VALUES:
                 yield from _nodes(value, f"{path}.{key}")
-
-
-def _without(node: Any, names: set[str]) -> Any:
-    """A schema without some keywords."""
-    if isinstance(node, list):
-        return [_without(item, names) for item in node]
-    if not isinstance(node, dict):
-        return node
-    out = {}
-    for key, value in node.items():
-        if key in NAMED and isinstance(value, dict):
-            out[key] = {name: _without(part, names) for name, part in value.items()}
-        elif key not in names:
-            out[key] = value if key in VALUES else _without(value, names)
-    return out

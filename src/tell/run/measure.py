@@ -149,7 +149,8 @@ class Exam:
             rows = answer_rows(session, prompts, self.test, self.decoding, arm, guides, grammar)
         if grammar is not None and (cut := sum(row["finish"] == "length" for row in rows)):
             limit = self.decoding.max_new_tokens
-            session.display.note(f"{arm}: {cut} of {len(rows)} constrained answers are cut off at {limit} tokens")
+            what = f"{arm}: {cut} of {len(rows)} constrained answers are cut off at {limit} tokens"
+            session.display.note(f"{what}; maxLength and maxItems in the schema keep strings and lists from going on")
         if config.eval.answer_loss:
             values = None if kept is None else kept_answer_losses(kept)
             if values is None:
