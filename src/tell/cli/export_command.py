@@ -76,25 +76,19 @@ def _show(console: Console, found: dict) -> None:
     from tell.number_text import show as shown
     from tell.number_text import show_interval
 
-    console.print(Text(found["folder"]))
-    check = found["check"]
+    lines, check = [found["folder"]], found["check"]
     if (prompts := check.get("prompts")) is not None:
         answers = check["answers"]
         spec, gap = metric(answers["metric"]), answers["difference"]
-        console.print(
-            Text(f"{check['runtime']}: {prompts['equal']:,} of {prompts['n']:,} prompts have the run's token ids")
+        lines.append(f"{check['runtime']}: {prompts['equal']:,} of {prompts['n']:,} prompts have the run's token ids")
+        lines.append(
+            f"{spec.label} of {answers['n']} answers: {shown(answers['exported']['value'], spec.unit)}, "
+            f"the run {shown(answers['run']['value'], spec.unit)}; "
+            f"difference {shown(gap['value'], spec.gap_unit, sign=True)} "
+            f"({show_interval(gap['ci'], spec.gap_unit, sign=True)}); {answers['same']} are the same"
         )
-        console.print(
-            Text(
-                f"{spec.label} of {answers['n']} answers: {shown(answers['exported']['value'], spec.unit)}, "
-                f"the run {shown(answers['run']['value'], spec.unit)}; "
-                f"difference {shown(gap['value'], spec.gap_unit, sign=True)} "
-                f"({show_interval(gap['ci'], spec.gap_unit, sign=True)}); {answers['same']} are the same"
-            )
-        )
-        if not check["passed"]:
-            console.print(Text("It differs from the run.", style="bold red"))
-    elif "why" in check:
-        console.print(Text(f"not checked: {check['why']}"))
-    for line in found["next"]:
-        console.print(Text(line))
+        lines += [] if check["passed"] else ["It differs from the run."]
+    else:
+        lines.append(f"not checked: {check['why']}")
+    for line in (*lines, *found["next"]):
+        console.print(Text(line), soft_wrap=True)

@@ -83,7 +83,7 @@ def _compare(held: AbstractContextManager[Reader], source: Source, rows: Rows) -
     prompts = {
         "n": len(rows.test),
         "equal": len(rows.test) - len(different),
-        "first_different": (different or [None])[0],
+        "first_different": next(iter(different), None),
     }
     passed = not different and answers["within"]
     return {"passed": passed, "runtime": runtime, "prompts": prompts, "answers": answers}

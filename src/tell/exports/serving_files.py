@@ -11,6 +11,7 @@ from tell.files import read_json, write_json
 
 _TOKENIZER = ("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model")
 _LEGAL = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "license*")
+_LIMITS = ("max_length", "max_new_tokens")
 FETCH = "Fetch the model again."
 PEFT_013 = frozenset(
     {"peft_type", "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "r"}
@@ -41,13 +42,18 @@ def write_tokenizer(source: Source, folder: Path, *, force_thinking: bool = Fals
     write_json(path, {**config, **special, "chat_template": template})
 
 
-def write_decoding(source: Source, folder: Path) -> None:
-    """generation_config.json: the base's, with the run's decoding and all ids that end an answer."""
+def write_decoding(source: Source, folder: Path, *, limit: bool = True) -> None:
+    """generation_config.json: the base's, with the run's decoding and all ids that end an answer.
+
+    Args:
+        limit: with the most new tokens of an answer, else without any.
+    """
     path = source.base / "generation_config.json"
     config = read_json(path, remedy=FETCH) if path.exists() else {}
-    for key in ("temperature", "top_k", "top_p", "min_p", "typical_p", "transformers_version", "max_length"):
+    for key in ("temperature", "top_k", "top_p", "min_p", "typical_p", "transformers_version", *_LIMITS):
         config.pop(key, None)
-    write_json(folder / "generation_config.json", {**config, **decoding(source), "max_new_tokens": source.most_tokens})
+    most = {"max_new_tokens": source.most_tokens} if limit else {}
+    write_json(folder / "generation_config.json", {**config, **decoding(source), **most})
 
 
 def decoding(source: Source) -> dict:

@@ -106,13 +106,12 @@ class ExportOptions:
 
 
 class Reader(Protocol):
-    """An artefact opened again by another runtime, from its folder alone.
+    """An artefact opened again by another runtime, from its folder alone."""
 
-    Attributes:
-        runtime: its name and version.
-    """
-
-    runtime: str
+    @property
+    def runtime(self) -> str:
+        """Its name and version."""
+        ...
 
     def prompt_ids(self, turns: Sequence[Message]) -> list[int]:
         """Token ids of a conversation rendered by the artefact's own template, with the header of an answer."""

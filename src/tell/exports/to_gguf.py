@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -15,7 +14,10 @@ from tell.data.example import Message, tools_of
 from tell.errors import TellError
 from tell.exports.converter import CONVERTER, OUT_TYPES, converter_folder, quantise, quantiser, refuse_code, to_gguf
 from tell.exports.llama_cpp import INSTALL, MOST_CONTEXT, LlamaCpp, Wanted, llama_cpp_ready, llama_cpp_version
-from tell.exports.target import ExportOptions, Source, Target, export_target, find_target
+from tell.exports.serving_files import FETCH
+from tell.exports.target import ExportOptions, Source, Target, export_target
+from tell.exports.to_hf import Merged, write_model
+from tell.files import read_json, write_json
 
 K_QUANTS = ("q4_k_m",)
 """Made from f16 by ``llama-quantize``."""
@@ -37,23 +39,20 @@ class Gguf(Target):
         if options.quant in K_QUANTS:
             quantiser(options.quant)
         refuse_code(source.base)
-        find_target("hf").ready(source, options)
+        Merged().ready(source, options)
         converter_folder(options.llama_cpp, source.notices.add)
 
     def size(self, source: Source, options: ExportOptions) -> int:
         file = source.weights_size()  # at most 16 bits a weight, as most bases have
-        return find_target("hf").size(source, options) + file * (1 + (options.quant in K_QUANTS))
+        return Merged().size(source, options) + file * (1 + (options.quant in K_QUANTS))
 
     def write(self, source: Source, options: ExportOptions, folder: Path) -> dict:
         started, file = time.monotonic(), folder / gguf_name(source, options)
         first = options.quant if options.quant in OUT_TYPES else "f16"
         with tempfile.TemporaryDirectory(prefix=".merged-", dir=folder) as place:
             merged = Path(place)
-            find_target("hf").write(source, options, merged)
-            (merged / "chat_template.jinja").write_text(gguf_template(source), encoding="utf-8", newline="")
-            spm = source.base / "tokenizer.model"  # where a tokenizer.json was made from one, the converter reads it
-            if spm.exists():
-                shutil.copy(spm, merged / spm.name)
+            write_model(source, merged)
+            _for_the_converter(source, merged)
             whole = file if first == options.quant else merged / "f16.gguf"
             to_gguf(merged, whole, first, converter_folder(options.llama_cpp))
             if whole != file:
@@ -96,6 +95,19 @@ def gguf_name(source: Source, options: ExportOptions) -> str:
 def gguf_template(source: Source) -> str:
     """The template in the file: llama.cpp sets the switch for thoughts itself, and no caller's wish is seen."""
     return _KEPT + "\n" + source.template(force_thinking=True)
+
+
+def _for_the_converter(source: Source, merged: Path) -> None:
+    """Put the template and the added tokens where the converter looks for them: first in tokenizer_config.json.
+
+    It learns there which pieces of a SentencePiece model the text is split at; transformers 5 writes them only into
+    tokenizer.json.
+    """
+    path = merged / "tokenizer_config.json"
+    config = read_json(path, remedy=FETCH)
+    added = read_json(merged / "tokenizer.json", remedy=FETCH).get("added_tokens") or []
+    tokens = {str(token["id"]): {k: v for k, v in token.items() if k != "id"} for token in added}
+    write_json(path, {"added_tokens_decoder": tokens, **config, "chat_template": gguf_template(source)})
 
 
 def context_of(source: Source) -> int:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from pathlib import Path
 
 from tell.errors import TellError
-from tell.exports.serving_files import base_name, decoding
+from tell.exports.serving_files import base_name, write_decoding
 from tell.exports.target import ExportOptions, Source, export_target
 from tell.exports.to_adapter import Adapter
 from tell.files import write_text
@@ -23,6 +22,7 @@ class Vllm(Adapter):
 
     def write(self, source: Source, options: ExportOptions, folder: Path) -> dict:
         facts = super().write(source, options, folder)
+        write_decoding(source, folder, limit=False)  # a limit would hold for the base model's other users too
         script = folder / "serve.sh"
         write_text(script, serve_script(source, facts["rank"]))
         script.chmod(0o755)
@@ -43,8 +43,6 @@ def serve_script(source: Source, rank: int) -> str:
         what = f"its rank is {rank}, and vLLM serves at most {RANKS[-1]}"
         raise TellError(what, where=str(source.adapter.config), remedy="Use --to hf.")
     name = shlex.quote(source.name)
-    # generation_config.json alone limits every answer of the server, to the base model's other users as well.
-    rule = {k: v for k, v in decoding(source).items() if k not in ("do_sample", "eos_token_id")}
     words = [f"exec vllm serve {shlex.quote(base_name(source))}"]
     if source.opened.files.revision:
         words.append(f"--revision {shlex.quote(source.opened.files.revision)}")
@@ -54,7 +52,7 @@ def serve_script(source: Source, rank: int) -> str:
         f"--enable-lora --max-lora-rank {room}",
         f'--lora-modules {name}="$here"',
         '--chat-template "$here/chat_template.jinja"',
-        f"--override-generation-config {shlex.quote(json.dumps(rule))}",
+        '--generation-config "$here"',
         '"$@"',
     ]
     return (

@@ -37,9 +37,10 @@ class TransformersReader:
         given = torch.tensor([list(ids)], device=self.model.device)
         ends = self.config.eos_token_id
         stops = set(ends) if isinstance(ends, list) else {ends}
-        written = self.model.generate(
-            input_ids=given, attention_mask=torch.ones_like(given), generation_config=self.config
-        )[0, given.shape[1] :].tolist()
+        model: Any = self.model
+        written = model.generate(input_ids=given, attention_mask=torch.ones_like(given), generation_config=self.config)[
+            0, given.shape[1] :
+        ].tolist()
         end = next((i for i, token in enumerate(written) if token in stops), len(written))
         return source.chat.answer(written[:end])
 
@@ -80,6 +81,7 @@ def open_with_transformers(source: Source, folder: Path, *, adapter: bool = Fals
             where=source.name,
             remedy="Report it to the authors of TELL; --no-check exports without this check.",
         ) from error
+    config.max_new_tokens = source.most_tokens  # an adapter for vLLM has none
     config.do_sample, config.temperature, config.top_k, config.top_p = False, None, None, None
     config.pad_token_id = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
     with quiet():

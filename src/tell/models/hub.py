@@ -93,7 +93,7 @@ def download(
     weights = [name for name in sizes if WEIGHTS.fullmatch(name)]
     if not weights and need_weights:
         raise _without_safetensors(repo, list(sizes))
-    suffixes = (".json", ".jinja", ".py") if code else (".json", ".jinja")
+    suffixes = (".json", ".jinja", *((".py",) if code else ()), "tokenizer.model")  # the last for `--to gguf`
     names = [name for name in sizes if name.endswith(suffixes)]
     if need_weights:
         names += weights
