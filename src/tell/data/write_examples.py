@@ -38,7 +38,7 @@ def _pair(example: Example) -> dict:
 
 
 def _conversation(example: Example) -> dict:
-    tools = next((json.loads(m.tools) for m in example.messages if m.tools), None)
+    tools = tools_of(example.messages)
     return {"messages": [_turn(m) for m in example.messages], **({"tools": tools} if tools else {})}
 
 

@@ -383,12 +383,13 @@ def _waiting(rows: Sequence[_Row], prefix: list[int]) -> list[_Row]:
     """Rows that wait for their prompts to be computed, taken from the end; the prefix is taken off their prompts."""
     for row in rows:
         row.prompt = row.prompt[len(prefix) :]
-    # Tokens that an answer must begin with are fed with its prompt.
-    done = {id(row) for row in rows if row.mask is not None and row.append(row.mask.start())}
-    for row in rows:
-        if id(row) in done:
+    wait = []
+    for row in rows:  # tokens that an answer must begin with are fed with its prompt; they may be all of it
+        if row.mask is not None and row.append(row.mask.start()):
             row.end()
-    return _longest_last([row for row in rows if id(row) not in done])
+        else:
+            wait.append(row)
+    return _longest_last(wait)
 
 
 def _longest_last(rows: Sequence[_Row]) -> list[_Row]:
