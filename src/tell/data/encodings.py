@@ -23,6 +23,8 @@ _KNOWN = (
     *("cp932", "euc_jp", "gb18030", "big5", "cp949"),
 )
 _WIDE = ("utf_16_le", "utf_16_be", "utf_32_le", "utf_32_be")
+SAMPLE = 2**18
+"""Bytes by which an encoding is recognised; a multiple of the bytes of a character."""
 _CONTROL = re.compile(rb"[\x01-\x08\x0e-\x1a\x1c-\x1f]")
 _REMEDY = "Save the file as UTF-8."
 
@@ -50,9 +52,11 @@ def decode(data: bytes, path: Path, found: FileRead | None) -> str:
             if found is None or mark or _is_damaged(data):
                 raise fault from error
             name = _recognised(data)
-            if name is None:
+            try:
+                text = data.decode(name or "utf-8")
+            except UnicodeDecodeError:
                 raise fault from error
-            text = data.decode(name)
+            assert name is not None  # UTF-8 has failed before
             encoding, guessed = name.replace("_", "-"), True
     elif found is None:
         name = encoding.upper()
@@ -84,6 +88,7 @@ def _recognised(data: bytes) -> str | None:
     wide = b"\0" in data  # no text in a narrow encoding has it
     if not wide and _CONTROL.search(data):
         return None
+    data = data[:SAMPLE] if wide else _lines_beyond_ascii(data)
     matches = from_bytes(data, cp_isolation=list(_WIDE if wide else _KNOWN))
     best = matches.best()
     if best is None:
@@ -92,6 +97,16 @@ def _recognised(data: bytes) -> str | None:
     if not wide and _reads_alike(data, best.encoding, "cp1252"):
         same.add("cp1252")
     return next((name for name in (*_KNOWN, *_WIDE) if name in same), best.encoding)
+
+
+def _lines_beyond_ascii(data: bytes) -> bytes:
+    """The lines that tell encodings apart, up to `SAMPLE` bytes."""
+    found, size = [], 0
+    for line in data.split(b"\n"):
+        if size < SAMPLE and not line.isascii():
+            found.append(line)
+            size += len(line)
+    return b"\n".join(found)
 
 
 def _reads_alike(data: bytes, first: str, second: str) -> bool:
