@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from tell.data.example import Example, Message
+from tell.data.example import Example, Message, tools_of
 from tell.data.sources import load
 from tell.errors import TellError
 from tell.files import write_jsonl
