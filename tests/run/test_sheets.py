@@ -14,6 +14,7 @@ from run.runs import config_of, read
 from tell.cli.main import run as command
 from tell.errors import TellError
 from tell.files import read_jsonl
+from tell.report.notices import run_notices
 from tell.studies.cells import contents, inputs
 from tell.verbs.open_run import open_run
 from workbooks import xlsx
@@ -68,6 +69,7 @@ def test_the_run_is_of_the_columns(finished):
     assert found["general"]["layout"] == "text"
     assert any("raw texts" in text for text in found["notices"])
     assert any("sheet 'Train' is read; the others are 'Test', 'More'" in text for text in found["notices"])
+    assert not any(text.startswith("guessed from the data") for text in run_notices(found, {}))
     first = read_jsonl(folder / "predictions/tell.jsonl")[0]
     assert list(json.loads(first["reference"])) == ["Category", "Zip", "Paid"]
     assert json.loads(first["reference"])["Zip"].startswith("0") or json.loads(first["reference"])["Zip"] == "10115"

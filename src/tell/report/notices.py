@@ -16,7 +16,7 @@ def run_notices(findings: dict[str, Any], config: dict[str, Any]) -> list[str]:
 def _guesses(findings: dict[str, Any], config: dict[str, Any]) -> list[str]:
     task, data, kind, split = mapping(config, "task"), *(mapping(findings, k) for k in ("data", "kind", "split"))
     out = []
-    if data.get("layout") and not task.get("columns"):
+    if data.get("layout") and not task.get("columns") and not data.get("form"):  # a guessed form has its own notice
         columns = ", ".join(f"{part} from {column}" for part, column in mapping(data, "columns").items())
         out.append(f"guessed from the data: layout {data['layout']}" + (f" ({columns})" if columns else ""))
     if kind.get("why") and task.get("kind", "auto") == "auto":
