@@ -32,7 +32,7 @@ from tell.run.tune import tune
 from tell.score.intervals import estimate
 from tell.score.means import mean_metric
 from tell.shown import left_out
-from tell.verbs.evaluate import Findings, Split, exam_of, pick_rows, rows_by_hash, run_shots
+from tell.verbs.evaluate import Findings, Split, exam_of, lists_labels, pick_rows, rows_by_hash, run_shots
 from tell.verbs.open_run import OpenRun, open_run
 from tell.verbs.plan_run import plan
 
@@ -84,7 +84,8 @@ class Addition:
             **files,
             "validation": str(folder.rows / "validation.jsonl") if held else None,
             **({} if held else {"validation_fraction": 0.0}),
-            **dict.fromkeys(("columns", "rows", "tokens", "test_rows")),
+            **dict.fromkeys(("columns", "prompt", "rows", "tokens", "test_rows")),
+            "answer": (),
             "kind": kind if old.task.kind == "auto" else old.task.kind,
         }
         keys = merge(old.model_dump(by_alias=True, mode="json"), {"task": task, "out": str(folder.root)})
@@ -170,7 +171,7 @@ def read_addition(opened: OpenRun, data: str | Path, display: Display) -> Additi
     task, hashes = config.task, opened.folder.read_as(opened.folder.split, Split)
     by_hash = rows_by_hash(opened, (task.data, task.test, task.validation))
     old = {name: pick_rows(getattr(hashes, name), by_hash, task.data, name) for name in PARTS}
-    given = load(str(data), name="task", columns=task.columns)
+    given = load(str(data), name="task", columns=opened.read_by, lists=lists_labels(opened))
     for notice in (*left_out(given.dropped), *given.notices):
         display.note(notice)
     more = without_ends(given.examples, opened.chat)[0]

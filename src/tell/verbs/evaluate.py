@@ -258,7 +258,7 @@ def run_examples(
     train = pick_rows(parts.train, by_hash, task.data, "training") if need_train else []
     shots = pick_rows(shown, by_hash, task.data, "fixed example")
     if test:
-        given = load(test, name="task", columns=opened.read_by, lists=_lists(opened))
+        given = load(test, name="task", columns=opened.read_by, lists=lists_labels(opened))
         for notice in (*left_out(given.dropped), *given.notices):
             display.note(notice)
         return train, without_ends(given.examples, opened.chat)[0], shots
@@ -276,7 +276,7 @@ def run_shots(opened: OpenRun) -> list[Example]:
     return pick_rows(hashes, rows_by_hash(opened, [data] * bool(hashes)), data, "fixed example")
 
 
-def _lists(opened: OpenRun) -> bool:
+def lists_labels(opened: OpenRun) -> bool:
     """Whether the run's answers are JSON lists of labels, so that a row with one label is such a list too."""
     return opened.folder.read_as(opened.folder.findings, Findings).kind.form == "json"
 
@@ -285,7 +285,7 @@ def rows_by_hash(opened: OpenRun, paths: Iterable[str | None]) -> dict[str, Exam
     """The rows of task files, each file read once."""
     columns = opened.read_by
     files = dict.fromkeys(path for path in paths if path)
-    lists = bool(files) and _lists(opened)
+    lists = bool(files) and lists_labels(opened)
     rows = (load(path, name="task", columns=columns, lists=lists).examples for path in files)
     return {e.hash: e for examples in rows for e in without_ends(examples, opened.chat)[0]}
 
