@@ -27,7 +27,7 @@ from tell.report.read_run import mapping, read_run
 from tell.rows.ends import without_ends
 from tell.run.answers import adapter_ready
 from tell.run.claim import Trust, check_trust, claim, read_run_config, with_full_paths
-from tell.run.task import FEW_ROWS
+from tell.run.task_rows import FEW_ROWS
 from tell.run.tune import tune
 from tell.score.intervals import estimate
 from tell.score.means import mean_metric

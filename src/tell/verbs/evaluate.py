@@ -75,13 +75,14 @@ def evaluate(
     check_trust(opened.folder, opened.config, code=trust.code, scorer=trust.scorer)
     config, seed = changed_config(opened, overrides)
     facts = opened.folder.read_as(opened.folder.findings, Findings)
-    kind, decides, choice = facts.kind.name, opened.decides(config), config.generate.constrain
-    check_choice(choice, kind)
+    kind = run_kind(opened, facts.kind)
+    decides, choice = opened.decides(config), config.generate.constrain
+    check_choice(choice, kind.name)
     wanted = list(dict.fromkeys(arms or (a for a in config.eval.arms if adapter_ready(opened.folder, a))))
     if not arms:
-        same = twins(wanted, decides=decides, constrains=kind in CONSTRAINTS and choice == "off")
+        same = twins(wanted, decides=decides, constrains=kind.name in CONSTRAINTS and choice == "off")
         wanted = [arm for arm in wanted if arm not in same]
-    constrained = any_constrained(config, kind, wanted)
+    constrained = any_constrained(config, kind.name, wanted)
     check_engine(config, decides=decides, constrains=constrained)
     session = opened.session(config, display, stream=decides or constrained)
     if not wanted:
@@ -98,7 +99,6 @@ def evaluate(
         examples = [examples[i] for i in sorted(take_rows(len(examples), rows, seed))]
     exam = exam_of(opened, session, seed, facts, test=examples, train=train, shots=shots)
     nearest = nearest_rows(session, wanted, examples, train)
-    kind = run_kind(opened, facts.kind)
     grammar = session_grammar(session, kept_constraint(opened.folder, kind)) if constrained else None
     exam = replace(exam, grammar=grammar, chosen=_still_chosen(opened, overrides), nearest=nearest)
     if said := misfits(kind, examples):
