@@ -160,9 +160,9 @@ def test_how_a_file_was_read(tmp_path):
     path = table(tmp_path / "a.xlsx", tickets())
     found = how_read(load(path, columns=FORM))
     assert found["flags"] == r'--prompt "Subject: {Subject}\n\n{Body}" --answer Category,Priority,Paid,Due'
-    assert (found["sheet"], found["sheets"], found["encoding"], found["rows"]) == ("Tickets", ["Tickets"], None, 30)
+    assert (found["sheet"], found["sheets"], found["encoding"]) == ("Tickets", ["Tickets"], None)
     assert found["left_out"] == [] and found["guessed"] is False
     plain = tmp_path / "b.csv"
     plain.write_text("text,label\na,b\n")
     found = how_read(load(str(plain)))
-    assert (found["flags"], found["encoding"], found["layout"]) == ("", "utf-8", "text/label")
+    assert (found["flags"], found["encoding"]) == ("", "utf-8")

@@ -10,21 +10,17 @@ def how_read(loaded: Loaded) -> dict[str, object]:
     """How a file was read, for whoever shows it (`tell look`).
 
     Returns:
-        ``path``, ``layout``, ``columns``, ``flags`` (what to type to read it so; empty where the column names suffice),
-        ``guessed``, ``sheet``, ``sheets`` and ``encoding`` (None where there is none), ``rows``, ``notices`` and
-        ``left_out`` (origin and reason of each row).
+        ``flags`` (what to type to read it so; empty where the column names suffice), ``guessed``, ``sheet``,
+        ``sheets`` and ``encoding`` (None where there is none), ``notices`` and ``left_out`` (origin and reason of
+        each row). Path, layout and columns are in findings.json too (`tell.run.task_rows.describe`).
     """
     file = loaded.file or FileRead()
     return {
-        "path": loaded.path,
-        "layout": loaded.layout,
-        "columns": loaded.columns,
         "flags": loaded.flags,
         "guessed": loaded.guessed,
         "sheet": file.sheet,
         "sheets": list(file.sheets),
         "encoding": file.encoding,
-        "rows": len(loaded.examples),
         "notices": list(loaded.notices),
         "left_out": [{"origin": origin, "reason": reason} for origin, reason in loaded.dropped],
     }

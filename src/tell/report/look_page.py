@@ -43,11 +43,14 @@ def summary(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
     """How the data was read, as (label, value); the terminal shows the same."""
     data, test, split, model = facts["data"], facts["test"], facts["split"], facts["model"]
     columns = ", ".join(f"{part} from {column}" for part, column in data["columns"].items())
+    encoding = data["encoding"] not in (None, "utf-8") and data["encoding"]
+    read = "".join(f", {what}" for what in (data["sheet"] and f"sheet {data['sheet']}", encoding) if what)
     sizes = ", ".join(f"{split[part]:,} {part}" for part in PARTS)
     how = "test file given" if test else f"test rows split off by seed {facts['seed']}"
     found: list[tuple[str, str | None]] = [
-        ("Data", f"{data['path']}, {data['rows']:,} rows"),
+        ("Data", f"{data['path']}, {data['rows']:,} rows{read}"),
         ("Layout", data["layout"] + (f" ({columns})" if columns else "")),
+        ("Flags", data["flags"]),
         ("Test", f"{test['path']}, {test['rows']:,} rows, {test['layout']}" if test else None),
         ("Task", facts["kind"]["why"]),
         ("Split", f"{sizes} ({how})"),

@@ -14,6 +14,7 @@ import numpy as np
 from tell.anchor.anchor import NO_ANCHOR, Anchor
 from tell.config import Config
 from tell.data.example import Example
+from tell.data.how_read import how_read
 from tell.errors import TellError
 from tell.files import write_text
 from tell.models.find import ModelFiles, NotFetched, find_model
@@ -106,7 +107,7 @@ def look(config: Config, *, rows: int = SHOWN, page: str | Path | None = None, d
     if (compared := findings["near_duplicates"]["compared"]) < len(every):
         notices.add(f"near-duplicates are looked for among the first {compared:,} of {len(every):,} rows")
     found: dict = {
-        "data": seen.rows.facts.data,
+        "data": {**how_read(data), **seen.rows.facts.data},
         "test": seen.rows.facts.test,
         "kind": {"name": seen.rows.kind.name, "why": seen.rows.kind.why},
         "split": {name: len(part) for name, part in parts.items()} | seen.rows.facts.duplicates,
