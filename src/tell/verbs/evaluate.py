@@ -180,6 +180,7 @@ class KindFacts(BaseModel):
     schema_inferred: bool
     labels: list[str] | None = None
     form: str | None = None
+    shown: dict[str, Any] | None = None
 
     @model_validator(mode="after")
     def _has_its_form(self) -> KindFacts:
@@ -243,7 +244,7 @@ def run_kind(opened: OpenRun, facts: KindFacts) -> Kind:
     folder = opened.folder
     schema = folder.read(folder.schema) if folder.schema.exists() else None
     labels = tuple(facts.labels) if facts.labels else None
-    return Kind(facts.name, schema, facts.schema_inferred, labels, facts.why, form=facts.form)
+    return Kind(facts.name, schema, facts.schema_inferred, labels, facts.why, facts.shown, facts.form)
 
 
 def run_examples(
