@@ -65,7 +65,11 @@ class Grammars:
         """
         if constraint.json_schema is None:
             body = "(" + " | ".join(json.dumps(label, ensure_ascii=False) for label in constraint.labels) + ")"
-            return self._grammar(body)
+            try:
+                return self._grammar(body)
+            except _Refused as refused:
+                what = f"the labels cannot be a grammar ({first_line(refused)})"
+                raise TellError(what, where="generate.constrain", remedy=f"Rename them, or {OFF}.") from refused
         options = {
             "item_separator": ",",
             "key_separator": ":",

@@ -10,7 +10,7 @@ from typing import Any
 
 from tell.anchor.anchor import NO_ANCHOR
 from tell.chat_client import AnswerCache, ChatClient, Completion, Endpoint, Messages, Refused, digest
-from tell.config import Config
+from tell.config import Config, GenerateConfig
 from tell.data.example import Example
 from tell.data.kind import misfits
 from tell.data.subset import take_rows
@@ -84,6 +84,10 @@ def evaluate_endpoint(
     opened = open_run(run, trust_remote_code=trust.code)
     check_trust(opened.folder, opened.config, code=trust.code, scorer=trust.scorer)
     config, seed = changed_config(opened, overrides)
+    for key in ("closed", "constrain"):
+        if getattr(config.generate, key) != getattr(opened.config.generate, key):
+            what = "has no effect on a server, which decides for itself"
+            raise TellError(what, where=f"generate.{key}", remedy="Leave it out, or name the model of another arm.")
     opened.folder.read_as(opened.folder.metrics, Metrics)
     metrics = opened.folder.read(opened.folder.metrics)
     facts = opened.folder.read_as(opened.folder.findings, Findings)
@@ -110,6 +114,16 @@ def evaluate_endpoint(
         **{key: metrics.get(key) for key in KEPT},
         ENDPOINT: questions.about,
     }
+
+
+def _sampling(rule: GenerateConfig, knows_all: bool) -> dict[str, float]:
+    """The sampler as a request says it; with what is not part of OpenAI's API where the server knows that."""
+    said: dict[str, float] = {"temperature": 0.0} if rule.greedy else {"temperature": rule.temperature}
+    more: dict[str, float] = {"repetition_penalty": rule.repetition_penalty} if rule.repetition_penalty != 1 else {}
+    if not rule.greedy:
+        said["top_p"] = rule.top_p
+        more |= {"top_k": rule.top_k} if rule.top_k else {}
+    return said | (more if knows_all else {})
 
 
 def _score(scorer: Scorer, rows: list[dict], config: Config) -> dict[str, Metric]:
@@ -185,9 +199,10 @@ class _Questions:
         model = server.model or _only(listed, opened.folder.root.resolve().name)
         card = listed.get(model, {})
         applies = isinstance(card.get("tell"), dict)
-        rule, same = config.generate, config.generate == opened.config.generate
-        sampling = {"temperature": rule.temperature, "top_p": rule.top_p}
-        said = {} if applies and same else {"temperature": 0.0} if rule.greedy else sampling
+        own = applies and card["tell"].get("run") == opened.folder.root.resolve().name
+        said = {} if own and config.generate == opened.config.generate else _sampling(config.generate, applies)
+        if not applies and (lost := _sampling(config.generate, True).keys() - said.keys()):
+            display.note(f"not sent, since only `tell serve` knows them: {', '.join(sorted(lost))}")
         anchored = (not applies if server.anchored is None else server.anchored) and bool(opened.anchor)
         made = cls(opened, server, ChatClient(replace(endpoint, model=model), {}), card, anchored, said)
         told = {"prompts": "the anchor is in the prompts", "server": "the server puts the anchor on the prompts itself"}
