@@ -188,6 +188,17 @@ def test_what_tune_refuses_leaves_nothing(grown, tmp_path):
     assert os.listdir(tmp_path / "mine") == ["thesis.txt"]
 
 
+@pytest.mark.parametrize("place", [".", "../copy", "rows", "../link/new"])
+def test_the_old_run_is_not_overwritten_by_the_new_one(grown, tmp_path, place):
+    old, more, _ = grown
+    copy = shutil.copytree(old.root, tmp_path / "copy")
+    (tmp_path / "link").symlink_to(copy)
+    before = snapshot(copy)
+    with pytest.raises(TellError, match=r"is the run to which rows are added|is in the run .*copy"):
+        tell.add(copy, more, out=copy / place, start="overwrite")
+    assert snapshot(copy) == before
+
+
 @pytest.mark.parametrize(
     ("name", "taken", "expected"),
     [("run-1", [], "run-2"), ("run", [], "run-2"), ("run-1", ["run-2"], "run-3"), ("a-b", [], "a-b-2")],
