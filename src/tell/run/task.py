@@ -17,7 +17,7 @@ from tell.data.example import Example
 from tell.data.general import Target, general_target
 from tell.data.kind import Kind
 from tell.data.overlap import find_overlap
-from tell.data.sources import Loaded, load
+from tell.data.sources import Loaded
 from tell.data.subset import take_rows, take_tokens
 from tell.data.unlabelled import Prompts, load_prompts_of
 from tell.errors import TellError
@@ -155,7 +155,7 @@ def open_task(config: Config, read: Read, files: ModelFiles, notices: Notices) -
     Raises:
         TellError: anything wrong with the model's files or the data.
     """
-    display, (data, given, schema) = notices.display, read
+    display, (data, given, schema, held) = notices.display, read
     positions = files.architecture.max_positions
     if positions and positions < config.train.max_length:
         config = config.model_copy(update={"train": config.train.model_copy(update={"max_length": positions})})
@@ -163,14 +163,11 @@ def open_task(config: Config, read: Read, files: ModelFiles, notices: Notices) -
     unit = chat
     if config.tokens.unit != "model":
         unit = ChatTokenizer(find_tokenizer(config.tokens.unit, notify=display.note))
-    held = None
-    if config.task.validation is not None:
-        how = data.form or config.task.columns
-        held = cleaned(load(config.task.validation, name="task", columns=how, lists=data.lists), chat)[0].examples
-    rows = split_task(config, (data, given, schema), held)
-    for text in (*data.notices, *(given.notices if given else ()), *fit_notices, rows.lost, rows.widened):
-        if text:
-            notices.add(text)
+    read = Read(data, given, schema, None if held is None else cleaned(held, chat)[0])
+    rows = split_task(config, read)
+    said = (text for loaded in read.files for text in loaded.notices)
+    for text in filter(None, (*said, *fit_notices, rows.lost, rows.widened)):
+        notices.add(text)
     for text in left_out((row["origin"], row["reason"]) for row in rows.facts.dropped_rows):
         display.note(text)  # not a notice: findings.json and plan.json list the rows themselves
     if not chat.has_own_template:
