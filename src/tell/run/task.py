@@ -62,6 +62,8 @@ class Task:
         chat: template and tokenizer of the model.
         unit: tokenizer that budgets are counted in.
         train: rows to train on, after split and overlap removal; `limit_task` applies the budget.
+        validation: the rows that losses are measured on, at most `VALIDATION_ROWS`.
+        more_validation: those beyond them, in the validation part all the same.
         shots: the examples in every test prompt (``task.shots``).
         unlabelled: prompts without answers (``task.unlabelled``); None where no file is given.
     """
@@ -78,6 +80,12 @@ class Task:
     facts: DataFacts
     notices: Notices
     unlabelled: Prompts | None = None
+    more_validation: list[Example] = field(default_factory=list)
+
+    @property
+    def whole_validation(self) -> list[Example]:
+        """The validation part, measured or not."""
+        return [*self.validation, *self.more_validation]
 
     @property
     def display(self) -> Display:
@@ -126,7 +134,7 @@ class Task:
     @property
     def split_facts(self) -> dict[str, int]:
         """``split`` of findings.json and plan.json."""
-        sizes = {"train": len(self.train), "validation": len(self.validation), "test": len(self.test)}
+        sizes = {"train": len(self.train), "validation": len(self.whole_validation), "test": len(self.test)}
         return sizes | self.facts.duplicates
 
 
@@ -176,10 +184,12 @@ def open_task(config: Config, read: Read, files: ModelFiles, notices: Notices) -
         notices.add(text)
     display.note(f"task: {config.task.data}, {data.layout}, {len(data.examples)} rows; {rows.kind.why}")
     shots = pick_shots(config, rows.train, chat)
-    validation = rows.validation[:VALIDATION_ROWS]
+    validation, more = rows.validation[:VALIDATION_ROWS], rows.validation[VALIDATION_ROWS:]
+    if more:
+        notices.add(f"validation losses are of the first {VALIDATION_ROWS} of {len(rows.validation):,} validation rows")
     unlabelled = _unlabelled(config, data, rows.held_out, notices)
     parts = rows.train, validation, rows.test, rows.kind, shots, rows.facts
-    return Task(config, files, chat, unit, *parts, notices, unlabelled)
+    return Task(config, files, chat, unit, *parts, notices, unlabelled, more)
 
 
 def _unlabelled(config: Config, data: Loaded, test: list[Example], notices: Notices) -> Prompts | None:

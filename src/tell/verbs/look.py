@@ -58,7 +58,8 @@ class _Seen:
 
     @property
     def parts(self) -> dict[str, list[Example]]:
-        return {"train": self.rows.train, "validation": self.rows.validation, "test": self.rows.test}
+        validation = self.rows.whole_validation if isinstance(self.rows, Task) else self.rows.validation
+        return {"train": self.rows.train, "validation": validation, "test": self.rows.test}
 
     @property
     def task(self) -> Task | None:
