@@ -59,6 +59,10 @@ def test_our_own_server_scores_as_the_run_did(arm, runs, models, root, tmp_path)
     assert {a: v for a, v in found["arms"].items() if a != "endpoint"} == metrics["arms"]
     assert {"tell - endpoint", "endpoint - base"} <= set(found["differences"])
     assert found["differences"]["tell - base"] == metrics["differences"]["tell - base"]
+    labels, baseline = found["labels"]["arms"], found["baseline"]
+    assert labels.pop("endpoint") == labels[arm] and labels == metrics["labels"]["arms"]
+    assert baseline["differences"].pop("endpoint") == baseline["differences"][arm]
+    assert baseline == metrics["baseline"]
     answers = [(row["hash"], row["answer"], row["finish"]) for row in read_jsonl(root / f"predictions/{arm}.jsonl")]
     kept = read_jsonl(root / "predictions/eval/endpoint.jsonl")
     assert [(row["hash"], row["answer"], row["finish"]) for row in kept] == answers

@@ -86,6 +86,25 @@ def test_the_split_is_the_one_of_a_run(tiny_model):
     assert found["data"].items() >= planned["data"].items() and found["kind"]["name"] == planned["task"]["kind"]
 
 
+def test_given_validation_rows_are_seen_with_and_without_the_model(tiny_model, tmp_path):
+    held = tmp_path / "held.jsonl"
+    rows = [*((f"Another question, number {i}", "ab"[i % 2]) for i in range(9)), QUESTIONS[0]]
+    rows += [("Another question, number 0", "b"), ("no answer", "")]
+    held.write_text("\n".join(json.dumps({"prompt": p, "completion": a}) for p, a in rows), encoding="utf-8")
+    task = {"validation": str(held)}
+    for model in ("someone/not-here", tiny_model("llama")):
+        found = look_at(tmp_path, QUESTIONS, model, task=task)
+        assert [text.split(": ")[0] for text in levels(found, "refused")] == [f"{held}:12"]
+        split = [found["split"][part] for part in ("train", "validation", "test")]
+        assert sum(split) == 50 and split[1] in (10, 11)  # a copy of a test row is left out, one of a training row not
+        assert "rows left out because they are in two parts: 1" in found["notices"]
+        assert found["findings"]["repeated"] == 1
+        (one,) = found["findings"]["contradictions"]["rows"]
+        assert [answer["rows"] for answer in one["answers"]] == [["held.jsonl:1"], ["held.jsonl:11"]]
+        assert [row["origin"] for row in found["findings"]["left_out"]["rows"]] == ["held.jsonl:12"]
+        assert sum(value["validation"] for value in found["fields"][0]["values"]) == found["split"]["validation"]
+
+
 def test_the_anchor_is_marked_where_it_stands_and_not_where_text_repeats_it(tiny_model, tmp_path):
     rows = [
         {

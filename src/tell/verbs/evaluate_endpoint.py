@@ -20,6 +20,7 @@ from tell.progress import Display, Silent
 from tell.run.answer_loss import answer_loss_metric, kept_answer_losses
 from tell.run.answers import arm_numbers, score_rows, scorer_of, shown_turns
 from tell.run.claim import Trust, check_trust
+from tell.run.measure import label_parts
 from tell.score.scored import Metric, Scorer, primary_of
 from tell.shown import brief, one_line
 from tell.verbs.evaluate import KEPT, Findings, Metrics, changed_config, run_examples, run_kind
@@ -106,11 +107,13 @@ def evaluate_endpoint(
     scored = {arm: _score(scorer, found, config) for arm, found in answers.items()}
     write_jsonl(opened.folder.evaluated(ENDPOINT), answered)
     values, gaps = arm_numbers(scored, seed=seed, samples=config.eval.bootstrap)
+    drawn = config.model_copy(update={"seed": seed})
     return {
         "task": {"kind": facts.kind.name, "primary": primary_of(scorer, scored.values())},
         "arms": values,
         "differences": gaps,
         "eval": {"arms": {ENDPOINT: {key: sum(row[key] for row in answered) for key in ("prompt_tokens", "tokens")}}},
+        **label_parts(answers, scored, drawn, kind),
         **{key: metrics.get(key) for key in KEPT},
         ENDPOINT: questions.about,
     }
