@@ -1,5 +1,6 @@
 import shlex
 
+import openpyxl
 import pytest
 
 from data.test_form import table, tickets
@@ -47,6 +48,43 @@ def test_two_plausible_forms_are_both_printed_as_commands(tmp_path):
     pair = [{"A": r["Body"], "B": f"{r['Body']} Indeed."} for r in tickets()]
     said = commands(table(tmp_path / "c.csv", pair))
     assert '--prompt "{A}" --answer B`, or' in said and '--prompt "{B}" --answer A`' in said
+
+
+def with_error(path, cell):
+    """The same workbook with a formula error in a cell."""
+    book = openpyxl.load_workbook(path)
+    book.active[cell].value, book.active[cell].data_type = "#N/A", "e"
+    book.save(path)
+    return path
+
+
+def test_a_bad_or_empty_cell_makes_no_guess_certain(tmp_path):
+    for name in ("Body", "Category", "Priority"):
+        made = table(tmp_path / "a.xlsx", rows("Body", "Category", "Priority"))
+        path = with_error(made, f"{'ABC'[('Body', 'Category', 'Priority').index(name)]}5")
+        assert "can be read in several ways" in commands(path)
+        with pytest.raises(TellError, match=r"a.xlsx:5: has a cell that holds the formula error #N/A"):
+            load(path, columns=Form("{Body}", ("Category", "Priority")))
+    for empty in (8, 24):
+        some = [{**row, "Category": row["Category"] * (i >= empty)} for i, row in enumerate(rows("Body", "Category"))]
+        path = table(tmp_path / "b.csv", [{**row, "Priority": str(i % 4)} for i, row in enumerate(some)])
+        assert "--answer Category`, or" in commands(path)
+        assert f"'Category' is empty in {empty} of 30 rows" in commands(table(tmp_path / "c.csv", some))
+
+
+def test_a_guess_with_a_formula_error_names_its_row(tmp_path):
+    for cell in ("A5", "B5"):
+        path = with_error(table(tmp_path / "a.xlsx", rows("Body", "Category")), cell)
+        for given in (None, Form("{Body}"), Form(None, ("Category",))):
+            with pytest.raises(TellError, match=rf"a.xlsx:5: has a cell that holds the formula error #N/A \({cell}\)"):
+                load(path, columns=given)
+
+
+def test_texts_that_most_rows_lack_are_no_prompt(tmp_path):
+    some = [
+        {**row, "Comment": f"A remark, number {i}, on it" * (i < 5)} for i, row in enumerate(rows("Body", "Category"))
+    ]
+    assert load(table(tmp_path / "a.csv", some)).form == Form("{Body}", ("Category",), ("text",))
 
 
 def test_a_command_in_an_error_reads_the_file(tmp_path):
