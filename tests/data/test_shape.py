@@ -116,6 +116,23 @@ def test_half_a_form_is_completed(tmp_path):
         load(table(tmp_path / "c.csv", rows("Subject", "Category")), columns=Form(None, ("Category",)))
 
 
+HALVES = [
+    (Form("{Bdy}"), "--prompt: there is no column 'Bdy' in .*; did you mean 'Body'?"),
+    (Form("Bdy"), r"--prompt: 'Bdy' names no column. Write its columns in braces, e.g. \{Body\}"),
+    (Form("{Body"), "has a single"),
+    (Form(None, ("Kategory",)), "--answer: there is no column 'Kategory' in .*; did you mean 'Category'?"),
+]
+
+
+@pytest.mark.parametrize(("form", "what"), HALVES, ids=[what for _, what in HALVES])
+def test_half_a_form_that_no_column_fits_is_not_completed(tmp_path, form, what):
+    path = table(tmp_path / "a.csv", rows("Subject", "Body", "Category", "Priority"))
+    with pytest.raises(TellError, match=what):
+        load(path, columns=form)
+    with pytest.raises(TellError, match=r"--prompt \"\{Body\}\" --answer Category,Priority`, or"):
+        load(path, columns=Form("Body"))  # a column's name alone, printed as its template
+
+
 def test_a_file_without_column_names_is_refused(tmp_path):
     path = tmp_path / "a.csv"
     lines = [f'"Hello, this is question number {i} about it",{"ab"[i % 2]}' for i in range(20)]

@@ -76,18 +76,24 @@ class Form:
         """The form with the types of its answer columns, its columns being checked.
 
         Raises:
-            TellError: a template without columns or with a single brace, or a column that is not in the file.
+            TellError: as `known`.
         """
-        form = self._checked(records, where, answers=True)
+        form = self.known(records, where)
         return form if form.types else replace(form, types=tuple(_type_of(records, name) for name in form.answer))
 
-    def asking(self, records: Sequence[Record], where: str) -> Form:
-        """The form for a file that need not have the answers."""
-        return self._checked(records, where, answers=False)
+    def known(self, records: Sequence[Record], where: str) -> Form:
+        """The form, the columns of its prompt and of its answer being checked where it has them.
 
-    def _checked(self, records: Sequence[Record], where: str, *, answers: bool) -> Form:
-        names = list(dict.fromkeys(name for record in records for name in record))
-        template = self.prompt or ""
+        Raises:
+            TellError: a template without columns or with a single brace, or a column that is not in the file.
+        """
+        form = self if self.prompt is None else self.asking(records, where)
+        _check_columns(form.answer, _names(records), "--answer", where)
+        return form
+
+    def asking(self, records: Sequence[Record], where: str) -> Form:
+        """The form for a file that need not have the answers: only the columns of its prompt are checked."""
+        names, template = _names(records), self.prompt or ""
         if template in names and not self.asked:
             template = f"{{{template.replace('{', '{{').replace('}', '}}')}}}"
         form = replace(self, prompt=template)
@@ -99,10 +105,7 @@ class Form:
             near = did_you_mean(template, names)
             what, remedy = f"{template!r} names no column", f"Write its columns in braces, e.g. {{{near or names[0]}}}."
             raise TellError(what, where="--prompt", remedy=remedy)
-        for flag, wanted in (("--prompt", form.asked), ("--answer", form.answer if answers else ())):
-            for name in wanted:
-                if name not in names:
-                    _refuse_column(name, names, flag, where)
+        _check_columns(form.asked, names, "--prompt", where)
         return form
 
     def render(self, record: Record) -> str:
@@ -198,10 +201,17 @@ def _comma_separated(names: Iterable[str]) -> str:
     return ",".join('"' + name.replace('"', '""') + '"' if re.search(r'[,"]', name) else name for name in names)
 
 
-def _refuse_column(name: str, names: Sequence[str], flag: str, where: str) -> None:
-    near = did_you_mean(name, names) or next((n for n in names if n.lower().strip() == name.lower().strip()), None)
-    what, remedy = f"there is no column {name!r} in {where}", f"The columns are {_listed(names)}."
-    raise TellError(what, where=flag, remedy=remedy, nearest=near and repr(near))
+def _names(records: Iterable[Record]) -> list[str]:
+    return list(dict.fromkeys(name for record in records for name in record))
+
+
+def _check_columns(wanted: Iterable[str], names: Sequence[str], flag: str, where: str) -> None:
+    for name in wanted:
+        if name not in names:
+            near = did_you_mean(name, names)
+            near = near or next((n for n in names if n.lower().strip() == name.lower().strip()), None)
+            what, remedy = f"there is no column {name!r} in {where}", f"The columns are {_listed(names)}."
+            raise TellError(what, where=flag, remedy=remedy, nearest=near and repr(near))
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -34,8 +34,10 @@ def guess_form(records: Sequence[Record], source: str, given: Form) -> Form | No
         given: its prompt or answer counts, where it has one, and the other is guessed.
 
     Raises:
-        TellError: several are plausible (each as a command), or the first row is data instead of column names.
+        TellError: several are plausible (each as a command), the first row is data instead of column names, or a given
+            column is not in the file.
     """
+    given = given.known(records, source)
     found = list(_forms(records[:SAMPLE], given))
     if not found:
         return None
@@ -69,7 +71,7 @@ def _forms(records: Sequence[Record], given: Form) -> Iterator[Form]:
         prompts = _prompts(known or [name for name in left if name in texts])
         answers = [given.answer]
     elif given.prompt is not None:
-        prompts, used = [given.prompt], {*given.asked, given.prompt}
+        prompts, used = [given.prompt], given.asked
         others = [name for name in texts if name not in used]
         answers = _answers([name for name in labels if name not in used] or others)
     elif labels:
