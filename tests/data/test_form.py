@@ -129,6 +129,9 @@ BAD = [
     (Form("{Body", ("Category",)), r"--prompt: has a single '\{' in '\{Body'"),
     (Form("{Body} {}", ("Category",)), "has a single"),
     (Form("", ("Category",)), "names no column"),
+    (Form("{Body} {Category}", ("Category",)), "--answer: the column 'Category' is in the prompt as well"),
+    (Form("{Subject} {Due}", ("Category", "Due")), "the column 'Due' is in the prompt as well.*Take it out"),
+    (Form("Body", ("Body",)), "the column 'Body' is in the prompt as well"),
 ]
 
 

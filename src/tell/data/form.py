@@ -85,10 +85,14 @@ class Form:
         """The form, the columns of its prompt and of its answer being checked where it has them.
 
         Raises:
-            TellError: a template without columns or with a single brace, or a column that is not in the file.
+            TellError: a template without columns or with a single brace, a column that is not in the file, or one that
+                both have.
         """
         form = self if self.prompt is None else self.asking(records, where)
         _check_columns(form.answer, _names(records), "--answer", where)
+        if (leaked := next((name for name in form.answer if name in form.asked), None)) is not None:
+            what = f"the column {leaked!r} is in the prompt as well, so that the model would read its answer there"
+            raise TellError(what, where="--answer", remedy="Take it out of --prompt or of --answer.")
         return form
 
     def asking(self, records: Sequence[Record], where: str) -> Form:
