@@ -133,6 +133,20 @@ def test_half_a_form_that_no_column_fits_is_not_completed(tmp_path, form, what):
         load(path, columns=Form("Body"))  # a column's name alone, printed as its template
 
 
+def test_a_guess_with_braces_in_a_column_name_is_refused(tmp_path):
+    some = [{"Body {en}": row["Body"], "Category": row["Category"]} for row in rows("Body", "Category")]
+    for path in (
+        table(tmp_path / "a.csv", some),
+        table(tmp_path / "b.csv", [{"Body": r["Body {en}"], **r} for r in some]),
+    ):
+        assert "the column 'Body {en}' has braces in its name" in commands(path)
+    with pytest.raises(TellError, match="has braces in its name"):
+        load(path, columns=Form(None, ("Category",)))
+    assert load(path, columns=Form("{Body}", ("Category",))).form.prompt == "{Body}"
+    swapped = [{"Body": row["Body {en}"], "Team {x}": row["Category"]} for row in some]
+    assert load(table(tmp_path / "c.csv", swapped)).form.answer == ("Team {x}",)
+
+
 def test_a_file_without_column_names_is_refused(tmp_path):
     path = tmp_path / "a.csv"
     lines = [f'"Hello, this is question number {i} about it",{"ab"[i % 2]}' for i in range(20)]

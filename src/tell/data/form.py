@@ -28,6 +28,7 @@ SHOWN = 8  # names in one message
 _PLACE = re.compile(r"\{\{|\}\}|\{([^{}]+)\}|[{}]")
 # As JSON writes it, up to the 15 digits that a double keeps; 007 and +1 are codes.
 _NUMBER = re.compile(r"-?(?:0|[1-9]\d{0,14})(?:\.\d{1,15})?(?:[eE][+-]?\d{1,2})?")
+_BRACES = re.compile("[{}]")
 _BARE = re.compile(r"[\w.,/:@%+=-]+")
 _UNSAFE = re.compile(r'["$`!]')  # within double quotes, to a shell
 
@@ -98,16 +99,19 @@ class Form:
     def asking(self, records: Sequence[Record], where: str) -> Form:
         """The form for a file that need not have the answers: only the columns of its prompt are checked."""
         names, template = _names(records), self.prompt or ""
-        if template in names and not self.asked:
-            template = f"{{{template.replace('{', '{{').replace('}', '}}')}}}"
+        if template in names and not _BRACES.search(template):
+            template = f"{{{template}}}"
         form = replace(self, prompt=template)
-        for match in _PLACE.finditer(template):
-            if match[0] in "{}":
-                what = f"has a single {match[0]!r} in {template!r}"
-                raise TellError(what, where="--prompt", remedy="Write {{ and }} for braces, {Column} for a column.")
+        single = next((match[0] for match in _PLACE.finditer(template) if match[0] in "{}"), None)
+        if single or not form.asked or not set(form.asked) <= set(names):
+            _refuse_braces(template, names)
+        if single:
+            what = f"has a single {single!r} in {template!r}"
+            raise TellError(what, where="--prompt", remedy="Write {{ and }} for braces, {Column} for a column.")
         if not form.asked:
-            near = did_you_mean(template, names)
-            what, remedy = f"{template!r} names no column", f"Write its columns in braces, e.g. {{{near or names[0]}}}."
+            plain = [name for name in names if not _BRACES.search(name)] or names
+            example = place_of(did_you_mean(template, plain) or plain[0])
+            what, remedy = f"{template!r} names no column", f"Write its columns in braces, e.g. {example}."
             raise TellError(what, where="--prompt", remedy=remedy)
         _check_columns(form.asked, names, "--prompt", where)
         return form
@@ -194,6 +198,18 @@ def empty_cells(records: Sequence[tuple[int, Record]], form: Form) -> list[str]:
     return [f"{name!r} is null in {n:,} of {len(answered):,} answers: empty cells" for name, n in counts.items() if n]
 
 
+def place_of(name: str) -> str:
+    """The place of a column in a template.
+
+    Raises:
+        TellError: its name has braces.
+    """
+    if _BRACES.search(name):
+        what = f"the column {name!r} has braces in its name, which stand for columns in a template"
+        raise TellError(what, where="--prompt", remedy="Rename the column, or choose others with --prompt.")
+    return f"{{{name}}}"
+
+
 def quoted(text: str, *, always: bool = False) -> str:
     """A word of a command line."""
     if not always and _BARE.fullmatch(text):
@@ -207,6 +223,14 @@ def _comma_separated(names: Iterable[str]) -> str:
 
 def _names(records: Iterable[Record]) -> list[str]:
     return list(dict.fromkeys(name for record in records for name in record))
+
+
+def _refuse_braces(template: str, names: Sequence[str]) -> None:
+    """Refuse a template that seems to mean a column with braces in its name."""
+    meant = _BRACES.sub("", template)
+    for name in names:
+        if (bare := _BRACES.sub("", name)) and bare != name and bare in meant:
+            place_of(name)
 
 
 def _check_columns(wanted: Iterable[str], names: Sequence[str], flag: str, where: str) -> None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from tell.data.cell_text import RowFault, as_text
 from tell.data.columns import Record, is_id
-from tell.data.form import Form, quoted
+from tell.data.form import Form, place_of, quoted
 from tell.data.label_text import LABEL_VALUES, are_labels
 from tell.data.layouts import PROMPTS
 from tell.errors import TellError
@@ -34,8 +34,8 @@ def guess_form(records: Sequence[Record], source: str, given: Form) -> Form | No
         given: its prompt or answer counts, where it has one, and the other is guessed.
 
     Raises:
-        TellError: several are plausible (each as a command), the first row is data instead of column names, or a given
-            column is not in the file.
+        TellError: several are plausible (each as a command), the first row is data instead of column names, a given
+            column is not in the file, or a column of the prompt has braces in its name.
     """
     given = given.known(records, source)
     found = list(_forms(records[:SAMPLE], given))
@@ -100,7 +100,7 @@ def _answers(names: Sequence[str]) -> list[tuple[str, ...]]:
 
 
 def _template(names: Sequence[str]) -> str:
-    return "\n\n".join(f"{{{name}}}" for name in names if not re.search("[{}]", name))
+    return "\n\n".join(map(place_of, names))
 
 
 def _texts(records: Sequence[Record], name: str) -> list[str] | None:
