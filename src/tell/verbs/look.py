@@ -101,7 +101,7 @@ def look(config: Config, *, rows: int = SHOWN, page: str | Path | None = None, d
     notices = Notices(display or Silent())
     seen = _see(config, notices)
     parts, (data, given, _) = seen.parts, seen.read
-    fields = balance(seen.rows.kind, parts)
+    fields = balance(seen.rows.kind, parts, seed=config.seed, samples=config.eval.bootstrap)
     every = [*data.examples, *(given.examples if given else ())]
     findings = row_findings(every, seen.rows.facts)
     if (compared := findings["near_duplicates"]["compared"]) < len(every):
