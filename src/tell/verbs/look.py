@@ -102,7 +102,7 @@ def look(config: Config, *, rows: int = SHOWN, page: str | Path | None = None, d
     notices = Notices(display or Silent())
     seen = _see(config, notices)
     parts, data = seen.parts, seen.read.data
-    fields = balance(seen.rows.kind, parts)
+    fields = balance(seen.rows.kind, parts, seed=config.seed, samples=config.eval.bootstrap)
     every = [example for loaded in seen.read.files for example in loaded.examples]
     findings = row_findings(every, seen.rows.facts)
     if (compared := findings["near_duplicates"]["compared"]) < len(every):
