@@ -102,6 +102,21 @@ def test_a_foreign_server_gets_the_anchor(root, monkeypatch):
     assert KEY.encode() not in written and KEY not in json.dumps(found)
 
 
+def test_fixed_examples_are_sent_once(root):
+    """They are in the prompts, unless the server's own template has them, as that of an export: then rows are bare."""
+    split = json.loads((root / "split.json").read_text())
+    (root / "split.json").write_text(json.dumps({**split, "shots": split["train"][:1]}))
+    display = Silent()
+    with foreign(right(root)) as endpoint:
+        evaluate_endpoint(root, Server(endpoint.url, "large"), rows=2, display=display)
+        shown = list(endpoint.requests)
+        evaluate_endpoint(root, Server(endpoint.url, "large", anchored=False), rows=2)
+        bare = endpoint.requests[len(shown) :]
+    assert [len(request["messages"]) for request in (*shown, *bare)] == [3, 3, 1, 1]
+    assert shown[0]["messages"][0]["content"].startswith("Positive, negative or mixed?")
+    assert any("--no-anchor" in note and "show them twice" in note for note in display.notes)
+
+
 def test_a_stopped_evaluation_goes_on(root):
     """What was answered before the failure is not asked again."""
     lock, seen = threading.Lock(), []

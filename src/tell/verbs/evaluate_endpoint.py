@@ -40,6 +40,7 @@ class Server:
         url: e.g. ``http://localhost:8000/v1``.
         model: its name of the model; None: the only one that it lists, or the run's own name.
         anchored: whether the anchor is put on the prompts; None: unless the server is `tell serve`, which does so.
+            Where it is False, the fixed examples are left out too: the model's own template may have both.
         key_name: the environment variable of the API key.
         concurrency: requests at once.
         retries: of a request, as of `Endpoint`.
@@ -179,6 +180,11 @@ class _Questions:
         return isinstance(self.card.get("tell"), dict)
 
     @property
+    def shows(self) -> bool:
+        """Whether the fixed examples are put before the prompts."""
+        return not self.applies and self.server.anchored is not False
+
+    @property
     def about(self) -> dict[str, Any]:
         """``endpoint`` of the scores."""
         anchor = "prompts" if self.anchored else "server" if self._server_anchors else "none"
@@ -216,7 +222,7 @@ class _Questions:
 
     def messages(self, example: Example, shots: Sequence[Example]) -> Messages:
         """The conversation of a test row as the server gets it."""
-        shown = list(example.prompt) if self.applies else shown_turns(example, shots)
+        shown = shown_turns(example, shots) if self.shows else list(example.prompt)
         turns = (self.opened.anchor if self.anchored else NO_ANCHOR).apply(shown)
         if any(turn.extra or turn.tools for turn in turns):
             remedy = "Score rows without tools, by --test."
@@ -230,6 +236,11 @@ class _Questions:
         self.client.options = {**self.said, "max_tokens": limit if self.applies else ROOMIER * limit}
         if not self.applies or seed != self.opened.config.seed:
             self.client.options["seed"] = seed
+        if shots and self.shows:
+            display.note(
+                "the fixed examples are in the prompts (--no-anchor leaves anchor and examples to the server: a model "
+                "by `tell export` adds its examples itself, and would show them twice)"
+            )
         sent = dict(self.client.options)
         asked = [self.messages(example, shots) for example in examples]
         # a server of ours may have another model under the same name after a new start
