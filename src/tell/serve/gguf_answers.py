@@ -40,7 +40,7 @@ class GgufAnswers:
         self.seed = 42 if run is None else run.config.seed
         self.llama = LlamaCpp(file, rows=ROWS)
         self._pool = ThreadPoolExecutor(ROWS, thread_name_prefix="llama.cpp")
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # `close` is called by a signal too, in the thread that may hold it
         self._under_way = 0
         self._closing: Callable[[], object] | None = None
 
