@@ -7,6 +7,7 @@ import json
 import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import httpx
 import jsonschema
@@ -290,6 +291,8 @@ def test_a_token_beyond_this_machine(models):
         for headers in ({}, {"authorization": "Bearer let me"}, {"authorization": "let me in"}):
             found = httpx.get(f"{server.url}/v1/models", headers=headers)
             assert found.status_code == 401 and found.json()["error"]["code"] == "invalid_api_key"
+        for host in ("x/health?", "x/health#"):  # of which older versions of starlette make the path
+            assert httpx.get(f"{server.url}/v1/models", headers={"host": host}).status_code == 401
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="let me in")
         assert answer(client, "base", **{**LONG, "max_tokens": 2})
     assert [is_local(host) for host in ("127.0.0.1", "::1", "localhost", "0.0.0.0", "example.org")] == [
@@ -354,6 +357,68 @@ def test_a_full_queue_and_a_failure(models, monkeypatch):
     assert error.value.refusal.status == 503
     thread.join()
     assert len(clients[3].answer.ids) == 60 and serve == engine.serve
+
+
+def test_a_failure_leaves_answers_alone_and_lost_weights_end_the_thread(models):
+    """What was answered before a batch fails stays so; where the weights cannot be restored, nobody waits for ever."""
+    thread, gate, stopped = DecodeThread(), threading.Event(), threading.Event()
+    engine, serve = models["base"].engine, models["base"].engine.serve
+    short, long, other, late = Stub(most=1), Stub(), Stub(), Stub()
+    first, second, late_job = jobs_of(models, "base", short, long, late)
+
+    def held(requests, *args, **options):
+        gate.wait(PATIENCE)
+        engine.__dict__.pop("serve")
+        thread._stack.callback(lambda: 1 / 0)
+        serve(requests[:1], *args, **options)
+        raise MemoryError("no room")
+
+    engine.serve = held
+    with thread._changed:  # both in one batch
+        thread.submit(first)
+        thread.submit(second)
+    thread.submit(*jobs_of(models, "support/tell-free", other))
+    gate.set()
+    thread._thread.join(PATIENCE)
+    assert not thread._thread.is_alive() and thread.stopping
+    assert len(short.answer.ids) == 1
+    assert isinstance(long.answer, MemoryError) and isinstance(other.answer, ZeroDivisionError)
+    with pytest.raises(Exception, match="the server is stopping"):
+        thread.submit(late_job)
+    thread.close(stopped.set)
+    assert stopped.is_set()
+
+
+def test_what_cannot_join_a_batch_is_next(models):
+    """A request that does not fit into the running batch is not passed by those that came after it."""
+    thread, order = DecodeThread(), []
+    engine, serve = models["base"].engine, models["base"].engine.serve
+    clients = [Stub() for _ in range(4)]
+    running, large, *small = jobs_of(models, "base", *clients)
+    large = replace(large, prepared=replace(large.prepared, limit=61))
+
+    def watched(requests, decoding, arrivals, **options):
+        def asked(free, fits):
+            if len(thread._waiting) + len(order) == 0:
+                for job in (large, *small):
+                    thread.submit(job)
+            joined = arrivals(free, lambda request: fits(request) and request.limit <= 60)
+            order.append([request.limit for request in joined])
+            return joined
+
+        order_of_batches.append([request.limit for request in requests])
+        serve(requests, decoding, asked, **options)
+
+    order_of_batches: list[list[int]] = []
+    engine.serve = watched
+    try:
+        thread.submit(running)
+        until(lambda: all(client.answer is not None for client in clients))
+    finally:
+        engine.__dict__.pop("serve")
+    thread.close(lambda: None)
+    thread.join()
+    assert order_of_batches == [[60], [61, 60, 60]] and not any(order)
 
 
 def test_who_left_while_waiting_is_not_answered(models):
