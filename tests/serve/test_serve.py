@@ -13,14 +13,17 @@ import httpx
 import jsonschema
 import openai
 import pytest
+import yaml
 
 import tell
 from serve.serving import PATIENCE, command, copied, running, until
+from tell.data.example import Example, Message
 from tell.errors import TellError
 from tell.files import read_jsonl
 from tell.progress import Silent
+from tell.run.answers import Prompting
 from tell.serve import decode_thread
-from tell.serve.chat_request import MOST_BODY
+from tell.serve.chat_request import MOST_BODY, ChatRequest
 from tell.serve.decode_thread import DecodeThread, Job
 from tell.serve.run_server import bind, is_local
 from tell.serve.served_models import open_models
@@ -235,9 +238,40 @@ def test_a_prompt_beyond_the_context(server):
     ) as error:
         ask(client, "support", "word " * 2000)
     assert error.value.code == "context_length_exceeded"
-    with pytest.raises(openai.BadRequestError, match=r"asks for 1,000 more, and the model takes 1,024 in all"):
-        ask(client, "support", max_tokens=1000)
+    cut = ask(client, "base", "word " * 100, max_tokens=5000, temperature=0)  # what there is room for
+    assert cut.usage.total_tokens == 1024 and cut.choices[0].finish_reason == "length"
     assert answer(client, "support")
+
+
+def test_a_prompt_is_that_of_tell_eval_and_bare_where_a_request_says_so(models, server):
+    """With fixed examples that have a system text, which a request may lack."""
+    brief = Message("system", "Be brief.")
+    shot = Example.of([brief, Message("user", "Late?"), Message("assistant", "no")], source="task", origin="")
+    model = replace(models["support"], shots=[shot])
+    for system in ([], [brief], [Message("system", "Be kind.")]):
+        turns = [*system, Message("user", TEXT)]
+        example = Example.of([*turns, Message("assistant", "")], source="task", origin="")
+        asked = {"model": "support", "messages": [turn.to_dict() for turn in turns]}
+        prompting = Prompting(model.chat, model.anchor, [shot], examples=0, room=999, seed=1)
+        assert [model.prepare(ChatRequest(**asked)).prompt] == prompting.prompts("tell", [example], [])[0]
+        bare = model.prepare(ChatRequest(**asked, chat_template_kwargs={"tell_anchor": False})).prompt
+        assert bare == model.chat.encode(model.chat.render(turns, add_generation_prompt=True))
+    client = client_of(server)
+    found = ask(client, "support/tell-free", extra_body={"chat_template_kwargs": {"tell_anchor": False}})
+    assert found.usage.prompt_tokens < ask(client, "support/tell-free").usage.prompt_tokens
+
+
+def test_the_limit_is_that_of_tell_eval(runs, tmp_path):
+    run = copied(runs["reviews"], tmp_path / "free")
+    config = yaml.safe_load((run / "run.yaml").read_text(encoding="utf-8"))
+    config["generate"]["max_new_tokens"] = None
+    (run / "run.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    models = open_models([run], Silent())
+    findings = json.loads((run / "findings.json").read_text(encoding="utf-8"))
+    assert {name: model.limit for name, model in models.items() if name != "base"} == dict.fromkeys(
+        models.keys() - {"base"}, findings["answer_limit"]
+    )
+    assert models["base"].limit == 512 != findings["answer_limit"]
 
 
 BAD = {
@@ -319,8 +353,6 @@ class Stub:
 
 
 def jobs_of(models, name: str, *clients: Stub) -> list[Job]:
-    from tell.serve.chat_request import ChatRequest
-
     model = models[name]
     asked = ChatRequest(model=name, messages=[{"role": "user", "content": TEXT}], max_tokens=60, temperature=0)
     return [Job(model, model.prepare(asked), client) for client in clients]
