@@ -497,6 +497,17 @@ def test_what_cannot_be_served(runs, tiny_model, tmp_path):
     (other / "run.yaml").write_text(config.replace(str(tiny_model("llama")), str(tiny_model("qwen3"))))
     with pytest.raises(TellError, match=r"other: is a run over .*qwen3.*, and the first one over .*llama"):
         open_models([runs["reviews"], other], Silent())
+    moved, base = copied(runs["support"], tmp_path / "moved"), copied(tiny_model("llama"), tmp_path / "base")
+    (moved / "run.yaml").write_text(config.replace(str(tiny_model("llama")), str(base)))
+    assert "moved" in open_models([runs["reviews"], moved], Silent())  # the same model in another folder
+    data = bytearray((base / "model.safetensors").read_bytes())
+    data[-100_000::4] = bytes(byte ^ 1 for byte in data[-100_000::4])  # other weights, though hardly
+    (base / "model.safetensors").write_bytes(data)
+    with pytest.raises(TellError, match=r"moved: is a run over .*base .*, and the first one over .*llama"):
+        open_models([runs["reviews"], moved], Silent())
+    for verb in (lambda: open_models([moved], Silent()), lambda: tell.chat(moved), lambda: tell.evaluate(moved)):
+        with pytest.raises(TellError, match="base: its weights changed since this run was trained"):
+            verb()
     with bind("127.0.0.1", 0) as taken:
         taken.listen()
         with pytest.raises(TellError, match=r"cannot listen at 127\.0\.0\.1 port"):

@@ -190,11 +190,12 @@ def open_models(runs: Sequence[Path], display: Display, *, trust_remote_code: bo
 
 
 def _check_base(first: Session, session: Session, path: Path) -> None:
-    def base(of: Session) -> tuple[str, str, str, str]:
-        return of.files.name, of.files.fingerprint, of.config.model.dtype, of.config.model.device
+    def base(of: Session) -> tuple[str, str, str, str, str]:
+        files, model = of.files, of.config.model
+        return files.name, model.dtype, model.device, files.fingerprint, files.weights
 
     if base(first)[1:] != base(session)[1:]:
-        there, here = (f"{name} ({dtype}, {device})" for name, _, dtype, device in map(base, (first, session)))
+        there, here = (f"{name} ({dtype}, {device})" for name, dtype, device, *_ in map(base, (first, session)))
         what = f"is a run over {here}, and the first one over {there}"
         raise TellError(what, where=str(path), remedy="Serve runs over different base models by several `tell serve`.")
 
