@@ -82,6 +82,7 @@ def evaluate(
     if not arms:
         same = twins(wanted, decides=decides, constrains=kind.name in CONSTRAINTS and choice == "off")
         wanted = [arm for arm in wanted if arm not in same]
+    adapters = {arm: opened.adapter(arm) for arm in wanted}
     constrained = any_constrained(config, kind.name, wanted)
     check_engine(config, decides=decides, constrains=constrained)
     session = opened.session(config, display, stream=decides or constrained)
@@ -91,7 +92,6 @@ def evaluate(
             where=str(opened.folder.root),
             remedy=f"Run `tell tune` again; {CELL_ADAPTER}",
         )
-    adapters = {arm: opened.adapter(arm) for arm in wanted}
     opened.folder.read_as(opened.folder.metrics, Metrics)  # damage is reported now, not after the arms have answered
     metrics = opened.folder.read(opened.folder.metrics)
     train, examples, shots = run_examples(opened, test, display, need_train=any(ARMS[arm].in_context for arm in wanted))
