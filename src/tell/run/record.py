@@ -11,8 +11,6 @@ from tell.errors import TellError
 from tell.files import write_json, write_text
 from tell.folder import AdapterFolder, RunFolder
 from tell.mix.manifest import read_manifest, write_manifest
-from tell.models.architecture import weight_files
-from tell.models.digest import weights_digest
 from tell.run.constrained import task_constraint
 from tell.run.plan import describe_plan
 from tell.run.prepare import Prepared
@@ -117,7 +115,7 @@ def write_adapter_notes(folder: RunFolder, task: Task, adapter: AdapterFolder) -
     anchor.pop("candidates", None)
     revision = task.config.model.revision
     notes = {"anchor": anchor, "base_model": name, "revision": revision, "origin": files.origin}
-    notes["base_weights"] = weights_digest(weight_files(files.path))
+    notes["base_weights"] = files.weights
     write_json(adapter.notes, {**notes, "thinking": task.chat.thinking})
     # peft records the folder of the weights, which for a hub model is in the hub's cache.
     write_json(adapter.config, {**folder.read(adapter.config), "base_model_name_or_path": name})

@@ -85,6 +85,7 @@ def evaluate(
     if free := [arm for arm in wanted if ARMS[arm].constrained and kind.name not in CONSTRAINTS]:
         what = f"answers of kind {kind.name} have no schema or labels that they could be constrained to"
         raise TellError(what, where=f"--arms {free[0]}", remedy="Leave the arm out.")
+    adapters = {arm: opened.adapter(arm) for arm in wanted}
     constrained = any_constrained(config, kind.name, wanted)
     check_engine(config, decides=decides, constrains=constrained)
     session = opened.session(config, display, stream=decides or constrained)
@@ -94,7 +95,6 @@ def evaluate(
             where=str(opened.folder.root),
             remedy=f"Run `tell tune` again; {CELL_ADAPTER}",
         )
-    adapters = {arm: opened.adapter(arm) for arm in wanted}
     opened.folder.read_as(opened.folder.metrics, Metrics)  # damage is reported now, not after the arms have answered
     metrics = opened.folder.read(opened.folder.metrics)
     train, examples, shots = run_examples(opened, test, display, need_train=any(ARMS[arm].in_context for arm in wanted))
