@@ -82,10 +82,10 @@ def evaluate(
     if not arms:
         same = twins(wanted, decides=decides, constrains=kind.name in CONSTRAINTS and choice == "off")
         wanted = [arm for arm in wanted if arm not in same]
+    adapters = {arm: opened.adapter(arm) for arm in wanted}
     if free := [arm for arm in wanted if ARMS[arm].constrained and kind.name not in CONSTRAINTS]:
         what = f"answers of kind {kind.name} have no schema or labels that they could be constrained to"
         raise TellError(what, where=f"--arms {free[0]}", remedy="Leave the arm out.")
-    adapters = {arm: opened.adapter(arm) for arm in wanted}
     constrained = any_constrained(config, kind.name, wanted)
     check_engine(config, decides=decides, constrains=constrained)
     session = opened.session(config, display, stream=decides or constrained)
