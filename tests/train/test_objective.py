@@ -23,7 +23,11 @@ from tell.train.step import Body, StepRules, step_loss
 from tell.train.trainer import DISTILLED, Trainer, TrainingHooks, TrainingJob, run_digest, step_rows
 from train.packed import assert_close, gradients, load, make_rows, make_table, wake
 
-CONFIG = TrainConfig(batch_size=4, learning_rate=5e-3, lora_r=4, lora_dropout=0.2, checkpoint_every=0, micro_tokens=90)
+CONFIG = TrainConfig(
+    **{"batch_size": 4, "learning_rate": 5e-3, "lora_r": 4, "lora_dropout": 0.2, "micro_tokens": 90},
+    checkpoint_every=0,
+    general_target="text",
+)
 DISTIL = CONFIG.model_copy(update={"general_target": "untuned"})
 
 
