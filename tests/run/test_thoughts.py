@@ -47,7 +47,7 @@ class Says:
     def __init__(self, ids: list[int]) -> None:
         self.ids = ids
 
-    def generate(self, prompts, decoding, *, progress=None, on_token=None, guides=None):
+    def generate(self, prompts, decoding, *, progress=None, on_token=None, guides=None, masks=None):
         for token in self.ids if on_token else ():
             on_token(0, token)
         return [SimpleNamespace(ids=self.ids, finish="stop") for _ in prompts]
