@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 import tiny
 from tell.decode.batch import KernelBatch, Packed, PlainBatch
-from tell.decode.engine import TOLERANCE, Answer, Engine, _Row
+from tell.decode.engine import TOLERANCE, Engine
+from tell.decode.engine_rows import Answer, Row
 from tell.decode.layers import Product, describe
 from tell.decode.sampler import Decoding, choose
 from tell.kernels import decode_ops as c
@@ -193,7 +194,7 @@ def test_rows_that_go_on_fill_the_places_of_finished_ones(n, data):
 
     finished = sorted(data.draw(st.sets(st.integers(0, n - 1))))
     ended: list[int] = []
-    rows = [_Row([0] * (i + 1), 1, np.zeros(1), Answer(ids=[])) for i in range(n)]
+    rows = [Row([0] * (i + 1), 1, np.zeros(1), Answer(ids=[])) for i in range(n)]
     for i, row in enumerate(rows):
         row.on_end = lambda answer, i=i: ended.append(i)
     active, batch = list(rows), Places()

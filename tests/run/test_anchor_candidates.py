@@ -14,7 +14,7 @@ from run.runs import config_of, open_session, read
 from tell.anchor.anchor import Anchor
 from tell.anchor.derive import derived_anchor
 from tell.data.kind import Kind, detect_kind
-from tell.decode.engine import Answer
+from tell.decode.engine_rows import Answer
 from tell.errors import Interrupted
 from tell.progress import Silent
 from tell.rows.tokenize import tokenize

@@ -13,12 +13,12 @@ from typing import Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from tell.arm import CONSTRAINTS, Constrain
 from tell.data.example import Example
 from tell.data.json_text import parse_strict
 from tell.data.kind import Kind
 from tell.data.schema import Schema
 from tell.errors import TellError
-from tell.names import CONSTRAINTS, Constrain
 from tell.shown import brief
 
 WhiteSpace = Literal["compact", "spaced", "either", "free"]
