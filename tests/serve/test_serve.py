@@ -465,7 +465,6 @@ def test_who_left_while_waiting_is_not_answered(models):
     assert leaves.answer.ids == stays.answer.ids[:5] and leaves.answer.finish == "stop"
 
 
-@pytest.mark.xfail(strict=False, reason="failed once in seven runs, beside other work; the cause is not found yet")
 def test_a_signal_lets_answers_end(runs, home):
     with command(str(runs["support"])) as (process, url, _):
         body = {"model": "base", "messages": [{"role": "user", "content": TEXT}], "stream": True, **LONG}
@@ -476,9 +475,9 @@ def test_a_signal_lets_answers_end(runs, home):
             late: list[int] = []
             until(lambda: refused(url, late))
             rest = [line for line in lines if line]
-        assert rest[-1] == "data: [DONE]" and len(rest) > 300
-        assert process.wait(PATIENCE) == 0
-        assert set(late) <= {200, 503}
+        assert rest[-1] == "data: [DONE]" and len(rest) > 300, (len(rest), rest[-2:])
+        assert process.wait(PATIENCE) == 0, process.returncode
+        assert set(late) <= {200, 503}, set(late)
 
 
 def refused(url: str, seen: list[int]) -> bool:
