@@ -29,7 +29,7 @@ from bench.rows import Rows, make_rows, plain_tokens
 from tell.config_sections import TrainConfig
 from tell.errors import TellError
 from tell.kernels import keep_memory, library, reason
-from tell.kernels.ops import Kernels
+from tell.kernels.ops import CKernels
 from tell.kernels.packed_attention import RowAttention
 from tell.kernels.products import Products
 from tell.models.find import find_model
@@ -112,9 +112,9 @@ def watch(clock: Clock, stack: ExitStack, vocabulary: int, rank: int) -> None:
     clock.wrap(stack, Products, "outer", lambda out, _, g, x, *__: ("products: adapters", 2 * g.numel() * x.shape[1]))
     for name in ("forward", "backward"):
         clock.wrap(stack, RowAttention, name, lambda *_: ("kernels: attention", 0))
-    for name in [name for name in vars(Kernels) if not name.startswith("_")]:
+    for name in [name for name, value in vars(CKernels).items() if callable(value) and not name.startswith("_")]:
         label = f"kernels: {KERNELS.get(name.removesuffix('_back'), name)}"
-        clock.wrap(stack, Kernels, name, lambda *_, label=label: (label, 0))
+        clock.wrap(stack, CKernels, name, lambda *_, label=label: (label, 0))
 
 
 def _product(operands: tuple[int, int], vocabulary: int, rank: int) -> Describe:

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 
 import tiny
 from tell.config_sections import TrainConfig
+from tell.kernels.ops import kernels_for
 from tell.train import packing as batches
 from tell.train.attention import PackedPlan, Rule
 from tell.train.fast import cuda
-from tell.train.fast.cuda import Sequences, VarlenPlan, _torch_varlen, find_varlen, liger_forwards, packed_plan
+from tell.train.fast.cuda import Sequences, VarlenPlan, _torch_varlen, find_varlen, packed_plan
 from tell.train.fast.fused import fuse_modules, unfuse_modules
 from tell.train.lora import add_lora
 from tell.train.loss import BLOCK, GPU_LOGITS, block_size
@@ -251,14 +252,14 @@ def test_row_losses_of_no_rows(tiny_model):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_on_a_gpu(family, tiny_model):
-    """bf16 on a GPU, flash attention and Liger where they are, against fp32 on the processor."""
+    """bf16 on a GPU, by flash attention and Triton where they are, against fp32 on the processor."""
     rows = make_rows(LENGTHS, task=(0, 3))
     out = []
     for device, dtype in (("cuda", torch.bfloat16), ("cpu", torch.float32)):
         model = add_lora(load(tiny_model(family), dtype=dtype).to(device), CONFIG, seed=1)
         wake(model)
         body = Body(model)
-        if device == "cuda" and liger_forwards() and family != "gemma2":
+        if device == "cuda" and kernels_for(body.head) is not None and family != "gemma2":
             assert fuse_modules(model.get_base_model())["mlp"]
         out.append(step_loss(body, rows, StepRules("example", micro_tokens=90)))
     assert out[0].loss == pytest.approx(out[1].loss, rel=0.02)

@@ -1,14 +1,15 @@
-"""The training kernels as functions of tensors; each writes into tensors given to it.
+"""The training kernels as functions of tensors: what each back end computes, and the one in C for a CPU.
 
-All tensors are on the CPU, in bf16 or fp32; their last dimension is contiguous, rows may be strided.
+Each kernel writes into tensors given to it. Their last dimension is contiguous, rows may be strided.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from ctypes import CDLL, c_float, c_int, c_int64, c_uint32, c_void_p
 from functools import lru_cache
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -44,8 +45,55 @@ def _pointers(rope: Rope) -> tuple[int, int, int]:
     return (0, 0, 0) if rope is None else (rope[0].data_ptr(), rope[1].data_ptr(), rope[0].shape[-1])
 
 
-class Kernels:
-    """The kernels of one number format."""
+class Kernels(Protocol):
+    """What both back ends compute, on tensors of one device and number format."""
+
+    @property
+    def caps_logits(self) -> bool:
+        """Whether ``cross_entropy`` takes a ``softcap``."""
+        ...
+
+    def rmsnorm(
+        self, x: Tensor, y: Tensor, weight: Tensor, rstd: Tensor, *, heads: int = 1, eps: float, offset: float
+    ) -> None:
+        """y = x / rms(x) * (offset + weight) for x, y (T, heads * width); rstd (T, heads) fp32 is for the gradient."""
+        ...
+
+    def rmsnorm_back(
+        self, dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, dx: Tensor, *, heads: int = 1, offset: float
+    ) -> None:
+        """dx (T, heads * width) of ``rmsnorm``; the weight is frozen."""
+        ...
+
+    def gated(self, g: Tensor, u: Tensor, h: Tensor, kind: int) -> None:
+        """h = act(g) u, all (T, width); g and u equally strided, h contiguous."""
+        ...
+
+    def gated_back(self, dh: Tensor, g: Tensor, u: Tensor, dg: Tensor, du: Tensor, kind: int) -> None:
+        """Gradients of ``gated``; dg and du equally strided, dh contiguous; dh becomes act(g) u."""
+        ...
+
+    def cross_entropy(
+        self, logits: Tensor, targets: Tensor, weights: Tensor | None, nll: Tensor, softcap: float | None = None
+    ) -> None:
+        """nll (n,) fp32 of targets (n,) int64; logits (n, V) become their gradients where weights (n,) fp32 are given.
+
+        The gradient of sum_i weight_i nll_i: weight (softmax - onehot), where there is no soft cap.
+        """
+        ...
+
+    def dropout(self, x: Tensor, y: Tensor, p: float, seed: int, *, add: bool = False) -> None:
+        """y = (or +=) x, elements dropped at rate p, the rest scaled by 1 / (1 - p); contiguous; a seed is a mask.
+
+        The rate is a multiple of 2^-32: as exact as a uniform fp32 draw.
+        """
+        ...
+
+
+class CKernels:
+    """``Kernels`` in C for one number format, bf16 or fp32, and attention's parts for batched products."""
+
+    caps_logits = False
 
     def __init__(self, shared: CDLL, suffix: str) -> None:
         self._c = SimpleNamespace()
@@ -57,7 +105,6 @@ class Kernels:
     def rmsnorm(
         self, x: Tensor, y: Tensor, weight: Tensor, rstd: Tensor, *, heads: int = 1, eps: float, offset: float
     ) -> None:
-        """y = x / rms(x) * (offset + weight) for x, y (T, heads * width); rstd (T, heads) fp32 is for the gradient."""
         self._c.rmsnorm(
             x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0), weight.data_ptr(), rstd.data_ptr(),
             x.shape[0], heads, weight.shape[0], eps, offset,
@@ -66,18 +113,15 @@ class Kernels:
     def rmsnorm_back(
         self, dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, dx: Tensor, *, heads: int = 1, offset: float
     ) -> None:
-        """dx (T, heads * width) of ``rmsnorm``; the weight is frozen."""
         self._c.rmsnorm_back(
             dy.data_ptr(), dy.stride(0), x.data_ptr(), x.stride(0), weight.data_ptr(), rstd.data_ptr(),
             dx.data_ptr(), dx.stride(0), x.shape[0], heads, weight.shape[0], offset,
         )  # fmt: skip
 
     def gated(self, g: Tensor, u: Tensor, h: Tensor, kind: int) -> None:
-        """h = act(g) u, all (T, width); g and u equally strided."""
         self._c.gated(g.data_ptr(), u.data_ptr(), g.stride(0), h.data_ptr(), g.shape[0], g.shape[1], kind)
 
     def gated_back(self, dh: Tensor, g: Tensor, u: Tensor, dg: Tensor, du: Tensor, kind: int) -> None:
-        """Gradients of ``gated``; dg and du equally strided, dh contiguous; dh becomes act(g) u."""
         self._c.gated_back(
             dh.data_ptr(), g.data_ptr(), u.data_ptr(), g.stride(0), dg.data_ptr(), du.data_ptr(),
             dg.stride(0), g.shape[0], g.shape[1], kind,
@@ -127,27 +171,46 @@ class Kernels:
         keys = probs.shape[-1]
         self._c.softmax_back(probs.data_ptr(), grads.data_ptr(), probs.numel() // keys, longest, keys, prefix)
 
-    def cross_entropy(self, logits: Tensor, targets: Tensor, weights: Tensor | None, nll: Tensor) -> None:
-        """nll (n,) fp32; logits (n, V) become weights * (softmax - onehot) where weights (n,) fp32 are given."""
+    def cross_entropy(
+        self, logits: Tensor, targets: Tensor, weights: Tensor | None, nll: Tensor, softcap: float | None = None
+    ) -> None:
+        if softcap is not None:
+            raise ValueError("no soft cap")
         self._c.cross_entropy(
             logits.data_ptr(), targets.data_ptr(), 0 if weights is None else weights.data_ptr(), nll.data_ptr(),
             logits.shape[0], logits.shape[1],
         )  # fmt: skip
 
     def dropout(self, x: Tensor, y: Tensor, p: float, seed: int, *, add: bool = False) -> None:
-        """y = (or +=) x, elements dropped at rate p, the rest scaled by 1 / (1 - p); contiguous; a seed is a mask.
-
-        The rate is a multiple of 2^-32: as exact as a uniform fp32 draw.
-        """
         self._c.dropout(x.data_ptr(), y.data_ptr(), x.numel(), seed, threshold_of(p), 1 / (1 - p), int(add))
 
 
 @lru_cache(maxsize=4)
-def _kernels(dtype: torch.dtype) -> Kernels | None:
+def _kernels(dtype: torch.dtype) -> CKernels | None:
     shared = library()
-    return None if shared is None or dtype not in _SUFFIX else Kernels(shared, _SUFFIX[dtype])
+    return None if shared is None or dtype not in _SUFFIX else CKernels(shared, _SUFFIX[dtype])
+
+
+def _on_gpu(x: Tensor) -> Kernels | None:
+    from tell.kernels.triton_trial import gpu_kernels  # Triton is loaded where there is a GPU
+
+    return gpu_kernels(x.device).kernels if x.dtype in GPU_DTYPES else None
+
+
+GPU_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+BACK_ENDS: dict[str, Callable[[Tensor], Kernels | None]] = {"cpu": lambda x: _kernels(x.dtype), "cuda": _on_gpu}
 
 
 def kernels_for(x: Tensor) -> Kernels | None:
     """The kernels for tensors like ``x``; None where there are none (another device or format, no compiler)."""
-    return _kernels(x.dtype) if x.device.type == "cpu" else None
+    find = BACK_ENDS.get(x.device.type)
+    return None if find is None else find(x)
+
+
+def why_none(x: Tensor) -> str | None:
+    """Why a GPU has no kernels for tensors like ``x``; None where it has, and on other devices."""
+    if x.device.type != "cuda" or kernels_for(x) is not None:
+        return None
+    from tell.kernels.triton_trial import gpu_kernels
+
+    return gpu_kernels(x.device).why or f"no kernels for {str(x.dtype).removeprefix('torch.')}"

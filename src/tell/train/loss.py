@@ -41,7 +41,9 @@ class _BlockedCrossEntropy(GradientMade):
     ) -> tuple[Tensor, Tensor]:
         nll = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        kernels = kernels_for(hidden) if softcap is None else None
+        kernels = kernels_for(hidden)
+        if kernels is not None and softcap is not None and not kernels.caps_logits:
+            kernels = None
         weights = weights.float().contiguous()
         block = min(block_size(hidden.device, len(head)), len(targets))
         room = hidden.new_empty(block, len(head))  # shared by all blocks: too large for the allocator to keep
@@ -53,7 +55,7 @@ class _BlockedCrossEntropy(GradientMade):
                 logits += bias
             if kernels is not None:
                 part = nll[span]
-                kernels.cross_entropy(logits, targets[span], None if grad is None else weights[span], part)
+                kernels.cross_entropy(logits, targets[span], None if grad is None else weights[span], part, softcap)
                 if grad is not None:
                     torch.mm(logits, head, out=grad[span])
                 continue

@@ -1,4 +1,4 @@
-"""Training on a GPU: variable-length flash attention over packed rows, and Liger's kernels in the layers.
+"""Training on a GPU: variable-length flash attention over packed rows.
 
 Each row is one sequence of flash attention; a shared prefix is repeated before each row's own keys and values. Where
 flash attention is not available (fp32, a soft cap, an old GPU, no such function in this torch) rows attend in padded
@@ -16,11 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tell.kernels.ops import SILU
-from tell.train.attention import PackedPlan, Plan, Rule
+from tell.train.attention import PackedPlan, Rule
 from tell.train.device import send
-from tell.train.fast.exchange import Rope, epsilon, planned_attention, split_qkv
-from tell.train.torch_types import AnyModule, Context
+from tell.train.torch_types import Context
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -213,63 +211,3 @@ class Forwards(NamedTuple):
     norm: Callable[[Any, float], Forward]
     attention: Callable[[Any, Rule, float | None, bool], Forward]
     mlp: Callable[[Any, int], Forward]
-
-
-@lru_cache(maxsize=1)
-def liger_forwards() -> Forwards | None:
-    """Forwards over Liger's kernels (Hsu et al. 2024, arXiv 2410.10989); None where liger-kernel is not installed.
-
-    Linear layers, and so LoRA, keep their own forwards.
-    """
-    try:
-        from liger_kernel.ops.geglu import LigerGELUMulFunction
-        from liger_kernel.ops.rms_norm import LigerRMSNormFunction
-        from liger_kernel.ops.rope import LigerRopeFunction
-        from liger_kernel.ops.swiglu import LigerSiLUMulFunction
-    except ImportError:
-        return None
-
-    def normed(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
-        casting = "gemma" if offset else "llama"
-        # not in place: the residual stream needs the gradient too
-        return LigerRMSNormFunction.apply(x, weight, eps, offset, casting, False)
-
-    def norm(module: AnyModule, offset: float) -> Forward:
-        original, eps = module.forward, epsilon(module)
-
-        def forward(x: Tensor) -> Tensor:
-            if module.weight.dtype != x.dtype:
-                return original(x)
-            return normed(x, module.weight, eps, offset)
-
-        return forward
-
-    def attention(module: AnyModule, rule: Rule, offset: float | None, rotary: bool) -> Forward:
-        merged, width = hasattr(module, "qkv_proj"), module.head_dim
-
-        def attend(states: Tensor, rope: Rope, plan: Plan) -> Tensor:
-            if merged:
-                parts = split_qkv(module, module.qkv_proj(states))
-            else:
-                parts = tuple(layer(states) for layer in (module.q_proj, module.k_proj, module.v_proj))
-            q, k, v = (x.unflatten(-1, (-1, width)) for x in parts)
-            if offset is not None:
-                q, k = (normed(x, n.weight, epsilon(n), offset) for x, n in ((q, module.q_norm), (k, module.k_norm)))
-            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-            if rotary:
-                q, k = LigerRopeFunction.apply(q, k, *rope)
-            return module.o_proj(plan.attend(module, q, k, v, rule).flatten(2))
-
-        return planned_attention(module, attend, lambda plan, _: hasattr(plan, "attend"))
-
-    def mlp(module: AnyModule, kind: int) -> Forward:
-        merged = hasattr(module, "gate_up_proj")
-        product = LigerSiLUMulFunction if kind == SILU else LigerGELUMulFunction
-
-        def forward(x: Tensor) -> Tensor:
-            g, u = module.gate_up_proj(x).chunk(2, dim=-1) if merged else (module.gate_proj(x), module.up_proj(x))
-            return module.down_proj(product.apply(g, u))
-
-        return forward
-
-    return Forwards(norm, attention, mlp)

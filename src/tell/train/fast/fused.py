@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from tell.errors import first_line
-from tell.kernels.ops import GELU_TANH, SILU, kernels_for
+from tell.kernels.ops import GELU_TANH, SILU, kernels_for, why_none
 from tell.train.attention import PackedPlan, Rule, RulePlan, use_plan
 from tell.train.device import kept_randomness
-from tell.train.fast.cpu_forwards import fused_attention_forward, mlp_forward, norm_forward
-from tell.train.fast.cuda import Forwards, attention_note, liger_forwards
+from tell.train.fast.cuda import Forwards, attention_note
 from tell.train.fast.exchange import Exchange, Rope, is_exchanged, restore_forward
+from tell.train.fast.fused_forwards import fused_attention_forward, mlp_forward, norm_forward
 from tell.train.torch_types import AnyModule
 
 if TYPE_CHECKING:
@@ -77,9 +77,9 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 def forwards_for(weight: Tensor) -> Forwards | None:
     """The replacements for the device and number format of ``weight``; None where there are none."""
-    if kernels_for(weight) is not None:
-        return Forwards(norm_forward, fused_attention_forward, mlp_forward)
-    return liger_forwards() if weight.device.type == "cuda" else None
+    if kernels_for(weight) is None:
+        return None
+    return Forwards(norm_forward, fused_attention_forward, mlp_forward)
 
 
 @torch.no_grad()
@@ -252,7 +252,12 @@ def _probe(core: nn.Module, weight: Tensor) -> tuple[dict[nn.Module | None, Rule
 def path_notes(model: PreTrainedModel) -> list[str]:
     """Sentences on how ``model`` trains: its attention on a GPU, and modules that no kernel computes, with reasons."""
     refused = _fusions[model].refused.items() if model in _fusions else ()
-    return [*filter(None, [attention_note(model)]), *(f"{name} keeps its own forward ({why})" for name, why in refused)]
+    missing = why_none(model.get_output_embeddings().weight)
+    return [
+        *filter(None, [attention_note(model)]),
+        *([f"norms, rotary positions and MLPs run as transformers' own, slower ({missing})"] if missing else []),
+        *(f"{name} keeps its own forward ({why})" for name, why in refused),
+    ]
 
 
 def unfuse_modules(model: PreTrainedModel) -> None:

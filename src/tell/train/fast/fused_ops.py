@@ -1,7 +1,8 @@
-"""Differentiable operations over the compiled kernels: norm, projections with LoRA, gated product, packed attention.
+"""Differentiable operations over the kernels: norm, projections with LoRA, gated product, heads, packed attention.
 
-Each computes the same as the model's own modules, but rounds to the model's number format once where torch operations
-round after every pass. Frozen weights get no gradient.
+All but attention run on both back ends of ``Kernels``: a GPU has ``Heads`` and then the plan's own attention. Each
+computes the same as the model's own modules, but rounds to the model's number format once where torch operations round
+after every pass. Frozen weights get no gradient.
 """
 
 from __future__ import annotations
@@ -12,10 +13,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tell.kernels.ops import CKernels
 from tell.kernels.packed_attention import Functions, RowAttention, row_attention
+from tell.kernels.triton_ops import HeadLayout, TritonKernels
 from tell.train.attention import PackedPlan
-from tell.train.fast.stacked import Lora, Stack, kernels_of
+from tell.train.fast.stacked import Lora, Stack, adjacent, kernels_of
 from tell.train.torch_types import Context
+
+
+def _gpu_kernels_of(x: Tensor) -> TritonKernels:
+    found = kernels_of(x)
+    assert isinstance(found, TritonKernels)
+    return found
+
+
+def _c_kernels_of(x: Tensor) -> CKernels:
+    found = kernels_of(x)
+    assert isinstance(found, CKernels)
+    return found
 
 
 class RmsNorm(torch.autograd.Function):
@@ -25,8 +40,8 @@ class RmsNorm(torch.autograd.Function):
     def forward(ctx: Context, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
         flat = x if x.dim() == 2 else x.view(-1, x.shape[-1])
         heads = flat.shape[1] // weight.shape[0]
-        y = torch.empty(flat.shape, dtype=x.dtype)
-        rstd = torch.empty(len(flat), heads)
+        y = flat.new_empty(flat.shape)
+        rstd = flat.new_empty(len(flat), heads, dtype=torch.float32)
         kernels_of(x).rmsnorm(flat, y, weight, rstd, heads=heads, eps=eps, offset=offset)
         ctx.save_for_backward(flat, weight, rstd)
         ctx.offset, ctx.heads, ctx.shape = offset, heads, x.shape
@@ -38,7 +53,7 @@ class RmsNorm(torch.autograd.Function):
         dy = grad.reshape(-1, x.shape[1])
         if dy.stride(1) != 1:  # the gradient of a sum is a scalar, expanded
             dy = dy.contiguous()
-        dx = torch.empty(x.shape, dtype=x.dtype)
+        dx = x.new_empty(x.shape)
         kernels_of(x).rmsnorm_back(dy, x, weight, rstd, dx, heads=ctx.heads, offset=ctx.offset)
         return dx.view(ctx.shape), None, None, None
 
@@ -49,11 +64,8 @@ def joined(parts: Sequence[Tensor]) -> Tensor:
     if len(parts) == 1:
         return first.contiguous()
     width = sum(part.shape[1] for part in parts)
-    at = first.data_ptr()
-    for part in parts:
-        if part.data_ptr() != at or part.stride() != (width, 1):
-            return torch.cat(list(parts), dim=1)
-        at += part.shape[1] * part.element_size()
+    if not adjacent(parts, [part.shape[1] for part in parts]) or any(part.stride() != (width, 1) for part in parts):
+        return torch.cat(list(parts), dim=1)
     return first.as_strided((first.shape[0], width), (width, 1))
 
 
@@ -92,7 +104,7 @@ class Gated(torch.autograd.Function):
     def forward(ctx: Context, g: Tensor, u: Tensor, kind: int) -> Tensor:
         shape = g.shape
         g, u = _flat_pair(g, u)
-        h = torch.empty(g.shape, dtype=g.dtype)
+        h = g.new_empty(g.shape)
         kernels_of(g).gated(g, u, h, kind)
         ctx.save_for_backward(g, u)
         ctx.kind, ctx.shape = kind, shape
@@ -115,7 +127,7 @@ def _flat_pair(g: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
 def _gated_back(dh: Tensor, g: Tensor, u: Tensor, kind: int) -> tuple[Tensor, Tensor]:
     """dg and du, adjacent in one buffer; dh becomes act(g) u."""
     width = g.shape[1]
-    both = torch.empty(len(g), 2 * width, dtype=g.dtype)
+    both = g.new_empty(len(g), 2 * width)
     dg, du = both[:, :width], both[:, width:]
     kernels_of(g).gated_back(dh, g, u, dg, du, kind)
     return dg, du
@@ -131,7 +143,7 @@ class GatedProjection(torch.autograd.Function):
     def forward(ctx: Context, g: Tensor, u: Tensor, kind: int, stack: Stack, *adapters: Tensor) -> Tensor:
         shape = g.shape
         g, u = _flat_pair(g, u)
-        h = torch.empty(g.shape, dtype=g.dtype)
+        h = g.new_empty(g.shape)
         kernels_of(g).gated(g, u, h, kind)
         ctx.lora = Lora(stack, adapters, h)
         y, inner = ctx.lora.forward(h)
@@ -147,6 +159,38 @@ class GatedProjection(torch.autograd.Function):
         dg, du = _gated_back(gh, g, u, ctx.kind)  # gh is act(g) u now
         out = ctx.lora.adapter_gradients(gh, gy, inner[0], gu) if gu is not None else []
         return dg.view(ctx.shape), du.view(ctx.shape), None, None, *out
+
+
+class Heads(torch.autograd.Function):
+    """Queries (T, H, D), keys and values (T, Hk, D) for attention from their projections, on a GPU.
+
+    Norms and RoPE of a ``HeadLayout`` are applied to queries and keys. ``parts`` are queries (T, H D), keys and values
+    (T, Hk D), or all of them joined. The gradients of ``parts`` are one buffer, as ``Projection`` takes it.
+    """
+
+    @staticmethod
+    def forward(ctx: Context, layout: HeadLayout, *parts: Tensor) -> tuple[Tensor, ...]:
+        whole, normed = joined(parts), layout.query_norm is not None
+        q, k, width = layout.queries, layout.keys, layout.width
+        # with norms the projections are kept for the way back, so values can stay where they are
+        out = whole.new_empty(len(whole), layout.columns - (k * width if normed else 0))
+        rstd = whole.new_empty(len(whole), q + k, dtype=torch.float32) if normed else None
+        _gpu_kernels_of(whole).heads(whole, out, rstd, layout)
+        if rstd is not None:
+            ctx.save_for_backward(whole, rstd)
+        ctx.layout, ctx.widths = layout, [part.shape[1] for part in parts]
+        heads = out.view(len(out), -1, width)
+        values = whole[:, (q + k) * width :].view(len(whole), k, width) if normed else heads[:, q + k :]
+        return heads[:, :q], heads[:, q : q + k], values
+
+    @staticmethod
+    def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        layout: HeadLayout = ctx.layout
+        whole, rstd = ctx.saved_tensors or (None, None)
+        gq, gk, gv = (g.reshape(len(g), -1) for g in grads)  # copies only what the plan left scattered
+        grad = gq.new_empty(len(gq), layout.columns)
+        _gpu_kernels_of(gq).heads_back((gq, gk, gv), grad, whole, rstd, layout)
+        return None, *grad.split(ctx.widths, dim=1)
 
 
 class AttentionCall(NamedTuple):
@@ -175,7 +219,7 @@ class AttentionCall(NamedTuple):
 
 
 class Attention(torch.autograd.Function):
-    """RoPE, causal attention within each row of a plan, and the shared prefix, over packed tokens.
+    """RoPE, causal attention within each row of a plan, and the shared prefix, over packed tokens, on a CPU.
 
     (T, H D) of projections q (T, H D), k and v (T, Hk D), whose rows may be strided.
     """
@@ -189,8 +233,8 @@ class Attention(torch.autograd.Function):
             out, lse = call.rows(rows, q, k, v).forward()
             ctx.save_for_backward(q, k, v, out, lse)
             return out
-        kernels, rope = kernels_of(q), (cosine, sine)
-        out = torch.empty(q.shape[0], heads * width, dtype=q.dtype)
+        kernels, rope = _c_kernels_of(q), (cosine, sine)
+        out = q.new_empty(q.shape[0], heads * width)
         saved: list[Tensor] = []
         for number, block in enumerate(plan.packed_blocks()):
             prefix = plan.prefix if number else 0  # the prefix, where there is one, is the first block
@@ -216,7 +260,7 @@ class Attention(torch.autograd.Function):
             q, k, v, out, lse = ctx.saved_tensors
             return *call.rows(rows, q, k, v).backward(out, lse, grad), None
         saved = ctx.saved_tensors
-        kernels, rope = kernels_of(grad), (cosine, sine)
+        kernels, rope = _c_kernels_of(grad), (cosine, sine)
         group, width = heads // kv, grad.shape[1] // heads
         both = grad.new_empty(grad.shape[0], (heads + 2 * kv) * width)
         gq, gk, gv = both.split([heads * width, kv * width, kv * width], dim=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -18,6 +19,16 @@ def kernels_of(x: Tensor) -> Kernels:
     if found is None:
         raise RuntimeError(f"no kernels for {x.dtype} on {x.device}")
     return found
+
+
+def adjacent(parts: Sequence[Tensor], elements: Sequence[int]) -> bool:
+    """Whether each part begins in one storage ``elements`` after the one before it."""
+    at, place = parts[0].storage_offset(), parts[0].untyped_storage()._cdata
+    for part, count in zip(parts, elements, strict=True):
+        if part.storage_offset() != at or part.untyped_storage()._cdata != place:
+            return False
+        at += count
+    return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +47,17 @@ class Stack:
     widths: tuple[int, ...]
     scales: tuple[float | None, ...]
     dropout: float
+
+
+@lru_cache(maxsize=64)
+def _column(numbers: tuple[float, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(numbers)[:, None].to(device)
+
+
+def column_of(numbers: Sequence[float], device: torch.device) -> Tensor:
+    """(n, 1) fp32; made once, for a GPU would have to be waited for each time."""
+    return _column(tuple(numbers), device)
 
 
 class Lora:
@@ -62,17 +84,17 @@ class Lora:
             self.products = None
         if self.products is not None:
             scales = [scale / (1 - stack.dropout) for scale in scales]  # the kept tensor itself is not scaled
-        self.scale: Tensor | float = scales[0] if len(set(scales)) == 1 else torch.tensor(scales)[:, None]
+        self.scale: Tensor | float = scales[0] if len(set(scales)) == 1 else column_of(scales, x.device)
         a = adapters[0] if len(self.parts) == 1 else torch.cat(list(adapters[0::2]))
         self.a = (a * self.scale).to(dtype)  # (R, K)
         if len(stack.widths) == 1:
             self.b = adapters[1].to(dtype)  # (N, R), a block for each adapter
         else:
-            self.b = torch.zeros(column, rank, dtype=dtype)
+            self.b = x.new_zeros(column, rank)
             for (columns, ranks), matrix in zip(self.parts, adapters[1::2], strict=True):
                 self.b[columns, ranks] = matrix
         # In fp32 W + B A is exact enough, and from so many rows on cheaper to make than B A is to add to the output.
-        exact = dtype == torch.float32 and not stack.dropout and self.products is None
+        exact = dtype == torch.float32 and x.device.type == "cpu" and not stack.dropout and self.products is None
         self.folds = exact and len(x) >= x.shape[1]
 
     def folded(self, beside: Tensor, dim: int) -> Tensor:
@@ -119,7 +141,7 @@ class Lora:
         if not self.parts:
             return y, None
         if stack.dropout:
-            u = torch.empty(len(x), len(self.a), dtype=x.dtype)
+            u = x.new_empty(len(x), len(self.a))
             for _, ranks, kept in self._dropped(x):
                 u[:, ranks] = kept @ self.a[ranks].t()
         else:

@@ -1,4 +1,4 @@
-"""The forwards that replace those of norms, attention and gated MLPs on a CPU, over the compiled kernels."""
+"""The forwards that replace those of norms, attention and gated MLPs, over the kernels of the weights' device."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from tell.kernels.ops import kernels_for
+from tell.kernels.ops import CKernels, kernels_for
+from tell.kernels.triton_ops import HeadLayout
 from tell.train.attention import PackedPlan, Plan, Rule
 from tell.train.fast.cuda import Forward
 from tell.train.fast.exchange import Rope, epsilon, is_frozen, is_plain, planned_attention, split_qkv
-from tell.train.fast.fused_ops import Attention, AttentionCall, Gated, GatedProjection, Projection, RmsNorm, Stack
+from tell.train.fast.fused_ops import Attention, AttentionCall, Gated, GatedProjection, Heads, Projection, RmsNorm
+from tell.train.fast.stacked import Stack, adjacent
 from tell.train.torch_types import AnyModule
 
 
@@ -33,13 +35,9 @@ class Projections:
         widths = tuple(base.weight.shape[0] for base in bases)
         if len(bases) == 1:
             return bases[0].weight, bases[0].bias, widths
-        whole = self.weight
-        at = 0 if whole is None else whole.data_ptr()
-        for base in bases:
-            if base.weight.data_ptr() != at:
-                whole = None
-                break
-            at += base.weight.numel() * base.weight.element_size()
+        whole, weights = self.weight, [base.weight for base in bases]
+        if whole is not None and not adjacent([whole, *weights], [0, *(weight.numel() for weight in weights)]):
+            whole = None
         if whole is None:  # at first, and after the layers were given other weights
             with torch.inference_mode(False), torch.no_grad():  # they outlive a pass of the decoder
                 whole = torch.cat([base.weight.data for base in bases])
@@ -130,31 +128,55 @@ def fused_attention_forward(module: AnyModule, rule: Rule, offset: float | None,
     merged = hasattr(module, "qkv_proj")
     inward = Projections(module, ["qkv_proj"] if merged else ["q_proj", "k_proj", "v_proj"])
     outward = Projections(module, ["o_proj"])
-    width = module.head_dim
     norms = () if offset is None else (module.q_norm, module.k_norm)
 
     def serves(plan: Plan, states: Tensor) -> bool:
-        return (
-            type(plan) is PackedPlan
-            and kernels_for(states) is not None
-            and all(norm.weight.dtype == states.dtype and is_frozen(norm.weight) for norm in norms)
-        )
+        kernels = kernels_for(states)
+        planned = type(plan) is PackedPlan if isinstance(kernels, CKernels) else hasattr(plan, "attend")
+        plain = (norm.weight.dtype == states.dtype and is_frozen(norm.weight) for norm in norms)
+        return kernels is not None and planned and all(plain)
 
     def attend(states: Tensor, rope: Rope, plan: PackedPlan) -> Tensor:
         parts = inward(states[0])
-        q, k, v = split_qkv(module, parts[0]) if merged else parts
-        heads, kv = q.shape[1] // width, k.shape[1] // width
-        if norms:
-            q, k = (RmsNorm.apply(x, n.weight, epsilon(n), offset) for x, n in zip((q, k), norms, strict=True))
-        cosine, sine = (x.reshape(-1, x.shape[-1]).contiguous() for x in rope)
-        if not rotary:
-            cosine, sine = torch.ones_like(cosine), torch.zeros_like(sine)
-        longest = plan.prefix + max(plan.lengths)
-        window = rule.window if rule.window is not None and rule.window < longest else None
-        out = Attention.apply(q, k, v, AttentionCall(plan, cosine, sine, heads, kv, rule.scaling, window))
-        return outward(out[None])[0]
+        turn = tuple(x.reshape(-1, x.shape[-1]).contiguous() for x in rope) if rotary else None
+        by_rows = isinstance(kernels_for(states), CKernels)
+        out = (_attend_rows if by_rows else _attend_by_plan)(module, parts, plan, (rule, offset, turn))
+        return outward(out)[0]
 
     return planned_attention(module, attend, serves)
+
+
+# Rule, offset of the norms on queries and keys, cosine and sine (T, rot).
+Facts = tuple[Rule, float | None, Rope | None]
+
+
+def _attend_rows(module: AnyModule, parts: tuple[Tensor, ...], plan: PackedPlan, facts: Facts) -> Tensor:
+    """(1, T, H D) from the projections' outputs, by the kernels for a CPU."""
+    rule, offset, turn = facts
+    q, k, v = split_qkv(module, parts[0]) if len(parts) == 1 else parts
+    width = module.head_dim
+    heads, kv = q.shape[1] // width, k.shape[1] // width
+    if offset is not None:
+        norms = module.q_norm, module.k_norm
+        q, k = (RmsNorm.apply(x, n.weight, epsilon(n), offset) for x, n in zip((q, k), norms, strict=True))
+    cosine, sine = turn or (q.new_ones(len(q), width), q.new_zeros(len(q), width))
+    longest = plan.prefix + max(plan.lengths)
+    window = rule.window if rule.window is not None and rule.window < longest else None
+    return Attention.apply(q, k, v, AttentionCall(plan, cosine, sine, heads, kv, rule.scaling, window))[None]
+
+
+def _attend_by_plan(module: AnyModule, parts: tuple[Tensor, ...], plan: Plan, facts: Facts) -> Tensor:
+    """(1, T, H D) from the projections' outputs, by the plan's own attention."""
+    rule, offset, turn = facts
+    width, columns = module.head_dim, sum(part.shape[1] for part in parts)
+    keys = module.num_key_value_heads if len(parts) == 1 else parts[1].shape[1] // width
+    layout = HeadLayout(columns // width - 2 * keys, keys, width, *(turn or ()))
+    if offset is not None:
+        q, k = module.q_norm, module.k_norm
+        layout = layout._replace(query_norm=q.weight, query_eps=epsilon(q), key_norm=k.weight, key_eps=epsilon(k))
+        layout = layout._replace(offset=offset)
+    q, k, v = (x.transpose(0, 1)[None] for x in Heads.apply(layout, *parts))
+    return plan.attend(module, q, k, v, rule).flatten(2)
 
 
 def mlp_forward(module: AnyModule, kind: int) -> Forward:
