@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from torch.nn import functional as F
 
 import tell.train.loss as loss_module
-import tiny
 from kernels.interpreted import in_place_of_c, interpretation
 from kernels.test_ops import close, double, gradients, leaf
 from tell.config_sections import TrainConfig
@@ -43,7 +44,7 @@ def triton_path(interpreted):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("heads", "width"), [(1, 7), (1, 576), (3, 48), (5, 1100)])
+@pytest.mark.parametrize(("heads", "width"), [(1, 576), (3, 7), (2, 1100)])
 @pytest.mark.parametrize("offset", [0.0, 1.0])
 def test_norm(dtype, heads, width, offset):
     whole, weight = leaf(7, heads * width + 5, dtype=dtype), leaf(width, dtype=dtype, seed=1).detach()
@@ -56,7 +57,7 @@ def test_norm(dtype, heads, width, offset):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("width", [1, 40, 1500])
+@pytest.mark.parametrize("width", [1, 1500])
 @pytest.mark.parametrize(("kind", "act"), [(SILU, F.silu), (GELU_TANH, lambda x: F.gelu(x, approximate="tanh"))])
 def test_gated(dtype, width, kind, act):
     both = (leaf(6, 2 * width, dtype=dtype).detach() * 4).requires_grad_()
@@ -96,10 +97,9 @@ def _turned(x, cosine, sine):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("queries", "keys", "width"), [(9, 3, 64), (4, 1, 24), (3, 3, 128)])
+@pytest.mark.parametrize(("queries", "keys", "width"), [(9, 3, 64), (4, 1, 24)])
 @pytest.mark.parametrize("share", [None, 0.5, 1.0])  # of a head that is rotated
-@pytest.mark.parametrize("normed", [False, True])
-@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize(("normed", "apart"), [(False, False), (True, False), (True, True)])
 def test_heads(dtype, queries, keys, width, share, normed, apart):
     layout = HeadLayout(queries, keys, width)
     if share is not None:
@@ -223,8 +223,10 @@ def test_masks_of_a_projection_are_those_of_its_way_back():
     torch.testing.assert_close(gx, first.detach() + 10 * second.detach())
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
-@pytest.mark.parametrize(("prefix", "lengths"), [(0, (21, 9, 12, 2)), (5, (25, 14, 14))])
+@pytest.mark.parametrize(
+    ("family", "prefix", "lengths"),
+    [("llama", 0, (7, 4, 2)), ("llama", 3, (7, 5)), ("qwen3", 0, (7, 4)), ("gemma3", 0, (7, 4)), ("phi3", 3, (7, 5))],
+)
 def test_models_train_as_transformers_and_peft_do(family, prefix, lengths, tiny_model, monkeypatch):
     """The path of a GPU over CPU tensors, by variable-length attention; fewer tokens than inputs, so nothing folds."""
     rows, rules = make_rows(lengths, prefix=prefix, task=(0, 2)), StepRules(task_weight=2.0, share_prefix=True)
@@ -235,8 +237,8 @@ def test_models_train_as_transformers_and_peft_do(family, prefix, lengths, tiny_
         if fast:
             body = Body(model)
             layers = model.config.get_text_config().num_hidden_layers
-            assert fuse_modules(model.get_base_model())["attention"] == (0 if family == "gemma2" else layers)
-            assert fuse_modules(model.get_base_model())["mlp"] == layers
+            counts = fuse_modules(model.get_base_model())
+            assert counts["attention"] == counts["mlp"] == layers and counts["norm"] > 2 * layers
             monkeypatch.setattr("tell.train.packing.packed_plan", varlen_plan)
         out = step_loss(body, rows, rules) if fast else plain_step_loss(PlainBody(model), rows, rules)
         results.append((out.loss, model_gradients(model)))
@@ -245,10 +247,11 @@ def test_models_train_as_transformers_and_peft_do(family, prefix, lengths, tiny_
     assert_close(ours, theirs, 1e-4)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "phi3"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("family", "dtype"), [("qwen3", torch.float16), *((x, torch.bfloat16) for x in ("llama", "qwen3", "gemma3", "phi3"))]
+)
 def test_half_precision_differs_by_rounding_only(family, dtype, tiny_model, monkeypatch):
-    rows, grads = make_rows((21, 9, 12, 2)), {}
+    rows, grads = make_rows((7, 4, 2)), {}
     for name, form in (("exact", torch.float32), ("fast", dtype), ("plain", dtype)):
         model = add_lora(load(tiny_model(family), dtype=form), CONFIG, seed=1, fused=name == "fast")
         wake(model)
@@ -261,7 +264,7 @@ def test_half_precision_differs_by_rounding_only(family, dtype, tiny_model, monk
     def error(name: str) -> float:
         return float((grads[name] - grads["exact"]).norm() / grads["exact"].norm())
 
-    assert error("fast") < 0.1 and error("fast") < 1.5 * error("plain")
+    assert error("fast") < 0.1 and error("fast") < 2 * error("plain")  # of few tokens: either may be lucky
 
 
 def test_the_trial_passes_and_finds_a_wrong_kernel(interpreted, monkeypatch):
@@ -294,5 +297,6 @@ def test_a_gpu_whose_triton_fails_has_no_kernels_and_says_why(monkeypatch):
     assert found(torch.device("cpu")) == (None, "Triton computes norms wrongly")
     monkeypatch.setattr(triton_trial, "failures", lambda *_: [])
     assert isinstance(found(torch.device("cpu")).kernels, TritonKernels)
-    monkeypatch.setitem(__import__("sys").modules, "tell.kernels.triton_kernels", None)
+    monkeypatch.setitem(sys.modules, "tell.kernels.triton_kernels", None)
+    monkeypatch.delattr("tell.kernels.triton_kernels", raising=False)
     assert found(torch.device("cpu")).why == "Triton is not installed"

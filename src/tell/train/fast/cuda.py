@@ -182,7 +182,7 @@ class VarlenPlan(PackedPlan):
         varlen = self.find(query, value) if rule.softcap is None else None
         if varlen is None:
             return super().attend(layer, query, key, value, rule)
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
         if self.key_index is not None:
             k, v = (_Repeat.apply(x, self.key_index, self._own, self._ahead, self.prefix) for x in (k, v))
         left = -1 if rule.window is None or rule.window >= self.sequences.longest_k else rule.window - 1

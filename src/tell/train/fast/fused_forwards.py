@@ -137,7 +137,7 @@ def fused_attention_forward(module: AnyModule, rule: Rule, offset: float | None,
         return kernels is not None and planned and all(plain)
 
     def attend(states: Tensor, rope: Rope, plan: PackedPlan) -> Tensor:
-        parts = inward(states[0])
+        parts = inward(states.squeeze(0))  # not states[0], whose gradient is a copy among zeros
         turn = tuple(x.reshape(-1, x.shape[-1]).contiguous() for x in rope) if rotary else None
         by_rows = isinstance(kernels_for(states), CKernels)
         out = (_attend_rows if by_rows else _attend_by_plan)(module, parts, plan, (rule, offset, turn))
