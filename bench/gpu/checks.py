@@ -58,13 +58,14 @@ def _seconds(call: Any, times: int = 10) -> float:
 
 def attention(run: Run) -> dict[str, Any]:
     """Which attention serves, and its output and gradients for grouped heads against fp64."""
+    from tell.kernels.ops import why_none
     from tell.train.attention import PackedPlan, Rule
-    from tell.train.fast.cuda import attention_note, liger_forwards, packed_plan
+    from tell.train.fast.cuda import attention_note, packed_plan
 
     model = make_model("tiny", run.device, torch.bfloat16)
-    out: dict[str, Any] = {"note": attention_note(model), "liger": liger_forwards() is not None}
+    out: dict[str, Any] = {"note": attention_note(model), "no kernels": why_none(model.get_output_embeddings().weight)}
     run.find("attention", out["note"], good=run.device == "cpu" or "flash" in out["note"])
-    run.find("liger-kernel", out["liger"])
+    run.find("why no kernels", out["no kernels"], good=out["no kernels"] is None)
     for heads, kv, width in ((9, 3, 64), (32, 8, 128), (16, 8, 128)):
         for prefix, window in ((0, None), (40, None), (40, 50)):
             lengths = [37, 130, 5, 260]

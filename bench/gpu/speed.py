@@ -86,7 +86,7 @@ class Peer:
 
 
 def train(run: Run) -> dict[str, Any]:
-    """Real tokens a second on the same rows; TELL takes Liger's kernels where they are installed."""
+    """Real tokens a second on the same rows; TELL takes its own kernels where Triton is."""
     variants: dict[str, Callable[[str], Any]] = {
         "tell": lambda size: Tell(size, run),
         "peft, padded x4": lambda size: Peer(size, run, micro_rows=4),

@@ -248,7 +248,8 @@ def test_models_train_as_transformers_and_peft_do(family, prefix, lengths, tiny_
 
 
 @pytest.mark.parametrize(
-    ("family", "dtype"), [("qwen3", torch.float16), *((x, torch.bfloat16) for x in ("llama", "qwen3", "gemma3", "phi3"))]
+    ("family", "dtype"),
+    [("qwen3", torch.float16), *((x, torch.bfloat16) for x in ("llama", "qwen3", "gemma3", "phi3"))],
 )
 def test_half_precision_differs_by_rounding_only(family, dtype, tiny_model, monkeypatch):
     rows, grads = make_rows((7, 4, 2)), {}

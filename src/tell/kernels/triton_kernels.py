@@ -230,7 +230,7 @@ def mix(x):
     return x
 
 
-@triton.jit(do_not_specialize=["count", "seed", "threshold"])
+@triton.jit(do_not_specialize=["seed", "threshold"])
 def dropout(x, y, shift, count, seed, threshold, scale, ADD: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count

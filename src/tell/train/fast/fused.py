@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tell.errors import first_line
-from tell.kernels.ops import GELU_TANH, SILU, kernels_for, why_none
+from tell.kernels.ops import GELU_TANH, SILU, CKernels, kernels_for, why_none
 from tell.train.attention import PackedPlan, Rule, RulePlan, use_plan
 from tell.train.device import kept_randomness
 from tell.train.fast.cuda import Forwards, attention_note
@@ -193,8 +193,9 @@ class _Fuser:
     """One ``fuse_modules``: each kind of module is tried once."""
 
     def __init__(self, model: PreTrainedModel, forwards: Forwards) -> None:
-        self.core, self.forwards = model.base_model, forwards
-        self.rules, self.ropes = _probe(self.core, model.get_output_embeddings().weight)
+        self.core, self.forwards, weight = model.base_model, forwards, model.get_output_embeddings().weight
+        self.rules, self.ropes = _probe(self.core, weight)
+        self.capped = not isinstance(kernels_for(weight), CKernels)  # whether attention may cap its scores
         self.known: dict[tuple[Any, ...], tuple[Any, ...] | None] = {}
         self.refused: dict[str, str] = {}
 
@@ -216,9 +217,11 @@ class _Fuser:
             return self._once((form, module.weight.shape, traits), lambda: _single(_offset_of(module, forwards)))
         if kind == "mlp":
             return self._once((form, traits), lambda: _single(_activation_of(module, forwards)))
-        if module not in self.ropes or module not in self.rules or self.rules[module].softcap is not None:
+        if module not in self.ropes or module not in self.rules:
             return None
         rule, rope = self.rules[module], self.ropes[module]
+        if rule.softcap is not None and not self.capped:
+            return None
         return self._once((form, rule, traits), lambda: _attention_facts(module, rule, rope, forwards))
 
     def _once(self, key: tuple[Any, ...], find: Callable[[], tuple[Any, ...] | None]) -> tuple[Any, ...] | None:
