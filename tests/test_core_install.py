@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 # What only extras bring, as it is imported.
 MISSING = (
     *("sacrebleu", "tensorboard", "openai", "matplotlib", "sklearn", "scipy", "lm_eval", "ray"),
-    *("sentencepiece", "liger_kernel", "vllm", "starlette", "uvicorn", "wandb", "mlflow", "trackio"),
+    *("sentencepiece", "vllm", "starlette", "uvicorn", "wandb", "mlflow", "trackio"),
 )
 HIDE = f"""
 import sys

@@ -33,6 +33,8 @@ def interpretation() -> Iterator[TritonKernels]:
     from triton.runtime.interpreter import InterpretedFunction
     from triton.runtime.jit import JITFunction
 
+    import tell.kernels.triton_kernels  # noqa: F401  # the process's own are not to be made while the switch is set
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(SWITCH, "1")
         for name, function in list(vars(tl.standard).items()):
