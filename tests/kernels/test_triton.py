@@ -14,9 +14,9 @@ from kernels.interpreted import in_place_of_c, interpretation
 from kernels.test_ops import close, double, gradients, leaf
 from tell.config_sections import TrainConfig
 from tell.kernels import triton_trial
-from tell.kernels.ops import GELU_TANH, SILU, threshold_of
+from tell.kernels.ops import GELU_TANH, SILU, kernels_for, threshold_of, why_none
 from tell.kernels.triton_ops import HeadLayout, TritonKernels
-from tell.train.fast.fused import fuse_modules
+from tell.train.fast.fused import fuse_modules, path_notes
 from tell.train.fast.fused_ops import Gated, GatedProjection, Heads, Projection, RmsNorm
 from tell.train.fast.stacked import Stack
 from tell.train.lora import add_lora
