@@ -118,7 +118,7 @@ def _states(
     for key, whole in optimizer.state.get(flat.weight, {}).items():
         parts = flat.parts(whole) if whole.dim() else {}
         for name, state in states.items():
-            state[key] = parts.get(name, whole)
+            state[key] = parts[name] if parts else whole.clone()  # a file holds no tensor twice
     return states
 
 

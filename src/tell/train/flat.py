@@ -104,16 +104,16 @@ class FlatAdapters:
             torch.mul(weight, scale, out=shadow)
 
 
-def adjacent(parts: Sequence[Tensor]) -> Tensor | None:
+def joined_rows(parts: Sequence[Tensor]) -> Tensor | None:
     """Matrices (n_i, K) that follow each other in memory as one (sum n_i, K) view; None where they do not."""
     first = parts[0]
     if len(parts) == 1:
         return first
-    width, base = first.shape[1], first.untyped_storage().data_ptr()
+    width, place = first.shape[1], first.untyped_storage()._cdata
     ends = accumulate(part.numel() for part in parts)
     offsets = [first.storage_offset(), *(first.storage_offset() + end for end in ends)]
     for part, offset in zip(parts, offsets, strict=False):
-        at_place = part.storage_offset() == offset and part.untyped_storage().data_ptr() == base
+        at_place = part.storage_offset() == offset and part.untyped_storage()._cdata == place
         if not at_place or part.shape[1] != width or not part.is_contiguous():
             return None
     return first.as_strided((sum(len(part) for part in parts), width), (width, 1))

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from tell.errors import TellError
+from tell.kernels.draws import draw_seed
 from tell.rows.row_table import RowTable
 from tell.train.attention import PackedPlan, install, use_plan
 from tell.train.device import Fetch, send
-from tell.train.draws import draw_seed
 from tell.train.fast.fused import fuse_modules
 from tell.train.loss import blocked_cross_entropy
 from tell.train.packing import Pack, TrainRow, pack, split_packs

@@ -25,13 +25,13 @@ from torch import nn
 from tell.errors import Diverged, Interrupted
 from tell.folder import AdapterFolder
 from tell.kernels import keep_memory
+from tell.kernels.draws import draw_seed
 from tell.mix.mixture import ANCHORED, GENERAL
 from tell.presets import learning_rate_for
 from tell.train.attention import current_plan
 from tell.train.average import WeightMean
 from tell.train.checkpoint import load_checkpoint, load_state, save_checkpoint, state_tensors
 from tell.train.device import kept_randomness, send, trains_fast
-from tell.train.draws import draw_seed
 from tell.train.flat import FLAT_DEVICES, FlatAdapters
 from tell.train.lora import a_scales, add_lora, remove_lora, save_adapter
 from tell.train.packing import TrainRow
@@ -142,9 +142,7 @@ class Trainer:
             flat = FlatAdapters(parameters, a_scales(model), dtype) if joins else None
             update = Update(parameters, config, dtype, flat)
             if flat is not None and not flat.exact:
-                self.hooks.note(
-                    f"gradients of the adapters are rounded to {dtype}: torch {torch.__version__} is too old"
-                )
+                self.hooks.note(f"the adapters' gradients are rounded to {dtype}: torch {torch.__version__} is too old")
             digest = run_digest(config, self.job.mixture, self.job.seed)
             share = config.average if self.writes else None
             average = WeightMean(parameters, share, self.steps, flat) if share else None

@@ -12,7 +12,12 @@ from tell.config_sections import TrainConfig
 from tell.train.device import FAST_DEVICES
 from tell.train.flat import FlatAdapters
 
-MOST_SKIPPED = 20  # steps in a row; from its first value of 2^16 the loss scale has fallen below 1 by then
+FIRST_SCALE = 2.0**12  # lower than torch's 2^16: a run may have 20 steps, and a skipped one has lost its rows
+MOST_SKIPPED = 20  # steps in a row; the loss scale has fallen far below 1 by then
+
+
+def _scaler(device: torch.device) -> torch.amp.GradScaler:
+    return torch.amp.GradScaler(device.type, init_scale=FIRST_SCALE)
 
 
 class Update:
@@ -45,7 +50,7 @@ class Update:
             weight_decay=config.weight_decay,
             fused=self.device.type in FAST_DEVICES or None,  # None: torch decides
         )
-        self.scaler = torch.amp.GradScaler(self.device.type) if dtype == torch.float16 else None
+        self.scaler = _scaler(self.device) if dtype == torch.float16 else None
         self._one = torch.ones((), device=self.device)
 
     def loss_scale(self) -> Tensor | None:
@@ -74,8 +79,13 @@ class Update:
             self.optimizer.found_inf = bad  # type: ignore[attr-defined]  # read by the fused AdamW
             self.optimizer.step()
         if self.flat is not None:
-            self.flat.grad.zero_()
             self.flat.refresh()
+        self.clear()
+
+    def clear(self) -> None:
+        """Zero the gradients: in place where they are one tensor, whose views stay."""
+        if self.flat is not None:
+            self.flat.grad.zero_()
         else:
             self.optimizer.zero_grad(set_to_none=True)
 

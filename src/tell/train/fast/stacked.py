@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tell.kernels.ops import Kernels, kernels_for
 from tell.kernels.products import Dropout, products_for
-from tell.train.flat import Slot, add_product, adjacent, slot_of
+from tell.train.flat import Slot, add_product, joined_rows, slot_of
 
 
 def kernels_of(x: Tensor) -> Kernels:
@@ -66,7 +66,7 @@ class Lora:
         self.scale: Tensor | float = scales[0] if len(set(scales)) == 1 else torch.tensor(scales)[:, None]
         self.slots = self._find_slots(adapters, dtype)
         matrices = adapters if self.slots is None else [slot.shadow for slot in self.slots]
-        a = adjacent(matrices[0::2])
+        a = joined_rows(matrices[0::2])
         a = torch.cat(list(matrices[0::2])) if a is None else a
         self.a = (a * self.scale).to(dtype) if self.slots is None else a  # (R, K)
         self.blocks = [matrix.to(dtype) for matrix in matrices[1::2]]  # (N_i, r) of each adapter
@@ -200,7 +200,7 @@ class Lora:
 
     def _add_gradients(self, slots: list[Slot], x: Tensor, gy: Tensor, u: Tensor, gu: Tensor) -> None:
         parts = [slot.grad for slot in slots[0::2]]
-        whole, scale = adjacent(parts), slots[0].scale
+        whole, scale = joined_rows(parts), slots[0].scale
         if self.stack.dropout:
             for i, ranks, kept in self._dropped(x):
                 add_product(parts[i], gu[:, ranks].t(), kept, scale)
