@@ -115,8 +115,10 @@ class TaskConfig(Section):
 class ModelConfig(Section):
     name: str = Field("smollm2-135m", description="folder, hub name, or smollm2-135m")
     revision: str | None = Field(None, description="branch, tag or commit on the hub")
-    dtype: Literal["auto", "bf16", "fp32"] = Field(
-        "auto", description="auto: bf16 where the hardware supports it, else fp32"
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field(
+        "auto",
+        description="auto: bf16 where the hardware supports it, else fp32; fp16, on NVIDIA GPUs only, where these "
+        "have tensor cores but no bf16 (V100, T4)",
     )
     device: Device = Field(
         "auto", description="auto: the first that torch sees of cuda, xpu (Intel), mps (Apple silicon) and cpu"

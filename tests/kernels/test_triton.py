@@ -14,6 +14,7 @@ from kernels.interpreted import in_place_of_c, interpretation
 from kernels.test_ops import close, double, gradients, leaf
 from tell.config_sections import TrainConfig
 from tell.kernels import triton_trial
+from tell.kernels.draws import device_seed
 from tell.kernels.ops import GELU_TANH, SILU, kernels_for, threshold_of, why_none
 from tell.kernels.triton_ops import HeadLayout, TritonKernels
 from tell.train.fast.fused import fuse_modules, path_notes
@@ -184,8 +185,8 @@ def test_dropout_keeps_what_the_reference_keeps(dtype, p, triton_path):
 
 def test_the_shift_draws_other_masks_and_is_undone(triton_path):
     """What a captured graph is given anew before each replay: the numbers in one tensor, always at one address."""
-    x, shift = torch.ones(500), triton_path.shift(torch.device("cpu"))
-    assert shift.tolist() == [0] and triton_path.shift(x.device) is shift
+    x, shift = torch.ones(500), device_seed(torch.device("cpu"))
+    assert shift.tolist() == [0] and device_seed(x.device) is shift
     masks = []
     for value in (0, 17, -5, 0):
         shift.fill_(value)

@@ -41,6 +41,34 @@ def test_number_format_as_asked_and_by_hardware(tiny_model, monkeypatch):
         choose_dtype("bf17", CPU)
 
 
+@pytest.mark.parametrize(
+    ("capability", "bf16", "expected"),
+    [((8, 6), True, torch.bfloat16), ((7, 5), False, torch.float16), ((6, 1), False, torch.float32)],
+)
+def test_number_format_of_nvidia_gpus(capability, bf16, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    dtype, why = choose_dtype("auto", torch.device("cuda"))
+    assert dtype == expected and "a card" in why
+    assert choose_dtype("fp16", torch.device("cuda")) == (torch.float16, "fp16: as requested")
+    monkeypatch.setattr(machine, "gpu", lambda: ("a card", capability[0] + capability[1] / 10))
+    assert machine.likely_dtype("cuda") == why.partition(":")[0]
+
+
+@pytest.mark.parametrize("device", ["cpu", "mps", "xpu"])
+def test_fp16_is_for_nvidia_gpus(device):
+    with pytest.raises(TellError, match=rf"model\.dtype: fp16 was requested, but training in it on {device}"):
+        choose_dtype("fp16", torch.device(device))
+
+
+@pytest.mark.parametrize(("family", "expected"), [("llama", torch.float16), ("gemma3", torch.float32)])
+def test_gemma_overflows_in_fp16(family, expected, tiny_model, monkeypatch):
+    monkeypatch.setattr("tell.models.load.choose_dtype", lambda dtype, device: (torch.float16, "fp16: as on a T4"))
+    loaded = load_model(find_model(str(tiny_model(family))), device="cpu")
+    assert loaded.dtype == loaded.model.dtype == expected and ("overflow" in loaded.why) == (family == "gemma3")
+
+
 def test_devices(monkeypatch):
     assert choose_device("cpu") == CPU
     with pytest.raises(TellError, match=r"model\.device"):

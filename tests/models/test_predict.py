@@ -105,7 +105,7 @@ def test_speeds_of_a_gpu_are_kept_under_its_name(tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "gpu", lambda: ("Tesla T4", 7.5))
     assert (
         predict_seconds(SMOLLM2, 1e5, fingerprint="aaa", place=machine.likely_place("cuda")).basis
-        == "guess for a GPU in fp32"
+        == "guess for a GPU in fp16"
     )
 
 
@@ -113,7 +113,8 @@ def test_speeds_of_a_gpu_are_kept_under_its_name(tmp_path, monkeypatch):
     ("answer", "expected", "dtype"),
     [
         ("NVIDIA H100 80GB HBM3, 9.0\n", ("NVIDIA H100 80GB HBM3", 9.0), "bf16"),
-        ("Tesla T4, 7.5\n", ("Tesla T4", 7.5), "fp32"),
+        ("Tesla T4, 7.5\n", ("Tesla T4", 7.5), "fp16"),
+        ("Tesla P40, 6.1\n", ("Tesla P40", 6.1), "fp32"),
         ("No devices were found\n", ("GPU of EPYC", None), "bf16"),
         (None, ("GPU of EPYC", None), "bf16"),
     ],

@@ -100,7 +100,7 @@ class VllmEngine:
         folder: the base model's files.
         model: the base model as training holds it.
         max_positions: longest sequence, in tokens; capped at ``LONGEST``.
-        dtype: ``bf16`` or ``fp32``.
+        dtype: ``bf16``, ``fp16`` or ``fp32``.
         rank: highest rank of the adapters to use.
         memory: share of the GPU's memory that vLLM may hold; training needs the rest.
     """
@@ -123,7 +123,7 @@ class VllmEngine:
         self.max_positions = max_positions = min(max_positions, LONGEST)
         self.llm = LLM(
             model=str(folder),
-            dtype={"bf16": "bfloat16", "fp32": "float32"}[dtype],
+            dtype={"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[dtype],
             max_model_len=max_positions,
             enable_prefix_caching=True,
             enable_lora=True,

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tell.kernels.draws import device_seed
 from tell.kernels.ops import threshold_of
 
 WIDEST_NORM = 1 << 16  # elements in one program
@@ -65,7 +66,6 @@ class TritonKernels:
 
     def __init__(self, code: ModuleType) -> None:
         self.code = code
-        self._shifts: dict[torch.device, Tensor] = {}
 
     def launch(self, kernel: Any, grid: tuple[int, ...], first: Tensor, *rest: object, **options: object) -> None:
         """Run ``kernel`` over a grid of programs on the device of its first tensor."""
@@ -118,21 +118,10 @@ class TritonKernels:
             CAPPED=softcap is not None, GRADIENT=weights is not None, BLOCK=block, num_warps=_warps(block),
         )  # fmt: skip
 
-    def shift(self, device: torch.device) -> Tensor:
-        """(1,) int32 on ``device``, at first 0: added to every seed of ``dropout`` there.
-
-        A captured graph repeats the seeds it was captured with; filled anew, in place, between replays, this makes
-        it draw other masks. It must not change between a forward pass and its backward pass.
-        """
-        if device not in self._shifts:
-            with torch.inference_mode(False):
-                self._shifts[device] = torch.zeros(1, dtype=torch.int32, device=device)
-        return self._shifts[device]
-
     def dropout(self, x: Tensor, y: Tensor, p: float, seed: int, *, add: bool = False) -> None:
         count, block = x.numel(), 1024
         self.launch(
-            self.code.dropout, (-(-count // block),), x, y, self.shift(x.device), count, seed & 0x7FFFFFFF,
+            self.code.dropout, (-(-count // block),), x, y, device_seed(x.device), count, seed & 0x7FFFFFFF,
             threshold_of(p), 1 / (1 - p), ADD=add, BLOCK=block,
         )  # fmt: skip
 

@@ -18,7 +18,7 @@ from tell.errors import TellError, first_line, is_panic
 from tell.models import machine
 from tell.models.find import ModelFiles
 
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(slots=True)
@@ -65,18 +65,24 @@ def choose_dtype(dtype: str, device: torch.device) -> tuple[torch.dtype, str]:
     """The number format for ``device`` and the reason.
 
     Raises:
-        TellError: unknown name.
+        TellError: unknown name, or fp16 elsewhere than on an NVIDIA GPU.
     """
+    if dtype == "fp16" and device.type != "cuda":
+        why = f"fp16 was requested, but training in it on {device.type} is not supported"
+        raise TellError(why, where="model.dtype", remedy="Use auto, bf16 or fp32.")
     if dtype in _DTYPES:
         return _DTYPES[dtype], f"{dtype}: as requested"
     if dtype != "auto":
-        raise TellError(f"{dtype!r} is not a number format", where="model.dtype", remedy="Use auto, bf16 or fp32.")
+        remedy = "Use auto, bf16, fp16 or fp32."
+        raise TellError(f"{dtype!r} is not a number format", where="model.dtype", remedy=remedy)
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         # emulated bf16 (before Ampere) is slower than fp32
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return torch.bfloat16, f"bf16: the GPU ({name}) has it in hardware"
-        return torch.float32, f"fp32: the GPU ({name}) has no bf16 in hardware"
+        if torch.cuda.get_device_capability(device)[0] >= machine.FP16_CAPABILITY:
+            return torch.float16, f"fp16: the GPU ({name}) has it in hardware, and no bf16; the loss is scaled"
+        return torch.float32, f"fp32: the GPU ({name}) has neither bf16 nor fast fp16"
     if device.type == "xpu":
         return torch.bfloat16, f"bf16: the GPU ({torch.xpu.get_device_name(device)}) has it in hardware"
     if device.type == "mps":
@@ -116,7 +122,7 @@ def load_model(
     """Load the safetensors of ``files`` and freeze them.
 
     Args:
-        dtype: ``auto`` (bf16 where the hardware has it), ``bf16`` or ``fp32``.
+        dtype: ``auto`` (bf16 where the hardware has it), ``bf16``, ``fp16`` or ``fp32``.
         device: ``auto`` (a GPU when there is one) or one of ``config.DEVICES``.
         attn_implementation: one of transformers' names, or one registered with its ``AttentionInterface``; ``sdpa``
             becomes ``eager`` for families without it (Gemma 2, whose scores are capped).
@@ -128,6 +134,8 @@ def load_model(
     _check_level()
     where = choose_device(device)
     kind, why = choose_dtype(dtype, where)
+    if dtype == "auto" and kind == torch.float16 and files.architecture.model_type.startswith("gemma"):
+        kind, why = torch.float32, "fp32: Gemma's activations overflow in fp16, and the GPU has no bf16"
     remedy = "Fetch the model again, or update transformers (pip install -U transformers)."
     try:
         with quiet():

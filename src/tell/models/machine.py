@@ -14,6 +14,7 @@ from typing import NamedTuple
 from tell.cpu import cpu_level
 
 BF16_CAPABILITY = 8.0  # of a GPU: Ampere
+FP16_CAPABILITY = 7.0  # Volta, the first with tensor cores; most of those before compute slower in fp16
 
 
 def cpu_bf16() -> str | None:
@@ -65,7 +66,7 @@ def cores() -> int:
 
 
 class Place(NamedTuple):
-    """Where a model computes: one of ``config.DEVICES``, and ``"bf16"`` or ``"fp32"``."""
+    """Where a model computes: one of ``config.DEVICES``, and ``"bf16"``, ``"fp16"`` or ``"fp32"``."""
 
     device: str
     dtype: str
@@ -101,9 +102,12 @@ def gpu() -> tuple[str, float | None]:
 
 
 def likely_dtype(device: str) -> str:
-    """The resolution of ``dtype="auto"``: ``"bf16"`` or ``"fp32"``."""
+    """The resolution of ``dtype="auto"``: ``"bf16"``, ``"fp16"`` or ``"fp32"``."""
     if device == "cuda":
-        return "fp32" if (gpu()[1] or BF16_CAPABILITY) < BF16_CAPABILITY else "bf16"
+        capability = gpu()[1] or BF16_CAPABILITY
+        if capability >= BF16_CAPABILITY:
+            return "bf16"
+        return "fp16" if capability >= FP16_CAPABILITY else "fp32"
     if device == "mps":
         return "bf16" if mps_bf16() else "fp32"
     return "bf16" if device == "xpu" or cpu_bf16() else "fp32"

@@ -19,7 +19,7 @@ from tell.models.machine import Place
 # reach a fifth of the speed of a large product (96 fp32, 437 bf16 on one core of an AMD EPYC with avx512_bf16).
 CPU_GFLOPS = {"fp32": 30.0, "avx512_bf16": 80.0, "amx_bf16": 150.0, "bf16": 40.0}
 GPU_GFLOPS = {
-    "cuda": {"fp32": 8_000.0, "bf16": 40_000.0},
+    "cuda": {"fp32": 8_000.0, "fp16": 20_000.0, "bf16": 40_000.0},  # fp16: of a T4 or V100
     "xpu": {"fp32": 2_000.0, "bf16": 8_000.0},
     "mps": {"fp32": 800.0, "bf16": 800.0},
 }
@@ -147,9 +147,9 @@ def predict_memory(
         trained_share: share of them that carries loss, and so needs logits.
     """
     dtype = (place or machine.likely_place()).dtype
-    width = 2 if dtype == "bf16" else 4
+    width = 4 if dtype == "fp32" else 2
     q, kv = arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
-    if dtype == "bf16":
+    if width == 2:
         kept = 4 * (8 * arch.hidden + arch.intermediate) + 2 * (3 * arch.intermediate + 2 * q + 2 * kv)
     else:
         kept = 4 * (5 * arch.hidden + 4 * arch.intermediate + q + 2 * kv)

@@ -222,5 +222,5 @@ def check_engine(config: Config, *, decides: bool, constrains: bool) -> None:
 
 
 def dtype_name(loaded: Loaded) -> str:
-    """``bf16`` or ``fp32``."""
-    return "bf16" if "bfloat16" in str(loaded.dtype) else "fp32"
+    """``bf16``, ``fp16`` or ``fp32``."""
+    return {"torch.bfloat16": "bf16", "torch.float16": "fp16"}.get(str(loaded.dtype), "fp32")

@@ -187,8 +187,11 @@ class _Counter:
 
     def step(self, report: StepReport) -> None:
         losses = ", ".join(f"{k} {v:.3f}" for k, v in report.by_source.items())
-        self.advance(report.tokens_total - self.counted, f"step {report.step}/{report.steps}, loss {losses}")
-        self.counted = report.tokens_total
+        # the report of a GPU's step comes while the next is computed, whose tokens may be counted already
+        late = report.tokens_total - self.counted
+        late = late if late > 0 or report.step == report.steps else 0
+        self.advance(late, f"step {report.step}/{report.steps}, loss {losses}")
+        self.counted += late
 
     def moved(self, tokens: int) -> None:
         self.counted += tokens

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from tell.train.flat import FlatAdapters
+
 
 class WeightMean:
     """Running mean, in fp32, of the weights after each of the last steps.
@@ -19,14 +21,19 @@ class WeightMean:
         parameters: trained parameters by name.
         share: of the steps that are averaged, the last ones, rounded up; above 0, at most 1.
         steps: of the whole training.
+        flat: the parameters as one tensor, if they are.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], share: float, steps: int) -> None:
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], share: float, steps: int, flat: FlatAdapters | None = None
+    ) -> None:
         if not 0 < share <= 1:
             raise ValueError(f"a share of {share} of the steps")
         self.begin = steps - max(1, math.ceil(share * steps - 1e-9))  # 0.7 * 10 is a little more than 7
-        self.parameters = parameters
-        self.means = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
+        weights = dict(parameters) if flat is None else {"": flat.weight}
+        means = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in weights.items()}
+        self.pairs = [(weights[name], means[name]) for name in weights]
+        self.means = means if flat is None else flat.parts(means[""])
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -37,11 +44,11 @@ class WeightMean:
     def add(self, step: int) -> None:
         """Count in the weights after ``step`` optimiser steps, if that is one of the last."""
         if (n := step - self.begin) > 0:
-            for name, p in self.parameters.items():
-                self.means[name].lerp_(p.float(), 1 / n)
+            for p, mean in self.pairs:
+                mean.lerp_(p.float(), 1 / n)
 
     @torch.no_grad()
     def apply(self) -> None:
         """Put the mean in place of the weights."""
-        for name, p in self.parameters.items():
-            p.copy_(self.means[name])
+        for p, mean in self.pairs:
+            p.copy_(mean)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tell.errors import TellError
 from tell.files import atomic_folder, restore_folder
+from tell.train.flat import FlatAdapters
 
 Parameters = Mapping[str, nn.Parameter]  # trained, by name
 
@@ -21,6 +22,7 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     facts: dict,
     *,
+    flat: FlatAdapters | None = None,
     more: Mapping[str, Tensor] = {},  # never changed
 ) -> None:
     """Replace the checkpoint in ``folder`` atomically: a kill leaves the old or the new one complete.
@@ -28,7 +30,8 @@ def save_checkpoint(
     Args:
         folder: of the checkpoint.
         parameters: trained parameters by name.
-        optimizer: AdamW over them.
+        optimizer: AdamW over them, or over ``flat``.
+        flat: the parameters as one tensor, if they are.
         facts: JSON-serialisable position: step, digest, tokens, seconds.
         more: further tensors by names that none of the others has.
 
@@ -38,7 +41,7 @@ def save_checkpoint(
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    tensors = state_tensors(parameters, optimizer)
+    tensors = state_tensors(parameters, optimizer, flat)
     tensors |= {name: tensor.cpu().contiguous() for name, tensor in more.items()}
     try:
         with atomic_folder(folder) as temporary:
@@ -58,6 +61,7 @@ def load_checkpoint(
     optimizer: torch.optim.Optimizer,
     *,
     digest: str,
+    flat: FlatAdapters | None = None,
     more: Mapping[str, Tensor] = {},  # in place
 ) -> dict | None:
     """Restore a checkpoint's tensors, those of ``more`` too, and return its facts; None where there is no checkpoint.
@@ -84,32 +88,70 @@ def load_checkpoint(
             where=str(folder),
             remedy="Resume with the settings in run.yaml, or start over with --overwrite.",
         )
-    load_state(tensors, parameters, optimizer)
+    load_state(tensors, parameters, optimizer, flat)
     for name, tensor in more.items():
         tensor.copy_(tensors[name])
     return facts
 
 
-def state_tensors(parameters: Parameters, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Weights and optimiser state on the CPU, by ``weight/<name>``, ``exp_avg/<name>`` and so on."""
+def state_tensors(
+    parameters: Parameters, optimizer: torch.optim.Optimizer, flat: FlatAdapters | None = None
+) -> dict[str, Tensor]:
+    """Weights and optimiser state on the CPU, by ``weight/<name>``, ``exp_avg/<name>`` and so on.
+
+    The names and shapes are the same with and without ``flat``: either resumes what the other wrote.
+    """
     tensors = {f"weight/{name}": p.detach().cpu().contiguous() for name, p in parameters.items()}
-    for name, p in parameters.items():
-        for key, value in optimizer.state.get(p, {}).items():
+    for name, state in _states(parameters, optimizer, flat).items():
+        for key, value in state.items():
             tensors[f"{key}/{name}"] = torch.as_tensor(value).detach().cpu().contiguous()
     return tensors
 
 
-def load_state(tensors: Mapping[str, Tensor], parameters: Parameters, optimizer: torch.optim.Optimizer) -> None:
+def _states(
+    parameters: Parameters, optimizer: torch.optim.Optimizer, flat: FlatAdapters | None
+) -> dict[str, dict[str, Tensor]]:
+    """The optimiser's state of each parameter."""
+    if flat is None:
+        return {name: optimizer.state.get(p, {}) for name, p in parameters.items()}
+    states: dict[str, dict[str, Tensor]] = {name: {} for name in parameters}
+    for key, whole in optimizer.state.get(flat.weight, {}).items():
+        parts = flat.parts(whole) if whole.dim() else {}
+        for name, state in states.items():
+            state[key] = parts[name] if parts else whole.clone()  # a file holds no tensor twice
+    return states
+
+
+def load_state(
+    tensors: Mapping[str, Tensor],
+    parameters: Parameters,
+    optimizer: torch.optim.Optimizer,
+    flat: FlatAdapters | None = None,
+) -> None:
     """The inverse of ``state_tensors``."""
     with torch.no_grad():
         for name, p in parameters.items():
             p.copy_(tensors[f"weight/{name}"])
-            # a fused AdamW reads its step on the parameter's device, any other on the CPU
-            places = {"step": p.device if optimizer.defaults.get("fused") else torch.device("cpu")}
-            state = {
-                key: tensors[f"{key}/{name}"].to(places.get(key, p.device))
-                for key in ("exp_avg", "exp_avg_sq", "step")
-                if f"{key}/{name}" in tensors
-            }
-            if state:
-                optimizer.state[p] = state
+    saved = {
+        name: {key: tensors[f"{key}/{name}"] for key in ("exp_avg", "exp_avg_sq", "step") if f"{key}/{name}" in tensors}
+        for name in parameters
+    }
+    owners: dict[nn.Parameter, dict[str, Tensor]] = {parameters[name]: state for name, state in saved.items() if state}
+    if flat is not None:
+        flat.refresh()
+        owners = {flat.weight: _joined_state(saved, flat)} if owners else {}
+    for p, state in owners.items():
+        # a fused AdamW reads its step on the parameter's device, any other on the CPU
+        places = {"step": p.device if optimizer.defaults.get("fused") else torch.device("cpu")}
+        optimizer.state[p] = {key: value.to(places.get(key, p.device)) for key, value in state.items()}
+
+
+def _joined_state(saved: Mapping[str, Mapping[str, Tensor]], flat: FlatAdapters) -> dict[str, Tensor]:
+    """The state of one flat parameter from those of its parts; a part without one has had no gradient."""
+    state = {"step": torch.stack([part["step"] for part in saved.values() if part]).max()}
+    for key in ("exp_avg", "exp_avg_sq"):
+        state[key] = torch.zeros_like(flat.weight.detach())
+        for name, view in flat.parts(state[key]).items():
+            if saved[name]:
+                view.copy_(saved[name][key])
+    return state

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+import numpy as np
 import psutil
 import torch
 from torch import Tensor
@@ -23,6 +24,29 @@ def send(x: Tensor, device: torch.device | str) -> Tensor:
     if torch.device(device).type != "cuda":
         return x.to(device)
     return x.pin_memory().to(device, non_blocking=True)  # from pageable memory the copy would wait
+
+
+class Fetch:
+    """A tensor on its way to the CPU; the copy from a GPU goes on while further work is launched.
+
+    Attributes:
+        waits: whether ``array`` may have to wait for the device.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        self.waits = x.device.type == "cuda"
+        if self.waits:
+            self.host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+            self.arrived = torch.cuda.Event()
+            self.arrived.record(torch.cuda.current_stream(x.device))
+        else:
+            self.host = x.cpu()
+
+    def array(self) -> np.ndarray:
+        """Its values, once they have arrived."""
+        if self.waits:
+            self.arrived.synchronize()
+        return self.host.numpy()
 
 
 def kept_randomness(device: torch.device | str) -> AbstractContextManager[None]:

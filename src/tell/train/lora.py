@@ -67,6 +67,11 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
             yield name, module
 
 
+def a_scales(model: nn.Module) -> dict[str, float]:
+    """The scale of each layer's adapter, by the parameter name of its A."""
+    return {f"{name}.lora_A.{DEFAULT}.weight": float(m.scaling[DEFAULT]) for name, m in lora_layers(model)}
+
+
 def fuse(model: nn.Module) -> None:
     """Give every LoRA layer over a plain ``nn.Linear`` the fused forward."""
     for _, layer in lora_layers(model):

@@ -22,7 +22,7 @@ from tell.errors import Diverged, Interrupted, TellError, first_line
 from tell.train.launch import Launch
 from tell.train.packing import TrainRow
 from tell.train.plain import padded_batches
-from tell.train.step import StepLoss, StepRules
+from tell.train.step import StepLoss, StepNumbers, StepRules
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -137,7 +137,10 @@ class Processes:
         with _connected():
             dist.all_reduce(flat)
         for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-            p.grad = part.view_as(p)
+            if p.grad is None:
+                p.grad = part.view_as(p)
+            else:
+                p.grad.copy_(part.view_as(p))  # in place: views of it may be in use
 
 
 @contextmanager
@@ -178,38 +181,37 @@ class SharedStep:
     def __init__(self, processes: Processes, step: Step, rules: StepRules, parameters: Sequence[nn.Parameter]) -> None:
         self.processes, self.step, self.rules, self.parameters = processes, step, rules, list(parameters)
 
-    def __call__(self, rows: list[TrainRow], clip: Callable[[], Tensor] | None = None) -> StepLoss:
+    def __call__(
+        self, rows: list[TrainRow], clip: Callable[[], Tensor] | None = None, scale: Tensor | None = None
+    ) -> StepLoss:
         processes = self.processes
         if processes.sharded:  # if a pass fails, the others are stuck in theirs: nothing to agree on
             with _connected():
-                part = self._sharded(rows)
+                part = self._sharded(rows, scale)
             parts = processes.agree(part)
         else:
             part, error = None, None
             try:
-                part = self._own(split_rows(rows, processes.world)[processes.rank], self.rules.total(rows))
+                part = self._own(split_rows(rows, processes.world)[processes.rank], self.rules.total(rows), scale)
             except Exception as caught:
                 error = caught
             parts = processes.agree(part, error)
         processes.add_gradients(self.parameters)
-        return StepLoss(
-            sum(part.loss for part in parts),
-            np.concatenate([part.rows for part in parts]),
-            np.concatenate([part.source for part in parts]),
-            sum(part.tokens for part in parts),
-            float(clip()) if clip else None,
-        )
+        means = np.concatenate([part.rows for part in parts])
+        numbers = StepNumbers(sum(part.loss for part in parts), means, float(clip()) if clip else None)
+        source = np.concatenate([part.source for part in parts])
+        return StepLoss(numbers, source, sum(part.tokens for part in parts))
 
-    def _own(self, rows: list[TrainRow], total: float) -> StepLoss:
+    def _own(self, rows: list[TrainRow], total: float, scale: Tensor | None) -> StepLoss:
         if not rows:
-            return StepLoss(0.0, np.zeros(0, np.float32), np.zeros(0, np.int64), 0)
-        return self.step(rows, total=total)
+            return StepLoss(StepNumbers(0.0, np.zeros(0, np.float32)), np.zeros(0, np.int64), 0)
+        return self.step(rows, total=total, scale=scale)
 
-    def _sharded(self, rows: list[TrainRow]) -> StepLoss:
+    def _sharded(self, rows: list[TrainRow], scale: Tensor | None) -> StepLoss:
         """Each pass gathers weights from all processes, so all run equally many; extra ones have no weight."""
         shares = split_rows(rows, self.processes.world)
         passes = [len(padded_batches(share, self.rules.micro_tokens)) for share in shares]
-        part = self._own(shares[self.processes.rank], self.rules.total(rows))
+        part = self._own(shares[self.processes.rank], self.rules.total(rows), scale)
         shortest = min(rows, key=lambda row: len(row.ids))
         for _ in range(max(passes) - passes[self.processes.rank]):
             self.step([shortest], total=float("inf"))

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from tell.errors import TellError
+from tell.kernels.draws import draw_seed
 from tell.rows.row_table import RowTable
 from tell.train.attention import PackedPlan, install, use_plan
-from tell.train.device import send
+from tell.train.device import Fetch, send
 from tell.train.fast.fused import fuse_modules
 from tell.train.loss import blocked_cross_entropy
 from tell.train.packing import Pack, TrainRow, pack, split_packs
@@ -67,23 +68,67 @@ class StepRules:
         return (own / trained if self.normalization == "example" else own) / total
 
 
-@dataclass(slots=True)
-class StepLoss:
-    """One step's loss and the losses of its rows.
+class StepNumbers(NamedTuple):
+    """What a step's device computes for the log.
 
     Attributes:
         loss: the optimised scalar.
         rows: (rows,) mean nll of each row in nats per token, or cross-entropy to the distributions it is trained on.
-        source: (rows,) source index of each row.
-        tokens: real tokens (shared prefixes counted in every row).
         norm: of the gradient before clipping; None where nothing was clipped.
     """
 
     loss: float
     rows: np.ndarray
-    source: np.ndarray
-    tokens: int
     norm: float | None = None
+
+
+class StepLoss:
+    """One step's loss and the losses of its rows.
+
+    Args:
+        numbers: of the step, or what waits for them to arrive from a GPU.
+        source: (rows,) source index of each row.
+        tokens: real tokens (shared prefixes counted in every row).
+        bad: fp32 scalar on the device: 1 where the loss or the norm is not finite. Only next to numbers that have
+            not arrived.
+    """
+
+    def __init__(
+        self,
+        numbers: StepNumbers | Callable[[], StepNumbers],
+        source: np.ndarray,
+        tokens: int,
+        *,
+        bad: Tensor | None = None,
+    ) -> None:
+        self._numbers, self.source, self.tokens, self.bad = numbers, source, tokens, bad
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return StepLoss, (self.numbers, self.source, self.tokens)
+
+    @property
+    def arrived(self) -> bool:
+        """Whether the numbers can be read without waiting for the device."""
+        return isinstance(self._numbers, StepNumbers)
+
+    @property
+    def numbers(self) -> StepNumbers:
+        """The step's numbers; the first access may wait."""
+        if not isinstance(self._numbers, StepNumbers):
+            self._numbers = self._numbers()
+        return self._numbers
+
+    @property
+    def loss(self) -> float:
+        return self.numbers.loss
+
+    @property
+    def rows(self) -> np.ndarray:
+        return self.numbers.rows
+
+    @property
+    def norm(self) -> float | None:
+        return self.numbers.norm
 
 
 class Pass(NamedTuple):
@@ -108,32 +153,44 @@ def accumulate(
     backward: bool,
     clip: Callable[[], Tensor] | None,
     moved: Callable[[int], None] | None = None,
+    scale: Tensor | None = None,
 ) -> StepLoss:
     """Sums passes lazily: each runs backward before the next runs forward, so only one graph exists at a time.
 
-    Results are fetched in one transfer, so the CPU waits for a GPU once per step.
+    Results are fetched in one transfer, which nobody waits for before they are read.
 
     Args:
         passes: at least one.
         backward: accumulate gradients.
         clip: called after the last pass; returns the gradient's norm, a scalar on the device.
         moved: called after each pass with its tokens.
+        scale: scalar on the device that the passes' losses are multiplied by; the step's is divided by it.
     """
     parts, means, source, tokens = [], [], [], 0
     for done in passes:
         if backward:
             done.loss.backward()
+            draw_seed(done.loss.device)  # of the next pass
         parts.append(done.loss.detach())
         means.append(done.means)
         source.append(done.source)
         tokens += done.tokens
         if moved:
             moved(done.tokens)
+    losses = torch.stack(parts).float()
+    losses = losses if scale is None else losses / scale
     tail = [] if clip is None else [clip().detach().float().reshape(1)]
-    values = torch.cat([torch.stack(parts).float(), *means, *tail]).cpu().numpy()
-    rows = values[len(parts) : len(values) - len(tail)]
-    loss = sum(values[: len(parts)].tolist())
-    return StepLoss(loss, rows, np.concatenate(source), tokens, float(values[-1]) if tail else None)
+    values, sources = Fetch(torch.cat([losses, *means, *tail])), np.concatenate(source)
+
+    def numbers() -> StepNumbers:
+        found = values.array()
+        rows = found[len(parts) : len(found) - len(tail)]
+        return StepNumbers(sum(found[: len(parts)].tolist()), rows, float(found[-1]) if tail else None)
+
+    if not values.waits:
+        return StepLoss(numbers(), sources, tokens)
+    bad = torch.isfinite(torch.cat([losses, *tail])).all().logical_not().float()
+    return StepLoss(numbers, sources, tokens, bad=bad)
 
 
 def causal_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
@@ -244,6 +301,7 @@ def step_loss(
     clip: Callable[[], Tensor] | None = None,
     moved: Callable[[int], None] | None = None,
     total: float | None = None,
+    scale: Tensor | None = None,
 ) -> StepLoss:
     """Loss of one step's rows, gradients accumulated over packed passes.
 
@@ -253,11 +311,12 @@ def step_loss(
         body: the model's parts.
         rows: the rows of the step.
         rules: how the loss is computed.
-        backward, clip, moved: as in ``accumulate``.
+        backward, clip, moved, scale: as in ``accumulate``.
         total: normaliser (``StepRules.total``) of the whole step where ``rows`` are only some of it.
     """
     device, share = body.device, rules.share_prefix
     divisor = send(torch.tensor(rules.total(rows) if total is None else total, dtype=torch.float32), device)
+    divisor = divisor if scale is None else divisor / scale  # in the weights: fp16 would round unscaled slopes to 0
 
     def forward(group: list[TrainRow]) -> Pass:
         batch = pack(group, share_prefix=share, device=device)
@@ -267,7 +326,7 @@ def step_loss(
         return Pass(loss, row_means(nll, batch.row, batch.trained), batch.source.numpy(), batch.real)
 
     groups = split_packs(rows, rules.micro_tokens, share_prefix=share, device=device)
-    return accumulate(map(forward, groups), backward=backward, clip=clip, moved=moved)
+    return accumulate(map(forward, groups), backward=backward, clip=clip, moved=moved, scale=scale)
 
 
 def length_groups(table: RowTable, indices: Sequence[int], micro_tokens: int) -> list[list[int]]:

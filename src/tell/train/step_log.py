@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +37,8 @@ class StepLog:
         self.trackers = Trackers(config.report_to, Reported(path, keep, note), config.model_dump(mode="json"))
 
     def write(self, report: StepReport, rate: float, norm: float) -> None:
+        """Report a step; a norm that is not finite, of a step that fp16 skips, is null."""
+        finite = math.isfinite(norm)
         row = {
             "step": report.step,
             "loss": round(report.loss, 6),
@@ -43,12 +46,13 @@ class StepLog:
             "learning_rate": rate,
             "tokens": report.tokens_total,
             "seconds": round(report.seconds, 3),
-            "grad_norm": round(norm, 6),
+            "grad_norm": round(norm, 6) if finite else None,
         }
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
         scalars = {"loss/all": report.loss, **{f"loss/{name}": x for name, x in report.by_source.items()}}
-        self.trackers.log({**scalars, "learning_rate": rate, "grad_norm": norm}, report.step)
+        norms = {"grad_norm": norm} if finite else {}
+        self.trackers.log({**scalars, "learning_rate": rate, **norms}, report.step)
 
     def close(self) -> None:
         self.file.close()

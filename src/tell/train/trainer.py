@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -24,19 +25,22 @@ from torch import nn
 from tell.errors import Diverged, Interrupted
 from tell.folder import AdapterFolder
 from tell.kernels import keep_memory
+from tell.kernels.draws import draw_seed
 from tell.mix.mixture import ANCHORED, GENERAL
 from tell.presets import learning_rate_for
 from tell.train.attention import current_plan
 from tell.train.average import WeightMean
 from tell.train.checkpoint import load_checkpoint, load_state, save_checkpoint, state_tensors
-from tell.train.device import FAST_DEVICES, kept_randomness, send, trains_fast
-from tell.train.lora import add_lora, remove_lora, save_adapter
+from tell.train.device import kept_randomness, send, trains_fast
+from tell.train.flat import FLAT_DEVICES, FlatAdapters
+from tell.train.lora import a_scales, add_lora, remove_lora, save_adapter
 from tell.train.packing import TrainRow
 from tell.train.parallel import Processes, SharedStep, Step, shard
 from tell.train.plain import PaddedRows, PlainBody, plain_step_loss
 from tell.train.step import Body, StepLoss, StepRules, step_loss
 from tell.train.step_log import StepLog, StepReport
 from tell.train.training_job import TrainingHooks, TrainingJob, TrainResult, learning_rate, run_digest, step_rows
+from tell.train.update import MOST_SKIPPED, Update
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -134,24 +138,27 @@ class Trainer:
         with self._agreed():
             if self.sharded:
                 shard(model, self.device)
-            optimizer = torch.optim.AdamW(
-                parameters.values(),
-                lr=self.rate,
-                weight_decay=config.weight_decay,
-                fused=self.device.type in FAST_DEVICES or None,  # None: torch decides
-            )
+            dtype, joins = self.base.dtype, self.fast and self.device.type in FLAT_DEVICES
+            flat = FlatAdapters(parameters, a_scales(model), dtype) if joins else None
+            update = Update(parameters, config, dtype, flat)
+            if flat is not None and not flat.exact:
+                self.hooks.note(f"the adapters' gradients are rounded to {dtype}: torch {torch.__version__} is too old")
             digest = run_digest(config, self.job.mixture, self.job.seed)
-            average = WeightMean(parameters, config.average, self.steps) if config.average and self.writes else None
+            share = config.average if self.writes else None
+            average = WeightMean(parameters, share, self.steps, flat) if share else None
             if resume and self.writes:
-                facts = load_checkpoint(self._checkpoint, parameters, optimizer, digest=digest, more=_state(average))
+                states = parameters, update.optimizer
+                facts = load_checkpoint(self._checkpoint, *states, flat=flat, digest=digest, more=_state(average))
             one = partial(plain_step_loss, plain) if plain is not None else partial(step_loss, Body(model))
             step: Step = partial(one, rules=self.rules, moved=self.hooks.moved)
         if processes:
-            facts, state = processes.broadcast((facts, state_tensors(parameters, optimizer)))
-            load_state(state, parameters, optimizer)
-            step = SharedStep(processes, step, self.rules, list(parameters.values()))
-        totals = _Totals(**{name: facts[name] for name in asdict(_Totals())}) if facts else _Totals()
-        return _Run(parameters, optimizer, step, digest, totals, average)
+            facts, state = processes.broadcast((facts, state_tensors(parameters, update.optimizer, flat)))
+            load_state(state, parameters, update.optimizer, flat)
+            step = SharedStep(processes, step, self.rules, update.tensors)
+        facts = facts or {}
+        update.restore(facts)
+        totals = _Totals(**{name: facts[name] for name in asdict(_Totals()) if name in facts})
+        return _Run(parameters, update, step, digest, totals, average)
 
     @torch.no_grad()
     def _finish(self, run: _Run) -> None:
@@ -170,64 +177,105 @@ class Trainer:
         keep, note = run.totals.step, self.hooks.note
         logger = StepLog(self.job.log, self.config, keep=keep, note=note) if self.writes else None
         begin = time.monotonic() - run.totals.seconds
+
+        def report(*, but: int = 0) -> None:
+            """Wait for the numbers of the steps that were launched, but for the last ones."""
+            while len(run.launched) > but:
+                launched = run.launched.popleft()
+                self._check(run, launched.step, launched.out)
+                run.totals.seconds = time.monotonic() - begin
+                self._tell(logger, launched, run.totals.seconds)
+
         try:
             for step in range(run.totals.step, self.steps):
                 rate = learning_rate(self.config, step, self.steps)
                 rows = step_rows(self.job.mixture, self.job.tables, step, self.config.batch_size, self.targets)
                 out = self._step(run, step, rows, rate)
-                run.totals.add(out.tokens, sum(int(row.mask.sum()) for row in rows), time.monotonic() - begin)
+                run.totals.add(out.tokens, sum(int(row.mask.sum()) for row in rows))
+                run.launched.append(_Launched(run.totals.step, run.totals.tokens, rate, out))
                 if run.average is not None:
                     run.average.add(run.totals.step)
-                report = self._report(run.totals, out)
-                if logger:
-                    logger.write(report, rate, out.norm or 0.0)
-                if self.hooks.progress:
-                    self.hooks.progress(report)
+                report(but=0 if out.arrived else 1)  # while a GPU computes this step
                 if self.writes and (place := self.hooks.marks.get(run.totals.step)) is not None:
+                    report()
                     save_adapter(model, place)
-                self._pause(run)
+                self._pause(run, report)
+            report()
         finally:
             if logger:
                 logger.close()
+        self._say_skipped(run.totals)
 
     def _step(self, run: _Run, step: int, rows: list[TrainRow], rate: float) -> StepLoss:
-        """One optimiser step.
+        """Launch one optimiser step.
 
         Raises:
-            Diverged: the loss or the gradient is not finite.
+            Diverged: the loss or the gradient is not finite, and known already.
         """
-
-        def clip() -> torch.Tensor:
-            return nn.utils.clip_grad_norm_(run.parameters.values(), self.config.max_grad_norm or float("inf"))
-
-        for group in run.optimizer.param_groups:
-            group["lr"] = rate
         rank = self.processes.rank << 48 if self.processes else 0  # dropout differs between processes
         torch.manual_seed(self.job.seed * 1_000_003 + step + rank)  # and repeats after a resume
-        out = run.step(rows, clip=clip)
-        if not math.isfinite(out.loss) or not math.isfinite(out.norm or 0.0):
-            raise Diverged(
-                f"training diverged at step {step + 1} of {self.steps} (loss {out.loss:g})",
-                where=str(self.job.folder),
-                remedy="Lower the learning rate with --lr, and start over with --overwrite.",
-            )
-        run.optimizer.step()
-        run.optimizer.zero_grad(set_to_none=True)
+        draw_seed(run.update.device)
+        out = run.step(rows, clip=run.update.clip, scale=run.update.loss_scale())
+        if out.arrived and not self._is_sound(run, out):
+            raise self._diverged(step + 1, out.loss)
+        run.update.apply(rate, out.bad)
         return out
 
-    def _report(self, totals: _Totals, out: StepLoss) -> StepReport:
+    def _is_sound(self, run: _Run, out: StepLoss) -> bool:
+        """Whether loss and gradient are finite; in fp16 the gradient need not be, and the step is skipped."""
+        return math.isfinite(out.loss) and (run.update.scaler is not None or math.isfinite(out.norm or 0.0))
+
+    def _check(self, run: _Run, step: int, out: StepLoss) -> None:
+        """Count a step that fp16 skipped.
+
+        Raises:
+            Diverged: the loss or the gradient is not finite, or the gradient overflows at any scale of the loss.
+        """
+        skipped = not math.isfinite(out.norm or 0.0)
+        run.totals.skipped += skipped
+        run.totals.skipped_in_a_row = run.totals.skipped_in_a_row + 1 if skipped else 0
+        hopeless = run.totals.skipped_in_a_row >= MOST_SKIPPED or run.totals.skipped == self.steps
+        if not self._is_sound(run, out) or hopeless:
+            raise self._diverged(step, out.loss)
+
+    def _diverged(self, step: int, loss: float) -> Diverged:
+        remedy = "Lower the learning rate with --lr, and start over with --overwrite."
+        if self.base.dtype == torch.float16:
+            remedy = "fp16 may overflow in this model: use --set model.dtype=fp32 with --overwrite, or lower --lr."
+        what = f"training diverged at step {step} of {self.steps} (loss {loss:g})"
+        return Diverged(what, where=str(self.job.folder), remedy=remedy)
+
+    def _tell(self, logger: StepLog | None, launched: _Launched, seconds: float) -> None:
+        """Log a step and show its progress."""
+        out = launched.out
         by_source = {
             name if self.targets is None or name in ANCHORED else DISTILLED: float(np.mean(out.rows[out.source == i]))
             for i, name in enumerate(self.job.mixture.sources)
             if (out.source == i).any()
         }
-        return StepReport(totals.step, self.steps, out.loss, by_source, out.tokens, totals.tokens, totals.seconds)
+        report = StepReport(launched.step, self.steps, out.loss, by_source, out.tokens, launched.tokens, seconds)
+        if logger:
+            logger.write(report, launched.rate, out.norm or 0.0)
+        if self.hooks.progress:
+            self.hooks.progress(report)
 
-    def _pause(self, run: _Run) -> None:
+    def _say_skipped(self, totals: _Totals) -> None:
+        if totals.skipped:
+            self.hooks.note(
+                f"{totals.skipped} of {self.steps} steps were skipped: gradients overflowed in fp16, "
+                "and the scale of the loss was halved each time"
+            )
+
+    def _pause(self, run: _Run, report: Callable[[], None]) -> None:
         """Write a checkpoint where one is due, and stop if requested, unless the run is at its end.
+
+        Args:
+            run: the training.
+            report: reports the steps that are not yet.
 
         Raises:
             Interrupted: it was stopped.
+            Diverged: as it turns out now.
         """
         done, every = run.totals.step, self.config.checkpoint_every
         if done == self.steps:
@@ -236,11 +284,12 @@ class Trainer:
         if self.processes:
             stop = any(self.processes.agree(stop))
         if stop or (every and done % every == 0):
+            report()
             with self._agreed():
                 if self.writes:
-                    facts = {"digest": run.digest, **asdict(run.totals)}
-                    more = _state(run.average)
-                    save_checkpoint(self._checkpoint, run.parameters, run.optimizer, facts, more=more)
+                    facts = {"digest": run.digest, **asdict(run.totals), **run.update.facts()}
+                    states, more = (run.parameters, run.update.optimizer), _state(run.average)
+                    save_checkpoint(self._checkpoint, *states, facts, flat=run.update.flat, more=more)
         if stop:
             raise Interrupted(
                 f"stopped after step {done} of {self.steps}",
@@ -264,22 +313,33 @@ class _Totals:
     tokens: int = 0
     trained_tokens: int = 0
     seconds: float = 0.0
+    skipped: int = 0  # steps whose gradients overflowed in fp16
+    skipped_in_a_row: int = 0
 
-    def add(self, tokens: int, trained: int, seconds: float) -> None:
+    def add(self, tokens: int, trained: int) -> None:
         self.step += 1
         self.tokens += tokens
         self.trained_tokens += trained
-        self.seconds = seconds
+
+
+class _Launched(NamedTuple):
+    """A step whose numbers may still be on their way from a GPU, and the run's position after it."""
+
+    step: int
+    tokens: int
+    rate: float
+    out: StepLoss
 
 
 @dataclass(frozen=True, slots=True)
 class _Run:
     parameters: dict[str, nn.Parameter]
-    optimizer: torch.optim.AdamW
+    update: Update
     step: Step
     digest: str
     totals: _Totals
     average: WeightMean | None
+    launched: deque[_Launched] = field(default_factory=deque)
 
 
 def _state(average: WeightMean | None) -> Mapping[str, torch.Tensor]:

@@ -14,7 +14,8 @@ from tell.train.attention import PackedPlan, Plan, Rule
 from tell.train.fast.cuda import Forward
 from tell.train.fast.exchange import Rope, epsilon, is_frozen, is_plain, planned_attention, split_qkv
 from tell.train.fast.fused_ops import Attention, AttentionCall, Gated, GatedProjection, Heads, Projection, RmsNorm
-from tell.train.fast.stacked import Stack, adjacent
+from tell.train.fast.stacked import Stack
+from tell.train.flat import adjacent
 from tell.train.torch_types import AnyModule
 
 

@@ -17,7 +17,8 @@ from tell.kernels.ops import CKernels
 from tell.kernels.packed_attention import Functions, RowAttention, row_attention
 from tell.kernels.triton_ops import HeadLayout, TritonKernels
 from tell.train.attention import PackedPlan
-from tell.train.fast.stacked import Lora, Stack, adjacent, kernels_of
+from tell.train.fast.stacked import Lora, Stack, kernels_of
+from tell.train.flat import adjacent
 from tell.train.torch_types import Context
 
 
@@ -89,8 +90,10 @@ class Projection(torch.autograd.Function):
     def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
         lora: Lora = ctx.lora
         gy = joined([grad.reshape(-1, grad.shape[-1]) for grad in grads])
-        gx, gu = lora.input_gradient(gy) if ctx.needs_input_grad[0] or not lora.parts else (None, gy @ lora.b)
-        out: list[Tensor] = []
+        gx, gu = (
+            lora.input_gradient(gy) if ctx.needs_input_grad[0] or not lora.parts else (None, lora.inner_gradient(gy))
+        )
+        out: Sequence[Tensor | None] = []
         if gu is not None:
             flat, u = ctx.saved_tensors
             out = lora.adapter_gradients(flat, gy, u, gu)

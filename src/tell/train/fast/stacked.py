@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tell.kernels.ops import Kernels, kernels_for
 from tell.kernels.products import Dropout, products_for
+from tell.train.flat import Slot, add_product, joined_rows, slot_of
 
 
 def kernels_of(x: Tensor) -> Kernels:
@@ -19,16 +20,6 @@ def kernels_of(x: Tensor) -> Kernels:
     if found is None:
         raise RuntimeError(f"no kernels for {x.dtype} on {x.device}")
     return found
-
-
-def adjacent(parts: Sequence[Tensor], elements: Sequence[int]) -> bool:
-    """Whether each part begins in one storage ``elements`` after the one before it."""
-    at, place = parts[0].storage_offset(), parts[0].untyped_storage()._cdata
-    for part, count in zip(parts, elements, strict=True):
-        if part.storage_offset() != at or part.untyped_storage()._cdata != place:
-            return False
-        at += count
-    return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,17 +76,52 @@ class Lora:
         if self.products is not None:
             scales = [scale / (1 - stack.dropout) for scale in scales]  # the kept tensor itself is not scaled
         self.scale: Tensor | float = scales[0] if len(set(scales)) == 1 else column_of(scales, x.device)
-        a = adapters[0] if len(self.parts) == 1 else torch.cat(list(adapters[0::2]))
-        self.a = (a * self.scale).to(dtype)  # (R, K)
-        if len(stack.widths) == 1:
-            self.b = adapters[1].to(dtype)  # (N, R), a block for each adapter
-        else:
-            self.b = x.new_zeros(column, rank)
-            for (columns, ranks), matrix in zip(self.parts, adapters[1::2], strict=True):
-                self.b[columns, ranks] = matrix
+        self.slots = self._find_slots(adapters, dtype)
+        matrices = adapters if self.slots is None else [slot.shadow for slot in self.slots]
+        a = joined_rows(matrices[0::2])
+        a = torch.cat(list(matrices[0::2])) if a is None else a
+        self.a = (a * self.scale).to(dtype) if self.slots is None else a  # (R, K)
+        self.blocks = [matrix.to(dtype) for matrix in matrices[1::2]]  # (N_i, r) of each adapter
         # In fp32 W + B A is exact enough, and from so many rows on cheaper to make than B A is to add to the output.
         exact = dtype == torch.float32 and x.device.type == "cpu" and not stack.dropout and self.products is None
         self.folds = exact and len(x) >= x.shape[1]
+        # In one product where that costs no copies: theirs are many small launches on a GPU.
+        self.joint = len(stack.widths) == 1 or self.slots is None or self.folds or self.products is not None
+        if self.joint:
+            self.b = self.blocks[0] if len(stack.widths) == 1 else self._joined_blocks(column, rank)
+
+    def _joined_blocks(self, width: int, rank: int) -> Tensor:
+        """(N, R), with a block for each adapter and zeros elsewhere."""
+        whole = self.a.new_zeros(width, rank)
+        for (columns, ranks), block in zip(self.parts, self.blocks, strict=True):
+            whole[columns, ranks] = block
+        return whole
+
+    def _find_slots(self, adapters: Sequence[Tensor], dtype: torch.dtype) -> list[Slot] | None:
+        """The slots of all matrices, where their shadows are what this product needs."""
+        slots = [slot for matrix in adapters if (slot := slot_of(matrix)) is not None]
+        if len(slots) < len(adapters) or any(slot.shadow.dtype != dtype for slot in slots):
+            return None
+        # the scales may differ, or be those of kernels that do not scale what dropout keeps
+        same = isinstance(self.scale, float) and {slot.scale for slot in slots[0::2]} == {self.scale}
+        return slots if same else None
+
+    def _expand(self, y: Tensor, u: Tensor) -> Tensor:
+        """y + u B^T, in place."""
+        if self.joint:
+            return y.addmm_(u, self.b.t())
+        for (columns, ranks), block in zip(self.parts, self.blocks, strict=True):
+            y[:, columns].addmm_(u[:, ranks], block.t())
+        return y
+
+    def inner_gradient(self, gy: Tensor) -> Tensor:
+        """(T, R) gradient of u: gy B."""
+        if self.joint:
+            return gy @ self.b
+        gu = gy.new_empty(len(gy), len(self.a))
+        for (columns, ranks), block in zip(self.parts, self.blocks, strict=True):
+            torch.mm(gy[:, columns], block, out=gu[:, ranks])
+        return gu
 
     def folded(self, beside: Tensor, dim: int) -> Tensor:
         """W + B A, with the adapters' thin matrix next to it so that one product serves both: where its rows or columns
@@ -146,7 +172,7 @@ class Lora:
                 u[:, ranks] = kept @ self.a[ranks].t()
         else:
             u = x @ self.a.t()
-        return y.addmm_(u, self.b.t()), u
+        return self._expand(y, u), u
 
     def input_gradient(self, gy: Tensor) -> tuple[Tensor, Tensor | None]:
         """(T, K) gradient of x, and that of u."""
@@ -158,7 +184,7 @@ class Lora:
         gx = gy @ stack.weight
         if not self.parts:
             return gx, None
-        gu = gy @ self.b
+        gu = self.inner_gradient(gy)
         if stack.dropout:
             for i, (_, ranks) in enumerate(self.parts):
                 part = gu[:, ranks] @ self.a[ranks]
@@ -167,10 +193,13 @@ class Lora:
             gx.addmm_(gu, self.a)
         return gx, gu
 
-    def adapter_gradients(self, x: Tensor, gy: Tensor, u: Tensor, gu: Tensor) -> list[Tensor]:
-        """Gradients of A_i and B_i in turn."""
+    def adapter_gradients(self, x: Tensor, gy: Tensor, u: Tensor, gu: Tensor) -> Sequence[Tensor | None]:
+        """Gradients of A_i and B_i in turn; None where they have been added to those of ``FlatAdapters``."""
         if self.products is not None:
             return self._exact_gradients(x, gy, u, gu)
+        if self.slots is not None:
+            self._add_gradients(self.slots, x, gy, u, gu)
+            return [None] * len(self.slots)
         if self.stack.dropout:
             ga = torch.empty_like(self.a)
             for _, ranks, kept in self._dropped(x):
@@ -180,6 +209,20 @@ class Lora:
         ga = ga * self.scale  # in fp32 where the layers' scales differ
         gb = (u.t() @ gy).t()  # the library is several times as fast in this order
         return [g for columns, ranks in self.parts for g in (ga[ranks], gb[columns, ranks])]
+
+    def _add_gradients(self, slots: list[Slot], x: Tensor, gy: Tensor, u: Tensor, gu: Tensor) -> None:
+        parts = [slot.grad for slot in slots[0::2]]
+        whole, scale = joined_rows(parts), slots[0].scale
+        if self.stack.dropout:
+            for i, ranks, kept in self._dropped(x):
+                add_product(parts[i], gu[:, ranks].t(), kept, scale)
+        elif whole is not None:
+            add_product(whole, gu.t(), x, scale)
+        else:
+            for part, (_, ranks) in zip(parts, self.parts, strict=True):
+                add_product(part, gu[:, ranks].t(), x, scale)
+        for slot, (columns, ranks) in zip(slots[1::2], self.parts, strict=True):
+            add_product(slot.grad, gy[:, columns].t(), u[:, ranks])
 
     def _exact_gradients(self, x: Tensor, gy: Tensor, u: Tensor, gu: Tensor) -> list[Tensor]:
         """The same in fp32, by the kernels."""
