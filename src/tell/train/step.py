@@ -13,16 +13,18 @@ from torch import Tensor, nn
 
 from tell.errors import TellError
 from tell.rows.row_table import RowTable
-from tell.train.attention import PackedPlan, install, use_plan
+from tell.train.attention import PackedPlan, Plan, install, use_plan
 from tell.train.device import send
 from tell.train.fast.fused import fuse_modules
 from tell.train.loss import blocked_cross_entropy
-from tell.train.packing import Pack, TrainRow, pack, split_packs
+from tell.train.packing import Pack, TrainRow, pack, row_weights, split_packs
 from tell.train.soft_loss import blocked_soft_cross_entropy
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PretrainedConfig, PreTrainedModel
+
+    from tell.train.graphs import PassGraphs
 
 _separate: WeakSet[nn.Module] = WeakSet()  # cache: models whose packed rows were found not to see each other
 
@@ -66,6 +68,12 @@ class StepRules:
         own = own if weight is None else own * weight
         return (own / trained if self.normalization == "example" else own) / total
 
+    def weights(self, rows: Sequence[TrainRow], total: Tensor) -> Tensor:
+        """(n,) weight of each trained position of ``rows``, on the CPU; ``total`` as for ``position_weights``."""
+        trained = torch.tensor([int(row.mask.sum()) for row in rows])
+        task = torch.tensor([row.task for row in rows])
+        return self.position_weights(trained, task, total, row_weights(rows)).repeat_interleave(trained)
+
 
 @dataclass(slots=True)
 class StepLoss:
@@ -94,12 +102,14 @@ class Pass(NamedTuple):
         means: (rows,) mean nll of its rows.
         source: (rows,) their source indices.
         tokens: their real tokens, as in ``StepLoss``.
+        finished: its gradients are already accumulated, and ``loss`` has none.
     """
 
     loss: Tensor
     means: Tensor
     source: np.ndarray
     tokens: int
+    finished: bool = False
 
 
 def accumulate(
@@ -121,7 +131,7 @@ def accumulate(
     """
     parts, means, source, tokens = [], [], [], 0
     for done in passes:
-        if backward:
+        if backward and not done.finished:
             done.loss.backward()
         parts.append(done.loss.detach())
         means.append(done.means)
@@ -152,7 +162,7 @@ class Body:
     def __init__(self, model: PreTrainedModel | PeftModel) -> None:
         causal = causal_of(model)
         config = causal.config.get_text_config()
-        self.core = causal.base_model
+        self.causal, self.core = causal, causal.base_model
         output = causal.get_output_embeddings()
         self.head: Tensor = output.weight
         self.bias: Tensor | None = getattr(output, "bias", None)
@@ -186,7 +196,7 @@ class Body:
                 remedy="Use a plain transformer: Llama, Qwen2, Qwen3, Gemma, Phi-3, Mistral, SmolLM and their like.",
             )
 
-    def run(self, plan: PackedPlan, ids: Tensor) -> Tensor:
+    def run(self, plan: Plan, ids: Tensor) -> Tensor:
         """(T, h) final states of packed tokens (T,)."""
         with use_plan(plan):
             out = self.core(input_ids=ids[None], position_ids=plan.positions(), use_cache=False)
@@ -235,6 +245,16 @@ def row_means(nll: Tensor, row: Tensor, trained: Tensor) -> Tensor:
     return sums.index_add_(0, row, nll) / trained
 
 
+def pass_loss(body: Body, batch: Pack, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """The part of a pass in a step's loss, with gradient, and (rows,) the mean loss of each of its rows.
+
+    All that differs between passes of one shape is in tensors, and none of them is read on the host: a pass can be
+    captured as a CUDA graph.
+    """
+    loss, nll = body.loss(batch, weights)
+    return loss, row_means(nll, batch.row, batch.trained)
+
+
 def step_loss(
     body: Body,
     rows: Sequence[TrainRow],
@@ -244,6 +264,7 @@ def step_loss(
     clip: Callable[[], Tensor] | None = None,
     moved: Callable[[int], None] | None = None,
     total: float | None = None,
+    graphs: PassGraphs | None = None,
 ) -> StepLoss:
     """Loss of one step's rows, gradients accumulated over packed passes.
 
@@ -255,16 +276,18 @@ def step_loss(
         rules: how the loss is computed.
         backward, clip, moved: as in ``accumulate``.
         total: normaliser (``StepRules.total``) of the whole step where ``rows`` are only some of it.
+        graphs: replay passes as CUDA graphs where they can.
     """
     device, share = body.device, rules.share_prefix
-    divisor = send(torch.tensor(rules.total(rows) if total is None else total, dtype=torch.float32), device)
+    divisor = torch.tensor(rules.total(rows) if total is None else total, dtype=torch.float32)
 
     def forward(group: list[TrainRow]) -> Pass:
+        weights = rules.weights(group, divisor)
+        if graphs is not None and backward and (done := graphs.run(group, weights, share_prefix=share)):
+            return done
         batch = pack(group, share_prefix=share, device=device)
-        weight = None if batch.weight is None else batch.weight[batch.row]
-        weights = rules.position_weights(batch.trained[batch.row], batch.task[batch.row], divisor, weight)
-        loss, nll = body.loss(batch, weights)
-        return Pass(loss, row_means(nll, batch.row, batch.trained), batch.source.numpy(), batch.real)
+        loss, means = pass_loss(body, batch, send(weights, device))
+        return Pass(loss, means, batch.source.numpy(), batch.real)
 
     groups = split_packs(rows, rules.micro_tokens, share_prefix=share, device=device)
     return accumulate(map(forward, groups), backward=backward, clip=clip, moved=moved)

@@ -30,6 +30,7 @@ from tell.train.attention import current_plan
 from tell.train.average import WeightMean
 from tell.train.checkpoint import load_checkpoint, load_state, save_checkpoint, state_tensors
 from tell.train.device import FAST_DEVICES, kept_randomness, send, trains_fast
+from tell.train.graphs import PassGraphs, graphs_for
 from tell.train.lora import add_lora, remove_lora, save_adapter
 from tell.train.packing import TrainRow
 from tell.train.parallel import Processes, SharedStep, Step, shard
@@ -104,6 +105,8 @@ class Trainer:
             with self._tuned() as (model, plain):
                 run = self._start(model, plain, resume)
                 self._train(run, model)
+                if run.graphs is not None:
+                    self.hooks.note(run.graphs.summary())
                 with self._agreed():
                     if self.writes:
                         self._finish(run)
@@ -144,14 +147,26 @@ class Trainer:
             average = WeightMean(parameters, config.average, self.steps) if config.average and self.writes else None
             if resume and self.writes:
                 facts = load_checkpoint(self._checkpoint, parameters, optimizer, digest=digest, more=_state(average))
-            one = partial(plain_step_loss, plain) if plain is not None else partial(step_loss, Body(model))
+            one, graphs = self._one(model, plain, list(parameters.values()))
             step: Step = partial(one, rules=self.rules, moved=self.hooks.moved)
         if processes:
             facts, state = processes.broadcast((facts, state_tensors(parameters, optimizer)))
             load_state(state, parameters, optimizer)
             step = SharedStep(processes, step, self.rules, list(parameters.values()))
         totals = _Totals(**{name: facts[name] for name in asdict(_Totals())}) if facts else _Totals()
-        return _Run(parameters, optimizer, step, digest, totals, average)
+        return _Run(parameters, optimizer, step, digest, totals, average, graphs)
+
+    def _one(
+        self, model: PeftModel, plain: PlainBody | None, parameters: list[nn.Parameter]
+    ) -> tuple[Step, PassGraphs | None]:
+        """A step of this process, and the graphs it replays, if any."""
+        if plain is not None:
+            return partial(plain_step_loss, plain), None
+        body, graphs = Body(model), None
+        if self.processes is None:
+            noise = self.config.neftune_alpha > 0
+            graphs = graphs_for(model, body, parameters, noise=noise, note=self.hooks.note)
+        return partial(step_loss, body, graphs=graphs), graphs
 
     @torch.no_grad()
     def _finish(self, run: _Run) -> None:
@@ -280,6 +295,7 @@ class _Run:
     digest: str
     totals: _Totals
     average: WeightMean | None
+    graphs: PassGraphs | None
 
 
 def _state(average: WeightMean | None) -> Mapping[str, torch.Tensor]:
