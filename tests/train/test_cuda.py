@@ -66,7 +66,7 @@ def test_keys_of_a_row_are_the_prefix_and_its_own():
     assert positions.tolist() == [0, 1, 2, 3, 4, 2]
     assert ends_q.tolist() == [0, 2, 5, 6] and ends_k.tolist() == [0, 2, 7, 10]
     assert copies.token.tolist() == [0, 1, 0, 1, 2, 3, 4, 0, 1, 5]
-    assert copies.keys.tolist() == [0, 2, 7, 1, 3, 8, 4, 5, 6, 9] and copies.starts.tolist() == [0, 3, 6, 7, 8, 9, 10]
+    assert copies.keys.tolist() == [0, 2, 7, 1, 3, 8, 4, 5, 6, 9] and copies.starts.tolist() == [0, 3, 6, 7, 8, 9]
     assert longest == [3, 5]
     positions, (ends_q, ends_k, *longest), copies = VarlenPlan([3, 1], device="cpu").layout
     assert copies is None and ends_q is ends_k and ends_q.tolist() == [0, 3, 4] and longest == [3, 3]

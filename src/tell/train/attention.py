@@ -242,8 +242,8 @@ class PackedPlan:
         for block, share in zip(self._blocks, self._shares, strict=True):
             span, shape = slice(slot, slot + block.rows * block.longest), (block.rows, block.longest)
             q, k, v = (x[span].unflatten(0, shape) for x in padded)
-            shared = (None if x is None or not share else x[:, :, :share] for x in (kp, vp))
-            yield self._block(q, k.transpose(1, 2), v.transpose(1, 2), *shared, rule)
+            ahead_k, ahead_v = (None if x is None or not share else x[:, :, :share] for x in (kp, vp))
+            yield self._block(q, k.transpose(1, 2), v.transpose(1, 2), ahead_k, ahead_v, rule)
             slot = span.stop
 
     def _pad(self, x: Tensor) -> Tensor:

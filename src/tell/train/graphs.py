@@ -21,7 +21,7 @@ from tell.errors import first_line
 from tell.train.attention import Rule
 from tell.train.fast.cuda import Copies, Layout, Sequences, Varlen, copies_of, find_varlen, flash_refusal
 from tell.train.packing import Pack, PackedRows, PackTargets, TrainRow, pack_rows
-from tell.train.step import Body, Pass, pass_loss
+from tell.train.step import Body, Pass, causal_of, pass_loss
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,10 +30,11 @@ if TYPE_CHECKING:
 
 MOST_GRAPHS = 12  # alive; the least recently used is dropped
 MOST_PARAMETERS = 2_000_000_000  # of a larger model the kernels take longer than their launches
-SLACK = 1.25  # a pass may be padded to this many times its cost rather than captured once more
+SLACK = 1.25  # a pass may be padded to this many times its cost rather than captured once more,
+FULL_SLACK = 1.5  # and to this many rather than that another graph is dropped
 HEAD_COST = 1 / 3  # of the logits of a position, in that of a token: from 0.26 (SmolLM2-135M) to 0.35 (Qwen3-0.6B)
-TOKENS = 256  # to whose multiples tokens, copies and positions are rounded up
-ROWS = 16  # and sequences
+TOKENS, POSITIONS, ROWS = 256, 512, 16  # to multiples of which tokens, trained positions and sequences are rounded up
+LEAST = 1024  # copies and longest sequences are rounded up to powers of two from here on: they cost next to nothing
 ALIGNED = 16  # bytes
 
 Find = Callable[[Tensor, Tensor], Varlen | None]
@@ -44,8 +45,8 @@ def _up(n: int, step: int) -> int:
 
 
 def _power(n: int) -> int:
-    """The least power of two from ``TOKENS`` on that is not below ``n``."""
-    return max(TOKENS, 1 << (n - 1).bit_length())
+    """The least power of two from ``LEAST`` on that is not below ``n``."""
+    return max(LEAST, 1 << (n - 1).bit_length())
 
 
 class Shape(NamedTuple):
@@ -94,11 +95,18 @@ class Shape(NamedTuple):
 
     def rounded(self) -> Shape:
         """A shape that holds this one and others like it."""
-        sizes = (self.tokens, self.copies, self.positions, self.soft, self.hard)
-        tokens, copies, positions, soft, hard = (_up(n, TOKENS) for n in sizes)
-        hard = max(hard, TOKENS if soft else 0)
-        longest = (_power(self.longest_q), _power(self.longest_k))
-        return Shape(tokens, copies, _up(self.sequences, ROWS), positions, soft, hard, self.choices, *longest)
+        soft, hard = (_up(max(n, 1), POSITIONS) if self.soft else 0 for n in (self.soft, self.hard))
+        return Shape(
+            tokens=_up(self.tokens, TOKENS),
+            copies=_power(self.copies) if self.copies else 0,
+            sequences=_up(self.sequences, ROWS),
+            positions=_power(self.positions) if self.soft else _up(self.positions, POSITIONS),
+            soft=soft,
+            hard=hard,
+            choices=self.choices,
+            longest_q=_power(self.longest_q),
+            longest_k=_power(self.longest_k),
+        )
 
     def holds(self, other: Shape) -> bool:
         """Whether a pass of shape ``other`` can be padded to this one."""
@@ -129,9 +137,11 @@ def padded(host: PackedRows, layout: Layout, weights: Tensor, shape: Shape) -> d
         token = np.concatenate([layout.copies.token.numpy(), np.arange(tokens, shape.tokens)])
         copies = copies_of(token, shape.tokens)
         keys = shape.tokens + shape.copies
+        rest = torch.arange(len(token), len(token) + shape.copies).clamp_max(keys)
         out["ends_k"] = _filled(layout.sequences.ends_k, shape.sequences + 1, len(token))
         # Keys at the end belong to no sequence: nobody reads them, nor their gradients, which are never written.
-        out |= {"token": _filled(copies.token, keys), "keys": _filled(copies.keys, keys), "starts": copies.starts}
+        out |= {"token": _filled(copies.token, keys), "keys": _filled(copies.keys, keys)}
+        out["starts"] = torch.cat([copies.starts, rest])
     if host.soft is not None:
         out["soft_at"] = _filled(host.soft.at, shape.soft, slot)
         out["hard"] = _filled(host.soft.hard, shape.hard, slot)
@@ -256,7 +266,6 @@ class PassGraphs:
     """Computes passes with their gradients, by CUDA graphs from the second of a shape on.
 
     Attributes:
-        body: the model's parts; its parameters keep their addresses.
         parameters: that get gradients.
         capturer: of the device.
         note: receives a sentence where capturing fails; passes are computed without graphs from then on.
@@ -264,7 +273,6 @@ class PassGraphs:
         passes, replayed, captured: counts so far.
     """
 
-    body: Body
     parameters: list[nn.Parameter]
     capturer: Capturer
     note: Callable[[str], None] = lambda text: None
@@ -276,28 +284,35 @@ class PassGraphs:
     _entries: OrderedDict[Shape, _Entry] = field(default_factory=OrderedDict)
     _grads: list[Tensor] = field(default_factory=list)
 
-    def run(self, rows: Sequence[TrainRow], weights: Tensor, *, share_prefix: bool) -> Pass | None:
+    def run(self, body: Body, rows: Sequence[TrainRow], weights: Tensor, *, share_prefix: bool) -> Pass | None:
         """The pass over ``rows``, its gradients accumulated; None where it must be computed without graphs.
 
         Args:
+            body: the model's parts, the same in each call; its parameters keep their addresses.
             weights: (n,) fp32 of each trained position, on the CPU.
         """
         if self._failed:
             return None
-        host = pack_rows(rows, share_prefix=share_prefix, device=self.body.device)
+        host = pack_rows(rows, share_prefix=share_prefix, device=body.device)
         layout = Layout.of(host.lengths, host.prefix, host.ahead)
         shape = self._shape(Shape.of(host, layout))
         tensors = padded(host, layout, weights, shape)
-        entry = self._entry(shape, tensors)
+        entry = self._entry(shape, tensors, body.device)
         entry.buffers.fill(tensors)
         self._keep_gradients()
-        if entry.used and entry.replay is None and not self._capture(entry):
+
+        def compute() -> None:
+            loss, means = pass_loss(body, entry.pack, entry.buffers.tensors["weights"])
+            loss.backward()
+            entry.out.copy_(torch.cat([loss.detach().float().reshape(1), means]))
+
+        if entry.used and entry.replay is None and not self._capture(entry, compute):
             return None
         if entry.replay is not None:
             entry.replay()
             self.replayed += 1
         else:
-            self.capturer.warm(lambda: self._compute(entry))
+            self.capturer.warm(compute)
             entry.used = True
         self.passes += 1
         out = entry.out.clone()  # the next pass may be of the same shape
@@ -310,15 +325,16 @@ class PassGraphs:
 
     def _shape(self, need: Shape) -> Shape:
         """A known shape that costs little more than needed, else a new one."""
-        fitting = [shape for shape in self._entries if shape.holds(need) and shape.cost <= SLACK * need.cost]
+        most = need.cost * (SLACK if len(self._entries) < MOST_GRAPHS else FULL_SLACK)
+        fitting = [shape for shape in self._entries if shape.holds(need) and shape.cost <= most]
         return min(fitting, key=lambda shape: shape.cost, default=need.rounded())
 
-    def _entry(self, shape: Shape, tensors: dict[str, Tensor]) -> _Entry:
+    def _entry(self, shape: Shape, tensors: dict[str, Tensor], device: torch.device) -> _Entry:
         if shape not in self._entries:
             while len(self._entries) >= MOST_GRAPHS:
                 self._entries.popitem(last=False)
-            buffers = Buffers(tensors, self.body.device)
-            out = torch.zeros(1 + shape.sequences, device=self.body.device)
+            buffers = Buffers(tensors, device)
+            out = torch.zeros(1 + shape.sequences, device=device)
             self._entries[shape] = _Entry(buffers, static_pack(buffers.tensors, shape, self.find), out)
         self._entries.move_to_end(shape)
         return self._entries[shape]
@@ -335,14 +351,9 @@ class PassGraphs:
                 grad.copy_(p.grad)
             p.grad = grad
 
-    def _compute(self, entry: _Entry) -> None:
-        loss, means = pass_loss(self.body, entry.pack, entry.buffers.tensors["weights"])
-        loss.backward()
-        entry.out.copy_(torch.cat([loss.detach().float().reshape(1), means]))
-
-    def _capture(self, entry: _Entry) -> bool:
+    def _capture(self, entry: _Entry, compute: Callable[[], None]) -> bool:
         try:
-            entry.replay = self.capturer.capture(lambda: self._compute(entry))
+            entry.replay = self.capturer.capture(compute)
         except Exception as error:  # a graph only saves time
             self._failed = True
             self._entries.clear()
@@ -363,7 +374,11 @@ def static_pack(tensors: dict[str, Tensor], shape: Shape, find: Find) -> Pack:
         soft = PackTargets(*(tensors[name] for name in ("soft_at", "hard", "soft_ids", "soft_probs")))
     return Pack(
         StaticPlan(Layout(tensors["positions"], sequences, copies), find),
-        *(tensors[name] for name in ("ids", "predictors", "targets", "row", "trained")),
+        ids=tensors["ids"],
+        predictors=tensors["predictors"],
+        targets=tensors["targets"],
+        row=tensors["row"],
+        trained=tensors["trained"],
         source=torch.zeros(0),
         real=0,
         soft=soft,
@@ -371,7 +386,7 @@ def static_pack(tensors: dict[str, Tensor], shape: Shape, find: Find) -> Pack:
 
 
 def graphs_for(
-    model: PeftModel, body: Body, parameters: Iterable[nn.Parameter], *, noise: bool, note: Callable[[str], None]
+    model: PeftModel, parameters: Iterable[nn.Parameter], *, noise: bool, note: Callable[[str], None]
 ) -> PassGraphs | None:
     """The graphs of a model's training; None where they cannot be had or would not pay.
 
@@ -379,10 +394,12 @@ def graphs_for(
         noise: something else than the model's own forward reads the plan (NEFTune).
         note: as of ``PassGraphs``; also receives why a small model on a GPU trains without graphs.
     """
-    if body.device.type != "cuda" or model.num_parameters() > MOST_PARAMETERS:
+    causal = causal_of(model)
+    device = causal.get_output_embeddings().weight.device
+    if device.type != "cuda" or causal.num_parameters() > MOST_PARAMETERS:
         return None
-    why = "NEFTune draws noise by each row's length" if noise else flash_refusal(body.causal)
+    why = "NEFTune draws noise by each row's length" if noise else flash_refusal(causal)
     if why is not None:
         note(f"CUDA graphs: none ({why})")
         return None
-    return PassGraphs(body, list(parameters), CudaCapturer(body.device), note)
+    return PassGraphs(list(parameters), CudaCapturer(device), note)

@@ -181,15 +181,18 @@ def pack_rows(rows: Sequence[TrainRow], *, share_prefix: bool, device: torch.dev
         targets.append(row.ids[trained])
         owner.append(np.full(len(trained), r))
         at += len(row.ids) - cut
-    ids, *indices = (
-        torch.from_numpy(np.concatenate(parts).astype(np.int64)) for parts in (pieces, predictors, targets, owner)
-    )
+
+    def tensor(parts: list[np.ndarray]) -> Tensor:
+        return torch.from_numpy(np.concatenate(parts).astype(np.int64))
+
     return PackedRows(
         [len(row.ids) - cut for row, cut in zip(rows, ahead, strict=True)],
         prefix,
         ahead,
-        ids,
-        *indices,
+        ids=tensor(pieces),
+        predictors=tensor(predictors),
+        targets=tensor(targets),
+        row=tensor(owner),
         trained=torch.tensor([int(row.mask.sum()) for row in rows]),
         source=torch.tensor([row.source for row in rows]),
         real=sum(len(row.ids) for row in rows),
@@ -200,10 +203,13 @@ def pack_rows(rows: Sequence[TrainRow], *, share_prefix: bool, device: torch.dev
 def pack(rows: Sequence[TrainRow], *, share_prefix: bool, device: torch.device | str = "cpu") -> Pack:
     """``pack_rows`` on ``device``, with its plan."""
     host = pack_rows(rows, share_prefix=share_prefix, device=device)
-    tensors = host.ids, host.predictors, host.targets, host.row, host.trained
     return Pack(
         packed_plan(host.lengths, prefix=host.prefix, ahead=host.ahead, device=device),
-        *(send(x, device) for x in tensors),
+        ids=send(host.ids, device),
+        predictors=send(host.predictors, device),
+        targets=send(host.targets, device),
+        row=send(host.row, device),
+        trained=send(host.trained, device),
         source=host.source,
         real=host.real,
         prefix=host.prefix,

@@ -155,6 +155,9 @@ def causal_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 class Body:
     """The parts of a causal model that a packed pass needs: transformer body, output layer, soft cap.
 
+    Attributes:
+        graphs: that training passes are replayed by, where set.
+
     Raises:
         TellError: packed rows would see each other in this architecture.
     """
@@ -162,13 +165,14 @@ class Body:
     def __init__(self, model: PreTrainedModel | PeftModel) -> None:
         causal = causal_of(model)
         config = causal.config.get_text_config()
-        self.causal, self.core = causal, causal.base_model
+        self.core = causal.base_model
         output = causal.get_output_embeddings()
         self.head: Tensor = output.weight
         self.bias: Tensor | None = getattr(output, "bias", None)
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
         self.logit_scale = _logit_scale(config)
         self.device = self.head.device
+        self.graphs: PassGraphs | None = None
         install(causal)
         with torch.inference_mode(False):  # tensors cached here are used in training too
             if causal not in _separate:
@@ -264,7 +268,6 @@ def step_loss(
     clip: Callable[[], Tensor] | None = None,
     moved: Callable[[int], None] | None = None,
     total: float | None = None,
-    graphs: PassGraphs | None = None,
 ) -> StepLoss:
     """Loss of one step's rows, gradients accumulated over packed passes.
 
@@ -276,14 +279,13 @@ def step_loss(
         rules: how the loss is computed.
         backward, clip, moved: as in ``accumulate``.
         total: normaliser (``StepRules.total``) of the whole step where ``rows`` are only some of it.
-        graphs: replay passes as CUDA graphs where they can.
     """
-    device, share = body.device, rules.share_prefix
+    device, share, graphs = body.device, rules.share_prefix, body.graphs if backward else None
     divisor = torch.tensor(rules.total(rows) if total is None else total, dtype=torch.float32)
 
     def forward(group: list[TrainRow]) -> Pass:
         weights = rules.weights(group, divisor)
-        if graphs is not None and backward and (done := graphs.run(group, weights, share_prefix=share)):
+        if graphs is not None and (done := graphs.run(body, group, weights, share_prefix=share)):
             return done
         batch = pack(group, share_prefix=share, device=device)
         loss, means = pass_loss(body, batch, send(weights, device))

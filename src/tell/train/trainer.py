@@ -162,11 +162,11 @@ class Trainer:
         """A step of this process, and the graphs it replays, if any."""
         if plain is not None:
             return partial(plain_step_loss, plain), None
-        body, graphs = Body(model), None
+        body = Body(model)
         if self.processes is None:
             noise = self.config.neftune_alpha > 0
-            graphs = graphs_for(model, body, parameters, noise=noise, note=self.hooks.note)
-        return partial(step_loss, body, graphs=graphs), graphs
+            body.graphs = graphs_for(model, parameters, noise=noise, note=self.hooks.note)
+        return partial(step_loss, body), body.graphs
 
     @torch.no_grad()
     def _finish(self, run: _Run) -> None:

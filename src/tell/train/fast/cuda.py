@@ -158,8 +158,7 @@ class Copies(NamedTuple):
     Attributes:
         token: (Tk,) int64 packed token of each key.
         keys: (Tk,) int64 the same sorted by token: all copies of the first token, of the second, ...
-        starts: (T + 1,) int64 where each token's copies begin in ``keys``, and where those of the last end. What
-            comes after is no token's.
+        starts: (T or more,) int64 where each token's copies begin in ``keys``; what comes after T is no token's.
     """
 
     token: Tensor
@@ -176,15 +175,14 @@ class _Repeat(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Context, x: Tensor, copies: Copies) -> Tensor:
-        ctx.copies = copies
+        ctx.copies, ctx.tokens = copies, len(x)
         return x.index_select(0, copies.token)
 
     @staticmethod
     def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None]:
         copies: Copies = ctx.copies
-        # One bag more than tokens takes what comes after the last token's copies.
         sums = embedding_bag(copies.keys, grad.flatten(1), copies.starts, mode="sum")
-        return sums[:-1].view(-1, *grad.shape[1:]), None
+        return sums[: ctx.tokens].view(-1, *grad.shape[1:]), None
 
 
 class Layout(NamedTuple):
@@ -240,7 +238,8 @@ def _cumulative(lengths: np.ndarray) -> Tensor:
 
 def copies_of(token: np.ndarray, tokens: int) -> Copies:
     """The copies of ``tokens`` tokens from the (Tk,) token of each key."""
-    starts = np.concatenate([[0], np.bincount(token, minlength=tokens).cumsum()])
+    ends = np.bincount(token, minlength=tokens).cumsum()
+    starts = np.concatenate([[0], ends[:-1]])
     return Copies(*(torch.from_numpy(x) for x in (token, np.argsort(token, kind="stable"), starts)))
 
 
