@@ -12,14 +12,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import tell
+import tiny
 from tell.config_sections import TrainConfig
 from tell.mix.mixture import build
 from tell.train import graphs as module
 from tell.train import packing
 from tell.train import trainer as trainers
-from tell.train.fast.cuda import Layout
+from tell.train.fast.cuda import Layout, _torch_varlen
 from tell.train.fast.fused import unfuse_modules
 from tell.train.graphs import MOST_GRAPHS, Buffers, PassGraphs, Shape, graphs_for, padded, static_pack
 from tell.train.lora import add_lora
@@ -218,11 +221,66 @@ def test_a_failed_capture_is_said_and_the_step_is_right(bodies, sequences, monke
         loss = step_loss(body, rows, StepRules()).loss
         found.append((loss, gradients(model)))
     assert notes == [
-        "CUDA graphs: none, since capturing failed (RuntimeError: operation not permitted when stream is capturing)"
+        "CUDA graphs: none from here on (capturing failed, RuntimeError: operation not permitted when stream is "
+        "capturing)"
     ]
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-5) and found[1][0] == found[2][0]
     assert_near(found[2][1], found[0][1])
     model.zero_grad()
+
+
+def test_where_memory_ends_the_graphs_go_first(bodies, sequences, monkeypatch):
+    class Full(Remembering):
+        def warm(self, work):
+            raise torch.OutOfMemoryError("out of memory")
+
+    model, body = bodies["llama"]
+    notes = []
+    monkeypatch.setattr(body, "graphs", PassGraphs(list(model.parameters()), Full(), notes.append, find=find))
+    (rows,) = steps_of(1)
+    with pytest.raises(torch.OutOfMemoryError):
+        step_loss(body, rows, StepRules())
+    assert notes == ["CUDA graphs: none from here on (memory ended)"]
+    assert step_loss(body, rows, StepRules(), backward=False).loss == step_loss(body, rows, StepRules()).loss
+    model.zero_grad()
+
+
+class Mixing(TorchDispatchMode):
+    """Names operations on a tensor of the CPU, other than a scalar, next to one of the device: a hidden copy."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor) and x.dim()]
+        if len({x.device.type for x in tensors}) > 1:
+            self.names.append(func.overloadpacket.__name__)
+        return out
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("family", [name for name in tiny.FAMILIES if name != "gemma2"])
+def test_a_captured_pass_reads_and_sends_nothing(family, soft, tiny_model):
+    """On the meta device, which has no data to read, with torch's own operations of flash attention."""
+    model = add_lora(load(tiny_model(family)), TrainConfig(lora_dropout=0.1, lora_r=4), seed=1)
+    body = Body(model)
+    unfuse_modules(model.get_base_model())
+    model.to("meta")
+    body.head, body.device = model.get_output_embeddings().weight, torch.device("meta")
+    rows = mixed_rows([20, 30, 40, 25], 20, 9)
+    rows = with_targets(rows) if soft else rows
+    host = pack_rows(rows, share_prefix=True)
+    layout = Layout.of(host.lengths, host.prefix, host.ahead)
+    shape = Shape.of(host, layout).rounded()
+    buffers = Buffers(padded(host, layout, torch.ones(len(host.targets)), shape), torch.device("meta"))
+    batch = static_pack(buffers.tensors, shape, lambda query, value: _torch_varlen())
+    with Mixing() as mixing:
+        loss, means = pass_loss(body, batch, buffers.tensors["weights"])
+        loss.backward()
+    assert mixing.names == []
+    assert all(p.grad.is_meta for p in model.parameters() if p.requires_grad) and means.shape == (shape.sequences,)
 
 
 def estimated_rows(soft):

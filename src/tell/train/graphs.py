@@ -312,8 +312,7 @@ class PassGraphs:
             entry.replay()
             self.replayed += 1
         else:
-            self.capturer.warm(compute)
-            entry.used = True
+            self._warm(entry, compute)
         self.passes += 1
         out = entry.out.clone()  # the next pass may be of the same shape
         return Pass(out[0], out[1 : 1 + len(rows)], host.source.numpy(), host.real, finished=True)
@@ -351,14 +350,26 @@ class PassGraphs:
                 grad.copy_(p.grad)
             p.grad = grad
 
+    def _warm(self, entry: _Entry, compute: Callable[[], None]) -> None:
+        """Compute a pass in the buffers; where memory ends, the graphs give theirs back first of all."""
+        try:
+            self.capturer.warm(compute)
+        except torch.OutOfMemoryError:
+            self._stop("memory ended")
+            raise
+        entry.used = True
+
+    def _stop(self, why: str) -> None:
+        self._failed = True
+        self._entries.clear()
+        self.note(f"CUDA graphs: none from here on ({why})")
+
     def _capture(self, entry: _Entry, compute: Callable[[], None]) -> bool:
         try:
             entry.replay = self.capturer.capture(compute)
         except Exception as error:  # a graph only saves time
-            self._failed = True
-            self._entries.clear()
             cause = error.__context__ or error  # the end of a capture that failed raises again
-            self.note(f"CUDA graphs: none, since capturing failed ({type(cause).__name__}: {first_line(cause)})")
+            self._stop(f"capturing failed, {type(cause).__name__}: {first_line(cause)}")
             return False
         self.captured += 1
         return True

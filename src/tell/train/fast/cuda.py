@@ -225,7 +225,7 @@ class Layout(NamedTuple):
 
     def attend(self, varlen: Varlen, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
         """As ``Plan.attend``, by ``varlen``."""
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
         if self.copies is not None:
             k, v = (_Repeat.apply(x, self.copies) for x in (k, v))
         left = -1 if rule.window is None or rule.window >= self.sequences.longest_k else rule.window - 1
