@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from tell.rows.row_table import RowTable
+from tell.train.fast.cuda import VarlenPlan
 from tell.train.packing import TrainRow
 
 torch.set_num_threads(1)
@@ -105,3 +106,58 @@ class Fetches(TorchDispatchMode):
         if name.startswith(self.WAITING) and not self.paused:
             self.names.append(name)
         return func(*args, **(kwargs or {}))
+
+
+def reference_varlen(query, key, value, sequences, scale, left):
+    """Variable-length attention by its definition, one sequence at a time; the signature of ``Varlen``.
+
+    As on a GPU, sequences may be empty, the longest may be shorter than said, and what belongs to none has neither
+    output nor gradient: here it is NaN.
+    """
+    ends_q, ends_k, longest_q, longest_k = sequences
+    for ends, x, longest in ((ends_q, query, longest_q), (ends_k, key, longest_k)):
+        assert ends.dtype == torch.int32 and ends[0] == 0 and ends[-1] <= len(x) and ends.diff().max() <= longest
+    group, out = query.shape[1] // key.shape[1], []
+    covered = int(ends_k[-1])
+    key, value = (_Unwritten.apply(x, covered) for x in (key, value))
+    for q, k, v in zip(
+        query.tensor_split(ends_q[1:].long()), *(x.tensor_split(ends_k[1:].long()) for x in (key, value)), strict=True
+    ):
+        k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+        at = torch.arange(len(q))[:, None] + len(k) - len(q)  # the last query is at the last key
+        keys = torch.arange(len(k))[None]
+        hidden = keys > at
+        if left >= 0:
+            hidden |= keys < at - left
+        scores = torch.einsum("qhd,khd->hqk", q, k) * scale
+        out.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, float("-inf")).softmax(-1), v))
+    out[-1] = torch.full_like(out[-1], torch.nan)
+    return torch.cat(out)
+
+
+class _Unwritten(torch.autograd.Function):
+    """x, and a gradient that is NaN from the index ``covered`` on."""
+
+    @staticmethod
+    def forward(ctx, x, covered):
+        ctx.covered = covered
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.clone()
+        grad[ctx.covered :] = torch.nan
+        return grad, None
+
+
+def unseen_varlen(*args):
+    """The reference looks at its indices, which flash attention leaves on the device."""
+    Fetches.paused = True
+    try:
+        return reference_varlen(*args)
+    finally:
+        Fetches.paused = False
+
+
+def varlen_plan(lengths, *, prefix=0, ahead=None, device="cpu"):
+    return VarlenPlan(lengths, prefix=prefix, ahead=ahead, device=device, find=lambda q, v: unseen_varlen)

@@ -22,46 +22,20 @@ from tell.train.lora import add_lora
 from tell.train.loss import BLOCK, GPU_LOGITS, block_size
 from tell.train.plain import PlainBody, plain_step_loss
 from tell.train.step import Body, StepRules, row_losses, step_loss
-from train.packed import Fetches, assert_close, gradients, load, make_rows, make_table, wake
+from train.packed import (
+    Fetches,
+    assert_close,
+    gradients,
+    load,
+    make_rows,
+    make_table,
+    reference_varlen,
+    varlen_plan,
+    wake,
+)
 
 CONFIG = TrainConfig(lora_dropout=0.0, lora_r=4)
 LENGTHS = (70, 41, 41, 40, 12, 2)
-
-
-def reference_varlen(query, key, value, sequences, scale, left):
-    """Variable-length attention by its definition, one sequence at a time; the signature of ``Varlen``."""
-    cu_seqlens_q, cu_seqlens_k, max_q, max_k = sequences
-    for ends, x in ((cu_seqlens_q, query), (cu_seqlens_k, key)):
-        assert ends.dtype == torch.int32 and ends[0] == 0 and ends[-1] == len(x)
-    assert max_q == cu_seqlens_q.diff().max() and max_k == cu_seqlens_k.diff().max()
-    group, out = query.shape[1] // key.shape[1], []
-    for q, k, v in zip(
-        query.tensor_split(cu_seqlens_q[1:-1].long()),
-        *(x.tensor_split(cu_seqlens_k[1:-1].long()) for x in (key, value)),
-        strict=True,
-    ):
-        k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
-        at = torch.arange(len(q))[:, None] + len(k) - len(q)  # the last query stands at the last key
-        keys = torch.arange(len(k))[None]
-        hidden = keys > at
-        if left >= 0:
-            hidden |= keys < at - left
-        scores = torch.einsum("qhd,khd->hqk", q, k) * scale
-        out.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, float("-inf")).softmax(-1), v))
-    return torch.cat(out)
-
-
-def unseen_varlen(*args):
-    """The reference looks at its indices, which flash attention leaves on the device."""
-    Fetches.paused = True
-    try:
-        return reference_varlen(*args)
-    finally:
-        Fetches.paused = False
-
-
-def varlen_plan(lengths, *, prefix=0, device="cpu"):
-    return VarlenPlan(lengths, prefix=prefix, device=device, find=lambda q, v: unseen_varlen)
 
 
 @settings(max_examples=60)
@@ -70,15 +44,17 @@ def varlen_plan(lengths, *, prefix=0, device="cpu"):
     prefix=st.integers(0, 12),
     window=st.none() | st.integers(1, 40),
     heads=st.sampled_from([(1, 1), (4, 2), (3, 1)]),
+    parts=st.none() | st.lists(st.floats(0, 1), min_size=6, max_size=6),
     seed=st.integers(0, 99),
 )
-def test_sequences_attend_as_blocks_do(lengths, prefix, window, heads, seed):
-    """Forward and all gradients of both plans."""
+def test_sequences_attend_as_blocks_do(lengths, prefix, window, heads, parts, seed):
+    """Forward and all gradients of both plans, where all rows or some have the prefix or a part of it."""
     generator = torch.Generator().manual_seed(seed)
     total, rule, results = prefix + sum(lengths), Rule(0.3, window, None), []
+    ahead = None if parts is None else [round(part * prefix) for part in parts[: len(lengths)]]
     tensors = [torch.randn(1, n, total, 8, generator=generator) for n in (heads[0], heads[1], heads[1])]
     slope = torch.randn(1, total, heads[0], 8, generator=generator)
-    for plan in (varlen_plan(lengths, prefix=prefix), PackedPlan(lengths, prefix=prefix)):
+    for plan in (varlen_plan(lengths, prefix=prefix, ahead=ahead), PackedPlan(lengths, prefix=prefix, ahead=ahead)):
         leaves = [x.clone().requires_grad_() for x in tensors]
         out = plan.attend(None, *leaves, rule)
         results.append([out, *torch.autograd.grad(out, leaves, slope)])
@@ -87,13 +63,20 @@ def test_sequences_attend_as_blocks_do(lengths, prefix, window, heads, seed):
 
 
 def test_keys_of_a_row_are_the_prefix_and_its_own():
-    plan = VarlenPlan([3, 1], prefix=2, device="cpu")
-    ends_q, ends_k, *longest = plan.sequences
+    positions, (ends_q, ends_k, *longest), copies = VarlenPlan([3, 1], prefix=2, device="cpu").layout
+    assert positions.tolist() == [0, 1, 2, 3, 4, 2]
     assert ends_q.tolist() == [0, 2, 5, 6] and ends_k.tolist() == [0, 2, 7, 10]
-    assert plan.key_index.tolist() == [0, 1, 0, 1, 2, 3, 4, 0, 1, 5]
+    assert copies.token.tolist() == [0, 1, 0, 1, 2, 3, 4, 0, 1, 5]
+    assert copies.keys.tolist() == [0, 2, 7, 1, 3, 8, 4, 5, 6, 9] and copies.starts.tolist() == [0, 3, 6, 7, 8, 9]
     assert longest == [3, 5]
-    alone = VarlenPlan([3, 1], device="cpu")
-    assert alone.key_index is None and alone.sequences.ends_q.tolist() == alone.sequences.ends_k.tolist() == [0, 3, 4]
+    positions, (ends_q, ends_k, *longest), copies = VarlenPlan([3, 1], device="cpu").layout
+    assert copies is None and ends_q is ends_k and ends_q.tolist() == [0, 3, 4] and longest == [3, 3]
+
+
+def test_a_row_may_have_a_part_of_the_prefix():
+    positions, (_, ends_k, *_), copies = VarlenPlan([2, 1, 1], prefix=2, ahead=[0, 2, 1], device="cpu").layout
+    assert positions.tolist() == [0, 1, 0, 1, 2, 1] and ends_k.tolist() == [0, 2, 4, 7, 9]
+    assert copies.token.tolist() == [0, 1, 2, 3, 0, 1, 4, 0, 5]
 
 
 def test_gradients_of_the_prefix_are_summed_in_fp32():
@@ -122,36 +105,71 @@ def test_what_flash_attention_cannot_serve_is_attended_to_in_blocks():
     assert type(packed_plan([3])) is PackedPlan
 
 
-@pytest.mark.skipif(_torch_varlen() is None, reason="this torch has no varlen_attn with windows")
 def test_torch_takes_our_arguments():
-    """Shapes and schema of torch's own function, by its rule for tensors without data."""
+    """Shapes and schema of torch's own operations, forward and backward, by its rules for tensors without data."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():
         q, k = torch.empty(9, 4, 8, dtype=torch.bfloat16), torch.empty(13, 2, 8, dtype=torch.bfloat16)
+        leaves = [x.requires_grad_() for x in (q, k, k.clone())]
         ends = torch.empty(3, dtype=torch.int32)
         for left in (-1, 6):
-            out = _torch_varlen()(q, k, k, Sequences(ends, ends, 5, 7), 0.3, left)
+            out = _torch_varlen()(*leaves, Sequences(ends, ends, 5, 7), 0.3, left)
             assert out.shape == q.shape and out.dtype == q.dtype
+            for x, grad in zip(leaves, torch.autograd.grad(out, leaves, torch.empty_like(out)), strict=True):
+                assert grad.shape == x.shape and grad.dtype == x.dtype
 
 
-@pytest.mark.parametrize("flagged", [True, False])
-def test_grouped_heads_need_no_flag(flagged, monkeypatch):
-    """torch 2.11 takes grouped heads without being told; from 2.12 on it wants ``enable_gqa``."""
-    seen = []
+@pytest.mark.parametrize("left", [-1, 3])
+def test_gradients_of_torchs_operations_go_where_they_belong(left, monkeypatch):
+    """Over fakes of both operations, which take what torch 2.6 names otherwise by position alone."""
+    sequences = Sequences(*(torch.tensor(ends, dtype=torch.int32) for ends in ([0, 3, 7], [0, 5, 9])), 4, 5)
+    made = torch.tensor([7, 7]), torch.tensor(0)
 
-    def old(query, key, value, cu_q, cu_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)):
-        seen.append((scale, window_size))
-        return query
+    def forward(q, k, v, ends_q, ends_k, longest_q, longest_k, dropout, causal, mask, *, scale, **window):
+        assert (dropout, causal, mask) == (0.0, left < 0, False)
+        assert window == {"window_size_left": left, "window_size_right": 0}
+        given = Sequences(ends_q, ends_k, longest_q, longest_k)
+        return reference_varlen(q, k, v, given, scale, left), torch.ones(4, len(q)), *made, torch.empty(0)
 
-    def new(query, key, value, cu_q, cu_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False):
-        seen.append((scale, window_size, enable_gqa))
-        return query
+    def backward(
+        grad, q, k, v, out, lse, ends_q, ends_k, longest_q, longest_k, dropout, causal, *rest, scale, **window
+    ):
+        assert torch.equal(lse, torch.ones(4, len(q))) and all(a is b for a, b in zip(rest, made, strict=True))
+        with torch.enable_grad():
+            leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+            got, *_ = forward(
+                *leaves, ends_q, ends_k, longest_q, longest_k, dropout, causal, False, scale=scale, **window
+            )
+        assert torch.equal(got, out)
+        return torch.autograd.grad(got, leaves, grad)
 
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", new if flagged else old)
-    q, k, ends = torch.ones(3, 4, 8), torch.ones(3, 2, 8), torch.tensor([0, 3], dtype=torch.int32)
-    _torch_varlen.__wrapped__()(q, k, k, Sequences(ends, ends, 3, 3), 0.5, 6)
-    assert seen == [(0.5, (6, 0), True) if flagged else (0.5, (6, 0))]
+    aten = SimpleNamespace(
+        _flash_attention_forward=SimpleNamespace(default=forward),
+        _flash_attention_backward=SimpleNamespace(default=backward),
+    )
+    attend = _torch_varlen()
+    monkeypatch.setattr(cuda.torch.ops, "aten", aten)
+    generator = torch.Generator().manual_seed(1)
+    shapes = ((7, 4, 8), (9, 2, 8), (9, 2, 8))
+    leaves = [torch.randn(shape, generator=generator, requires_grad=True) for shape in shapes]
+    slope = torch.randn(7, 4, 8, generator=generator)
+    results = [
+        [out.detach(), *torch.autograd.grad(out, leaves, slope)]
+        for out in (f(*leaves, sequences, 0.4, left) for f in (attend, reference_varlen))
+    ]
+    monkeypatch.undo()
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_torch_with_other_operations_is_not_called(monkeypatch):
+    schema = SimpleNamespace(arguments=[SimpleNamespace(name="query", kwarg_only=False)])
+    operation = SimpleNamespace(overloads=lambda: ["default"], default=SimpleNamespace(_schema=schema))
+    monkeypatch.setattr(cuda.torch.ops, "aten", SimpleNamespace(_flash_attention_forward=operation))
+    assert _torch_varlen.__wrapped__() is None
+    monkeypatch.setattr(cuda.torch.ops, "aten", SimpleNamespace())
+    assert _torch_varlen.__wrapped__() is None
 
 
 def test_the_attention_of_a_run_is_said(tiny_model, monkeypatch):
@@ -174,10 +192,15 @@ def test_the_attention_of_a_run_is_said(tiny_model, monkeypatch):
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-@pytest.mark.parametrize("prefix", [0, 9])
-def test_a_step_over_sequences_equals_a_plain_one(family, prefix, tiny_model, monkeypatch):
-    """Loss, gradients and norm of several passes; on the way nothing is fetched from the device."""
+@pytest.mark.parametrize(("prefix", "common"), [(0, 0), (9, 9), (19, 9), (19, 0)])
+def test_a_step_over_sequences_equals_a_plain_one(family, prefix, common, tiny_model, monkeypatch):
+    """Loss, gradients and norm of several passes; on the way nothing is fetched from the device.
+
+    All rows begin with ``common`` tokens, and task rows with ``prefix``.
+    """
     rows = make_rows([n + prefix for n in LENGTHS], prefix=prefix, task=(0, 3))
+    others = make_rows([n + common for n in LENGTHS], prefix=common, task=(0, 3))
+    rows = [row if row.task else other for row, other in zip(rows, others, strict=True)]
     rules = StepRules(task_weight=2.0, micro_tokens=90, share_prefix=True)
     results = []
     for fast in (True, False):
@@ -193,6 +216,7 @@ def test_a_step_over_sequences_equals_a_plain_one(family, prefix, tiny_model, mo
             continue
         body = Body(model)
         monkeypatch.setattr(batches, "packed_plan", varlen_plan)
+        monkeypatch.setattr(batches, "prefix_per_row", lambda device: True)
         unfuse_modules(model.get_base_model())
         with Fetches() as fetches:
             results.append((step_loss(body, rows, rules, clip=clip), gradients(model)))

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import numpy as np
 
 MIN_PREFIX = 8  # tokens; sharing less is not worth its bookkeeping
 APART = 128  # tokens of a step that passes of the task rows alone must save
-# And for each pass more that this takes: launching the kernels of a pass on a GPU takes 60 to 100 ms, in which an 8B
-# model computes some two thousand tokens.
-PASS = {"cpu": 0, "cuda": 2048}
 
 
 def common_prefix(rows: Sequence[np.ndarray]) -> int:
@@ -31,26 +27,41 @@ def passes(total: int, prefix: int, micro_tokens: int) -> int:
     return -(-total // max(1, micro_tokens - prefix))
 
 
-def apart(
-    rows: tuple[int, int], tokens: tuple[int, int], *, prefix: int, shared: int, micro_tokens: int, device: str
-) -> bool:
+def shared_prefix(rows: Sequence[np.ndarray], task: Sequence[bool], *, per_row: bool) -> tuple[int, list[int]]:
+    """Tokens that a pass over ``rows`` computes once, and how many of them each row begins with.
+
+    Args:
+        rows: (n,) ids each.
+        task: whether each is a task row, behind the anchor.
+        per_row: rows of one pass may have different parts of the prefix: task rows all of it, the others what all
+            rows begin with. Else it is the prefix of all.
+    """
+
+    def worthwhile(part: Sequence[np.ndarray]) -> int:
+        found = common_prefix(part) if len(part) > 1 else 0
+        return found if found >= MIN_PREFIX else 0
+
+    common = worthwhile(rows)
+    if per_row and not all(task):
+        own = worthwhile([ids for ids, is_task in zip(rows, task, strict=True) if is_task])
+        return max(own, common), [own if own and is_task else common for is_task in task]
+    return common, [common] * len(rows)
+
+
+def apart(rows: tuple[int, int], *, prefix: int, shared: int) -> bool:
     """Whether the task rows of a step get passes of their own, for their longer shared prefix.
+
+    Only where all rows of a pass must have the same prefix.
 
     Args:
         rows: task rows and other rows of the step.
-        tokens: of each.
-        prefix, shared, micro_tokens, device: as for `computed_tokens`.
+        prefix, shared: as for `computed_tokens`.
     """
-    task, other = (
-        passes(size - count * ahead, ahead, micro_tokens)
-        for count, size, ahead in zip(rows, tokens, (prefix, shared), strict=True)
-    )
-    more = task + other - passes(sum(tokens) - sum(rows) * shared, shared, micro_tokens)
-    return (prefix - shared) * (rows[0] - 1) > max(APART, more * PASS.get(device, 0))
+    return rows[0] > 1 and rows[1] > 0 and (prefix - shared) * (rows[0] - 1) > APART
 
 
 def computed_tokens(
-    count: np.ndarray, tokens: np.ndarray, *, prefix: int, shared: int, micro_tokens: int, device: str
+    count: np.ndarray, tokens: np.ndarray, *, prefix: int, shared: int, micro_tokens: int, per_row: bool
 ) -> int:
     """Tokens that the passes of all steps compute, shared prefixes once a pass.
 
@@ -60,17 +71,30 @@ def computed_tokens(
         prefix: tokens that all task rows begin with.
         shared: tokens that all rows begin with.
         micro_tokens: tokens of one pass.
-        device: ``cpu`` or ``cuda``.
+        per_row: as for `shared_prefix`.
     """
-    is_apart = partial(apart, prefix=prefix, shared=shared, micro_tokens=micro_tokens, device=device)
+    rules = {"prefix": prefix, "shared": shared, "micro_tokens": micro_tokens}
     total = 0
     for (task, other), (task_tokens, other_tokens) in zip(count.tolist(), tokens.tolist(), strict=True):
+        if per_row and task > 1 and other and prefix >= MIN_PREFIX:
+            total += _computed_together((task, other), (task_tokens, other_tokens), **rules)
+            continue
         common = shared if other else prefix
         parts = [(task + other, task_tokens + other_tokens, common)]
-        if task > 1 and other and is_apart((task, other), (task_tokens, other_tokens)):
+        if not per_row and apart((task, other), prefix=prefix, shared=shared):
             parts = [(task, task_tokens, prefix), (other, other_tokens, shared)]
         for rows, size, common in parts:
             ahead = common if rows > 1 and common >= MIN_PREFIX else 0
             own = size - rows * ahead
             total += own + ahead * passes(own, ahead, micro_tokens)
     return total
+
+
+def _computed_together(
+    rows: tuple[int, int], tokens: tuple[int, int], *, prefix: int, shared: int, micro_tokens: int
+) -> int:
+    """Tokens that a step computes in passes of rows with and without the prefix; the task rows come first."""
+    task = tokens[0] - rows[0] * prefix
+    own = task + tokens[1] - rows[1] * (shared if shared >= MIN_PREFIX else 0)
+    limit = -(-own // passes(own, prefix, micro_tokens))  # of a pass
+    return own + prefix * -(-task // limit)

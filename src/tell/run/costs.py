@@ -50,7 +50,7 @@ def computed_by(task: Task, mixture: Mixture) -> int:
         prefix=prefix,
         shared=common_prefix(heads[True] + heads[False]) if heads[False] else 0,
         micro_tokens=config.micro_tokens,
-        device=likely_place(task.config).device,
+        per_row=likely_place(task.config).device == "cuda",
     )
 
 

@@ -143,19 +143,33 @@ class PackedPlan:
     """T = prefix + sum(lengths) tokens: one shared prefix, then the rest of each row.
 
     Args:
-        lengths: tokens of each row after the shared prefix, each at least 1.
-        prefix: tokens shared by all rows, at the start of the packed sequence; 0 for none.
+        lengths: tokens of each row after its part of the shared prefix, each at least 1.
+        prefix: shared tokens, at the start of the packed sequence; 0 for none.
+        ahead: how many of them each row begins with; None: all of them. The kernels for CPUs take only None.
         device: of the tokens.
     """
 
-    def __init__(self, lengths: Sequence[int], *, prefix: int = 0, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        *,
+        prefix: int = 0,
+        ahead: Sequence[int] | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
         self.lengths, self.prefix, self.device = list(lengths), prefix, torch.device(device)
+        self.ahead = [prefix] * len(lengths) if ahead is None else list(ahead)
         self.total = prefix + sum(lengths)
         starts = np.cumsum([prefix, *lengths])
         self._blocks: list[Block] = []
-        for rows in _group(lengths):
-            sizes = [lengths[r] for r in rows]
-            self._blocks.append(Block(len(rows), max(sizes), torch.from_numpy(starts[rows]), torch.tensor(sizes)))
+        self._shares: list[int] = []  # how much of the prefix the rows of each block begin with
+        for share in sorted(set(self.ahead), reverse=True):
+            mine = [r for r, own in enumerate(self.ahead) if own == share]
+            for group in _group([lengths[r] for r in mine]):
+                rows = [mine[i] for i in group]
+                sizes = [lengths[r] for r in rows]
+                self._blocks.append(Block(len(rows), max(sizes), torch.from_numpy(starts[rows]), torch.tensor(sizes)))
+                self._shares.append(share)
         first = torch.zeros(1, dtype=torch.long)
         self._head = Block(1, prefix, first, torch.tensor([prefix])) if prefix else None
         self._masks: dict[tuple[int, int, int | None], Tensor] = {}
@@ -188,9 +202,9 @@ class PackedPlan:
         return tokens, slots, send(empty, self.device) if len(empty) else None
 
     def positions(self) -> Tensor:
-        """(1, T) position ids: each row counts on from the prefix."""
-        rows = [torch.arange(self.prefix), *(torch.arange(self.prefix, self.prefix + n) for n in self.lengths)]
-        return send(torch.cat(rows)[None], self.device)
+        """(1, T) position ids: each row counts on from its part of the prefix."""
+        rows = (torch.arange(share, share + n) for share, n in zip(self.ahead, self.lengths, strict=True))
+        return send(torch.cat([torch.arange(self.prefix), *rows])[None], self.device)
 
     def _hidden(self, length: int, prefix: int, window: int | None) -> Tensor:
         """(length, prefix + length) True where the key is after the query or outside the window."""
@@ -225,10 +239,11 @@ class PackedPlan:
     ) -> Iterator[Tensor]:
         """Outputs of each block of rows; queries, keys and values are ``padded`` (slots, heads, D)."""
         slot = 0
-        for block in self._blocks:
+        for block, share in zip(self._blocks, self._shares, strict=True):
             span, shape = slice(slot, slot + block.rows * block.longest), (block.rows, block.longest)
             q, k, v = (x[span].unflatten(0, shape) for x in padded)
-            yield self._block(q, k.transpose(1, 2), v.transpose(1, 2), kp, vp, rule)
+            ahead_k, ahead_v = (None if x is None or not share else x[:, :, :share] for x in (kp, vp))
+            yield self._block(q, k.transpose(1, 2), v.transpose(1, 2), ahead_k, ahead_v, rule)
             slot = span.stop
 
     def _pad(self, x: Tensor) -> Tensor:

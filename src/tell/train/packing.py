@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tell.rows.prefix import MIN_PREFIX, apart, common_prefix, passes
-from tell.train.attention import PackedPlan
+from tell.rows.prefix import apart, common_prefix, passes, shared_prefix
+from tell.train.attention import Plan
 from tell.train.device import send
 from tell.train.fast.cuda import packed_plan
 
@@ -65,34 +65,54 @@ class PackTargets(NamedTuple):
     probs: Tensor
 
 
-@dataclass(slots=True)
-class Pack:
-    """The rows of one forward pass, packed.
+class PackedRows(NamedTuple):
+    """The rows of one forward pass, packed, on the CPU.
 
     Attributes:
+        lengths, prefix, ahead: as of ``PackedPlan``.
         ids: (T,) int64 tokens, the shared prefix once at the start.
-        plan: what attends to what.
         predictors: (n,) index into T of the state that predicts each trained token.
         targets: (n,) the trained tokens.
         row: (n,) index of the row of each trained token.
-        trained, task: (rows,) trained tokens and task flag of each row.
-        source: (rows,) source index of each row, on the CPU.
+        trained: (rows,) trained tokens of each row.
+        source: (rows,) source index of each row.
         real: tokens of the rows before sharing.
         soft: distributions to train on instead of ``targets``; None where no row has any.
-        weight: (rows,) fp32 weight of each row; None: 1 for all.
     """
 
+    lengths: list[int]
+    prefix: int
+    ahead: list[int]
     ids: Tensor
-    plan: PackedPlan
     predictors: Tensor
     targets: Tensor
     row: Tensor
     trained: Tensor
     source: Tensor
-    task: Tensor
     real: int
+    soft: PackTargets | None
+
+
+@dataclass(slots=True)
+class Pack:
+    """The rows of one forward pass as its computation needs them, on the model's device.
+
+    Attributes:
+        plan: what attends to what.
+        ids, predictors, targets, row, trained, soft: as of ``PackedRows``.
+        source, real, prefix: as of ``PackedRows``, on the CPU.
+    """
+
+    plan: Plan
+    ids: Tensor
+    predictors: Tensor
+    targets: Tensor
+    row: Tensor
+    trained: Tensor
+    source: Tensor
+    real: int
+    prefix: int = 0
     soft: PackTargets | None = None
-    weight: Tensor | None = None
 
 
 def row_weights(rows: Sequence[TrainRow], device: torch.device | str = "cpu") -> Tensor | None:
@@ -101,10 +121,17 @@ def row_weights(rows: Sequence[TrainRow], device: torch.device | str = "cpu") ->
     return send(torch.tensor(weights, dtype=torch.float32), device) if any(w != 1 for w in weights) else None
 
 
-def _shared(rows: Sequence[TrainRow], share_prefix: bool) -> int:
-    """Tokens of the prefix that a pass over ``rows`` computes once."""
-    prefix = common_prefix([row.ids for row in rows]) if share_prefix and len(rows) > 1 else 0
-    return prefix if prefix >= MIN_PREFIX else 0
+def prefix_per_row(device: torch.device | str) -> bool:
+    """Whether rows with and without the prefix share a pass; the kernels for CPUs take one prefix for all."""
+    return torch.device(device).type == "cuda"
+
+
+def _cut(rows: Sequence[TrainRow], share_prefix: bool, device: torch.device | str) -> tuple[int, list[int]]:
+    """Tokens of the prefix that a pass over ``rows`` computes once, and how many of them each row begins with."""
+    if not share_prefix:
+        return 0, [0] * len(rows)
+    task = [row.task for row in rows]
+    return shared_prefix([row.ids for row in rows], task, per_row=prefix_per_row(device))
 
 
 def split_packs(
@@ -118,60 +145,75 @@ def split_packs(
     task = [row for row in rows if row.task]
     other = [row for row in rows if not row.task]
     parts = [list(rows)]
-    if share_prefix and len(task) > 1 and other:
+    if share_prefix and len(task) > 1 and other and not prefix_per_row(device):
         prefix, shared = (common_prefix([row.ids for row in part]) for part in (task, rows))
-        own, others = (sum(len(row.ids) for row in part) for part in (task, other))
-        sizes, kind = {"prefix": prefix, "shared": shared, "micro_tokens": micro_tokens}, torch.device(device).type
-        parts = [task, other] if apart((len(task), len(other)), (own, others), **sizes, device=kind) else parts
+        parts = [task, other] if apart((len(task), len(other)), prefix=prefix, shared=shared) else parts
     groups: list[list[TrainRow]] = []
     for part in parts:
-        prefix = _shared(part, share_prefix)
-        total = sum(len(row.ids) - prefix for row in part)
+        prefix, ahead = _cut(part, share_prefix, device)
+        costs = [len(row.ids) - cut for row, cut in zip(part, ahead, strict=True)]
         # Even passes: as many as needed, none larger than it must be.
-        limit = -(-total // passes(total, prefix, micro_tokens))
+        limit = -(-sum(costs) // passes(sum(costs), prefix, micro_tokens))
         group: list[TrainRow] = []
         used = 0
-        for row in sorted(part, key=lambda r: -len(r.ids)):
-            cost = len(row.ids) - prefix
-            if group and (prefix + used + cost > micro_tokens or used >= limit):
+        # Rows with the whole prefix first, so that few passes compute it.
+        for i in sorted(range(len(part)), key=lambda i: (-ahead[i], -len(part[i].ids))):
+            if group and (prefix + used + costs[i] > micro_tokens or used >= limit):
                 groups.append(group)
                 group, used = [], 0
-            group.append(row)
-            used += cost
+            group.append(part[i])
+            used += costs[i]
         groups.append(group)
     return groups
 
 
-def pack(rows: Sequence[TrainRow], *, share_prefix: bool, device: torch.device | str = "cpu") -> Pack:
-    """Packs rows, their common prefix once where ``share_prefix`` allows it."""
-    prefix = _shared(rows, share_prefix)
-    pieces = [rows[0].ids[:prefix]] if prefix else []
+def pack_rows(rows: Sequence[TrainRow], *, share_prefix: bool, device: torch.device | str = "cpu") -> PackedRows:
+    """Packs rows, their common prefix once where ``share_prefix`` allows it, for a pass on ``device``."""
+    prefix, ahead = _cut(rows, share_prefix, device)
+    pieces = [rows[ahead.index(prefix)].ids[:prefix]]
     predictors, targets, owner = [], [], []
     at = prefix
-    for r, row in enumerate(rows):
-        pieces.append(row.ids[prefix:])
+    for r, (row, cut) in enumerate(zip(rows, ahead, strict=True)):
+        pieces.append(row.ids[cut:])
         trained = np.flatnonzero(row.mask)
         before = trained - 1  # the token whose state predicts
-        predictors.append(np.where(before < prefix, before, before - prefix + at))
+        predictors.append(np.where(before < cut, before, before - cut + at))
         targets.append(row.ids[trained])
         owner.append(np.full(len(trained), r))
-        at += len(row.ids) - prefix
+        at += len(row.ids) - cut
 
     def tensor(parts: list[np.ndarray]) -> Tensor:
-        return send(torch.from_numpy(np.concatenate(parts).astype(np.int64)), device)
+        return torch.from_numpy(np.concatenate(parts).astype(np.int64))
 
-    return Pack(
+    return PackedRows(
+        [len(row.ids) - cut for row, cut in zip(rows, ahead, strict=True)],
+        prefix,
+        ahead,
         ids=tensor(pieces),
-        plan=packed_plan([len(row.ids) - prefix for row in rows], prefix=prefix, device=device),
         predictors=tensor(predictors),
         targets=tensor(targets),
         row=tensor(owner),
-        trained=send(torch.tensor([int(row.mask.sum()) for row in rows]), device),
+        trained=torch.tensor([int(row.mask.sum()) for row in rows]),
         source=torch.tensor([row.source for row in rows]),
-        task=send(torch.tensor([row.task for row in rows]), device),
         real=sum(len(row.ids) for row in rows),
-        soft=pack_targets(rows, device),
-        weight=row_weights(rows, device),
+        soft=pack_targets(rows, "cpu"),
+    )
+
+
+def pack(rows: Sequence[TrainRow], *, share_prefix: bool, device: torch.device | str = "cpu") -> Pack:
+    """``pack_rows`` on ``device``, with its plan."""
+    host = pack_rows(rows, share_prefix=share_prefix, device=device)
+    return Pack(
+        packed_plan(host.lengths, prefix=host.prefix, ahead=host.ahead, device=device),
+        ids=send(host.ids, device),
+        predictors=send(host.predictors, device),
+        targets=send(host.targets, device),
+        row=send(host.row, device),
+        trained=send(host.trained, device),
+        source=host.source,
+        real=host.real,
+        prefix=host.prefix,
+        soft=None if host.soft is None else PackTargets(*(send(x, device) for x in host.soft)),
     )
 
 
@@ -180,12 +222,11 @@ def pack_targets(rows: Sequence[TrainRow], device: torch.device | str) -> PackTa
     given = [row.soft for row in rows if row.soft is not None]
     if not given:
         return None
-    counts = [int(row.mask.sum()) for row in rows]
-    soft = torch.repeat_interleave(torch.tensor([row.soft is not None for row in rows]), torch.tensor(counts))
+    soft = np.repeat([row.soft is not None for row in rows], [int(row.mask.sum()) for row in rows])
     probs = torch.from_numpy(np.concatenate([targets.probs for targets in given]).astype(np.float32))
     ids = torch.from_numpy(np.concatenate([targets.ids for targets in given]).astype(np.int64))
     if len(ids) != int(soft.sum()):
         raise ValueError(f"{len(ids)} distributions for {int(soft.sum())} trained positions")
     probs /= probs.sum(1, keepdim=True)  # they were rounded
-    parts = (soft.nonzero()[:, 0], (~soft).nonzero()[:, 0], ids, probs)
+    parts = (*(torch.from_numpy(np.flatnonzero(x)) for x in (soft, ~soft)), ids, probs)
     return PackTargets(*(send(part, device) for part in parts))

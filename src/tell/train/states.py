@@ -79,5 +79,5 @@ def _pooled(tokens: Tensor, batch: Pack, group: Sequence[TrainRow], state: State
     sums = torch.cat([tokens.new_zeros(1, tokens.shape[1]), tokens]).double().cumsum(0)
     ends, lengths = batch.predictors.to(sums.device) + 1, [len(row.ids) - 1 for row in group]
     n = torch.tensor(lengths, device=sums.device)
-    prefix = batch.plan.prefix
+    prefix = batch.prefix
     return ((sums[ends] - sums[ends - n + prefix] + sums[prefix]) / n[:, None]).float()

@@ -14,16 +14,18 @@ from torch import Tensor, nn
 from tell.errors import TellError
 from tell.kernels.draws import draw_seed
 from tell.rows.row_table import RowTable
-from tell.train.attention import PackedPlan, install, use_plan
+from tell.train.attention import PackedPlan, Plan, install, use_plan
 from tell.train.device import Fetch, send
 from tell.train.fast.fused import fuse_modules
 from tell.train.loss import blocked_cross_entropy
-from tell.train.packing import Pack, TrainRow, pack, split_packs
+from tell.train.packing import Pack, TrainRow, pack, row_weights, split_packs
 from tell.train.soft_loss import blocked_soft_cross_entropy
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PretrainedConfig, PreTrainedModel
+
+    from tell.train.graphs import PassGraphs
 
 _separate: WeakSet[nn.Module] = WeakSet()  # cache: models whose packed rows were found not to see each other
 
@@ -66,6 +68,12 @@ class StepRules:
         own = torch.where(task, self.task_weight, 1.0)
         own = own if weight is None else own * weight
         return (own / trained if self.normalization == "example" else own) / total
+
+    def weights(self, rows: Sequence[TrainRow], total: Tensor) -> Tensor:
+        """(n,) weight of each trained position of ``rows``, on the CPU; ``total`` as for ``position_weights``."""
+        trained = torch.tensor([int(row.mask.sum()) for row in rows])
+        task = torch.tensor([row.task for row in rows])
+        return self.position_weights(trained, task, total, row_weights(rows)).repeat_interleave(trained)
 
 
 class StepNumbers(NamedTuple):
@@ -139,12 +147,14 @@ class Pass(NamedTuple):
         means: (rows,) mean nll of its rows.
         source: (rows,) their source indices.
         tokens: their real tokens, as in ``StepLoss``.
+        finished: its gradients are already accumulated, and ``loss`` has none.
     """
 
     loss: Tensor
     means: Tensor
     source: np.ndarray
     tokens: int
+    finished: bool = False
 
 
 def accumulate(
@@ -169,7 +179,8 @@ def accumulate(
     parts, means, source, tokens = [], [], [], 0
     for done in passes:
         if backward:
-            done.loss.backward()
+            if not done.finished:
+                done.loss.backward()
             draw_seed(done.loss.device)  # of the next pass
         parts.append(done.loss.detach())
         means.append(done.means)
@@ -202,6 +213,9 @@ def causal_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 class Body:
     """The parts of a causal model that a packed pass needs: transformer body, output layer, soft cap.
 
+    Attributes:
+        graphs: that training passes are replayed by, where set.
+
     Raises:
         TellError: packed rows would see each other in this architecture.
     """
@@ -216,6 +230,7 @@ class Body:
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
         self.logit_scale = _logit_scale(config)
         self.device = self.head.device
+        self.graphs: PassGraphs | None = None
         install(causal)
         with torch.inference_mode(False):  # tensors cached here are used in training too
             if causal not in _separate:
@@ -243,7 +258,7 @@ class Body:
                 remedy="Use a plain transformer: Llama, Qwen2, Qwen3, Gemma, Phi-3, Mistral, SmolLM and their like.",
             )
 
-    def run(self, plan: PackedPlan, ids: Tensor) -> Tensor:
+    def run(self, plan: Plan, ids: Tensor) -> Tensor:
         """(T, h) final states of packed tokens (T,)."""
         with use_plan(plan):
             out = self.core(input_ids=ids[None], position_ids=plan.positions(), use_cache=False)
@@ -292,6 +307,16 @@ def row_means(nll: Tensor, row: Tensor, trained: Tensor) -> Tensor:
     return sums.index_add_(0, row, nll) / trained
 
 
+def pass_loss(body: Body, batch: Pack, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """The part of a pass in a step's loss, with gradient, and (rows,) the mean loss of each of its rows.
+
+    All that differs between passes of one shape is in tensors, and none of them is read on the host: a pass can be
+    captured as a CUDA graph.
+    """
+    loss, nll = body.loss(batch, weights)
+    return loss, row_means(nll, batch.row, batch.trained)
+
+
 def step_loss(
     body: Body,
     rows: Sequence[TrainRow],
@@ -314,16 +339,17 @@ def step_loss(
         backward, clip, moved, scale: as in ``accumulate``.
         total: normaliser (``StepRules.total``) of the whole step where ``rows`` are only some of it.
     """
-    device, share = body.device, rules.share_prefix
-    divisor = send(torch.tensor(rules.total(rows) if total is None else total, dtype=torch.float32), device)
-    divisor = divisor if scale is None else divisor / scale  # in the weights: fp16 would round unscaled slopes to 0
+    device, share, graphs = body.device, rules.share_prefix, body.graphs if backward else None
+    divisor = torch.tensor(rules.total(rows) if total is None else total, dtype=torch.float32)
 
     def forward(group: list[TrainRow]) -> Pass:
-        batch = pack(group, share_prefix=share, device=device)
-        weight = None if batch.weight is None else batch.weight[batch.row]
-        weights = rules.position_weights(batch.trained[batch.row], batch.task[batch.row], divisor, weight)
-        loss, nll = body.loss(batch, weights)
-        return Pass(loss, row_means(nll, batch.row, batch.trained), batch.source.numpy(), batch.real)
+        weights = rules.weights(group, divisor)
+        if graphs is not None and (done := graphs.run(body, group, weights, share_prefix=share, scale=scale)):
+            return done
+        batch, weights = pack(group, share_prefix=share, device=device), send(weights, device)
+        # In the weights: fp16 would round unscaled slopes to 0.
+        loss, means = pass_loss(body, batch, weights if scale is None else weights * scale)
+        return Pass(loss, means, batch.source.numpy(), batch.real)
 
     groups = split_packs(rows, rules.micro_tokens, share_prefix=share, device=device)
     return accumulate(map(forward, groups), backward=backward, clip=clip, moved=moved, scale=scale)

@@ -33,6 +33,7 @@ from tell.train.average import WeightMean
 from tell.train.checkpoint import load_checkpoint, load_state, save_checkpoint, state_tensors
 from tell.train.device import kept_randomness, send, trains_fast
 from tell.train.flat import FLAT_DEVICES, FlatAdapters
+from tell.train.graphs import PassGraphs, graphs_for
 from tell.train.lora import a_scales, add_lora, remove_lora, save_adapter
 from tell.train.packing import TrainRow
 from tell.train.parallel import Processes, SharedStep, Step, shard
@@ -108,6 +109,8 @@ class Trainer:
             with self._tuned() as (model, plain):
                 run = self._start(model, plain, resume)
                 self._train(run, model)
+                if run.graphs is not None:
+                    self.hooks.note(run.graphs.summary())
                 with self._agreed():
                     if self.writes:
                         self._finish(run)
@@ -149,7 +152,7 @@ class Trainer:
             if resume and self.writes:
                 states = parameters, update.optimizer
                 facts = load_checkpoint(self._checkpoint, *states, flat=flat, digest=digest, more=_state(average))
-            one = partial(plain_step_loss, plain) if plain is not None else partial(step_loss, Body(model))
+            one, graphs = self._one(model, plain, list(parameters.values()))
             step: Step = partial(one, rules=self.rules, moved=self.hooks.moved)
         if processes:
             facts, state = processes.broadcast((facts, state_tensors(parameters, update.optimizer, flat)))
@@ -158,7 +161,19 @@ class Trainer:
         facts = facts or {}
         update.restore(facts)
         totals = _Totals(**{name: facts[name] for name in asdict(_Totals()) if name in facts})
-        return _Run(parameters, update, step, digest, totals, average)
+        return _Run(parameters, update, step, digest, totals, average, graphs)
+
+    def _one(
+        self, model: PeftModel, plain: PlainBody | None, parameters: list[nn.Parameter]
+    ) -> tuple[Step, PassGraphs | None]:
+        """A step of this process, and the graphs it replays, if any."""
+        if plain is not None:
+            return partial(plain_step_loss, plain), None
+        body = Body(model)
+        if self.processes is None:
+            noise = self.config.neftune_alpha > 0
+            body.graphs = graphs_for(model, parameters, noise=noise, note=self.hooks.note)
+        return partial(step_loss, body), body.graphs
 
     @torch.no_grad()
     def _finish(self, run: _Run) -> None:
@@ -339,6 +354,7 @@ class _Run:
     digest: str
     totals: _Totals
     average: WeightMean | None
+    graphs: PassGraphs | None
     launched: deque[_Launched] = field(default_factory=deque)
 
 
