@@ -111,6 +111,11 @@ class Pass(NamedTuple):
     tokens: int
     finished: bool = False
 
+    def backward(self) -> None:
+        """Accumulate its gradients, unless they are."""
+        if not self.finished:
+            self.loss.backward()
+
 
 def accumulate(
     passes: Iterable[Pass],
@@ -131,8 +136,8 @@ def accumulate(
     """
     parts, means, source, tokens = [], [], [], 0
     for done in passes:
-        if backward and not done.finished:
-            done.loss.backward()
+        if backward:
+            done.backward()
         parts.append(done.loss.detach())
         means.append(done.means)
         source.append(done.source)
