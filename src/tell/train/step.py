@@ -156,6 +156,11 @@ class Pass(NamedTuple):
     tokens: int
     finished: bool = False
 
+    def backward(self) -> None:
+        """Accumulate its gradients, unless they are."""
+        if not self.finished:
+            self.loss.backward()
+
 
 def accumulate(
     passes: Iterable[Pass],
@@ -179,8 +184,7 @@ def accumulate(
     parts, means, source, tokens = [], [], [], 0
     for done in passes:
         if backward:
-            if not done.finished:
-                done.loss.backward()
+            done.backward()
             draw_seed(done.loss.device)  # of the next pass
         parts.append(done.loss.detach())
         means.append(done.means)
