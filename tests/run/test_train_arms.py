@@ -11,6 +11,7 @@ from tell.folder import RunFolder
 from tell.progress import Silent
 from tell.run import train_arms as trainings
 from tell.run.task import Notices
+from tell.train.step_log import StepReport
 from tell.train.training_job import TrainResult
 
 
@@ -33,3 +34,25 @@ def test_no_checkpoint_stays_nor_one_that_a_killed_session_set_aside(diverges, t
     trained = trainings.train_arms(prepared, ["sft"], SimpleNamespace(), journal)
     assert list(trained.failed) == (["sft"] if diverges else [])
     assert [path.name for path in adapter.root.iterdir()] == ["failed.json" if diverges else "result.json"]
+
+
+def test_the_bar_never_goes_back_for_numbers_that_come_late():
+    """A GPU's step is reported while the next is computed, whose tokens are counted already; the end is exact."""
+    steps = []
+    counter = trainings._Counter(lambda amount, info="", left=None: steps.append(amount))
+
+    def report(step, total):
+        return StepReport(step, 3, 1.0, {"task": 1.0}, 10, total, 1.0)
+
+    counter.moved(10)
+    counter.moved(10)  # of step 2
+    counter.step(report(1, 10))
+    counter.moved(15)  # of step 3, whose first pass ran twice: it had no memory
+    counter.step(report(2, 20))
+    counter.step(report(3, 30))
+    assert steps == [10, 10, 0, 15, 0, -5] and sum(steps) == 30
+    resumed = trainings._Counter(lambda amount, info="", left=None: steps.append(amount))
+    steps.clear()
+    resumed.moved(10)
+    resumed.step(report(2, 20))  # 10 of an earlier session
+    assert sum(steps) == 20

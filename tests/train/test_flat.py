@@ -11,15 +11,18 @@ import torch
 from safetensors.torch import load_file
 
 from tell.errors import Interrupted
+from tell.kernels import draws
 from tell.train import flat as flats
 from tell.train import trainer as trainers
 from tell.train.fast.stacked import Lora, Stack
 from tell.train.flat import FlatAdapters, add_product, joined_rows, slot_of, sums_in_fp32
 from tell.train.lora import a_scales, add_lora
+from tell.train.parallel import Processes
 from tell.train.step import Body, StepRules, step_loss
 from tell.train.trainer import Trainer
 from tell.train.training_job import TrainingHooks, TrainingJob
-from train.packed import assert_close, gradients, load, make_rows, wake
+from tell.train.update import Update
+from train.packed import Fetches, assert_close, gradients, load, make_rows, wake
 from train.test_trainer import CONFIG, adapter, equal, log, mixture_of, trainer
 
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -254,3 +257,54 @@ def test_rounded_gradients_are_said(forced, tiny_model, tmp_path):
     Trainer(model, job, hooks=TrainingHooks(note=notes.append)).run()
     assert any("adapters' gradients are rounded to torch.bfloat16" in note for note in notes)
     assert json.loads((tmp_path / "logs" / "tell.jsonl").read_text().splitlines()[-1])["step"] == 5
+
+
+def test_gradients_of_several_processes_are_summed_in_place(tiny_model, monkeypatch):
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda sums: sums.mul_(2))
+    model = add_lora(load(tiny_model("llama")), EVEN, seed=1)
+    flat = flattened(model)
+    flat.grad.fill_(3.0)
+    Processes.add_gradients(object.__new__(Processes), [flat.weight])
+    assert flat.weight.grad is flat.grad and flat.grad.eq(6).all()
+    assert all(g.eq(6).all() for g in gradients(model).values())
+
+
+def test_the_seed_on_a_gpu_is_refilled_in_place(monkeypatch):
+    """By a stand-in: the CPU's tensor under the GPU's name, and no pinned memory."""
+    monkeypatch.setattr(draws, "_seeds", {torch.device("cuda", 0): torch.zeros(1, dtype=torch.int32)})
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    seed, seen = draws.device_seed(torch.device("cuda", 0)), []
+    for _ in range(2):
+        torch.manual_seed(3)
+        for _ in range(2):
+            draws.draw_seed(torch.device("cuda", 0))
+            seen.append(int(seed))
+    assert seen[0] == seen[2] and seen[1] == seen[3] and seen[0] != seen[1] and min(seen) >= 0
+    state = torch.get_rng_state()
+    draws.draw_seed(torch.device("cpu"))  # leaves the numbers of a CPU run as they were
+    assert torch.equal(torch.get_rng_state(), state)
+    assert draws.device_seed(torch.device("cpu")) is draws.device_seed(torch.device("cpu"))
+
+
+def test_a_step_launches_less(tiny_model, monkeypatch):
+    """Operations of two layers' pass and of the update, as on a GPU: none of them a cast of one matrix."""
+    monkeypatch.setattr("tell.train.fast.stacked.products_for", lambda x: None)
+    counts, updates = [], []
+    for joined in (False, True):
+        model = add_lora(load(tiny_model("llama"), dtype=torch.bfloat16), EVEN, seed=1)
+        named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        update = Update(named, EVEN, torch.bfloat16, flattened(model, torch.bfloat16) if joined else None)
+        body, rows = Body(model), make_rows((40, 30))
+        for counted in (False, True):  # the optimizer makes its state in the first step
+            with Fetches() as passes:
+                step_loss(body, rows, StepRules())
+            with Fetches() as after:
+                update.clip()
+                update.apply(1e-3, torch.zeros(()))
+            if counted:
+                counts.append(passes.operations)
+                updates.append(after.operations)
+                assert after.names == []
+    assert len(named) == 28
+    assert counts[1] < counts[0] - 2 * len(named)
+    assert updates[1] <= 20  # a handful, however many layers

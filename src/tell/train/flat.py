@@ -133,13 +133,13 @@ def sums_in_fp32(device: torch.device, dtype: torch.dtype) -> bool:
         return True
     if device.type != "cuda":
         return False
-    ones = torch.ones(16, 1025, dtype=dtype, device=device)
+    ones = torch.ones(16, 4104, dtype=dtype, device=device)
     total = torch.ones(16, 16, device=device)
     try:
         torch.addmm(total, ones, ones.t(), out_dtype=torch.float32, alpha=0.5, out=total)
     except (RuntimeError, TypeError):
         return False
-    return bool((total == 1025 / 2 + 1).all())  # which bf16 would round
+    return bool((total == 4104 / 2 + 1).all())  # which bf16 and fp16 would round
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> None:
