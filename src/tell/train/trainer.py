@@ -30,10 +30,12 @@ from tell.train.attention import current_plan
 from tell.train.average import WeightMean
 from tell.train.checkpoint import load_checkpoint, load_state, save_checkpoint, state_tensors
 from tell.train.device import FAST_DEVICES, kept_randomness, send, trains_fast
+from tell.train.fit import NOT_FITTED, fit_step
 from tell.train.lora import add_lora, remove_lora, save_adapter
 from tell.train.packing import TrainRow
 from tell.train.parallel import Processes, SharedStep, Step, shard
 from tell.train.plain import PaddedRows, PlainBody, plain_step_loss
+from tell.train.recompute import Recompute, recomputed_layers
 from tell.train.step import Body, StepLoss, StepRules, step_loss
 from tell.train.step_log import StepLog, StepReport
 from tell.train.training_job import TrainingHooks, TrainingJob, TrainResult, learning_rate, run_digest, step_rows
@@ -85,7 +87,7 @@ class Trainer:
         self.rules = StepRules(
             config.loss_normalization,
             config.task_weight,
-            config.micro_tokens,
+            config.forward_tokens,
             share_prefix=config.lora_dropout == 0 and config.neftune_alpha == 0,  # nothing random differs between rows
         )
 
@@ -101,8 +103,8 @@ class Trainer:
         with self.processes.job() if self.processes else nullcontext(), kept_randomness(self.device):
             if self.fast:
                 keep_memory()
-            with self._tuned() as (model, plain):
-                run = self._start(model, plain, resume)
+            with self._tuned() as (model, plain, layers):
+                run = self._start(model, plain, layers, resume)
                 self._train(run, model)
                 with self._agreed():
                     if self.writes:
@@ -112,21 +114,24 @@ class Trainer:
         return TrainResult(self.steps, totals.tokens, totals.trained_tokens, totals.seconds, self.rate)
 
     @contextmanager
-    def _tuned(self) -> Iterator[tuple[PeftModel, PlainBody | None]]:
+    def _tuned(self) -> Iterator[tuple[PeftModel, PlainBody | None, Recompute]]:
         """The base model with an adapter to train, on the plain path or not; restored at the end."""
         was_training, plain = self.base.training, None
         model = add_lora(self.base, self.config, seed=self.job.seed, fused=self.fast)
         try:
             with self._agreed():
                 plain = None if self.fast else PlainBody(model)
-            with _noise(model, self.config.neftune_alpha):
-                yield model, plain
+            with (
+                _noise(model, self.config.neftune_alpha),
+                recomputed_layers(self.base, self.config.recompute) as layers,
+            ):
+                yield model, plain, layers
         finally:
             remove_lora(model).train(was_training)
             if plain is not None:
                 plain.give_back()
 
-    def _start(self, model: PeftModel, plain: PlainBody | None, resume: bool) -> _Run:
+    def _start(self, model: PeftModel, plain: PlainBody | None, layers: Recompute, resume: bool) -> _Run:
         """Set up the first step, from a checkpoint where there is one; the same in every process."""
         config, processes = self.config, self.processes
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -144,8 +149,14 @@ class Trainer:
             average = WeightMean(parameters, config.average, self.steps) if config.average and self.writes else None
             if resume and self.writes:
                 facts = load_checkpoint(self._checkpoint, parameters, optimizer, digest=digest, more=_state(average))
-            one = partial(plain_step_loss, plain) if plain is not None else partial(step_loss, Body(model))
-            step: Step = partial(one, rules=self.rules, moved=self.hooks.moved)
+            body = plain or Body(model)
+            one = partial(plain_step_loss if plain else step_loss, body, moved=self.hooks.moved)
+            step: Step = partial(one, rules=self.rules)
+            if self.sharded:  # passes are collective: none can be repeated alone
+                self.hooks.note(NOT_FITTED)
+            else:
+                clear = partial(optimizer.zero_grad, set_to_none=True)
+                step = fit_step(one, body, layers, self.rules, self.job, clear=clear, note=self.hooks.note)
         if processes:
             facts, state = processes.broadcast((facts, state_tensors(parameters, optimizer)))
             load_state(state, parameters, optimizer)
