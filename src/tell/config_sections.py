@@ -244,7 +244,7 @@ class TrainConfig(Section):
         None,
         ge=1,
         le=LARGEST,
-        description="tokens per forward pass; smaller needs less memory; auto (none): by free memory on a GPU, else 3072",
+        description="tokens of a pass; smaller needs less memory; auto (none): by free memory on CUDA, else 3072",
     )
     recompute: Annotated[int | None, _OrAuto] = Field(
         None,

@@ -143,9 +143,9 @@ def host_memory() -> tuple[int, int]:
 
 
 def grow_segments(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Let torch's allocator grow its segments on a GPU, so that passes of uneven sizes leave no holes; before CUDA starts.
+    """Let torch's allocator grow its segments on a GPU, so that passes of uneven sizes leave no holes.
 
-    What the user has set stays.
+    To be called before CUDA starts; what the user has set stays.
     """
     if sys.platform == "linux" and not any(environment.get(name) for name in _SEGMENTS):
         environment["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"

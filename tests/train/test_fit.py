@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -12,17 +9,17 @@ from hypothesis import strategies as st
 
 from tell.config_sections import TrainConfig
 from tell.errors import TellError
-from tell.pass_memory import GPU_LOGITS, LOSS_ROWS, MICRO_TOKENS, PassMemory, grow_segments, loss_block, usable
+from tell.pass_memory import GPU_LOGITS, LOSS_ROWS, MICRO_TOKENS, PassMemory, grow_segments, loss_block
 from tell.train import fit as fits
 from tell.train.fit import FittedStep, count_pass, fit_step, is_out_of_memory
 from tell.train.lora import add_lora
 from tell.train.loss import BLOCK, block_size
 from tell.train.loss import GPU_LOGITS as LOGITS
-from tell.train.plain import PlainBody, plain_step_loss
+from tell.train.plain import PlainBody
 from tell.train.recompute import recomputed_layers
 from tell.train.step import Body, StepRules, step_loss
 from train.packed import gradients, load, make_rows, wake
-from train.test_trainer import CONFIG, adapter, log, mixture_of, trainer
+from train.test_trainer import CONFIG, adapter, log, trainer
 
 MEMORY = PassMemory(layers=32, kept=110e3, entry=8e3, rest=16e3, block=0.27e9)
 
@@ -200,9 +197,9 @@ def test_on_a_gpu_passes_and_level_follow_from_free_memory(tiny_model, tmp_path,
     notes = []
     with recomputed_layers(base) as layers:
 
-        def chosen(free, job=job, rules=StepRules()):
+        def chosen(free, job=job, rules=None):
             monkeypatch.setattr(fits, "free_bytes", lambda device: (free * 1.001 + 14 * trained + 0.2e9) / 0.95)
-            step = fit_step(None, body, layers, rules, job, clear=print, note=notes.append)
+            step = fit_step(None, body, layers, rules or StepRules(), job, clear=print, note=notes.append)
             level, layers.level = layers.level, 0
             return step.rules.micro_tokens, level
 

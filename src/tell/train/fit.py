@@ -1,5 +1,6 @@
-"""Steps that fit into memory: the size of passes and the layers to recompute are chosen from free memory and from counted
-bytes, and a step that runs out of memory all the same is repeated in smaller passes.
+"""Steps that fit into memory: passes and the layers to recompute are chosen from free memory and from counted bytes.
+
+A step that runs out of memory all the same is repeated in smaller passes.
 
 Neither changes a result but by rounding, and by dropout's draws where passes are cut differently.
 """
@@ -212,13 +213,11 @@ def count_pass(body: Body | PlainBody, recompute: Recompute, *, tokens: int) -> 
     device, head = device_of(body), _head(body)
     kept: dict[int, tuple[int, torch.UntypedStorage]] = {}  # layer, and the storage, which holds on to its address
     outside = -1
-    fixed = {p.untyped_storage().data_ptr() for p in _causal(body).parameters()}
     at = [outside]
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in fixed:
-            kept.setdefault(storage.data_ptr(), (at[0], storage))
+        kept.setdefault(storage.data_ptr(), (at[0], storage))
         return tensor
 
     @contextmanager
@@ -233,6 +232,8 @@ def count_pass(body: Body | PlainBody, recompute: Recompute, *, tokens: int) -> 
             states = _states(body, tokens)
     finally:
         recompute.level, recompute.watch = level, None
+    for p in _causal(body).parameters():  # after the pass, which may have moved weights
+        kept.pop(p.untyped_storage().data_ptr(), None)
     layers, width = len(recompute.layers), states.element_size()
     inside = sum(storage.nbytes() for number, storage in kept.values() if number != outside)
     rest = sum(storage.nbytes() for number, storage in kept.values() if number == outside)
