@@ -34,22 +34,9 @@ SMOLLM2 = Architecture(
     "llama", ("LlamaForCausalLM",), 30, 576, 1536, 9, 3, 64, 49152, True, 8192, 134515008, 106168320, 28311552, True
 )
 QWEN3 = Architecture(
-    "qwen3",
-    ("Qwen3ForCausalLM",),
-    28,
-    1024,
-    3072,
-    16,
-    8,
-    128,
-    151936,
-    True,
-    40960,
-    596049920,
-    440401920,
-    155582464,
-    True,
-)
+    "qwen3", ("Qwen3ForCausalLM",), 28, 1024, 3072, 16, 8, 128, 151936, True, 40960,
+    596049920, 440401920, 155582464, True,
+)  # fmt: skip
 LLAMA3 = Architecture(
     "llama", ("LlamaForCausalLM",), 32, 4096, 14336, 32, 8, 128, 128256, False, 8192,
     8030261248, 6979321856, 1050673152, True,
@@ -83,7 +70,7 @@ class Kept:
 
 
 def shaped(arch, layers, dtype):
-    """A model of that shape whose weights are zeros, on the fast path without its trials."""
+    """A model of that shape, its weights left as they come, on the fast path without its trials."""
     make = {"llama": LlamaConfig, "qwen3": Qwen3Config}[arch.model_type]
     config = make(
         hidden_size=arch.hidden, intermediate_size=arch.intermediate, num_attention_heads=arch.heads,
@@ -93,8 +80,6 @@ def shaped(arch, layers, dtype):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
     rotary = type(model.base_model.rotary_emb)(config)
     model = model.to_empty(device="cpu")
-    for p in model.parameters():
-        p.zero_()
     model.base_model.rotary_emb = rotary
     install(model)
     forwards = forwards_for(model.lm_head.weight)
@@ -110,7 +95,7 @@ def shaped(arch, layers, dtype):
     return model
 
 
-def kept_by(arch, layers, dtype, targets, tokens=32):
+def kept_by(arch, layers, dtype, targets, tokens=16):
     model = add_lora(shaped(arch, layers, dtype), TrainConfig(lora_targets=targets), seed=1)
     core, plan = model.get_base_model().base_model, packed_plan([tokens // 2] * 2)
     with Kept(model) as kept, use_plan(plan):
@@ -131,11 +116,10 @@ def kept_by(arch, layers, dtype, targets, tokens=32):
     ids=lambda value: f"{value.parameters / 1e9:.1f}B" if isinstance(value, Architecture) else value,
 )
 def test_real_shapes_keep_what_is_predicted(arch, dtype, targets):
-    """A further layer of the real shape, within 2 %."""
+    """A layer of the real shape, within 2 %: the first norm of all keeps nothing, but the last one keeps its input."""
     kind = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
-    one, two = (kept_by(arch, layers, kind, targets) for layers in (1, 2))
     predicted = fused_bytes(arch, kind.itemsize, rank=8, targets=targets)
-    assert predicted == pytest.approx(two - one, rel=0.02)
+    assert kept_by(arch, 1, kind, targets) == pytest.approx(predicted, rel=0.02)
 
 
 def test_8b_keeps_108_kilobytes_a_token_and_layer():
@@ -212,8 +196,11 @@ def test_8b_on_a_large_card_needs_no_recomputation():
     """The 36 GB of the goal, with 3,072 tokens a pass."""
     found = memory(LLAMA3, 2048, 3072)
     assert (found.fit.level, found.fit.micro_tokens) == (0, 3072)
-    assert found.total == pytest.approx(16.1e9 + 3072 * 32 * 110.8e3 + 0.4e9 + 1e9, rel=0.1)
-    assert memory(LLAMA3, 2048, 3072, recompute=32).total < 22e9
+    training = found.weights + found.process + found.adapter + found.activations
+    assert training == pytest.approx(16.1e9 + 3072 * 32 * 110.8e3 + 0.4e9 + 1e9, rel=0.05)
+    assert found.total > training  # evaluation copies adapted weights where there is plenty of room
+    recomputed = memory(LLAMA3, 2048, 3072, recompute=32)
+    assert recomputed.weights + recomputed.process + recomputed.adapter + recomputed.activations < 22e9
 
 
 def test_memory_adds_up():
