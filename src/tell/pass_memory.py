@@ -17,6 +17,7 @@ FULL_PASS = 2048  # a larger pass makes a GPU hardly faster: layers are recomput
 MOST_TOKENS = 16_384  # no pass is chosen larger; offsets into its widest tensors stay within 32 bits
 LOSS_ROWS = 256  # positions whose logits a CPU computes at a time, as in train/loss.py
 GPU_LOGITS = 1 << 27  # logits that a GPU computes at a time
+GRADIENTS = 0.75  # of what a layer keeps, its gradients take at most: those of the MLP's inner states (a profile)
 FRAGMENTS = 0.05  # share of free memory that the allocator's rounding may waste
 WORKSPACE = 0.2e9  # bytes that the libraries of a GPU take at their first product
 _SEGMENTS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
@@ -60,11 +61,10 @@ class PassMemory:
     def _slopes(self, level: int) -> tuple[float, float]:
         """Bytes per token at the end of the forward pass, and in the backward pass of a layer."""
         held = (self.layers - level) * self.kept + level * self.entry
-        # A layer's gradients take about as much as what it keeps. One that is recomputed also keeps it once more, when
-        # the layers after the first ``level`` have been freed.
-        back = held + self.kept
+        # The layers after the first ``level`` have been freed when one of these keeps all once more.
+        back = (held if level < self.layers else held + self.kept) + GRADIENTS * self.kept
         if level:
-            back = max(back, level * self.entry + 2 * self.kept)
+            back = max(back, level * self.entry + (1 + GRADIENTS) * self.kept)
         return held + self.rest, back + self.rest
 
     def peak(self, tokens: float, level: int = 0) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,7 +46,8 @@ class Recompute:
         def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
             return nullcontext(), use_plan(plan)
 
-        return checkpoint(original, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+        again: object = checkpoint(partial(original, **kwargs), *args, use_reentrant=False, context_fn=contexts)
+        return again
 
 
 @contextmanager

@@ -149,14 +149,13 @@ class Trainer:
             average = WeightMean(parameters, config.average, self.steps) if config.average and self.writes else None
             if resume and self.writes:
                 facts = load_checkpoint(self._checkpoint, parameters, optimizer, digest=digest, more=_state(average))
-            body = plain or Body(model)
-            one = partial(plain_step_loss if plain else step_loss, body, moved=self.hooks.moved)
-            step: Step = partial(one, rules=self.rules)
+            one = partial(plain_step_loss, plain) if plain is not None else partial(step_loss, Body(model))
+            step: Step = partial(one, rules=self.rules, moved=self.hooks.moved)
             if self.sharded:  # passes are collective: none can be repeated alone
                 self.hooks.note(NOT_FITTED)
             else:
                 clear = partial(optimizer.zero_grad, set_to_none=True)
-                step = fit_step(one, body, layers, self.rules, self.job, clear=clear, note=self.hooks.note)
+                step = fit_step(step, one.args[0], layers, self.rules, self.job, clear=clear, note=self.hooks.note)
         if processes:
             facts, state = processes.broadcast((facts, state_tensors(parameters, optimizer)))
             load_state(state, parameters, optimizer)
