@@ -236,7 +236,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", default="smollm2-135m", help="folder, hub name or smollm2-135m")
     parser.add_argument("--steps", type=int, default=8, help=f"optimiser steps that are timed, after {WARMUP} others")
     parser.add_argument("--batch", type=int, default=TrainConfig().batch_size, help="rows of a step")
-    parser.add_argument("--micro-tokens", type=int, default=TrainConfig().micro_tokens, help="tokens of a pass")
+    parser.add_argument("--micro-tokens", type=int, default=TrainConfig().forward_tokens, help="tokens of a pass")
     parser.add_argument("--length-scale", type=float, default=1.0, help="shrinks all lengths")
     parser.add_argument("--seed", type=int, default=42, help="of rows and adapters")
     parser.add_argument(

@@ -10,8 +10,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from tell.cpu import limit_libraries
+from tell.pass_memory import grow_segments
 
 limit_libraries()  # before anything imports torch
+grow_segments()
 
 __version__ = "0.1.0"
 

@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 from tell.arm import Closed, Constrain, KindName
 from tell.names import ARMS
 from tell.overrides import GENERAL_AMOUNTS
+from tell.pass_memory import MICRO_TOKENS
 from tell.presets import PRESETS, general_tokens_for
 
 if TYPE_CHECKING:
@@ -59,6 +60,14 @@ def _spelled(value: object) -> object:
 
 
 _SpelledOff = BeforeValidator(_spelled)  # YAML reads a bare off as false
+
+
+def _number_or_auto(value: object) -> object:
+    """``auto`` is None, ``off`` is 0; YAML reads a bare off as false."""
+    return {"auto": None, "off": 0}.get(value, value) if isinstance(value, str) else 0 if value is False else value
+
+
+_OrAuto = BeforeValidator(_number_or_auto)
 
 
 def _names(value: object) -> object:
@@ -233,7 +242,19 @@ class TrainConfig(Section):
     warmup_ratio: float = Field(0.03, ge=0, lt=1, description="share of the steps used for warm-up")
     max_grad_norm: float = Field(1.0, ge=0, description="largest gradient norm; 0 turns clipping off")
     batch_size: int = Field(16, ge=1, le=LARGEST, description="examples per optimiser step")
-    micro_tokens: int = Field(3072, ge=1, le=LARGEST, description="tokens per forward pass; smaller needs less memory")
+    micro_tokens: Annotated[int | None, _OrAuto] = Field(
+        None,
+        ge=1,
+        le=LARGEST,
+        description="tokens of a pass; smaller needs less memory; auto (none): by free memory on CUDA, else 3072",
+    )
+    recompute: Annotated[int | None, _OrAuto] = Field(
+        None,
+        ge=0,
+        le=LARGEST,
+        description="decoder layers whose forward pass is repeated in the backward pass instead of kept: less memory, "
+        "a third more work in those layers, same results; off: 0; auto (none): as few as fit into free memory",
+    )
     max_length: int = Field(
         2048, ge=8, le=LARGEST, description="longest row in tokens; longer rows are never cut, see too_long"
     )
@@ -279,6 +300,11 @@ class TrainConfig(Section):
     checkpoint_every: int = Field(
         50, ge=0, le=LARGEST, description="optimiser steps between checkpoints; 0: only on a signal"
     )
+
+    @property
+    def forward_tokens(self) -> int:
+        """Tokens of a pass without training, which keeps little."""
+        return self.micro_tokens or MICRO_TOKENS
 
 
 class TokensConfig(Section):

@@ -18,7 +18,7 @@ from tell.models.find import find_model
 from tell.models.flops import flops_paper, inference_flops, lora_parameters, training_flops
 from tell.models.load import load_model
 from tell.models.machine import Place
-from tell.models.predict import CPU_GFLOPS, predict_memory, predict_seconds, record_speed
+from tell.models.predict import CPU_GFLOPS, predict_seconds, record_speed
 
 SMOLLM2 = Architecture(
     "llama", ("LlamaForCausalLM",), 30, 576, 1536, 9, 3, 64, 49152, True, 8192, 134515008, 106168320, 28311552, True
@@ -143,35 +143,3 @@ def test_damaged_record_is_no_obstacle(content, tmp_path, monkeypatch):
     assert len(json.loads((tmp_path / "speed.json").read_text())) == 1
     with pytest.raises(ValueError, match="not positive"):
         record_speed("x", Place("cpu", "fp32"), 0.0)
-
-
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-@pytest.mark.parametrize("family", ["llama", "qwen2", "mistral"])
-def test_activations_are_what_autograd_keeps(family, dtype, tiny_model):
-    """Against the bytes that a real forward pass saves for its backward pass."""
-    files = find_model(str(tiny_model(family)))
-    model = get_peft_model(
-        load_model(files, dtype=dtype, device="cpu").model, LoraConfig(r=8, target_modules="all-linear")
-    ).train()
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept = {}
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # the tensor holds on to the address
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        hidden = model.base_model.model.model(input_ids=torch.arange(30, 94)[None])[0]
-    assert hidden.requires_grad
-    predicted = predict_memory(files.architecture, micro_tokens=64, place=Place("cpu", dtype)).activations
-    assert sum(size for size, _ in kept.values()) == pytest.approx(predicted, rel=0.15)
-
-
-def test_memory_adds_up():
-    small = predict_memory(SMOLLM2, micro_tokens=1024, trained_share=0.25, place=Place("cpu", "bf16"))
-    large = predict_memory(SMOLLM2, micro_tokens=4096, trained_share=0.25, place=Place("cpu", "bf16"))
-    assert large.activations == 4 * small.activations and large.logits == 4 * small.logits
-    assert small.weights == 2 * SMOLLM2.parameters
-    assert small.total == sum((small.weights, small.adapter, small.activations, small.logits, small.process))

@@ -11,8 +11,10 @@ import pytest
 
 import tell
 from run.runs import ALL_ARMS, PROBE, config_of, read
+from tell.cli.tables import _memory
 from tell.data.general import general_source
 from tell.names import ARMS
+from tell.run import plan as plans
 from tell.run.costs import arm_costs
 from tell.run.general_rows import load_general, read_general
 from tell.run.prepare import prepare
@@ -64,6 +66,26 @@ def test_many_task_rows_are_tokenised_once(tiny_model, tmp_path, monkeypatch):
     other, kept = planned("Be very brief, please.", len(rows))
     assert kept == 2 and other["task"]["tokens"] > first["task"]["tokens"]
     assert planned("Be brief.", len(rows) - 1)[1] == 3
+
+
+def test_plan_says_what_of_the_card_a_run_takes(tiny_model, monkeypatch):
+    """Its memory, passes and recomputation, and that a run does not fit, for a GPU that is not there."""
+    config = config_of(tiny_model("gemma3"))
+    config.model.device = "cuda"
+    found = {}
+    for free in (23e9, 0.9e9):
+        monkeypatch.setattr(plans, "device_memory", lambda device, free=free: (24e9, free))
+        planned = tell.plan(config)
+        found[free] = planned["predicted"], [text for text in planned["notices"] if "predicted to need" in text]
+    (plenty, no_notice), (_, notice) = found.values()
+    assert not no_notice and len(notice) == 1 and "0.9 GB are free on cuda" in notice[0]
+    assert plenty["device_memory_gb"] == 24 and plenty["layers"] == 3 and plenty["recompute"] == 0
+    assert plenty["micro_tokens"] > 0 and plenty["memory_gb"] < 24
+    text = _memory({**plenty, "memory_gb": 21.5, "recompute": 2, "micro_tokens": 2048})
+    assert text == "21.5 GB of memory of 24 GB, passes of 2,048 tokens, 2 of 3 layers recomputed"
+    assert _memory({"memory_gb": 2.5}) == "2.5 GB of memory"  # of an older plan
+    monkeypatch.setattr(plans, "device_memory", lambda device: None)
+    assert tell.plan(config)["predicted"]["device_memory_gb"] is None
 
 
 def test_plan_writes_no_run_folder(tiny_model, tmp_path):

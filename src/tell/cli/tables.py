@@ -63,7 +63,7 @@ def plan_box(plan: dict) -> RenderableType:
     for arm, costs in plan["arms"].items():
         time = clock(costs["seconds"])
         arms.add_row(arm, f"{costs['steps']:,}", f"{costs['tokens']:,}", f"{costs['flops']:.3g}", time)
-    cost = f"about {clock(predicted['seconds'])} ({predicted['basis']}), {predicted['memory_gb']:g} GB of memory"
+    cost = f"about {clock(predicted['seconds'])} ({predicted['basis']}), {_memory(predicted)}"
     parts: list[RenderableType] = [Text("\n".join(lines)), Text(), table, Text()]
     if plan["arms"]:
         parts += [arms, Text()]
@@ -72,6 +72,15 @@ def plan_box(plan: dict) -> RenderableType:
     parts += [Text(clean(text), style="yellow") for text in dropped]
     parts += [Text(f"note: {clean(notice)}", style="yellow") for notice in plan.get("notices", ())]
     return Panel(Group(*parts), title="plan", title_align="left", expand=False)
+
+
+def _memory(predicted: dict) -> str:
+    text = f"{predicted['memory_gb']:g} GB of memory"
+    if total := predicted.get("device_memory_gb"):  # older plans lack it, and other devices
+        text += f" of {total:g} GB"
+    if level := predicted.get("recompute"):
+        text += f", passes of {predicted['micro_tokens']:,} tokens, {level} of {predicted['layers']} layers recomputed"
+    return text
 
 
 def arms_table(metrics: dict) -> RenderableType:

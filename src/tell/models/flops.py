@@ -75,13 +75,17 @@ def lora_parameters(arch: Architecture, rank: int, targets: str = "all-linear") 
         "up_proj": h + arch.intermediate,
         "down_proj": arch.intermediate + h,
     }
+    return arch.layers * rank * sum(sides.get(name, 0) for name in adapted_layers(arch, targets))
+
+
+def adapted_layers(arch: Architecture, targets: str) -> list[str]:
+    """Names of a block's linear layers that ``train.lora_targets`` means, on Llama's layout."""
     if targets == "all-linear":
-        names = list(sides)[: 4 if arch.experts > 1 else None]
-    elif targets == "qkv":
-        names = ["q_proj", "k_proj", "v_proj"]
-    else:
-        names = [name.strip().rsplit(".", 1)[-1] for name in targets.split(",")]
-    return arch.layers * rank * sum(sides.get(name, 0) for name in names)
+        mlp = [] if arch.experts > 1 else ["gate_proj", "up_proj", "down_proj"]
+        return ["q_proj", "k_proj", "v_proj", "o_proj", *mlp]
+    if targets == "qkv":
+        return ["q_proj", "k_proj", "v_proj"]
+    return [name.strip().rsplit(".", 1)[-1] for name in targets.split(",")]
 
 
 def _attention(arch: Architecture, lengths: Sequence[int]) -> float:

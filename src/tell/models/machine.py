@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tell.cpu import cpu_level
+from tell.pass_memory import host_memory
 
 BF16_CAPABILITY = 8.0  # of a GPU: Ampere
 FP16_CAPABILITY = 7.0  # Volta, the first with tensor cores; most of those before compute slower in fp16
@@ -99,6 +100,23 @@ def gpu() -> tuple[str, float | None]:
         return name.strip(), float(capability)
     except (OSError, subprocess.TimeoutExpired, IndexError, ValueError):
         return f"GPU of {cpu_name()}", None
+
+
+def gpu_memory() -> tuple[float, float] | None:
+    """Bytes of the first GPU a process sees, and those of them that are free; None where they are unknown."""
+    chosen = (os.environ.get("CUDA_VISIBLE_DEVICES") or "0").split(",")[0].strip()
+    ask = ["nvidia-smi", "-i", chosen, "--query-gpu=memory.total,memory.free", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(ask, capture_output=True, text=True, timeout=20)
+        total, free = (float(value) * 2**20 for value in done.stdout.strip().splitlines()[0].split(","))
+        return total, free
+    except (OSError, subprocess.TimeoutExpired, IndexError, ValueError):
+        return None
+
+
+def device_memory(device: str) -> tuple[float, float] | None:
+    """Bytes of the memory a model computes in, and those of them that are free; None where they are unknown."""
+    return gpu_memory() if device == "cuda" else host_memory() if device == "cpu" else None
 
 
 def likely_dtype(device: str) -> str:

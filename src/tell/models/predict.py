@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tell.config_sections import TrainConfig
 from tell.files import write_json
 from tell.home import make_folder, tell_home
 from tell.models import machine
 from tell.models.architecture import Architecture
-from tell.models.flops import training_flops
+from tell.models.flops import adapted_layers, lora_parameters, training_flops
 from tell.models.machine import Place
+from tell.pass_memory import WORKSPACE, Fit, PassMemory, loss_block, usable
 
 # Sustained LoRA training, GFLOP/s per core, before any run was measured here. Small matrices and LoRA's thin ones
 # reach a fifth of the speed of a large product (96 fp32, 437 bf16 on one core of an AMD EPYC with avx512_bf16).
@@ -23,7 +25,13 @@ GPU_GFLOPS = {
     "xpu": {"fp32": 2_000.0, "bf16": 8_000.0},
     "mps": {"fp32": 800.0, "bf16": 800.0},
 }
+WIDTHS = {"bf16": 2, "fp16": 2, "fp32": 4}  # bytes of a number
+FITTED = ("cpu", "cuda")  # where rows are packed, and passes chosen by memory
 _PROCESS_BYTES = 450e6  # Python, torch and transformers themselves, measured
+_CONTEXT_BYTES = 500e6  # of CUDA with torch's kernels; an estimate
+_QUANTISED = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}  # bytes of a weight with its block's scales
+_HEAD_NORMS = ("qwen3", "gemma3")  # families with norms on queries and keys
+_FOUR_NORMS = ("gemma2", "gemma3")  # families with norms after attention and MLP too
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,17 +51,44 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Peak memory of training, bytes."""
+    """Peak memory of a run, bytes: training, or evaluation where that needs more.
+
+    Attributes:
+        weights: of the base model, with room to make a quantised matrix whole.
+        adapter: its weights, their copy in the model's format, gradients and moments.
+        activations: of the largest pass, with its block of logits.
+        evaluation: of decoding: keys and values, logits, and copies of the weights an adapter is merged into.
+        process: of Python and its libraries; on a GPU its context and the libraries' workspaces.
+        fit: the pass; it fits wherever the device's memory is unknown.
+    """
 
     weights: float
     adapter: float
     activations: float
-    logits: float
+    evaluation: float
     process: float
+    fit: Fit
 
     @property
     def total(self) -> float:
-        return self.weights + self.adapter + self.activations + self.logits + self.process
+        return self.weights + self.process + max(self.adapter + self.activations, self.evaluation)
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What a run gives a model to compute.
+
+    Attributes:
+        longest, largest: tokens of the longest row and of the largest step.
+        trained_share: share of the tokens that carries loss.
+        rows, length: rows decoded at once, and the tokens of one with its answer.
+    """
+
+    longest: int
+    largest: int
+    trained_share: float = 1.0
+    rows: int = 0
+    length: int = 0
 
 
 def record_speed(
@@ -130,38 +165,99 @@ def answer_speed(fingerprint: str, place: Place) -> float | None:
 
 def predict_memory(
     arch: Architecture,
+    train: TrainConfig,
+    load: Load,
     *,
-    micro_tokens: int,
-    trained_share: float = 1.0,
-    lora_parameters: int = 0,
-    lora_rank: int = 8,
     place: Place | None = None,
+    free: float | None = None,
+    base: str = "full",
 ) -> Memory:
-    """Peak memory of LoRA training on all linear layers without gradient checkpointing.
-
-    Bytes kept by autograd per token and block were counted on SmolLM2-135M (37,141 bytes in bf16, 40,221 in fp32, both
-    met within 1 %): adapters keep their inputs in fp32, the two norms one copy each, the MLP three of its width.
+    """Peak memory of LoRA training and of evaluation after it; passes and recomputation as training would choose them.
 
     Args:
-        micro_tokens: tokens in one forward pass.
-        trained_share: share of them that carries loss, and so needs logits.
+        free: bytes of the device before anything is loaded; None where they are unknown.
+        base: format of the frozen weights: ``full``, ``nf4``, ``int8``.
     """
-    dtype = (place or machine.likely_place()).dtype
-    width = 4 if dtype == "fp32" else 2
+    device, dtype = place = place or machine.likely_place()
+    width, gpu = WIDTHS[dtype], device == "cuda"
+    trained = lora_parameters(arch, train.lora_r, train.lora_targets)
+    adapter = (16.0 + (width if gpu and width < 4 else 0)) * trained  # fp32 weight, gradient, two moments; a copy
+    # the matrix of the largest product is made whole where the weights are quantised
+    whole = 0.0 if base == "full" else 2.0 * arch.intermediate * arch.hidden * width
+    weights, process = weight_bytes(arch, base, width) + whole, _CONTEXT_BYTES if gpu else _PROCESS_BYTES
+    one = pass_memory(arch, train, place=place, trained_share=load.trained_share)
+    room = 1e18 if free is None else usable(free - weights - process, device, trained)
+    micro = train.micro_tokens if gpu and free is not None else train.forward_tokens
+    level = train.recompute if device in FITTED else train.recompute or 0
+    fit = one.choose(room, longest=load.longest, largest=load.largest, micro=micro, level=level)
+    decoding = 2.0 * arch.kv_heads * arch.head_dim * arch.layers * width * load.rows * load.length
+    copies = float(width) * arch.linear_parameters if base == "full" else 0.0
+    if gpu and free is not None:  # each takes a quarter of what is free at most; rows wait, copies go to the host
+        left = max(0.0, free - weights - process)
+        decoding, copies = min(decoding, left / 4), copies if copies <= left / 4 else 0.0
+    evaluation = decoding + copies + load.rows * arch.vocab * (width + 8.0)
+    return Memory(weights, adapter, fit.bytes, evaluation, process + (WORKSPACE if gpu else 0), fit)
+
+
+def pass_memory(arch: Architecture, train: TrainConfig, *, place: Place, trained_share: float = 1.0) -> PassMemory:
+    """What a pass keeps, by the operations of the fast path; on other devices, and without it, by transformers' own."""
+    width, entry = WIDTHS[place.dtype], float(arch.hidden * WIDTHS[place.dtype])
+    if place.device in FITTED and train.fast == "auto":
+        kept, rest = fused_bytes(arch, width, rank=train.lora_r, targets=train.lora_targets), 3 * entry + 4
+        return PassMemory(arch.layers, kept, entry, rest, loss_block(place.device, arch.vocab, width=width, fused=True))
+    logits = (2.0 * width + 12) * arch.vocab * trained_share  # their fp32 copy, log-probabilities and gradient
+    return PassMemory(arch.layers, _plain_bytes(arch, place.dtype, train.lora_r), entry, entry + logits, 0.0)
+
+
+def fused_bytes(arch: Architecture, width: int, *, rank: int, targets: str) -> float:
+    """Bytes per token that one decoder layer keeps for its backward pass on the fast path (`train/fast/fused_ops.py`).
+
+    Attention in blocks (a soft cap, a GPU without flash attention) keeps its probabilities too, which are not counted.
+
+    Args:
+        width: bytes of a number of the model's format.
+        rank, targets: of the adapter.
+    """
+    hidden, queries, keys = arch.hidden, arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
+    adapted = set(adapted_layers(arch, targets))
+    numbers = {
+        "inputs of the two norms": 2 * hidden,
+        "input of q, k, v": hidden if adapted & {"q_proj", "k_proj", "v_proj", "qkv_proj"} else 0,
+        "q, k, v": queries + 2 * keys,
+        "output of attention, which is the input of o": queries,
+        "input of gate and up": hidden if adapted & {"gate_proj", "up_proj", "gate_up_proj"} else 0,
+        "gate and up, from which the input of down is made again": 2 * arch.intermediate,
+        "inner states of the adapters": rank * len(adapted),
+    }
+    scales = 2 + arch.heads  # fp32: of the norms, and each head's logsumexp
+    if arch.model_type.startswith(_HEAD_NORMS):
+        numbers["normed q and k"] = queries + keys
+        scales += arch.heads + arch.kv_heads
+    if arch.model_type.startswith(_FOUR_NORMS):
+        numbers["inputs of two more norms"] = 2 * hidden
+        scales += 2
+    return float(width * sum(numbers.values()) + 4 * scales)
+
+
+def _plain_bytes(arch: Architecture, dtype: str, rank: int) -> float:
+    """The same for transformers' and peft's own modules.
+
+    Counted on SmolLM2-135M (37,141 bytes in bf16, 40,221 in fp32, both met within 1 %): adapters keep their inputs in
+    fp32, the two norms one copy each, the MLP three of its width.
+    """
     q, kv = arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
-    if width == 2:
+    if dtype != "fp32":
         kept = 4 * (8 * arch.hidden + arch.intermediate) + 2 * (3 * arch.intermediate + 2 * q + 2 * kv)
     else:
         kept = 4 * (5 * arch.hidden + 4 * arch.intermediate + q + 2 * kv)
-    kept += 7 * 4 * lora_rank
-    return Memory(
-        weights=float(width * arch.parameters),
-        adapter=16.0 * lora_parameters,  # fp32 weight, gradient, two moments of AdamW
-        activations=float(kept) * arch.layers * micro_tokens,
-        # logits, their fp32 copy, log-probabilities and gradient
-        logits=(2.0 * width + 12) * arch.vocab * micro_tokens * trained_share,
-        process=_PROCESS_BYTES,
-    )
+    return float(kept + 7 * 4 * rank)
+
+
+def weight_bytes(arch: Architecture, base: str, width: int) -> float:
+    """Bytes of a model's weights: the blocks' matrices as ``base`` says, all else ``width`` bytes each."""
+    if base == "full":
+        return float(width * arch.parameters)
+    return arch.linear_parameters * _QUANTISED[base] + width * (arch.parameters - arch.linear_parameters)
 
 
 def _file() -> Path:

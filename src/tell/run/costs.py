@@ -49,7 +49,7 @@ def computed_by(task: Task, mixture: Mixture) -> int:
         np.bincount(cell, weights=tokens, minlength=shape[0] * 2).astype(np.int64).reshape(shape),
         prefix=prefix,
         shared=common_prefix(heads[True] + heads[False]) if heads[False] else 0,
-        micro_tokens=config.micro_tokens,
+        micro_tokens=config.forward_tokens,
         per_row=likely_place(task.config).device == "cuda",
     )
 

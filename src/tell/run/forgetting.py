@@ -108,7 +108,7 @@ def losses_of(session: Session, arm: str, table: RowTable, advance: Callable[[in
     digest = hashlib.sha256()
     for column in (table.ids, table.mask, table.starts):
         digest.update(np.ascontiguousarray(column).tobytes())
-    key = ("losses", digest.digest(), session.config.train.micro_tokens)
+    key = ("losses", digest.digest(), session.config.train.forward_tokens)
     return once(session.model, key, lambda: session.row_losses(table, advance))
 
 

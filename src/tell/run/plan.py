@@ -8,9 +8,11 @@ from tell.data.example import Message
 from tell.data.general import general_source
 from tell.mix.amount import check_size
 from tell.models.flops import lora_parameters
-from tell.models.predict import predict_memory
+from tell.models.machine import device_memory
+from tell.models.predict import Load, predict_memory
 from tell.names import ARMS
 from tell.rows.row_table import RowTable
+from tell.run.answers import answer_limit
 from tell.run.arms import trained_arms
 from tell.run.costs import (
     OTHER_SECONDS,
@@ -78,6 +80,7 @@ def describe_plan(prepared: Prepared) -> dict:
     costs = {arm: arm_costs(prepared.task_of(arm), prepared.mixtures[arm][1]) for arm in trained_arms(prepared.arms)}
     main = costs.get(lead) or arm_costs(task, mixture)
     counts = mixture.counts()
+    memory, tight = _memory(prepared, main)
     return {
         "model": {
             "name": files.name,
@@ -94,12 +97,12 @@ def describe_plan(prepared: Prepared) -> dict:
         "train": _training(prepared, lead, main),
         "arms": costs,
         **({"pseudo": found} if (found := prepared.pseudo_facts) else {}),
-        "predicted": _predicted(prepared, main, costs),
+        "predicted": _predicted(prepared, main, costs, memory),
         "data": task.facts.data,
         "split": task.split_facts,
         "unit": config.tokens.unit,
         "dropped_rows": prepared.dropped_rows,
-        "notices": [*task.notices.texts, *prepared.mixture_notices],
+        "notices": [*task.notices.texts, *prepared.mixture_notices, *tight],
     }
 
 
@@ -137,19 +140,9 @@ def _training(prepared: Prepared, lead: str, main: dict) -> dict:
     }
 
 
-def _predicted(prepared: Prepared, main: dict, costs: dict[str, dict]) -> dict:
+def _predicted(prepared: Prepared, main: dict, costs: dict[str, dict], memory: dict) -> dict:
     """``predicted`` of plan.json: seconds by stage, and memory."""
-    task, train = prepared.task, prepared.task.config.train
-    arch = task.files.architecture
-    tokens = prepared.mixtures[prepared.lead or "tell"][1].column("tokens")
-    memory = predict_memory(
-        arch,
-        micro_tokens=min(train.micro_tokens, int(np.sort(tokens)[-train.batch_size :].sum())),
-        trained_share=main["trained_tokens"] / max(1, main["tokens"]),
-        lora_parameters=lora_parameters(arch, train.lora_r, train.lora_targets),
-        lora_rank=train.lora_r,
-        place=likely_place(task.config),
-    )
+    task = prepared.task
     pace = Pace.of(task, main)
     writing = writing_seconds(prepared, pace) + ranking_seconds(prepared, pace)
     training = sum(c["seconds"] for c in costs.values())
@@ -167,5 +160,37 @@ def _predicted(prepared: Prepared, main: dict, costs: dict[str, dict]) -> dict:
         "measuring_seconds": measuring,
         **({"searching_seconds": searching} if searching else {}),
         "basis": main["basis"],
-        "memory_gb": round(memory.total / 1e9, 2),
+        **memory,
     }
+
+
+def _memory(prepared: Prepared, main: dict) -> tuple[dict, list[str]]:
+    """Memory of ``predicted`` in plan.json, and a notice where the run does not fit."""
+    task, config = prepared.task, prepared.task.config
+    place, tokens = likely_place(config), prepared.mixtures[prepared.lead or "tell"][1].column("tokens")
+    steps = np.add.reduceat(tokens, np.arange(0, len(tokens), config.train.batch_size)) if len(tokens) else [1]
+    answers = answer_limit(config, task.chat, task.train) if task.test else 0
+    prompts = max((len(task.chat.encode(e.question)) for e in task.test[:50]), default=0)
+    load = Load(
+        longest=int(tokens.max(initial=1)),
+        largest=int(max(steps)),
+        trained_share=main["trained_tokens"] / max(1, main["tokens"]),
+        rows=min(len(task.test), config.generate.batch_size),
+        length=prompts + answers,
+    )
+    there = device_memory(place.device)
+    total, free = there or (None, None)
+    base = getattr(config.model, "base", "full")
+    memory = predict_memory(task.files.architecture, config.train, load, place=place, free=free, base=base)
+    facts = {
+        "memory_gb": round(memory.total / 1e9, 2),
+        "device_memory_gb": None if total is None else round(total / 1e9, 2),
+        "micro_tokens": memory.fit.micro_tokens,
+        "recompute": memory.fit.level,
+        "layers": task.files.architecture.layers,
+    }
+    needed = memory.weights + memory.evaluation + memory.process
+    if free is None or (memory.fit.fits and needed <= free):
+        return facts, []
+    text = f"the run is predicted to need {memory.total / 1e9:.1f} GB; {free / 1e9:.1f} GB are free on {place.device}"
+    return facts, [f"{text}: lower train.max_length or generate.batch_size, or choose a smaller model"]

@@ -102,7 +102,7 @@ def _general_states(task: Task, general: General, rows: np.ndarray, session: Ses
     layers = readout_layers(task.files.architecture.layers)
     names = general.table.hashes[rows].tolist()
     folder = tell_home() / "states" / states_key(task, names)
-    micro = task.config.train.micro_tokens
+    micro = task.config.train.forward_tokens
     texts = general.examples(task.chat)
     parts: list[np.ndarray] = []
     with session.display.bar("hidden states of the general rows", len(names)) as advance:

@@ -50,7 +50,7 @@ def prompt_states(session: Session, examples: Sequence[Example], title: str) -> 
             session.check()
 
         if fresh:
-            micro = session.config.train.micro_tokens
+            micro = session.config.train.forward_tokens
             found = hidden_states(session.model, fresh, layers, states=STATES, micro_tokens=micro, progress=moved)
             known.update(zip(fresh, found.transpose(2, 0, 1, 3).reshape(len(fresh), len(STATES), -1), strict=True))
     return np.stack([known[prompt] for prompt in prompts])

@@ -159,7 +159,7 @@ class Session:
                 progress(rows)
             self.check()
 
-        return row_losses(self.model, table, micro_tokens=self.config.train.micro_tokens, progress=advance)
+        return row_losses(self.model, table, micro_tokens=self.config.train.forward_tokens, progress=advance)
 
 
 def _load(session: Session) -> tuple[Loaded, DecodingEngine]:

@@ -44,7 +44,7 @@ def measure_pace(task: Task, table: RowTable, session: Session) -> None:
     plain = None if fast else PlainBody(tuned)
     try:
         step = partial(step_loss, Body(tuned)) if plain is None else partial(plain_step_loss, plain)
-        rules = StepRules(config.train.loss_normalization, micro_tokens=config.train.micro_tokens)
+        rules = StepRules(config.train.loss_normalization, micro_tokens=config.train.forward_tokens)
         rows = [TrainRow(*table.row(i % len(table)), 0, True) for i in range(config.train.batch_size)]
         for part in (rows[:WARM_UP_ROWS], rows):
             begin = time.monotonic()

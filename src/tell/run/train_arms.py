@@ -151,7 +151,7 @@ def arm_targets(task: Task, mixture: Mixture, session: Session, path: Path) -> S
                 advance(done)
                 session.check()
 
-            micro = session.config.train.micro_tokens
+            micro = session.config.train.forward_tokens
             return untuned_targets(session.model, table, rows, micro_tokens=micro, progress=moved)
 
     targets = cached_targets(path, table, rows, make)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
+
+from tell.pass_memory import host_memory
 
 FAST_DEVICES = ("cpu", "cuda")  # where rows are packed and operations fused
 SHARE = 4  # a key-value cache or a copy of weights takes at most this fraction (1 / n) of the free bytes
@@ -61,15 +61,7 @@ def free_bytes(device: torch.device) -> int:
         backend = torch.cuda if device.type == "cuda" else torch.xpu
         cached = backend.memory_reserved(device) - backend.memory_allocated(device)  # cached by torch, which reuses it
         return backend.mem_get_info(device)[0] + cached
-    free = psutil.virtual_memory().available
+    free = host_memory()[1]
     if device.type == "mps":  # unified memory, of which Metal recommends a maximum
         free = min(free, torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory())
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit = int((group / "memory.max").read_text())
-        used = int((group / "memory.current").read_text())
-        files = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        free = min(free, limit - used + int(files["inactive_file"]))  # the page cache makes room
-    except (OSError, ValueError, KeyError):
-        pass  # no control group, or one without a limit
     return max(0, free)

@@ -32,12 +32,14 @@ from tell.train.attention import current_plan
 from tell.train.average import WeightMean
 from tell.train.checkpoint import load_checkpoint, load_state, save_checkpoint, state_tensors
 from tell.train.device import kept_randomness, send, trains_fast
+from tell.train.fit import NOT_FITTED, fit_step
 from tell.train.flat import FLAT_DEVICES, FlatAdapters
 from tell.train.graphs import PassGraphs, graphs_for
 from tell.train.lora import a_scales, add_lora, remove_lora, save_adapter
 from tell.train.packing import TrainRow
 from tell.train.parallel import Processes, SharedStep, Step, shard
 from tell.train.plain import PaddedRows, PlainBody, plain_step_loss
+from tell.train.recompute import Recompute, recomputed_layers
 from tell.train.step import Body, StepLoss, StepRules, step_loss
 from tell.train.step_log import StepLog, StepReport
 from tell.train.training_job import TrainingHooks, TrainingJob, TrainResult, learning_rate, run_digest, step_rows
@@ -90,7 +92,7 @@ class Trainer:
         self.rules = StepRules(
             config.loss_normalization,
             config.task_weight,
-            config.micro_tokens,
+            config.forward_tokens,
             share_prefix=config.lora_dropout == 0 and config.neftune_alpha == 0,  # nothing random differs between rows
         )
 
@@ -106,8 +108,8 @@ class Trainer:
         with self.processes.job() if self.processes else nullcontext(), kept_randomness(self.device):
             if self.fast:
                 keep_memory()
-            with self._tuned() as (model, plain):
-                run = self._start(model, plain, resume)
+            with self._tuned() as (model, plain, layers):
+                run = self._start(model, plain, layers, resume)
                 self._train(run, model)
                 if run.graphs is not None:
                     self.hooks.note(run.graphs.summary())
@@ -119,21 +121,24 @@ class Trainer:
         return TrainResult(self.steps, totals.tokens, totals.trained_tokens, totals.seconds, self.rate)
 
     @contextmanager
-    def _tuned(self) -> Iterator[tuple[PeftModel, PlainBody | None]]:
+    def _tuned(self) -> Iterator[tuple[PeftModel, PlainBody | None, Recompute]]:
         """The base model with an adapter to train, on the plain path or not; restored at the end."""
         was_training, plain = self.base.training, None
         model = add_lora(self.base, self.config, seed=self.job.seed, fused=self.fast)
         try:
             with self._agreed():
                 plain = None if self.fast else PlainBody(model)
-            with _noise(model, self.config.neftune_alpha):
-                yield model, plain
+            with (
+                _noise(model, self.config.neftune_alpha),
+                recomputed_layers(self.base, self.config.recompute) as layers,
+            ):
+                yield model, plain, layers
         finally:
             remove_lora(model).train(was_training)
             if plain is not None:
                 plain.give_back()
 
-    def _start(self, model: PeftModel, plain: PlainBody | None, resume: bool) -> _Run:
+    def _start(self, model: PeftModel, plain: PlainBody | None, layers: Recompute, resume: bool) -> _Run:
         """Set up the first step, from a checkpoint where there is one; the same in every process."""
         config, processes = self.config, self.processes
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -152,8 +157,15 @@ class Trainer:
             if resume and self.writes:
                 states = parameters, update.optimizer
                 facts = load_checkpoint(self._checkpoint, *states, flat=flat, digest=digest, more=_state(average))
-            one, graphs = self._one(model, plain, list(parameters.values()))
+            body = Body(model) if plain is None else plain
+            one: Step = partial(step_loss, body) if isinstance(body, Body) else partial(plain_step_loss, body)
             step: Step = partial(one, rules=self.rules, moved=self.hooks.moved)
+            if self.sharded:  # passes are collective: none can be repeated alone
+                self.hooks.note(NOT_FITTED)
+            else:
+                told = {"clear": update.clear, "note": self.hooks.note}
+                step = fit_step(step, body, layers, self.rules, self.job, **told)
+            graphs = self._graphs(model, body, parameters) if not layers.level else None
         if processes:
             facts, state = processes.broadcast((facts, state_tensors(parameters, update.optimizer, flat)))
             load_state(state, parameters, update.optimizer, flat)
@@ -163,17 +175,15 @@ class Trainer:
         totals = _Totals(**{name: facts[name] for name in asdict(_Totals()) if name in facts})
         return _Run(parameters, update, step, digest, totals, average, graphs)
 
-    def _one(
-        self, model: PeftModel, plain: PlainBody | None, parameters: list[nn.Parameter]
-    ) -> tuple[Step, PassGraphs | None]:
-        """A step of this process, and the graphs it replays, if any."""
-        if plain is not None:
-            return partial(plain_step_loss, plain), None
-        body = Body(model)
-        if self.processes is None:
-            noise = self.config.neftune_alpha > 0
-            body.graphs = graphs_for(model, parameters, noise=noise, note=self.hooks.note)
-        return partial(step_loss, body), body.graphs
+    def _graphs(
+        self, model: PeftModel, body: Body | PlainBody, parameters: Mapping[str, nn.Parameter]
+    ) -> PassGraphs | None:
+        """The graphs by which the passes of this process are replayed, if any."""
+        if isinstance(body, PlainBody) or self.processes is not None:
+            return None
+        noise = self.config.neftune_alpha > 0
+        body.graphs = graphs_for(model, parameters.values(), noise=noise, note=self.hooks.note)
+        return body.graphs
 
     @torch.no_grad()
     def _finish(self, run: _Run) -> None:

@@ -97,7 +97,7 @@ def run_digest(config: TrainConfig, mixture: Mixture, seed: int) -> str:
 
     The mixture's own digest identifies examples; the tokens distinguish anchors, templates and tokenizers.
     """
-    settings = config.model_dump(exclude={"checkpoint_every", "micro_tokens", "parallel", "report_to"})
+    settings = config.model_dump(exclude={"checkpoint_every", "micro_tokens", "recompute", "parallel", "report_to"})
     digest = hashlib.sha256(json.dumps([settings, mixture.digest(), seed], sort_keys=True).encode())
     for name in mixture.sources:
         table = mixture.tables[name]

@@ -146,7 +146,7 @@ def _states(
     """(layers, rows, width) hidden states of each group."""
     from tell.train.states import hidden_states
 
-    micro_tokens = session.config.train.micro_tokens
+    micro_tokens = session.config.train.forward_tokens
     with (
         session.adapter(place),
         session.display.bar("hidden states", sum(map(len, prompts.values())), "queries") as advance,

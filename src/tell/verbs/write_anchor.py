@@ -144,7 +144,7 @@ def _separations(task: Task, session: Session, anchors: Sequence[Anchor]) -> lis
         )
     queries = queries[: len(general)]
     layer = layer_numbers("middle", task.files.architecture.layers)
-    micro_tokens = task.config.train.micro_tokens
+    micro_tokens = task.config.train.forward_tokens
     out: list[dict] = []
     with task.display.bar("anchor: separation", len(anchors), "candidates") as advance:
         base = hidden_states(

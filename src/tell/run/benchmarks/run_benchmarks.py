@@ -150,7 +150,7 @@ class Questions:
                 session.chat,
                 anchor=arm_anchor(arm, self.anchor),
                 templated=rule.benchmark_chat,
-                passes=Passes(self.config.train.micro_tokens, self.config.generate.batch_size),
+                passes=Passes(self.config.train.forward_tokens, self.config.generate.batch_size),
                 advance=progress,
             )
             rows = answer_task(lm, name, self._loaded[name], shots=self.shots[name], limit=rule.benchmark_limit)
