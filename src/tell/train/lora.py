@@ -25,6 +25,7 @@ from tell.files import sync_files
 from tell.folder import AdapterFolder
 from tell.train.adapter_file import read_adapter
 from tell.train.device import SHARE, free_bytes, kept_randomness
+from tell.train.fast.base_weight import LINEAR, quantised_weight
 from tell.train.fast.fused_ops import Projection, Stack
 from tell.train.targets import EXPERTS, refuse_experts
 
@@ -53,7 +54,8 @@ def _fused_forward(layer: LoraLinear) -> Callable[..., Tensor]:
         if layer.training and isinstance(dropout, nn.Dropout) and dropout.p > 0:
             inner = linear(dropout(x), (a.weight * scale).to(x.dtype))
             return base(x) + linear(inner, b.weight.to(x.dtype))
-        stack = Stack(base.weight, base.bias, (len(base.weight),), (scale,), 0.0)
+        weight = quantised_weight([base]) or base.weight
+        stack = Stack(weight, base.bias, (base.out_features,), (scale,), 0.0)
         return Projection.apply(x, stack, a.weight, b.weight)[0]
 
     return forward
@@ -68,9 +70,9 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
 
 
 def fuse(model: nn.Module) -> None:
-    """Give every LoRA layer over a plain ``nn.Linear`` the fused forward."""
+    """Give every LoRA layer over a linear layer, plain or quantised, the fused forward."""
     for _, layer in lora_layers(model):
-        if type(layer.get_base_layer()) is nn.Linear and not layer.lora_bias.get(DEFAULT, False):
+        if type(layer.get_base_layer()) in LINEAR and not layer.lora_bias.get(DEFAULT, False):
             setattr(layer, "forward", _fused_forward(layer))  # noqa: B010
 
 
