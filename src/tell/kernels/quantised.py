@@ -32,14 +32,23 @@ class QuantisedLinear(nn.Linear):
         state: (N,) fp32 largest absolute value of each row of int8; bitsandbytes' state of 4-bit blocks.
         bias: (N,) or None.
         shape: (N, K).
+        turned: the model's files have the weight as (K, N), as GPT-2's.
     """
 
-    def __init__(self, packed: Tensor, state: Tensor | QuantState, bias: Tensor | None, shape: tuple[int, int]) -> None:
+    def __init__(
+        self,
+        packed: Tensor,
+        state: Tensor | QuantState,
+        bias: Tensor | None,
+        shape: tuple[int, int],
+        *,
+        turned: bool = False,
+    ) -> None:
         nn.Module.__init__(self)
         self.out_features, self.in_features = shape
         self.weight = nn.Parameter(packed, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        self.state = state
+        self.state, self.turned = state, turned
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantisedLinear:
         super()._apply(fn, recurse)
@@ -120,4 +129,5 @@ def _adopted(layer: nn.Linear) -> QuantisedLinear:
     bias = None if layer.bias is None else layer.bias.data
     # ``data`` of a subclass is of the subclass
     packed = weight.data.as_subclass(Tensor)
-    return QuantisedLinear(packed, state, bias, (layer.out_features, layer.in_features))
+    turned = getattr(layer, "source_cls", nn.Linear).__name__ == "Conv1D"
+    return QuantisedLinear(packed, state, bias, (layer.out_features, layer.in_features), turned=turned)

@@ -147,6 +147,8 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
     path, defaults = AdapterFolder(folder).config, LoraConfig().to_dict()
     config = json.loads(path.read_text(encoding="utf-8"))
     config.pop("peft_version", None)
+    if any(getattr(layer.get_base_layer(), "turned", False) for _, layer in lora_layers(model)):
+        config["fan_in_fan_out"] = True  # of the original base, which the adapter is used with elsewhere
     kept = {k: v for k, v in config.items() if k in WRITTEN or (v or None) != (defaults.get(k) or None)}
     path.write_text(json.dumps({**kept, "target_modules": sorted(kept["target_modules"])}, indent=2), encoding="utf-8")
     readme = folder / "README.md"  # peft's template card: all "More information needed"
