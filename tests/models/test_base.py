@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import pytest
 import torch
 
@@ -21,7 +20,7 @@ CPU = {"device_map": {"": "cpu"}}
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 @pytest.mark.parametrize("device", ["cpu", "mps", "xpu"])
 def test_refused_off_cuda_with_the_reason(kind, device):
-    with pytest.raises(TellError, match=rf"model\.base={kind}: .* on {device} .*Leave out model\.base"):
+    with pytest.raises(TellError, match=rf"model\.base={kind}: .* on {device} .*Use model\.base"):
         check_base(kind, device)
     check_base("full", device)
     check_base(kind, "cuda", installed=False)

@@ -55,11 +55,8 @@ def step(model, *, fast=True, **more):
     model = add_lora(model, TrainConfig(lora_r=4, **{"lora_dropout": 0.0, **more}), seed=1, fused=fast)
     wake(model)
     torch.manual_seed(3)
-    rows, rules = make_rows((40, 33, 12, 7), prefix=5, task=(0,)), StepRules("example", share_prefix=True)
-    if fast:
-        out = step_loss(Body(model), rows, rules)
-    else:
-        out = plain_step_loss(PlainBody(model), rows, StepRules("example"))
+    rows, rules = make_rows((40, 33, 12, 7), prefix=5, task=(0,)), StepRules("example", share_prefix=fast)
+    out = step_loss(Body(model), rows, rules) if fast else plain_step_loss(PlainBody(model), rows, rules)
     return out.loss, gradients(model), model
 
 

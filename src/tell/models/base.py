@@ -29,13 +29,13 @@ def check_base(base: str, device: str, *, installed: bool = True) -> None:
             f"weights in 4 or 8 bits save a GPU's memory; on {device} each product would first make them whole again, "
             "slower than with the whole weights",
             where=f"model.base={base}",
-            remedy="Leave out model.base, or set model.device=cuda on a machine with such a GPU.",
+            remedy="Use model.base=full, or a machine with such a GPU (there with model.device=cuda).",
         )
     if installed and find_spec("bitsandbytes") is None:
         raise TellError(
             "needs bitsandbytes, which is not installed",
             where=f"model.base={base}",
-            remedy='pip install "tell-llm[gpu]", or leave out model.base.',
+            remedy='pip install "tell-llm[gpu]", or use model.base=full.',
         )
 
 

@@ -206,7 +206,7 @@ def _settle(model: Any) -> float:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     if not quantised:
-        raise TellError("has no linear layer to quantise", where="model.base", remedy="Leave out model.base.")
+        raise TellError("has no linear layer to quantise", where="model.base", remedy="Use model.base=full.")
     return quantised / total
 
 

@@ -12,6 +12,7 @@ from tell.files import write_json
 from tell.home import make_folder, tell_home
 from tell.models import machine
 from tell.models.architecture import Architecture
+from tell.models.base import FULL, weight_bytes
 from tell.models.flops import training_flops
 from tell.models.machine import Place
 
@@ -136,6 +137,7 @@ def predict_memory(
     lora_parameters: int = 0,
     lora_rank: int = 8,
     place: Place | None = None,
+    base: str = FULL,
 ) -> Memory:
     """Peak memory of LoRA training on all linear layers without gradient checkpointing.
 
@@ -145,6 +147,7 @@ def predict_memory(
     Args:
         micro_tokens: tokens in one forward pass.
         trained_share: share of them that carries loss, and so needs logits.
+        base: ``model.base``.
     """
     dtype = (place or machine.likely_place()).dtype
     width = 2 if dtype == "bf16" else 4
@@ -155,7 +158,7 @@ def predict_memory(
         kept = 4 * (5 * arch.hidden + 4 * arch.intermediate + q + 2 * kv)
     kept += 7 * 4 * lora_rank
     return Memory(
-        weights=float(width * arch.parameters),
+        weights=weight_bytes(arch, base, width),
         adapter=16.0 * lora_parameters,  # fp32 weight, gradient, two moments of AdamW
         activations=float(kept) * arch.layers * micro_tokens,
         # logits, their fp32 copy, log-probabilities and gradient

@@ -7,6 +7,7 @@ import numpy as np
 from tell.data.example import Message
 from tell.data.general import general_source
 from tell.mix.amount import check_size
+from tell.models.base import FULL
 from tell.models.flops import lora_parameters
 from tell.models.predict import predict_memory
 from tell.names import ARMS
@@ -85,6 +86,7 @@ def describe_plan(prepared: Prepared) -> dict:
             "path": str(files.path),
             "parameters": files.architecture.parameters,
             "thinking": task.chat.thinking,
+            **({} if config.model.base == FULL else {"base": config.model.base}),
         },
         "task": _task_counts(prepared),
         "closed": [{"field": field.name, "values": len(field.values)} for field in task.closed],
@@ -149,6 +151,7 @@ def _predicted(prepared: Prepared, main: dict, costs: dict[str, dict]) -> dict:
         lora_parameters=lora_parameters(arch, train.lora_r, train.lora_targets),
         lora_rank=train.lora_r,
         place=likely_place(task.config),
+        base=task.config.model.base,
     )
     pace = Pace.of(task, main)
     writing = writing_seconds(prepared, pace) + ranking_seconds(prepared, pace)

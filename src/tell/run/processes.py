@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from tell.config import Config
 from tell.errors import TellError
 from tell.folder import RunFolder
+from tell.models.base import FULL
 from tell.models.find import ModelFiles, find_model
 from tell.run.session import dtype_name, own_engine
 from tell.run.stop import Stop
@@ -93,6 +94,12 @@ def _join(config: Config) -> Processes | None:
             where="--max-minutes with train.parallel=fsdp",
             remedy="Set the amount instead, e.g. --general-tokens.",
         )
+    if sharded and config.model.base != FULL:
+        raise TellError(
+            "quantised weights are not sharded",
+            where=f"model.base={config.model.base} with train.parallel=fsdp",
+            remedy="Use train.parallel=ddp, or model.base=full.",
+        )
     from tell.models.load import choose_device
     from tell.train.parallel import Processes
 
@@ -159,7 +166,8 @@ def _base(job: Job, config: Config, processes: Processes, held: tuple[Any, Any] 
     if processes.sharded:
         loaded, device = load_spread(files, config.model_copy(update={"model": settings}))
         return loaded.model, device
-    loaded = load_model(files, dtype=job.dtype, device=settings.device, trust_remote_code=settings.trust_remote_code)
+    given = {"dtype": job.dtype, "device": settings.device, "base": settings.base}
+    loaded = load_model(files, trust_remote_code=settings.trust_remote_code, **given)
     return loaded.model, loaded.device
 
 

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+
+_unmerged: WeakSet[nn.Module] = WeakSet()
 
 
 @contextmanager
@@ -35,8 +38,10 @@ def adapter_unmerged(
             before[layer] = vars(layer).get("forward")
             thin = (b.to(device, torch.float32) * scale).to(dtype)
             setattr(layer, "forward", _with_adapter(layer.forward, a.to(device, dtype), thin))  # noqa: B010
+        _unmerged.add(model)
         yield
     finally:
+        _unmerged.discard(model)
         for layer, forward in before.items():
             del layer.forward
             if forward is not None:
@@ -50,3 +55,8 @@ def _with_adapter(forward: Callable[..., Tensor], a: Tensor, b: Tensor) -> Calla
         return torch.addmm(y.reshape(-1, y.shape[-1]), inner, b.t()).view(y.shape)
 
     return adapted
+
+
+def is_unmerged(model: nn.Module) -> bool:
+    """Whether an adapter is applied beside the weights of ``model`` now."""
+    return model in _unmerged
