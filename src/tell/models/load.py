@@ -19,6 +19,7 @@ from tell.errors import TellError, first_line, is_panic
 from tell.models import machine
 from tell.models.base import FULL, check_base
 from tell.models.find import ModelFiles
+from tell.models.spread import is_too_large, rooms, spread, told
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -32,12 +33,14 @@ class Loaded:
         dtype: of the weights, and of what quantised weights are made into.
         device: of the weights.
         why: sentence for the user, ``"bf16: the CPU has avx512_bf16"``.
+        spread: it is larger than the device, on which it computes with weights from elsewhere: it cannot be trained.
     """
 
     model: PreTrainedModel
     dtype: torch.dtype
     device: torch.device
     why: str
+    spread: bool = False
 
 
 def choose_device(device: str = "auto") -> torch.device:
@@ -118,7 +121,8 @@ def load_model(
 ) -> Loaded:
     """Load the safetensors of ``files`` and freeze them.
 
-    On CUDA each tensor is read straight to the GPU: the machine's memory need not hold the model.
+    On CUDA each tensor is read straight to the GPU: the machine's memory need not hold the model. One too large for
+    the GPU that is not quantised is read to the machine's memory, and laid out over other GPUs and that.
 
     Args:
         dtype: ``auto`` (bf16 where the hardware has it), ``bf16`` or ``fp32``.
@@ -140,17 +144,20 @@ def load_model(
         "trust_remote_code": trust_remote_code,
         # by default transformers uses sdpa where it can, but it refuses sdpa by name where it cannot
         "attn_implementation": None if attn_implementation == "sdpa" else attn_implementation,
-        **placed(where),
     }
+    large = base == FULL and _is_too_large(files, kind, where)
     try:
         with quiet():
-            model, info, share = read_weights(files.path, kind, base, options)
+            model, info, share = read_weights(files.path, kind, base, options | ({} if large else placed(where)))
         missing = sorted(info["missing_keys"])
         if missing:  # transformers would fill them with random numbers and only warn
             raise TellError(
                 f"its weights lack {len(missing)} tensors, first {missing[0]}", where=str(files.path), remedy=remedy
             )
-        model = model.to(where)
+        if large:
+            why += f"; {told(spread(model, rooms(_numbered(where), _free)))}"
+        else:
+            model = model.to(where)
     except BaseException as error:  # transformers and safetensors raise many kinds of exceptions on damaged files
         if isinstance(error, TellError) or not (isinstance(error, Exception) or is_panic(error)):
             raise
@@ -164,7 +171,23 @@ def load_model(
     model.eval().requires_grad_(False)
     if base != FULL:
         why += f"; base in {base}: {share:.0%} of the weights are quantised"
-    return Loaded(model, kind, where, why)
+    return Loaded(model, kind, where, why, spread=large)
+
+
+def _is_too_large(files: ModelFiles, dtype: torch.dtype, device: torch.device) -> bool:
+    if device.type != "cuda":
+        return False
+    return is_too_large(files.architecture.parameters * dtype.itemsize, _free(_numbered(device)))
+
+
+def _numbered(device: torch.device) -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" else device
+
+
+def _free(device: torch.device) -> int:
+    """Bytes that this process may still take on a GPU."""
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + cached
 
 
 def placed(device: torch.device) -> dict[str, Any]:
@@ -172,7 +195,7 @@ def placed(device: torch.device) -> dict[str, Any]:
     if device.type != "cuda":
         return {}
     # by number: transformers reads in threads, whose current GPU is always the first
-    return {"device_map": {"": torch.device("cuda", torch.cuda.current_device())}}
+    return {"device_map": {"": _numbered(device)}}
 
 
 def read_weights(

@@ -45,6 +45,11 @@ class Job:
     training: TrainingJob
 
 
+@dataclass(frozen=True)
+class FreeShards:
+    """The first process asks the others to drop the model that they trained last."""
+
+
 @contextmanager
 def processes_of(config: Config) -> Iterator[Processes | None]:
     """The group of processes that this one was started in; None where it was started alone.
@@ -111,7 +116,7 @@ def decoding_beside(config: Config, processes: Processes | None) -> Config:
     return config if processes is None else own_engine(config)
 
 
-def load_spread(files: ModelFiles, config: Config) -> tuple[Loaded, torch.device]:
+def load_shared(files: ModelFiles, config: Config) -> tuple[Loaded, torch.device]:
     """The model on the CPU, ready to be sharded, and the device it will compute on."""
     from tell.models.load import choose_device, choose_dtype, load_model
 
@@ -135,7 +140,11 @@ def help_training(processes: Processes, config: Config) -> RunFolder:
     stop = Stop(Path(config.out or "."))
     base = None
     with stop.listening():
-        while isinstance(job := processes.broadcast(), Job):
+        while isinstance(job := processes.broadcast(), Job | FreeShards):
+            if isinstance(job, FreeShards):
+                base = None
+                _free(processes)
+                continue
             try:
                 with processes.agreed():
                     base = _base(job, config, processes, base)
@@ -164,11 +173,31 @@ def _base(job: Job, config: Config, processes: Processes, held: tuple[Any, Any] 
         )
     settings = settings.model_copy(update={"dtype": job.dtype})
     if processes.sharded:
-        loaded, device = load_spread(files, config.model_copy(update={"model": settings}))
+        loaded, device = load_shared(files, config.model_copy(update={"model": settings}))
         return loaded.model, device
     given = {"dtype": job.dtype, "device": settings.device, "base": settings.base}
     loaded = load_model(files, trust_remote_code=settings.trust_remote_code, **given)
     return loaded.model, loaded.device
+
+
+def free_shards(processes: Processes) -> None:
+    """Give a sharded model's GPU memory back in every process: the first needs all of it to answer.
+
+    The caller has dropped the model, and the others wait for a job.
+
+    Raises:
+        TellError: a process has ended.
+    """
+    processes.broadcast(FreeShards())
+    _free(processes)
+
+
+def _free(processes: Processes) -> None:
+    import torch
+
+    gc.collect()  # shards are in reference cycles
+    torch.cuda.empty_cache()
+    processes.agree()
 
 
 def _train(job: Job, model: PreTrainedModel, device: torch.device, processes: Processes, stop: Stop) -> None:

@@ -176,22 +176,23 @@ def adapter_applied(model: PreTrainedModel, folder: Path | None) -> Iterator[Pre
         return
     factors, scale = adapter_factors(model, folder)
     way = _merged if is_merged(model, factors) else adapter_unmerged
-    with way(model, factors, scale, model.dtype):
+    with way(model, factors, scale):
         yield model
 
 
 def is_merged(model: PreTrainedModel, names: Iterable[str]) -> bool:
-    """Whether `adapter_applied` merges into the named layers: plain weights, whose originals fit on their device."""
+    """Whether `adapter_applied` merges into the named layers: plain weights, whose originals fit on their device.
+
+    Not into weights that are elsewhere than the model computes; see `tell.models.spread`.
+    """
     layers = [model.get_submodule(name) for name in names]
-    return not any(isinstance(layer, QuantisedLinear) for layer in layers) and _room_for_copies(
-        [layer.get_parameter("weight").data for layer in layers]
-    )
+    weights = [layer.get_parameter("weight").data for layer in layers]
+    plain = not any(isinstance(layer, QuantisedLinear) for layer in layers)
+    return plain and all(weight.device == model.device for weight in weights) and _room_for_copies(weights)
 
 
 @contextmanager
-def _merged(
-    model: PreTrainedModel, factors: Mapping[str, tuple[Tensor, Tensor]], scale: float, _: torch.dtype
-) -> Iterator[None]:
+def _merged(model: PreTrainedModel, factors: Mapping[str, tuple[Tensor, Tensor]], scale: float) -> Iterator[None]:
     """Inside, the adapter is part of the weights, each rounded once; the originals are kept on their device."""
     saved: dict[str, Tensor] = {}
     try:

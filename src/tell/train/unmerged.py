@@ -8,17 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _unmerged: WeakSet[nn.Module] = WeakSet()
 
 
 @contextmanager
 def adapter_unmerged(
-    model: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]], scale: float, dtype: torch.dtype
+    model: PreTrainedModel, factors: Mapping[str, tuple[Tensor, Tensor]], scale: float
 ) -> Iterator[None]:
     """Inside, ``model`` computes with an adapter; no weight is touched. The layers' forwards are restored at the end.
 
@@ -28,13 +32,12 @@ def adapter_unmerged(
     Args:
         factors: A (r, in) and B (out, r) by module name.
         scale: of B A.
-        dtype: what the model computes in; A and B are rounded to it.
     """
+    device, dtype = model.device, model.dtype  # where states are; a layer's weight may be elsewhere
     before: dict[nn.Module, Callable[..., Tensor] | None] = {}
     try:
         for name, (a, b) in factors.items():
             layer = model.get_submodule(name)
-            device = next(layer.parameters()).device
             before[layer] = vars(layer).get("forward")
             thin = (b.to(device, torch.float32) * scale).to(dtype)
             setattr(layer, "forward", _with_adapter(layer.forward, a.to(device, dtype), thin))  # noqa: B010
