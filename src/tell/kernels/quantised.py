@@ -47,7 +47,7 @@ class QuantisedLinear(nn.Linear):
         nn.Module.__init__(self)
         self.out_features, self.in_features = shape
         self.weight = nn.Parameter(packed, requires_grad=False)
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
         self.state, self.turned = state, turned
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantisedLinear:
@@ -67,7 +67,8 @@ class QuantisedLinear(nn.Linear):
         from bitsandbytes.functional import dequantize_4bit
 
         if out.device.type == "cuda" and out.dtype == self.state.dtype:  # the only back end that writes in place
-            return dequantize_4bit(self.weight, self.state, out=out)
+            dequantize_4bit(self.weight, self.state, out=out)
+            return out
         return out.copy_(dequantize_4bit(self.weight, self.state))
 
     def dense(self, dtype: torch.dtype) -> Tensor:

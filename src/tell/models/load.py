@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -157,7 +157,7 @@ def load_model(
         if large:
             why += f"; {told(spread(model, rooms(_numbered(where), _free)))}"
         else:
-            model = model.to(where)
+            model = cast(Any, model).to(where)
     except BaseException as error:  # transformers and safetensors raise many kinds of exceptions on damaged files
         if isinstance(error, TellError) or not (isinstance(error, Exception) or is_panic(error)):
             raise

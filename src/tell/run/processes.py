@@ -177,7 +177,23 @@ def _base(job: Job, config: Config, processes: Processes, held: tuple[Any, Any] 
         return loaded.model, device
     given = {"dtype": job.dtype, "device": settings.device, "base": settings.base}
     loaded = load_model(files, trust_remote_code=settings.trust_remote_code, **given)
+    refuse_spread(loaded, files)
     return loaded.model, loaded.device
+
+
+def refuse_spread(loaded: Loaded, files: ModelFiles) -> None:
+    """Refuse to train a model that answers with weights from elsewhere.
+
+    Raises:
+        TellError: it is larger than its GPU.
+    """
+    if loaded.spread:
+        raise TellError(
+            "its weights leave the GPU no room to train",
+            where=files.name,
+            remedy="Use model.base=nf4, or several GPUs: torchrun --nproc-per-node N -m tell tune ... "
+            "--set train.parallel=fsdp.",
+        )
 
 
 def free_shards(processes: Processes) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tell.errors import Diverged, Interrupted, TellError
+from tell.errors import Diverged, Interrupted
 from tell.files import remove_folder, write_json
 from tell.folder import AdapterFolder
 from tell.mix.mixture import GENERAL, Mixture
@@ -18,7 +18,7 @@ from tell.progress import Advance
 from tell.run.costs import arm_costs
 from tell.run.journal import Journal
 from tell.run.prepare import Prepared
-from tell.run.processes import free_shards, load_shared, start_job
+from tell.run.processes import free_shards, load_shared, refuse_spread, start_job
 from tell.run.record import write_adapter_notes
 from tell.run.session import Session
 from tell.run.speed import keep_speed
@@ -178,13 +178,7 @@ def _trainee(session: Session, processes: Processes | None) -> tuple[Loaded, tor
     if processes is not None and processes.sharded:
         session.release()
         return load_shared(session.files, session.config)
-    if session.loaded.spread:
-        raise TellError(
-            "its weights leave the GPU no room to train",
-            where=session.files.name,
-            remedy="Use model.base=nf4, or several GPUs: torchrun --nproc-per-node N -m tell tune ... "
-            "--set train.parallel=fsdp.",
-        )
+    refuse_spread(session.loaded, session.files)
     return session.loaded, session.loaded.device
 
 

@@ -98,7 +98,8 @@ class _LoraParts(NamedTuple):
 def _lora_parts(layer: AnyModule) -> _LoraParts | None:
     """None for what is not a plain linear layer with at most one plain adapter."""
     if type(layer) in LINEAR:
-        return _LoraParts(layer) if is_plain(layer) else None
+        linear = cast(nn.Linear, layer)
+        return _LoraParts(linear) if is_plain(linear) else None
     active = getattr(layer, "active_adapters", None)
     if not active or not hasattr(layer, "lora_A"):
         return None
