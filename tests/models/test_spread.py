@@ -139,5 +139,14 @@ def test_too_large_by_the_free_memory_of_the_gpu(tiny_model, monkeypatch):
     gpu = torch.device("cuda")
     for free, expected in ((size, True), (2 * size, False)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, free))
-        assert load._is_too_large(files, torch.bfloat16, gpu) is expected
-    assert not load._is_too_large(files, torch.bfloat16, torch.device("cpu"))
+        assert load._is_too_large(files, torch.bfloat16, gpu, "full") is expected
+        assert not load._is_too_large(files, torch.bfloat16, gpu, "nf4")
+    assert not load._is_too_large(files, torch.bfloat16, torch.device("cpu"), "full")
+
+
+def test_a_quantised_model_too_large_is_refused_before_it_is_read(tiny_model, monkeypatch):
+    monkeypatch.setattr(load, "_is_too_large", lambda *a: True)
+    monkeypatch.setattr(load, "check_base", lambda *a: None)
+    monkeypatch.setattr(load, "read_weights", lambda *a: pytest.fail("weights are read"))
+    with pytest.raises(TellError, match="do not fit into the memory of cpu"):
+        load.load_model(find_model(str(tiny_model("llama"))), dtype="fp32", device="cpu", base="nf4")

@@ -30,8 +30,9 @@ def made(model, out=None, *, device="cpu", **keys):
 @pytest.fixture
 def behind(monkeypatch):
     """No refusal, and the CPU in the GPU's place."""
-    for module in (load, task_module, tune_module):
-        monkeypatch.setattr(module, "check_base", lambda *a, **k: None)
+    monkeypatch.setattr(load, "check_base", lambda *a, **k: None)
+    for module in (task_module, tune_module):
+        monkeypatch.setattr(module, "check_planned_base", lambda *a, **k: None)
     monkeypatch.setattr(load, "placed", lambda device: {"device_map": {"": str(device)}})
 
 

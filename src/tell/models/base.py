@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
+from tell.config_sections import ModelConfig
 from tell.errors import TellError
+from tell.models import machine
 from tell.models.architecture import Architecture
 
 FULL = "full"  # not quantised
@@ -17,7 +19,7 @@ def check_base(base: str, device: str, *, installed: bool = True) -> None:
     Args:
         base: ``model.base``.
         device: where the model will compute.
-        installed: bitsandbytes must be there too; False where only a plan is made.
+        installed: bitsandbytes must be there too; False where a plan is made.
 
     Raises:
         TellError: a device other than an NVIDIA or AMD GPU, or bitsandbytes is missing.
@@ -37,6 +39,16 @@ def check_base(base: str, device: str, *, installed: bool = True) -> None:
             where=f"model.base={base}",
             remedy='pip install "tell-llm[gpu]", or use model.base=full.',
         )
+
+
+def check_planned_base(model: ModelConfig, *, installed: bool = True) -> None:
+    """`check_base` before torch is loaded, for the device that the model will probably compute on.
+
+    Raises:
+        TellError: as `check_base`.
+    """
+    device = machine.likely_device() if model.device == "auto" else model.device
+    check_base(model.base, device, installed=installed)
 
 
 def weight_bytes(arch: Architecture, base: str, width: int) -> float:

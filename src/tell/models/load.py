@@ -17,7 +17,7 @@ from tell.config_sections import DEVICES
 from tell.cpu import SWITCH, cpu_level
 from tell.errors import TellError, first_line, is_panic
 from tell.models import machine
-from tell.models.base import FULL, check_base
+from tell.models.base import FULL, check_base, weight_bytes
 from tell.models.find import ModelFiles
 from tell.models.spread import is_too_large, rooms, spread, told
 
@@ -145,7 +145,9 @@ def load_model(
         # by default transformers uses sdpa where it can, but it refuses sdpa by name where it cannot
         "attn_implementation": None if attn_implementation == "sdpa" else attn_implementation,
     }
-    large = base == FULL and _is_too_large(files, kind, where)
+    large = _is_too_large(files, kind, where, base)
+    if large and base != FULL:
+        raise _no_room(files, where)
     try:
         with quiet():
             model, info, share = read_weights(files.path, kind, base, options | ({} if large else placed(where)))
@@ -162,11 +164,7 @@ def load_model(
         if isinstance(error, TellError) or not (isinstance(error, Exception) or is_panic(error)):
             raise
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "out of memory" in str(error).lower():
-            raise TellError(
-                f"{files.architecture.parameters / 1e6:,.0f} M parameters do not fit into the memory of {where}",
-                where=files.name,
-                remedy=f"Use a smaller model{', model.base=nf4' if where.type == 'cuda' else ''}, or model.device=cpu.",
-            ) from error
+            raise _no_room(files, where) from error
         raise TellError(f"cannot be loaded ({first_line(error)})", where=str(files.path), remedy=remedy) from error
     model.eval().requires_grad_(False)
     if base != FULL:
@@ -174,10 +172,18 @@ def load_model(
     return Loaded(model, kind, where, why, spread=large)
 
 
-def _is_too_large(files: ModelFiles, dtype: torch.dtype, device: torch.device) -> bool:
+def _is_too_large(files: ModelFiles, dtype: torch.dtype, device: torch.device, base: str) -> bool:
     if device.type != "cuda":
         return False
-    return is_too_large(files.architecture.parameters * dtype.itemsize, _free(_numbered(device)))
+    return is_too_large(weight_bytes(files.architecture, base, dtype.itemsize), _free(_numbered(device)))
+
+
+def _no_room(files: ModelFiles, device: torch.device) -> TellError:
+    return TellError(
+        f"{files.architecture.parameters / 1e6:,.0f} M parameters do not fit into the memory of {device}",
+        where=files.name,
+        remedy=f"Use a smaller model{', model.base=nf4' if device.type == 'cuda' else ''}, or model.device=cpu.",
+    )
 
 
 def _numbered(device: torch.device) -> torch.device:
@@ -219,7 +225,7 @@ def read_weights(
     return model, info, _settle(model) if base != FULL else 0.0
 
 
-def _settle(model: Any) -> float:
+def _settle(model: PreTrainedModel) -> float:
     """Make a model that transformers quantised an ordinary one over our own layers; the share that is quantised."""
     from tell.kernels.quantised import adopt_quantised
 
