@@ -42,7 +42,7 @@ ROOMS = {
     "data": set(),
     "anchor": {"data"},
     "rows": {"data", "anchor"},
-    "models": set(),
+    "models": {"kernels"},
     "mix": {"rows"},
     "kernels": set(),
     "train": {"rows", "mix", "kernels"},
@@ -107,7 +107,7 @@ NO_TORCH = (
     "studies",
 )
 MOST_PARAMETERS, MOST_LINES = 7, 80  # of a function; kernels/ follows C
-WITH_TORCH = ("models.convert", "models.load")
+WITH_TORCH = ("models.convert", "models.load", "models.spread")
 
 
 def imported(path: Path) -> Iterator[str]:

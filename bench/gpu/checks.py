@@ -203,7 +203,7 @@ def _losses(
 
 
 def merge(run: Run) -> dict[str, Any]:
-    """Seconds and memory to fold an adapter in and out, with its originals on the card and in pinned host memory."""
+    """Seconds and memory to apply an adapter and remove it: merged into the weights, and beside them."""
     from tell.config_sections import TrainConfig
     from tell.train import lora
 
@@ -218,27 +218,26 @@ def merge(run: Run) -> dict[str, Any]:
         lora.remove_lora(tuned)
         del tuned
         before, room = _fingerprints(model), lora._room_for_copies
-        for where, rule in (
-            ("chosen", room), ("card", lambda _: True), ("host", lambda _: False), ("host again", lambda _: False)
-        ):  # fmt: skip
+        for where, rule in (("chosen", room), ("merged", lambda _: True), ("beside", lambda _: False)):
             lora._room_for_copies = rule
             run.clear()
             held, begin = run.peak_gb(), time.perf_counter()
-            with lora.adapter_merged(model, Path(folder)):
+            with lora.adapter_applied(model, Path(folder)):
                 run.sync()
-                merged = time.perf_counter()
+                applied = time.perf_counter()
                 peak = run.peak_gb()
-                changed = all(x != y for x, y in zip(_fingerprints(model), before, strict=True))
+                same = [x == y for x, y in zip(_fingerprints(model), before, strict=True)]
                 run.sync()
                 back = time.perf_counter()
             run.sync()
             ended = time.perf_counter()
             exact = _fingerprints(model) == before
             more = None if held is None else round(peak - held, 2)
-            out[where] = {"merge_s": round(merged - begin, 3), "unmerge_s": round(ended - back, 3), "more_gb": more}
-            good = exact and changed and (more is None or not where.startswith("host") or more < 1)
-            told = {**out[where], "exact": exact, "changed": changed}
-            run.find(f"merge {size}, originals: {where}", told, good=good)
+            out[where] = {"apply_s": round(applied - begin, 3), "remove_s": round(ended - back, 3), "more_gb": more}
+            touched = all(same) if where == "beside" else not any(same) or where == "chosen"
+            good = exact and touched and (more is None or where != "beside" or more < 1)
+            told = {**out[where], "exact": exact, "weights changed": not all(same)}
+            run.find(f"adapter {size}, {where}", told, good=good)
         lora._room_for_copies = room
     return out
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
@@ -22,6 +22,7 @@ else:
     ArmName = Literal[tuple(ARMS)]
     PresetName = Literal[tuple(sorted(PRESETS))]
 Device = Literal["auto", "cuda", "xpu", "mps", "cpu"]
+BaseFormat = Literal["full", "nf4", "int8"]
 DEVICES: tuple[str, ...] = get_args(Device)[1:]  # in the order that auto tries them
 DEFAULT_ARMS: tuple[ArmName, ...] = tuple(name for name, arm in ARMS.items() if arm.standard)
 
@@ -132,7 +133,27 @@ class ModelConfig(Section):
     device: Device = Field(
         "auto", description="auto: the first that torch sees of cuda, xpu (Intel), mps (Apple silicon) and cpu"
     )
+    base: BaseFormat = Field(
+        "full",
+        description="format of the frozen base weights: full: not quantised, in dtype (bf16 means full in bf16); nf4 "
+        "(QLoRA), int8: quantised by bitsandbytes, on CUDA only (docs/howto/gpu.md)",
+    )
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bf16_base(cls, data: object) -> object:
+        """``base: bf16`` is ``base: full`` with ``dtype: bf16``."""
+        if not isinstance(data, Mapping) or data.get("base") != "bf16":
+            return data
+        if data.get("dtype", "auto") not in ("auto", "bf16"):
+            raise _Conflict(f"base is bf16 and dtype {data['dtype']}; set one of them", ("base", "dtype"))
+        return {**data, "base": "full", "dtype": "bf16"}
+
+    @property
+    def arithmetic(self) -> list[str]:
+        """What a model's numbers depend on besides its weights; part of the keys of caches."""
+        return [self.dtype, self.device, *([] if self.base == "full" else [self.base])]
 
 
 class SelfConfig(Section):

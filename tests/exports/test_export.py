@@ -24,7 +24,7 @@ from tell.exports.target import export_targets
 from tell.files import read_jsonl
 from tell.folder import AdapterFolder, RunFolder
 from tell.progress import Silent
-from tell.train.lora import adapter_merged
+from tell.train.lora import adapter_applied
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
@@ -67,7 +67,7 @@ def test_weights_are_merged_in_fp32_and_rounded(shard, finished, tmp_path):
     changed = {k for k in plain if not torch.equal(plain[k], tensors[k])}
     assert len(changed) == 14
     model = AutoModelForCausalLM.from_pretrained(base)
-    with adapter_merged(model, run.adapter):
+    with adapter_applied(model, run.adapter):
         assert all(torch.equal(model.get_parameter(k), tensors[k]) for k in tensors)
     shutil.copy(base / "config.json", tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)

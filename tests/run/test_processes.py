@@ -7,6 +7,9 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +18,10 @@ import pytest
 import tell
 from run.runs import FILES, comparable, config_of, read
 from tell.cli.main import run
-from tell.errors import TellError
+from tell.errors import Diverged, TellError
 from tell.files import read_jsonl
 from tell.folder import RunFolder
+from tell.run import processes, train_arms
 
 PLAIN = {"eval": {"arms": ["base", "sft", "tell", "tell-distilled"]}, "generate": {"greedy": True}}
 
@@ -149,3 +153,79 @@ def test_what_several_processes_refuse(launched, tiny_model, tmp_path, sections,
 def test_other_verbs_run_in_one_process(launched, capsys):
     assert run(["report", "runs/any"]) == 2
     assert "tell report: runs in one process" in capsys.readouterr().err
+
+
+class Told:
+    """Processes whose first one says ``words``; what this one agrees to is kept."""
+
+    rank, world, leads, busy, sharded = 1, 2, False, False, True
+
+    def __init__(self, *words: Any, at_agreement: Callable[[], Any] = lambda: None) -> None:
+        self.words, self.at_agreement, self.agreed_to, self.said = list(words), at_agreement, [], []
+
+    def broadcast(self, word: Any = None) -> Any:
+        self.said.append(word)
+        return self.words.pop(0) if self.words else word
+
+    def agree(self, *_: Any) -> list[Any]:
+        self.agreed_to.append(self.at_agreement())
+        return []
+
+    @contextmanager
+    def agreed(self) -> Iterator[None]:
+        yield
+
+
+def test_shards_leave_the_gpus_before_the_first_process_answers(tmp_path, monkeypatch):
+    """A helper that kept the model of the last job would leave the first process no room for the whole one."""
+    models, emptied = [], []
+
+    class Model:
+        pass
+
+    def base(*_: Any) -> tuple[Model, None]:
+        model = Model()
+        models.append(weakref.ref(model))
+        return model, None
+
+    monkeypatch.setattr(processes, "_base", base)
+    monkeypatch.setattr(processes, "_train", lambda *_: None)
+    monkeypatch.setattr("torch.cuda.empty_cache", lambda: emptied.append(models[-1]() is None))
+    job = processes.Job("model", "bf16", None)
+    told = Told(job, processes.FreeShards(), job, processes.FreeShards(), str(tmp_path))
+    told.at_agreement = lambda: models[-1]() is None
+    folder = processes.help_training(told, tell.load_config(flags={"out": str(tmp_path)}))
+    assert folder.root == tmp_path and len(models) == 2
+    assert told.agreed_to == emptied == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("sharded", "busy", "fails", "freed"),
+    [
+        (True, False, None, 1),
+        (True, False, Diverged("at step 2"), 1),
+        (True, True, TellError("gone"), 0),
+        (False, False, None, 0),
+    ],
+)
+def test_the_first_process_asks_for_the_gpus_after_each_training(monkeypatch, sharded, busy, fails, freed):
+    """Not where another process may be in mid-training: it would wait for ever."""
+
+    def train(*_: Any) -> str:
+        if fails:
+            raise fails
+        return "result"
+
+    monkeypatch.setattr(train_arms, "_train", train)
+    told = Told()
+    told.sharded, told.busy = sharded, busy
+    with nullcontext() if fails is None else pytest.raises(type(fails)):
+        assert train_arms._train_and_free(None, "tell", None, None, told) == "result"
+    assert told.said == [processes.FreeShards()] * freed and len(told.agreed_to) == freed
+
+
+def test_a_quantised_base_is_not_sharded(launched, tiny_model, tmp_path):
+    config = config_of(tiny_model("llama"), tmp_path / "run", train={"parallel": "fsdp"})
+    config.model.base = "nf4"
+    with pytest.raises(TellError, match="quantised weights are not sharded"), processes.processes_of(config):
+        pass

@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
 
 import tiny
 from tell.config_sections import TrainConfig
+from tell.decode.engine import Engine
+from tell.decode.sampler import Decoding
 from tell.errors import TellError
 from tell.train import lora
-from tell.train.lora import adapter_merged, add_lora, lora_layers, remove_lora, save_adapter, target_modules
-from train.packed import assert_close, gradients, load, wake
+from tell.train.lora import adapter_applied, add_lora, lora_layers, remove_lora, save_adapter, target_modules
+from tell.train.step import row_losses
+from train.packed import assert_close, gradients, load, make_rows, make_table, wake
 
 IDS = torch.arange(20, 60)[None]
 
@@ -94,13 +98,13 @@ def test_adapter_loads_in_plain_peft_and_merges(family, tiny_model, tmp_path):
     scale = tuned.abs().max()
     assert (tuned - plain).abs().max() > 1e-2 * scale
     assert (theirs - tuned).abs().max() < 1e-5 * scale
-    with adapter_merged(base, tmp_path) as merged:
+    with adapter_applied(base, tmp_path) as merged:
         assert (merged(input_ids=IDS).logits - theirs).abs().max() < 1e-5 * scale
     assert_identical(base, state)
-    with pytest.raises(ValueError, match="inside"), adapter_merged(base, tmp_path):
+    with pytest.raises(ValueError, match="inside"), adapter_applied(base, tmp_path):
         raise ValueError("inside")
     assert_identical(base, state)
-    with adapter_merged(base, None) as untouched:
+    with adapter_applied(base, None) as untouched:
         assert untouched is base
 
 
@@ -111,33 +115,76 @@ def test_merging_leaves_bfloat16_exact(tiny_model, tmp_path):
     wake(model)
     save_adapter(model, tmp_path)
     base = remove_lora(model)
-    with adapter_merged(base, tmp_path):
+    with adapter_applied(base, tmp_path):
         assert not torch.equal(base.model.layers[0].mlp.up_proj.weight, state["model.layers.0.mlp.up_proj.weight"])
         assert base.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
     assert_identical(base, state)
 
 
 @pytest.mark.parametrize("room", [True, False])
-def test_originals_are_kept_where_there_is_room(room, tiny_model, tmp_path, monkeypatch):
-    """On a GPU without room for them, in pinned host memory; as a GPU would, bits come back from there exactly."""
-    base = load(tiny_model("gemma3"), dtype=torch.bfloat16)
-    state, copied = snapshot(base), []
-    model = add_lora(base, TrainConfig(), seed=1)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3", "phi3"])
+def test_applied_merged_or_beside_where_there_is_no_room(room, dtype, family, tiny_model, tmp_path, monkeypatch):
+    """Both give the same logits within rounding; the second touches no weight, and no forward stays replaced."""
+    base = load(tiny_model(family), dtype=dtype)
+    state, plain = snapshot(base), base(input_ids=IDS).logits.float()
+    model = add_lora(base, TrainConfig(lora_r=4), seed=1)
     wake(model)
     save_adapter(model, tmp_path)
     base = remove_lora(model)
     monkeypatch.setattr(lora, "_room_for_copies", lambda weights: room)
-    keep = lora._copy_to_host
-    monkeypatch.setattr(lora, "_copy_to_host", lambda weight: copied.append(weight) or keep(weight))
-    results = []
-    with adapter_merged(base, tmp_path):
-        results.append(base.model.layers[0].mlp.up_proj.weight.clone())
+    reference = load(tiny_model(family))
+    factors, scale = lora.adapter_factors(reference, tmp_path)
+    for name, (a, b) in factors.items():
+        reference.get_parameter(f"{name}.weight").data += scale * b @ a
+    expected = reference(input_ids=IDS).logits
+    with adapter_applied(base, tmp_path):
+        after = base.state_dict()
+        assert all(torch.equal(after[name], state[name]) for name in state) is not room
+        assert len([m for m in base.modules() if "forward" in vars(m)]) == (0 if room else len(factors))
+        tuned = base(input_ids=IDS).logits.float()
+    assert (tuned - plain).norm() > 0.05 * plain.norm()
+    assert (tuned - expected).norm() < (1e-5 if dtype == torch.float32 else 0.02) * expected.norm()
     assert_identical(base, state)
-    factors, scale = lora.adapter_factors(base, tmp_path)
-    assert len(copied) == (0 if room else len(factors))
-    a, b = factors["model.layers.0.mlp.up_proj"]
-    exact = state["model.layers.0.mlp.up_proj.weight"].float() + (b @ a) * scale
-    assert torch.equal(results[0], exact.bfloat16())
+    assert not any("forward" in vars(m) for m in base.modules())
+    assert torch.equal(base(input_ids=IDS).logits.float(), plain)
+
+
+def test_beside_keeps_what_was_in_place_of_a_forward(tiny_model, tmp_path, monkeypatch):
+    """Losses over packed rows through replaced forwards, and another replacement under the adapter's."""
+    folder = tiny_model("llama")
+    model = add_lora(load(folder), TrainConfig(lora_r=4), seed=1)
+    wake(model)
+    save_adapter(model, tmp_path)
+    table = make_table(make_rows((20, 11, 30)), "task")
+    base = remove_lora(model)
+    losses = []
+    layer = base.model.layers[0].mlp.up_proj
+    own = lambda x: torch.nn.functional.linear(x, layer.weight)  # noqa: E731
+    layer.forward = own
+    for room in (True, False):
+        monkeypatch.setattr(lora, "_room_for_copies", lambda weights, room=room: room)
+        with pytest.raises(ValueError, match="inside"), adapter_applied(base, tmp_path):
+            losses.append(row_losses(base, table, micro_tokens=64))
+            raise ValueError("inside")
+        assert layer.forward is own
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+    assert not np.allclose(losses[0], row_losses(base, table, micro_tokens=64), rtol=1e-3)
+
+
+def test_answers_are_the_same_merged_and_beside(tiny_model, tmp_path, monkeypatch):
+    """By the engine: its kernels read weights themselves, and leave a model with an adapter beside them to torch."""
+    model = add_lora(load(tiny_model("llama")), TrainConfig(lora_r=4), seed=1)
+    wake(model)
+    save_adapter(model, tmp_path)
+    engine = Engine(remove_lora(model))
+    prompts, rule = [[5, 6, 7, 8], [5, 6, 9]], Decoding(max_new_tokens=12, stop_ids=(), greedy=True)
+    answers = [[a.ids for a in engine.generate(prompts, rule)]]
+    for room in (True, False):
+        monkeypatch.setattr(lora, "_room_for_copies", lambda weights, room=room: room)
+        with engine.adapter(tmp_path):
+            answers.append([a.ids for a in engine.generate(prompts, rule)])
+    assert answers[1] == answers[2] != answers[0]
 
 
 def test_copies_take_a_small_share_of_a_gpu(monkeypatch):
@@ -149,23 +196,27 @@ def test_copies_take_a_small_share_of_a_gpu(monkeypatch):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("room", [True, False])
-def test_merging_on_a_gpu(room, tiny_model, tmp_path, monkeypatch):
+def test_applying_on_a_gpu(room, tiny_model, tmp_path, monkeypatch):
     monkeypatch.setattr(lora, "_room_for_copies", lambda weights: room)
     base = load(tiny_model("llama"), dtype=torch.bfloat16)
     model = add_lora(base, TrainConfig(), seed=1)
     wake(model)
     save_adapter(model, tmp_path)
     base = remove_lora(model).cuda()
-    state = snapshot(base)
-    with adapter_merged(base, tmp_path):
-        assert not torch.equal(base.model.layers[0].mlp.up_proj.weight, state["model.layers.0.mlp.up_proj.weight"])
+    state, plain = snapshot(base), base(input_ids=IDS.cuda()).logits
+    with adapter_applied(base, tmp_path):
+        name = "model.layers.0.mlp.up_proj.weight"
+        assert torch.equal(base.get_parameter(name), state[name]) is not room
+        assert (base(input_ids=IDS.cuda()).logits - plain).norm() > 0.05 * plain.norm()
     assert_identical(base, state)
 
 
-def test_merging_weights_stored_the_other_way_round(tmp_path):
+@pytest.mark.parametrize("room", [True, False])
+def test_weights_stored_the_other_way_round(room, tmp_path, monkeypatch):
     """GPT-2's linear layers keep (in, out); the square one would take a transposed product in silence."""
     import transformers
 
+    monkeypatch.setattr(lora, "_room_for_copies", lambda weights: room)
     torch.manual_seed(0)
     config = transformers.GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=400)
     base = transformers.AutoModelForCausalLM.from_config(config).eval()
@@ -173,7 +224,7 @@ def test_merging_weights_stored_the_other_way_round(tmp_path):
     wake(model)
     save_adapter(model, tmp_path)
     tuned = model.eval()(input_ids=IDS).logits
-    with adapter_merged(remove_lora(model), tmp_path) as merged:
+    with adapter_applied(remove_lora(model), tmp_path) as merged:
         torch.testing.assert_close(merged(input_ids=IDS).logits, tuned, rtol=1e-4, atol=1e-5)
 
 
@@ -213,13 +264,13 @@ def test_bad_adapters_are_refused(tiny_model, tmp_path):
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     base = load(tiny_model("phi3"))
     state = snapshot(base)
-    with pytest.raises(TellError, match="which the model lacks"), adapter_merged(base, tmp_path / "a"):
+    with pytest.raises(TellError, match="which the model lacks"), adapter_applied(base, tmp_path / "a"):
         pass
     assert_identical(base, state)
-    with pytest.raises(TellError, match=r"has no adapter_model\.safetensors"), adapter_merged(base, tmp_path):
+    with pytest.raises(TellError, match=r"has no adapter_model\.safetensors"), adapter_applied(base, tmp_path):
         pass
     (tmp_path / "a" / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
-    with pytest.raises(TellError, match="not a plain LoRA"), adapter_merged(base, tmp_path / "a"):
+    with pytest.raises(TellError, match="not a plain LoRA"), adapter_applied(base, tmp_path / "a"):
         pass
 
 
@@ -255,7 +306,7 @@ def test_experts_are_left_out_and_the_adapter_saves_and_merges(tmp_path):
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["target_modules"] == ["k_proj", "o_proj", "q_proj", "v_proj"]
     base = remove_lora(model)
-    with adapter_merged(base, tmp_path) as merged:
+    with adapter_applied(base, tmp_path) as merged:
         torch.testing.assert_close(merged(input_ids=IDS).logits, tuned, rtol=1e-4, atol=1e-4)
     assert_identical(base, state)
     theirs = PeftModel.from_pretrained(experts_model(), tmp_path)(input_ids=IDS).logits

@@ -40,8 +40,9 @@ def plan_box(plan: dict) -> RenderableType:
         per_step = train["examples_per_step"].get(source)
         table.add_row(source, *(f"{cell:,.0f}" for cell in cells), "" if per_step is None else f"{per_step:.2f}")
     ratio = mix.get("ratio")
+    base = f", base weights in {plan['model']['base']}" if "base" in plan["model"] else ""
     lines = [
-        f"{plan['model']['name']} ({short(plan['model']['parameters'])} parameters), "
+        f"{plan['model']['name']} ({short(plan['model']['parameters'])} parameters{base}), "
         f"{plan['task']['kind']} task, {plan['task']['test_rows']:,} test rows",
         f"order {mix['order']}, task rows x {mix['repeat']}"
         + (f", general:task {ratio:.3g} by tokens" if ratio is not None else ""),

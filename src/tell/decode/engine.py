@@ -19,7 +19,7 @@ from tell.decode.room import answer_limits, rows_that_fit, token_bytes
 from tell.decode.sampler import Decoding, uniforms
 from tell.kernels.decode_ops import kernels
 from tell.train.device import free_bytes, send
-from tell.train.lora import adapter_merged
+from tell.train.lora import adapter_applied
 from tell.train.step import Body
 from tell.train.torch_types import AnyModule
 
@@ -47,7 +47,7 @@ def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
 
 
 class Engine:
-    """Decodes with a causal model whose adapter, if any, is merged.
+    """Decodes with a causal model whose adapter, if any, is applied.
 
     Args:
         model: a transformers causal model.
@@ -78,8 +78,8 @@ class Engine:
 
     @contextmanager
     def adapter(self, folder: Path | None) -> Iterator[None]:
-        """Decodes inside with an adapter merged into the model's weights."""
-        with adapter_merged(self.model, folder):
+        """Decodes inside with an adapter, merged into the model's weights where there is room for their originals."""
+        with adapter_applied(self.model, folder):
             yield
 
     @torch.inference_mode()

@@ -100,7 +100,8 @@ def describe(core: AnyModule) -> Description | None:
     linear = [m for layer in layers for part in layer.products() for m in part]
     width = getattr(layers[0].attention, "head_dim", 0)
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    if any(type(m) is not nn.Linear for m in linear) or not width or width % LANES or heads > QUERIES * kv_heads:
+    usual = all(type(m) is nn.Linear and "forward" not in vars(m) for m in linear)  # no adapter applied beside
+    if not usual or not width or width % LANES or heads > QUERIES * kv_heads:
         return None
     scale = getattr(core.embed_tokens, "embed_scale", None)
     return Description(

@@ -17,7 +17,7 @@ from tell.decode.room import answer_limits
 from tell.decode.sampler import Decoding
 from tell.errors import TellError
 from tell.folder import AdapterFolder
-from tell.train.lora import adapter_merged
+from tell.train.lora import adapter_applied
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -136,8 +136,8 @@ class VllmEngine:
 
     @contextmanager
     def adapter(self, folder: Path | None) -> Iterator[None]:
-        """vLLM applies the adapter as it decodes; ``model`` has it merged, for losses."""
-        with adapter_merged(self.model, folder):
+        """vLLM applies the adapter as it decodes; ``model`` has it too, for losses."""
+        with adapter_applied(self.model, folder):
             before, self._lora = self._lora, self._request(folder)
             try:
                 yield

@@ -84,6 +84,14 @@ def wheel_notice(source: Source) -> str | None:
     )
 
 
+def base_notice(source: Source) -> str | None:
+    """That the adapter was trained over quantised weights and leaves with the whole ones; None where it was not."""
+    base = source.opened.config.model.base
+    if base == "full":
+        return None
+    return f"the adapter was trained and scored over base weights in {base}; over the whole weights answers may differ"
+
+
 def _score(entry: dict, unit: Unit) -> str:
     return f"{show(entry['value'], unit)} ({show_interval(entry['ci'], unit)})"
 
@@ -122,7 +130,7 @@ def model_card(source: Source, *, merged: bool, name: str) -> str:
     )
     lines = [*_head(source, merged, name), *_prompts(source), *_results(source, arm, scores)]
     wheel = None if merged else wheel_notice(source)
-    notes = [n for n in (lost_notice(source), wheel, None if licence else _NO_LICENCE) if n]
+    notes = [n for n in (lost_notice(source), base_notice(source), wheel, None if licence else _NO_LICENCE) if n]
     lines += ["## Limits", "", *(f"- {note[0].upper()}{note[1:]}." for note in notes), ""] if notes else []
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines)
 

@@ -73,7 +73,7 @@ def write_merged(
 
 
 def _merged(weight: Tensor, a: Tensor, b: Tensor, scale: float, transposed: bool, key: str) -> Tensor:
-    """``W + s B A`` in fp32, in the dtype of ``W``; the same arithmetic as `tell.train.lora.adapter_merged`."""
+    """``W + s B A`` in fp32, in the dtype of ``W``; the same arithmetic as where `tell.train.lora` merges."""
     product = (b.float() @ a.float()).mul_(scale)
     if transposed:
         product = product.t()

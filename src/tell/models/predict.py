@@ -13,6 +13,7 @@ from tell.files import write_json
 from tell.home import make_folder, tell_home
 from tell.models import machine
 from tell.models.architecture import Architecture
+from tell.models.base import FULL, weight_bytes
 from tell.models.flops import adapted_layers, lora_parameters, training_flops
 from tell.models.machine import Place
 from tell.pass_memory import WORKSPACE, Fit, PassMemory, loss_block, usable
@@ -29,7 +30,6 @@ WIDTHS = {"bf16": 2, "fp16": 2, "fp32": 4}  # bytes of a number
 FITTED = ("cpu", "cuda")  # where rows are packed, and passes chosen by memory
 _PROCESS_BYTES = 450e6  # Python, torch and transformers themselves, measured
 _CONTEXT_BYTES = 500e6  # of CUDA with torch's kernels; an estimate
-_QUANTISED = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}  # bytes of a weight with its block's scales
 _HEAD_NORMS = ("qwen3", "gemma3")  # families with norms on queries and keys
 _FOUR_NORMS = ("gemma2", "gemma3")  # families with norms after attention and MLP too
 
@@ -170,20 +170,20 @@ def predict_memory(
     *,
     place: Place | None = None,
     free: float | None = None,
-    base: str = "full",
+    base: str = FULL,
 ) -> Memory:
     """Peak memory of LoRA training and of evaluation after it; passes and recomputation as training would choose them.
 
     Args:
         free: bytes of the device before anything is loaded; None where they are unknown.
-        base: format of the frozen weights: ``full``, ``nf4``, ``int8``.
+        base: ``model.base``.
     """
     device, dtype = place = place or machine.likely_place()
     width, gpu = WIDTHS[dtype], device == "cuda"
     trained = lora_parameters(arch, train.lora_r, train.lora_targets)
     adapter = (16.0 + (width if gpu and width < 4 else 0)) * trained  # fp32 weight, gradient, two moments; a copy
     # the matrix of the largest product is made whole where the weights are quantised
-    whole = 0.0 if base == "full" else 2.0 * arch.intermediate * arch.hidden * width
+    whole = 0.0 if base == FULL else 2.0 * arch.intermediate * arch.hidden * width
     weights, process = weight_bytes(arch, base, width) + whole, _CONTEXT_BYTES if gpu else _PROCESS_BYTES
     one = pass_memory(arch, train, place=place, trained_share=load.trained_share)
     room = 1e18 if free is None else usable(free - weights - process, device, trained)
@@ -191,7 +191,7 @@ def predict_memory(
     level = train.recompute if device in FITTED else train.recompute or 0
     fit = one.choose(room, longest=load.longest, largest=load.largest, micro=micro, level=level)
     decoding = 2.0 * arch.kv_heads * arch.head_dim * arch.layers * width * load.rows * load.length
-    copies = float(width) * arch.linear_parameters if base == "full" else 0.0
+    copies = float(width) * arch.linear_parameters if base == FULL else 0.0
     if gpu and free is not None:  # each takes a quarter of what is free at most; rows wait, copies go to the host
         left = max(0.0, free - weights - process)
         decoding, copies = min(decoding, left / 4), copies if copies <= left / 4 else 0.0
@@ -251,13 +251,6 @@ def _plain_bytes(arch: Architecture, dtype: str, rank: int) -> float:
     else:
         kept = 4 * (5 * arch.hidden + 4 * arch.intermediate + q + 2 * kv)
     return float(kept + 7 * 4 * rank)
-
-
-def weight_bytes(arch: Architecture, base: str, width: int) -> float:
-    """Bytes of a model's weights: the blocks' matrices as ``base`` says, all else ``width`` bytes each."""
-    if base == "full":
-        return float(width * arch.parameters)
-    return arch.linear_parameters * _QUANTISED[base] + width * (arch.parameters - arch.linear_parameters)
 
 
 def _file() -> Path:

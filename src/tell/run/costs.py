@@ -11,6 +11,7 @@ import numpy as np
 from tell.config import Config
 from tell.mix.mixture import ANCHORED, GENERAL, Mixture
 from tell.models import machine
+from tell.models.base import FULL
 from tell.models.flops import inference_flops, lora_parameters, training_flops
 from tell.models.predict import answer_speed, predict_seconds
 from tell.names import ARMS
@@ -59,6 +60,11 @@ def likely_place(config: Config) -> machine.Place:
     return machine.likely_place(config.model.device, config.model.dtype)
 
 
+def speed_name(task: Task) -> str:
+    """The name of the task's model among measured speeds; quantised, it is another one."""
+    return " ".join([task.files.fingerprint, *([] if (base := task.config.model.base) == FULL else [base])])
+
+
 def arm_costs(task: Task, mixture: Mixture) -> dict:
     """Steps, tokens, FLOPs and predicted seconds of one trained arm.
 
@@ -71,7 +77,7 @@ def arm_costs(task: Task, mixture: Mixture) -> dict:
     tokens = int(lengths.sum(dtype=np.int64))
     facts = {"trained_tokens": trained, "lengths": lengths.tolist(), "lora_parameters": adapter}
     computed = max(1, computed_by(task, mixture))
-    time = predict_seconds(arch, computed, fingerprint=task.files.fingerprint, place=likely_place(config), **facts)
+    time = predict_seconds(arch, computed, fingerprint=speed_name(task), place=likely_place(config), **facts)
     costs: dict[str, Any] = {
         "steps": mixture.steps(config.train.batch_size),
         "rows": len(mixture),
@@ -105,7 +111,7 @@ class Pace:
         """Speeds from the predicted time of an arm's training and the decoding speed measured here, if any."""
         seconds = costs["seconds"] - costs.get("target_seconds", 0.0)
         train = costs["computed_tokens"] / seconds if seconds else 1.0
-        measured = answer_speed(task.files.fingerprint, likely_place(task.config))
+        measured = answer_speed(speed_name(task), likely_place(task.config))
         return cls(train, measured or train / ANSWER_SECONDS_SHARE)
 
 

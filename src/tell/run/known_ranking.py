@@ -87,7 +87,7 @@ def states_key(task: Task, names: Sequence[str]) -> str:
         version=VERSION,
         model=task.files.fingerprint,
         tokenizer=task.chat.fingerprint,
-        arithmetic=[model.dtype, model.device],
+        arithmetic=model.arithmetic,
         rows=list(names),
     )
 

@@ -7,6 +7,7 @@ import numpy as np
 from tell.data.example import Message
 from tell.data.general import general_source
 from tell.mix.amount import check_size
+from tell.models.base import FULL
 from tell.models.flops import lora_parameters
 from tell.models.machine import device_memory
 from tell.models.predict import Load, predict_memory
@@ -88,6 +89,7 @@ def describe_plan(prepared: Prepared) -> dict:
             "path": str(files.path),
             "parameters": files.architecture.parameters,
             "thinking": task.chat.thinking,
+            **({} if config.model.base == FULL else {"base": config.model.base}),
         },
         "task": _task_counts(prepared),
         "closed": [{"field": field.name, "values": len(field.values)} for field in task.closed],
@@ -180,8 +182,7 @@ def _memory(prepared: Prepared, main: dict) -> tuple[dict, list[str]]:
     )
     there = device_memory(place.device)
     total, free = there or (None, None)
-    base = getattr(config.model, "base", "full")
-    memory = predict_memory(task.files.architecture, config.train, load, place=place, free=free, base=base)
+    memory = predict_memory(task.files.architecture, config.train, load, place=place, free=free, base=config.model.base)
     facts = {
         "memory_gb": round(memory.total / 1e9, 2),
         "device_memory_gb": None if total is None else round(total / 1e9, 2),

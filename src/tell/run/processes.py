@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from tell.config import Config
 from tell.errors import TellError
 from tell.folder import RunFolder
+from tell.models.base import FULL
 from tell.models.find import ModelFiles, find_model
 from tell.run.session import dtype_name, own_engine
 from tell.run.stop import Stop
@@ -42,6 +43,11 @@ class Job:
     model: str
     dtype: str
     training: TrainingJob
+
+
+@dataclass(frozen=True)
+class FreeShards:
+    """The first process asks the others to drop the model that they trained last."""
 
 
 @contextmanager
@@ -93,6 +99,12 @@ def _join(config: Config) -> Processes | None:
             where="--max-minutes with train.parallel=fsdp",
             remedy="Set the amount instead, e.g. --general-tokens.",
         )
+    if sharded and config.model.base != FULL:
+        raise TellError(
+            "quantised weights are not sharded",
+            where=f"model.base={config.model.base} with train.parallel=fsdp",
+            remedy="Use train.parallel=ddp, or model.base=full.",
+        )
     from tell.models.load import choose_device
     from tell.train.parallel import Processes
 
@@ -104,7 +116,7 @@ def decoding_beside(config: Config, processes: Processes | None) -> Config:
     return config if processes is None else own_engine(config)
 
 
-def load_spread(files: ModelFiles, config: Config) -> tuple[Loaded, torch.device]:
+def load_shared(files: ModelFiles, config: Config) -> tuple[Loaded, torch.device]:
     """The model on the CPU, ready to be sharded, and the device it will compute on."""
     from tell.models.load import choose_device, choose_dtype, load_model
 
@@ -128,7 +140,11 @@ def help_training(processes: Processes, config: Config) -> RunFolder:
     stop = Stop(Path(config.out or "."))
     base = None
     with stop.listening():
-        while isinstance(job := processes.broadcast(), Job):
+        while isinstance(job := processes.broadcast(), Job | FreeShards):
+            if isinstance(job, FreeShards):
+                base = None
+                _free(processes)
+                continue
             try:
                 with processes.agreed():
                     base = _base(job, config, processes, base)
@@ -157,10 +173,47 @@ def _base(job: Job, config: Config, processes: Processes, held: tuple[Any, Any] 
         )
     settings = settings.model_copy(update={"dtype": job.dtype})
     if processes.sharded:
-        loaded, device = load_spread(files, config.model_copy(update={"model": settings}))
+        loaded, device = load_shared(files, config.model_copy(update={"model": settings}))
         return loaded.model, device
-    loaded = load_model(files, dtype=job.dtype, device=settings.device, trust_remote_code=settings.trust_remote_code)
+    given = {"dtype": job.dtype, "device": settings.device, "base": settings.base}
+    loaded = load_model(files, trust_remote_code=settings.trust_remote_code, **given)
+    refuse_spread(loaded, files)
     return loaded.model, loaded.device
+
+
+def refuse_spread(loaded: Loaded, files: ModelFiles) -> None:
+    """Refuse to train a model that answers with weights from elsewhere.
+
+    Raises:
+        TellError: it is larger than its GPU.
+    """
+    if loaded.spread:
+        raise TellError(
+            "its weights leave the GPU no room to train",
+            where=files.name,
+            remedy="Use model.base=nf4, or several GPUs: torchrun --nproc-per-node N -m tell tune ... "
+            "--set train.parallel=fsdp.",
+        )
+
+
+def free_shards(processes: Processes) -> None:
+    """Give a sharded model's GPU memory back in every process: the first needs all of it to answer.
+
+    The caller has dropped the model, and the others wait for a job.
+
+    Raises:
+        TellError: a process has ended.
+    """
+    processes.broadcast(FreeShards())
+    _free(processes)
+
+
+def _free(processes: Processes) -> None:
+    import torch
+
+    gc.collect()  # shards are in reference cycles
+    torch.cuda.empty_cache()
+    processes.agree()
 
 
 def _train(job: Job, model: PreTrainedModel, device: torch.device, processes: Processes, stop: Stop) -> None:

@@ -50,7 +50,7 @@ def self_file(config: Config, model: str, tokenizer: str) -> Path:
         tokenizer=tokenizer,
         seed=config.seed,
         questions=load_prompts() if config.general.self_.prompts == "builtin" else [],
-        arithmetic=[config.model.dtype, config.model.device, config.generate.engine, config.generate.batch_size],
+        arithmetic=[*config.model.arithmetic, config.generate.engine, config.generate.batch_size],
         **config.general.self_.model_dump(),
     )
     return tell_home() / "self" / f"{key}.jsonl"

@@ -14,6 +14,7 @@ import numpy as np
 
 from tell.config import Config
 from tell.errors import TellError, first_line
+from tell.models.base import FULL
 from tell.models.find import ModelFiles
 from tell.progress import Display, Silent
 from tell.rows.row_table import RowTable
@@ -79,6 +80,7 @@ class Session:
     stream: bool = False
     announce: bool = False
     _held: tuple[Loaded, DecodingEngine] | None = None
+    _told: bool = False
 
     def load(self) -> tuple[Loaded, DecodingEngine]:
         """The base model and its engine.
@@ -123,6 +125,12 @@ class Session:
     def adapter(self, folder: Path | None) -> Iterator[None]:
         """Inside this context the model answers with an adapter; None: untuned."""
         with self.engine.adapter(folder):
+            if folder is not None and self.announce and not self._told:
+                from tell.train.unmerged import is_unmerged
+
+                self._told = True
+                way = "beside the weights" if is_unmerged(self.model) else "merged into the weights"
+                self.display.note(f"adapters are applied {way} while answering")
             yield
 
     def answer(
@@ -170,16 +178,18 @@ def _load(session: Session) -> tuple[Loaded, DecodingEngine]:
     files, config = session.files, session.config
     chosen = config.model
     device = str(choose_device(chosen.device))
-    choice = "own" if session.stream else pick_engine(config.generate.engine, device)
+    own = session.stream or chosen.base != FULL  # vLLM would decode with the whole weights
+    choice = "own" if own else pick_engine(config.generate.engine, device)
 
     def make() -> tuple[Loaded, DecodingEngine]:
-        loaded = load_model(files, dtype=chosen.dtype, device=chosen.device, trust_remote_code=chosen.trust_remote_code)
+        given = {"dtype": chosen.dtype, "device": chosen.device, "base": chosen.base}
+        loaded = load_model(files, trust_remote_code=chosen.trust_remote_code, **given)
         engine = _vllm_engine(files, loaded, config) if choice == "vllm" else None
         positions = files.architecture.max_positions
         return loaded, engine or Engine(loaded.model, device=loaded.device, max_positions=positions)
 
     rank = config.train.lora_r if choice == "vllm" else None  # vLLM reserves room for adapters of one rank
-    key = (files.path, files.fingerprint, chosen.dtype, chosen.device, chosen.trust_remote_code, choice, rank)
+    key = (files.path, files.fingerprint, *chosen.arithmetic, chosen.trust_remote_code, choice, rank)
     return session.models.get(key, make)
 
 
@@ -210,11 +220,17 @@ def own_engine(config: Config) -> Config:
 
 
 def check_engine(config: Config, *, decides: bool, constrains: bool) -> None:
-    """Refuse vLLM by name where closed fields are decided or answers constrained, as only our own engine does.
+    """Refuse vLLM by name where only our own engine serves: a quantised base, closed fields, constrained answers.
 
     Raises:
         TellError: vLLM is requested by name.
     """
+    if config.generate.engine == "vllm" and config.model.base != FULL:
+        raise TellError(
+            f"vLLM decodes with the whole weights, and the adapter is trained over {config.model.base}",
+            where="generate.engine",
+            remedy="Use generate.engine=own, or model.base=full.",
+        )
     if config.generate.engine == "vllm" and (decides or constrains):
         what, without = ("decide closed fields", "generate.closed=off") if decides else ("constrain answers", CONSTRAIN)
         remedy = f"Use generate.engine=own, or {without}."

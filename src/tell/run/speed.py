@@ -12,6 +12,7 @@ from tell.models.machine import Place
 from tell.models.predict import record_speed
 from tell.rows.row_table import RowTable
 from tell.rows.tokenize import prompt_ids
+from tell.run.costs import speed_name
 from tell.run.session import Session, dtype_name
 from tell.run.task import Task
 
@@ -81,7 +82,7 @@ def keep_speed(task: Task, loaded: Loaded, tokens_per_second: float, decoded_per
     """Remember how fast a model trained and decoded here."""
     with suppress(TellError):  # an unwritable home makes the next plan less accurate but does not fail this run
         record_speed(
-            task.files.fingerprint,
+            speed_name(task),
             Place(loaded.device.type, dtype_name(loaded)),
             tokens_per_second,
             answer_tokens_per_second=decoded_per_second,

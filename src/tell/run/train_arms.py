@@ -18,7 +18,7 @@ from tell.progress import Advance
 from tell.run.costs import arm_costs
 from tell.run.journal import Journal
 from tell.run.prepare import Prepared
-from tell.run.processes import load_spread, start_job
+from tell.run.processes import free_shards, load_shared, refuse_spread, start_job
 from tell.run.record import write_adapter_notes
 from tell.run.session import Session
 from tell.run.speed import keep_speed
@@ -80,7 +80,7 @@ def train_arms(
             _leave_out(prepared, trained, arm, str(journal.folder.read(adapter.failed).get("error")))
             continue
         try:
-            result = _train(prepared, arm, session, journal, processes)
+            result = _train_and_free(prepared, arm, session, journal, processes)
         except Interrupted as error:
             raise journal.stop.interrupted(f"{arm}: {error.what}") from error
         except Diverged as error:
@@ -132,6 +132,17 @@ def _train(
         return Trainer(base.model, job, device=device, hooks=hooks, processes=processes).run(resume=True)
 
 
+def _train_and_free(
+    prepared: Prepared, arm: str, session: Session, journal: Journal, processes: Processes | None
+) -> TrainResult:
+    """Train an arm; afterwards the shards of a model that several processes share have left all GPUs."""
+    try:
+        return _train(prepared, arm, session, journal, processes)
+    finally:
+        if processes is not None and processes.sharded and not processes.busy:
+            free_shards(processes)
+
+
 def arm_targets(task: Task, mixture: Mixture, session: Session, path: Path) -> SoftTargets | None:
     """The untuned model's distributions over the general rows of a mixture, kept in a file.
 
@@ -166,7 +177,8 @@ def _trainee(session: Session, processes: Processes | None) -> tuple[Loaded, tor
     """The base model to train and its device; a sharded model may not fit next to a whole one."""
     if processes is not None and processes.sharded:
         session.release()
-        return load_spread(session.files, session.config)
+        return load_shared(session.files, session.config)
+    refuse_spread(session.loaded, session.files)
     return session.loaded, session.loaded.device
 
 

@@ -11,6 +11,7 @@ from tell.data.general import general_source
 from tell.files import write_json
 from tell.folder import RunFolder
 from tell.mix.orderings import get_ordering
+from tell.models.base import check_planned_base
 from tell.progress import Display
 from tell.report.page import write_page
 from tell.rows.row_table import RowTable
@@ -131,6 +132,7 @@ def open_session(
 ) -> Session:
     """The run's model, which stops at a signal; our own engine decodes where several processes train."""
     config = decoding_beside(task.config, processes)
+    check_planned_base(config.model)
     constrained = any_constrained(config, task.kind.name, config.eval.arms)
     check_engine(config, decides=task.decides, constrains=constrained)
     check, models = journal.stop.check, models or ModelCache()

@@ -78,7 +78,7 @@ def _file(session: Session, asked: Sequence[str]) -> Path:
         tokenizer=session.chat.fingerprint,
         seed=config.seed,
         asked=list(asked),
-        arithmetic=[config.model.dtype, config.model.device, config.generate.engine, config.generate.batch_size],
+        arithmetic=[*config.model.arithmetic, config.generate.engine, config.generate.batch_size],
         sampling=[TEMPERATURE, TOP_P],
     )
     return tell_home() / "self" / f"{key}.jsonl"

@@ -191,12 +191,12 @@ def open_models(runs: Sequence[Path], display: Display, *, trust_remote_code: bo
 
 
 def _check_base(first: Session, session: Session, path: Path) -> None:
-    def base(of: Session) -> tuple[str, str, str, str, str]:
+    def base(of: Session) -> tuple[str, str, str, str]:
         files, model = of.files, of.config.model
-        return files.name, model.dtype, model.device, files.fingerprint, files.weights
+        return files.name, ", ".join(model.arithmetic), files.fingerprint, files.weights
 
     if base(first)[1:] != base(session)[1:]:
-        there, here = (f"{name} ({dtype}, {device})" for name, dtype, device, *_ in map(base, (first, session)))
+        there, here = (f"{name} ({arithmetic})" for name, arithmetic, *_ in map(base, (first, session)))
         what = f"is a run over {here}, and the first one over {there}"
         raise TellError(what, where=str(path), remedy="Serve runs over different base models by several `tell serve`.")
 

@@ -9,7 +9,7 @@ serves where ``fast/fused.py`` does not join layers: on a GPU, without kernels, 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,10 +23,13 @@ from tell.config_sections import TrainConfig
 from tell.errors import TellError
 from tell.files import sync_files
 from tell.folder import AdapterFolder
+from tell.kernels.quantised import QuantisedLinear
 from tell.train.adapter_file import read_adapter
 from tell.train.device import SHARE, free_bytes, kept_randomness
+from tell.train.fast.base_weight import LINEAR, quantised_weight
 from tell.train.fast.fused_ops import Projection, Stack
 from tell.train.targets import EXPERTS, refuse_experts
+from tell.train.unmerged import adapter_unmerged
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -53,7 +56,8 @@ def _fused_forward(layer: LoraLinear) -> Callable[..., Tensor]:
         if layer.training and isinstance(dropout, nn.Dropout) and dropout.p > 0:
             inner = linear(dropout(x), (a.weight * scale).to(x.dtype))
             return base(x) + linear(inner, b.weight.to(x.dtype))
-        stack = Stack(base.weight, base.bias, (len(base.weight),), (scale,), 0.0)
+        weight = quantised_weight([base]) or base.weight
+        stack = Stack(weight, base.bias, (base.out_features,), (scale,), 0.0)
         return Projection.apply(x, stack, a.weight, b.weight)[0]
 
     return forward
@@ -73,9 +77,9 @@ def a_scales(model: nn.Module) -> dict[str, float]:
 
 
 def fuse(model: nn.Module) -> None:
-    """Give every LoRA layer over a plain ``nn.Linear`` the fused forward."""
+    """Give every LoRA layer over a linear layer, plain or quantised, the fused forward."""
     for _, layer in lora_layers(model):
-        if type(layer.get_base_layer()) is nn.Linear and not layer.lora_bias.get(DEFAULT, False):
+        if type(layer.get_base_layer()) in LINEAR and not layer.lora_bias.get(DEFAULT, False):
             setattr(layer, "forward", _fused_forward(layer))  # noqa: B010
 
 
@@ -148,6 +152,8 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
     path, defaults = AdapterFolder(folder).config, LoraConfig().to_dict()
     config = json.loads(path.read_text(encoding="utf-8"))
     config.pop("peft_version", None)
+    if any(getattr(layer.get_base_layer(), "turned", False) for _, layer in lora_layers(model)):
+        config["fan_in_fan_out"] = True  # of the original base, which the adapter is used with elsewhere
     kept = {k: v for k, v in config.items() if k in WRITTEN or (v or None) != (defaults.get(k) or None)}
     path.write_text(json.dumps({**kept, "target_modules": sorted(kept["target_modules"])}, indent=2), encoding="utf-8")
     readme = folder / "README.md"  # peft's template card: all "More information needed"
@@ -161,36 +167,54 @@ def remove_lora(model: PeftModel) -> PreTrainedModel:
 
 
 @contextmanager
-def adapter_merged(model: PreTrainedModel, folder: Path | None) -> Iterator[PreTrainedModel]:
-    """The base model with an adapter merged into its weights, which are restored exactly afterwards.
+def adapter_applied(model: PreTrainedModel, folder: Path | None) -> Iterator[PreTrainedModel]:
+    """The base model with an adapter: merged into its weights, or applied beside them; see `is_merged`.
 
     To decode inside, use ``DecodingEngine.adapter``, since vLLM has its own copy of the weights.
 
     Args:
-        model: the base causal model.
+        model: the base causal model, which is exactly as before afterwards.
         folder: adapter in peft's format; None leaves the model as it is.
     """
     if folder is None:
         yield model
         return
     factors, scale = adapter_factors(model, folder)
-    weights = {name: model.get_parameter(f"{name}.weight").data for name in factors}
-    on_device = _room_for_copies(list(weights.values()))
+    way = _merged if is_merged(model, factors) else adapter_unmerged
+    with way(model, factors, scale):
+        yield model
+
+
+def is_merged(model: PreTrainedModel, names: Iterable[str]) -> bool:
+    """Whether `adapter_applied` merges into the named layers: plain weights, whose originals fit on their device.
+
+    Not into weights that are elsewhere than the model computes; see `tell.models.spread`.
+    """
+    layers = [model.get_submodule(name) for name in names]
+    weights = [layer.get_parameter("weight").data for layer in layers]
+    plain = not any(isinstance(layer, QuantisedLinear) for layer in layers)
+    return plain and all(weight.device == model.device for weight in weights) and _room_for_copies(weights)
+
+
+@contextmanager
+def _merged(model: PreTrainedModel, factors: Mapping[str, tuple[Tensor, Tensor]], scale: float) -> Iterator[None]:
+    """Inside, the adapter is part of the weights, each rounded once; the originals are kept on their device."""
     saved: dict[str, Tensor] = {}
     try:
         with torch.no_grad():
-            for name, weight in weights.items():
-                a, b = (x.to(weight.device, torch.float32) for x in factors[name])
+            for name, pair in factors.items():
+                weight = model.get_parameter(f"{name}.weight").data
+                a, b = (x.to(weight.device, torch.float32) for x in pair)
                 merged = (b @ a).mul_(scale)
                 if isinstance(model.get_submodule(name), Conv1D):  # GPT-2 keeps (in, out)
                     merged = merged.t()
                 merged += weight
-                saved[name] = weight.clone() if on_device else _copy_to_host(weight)
+                saved[name] = weight.clone()
                 weight.copy_(merged)  # in place: others may hold views
-        yield model
+        yield
     finally:
-        for name, data in saved.items():
-            model.get_parameter(f"{name}.weight").data.copy_(data, non_blocking=True)
+        for name, data in saved.items():  # by name: the fused path may have moved a weight meanwhile
+            model.get_parameter(f"{name}.weight").data.copy_(data)
 
 
 def _room_for_copies(weights: list[Tensor]) -> bool:
@@ -198,15 +222,6 @@ def _room_for_copies(weights: list[Tensor]) -> bool:
     if not weights or weights[0].device.type != "cuda":
         return True
     return SHARE * sum(weight.nbytes for weight in weights) <= free_bytes(weights[0].device)
-
-
-def _copy_to_host(weight: Tensor) -> Tensor:
-    """A copy in pinned memory, which a GPU fills and reads asynchronously."""
-    try:
-        host = torch.empty_like(weight, device="cpu", pin_memory=True)
-    except RuntimeError:  # the system's limit on pinned memory
-        host = torch.empty_like(weight, device="cpu")
-    return host.copy_(weight, non_blocking=True)
 
 
 def adapter_factors(model: nn.Module, folder: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], float]:
@@ -218,9 +233,11 @@ def adapter_factors(model: nn.Module, folder: Path) -> tuple[dict[str, tuple[Ten
     scale, pairs = read_adapter(folder)
     modules = dict(model.named_modules())
     for name, (a, b) in pairs.items():
-        shape = getattr(getattr(modules.get(name), "weight", None), "shape", None)
-        if shape is None:
+        module = modules.get(name)
+        weight = getattr(module, "weight", None)
+        if weight is None:
             raise TellError(f"adapts {name}, which the model lacks", where=str(folder), remedy=OWN_BASE)
+        shape = (module.out_features, module.in_features) if isinstance(module, QuantisedLinear) else weight.shape
         if sorted(shape) != sorted((b.shape[0], a.shape[1])):
             raise TellError(f"adapts {name}, whose size differs", where=str(folder), remedy=OWN_BASE)
     return pairs, scale

@@ -128,6 +128,7 @@ class Questions:
             "model": session.files.fingerprint,
             "dtype": str(session.model.dtype).removeprefix("torch."),
             "device": engine.device.type,
+            **({"base": base} if (base := session.config.model.base) != "full" else {}),
             **({"engine": engine.name} if engine.name != "own" else {}),  # which writes the answers
         }
 

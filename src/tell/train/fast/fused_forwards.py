@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tell.kernels.ops import CKernels, kernels_for
 from tell.kernels.triton_ops import HeadLayout
 from tell.train.attention import PackedPlan, Plan, Rule
+from tell.train.fast.base_weight import LINEAR, Quantised, quantised_weight
 from tell.train.fast.cuda import Forward
 from tell.train.fast.exchange import Rope, epsilon, is_frozen, is_plain, planned_attention, split_qkv
 from tell.train.fast.fused_ops import Attention, AttentionCall, Gated, GatedProjection, Heads, Projection, RmsNorm
@@ -22,7 +23,8 @@ from tell.train.torch_types import AnyModule
 class Projections:
     """Named linear layers of one module as one product.
 
-    The frozen weights are moved into one tensor, of which the layers keep views: no second copy.
+    The frozen weights are moved into one tensor, of which the layers keep views: no second copy. Quantised ones stay
+    where they are.
     """
 
     def __init__(self, owner: nn.Module, names: Sequence[str]) -> None:
@@ -32,10 +34,21 @@ class Projections:
     def layers(self) -> list[nn.Module]:
         return [getattr(self.owner, name) for name in self.names]
 
-    def _weights(self, bases: list[nn.Linear]) -> tuple[Tensor, Tensor | None, tuple[int, ...]]:
-        widths = tuple(base.weight.shape[0] for base in bases)
+    def _weights(self, bases: list[nn.Linear]) -> tuple[Tensor | Quantised, Tensor | None, tuple[int, ...]]:
+        widths = tuple(base.out_features for base in bases)
+        quantised = quantised_weight(bases)
         if len(bases) == 1:
-            return bases[0].weight, bases[0].bias, widths
+            return quantised or bases[0].weight, bases[0].bias, widths
+        whole = quantised or self._joined(bases, widths)
+        biases = [base.bias for base in bases]
+        if all(bias is None for bias in biases):
+            return whole, None, widths
+        # small, and copied each time: the layers' own may have been written into
+        like = next(bias for bias in biases if bias is not None)
+        parts = zip(biases, widths, strict=True)
+        return whole, torch.cat([like.new_zeros(n) if bias is None else bias for bias, n in parts]), widths
+
+    def _joined(self, bases: list[nn.Linear], widths: tuple[int, ...]) -> Tensor:
         whole, weights = self.weight, [base.weight for base in bases]
         if whole is not None and not adjacent([whole, *weights], [0, *(weight.numel() for weight in weights)]):
             whole = None
@@ -45,12 +58,7 @@ class Projections:
                 for base, part in zip(bases, whole.split(widths), strict=True):
                     base.weight.data = part
             self.weight = whole
-        biases = [base.bias for base in bases]
-        if all(bias is None for bias in biases):
-            return whole, None, widths
-        # small, and copied each time: the layers' own may have been written into
-        parts = zip(biases, widths, strict=True)
-        return whole, torch.cat([whole.new_zeros(n) if bias is None else bias for bias, n in parts]), widths
+        return whole
 
     def stack(self) -> tuple[Stack, list[Tensor]] | None:
         """The layers' frozen part and their adapters; None where one of them is unusual."""
@@ -88,14 +96,15 @@ class _LoraParts(NamedTuple):
 
 def _lora_parts(layer: AnyModule) -> _LoraParts | None:
     """None for what is not a plain linear layer with at most one plain adapter."""
-    if type(layer) is nn.Linear:
-        return _LoraParts(layer) if is_plain(layer) else None
+    if type(layer) in LINEAR:
+        linear = cast(nn.Linear, layer)
+        return _LoraParts(linear) if is_plain(linear) else None
     active = getattr(layer, "active_adapters", None)
     if not active or not hasattr(layer, "lora_A"):
         return None
     base, name = layer.get_base_layer(), active[0]
     unusual = (
-        type(base) is not nn.Linear
+        type(base) not in LINEAR
         or not is_plain(base)
         or len(active) > 1
         or name not in layer.lora_A

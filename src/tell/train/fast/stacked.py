@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tell.kernels.ops import Kernels, kernels_for
 from tell.kernels.products import Dropout, products_for
+from tell.train.fast.base_weight import Quantised, dense
 from tell.train.flat import Slot, add_product, joined_rows, slot_of
 
 
@@ -27,13 +28,13 @@ class Stack:
     """Frozen weights of linear layers over one input, one below the other.
 
     Attributes:
-        weight, bias: (N, K), (N,) or None.
+        weight, bias: (N, K), read through `dense`; (N,) or None.
         widths: N_i of each layer.
         scales: s_i of each layer's adapter; None where it has none.
         dropout: rate on the adapters' inputs; every layer draws its own mask.
     """
 
-    weight: Tensor
+    weight: Tensor | Quantised
     bias: Tensor | None
     widths: tuple[int, ...]
     scales: tuple[float | None, ...]
@@ -126,7 +127,7 @@ class Lora:
     def folded(self, beside: Tensor, dim: int) -> Tensor:
         """W + B A, with the adapters' thin matrix next to it so that one product serves both: where its rows or columns
         are split again anyway, for several layers."""
-        weight, inner = self.stack.weight, len(self.stack.widths) > 1
+        weight, inner = dense(self.stack.weight, beside.dtype), len(self.stack.widths) > 1
         shape = [n + (beside.shape[dim] if inner and d == dim else 0) for d, n in enumerate(weight.shape)]
         whole = weight.new_empty(shape)
         own = whole.narrow(dim, 0, weight.shape[dim])
@@ -159,11 +160,11 @@ class Lora:
         stack = self.stack
         if self.products is not None:
             adapters = self._adapters(self.a, self.b) if self.parts else ()
-            return self.products.forward(x, stack.weight, stack.bias, *adapters)
+            return self.products.forward(x, dense(stack.weight, x.dtype), stack.bias, *adapters)
         if self.parts and self.folds:
             y, u = self._fold(x, self.a, back=False)
             return y if stack.bias is None else y.add_(stack.bias), u
-        y = torch.nn.functional.linear(x, stack.weight, stack.bias)
+        y = torch.nn.functional.linear(x, dense(stack.weight, x.dtype), stack.bias)
         if not self.parts:
             return y, None
         if stack.dropout:
@@ -178,10 +179,11 @@ class Lora:
         """(T, K) gradient of x, and that of u."""
         stack = self.stack
         if self.products is not None:
-            return self.products.backward(gy, stack.weight, *(self._adapters(self.b, self.a) if self.parts else ()))
+            adapters = self._adapters(self.b, self.a) if self.parts else ()
+            return self.products.backward(gy, dense(stack.weight, gy.dtype), *adapters)
         if self.parts and self.folds:
             return self._fold(gy, self.b, back=True)
-        gx = gy @ stack.weight
+        gx = gy @ dense(stack.weight, gy.dtype)
         if not self.parts:
             return gx, None
         gu = self.inner_gradient(gy)
