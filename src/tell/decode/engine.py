@@ -85,6 +85,7 @@ class Engine:
         self._token_bytes: int | None = None
         self._fixed = False
         self._packed: Packed | StaticModel | None = None
+        self._kept: tuple[object, StaticBatch] | None = None  # the last batch, while weights are fixed
         self.max_positions = max_positions or getattr(config, "max_position_embeddings", None) or 1 << 30
 
     @contextmanager
@@ -204,7 +205,7 @@ class Engine:
         try:
             yield
         finally:
-            self._fixed, self._packed = False, None
+            self._fixed, self._packed, self._kept = False, None, None
 
     def _batch(self, decoding: Decoding, slots: int, capacity: int, prefix: list[int]) -> Batch:
         packed = self._packed or self._pack() if self.fast and self.trusted is not False else None
@@ -223,7 +224,16 @@ class Engine:
         self, packed: Packed | StaticModel, decoding: Decoding, slots: int, capacity: int, prefix: Sequence[int]
     ) -> Batch:
         if isinstance(packed, StaticModel):
-            return StaticBatch(packed, decoding, slots, capacity, prefix, self.recorder(self.device))
+            # Recorded steps and the prefix serve again where nothing that they contain has changed.
+            rule = replace(decoding, seed=0, max_new_tokens=0, stop_ids=(), batch_size=0)
+            key = rule, slots, capacity, tuple(prefix)
+            if self._kept is None or self._kept[0] != key:
+                self._kept = None  # first, for its memory
+                self._kept = key, StaticBatch(packed, decoding, slots, capacity, prefix, self.recorder(self.device))
+            batch = self._kept[1]
+            if not self._fixed:
+                self._kept = None
+            return batch
         return KernelBatch(packed, decoding, slots, capacity, prefix)
 
     def _pack(self) -> Packed | StaticModel | None:

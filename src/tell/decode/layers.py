@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,8 @@ DTYPES = frozenset({torch.bfloat16, torch.float16, torch.float32})
 STATIC_ROPE = frozenset({"default", "linear", "llama3", "yarn"})  # other kinds depend on the row's length
 SILU, GELU_TANH = 0, 1
 _ACTIVATIONS = {"silu": SILU, "swish": SILU, "gelu_pytorch_tanh": GELU_TANH}
+
+_rules: WeakKeyDictionary[Body, list[Rule]] = WeakKeyDictionary()  # cache
 
 
 @dataclass(slots=True)
@@ -142,13 +145,16 @@ def kernels_take(description: Description) -> bool:
 
 
 def attention_rules(description: Description, body: Body) -> list[Rule]:
-    """The rule of each layer's attention, as the model states it in a pass over two tokens."""
+    """The rule of each layer's attention, as the model states it in a pass over two tokens; kept for each body."""
+    if body in _rules:
+        return _rules[body]
     device = description.embedding.device
     probe = RulePlan(2, device=device)
     with use_plan(probe):
         ids = torch.zeros(1, 2, dtype=torch.long, device=device)
         body.core(input_ids=ids, position_ids=probe.positions(), use_cache=False)
-    return [probe.rules[layer.attention] for layer in description.layers]
+    _rules[body] = [probe.rules[layer.attention] for layer in description.layers]
+    return _rules[body]
 
 
 def _norm(module: AnyModule, config: PretrainedConfig) -> Tensor:

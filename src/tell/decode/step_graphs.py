@@ -55,6 +55,9 @@ class GraphRecorder:
         self.failed = False
 
     def run(self, call: Call) -> None:
+        if self.failed:  # the stream may still be recording
+            call()
+            return
         main = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(main)
         with torch.cuda.stream(self.stream):
