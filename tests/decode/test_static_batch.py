@@ -27,12 +27,14 @@ from tell.decode.layers import describe
 from tell.decode.sampler import Decoding
 from tell.decode.static_batch import Fetch, StaticBatch
 from tell.decode.static_model import StaticModel
-from tell.decode.step_graphs import GraphRecorder, Unrecorded
+from tell.decode.step_graphs import GraphRecorder, Unrecorded, recorder
 from tell.rows.template import ChatTokenizer
 from tell.train.attention import Rule
 from tell.train.step import Body
 from train.packed import Fetches, load
 from train.test_cuda import reference_varlen
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 @pytest.fixture(autouse=True)
@@ -152,18 +154,19 @@ def test_tokens_are_looked_at_one_step_late(tiny_model, monkeypatch):
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_states(family, tiny_model):
+def test_states(family, device, tiny_model):
     """In every number format, joined weights or not: those of transformers' layers, within rounding."""
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        body = Body(load(tiny_model(family), dtype=dtype))
+        body = Body(load(tiny_model(family), dtype=dtype).to(device))
         for join in (True, False):
             model = StaticModel(describe(body.core), body, join=join)
             prefix, *rows = prompts_of((45, 45, 1, 17), seed=1)
             states = []
             for batch in (
-                StaticBatch(model, Decoding(4, ()), 6, 75, prefix, Unrecorded()),
-                PlainBatch(body, Decoding(4, ()), 6, 75, prefix, torch.device("cpu")),
+                StaticBatch(model, Decoding(4, ()), 6, 75, prefix, recorder(torch.device(device))),
+                PlainBatch(body, Decoding(4, ()), 6, 75, prefix, torch.device(device)),
             ):
                 found = [batch.prefill(rows, 0), batch.decode([45, 1, 17], [5, 6, 7])]
                 batch.move([2], [0], 18)
@@ -175,7 +178,7 @@ def test_states(family, tiny_model):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize(("family", "most"), [("llama", 24), ("qwen3", 29), ("gemma2", 40)])
+@pytest.mark.parametrize(("family", "most"), [("llama", 24), ("qwen3", 28), ("gemma2", 39)])
 def test_a_step_reads_nothing_on_the_host_and_launches_little(family, most, tiny_model):
     """Launches of one token step for all rows, in each layer; transformers' layers make 86."""
     body = Body(load(tiny_model(family), dtype=torch.bfloat16))
@@ -193,7 +196,7 @@ def test_a_step_reads_nothing_on_the_host_and_launches_little(family, most, tiny
     each = launches[0] - launches[1]
     other = launches[0] - layers * each
     print(f"{family}: {each} launches in each layer, {other} besides")
-    assert each <= most and other <= 45
+    assert each <= most and other <= 48
 
 
 @torch.inference_mode()
@@ -279,8 +282,8 @@ def test_a_step_that_cannot_be_recorded_is_run(tiny_model, monkeypatch):
 
 def test_sizes_of_recorded_steps(monkeypatch):
     monkeypatch.undo()
-    lengths = [static_batch.rounded_length(n, 5000) for n in range(1, 5001)]
-    assert sorted(set(lengths)) == [128, 256, 512, 768, 1024, 1536, 2048, 3072, 4096, 5000]
+    lengths = [static_batch.rounded_length(n) for n in range(1, 5001)]
+    assert sorted(set(lengths)) == [128, 256, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144]
     assert all(n <= size for n, size in enumerate(lengths, 1))
     rows = [static_batch.rounded_rows(n, 200) for n in range(1, 201)]
     assert sorted(set(rows)) == [1, 4, 16, 32, 64, 128, 192, 200] and all(n <= size for n, size in enumerate(rows, 1))
@@ -308,7 +311,7 @@ def test_prefill_by_sequences_of_any_length(lengths, prefix, window, seed):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@needs_gpu
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_on_a_gpu(family, tiny_model, monkeypatch):
     """Recorded steps: tokens of transformers' layers in fp32, and each key of steps is recorded once."""
@@ -326,7 +329,7 @@ def test_on_a_gpu(family, tiny_model, monkeypatch):
     assert engine.trusted and records
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@needs_gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_on_a_gpu_in_half_precision(dtype, tiny_model):
     """Wide heads and flash attention in prefill: states within rounding, and no wait for the GPU in a step."""

@@ -18,7 +18,7 @@ from tell.decode.engine_rows import Answer, Arrivals, Request, Row, waiting_rows
 from tell.decode.layers import describe, kernels_take
 from tell.decode.room import answer_limits, rows_that_fit, token_bytes
 from tell.decode.sampler import Decoding, uniforms
-from tell.decode.static_batch import StaticBatch
+from tell.decode.static_batch import StaticBatch, rounded_length
 from tell.decode.static_model import StaticModel
 from tell.decode.step_graphs import Recorder, recorder
 from tell.kernels.decode_ops import kernels
@@ -194,7 +194,12 @@ class Engine:
             wanted, capacity = decoding.batch_size, max(capacity, min(ROOM, self.max_positions - len(prefix)))
         if self._token_bytes is None:
             self._token_bytes = token_bytes(self.body.core, self.device)
-        slots = rows_that_fit(wanted, capacity, self._token_bytes, free_bytes(self.device))
+        free = free_bytes(self.device)
+        if self._kept is not None:  # its cache is used again, or freed
+            free += self._kept[1].cache.nbytes
+        if self.static and self._fixed:
+            capacity = rounded_length(capacity)  # so that the next call may find the same
+        slots = rows_that_fit(wanted, capacity, self._token_bytes, free)
         batch = self._batch(decoding, slots, capacity, prefix)
         Loop(batch, decoding, prefix, slots, capacity, waiting, len(rows) - len(waiting), progress, arrivals).run()
 

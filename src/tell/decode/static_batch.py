@@ -37,15 +37,15 @@ def rounded_rows(n: int, slots: int) -> int:
     return min(most, slots)
 
 
-def rounded_length(n: int, capacity: int) -> int:
-    """Tokens of each row that the recorded step for rows of up to n tokens reads."""
+def rounded_length(n: int) -> int:
+    """Tokens of each row that the recorded step for rows of up to n tokens reads, if its slots have as many."""
     size = SHORTEST
     while size < n:
         if size < 4 * SHORTEST:
             size *= 2
         else:  # in halves of a doubling
             size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
-    return min(size, capacity)
+    return size
 
 
 class Step(NamedTuple):
@@ -188,7 +188,7 @@ class StaticBatch(PlainBatch):
         if n != self._live:
             self.live.fill_(n)
             self._live = n
-        key = rounded_rows(n, self.store.slots), rounded_length(longest, self.store.capacity), chooses
+        key = rounded_rows(n, self.store.slots), min(rounded_length(longest), self.store.capacity), chooses
         if key not in self.recorded and key in self.begun:
             found = self.recorder.record(partial(self._step, *key))
             if found is not None:

@@ -32,7 +32,9 @@ class JoinedProduct:
     """
 
     def __init__(self, layers: Sequence[nn.Linear], *, join: bool) -> None:
-        parts = [(layer.weight.detach(), None if layer.bias is None else layer.bias.detach()) for layer in layers]
+        parts: list[tuple[Tensor, Tensor | None]] = [
+            (layer.weight.detach(), None if layer.bias is None else layer.bias.detach()) for layer in layers
+        ]
         if join and len(parts) > 1:
             parts = [(torch.cat([weight for weight, _ in parts]), _joined_bias(parts))]
         self.parts = parts

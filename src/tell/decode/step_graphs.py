@@ -69,7 +69,7 @@ class GraphRecorder:
             return None
         graph = torch.cuda.CUDAGraph()
         try:
-            self.run(lambda: _capture(graph, self.pool, call))
+            self.run(lambda: self._capture(graph, call))
         except RuntimeError as error:
             self.failed = True
             warnings.warn(
@@ -78,14 +78,13 @@ class GraphRecorder:
             return None
         return graph.replay
 
-
-def _capture(graph: torch.cuda.CUDAGraph, pool: tuple[int, int], call: Call) -> None:
-    # Other threads (a server's) may allocate meanwhile.
-    graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-    try:
-        call()
-    finally:
-        graph.capture_end()
+    def _capture(self, graph: torch.cuda.CUDAGraph, call: Call) -> None:
+        # Other threads (a server's) may allocate meanwhile.
+        graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+        try:
+            call()
+        finally:
+            graph.capture_end()
 
 
 def recorder(device: torch.device) -> Recorder:
