@@ -251,19 +251,36 @@ def test_what_has_no_static_form_is_decoded_by_its_own_layers(tiny_model):
     assert engine.trusted is False and got == answers(Engine(model, fast=False), prompts, decoding)
 
 
-def test_a_step_that_cannot_be_recorded_is_run(tiny_model, monkeypatch):
+@pytest.mark.parametrize("where", ["begin", "step"])
+def test_a_step_that_cannot_be_recorded_is_run(where, tiny_model, monkeypatch):
+    recording, freed = [], []
+
     class Graph:
         def replay(self):
             raise AssertionError("never recorded")
 
         def capture_begin(self, pool, capture_error_mode):
             assert pool == (0, 7) and capture_error_mode == "thread_local"
-            raise RuntimeError("operation not permitted\nwhile capturing")
+            if where == "begin":
+                raise RuntimeError("operation not permitted\nwhile capturing")
+            recording.append(True)
+
+        def capture_end(self):
+            recording.clear()
+            raise RuntimeError("capture failed due to a previous error")
 
     class Stream:
         def wait_stream(self, other):
             assert isinstance(other, Stream)
 
+    def step(self, *key):
+        if recording:
+            raise RuntimeError("operation not permitted\nwhile capturing")
+        whole(self, *key)
+
+    whole = StaticBatch._step
+    monkeypatch.setattr(StaticBatch, "_step", step)
+    monkeypatch.setattr(step_graphs, "_free_generator", lambda: freed.append(True))
     monkeypatch.setattr(step_graphs, "_side_stream", lambda device: Stream())
     for name, value in {
         "graph_pool_handle": lambda: (0, 7),
@@ -277,7 +294,7 @@ def test_a_step_that_cannot_be_recorded_is_run(tiny_model, monkeypatch):
     prompts, decoding = prompts_of((5, 9)), Decoding(9, (), greedy=True)
     with pytest.warns(UserWarning, match=r"cannot be recorded \(operation not permitted\)"):
         got = answers(engine, prompts, decoding)
-    assert got == answers(Engine(engine.model, fast=False), prompts, decoding)
+    assert got == answers(Engine(engine.model, fast=False), prompts, decoding) and bool(freed) == (where == "step")
 
 
 def test_sizes_of_recorded_steps(monkeypatch):
@@ -323,7 +340,7 @@ def test_on_a_gpu(family, tiny_model, monkeypatch):
     prompts = prompts_of((3, 45, 20, 1, 33, 7, 2), prefix=13)
     base = Decoding(24, (3, 50, 51), greedy=True, batch_size=3)
     with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("error", message=".*decode")  # neither slower layers nor steps without a record
         for changes in ({}, {"greedy": False, "temperature": 1.5}, {"greedy": False, "top_k": 0, "top_p": 0.9}):
             assert answers(engine, prompts, base, **changes) == answers(plain, prompts, base, **changes)
     assert engine.trusted and records

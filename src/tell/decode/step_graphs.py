@@ -72,8 +72,9 @@ class GraphRecorder:
             self.run(lambda: self._capture(graph, call))
         except RuntimeError as error:
             self.failed = True
+            cause = error.__context__ if isinstance(error.__context__, Exception) else error  # the end raises once more
             warnings.warn(
-                f"a decode step cannot be recorded ({first_line(error)}); answers are decoded more slowly", stacklevel=2
+                f"a decode step cannot be recorded ({first_line(cause)}); answers are decoded more slowly", stacklevel=2
             )
             return None
         return graph.replay
@@ -82,9 +83,19 @@ class GraphRecorder:
         # Other threads (a server's) may allocate meanwhile.
         graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
         try:
-            call()
-        finally:
-            graph.capture_end()
+            try:
+                call()
+            finally:
+                graph.capture_end()
+        except RuntimeError:
+            _free_generator()
+            raise
+
+
+def _free_generator() -> None:
+    """The device's random numbers again: a recording that failed leaves them marked as being recorded."""
+    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    generator.graphsafe_set_state(generator.clone_state())
 
 
 def recorder(device: torch.device) -> Recorder:
