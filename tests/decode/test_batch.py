@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 import tiny
 from tell.decode.batch import KernelBatch, Packed, PlainBatch
+from tell.decode.decode_loop import retire
 from tell.decode.engine import TOLERANCE, Engine
 from tell.decode.engine_rows import Answer, Row
-from tell.decode.layers import Product, describe
+from tell.decode.layers import Product, describe, kernels_take
 from tell.decode.sampler import Decoding, choose
 from tell.kernels import decode_ops as c
 from tell.kernels import reason
@@ -147,7 +148,16 @@ def test_what_the_kernels_cannot_take_is_decoded_plainly(tiny_model):
         for name, value in change.items():
             setattr(other.config, name, value)
         assert describe(other) is None, change
-    assert describe(copy.deepcopy(core).half()) is None
+    for layer, change in ((0, "forward"), (1, "hook")):
+        other = copy.deepcopy(core)
+        linear = other.layers[layer].mlp.down_proj
+        if change == "hook":
+            linear.register_forward_hook(lambda module, x, out: 2 * out)
+        else:
+            linear.forward = lambda x: x
+        assert describe(other) is None, change
+    assert kernels_take(describe(core)) and not kernels_take(describe(copy.deepcopy(core).half()))
+    assert not kernels_take(dataclasses.replace(describe(core), width=24))
 
 
 @needs_kernels
@@ -193,13 +203,10 @@ def test_rows_that_go_on_fill_the_places_of_finished_ones(n, data):
                 self.rows[target] = self.rows[source]
 
     finished = sorted(data.draw(st.sets(st.integers(0, n - 1))))
-    ended: list[int] = []
     rows = [Row([0] * (i + 1), 1, np.zeros(1), Answer(ids=[])) for i in range(n)]
-    for i, row in enumerate(rows):
-        row.on_end = lambda answer, i=i: ended.append(i)
     active, batch = list(rows), Places()
-    Engine._retire(active, finished, batch)
-    assert sorted(map(rows.index, active)) == sorted(set(range(n)) - set(finished)) and ended == finished
+    retire(active, finished, batch)
+    assert sorted(map(rows.index, active)) == sorted(set(range(n)) - set(finished))
     assert [rows.index(row) for row in active] == batch.rows[: len(active)]
 
 

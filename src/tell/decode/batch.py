@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from tell.decode.kv_cache import DecodePlan, PrefillPlan, PrefixPlan, Store
-from tell.decode.layers import Description, Product
+from tell.decode.layers import Description, Product, attention_rules
 from tell.decode.sampler import Decoding, choose
 from tell.kernels import decode_ops as c
-from tell.train.attention import Plan, Rule, RulePlan, use_plan
+from tell.train.attention import Plan, use_plan
 from tell.train.device import send
 from tell.train.step import Body
 
@@ -166,10 +166,7 @@ class Packed:
             for layer in description.layers
         ]
         self.head = Product((body.head, body.bias))
-        probe = RulePlan(2)
-        with use_plan(probe):
-            body.core(input_ids=torch.zeros(1, 2, dtype=torch.long), position_ids=probe.positions(), use_cache=False)
-        self.rules: list[Rule] = [probe.rules[layer.attention] for layer in description.layers]
+        self.rules = attention_rules(description, body)
 
 
 class KernelBatch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -9,16 +10,19 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-import numpy as np
 import torch
 
-from tell.decode.batch import Batch, KernelBatch, Packed, PlainBatch, only
-from tell.decode.engine_rows import Answer, Arrivals, Request, Row, longest_last, waiting_rows
-from tell.decode.layers import describe
+from tell.decode.batch import Batch, KernelBatch, Packed, PlainBatch
+from tell.decode.decode_loop import Loop
+from tell.decode.engine_rows import Answer, Arrivals, Request, Row, waiting_rows
+from tell.decode.layers import describe, kernels_take
 from tell.decode.room import answer_limits, rows_that_fit, token_bytes
 from tell.decode.sampler import Decoding, uniforms
+from tell.decode.static_batch import StaticBatch, rounded_length
+from tell.decode.static_model import StaticModel
+from tell.decode.step_graphs import Recorder, recorder
 from tell.kernels.decode_ops import kernels
-from tell.train.device import free_bytes, send
+from tell.train.device import free_bytes
 from tell.train.lora import adapter_applied
 from tell.train.step import Body
 from tell.train.torch_types import AnyModule
@@ -29,9 +33,12 @@ if TYPE_CHECKING:
     from tell.decode.grammar import Mask
     from tell.decode.guide import Guide
 
-PREFILL_TOKENS = 4096  # most tokens of one prefill pass
 ROOM = 1024  # tokens of a row, prompt and answer, that may join a running batch even if its first rows are shorter
-TOLERANCE = {torch.bfloat16: 0.05, torch.float32: 1e-3}  # relative distance of states that rounding explains
+TOLERANCE = {
+    torch.bfloat16: 0.05,
+    torch.float16: 0.02,
+    torch.float32: 1e-3,
+}  # relative distance of states that rounding explains
 
 
 def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
@@ -53,7 +60,8 @@ class Engine:
         model: a transformers causal model.
         device: of the model.
         max_positions: longest sequence of the model, in tokens.
-        fast: use the kernels where model and machine allow; False uses torch operations only.
+        fast: use the kernels (CPU) or a static cache and CUDA graphs (GPU) where model and machine allow; False uses
+            transformers' layers only.
     """
 
     name = "own"  # in ``generate.engine``
@@ -69,11 +77,15 @@ class Engine:
         self.model, self.device = model, torch.device(device)
         self.body = Body(model)
         self.config = config = model.config.get_text_config()
-        self.fast = fast and self.device.type == "cpu"
-        self.trusted: bool | None = None  # whether the kernels compute the same as the model; None: not checked yet
+        self.static = self.device.type == "cuda"  # decode over a static cache rather than by the CPU's kernels
+        self.fast = fast and (self.static or self.device.type == "cpu")
+        self.recorder: Callable[[torch.device], Recorder] = recorder
+        self.trusted: bool | None = None  # whether the faster way computes the same as the model; None: not checked yet
+        self._said: set[str] = set()
         self._token_bytes: int | None = None
         self._fixed = False
-        self._packed: Packed | None = None
+        self._packed: Packed | StaticModel | None = None
+        self._kept: tuple[object, StaticBatch] | None = None  # the last batch, while weights are fixed
         self.max_positions = max_positions or getattr(config, "max_position_embeddings", None) or 1 << 30
 
     @contextmanager
@@ -182,152 +194,81 @@ class Engine:
             wanted, capacity = decoding.batch_size, max(capacity, min(ROOM, self.max_positions - len(prefix)))
         if self._token_bytes is None:
             self._token_bytes = token_bytes(self.body.core, self.device)
-        slots = rows_that_fit(wanted, capacity, self._token_bytes, free_bytes(self.device))
+        free = free_bytes(self.device)
+        if self._kept is not None:  # its cache is used again, or freed
+            free += self._kept[1].cache.nbytes
+        if self.static and self._fixed:
+            capacity = rounded_length(capacity)  # so that the next call may find the same
+        slots = rows_that_fit(wanted, capacity, self._token_bytes, free)
         batch = self._batch(decoding, slots, capacity, prefix)
-
-        def fits(request: Request) -> bool:
-            own = len(request.prompt) - len(prefix)
-            return 0 < own <= capacity - request.limit and list(request.prompt[: len(prefix)]) == prefix
-
-        active: list[Row] = []
-        ended, before = len(rows) - len(waiting), 0.0
-        while waiting or active:
-            if arrivals is not None and (room := slots - len(active) - len(waiting)) > 0:
-                joined = waiting_rows([Row.of(request) for request in arrivals(room, fits)], prefix)
-                waiting = longest_last([*waiting[::-1], *joined[::-1]]) if joined else waiting
-            free = slots - len(active)
-            if waiting and (not active or free >= max(1, slots // 4)):
-                fresh: list[Row] = []
-                used = 0
-                while waiting and len(fresh) < free and (not fresh or used + len(waiting[-1].whole) <= PREFILL_TOKENS):
-                    row = waiting.pop()
-                    used += len(row.whole)
-                    fresh.append(row)
-                begin = len(active)
-                states = batch.prefill([row.whole for row in fresh], begin)
-                batch.see(begin, [prefix + row.prompt for row in fresh])
-                active += fresh
-            else:
-                begin, new = 0, [row.fresh for row in active]
-                lengths = [row.cached for row in active]
-                several = any(len(tokens) > 1 for tokens in new)
-                states = batch.extend(lengths, new) if several else batch.decode(lengths, [t for (t,) in new])
-            known = sum(len(row.answer.ids) for row in active)
-            for row in active[begin:]:
-                row.cached = len(row.whole)
-            tokens = _next_tokens(batch, states, begin, active[begin:], decoding)
-            finished = self._record(active, tokens, begin, decoding)
-            # A token a row, be it the end; with masks those that follow it too.
-            written = max(len(tokens), sum(len(row.answer.ids) for row in active) - known)
-            self._retire(active, finished, batch)
-            ended += len(finished)
-            if progress:
-                now = ended + sum(len(row.answer.ids) / row.limit for row in active)
-                progress(written, now - before)
-                before = now
+        Loop(batch, decoding, prefix, slots, capacity, waiting, len(rows) - len(waiting), progress, arrivals).run()
 
     @contextmanager
     def fixed_weights(self) -> Iterator[None]:
-        """Promises that no weight changes inside, so that the kernels' copy is made once and kept for all calls."""
+        """Promises that no weight changes inside, so that copies of weights are made once and kept for all calls."""
         self._fixed = True
         try:
             yield
         finally:
-            self._fixed, self._packed = False, None
+            self._fixed, self._packed, self._kept = False, None, None
 
     def _batch(self, decoding: Decoding, slots: int, capacity: int, prefix: list[int]) -> Batch:
         packed = self._packed or self._pack() if self.fast and self.trusted is not False else None
         if packed is not None:
             if self.trusted is None:
                 self.trusted = self._check(packed, decoding)
+                if not self.trusted and isinstance(packed, StaticModel):
+                    self._say("the faster implementation differs on this model")
             if self.trusted:
                 # Otherwise copied for each call: weights may have changed, and the copy takes their memory again.
                 self._packed = packed if self._fixed else None
-                return KernelBatch(packed, decoding, slots, capacity, prefix)
+                return self._fast_batch(packed, decoding, slots, capacity, prefix)
         return PlainBatch(self.body, decoding, slots, capacity, prefix, self.device)
 
-    def _pack(self) -> Packed | None:
-        """The weights in the kernels' layout; None where the kernels do not support this model."""
+    def _fast_batch(
+        self, packed: Packed | StaticModel, decoding: Decoding, slots: int, capacity: int, prefix: Sequence[int]
+    ) -> Batch:
+        if isinstance(packed, StaticModel):
+            # Recorded steps and the prefix serve again where nothing that they contain has changed.
+            rule = replace(decoding, seed=0, max_new_tokens=0, stop_ids=(), batch_size=0)
+            key = rule, slots, capacity, tuple(prefix)
+            if self._kept is None or self._kept[0] != key:
+                self._kept = None  # first, for its memory
+                self._kept = key, StaticBatch(packed, decoding, slots, capacity, prefix, self.recorder(self.device))
+            batch = self._kept[1]
+            if not self._fixed:
+                self._kept = None
+            return batch
+        return KernelBatch(packed, decoding, slots, capacity, prefix)
+
+    def _pack(self) -> Packed | StaticModel | None:
+        """The weights as the faster implementation of this device reads them; None where it does not support them."""
         description = describe(cast(AnyModule, self.body.core))
-        if description is None or kernels(description.dtype) is None:
+        if self.static:
+            if description is None:
+                self._say("the model is of a family, or has layers (quantised, adapters beside them), that it lacks")
+            return None if description is None else StaticModel(description, self.body)
+        if description is None or not kernels_take(description) or kernels(description.dtype) is None:
             return None
         return Packed(description, self.body)
 
-    def _check(self, packed: Packed, decoding: Decoding) -> bool:
+    def _say(self, why: str) -> None:
+        """Warn, once for each reason, that decoding is slow."""
+        if why not in self._said:
+            self._said.add(why)
+            warnings.warn(f"answers are decoded by transformers' layers, which is slower: {why}", stacklevel=2)
+
+    def _check(self, packed: Packed | StaticModel, decoding: Decoding) -> bool:
         """Whether both implementations give the same states, within rounding, for some rows of this model."""
         size = len(self.body.head)
         head, *rows = [[i % size for i in ids] for ids in (range(1, 20), range(3, 40), [5], range(9, 15))]
-        ours: Batch = KernelBatch(packed, decoding, 3, 48, head)
+        ours = self._fast_batch(packed, decoding, 3, 48, head)
         theirs: Batch = PlainBatch(self.body, decoding, 3, 48, head, self.device)
         states = []
         for batch in (ours, theirs):
-            first = batch.prefill(rows, 0)
-            states.append(torch.cat([first, batch.decode([len(row) for row in rows], [0, 1, 2])]).float())
+            found = [batch.prefill(rows, 0)]
+            for further in range(3 if self.static else 1):  # a step as it is, its record, and the record again
+                found.append(batch.decode([len(row) + further for row in rows], [0, 1, 2]))
+            states.append(torch.cat(found).float())
         error = float((states[0] - states[1]).norm() / states[1].norm())
         return error <= TOLERANCE[packed.description.dtype]
-
-    @staticmethod
-    def _record(active: list[Row], tokens: list[int], begin: int, decoding: Decoding) -> list[int]:
-        """Append the tokens just drawn for the rows from ``begin`` on; returns the positions of finished rows."""
-        finished = []
-        for at, token in enumerate(tokens, begin):
-            row = active[at]
-            if row.mask is not None and row.mask.failed:
-                finished.append(at)
-            elif token in decoding.stop_ids:
-                row.answer.finish = "stop"
-                finished.append(at)
-            elif row.append([token, *(row.mask.take(token) if row.mask is not None else ())]):
-                finished.append(at)
-        return finished
-
-    @staticmethod
-    def _retire(active: list[Row], finished: list[int], batch: Batch) -> None:
-        """Remove finished rows; the last rows move into the gaps."""
-        for row in (active[at] for at in finished):
-            row.end()
-        left = len(active) - len(finished)
-        targets = [at for at in finished if at < left]
-        sources = sorted(set(range(left, len(active))) - set(finished), reverse=True)
-        if targets:
-            batch.move(sources, targets, max(len(active[s].whole) for s in sources))
-        for source, target in zip(sources, targets, strict=True):
-            active[target] = active[source]
-        del active[left:]
-
-
-def _next_tokens(batch: Batch, states: torch.Tensor, begin: int, rows: list[Row], decoding: Decoding) -> list[int]:
-    """The next token of each row, which have the places from ``begin`` on: decided by its guide, else chosen; in both
-    cases among those that its mask allows."""
-    draws = torch.tensor([row.draws[len(row.answer.ids)] for row in rows], dtype=torch.float32)
-    found = [None if row.guide is None else row.guide.decision(row.answer.ids) for row in rows]
-    decisions = {at: decision for at, decision in enumerate(found) if decision is not None}
-    allowed = _allowed(rows, batch.vocabulary, states.device)
-    if not decisions:
-        return batch.choose(states, range(begin, begin + len(rows)), draws, allowed)
-    tokens = [0] * len(rows)
-    free = [at for at in range(len(rows)) if at not in decisions]
-    if free:
-        among = None if allowed is None else allowed[free]
-        chosen = batch.choose(states[free], [begin + at for at in free], draws[free], among)
-        for at, token in zip(free, chosen, strict=True):
-            tokens[at] = token
-    decided = list(decisions)
-    among = None if allowed is None else allowed[decided]
-    logits = only(batch.logits(states[decided]), among).log_softmax(dim=-1).cpu().numpy()
-    logits[:, list(decoding.banned_ids)] = -np.inf
-    for scores, (at, decision) in zip(logits, decisions.items(), strict=True):
-        tokens[at] = decision.pick(scores)
-        if scores[tokens[at]] == -np.inf:  # the mask leaves none of the values that the guide knows
-            tokens[at] = int(scores.argmax())
-    batch.mark([begin + at for at in decided], [tokens[at] for at in decided])
-    return tokens
-
-
-def _allowed(rows: Sequence[Row], vocabulary: int, device: torch.device) -> torch.Tensor | None:
-    """(n, V) bool, the tokens that each row may go on with; None where no row has a mask."""
-    if all(row.mask is None for row in rows):
-        return None
-    every = np.ones(vocabulary, dtype=bool)
-    made = [every if row.mask is None else row.mask.allowed(vocabulary) for row in rows]
-    return send(torch.from_numpy(np.stack(made)), device)

@@ -62,6 +62,8 @@ class Row:
     on_token: Callable[[int], object] | None = None
     on_end: Callable[[Answer], object] | None = None
     cached: int = 0  # tokens, after the shared prefix, whose keys and values are cached
+    flying: int = 0  # tokens that a device has chosen, or will, and that have not come yet
+    ended: bool = False
 
     @classmethod
     def of(cls, request: Request) -> Row:
@@ -73,6 +75,11 @@ class Row:
     def whole(self) -> list[int]:
         """Its tokens after the shared prefix."""
         return self.prompt + self.answer.ids
+
+    @property
+    def size(self) -> int:
+        """Its tokens after the shared prefix, those under way included."""
+        return len(self.prompt) + len(self.answer.ids) + self.flying
 
     @property
     def fresh(self) -> list[int]:
@@ -97,6 +104,7 @@ class Row:
 
     def end(self) -> None:
         """Hand over the finished answer."""
+        self.ended = True
         if self.on_end:
             self.on_end(self.answer)
 

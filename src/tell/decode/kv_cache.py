@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from tell.train.attention import PackedPlan, Rule
 from tell.train.block_attention import softmax_scores
 from tell.train.device import send
+from tell.train.fast.cuda import Sequences, Varlen, VarlenPlan, find_varlen
 
 Call = tuple[nn.Module | None, int]  # attention module and number of its call in the pass: DiffLlama calls each twice
 
@@ -82,7 +84,7 @@ class Places:
         return self._index[heads]
 
 
-class PrefixPlan(PackedPlan):
+class PrefixPlan(VarlenPlan):
     """One pass over the shared prefix alone; its keys and values are kept."""
 
     def __init__(self, length: int, store: Store, device: torch.device | str) -> None:
@@ -95,12 +97,23 @@ class PrefixPlan(PackedPlan):
 
 
 class PrefillPlan(PackedPlan):
-    """Rows' own tokens, packed, after the stored prefix; keys and values go to the rows' slots."""
+    """Rows' own tokens, packed, after the stored prefix; keys and values go to the rows' slots.
+
+    Args:
+        find: the variable-length attention of a GPU, or None for padded blocks, as in ``VarlenPlan``.
+    """
 
     def __init__(
-        self, lengths: list[int], slots: list[int], store: Store, prefix: int, device: torch.device | str
+        self,
+        lengths: list[int],
+        slots: list[int],
+        store: Store,
+        prefix: int,
+        device: torch.device | str,
+        find: Callable[[Tensor, Tensor], Varlen | None] = find_varlen,
     ) -> None:
         super().__init__(lengths, device=device)
+        self.find = find
         self.store, self.stored = store, prefix
         at = np.concatenate([np.arange(length) for length in lengths])
         self.places = Places(*(send(torch.from_numpy(x), device) for x in (np.repeat(slots, lengths), at)))
@@ -109,11 +122,29 @@ class PrefillPlan(PackedPlan):
     def positions(self) -> Tensor:
         return super().positions() + self.stored
 
+    @cached_property
+    def _sequences(self) -> tuple[Sequences, Tensor]:
+        """Rows as sequences, and the key of each, the prefix before each row's own, in prefix and own tokens packed."""
+        own, ahead = np.array(self.lengths, dtype=np.int64), np.arange(self.stored)
+        ends = [np.concatenate([[0], x.cumsum()]).astype(np.int32) for x in (own, own + self.stored)]
+        stops = self.stored + own.cumsum()
+        pieces = [piece for stop, n in zip(stops, own, strict=True) for piece in (ahead, np.arange(stop - n, stop))]
+        first, second, index = (send(torch.from_numpy(x), self.device) for x in (*ends, np.concatenate(pieces)))
+        return Sequences(first, second, int(own.max()), int(own.max()) + self.stored), index
+
     def attend(self, layer: nn.Module | None, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
         call = self.calls.next(layer)
         self.store.put(call, key, value, self.places)
-        q, k, v = (self._pad(x) for x in (query * rule.scaling, key, value))
         kp, vp = self.store.prefix.get(call, (None, None))
+        varlen = self.find(query, value) if rule.softcap is None else None
+        if varlen is not None:
+            ends, index = self._sequences
+            q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+            if kp is not None and vp is not None:
+                k, v = (torch.cat([p[0].transpose(0, 1), x]).index_select(0, index) for p, x in ((kp, k), (vp, v)))
+            left = -1 if rule.window is None or rule.window >= ends.longest_k else rule.window - 1
+            return varlen(q, k, v, ends, rule.scaling, left)[None]
+        q, k, v = (self._pad(x) for x in (query * rule.scaling, key, value))
         return torch.cat(list(self._attend_rows((q, k, v), kp, vp, rule))).index_select(0, self.indices[1])[None]
 
 

@@ -1,24 +1,31 @@
-"""Describes a transformers model to the kernels: the parts of its layers."""
+"""Describes a transformers model by the parts of its layers, for the CPU kernels and the static batch of a GPU."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from tell.kernels.decode_ops import LANES, QUERIES, PackedWeight, packs_weights
+from tell.train.attention import Rule, RulePlan, use_plan
 from tell.train.torch_types import AnyModule
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+    from tell.train.step import Body
+
 FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3"})
+DTYPES = frozenset({torch.bfloat16, torch.float16, torch.float32})
 STATIC_ROPE = frozenset({"default", "linear", "llama3", "yarn"})  # other kinds depend on the row's length
 SILU, GELU_TANH = 0, 1
 _ACTIVATIONS = {"silu": SILU, "swish": SILU, "gelu_pytorch_tanh": GELU_TANH}
+
+_rules: WeakKeyDictionary[Body, list[Rule]] = WeakKeyDictionary()  # cache
 
 
 @dataclass(slots=True)
@@ -45,7 +52,11 @@ class Layer:
 
 @dataclass(slots=True)
 class Description:
-    """A decoder as the kernels run it."""
+    """A decoder by its parts.
+
+    Attributes:
+        exact_norms: the norms' weights are those of the model's number format, nothing added (Gemma adds 1 in fp32).
+    """
 
     layers: list[Layer]
     embedding: Tensor
@@ -58,11 +69,12 @@ class Description:
     activation: int
     rotary: nn.Module
     dtype: torch.dtype
+    exact_norms: bool
 
     def rotary_tables(self, positions: int) -> dict[str, tuple[Tensor, Tensor]]:
         """rope name: cosine and sine (positions, rotated width) in fp32, rounded as the model rounds them."""
-        at = torch.arange(positions)[None]
-        like = torch.zeros(1, dtype=self.dtype)
+        at = torch.arange(positions, device=self.embedding.device)[None]
+        like = self.embedding.new_zeros(1)
         tables = {}
         for name in {layer.rope for layer in self.layers}:
             pair = self.rotary(like, at, name) if name else self.rotary(like, at)
@@ -77,19 +89,19 @@ def _static_rope(config: PretrainedConfig) -> bool:
 
 
 def describe(core: AnyModule) -> Description | None:
-    """The parts of a transformer body, or None where the kernels do not support it.
+    """The parts of a transformer body; None for other families, quantised weights and adapters that are not merged.
 
-    The engine verifies the result: it compares both implementations before it uses the kernels.
+    The engine verifies the result: it compares both implementations before it uses it.
     """
     config = core.config
     if config.model_type not in FAMILIES or not _static_rope(config):
         return None
     weight = core.embed_tokens.weight
-    dtypes = {p.dtype for p in core.parameters()}
+    kinds = {(p.dtype, p.device) for p in core.parameters()}
     activation = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None)
     if config.model_type.startswith("gemma"):
         activation = config.hidden_activation
-    if weight.device.type != "cpu" or dtypes not in ({torch.bfloat16}, {torch.float32}):
+    if kinds != {(weight.dtype, weight.device)} or weight.dtype not in DTYPES:
         return None
     if activation not in _ACTIVATIONS:
         return None
@@ -100,8 +112,7 @@ def describe(core: AnyModule) -> Description | None:
     linear = [m for layer in layers for part in layer.products() for m in part]
     width = getattr(layers[0].attention, "head_dim", 0)
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    usual = all(type(m) is nn.Linear and "forward" not in vars(m) for m in linear)  # no adapter applied beside
-    if not usual or not width or width % LANES or heads > QUERIES * kv_heads:
+    if not all(map(_is_plain, linear)) or not width:  # an adapter may be applied beside
         return None
     scale = getattr(core.embed_tokens, "embed_scale", None)
     return Description(
@@ -116,7 +127,34 @@ def describe(core: AnyModule) -> Description | None:
         _ACTIVATIONS[activation],
         core.rotary_emb,
         weight.dtype,
+        not config.model_type.startswith("gemma"),
     )
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a layer is x W^T + b and nothing else: no other forward, no hook that adds an adapter's product."""
+    hooked = module._forward_hooks or module._forward_pre_hooks
+    return type(module) is nn.Linear and "forward" not in vars(module) and not hooked
+
+
+def kernels_take(description: Description) -> bool:
+    """Whether the CPU kernels decode a model like this."""
+    d = description
+    plain = d.embedding.device.type == "cpu" and d.dtype in (torch.bfloat16, torch.float32)
+    return plain and d.width % LANES == 0 and d.heads <= QUERIES * d.kv_heads
+
+
+def attention_rules(description: Description, body: Body) -> list[Rule]:
+    """The rule of each layer's attention, as the model states it in a pass over two tokens; kept for each body."""
+    if body in _rules:
+        return _rules[body]
+    device = description.embedding.device
+    probe = RulePlan(2, device=device)
+    with use_plan(probe):
+        ids = torch.zeros(1, 2, dtype=torch.long, device=device)
+        body.core(input_ids=ids, position_ids=probe.positions(), use_cache=False)
+    _rules[body] = [probe.rules[layer.attention] for layer in description.layers]
+    return _rules[body]
 
 
 def _norm(module: AnyModule, config: PretrainedConfig) -> Tensor:

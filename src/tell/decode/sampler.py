@@ -92,7 +92,8 @@ def choose(logits: Tensor, seen: Tensor, draws: Tensor, rule: Decoding) -> Tenso
             top, ids = logits.sort(dim=-1, descending=True)
             probs = top.softmax(dim=-1)
     before = probs.cumsum(dim=-1) - probs
-    probs = torch.where(before < rule.top_p, probs, 0.0)  # the first candidate always remains
+    # The first candidate always remains. A number in torch.where would be copied to a GPU each time.
+    probs = probs.masked_fill(before >= rule.top_p, 0.0)
     cumulative = probs.cumsum(dim=-1)
     target = draws[:, None] * cumulative[:, -1:]
     at = (cumulative <= target).sum(dim=-1, keepdim=True)
