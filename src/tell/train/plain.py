@@ -68,12 +68,10 @@ def plain_step_loss(
     clip: Callable[[], Tensor] | None = None,
     moved: Callable[[int], None] | None = None,
     total: float | None = None,
-    scale: Tensor | None = None,
 ) -> StepLoss:
     """As ``step.step_loss``, with gradients accumulated over padded micro-batches; no prefix is shared."""
     device = body.causal.device
     divisor = send(torch.tensor(rules.total(rows) if total is None else total, dtype=torch.float32), device)
-    divisor = divisor if scale is None else divisor / scale
 
     def forward(group: list[TrainRow]) -> Pass:
         shape = len(group), len(group[0].ids)
@@ -103,4 +101,4 @@ def plain_step_loss(
         return Pass((nll * weights).sum(), row_means(nll.detach(), at, counts), source, tokens)
 
     groups = padded_batches(rows, rules.micro_tokens)
-    return accumulate(map(forward, groups), backward=backward, clip=clip, moved=moved, scale=scale)
+    return accumulate(map(forward, groups), backward=backward, clip=clip, moved=moved, scale=rules.scale)

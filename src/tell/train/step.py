@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from weakref import WeakSet
 
@@ -37,12 +37,14 @@ class StepRules:
         task_weight: weight of a task row relative to a general row.
         micro_tokens: tokens of one forward and backward pass; the plain path counts padding.
         share_prefix: compute the common prefix of rows once; only right without dropout and noise.
+        scale: scalar on the device that the loss is multiplied by, so that no gradient rounds to 0 in fp16; None for 1.
     """
 
     normalization: Literal["example", "token"] = "example"
     task_weight: float = 1.0
     micro_tokens: int = 3072
     share_prefix: bool = False
+    scale: Tensor | None = field(default=None, compare=False)
 
     def total(self, rows: Sequence[TrainRow]) -> float:
         """The normaliser of a step: the sum of its rows' weights (``example``) or of its tokens' (``token``).
@@ -55,7 +57,7 @@ class StepRules:
         return sum(weights)
 
     def position_weights(self, trained: Tensor, task: Tensor, total: Tensor, weight: Tensor | None = None) -> Tensor:
-        """Weight of each trained position, so that the weighted sum is the step's loss.
+        """Weight of each trained position, so that the weighted sum is the step's loss times ``scale``.
 
         Args:
             trained: (n,) number of trained tokens of the position's row.
@@ -63,6 +65,7 @@ class StepRules:
             total: normaliser of the whole step, as ``total`` returns.
             weight: (n,) own weight of that row; None: 1.
         """
+        total = total if self.scale is None else total / self.scale
         own = torch.where(task, self.task_weight, 1.0)
         own = own if weight is None else own * weight
         return (own / trained if self.normalization == "example" else own) / total
@@ -301,7 +304,6 @@ def step_loss(
     clip: Callable[[], Tensor] | None = None,
     moved: Callable[[int], None] | None = None,
     total: float | None = None,
-    scale: Tensor | None = None,
 ) -> StepLoss:
     """Loss of one step's rows, gradients accumulated over packed passes.
 
@@ -311,12 +313,11 @@ def step_loss(
         body: the model's parts.
         rows: the rows of the step.
         rules: how the loss is computed.
-        backward, clip, moved, scale: as in ``accumulate``.
+        backward, clip, moved: as in ``accumulate``.
         total: normaliser (``StepRules.total``) of the whole step where ``rows`` are only some of it.
     """
     device, share = body.device, rules.share_prefix
     divisor = send(torch.tensor(rules.total(rows) if total is None else total, dtype=torch.float32), device)
-    divisor = divisor if scale is None else divisor / scale  # in the weights: fp16 would round unscaled slopes to 0
 
     def forward(group: list[TrainRow]) -> Pass:
         batch = pack(group, share_prefix=share, device=device)
@@ -326,7 +327,7 @@ def step_loss(
         return Pass(loss, row_means(nll, batch.row, batch.trained), batch.source.numpy(), batch.real)
 
     groups = split_packs(rows, rules.micro_tokens, share_prefix=share, device=device)
-    return accumulate(map(forward, groups), backward=backward, clip=clip, moved=moved, scale=scale)
+    return accumulate(map(forward, groups), backward=backward, clip=clip, moved=moved, scale=rules.scale)
 
 
 def length_groups(table: RowTable, indices: Sequence[int], micro_tokens: int) -> list[list[int]]:

@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -150,7 +150,8 @@ class Trainer:
                 states = parameters, update.optimizer
                 facts = load_checkpoint(self._checkpoint, *states, flat=flat, digest=digest, more=_state(average))
             one = partial(plain_step_loss, plain) if plain is not None else partial(step_loss, Body(model))
-            step: Step = partial(one, rules=self.rules, moved=self.hooks.moved)
+            rules = replace(self.rules, scale=update.scale)
+            step: Step = partial(one, rules=rules, moved=self.hooks.moved)
         if processes:
             facts, state = processes.broadcast((facts, state_tensors(parameters, update.optimizer, flat)))
             load_state(state, parameters, update.optimizer, flat)
@@ -215,7 +216,7 @@ class Trainer:
         rank = self.processes.rank << 48 if self.processes else 0  # dropout differs between processes
         torch.manual_seed(self.job.seed * 1_000_003 + step + rank)  # and repeats after a resume
         draw_seed(run.update.device)
-        out = run.step(rows, clip=run.update.clip, scale=run.update.loss_scale())
+        out = run.step(rows, clip=run.update.clip)
         if out.arrived and not self._is_sound(run, out):
             raise self._diverged(step + 1, out.loss)
         run.update.apply(rate, out.bad)
