@@ -37,15 +37,14 @@ def scales(monkeypatch):
             monkeypatch.setattr(updates, "FIRST_SCALE", scale)
 
     seen = Seen()
-    original = Update.loss_scale
+    clip = Update.clip
 
-    def loss_scale(self):
-        scale = original(self)
-        if scale is not None:  # in fp16
-            seen.append(float(scale))
-        return scale
+    def watch(self):
+        if self.scale is not None:  # in fp16
+            seen.append(float(self.scale))
+        return clip(self)
 
-    monkeypatch.setattr(Update, "loss_scale", loss_scale)
+    monkeypatch.setattr(Update, "clip", watch)
     return seen
 
 
@@ -59,9 +58,9 @@ def test_scaled_gradients_are_those_of_fp32(path, divisor, tiny_model):
         wake(model)
         total = 3 * divisor
         if path == "fast":
-            out = step_loss(Body(model), rows, StepRules(), total=total, scale=scale)
+            out = step_loss(Body(model), rows, StepRules(scale=scale), total=total)
         else:
-            out = plain_step_loss(PlainBody(model), rows, StepRules(), total=total, scale=scale)
+            out = plain_step_loss(PlainBody(model), rows, StepRules(scale=scale), total=total)
         factor = 1.0 if scale is None else float(scale)
         found[dtype, scale is None] = out.loss, {name: g / factor for name, g in gradients(model).items()}
     exact, scaled, bare = found[torch.float32, True], found[torch.float16, False], found[torch.float16, True]

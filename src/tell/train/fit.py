@@ -72,7 +72,6 @@ class FittedStep:
         rows: list[TrainRow],
         clip: Callable[[], Tensor] | None = None,
         total: float | None = None,
-        scale: Tensor | None = None,
     ) -> StepLoss:
         """As ``step.step_loss``.
 
@@ -82,7 +81,7 @@ class FittedStep:
         state = _random_states()
         while True:
             try:
-                return self.step(rows, rules=self.rules, clip=clip, total=total, scale=scale)
+                return self.step(rows, rules=self.rules, clip=clip, total=total)
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise

@@ -181,18 +181,16 @@ class SharedStep:
     def __init__(self, processes: Processes, step: Step, rules: StepRules, parameters: Sequence[nn.Parameter]) -> None:
         self.processes, self.step, self.rules, self.parameters = processes, step, rules, list(parameters)
 
-    def __call__(
-        self, rows: list[TrainRow], clip: Callable[[], Tensor] | None = None, scale: Tensor | None = None
-    ) -> StepLoss:
+    def __call__(self, rows: list[TrainRow], clip: Callable[[], Tensor] | None = None) -> StepLoss:
         processes = self.processes
         if processes.sharded:  # if a pass fails, the others are stuck in theirs: nothing to agree on
             with _connected():
-                part = self._sharded(rows, scale)
+                part = self._sharded(rows)
             parts = processes.agree(part)
         else:
             part, error = None, None
             try:
-                part = self._own(split_rows(rows, processes.world)[processes.rank], self.rules.total(rows), scale)
+                part = self._own(split_rows(rows, processes.world)[processes.rank], self.rules.total(rows))
             except Exception as caught:
                 error = caught
             parts = processes.agree(part, error)
@@ -202,16 +200,16 @@ class SharedStep:
         source = np.concatenate([part.source for part in parts])
         return StepLoss(numbers, source, sum(part.tokens for part in parts))
 
-    def _own(self, rows: list[TrainRow], total: float, scale: Tensor | None) -> StepLoss:
+    def _own(self, rows: list[TrainRow], total: float) -> StepLoss:
         if not rows:
             return StepLoss(StepNumbers(0.0, np.zeros(0, np.float32)), np.zeros(0, np.int64), 0)
-        return self.step(rows, total=total, scale=scale)
+        return self.step(rows, total=total)
 
-    def _sharded(self, rows: list[TrainRow], scale: Tensor | None) -> StepLoss:
+    def _sharded(self, rows: list[TrainRow]) -> StepLoss:
         """Each pass gathers weights from all processes, so all run equally many; extra ones have no weight."""
         shares = split_rows(rows, self.processes.world)
         passes = [len(padded_batches(share, self.rules.micro_tokens)) for share in shares]
-        part = self._own(shares[self.processes.rank], self.rules.total(rows), scale)
+        part = self._own(shares[self.processes.rank], self.rules.total(rows))
         shortest = min(rows, key=lambda row: len(row.ids))
         for _ in range(max(passes) - passes[self.processes.rank]):
             self.step([shortest], total=float("inf"))

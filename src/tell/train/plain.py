@@ -15,7 +15,7 @@ from torch import Tensor
 from tell.train.attention import install, restore, use_plan
 from tell.train.device import send
 from tell.train.fast.fused import fuse_modules, is_fused, unfuse_modules
-from tell.train.packing import TrainRow, pack_targets, row_weights
+from tell.train.packing import TrainRow, pack_targets
 from tell.train.soft_loss import soft_cross_entropy
 from tell.train.step import Pass, StepLoss, StepRules, accumulate, causal_of, row_means
 
@@ -68,12 +68,10 @@ def plain_step_loss(
     clip: Callable[[], Tensor] | None = None,
     moved: Callable[[int], None] | None = None,
     total: float | None = None,
-    scale: Tensor | None = None,
 ) -> StepLoss:
     """As ``step.step_loss``, with gradients accumulated over padded micro-batches; no prefix is shared."""
     device = body.causal.device
-    divisor = send(torch.tensor(rules.total(rows) if total is None else total, dtype=torch.float32), device)
-    divisor = divisor if scale is None else divisor / scale
+    divisor = torch.tensor(rules.total(rows) if total is None else total, dtype=torch.float32)
 
     def forward(group: list[TrainRow]) -> Pass:
         shape = len(group), len(group[0].ids)
@@ -95,12 +93,10 @@ def plain_step_loss(
         if (soft := pack_targets(group, device)) is not None:
             nll = nll.index_copy(0, soft.at, soft_cross_entropy(logits[soft.at], soft.ids, soft.probs))
         counts = send(torch.from_numpy(trained.sum(axis=1)), device)
-        task = send(torch.tensor([row.task for row in group]), device)
-        weight = row_weights(group, device)
-        weights = rules.position_weights(counts[at], task[at], divisor, None if weight is None else weight[at])
+        weights = rules.scaled(send(rules.weights(group, divisor), device))
         source = np.array([row.source for row in group])
         tokens = sum(len(row.ids) for row in group)
         return Pass((nll * weights).sum(), row_means(nll.detach(), at, counts), source, tokens)
 
     groups = padded_batches(rows, rules.micro_tokens)
-    return accumulate(map(forward, groups), backward=backward, clip=clip, moved=moved, scale=scale)
+    return accumulate(map(forward, groups), backward=backward, clip=clip, moved=moved, scale=rules.scale)

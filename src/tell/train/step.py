@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from weakref import WeakSet
 
@@ -39,12 +39,14 @@ class StepRules:
         task_weight: weight of a task row relative to a general row.
         micro_tokens: tokens of one forward and backward pass; the plain path counts padding.
         share_prefix: compute the common prefix of rows once; only right without dropout and noise.
+        scale: scalar on the device that the loss is multiplied by, so that no gradient rounds to 0 in fp16; None for 1.
     """
 
     normalization: Literal["example", "token"] = "example"
     task_weight: float = 1.0
     micro_tokens: int = 3072
     share_prefix: bool = False
+    scale: Tensor | None = field(default=None, compare=False)
 
     def total(self, rows: Sequence[TrainRow]) -> float:
         """The normaliser of a step: the sum of its rows' weights (``example``) or of its tokens' (``token``).
@@ -74,6 +76,10 @@ class StepRules:
         trained = torch.tensor([int(row.mask.sum()) for row in rows])
         task = torch.tensor([row.task for row in rows])
         return self.position_weights(trained, task, total, row_weights(rows)).repeat_interleave(trained)
+
+    def scaled(self, weights: Tensor) -> Tensor:
+        """Weights of positions on the device, times ``scale``: fp16 would round unscaled slopes to 0."""
+        return weights if self.scale is None else weights * self.scale
 
 
 class StepNumbers(NamedTuple):
@@ -330,7 +336,6 @@ def step_loss(
     clip: Callable[[], Tensor] | None = None,
     moved: Callable[[int], None] | None = None,
     total: float | None = None,
-    scale: Tensor | None = None,
 ) -> StepLoss:
     """Loss of one step's rows, gradients accumulated over packed passes.
 
@@ -340,7 +345,7 @@ def step_loss(
         body: the model's parts.
         rows: the rows of the step.
         rules: how the loss is computed.
-        backward, clip, moved, scale: as in ``accumulate``.
+        backward, clip, moved: as in ``accumulate``.
         total: normaliser (``StepRules.total``) of the whole step where ``rows`` are only some of it.
     """
     device, share, graphs = body.device, rules.share_prefix, body.graphs if backward else None
@@ -348,15 +353,14 @@ def step_loss(
 
     def forward(group: list[TrainRow]) -> Pass:
         weights = rules.weights(group, divisor)
-        if graphs is not None and (done := graphs.run(body, group, weights, share_prefix=share, scale=scale)):
+        if graphs is not None and (done := graphs.run(body, group, weights, share_prefix=share, scale=rules.scale)):
             return done
         batch, weights = pack(group, share_prefix=share, device=device), send(weights, device)
-        # In the weights: fp16 would round unscaled slopes to 0.
-        loss, means = pass_loss(body, batch, weights if scale is None else weights * scale)
+        loss, means = pass_loss(body, batch, rules.scaled(weights))
         return Pass(loss, means, batch.source.numpy(), batch.real)
 
     groups = split_packs(rows, rules.micro_tokens, share_prefix=share, device=device)
-    return accumulate(map(forward, groups), backward=backward, clip=clip, moved=moved, scale=scale)
+    return accumulate(map(forward, groups), backward=backward, clip=clip, moved=moved, scale=rules.scale)
 
 
 def length_groups(table: RowTable, indices: Sequence[int], micro_tokens: int) -> list[list[int]]:

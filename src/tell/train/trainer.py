@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -159,12 +159,13 @@ class Trainer:
                 facts = load_checkpoint(self._checkpoint, *states, flat=flat, digest=digest, more=_state(average))
             body = Body(model) if plain is None else plain
             one: Step = partial(step_loss, body) if isinstance(body, Body) else partial(plain_step_loss, body)
-            step: Step = partial(one, rules=self.rules, moved=self.hooks.moved)
+            rules = replace(self.rules, scale=update.scale)
+            step: Step = partial(one, rules=rules, moved=self.hooks.moved)
             if self.sharded:  # passes are collective: none can be repeated alone
                 self.hooks.note(NOT_FITTED)
             else:
                 told = {"clear": update.clear, "note": self.hooks.note}
-                step = fit_step(step, body, layers, self.rules, self.job, **told)
+                step = fit_step(step, body, layers, rules, self.job, **told)
             graphs = self._graphs(model, body, parameters) if not layers.level else None
         if processes:
             facts, state = processes.broadcast((facts, state_tensors(parameters, update.optimizer, flat)))
@@ -240,7 +241,7 @@ class Trainer:
         rank = self.processes.rank << 48 if self.processes else 0  # dropout differs between processes
         torch.manual_seed(self.job.seed * 1_000_003 + step + rank)  # and repeats after a resume
         draw_seed(run.update.device)
-        out = run.step(rows, clip=run.update.clip, scale=run.update.loss_scale())
+        out = run.step(rows, clip=run.update.clip)
         if out.arrived and not self._is_sound(run, out):
             raise self._diverged(step + 1, out.loss)
         run.update.apply(rate, out.bad)

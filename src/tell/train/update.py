@@ -31,6 +31,9 @@ class Update:
         config: with its learning rate resolved.
         dtype: of the model's weights.
         flat: the same parameters as one tensor; None: each is updated for itself.
+
+    Attributes:
+        scale: of the loss, a scalar on the device whose address stays; None for 1.
     """
 
     def __init__(
@@ -51,11 +54,13 @@ class Update:
             fused=self.device.type in FAST_DEVICES or None,  # None: torch decides
         )
         self.scaler = _scaler(self.device) if dtype == torch.float16 else None
+        self.scale = None if self.scaler is None else torch.empty((), device=self.device)
         self._one = torch.ones((), device=self.device)
+        self._take_scale()
 
-    def loss_scale(self) -> Tensor | None:
-        """Scalar on the device that the loss is multiplied by; None for 1."""
-        return None if self.scaler is None else self.scaler.scale(self._one)
+    def _take_scale(self) -> None:
+        if self.scaler is not None and self.scale is not None:
+            self.scale.copy_(self.scaler.scale(self._one))
 
     def clip(self) -> Tensor:
         """Clip the accumulated gradients; their norm before, a scalar on the device, not finite where they overflow."""
@@ -75,6 +80,7 @@ class Update:
         if self.scaler is not None:
             self.scaler.step(self.optimizer)
             self.scaler.update()
+            self._take_scale()
         else:
             self.optimizer.found_inf = bad  # type: ignore[attr-defined]  # read by the fused AdamW
             self.optimizer.step()
@@ -97,3 +103,4 @@ class Update:
         """The inverse of ``facts``; without the loss scale of a checkpoint in another number format."""
         if self.scaler is not None and "scaler" in facts:
             self.scaler.load_state_dict(facts["scaler"])
+            self._take_scale()
