@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench.gpu import checks, speed
+from bench.gpu import checks, speed, study
 from bench.gpu.run import SIZES, Run
 
 STAGES: dict[str, Callable[[Run], dict[str, Any]]] = {
@@ -40,7 +40,10 @@ def main(arguments: list[str] | None = None) -> int:
     p.add_argument("--deadline", type=float, default=480, help="seconds after which nothing long begins")
     p.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     p.add_argument("--tiny", action="store_true", help="a model of two layers: a rehearsal")
+    study.add_arguments(p.add_argument_group("study"))
     a = p.parse_args(arguments)
+    if a.study:
+        return study.main(a)
     sizes = ["tiny"] if a.tiny else a.sizes.split(",")
     stages, batches = a.stages.split(","), [int(n) for n in a.batches.split(",")]
     if unknown := [name for name in stages if name not in STAGES] + [name for name in sizes if name not in SIZES]:

@@ -97,7 +97,7 @@ def test_a_study_within_a_limit_goes_on_later(recipe, tmp_path):
 
 
 def test_processes_give_what_one_process_gives(recipe, tmp_path):
-    path = recipe()
+    path = recipe(grid={"general.rows": [8]}, arms=["base", "tell"])
     one = tell.run_study(path, root=tmp_path / "one")
     two = tell.run_study(path, root=tmp_path / "two", execution=Execution(workers=2))
     assert numbers(one, tmp_path / "one") == numbers(two, tmp_path / "two")

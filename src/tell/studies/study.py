@@ -115,7 +115,7 @@ def run_study(
                     executor.run(queue)
             except (Interrupted, KeyboardInterrupt) as error:
                 done = queue.counts()["done"]
-                if done:
+                if done and execution.render:
                     _write(study)
                 if queue.deadline is not None and time.monotonic() >= queue.deadline:
                     display.note(f"the time limit stopped it with {done} of {len(study.cells)} cells done")
@@ -128,7 +128,7 @@ def run_study(
             finally:
                 queue.give_back()
     counts = queue.counts()
-    if counts["done"]:
+    if counts["done"] and execution.render:
         _write(study)
     if counts["waiting"]:
         display.note(f"{counts['waiting']} cells were not begun: they would not end within the time limit")

@@ -40,6 +40,7 @@ class Execution:
         keep_adapters: keep the adapters of finished cells; default: as the recipe says.
         workers: processes of this machine that run cells at the same time (executor ``local``).
         minutes: time limit: a cell that is predicted to end later is not begun, one that still runs is stopped.
+        render: write tables and page at the end; what is finished can be rendered later.
     """
 
     executor: str | Executor = "local"
@@ -50,6 +51,7 @@ class Execution:
     keep_adapters: bool | None = None
     workers: int = 1
     minutes: float | None = None
+    render: bool = True
 
     def keeps(self, recipe: Recipe) -> bool:
         """Whether adapters of finished cells are kept."""
