@@ -98,8 +98,8 @@ class Run:
 
     def clear(self) -> None:
         """Give memory back, so that the peak of what follows is its own."""
-        gc.collect()
         if self.device == "cuda":
+            gc.collect()
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import statistics
 import tempfile
 import time
 import warnings
@@ -35,13 +34,16 @@ class Timed:
     notes: list[str] = field(default_factory=list)
     exchanged: Any = None
     adapter: torch.Tensor | None = None
+    even: bool = False  # the rows came in an order of its own: every step counts as the mean
 
     def facts(self, rows: Rows, batch: int, warm: int) -> dict[str, Any]:
         """Speed over the steps after ``warm``."""
         times = np.diff(self.ends[warm - 1 :])
         tokens = int(rows.lengths[warm * batch : len(self.ends) * batch].sum())
+        if self.even:
+            tokens = round(int(rows.lengths.sum()) / len(self.ends) * len(times))
         return {
-            "tokens_s": round(tokens / float(times.sum())), "ms_step": round(1e3 * statistics.median(times), 1),
+            "tokens_s": round(tokens / float(times.sum())), "ms_step": round(1e3 * float(np.median(times)), 1),
             "tokens_step": tokens // len(times), "waits_a_step": self.waits,
             "first_step_s": round(self.ends[0] - self.begin, 2), "loss": round(self.losses[-1], 4),
         }  # fmt: skip
@@ -183,7 +185,7 @@ def _padded(rows: Rows, numbers: list[int]) -> tuple[torch.Tensor, torch.Tensor,
 
 
 def trl(run: Run, model: Any, rows: Rows, batch: int, *, way: str, micro_rows: int = 4, liger: bool = False) -> Timed:
-    """TRL's SFTTrainer. ``way``: packing (blocks of whole rows), padding_free, or padded."""
+    """TRL's SFTTrainer. ``way``: packing (a block of whole rows, as long as a step's rows together) or padding_free."""
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer
@@ -193,7 +195,7 @@ def trl(run: Run, model: Any, rows: Rows, batch: int, *, way: str, micro_rows: i
         ids, prompt = rows.row(i)
         mask = [0] * prompt + [1] * (len(ids) - prompt)
         data.append({"input_ids": ids.tolist(), "completion_mask": mask})
-    timed = Timed(time.perf_counter())
+    timed = Timed(time.perf_counter(), even=True)
 
     class Clock(TrainerCallback):
         def on_step_end(self, *args: Any, **options: Any) -> None:
@@ -204,11 +206,12 @@ def trl(run: Run, model: Any, rows: Rows, batch: int, *, way: str, micro_rows: i
             if logs and "loss" in logs:
                 timed.losses.append(float(logs["loss"]))
 
+    block, micro_rows = (int(rows.lengths.mean() * batch), 1) if way == "packing" else (None, micro_rows)
     with tempfile.TemporaryDirectory() as folder:
         config = SFTConfig(
-            output_dir=folder, max_length=int(rows.lengths.max()) * (4 if way == "packing" else 1), num_train_epochs=1,
+            output_dir=folder, max_length=block or int(rows.lengths.max()), num_train_epochs=1,
             packing=way == "packing", padding_free=way == "padding_free", use_liger_kernel=liger,
-            per_device_train_batch_size=micro_rows, gradient_accumulation_steps=batch // micro_rows,
+            per_device_train_batch_size=micro_rows, gradient_accumulation_steps=1 if block else batch // micro_rows,
             learning_rate=1e-4, weight_decay=0.01, max_grad_norm=1.0, logging_steps=1, save_strategy="no",
             report_to=[], gradient_checkpointing=False, bf16=run.device == "cuda", use_cpu=run.device == "cpu",
             dataloader_pin_memory=run.device == "cuda", completion_only_loss=True, disable_tqdm=True,
