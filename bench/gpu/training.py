@@ -11,11 +11,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from bench.gpu import runners
 from bench.gpu.goals import BIG, SMALL
 from bench.gpu.run import Run, equal_rows, make_model, quantised, rows_for, train_rows
+from bench.rows import Rows
 from tell.train.packing import TrainRow
 
 
@@ -151,31 +153,51 @@ def held_back(run: Run, gb: float | None) -> Iterator[float]:
 
 
 def memory(run: Run) -> dict[str, Any]:
-    """Predicted against measured peaks of what `train` measured."""
-    from tell.config_sections import TrainConfig
+    """Predicted peaks of training, as `tell plan` has them, and against those that `train` measured."""
     from tell.models.architecture import read_architecture
-    from tell.models.flops import lora_parameters
-    from tell.models.machine import Place
-    from tell.models.predict import predict_memory
 
     out: dict[str, Any] = {}
-    known = inspect.signature(predict_memory).parameters
     for size in run.sizes:
-        peak = run.stages.get("train", {}).get(f"{size}: tell", {}).get("peak_gb")
-        with torch.device("meta"):
-            config = make_model(size, "meta", torch.bfloat16).config.to_dict()
+        config = make_model(size, "meta", torch.bfloat16).config.to_dict()
         arch, rows = read_architecture(Path("random-weights"), config), rows_for(size, 500, run.scale)
-        adapter = lora_parameters(arch, TrainConfig().lora_r, "all-linear")
-        options = {
-            "micro_tokens": run.micro, "trained_share": float(rows.trained.sum() / rows.lengths.sum()),
-            "lora_parameters": adapter, "place": Place("cuda", "bf16"),
-        }  # fmt: skip
-        told = predict_memory(arch, **{key: value for key, value in options.items() if key in known})
-        predicted = (told.total - told.process) / 1e9  # what Python takes lies on the host
-        off = None if not peak else round(abs(predicted / peak - 1), 3)
-        out[size] = {"predicted_gb": round(predicted, 2), "measured_gb": peak, "off_by": off}
-        run.find(f"peak memory {size}", out[size], good=off is None or off <= 0.15)
+        for name, variant in TELL.items():
+            told = variant.length is None and variant.dtype == torch.bfloat16 and not lacks(variant)
+            if not told or variant.off or variant.settings.get("fast") == "off":
+                continue
+            predicted = _predicted(run, arch, rows, variant)
+            if predicted is None:
+                continue
+            peak = run.stages.get("train", {}).get(f"{size}: {name}", {}).get("peak_gb")
+            off = None if not peak else round(abs(predicted / peak - 1), 3)
+            key = size if name == "tell" else f"{size}: {name}"
+            out[key] = {"predicted_gb": round(predicted, 2), "measured_gb": peak, "off_by": off}
+            run.find(f"peak memory {key}", out[key], good=off is None or off <= 0.15)
     return out
+
+
+def _predicted(run: Run, arch: Any, rows: Rows, variant: Variant) -> float | None:
+    """GB that torch allocates at most while a model trains on a GPU; None where this version does not say."""
+    from tell.config_sections import TrainConfig
+    from tell.models import predict
+    from tell.models.flops import lora_parameters
+    from tell.models.machine import Place
+
+    place, share = Place("cuda", "bf16"), float(rows.trained.sum() / rows.lengths.sum())
+    if "load" not in inspect.signature(predict.predict_memory).parameters:
+        if variant.settings.get("recompute") or variant.base != "full" or "micro_tokens" in variant.settings:
+            return None
+        adapter = lora_parameters(arch, TrainConfig().lora_r, "all-linear")
+        given = {"micro_tokens": run.micro, "trained_share": share, "lora_parameters": adapter, "place": place}
+        told = predict.predict_memory(arch, **given)
+        return (told.total - told.process) / 1e9
+    settings = {"micro_tokens": run.micro, **variant.settings}
+    if settings.get("recompute") == "all":
+        settings["recompute"] = arch.layers
+    steps = np.add.reduceat(rows.lengths, np.arange(0, len(rows), run.batch))
+    load = predict.Load(int(rows.lengths.max()), int(steps.max()), share)
+    free = torch.cuda.mem_get_info()[0] if run.device == "cuda" else None
+    memory = predict.predict_memory(arch, TrainConfig(**settings), load, place=place, free=free, base=variant.base)
+    return (memory.weights + memory.adapter + memory.activations) / 1e9
 
 
 def flops_a_token(model: Any, rows: list[TrainRow]) -> float:

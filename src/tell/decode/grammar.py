@@ -109,12 +109,10 @@ class Grammars:
 
 
 @cache
-def _escapes(general: bool) -> dict[str, object]:
-    r"""The option on \u escapes that JSON need not have; llguidance before 1.8 has another."""
-    option: dict[str, object] = {"json_allow_general_unicode_escapes": general}
-    if LLMatcher.validate_grammar("start: " + _as_json({"type": "string"}, option)):
-        return {} if general else {"json_allowed_escapes": 'nrbtf\\"'}
-    return option
+def _escapes(general: bool) -> dict[str, bool]:
+    r"""The option on \u escapes that JSON need not have; llguidance before 1.8 has none, and takes no such escape."""
+    option = {"json_allow_general_unicode_escapes": general}
+    return {} if LLMatcher.validate_grammar("start: " + _as_json({"type": "string"}, option)) else option
 
 
 def check_schema(schema: object) -> None:
