@@ -14,19 +14,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench.gpu import checks, speed
+from bench.gpu import checks, goals, peers, speed, study, training
 from bench.gpu.run import SIZES, Run
 
-STAGES: dict[str, Callable[[Run], dict[str, Any]]] = {
+STAGES: dict[str, Callable[[Run], dict[str, Any]]] = {  # most valuable first
     "facts": checks.facts,
     "attention": checks.attention,
-    "resume": checks.resume,
     "equal": checks.equal,
-    "merge": checks.merge,
-    "train": speed.train,
+    "resume": checks.resume,
+    "train": training.train,
+    "memory": training.memory,
     "decode": speed.decode,
+    "merge": checks.merge,
+    "peers": peers.peers,
     "profile": speed.profile,
-    "liger": speed.liger,  # last: it patches transformers' classes for the rest of the process
+    "trl": peers.trl,
+    "liger": peers.liger,  # these two patch transformers' classes for the rest of the process
+    "unsloth": peers.unsloth,
 }
 
 
@@ -34,18 +38,21 @@ def main(arguments: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
     p.add_argument("--out", type=Path, required=True, help="folder for result.json and profiles")
     p.add_argument("--stages", default=",".join(STAGES), help=f"of {','.join(STAGES)}")
-    p.add_argument("--sizes", default="smollm2-135m,llama3-8b", help=f"of {','.join(SIZES)}")
-    p.add_argument("--batches", default="16", help="rows of a step, several by commas")
+    p.add_argument("--sizes", default="llama3-8b,smollm2-135m", help=f"of {','.join(SIZES)}")
+    p.add_argument("--batch", type=int, default=16, help="rows of a step")
     p.add_argument("--micro", type=int, default=3072, help="tokens of one pass")
     p.add_argument("--deadline", type=float, default=480, help="seconds after which nothing long begins")
     p.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     p.add_argument("--tiny", action="store_true", help="a model of two layers: a rehearsal")
+    study.add_arguments(p.add_argument_group("study"))
     a = p.parse_args(arguments)
+    if a.study:
+        return study.main(a)
     sizes = ["tiny"] if a.tiny else a.sizes.split(",")
-    stages, batches = a.stages.split(","), [int(n) for n in a.batches.split(",")]
+    stages = a.stages.split(",")
     if unknown := [name for name in stages if name not in STAGES] + [name for name in sizes if name not in SIZES]:
         p.error(f"unknown: {', '.join(unknown)}")
-    run = Run(a.out, a.device, a.tiny, sizes, batches, a.micro, a.deadline)
+    run = Run(a.out, a.device, a.tiny, sizes, a.batch, a.micro, a.deadline)
     for name in stages:
         if run.late(name, 10):
             continue
@@ -59,6 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
         run.seconds[name] = round(time.monotonic() - begin, 1)
         run.clear()
         run.save()
+    print(goals.table(run.stages, run.card), end="")
     return 1 if any(not good for _, _, good in run.findings) else 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import time
+import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from bench.gpu import goals
 from bench.rows import Rows, make_rows
 from tell.train.packing import TrainRow
 
@@ -43,7 +45,7 @@ class Run:
     device: str
     tiny: bool
     sizes: list[str]
-    batches: list[int]
+    batch: int
     micro: int
     deadline: float
     stages: dict[str, Any] = field(default_factory=dict)
@@ -56,6 +58,13 @@ class Run:
         self.findings.append((name, value, good))
         print(f"[{time.monotonic() - self.begin:6.1f}s] {'  ' if good else '! '}{name}: {value}", flush=True)
 
+    def failed(self, out: dict[str, Any], key: str, error: Exception) -> None:
+        """Keep an error as the result of ``key``; only TELL's are findings that should not be."""
+        traceback.print_exc()
+        out[key] = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
+        self.find(key, out[key]["error"], good=": tell" not in key)
+        self.clear()
+
     def late(self, name: str, seconds: float) -> bool:
         """Whether what takes ``seconds`` would end after the deadline; says so."""
         late = time.monotonic() - self.begin > self.deadline - seconds
@@ -65,10 +74,18 @@ class Run:
 
     def save(self) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
-        content = {"findings": self.findings, "stages": self.stages, "seconds": self.seconds}
+        content = {
+            "findings": self.findings, "stages": self.stages, "seconds": self.seconds,
+            "goals": goals.judged(self.stages), "ratios": goals.ratios(self.stages),
+        }  # fmt: skip
+        (self.out / "goals.md").write_text(goals.table(self.stages, self.card), encoding="utf-8")
         temporary = self.out / ".result.json"
         temporary.write_text(json.dumps(content, indent=1, default=str), encoding="utf-8")
         temporary.replace(self.out / "result.json")
+
+    @property
+    def card(self) -> str:
+        return str(self.stages.get("facts", {}).get("gpu", self.device))
 
     @property
     def scale(self) -> float:
@@ -81,8 +98,8 @@ class Run:
 
     def clear(self) -> None:
         """Give memory back, so that the peak of what follows is its own."""
-        gc.collect()
         if self.device == "cuda":
+            gc.collect()
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
 
@@ -107,6 +124,40 @@ def make_model(size: str, device: str, dtype: torch.dtype, seed: int = 0) -> Any
 def rows_for(size: str, n: int, scale: float, seed: int = 0) -> Rows:
     """The benchmark's mixture of task and general rows over a model's vocabulary."""
     return make_rows(n, np.arange(5, SIZES[size]["vocab_size"], dtype=np.int32), seed, scale)
+
+
+def equal_rows(size: str, n: int, length: int) -> Rows:
+    """n rows of one length, half of each trained, behind no anchor."""
+    ids = np.random.default_rng(3).integers(5, SIZES[size]["vocab_size"], n * length).astype(np.int32)
+    prompts, task = np.full(n, length // 2, np.int32), np.arange(n) % 20 == 3
+    return Rows(ids, np.arange(n + 1, dtype=np.int64) * length, prompts, task)
+
+
+def quantised(model: Any, base: str) -> Any:
+    """A model whose layers' matrices are in the format of ``model.base``."""
+    if base == "full":
+        return model
+    from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
+
+    from tell.kernels.quantised import adopt_quantised
+
+    device = model.device
+    for module in list(model.model.layers.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is not torch.nn.Linear:
+                continue
+            shape, data = (child.in_features, child.out_features), child.weight.data
+            if base == "nf4":
+                layer: Any = Linear4bit(*shape, bias=False, compute_dtype=data.dtype, quant_type="nf4", device="meta")
+                layer.weight = Params4bit(data, requires_grad=False, quant_type="nf4", compress_statistics=True).to(
+                    device
+                )
+            else:
+                layer = Linear8bitLt(*shape, bias=False, has_fp16_weights=False, device="meta")
+                layer.weight = Int8Params(data.cpu(), requires_grad=False, has_fp16_weights=False).to(device)
+            setattr(module, name, layer)
+    adopt_quantised(model)
+    return model
 
 
 def train_rows(rows: Rows) -> list[TrainRow]:

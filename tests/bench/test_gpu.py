@@ -7,7 +7,7 @@ import json
 import pytest
 from bench.gpu.__main__ import STAGES, main
 
-QUICK = "facts,attention,resume,equal,merge,train,decode,profile"
+QUICK = "facts,attention,equal,resume,train,memory,decode,merge,peers,profile"
 
 
 def test_rehearsal_on_a_cpu(tmp_path, capsys):
@@ -17,9 +17,18 @@ def test_rehearsal_on_a_cpu(tmp_path, capsys):
     assert all(good for _, _, good in result["findings"]) and not any("error" in s for s in result["stages"].values())
     assert result["stages"]["resume"]["float32"] == {"equal": True, "cosine": pytest.approx(1.0)}
     assert set(result["stages"]["merge"]) == {"chosen", "card", "host", "host again"}
-    assert len(result["stages"]["train"]) == 4 and all(x["tokens_s"] > 0 for x in result["stages"]["train"].values())
+    assert (
+        result["stages"]["train"]["tiny: tell"]["tokens_s"]
+        > 0
+        < result["stages"]["train"]["tiny: tell, fast off"]["loss"]
+    )
+    assert len(result["stages"]["peers"]) == 3 and all(x["tokens_s"] > 0 for x in result["stages"]["peers"].values())
+    assert result["ratios"]["tiny"] > 0 and result["stages"]["memory"]["tiny"]["predicted_gb"] > 0
     assert result["stages"]["decode"]["tiny transformers"]["first_16_tokens_equal"] > 0
-    assert len(capsys.readouterr().out.splitlines()) == len(result["findings"])
+    shown, goals = capsys.readouterr().out.splitlines(), (tmp_path / "goals.md").read_text().splitlines()
+    assert shown == [*shown[: len(result["findings"])], *goals] and len(goals) == len(result["goals"]) + 2
+    verdicts = {goal["name"]: goal["verdict"] for goal in result["goals"]}
+    assert verdicts["8 steps, fp32 against CPU fp32"] == "accepted" and verdicts["135M LoRA bf16"] == "not measured"
 
 
 def test_a_stage_that_fails_is_reported_and_the_rest_goes_on(tmp_path, monkeypatch):

@@ -337,6 +337,7 @@ FINDINGS = {
         "no bf16 in this processor's hardware: training in fp32",
         "hub not reached: the model came from the wheel",
     ],
+    "computed": {"attention": "blocks", "decoding": "TELL's own engine <kernels>"},
     "machine": {"cpu": "AMD EPYC 7B13, 2 cores", "dtype": "fp32", "dtype_reason": "no avx512_bf16 or amx_bf16"},
     "versions": {"tell": "0.1.0", "torch": "2.9.1", "transformers": "5.10.0", "peft": "0.18.0"},
     "command": "tell tune examples/support/train.jsonl --test examples/support/test.jsonl --out runs/support-1",

@@ -50,6 +50,8 @@ def test_families_and_kinds(tiny_model, tmp_path, family, example, kind, section
     primary = metrics["arms"]["tell"][metrics["task"]["primary"]]
     assert primary["n"] == 5 and is_number(primary)
     assert "base" in metrics["forgetting"]["arms"] and "tell - base" in metrics["forgetting"]["differences"]
+    computed = read(folder.findings)["computed"]
+    assert computed["decoding"].startswith("TELL's own engine") and computed["base weights"] == "not quantised"
     said = " ".join(read(folder.findings)["notices"])
     assert ("no system role" in said) == (family == "gemma2")
     if family == "phi3":

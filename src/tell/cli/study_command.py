@@ -42,6 +42,8 @@ class StudyOptions:
     dry_run: bool = switch("--dry-run", "Print cells, tokens, FLOPs and hours; run nothing.")
     as_json: bool = json_switch()
     executor: str = option("--executor", "local or ray", "NAME", default="local")
+    workers: int = option("--workers", "cells that run at the same time on this machine", "N", count, default=1)
+    minutes: float | None = option("--minutes", "time limit, which the next command goes on from", "N", number)
     address: str = option("--address", "Ray cluster: auto, ray://HOST:PORT or local", "ADDRESS", default="auto")
     cpus: float | None = option("--cpus", "cores of each cell on a cluster", "N", number)
     gpus: float | None = option("--gpus", "GPUs of each cell on a cluster", "N", number)
@@ -79,6 +81,8 @@ def study(options: StudyOptions) -> None:
         gpus=options.gpus,
         retry_failed=options.retry_failed,
         keep_adapters=options.keep_adapters or None,
+        workers=options.workers,
+        minutes=options.minutes,
     )
     if options.dry_run:
         plan = show(

@@ -65,6 +65,7 @@ class Engine:
     """
 
     name = "own"  # in ``generate.engine``
+    fallback = ""  # why it decodes where another engine was wanted
 
     def __init__(
         self,

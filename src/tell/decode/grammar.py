@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from itertools import islice
 from typing import Any
 
@@ -76,7 +77,7 @@ class Grammars:
             "key_separator": ":",
             "whitespace_flexible": False,
             **_OPTIONS[constraint.white_space],
-            "json_allow_general_unicode_escapes": constraint.escapes,
+            **_escapes(constraint.escapes),
             "lenient": False,  # a schema must not switch its own check off
             "coerce_one_of": False,
         }
@@ -105,6 +106,13 @@ class Grammars:
         if matcher.is_error():
             raise _Refused(matcher.get_error())
         return Grammar(self, matcher)
+
+
+@cache
+def _escapes(general: bool) -> dict[str, bool]:
+    r"""The option on \u escapes that JSON need not have; llguidance before 1.8 has none, and takes no such escape."""
+    option = {"json_allow_general_unicode_escapes": general}
+    return {} if LLMatcher.validate_grammar("start: " + _as_json({"type": "string"}, option)) else option
 
 
 def check_schema(schema: object) -> None:

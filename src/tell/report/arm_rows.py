@@ -83,6 +83,8 @@ def rescorer(run: Run, *, with_schema: bool = True) -> Rescore:
     def score(rows: Sequence[dict]) -> Mapping[str, Metric]:
         if not rows or kind not in KINDS or get(run.config, "task", "scorer") is not None:
             return {}
+        if not all("answer" in row and "reference" in row for row in rows):  # packed without its texts
+            return {}
         labels = get(run.findings, "kind", "labels") or sorted({str(row["reference"]) for row in rows})
         form = get(run.findings, "kind", "form")
         try:

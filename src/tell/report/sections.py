@@ -229,6 +229,7 @@ def again(run: Run) -> dict[str, object]:
     return {
         "command": run.findings.get("command"),
         "versions": list(mapping(run.findings, "versions").items()),
+        "computed": "; ".join(f"{k}: {v}" for k, v in mapping(run.findings, "computed").items()),
         "machine": [(k.replace("_", " "), _value(v)) for k, v in flatten(machine).items()],
         "seed": run.config.get("seed"),
         "config": run.config_text,

@@ -5,23 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import TYPE_CHECKING
 
 from tell import __version__
 from tell.files import write_json
 from tell.folder import RunFolder
 from tell.models.machine import cpu_name
 from tell.run.answers import answer_limit
+from tell.run.computed import describe
 from tell.run.costs import arm_costs
 from tell.run.forgetting import numbers
 from tell.run.measure import Measured, score_arms
 from tell.run.prepare import Prepared
-from tell.run.session import dtype_name
+from tell.run.session import Session, dtype_name
 from tell.run.train_arms import Trained
-
-if TYPE_CHECKING:
-    from tell.models.load import Loaded
-
 
 OPTIONAL = ("labels", "baseline", "benchmarks", "readout", "pseudo")
 
@@ -105,6 +101,7 @@ class Findings:
     notices: list[str]
     answer_limit: int
     machine: dict
+    computed: dict[str, str]
     seconds: float
     versions: dict[str, str]
     command: str
@@ -113,9 +110,9 @@ class Findings:
         return dict(vars(self))
 
     @classmethod
-    def of(cls, prepared: Prepared, loaded: Loaded, *, seconds: float, command: str = "") -> Findings:
+    def of(cls, prepared: Prepared, session: Session, *, seconds: float, command: str = "") -> Findings:
         """Facts of a finished run; ``seconds`` are of all its sessions."""
-        task, general, kind = prepared.task, prepared.general, prepared.task.kind
+        task, general, kind, loaded = prepared.task, prepared.general, prepared.task.kind, session.loaded
         return cls(
             data=task.facts.data,
             test=task.facts.test,
@@ -145,6 +142,7 @@ class Findings:
                 "model_origin": task.files.origin,
                 "model_fingerprint": task.files.fingerprint,
             },
+            computed=describe(session, task.notices),
             seconds=round(seconds, 1),
             versions={
                 "tell": __version__,

@@ -184,17 +184,18 @@ def _load(session: Session) -> tuple[Loaded, DecodingEngine]:
     def make() -> tuple[Loaded, DecodingEngine]:
         given = {"dtype": chosen.dtype, "device": chosen.device, "base": chosen.base}
         loaded = load_model(files, trust_remote_code=chosen.trust_remote_code, **given)
-        engine = _vllm_engine(files, loaded, config) if choice == "vllm" else None
-        positions = files.architecture.max_positions
-        return loaded, engine or Engine(loaded.model, device=loaded.device, max_positions=positions)
+        vllm = _vllm_engine(files, loaded, config) if choice == "vllm" else ""
+        if not isinstance(vllm, str):
+            return loaded, vllm
+        engine = Engine(loaded.model, device=loaded.device, max_positions=files.architecture.max_positions)
 
     rank = config.train.lora_r if choice == "vllm" else None  # vLLM reserves room for adapters of one rank
     key = (files.path, files.fingerprint, *chosen.arithmetic, chosen.trust_remote_code, choice, rank)
     return session.models.get(key, make)
 
 
-def _vllm_engine(files: ModelFiles, loaded: Loaded, config: Config) -> DecodingEngine | None:
-    """vLLM next to the loaded model; None, with a warning, where it was not requested by name and does not start."""
+def _vllm_engine(files: ModelFiles, loaded: Loaded, config: Config) -> DecodingEngine | str:
+    """vLLM next to the loaded model; why not, also as a warning, where it was not requested by name."""
     from tell.decode.vllm_engine import LONGEST, VllmEngine
 
     try:
@@ -210,8 +211,9 @@ def _vllm_engine(files: ModelFiles, loaded: Loaded, config: Config) -> DecodingE
             raise TellError(
                 f"vLLM does not start ({first_line(error)})", where="generate.engine", remedy="Use generate.engine=own."
             ) from error
-        warnings.warn(f"vLLM does not start ({first_line(error)}); answers are decoded without it", stacklevel=2)
-        return None
+        why = f"vLLM does not start ({first_line(error)})"
+        warnings.warn(f"{why}; answers are decoded without it", stacklevel=2)
+        return why
 
 
 def own_engine(config: Config) -> Config:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -28,6 +29,23 @@ class Stop:
         """Raise Interrupted once a signal was received."""
         if self.asked:
             raise self.interrupted("stopped")
+
+    @contextmanager
+    def after(self, seconds: float | None) -> Iterator[None]:
+        """Stop when this time is up, as a signal would; None: never. Within `listening`."""
+        timer = threading.Timer(seconds or 0.0, self._end)
+        timer.daemon = True
+        if seconds is not None:
+            timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def _end(self) -> None:
+        self.asked = True
+        if isinstance(signal.getsignal(signal.SIGTERM), _Caught):  # reaches the `Stop` of the run that is on
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def interrupted(self, what: str) -> Interrupted:
         """The error that says how to resume."""

@@ -33,6 +33,7 @@ from tell.rows.row_cache import cache_key, cached_table
 from tell.rows.row_table import RowTable
 from tell.rows.template import ChatTokenizer
 from tell.rows.tokenize import RowRules, tokenize
+from tell.run.computed import put
 from tell.run.misfits import cleaned, fitted
 from tell.run.shots import check_shots, pick_shots
 from tell.run.task_rows import DataFacts, Read, read_task, split_task
@@ -44,10 +45,18 @@ VALIDATION_ROWS = 64  # enough to score anchors and monitor the loss; more would
 
 @dataclass
 class Notices:
-    """Everything a run dropped, guessed or shrank, each text once, shown as it is added."""
+    """Everything a run dropped, guessed or shrank, each text once, shown as it is added; and how it was computed."""
 
     display: Display = field(default_factory=Silent)
     texts: list[str] = field(default_factory=list)
+    computed: dict[str, str] = field(default_factory=dict)
+
+    def hear(self, arm: str, text: str) -> None:
+        """Add a note of training: to how the run was computed, else to the notices."""
+        if put(self.computed, arm, text):
+            self.display.note(text)
+        else:
+            self.add(text)
 
     def add(self, text: str) -> None:
         if text not in self.texts:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -126,7 +127,7 @@ def _train(
     job = TrainingJob(tables, mixture, task.training(mixture), task.config.seed, place.root, log, targets)
     base, device = _trainee(session, processes)
     total = int(mixture.column("tokens").sum(dtype=np.int64))
-    with _bar(prepared.task.notices, f"train {arm}", total, journal) as hooks:
+    with _bar(prepared.task.notices, arm, total, journal) as hooks:
         if processes:
             start_job(processes, task.files, base, job)
         return Trainer(base.model, job, device=device, hooks=hooks, processes=processes).run(resume=True)
@@ -183,13 +184,14 @@ def _trainee(session: Session, processes: Processes | None) -> tuple[Loaded, tor
 
 
 @contextmanager
-def _bar(notices: Notices, title: str, tokens: int, journal: Journal) -> Iterator[TrainingHooks]:
+def _bar(notices: Notices, arm: str, tokens: int, journal: Journal) -> Iterator[TrainingHooks]:
     """A progress bar over training tokens, advanced within steps and corrected after each."""
     from tell.train.training_job import TrainingHooks
 
-    with notices.display.bar(title, tokens, "tokens") as advance:
+    with notices.display.bar(f"train {arm}", tokens, "tokens") as advance:
         counter = _Counter(advance)
-        yield TrainingHooks(stopped=journal.stop, progress=counter.step, moved=counter.moved, note=notices.add)
+        note = partial(notices.hear, arm)
+        yield TrainingHooks(stopped=journal.stop, progress=counter.step, moved=counter.moved, note=note)
 
 
 @dataclass

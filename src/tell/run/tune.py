@@ -92,7 +92,7 @@ def tune(
             dismiss()
             measured = measure_arms(prepared, trained, session, journal)
             metrics = run_metrics(prepared, trained, measured)
-            findings = Findings.of(prepared, session.loaded, seconds=journal.seconds, command=command)
+            findings = Findings.of(prepared, session, seconds=journal.seconds, command=command)
             write_results(folder, metrics, findings)
             journal.at("report")
             write_page(folder, state="done")  # done only once the report is written

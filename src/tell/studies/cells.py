@@ -7,6 +7,7 @@ general data. Subsets by rows and tokens are nested by seed (`tell.data.subset`,
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -86,7 +87,7 @@ class Row:
 
 
 def grid_of(recipe: Recipe, variables: Mapping[str, str], *, where: str = "recipe") -> tuple[list[Row], list[Cell]]:
-    """Rows and cells of a study, seed by seed, so that the first whole curve comes early.
+    """Rows and cells of a study in the recipe's ``order``.
 
     Args:
         variables: the recipe's, and the folders of its built data sets.
@@ -110,10 +111,13 @@ def grid_of(recipe: Recipe, variables: Mapping[str, str], *, where: str = "recip
 
 
 def _every(recipe: Recipe, variables: Mapping[str, str], where: str) -> Iterator[tuple[Row, Cell]]:
-    """Each row with its cell, in the order of the recipe's products."""
+    """Each row with its cell, in the recipe's order."""
     base = fill(recipe.config, variables)
-    for seed in recipe.seeds:
-        for raw, arms in points(recipe, seed):
+    parts = [recipe]
+    if recipe.order == "grid":
+        parts = [recipe.model_copy(update={"grid": (product,)}) for product in recipe.grid]
+    for part, seed in itertools.product(parts, recipe.seeds):
+        for raw, arms in points(part, seed):
             nested: Mapping[str, Any] = base
             for key, value in raw.items():
                 nested = override(nested, nest(key, fill(value, variables)))

@@ -9,7 +9,7 @@ import platform
 import shutil
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
@@ -54,7 +54,10 @@ class CellQueue:
         self.states: dict[str, dict[str, Any]] = {}
         self.held: dict[str, FileLock] = {}
         self.retried: dict[str, int] = {}  # failed cells to run again, with their number of attempts at the start
-        self.predicted: Mapping[str, float] = {}
+        self.predicted: dict[str, float] = {}
+        self.predict: Callable[[Cell], float] | None = None  # for cells that are not in `predicted` yet
+        self.elsewhere = False  # whether the last `take` met cells that another process runs
+        self.deadline: float | None = None  # on the clock of `time.monotonic`
         self.advance: Advance = lambda amount=1, info="", left=None: None
         for name in self.cells:
             self._look(name, retry_failed)
@@ -68,6 +71,7 @@ class CellQueue:
     def start(self) -> None:
         """Count cells and time from here on."""
         self.first, self.begin = len(self.waiting), time.monotonic()
+        self.paces = (0.0, 0.0)  # of cells that ended since: seconds predicted, seconds taken
 
     def _look(self, name: str, retry_failed: bool = False) -> None:
         """Set the state of a cell from its folder and record; a killed one is waiting."""
@@ -108,6 +112,8 @@ class CellQueue:
     def take(self, *, wait: bool = True) -> Cell | None:
         """The next cell; this process holds its lock until `finish` or `give_back`. None when none is left.
 
+        With a deadline, cells that are predicted to end after it stay waiting.
+
         Args:
             wait: for cells that other processes run, in case they die; False returns None instead.
 
@@ -115,15 +121,29 @@ class CellQueue:
             Interrupted: a signal was received.
         """
         while self.waiting:
+            self.elsewhere = False
             for cell in list(self.waiting):
                 self.stop.check()
+                if not self._fits(cell):
+                    continue
                 if self._claim(cell):
                     return cell
-            if not wait:
+                self.elsewhere |= cell in self.waiting
+            if not (wait and self.elsewhere):
                 return None
-            if self.waiting:
-                time.sleep(LOOK_AGAIN)
+            time.sleep(LOOK_AGAIN)
         return None
+
+    def _fits(self, cell: Cell) -> bool:
+        """Whether a cell is predicted to end before the deadline, at the pace of those that have ended."""
+        if self.deadline is None:
+            return True
+        left = self.deadline - time.monotonic()
+        if cell.name not in self.predicted and self.predict is not None and left > 0:
+            self.predicted[cell.name] = self.predict(cell)
+        before, pace = self.paces
+        expected = (self.predicted.get(cell.name, 0.0) + OVERHEAD) * (pace / before if before else 1.0)
+        return expected <= left
 
     def _claim(self, cell: Cell) -> bool:
         """Lock a waiting cell and record that it runs; False if it runs elsewhere, has ended, or its inputs changed."""
@@ -164,6 +184,8 @@ class CellQueue:
             return
         if outcome.error is None:
             facts: dict[str, Any] = {"state": "done", "error": None, **timing(self.root, cell)}
+            predicted, taken = self.paces
+            self.paces = predicted + self.predicted.get(cell.name, 0.0) + OVERHEAD, taken + facts["seconds"]
         else:
             facts = {"state": "failed", "error": outcome.error, "trace": outcome.trace}
         self._note(cell.name, **facts, host=outcome.host)
@@ -222,7 +244,9 @@ class CellQueue:
         self.advance(1, left=left)
 
     def _left(self) -> float | None:
-        """Seconds until all cells are done: the prediction for the rest, scaled by the pace so far."""
+        """Seconds until all cells are done or the time is up: the prediction for the rest at the pace so far."""
+        if self.deadline is not None:
+            return max(0.0, self.deadline - time.monotonic())
         rest = [*(cell.name for cell in self.waiting), *self.held]
         before = sum(seconds + OVERHEAD for name, seconds in self.predicted.items() if name not in rest)
         after = sum(self.predicted.get(name, 0.0) + OVERHEAD for name in rest)

@@ -171,6 +171,9 @@ class Recipe(Section):
         None, description="compare hidden states at each point; with `arms: []` nothing else is run"
     )
     seeds: tuple[int, ...] = Field((42, 43, 44), min_length=1, description="seeds of each point")
+    order: Literal["seeds", "grid"] = Field(
+        "seeds", description="run the whole grid with one seed after the other, or one product of it after the other"
+    )
     metrics: tuple[str, ...] = Field((), description="metrics to tabulate; none: the task's primary one")
     figures: tuple[Figure, ...] = ()
     fits: tuple[Fit, ...] = ()

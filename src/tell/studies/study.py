@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from tell.studies.open_study import UNCHANGED, Changes, Study, open_study
 from tell.studies.packed import restore_cells, usable_cells
 from tell.studies.queue import CellQueue, span
 from tell.studies.recipe import Recipe
+from tell.studies.run_cell import InnerDisplay
 from tell.studies.study_folder import StudyFolder, needs
-from tell.studies.study_plan import plan_cells, plan_table, seconds_of
+from tell.studies.study_plan import Planner, plan_cells, plan_table, seconds_of
 
 
 def plan_study(
@@ -83,7 +85,8 @@ def run_study(
 
     Raises:
         TellError: bad recipe or data, before anything is run.
-        Interrupted: SIGINT or SIGTERM; tables and page show what is finished, and the same call resumes.
+        Interrupted: SIGINT or SIGTERM; tables and page show what is finished, and the same call resumes. A time limit
+            ends the call as if all were done.
     """
     display = display or Silent()
     study = open_study(recipe, data=data, changes=changes, out=out, root=root, display=display)
@@ -99,16 +102,24 @@ def run_study(
     queue.write()
     if queue.waiting:
         executor = execution.start(study.recipe.resources)
-        with stop.listening():
+        begin, seconds = time.monotonic(), None if execution.minutes is None else 60 * execution.minutes
+        with stop.listening(), stop.after(seconds):
             try:
-                _predict(study, queue)
+                if seconds is None:
+                    _predict(study, queue)
+                else:
+                    _predict_one_by_one(study, queue)
+                    queue.deadline = begin + seconds
                 with display.bar(f"study {study.folder.root.name}", len(queue.waiting), "cells") as queue.advance:
                     queue.start()
                     executor.run(queue)
             except (Interrupted, KeyboardInterrupt) as error:
                 done = queue.counts()["done"]
-                if done:
+                if done and execution.render:
                     _write(study)
+                if queue.deadline is not None and time.monotonic() >= queue.deadline:
+                    display.note(f"the time limit stopped it with {done} of {len(study.cells)} cells done")
+                    return study.folder
                 raise Interrupted(
                     f"stopped with {done} of {len(study.cells)} cells done",
                     where=str(study.folder.root),
@@ -116,8 +127,11 @@ def run_study(
                 ) from error
             finally:
                 queue.give_back()
-    if queue.counts()["done"]:
+    counts = queue.counts()
+    if counts["done"] and execution.render:
         _write(study)
+    if counts["waiting"]:
+        display.note(f"{counts['waiting']} cells were not begun: they would not end within the time limit")
     return study.folder
 
 
@@ -138,6 +152,13 @@ def _write(study: Study) -> None:
 
     with reading(study.folder.root):
         write_study(study.folder.root)
+
+
+def _predict_one_by_one(study: Study, queue: CellQueue) -> None:
+    """Let the queue predict a cell when its turn comes: under a time limit the others would only wait for it."""
+    planner = Planner(study.root, InnerDisplay(queue.advance, "plan"))
+    queue.predict = lambda cell: seconds_of(planner.cost(cell))
+    queue.display.note(f"{len(queue.waiting)} of {len(study.cells)} cells to run within the time limit")
 
 
 def _predict(study: Study, queue: CellQueue) -> None:

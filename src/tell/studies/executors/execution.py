@@ -38,6 +38,9 @@ class Execution:
         cpus, gpus: for each cell on a cluster; default: as the recipe says.
         retry_failed: run failed cells again.
         keep_adapters: keep the adapters of finished cells; default: as the recipe says.
+        workers: processes of this machine that run cells at the same time (executor ``local``).
+        minutes: time limit: a cell that is predicted to end later is not begun, one that still runs is stopped.
+        render: write tables and page at the end; what is finished can be rendered later.
     """
 
     executor: str | Executor = "local"
@@ -46,6 +49,9 @@ class Execution:
     gpus: float | None = None
     retry_failed: bool = False
     keep_adapters: bool | None = None
+    workers: int = 1
+    minutes: float | None = None
+    render: bool = True
 
     def keeps(self, recipe: Recipe) -> bool:
         """Whether adapters of finished cells are kept."""

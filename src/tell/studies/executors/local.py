@@ -1,4 +1,4 @@
-"""Cells one after the other in this process, with one base model in memory for all of them."""
+"""Cells of this machine: one after the other in this process, or several at a time in processes of their own."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ from tell.studies.executors.execution import Execution, executor
 from tell.studies.queue import CellQueue
 from tell.studies.recipe import Resources
 from tell.studies.run_cell import run_cell
+from tell.studies.workers import Workers
 
 
 class LocalExecutor:
-    """Runs every cell here. Two processes with the same root share the work: each cell has a lock."""
+    """Runs every cell in this process, with one base model in memory for all of them.
+
+    Two processes with the same root share the work: each cell has a lock.
+    """
 
     def run(self, queue: CellQueue) -> None:
         """Run the queue's cells until it is empty.
@@ -37,5 +41,5 @@ class LocalExecutor:
 
 
 @executor("local")
-def local(execution: Execution, resources: Resources) -> LocalExecutor:
-    return LocalExecutor()
+def local(execution: Execution, resources: Resources) -> LocalExecutor | Workers:
+    return Workers(execution.workers) if execution.workers > 1 else LocalExecutor()

@@ -1,0 +1,208 @@
+"""Trainings by TELL's Trainer with parts of it on and off: tokens a second and memory, predicted too."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bench.gpu import runners
+from bench.gpu.goals import BIG, SMALL
+from bench.gpu.run import Run, equal_rows, make_model, quantised, rows_for, train_rows
+from bench.rows import Rows
+from tell.train.packing import TrainRow
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One training of TELL's.
+
+    Attributes:
+        settings: keys of ``train``; ``recompute: all`` is every layer.
+        sizes: models it tells something of.
+        base: ``full``, ``nf4`` or ``int8``.
+        dtype: of weights and activations.
+        length: of every row; None: the mixture of rows of some 150 tokens.
+        gb: memory that is left to it, as on a smaller card.
+        off: a part that is turned off: module and name.
+    """
+
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    sizes: tuple[str, ...] = (BIG, SMALL, "qwen3-0.6b", "tiny")
+    base: str = "full"
+    dtype: torch.dtype = torch.bfloat16
+    length: int | None = None
+    gb: float | None = None
+    off: tuple[str, str] | None = None
+
+
+AUTO = {"micro_tokens": None, "recompute": None}
+TELL = {
+    "tell": Variant({"recompute": 0}),
+    "tell, recomputed": Variant({"recompute": "all"}, (BIG, "tiny")),
+    "tell, 24 GB": Variant(AUTO, (BIG, "tiny"), length=2048, gb=24),
+    "tell nf4, 12 GB": Variant(AUTO, (BIG, "tiny"), "nf4", length=2048, gb=12),
+    "tell, without graphs": Variant({}, (SMALL, "tiny"), off=("tell.train.trainer", "graphs_for")),
+    "tell, by free memory": Variant(AUTO),
+    "tell nf4": Variant({}, (BIG,), "nf4"),
+    "tell int8": Variant({}, (BIG, "tiny"), "int8"),
+    "tell fp16": Variant({}, (SMALL,), dtype=torch.float16),
+    "tell, fast off": Variant({"fast": "off"}, (SMALL, "tiny")),
+}
+STEPS = {BIG: (3, 8), "tiny": (2, 2)}  # of a training: to warm up, and timed
+MANY = (16, 32)  # of small models, whose graphs are captured on the way
+SECONDS = {BIG: 45.0, "tiny": 0.0}  # that a training needs at most, loading included
+FEW = 25.0
+
+
+def train(run: Run) -> dict[str, Any]:
+    """Real tokens a second of TELL's Trainer: as it is first, for each size, then with parts of it on and off."""
+    out = run.stages.setdefault("train", {})
+    held: dict[str, Any] = {}  # the last model: it is as before after a training
+    for name, variant in TELL.items():
+        for size in run.sizes:
+            key = f"{size}: {name}"
+            if size not in variant.sizes or run.late(key, SECONDS.get(size, FEW)):
+                continue
+            model_key = f"{size} {variant.base} {variant.dtype}"
+            if model_key not in held:
+                held.clear()
+                run.clear()
+            try:
+                if lacking := lacks(variant):
+                    run.find(key, f"left out: this version has no {lacking}")
+                    continue
+                if model_key not in held:
+                    held[model_key] = quantised(make_model(size, run.device, variant.dtype), variant.base)
+                out[key] = _measured(run, held[model_key], size, variant)
+                run.find(key, out[key])
+            except Exception as error:
+                held.clear()
+                run.failed(out, key, error)
+            run.save()
+    return out
+
+
+def lacks(variant: Variant) -> str | None:
+    """What of a variant this version of TELL does not have."""
+    from tell.config_sections import TrainConfig
+
+    for key, value in variant.settings.items():
+        known = TrainConfig.model_fields.get(key)
+        if known is None and value != 0:
+            return f"train.{key}"
+        if value is None and known is not None and known.default is not None:
+            return f"train.{key}=auto"
+    if variant.base != "full" and find_spec("tell.kernels.quantised") is None:
+        return "model.base"
+    if variant.off and not hasattr(import_module(variant.off[0]), variant.off[1]):
+        return variant.off[1]
+    return None
+
+
+def _measured(run: Run, model: Any, size: str, variant: Variant) -> dict[str, Any]:
+    warm, steps = STEPS.get(size, MANY)
+    batch = run.batch if variant.length is None else 4
+    rows = rows_for(size, batch * (warm + steps), run.scale)
+    if variant.length is not None:
+        rows = equal_rows(size, batch * (warm + steps), 64 if run.tiny else variant.length)
+    layers = len(model.model.layers)
+    settings = {"micro_tokens": run.micro, **variant.settings}
+    if settings.get("recompute") == "all":
+        settings["recompute"] = layers
+    if "recompute" not in _fields():
+        settings.pop("recompute", None)
+    run.clear()
+    with held_back(run, variant.gb) as taken, runners.without(*variant.off) if variant.off else nullcontext():
+        timed = runners.tell(run, model, rows, batch, settings)
+        peak = run.peak_gb()
+    facts = timed.facts(rows, batch, warm)
+    tflops = facts["tokens_s"] * flops_a_token(model, train_rows(rows)) / 1e12
+    ceiling = run.stages.get("facts", {}).get("matmul_tflops")
+    return {
+        **facts, "tflops": round(tflops, 2), "of_ceiling": round(tflops / ceiling, 4) if ceiling else None,
+        "peak_gb": None if peak is None else round(peak - taken, 2), "exchanged": timed.exchanged, "notes": timed.notes,
+    }  # fmt: skip
+
+
+def _fields() -> Mapping[str, Any]:
+    from tell.config_sections import TrainConfig
+
+    return TrainConfig.model_fields
+
+
+@contextmanager
+def held_back(run: Run, gb: float | None) -> Iterator[float]:
+    """Leave ``gb`` of the card, what is in use included, to what runs inside; GB that are taken away."""
+    if gb is None or run.device != "cuda":
+        yield 0.0
+        return
+    free, _ = torch.cuda.mem_get_info()
+    taken = int(free - max(0.0, gb * 1e9 - torch.cuda.memory_allocated()))
+    filler = torch.empty(max(0, taken), dtype=torch.uint8, device="cuda")
+    torch.cuda.reset_peak_memory_stats()
+    yield filler.nbytes / 1e9
+
+
+def memory(run: Run) -> dict[str, Any]:
+    """Predicted peaks of training, as `tell plan` has them, and against those that `train` measured."""
+    from tell.models.architecture import read_architecture
+
+    out: dict[str, Any] = {}
+    for size in run.sizes:
+        config = make_model(size, "meta", torch.bfloat16).config.to_dict()
+        arch, rows = read_architecture(Path("random-weights"), config), rows_for(size, 500, run.scale)
+        for name, variant in TELL.items():
+            told = variant.length is None and variant.dtype == torch.bfloat16 and not lacks(variant)
+            if not told or variant.off or variant.settings.get("fast") == "off":
+                continue
+            predicted = _predicted(run, arch, rows, variant)
+            if predicted is None:
+                continue
+            peak = run.stages.get("train", {}).get(f"{size}: {name}", {}).get("peak_gb")
+            off = None if not peak else round(abs(predicted / peak - 1), 3)
+            key = size if name == "tell" else f"{size}: {name}"
+            out[key] = {"predicted_gb": round(predicted, 2), "measured_gb": peak, "off_by": off}
+            run.find(f"peak memory {key}", out[key], good=off is None or off <= 0.15)
+    return out
+
+
+def _predicted(run: Run, arch: Any, rows: Rows, variant: Variant) -> float | None:
+    """GB that torch allocates at most while a model trains on a GPU; None where this version does not say."""
+    from tell.config_sections import TrainConfig
+    from tell.models import predict
+    from tell.models.flops import lora_parameters
+    from tell.models.machine import Place
+
+    place, share = Place("cuda", "bf16"), float(rows.trained.sum() / rows.lengths.sum())
+    if "load" not in inspect.signature(predict.predict_memory).parameters:
+        if variant.settings.get("recompute") or variant.base != "full" or "micro_tokens" in variant.settings:
+            return None
+        adapter = lora_parameters(arch, TrainConfig().lora_r, "all-linear")
+        given = {"micro_tokens": run.micro, "trained_share": share, "lora_parameters": adapter, "place": place}
+        told = predict.predict_memory(arch, **given)
+        return (told.total - told.process) / 1e9
+    settings = {"micro_tokens": run.micro, **variant.settings}
+    if settings.get("recompute") == "all":
+        settings["recompute"] = arch.layers
+    steps = np.add.reduceat(rows.lengths, np.arange(0, len(rows), run.batch))
+    load = predict.Load(int(rows.lengths.max()), int(steps.max()), share)
+    free = torch.cuda.mem_get_info()[0] if run.device == "cuda" else None
+    memory = predict.predict_memory(arch, TrainConfig(**settings), load, place=place, free=free, base=variant.base)
+    return (memory.weights + memory.adapter + memory.activations) / 1e9
+
+
+def flops_a_token(model: Any, rows: list[TrainRow]) -> float:
+    """4 for each linear parameter, and of the output layer where a token is trained: LoRA without recomputation."""
+    head = model.get_output_embeddings().weight.numel()
+    linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear)) - head
+    share = sum(int(r.mask.sum()) for r in rows) / sum(len(r.ids) for r in rows)
+    return 4.0 * linear + 4.0 * head * share

@@ -1,0 +1,62 @@
+"""How a run was computed: declared names, notes of training under them, fallbacks said."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import torch
+
+from tell.progress import Silent
+from tell.run import computed
+from tell.run.computed import NAMES, describe, named, put
+from tell.run.task import Notices
+from tell.train.fast import fused
+
+
+def test_a_note_belongs_to_its_name():
+    assert named("CUDA graphs: none (NEFTune draws noise)") == ("CUDA graphs", "none (NEFTune draws noise)")
+    assert named("passes of at most 3,072 tokens") == ("passes", "of at most 3,072 tokens")
+    assert named("gradients of the adapters are rounded") == ("gradients", "of the adapters are rounded")
+    assert named("out of memory: the step is repeated") is None and named("devices are many") is None
+
+
+def test_notes_of_several_arms():
+    found = {}
+    assert put(found, "tell", "passes: 3,072 tokens, 30 of 79 GB") and put(found, "sft", "passes: 9 tokens, 1 of 79 GB")
+    assert found == {"passes": "3,072 tokens, 30 of 79 GB"}  # numbers alone differ
+    assert put(found, "sft", "passes: halved") and found["passes (sft)"] == "halved"
+    assert not put(found, "tell", "wandb is turned off") and len(found) == 2
+
+
+def test_other_notes_are_notices():
+    notices = Notices(Silent())
+    notices.hear("tell", "attention: flash attention (torch)")
+    notices.hear("tell", "tensorboard is turned off")
+    assert notices.texts == ["tensorboard is turned off"] and notices.computed == {
+        "attention": "flash attention (torch)"
+    }
+    assert notices.display.notes == ["attention: flash attention (torch)", "tensorboard is turned off"]
+
+
+def test_what_a_session_uses(monkeypatch):
+    model = SimpleNamespace()
+    loaded = SimpleNamespace(model=model, device=torch.device("cpu"), why="bf16: the CPU has avx512_bf16")
+    engine = SimpleNamespace(name="own", fallback="vLLM does not start (no room)", how="kernels")
+    config = SimpleNamespace(model=SimpleNamespace(base="nf4"))
+    session, notices = SimpleNamespace(load=lambda: (loaded, engine), config=config), Notices(Silent())
+    notices.hear("tell", "CUDA graphs: 3 captured")
+    monkeypatch.setattr(fused, "fused_counts", lambda model: {"norm": 61, "attention": 0, "mlp": 30})
+    notes = ["attention: padded blocks (the GPU is older than Ampere)", "RMSNorm keeps its own forward (odd)"]
+    monkeypatch.setattr(fused, "path_notes", lambda model: notes)
+    monkeypatch.setattr(computed, "_device", lambda kind: "Tesla T4")
+    found = describe(session, notices)
+    assert found == {
+        "device": "Tesla T4",
+        "number format": "bf16: the CPU has avx512_bf16",
+        "base weights": "nf4",
+        "attention": "padded blocks (the GPU is older than Ampere)",
+        "kernels": "fused: 61 norm, 30 mlp; RMSNorm keeps its own forward (odd)",
+        "CUDA graphs": "3 captured",
+        "decoding": "TELL's own engine, kernels, vLLM does not start (no room)",
+    }
+    assert [name for name in NAMES if name in found] == list(found)
