@@ -188,6 +188,8 @@ def _load(session: Session) -> tuple[Loaded, DecodingEngine]:
         if not isinstance(vllm, str):
             return loaded, vllm
         engine = Engine(loaded.model, device=loaded.device, max_positions=files.architecture.max_positions)
+        engine.fallback = vllm
+        return loaded, engine
 
     rank = config.train.lora_r if choice == "vllm" else None  # vLLM reserves room for adapters of one rank
     key = (files.path, files.fingerprint, *chosen.arithmetic, chosen.trust_remote_code, choice, rank)

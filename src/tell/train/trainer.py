@@ -180,7 +180,7 @@ class Trainer:
         self, model: PeftModel, body: Body | PlainBody, parameters: Mapping[str, nn.Parameter]
     ) -> PassGraphs | None:
         """The graphs by which the passes of this process are replayed, if any."""
-        if isinstance(body, PlainBody) or self.processes is not None:
+        if not isinstance(body, Body) or self.processes is not None:
             return None
         noise = self.config.neftune_alpha > 0
         body.graphs = graphs_for(model, parameters.values(), noise=noise, note=self.hooks.note)
