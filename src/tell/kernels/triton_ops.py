@@ -114,7 +114,7 @@ class TritonKernels:
         block = min(4096, _power(vocabulary))
         self.launch(
             self.code.cross_entropy, (rows,), logits, targets, nll if weights is None else weights, nll,
-            logits.stride(0), vocabulary, softcap or 1.0,
+            logits.stride(0), vocabulary, float(softcap or 1.0),
             CAPPED=softcap is not None, GRADIENT=weights is not None, BLOCK=block, num_warps=_warps(block),
         )  # fmt: skip
 
@@ -124,6 +124,8 @@ class TritonKernels:
         A captured graph repeats the seeds it was captured with; filled anew, in place, between replays, this makes
         it draw other masks. It must not change between a forward pass and its backward pass.
         """
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
         if device not in self._shifts:
             with torch.inference_mode(False):
                 self._shifts[device] = torch.zeros(1, dtype=torch.int32, device=device)
