@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import tiny
 from tell.config_sections import TrainConfig
-from tell.kernels.ops import kernels_for
+from tell.kernels.ops import kernels_for, why_none
 from tell.train import packing as batches
 from tell.train.attention import PackedPlan, Rule
 from tell.train.fast import cuda
@@ -271,6 +271,13 @@ def test_blocks_of_logits_are_larger_on_a_gpu():
 def test_row_losses_of_no_rows(tiny_model):
     table = make_table(make_rows((5, 6)), "general")
     assert row_losses(load(tiny_model("llama")), table, []).shape == (0,)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_gpu_has_kernels(dtype):
+    """Compiled and equal to torch's on small tensors, or why not."""
+    assert why_none(torch.zeros(1, device="cuda", dtype=dtype)) is None
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

@@ -13,6 +13,8 @@ def device_seed(device: torch.device) -> Tensor:
 
     It must not change between a forward pass and its backward pass.
     """
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     if device not in _seeds:
         with torch.inference_mode(False):  # it is written into in training too
             _seeds[device] = torch.zeros(1, dtype=torch.int32, device=device)

@@ -189,7 +189,7 @@ def capped(x, softcap, CAPPED: tl.constexpr):
     return x
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["targets", "weights", "nll"])  # blocks begin anywhere in them
 def cross_entropy(
     logits, targets, weights, nll, stride, vocabulary, softcap,
     CAPPED: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,

@@ -114,7 +114,7 @@ class TritonKernels:
         block = min(4096, _power(vocabulary))
         self.launch(
             self.code.cross_entropy, (rows,), logits, targets, nll if weights is None else weights, nll,
-            logits.stride(0), vocabulary, softcap or 1.0,
+            logits.stride(0), vocabulary, float(softcap or 1.0),
             CAPPED=softcap is not None, GRADIENT=weights is not None, BLOCK=block, num_warps=_warps(block),
         )  # fmt: skip
 

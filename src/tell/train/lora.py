@@ -3,7 +3,7 @@
 peft's own forward casts the layer's input to the adapter's fp32 and back and adds three intermediate results; on a CPU
 that costs more than the adapter's arithmetic. The fused forward computes the same function,
 y = x W^T + b + s (dropout(x) A^T) B^T, with A and B kept in fp32 and cast, small as they are, to the input's dtype. It
-serves where ``fast/fused.py`` does not join layers: on a GPU, without kernels, in unusual modules.
+serves where ``fast/fused.py`` does not join layers: without kernels, in unusual modules.
 """
 
 from __future__ import annotations

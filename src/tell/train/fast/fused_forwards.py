@@ -148,7 +148,8 @@ def fused_attention_forward(module: AnyModule, rule: Rule, offset: float | None,
 
     def attend(states: Tensor, rope: Rope, plan: PackedPlan) -> Tensor:
         parts = inward(states.squeeze(0))  # not states[0], whose gradient is a copy among zeros
-        turn = tuple(x.reshape(-1, x.shape[-1]).contiguous() for x in rope) if rotary else None
+        cosine, sine = (x.reshape(-1, x.shape[-1]).contiguous() for x in rope)
+        turn = (cosine, sine) if rotary else None
         by_rows = isinstance(kernels_for(states), CKernels)
         out = (_attend_rows if by_rows else _attend_by_plan)(module, parts, plan, (rule, offset, turn))
         return outward(out)[0]
