@@ -137,7 +137,7 @@ def test_families_keep_what_is_predicted(family, dtype, tiny_model):
     train, base = TrainConfig(), load_model(files, dtype=dtype, device="cpu").model
     model = add_lora(base, train, seed=1)
     with recomputed_layers(base) as layers:
-        counted = count_pass(Body(model), layers, tokens=64)
+        counted = count_pass(Body(model), layers, lengths=[64])
     predicted = memory_of_pass(files.architecture, train, place=Place("cpu", dtype))
     assert (counted.layers, counted.entry, counted.block) == (predicted.layers, predicted.entry, predicted.block)
     assert counted.kept == pytest.approx(predicted.kept, rel=0.15)  # the first norm of all keeps nothing

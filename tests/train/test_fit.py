@@ -7,9 +7,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tell.config import make_config
 from tell.config_sections import TrainConfig
 from tell.errors import TellError
 from tell.pass_memory import GPU_LOGITS, LOSS_ROWS, MICRO_TOKENS, PassMemory, grow_segments, loss_block
+from tell.run import claim
+from tell.studies.cells import make_cell
 from tell.train import fit as fits
 from tell.train.fit import FittedStep, count_pass, fit_step, is_out_of_memory
 from tell.train.lora import add_lora
@@ -18,8 +21,9 @@ from tell.train.loss import GPU_LOGITS as LOGITS
 from tell.train.plain import PlainBody
 from tell.train.recompute import recomputed_layers
 from tell.train.step import Body, StepRules, step_loss
+from tell.train.training_job import run_digest
 from train.packed import gradients, load, make_rows, wake
-from train.test_trainer import CONFIG, adapter, log, trainer
+from train.test_trainer import CONFIG, adapter, log, mixture_of, trainer
 
 MEMORY = PassMemory(layers=32, kept=110e3, entry=8e3, rest=16e3, block=0.27e9)
 
@@ -173,11 +177,30 @@ def test_counted_bytes_are_those_of_a_longer_pass(fast, tiny_model):
     model = add_lora(base, TrainConfig(lora_dropout=0.0, lora_r=4), seed=3, fused=fast)
     body = Body(model) if fast else PlainBody(model)
     with recomputed_layers(base) as layers:
-        few, many = (count_pass(body, layers, tokens=n) for n in (32, 160))
+        few, many = (count_pass(body, layers, lengths=rows) for rows in ([32], [40] * 4))
         assert layers.watch is None and layers.level == 0
     assert few.layers == 2 and few.entry == 64 * 4
     assert few.kept == pytest.approx(many.kept, rel=0.15 if fast else 0.4)  # attention in blocks keeps squares
     assert (few.block > 0) == fast and (few.rest > 512 * 12) == (not fast)
+
+
+def test_rows_of_a_probe():
+    assert fits._probe_lengths(150, 512) == [150] * 3
+    assert fits._probe_lengths(2048, 512) == [512] and fits._probe_lengths(1, 4) == [1] * 4
+
+
+def test_neither_key_names_a_run_or_a_cell():
+    """Results do not depend on them."""
+    _, mixture = mixture_of()
+    config = make_config({"model": {"name": "x"}, "task": {"data": "y"}})
+    names, digests = set(), set()
+    for micro, level in ((None, None), (512, 3), (3072, 0)):
+        train = CONFIG.model_copy(update={"micro_tokens": micro, "recompute": level})
+        digests.add(run_digest(train, mixture, 7))
+        config.train.micro_tokens, config.train.recompute = micro, level
+        names.add(make_cell(config, "tell").name)
+        assert claim._changed(config, make_config({"model": {"name": "x"}, "task": {"data": "y"}}), False) is None
+    assert len(names) == len(digests) == 1
 
 
 def job_of(tmp_path, model, **settings):

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from tell.train.parallel import Step
     from tell.train.step import Body
 
-PROBE_TOKENS = {"cuda": 512, "cpu": 32}  # of the row whose kept bytes are counted; attention in blocks keeps squares
+PROBE_TOKENS = {"cuda": 512, "cpu": 32}  # of the pass whose kept bytes are counted
 NOT_FITTED = (
     "sharded weights: neither passes nor recomputation follow from free memory; set train.micro_tokens and "
     "train.recompute where it is short"
@@ -185,7 +185,7 @@ def choose_fit(body: Body | PlainBody, recompute: Recompute, job: TrainingJob) -
     micro = None if chosen else settings.micro_tokens or MICRO_TOKENS
     if device.type == "cpu" and _at_most(body, recompute, min(largest, max(longest, micro or 0))) < free:
         return None
-    memory = count_pass(body, recompute, tokens=min(longest, PROBE_TOKENS[device.type]))
+    memory = count_pass(body, recompute, lengths=_probe_lengths(longest, PROBE_TOKENS[device.type]))
     return memory.choose(free, longest=longest, largest=largest, micro=micro, level=settings.recompute)
 
 
@@ -211,8 +211,14 @@ def _at_most(body: Body | PlainBody, recompute: Recompute, tokens: int) -> float
     return 8.0 * tokens * widths * (len(recompute.layers) + 1) + logits
 
 
-def count_pass(body: Body | PlainBody, recompute: Recompute, *, tokens: int) -> PassMemory:
-    """What a pass keeps, counted on one row of ``tokens`` tokens; draws no random number."""
+def _probe_lengths(longest: int, tokens: int) -> list[int]:
+    """Rows as long as the longest, since attention in blocks keeps squares, of about so many tokens in all."""
+    length = min(longest, tokens)
+    return [length] * (tokens // length)
+
+
+def count_pass(body: Body | PlainBody, recompute: Recompute, *, lengths: list[int]) -> PassMemory:
+    """What a pass keeps, counted on rows of equal ``lengths``; draws no random number."""
     device, head = device_of(body), _head(body)
     kept: dict[int, tuple[int, torch.UntypedStorage]] = {}  # layer, and the storage, which holds on to its address
     outside = -1
@@ -232,12 +238,12 @@ def count_pass(body: Body | PlainBody, recompute: Recompute, *, tokens: int) -> 
     level, recompute.level, recompute.watch = recompute.level, 0, watch
     try:
         with kept_randomness(device), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            states = _states(body, tokens)
+            states = _states(body, lengths)
     finally:
         recompute.level, recompute.watch = level, None
     for p in _causal(body).parameters():  # after the pass, which may have moved weights
         kept.pop(p.untyped_storage().data_ptr(), None)
-    layers, width = len(recompute.layers), states.element_size()
+    layers, width, tokens = len(recompute.layers), states.element_size(), sum(lengths)
     inside = sum(storage.nbytes() for number, storage in kept.values() if number != outside)
     rest = sum(storage.nbytes() for number, storage in kept.values() if number == outside)
     entry = float(states.shape[-1] * width)
@@ -248,11 +254,13 @@ def count_pass(body: Body | PlainBody, recompute: Recompute, *, tokens: int) -> 
     return PassMemory(layers, inside / tokens / layers, entry, rest / tokens + more, block)
 
 
-def _states(body: Body | PlainBody, tokens: int) -> Tensor:
-    """(tokens, h) final states of one row, with gradient."""
-    ids = torch.arange(tokens, device=device_of(body)) % len(_head(body))
+def _states(body: Body | PlainBody, lengths: list[int]) -> Tensor:
+    """Final states (..., h) of rows of equal lengths, with gradient."""
+    ids = torch.arange(sum(lengths), device=device_of(body)) % len(_head(body))
     if not isinstance(body, PlainBody):
-        return body.run(packed_plan([tokens], device=body.device), ids)
-    with use_plan(PaddedRows([tokens])):
-        out = body.causal.base_model(input_ids=ids[None], attention_mask=torch.ones_like(ids)[None], use_cache=False)
-    return out.last_hidden_state[0]
+        return body.run(packed_plan(lengths, device=body.device), ids)
+    ids = ids.view(len(lengths), -1)
+    with use_plan(PaddedRows(lengths)):
+        out = body.causal.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    states: Tensor = out.last_hidden_state
+    return states
