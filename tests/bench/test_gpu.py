@@ -16,7 +16,7 @@ def test_rehearsal_on_a_cpu(tmp_path, capsys):
     assert list(result["stages"]) == list(result["seconds"]) == QUICK.split(",")
     assert all(good for _, _, good in result["findings"]) and not any("error" in s for s in result["stages"].values())
     assert result["stages"]["resume"]["float32"] == {"equal": True, "cosine": pytest.approx(1.0)}
-    assert set(result["stages"]["merge"]) == {"chosen", "card", "host", "host again"}
+    assert set(result["stages"]["merge"]) == {"chosen", "merged", "beside"}
     assert len(result["stages"]["train"]) == 4 and all(x["tokens_s"] > 0 for x in result["stages"]["train"].values())
     assert result["stages"]["decode"]["tiny transformers"]["first_16_tokens_equal"] > 0
     assert len(capsys.readouterr().out.splitlines()) == len(result["findings"])
