@@ -251,6 +251,19 @@ def test_what_has_no_static_form_is_decoded_by_its_own_layers(tiny_model):
     assert engine.trusted is False and got == answers(Engine(model, fast=False), prompts, decoding)
 
 
+def test_what_a_torch_lacks_is_said(tiny_model, monkeypatch):
+    def step(self, *key):
+        raise NotImplementedError("no such kernel\nhere")
+
+    monkeypatch.setattr(StaticBatch, "_step", step)
+    model = load(tiny_model("llama"))
+    prompts, decoding = prompts_of((5, 9)), Decoding(5, (), greedy=True)
+    engine, _ = static_engine(model)
+    with pytest.warns(UserWarning, match=r"the faster implementation fails \(no such kernel\)"):
+        got = answers(engine, prompts, decoding)
+    assert got == answers(Engine(model, fast=False), prompts, decoding)
+
+
 @pytest.mark.parametrize("where", ["begin", "step"])
 def test_a_step_that_cannot_be_recorded_is_run(where, tiny_model, monkeypatch):
     recording, freed = [], []

@@ -21,6 +21,7 @@ from tell.decode.sampler import Decoding, uniforms
 from tell.decode.static_batch import StaticBatch, rounded_length
 from tell.decode.static_model import StaticModel
 from tell.decode.step_graphs import Recorder, recorder
+from tell.errors import first_line
 from tell.kernels.decode_ops import kernels
 from tell.train.device import free_bytes
 from tell.train.lora import adapter_applied
@@ -217,9 +218,7 @@ class Engine:
         packed = self._packed or self._pack() if self.fast and self.trusted is not False else None
         if packed is not None:
             if self.trusted is None:
-                self.trusted = self._check(packed, decoding)
-                if not self.trusted and isinstance(packed, StaticModel):
-                    self._say("the faster implementation differs on this model")
+                self.trusted = self._tried(packed, decoding) if self.static else self._check(packed, decoding)
             if self.trusted:
                 # Otherwise copied for each call: weights may have changed, and the copy takes their memory again.
                 self._packed = packed if self._fixed else None
@@ -258,6 +257,17 @@ class Engine:
         if why not in self._said:
             self._said.add(why)
             warnings.warn(f"answers are decoded by transformers' layers, which is slower: {why}", stacklevel=2)
+
+    def _tried(self, packed: Packed | StaticModel, decoding: Decoding) -> bool:
+        """As `_check`, where a function of this torch or GPU may be missing; what is wrong is said."""
+        try:
+            same = self._check(packed, decoding)
+        except RuntimeError as error:
+            self._say(f"the faster implementation fails ({first_line(error)})")
+            return False
+        if not same:
+            self._say("the faster implementation differs on this model")
+        return same
 
     def _check(self, packed: Packed | StaticModel, decoding: Decoding) -> bool:
         """Whether both implementations give the same states, within rounding, for some rows of this model."""
