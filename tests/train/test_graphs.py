@@ -24,9 +24,10 @@ from tell.train import packing
 from tell.train import trainer as trainers
 from tell.train.fast.cuda import Layout, _torch_varlen
 from tell.train.fast.fused import unfuse_modules
-from tell.train.graphs import MOST_GRAPHS, Buffers, PassGraphs, Shape, graphs_for, padded, static_pack
+from tell.train.graphs import MOST_GRAPHS, PassGraphs, graphs_for
 from tell.train.lora import add_lora
 from tell.train.packing import RowTargets, TrainRow, pack, pack_rows
+from tell.train.static_pass import Buffers, Shape, padded, static_pack
 from tell.train.step import Body, StepRules, causal_of, pass_loss, step_loss
 from tell.train.training_job import TrainingHooks, TrainingJob
 from train.packed import Fetches, gradients, load, make_rows, make_table, unseen_varlen, varlen_plan, wake
