@@ -164,8 +164,8 @@ class Trainer:
             if self.sharded:  # passes are collective: none can be repeated alone
                 self.hooks.note(NOT_FITTED)
             else:
-                told = {"clear": update.clear, "note": self.hooks.note}
-                step = fit_step(step, body, layers, rules, self.job, **told)
+                note = self.hooks.note
+                step = fit_step(step, body, layers, rules, self.job, clear=update.clear, note=note)
             graphs = self._graphs(model, body, parameters) if not layers.level else None
         if processes:
             facts, state = processes.broadcast((facts, state_tensors(parameters, update.optimizer, flat)))
