@@ -115,6 +115,7 @@ class PrefillPlan(PackedPlan):
         super().__init__(lengths, device=device)
         self.find = find
         self.store, self.stored = store, prefix
+        self._shares = [prefix] * len(self._blocks)  # which is stored, not packed
         at = np.concatenate([np.arange(length) for length in lengths])
         self.places = Places(*(send(torch.from_numpy(x), device) for x in (np.repeat(slots, lengths), at)))
         self.calls = Calls()
