@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,7 +18,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -27,15 +27,15 @@ from bench.gpu import run
 from tell.config_sections import TrainConfig
 from tell.kernels import ops
 from tell.kernels.triton_ops import TritonKernels
-from tell.train import packing
+from tell.train import flat, packing
 from tell.train import step as training
-from tell.train.fast import fused
+from tell.train.fast import fused, stacked
 from tell.train.fast.cuda import VarlenPlan, _torch_varlen
-from tell.train.lora import add_lora
+from tell.train.lora import a_scales, add_lora
+from tell.train.update import Update
 
 ROWS = 16
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "detach"}
-Finish = Callable[[list[nn.Parameter]], object]  # what follows the backward pass: clipping, the optimiser
 
 
 class Launches(TorchDispatchMode):
@@ -114,12 +114,17 @@ class Step:
 @contextmanager
 def counted(names: Counter[str]) -> Iterator[None]:
     """The meta device takes the path of a GPU; no module is tried, since its numbers are not there to compare."""
+
+    def add_product(total: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> None:
+        names["addmm in fp32"] += 1  # which torch has for CUDA alone
+
     plan = partial(VarlenPlan, find=lambda query, value: _torch_varlen())
     with ExitStack() as stack:
         stack.enter_context(patch.dict(ops.BACK_ENDS, {"meta": lambda x: CountedKernels(names)}))
         stack.enter_context(patch.object(fused, "_same", lambda a, b: True))
         stack.enter_context(patch.object(packing, "packed_plan", plan))
         stack.enter_context(patch.object(training.Body, "_check", lambda self, model: None))
+        stack.enter_context(patch.object(stacked, "add_product", add_product))
         yield
 
 
@@ -130,37 +135,37 @@ def count_step(
     kernels: bool = True,
     config: TrainConfig | None = None,
     rows: int = ROWS,
-    finish: Finish | None = None,
 ) -> Step:
-    """One pass forward and back of a model cut to ``layers`` layers.
+    """A step of a model cut to ``layers`` layers: one pass forward and back, clipping, AdamW.
 
     Args:
         size: of ``bench.gpu.run.SIZES``.
-        kernels: False: as where Triton is missing.
+        kernels: False: the modules' own forwards, and each adapter matrix for itself.
         config: of the adapters.
         rows: of the step.
-        finish: counted as well, with the adapters' parameters.
     """
     launches = Launches()
     with patch.dict(run.SIZES[size], {"num_hidden_layers": layers}), counted(launches.names):
         if not kernels:
             ops.BACK_ENDS.pop("meta")
-        model = add_lora(run.make_model(size, "meta", torch.bfloat16), config or TrainConfig(lora_dropout=0.0), seed=1)
+        config = config or TrainConfig(lora_dropout=0.0)
+        model = add_lora(run.make_model(size, "meta", torch.bfloat16), config, seed=1)
         body = training.Body(model)
         group = run.train_rows(run.rows_for(size, rows, 1.0))
-        rules, parameters = training.StepRules(), [p for p in model.parameters() if p.requires_grad]
+        rules, parameters = training.StepRules(), {name: p for name, p in model.named_parameters() if p.requires_grad}
+        joined = flat.FlatAdapters(parameters, a_scales(model), torch.bfloat16) if kernels else None
+        update = Update(parameters, config, torch.bfloat16, joined)
         with torch.no_grad():
             body.states(packing.pack(group, share_prefix=False, device=body.device))  # joins the layers' weights
         launches.names.clear()
         saved = Saved({p.untyped_storage()._cdata for p in model.parameters()})
         with launches, saved_tensors_hooks(saved.pack, lambda x: x):
             batch = packing.pack(group, share_prefix=False, device=body.device)
-            total = torch.full((), rules.total(group), device="meta")
-            weights = rules.position_weights(batch.trained[batch.row], batch.task[batch.row], total)
-            loss, _ = body.loss(batch, weights)
+            weights = rules.weights(group, torch.tensor(rules.total(group))).to("meta")
+            loss, _ = training.pass_loss(body, batch, weights)
             loss.backward()
-            if finish is not None:
-                finish(parameters)
+            update.clip()
+            update.apply(1e-4)
     return Step(layers, batch.real, launches.names, saved.bytes)
 
 

@@ -124,8 +124,10 @@ def test_real_shapes_keep_what_is_predicted(arch, dtype, targets):
     assert kept_by(arch, 1, kind, targets) == pytest.approx(predicted, rel=0.02)
 
 
-def test_8b_keeps_108_kilobytes_a_token_and_layer():
-    assert fused_bytes(LLAMA3, 2, rank=8, targets="all-linear") / 1024 == pytest.approx(108, rel=0.01)
+def test_8b_keeps_108_kilobytes_a_token_and_layer_and_on_a_gpu_92():
+    for gpu, kilobytes in ((False, 108), (True, 92)):
+        kept = fused_bytes(LLAMA3, 2, rank=8, targets="all-linear", gpu=gpu) / 1024
+        assert kept == pytest.approx(kilobytes, rel=0.01)
 
 
 @pytest.mark.skipif(kernels_for(torch.zeros(1)) is None, reason="needs a C compiler")
@@ -185,9 +187,9 @@ def memory(arch, longest, largest, *, place=GPU, free=80e9, base="full", rows=64
     return predict_memory(arch, TrainConfig(**train), load, place=place, free=free, base=base)
 
 
-@pytest.mark.parametrize(("card", "base"), [(24e9, "full"), (12e9, "nf4")])
+@pytest.mark.parametrize(("card", "base"), [(23e9, "full"), (12e9, "nf4")])
 def test_8b_trains_on_small_cards(card, base):
-    """Rows of 2,048 tokens, in bf16 in 24 GB and in nf4 in 12 GB, by recomputing some layers."""
+    """Rows of 2,048 tokens, in bf16 in 23 GB and in nf4 in 12 GB, by recomputing some layers."""
     found = memory(LLAMA3, 2048, 16 * 2048, free=card, base=base)
     assert found.fit.fits and 0 < found.fit.level < 32 and found.fit.micro_tokens >= 2048
     assert 0.8 * card < found.total <= card
@@ -200,7 +202,7 @@ def test_8b_on_a_large_card_needs_no_recomputation():
     found = memory(LLAMA3, 2048, 3072)
     assert (found.fit.level, found.fit.micro_tokens) == (0, 3072)
     training = found.weights + found.process + found.adapter + found.activations
-    assert training == pytest.approx(16.1e9 + 3072 * 32 * 110.8e3 + 0.4e9 + 1e9, rel=0.05)
+    assert training == pytest.approx(16.1e9 + 3072 * 32 * 94.4e3 + 0.4e9 + 1e9, rel=0.05)
     assert found.total > training  # evaluation copies adapted weights where there is plenty of room
     recomputed = memory(LLAMA3, 2048, 3072, recompute=32)
     assert recomputed.weights + recomputed.process + recomputed.adapter + recomputed.activations < 22e9

@@ -203,13 +203,14 @@ def pass_memory(arch: Architecture, train: TrainConfig, *, place: Place, trained
     """What a pass keeps, by the operations of the fast path; on other devices, and without it, by transformers' own."""
     width, entry = WIDTHS[place.dtype], float(arch.hidden * WIDTHS[place.dtype])
     if place.device in FITTED and train.fast == "auto":
-        kept, rest = fused_bytes(arch, width, rank=train.lora_r, targets=train.lora_targets), 3 * entry + 4
+        facts = {"rank": train.lora_r, "targets": train.lora_targets}
+        kept, rest = fused_bytes(arch, width, gpu=place.device == "cuda", **facts), 3 * entry + 4
         return PassMemory(arch.layers, kept, entry, rest, loss_block(place.device, arch.vocab, width=width, fused=True))
     logits = (2.0 * width + 12) * arch.vocab * trained_share  # their fp32 copy, log-probabilities and gradient
     return PassMemory(arch.layers, _plain_bytes(arch, place.dtype, train.lora_r), entry, entry + logits, 0.0)
 
 
-def fused_bytes(arch: Architecture, width: int, *, rank: int, targets: str) -> float:
+def fused_bytes(arch: Architecture, width: int, *, rank: int, targets: str, gpu: bool = False) -> float:
     """Bytes per token that one decoder layer keeps for its backward pass on the fast path (`train/fast/fused_ops.py`).
 
     Attention in blocks (a soft cap, a GPU without flash attention) keeps its probabilities too, which are not counted.
@@ -217,15 +218,16 @@ def fused_bytes(arch: Architecture, width: int, *, rank: int, targets: str) -> f
     Args:
         width: bytes of a number of the model's format.
         rank, targets: of the adapter.
+        gpu: the outputs of norms are made again on the way back.
     """
     hidden, queries, keys = arch.hidden, arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
     adapted = set(adapted_layers(arch, targets))
     numbers = {
         "inputs of the two norms": 2 * hidden,
-        "input of q, k, v": hidden if adapted & {"q_proj", "k_proj", "v_proj", "qkv_proj"} else 0,
+        "input of q, k, v": hidden if not gpu and adapted & {"q_proj", "k_proj", "v_proj", "qkv_proj"} else 0,
         "q, k, v": queries + 2 * keys,
         "output of attention, which is the input of o": queries,
-        "input of gate and up": hidden if adapted & {"gate_proj", "up_proj", "gate_up_proj"} else 0,
+        "input of gate and up": hidden if not gpu and adapted & {"gate_proj", "up_proj", "gate_up_proj"} else 0,
         "gate and up, from which the input of down is made again": 2 * arch.intermediate,
         "inner states of the adapters": rank * len(adapted),
     }

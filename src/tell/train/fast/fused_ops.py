@@ -34,6 +34,43 @@ def _c_kernels_of(x: Tensor) -> CKernels:
     return found
 
 
+class NormCall(NamedTuple):
+    """What makes a norm's output again, on a GPU, where projections keep this instead of their input.
+
+    Attributes:
+        x: (T, heads * width) input.
+        weight: (width,).
+        rstd: (T, heads) fp32, as ``Kernels.rmsnorm`` leaves it.
+        heads, eps, offset: as of ``Kernels.rmsnorm``.
+    """
+
+    x: Tensor
+    weight: Tensor
+    rstd: Tensor
+    heads: int
+    eps: float
+    offset: float
+
+    def output(self) -> Tensor:
+        """The same numbers as before, by the same kernel."""
+        x, weight, rstd, heads, eps, offset = self
+        y = x.new_empty(x.shape)
+        kernels_of(x).rmsnorm(x, y, weight, torch.empty_like(rstd), heads=heads, eps=eps, offset=offset)
+        return y
+
+
+_NORM = "_norm_call"  # attribute of a norm's output
+
+
+def _norm_of(x: Tensor) -> NormCall | None:
+    """The norm whose whole output ``x`` is, or shows in another shape."""
+    for tensor in (x, x._base):
+        call: NormCall | None = getattr(tensor, _NORM, None)
+        if call is not None and call.x.numel() == x.numel():
+            return call
+    return None
+
+
 class RmsNorm(torch.autograd.Function):
     """x / rms(x) * (offset + weight) over each head of x (..., heads * width); Zhang and Sennrich 2019."""
 
@@ -46,6 +83,8 @@ class RmsNorm(torch.autograd.Function):
         kernels_of(x).rmsnorm(flat, y, weight, rstd, heads=heads, eps=eps, offset=offset)
         ctx.save_for_backward(flat, weight, rstd)
         ctx.offset, ctx.heads, ctx.shape = offset, heads, x.shape
+        if isinstance(kernels_of(x), TritonKernels):
+            setattr(y, _NORM, NormCall(flat, weight, rstd, heads, eps, offset))
         return y.view(x.shape)
 
     @staticmethod
@@ -81,8 +120,10 @@ class Projection(torch.autograd.Function):
         flat = x.reshape(-1, x.shape[-1]).contiguous()
         ctx.lora = Lora(stack, adapters, flat)
         y, u = ctx.lora.forward(flat)
-        if u is not None:
-            ctx.save_for_backward(flat, u)
+        norm = _norm_of(x)
+        ctx.norm = None if norm is None else norm[3:]
+        if u is not None:  # a norm keeps its input anyway
+            ctx.save_for_backward(u, *((flat,) if norm is None else norm[:3]))
         ctx.shape = x.shape
         return tuple(part.view(*x.shape[:-1], -1) for part in y.split(stack.widths, dim=1))
 
@@ -95,7 +136,8 @@ class Projection(torch.autograd.Function):
         )
         out: Sequence[Tensor | None] = []
         if gu is not None:
-            flat, u = ctx.saved_tensors
+            u, *kept = ctx.saved_tensors
+            flat = kept[0] if ctx.norm is None else NormCall(*kept, *ctx.norm).output()
             out = lora.adapter_gradients(flat, gy, u, gu)
         return (None if gx is None else gx.view(ctx.shape), None, *out)
 
