@@ -50,11 +50,10 @@ def state_of(folder: RunFolder, job: Job) -> str:
 
     A run that was killed left ``running`` behind, but no process holds its lock.
     """
-    state = folder.read_status().get("state")
-    alive = job.process() is not None
+    state, process = folder.read_status().get("state"), job.process()
     if state == "running":
-        return "running" if alive or held(folder.lock) else "interrupted"
-    if alive:
+        return "running" if process is not None or held(folder.lock) else "interrupted"
+    if process is not None and job.record()["created"] > _stamp(folder.status):
         return "starting"  # also a run that is being resumed
     return str(state) if state in ("done", "interrupted", "failed") else "failed"
 

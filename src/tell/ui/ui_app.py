@@ -59,7 +59,7 @@ def static(name: str) -> bytes:
     """A file of the page; the stylesheet extends the report's."""
     folder = resources.files("tell.ui").joinpath("static")
     if name == "style.css":
-        return (stylesheet()[0] + folder.joinpath("ui.css").read_text("utf-8")).encode()
+        return (str(stylesheet()[0]) + folder.joinpath("ui.css").read_text("utf-8")).encode()
     return folder.joinpath(name).read_bytes()
 
 
