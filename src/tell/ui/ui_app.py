@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -175,10 +176,10 @@ class Pages:
     async def start(self, request: Request) -> Response:
         form = {name: values[-1] for name, values in (await form_of(request)).items()}
         choice = Choice.of(form)
-        out = choice["out"] if choice["out"].startswith("runs/") and ".." not in choice["out"] else ""
-        if not out or (self.root.path / out).exists():
-            out = self.root.fresh_run(choice["data"])
-        tuning(self.root, out).start(choice.command("tune", out=out))
+        out = choice["out"] if re.fullmatch(r"runs/\w[\w.-]*", choice["out"]) else self.root.fresh_run(choice["data"])
+        if tuning(self.root, out).process() is None:  # else it was started by another click
+            out = self.root.fresh_run(choice["data"]) if (self.root.path / out).exists() else out
+            tuning(self.root, out).start(choice.command("tune", out=out))
         return RedirectResponse(f"/run/{quote(out)}", 303)
 
     # One run
@@ -333,7 +334,7 @@ def make_ui(root: UiRoot, token: str) -> Starlette:
     routes = [
         Route("/", p.runs),
         Route("/data", p.data),
-        Route("/upload/{name}", p.upload, methods=["PUT"]),
+        Route("/upload/{name:path}", p.upload, methods=["PUT"]),
         Route("/look", p.look),
         Route("/framed/look/{key}", p.looked),
         Route("/plan", p.plan),

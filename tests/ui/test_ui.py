@@ -1,0 +1,341 @@
+"""The routes of `tell ui`: who may ask, what is shown of files that anybody made, commands as processes."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import re
+import resource
+import socket
+import subprocess
+import sys
+from html.parser import HTMLParser
+from importlib import resources
+
+import pytest
+from filelock import FileLock
+from starlette.testclient import TestClient
+
+from run.runs import PROBE
+from tell.data.schema import Schema
+from tell.files import write_json, write_jsonl
+from tell.folder import RunFolder
+from tell.ui import ui_root
+from tell.ui.chat_relay import Check
+from tell.ui.choices import Choice
+from tell.ui.jobs import Job
+from tell.ui.run_view import live, state_of, tuning
+from tell.ui.ui_app import make_ui
+from tell.ui.ui_root import UiRoot, clean_name
+from ui.ui_server import SOURCE, UiServer, until
+
+TOKEN, BASE = "s3cret-token", "http://127.0.0.1:8765"
+EVIL = '<script>alert(1)</script><img src=x onerror="alert(1)">" onload="alert(1)'
+ORIGIN = {"origin": BASE}
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch) -> UiRoot:
+    monkeypatch.setenv("PYTHONPATH", str(SOURCE))
+    monkeypatch.setenv("TELL_HOME", str(tmp_path / "home"))
+    (tmp_path / "root").mkdir()
+    return UiRoot(tmp_path / "root")
+
+
+@pytest.fixture
+def client(root) -> TestClient:
+    made = stranger(root)
+    assert made.get("/", params={"token": TOKEN}).status_code == 200
+    return made
+
+
+def stranger(root: UiRoot) -> TestClient:
+    return TestClient(make_ui(root, TOKEN), base_url=BASE)
+
+
+def make_run(root: UiRoot, name: str, *, state: str = "done", text: str = "hello") -> RunFolder:
+    """A run folder whose every text is ``text``."""
+    folder = RunFolder(root.path / name)
+    folder.root.mkdir(parents=True)
+    folder.config.write_text(f"task:\n  data: {json.dumps(text)}\neval:\n  arms: [base, tell]\n")
+    folder.set_status(state, stage=text, seconds=61.0, error=text)
+    value = {"value": 0.9, "ci": [0.8, 1.0], "n": 3}
+    arms = {arm: {"accuracy": value} for arm in ("base", "tell")}
+    write_json(folder.metrics, {"task": {"kind": "label", "primary": "accuracy"}, "arms": arms})
+    write_json(folder.plan, {"arms": {"tell": {"steps": 4}, text: {"steps": 2}}, "notices": [text]})
+    write_json(folder.findings, {"notices": [text], "kind": {"name": "label", "why": text, "labels": [text]}})
+    rows = [
+        {"hash": f"{i:016x}", "origin": text, "prompt": f"{text}{i}", "reference": text, "answer": text}
+        for i in range(3)
+    ]
+    folder.predictions.mkdir()
+    write_jsonl(folder.prediction("tell"), [row | {"scores": {"accuracy": 1.0}} for row in rows])
+    folder.logs.mkdir()
+    folder.losses("tell").write_text('{"step": 1, "loss": 2.0, "by_source": {"task": 2.0}}\n{"step": 2, "lo')
+    return folder
+
+
+class Elements(HTMLParser):
+    """Names of the elements and attributes of a page, and its links."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.names, self.attributes, self.links = [], set(), []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.names.append(tag)
+        self.attributes |= {name for name, _ in attrs}
+        self.links += [value for name, value in attrs if name in ("src", "href", "action", "hx-get")]
+
+
+def check_inert(text: str, *, scripts: int) -> None:
+    found = Elements(text)
+    assert found.names.count("script") == scripts
+    assert "img" not in found.names
+    assert not [name for name in found.attributes if name.startswith("on") or name == "style"]
+    assert not [link for link in found.links if not link.startswith(("/", "#", "data:,"))]
+
+
+PATHS = ("/", "/data", "/look?data=x", "/plan", "/planned", "/run/runs/a", "/report/runs/a", "/chat/runs/a")
+POSTS = ("/start", "/stop/runs/a", "/resume/runs/a", "/load/runs/a", "/unload/runs/a", "/say/runs/a", "/export/runs/a")
+
+
+def test_nobody_without_the_token_sees_anything(root):
+    make_run(root, "runs/a")
+    asking = stranger(root)
+    for path in (*PATHS, "/static/ui.js", "/framed/report/runs/a", "/?token=wrong", "/?token="):
+        assert asking.get(path).status_code == 401, path
+    for path in POSTS:
+        assert asking.post(path, headers=ORIGIN).status_code == 401, path
+    assert asking.put("/upload/a.csv", content=b"a", headers=ORIGIN).status_code == 401
+    assert not root.uploads.exists()
+    asking.cookies.set("tell-ui-8765", "wrong")
+    assert asking.get("/").status_code == 401
+
+
+def test_the_token_becomes_a_cookie_that_no_other_site_sends(root):
+    answer = stranger(root).get("/", params={"token": TOKEN}, follow_redirects=False)
+    assert (answer.status_code, answer.headers["location"]) == (303, "/")
+    cookie = answer.headers["set-cookie"].lower()
+    assert "samesite=strict" in cookie and "httponly" in cookie and cookie.startswith("tell-ui-8765=")
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:8765", "127.0.0.1:80", "127.0.0.1", "[::1", "", "127.0.0.1:x"]
+)
+def test_other_hosts_are_refused(client, host):
+    assert client.get("/", headers={"host": host}).status_code == 421
+
+
+@pytest.mark.parametrize("origin", ["", "null", "http://evil.example", "http://127.0.0.1:80", "https://127.0.0.1:8765"])
+def test_other_origins_change_nothing(client, root, origin):
+    headers = {"origin": origin} if origin else {}
+    for path in POSTS:
+        assert client.post(path, headers=headers).status_code == 403, path
+    assert client.put("/upload/a.csv", content=b"a", headers=headers).status_code == 403
+    assert not root.uploads.exists() and not (root.state / "jobs").exists()
+
+
+def test_pages_have_a_strict_policy_and_nothing_inline(client, root):
+    make_run(root, "runs/a")
+    for path in (*(p for p in PATHS if not p.startswith(("/look", "/planned"))), "/ship/runs/a"):
+        answer = client.get(path)
+        policy = answer.headers["content-security-policy"]
+        assert answer.status_code == 200 and "default-src 'none'" in policy and "unsafe" not in policy, path
+        check_inert(answer.text, scripts=2)
+    framed = client.get("/framed/report/runs/a").headers["content-security-policy"]
+    assert "script-src" not in framed and "default-src 'none'" in framed and "allow-scripts" not in framed
+
+
+def test_hostile_contents_are_inert(client, root):
+    for name in (f"runs/{EVIL.replace('/', '')}", "runs/b"):
+        make_run(root, name, state="failed", text=EVIL)
+    study = root.path / "studies" / "s"
+    study.mkdir(parents=True)
+    cells = {EVIL: {"state": EVIL, "error": EVIL, "seconds": EVIL}, "b": {"state": "done", "seconds": 3}}
+    write_json(study / "study.json", {"cells": cells, "rows": [], "recipe": {}})
+    for name in root.find()[0]:
+        for page in ("run", "report", "chat", "ship"):
+            answer = client.get(f"/{page}/{name}")
+            assert answer.status_code == 200
+            check_inert(answer.text, scripts=2)
+        check_inert(client.get(f"/framed/report/{name}").text, scripts=0)
+    check_inert(client.get("/").text, scripts=2)
+    check_inert(client.get("/data", params={"data": EVIL, "prompt": EVIL}).text, scripts=2)
+    check_inert(client.get("/plan", params={"data": EVIL, "model": EVIL}).text, scripts=2)
+    check_inert(client.get("/look", params={"data": EVIL}).text, scripts=0)
+    both = [("run", name) for name in root.find()[0]]
+    check_inert(client.get("/framed/compare", params=both).text, scripts=0)
+
+
+@pytest.mark.parametrize(
+    "name", ["../out", "%2e%2e/out", "runs/../../out", "/etc", "/tmp", ".", "", "link", "runs/a%00", "x" * 5000]
+)
+def test_no_address_leads_out_of_the_root(client, root, name):
+    make_run(UiRoot(root.path.parent), "out")
+    (root.path / "link").symlink_to(root.path.parent / "out")
+    for page in ("run", "report", "framed/report", "study", "framed/study", "chat", "ship"):
+        assert client.get(f"/{page}/{name}").status_code == 404
+    assert client.get("/framed/look/..%2f..%2fout").status_code == 404
+    assert client.get("/static/..%2fui_app.py").status_code == 404
+
+
+def test_uploads_stay_under_the_root(client, root):
+    for name in ("../../a.csv", "/etc/a.csv", "..%2f..%2fa.csv", "C:\\x\\a.csv", "a.csv"):
+        answer = client.put(f"/upload/{name.replace('/', '%2F')}", content=b"q,a\n1,2\n", headers=ORIGIN)
+        assert answer.status_code == 201
+        assert (root.path / answer.json()["path"]).read_bytes() == b"q,a\n1,2\n"
+    assert sorted(p.name for p in root.uploads.iterdir()) == ["1-a.csv", "2-a.csv", "3-a.csv", "4-a.csv", "a.csv"]
+    assert [p for p in root.path.parent.rglob("a.csv") if root.uploads not in p.parents] == []
+    assert clean_name("Köln; rm -rf $(x).CSV.gz") == "Köln-rm--rf-x.csv.gz"
+    for name in ("a.exe", ".bashrc", "csv", ".csv.sh"):
+        assert client.put(f"/upload/{name}", content=b"x", headers=ORIGIN).status_code == 400
+
+
+def test_an_upload_over_the_limit_leaves_nothing(client, root, monkeypatch):
+    monkeypatch.setattr(ui_root, "MOST_UPLOAD", 1 << 20)
+    answer = client.put("/upload/a.csv", content=bytes(2 << 20), headers=ORIGIN)
+    assert answer.status_code == 400 and "larger than 1 MB" in answer.json()["error"]
+    assert list(root.uploads.iterdir()) == []
+
+
+def test_a_full_disk_leaves_nothing(client, root):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        answer = client.put("/upload/a.csv", content=bytes(1 << 20), headers=ORIGIN)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert answer.status_code == 400 and "a.csv" in answer.json()["error"], errno.errorcode
+    assert list(root.uploads.iterdir()) == []
+
+
+def test_no_value_can_become_a_flag():
+    values = {"data": "-x.csv", "model": "--overwrite", "prompt": "$(reboot)", "answer": "a b", "nonsense": "1"}
+    command = Choice.of(values | {"arms": ""}, ["base", "tell"]).command("tune", out="runs/x")
+    assert command == [
+        *(
+            "tune",
+            "./-x.csv",
+            "--prompt=$(reboot)",
+            "--answer=a b",
+            "--model=--overwrite",
+            "--arms=base,tell",
+            "--out=runs/x",
+        )
+    ]
+
+
+def test_states_of_runs(root):
+    folder = make_run(root, "runs/a", state="running")
+    job = tuning(root, "runs/a")
+    assert state_of(folder, job) == "interrupted"  # killed: it left "running" behind
+    with FileLock(folder.lock):
+        assert state_of(folder, job) == "running"
+    assert state_of(folder, job) == "interrupted"
+    found = live(root, "runs/a")
+    assert found["bars"][0] | {"label": ""} == {"label": "", "done": 1, "total": 4, "unit": "steps"}
+    assert [row["answers"] for row in found["rows"]] == [[("TELL", "hello", True)]] * 3
+
+
+def test_runs_and_studies_are_listed_and_sorted(client, root):
+    make_run(root, "runs/a")
+    make_run(root, "runs/b", state="failed")
+    make_run(root, "studies/cells/tell-1")
+    write_json_study = root.path / "studies" / "mine"
+    write_json_study.mkdir()
+    write_json(
+        write_json_study / "study.json", {"cells": {"tell-1": {"state": "done"}, "tell-2": {"state": "waiting"}}}
+    )
+    text = client.get("/", params={"by": "name"}).text
+    assert text.index("runs/a") < text.index("runs/b") < text.index("studies/mine")
+    assert "1 done, 1 waiting" in re.sub(r"\s+", " ", text) and 'href="/run/studies/cells/tell-1"' in text
+    assert client.get("/", params={"by": "nonsense"}).status_code == 200
+
+
+def test_look_and_plan_are_the_commands(client, root, tiny_model):
+    rows = "".join(f"{i} how,{('no', 'yes')[i % 2]}\n" for i in range(20))
+    (root.path / "t.csv").write_text(f"question,answer\n{rows}")
+    chosen = {"data": "t.csv", "model": str(tiny_model("llama")), "general": "none"}
+    text = client.get("/look", params=chosen).text
+    assert "20 rows" in text and "guessed" in text and "tell look t.csv" in text
+    page = client.get(re.search(r'src="(/framed/look/[^"]+)"', text)[1])
+    assert "What the model sees" in page.text and "sandbox" in page.headers["content-security-policy"]
+    text = client.get("/planned", params=chosen).text
+    assert "Predicted time" in text and "--out=runs/t-1" in text and "--general=none" in text
+    assert "columns" in client.get("/look", params=chosen | {"columns": "prompt=nope,answer=answer"}).text
+
+
+def test_a_run_that_fails_at_once_shows_its_line(client, root):
+    answer = client.post("/start", data={"data": "nope.csv", "out": "../../x"}, headers=ORIGIN)
+    assert answer.url.path == "/run/runs/nope-1"
+    until(lambda: tuning(root, "runs/nope-1").process() is None)
+    text = client.get("/run/runs/nope-1").text
+    assert "nope.csv" in text and "failed" in text and "Resume" not in text
+    assert not (root.path / "runs").exists()
+
+
+def test_a_stopped_run_is_resumed_by_the_same_command(client, root, tiny_model):
+    rows = "".join(f"{i} how,{('no', 'yes')[i % 2]}\n" for i in range(24))
+    (root.path / "t.csv").write_text(f"question,answer\n{rows}")
+    chosen = {"data": "t.csv", "model": str(tiny_model("llama")), "arms": "base,tell", "general": str(PROBE)}
+    assert client.post("/start", data=chosen, headers=ORIGIN).url.path == "/run/runs/t-1"
+    folder, job = RunFolder(root.path / "runs/t-1"), tuning(root, "runs/t-1")
+    until(lambda: folder.read_status().get("state") == "running")
+    again = client.post("/start", data=chosen | {"out": "runs/t-1"}, headers=ORIGIN)  # a second click
+    assert again.url.path == "/run/runs/t-1" and not tuning(root, "runs/t-2").record()
+    assert "Stop" in client.get("/run/runs/t-1").text
+    client.post("/stop/runs/t-1", headers=ORIGIN)
+    until(lambda: job.process() is None)
+    assert state_of(folder, job) == "interrupted"
+    assert "Resume" in client.get("/run/runs/t-1").text
+    client.post("/resume/runs/t-1", headers=ORIGIN)
+    assert job.record()["command"] == ["tell", "tune", "--resume", "--out=runs/t-1"]
+    until(lambda: job.process() is None)
+    assert state_of(folder, job) == "done", job.lines()
+    text = client.get("/run/runs/t-1").text
+    assert "2 of 2 arms" in text and "Report" in text
+
+
+def test_a_process_number_that_was_taken_over_is_not_stopped(root):
+    other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    job = Job(root, "tune x")
+    job._stem.parent.mkdir(parents=True)
+    write_json(job._stem.with_suffix(".json"), {"pid": other.pid, "created": 1.0, "command": []})
+    assert not job.stop() and other.poll() is None
+    other.communicate()
+
+
+def test_answers_are_checked():
+    check = Check(Schema({"type": "object", "required": ["a"]}))
+    assert check('{"a": 1}') == (True, "follows the schema")
+    assert check("{}")[0] is False and check("nonsense") == (False, "not JSON")
+    assert Check(labels=frozenset({"x"}))(" x")[0] is True
+    assert Check()("anything") is None
+
+
+def test_a_second_page_of_a_root_says_where_the_first_is(root, tmp_path):
+    first = UiServer(root.path, tmp_path / "home")
+    try:
+        second = UiServer(root.path, tmp_path / "home")
+        assert second.process.wait(60) == 0 and second.address == first.address
+        assert (root.state.stat().st_mode & 0o777) == 0o700
+    finally:
+        first.stop()
+
+
+def test_a_taken_port_is_one_line(root):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        command = [sys.executable, "-m", "tell", "ui", str(root.path), f"--port={taken.getsockname()[1]}"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--port" in done.stderr
+
+
+def test_htmx_is_what_its_note_says():
+    folder = resources.files("tell.ui").joinpath("static")
+    digest = hashlib.sha256(folder.joinpath("htmx.min.js").read_bytes()).hexdigest()
+    assert digest in folder.joinpath("README.md").read_text("utf-8")
