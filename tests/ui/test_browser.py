@@ -72,8 +72,10 @@ def check_page(page, address: str) -> None:
         page.emulate_media(color_scheme=scheme)
         page.set_viewport_size({"width": width, "height": 844})
         assert page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0, (address, scheme)
-        found = Axe().run(page).response["violations"]
-        serious = [(v["id"], v["nodes"][0]["html"][:200]) for v in found if v["impact"] in ("serious", "critical")]
+        found = Axe().run(page).response
+        assert found["passes"]
+        bad = found["violations"]
+        serious = [(v["id"], v["nodes"][0]["html"][:200]) for v in bad if v["impact"] in ("serious", "critical")]
         assert not serious, (address, scheme, serious)
 
 

@@ -26,6 +26,7 @@ from tell.report.read_run import get
 from tell.run.claim import read_run_config
 from tell.run.task_rows import read_task
 from tell.shown import brief, one_line
+from tell.ui.choices import positional
 from tell.ui.jobs import Job
 from tell.ui.ui_root import UiRoot
 
@@ -67,7 +68,7 @@ def serve_run(root: UiRoot, name: str) -> None:
                 process.wait(STOPPING)
             except psutil.TimeoutExpired:
                 process.kill()
-    job.start(["serve", f"./{name}", "--port=0"])
+    job.start(["serve", positional(name), "--port=0"])
 
 
 def examples(folder: RunFolder) -> list[tuple[str, str]]:
@@ -151,9 +152,9 @@ async def answers(root: UiRoot, name: str, prompt: str) -> AsyncIterator[bytes]:
         async def ask(at: str) -> None:
             try:
                 if at == "context" and missing:
-                    end, ok = f"no examples: {missing}", False
-                else:
-                    end, ok = await _stream(client, address, at, *wanted[at], lines, check)
+                    lines.put_nowait(_line(at=at, end=f"no examples: {missing}", ok=False))
+                    return
+                end, ok = await _stream(client, address, at, *wanted[at], lines, check)
                 lines.put_nowait(_line(at=at, end=end, ok=ok))
             except (httpx.HTTPError, ValueError) as error:
                 lines.put_nowait(_line(at=at, end=f"the server does not answer ({type(error).__name__})", ok=False))

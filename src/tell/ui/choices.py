@@ -59,5 +59,9 @@ class Choice:
         """The arguments of a verb. Values are joined to their flags, so that none can be read as another flag."""
         values = {**self.values, **changed}
         flags = [f"{flag}={values[name]}" for name, (flag, verbs) in FLAGS.items() if verb in verbs and name in values]
-        data = values.get("data", "")
-        return [verb, f"./{data}" if data.startswith("-") else data, *flags, *more]
+        return [verb, positional(values.get("data", "")), *flags, *more]
+
+
+def positional(path: str) -> str:
+    """A path as an argument that is not read as a flag."""
+    return f"./{path}" if path.startswith("-") else path

@@ -25,6 +25,7 @@ from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Re
 from starlette.routing import Route
 
 from tell.errors import TellError
+from tell.exports.serving_files import model_licence
 from tell.exports.target import export_targets
 from tell.files import read_text
 from tell.folder import RunFolder, reading
@@ -33,7 +34,7 @@ from tell.report.compare import compare
 from tell.report.page import environment, render, stylesheet
 from tell.shown import one_line
 from tell.ui.chat_relay import COLUMNS, MOST_PROMPT, answers, serve_run, served, serving
-from tell.ui.choices import CHOICES, Choice
+from tell.ui.choices import CHOICES, Choice, positional
 from tell.ui.guard import Guard, framed
 from tell.ui.jobs import Job
 from tell.ui.run_view import ACTIVE, live, state_of, study_line, summary, test_rows, tuning
@@ -49,7 +50,8 @@ Handler = Callable[[Request], Awaitable[Response]]
 @cache
 def pages() -> Environment:
     """The report's environment, with the page's templates next to its own."""
-    made = environment().overlay(loader=ChoiceLoader([PackageLoader("tell.ui", "templates"), environment().loader]))
+    loaders = [PackageLoader(f"tell.{room}", "templates") for room in ("ui", "report")]
+    made = environment().overlay(loader=ChoiceLoader(loaders))
     made.filters["address"] = lambda name: quote(str(name), safe="/")
     made.filters["moment"] = lambda stamp: time.strftime("%Y-%m-%d %H:%M", time.localtime(stamp))
     return made
@@ -148,9 +150,13 @@ class Pages:
     async def planned(self, request: Request) -> Response:
         choice = Choice.of(request.query_params, request.query_params.getlist("arm"))
         plan, error = await self._json(choice.command("plan", "--json"))
-        out = self.root.fresh_run(choice["data"])
+        out, licence = self.root.fresh_run(choice["data"]), None
+        if plan is not None:
+            licence = await run_in_threadpool(model_licence, plan["model"]["origin"], Path(plan["model"]["path"]))
         command = shlex.join(["tell", *choice.command("tune", out=out)])
-        return html("_plan", choice=choice, plan=plan, error=error, command=command, out=out, root=self.root)
+        return html(
+            "_plan", choice=choice, plan=plan, error=error, command=command, out=out, root=self.root, licence=licence
+        )
 
     async def _json(self, arguments: list[str]) -> tuple[dict[str, Any] | None, str]:
         """What a command prints with ``--json``, or the line that says why it does not."""
@@ -285,7 +291,7 @@ class Pages:
         found = []
         for target, made in export_targets().items():
             job, out = Job(self.root, f"export {target} {name}"), f"exports/{Path(name).name}-{target}"
-            arguments = ["export", f"./{name}", f"--to={target}", f"--out={out}"]
+            arguments = ["export", positional(name), f"--to={target}", f"--out={out}"]
             state = "running" if job.process() else "failed" if job.error() else "done" if job.record() else ""
             said = [job.error()] if state == "failed" else job.lines(8)
             command = shlex.join(["tell", *arguments])
@@ -300,7 +306,7 @@ class Pages:
         exports = await run_in_threadpool(self._exports, name)
         part = "_ship" if request.headers.get("hx-request") else "ship"
         state = state_of(self.root.run(name), tuning(self.root, name))
-        serve = shlex.join(["tell", "serve", f"./{name}"])
+        serve = shlex.join(["tell", "serve", positional(name)])
         return html(part, name=name, exports=exports, state=state, serve=serve, here="ship")
 
     async def export(self, request: Request) -> Response:
