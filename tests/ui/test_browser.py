@@ -9,9 +9,11 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from tell.files import write_json
 from tell.ui.jobs import Job
 from tell.ui.run_view import tuning
 from tell.ui.ui_root import UiRoot
+from ui.test_ui import make_run
 from ui.ui_server import UiServer
 from workbooks import xlsx
 
@@ -28,6 +30,11 @@ DROP = """([text, name]) => {
 }"""
 
 
+def _bad(line: str) -> bool:
+    """Whether a line of the console is a fault; that a killed server does not answer is none."""
+    return "Content Security" in line or "swapError" in line or "SyntaxError" in line
+
+
 class Watched:
     """A browser, and what its pages asked for, said and showed."""
 
@@ -41,7 +48,7 @@ class Watched:
         page.set_default_timeout(WAIT)
         page.on("dialog", lambda dialog: (self.said.append(f"dialog: {dialog.message}"), dialog.dismiss()))
         page.on("pageerror", lambda error: self.said.append(str(error)))
-        page.on("console", lambda line: self.said.append(line.text) if "Content Security" in line.text else None)
+        page.on("console", lambda line: self.said.append(line.text) if _bad(line.text) else None)
         return page
 
 
@@ -154,4 +161,27 @@ def test_from_a_spreadsheet_to_a_chat_answer(browser, tiny_model, tmp_path):
     finally:
         Job(root, "serve").stop()
         tuning(root, "runs/My-tickets-1").stop()
+        server.stop()
+
+
+def test_marked_runs_stay_marked_while_the_list_is_renewed(browser, tmp_path):
+    root = UiRoot(tmp_path / "root")
+    for name in ("runs/a b", "runs/c'd\"<e>"):
+        make_run(root, name)
+    study = root.path / "studies" / "s"
+    study.mkdir(parents=True)
+    write_json(study / "study.json", {"cells": {"x": {"state": "running"}}})
+    server = UiServer(root.path, tmp_path / "home")
+    try:
+        watched = Watched(browser)
+        page = watched.page()
+        page.goto(server.address)
+        page.locator("input[type=checkbox]").nth(1).check()
+        kept = page.locator("input[type=checkbox]").nth(1).get_attribute("value")
+        make_run(root, "runs/a")  # it comes first
+        sync_api.expect(page.get_by_role("link", name="runs/a", exact=True)).to_be_visible(timeout=WAIT)
+        marks = {m.get_attribute("value"): m.is_checked() for m in page.locator("input[type=checkbox]").all()}
+        assert len(marks) == 3 and [name for name, marked in marks.items() if marked] == [kept]
+        assert watched.said == []
+    finally:
         server.stop()

@@ -117,7 +117,7 @@ def live(root: UiRoot, name: str) -> dict[str, Any]:
     folder, job = RunFolder(root.path / name), tuning(root, name)
     state, status = state_of(folder, job), folder.read_status()
     plan, config = _json(folder.plan), _yaml(folder.config)
-    logs = {arm: rows for arm in _arms(folder.logs) if (rows := log_rows(folder.losses(arm)))}
+    logs, charts = _logs(folder.root, tuple((arm, _stamp(folder.losses(arm))) for arm in _arms(folder.logs)))
     wanted = get(plan, "fit", "arms") or get(config, "eval", "arms")
     error = job.error() or (str(status.get("error") or "") if state == "failed" else "")
     return {
@@ -128,13 +128,21 @@ def live(root: UiRoot, name: str) -> dict[str, Any]:
         "seconds": status.get("seconds"),
         "error": KEPT if state == "interrupted" and "stopped" in error else one_line(error),
         "bars": _bars(mapping(plan, "arms"), logs, folder, wanted if isinstance(wanted, list) else []),
-        "losses": losses(Run(folder, logs=logs)),
+        "losses": charts,
         "rows": test_rows(folder),
         "notices": [one_line(str(x)) for x in get(plan, "notices", default=[]) or [] if isinstance(x, str)][:50],
         "log": job.lines(),
         "mine": job.process() is not None,
         "exists": folder.status.exists(),
     }
+
+
+@lru_cache(maxsize=64)
+def _logs(path: Path, stamps: tuple[tuple[str, float], ...]) -> tuple[dict[str, list[dict]], dict[str, object] | None]:
+    """Training logs and their charts, which take longer to draw than all else; drawn again when a log grows."""
+    folder = RunFolder(path)
+    logs = {arm: rows for arm, _ in stamps if (rows := log_rows(folder.losses(arm)))}
+    return logs, losses(Run(folder, logs=logs))
 
 
 def _bars(

@@ -53,6 +53,7 @@ def pages() -> Environment:
     loaders = [PackageLoader(f"tell.{room}", "templates") for room in ("ui", "report")]
     made = environment().overlay(loader=ChoiceLoader(loaders))
     made.filters["address"] = lambda name: quote(str(name), safe="/")
+    made.filters["key"] = lambda name: hashlib.sha256(str(name).encode("utf-8", "replace")).hexdigest()[:12]
     made.filters["moment"] = lambda stamp: time.strftime("%Y-%m-%d %H:%M", time.localtime(stamp))
     return made
 
