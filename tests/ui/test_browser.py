@@ -13,7 +13,7 @@ from tell.files import write_json
 from tell.ui.jobs import Job
 from tell.ui.run_view import tuning
 from tell.ui.ui_root import UiRoot
-from ui.test_ui import make_run
+from ui.made_runs import make_run
 from ui.ui_server import UiServer
 from workbooks import xlsx
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import re
 import resource
 import socket
@@ -19,7 +18,7 @@ from starlette.testclient import TestClient
 
 from run.runs import PROBE
 from tell.data.schema import Schema
-from tell.files import write_json, write_jsonl
+from tell.files import write_json
 from tell.folder import RunFolder
 from tell.ui import ui_root
 from tell.ui.chat_relay import Check
@@ -28,6 +27,7 @@ from tell.ui.jobs import Job
 from tell.ui.run_view import live, state_of, tuning
 from tell.ui.ui_app import make_ui
 from tell.ui.ui_root import UiRoot, clean_name
+from ui.made_runs import make_run
 from ui.ui_server import SOURCE, UiServer, until
 
 TOKEN, BASE = "s3cret-token", "http://127.0.0.1:8765"
@@ -52,28 +52,6 @@ def client(root) -> TestClient:
 
 def stranger(root: UiRoot) -> TestClient:
     return TestClient(make_ui(root, TOKEN), base_url=BASE)
-
-
-def make_run(root: UiRoot, name: str, *, state: str = "done", text: str = "hello") -> RunFolder:
-    """A run folder whose every text is ``text``."""
-    folder = RunFolder(root.path / name)
-    folder.root.mkdir(parents=True)
-    folder.config.write_text(f"task:\n  data: {json.dumps(text)}\neval:\n  arms: [base, tell]\n")
-    folder.set_status(state, stage=text, seconds=61.0, error=text)
-    value = {"value": 0.9, "ci": [0.8, 1.0], "n": 3}
-    arms = {arm: {"accuracy": value} for arm in ("base", "tell")}
-    write_json(folder.metrics, {"task": {"kind": "label", "primary": "accuracy"}, "arms": arms})
-    write_json(folder.plan, {"arms": {"tell": {"steps": 4}, text: {"steps": 2}}, "notices": [text]})
-    write_json(folder.findings, {"notices": [text], "kind": {"name": "label", "why": text, "labels": [text]}})
-    rows = [
-        {"hash": f"{i:016x}", "origin": text, "prompt": f"{text}{i}", "reference": text, "answer": text}
-        for i in range(3)
-    ]
-    folder.predictions.mkdir()
-    write_jsonl(folder.prediction("tell"), [row | {"scores": {"accuracy": 1.0}} for row in rows])
-    folder.logs.mkdir()
-    folder.losses("tell").write_text('{"step": 1, "loss": 2.0, "by_source": {"task": 2.0}}\n{"step": 2, "lo')
-    return folder
 
 
 class Elements(HTMLParser):
