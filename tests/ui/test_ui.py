@@ -317,3 +317,27 @@ def test_htmx_is_what_its_note_says():
     folder = resources.files("tell.ui").joinpath("static")
     digest = hashlib.sha256(folder.joinpath("htmx.min.js").read_bytes()).hexdigest()
     assert digest in folder.joinpath("README.md").read_text("utf-8")
+
+
+DAMAGED = (
+    *("", "[]", "null", '"x"', "{", "[[[[", '{"state": 3, "stage": [], "seconds": "x", "error": {}, "step": "x"}'),
+    '{"task": {"primary": "nonsense"}, "arms": {"tell": {"nonsense": {"value": "x"}}, "base": 3}, "forgetting": []}',
+    '{"task": 3, "arms": {"tell": 3, "x": {"steps": "y"}, "y": [1]}, "notices": 3, "fit": 3, "kind": [], "cells": []}',
+    '{"arms": {"tell": {"steps": 1e999}}, "notices": [3, null], "train": 3, "test": 3, "eval": {"arms": 3}}',
+    '{"step": 1e999, "loss": "x", "by_source": {"task": NaN, "x": []}, "hash": [], "prompt": 3, "answer": null}',
+    '{"cells": {"../../../x": {"state": [], "seconds": []}, "y": 3}, "labels": 3, "kind": {"labels": {"a": 1}}}',
+)
+
+
+@pytest.mark.parametrize("text", DAMAGED)
+def test_damaged_files_break_no_page(client, root, text):
+    folder = make_run(root, "runs/a")
+    made = [path for path in folder.root.rglob("*") if path.is_file()]
+    study = root.path / "studies" / "s"
+    study.mkdir(parents=True)
+    for path in (*made, folder.split, folder.schema, study / "study.json"):
+        path.write_text(text)
+    for path in ("/", "/?by=score", "/?by=seconds", "/run/runs/a", "/chat/runs/a", "/ship/runs/a", "/report/runs/a"):
+        assert client.get(path).status_code == 200, path
+    assert client.get("/framed/report/runs/a").status_code in (200, 400)
+    Check.of(folder)

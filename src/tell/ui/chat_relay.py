@@ -22,7 +22,7 @@ from tell.data.schema import Schema, SlowPattern
 from tell.errors import TellError
 from tell.files import read_json
 from tell.folder import RunFolder
-from tell.report.read_run import get
+from tell.report.read_run import get, rows_of
 from tell.run.claim import read_run_config
 from tell.run.task_rows import read_task
 from tell.shown import brief, one_line
@@ -74,7 +74,7 @@ def serve_run(root: UiRoot, name: str) -> None:
 def examples(folder: RunFolder) -> list[tuple[str, str]]:
     """Training rows as (prompt, answer): the first that fit."""
     config = read_run_config(folder)
-    train = set(get(read_json(folder.split, remedy=""), "train", default=[]))
+    train = set(map(str, rows_of(read_json(folder.split, remedy=""), "train")))
     found, left = [], MOST_CHARACTERS
     for example in read_task(config, bad_rows="drop")[0].examples:
         turns = example.messages
@@ -104,13 +104,13 @@ class Check:
         for path in (folder.findings, folder.schema):
             with suppress(FileNotFoundError, TellError):
                 found[path.name] = read_json(path, remedy="")
-        labels = get(found.get(folder.findings.name), "kind", "labels", default=[])
+        labels = rows_of(found.get(folder.findings.name), "kind", "labels")
         schema = found.get(folder.schema.name)
         try:
             checked = Schema(schema) if schema is not None else None
         except TellError:
             checked = None
-        return cls(checked, frozenset(map(str, labels)) if isinstance(labels, list) else frozenset())
+        return cls(checked, frozenset(map(str, labels)))
 
     def __call__(self, text: str) -> tuple[bool, str] | None:
         """Whether it has that form, and in words; None where nothing is known of it."""

@@ -19,7 +19,7 @@ from tell.folder import RunFolder
 from tell.metric_names import metric
 from tell.names import ARMS, arm_order
 from tell.number_text import is_number, show
-from tell.report.read_run import Run, get, mapping
+from tell.report.read_run import Run, get, mapping, rows_of
 from tell.report.score_tables import primary_metric
 from tell.report.sections import losses
 from tell.shown import one_line
@@ -130,7 +130,7 @@ def live(root: UiRoot, name: str) -> dict[str, Any]:
         "bars": _bars(mapping(plan, "arms"), logs, folder, wanted if isinstance(wanted, list) else []),
         "losses": charts,
         "rows": test_rows(folder),
-        "notices": [one_line(str(x)) for x in get(plan, "notices", default=[]) or [] if isinstance(x, str)][:50],
+        "notices": [one_line(str(x)) for x in rows_of(plan, "notices") if isinstance(x, str)][:50],
         "log": job.lines(),
         "mine": job.process() is not None,
         "exists": folder.status.exists(),

@@ -40,7 +40,7 @@ from tell.ui.jobs import Job
 from tell.ui.run_view import ACTIVE, live, state_of, study_line, summary, test_rows, tuning
 from tell.ui.ui_root import NotHere, UiRoot
 
-MOST_FORM, MOST_PAGE = 1 << 16, 64 << 20  # bytes of a form, and of a page made by a command
+MOST_FORM, MOST_PAGE = 1 << 20, 64 << 20  # bytes of a form, and of a page made by a command
 PATIENCE = 300  # seconds for tell look and tell plan
 STATIC = {"ui.js": "text/javascript", "htmx.min.js": "text/javascript"}
 SORTS = {"name": False, "state": False, "score": True, "loss": False, "seconds": True, "changed": True}  # high first?
