@@ -291,7 +291,14 @@ def test_answers_are_checked():
     assert check('{"a": 1}') == (True, "follows the schema")
     assert check("{}")[0] is False and check("nonsense") == (False, "not JSON")
     assert Check(labels=frozenset({"x"}))(" x")[0] is True
-    assert Check()("anything") is None
+    assert Check()("anything") is None and Check().doubt("anything") == ""
+    check = Check(Schema({"type": "object"}))
+    assert [check.doubt(text) for text in ("", " ", ' {"a', "So")] == ["", "", "", "not JSON"]
+    assert [Check(labels=frozenset({"bug"})).doubt(text) for text in (" bu", "bug ", "bus")] == [
+        "",
+        "",
+        "no label of the task",
+    ]
 
 
 def test_a_second_page_of_a_root_says_where_the_first_is(root, tmp_path):

@@ -112,6 +112,16 @@ class Check:
             checked = None
         return cls(checked, frozenset(map(str, labels)))
 
+    def doubt(self, text: str) -> str:
+        """Why an answer that begins so cannot have that form any more; empty where it still can."""
+        begun = text.lstrip()
+        if self.schema is not None and begun and isinstance(self.schema.schema, dict):
+            kind = self.schema.schema.get("type")
+            return "not JSON" if {"object": "{", "array": "["}.get(str(kind), begun[0]) != begun[0] else ""
+        if self.labels and not any(label.startswith(begun.rstrip()) for label in self.labels):
+            return "no label of the task"
+        return ""
+
     def __call__(self, text: str) -> tuple[bool, str] | None:
         """Whether it has that form, and in words; None where nothing is known of it."""
         if self.schema is not None:
@@ -128,7 +138,10 @@ class Check:
 
 
 async def answers(root: UiRoot, name: str, prompt: str) -> AsyncIterator[bytes]:
-    """Lines of JSON: ``{"at", "text"}`` as the answers come, then ``{"at", "end", "ok"}`` of each."""
+    """Lines of JSON: ``{"at", "text"}`` as the answers come, and of each ``{"at", "end", "ok"}``, how it ended.
+
+    An answer that cannot have its form any more has both while it still comes.
+    """
     folder, (run, address) = root.run(name), served(root)
     if run != name or not address:
         yield _line(at="tell", end="the model is not loaded", ok=False)
@@ -198,7 +211,8 @@ async def _stream(
                 finish = choice["finish_reason"] or finish
                 if piece:
                     text += piece
-                    lines.put_nowait(_line(at=at, text=piece))
+                    doubt = check.doubt(text)
+                    lines.put_nowait(_line(at=at, text=piece, **({"end": doubt, "ok": False} if doubt else {})))
     found = await asyncio.to_thread(check, text)
     cut = "cut at the limit of tokens" if finish == "length" else ""
     if found is None:

@@ -72,6 +72,12 @@ def html(template: str, status: int = 200, **context: object) -> HTMLResponse:
     return HTMLResponse(text.encode("utf-8", "replace"), status)
 
 
+def part(request: Request, shown: str, title: str, /, **context: object) -> HTMLResponse:
+    """A page of one part, or the part alone where htmx asks for it again."""
+    template = shown if request.headers.get("hx-request") else "page"
+    return html(template, part=shown, title=title, **context)
+
+
 def in_frame(page: str, style: str = "") -> HTMLResponse:
     headers = {"content-security-policy": framed(style)}
     return HTMLResponse(page.encode("utf-8", "replace"), headers=headers)
@@ -108,14 +114,22 @@ class Pages:
     async def runs(self, request: Request) -> Response:
         by = request.query_params.get("by", "changed")
         by = by if by in SORTS else "changed"
-        found = await run_in_threadpool(self._all)
-        lines, studies = found
+        lines, studies = await run_in_threadpool(self._all)
         known = [line for line in lines if line[by] not in (None, "")]
         known.sort(key=lambda line: line[by], reverse=SORTS[by])
         rest = [line for line in lines if line[by] in (None, "")]
-        part = "_runs" if request.headers.get("hx-request") else "runs"
         active = any(line["state"] in ACTIVE for line in lines) or any(s["counts"].get("running") for s in studies)
-        return html(part, runs=known + rest, studies=studies, by=by, active=active, root=self.root, here="runs")
+        return part(
+            request,
+            "_runs",
+            "Runs",
+            runs=known + rest,
+            studies=studies,
+            by=by,
+            active=active,
+            root=self.root,
+            here="runs",
+        )
 
     def _all(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         runs, studies = self.root.find()
@@ -198,10 +212,9 @@ class Pages:
     async def run(self, request: Request) -> Response:
         name = self._begun(request)
         found = await run_in_threadpool(live, self.root, name)
-        part = "_live" if request.headers.get("hx-request") else "run"
         command = tuning(self.root, name).record().get("command")
         shown = shlex.join(map(str, command)) if isinstance(command, list) else ""
-        return html(part, run=found, name=name, command=shown, here="run")
+        return part(request, "_live", name, run=found, name=name, command=shown, here="run")
 
     async def stop(self, request: Request) -> Response:
         name = self._begun(request)
@@ -256,12 +269,13 @@ class Pages:
     async def chat(self, request: Request) -> Response:
         name = self.name_of(request)
         run, address = served(self.root)
-        part = "_chat" if request.headers.get("hx-request") else "chat"
         rows = await run_in_threadpool(test_rows, self.root.run(name))
         job = serving(self.root)
         mine = str(job.record().get("command", ["", "", ""])[2]).removeprefix("./") == name
-        return html(
-            part,
+        return part(
+            request,
+            "_chat",
+            f"Chat with {name}",
             name=name,
             loading=run == name and not address,
             ready=run == name and bool(address),
@@ -305,10 +319,9 @@ class Pages:
     async def ship(self, request: Request) -> Response:
         name = self.name_of(request)
         exports = await run_in_threadpool(self._exports, name)
-        part = "_ship" if request.headers.get("hx-request") else "ship"
         state = state_of(self.root.run(name), tuning(self.root, name))
         serve = shlex.join(["tell", "serve", positional(name)])
-        return html(part, name=name, exports=exports, state=state, serve=serve, here="ship")
+        return part(request, "_ship", f"Ship {name}", name=name, exports=exports, state=state, serve=serve, here="ship")
 
     async def export(self, request: Request) -> Response:
         name = self.name_of(request)
