@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -176,14 +177,19 @@ class ChatClient:
         return without_secrets(first_line(error), self._key)[:200]
 
     def _do_without(self, sent: dict[str, Any], error: Exception) -> bool:
-        """Drop the option that a 400 complains about; returns whether there was one."""
+        """Drop the option that a 400 names, ``max_tokens`` for its successor; returns whether there was one.
+
+        The successor itself is never dropped: without a limit an answer may go on for ever.
+        """
         text = str(error)
         for name in sent:
-            if name in text:
-                with self._lock:
-                    if (value := self.options.pop(name, None)) is not None and "max_completion_tokens" in text:
-                        self.options["max_completion_tokens"] = value
-                return True
+            if name == "max_completion_tokens" or not re.search(rf"\b{re.escape(name)}\b", text):
+                continue
+            with self._lock:
+                value = self.options.pop(name, None)
+                if name == "max_tokens" and value is not None and "max_completion_tokens" in text:
+                    self.options["max_completion_tokens"] = value
+            return True
         return False
 
 

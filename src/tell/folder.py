@@ -75,7 +75,7 @@ class RunFolder:
         self.arms = root / "arms"
         self.made = tuple(path for name, path in vars(self).items() if name != "root")
         """Every file and folder that a run may make at the top of its folder."""
-        self.rows = root / "rows"  # training, validation and test rows of `tell add`; read as the task's files
+        self.rows = root / "rows"  # of `tell add`: rows and unlabelled prompts; read as the task's files
         self.lock = root / ".lock"  # locked by the process that is working on the run
         self.starting = root / ".starting"  # exists while a run starts: the folder is ours, but not yet a run
 

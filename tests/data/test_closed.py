@@ -9,7 +9,7 @@ import pytest
 
 from tell.data.closed import LEAST_NEW, MISSING, ClosedField, closed_fields, opening, value_at
 from tell.data.example import Example
-from tell.data.kind import Kind
+from tell.data.kind import Kind, detect_kind, widen
 
 
 def fields_of(properties: dict, answers: list, **schema) -> dict[str, ClosedField]:
@@ -257,3 +257,12 @@ def test_strings_that_most_prompts_contain_are_copied_not_closed():
 def test_what_all_answers_begin_with(answers, begin):
     assert opening(Kind("json", {}, True, None, "inferred"), answers) == begin
     assert opening(Kind("text", None, False, None, "given"), answers) == ""
+
+
+def test_what_only_test_rows_have_is_no_value():
+    texts = [json.dumps({"tone": tone}) for tone in ("kind", "rude") * 10]
+    known = examples_of(texts, [f"mail {i}" for i in range(20)])
+    kind, _ = widen(detect_kind(known), known, examples_of([json.dumps({"tone": "odd"})]))
+    assert "odd" in kind.schema["properties"]["tone"]["enum"]
+    (field,) = closed_fields(kind, known)
+    assert field.values == named("kind", "rude")

@@ -129,6 +129,9 @@ BAD = [
     (Form("{Body", ("Category",)), r"--prompt: has a single '\{' in '\{Body'"),
     (Form("{Body} {}", ("Category",)), "has a single"),
     (Form("", ("Category",)), "names no column"),
+    (Form("{Body} {Category}", ("Category",)), "--answer: the column 'Category' is in the prompt as well"),
+    (Form("{Subject} {Due}", ("Category", "Due")), "the column 'Due' is in the prompt as well.*Take it out"),
+    (Form("Body", ("Body",)), "the column 'Body' is in the prompt as well"),
 ]
 
 
@@ -136,6 +139,22 @@ BAD = [
 def test_bad_forms(tmp_path, form, what):
     with pytest.raises(TellError, match=what):
         load(table(tmp_path / "a.csv", tickets()), columns=form)
+
+
+@pytest.mark.parametrize(
+    "prompt", ["Body {en}", "{Body {en}}", "{Body {{en}}}", "Body en", "{Body en}", "{Due}{Body {"]
+)
+def test_columns_with_braces_are_to_be_renamed(tmp_path, prompt):
+    rows = [
+        {"Body {en}": r["Body"], "Body {": r["Subject"], "Due": r["Due"], "Category": r["Category"]} for r in tickets()
+    ]
+    path = table(tmp_path / "a.csv", rows)
+    with pytest.raises(TellError, match=r"--prompt: the column 'Body \{(en\})?' has braces.*Rename the column"):
+        load(path, columns=Form(prompt, ("Category",)))
+    with pytest.raises(TellError, match=r"names no column. Write its columns in braces, e.g. \{Due\}"):
+        load(path, columns=Form("something", ("Category",)))
+    assert load(path, columns=Form("{Category}", ("Body {en}",))).examples[0].answer == rows[0]["Body {en}"]
+    assert load(path, columns=Form("{{{Due}}}", ("Category",))).examples[0].question == "{2024-05-01}"
 
 
 def test_a_further_file_is_read_by_the_types_of_the_first(tmp_path):

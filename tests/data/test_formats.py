@@ -111,6 +111,17 @@ def test_semicolons_of_spreadsheets(tmp_path):
     assert list(read_records(path)) == [(2, {"text": "hello, you", "label": "1"})]
 
 
+@pytest.mark.parametrize("line", ["sep=;\r", '"sep=;"', "SEP=;"])
+def test_the_separator_that_excel_writes_into_the_first_line(tmp_path, line):
+    path, found = tmp_path / "a.csv", FileRead()
+    path.write_text(f"{line}\nid;text;a,b\n1;hello, you;2\n", newline="")
+    assert list(read_records(path, found)) == [(3, {"id": "1", "text": "hello, you", "a,b": "2"})]
+    assert found.notices == ["a.csv: the first line says that cells are separated by ';'"]
+    path.write_text(f"{line}\n")
+    with pytest.raises(TellError, match="has no rows"):
+        list(read_records(path))
+
+
 def test_nan_of_pandas_is_null(tmp_path):
     for name, text in (("a.jsonl", '{"a": NaN, "b": {"c": NaN}}'), ("a.json", '[{"a": NaN, "b": {"c": NaN}}]')):
         (tmp_path / name).write_text(text)

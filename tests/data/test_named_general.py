@@ -12,11 +12,12 @@ import tell
 from run.runs import config_of, read
 from tell.cli.main import run as tell_command
 from tell.config import make_config
-from tell.data import general, named_general
-from tell.data.general import SOURCES, GeneralSource, resolve_source
+from tell.data import named_general
+from tell.data.general import SOURCES, GeneralSource, general_target, refuse_absent, resolve_source
 from tell.data.named_general import READERS, GeneralSet, best_replies, general_sets, keep_set, streamed_tokens
 from tell.data.sources import load
 from tell.errors import TellError
+from tell.run.claim import with_full_paths
 
 ROWS = 6000
 
@@ -29,7 +30,6 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> GeneralSet:
     rows = [{"q": f"question {i}", "a": f"answer {i} " + "word " * 20, "part": i // 1000, "c": ""} for i in range(ROWS)]
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.setenv("TELL_HOME", str(tmp_path / "home"))
-    named_general._keep.cache_clear()
     answers(monkeypatch, True)
     return GeneralSet(
         name="fake",
@@ -44,7 +44,6 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> GeneralSet:
 
 
 def answers(monkeypatch: pytest.MonkeyPatch, reachable: bool) -> None:
-    named_general._keep.cache_clear()
     monkeypatch.setattr(named_general, "hub_reachable", lambda: (reachable, "" if reachable else "no route"))
 
 
@@ -130,10 +129,33 @@ def test_a_run_records_name_revision_and_licence(named, tiny_model, tmp_path, mo
     assert any("licence: CC0" in notice for notice in tell.plan(config)["notices"])
 
 
-def test_nothing_is_fetched_where_no_arm_has_general_rows(named, monkeypatch):
-    monkeypatch.setattr(general, "keep_set", lambda *_: pytest.fail("fetched"))
-    config = make_config({"general": {"source": "fake"}, "eval": {"arms": ["base", "sft"]}})
-    assert resolve_source(config).name == "none"
+def test_arms_without_general_rows_are_measured_on_the_same_set(named):
+    config = make_config({"general": {"source": "fake", "tokens": 0}, "eval": {"arms": ["base", "sft"]}})
+    source = resolve_source(config)
+    assert source.named == named and len(source.read().examples) > 0
+
+
+def test_where_the_set_cannot_be_had_another_model_keeps_its_own_distributions(named, monkeypatch):
+    config = make_config({"general": {"source": "fake"}})
+    assert (
+        general_target(config, wrote_builtin=False) == "untuned"
+    )  # nothing is kept: `resolve_source` takes the default
+    assert general_target(config, wrote_builtin=True) == "text"
+    resolve_source(config)
+    assert general_target(config, wrote_builtin=False) == "text"
+
+
+def test_a_study_refuses_the_default_in_a_sets_place(named, monkeypatch):
+    answers(monkeypatch, False)
+    with pytest.raises(TellError, match=r"general.source: fake cannot be had"):
+        refuse_absent(make_config({"general": {"source": "fake"}}).general)
+
+
+def test_a_folder_may_have_a_sets_name(named, tmp_path, monkeypatch):
+    (tmp_path / "fake").mkdir()
+    monkeypatch.chdir(tmp_path)
+    config = with_full_paths(make_config({"general": {"source": "fake"}, "model": {"name": "fake"}}))
+    assert config.general.source == "fake" and config.model.name == str(tmp_path / "fake")
 
 
 def test_reply_trees_give_first_prompts_with_their_best_reply():

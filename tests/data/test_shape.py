@@ -1,5 +1,6 @@
 import shlex
 
+import openpyxl
 import pytest
 
 from data.test_form import table, tickets
@@ -49,6 +50,43 @@ def test_two_plausible_forms_are_both_printed_as_commands(tmp_path):
     assert '--prompt "{A}" --answer B`, or' in said and '--prompt "{B}" --answer A`' in said
 
 
+def with_error(path, cell):
+    """The same workbook with a formula error in a cell."""
+    book = openpyxl.load_workbook(path)
+    book.active[cell].value, book.active[cell].data_type = "#N/A", "e"
+    book.save(path)
+    return path
+
+
+def test_a_bad_or_empty_cell_makes_no_guess_certain(tmp_path):
+    for name in ("Body", "Category", "Priority"):
+        made = table(tmp_path / "a.xlsx", rows("Body", "Category", "Priority"))
+        path = with_error(made, f"{'ABC'[('Body', 'Category', 'Priority').index(name)]}5")
+        assert "can be read in several ways" in commands(path)
+        with pytest.raises(TellError, match=r"a.xlsx:5: has a cell that holds the formula error #N/A"):
+            load(path, columns=Form("{Body}", ("Category", "Priority")))
+    for empty in (8, 24):
+        some = [{**row, "Category": row["Category"] * (i >= empty)} for i, row in enumerate(rows("Body", "Category"))]
+        path = table(tmp_path / "b.csv", [{**row, "Priority": str(i % 4)} for i, row in enumerate(some)])
+        assert "--answer Category`, or" in commands(path)
+        assert f"'Category' is empty in {empty} of 30 rows" in commands(table(tmp_path / "c.csv", some))
+
+
+def test_a_guess_with_a_formula_error_names_its_row(tmp_path):
+    for cell in ("A5", "B5"):
+        path = with_error(table(tmp_path / "a.xlsx", rows("Body", "Category")), cell)
+        for given in (None, Form("{Body}"), Form(None, ("Category",))):
+            with pytest.raises(TellError, match=rf"a.xlsx:5: has a cell that holds the formula error #N/A \({cell}\)"):
+                load(path, columns=given)
+
+
+def test_texts_that_most_rows_lack_are_no_prompt(tmp_path):
+    some = [
+        {**row, "Comment": f"A remark, number {i}, on it" * (i < 5)} for i, row in enumerate(rows("Body", "Category"))
+    ]
+    assert load(table(tmp_path / "a.csv", some)).form == Form("{Body}", ("Category",), ("text",))
+
+
 def test_a_command_in_an_error_reads_the_file(tmp_path):
     path = table(tmp_path / "a b.csv", rows("Body", "Category", "Priority"))
     command = commands(path).partition("`")[2].partition("`")[0]
@@ -76,6 +114,37 @@ def test_half_a_form_is_completed(tmp_path):
     assert load(table(tmp_path / "d.csv", short), columns=Form(None, ("Category",))).form.prompt == "{prompt}"
     with pytest.raises(TellError, match=r"--answer is given, and no column is certain.*Add --prompt"):
         load(table(tmp_path / "c.csv", rows("Subject", "Category")), columns=Form(None, ("Category",)))
+
+
+HALVES = [
+    (Form("{Bdy}"), "--prompt: there is no column 'Bdy' in .*; did you mean 'Body'?"),
+    (Form("Bdy"), r"--prompt: 'Bdy' names no column. Write its columns in braces, e.g. \{Body\}"),
+    (Form("{Body"), "has a single"),
+    (Form(None, ("Kategory",)), "--answer: there is no column 'Kategory' in .*; did you mean 'Category'?"),
+]
+
+
+@pytest.mark.parametrize(("form", "what"), HALVES, ids=[what for _, what in HALVES])
+def test_half_a_form_that_no_column_fits_is_not_completed(tmp_path, form, what):
+    path = table(tmp_path / "a.csv", rows("Subject", "Body", "Category", "Priority"))
+    with pytest.raises(TellError, match=what):
+        load(path, columns=form)
+    with pytest.raises(TellError, match=r"--prompt \"\{Body\}\" --answer Category,Priority`, or"):
+        load(path, columns=Form("Body"))  # a column's name alone, printed as its template
+
+
+def test_a_guess_with_braces_in_a_column_name_is_refused(tmp_path):
+    some = [{"Body {en}": row["Body"], "Category": row["Category"]} for row in rows("Body", "Category")]
+    for path in (
+        table(tmp_path / "a.csv", some),
+        table(tmp_path / "b.csv", [{"Body": r["Body {en}"], **r} for r in some]),
+    ):
+        assert "the column 'Body {en}' has braces in its name" in commands(path)
+    with pytest.raises(TellError, match="has braces in its name"):
+        load(path, columns=Form(None, ("Category",)))
+    assert load(path, columns=Form("{Body}", ("Category",))).form.prompt == "{Body}"
+    swapped = [{"Body": row["Body {en}"], "Team {x}": row["Category"]} for row in some]
+    assert load(table(tmp_path / "c.csv", swapped)).form.answer == ("Team {x}",)
 
 
 def test_a_file_without_column_names_is_refused(tmp_path):

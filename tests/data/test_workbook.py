@@ -1,7 +1,12 @@
 import datetime
+import os
 import random
+import subprocess
 import sys
+import sysconfig
+import venv
 import zipfile
+from pathlib import Path
 
 import openpyxl
 import pytest
@@ -237,6 +242,23 @@ def test_a_long_output_is_stopped(tmp_path, monkeypatch):
 def test_a_missing_package_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(workbook, "find_spec", lambda name: None)
     refused(xlsx(tmp_path / "a.xlsx", ROWS), "pip install python-calamine")
+
+
+def test_the_library_is_found_where_only_pythonpath_has_it(tmp_path):
+    path = xlsx(tmp_path / "a.xlsx", ROWS)
+    venv.create(tmp_path / "venv", symlinks=os.name != "nt")
+    python = tmp_path / "venv" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    code = f"from tell.data.formats import read_records; print(len(list(read_records({str(path)!r}))))"
+
+    def read(*folders):
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, folders))}
+        return subprocess.run([python, "-c", code], env=env, capture_output=True, text=True, check=False, timeout=60)
+
+    places = Path(workbook.__file__).parents[2], sysconfig.get_path("purelib")
+    assert read(*places).stdout == "3\n"
+    (tmp_path / "python_calamine").mkdir()
+    (tmp_path / "python_calamine" / "__init__.py").write_text("raise ImportError('built for another system')")
+    assert "python-calamine, which reads workbooks, cannot be imported. pip install" in read(tmp_path, *places).stderr
 
 
 def test_names_of_cells():

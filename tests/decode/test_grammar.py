@@ -333,3 +333,13 @@ def test_a_tokenizer_that_cannot_be_read(chat, monkeypatch):
     monkeypatch.setattr(chat, "backend", Other())
     with pytest.raises(TellError, match="answers cannot be constrained with this tokenizer"):
         Grammars(chat)
+
+
+def test_no_more_faults_are_looked_for_than_are_shown(chat, monkeypatch):
+    """Each costs a compilation: seconds for a large schema."""
+    tried, fault = [], Grammars._fault
+    monkeypatch.setattr(Grammars, "_fault", lambda self, body: tried.append(body) or fault(self, body))
+    properties = {f"p{i}": {"type": "string", "pattern": f"(?=a)b{i}"} for i in range(300)}
+    with pytest.raises(TellError, match=r"a grammar cannot follow .*p7; and more\. ") as error:
+        grammar(chat, {"type": "object", "properties": properties})
+    assert str(error.value).count("pattern") == 8 and len(tried) < 20

@@ -26,8 +26,7 @@ def finished(tiny_model: Callable[..., Path], home: Path, tmp_path_factory: pyte
                 tiny_model(family, **more),
                 tmp_path_factory.mktemp("runs") / f"{example}-{family}",
                 example=example,
-                eval={"arms": ["base", "tell", "tell-free"], "forgetting_rows": 0},
-                **sections,
+                **{"eval": {"arms": ["base", "tell", "tell-free"], "forgetting_rows": 0}, **sections},
             )
             with _surroundings(home):
                 made[key] = tell.tune(config)

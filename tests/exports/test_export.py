@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import subprocess
 from itertools import pairwise
@@ -211,6 +212,43 @@ def test_what_the_readout_leaves(finished, tmp_path):
     off = finished("llama", "reviews", generate={"closed": "off", "max_new_tokens": 8})
     made = tell.export(off.root, "hf", out=tmp_path / "off", check=False)
     assert made["scored_as"] == "tell" and not any("readout" in note for note in made["notices"])
+
+
+def test_what_the_constraint_leaves(finished, tmp_path):
+    """No score of constrained answers is claimed for an export, whose answers are free."""
+    arms = ["base", "tell", "tell-free", "tell+schema"]
+    run = finished("llama", "reviews", eval={"arms": arms, "forgetting_rows": 0})
+    made = tell.export(run.root, "hf", out=tmp_path / "arm", arm="tell+schema", check=False)
+    assert made["scored_as"] == "tell-free" and made["scores"] == read(run.metrics)["arms"]["tell-free"]
+    assert any("the readout and the constraint do not travel" in note for note in made["notices"])
+    run = finished("llama", "reviews", generate={"constrain": "labels", "closed": "off", "max_new_tokens": 8})
+    made = tell.export(run.root, "hf", out=tmp_path / "run", check=False)
+    assert (made["scored_as"], made["scores"]) == (None, {})
+    said = next(note for note in made["notices"] if "the constraint does not travel" in note)
+    assert "--arms tell --set generate.constrain=off` scores that" in said
+    card = (tmp_path / "run/README.md").read_text()
+    assert "The constraint does not travel" in card and "model-index" not in card and "## Scores" not in card
+
+
+def test_a_runtime_that_fails_keeps_the_export(finished, tmp_path, monkeypatch, capsys):
+    from tell.exports.transformers_reader import TransformersReader
+
+    def refuse(self, ids, source):
+        raise TellError("out of positions", where="the runtime", remedy="Shorten it.")
+
+    monkeypatch.setattr(TransformersReader, "answer", refuse)
+    code = run_command(["export", str(finished("llama").root), "--out", str(tmp_path / "hf")])
+    out, err = capsys.readouterr()
+    assert code == 1 and "the check failed: the runtime: out of positions" in out and "the check failed" in err
+    check = read(tmp_path / "hf/export.json")["check"]
+    assert check["passed"] is False and "out of positions" in check["why"]
+    assert (tmp_path / "hf/model.safetensors").exists() and "vllm serve" not in out
+
+
+def test_what_to_type_is_quoted(finished, tmp_path):
+    out = tmp_path / "it's mine"
+    made = tell.export(finished("llama").root, "hf", out=out, check=False)
+    assert [shlex.split(line)[2:] for line in made["next"]] == [[str(out)], [str(out)]]
 
 
 def test_a_difference_is_shown_and_ends_with_one(finished, tmp_path, monkeypatch, capsys):

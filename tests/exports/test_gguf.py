@@ -214,6 +214,14 @@ def test_a_model_that_the_converter_does_not_know(models, tmp_path):
     assert list(tmp_path.glob("*.gguf")) == []
 
 
+def test_a_checkout_without_the_package_of_the_converter(models, tmp_path):
+    """Older ones are one script: they recognise the tokenizer by themselves, or say that they do not."""
+    assert word_rule(models["no-template"])
+    (tmp_path / "convert_hf_to_gguf.py").write_text("import sys\nopen(sys.argv[-1], 'wb').write(b'GGUF')\n")
+    to_gguf(models["no-template"], tmp_path / "made.gguf", "f16", tmp_path)
+    assert (tmp_path / "made.gguf").read_bytes() == b"GGUF"
+
+
 def test_word_rules(tmp_path):
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 

@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from exports.gguf_files import QWEN3_THINKS, gguf_of, with_template
-from rows.test_prelude import ANCHORS, CONVERSATIONS, INDENTED, LLAMA3, TEMPLATES, conversation, takes_system
+from rows.test_prelude import ANCHORS, CONVERSATIONS, INDENTED, LLAMA3, TEMPLATES, WORDS, conversation, takes_system
 from tell.anchor.anchor import Anchor
 from tell.config import GenerateConfig
 from tell.data.example import Message
@@ -68,6 +68,29 @@ def test_token_ids_are_those_of_the_run(name, file, chat, tmp_path):
             bare = other.encode(other.render(turns, add_generation_prompt=True))
             assert model.prompt_ids(given, {"tell_anchor": False}) == bare != ids
         model.close()
+
+
+def test_only_whole_words_head_a_text(file, chat, tmp_path):
+    anchor = Anchor("Answer")
+    model = LlamaCpp(with_template(file, with_anchor(chat.template, anchor), tmp_path / "words.gguf"))
+    for text in WORDS:
+        turns = [Message("user", text)]
+        ids = chat.encode(chat.render(anchor.apply(turns), add_generation_prompt=True))
+        assert model.prompt_ids([m.to_dict() for m in turns]) == ids, text
+    model.close()
+
+
+def test_an_exported_model_tuned_and_exported_again(file, chat, tmp_path):
+    old, new = ANCHORS[1], Anchor("Answer.")
+    first = with_anchor(chat.template, old, shots={None: conversation("u old", "a older")}, special=chat.special)
+    made = with_anchor(first, new, special=chat.special, force_thinking=True)
+    model = LlamaCpp(with_template(file, made, tmp_path / "again.gguf"))
+    turns = conversation("s Talk.", "u Where is my parcel?")
+    given = [m.to_dict() for m in turns]
+    assert model.prompt_ids(given) == chat.encode(chat.render(new.apply(turns), add_generation_prompt=True))
+    bare = chat.encode(chat.render(turns, add_generation_prompt=True))
+    assert model.prompt_ids(given, {"tell_anchor": False}) == bare
+    model.close()
 
 
 @pytest.mark.parametrize(

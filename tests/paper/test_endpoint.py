@@ -142,6 +142,13 @@ def test_options_an_endpoint_refuses_are_left_out(tmp_path):
     assert endpoint.requests[-1]["max_completion_tokens"] == 600
 
 
+def test_a_limit_that_is_too_large_whatever_its_name_is_asked_twice_and_no_more(tmp_path):
+    refusal = "'max_tokens' or 'max_completion_tokens' is too large: 600"
+    with serve(lambda request: (400, error(refusal))) as endpoint:
+        (thought,) = teacher(endpoint).write(rows(1), cache=tmp_path / "c.jsonl")
+    assert thought.text is None and len(endpoint.requests) == 2
+
+
 def test_a_row_the_endpoint_refuses_is_dropped_and_asked_again_next_time(tmp_path):
     def answer(request):
         blocked = row_of(request)["query"] == "question 1"

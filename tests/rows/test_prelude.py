@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from jinja2 import nodes
 
 from tell.anchor.anchor import NO_ANCHOR, Anchor
 from tell.data.example import Example, Message
+from tell.data.layouts import Layout
+from tell.data.turns import to_messages
 from tell.errors import TellError
 from tell.rows.prelude import _BREAKS, literal, with_anchor
 from tell.rows.sandbox import chat_environment
@@ -137,13 +139,21 @@ def test_token_ids_are_those_of_the_run(name, anchor, chats, theirs):
             assert list(found["input_ids"]) == ids
 
 
+WORDS = (
+    *("Answers wanted", "Answer", "Answer: yes", "Answer\n\nyes", "Answer9", "Answer… now", "answer", "Answerà"),
+    *(f"Answer{sign}now" for sign in "，：。？（•→€£°¡¿«\u200b\u3000😀🙂"),
+    *("Answer漢", "Answer９", "Answer²"),
+)
+"""Texts that the anchor ``Answer`` heads, and texts that it does not."""
+
+
 def test_only_whole_words_head_a_text(chats, theirs):
     anchor, chat = Anchor("Answer"), chats["llama"]
     template = with_anchor(chat.template, anchor)
-    for text in ("Answers wanted", "Answer", "Answer: yes", "Answer\n\nyes", "Answer9", "Answer… now", "answer"):
+    for text in WORDS:
         turns = [Message("user", text)]
         assert rendered(theirs["llama"], template, turns) == expected(chat, anchor.apply(turns)), text
-    assert not any(mark.isalnum() for mark in _BREAKS)
+    assert not any(mark.isalnum() for mark in _BREAKS) and len(set(_BREAKS)) == len(_BREAKS)
 
 
 @settings(max_examples=60)
@@ -156,8 +166,6 @@ def test_only_whole_words_head_a_text(chats, theirs):
 def test_any_text_is_rendered_as_it_is(anchor, place, texts, system):
     """Our sandbox is jinja2 as transformers sets it up; the tests above hold the two together."""
     source = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>\n{% endfor %}"
-    rests = [text.removeprefix(anchor)[:1] for text in (*texts, system or "") if text.startswith(anchor)]
-    assume(all(rest.isalnum() or rest in ["", *_BREAKS] for rest in rests))  # see `_BREAKS`
     anchor = Anchor(anchor, place)
     turns = [Message("system", system)] if system is not None else []
     turns += [Message("user" if i % 2 == 0 else "assistant", text) for i, text in enumerate(texts)]
@@ -257,7 +265,7 @@ def test_parts_that_are_no_text_stay(chats, theirs):
         assert found == [*head, *parts]
     environment.start()
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    assert template.render(messages=[{"role": "user", "content": parts}]) == "Look.\n\na\nb"
+    assert template.render(messages=[{"role": "user", "content": parts}]) == "Look.\n\nab"
 
 
 def test_no_loop_over_contents():
@@ -272,3 +280,29 @@ def test_an_exported_model_renders_rows_without_its_anchor(chats, tmp_path):
     folder = tokenizer_of(with_anchor(TEMPLATES["llama"], ANCHORS[1]), tmp_path, "bytes")
     turns = conversation("u hi")
     assert ChatTokenizer(folder).render(turns) == chats["llama"].render(turns)
+
+
+@pytest.mark.parametrize("again", [Anchor("Answer."), Anchor("Answer.", "system"), NO_ANCHOR])
+def test_an_exported_model_tuned_and_exported_again(again, chats, theirs):
+    """The second export's template renders its own anchor and examples alone, not those of the first."""
+    chat = chats["llama"]
+    first = with_anchor(chat.template, ANCHORS[1], shots={None: conversation("u old", "a older")})
+    examples = [shot(conversation("u two"), "b")] if again else []
+    template = with_anchor(first, again, shots=shots_by_system(examples))
+    for turns in CONVERSATIONS:
+        ids = expected(chat, again.apply(shown_turns(shot(turns, "x"), examples)))
+        assert rendered(theirs["llama"], template, turns) == ids
+        assert rendered(theirs["llama"], template, turns, tell_anchor=True) == ids
+        assert rendered(theirs["llama"], template, turns, tell_anchor=False) == expected(chat, turns)
+
+
+def test_parts_are_joined_as_in_training(chats, theirs):
+    chat, anchor = chats["llama"], Anchor("Sort this mail.")
+    template = with_anchor(chat.template, anchor)
+    parts = [{"type": "text", "text": "Where is "}, {"type": "text", "text": "my parcel?"}]
+    record = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "a"}]}
+    turns = to_messages(record, Layout("", {"messages": "messages"}))[:1]
+    found = theirs["llama"].apply_chat_template(
+        record["messages"][:1], chat_template=template, add_generation_prompt=True
+    )
+    assert list(found["input_ids"]) == expected(chat, anchor.apply(turns))

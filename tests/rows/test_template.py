@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
 
 import jinja2
 import pytest
@@ -187,3 +188,33 @@ def test_a_template_that_never_ends_or_is_not_valid_is_refused(template, tiny_mo
     chat = ChatTokenizer(broken(tiny_model("llama"), tmp_path, "chat_template.jinja", template.encode()))
     with pytest.raises(TellError, match="the chat template"):
         chat.render([USER])
+
+
+def test_a_rendering_in_another_thread_refills_no_budget(tiny_model, tmp_path):
+    folder = shutil.copytree(tiny_model("llama"), tmp_path / "model")
+    half = "{% for i in range(4) %}{% for j in range(50000) %}{% endfor %}{% endfor %}"
+    template = "{% if messages | length > 1 %}" + half + "{{ pause() }}" + half + "{% endif %}x"
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    chat, reached, other = ChatTokenizer(folder), threading.Event(), threading.Event()
+
+    def pause() -> str:
+        reached.set()
+        other.wait(0.5)
+        return ""
+
+    chat._environment.globals["pause"] = pause
+
+    def meanwhile() -> None:
+        reached.wait()
+        chat.render([USER])
+        other.set()
+
+    thread = threading.Thread(target=meanwhile)
+    thread.start()
+    try:
+        with pytest.raises(TellError, match="it takes too many steps"):
+            chat.render([USER, ANSWER])
+    finally:
+        reached.set()
+        thread.join()
+    assert reached.is_set() and other.is_set()

@@ -188,6 +188,64 @@ def test_what_tune_refuses_leaves_nothing(grown, tmp_path):
     assert os.listdir(tmp_path / "mine") == ["thesis.txt"]
 
 
+@pytest.fixture(scope="module")
+def much_validation(tiny_model, tmp_path_factory):
+    """(folder, configuration) of an interrupted run with more validation rows than are measured."""
+    root = tmp_path_factory.mktemp("validation")
+    data = write_rows(root / "data.jsonl", range(200))
+    task = {"data": str(data), "test": None, "rows": None, "test_rows": None}
+    task |= {"test_fraction": 0.05, "validation_fraction": 0.5}
+    eval_ = {"arms": ["base"], "bootstrap": 100, "forgetting_rows": 0, "forgetting_answers": 0}
+    general = {"source": "none"}
+    config = config_of(tiny_model("llama"), root / "run", example="reviews", task=task, general=general, eval=eval_)
+    with pytest.raises(Interrupted):
+        tell.tune(config, display=Killer("answer"))
+    return RunFolder(root / "run"), config
+
+
+def test_all_validation_rows_stay_in_their_part(much_validation, tmp_path):
+    folder, config = much_validation
+    split = read(folder.split)
+    counts = {part: len(hashes) for part, hashes in split.items()}
+    assert sum(counts.values()) == 200 and counts["validation"] == 95
+    assert read(folder.plan)["split"].items() >= counts.items()
+    assert read(folder.plan)["task"]["validation_rows"] == 95
+    assert "validation losses are of the first 64 of 95 validation rows" in read(folder.plan)["notices"]
+    seen = tell.look(config)
+    assert seen["split"].items() >= counts.items()
+    assert sum(value["validation"] for value in seen["fields"][0]["values"]) == 95
+    copy = RunFolder(shutil.copytree(folder.root, tmp_path / "copy"))
+    tell.tune(config.model_copy(update={"out": str(copy.root)}), resume=True)
+    added = plan_addition(copy.root, write_rows(tmp_path / "export.jsonl", range(204)))["added"]
+    assert sum(added["new"].values()) == 4 and added["repeated"] == 200 and added["old"] == counts
+
+
+@pytest.mark.parametrize(("first", "accepted"), [(0, True), (1, False)])
+def test_an_older_run_that_lists_the_measured_validation_rows_is_resumed(much_validation, tmp_path, first, accepted):
+    folder, config = much_validation
+    copy = RunFolder(shutil.copytree(folder.root, tmp_path / "copy"))
+    split = read(folder.split)
+    copy.split.write_text(json.dumps(split | {"validation": split["validation"][first : first + 64]}))
+    config = config.model_copy(update={"out": str(copy.root)})
+    if accepted:
+        tell.tune(config, resume=True)
+        assert read(copy.split) == split and copy.read_status()["state"] == "done"
+    else:
+        with pytest.raises(TellError, match="the data has changed"):
+            tell.tune(config, resume=True)
+
+
+@pytest.mark.parametrize("place", [".", "../copy", "rows", "../link/new"])
+def test_the_old_run_is_not_overwritten_by_the_new_one(grown, tmp_path, place):
+    old, more, _ = grown
+    copy = shutil.copytree(old.root, tmp_path / "copy")
+    (tmp_path / "link").symlink_to(copy)
+    before = snapshot(copy)
+    with pytest.raises(TellError, match=r"is the run to which rows are added|is in the run .*copy"):
+        tell.add(copy, more, out=copy / place, start="overwrite")
+    assert snapshot(copy) == before
+
+
 @pytest.mark.parametrize(
     ("name", "taken", "expected"),
     [("run-1", [], "run-2"), ("run", [], "run-2"), ("run-1", ["run-2"], "run-3"), ("a-b", [], "a-b-2")],

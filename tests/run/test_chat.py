@@ -8,7 +8,7 @@ import torch
 import tell
 from tell.data.example import Message
 from tell.errors import TellError
-from tell.run.answers import answer_limit
+from tell.run.answers import Prompting, answer_limit
 
 TEXT = "My tent arrived with a broken pole, order 48213."
 
@@ -131,3 +131,22 @@ def test_answer_limit_is_half_as_long_again(root):
     limit = answer_limit(free, session.opened.chat, rows)
     assert 1.5 * tokens <= limit <= 1.5 * tokens + 3
     assert answer_limit(free, session.opened.chat, [tell.Example.pair("q", "no")]) == 16
+
+
+def test_fixed_examples_are_shown_as_to_test_rows(root):
+    """With a system text of their own, which the conversation lacks."""
+    session = tell.chat(root, arm="tell-free", greedy=True)
+    turns = [Message("system", "Be brief."), Message("user", "Late?"), Message("assistant", "no")]
+    session.shots = [tell.Example.of(turns, source="task", origin="")]
+    given, generate = [], session._engine.generate
+
+    def watched(prompts, *args, **options):
+        given.extend(prompts)
+        return generate(prompts, *args, **options)
+
+    session._engine.generate = watched
+    list(session.stream(TEXT))
+    session.close()
+    prompting = Prompting(session.opened.chat, session.anchor, session.shots, examples=0, room=999, seed=1)
+    row = tell.Example.of([Message("user", TEXT), Message("assistant", "")], source="task", origin="")
+    assert given == prompting.prompts("tell", [row], [])[0]

@@ -15,6 +15,9 @@ from tell.cli.main import run as command
 from tell.data.label_text import FORMS
 from tell.files import read_jsonl
 from tell.readout.readout import Readout
+from tell.report.arm_rows import arm_rows, rescorer
+from tell.report.read_run import read_run
+from tell.studies.measured import CellReader
 
 LABELS = ("billing", "delivery", "refund", "urgent")
 ARMS = ["base", "tell", "tell-free", "sft-matched"]
@@ -105,6 +108,17 @@ def test_eval_and_chat(finished_lists, tmp_path, capsys):
     finally:
         session.close()
     assert set(FORMS[form].split(said)) <= {*LABELS, HOSTILE}
+
+
+def test_kept_answers_are_scored_again_as_in_the_run(finished_lists):
+    """For pairs of runs, `tell add`, gates and studies; metrics of the whole corpus are had from the answers alone."""
+    folder, _, _ = finished_lists
+    entries, run = read(folder.metrics)["arms"]["tell"], read_run(folder)
+    values = {name: pytest.approx(entry["value"], abs=1e-6) for name, entry in entries.items()}
+    again = rescorer(run)(run.predictions["tell"])
+    assert {name: metric.value for name, metric in again.items()} == values and values["micro_f1"] != 0
+    for metrics in (arm_rows(run, "tell").metrics, CellReader.open(folder.root).arm("tell").metrics):
+        assert {name: metric.value for name, metric in metrics.items()} == values
 
 
 def test_single_labels_get_tables_and_their_scores_stay(tiny_model, tmp_path):

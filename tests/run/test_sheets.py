@@ -14,8 +14,13 @@ from run.runs import config_of, read
 from tell.cli.main import run as command
 from tell.errors import TellError
 from tell.files import read_jsonl
+from tell.folder import RunFolder
+from tell.progress import Silent
 from tell.report.notices import run_notices
+from tell.run.claim import read_run_config
+from tell.run.task import load_task
 from tell.studies.cells import contents, inputs
+from tell.verbs.add_rows import read_addition
 from tell.verbs.open_run import open_run
 from workbooks import xlsx
 
@@ -87,6 +92,18 @@ def test_eval_reads_the_rows_as_the_run_did(finished, tmp_path):
         {"Category": "bug", "Zip": "10115", "Paid": True},
         {"Category": "bug", "Zip": "10115", "Paid": "no"},
     ]
+
+
+def test_added_rows_keep_the_unlabelled_prompts(finished, tmp_path):
+    """The grown rows have other columns than the workbook, whose prompts are made of two."""
+    folder, _ = finished
+    more = xlsx(tmp_path / "more.xlsx", [HEAD, *rows(4, 9)])
+    addition = read_addition(open_run(folder), more, Silent())
+    prompts = [example.prompt for example in load_task(read_run_config(RunFolder(folder))).unlabelled.examples]
+    grown = addition.write(RunFolder(tmp_path / "new"))
+    assert [example.prompt for example in load_task(grown).unlabelled.examples] == prompts
+    assert len(prompts) == 6 and "Subject: Ticket 0" in prompts[0][0].content
+    assert Path(grown.task.unlabelled).parent == tmp_path / "new" / "rows"
 
 
 def test_a_damaged_record_of_the_columns_is_refused(finished, tmp_path):

@@ -59,6 +59,10 @@ def test_our_own_server_scores_as_the_run_did(arm, runs, models, root, tmp_path)
     assert {a: v for a, v in found["arms"].items() if a != "endpoint"} == metrics["arms"]
     assert {"tell - endpoint", "endpoint - base"} <= set(found["differences"])
     assert found["differences"]["tell - base"] == metrics["differences"]["tell - base"]
+    labels, baseline = found["labels"]["arms"], found["baseline"]
+    assert labels.pop("endpoint") == labels[arm] and labels == metrics["labels"]["arms"]
+    assert baseline["differences"].pop("endpoint") == baseline["differences"][arm]
+    assert baseline == metrics["baseline"]
     answers = [(row["hash"], row["answer"], row["finish"]) for row in read_jsonl(root / f"predictions/{arm}.jsonl")]
     kept = read_jsonl(root / "predictions/eval/endpoint.jsonl")
     assert [(row["hash"], row["answer"], row["finish"]) for row in kept] == answers
@@ -96,6 +100,21 @@ def test_a_foreign_server_gets_the_anchor(root, monkeypatch):
     assert plain["endpoint"]["anchor"] == "none" and not any("Positive, neg" in asked(request) for request in later)
     written = b"".join(path.read_bytes() for path in root.rglob("*") if path.is_file())
     assert KEY.encode() not in written and KEY not in json.dumps(found)
+
+
+def test_fixed_examples_are_sent_once(root):
+    """They are in the prompts, unless the server's own template has them, as that of an export: then rows are bare."""
+    split = json.loads((root / "split.json").read_text())
+    (root / "split.json").write_text(json.dumps({**split, "shots": split["train"][:1]}))
+    display = Silent()
+    with foreign(right(root)) as endpoint:
+        evaluate_endpoint(root, Server(endpoint.url, "large"), rows=2, display=display)
+        shown = list(endpoint.requests)
+        evaluate_endpoint(root, Server(endpoint.url, "large", anchored=False), rows=2)
+        bare = endpoint.requests[len(shown) :]
+    assert [len(request["messages"]) for request in (*shown, *bare)] == [3, 3, 1, 1]
+    assert shown[0]["messages"][0]["content"].startswith("Positive, negative or mixed?")
+    assert any("--no-anchor" in note and "show them twice" in note for note in display.notes)
 
 
 def test_a_stopped_evaluation_goes_on(root):

@@ -7,19 +7,23 @@ import json
 import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import httpx
 import jsonschema
 import openai
 import pytest
+import yaml
 
 import tell
 from serve.serving import PATIENCE, command, copied, running, until
+from tell.data.example import Example, Message
 from tell.errors import TellError
 from tell.files import read_jsonl
 from tell.progress import Silent
+from tell.run.answers import Prompting
 from tell.serve import decode_thread
-from tell.serve.chat_request import MOST_BODY
+from tell.serve.chat_request import MOST_BODY, ChatRequest
 from tell.serve.decode_thread import DecodeThread, Job
 from tell.serve.run_server import bind, is_local
 from tell.serve.served_models import open_models
@@ -234,9 +238,40 @@ def test_a_prompt_beyond_the_context(server):
     ) as error:
         ask(client, "support", "word " * 2000)
     assert error.value.code == "context_length_exceeded"
-    with pytest.raises(openai.BadRequestError, match=r"asks for 1,000 more, and the model takes 1,024 in all"):
-        ask(client, "support", max_tokens=1000)
+    cut = ask(client, "base", "word " * 100, max_tokens=5000, temperature=0)  # what there is room for
+    assert cut.usage.total_tokens == 1024 and cut.choices[0].finish_reason == "length"
     assert answer(client, "support")
+
+
+def test_a_prompt_is_that_of_tell_eval_and_bare_where_a_request_says_so(models, server):
+    """With fixed examples that have a system text, which a request may lack."""
+    brief = Message("system", "Be brief.")
+    shot = Example.of([brief, Message("user", "Late?"), Message("assistant", "no")], source="task", origin="")
+    model = replace(models["support"], shots=[shot])
+    for system in ([], [brief], [Message("system", "Be kind.")]):
+        turns = [*system, Message("user", TEXT)]
+        example = Example.of([*turns, Message("assistant", "")], source="task", origin="")
+        asked = {"model": "support", "messages": [turn.to_dict() for turn in turns]}
+        prompting = Prompting(model.chat, model.anchor, [shot], examples=0, room=999, seed=1)
+        assert [model.prepare(ChatRequest(**asked)).prompt] == prompting.prompts("tell", [example], [])[0]
+        bare = model.prepare(ChatRequest(**asked, chat_template_kwargs={"tell_anchor": False})).prompt
+        assert bare == model.chat.encode(model.chat.render(turns, add_generation_prompt=True))
+    client = client_of(server)
+    found = ask(client, "support/tell-free", extra_body={"chat_template_kwargs": {"tell_anchor": False}})
+    assert found.usage.prompt_tokens < ask(client, "support/tell-free").usage.prompt_tokens
+
+
+def test_the_limit_is_that_of_tell_eval(runs, tmp_path):
+    run = copied(runs["reviews"], tmp_path / "free")
+    config = yaml.safe_load((run / "run.yaml").read_text(encoding="utf-8"))
+    config["generate"]["max_new_tokens"] = None
+    (run / "run.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    models = open_models([run], Silent())
+    findings = json.loads((run / "findings.json").read_text(encoding="utf-8"))
+    assert {name: model.limit for name, model in models.items() if name != "base"} == dict.fromkeys(
+        models.keys() - {"base"}, findings["answer_limit"]
+    )
+    assert models["base"].limit == 512 != findings["answer_limit"]
 
 
 BAD = {
@@ -290,6 +325,8 @@ def test_a_token_beyond_this_machine(models):
         for headers in ({}, {"authorization": "Bearer let me"}, {"authorization": "let me in"}):
             found = httpx.get(f"{server.url}/v1/models", headers=headers)
             assert found.status_code == 401 and found.json()["error"]["code"] == "invalid_api_key"
+        for host in ("x/health?", "x/health#"):  # of which older versions of starlette make the path
+            assert httpx.get(f"{server.url}/v1/models", headers={"host": host}).status_code == 401
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="let me in")
         assert answer(client, "base", **{**LONG, "max_tokens": 2})
     assert [is_local(host) for host in ("127.0.0.1", "::1", "localhost", "0.0.0.0", "example.org")] == [
@@ -316,8 +353,6 @@ class Stub:
 
 
 def jobs_of(models, name: str, *clients: Stub) -> list[Job]:
-    from tell.serve.chat_request import ChatRequest
-
     model = models[name]
     asked = ChatRequest(model=name, messages=[{"role": "user", "content": TEXT}], max_tokens=60, temperature=0)
     return [Job(model, model.prepare(asked), client) for client in clients]
@@ -354,6 +389,68 @@ def test_a_full_queue_and_a_failure(models, monkeypatch):
     assert error.value.refusal.status == 503
     thread.join()
     assert len(clients[3].answer.ids) == 60 and serve == engine.serve
+
+
+def test_a_failure_leaves_answers_alone_and_lost_weights_end_the_thread(models):
+    """What was answered before a batch fails stays so; where the weights cannot be restored, nobody waits for ever."""
+    thread, gate, stopped = DecodeThread(), threading.Event(), threading.Event()
+    engine, serve = models["base"].engine, models["base"].engine.serve
+    short, long, other, late = Stub(most=1), Stub(), Stub(), Stub()
+    first, second, late_job = jobs_of(models, "base", short, long, late)
+
+    def held(requests, *args, **options):
+        gate.wait(PATIENCE)
+        engine.__dict__.pop("serve")
+        thread._stack.callback(lambda: 1 / 0)
+        serve(requests[:1], *args, **options)
+        raise MemoryError("no room")
+
+    engine.serve = held
+    with thread._changed:  # both in one batch
+        thread.submit(first)
+        thread.submit(second)
+    thread.submit(*jobs_of(models, "support/tell-free", other))
+    gate.set()
+    thread._thread.join(PATIENCE)
+    assert not thread._thread.is_alive() and thread.stopping
+    assert len(short.answer.ids) == 1
+    assert isinstance(long.answer, MemoryError) and isinstance(other.answer, ZeroDivisionError)
+    with pytest.raises(Exception, match="the server is stopping"):
+        thread.submit(late_job)
+    thread.close(stopped.set)
+    assert stopped.is_set()
+
+
+def test_what_cannot_join_a_batch_is_next(models):
+    """A request that does not fit into the running batch is not passed by those that came after it."""
+    thread, order = DecodeThread(), []
+    engine, serve = models["base"].engine, models["base"].engine.serve
+    clients = [Stub() for _ in range(4)]
+    running, large, *small = jobs_of(models, "base", *clients)
+    large = replace(large, prepared=replace(large.prepared, limit=61))
+
+    def watched(requests, decoding, arrivals, **options):
+        def asked(free, fits):
+            if len(thread._waiting) + len(order) == 0:
+                for job in (large, *small):
+                    thread.submit(job)
+            joined = arrivals(free, lambda request: fits(request) and request.limit <= 60)
+            order.append([request.limit for request in joined])
+            return joined
+
+        order_of_batches.append([request.limit for request in requests])
+        serve(requests, decoding, asked, **options)
+
+    order_of_batches: list[list[int]] = []
+    engine.serve = watched
+    try:
+        thread.submit(running)
+        until(lambda: all(client.answer is not None for client in clients))
+    finally:
+        engine.__dict__.pop("serve")
+    thread.close(lambda: None)
+    thread.join()
+    assert order_of_batches == [[60], [61, 60, 60]] and not any(order)
 
 
 def test_who_left_while_waiting_is_not_answered(models):
@@ -400,6 +497,17 @@ def test_what_cannot_be_served(runs, tiny_model, tmp_path):
     (other / "run.yaml").write_text(config.replace(str(tiny_model("llama")), str(tiny_model("qwen3"))))
     with pytest.raises(TellError, match=r"other: is a run over .*qwen3.*, and the first one over .*llama"):
         open_models([runs["reviews"], other], Silent())
+    moved, base = copied(runs["support"], tmp_path / "moved"), copied(tiny_model("llama"), tmp_path / "base")
+    (moved / "run.yaml").write_text(config.replace(str(tiny_model("llama")), str(base)))
+    assert "moved" in open_models([runs["reviews"], moved], Silent())  # the same model in another folder
+    data = bytearray((base / "model.safetensors").read_bytes())
+    data[-100_000::4] = bytes(byte ^ 1 for byte in data[-100_000::4])  # other weights, though hardly
+    (base / "model.safetensors").write_bytes(data)
+    with pytest.raises(TellError, match=r"moved: is a run over .*base .*, and the first one over .*llama"):
+        open_models([runs["reviews"], moved], Silent())
+    for verb in (lambda: open_models([moved], Silent()), lambda: tell.chat(moved), lambda: tell.evaluate(moved)):
+        with pytest.raises(TellError, match="base: its weights changed since this run was trained"):
+            verb()
     with bind("127.0.0.1", 0) as taken:
         taken.listen()
         with pytest.raises(TellError, match=r"cannot listen at 127\.0\.0\.1 port"):

@@ -14,11 +14,14 @@ import pytest
 import tell
 from run.runs import EXAMPLES, config_of
 from tell.config import load_config
+from tell.data.kind import detect_kind
 from tell.data.sources import load
 from tell.errors import TellError
+from tell.report.look_page import render_look
 from tell.rows.render import render_row
 from tell.run.task import load_task, placed_anchor, task_table
 from tell.score.intervals import newcombe_paired
+from tell.score.label_table import baseline_numbers, label_scorer
 from tiny import FAMILIES
 
 SUPPORT = EXAMPLES / "support"
@@ -86,6 +89,25 @@ def test_the_split_is_the_one_of_a_run(tiny_model):
     assert found["data"].items() >= planned["data"].items() and found["kind"]["name"] == planned["task"]["kind"]
 
 
+def test_given_validation_rows_are_seen_with_and_without_the_model(tiny_model, tmp_path):
+    held = tmp_path / "held.jsonl"
+    rows = [*((f"Another question, number {i}", "ab"[i % 2]) for i in range(9)), QUESTIONS[0]]
+    rows += [("Another question, number 0", "b"), ("no answer", "")]
+    held.write_text("\n".join(json.dumps({"prompt": p, "completion": a}) for p, a in rows), encoding="utf-8")
+    task = {"validation": str(held)}
+    for model in ("someone/not-here", tiny_model("llama")):
+        found = look_at(tmp_path, QUESTIONS, model, task=task)
+        assert [text.split(": ")[0] for text in levels(found, "refused")] == [f"{held}:12"]
+        split = [found["split"][part] for part in ("train", "validation", "test")]
+        assert sum(split) == 50 and split[1] in (10, 11)  # a copy of a test row is left out, one of a training row not
+        assert "rows left out because they are in two parts: 1" in found["notices"]
+        assert found["findings"]["repeated"] == 1
+        (one,) = found["findings"]["contradictions"]["rows"]
+        assert [answer["rows"] for answer in one["answers"]] == [["held.jsonl:1"], ["held.jsonl:11"]]
+        assert [row["origin"] for row in found["findings"]["left_out"]["rows"]] == ["held.jsonl:12"]
+        assert sum(value["validation"] for value in found["fields"][0]["values"]) == found["split"]["validation"]
+
+
 def test_the_anchor_is_marked_where_it_stands_and_not_where_text_repeats_it(tiny_model, tmp_path):
     rows = [
         {
@@ -143,6 +165,60 @@ def test_the_constant_baseline_is_the_best_of_all_constant_answers(tmp_path):
     test.write_text("\n".join(rows), encoding="utf-8")
     found = look_at(tmp_path, QUESTIONS, task={"test": str(test)})
     assert "answering b to everything gives 70 %" in levels(found, "note")  # a is commoner in training
+
+
+def baseline(folder: Path, answers: list[str], test: list[str]) -> tuple[dict, dict, dict]:
+    """The facts of a task with a test file, its field, and the baseline of a run's report on the same rows."""
+    path, rows = folder / "test.jsonl", enumerate(test)
+    path.write_text("\n".join(json.dumps({"prompt": f"test {i}", "completion": a}) for i, a in rows), encoding="utf-8")
+    found = look_at(folder, [(f"row {i} of many", a) for i, a in enumerate(answers)], task={"test": str(path)})
+    (field,) = found["fields"]
+    kind = detect_kind(load(str(folder / "rows.jsonl")).examples)
+    scorer = label_scorer(kind)
+    assert scorer is not None
+    return found, field["constant"], baseline_numbers(kind, scorer, {}, test, seed=found["seed"], samples=2000)
+
+
+@pytest.mark.parametrize(("unseen", "best"), [(8, "a"), (12, "zzz")])
+def test_the_constant_baseline_is_over_all_test_rows(unseen, best, tmp_path):
+    test = ["zzz"] * unseen + ["b"] * 2 + ["a"] * (18 - unseen)
+    found, constant, reported = baseline(tmp_path, ["a", "b"] * 10, test)
+    right = max(unseen, 18 - unseen)
+    assert (constant["value"], constant["right"], constant["n"]) == (best, right, 20)
+    assert (constant["value"], constant["share"]) == (reported["answer"], reported["scores"]["accuracy"]["value"])
+    assert constant["ci"] == pytest.approx(reported["scores"]["accuracy"]["ci"], abs=1e-6)
+    assert f"answering {best} to everything gives {5 * right} %" in levels(found, "note")
+
+
+@pytest.mark.parametrize("separator", ["; ", None])
+def test_the_constant_baseline_of_lists_is_the_one_of_the_report(separator, tmp_path):
+    def written(labels: str) -> str:
+        return separator.join(labels) if separator else json.dumps(list(labels))
+
+    answers = [written(("ab", "a", "bc", "ac", "b")[i % 5]) for i in range(40)]
+    test = [written(("a", "ab", "ac", "bz")[i % 4]) for i in range(20)]
+    found, constant, reported = baseline(tmp_path, answers, test)
+    assert found["kind"]["name"] == "labels" and found["fields"][0]["rows"]["test"] == 20
+    score = reported["scores"]["sample_f1"]
+    assert constant == {
+        **{"value": reported["answer"], "metric": "sample_f1", "right": None},
+        **{"n": 20, "share": score["value"], "ci": score["ci"]},
+    }
+    percent = f"{100 * score['value']:.0f} %"
+    assert f"answering {constant['value']} to everything gives a sample F1 of {percent}" in levels(found, "note")
+    assert found["intervals"][1]["words"].startswith(f"with 20 test rows the constant baseline, {percent}, has an ")
+    page = render_look(found, name="rows.jsonl")
+    assert "to everything gives a sample F1 of" in page
+
+
+def test_rows_without_the_field_count_against_a_constant_answer(tmp_path):
+    test = tmp_path / "test.jsonl"
+    answers = [{"kind": "a"}] * 6 + [{"kind": "zzz"}] * 3 + [{}] * 3
+    rows = [json.dumps({"prompt": f"test {i}", "completion": json.dumps(a)}) for i, a in enumerate(answers)]
+    test.write_text("\n".join(rows), encoding="utf-8")
+    known = [(f"row {i} of many", json.dumps({"kind": "ab"[i % 2]})) for i in range(40)]
+    (field,) = look_at(tmp_path, known, task={"test": str(test)})["fields"]
+    assert (field["constant"]["value"], field["constant"]["right"], field["constant"]["n"]) == ('"a"', 6, 12)
 
 
 def test_every_closed_field_of_a_json_task_has_its_balance(tiny_model):

@@ -89,6 +89,6 @@ def _show(console: Console, found: dict) -> None:
         )
         lines += [] if check["passed"] else ["It differs from the run."]
     else:
-        lines.append(f"not checked: {check['why']}")
+        lines.append(f"{'not checked' if check['passed'] is None else 'the check failed'}: {check['why']}")
     for line in (*lines, *found["next"]):
         console.print(Text(line), soft_wrap=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,11 +13,17 @@ from tell.errors import TellError
 
 Row = tuple[int, list[str]]  # the line it begins on, its cells
 Notify = Callable[[str], None]
+_SEPARATOR = re.compile(r'("?)sep=([,;|\t])\1\r?', re.IGNORECASE)  # a first line that Excel takes for no row
 
 
 def read_csv(text: str, path: Path, notify: Notify) -> Iterator[tuple[int, dict[str, object]]]:
     """Records of a file with a header line; columns without a name are left out, and reported if they have text."""
     head = text.partition("\n")[0]
+    if found := _SEPARATOR.fullmatch(head):
+        notify(f"{path.name}: the first line says that cells are separated by {found[2]!r}")
+        rows = _quoted_rows(text, found[2], path)
+        next(rows)
+        return _records(rows, path, notify)
     delimiter = ";" if ";" in head and "," not in head else ","  # spreadsheets write semicolons in many locales
     return _records(_quoted_rows(text, delimiter, path), path, notify)
 

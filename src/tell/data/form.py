@@ -28,6 +28,7 @@ SHOWN = 8  # names in one message
 _PLACE = re.compile(r"\{\{|\}\}|\{([^{}]+)\}|[{}]")
 # As JSON writes it, up to the 15 digits that a double keeps; 007 and +1 are codes.
 _NUMBER = re.compile(r"-?(?:0|[1-9]\d{0,14})(?:\.\d{1,15})?(?:[eE][+-]?\d{1,2})?")
+_BRACES = re.compile("[{}]")
 _BARE = re.compile(r"[\w.,/:@%+=-]+")
 _UNSAFE = re.compile(r'["$`!]')  # within double quotes, to a shell
 
@@ -76,33 +77,43 @@ class Form:
         """The form with the types of its answer columns, its columns being checked.
 
         Raises:
-            TellError: a template without columns or with a single brace, or a column that is not in the file.
+            TellError: as `known`.
         """
-        form = self._checked(records, where, answers=True)
+        form = self.known(records, where)
         return form if form.types else replace(form, types=tuple(_type_of(records, name) for name in form.answer))
 
-    def asking(self, records: Sequence[Record], where: str) -> Form:
-        """The form for a file that need not have the answers."""
-        return self._checked(records, where, answers=False)
+    def known(self, records: Sequence[Record], where: str) -> Form:
+        """The form, the columns of its prompt and of its answer being checked where it has them.
 
-    def _checked(self, records: Sequence[Record], where: str, *, answers: bool) -> Form:
-        names = list(dict.fromkeys(name for record in records for name in record))
-        template = self.prompt or ""
-        if template in names and not self.asked:
-            template = f"{{{template.replace('{', '{{').replace('}', '}}')}}}"
+        Raises:
+            TellError: a template without columns or with a single brace, a column that is not in the file, or one that
+                both have.
+        """
+        form = self if self.prompt is None else self.asking(records, where)
+        _check_columns(form.answer, _names(records), "--answer", where)
+        if (leaked := next((name for name in form.answer if name in form.asked), None)) is not None:
+            what = f"the column {leaked!r} is in the prompt as well, so that the model would read its answer there"
+            raise TellError(what, where="--answer", remedy="Take it out of --prompt or of --answer.")
+        return form
+
+    def asking(self, records: Sequence[Record], where: str) -> Form:
+        """The form for a file that need not have the answers: only the columns of its prompt are checked."""
+        names, template = _names(records), self.prompt or ""
+        if template in names and not _BRACES.search(template):
+            template = f"{{{template}}}"
         form = replace(self, prompt=template)
-        for match in _PLACE.finditer(template):
-            if match[0] in "{}":
-                what = f"has a single {match[0]!r} in {template!r}"
-                raise TellError(what, where="--prompt", remedy="Write {{ and }} for braces, {Column} for a column.")
+        single = next((match[0] for match in _PLACE.finditer(template) if match[0] in "{}"), None)
+        if single or not form.asked or not set(form.asked) <= set(names):
+            _refuse_braces(template, names)
+        if single:
+            what = f"has a single {single!r} in {template!r}"
+            raise TellError(what, where="--prompt", remedy="Write {{ and }} for braces, {Column} for a column.")
         if not form.asked:
-            near = did_you_mean(template, names)
-            what, remedy = f"{template!r} names no column", f"Write its columns in braces, e.g. {{{near or names[0]}}}."
+            plain = [name for name in names if not _BRACES.search(name)] or names
+            example = place_of(did_you_mean(template, plain) or plain[0])
+            what, remedy = f"{template!r} names no column", f"Write its columns in braces, e.g. {example}."
             raise TellError(what, where="--prompt", remedy=remedy)
-        for flag, wanted in (("--prompt", form.asked), ("--answer", form.answer if answers else ())):
-            for name in wanted:
-                if name not in names:
-                    _refuse_column(name, names, flag, where)
+        _check_columns(form.asked, names, "--prompt", where)
         return form
 
     def render(self, record: Record) -> str:
@@ -187,6 +198,18 @@ def empty_cells(records: Sequence[tuple[int, Record]], form: Form) -> list[str]:
     return [f"{name!r} is null in {n:,} of {len(answered):,} answers: empty cells" for name, n in counts.items() if n]
 
 
+def place_of(name: str) -> str:
+    """The place of a column in a template.
+
+    Raises:
+        TellError: its name has braces.
+    """
+    if _BRACES.search(name):
+        what = f"the column {name!r} has braces in its name, which stand for columns in a template"
+        raise TellError(what, where="--prompt", remedy="Rename the column, or choose others with --prompt.")
+    return f"{{{name}}}"
+
+
 def quoted(text: str, *, always: bool = False) -> str:
     """A word of a command line."""
     if not always and _BARE.fullmatch(text):
@@ -198,10 +221,25 @@ def _comma_separated(names: Iterable[str]) -> str:
     return ",".join('"' + name.replace('"', '""') + '"' if re.search(r'[,"]', name) else name for name in names)
 
 
-def _refuse_column(name: str, names: Sequence[str], flag: str, where: str) -> None:
-    near = did_you_mean(name, names) or next((n for n in names if n.lower().strip() == name.lower().strip()), None)
-    what, remedy = f"there is no column {name!r} in {where}", f"The columns are {_listed(names)}."
-    raise TellError(what, where=flag, remedy=remedy, nearest=near and repr(near))
+def _names(records: Iterable[Record]) -> list[str]:
+    return list(dict.fromkeys(name for record in records for name in record))
+
+
+def _refuse_braces(template: str, names: Sequence[str]) -> None:
+    """Refuse a template that seems to mean a column with braces in its name."""
+    meant = _BRACES.sub("", template)
+    for name in names:
+        if (bare := _BRACES.sub("", name)) and bare != name and bare in meant:
+            place_of(name)
+
+
+def _check_columns(wanted: Iterable[str], names: Sequence[str], flag: str, where: str) -> None:
+    for name in wanted:
+        if name not in names:
+            near = did_you_mean(name, names)
+            near = near or next((n for n in names if n.lower().strip() == name.lower().strip()), None)
+            what, remedy = f"there is no column {name!r} in {where}", f"The columns are {_listed(names)}."
+            raise TellError(what, where=flag, remedy=remedy, nearest=near and repr(near))
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -11,7 +11,7 @@ from typing import Literal
 
 from tell.config import Config, GeneralConfig
 from tell.data.builtin import load_builtin
-from tell.data.named_general import GeneralSet, general_sets, keep_set
+from tell.data.named_general import GeneralSet, general_sets, keep_set, kept_sizes
 from tell.data.sources import Loaded, file_fingerprint, load
 from tell.errors import TellError
 from tell.files import expanded
@@ -74,9 +74,37 @@ def general_source(name: str, columns: str | None = None) -> GeneralSource:
     )
 
 
-def is_file_or_hub(config: GeneralConfig) -> bool:
-    """Whether the source is the user's own: a file or a hub name."""
-    return config.source not in SOURCES
+def is_given(config: GeneralConfig) -> bool:
+    """Whether the source is the user's own choice of rows: a file, a hub name or a named set."""
+    return config.source not in SOURCES or SOURCES[config.source].named is not None
+
+
+def given_rows(config: GeneralConfig, tokens: float) -> Loaded:
+    """The rows of a source that `is_given`; of a named set at least about so many tokens.
+
+    Raises:
+        TellError: the source cannot be read; also a named set that cannot be had.
+    """
+    source = general_source(config.source, config.columns)
+    if source.named is not None:
+        source = _kept(source.named, config, tokens)
+        if source.named is None:
+            raise TellError(
+                f"{config.source} cannot be had", where="general.source", remedy="Use a file, or go online."
+            )
+    assert source.read is not None  # a file, also of a named set, or a hub name
+    return source.read()
+
+
+def refuse_absent(config: GeneralConfig) -> None:
+    """For a study, whose cells must not take other rows than their names say.
+
+    Raises:
+        TellError: a named set is not on this machine and cannot be had.
+    """
+    source = SOURCES.get(config.source)
+    if source is not None and source.named is not None and not kept_sizes(source.named):
+        given_rows(config, 0.0)
 
 
 def is_empty(config: GeneralConfig) -> bool:
@@ -102,10 +130,10 @@ def resolve_source(config: Config, *, tokens: float = 0.0) -> GeneralSource:
     source = general_source(config.general.source, config.general.columns)
     if source.fixed or source.empty:
         return source
-    if is_empty(config.general) or not any(_mixed(arm) for arm in config.eval.arms):
-        return SOURCES["none"]
     if source.named is not None:
         return _kept(source.named, config.general, tokens)
+    if is_empty(config.general) or not any(_mixed(arm) for arm in config.eval.arms):
+        return SOURCES["none"]
     return SOURCES[source.instead] if source.instead else source
 
 
@@ -120,7 +148,9 @@ def general_target(config: Config, *, wrote_builtin: bool) -> Target:
     """
     if config.train.general_target != "auto":
         return config.train.general_target
-    return "untuned" if is_builtin(config.general) and not wrote_builtin else "text"
+    known = SOURCES.get(config.general.source)
+    absent = known is not None and known.named is not None and not kept_sizes(known.named)  # `_kept` takes the default
+    return "untuned" if (absent or is_builtin(config.general)) and not wrote_builtin else "text"
 
 
 def _kept(known: GeneralSet, config: GeneralConfig, tokens: float) -> GeneralSource:

@@ -90,13 +90,8 @@ def keep_set(known: GeneralSet, tokens: float) -> Kept:
     Raises:
         TellError: the hub has no such data set, or its rows are not as described.
     """
-    return _keep(known, streamed_tokens(tokens), tell_home() / "general")
-
-
-@cache
-def _keep(known: GeneralSet, wanted: int, folder: Path) -> Kept:
-    stem = f"{known.name}-{known.revision[:8]}-"
-    path = folder / f"{stem}{wanted}.jsonl"
+    wanted = streamed_tokens(tokens)
+    path = _part(known, wanted)
     if path.exists():
         return Kept(path)
     reachable, why = hub_reachable()
@@ -108,16 +103,25 @@ def _keep(known: GeneralSet, wanted: int, folder: Path) -> Kept:
         except Exception as error:  # of the HTTP client or of a reader of datasets: the connection breaks, say
             why = first_line(error)
         else:
-            write_jsonl(make_folder(folder) / path.name, rows)
+            write_jsonl(make_folder(path.parent) / path.name, rows)
             return Kept(path)
-    sizes = [
-        int(p.stem.removeprefix(stem)) for p in folder.glob(f"{stem}*.jsonl") if p.stem.removeprefix(stem).isdecimal()
-    ]
+    sizes = kept_sizes(known)
     if not sizes:
         return Kept(None, f"{known.name} cannot be had, since the hub cannot be read ({why})")
     best = max(sizes)
     what = f"the hub cannot be read ({why}), so the {best:,} tokens of an earlier run are used"
-    return Kept(folder / f"{stem}{best}.jsonl", f"general data: {known.name}: {what}")
+    return Kept(_part(known, best), f"general data: {known.name}: {what}")
+
+
+def kept_sizes(known: GeneralSet) -> list[int]:
+    """Tokens of each part of a set that is on this machine."""
+    stem = _part(known, 0).stem.removesuffix("0")
+    found = (p.stem.removeprefix(stem) for p in _part(known, 0).parent.glob(f"{stem}*.jsonl"))
+    return [int(size) for size in found if size.isdecimal()]
+
+
+def _part(known: GeneralSet, tokens: int) -> Path:
+    return tell_home() / "general" / f"{known.name}-{known.revision[:8]}-{tokens}.jsonl"
 
 
 def _rows(known: GeneralSet) -> Iterator[Record]:

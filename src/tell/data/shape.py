@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from tell.data.cell_text import RowFault, as_text
 from tell.data.columns import Record, is_id
-from tell.data.form import MOST_EMPTY, Form, quoted
+from tell.data.form import Form, place_of, quoted
 from tell.data.label_text import LABEL_VALUES, are_labels
 from tell.data.layouts import PROMPTS
 from tell.errors import TellError
@@ -16,6 +16,7 @@ from tell.errors import TellError
 SAMPLE = 5000  # rows that are looked at
 TEXT_CHARACTERS = 20  # mean length of a column of texts
 WORDY = 0.8  # least share of texts in several words, or of a script without spaces
+FILLED = 0.5  # least share of cells of a column of texts that are filled; labels may be missing in most rows
 DISTINCT = 0.5  # least share of different texts
 LETTERS = 0.5  # least share of letters in texts, which dates and phone numbers lack
 NAME_CHARACTERS = 60  # a longer column name is a cell of data
@@ -33,8 +34,10 @@ def guess_form(records: Sequence[Record], source: str, given: Form) -> Form | No
         given: its prompt or answer counts, where it has one, and the other is guessed.
 
     Raises:
-        TellError: several are plausible (each as a command), or the first row is data instead of column names.
+        TellError: several are plausible (each as a command), the first row is data instead of column names, a given
+            column is not in the file, or a column of the prompt has braces in its name.
     """
+    given = given.known(records, source)
     found = list(_forms(records[:SAMPLE], given))
     if not found:
         return None
@@ -44,7 +47,7 @@ def guess_form(records: Sequence[Record], source: str, given: Form) -> Form | No
         what = f"can be read in several ways{more}"
         raise TellError(f"{what}: {shown}", where=source, remedy="Choose one, or name other columns.")
     for name in (*found[0].asked, *found[0].answer):
-        if len(name) > NAME_CHARACTERS or any(as_text(record.get(name)) == name for record in records[:SAMPLE]):
+        if len(name) > NAME_CHARACTERS or any(record.get(name) == name for record in records[:SAMPLE]):
             what = f"begins with a row that looks like data, not like column names ({name[:NAME_CHARACTERS]!r})"
             raise TellError(what, where=source, remedy="Put a row of column names above it, e.g. text and label.")
     return found[0]
@@ -56,10 +59,10 @@ def _forms(records: Sequence[Record], given: Form) -> Iterator[Form]:
     texts, labels = [], []
     for name in names:
         cells = _texts(records, name)
-        if cells is None or len(cells) < (1 - MOST_EMPTY) * len(records):
+        if cells is None:
             continue
         if _is_text(cells):
-            texts.append(name)
+            texts += [name] * (len(cells) >= FILLED * len(records))
         elif not is_id(name) and _is_label(cells):
             labels.append(name)
     if given.answer:
@@ -68,7 +71,7 @@ def _forms(records: Sequence[Record], given: Form) -> Iterator[Form]:
         prompts = _prompts(known or [name for name in left if name in texts])
         answers = [given.answer]
     elif given.prompt is not None:
-        prompts, used = [given.prompt], {*given.asked, given.prompt}
+        prompts, used = [given.prompt], given.asked
         others = [name for name in texts if name not in used]
         answers = _answers([name for name in labels if name not in used] or others)
     elif labels:
@@ -97,18 +100,25 @@ def _answers(names: Sequence[str]) -> list[tuple[str, ...]]:
 
 
 def _template(names: Sequence[str]) -> str:
-    return "\n\n".join(f"{{{name}}}" for name in names if not re.search("[{}]", name))
+    return "\n\n".join(map(place_of, names))
 
 
 def _texts(records: Sequence[Record], name: str) -> list[str] | None:
-    """The filled cells as text; None where one is no plain value."""
+    """The filled cells as text; None where one is no plain value.
+
+    A cell that cannot be read counts as empty: without its column, another one would seem to be the only answer.
+    """
     cells = [record.get(name) for record in records]
     if any(isinstance(cell, list | dict) for cell in cells):
         return None
+    return [text for cell in cells if (text := _readable(cell))]
+
+
+def _readable(cell: object) -> str:
     try:
-        return [text.strip() for cell in cells if (text := as_text(cell)).strip()]
+        return as_text(cell).strip()
     except RowFault:  # a formula error
-        return None
+        return ""
 
 
 def _is_text(cells: Sequence[str]) -> bool:

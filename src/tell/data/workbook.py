@@ -59,13 +59,13 @@ def read_workbook(path: Path, found: FileRead, sheet: str | None = None) -> Iter
 
     Raises:
         TellError: no workbook, protected by a password, damaged or too large; no such sheet, an empty one, or one
-            whose first row has no column names; python-calamine is not installed.
+            whose first row has no column names; python-calamine is not installed, or cannot be imported.
     """
-    if find_spec("python_calamine") is None:  # removed, or left out where packages are chosen by hand
-        what = "python-calamine, which reads workbooks, is not installed"
-        raise TellError(what, where=str(path), remedy="pip install python-calamine, or save the sheet as CSV.")
+    library = find_spec("python_calamine")
+    if library is None or library.origin is None:  # removed, or left out where packages are chosen by hand
+        raise _no_library(path, "is not installed")
     _check_container(path)
-    with _process(path, sheet) as lines:
+    with _process(path, sheet, Path(library.origin).parents[1]) as lines:
         facts = next(lines, None)
         if facts is None:
             raise TellError("is not a readable workbook", where=str(path), remedy=_SAVE)
@@ -102,13 +102,17 @@ def _check_container(path: Path) -> None:
 
 
 @contextmanager
-def _process(path: Path, sheet: str | None) -> Iterator[Iterator[Any]]:
+def _process(path: Path, sheet: str | None, library: Path) -> Iterator[Iterator[Any]]:
     """The lines that the reading process prints, as values; it is ended with the block.
+
+    Args:
+        library: the folder that has python-calamine.
 
     Raises:
         TellError: it ends before its last line, or prints more than `Allowance` permits.
     """
-    command = [sys.executable, "-I", "-X", "utf8", workbook_process.__file__, str(path.resolve())]
+    # Isolated, Python looks neither in the user's site-packages nor in PYTHONPATH, where the library may be.
+    command = [sys.executable, "-I", "-X", "utf8", workbook_process.__file__, str(library), str(path.resolve())]
     process = subprocess.Popen(
         [*command, *([] if sheet is None else [sheet])],
         stdin=subprocess.DEVNULL,
@@ -124,6 +128,8 @@ def _process(path: Path, sheet: str | None) -> Iterator[Iterator[Any]]:
             yield read_json(line.decode())
         if (status := process.wait()) == 1:
             raise TellError("is not a readable workbook", where=str(path), remedy=_SAVE)
+        if status == workbook_process.NO_LIBRARY:
+            raise _no_library(path, "cannot be imported")
         if status:  # ended by the system, by the library, or by itself
             raise _too_large(path)
 
@@ -149,6 +155,11 @@ def _fault(path: Path, sheet: str | None, facts: dict[str, Any]) -> TellError:
     return TellError(
         what, where=f"{path}#{sheet}", remedy=f"The sheets are {_listed(names)}.", nearest=near and repr(near)
     )
+
+
+def _no_library(path: Path, why: str) -> TellError:
+    what = f"python-calamine, which reads workbooks, {why}"
+    return TellError(what, where=str(path), remedy="pip install python-calamine, or save the sheet as CSV.")
 
 
 def _protected(path: Path) -> TellError:

@@ -22,7 +22,7 @@ from xml.parsers import expat
 
 MEMORY = 4 * 2**30
 SECONDS = 600  # of CPU time
-NO_MEMORY = 3  # status of the process
+NO_MEMORY, NO_LIBRARY = 3, 4  # statuses of the process
 EXACT = 1e15  # Excel keeps 15 digits; a larger number is no count
 ERRORS = frozenset({"#REF!", "#N/A", "#VALUE!", "#DIV/0!", "#NAME?", "#NUM!", "#NULL!", "#SPILL!", "#CALC!"})
 _ODS_ERROR = re.compile(rb"""value-type=["']error""")
@@ -38,6 +38,8 @@ def main(path: str, wanted: str | None) -> None:
             sys.stdout.write(json.dumps(line, ensure_ascii=True, allow_nan=False) + "\n")
     except MemoryError:
         sys.exit(NO_MEMORY)
+    except ImportError:
+        sys.exit(NO_LIBRARY)
 
 
 def _bound() -> None:
@@ -217,4 +219,5 @@ def _column(reference: str) -> int:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else None)
+    sys.path.append(sys.argv[1])  # the folder of the library
+    main(sys.argv[2], sys.argv[3] if len(sys.argv) > 3 else None)

@@ -1,4 +1,4 @@
-"""Examples written to a file that `tell.data.sources.load` reads back as the same examples."""
+"""Examples, or their prompts, written to a file that is read back as the same ones."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tell.data.example import Example, Message, tools_of
 from tell.data.sources import load
+from tell.data.unlabelled import load_prompts_of
 from tell.errors import TellError
 from tell.files import write_jsonl
 
@@ -18,13 +19,25 @@ def write_examples(path: Path, examples: Sequence[Example]) -> None:
         TellError: an example would be read back as another one.
     """
     plain = all([m.role for m in e.messages] == ["user", "assistant"] and _is_plain(e.messages) for e in examples)
-    write_jsonl(path, (_pair(e) if plain else _conversation(e) for e in examples))
+    write_jsonl(path, (_pair(e) if plain else _conversation(e.messages) for e in examples))
     back = load(str(path)).examples if examples else []
     for example, read in zip(examples, back, strict=False):
         if example.hash != read.hash:
             raise TellError("is read back as another row", where=example.origin, remedy="Remove the row.")
     if len(back) != len(examples):
         raise TellError(f"{len(examples) - len(back)} rows cannot be read back", where=str(path), remedy="Report this.")
+
+
+def write_prompts(path: Path, examples: Sequence[Example]) -> None:
+    """Write the prompts of examples to JSON Lines, as `tell.data.unlabelled.load_prompts_of` reads them back.
+
+    Raises:
+        TellError: a prompt would be read back as another one.
+    """
+    write_jsonl(path, (_conversation(example.prompt) for example in examples))
+    back = load_prompts_of(str(path), {}).examples if examples else []
+    if [example.prompt for example in back] != [example.prompt for example in examples]:
+        raise TellError("prompts cannot be read back as they are", where=str(path), remedy="Report this.")
 
 
 def _is_plain(messages: Sequence[Message]) -> bool:
@@ -36,9 +49,9 @@ def _pair(example: Example) -> dict:
     return {"prompt": question.content, "completion": answer.content}
 
 
-def _conversation(example: Example) -> dict:
-    tools = tools_of(example.messages)
-    return {"messages": [_turn(m) for m in example.messages], **({"tools": tools} if tools else {})}
+def _conversation(messages: Sequence[Message]) -> dict:
+    tools = tools_of(messages)
+    return {"messages": [_turn(m) for m in messages], **({"tools": tools} if tools else {})}
 
 
 def _turn(message: Message) -> dict:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -65,7 +66,11 @@ class Grammars:
         """
         if constraint.json_schema is None:
             body = "(" + " | ".join(json.dumps(label, ensure_ascii=False) for label in constraint.labels) + ")"
-            return self._grammar(body)
+            try:
+                return self._grammar(body)
+            except _Refused as refused:
+                what = f"the labels cannot be a grammar ({first_line(refused)})"
+                raise TellError(what, where="generate.constrain", remedy=f"Rename them, or {OFF}.") from refused
         options = {
             "item_separator": ",",
             "key_separator": ":",
@@ -76,14 +81,13 @@ class Grammars:
             "coerce_one_of": False,
         }
         schema = constraint.json_schema
-        if (size := len(json.dumps(schema))) > MOST_SCHEMA:
-            what = f"has {size:,} characters; for a constraint it may have {MOST_SCHEMA:,}"
-            raise TellError(what, where="the schema", remedy=f"Shorten it, or {OFF}.")
+        _check_size(schema)
         try:
             return self._grammar(_as_json(schema, options))
         except _Refused as refused:
-            found = list(_faults(schema, str(refused), lambda part: self._fault(_as_json(part, options))))
-            listed = "; ".join(found[:_SHOWN]) + (f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else "")
+            faults = _faults(schema, str(refused), lambda part: self._fault(_as_json(part, options)))
+            found = list(islice(faults, _SHOWN + 1))  # each costs a compilation
+            listed = "; ".join(found[:_SHOWN]) + ("; and more" if len(found) > _SHOWN else "")
             what = f"a grammar cannot follow {listed}"
             remedy = f"Remove that from the schema, which answers are then checked against without it, or {OFF}."
             raise TellError(what, where="the schema", remedy=remedy) from refused
@@ -101,6 +105,25 @@ class Grammars:
         if matcher.is_error():
             raise _Refused(matcher.get_error())
         return Grammar(self, matcher)
+
+
+def check_schema(schema: object) -> None:
+    """Refuse a JSON Schema that llguidance inside llama.cpp would not follow: llama.cpp then decodes without it.
+
+    Raises:
+        TellError: it is no JSON Schema, refers to another place, loops, is too large, or has such keywords.
+    """
+    followed = Constraint.of_schema(schema).json_schema or {}
+    _check_size(followed)
+    error = LLMatcher.validate_grammar("start: " + _as_json(followed, {"lenient": False}))
+    if error:
+        raise TellError(f"a grammar cannot follow it ({reason(error)})", where="the schema", remedy="Simplify it.")
+
+
+def _check_size(schema: dict[str, Any]) -> None:
+    if (size := len(json.dumps(schema))) > MOST_SCHEMA:
+        what = f"has {size:,} characters; for a constraint it may have {MOST_SCHEMA:,}"
+        raise TellError(what, where="the schema", remedy=f"Shorten it, or {OFF}.")
 
 
 class _Refused(Exception):
@@ -206,7 +229,12 @@ def _faults(schema: dict[str, Any], error: str, fault_of: Callable[[dict], str])
             known = True
             yield f"{fault} at {path}"
     if not known:
-        yield f"it ({brief(_MESSAGE.sub('', error).splitlines()[0], 120)})"
+        yield f"it ({reason(error)})"
+
+
+def reason(error: str) -> str:
+    """The first line of llguidance's error about a schema."""
+    return brief(_MESSAGE.sub("", error).splitlines()[0], 120)
 
 
 def _nodes(node: object, path: str) -> Iterator[tuple[dict, str]]:

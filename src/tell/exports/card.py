@@ -5,51 +5,70 @@ from __future__ import annotations
 from tell.exports.serving_files import hub_base, licence_of
 from tell.exports.target import Source
 from tell.metric_names import metric
-from tell.names import ARMS
+from tell.names import ARMS, Arm
 from tell.number_text import Unit, show, show_interval
+from tell.run.constrained import constrains
 
 _TAGS = ("tell", "lora")
 
 
-def free_arm(arm: str) -> str | None:
-    """The arm that answers as an export does: the same adapter and prompts, nothing decided by a readout."""
+def free_arm(arm: str, *, decides: bool) -> str | None:
+    """The arm that answers as an export does: the same adapter and prompts, nothing decided or constrained.
+
+    Args:
+        decides: the run has a readout; without one, an arm that could use it answers freely too.
+    """
     spec = ARMS[arm]
-    if not spec.decides:
+
+    def writes(other: Arm) -> bool:
+        return not (other.constrained or (decides and other.decides))
+
+    if writes(spec):
         return arm
     same = (a for a in ARMS.values() if (a.adapter, a.anchored, a.in_context) == (spec.adapter, spec.anchored, False))
-    return next((a.name for a in same if not a.decides), None)
+    return next((a.name for a in same if writes(a)), None)
 
 
 def measured(source: Source) -> tuple[str | None, dict]:
     """The arm whose scores an export may claim, and these (``arms`` of metrics.json); None, {} where none was scored.
 
-    Where the run has no readout, an arm that could use one answers freely too.
+    In a run with ``generate.constrain`` no arm answered freely.
     """
     opened = source.opened
     scored = opened.folder.read(opened.folder.metrics).get("arms") or {}
-    free = free_arm(source.arm) if opened.decides(opened.config) else source.arm
-    return (free, scored[free]) if free in scored else (None, {})
+    free = free_arm(source.arm, decides=opened.decides(opened.config))
+    return (free, scored[free]) if free in scored and source.generate.constrain == "off" else (None, {})
 
 
-def readout_notice(source: Source) -> str | None:
-    """What the weights leave behind: the readout, with both scores. None where the run has none for this arm."""
+_FREELY = {
+    "the readout": "write closed fields as freely as the other text",
+    "the constraint": "hold answers to the task's schema or labels only where a request asks for it (response_format)",
+}
+
+
+def lost_notice(source: Source) -> str | None:
+    """What the weights leave behind, readout and constraint, with the scores with it and without; None: nothing."""
     opened = source.opened
-    if not (ARMS[source.arm].decides and opened.decides(opened.config)):
+    decided = ARMS[source.arm].decides and opened.decides(opened.config)
+    parts = dict(zip(_FREELY, (decided, constrains(opened.config, source.arm)), strict=True))
+    lost = [part for part, used in parts.items() if used]
+    if not lost:
         return None
+    verb, them = ("does", "it") if len(lost) == 1 else ("do", "them")
+    text = f"{' and '.join(lost)} {verb} not travel: other servers {', and '.join(_FREELY[part] for part in lost)}"
     metrics = opened.folder.read(opened.folder.metrics)
     name = metrics["task"]["primary"]
     with_it = (metrics.get("arms") or {}).get(source.arm, {}).get(name)
-    free, scores = measured(source)
-    text = "the readout does not travel: other servers write closed fields as freely as the other text"
     if with_it is None:
         return text
-    spec = metric(name)
+    spec, (free, scores) = metric(name), measured(source)
     if free is None:
-        wanted = free_arm(source.arm)
-        more = f"; `tell eval {opened.folder.root} --arms {wanted}` scores that" if wanted else ""
-        return f"{text}. With it the run scored {_score(with_it, spec.unit)} ({spec.label}){more}"
+        wanted = free_arm(source.arm, decides=opened.decides(opened.config))
+        off = "" if source.generate.constrain == "off" else " --set generate.constrain=off"
+        more = f"; `tell eval {opened.folder.root} --arms {wanted}{off}` scores that" if wanted else ""
+        return f"{text}. With {them} the run scored {_score(with_it, spec.unit)} ({spec.label}){more}"
     return (
-        f"{text}. {spec.label}: {_score(with_it, spec.unit)} with it, {_score(scores[name], spec.unit)} without "
+        f"{text}. {spec.label}: {_score(with_it, spec.unit)} with {them}, {_score(scores[name], spec.unit)} without "
         f"(arm {free})"
     )
 
@@ -102,7 +121,7 @@ def model_card(source: Source, *, merged: bool, name: str) -> str:
     )
     lines = [*_head(source, merged, name), *_prompts(source), *_results(source, arm, scores)]
     wheel = None if merged else wheel_notice(source)
-    notes = [n for n in (readout_notice(source), wheel, None if licence else _NO_LICENCE) if n]
+    notes = [n for n in (lost_notice(source), wheel, None if licence else _NO_LICENCE) if n]
     lines += ["## Limits", "", *(f"- {note[0].upper()}{note[1:]}." for note in notes), ""] if notes else []
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines)
 

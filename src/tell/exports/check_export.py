@@ -36,7 +36,8 @@ def check_export(target: Target, source: Source, folder: Path, *, required: bool
         required: the check was asked for; what prevents it is an error.
 
     Returns:
-        ``check`` of export.json: ``passed`` (None where nothing was compared), ``prompts``, ``answers``.
+        ``check`` of export.json: ``passed`` (None where nothing was compared), ``prompts``, ``answers``; ``why`` in
+        their place where nothing was compared, or the runtime failed (``passed`` is False).
 
     Raises:
         TellError: the check is required, and the test rows are gone or there is no runtime.
@@ -51,7 +52,11 @@ def check_export(target: Target, source: Source, folder: Path, *, required: bool
             raise
         source.notices.add(f"not checked: {error}")
         return {"passed": None, "why": str(error)}
-    return _compare(reader, source, rows)
+    try:
+        return _compare(reader, source, rows)
+    except TellError as error:  # what was exported is kept, though not published
+        source.notices.add(f"the check failed: {error}")
+        return {"passed": False, "why": str(error)}
 
 
 def _rows(source: Source) -> Rows:

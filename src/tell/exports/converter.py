@@ -132,11 +132,12 @@ def quantiser(quant: str) -> str:
 
 def word_rule(model: Path) -> str:
     """llama.cpp's name (``tokenizer.ggml.pre``) of how a byte-level tokenizer splits words; empty where not known."""
-    step: Any = read_json(model / "tokenizer.json", remedy="Make the export again.").get("pre_tokenizer")
-    steps = step.get("pretokenizers", []) if isinstance(step, dict) and step.get("type") == "Sequence" else [step]
-    rule = []
-    for part in steps:
-        kind = part.get("type") if isinstance(part, dict) else None
+    found: Any = read_json(model / "tokenizer.json", remedy="Make the export again.").get("pre_tokenizer")
+    steps = found.get("pretokenizers", []) if isinstance(found, dict) and found.get("type") == "Sequence" else [found]
+    rule: list[str] = []
+    for step in steps:
+        part = step if isinstance(step, dict) else {}
+        kind = part.get("type")
         if kind == "Split":
             rule.append(str(part.get("pattern", {}).get("Regex")))
         elif kind == "ByteLevel" and not part.get("add_prefix_space"):

@@ -8,7 +8,7 @@ from pathlib import Path
 from tell import __version__
 from tell.config import Config
 from tell.errors import TellError, did_you_mean
-from tell.exports.card import measured, readout_notice
+from tell.exports.card import lost_notice, measured
 from tell.exports.check_export import check_export
 from tell.exports.target import ExportOptions, Source, find_target
 from tell.files import atomic_folder, expanded, read_json, write_json
@@ -69,7 +69,7 @@ def export(
         checked = {"passed": None, "why": "not requested"}
         if check is not False:
             checked = check_export(target, source, temporary, required=bool(check))
-        if lost := readout_notice(source):
+        if lost := lost_notice(source):
             notices.add(lost)
         record = {**_facts(source, to), **facts, "check": checked, "notices": notices.texts}
         write_json(temporary / RECORD, record)

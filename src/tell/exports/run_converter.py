@@ -18,18 +18,25 @@ def main() -> None:
     pre, script, *arguments = sys.argv[1:]
     sys.argv = [script, *arguments]
     if pre:
-        from conversion.base import TextModel
-
-        known = TextModel.get_vocab_base_pre
-
-        def named(self: Any, tokenizer: Any) -> str:
-            try:
-                return known(self, tokenizer)
-            except NotImplementedError:
-                return pre
-
-        TextModel.get_vocab_base_pre = named
+        _name(pre)
     runpy.run_path(script, run_name="__main__")
+
+
+def _name(pre: str) -> None:
+    """Have tokenizers that the converter does not recognise called ``pre``."""
+    try:
+        from conversion.base import TextModel
+    except ImportError:  # a checkout from before that package, which recognises the tokenizer itself or refuses it
+        return
+    known = TextModel.get_vocab_base_pre
+
+    def named(self: Any, tokenizer: Any) -> str:
+        try:
+            return known(self, tokenizer)
+        except NotImplementedError:
+            return pre
+
+    TextModel.get_vocab_base_pre = named
 
 
 if __name__ == "__main__":

@@ -38,10 +38,10 @@ def copy_files(base: Path, folder: Path, patterns: tuple[str, ...]) -> None:
                 shutil.copyfile(path, folder / path.name)
 
 
-def write_tokenizer(source: Source, folder: Path, *, force_thinking: bool = False) -> None:
+def write_tokenizer(source: Source, folder: Path) -> None:
     """The tokenizer with the run's chat template, where old and new readers look for it."""
     copy_files(source.base, folder, _TOKENIZER)
-    template = source.template(force_thinking=force_thinking)
+    template = source.template()
     (folder / "chat_template.jinja").write_bytes(template.encode())
     path = folder / "tokenizer_config.json"
     config = read_json(path, remedy=FETCH) if path.exists() else {}

@@ -18,6 +18,7 @@ from tell.exports.serving_files import FETCH
 from tell.exports.target import ExportOptions, Source, Target, export_target
 from tell.exports.to_hf import Merged, write_model
 from tell.files import read_json, write_json
+from tell.verbs.open_run import OpenRun
 
 K_QUANTS = ("q4_k_m",)
 """Made from f16 by ``llama-quantize``."""
@@ -110,16 +111,16 @@ def _for_the_converter(source: Source, merged: Path) -> None:
     write_json(path, {"added_tokens_decoder": tokens, **config, "chat_template": gguf_template(source)})
 
 
-def context_of(source: Source) -> int:
+def context_of(run: OpenRun) -> int:
     """Tokens that a prompt and its answer may have: what the run's own prompts may, within the model's positions."""
-    wanted = max(MOST_CONTEXT, 2 * source.opened.config.train.max_length)
-    return min(source.opened.files.architecture.max_positions or wanted, wanted)
+    wanted = max(MOST_CONTEXT, 2 * run.config.train.max_length)
+    return min(run.files.architecture.max_positions or wanted, wanted)
 
 
 @contextmanager
 def _opened(source: Source, folder: Path) -> Iterator[GgufReader]:
     file = next(folder.glob("*.gguf"))
-    model = LlamaCpp(file, context=context_of(source))
+    model = LlamaCpp(file, context=context_of(source.opened))
     try:
         yield GgufReader(model, f"llama.cpp (xllamacpp {llama_cpp_version()})")
     finally:

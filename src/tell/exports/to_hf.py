@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from pathlib import Path
+from shlex import quote
 
 from tell.exports.card import model_card
 from tell.exports.merge import write_merged
@@ -30,22 +31,19 @@ class Merged(Target):
         return open_with_transformers(source, folder)
 
     def finish(self, source: Source, options: ExportOptions, folder: Path) -> list[str]:
-        return [f"vllm serve {folder}", f"transformers serve {folder}"]
+        place = quote(str(folder))
+        return [f"vllm serve {place}", f"transformers serve {place}"]
 
 
 _SMALL = 128 << 20  # bytes of tokenizer, configuration and card at most
 
 
-def write_model(source: Source, folder: Path, *, force_thinking: bool = False) -> dict:
-    """The merged model with all that a server or a converter needs.
-
-    Args:
-        force_thinking: as for `tell.rows.prelude.with_anchor`.
-    """
+def write_model(source: Source, folder: Path) -> dict:
+    """The merged model with all that a server or a converter needs."""
     with source.notices.display.bar("merge the adapter", source.weights_size(), "bytes") as advance:
         layers = write_merged(source.base, source.adapter, folder, advance=advance)
     write_config(source, folder)
-    write_tokenizer(source, folder, force_thinking=force_thinking)
+    write_tokenizer(source, folder)
     write_decoding(source, folder)
     write_licence(source, folder)
     write_text(folder / "README.md", model_card(source, merged=True, name=source.name))

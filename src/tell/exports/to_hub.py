@@ -53,8 +53,8 @@ class Hub(Target):
         return _form(options).write(source, options, folder)
 
     def reopen(self, source: Source, folder: Path) -> AbstractContextManager[Reader] | str:
-        merged = not source.adapter.weights.name.startswith("adapter") or not (folder / "adapter_config.json").exists()
-        return (Merged() if merged else Adapter()).reopen(source, folder)
+        form = Adapter() if (folder / source.adapter.config.name).exists() else Merged()
+        return form.reopen(source, folder)
 
     def finish(self, source: Source, options: ExportOptions, folder: Path) -> list[str]:
         from huggingface_hub import HfApi

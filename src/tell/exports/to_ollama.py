@@ -44,7 +44,7 @@ class Ollama(Gguf):
 
 def modelfile(source: Source, options: ExportOptions) -> str:
     """The text of the Modelfile: decoding as the run's, no TEMPLATE."""
-    rule, context = source.generate, context_of(source)
+    rule, context = source.generate, context_of(source.opened)
     parameters: list[tuple[str, object]] = [
         ("temperature", 0 if rule.greedy else rule.temperature),
         ("top_k", rule.top_k),

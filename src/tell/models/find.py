@@ -15,6 +15,7 @@ from tell.files import expanded
 from tell.folder import AdapterFolder
 from tell.models import config_json, hub, wheel
 from tell.models.architecture import Architecture, read_architecture, unfit, weight_files
+from tell.models.digest import weights_digest
 
 SMOLLM2 = "smollm2-135m"
 Origin = Literal["folder", "hugging face cache", "hub", "wheel"]
@@ -44,6 +45,11 @@ class ModelFiles:
     revision: str | None
     architecture: Architecture
     fingerprint: str
+
+    @property
+    def weights(self) -> str:
+        """Hash over samples of the weights themselves, read anew."""
+        return weights_digest(weight_files(self.path))
 
 
 def find_model(

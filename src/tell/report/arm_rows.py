@@ -72,17 +72,22 @@ def arm_rows(run: Run, arm: str) -> ArmRows:
     return ArmRows(keyed(rows), row_metrics(mapping(run.metrics, "arms", arm), rows, rescorer(run)))
 
 
-def rescorer(run: Run) -> Rescore:
-    """Scores answers as the run did, by its own kind of task; nothing where its scorer is the user's own."""
+def rescorer(run: Run, *, with_schema: bool = True) -> Rescore:
+    """Scores answers as the run did, by its own kind of task; nothing where its scorer is the user's own.
+
+    Args:
+        with_schema: read the schema of a JSON task, whose answers are not scored without it.
+    """
     kind = str(get(run.metrics, "task", "kind", default=""))
 
     def score(rows: Sequence[dict]) -> Mapping[str, Metric]:
         if not rows or kind not in KINDS or get(run.config, "task", "scorer") is not None:
             return {}
         labels = get(run.findings, "kind", "labels") or sorted({str(row["reference"]) for row in rows})
+        form = get(run.findings, "kind", "form")
         try:
-            schema = read_json(run.folder.schema, remedy="") if run.folder.schema.is_file() else None
-            scorer = make_scorer(kind, schema=schema, labels=labels)
+            schema = read_json(run.folder.schema, remedy="") if with_schema and run.folder.schema.is_file() else None
+            scorer = make_scorer(kind, schema=schema, labels=labels, form=form)
         except TellError:  # a JSON task whose folder has no schema
             return {}
         return scorer.score([str(row["answer"]) for row in rows], [str(row["reference"]) for row in rows])

@@ -7,7 +7,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from tell.metric_names import MetricSpec
+from tell.metric_names import MetricSpec, metric
 from tell.number_text import show_count
 from tell.report.page import fill
 from tell.report.score_tables import Cell, Line, Plotted
@@ -63,7 +63,9 @@ def _field(entry: Mapping[str, Any]) -> dict[str, Any]:
     """A field with its bars, the longest of full width."""
     top = max((sum(value[part] for part in PARTS) for value in entry["values"]), default=0) or 1
     bars = [bar_strip((part, value[part] / top) for part in PARTS) for value in entry["values"]]
-    return {**entry, "values": list(zip(entry["values"], bars, strict=True))}
+    constant = entry["constant"]
+    score = metric(constant["metric"]).phrase if constant and constant["right"] is None else ""
+    return {**entry, "score": score, "values": list(zip(entry["values"], bars, strict=True))}
 
 
 def _chart(lengths: Mapping[str, Any] | None) -> Markup | None:

@@ -1,8 +1,9 @@
 """The run's prompt as a chat template: a Jinja prelude that any server renders before the model's own template.
 
 A server knows no anchors, no fixed date and no fallback template. `with_anchor` writes all that into one template, in
-what transformers' sandboxed Jinja, vLLM and llama.cpp's Jinja engine share: no method but ``startswith``, no slices of
-text, and no loop over a turn's content (vLLM takes such a loop as a sign that the template wants lists of parts).
+what transformers' sandboxed Jinja, vLLM and llama.cpp's Jinja engine share: no method but ``startswith``, no characters
+of a text (llama.cpp cuts bytes) but where ``isalnum`` is known, and no loop over a turn's content (vLLM takes such a
+loop as a sign that the template wants lists of parts).
 """
 
 from __future__ import annotations
@@ -19,9 +20,13 @@ SWITCH = "tell_anchor"
 """``chat_template_kwargs={"tell_anchor": false}`` renders a conversation without anchor and fixed examples."""
 THINKING = ("enable_thinking", "thinking")  # names of the switch for thoughts, as in `ChatTokenizer`
 _TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
-# What may follow an anchor's last letter where the anchor heads a text: only jinja2 has `isalnum`. A text that goes on
-# with another sign, a control character say, gets the anchor once more than in the run.
-_BREAKS = " \n\t\r.,;:!?\"'()[]{}<>-_/|*#`~=+&%$@\\^\u00a0\u2013\u2014\u2018\u2019\u201c\u201d\u2026\u3000\u3001\u3002"
+# What may follow an anchor's last letter where the anchor heads a text, for engines whose texts have no `isalnum`
+# (llama.cpp's): signs of Latin-1, punctuation, currencies, arrows, Chinese and Japanese signs, full-width ones. A text
+# that goes on with a rarer sign, or a control character, gets the anchor once more there than in the run.
+_SIGNS = ((0x20, 0x7F), (0xA0, 0xC0), (0xD7, 0xD8), (0xF7, 0xF8), (0x2000, 0x200C), (0x2010, 0x2028), (0x2030, 0x205F))
+_MORE = ((0x20A0, 0x20C1), (0x2190, 0x2200), (0x3000, 0x3040), (0xFF01, 0xFF66))
+_BREAKS = "\n\t\r" + "".join(c for place in (*_SIGNS, *_MORE) for c in map(chr, range(*place)) if not c.isalnum())
+_EMOJI = "'\U0001f600'[:2]"  # in llama.cpp two bytes, with which U+1F000 to U+1FFFF begin: emoji, hardly a letter
 _DIRECTIVE = re.compile(r"%[-#]?[aAbBdeHIjmMpSuUwWyY]")
 
 Shots = Mapping[str | None, Sequence[Message]]
@@ -49,7 +54,8 @@ def with_anchor(
         special: the tokenizer's special tokens by name (``bos_token``), for servers that do not pass them.
 
     Returns:
-        Jinja. Contents may be strings or lists of parts; a list of text parts is joined by newlines.
+        Jinja. Contents may be strings or lists of parts; a list of text parts is joined as in training, by nothing,
+        where the server has not joined it by newlines before (vLLM, llama.cpp).
 
     Raises:
         TellError: the fixed examples have tools, which belong to a conversation as a whole.
@@ -57,6 +63,8 @@ def with_anchor(
     lines = [*_values(template, thinking, force_thinking, special), *_date(template, force_thinking)]
     if anchor or shots:
         lines += _turns(anchor, shots or {})
+    if SWITCH in template:  # of an exported model, which would add its own anchor and examples
+        lines.append(f"{{%- set {SWITCH} = false -%}}")
     if not lines:
         return template
     # `trim_blocks` drops the newline: the template begins on a line of its own, its white space as before.
@@ -125,7 +133,7 @@ def _turns(anchor: Anchor, shots: Shots) -> list[str]:
         "{%- if parts and m['role'] in ['system', 'user'] and "
         "not (m['content'] | rejectattr('type', 'equalto', 'text') | list) -%}",
         "{%- set tell.turns = tell.turns + [{'role': m['role'], "
-        "'content': m['content'] | map(attribute='text') | join('\\n')}] -%}",
+        "'content': m['content'] | map(attribute='text') | join('')}] -%}",
         "{%- else -%}{%- set tell.turns = tell.turns + [m] -%}{%- endif -%}",
         "{%- endfor -%}",
         *_shots(shots),
@@ -183,9 +191,13 @@ def _heads(anchor: Anchor) -> list[str]:
     """Whether the anchor heads a text as whole words, as `tell.anchor.anchor` says."""
     if not anchor.text[-1:].isalnum():
         return ["{%- set tell.heads = said.startswith(tell.anchor) -%}"]
+    end = len(anchor.text)
     return [
         "{%- set tell.heads = said == tell.anchor -%}",
-        f"{{%- for mark in {literal(list(_BREAKS))} -%}}",
+        "{%- if ''.isalnum is defined -%}",
+        f"{{%- set tell.heads = said.startswith(tell.anchor) and not said[{end}:{end + 1}].isalnum() -%}}",
+        f"{{%- else -%}}{{%- set tell.emoji = {_EMOJI} -%}}",
+        f"{{%- for mark in {literal(list(_BREAKS))} + [tell.emoji] -%}}",
         "{%- if said.startswith(tell.anchor ~ mark) -%}{%- set tell.heads = true -%}{%- endif -%}",
-        "{%- endfor -%}",
+        "{%- endfor -%}{%- endif -%}",
     ]

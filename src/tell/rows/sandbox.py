@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+import threading
 from collections.abc import Callable, Iterable
 from datetime import datetime
 from typing import Any, TypeVar, cast
@@ -44,13 +45,17 @@ class Exceeded(Exception):
 
 
 class BoundedEnvironment(ImmutableSandboxedEnvironment):
-    """A sandbox whose templates terminate; ``start`` resets the step count for the next rendering."""
+    """A sandbox whose templates terminate; ``start`` resets the step count for the next rendering.
+
+    Attributes:
+        lock: held by a rendering where several threads render: the count is one for all.
+    """
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
 
     def __init__(self, **options: object) -> None:
         super().__init__(**options, finalize=self._shown)
-        self.left = MOST_STEPS
+        self.left, self.lock = MOST_STEPS, threading.Lock()
         self.globals.pop("lipsum", None)
         for functions, free in ((self.filters, frozenset()), (self.tests, _TYPE_TESTS)):
             for name in functions.keys() - free:

@@ -175,17 +175,19 @@ class ChatTokenizer:
 
     def _render(self, messages: Sequence[Message], tools: list[dict] | None, header: bool) -> str:
         try:
-            self._environment.start()
-            text = self._compiled.render(
-                messages=[m.to_dict() for m in messages],
-                tools=tools,  # None, as in transformers: templates test `is not none`
-                documents=None,
-                add_generation_prompt=header,
-                enable_thinking=self.thinking,  # Qwen3, GLM, SmolLM3
-                thinking=self.thinking,  # DeepSeek V3.1, Granite
-                tell_anchor=False,  # a model that `tell export` wrote: its template would put an anchor on every row
-                **self.special,
-            )
+            template = self._compiled
+            with self._environment.lock:
+                self._environment.start()
+                text = template.render(
+                    messages=[m.to_dict() for m in messages],
+                    tools=tools,  # None, as in transformers: templates test `is not none`
+                    documents=None,
+                    add_generation_prompt=header,
+                    enable_thinking=self.thinking,  # Qwen3, GLM, SmolLM3
+                    thinking=self.thinking,  # DeepSeek V3.1, Granite
+                    tell_anchor=False,  # a model of `tell export`: its template would put an anchor on every row
+                    **self.special,
+                )
             text.encode()  # half a surrogate pair, from the template or a row, is not text to a tokenizer
         except Exception as error:
             what = f"the chat template of {self.family} refuses the conversation ({error})"

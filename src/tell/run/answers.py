@@ -149,12 +149,6 @@ def shots_by_system(shots: Sequence[Example]) -> dict[str | None, list[Message]]
     return {None: _turns(shots, ()), **{text: _turns(shots, [Message("system", text)]) for text in texts}}
 
 
-def example_turns(examples: Sequence[Example]) -> list[Message]:
-    """Examples as turns, after the system text of the first that has one."""
-    system = next((list(e.messages[:1]) for e in examples if e.messages[0].role == "system"), [])
-    return [*system, *_turns(examples, system)]
-
-
 def _turns(examples: Sequence[Example], system: Sequence[Message]) -> list[Message]:
     """The turns of examples; a system text that differs from ``system`` is prepended to their first user turn."""
     turns: list[Message] = []

@@ -42,7 +42,12 @@ PATHS = (
 
 # What to do where a cell of a study lacks files of a run: a finished one is not run again as long as it is there.
 REMAKE = "Remove the cell's folder and run `tell study` again with --keep-adapters."
-KEYWORDS = frozenset({"model", *SOURCES})  # values that are not paths
+KEYWORDS = frozenset({"model", *(name for name, source in SOURCES.items() if source.named is None)})
+
+
+def is_keyword(section: str, key: str, value: str) -> bool:
+    """Whether the value of a key of `PATHS` is no path; a folder may have the name of a general set."""
+    return value in KEYWORDS or ((section, key) == ("general", "source") and value in SOURCES)
 
 
 def with_full_paths(config: Config) -> Config:
@@ -50,7 +55,7 @@ def with_full_paths(config: Config) -> Config:
     out = config.model_copy(deep=True)
     for section, key in PATHS:
         value = getattr(getattr(out, section), key)
-        if not isinstance(value, str) or value in KEYWORDS:
+        if not isinstance(value, str) or is_keyword(section, key, value):
             continue
         mark = "@" if key == "text" else ""
         named, sheet = split_sheet(value.removeprefix(mark))

@@ -25,7 +25,7 @@ from tell.seeds import permutation
 from tell.shown import left_out
 
 ROUNDING = 1e-9  # of a sum of shares
-ROW_TOKENS = 400  # of a general row, to estimate how many a budget needs
+ROW_TOKENS = 1000  # of a general row, to estimate how many a budget needs; conversations are long
 
 
 @dataclass(frozen=True)

@@ -193,17 +193,21 @@ def score_arms(answers: Mapping[str, Answers], config: Config, kind: Kind) -> di
     metrics = {arm: found.metrics for arm, found in answers.items()}
     values, gaps = arm_numbers(metrics, seed=config.seed, samples=config.eval.bootstrap)
     costs = eval_numbers({arm: found.costs for arm, found in answers.items()})
-    return {"arms": values, "differences": gaps, "eval": costs, **_label_parts(answers, config, kind)}
+    rows = {arm: found.rows for arm, found in answers.items()}
+    return {"arms": values, "differences": gaps, "eval": costs, **label_parts(rows, metrics, config, kind)}
 
 
-def _label_parts(answers: Mapping[str, Answers], config: Config, kind: Kind) -> dict:
+def label_parts(
+    rows: Mapping[str, Sequence[dict]], metrics: Mapping[str, Mapping[str, Metric]], config: Config, kind: Kind
+) -> dict:
+    """``labels`` and ``baseline`` of metrics.json, by arm's rows of predictions and metrics; empty for other tasks."""
     scorer = label_scorer(kind)
     if scorer is None:
         return {}
-    pairs = {arm: ([r["answer"] for r in of.rows], [r["reference"] for r in of.rows]) for arm, of in answers.items()}
+    pairs = {arm: ([r["answer"] for r in found], [r["reference"] for r in found]) for arm, found in rows.items()}
     parts = {"labels": label_numbers(scorer, pairs)}
     if config.task.scorer is None:
-        metrics, (_, references) = {arm: of.metrics for arm, of in answers.items()}, next(iter(pairs.values()))
+        _, references = next(iter(pairs.values()))
         draws = {"seed": config.seed, "samples": config.eval.bootstrap}
         parts["baseline"] = baseline_numbers(kind, scorer, metrics, references, **draws)
     return parts

@@ -125,6 +125,7 @@ class Findings:
                 "name": kind.name,
                 "why": kind.why,
                 "schema_inferred": kind.schema_inferred,
+                **({"shown": kind.shown} if kind.shown is not None else {}),
                 "labels": list(kind.labels) if kind.labels else None,
                 **({"form": kind.form} if kind.form else {}),
             },

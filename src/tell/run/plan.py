@@ -109,7 +109,7 @@ def _task_counts(prepared: Prepared) -> dict:
         "data": task.config.task.data,
         "kind": task.kind.name,
         "rows": len(table),
-        "validation_rows": len(task.validation),
+        "validation_rows": len(task.whole_validation),
         "test_rows": len(task.test),
         "tokens": int(table.tokens.sum()),
         "trained_tokens": int(table.trained.sum()),

@@ -11,12 +11,10 @@ from tell.errors import TellError
 from tell.files import write_json, write_text
 from tell.folder import AdapterFolder, RunFolder
 from tell.mix.manifest import read_manifest, write_manifest
-from tell.models.architecture import weight_files
-from tell.models.digest import weights_digest
 from tell.run.constrained import task_constraint
 from tell.run.plan import describe_plan
 from tell.run.prepare import Prepared
-from tell.run.task import Task
+from tell.run.task import VALIDATION_ROWS, Task
 
 
 class PlannedModel(BaseModel):
@@ -85,15 +83,20 @@ def write_plan(folder: RunFolder, prepared: Prepared, fit: dict | None = None) -
 
 def split_file(task: Task) -> str:
     """split.json: the content hashes of each part, and of the examples in test prompts where there are any."""
-    parts = {"train": task.train, "validation": task.validation, "test": task.test}
+    parts = {"train": task.train, "validation": task.whole_validation, "test": task.test}
     if task.shots:
         parts["shots"] = task.shots
     return json.dumps({name: [e.hash for e in rows] for name, rows in parts.items()}, indent=1) + "\n"
 
 
 def _same_split(before: dict, now: dict) -> bool:
-    """Whether two splits are of the same data: fewer test rows, as --max-minutes may leave, must be among the more."""
+    """Whether two splits are of the same data: fewer test rows, as --max-minutes may leave, must be among the more.
+
+    Older runs list only the validation rows that they measured, not all of the part.
+    """
     tests = [set(part.pop("test", ())) for part in (before, now)]
+    if before.get("validation") == now["validation"][:VALIDATION_ROWS]:
+        now["validation"] = before["validation"]
     return before == now and (tests[0] <= tests[1] or tests[0] >= tests[1])
 
 
@@ -112,7 +115,7 @@ def write_adapter_notes(folder: RunFolder, task: Task, adapter: AdapterFolder) -
     anchor.pop("candidates", None)
     revision = task.config.model.revision
     notes = {"anchor": anchor, "base_model": name, "revision": revision, "origin": files.origin}
-    notes["base_weights"] = weights_digest(weight_files(files.path))
+    notes["base_weights"] = files.weights
     write_json(adapter.notes, {**notes, "thinking": task.chat.thinking})
     # peft records the folder of the weights, which for a hub model is in the hub's cache.
     write_json(adapter.config, {**folder.read(adapter.config), "base_model_name_or_path": name})

@@ -17,7 +17,7 @@ from tell.data.example import Example
 from tell.data.general import Target, general_target
 from tell.data.kind import Kind
 from tell.data.overlap import find_overlap
-from tell.data.sources import Loaded, load
+from tell.data.sources import Loaded
 from tell.data.subset import take_rows, take_tokens
 from tell.data.unlabelled import Prompts, load_prompts_of
 from tell.errors import TellError
@@ -62,6 +62,8 @@ class Task:
         chat: template and tokenizer of the model.
         unit: tokenizer that budgets are counted in.
         train: rows to train on, after split and overlap removal; `limit_task` applies the budget.
+        validation: the rows that losses are measured on, at most `VALIDATION_ROWS`.
+        more_validation: those beyond them, in the validation part all the same.
         shots: the examples in every test prompt (``task.shots``).
         unlabelled: prompts without answers (``task.unlabelled``); None where no file is given.
     """
@@ -78,6 +80,12 @@ class Task:
     facts: DataFacts
     notices: Notices
     unlabelled: Prompts | None = None
+    more_validation: list[Example] = field(default_factory=list)
+
+    @property
+    def whole_validation(self) -> list[Example]:
+        """The validation part, measured or not."""
+        return [*self.validation, *self.more_validation]
 
     @property
     def display(self) -> Display:
@@ -126,7 +134,7 @@ class Task:
     @property
     def split_facts(self) -> dict[str, int]:
         """``split`` of findings.json and plan.json."""
-        sizes = {"train": len(self.train), "validation": len(self.validation), "test": len(self.test)}
+        sizes = {"train": len(self.train), "validation": len(self.whole_validation), "test": len(self.test)}
         return sizes | self.facts.duplicates
 
 
@@ -155,7 +163,7 @@ def open_task(config: Config, read: Read, files: ModelFiles, notices: Notices) -
     Raises:
         TellError: anything wrong with the model's files or the data.
     """
-    display, (data, given, schema) = notices.display, read
+    display, (data, given, schema, held) = notices.display, read
     positions = files.architecture.max_positions
     if positions and positions < config.train.max_length:
         config = config.model_copy(update={"train": config.train.model_copy(update={"max_length": positions})})
@@ -163,14 +171,11 @@ def open_task(config: Config, read: Read, files: ModelFiles, notices: Notices) -
     unit = chat
     if config.tokens.unit != "model":
         unit = ChatTokenizer(find_tokenizer(config.tokens.unit, notify=display.note))
-    held = None
-    if config.task.validation is not None:
-        how = data.form or config.task.columns
-        held = cleaned(load(config.task.validation, name="task", columns=how, lists=data.lists), chat)[0].examples
-    rows = split_task(config, (data, given, schema), held)
-    for text in (*data.notices, *(given.notices if given else ()), *fit_notices, rows.lost, rows.widened):
-        if text:
-            notices.add(text)
+    read = Read(data, given, schema, None if held is None else cleaned(held, chat)[0])
+    rows = split_task(config, read)
+    said = (text for loaded in read.files for text in loaded.notices)
+    for text in filter(None, (*said, *fit_notices, rows.lost, rows.widened)):
+        notices.add(text)
     for text in left_out((row["origin"], row["reason"]) for row in rows.facts.dropped_rows):
         display.note(text)  # not a notice: findings.json and plan.json list the rows themselves
     if not chat.has_own_template:
@@ -179,10 +184,12 @@ def open_task(config: Config, read: Read, files: ModelFiles, notices: Notices) -
         notices.add(text)
     display.note(f"task: {config.task.data}, {data.layout}, {len(data.examples)} rows; {rows.kind.why}")
     shots = pick_shots(config, rows.train, chat)
-    validation = rows.validation[:VALIDATION_ROWS]
+    validation, more = rows.validation[:VALIDATION_ROWS], rows.validation[VALIDATION_ROWS:]
+    if more:
+        notices.add(f"validation losses are of the first {VALIDATION_ROWS} of {len(rows.validation):,} validation rows")
     unlabelled = _unlabelled(config, data, rows.held_out, notices)
     parts = rows.train, validation, rows.test, rows.kind, shots, rows.facts
-    return Task(config, files, chat, unit, *parts, notices, unlabelled)
+    return Task(config, files, chat, unit, *parts, notices, unlabelled, more)
 
 
 def _unlabelled(config: Config, data: Loaded, test: list[Example], notices: Notices) -> Prompts | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from tell.config import Config
 from tell.data.example import Example
@@ -17,8 +18,20 @@ from tell.errors import TellError
 
 PAIRS_KEPT = 20
 FEW_ROWS = 30  # with fewer rows none is set aside for validation
-Read = tuple[Loaded, Loaded | None, dict | None]
-"""A task's rows, its test rows and its schema; the last two where they are given."""
+
+
+class Read(NamedTuple):
+    """A task's rows; its test rows, schema and validation rows where they are given."""
+
+    data: Loaded
+    test: Loaded | None = None
+    schema: dict | None = None
+    validation: Loaded | None = None
+
+    @property
+    def files(self) -> list[Loaded]:
+        """All rows by file."""
+        return [found for found in (self.data, self.test, self.validation) if found is not None]
 
 
 @dataclass(frozen=True)
@@ -65,7 +78,7 @@ class TaskRows:
 
 
 def read_task(config: Config, bad_rows: BadRows | None = None) -> Read:
-    """The task's rows, and its test rows and schema where they are given.
+    """The task's rows, and its test rows, schema and validation rows where they are given.
 
     Args:
         bad_rows: as of `tell.data.sources.load`.
@@ -84,27 +97,26 @@ def read_task(config: Config, bad_rows: BadRows | None = None) -> Read:
 
     columns = form_of(task) or task.columns
     data = load(task.data, name="task", columns=columns, bad_rows=bad_rows)
-    if task.test is None:
-        return data, None, schema
-    given = load(task.test, name="task", columns=data.form or columns, bad_rows=bad_rows, lists=data.lists)
-    if given.lists and not data.lists:  # rows with one label each, where test rows have several
-        data = load(task.data, name="task", columns=columns, bad_rows=bad_rows, lists=True)
-    return data, given, schema
+    given = held = None
+    if task.test is not None:
+        given = load(task.test, name="task", columns=data.form or columns, bad_rows=bad_rows, lists=data.lists)
+        if given.lists and not data.lists:  # rows with one label each, where test rows have several
+            data = load(task.data, name="task", columns=columns, bad_rows=bad_rows, lists=True)
+    if task.validation is not None:
+        held = load(task.validation, name="task", columns=data.form or columns, bad_rows=bad_rows, lists=data.lists)
+    return Read(data, given, schema, held)
 
 
-def split_task(config: Config, read: Read, held: Sequence[Example] | None = None) -> TaskRows:
+def split_task(config: Config, read: Read) -> TaskRows:
     """The rows of a task as a run splits them, their kind, and the findings about them.
-
-    Args:
-        held: the rows of ``task.validation``, where it is given.
 
     Raises:
         TellError: too few rows, or answers that are not of the requested kind.
     """
-    data, given, schema = read
+    data, given, schema, held = read
     parts, lost = _split(config, data, given), 0
     if held is not None:
-        parts, lost = with_validation(parts, held)
+        parts, lost = with_validation(parts, held.examples)
     known = [*parts.train, *parts.validation]
     kind, widened = widen(detect_kind(known, override=config.task.kind, schema=schema), known, parts.test)
     test = parts.test
@@ -112,7 +124,7 @@ def split_task(config: Config, read: Read, held: Sequence[Example] | None = None
         test = [test[i] for i in sorted(take_rows(len(test), config.task.test_rows, config.seed))]
     overlap = find_overlap(parts.train, test)
     train = _without_overlap(config, parts.train, overlap)
-    dropped = [*data.dropped, *(given.dropped if given else ())]
+    dropped = [row for loaded in read.files for row in loaded.dropped]
     facts = DataFacts(
         data=describe(data),
         test=describe(given) if given else None,

@@ -111,11 +111,7 @@ def baseline_numbers(
         ``{"answer", "metric", "scores": {metric: estimate}, "differences": {arm: estimate}}``; differences in the
         primary metric, the arm minus the constant.
     """
-    best, found = "", dict[str, Metric]()
-    for text in _constants(kind, references):
-        scores = scorer.score([text] * len(references), references)
-        if not found or scores[scorer.primary].value > found[scorer.primary].value:
-            best, found = text, scores
+    best, found = best_constant(kind, scorer, references)
     return {
         "answer": best,
         "metric": scorer.primary,
@@ -126,6 +122,16 @@ def baseline_numbers(
             if scorer.primary in metrics
         },
     }
+
+
+def best_constant(kind: Kind, scorer: Scorer, references: Sequence[str]) -> tuple[str, dict[str, Metric]]:
+    """The answer that scores best where every row gets it, and its metrics."""
+    best, found = "", dict[str, Metric]()
+    for text in _constants(kind, references):
+        scores = scorer.score([text] * len(references), references)
+        if not found or scores[scorer.primary].value > found[scorer.primary].value:
+            best, found = text, scores
+    return best, found
 
 
 def _constants(kind: Kind, references: Sequence[str]) -> list[str]:

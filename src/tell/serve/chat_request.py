@@ -93,6 +93,13 @@ class ResponseFormat(BaseModel):
         return named.json_schema if named is not None else {"type": "object"}
 
 
+class TemplateSwitches(BaseModel):
+    """``chat_template_kwargs``: ``tell_anchor`` is that of the templates that `tell export` writes."""
+
+    model_config = ConfigDict(extra="forbid")
+    tell_anchor: bool = True
+
+
 class ChatRequest(BaseModel):
     """The body of a request; a field that is missing leaves the run's own setting."""
 
@@ -112,6 +119,7 @@ class ChatRequest(BaseModel):
         [], max_length=MOST_STOPS
     )
     response_format: ResponseFormat = ResponseFormat()
+    chat_template_kwargs: TemplateSwitches = TemplateSwitches()
     n: Literal[1] = 1
     logprobs: Literal[False] = False
     frequency_penalty: float = Field(0, ge=0, le=0)
@@ -125,7 +133,7 @@ class ChatRequest(BaseModel):
         return self.max_completion_tokens or self.max_tokens
 
     def check_room(self, prompt: int, most: int) -> None:
-        """Refuse a prompt that does not fit.
+        """Refuse a prompt that does not fit; an answer for which less room is left than was asked for is cut there.
 
         Args:
             prompt: tokens of the prompt.
@@ -134,9 +142,8 @@ class ChatRequest(BaseModel):
         Raises:
             ApiError: with both numbers.
         """
-        if prompt >= most or (self.limit and prompt + self.limit > most):
-            more = f" and the request asks for {self.limit:,} more" if self.limit else ""
-            what = f"the prompt has {prompt:,} tokens{more}, and the model takes {most:,} in all"
+        if prompt >= most:
+            what = f"the prompt has {prompt:,} tokens, and the model takes {most:,} in all"
             raise ApiError(TOO_LONG, what, "messages")
 
     def rule(self, own: GenerateConfig, *, constrained: bool) -> GenerateConfig:

@@ -6,6 +6,8 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Protocol
 
@@ -62,15 +64,20 @@ class Job:
         return self.model.decider is not None
 
 
-def _like(first: Job) -> Callable[[Job], bool]:
-    return lambda job: job.batch == first.batch
+def _fail(jobs: Sequence[Job], error: BaseException) -> None:
+    for job in jobs:
+        job.client.end(error if isinstance(error, Exception) else RuntimeError(first_line(error)))
+
+
+def _like_the_first(jobs: Sequence[Job]) -> list[Job]:
+    return [job for job in jobs if job.batch == jobs[0].batch]
 
 
 class DecodeThread:
     """Decodes the jobs that are submitted, the oldest first.
 
-    A batch takes all waiting jobs of its kind, and those of its kind that arrive while it runs, as long as no job of
-    another kind waits: no model can starve another.
+    A batch takes all waiting jobs of its kind, and those of its kind that arrive while it runs, up to the first that
+    cannot join it: no job can starve another.
     """
 
     def __init__(self) -> None:
@@ -78,6 +85,7 @@ class DecodeThread:
         self._waiting: list[Job] = []
         self._running = 0
         self._closing: Callable[[], object] | None = None
+        self._dead = False
         self._stack, self._applied = ExitStack(), False
         self._adapter: Path | None = None
         self._thread = threading.Thread(target=self._work, name="decode", daemon=True)
@@ -102,46 +110,61 @@ class DecodeThread:
         return self._closing is not None
 
     def close(self, done: Callable[[], object]) -> None:
-        """Take no more jobs; ``done`` is called, in the decoding thread, once the last is answered."""
+        """Take no more jobs; ``done`` is called once the last is answered, by the decoding thread while it lives."""
         with self._changed:
+            dead = self._dead
             self._closing = self._closing or done
             self._changed.notify()
+        if dead:
+            done()
 
     def join(self) -> None:
         """Wait for the end that `close` has asked for."""
         self._thread.join()
 
     def _work(self) -> None:
+        try:
+            self._answer_all()
+            self._release()
+        except BaseException as error:  # the weights are not those of the model any more: no answer would be right
+            self._die(error)
+        assert self._closing is not None
+        self._closing()
+
+    def _die(self, error: BaseException) -> None:
+        """Fail all that wait, and refuse what comes."""
+        with self._changed:
+            jobs, self._waiting, self._running = self._waiting, [], 0
+            self._dead, self._closing = True, self._closing or (lambda: None)
+        _fail(jobs, error)
+
+    def _answer_all(self) -> None:
         while True:
             with self._changed:
                 self._running = 0
                 self._changed.wait_for(lambda: self._waiting or self._closing)
                 if not self._waiting:
-                    break
-                jobs = self._take(_like(self._waiting[0]))
+                    return
+                jobs = self._take(_like_the_first)
             if not jobs:
                 continue
             taken = list(jobs)
             try:
                 self._answer(jobs, taken)
             except BaseException as error:  # of one batch, be it a panic of a library; the server goes on
+                _fail(taken, error)
                 self._release()
-                for job in taken:
-                    job.client.end(error if isinstance(error, Exception) else RuntimeError(first_line(error)))
-        self._release()
-        assert self._closing is not None
-        self._closing()
 
-    def _take(self, wanted: Callable[[Job], bool], most: int | None = None) -> list[Job]:
-        """Waiting jobs that are wanted, oldest first; those whose client has gone are dropped. The lock is held."""
+    def _take(self, chosen: Callable[[Sequence[Job]], list[Job]]) -> list[Job]:
+        """Those chosen of the waiting jobs, oldest first; jobs whose client has gone are dropped. The lock is held."""
         self._waiting = [job for job in self._waiting if not job.client.gone]
-        taken = [job for job in self._waiting if wanted(job)][:most]
+        taken = chosen(self._waiting)
         self._waiting = [job for job in self._waiting if job not in taken]
         self._running += len(taken)
         return taken
 
     def _answer(self, jobs: Sequence[Job], taken: list[Job]) -> None:
-        """Answer a batch; what joins it is added to ``taken``."""
+        """Answer a batch; ``taken`` has the jobs of it, and what joins it, that are not yet answered."""
         model, decoding = jobs[0].model, jobs[0].prepared.decoding
         if any(job.guided for job in jobs):
             self._release()  # the readout looks at states of the untuned model
@@ -152,16 +175,21 @@ class DecodeThread:
             guides |= {id(job): guide for job, guide in zip(own, made, strict=True)}
         self._apply(model)
 
+        def end(job: Job, answer: Answer) -> None:
+            taken.remove(job)
+            job.end(answer)
+
         def request(job: Job) -> Request:
-            made, client = job.prepared, job.client
-            return Request(made.prompt, made.limit, made.seed, client.token, job.end, guides.get(id(job)), made.mask)
+            made, ends = job.prepared, partial(end, job)
+            return Request(made.prompt, made.limit, made.seed, job.client.token, ends, guides.get(id(job)), made.mask)
 
         def arrivals(free: int, fits: Callable[[Request], bool]) -> Sequence[Request]:
+            def joins(job: Job) -> bool:
+                return job.batch == jobs[0].batch and not job.guided and fits(request(job))
+
             with self._changed:
                 self._running = sum(not job.client.gone for job in taken)
-                if any(job.batch != jobs[0].batch for job in self._waiting):
-                    return []
-                joined = self._take(lambda job: not job.guided and fits(request(job)), free)
+                joined = self._take(lambda waiting: list(takewhile(joins, waiting[:free])))
             taken.extend(joined)
             return [request(job) for job in joined]
 

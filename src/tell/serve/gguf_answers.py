@@ -7,28 +7,32 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import Any, cast
 
 from starlette.concurrency import run_in_threadpool
 
 from tell.config import GenerateConfig
+from tell.decode.grammar import check_schema
 from tell.errors import TellError, first_line
-from tell.exports.llama_cpp import LlamaCpp, Wanted
+from tell.exports.llama_cpp import MOST_CONTEXT, LlamaCpp, Wanted
+from tell.exports.to_gguf import context_of
 from tell.rows.prelude import SWITCH
 from tell.serve.chat_request import BAD, STOPPING, TOO_MANY, ApiError, ChatRequest
 from tell.serve.decode_thread import MOST_WAITING
 from tell.serve.reply import TextReply
 from tell.verbs.chat import MOST_NEW_TOKENS
+from tell.verbs.evaluate import Findings
 from tell.verbs.open_run import OpenRun
 
 ROWS = 4
-"""Answers that llama.cpp decodes at once; each has its own room of `tell.exports.llama_cpp.MOST_CONTEXT` tokens."""
+"""Answers that llama.cpp decodes at once; each has its own room of `context_of` or `MOST_CONTEXT` tokens."""
 
 
 class GgufAnswers:
     """Answers the requests of a server with a GGUF file, as the model named like the file.
 
     Args:
-        run: whose decoding is used where a request says nothing; None: greedy.
+        run: whose decoding and room are used where a request says nothing; None: greedy.
 
     Raises:
         TellError: xllamacpp is missing, or it cannot open the file.
@@ -36,11 +40,15 @@ class GgufAnswers:
 
     def __init__(self, file: Path, run: OpenRun | None = None) -> None:
         self.name = file.stem
-        self.generate = GenerateConfig(greedy=True, repetition_penalty=1.0) if run is None else run.config.generate
-        self.seed = 42 if run is None else run.config.seed
-        self.llama = LlamaCpp(file, rows=ROWS)
+        self.generate = GenerateConfig(greedy=True, repetition_penalty=1.0)
+        self.seed, self.limit, context = 42, MOST_NEW_TOKENS, MOST_CONTEXT
+        if run is not None:
+            self.generate, self.seed, context = run.config.generate, run.config.seed, context_of(run)
+            facts = run.folder.read_as(run.folder.findings, Findings)
+            self.limit = self.generate.max_new_tokens or facts.answer_limit
+        self.llama = LlamaCpp(file, context=context, rows=ROWS)
         self._pool = ThreadPoolExecutor(ROWS, thread_name_prefix="llama.cpp")
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # `close` is called by a signal too, in the thread that may hold it
         self._under_way = 0
         self._closing: Callable[[], object] | None = None
 
@@ -88,18 +96,20 @@ class GgufAnswers:
     def _prompt(self, request: ChatRequest) -> list[int]:
         turns = [turn.to_dict() for turn in request.turns()]
         try:
-            return self.llama.prompt_ids(turns)
+            return self.llama.prompt_ids(turns, request.chat_template_kwargs.model_dump())
         except TellError as error:
             raise ApiError(BAD, f"messages: {error.what}", "messages") from error
 
     def _wanted(self, request: ChatRequest, prompt: int) -> Wanted:
-        limit = request.limit or self.generate.max_new_tokens or MOST_NEW_TOKENS
         request.check_room(prompt, self.llama.context)
         schema = request.response_format.schema_of_answers
-        if isinstance(schema, bool):
-            raise ApiError(BAD, "response_format: the schema is not a JSON object", "response_format")
+        try:
+            if schema is not None:
+                check_schema(schema)
+        except TellError as error:
+            raise ApiError(BAD, f"response_format: {error.what}", "response_format") from error
         seed = self.seed if request.seed is None else request.seed
-        return Wanted(limit, seed, tuple(request.stop), schema)
+        return Wanted(request.limit or self.limit, seed, tuple(request.stop), cast("dict[str, Any] | None", schema))
 
     def _work(self, ids: list[int], request: ChatRequest, wanted: Wanted, reply: TextReply) -> None:
         try:

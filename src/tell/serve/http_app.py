@@ -99,7 +99,7 @@ class Gate:
                 host = urlsplit(f"//{request.headers.get('host', '')}").hostname
             if host not in self.hosts:
                 return ApiError(BAD, f"this server is {' or '.join(sorted(self.hosts))}, not {host}")
-        if self.token is None or request.url.path == "/health":
+        if self.token is None or request.scope["path"] == "/health":  # not `url`, which begins with the Host header
             return None
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), self.token.encode()):
@@ -189,7 +189,7 @@ async def _refused(_: Request, error: ApiError) -> Response:
 
 
 async def _no_route(request: Request, error: HTTPException) -> Response:
-    kinds = {404: (NO_PATH, f"there is no {request.url.path}"), 405: (BAD_METHOD, f"not for {request.method}")}
+    kinds = {404: (NO_PATH, f"there is no {request.scope['path']}"), 405: (BAD_METHOD, f"not for {request.method}")}
     refusal, what = kinds.get(error.status_code, (FAILED, error.detail))
     return _respond(ApiError(refusal, what))
 

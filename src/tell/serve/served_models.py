@@ -21,13 +21,13 @@ from tell.names import ARMS, CONSTRAINTS
 from tell.progress import Display, Silent
 from tell.rows.template import ChatTokenizer
 from tell.rows.tokenize import unknown_token
-from tell.run.answers import adapter_ready, arm_anchor, example_turns, shown_turns
+from tell.run.answers import adapter_ready, arm_anchor, shown_turns
 from tell.run.arms import arm_config
 from tell.run.constrained import constrains, kept_constraint, session_grammar
 from tell.run.readouts import Decider
 from tell.run.session import ModelCache, Session
 from tell.serve.chat_request import BAD, ApiError, ChatRequest
-from tell.verbs.chat import MOST_NEW_TOKENS
+from tell.verbs.chat import MOST_NEW_TOKENS, asked
 from tell.verbs.evaluate import Findings, run_kind, run_shots
 from tell.verbs.open_run import OpenRun, open_run
 
@@ -69,6 +69,7 @@ class ServedModel:
         constraint: of its answers, where a request has no schema of its own; None: any text.
         generate: how it decodes where a request says nothing.
         guided: the same, as this arm decides closed fields.
+        limit: most new tokens where a request says nothing: as `tell eval` has it, or `tell chat` for `BASE`.
     """
 
     name: str
@@ -83,6 +84,7 @@ class ServedModel:
     generate: GenerateConfig
     guided: GenerateConfig
     seed: int
+    limit: int
 
     @property
     def chat(self) -> ChatTokenizer:
@@ -97,15 +99,13 @@ class ServedModel:
     @cached_property
     def prefix(self) -> list[int]:
         """Token ids that the prompts of one user turn begin with: header, anchor, examples."""
-        one, other = (self._prompt([Message("user", text)]) for text in ("0", "x"))
+        one, other = (self._prompt(asked([Message("user", text)])) for text in ("0", "x"))
         return one[: shared_prefix([one, other])]
 
-    def _prompt(self, turns: Sequence[Message]) -> list[int]:
-        if turns[0].role == "system" and self.shots:
-            shown = shown_turns(Example.of([*turns, Message("assistant", "")], source="chat", origin=""), self.shots)
-        else:
-            shown = [*example_turns(self.shots), *turns]
-        return self.chat.encode(self.chat.render(self.anchor.apply(shown), add_generation_prompt=True))
+    def _prompt(self, example: Example, *, bare: bool = False) -> list[int]:
+        """Token ids of a conversation, with anchor and fixed examples unless it shall stay ``bare``."""
+        turns = example.prompt if bare else self.anchor.apply(shown_turns(example, self.shots))
+        return self.chat.encode(self.chat.render(turns, add_generation_prompt=True))
 
     def prepare(self, request: ChatRequest) -> Prepared:
         """The request as token ids and decoding, as `tell chat` would have them.
@@ -114,25 +114,25 @@ class ServedModel:
             ApiError: the template refuses the conversation, it does not fit into the context, or no grammar can follow
                 the schema.
         """
-        turns = request.turns()
+        example = asked(request.turns())
         try:
-            prompt = self._prompt(turns)
+            prompt = self._prompt(example, bare=not request.chat_template_kwargs.tell_anchor)
         except TellError as error:
             raise ApiError(BAD, f"messages: {error.what}", "messages") from error
         architecture = self.session.files.architecture
         if unknown := unknown_token(prompt, self.chat, architecture.vocab):
             raise ApiError(BAD, f"messages: {unknown.what}", "messages")
-        limit = request.limit or self.generate.max_new_tokens or MOST_NEW_TOKENS
+        limit = request.limit or self.limit
         most = self.engine.max_positions
         request.check_room(len(prompt), most)
         mask = self._mask(request.response_format.schema_of_answers)
         rule = request.rule(self.generate, constrained=mask is not None)
         return Prepared(
             prompt,
-            Example.of([*turns, Message("assistant", "")], source="chat", origin=""),
+            example,
             Decoding.of(rule, max_new_tokens=1, stop_ids=self.chat.stop_ids, seed=0),
             min(limit, most - len(prompt)),
-            ((self.seed if request.seed is None else request.seed) + len(turns)) % 2**64,
+            ((self.seed if request.seed is None else request.seed) + len(example.prompt)) % 2**64,
             tuple(request.stop),
             mask,
         )
@@ -184,23 +184,26 @@ def open_models(runs: Sequence[Path], display: Display, *, trust_remote_code: bo
     assert first is not None
     first = replace(first, display=Silent())
     rule, seed = first.config.generate, first.config.seed
-    models[BASE] = ServedModel(BASE, "", BASE, first, None, NO_ANCHOR, (), None, None, rule, rule, seed)
+    limit = rule.max_new_tokens or MOST_NEW_TOKENS
+    models[BASE] = ServedModel(BASE, "", BASE, first, None, NO_ANCHOR, (), None, None, rule, rule, seed, limit)
     return models
 
 
 def _check_base(first: Session, session: Session, path: Path) -> None:
-    def base(of: Session) -> tuple[str, str, str, str]:
-        return of.files.name, of.files.fingerprint, of.config.model.dtype, of.config.model.device
+    def base(of: Session) -> tuple[str, str, str, str, str]:
+        files, model = of.files, of.config.model
+        return files.name, model.dtype, model.device, files.fingerprint, files.weights
 
     if base(first)[1:] != base(session)[1:]:
-        there, here = (f"{name} ({dtype}, {device})" for name, _, dtype, device in map(base, (first, session)))
+        there, here = (f"{name} ({dtype}, {device})" for name, dtype, device, *_ in map(base, (first, session)))
         what = f"is a run over {here}, and the first one over {there}"
         raise TellError(what, where=str(path), remedy="Serve runs over different base models by several `tell serve`.")
 
 
 def _models_of(opened: OpenRun, name: str, session: Session, display: Display) -> dict[str, ServedModel]:
     """The models of one run."""
-    kind = run_kind(opened, opened.folder.read_as(opened.folder.findings, Findings).kind)
+    facts = opened.folder.read_as(opened.folder.findings, Findings)
+    kind = run_kind(opened, facts.kind)
     arms = [arm for arm, about in ARMS.items() if not about.in_context and adapter_ready(opened.folder, arm)]
     constraint = None
     if kind.name in CONSTRAINTS:
@@ -229,6 +232,7 @@ def _models_of(opened: OpenRun, name: str, session: Session, display: Display) -
             generate,
             arm_config(opened.config, arm, opened.chosen).generate,
             opened.config.seed,
+            generate.max_new_tokens or facts.answer_limit,
         )
     if f"{name}/tell" in made:
         made[name] = replace(made[f"{name}/tell"], name=name)

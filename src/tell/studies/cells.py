@@ -25,7 +25,7 @@ from tell.config import (
     TrainConfig,
     make_config,
 )
-from tell.data.general import is_builtin, is_empty
+from tell.data.general import SOURCES, general_target, is_builtin, is_empty
 from tell.data.workbook import split_sheet, with_sheet
 from tell.errors import TellError
 from tell.models.find import SMOLLM2
@@ -35,7 +35,8 @@ from tell.nested import dig, fill, nest
 from tell.overrides import override
 from tell.run.arms import AMOUNTS, LIKE_TELL, arm_config
 from tell.run.claim import FREE as FREE_OF_RUNS
-from tell.run.claim import KEYWORDS, PATHS, with_full_paths
+from tell.run.claim import PATHS, is_keyword, with_full_paths
+from tell.run.constrained import constrains
 from tell.run.task import anchor_of
 from tell.score.benchmark_tasks import benchmark_tasks, local_files
 from tell.score.scorer_code import find_scorer_code
@@ -159,7 +160,7 @@ def make_cell(config: Config, arm: str, riders: Sequence[str] = ()) -> Cell:
         parts["rates"] = RATES
     counts = mixture not in (None, "task") and not is_empty(config.general)  # of SFT's steps too
     if counts and is_builtin(config.general) and config.model.name not in (SMOLLM2, HUB_NAME):
-        parts["general"] = FOREIGN_ROWS
+        parts["general"] = [FOREIGN_ROWS, general_target(config, wrote_builtin=False)]
     return Cell(_name(arm, parts), arm, config)
 
 
@@ -191,6 +192,9 @@ def identity(config: Config) -> dict[str, Any]:
     if config.train.general_target == "text":  # the default used to be `text`, which cells do not name
         del data["train"]["general_target"]
     data = {key: value for key, value in data.items() if value != {}}
+    known = SOURCES.get(config.general.source)
+    if known is not None and known.named is not None:
+        data["general"]["revision"] = known.named.revision
     if config.general.source == "auto":  # the default used to be `self`, so this one is hashed too
         data.setdefault("general", {})["source"] = "auto"
     for (section, key), content in contents(config).items():
@@ -207,7 +211,9 @@ def inputs(config: Config) -> dict[tuple[str, str], Path]:
     found: dict[tuple[str, str], Path] = {}
     for section, key in PATHS:
         value = getattr(getattr(config, section), key)
-        if not isinstance(value, str) or value in KEYWORDS or (key == "text" and not value.startswith("@")):
+        if not isinstance(value, str) or is_keyword(section, key, value):
+            continue
+        if key == "text" and not value.startswith("@"):
             continue
         path = Path(value.removeprefix("@") if key == "text" else split_sheet(value)[0])
         if path.exists():
@@ -288,7 +294,9 @@ def neutral(config: Config, arm: str, *, decides: bool) -> Config:
     elif not written:
         out.anchor = AnchorConfig(text=config.anchor.text, place=config.anchor.place)
     without_rows = (trained_on == "general" or (own.adapter is None and not own.in_context)) and not (
-        (own.anchored and written) or (trained_on == "general" and config.general.by_task)
+        (own.anchored and written)
+        or (trained_on == "general" and config.general.by_task)
+        or constrains(config, arm)  # to what the training answers look like
     )
     # Without a set limit, an answer may be 1.5 times as long as the longest training answer.
     if without_rows and config.generate.max_new_tokens is not None:

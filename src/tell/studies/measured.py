@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,12 +15,11 @@ from tell.files import read_jsonl
 from tell.folder import RunFolder
 from tell.metric_names import BENCHMARK, CHANGE
 from tell.number_text import has_interval, is_number
-from tell.report.arm_rows import agrees, row_metrics
-from tell.report.read_run import get, mapping
+from tell.report.arm_rows import agrees, rescorer, row_metrics
+from tell.report.read_run import Run, get, mapping
 from tell.run.answers import adapter_arm
 from tell.score.intervals import Z
 from tell.score.scored import Metric
-from tell.score.scorers import make_scorer
 from tell.studies.stats.shared_rows import SharedRows, levels_and_changes, read_general_rows, read_questions
 
 COSTS = ("steps", "tokens", "flops", "learning_rate", "seconds")  # as a run records them
@@ -101,7 +100,9 @@ class CellReader:
             return None
         path = self.folder.prediction(arm)
         rows = read_jsonl(path) if path.is_file() else []
-        metrics = row_metrics(entries, rows, self._rescore)
+        # packed cells have no schema, and are to give what their folders gave
+        score = rescorer(Run(self.folder, metrics=self.metrics, findings=self.findings), with_schema=False)
+        metrics = row_metrics(entries, rows, score)
         rest = {name: _number(entry) for name, entry in entries.items() if name not in metrics}
         numbers = {name: number for name, number in rest.items() if number is not None}
         trained = mapping(self.metrics, "train", "arms", adapter_arm(arm) or "")
@@ -130,17 +131,6 @@ class CellReader:
         """Device and number format, ``cpu bf16``; empty where the run did not record them."""
         known = mapping(self.findings, "machine")
         return " ".join(str(known[key]) for key in ("device", "dtype") if key in known)
-
-    def _rescore(self, rows: Sequence[dict]) -> Mapping[str, Metric]:
-        """Metrics of the whole corpus, which are not means over rows, from the answers."""
-        kind = get(self.metrics, "task", "kind")
-        if kind not in ("text", "label", "labels"):
-            return {}
-        labels = get(self.findings, "kind", "labels") or sorted({str(row["reference"]) for row in rows})
-        form = get(self.findings, "kind", "form")
-        return make_scorer(kind, labels=labels, form=form).score(
-            [r["answer"] for r in rows], [r["reference"] for r in rows]
-        )
 
     def _numbers(self, arm: str) -> dict[str, Number]:
         """Losses on general text and benchmarks, as levels and as changes from the untuned model."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tell.config import Config
+from tell.data.general import refuse_absent
 from tell.errors import Interrupted
 from tell.files import write_text
 from tell.folder import RunFolder
@@ -62,6 +63,7 @@ def run_cell(
         if separate is not None:
             run_separation(folder, config, separate, display, models)
             return Outcome(host=host)
+        refuse_absent(config.general)
         resume = _resumable(folder, config)
         config = config.model_copy(update={"out": str(folder.root)})
         tune(config, resume=resume, display=display, command="tell study", models=models)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,10 +13,13 @@ from typing import Literal
 from pydantic import BaseModel
 
 from tell.config import Config, make_config
+from tell.data.example import Example
+from tell.data.form import Form
 from tell.data.grow import PARTS, Grown, grow
 from tell.data.sources import load
 from tell.data.split import Splits
-from tell.data.write_examples import write_examples
+from tell.data.unlabelled import load_prompts_of
+from tell.data.write_examples import write_examples, write_prompts
 from tell.errors import TellError
 from tell.files import read_jsonl, write_json, write_jsonl
 from tell.folder import RunFolder
@@ -50,13 +53,30 @@ class AddedRows(BaseModel):
     bound: int
 
 
+class _Data(BaseModel):
+    """``data`` of findings.json."""
+
+    columns: dict[str, str] = {}
+
+
+class _Findings(BaseModel):
+    """The part of findings.json that says which columns were read."""
+
+    data: _Data
+
+
 @dataclass(frozen=True)
 class Addition:
-    """A grown task, before it is written."""
+    """A grown task, before it is written.
+
+    Attributes:
+        prompts: the old run's ``task.unlabelled``, as it read them: the grown rows have other columns.
+    """
 
     opened: OpenRun
     data: str
     grown: Grown
+    prompts: Sequence[Example] | None = None
 
     @property
     def facts(self) -> AddedRows:
@@ -72,6 +92,8 @@ class Addition:
         parts = self.grown.parts
         for name in PARTS:
             write_examples(folder.rows / f"{name}.jsonl", getattr(parts, name))
+        if self.prompts is not None:
+            write_prompts(folder.rows / "unlabelled.jsonl", self.prompts)
         write_json(folder.rows / "added.json", self.facts.model_dump())
         return self.config(folder)
 
@@ -83,6 +105,7 @@ class Addition:
         task = {
             **files,
             "validation": str(folder.rows / "validation.jsonl") if held else None,
+            "unlabelled": str(folder.rows / "unlabelled.jsonl") if self.prompts is not None else None,
             **({} if held else {"validation_fraction": 0.0}),
             **dict.fromkeys(("columns", "prompt", "rows", "tokens", "test_rows")),
             "answer": (),
@@ -121,7 +144,7 @@ def add(
         The new run's folder.
 
     Raises:
-        TellError: no such run, its rows are gone, no new row, or what `tell.tune` refuses.
+        TellError: no such run, its rows are gone, no new row, ``out`` is in the old run, or what `tell.tune` refuses.
         Interrupted: SIGINT or SIGTERM; the folder can be resumed.
     """
     display = display or Silent()
@@ -134,6 +157,7 @@ def add(
     else:
         addition = read_addition(opened, data, display)
         folder = RunFolder(out or _next(opened.folder.root))
+        _check_apart(folder.root, opened.folder.root)
         claim(addition.config(folder), resume=False, overwrite=start == "overwrite")
         folder = _tune(addition, folder, overwrite=start == "overwrite", display=display, command=command)
     write_json(folder.added, compare_runs(opened, folder, display))
@@ -186,10 +210,22 @@ def read_addition(opened: OpenRun, data: str | Path, display: Display) -> Additi
     if not any(grown.new.values()):
         what = f"all of its {len(more):,} rows are already in {opened.folder.root}"
         raise TellError(what, where=str(data), remedy="Give a file with new rows.")
-    addition = Addition(opened, str(data), grown)
+    addition = Addition(opened, str(data), grown, _old_prompts(opened, display))
     for text in describe_addition(addition.facts):
         display.note(text)
     return addition
+
+
+def _old_prompts(opened: OpenRun, display: Display) -> Sequence[Example] | None:
+    """The prompts of the run's ``task.unlabelled``, by the run's own columns; None where it has none."""
+    path, read_by = opened.config.task.unlabelled, opened.read_by
+    if path is None:
+        return None
+    columns = opened.folder.read_as(opened.folder.findings, _Findings).data.columns
+    found = load_prompts_of(path, columns, read_by if isinstance(read_by, Form) else None)
+    for text in (*found.notices, *left_out(found.dropped)):
+        display.note(text)
+    return found.examples
 
 
 def describe_addition(facts: AddedRows) -> list[str]:
@@ -212,6 +248,17 @@ def _next(root: Path) -> Path:
     while (root.resolve().parent / f"{stem}-{n}").exists():
         n += 1
     return root.parent / f"{stem}-{n}" if root.name else root.resolve().parent / f"{stem}-{n}"
+
+
+def _check_apart(out: Path, old: Path) -> None:
+    """Refuse a new run in the old one's folder: it is to be compared with it.
+
+    Raises:
+        TellError: ``out`` is the old run, or a folder in it.
+    """
+    if out.resolve().is_relative_to(old.resolve()):
+        what = "is the run to which rows are added" if out.resolve() == old.resolve() else f"is in the run {old}"
+        raise TellError(what, where=f"--out {out}", remedy="Choose another --out; the old run stays as it is.")
 
 
 def _resumed(opened: OpenRun, out: str | Path | None) -> Config:

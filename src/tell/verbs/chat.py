@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ from tell.data.example import Example, Message
 from tell.decode.answer_text import AnswerText
 from tell.errors import TellError
 from tell.names import ARMS, Constrain
-from tell.run.answers import arm_anchor, example_turns
+from tell.run.answers import arm_anchor, shown_turns
 from tell.run.arms import arm_config
 from tell.run.constrained import check_masks, kept_constraint, session_grammar
 from tell.verbs.evaluate import Findings, run_kind, run_shots
@@ -25,6 +25,11 @@ if TYPE_CHECKING:
     from tell.decode.guide import Guide
 
 MOST_NEW_TOKENS = 512
+
+
+def asked(turns: Sequence[Message]) -> Example:
+    """A conversation that waits for its answer, as a test row is."""
+    return Example.of([*turns, Message("assistant", "")], source="chat", origin="")
 
 
 class _ReaderLeft(Exception):
@@ -90,17 +95,16 @@ class ChatSession:
         """The guide of the next answer; its readout needs the untuned weights for a moment."""
         if self._decider is None:
             return None
-        example = Example.of([*turns, Message("assistant", "")], source="chat", origin="")
         self._stack.close()
         try:
-            return self._decider.guides_of(self.session, [example])(self._generate)
+            return self._decider.guides_of(self.session, [asked(turns)])(self._generate)
         finally:
             self._apply()
 
-    def _shots(self) -> tuple[list[Message], bool]:
-        """Turns of the run's fixed examples (``task.shots``), and whether they can no longer be found."""
+    def _shots(self) -> tuple[list[Example], bool]:
+        """The run's fixed examples (``task.shots``), and whether they can no longer be found."""
         try:
-            return example_turns(run_shots(self.opened)), False
+            return run_shots(self.opened), False
         except TellError:
             return [], True
 
@@ -129,7 +133,8 @@ class ChatSession:
 
         chat, config = self.opened.chat, self.opened.config
         turns = [*self.history, Message("user", text)]
-        prompt = chat.encode(chat.render(self.anchor.apply([*self.shots, *turns]), add_generation_prompt=True))
+        shown = self.anchor.apply(shown_turns(asked(turns), self.shots))
+        prompt = chat.encode(chat.render(shown, add_generation_prompt=True))
         rule = config.generate
         if self.greedy is not None:
             rule = rule.model_copy(update={"greedy": self.greedy})

@@ -82,6 +82,10 @@ def evaluate(
     if not arms:
         same = twins(wanted, decides=decides, constrains=kind.name in CONSTRAINTS and choice == "off")
         wanted = [arm for arm in wanted if arm not in same]
+    adapters = {arm: opened.adapter(arm) for arm in wanted}
+    if free := [arm for arm in wanted if ARMS[arm].constrained and kind.name not in CONSTRAINTS]:
+        what = f"answers of kind {kind.name} have no schema or labels that they could be constrained to"
+        raise TellError(what, where=f"--arms {free[0]}", remedy="Leave the arm out.")
     constrained = any_constrained(config, kind.name, wanted)
     check_engine(config, decides=decides, constrains=constrained)
     session = opened.session(config, display, stream=decides or constrained)
@@ -91,7 +95,6 @@ def evaluate(
             where=str(opened.folder.root),
             remedy=f"Run `tell tune` again; {CELL_ADAPTER}",
         )
-    adapters = {arm: opened.adapter(arm) for arm in wanted}
     opened.folder.read_as(opened.folder.metrics, Metrics)  # damage is reported now, not after the arms have answered
     metrics = opened.folder.read(opened.folder.metrics)
     train, examples, shots = run_examples(opened, test, display, need_train=any(ARMS[arm].in_context for arm in wanted))
@@ -180,6 +183,7 @@ class KindFacts(BaseModel):
     schema_inferred: bool
     labels: list[str] | None = None
     form: str | None = None
+    shown: dict[str, Any] | None = None
 
     @model_validator(mode="after")
     def _has_its_form(self) -> KindFacts:
@@ -243,7 +247,7 @@ def run_kind(opened: OpenRun, facts: KindFacts) -> Kind:
     folder = opened.folder
     schema = folder.read(folder.schema) if folder.schema.exists() else None
     labels = tuple(facts.labels) if facts.labels else None
-    return Kind(facts.name, schema, facts.schema_inferred, labels, facts.why, form=facts.form)
+    return Kind(facts.name, schema, facts.schema_inferred, labels, facts.why, facts.shown, facts.form)
 
 
 def run_examples(

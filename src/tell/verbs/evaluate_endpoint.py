@@ -10,7 +10,7 @@ from typing import Any
 
 from tell.anchor.anchor import NO_ANCHOR
 from tell.chat_client import AnswerCache, ChatClient, Completion, Endpoint, Messages, Refused, digest
-from tell.config import Config
+from tell.config import Config, GenerateConfig
 from tell.data.example import Example
 from tell.data.kind import misfits
 from tell.data.subset import take_rows
@@ -20,6 +20,7 @@ from tell.progress import Display, Silent
 from tell.run.answer_loss import answer_loss_metric, kept_answer_losses
 from tell.run.answers import arm_numbers, score_rows, scorer_of, shown_turns
 from tell.run.claim import Trust, check_trust
+from tell.run.measure import label_parts
 from tell.score.scored import Metric, Scorer, primary_of
 from tell.shown import brief, one_line
 from tell.verbs.evaluate import KEPT, Findings, Metrics, changed_config, run_examples, run_kind
@@ -39,6 +40,7 @@ class Server:
         url: e.g. ``http://localhost:8000/v1``.
         model: its name of the model; None: the only one that it lists, or the run's own name.
         anchored: whether the anchor is put on the prompts; None: unless the server is `tell serve`, which does so.
+            Where it is False, the fixed examples are left out too: the model's own template may have both.
         key_name: the environment variable of the API key.
         concurrency: requests at once.
         retries: of a request, as of `Endpoint`.
@@ -84,6 +86,10 @@ def evaluate_endpoint(
     opened = open_run(run, trust_remote_code=trust.code)
     check_trust(opened.folder, opened.config, code=trust.code, scorer=trust.scorer)
     config, seed = changed_config(opened, overrides)
+    for key in ("closed", "constrain"):
+        if getattr(config.generate, key) != getattr(opened.config.generate, key):
+            what = "has no effect on a server, which decides for itself"
+            raise TellError(what, where=f"generate.{key}", remedy="Leave it out, or name the model of another arm.")
     opened.folder.read_as(opened.folder.metrics, Metrics)
     metrics = opened.folder.read(opened.folder.metrics)
     facts = opened.folder.read_as(opened.folder.findings, Findings)
@@ -102,14 +108,26 @@ def evaluate_endpoint(
     scored = {arm: _score(scorer, found, config) for arm, found in answers.items()}
     write_jsonl(opened.folder.evaluated(ENDPOINT), answered)
     values, gaps = arm_numbers(scored, seed=seed, samples=config.eval.bootstrap)
+    drawn = config.model_copy(update={"seed": seed})
     return {
         "task": {"kind": facts.kind.name, "primary": primary_of(scorer, scored.values())},
         "arms": values,
         "differences": gaps,
         "eval": {"arms": {ENDPOINT: {key: sum(row[key] for row in answered) for key in ("prompt_tokens", "tokens")}}},
+        **label_parts(answers, scored, drawn, kind),
         **{key: metrics.get(key) for key in KEPT},
         ENDPOINT: questions.about,
     }
+
+
+def _sampling(rule: GenerateConfig, knows_all: bool) -> dict[str, float]:
+    """The sampler as a request says it; with what is not part of OpenAI's API where the server knows that."""
+    said: dict[str, float] = {"temperature": 0.0} if rule.greedy else {"temperature": rule.temperature}
+    more: dict[str, float] = {"repetition_penalty": rule.repetition_penalty} if rule.repetition_penalty != 1 else {}
+    if not rule.greedy:
+        said["top_p"] = rule.top_p
+        more |= {"top_k": rule.top_k} if rule.top_k else {}
+    return said | (more if knows_all else {})
 
 
 def _score(scorer: Scorer, rows: list[dict], config: Config) -> dict[str, Metric]:
@@ -162,6 +180,11 @@ class _Questions:
         return isinstance(self.card.get("tell"), dict)
 
     @property
+    def shows(self) -> bool:
+        """Whether the fixed examples are put before the prompts."""
+        return not self.applies and self.server.anchored is not False
+
+    @property
     def about(self) -> dict[str, Any]:
         """``endpoint`` of the scores."""
         anchor = "prompts" if self.anchored else "server" if self._server_anchors else "none"
@@ -185,9 +208,10 @@ class _Questions:
         model = server.model or _only(listed, opened.folder.root.resolve().name)
         card = listed.get(model, {})
         applies = isinstance(card.get("tell"), dict)
-        rule, same = config.generate, config.generate == opened.config.generate
-        sampling = {"temperature": rule.temperature, "top_p": rule.top_p}
-        said = {} if applies and same else {"temperature": 0.0} if rule.greedy else sampling
+        own = applies and card["tell"].get("run") == opened.folder.root.resolve().name
+        said = {} if own and config.generate == opened.config.generate else _sampling(config.generate, applies)
+        if not applies and (lost := _sampling(config.generate, True).keys() - said.keys()):
+            display.note(f"not sent, since only `tell serve` knows them: {', '.join(sorted(lost))}")
         anchored = (not applies if server.anchored is None else server.anchored) and bool(opened.anchor)
         made = cls(opened, server, ChatClient(replace(endpoint, model=model), {}), card, anchored, said)
         told = {"prompts": "the anchor is in the prompts", "server": "the server puts the anchor on the prompts itself"}
@@ -198,7 +222,7 @@ class _Questions:
 
     def messages(self, example: Example, shots: Sequence[Example]) -> Messages:
         """The conversation of a test row as the server gets it."""
-        shown = list(example.prompt) if self.applies else shown_turns(example, shots)
+        shown = shown_turns(example, shots) if self.shows else list(example.prompt)
         turns = (self.opened.anchor if self.anchored else NO_ANCHOR).apply(shown)
         if any(turn.extra or turn.tools for turn in turns):
             remedy = "Score rows without tools, by --test."
@@ -212,6 +236,11 @@ class _Questions:
         self.client.options = {**self.said, "max_tokens": limit if self.applies else ROOMIER * limit}
         if not self.applies or seed != self.opened.config.seed:
             self.client.options["seed"] = seed
+        if shots and self.shows:
+            display.note(
+                "the fixed examples are in the prompts (--no-anchor leaves anchor and examples to the server: a model "
+                "by `tell export` adds its examples itself, and would show them twice)"
+            )
         sent = dict(self.client.options)
         asked = [self.messages(example, shots) for example in examples]
         # a server of ours may have another model under the same name after a new start

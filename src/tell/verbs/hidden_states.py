@@ -10,8 +10,7 @@ from tell.anchor.anchor import NO_ANCHOR, Anchor
 from tell.anchor.separation import Separation, jackknife_error
 from tell.config import Config
 from tell.data.example import Example
-from tell.data.general import is_file_or_hub
-from tell.data.sources import load
+from tell.data.general import given_rows, is_given
 from tell.errors import TellError
 from tell.rows.template import ChatTokenizer
 from tell.rows.tokenize import CHUNK, prompt_ids
@@ -22,6 +21,7 @@ from tell.score.probe import load_probe
 from tell.seeds import permutation
 
 QUERIES = 50
+QUERY_TOKENS = 400  # of a general row, to estimate how much of a named set is needed
 
 
 def layer_numbers(layer: str, layers: int) -> list[int]:
@@ -51,11 +51,7 @@ def general_queries(
     """
     config = task.config
     general = config.general
-    rows = (
-        load(general.source, name="general", columns=general.columns).examples
-        if is_file_or_hub(general)
-        else load_probe()
-    )
+    rows = given_rows(general, most * QUERY_TOKENS).examples if is_given(general) else load_probe()
     rows = [rows[int(i)] for i in permutation(len(rows), config.seed, "separate", "general")]
     positions = task.files.architecture.max_positions or 10**9
     if lengths is None:

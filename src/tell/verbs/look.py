@@ -58,7 +58,8 @@ class _Seen:
 
     @property
     def parts(self) -> dict[str, list[Example]]:
-        return {"train": self.rows.train, "validation": self.rows.validation, "test": self.rows.test}
+        validation = self.rows.whole_validation if isinstance(self.rows, Task) else self.rows.validation
+        return {"train": self.rows.train, "validation": validation, "test": self.rows.test}
 
     @property
     def task(self) -> Task | None:
@@ -100,9 +101,9 @@ def look(config: Config, *, rows: int = SHOWN, page: str | Path | None = None, d
         check_replaceable(page, "--html")
     notices = Notices(display or Silent())
     seen = _see(config, notices)
-    parts, (data, given, _) = seen.parts, seen.read
-    fields = balance(seen.rows.kind, parts)
-    every = [*data.examples, *(given.examples if given else ())]
+    parts, data = seen.parts, seen.read.data
+    fields = balance(seen.rows.kind, parts, seed=config.seed, samples=config.eval.bootstrap)
+    every = [example for loaded in seen.read.files for example in loaded.examples]
     findings = row_findings(every, seen.rows.facts)
     if (compared := findings["near_duplicates"]["compared"]) < len(every):
         notices.add(f"near-duplicates are looked for among the first {compared:,} of {len(every):,} rows")
@@ -146,7 +147,8 @@ def _see(config: Config, notices: Notices) -> _Seen:
         )
     except NotFetched as error:
         rows = split_task(config, read)
-        said = [*read[0].notices, *(read[1].notices if read[1] else ()), rows.widened, *rows.missing]
+        said = [text for loaded in read.files for text in loaded.notices]
+        said += [rows.lost, rows.widened, *rows.missing]
         for text in filter(None, said):
             notices.add(text)
         return _Seen(read, rows, anchor, refused, str(error))

@@ -13,9 +13,11 @@ from tell.data.json_text import nfc, parse_strict
 from tell.data.kind import Kind
 from tell.data.overlap import Overlap, find_duplicates
 from tell.data.split import prompt_groups
+from tell.metric_names import metric
 from tell.number_text import as_typed, show
 from tell.run.task_rows import DataFacts, overlap_facts
-from tell.score.intervals import is_gain, wilson
+from tell.score.intervals import estimate, is_gain, wilson
+from tell.score.label_table import best_constant, label_scorer
 from tell.shown import brief, shorten
 
 LISTED = 50  # rows listed of each finding; the counts cover all of them
@@ -33,41 +35,65 @@ def listed(rows: Iterable[dict]) -> dict:
     return {"total": len(every), "rows": every[:LISTED]}
 
 
-def balance(kind: Kind, parts: Mapping[str, Sequence[Example]]) -> list[dict]:
+def balance(kind: Kind, parts: Mapping[str, Sequence[Example]], *, seed: int, samples: int) -> list[dict]:
     """``fields``: each closed field with the counts of its values in each part, and the best constant answer.
 
     Args:
         parts: rows of ``train``, ``validation`` and ``test``.
+        seed, samples: of the bootstrap.
     """
     fields = closed_fields(kind, parts["train"])
     if not fields and kind.name == "label" and kind.labels:  # all training rows have one label
         fields = [ClosedField((), "value", kind.labels)]
-    return [_balance(one, parts) for one in fields]
+    answers = [example.answer for example in parts["test"]]
+    draws = {"seed": seed, "samples": samples}
+    return [{**_balance(one, parts), "constant": _constant(kind, one, answers, draws)} for one in fields]
 
 
 def _balance(one: ClosedField, parts: Mapping[str, Sequence[Example]]) -> dict:
     counts: dict[str, np.ndarray] = {}
     sizes: dict[str, int] = {}
     for name, part in parts.items():
-        targets = [target for example in part if (target := one.target(example.answer)) is not None]
-        counts[name] = np.sum(targets, axis=0) if targets else np.zeros(one.classes)
-        sizes[name] = len(targets)
+        counts[name], sizes[name] = _counts(one, [example.answer for example in part])
     names = [*one.values, "(other)"][: one.classes]
     order = np.argsort(-np.sum(list(counts.values()), axis=0), kind="stable").tolist()
     values = [{"value": names[c], **{name: int(count[c]) for name, count in counts.items()}} for c in order]
-    constant, n = None, sizes["test"]
-    if n and not one.is_set:  # the best of all constant answers, so that no lucky one is above it
-        best = int(np.argmax(counts["test"][: len(one.values)]))
-        right = int(counts["test"][best])
-        ci = list(wilson(right, n))
-        constant = {"value": names[best], "right": right, "n": n, "share": right / n, "ci": ci}
     return {
         "field": one.name,
         "rows": sizes,
         "values": values[:MOST_VALUES],
         "more_values": len(values[MOST_VALUES:]),
-        "constant": constant,
     }
+
+
+def _counts(one: ClosedField, answers: Sequence[str]) -> tuple[np.ndarray, int]:
+    """(classes,) how often each value occurs, and how many answers have one."""
+    targets = [target for answer in answers if (target := one.target(answer)) is not None]
+    return np.sum(targets, axis=0) if targets else np.zeros(one.classes), len(targets)
+
+
+def _constant(kind: Kind, one: ClosedField, answers: Sequence[str], draws: Mapping[str, int]) -> dict | None:
+    """The best of all constant answers to the test rows, so that no lucky one is above it; None for a list in a JSON.
+
+    Of labels it is the baseline of a run's report. Its score is a share of all test rows, also of those whose value
+    is in no training row; ``right`` is None where the metric counts no rows.
+    """
+    n = len(answers)
+    if not n or (one.is_set and one.path):
+        return None
+    if not one.path and (scorer := label_scorer(kind)) is not None:
+        value, scores = best_constant(kind, scorer, answers)
+        score = scores[scorer.primary]
+        if not score.binary:
+            found = estimate(score, **draws)
+            about = {"metric": scorer.primary, "right": None, "n": n}
+            return {"value": value, **about, "share": found["value"], "ci": found["ci"]}
+        name, right = scorer.primary, int(score.per_row.sum())
+    else:
+        counts, _ = _counts(one, answers)
+        best = int(np.argmax(counts[: len(one.values)]))
+        value, right, name = one.values[best], int(counts[best]), "accuracy"
+    return {"value": value, "metric": name, "right": right, "n": n, "share": right / n, "ci": list(wilson(right, n))}
 
 
 def row_findings(rows: Sequence[Example], facts: DataFacts) -> dict:
@@ -129,15 +155,17 @@ def intervals(n: int, fields: Sequence[dict]) -> list[dict]:
     words = f"with {_rows(n)} a score of 90 % has an interval of {_range(low, high, digits)}: {least}"
     found = [{"score": GOOD, "n": n, "ci": [low, high], "gain_rows": gain, "words": words}]
     constant = fields[0]["constant"] if len(fields) == 1 else None
-    if constant and constant["n"] == n:
-        right, (low, high) = constant["right"], constant["ci"]
-        gain = next((k for k in range(1, n - right + 1) if is_gain(right, right + k, n)), None)
-        more = " or more" if gain and right + gain < n else ""
-        least = f"only a score of {_percent((right + gain) / n, digits)}{more} is" if gain else "no score can be"
+    if constant:
+        right, (low, high), gain = constant["right"], constant["ci"], None
         words = (
             f"with {_rows(n)} the constant baseline, {_percent(constant['share'], digits)}, has an interval of "
-            f"{_range(low, high, digits)}: {least} seen to be better"
+            f"{_range(low, high, digits)}"
         )
+        if right is not None:
+            gain = next((k for k in range(1, n - right + 1) if is_gain(right, right + k, n)), None)
+            more = " or more" if gain and right + gain < n else ""
+            least = f"only a score of {_percent((right + gain) / n, digits)}{more} is" if gain else "no score can be"
+            words += f": {least} seen to be better"
         found.append({"score": constant["share"], "n": n, "ci": [low, high], "gain_rows": gain, "words": words})
     return found
 
@@ -159,8 +187,11 @@ def constant_words(one: Mapping) -> str | None:
     constant = one["constant"]
     if constant is None:
         return None
-    text = f"answering {brief(constant['value'])} to everything gives {_percent(constant['share'])}"
-    return text if one["field"] == "label" else f"field {brief(one['field'].removesuffix(' empty'))}: {text}"
+    score = "" if constant["right"] is not None else f"a {metric(constant['metric']).phrase} of "
+    text = f"answering {brief(constant['value'])} to everything gives {score}{_percent(constant['share'])}"
+    return (
+        text if one["field"] in ("label", "labels[]") else f"field {brief(one['field'].removesuffix(' empty'))}: {text}"
+    )
 
 
 def checks(found: Mapping) -> list[dict]:

@@ -11,7 +11,8 @@ from tell.anchor.anchor import Anchor
 from tell.config import Config
 from tell.data.form import CellType, Form, form_of
 from tell.errors import TellError
-from tell.folder import RunFolder
+from tell.files import DAMAGED, read_json
+from tell.folder import AdapterFolder, RunFolder
 from tell.models.find import ModelFiles, find_model
 from tell.names import ARMS
 from tell.progress import Display, Silent
@@ -26,6 +27,8 @@ from tell.run.search_record import chosen_settings
 from tell.run.session import Session
 
 CELL_ADAPTER = f"for a cell of a study, {REMAKE[0].lower()}{REMAKE[1:]}"
+
+AS_IT_WAS = "Put the model back as it was (model.revision pins one of the hub), or run `tell tune` again."
 
 
 class _Form(BaseModel):
@@ -100,7 +103,7 @@ class OpenRun:
         """The adapter of an arm.
 
         Raises:
-            TellError: unknown arm, or one this run did not train.
+            TellError: unknown arm, one this run did not train, or the base model's weights are others now.
         """
         if arm not in ARMS:
             raise TellError(f"unknown arm {arm!r}", where="--arm", remedy=f"Use one of {', '.join(ARMS)}.")
@@ -110,7 +113,19 @@ class OpenRun:
                 where=str(self.folder.root),
                 remedy=f"Run `tell tune` with --arms that include {arm}, or choose another arm; {CELL_ADAPTER}",
             )
-        return adapter_folder(self.folder, arm)
+        place = adapter_folder(self.folder, arm)
+        if place is not None:
+            self._check_weights(AdapterFolder(place))
+        return place
+
+    def _check_weights(self, adapter: AdapterFolder) -> None:
+        """Refuse to put an adapter on other weights than it was trained on, where its notes know these."""
+        notes = read_json(adapter.notes, remedy=DAMAGED) if adapter.notes.exists() else {}
+        known = notes.get("base_weights")
+        if known and known != self.files.weights:
+            raise TellError(
+                "its weights changed since this run was trained", where=str(self.files.path), remedy=AS_IT_WAS
+            )
 
 
 def open_run(run: str | Path, *, trust_remote_code: bool = False) -> OpenRun:

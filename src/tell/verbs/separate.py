@@ -13,7 +13,7 @@ from tell.anchor.anchor import Anchor
 from tell.anchor.separation import CONTRASTS, FEWEST, Separation, length_hits, separate_states, tsne
 from tell.config import Config
 from tell.data.example import Example
-from tell.data.general import is_file_or_hub
+from tell.data.general import is_given
 from tell.errors import TellError
 from tell.files import write_json
 from tell.folder import RunFolder
@@ -93,7 +93,7 @@ def separate(
     display, files = display or Silent(), _output(out, overwrite)
     if compare.adapter is not None and run is None:
         raise TellError("an adapter needs its run", where="--adapter", remedy="Pass a run folder instead of data.")
-    given = is_file_or_hub(config.general)
+    given = is_given(config.general)
     if not given:
         display.note("no general source given: TELL's own general prompts are used")
     opened = open_run(run, trust_remote_code=config.model.trust_remote_code) if run is not None else None

@@ -14,7 +14,7 @@ from tell.anchor.anchor import Anchor
 from tell.anchor.separation import FEWEST, separate_states
 from tell.config import Config
 from tell.data.example import Example
-from tell.data.general import is_file_or_hub
+from tell.data.general import is_given
 from tell.errors import Diverged, TellError
 from tell.mix.amount import Draw
 from tell.mix.mixture import Mixture, build, build_repeated
@@ -99,7 +99,7 @@ def _wanted(config: Config, scores: Sequence[str] | None, short_steps: int | Non
     Raises:
         TellError: an unknown score, or one that lacks its data.
     """
-    general = is_file_or_hub(config.general)
+    general = is_given(config.general)
     if short_steps is not None and short_steps < 1:
         raise TellError(f"{short_steps} steps", where="--short-steps", remedy="Set it to 1 or more.")
     if scores is None:
@@ -172,7 +172,7 @@ def short_runs(task: Task, session: Session, anchors: Sequence[Anchor], steps: i
     train, validation = _short_rows(task, anchors, rules)
     general = None
     total = steps * config.train.batch_size
-    if is_file_or_hub(config.general):
+    if is_given(config.general):
         examples = general_queries(task, most=total // 2)
         general = tokenize(examples, chat, source="general", rules=replace(rules, misfit="drop"))
     out: list[np.ndarray] = []
