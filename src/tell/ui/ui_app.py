@@ -67,7 +67,7 @@ def static(name: str) -> bytes:
     return folder.joinpath(name).read_bytes()
 
 
-def html(template: str, status: int = 200, **context: object) -> HTMLResponse:
+def html(template: str, status: int = 200, /, **context: object) -> HTMLResponse:
     text = pages().get_template(f"{template}.html.j2").render(**context)
     return HTMLResponse(text.encode("utf-8", "replace"), status)
 
@@ -75,7 +75,7 @@ def html(template: str, status: int = 200, **context: object) -> HTMLResponse:
 def part(request: Request, shown: str, title: str, /, **context: object) -> HTMLResponse:
     """A page of one part, or the part alone where htmx asks for it again."""
     template = shown if request.headers.get("hx-request") else "page"
-    return html(template, part=shown, title=title, **context)
+    return html(template, 200, part=shown, title=title, **context)
 
 
 def in_frame(page: str, style: str = "") -> HTMLResponse:
