@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.options import DECODE_PEERS, PARTS, PEERS, Bench, Options, prepare, require_positive
-from tell.config import DEVICES
+from tell.config_sections import DEVICES
 from tell.errors import TellError
 
 

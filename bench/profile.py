@@ -26,7 +26,7 @@ from torch import Tensor
 
 from bench.options import require_positive
 from bench.rows import Rows, make_rows, plain_tokens
-from tell.config import TrainConfig
+from tell.config_sections import TrainConfig
 from tell.errors import TellError
 from tell.kernels import keep_memory, library, reason
 from tell.kernels.ops import Kernels

@@ -25,7 +25,9 @@ GROUND = {
     "cpu",
     "progress",
     "folder",
+    "arm",
     "config",
+    "config_sections",
     "presets",
     "metric_names",
     "names",
@@ -85,7 +87,9 @@ EXCEPTIONS = {
     "run/tune.py": {"verbs"},
 }
 NO_TORCH = (
+    "arm",
     "config",
+    "config_sections",
     "metric_names",
     "names",
     "number_text",

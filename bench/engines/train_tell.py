@@ -12,12 +12,13 @@ from bench.engines.serve import Build, serve_builds, versions
 from bench.rows import Rows
 from bench.worker import Channel, reset_peak
 from tell import __version__
-from tell.config import TrainConfig
+from tell.config_sections import TrainConfig
 from tell.mix.mixture import Mixture
 from tell.models.find import find_model
 from tell.models.load import load_model
 from tell.rows.row_table import RowTable
-from tell.train.trainer import StepReport, Trainer, TrainingHooks, TrainingJob
+from tell.train.trainer import StepReport, Trainer
+from tell.train.training_job import TrainingHooks, TrainingJob
 
 
 def run(channel: Channel, spec: dict[str, Any]) -> None:

@@ -110,9 +110,10 @@ def resumed(device: str) -> dict[str, Any]:
     from safetensors.torch import load_file
 
     from bench.engines.train_tell import _mixture
-    from tell.config import TrainConfig
+    from tell.config_sections import TrainConfig
     from tell.errors import Interrupted
-    from tell.train.trainer import Trainer, TrainingHooks, TrainingJob
+    from tell.train.trainer import Trainer
+    from tell.train.training_job import TrainingHooks, TrainingJob
 
     rows, out = rows_for("tiny", 48, 0.2), {}
     mixture = _mixture(rows, torch.randperm(48, generator=torch.Generator().manual_seed(1)).numpy())
@@ -174,7 +175,7 @@ def _losses(
     model: Any, rows: list[Any], device: str, steps: int, fast: str = "auto"
 ) -> tuple[list[float], list[float], torch.Tensor]:
     """Loss and gradient norm of each step, and the adapter at the end, as Trainer computes them."""
-    from tell.config import TrainConfig
+    from tell.config_sections import TrainConfig
     from tell.train.lora import add_lora, remove_lora
     from tell.train.plain import PlainBody, plain_step_loss
     from tell.train.step import Body, StepRules, step_loss
@@ -202,7 +203,7 @@ def _losses(
 
 def merge(run: Run) -> dict[str, Any]:
     """Seconds and memory to fold an adapter in and out, with its originals on the card and in pinned host memory."""
-    from tell.config import TrainConfig
+    from tell.config_sections import TrainConfig
     from tell.train import lora
 
     size, out = run.sizes[-1], {}

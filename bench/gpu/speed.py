@@ -23,7 +23,7 @@ class Tell:
     """TELL's training step."""
 
     def __init__(self, size: str, run: Run) -> None:
-        from tell.config import TrainConfig
+        from tell.config_sections import TrainConfig
         from tell.train.lora import add_lora
         from tell.train.step import Body
 

@@ -14,7 +14,8 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from tell.config import Config, SelfConfig
+from tell.config import Config
+from tell.config_sections import SelfConfig
 from tell.data.builtin import PROMPTS, WITNESS
 from tell.files import read_jsonl, write_jsonl
 from tell.models.find import find_model

@@ -74,18 +74,32 @@ def read(path: Path) -> dict[Key, dict[int, np.ndarray]]:
 
 
 def show_scores(path: Path) -> None:
-    """The mean score of each arm over its seeds, and the mean losses of what it was tuned to."""
+    """The mean score of each arm over its seeds with its interval, and the mean losses of what it was tuned to.
+
+    Losses are over all tasks and sizes, and over the four tasks of the README at each size.
+    """
+    rng = np.random.default_rng(0)
     for (model, task, rows, arm), seeds in read(path).items():
-        values = [float(item_f1(scores) if scores.ndim == 2 else share(scores)) for scores in seeds.values()]
-        print(f"{model}, {task}, {rows} rows, {arm}: {100 * np.mean(values):.1f} ({len(values)} seeds)")
-    losses: dict[tuple[str, str, str], list[tuple[float, float]]] = defaultdict(list)
+        values, draws = [], []
+        for scores in seeds.values():
+            value = item_f1 if scores.ndim == 2 else share
+            values.append(float(value(scores)))
+            draws.append(value(scores[rng.integers(0, len(scores), (SAMPLES, len(scores)))]))
+        low, high = np.percentile(np.mean(draws, axis=0), [2.5, 97.5])
+        score = f"{100 * np.mean(values):.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+        print(f"{model}, {task}, {rows} rows, {arm}: {score} ({len(values)} seeds)")
+    losses: dict[tuple[str, str, str, str], list[tuple[float, float]]] = defaultdict(list)
     with gzip.open(path, "rt") as lines:
         for one in map(json.loads, lines):
             for name, loss in ({} if one["settings"] else one["loss"]).items():
-                losses[one["model"], one["arm"], name].append((loss, one["untuned loss"][name]))
-    for (model, arm, name), pairs in losses.items():
-        tuned, untuned = np.mean(pairs, axis=0)
-        print(f"{model}, {arm}, {name}: loss {tuned:.3f}, untuned {untuned:.3f} ({len(pairs)} cells)")
+                pair = (loss, one["untuned loss"][name])
+                losses[one["model"], one["arm"], name, "all"].append(pair)
+                if one["task"] != "halu":
+                    losses[one["model"], one["arm"], name, f"{one['rows']} rows, without Halu"].append(pair)
+    for (model, arm, name, which), pairs in losses.items():
+        (tuned, untuned), worst = np.mean(pairs, axis=0), max(tuned - untuned for tuned, untuned in pairs)
+        means = f"loss {tuned:.3f}, untuned {untuned:.3f}, at most {worst:+.3f} above it"
+        print(f"{model}, {arm}, {name}, {which}: {means} ({len(pairs)} cells)")
 
 
 def draws_of(a: dict[int, np.ndarray], b: dict[int, np.ndarray], rng: np.random.Generator) -> tuple[float, np.ndarray]:

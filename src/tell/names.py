@@ -6,78 +6,9 @@ A new arm is an entry of ``_ARMS``.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
-Mixture = Literal["task", "task-matched", "task-repeated", "general", "mixed", "pseudo", "pseudo-matched"]
-Colour = Literal["blue", "orange", "green", "pink", "ochre", "grey", "violet"]
-TASK_SOURCES = ("task", "exemplars")
-"""Sources of a mixture that are task rows: as they are, and with other task rows in their prompts."""
-KindName = Literal["json", "label", "labels", "text"]
-"""Kinds of a task, by its answers (`tell.data.kind`): objects, one of few labels, lists of labels, free text."""
-Closed = Literal["off", "likelihood", "readout", "fused"]
-"""How closed fields (`tell.data.closed`) are answered: as the other text, by the model among their values, by the
-readout, or by both multiplied."""
-Constrain = Literal["off", "schema", "labels"]
-"""What answers are constrained to: nothing, the task's JSON Schema, or its labels."""
-CONSTRAINTS: dict[str, Constrain] = {"json": "schema", "label": "labels"}
-"""By the kind of task; one without has nothing that answers could be constrained to."""
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One way to answer the test rows.
-
-    Attributes:
-        name: in configurations, files and metrics.json.
-        label: on screen, pages and figures.
-        phrase: as the subject of a sentence.
-        about: its definition, one sentence.
-        colour: in figures, a name of `tell.report.palette.COLOURS`.
-        marker: in figures, matplotlib's letter.
-        mixture: what its adapter is trained on (`tell.run.arms.MIXTURES`); None: it trains no adapter.
-        adapter: the trained arm whose adapter it answers with; None: the untuned model.
-        anchored: the anchor is put on its prompts.
-        in_context: training examples are put in its prompts.
-        decides: its closed fields are answered as ``generate.closed`` says, else as the other text.
-        constrained: its answers are constrained to the task's schema or labels, whatever ``generate.constrain`` says.
-        settings: dotted keys of the configuration with the values that this arm is trained with instead of the run's.
-        searched: its settings are searched where ``search.minutes`` is set (`tell.run.search`).
-        teacher: the trained arm whose answers to unlabelled prompts this one is trained on; it is trained first.
-        standard: among the arms of a run that names none.
-        optional: given up to keep ``--max-minutes``, the lowest number first; None: never.
-        dashes: of its line in figures; None: solid.
-        rival: compared with `tell` in the verdict, the lowest number first; None: never.
-    """
-
-    name: str
-    label: str
-    phrase: str
-    about: str
-    colour: Colour
-    marker: str
-    mixture: Mixture | None = None
-    adapter: str | None = None
-    anchored: bool = True
-    in_context: bool = False
-    decides: bool = False
-    constrained: bool = False
-    settings: Mapping[str, object] = field(default_factory=dict)
-    searched: bool = False
-    teacher: str | None = None
-    standard: bool = True
-    optional: int | None = None
-    rival: int | None = None
-    dashes: tuple[float, float] | None = None
-
-    def __post_init__(self) -> None:
-        if self.mixture is not None and self.adapter != self.name:
-            raise ValueError(f"arm {self.name}: a trained arm answers with its own adapter")
-        if self.settings and self.mixture is None:
-            raise ValueError(f"arm {self.name}: only a trained arm has settings of its own")
-        if self.teacher is not None and self.mixture is None:
-            raise ValueError(f"arm {self.name}: only a trained arm has a teacher")
-
+from tell.arm import Arm, ingredient
 
 _EXEMPLARS: Mapping[str, object] = {"mix.exemplars": 3}
 PSEUDO = {"mix.pseudo": 4}
@@ -86,19 +17,6 @@ PSEUDO = {"mix.pseudo": 4}
 
 _CONSTRAINED: Mapping[str, Any] = {"constrained": True, "standard": False, "optional": 8}
 """Not among the standard arms: each answers all test rows once more, the untuned model up to the limit of tokens."""
-
-
-def _ingredient(
-    name: str, label: str, phrase: str, about: str, colour: Colour, marker: str, adapter: str = "", **more: Any
-) -> Arm:
-    """An arm with one ingredient more than `tell` or its control, trained where it is asked for by name.
-
-    Args:
-        adapter: of another arm; by default its own.
-        more: as for `Arm`.
-    """
-    more = {"decides": True, "standard": False, "optional": 8, **more}
-    return Arm(name, label, phrase, about, colour, marker, adapter=adapter or name, **more)
 
 
 _ARMS = (
@@ -245,7 +163,7 @@ _ARMS = (
         decides=True,
         searched=True,
     ),
-    _ingredient(
+    ingredient(
         "tell-distilled",
         "TELL, general rows distilled",
         "TELL with distilled general rows",
@@ -255,7 +173,7 @@ _ARMS = (
         mixture="mixed",
         settings={"train.general_target": "untuned"},
     ),
-    _ingredient(
+    ingredient(
         "tell-averaged",
         "TELL, averaged weights",
         "TELL with averaged weights",
@@ -265,7 +183,7 @@ _ARMS = (
         mixture="mixed",
         settings={"train.average": 0.25},
     ),
-    _ingredient(
+    ingredient(
         "sft-averaged",
         "SFT, as many steps, averaged weights",
         "step-matched SFT with averaged weights",
@@ -276,7 +194,7 @@ _ARMS = (
         settings={"train.average": 0.25},
         dashes=(4, 2),
     ),
-    _ingredient(
+    ingredient(
         "tell-prompts",
         "TELL, trained on prompts too",
         "TELL trained on prompts too",
@@ -286,7 +204,7 @@ _ARMS = (
         mixture="mixed",
         settings={"train.loss_on": "all"},
     ),
-    _ingredient(
+    ingredient(
         "sft-prompts",
         "SFT, as many steps, trained on prompts too",
         "step-matched SFT trained on prompts too",
@@ -297,7 +215,7 @@ _ARMS = (
         settings={"train.loss_on": "all"},
         dashes=(4, 2),
     ),
-    _ingredient(
+    ingredient(
         "tell-selected",
         "TELL, nearest general rows",
         "TELL with the nearest general rows",
@@ -308,7 +226,7 @@ _ARMS = (
         settings={"general.select": "similar"},
         dashes=(6, 2),
     ),
-    _ingredient(
+    ingredient(
         "tell-recast",
         "TELL, general rows recast",
         "TELL with recast general rows",
@@ -356,7 +274,7 @@ _ARMS = (
         optional=1,
         dashes=(4, 2),
     ),
-    _ingredient(
+    ingredient(
         "tell-exemplars",
         "TELL, trained with exemplars",
         "TELL trained with exemplars",
@@ -366,7 +284,7 @@ _ARMS = (
         mixture="mixed",
         settings=_EXEMPLARS,
     ),
-    _ingredient(
+    ingredient(
         "tell-exemplars-icl",
         "TELL, trained and tested with exemplars",
         "TELL trained and tested with exemplars",
@@ -377,7 +295,7 @@ _ARMS = (
         in_context=True,
         dashes=(4, 2),
     ),
-    _ingredient(
+    ingredient(
         "sft-exemplars",
         "SFT, as many steps, trained with exemplars",
         "step-matched SFT trained with exemplars",
@@ -388,7 +306,7 @@ _ARMS = (
         mixture="task-matched",
         settings=_EXEMPLARS,
     ),
-    _ingredient(
+    ingredient(
         "sft-exemplars-icl",
         "SFT, as many steps, trained and tested with exemplars",
         "step-matched SFT trained and tested with exemplars",
@@ -399,7 +317,7 @@ _ARMS = (
         in_context=True,
         dashes=(4, 2),
     ),
-    _ingredient(
+    ingredient(
         "tell-pseudo",
         "TELL, with pseudo-labelled rows",
         "TELL with pseudo-labelled rows",
@@ -411,7 +329,7 @@ _ARMS = (
         settings=PSEUDO,
         teacher="tell",
     ),
-    _ingredient(
+    ingredient(
         "tell-pseudo-free",
         "TELL, with pseudo-labelled rows, without the readout",
         "TELL with pseudo-labelled rows, without the readout",
@@ -423,7 +341,7 @@ _ARMS = (
         dashes=(1.5, 2),
         decides=False,
     ),
-    _ingredient(
+    ingredient(
         "sft-pseudo",
         "SFT, as many steps, with pseudo-labelled rows and the readout",
         "step-matched SFT with pseudo-labelled rows and the readout",
@@ -435,7 +353,7 @@ _ARMS = (
         settings=PSEUDO,
         teacher="sft-matched",
     ),
-    _ingredient(
+    ingredient(
         "sft-pseudo-free",
         "SFT, as many steps, with pseudo-labelled rows",
         "step-matched SFT with pseudo-labelled rows",

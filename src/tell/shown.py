@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from unicodedata import category
 
 _BIDIRECTIONAL = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # they reorder a whole line
 _PASSWORD = re.compile(r"(?<=//)[^/@\s'\"]*@")  # of a URL
 LONGEST_LINE = 2000  # characters of one line of an error or a note
+NAMES = 8  # in one message
 MOST_REASONS = 10  # why rows were left out; the rows themselves are listed in findings.json
 _NUMBER = re.compile(r"\d[\d,.]*")
 
@@ -40,6 +41,12 @@ def one_line(text: str, most: int = LONGEST_LINE) -> str:
 def brief(value: object, most: int = 40) -> str:
     """A JSON value or a text as one line, for messages."""
     return one_line(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False), most)
+
+
+def listed(names: Sequence[str], most: int = NAMES) -> str:
+    """Names in quotes, as many as fit into a message."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return f"{', '.join(map(repr, names[:most])) or '(none)'}{more}"
 
 
 def without_secrets(text: str, *secrets: str | None) -> str:

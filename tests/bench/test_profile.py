@@ -15,7 +15,7 @@ from bench.profile import Clock, main, train_rows, watch
 from bench.rows import make_rows, plain_tokens
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tell.config import TrainConfig
+from tell.config_sections import TrainConfig
 from tell.models.find import find_model
 from tell.models.load import load_model
 from tell.train.lora import add_lora

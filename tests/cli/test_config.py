@@ -12,8 +12,9 @@ from pydantic import BaseModel
 
 from tell.cli.common import FLAGS, Given, count, number
 from tell.cli.main import run
-from tell.config import DEFAULT_ARMS, Config, MixConfig, load_config, make_config
+from tell.config import Config, load_config, make_config
 from tell.config_docs import config_docs
+from tell.config_sections import DEFAULT_ARMS, MixConfig
 from tell.errors import TellError
 from tell.presets import learning_rate_for
 

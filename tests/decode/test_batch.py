@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 import tiny
 from tell.decode.batch import KernelBatch, Packed, PlainBatch
-from tell.decode.engine import TOLERANCE, Answer, Engine, _Row
+from tell.decode.engine import TOLERANCE, Engine
+from tell.decode.engine_rows import Answer, Row
 from tell.decode.layers import Product, describe
 from tell.decode.sampler import Decoding, choose
 from tell.kernels import decode_ops as c
@@ -192,10 +193,14 @@ def test_rows_that_go_on_fill_the_places_of_finished_ones(n, data):
                 self.rows[target] = self.rows[source]
 
     finished = sorted(data.draw(st.sets(st.integers(0, n - 1))))
-    active, last, batch = [_Row(i, [0] * (i + 1), 1, np.zeros(1), Answer()) for i in range(n)], list(range(n)), Places()
-    Engine._retire(active, last, finished, batch)
-    assert sorted(row.number for row in active) == sorted(set(range(n)) - set(finished))
-    assert [row.number for row in active] == last == batch.rows[: len(active)]
+    ended: list[int] = []
+    rows = [Row([0] * (i + 1), 1, np.zeros(1), Answer(ids=[])) for i in range(n)]
+    for i, row in enumerate(rows):
+        row.on_end = lambda answer, i=i: ended.append(i)
+    active, batch = list(rows), Places()
+    Engine._retire(active, finished, batch)
+    assert sorted(map(rows.index, active)) == sorted(set(range(n)) - set(finished)) and ended == finished
+    assert [rows.index(row) for row in active] == batch.rows[: len(active)]
 
 
 def test_limits_of_single_rows(tiny_model):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from peft import PeftModel
 
 import tiny
-from tell.config import GenerateConfig, TrainConfig
+from tell.config_sections import GenerateConfig, TrainConfig
 from tell.decode import engine as engines
 from tell.decode.batch import Packed
 from tell.decode.engine import Engine, shared_prefix

@@ -12,6 +12,7 @@ import torch
 
 import tiny
 from decode.test_guide import sentencepiece
+from run.runs import EXAMPLES
 from tell.data.closed import ClosedField
 from tell.data.constraint import Constraint
 from tell.data.json_text import parse_strict
@@ -27,10 +28,9 @@ from tell.errors import TellError
 from tell.kernels.decode_ops import kernels
 from tell.rows.template import ChatTokenizer
 from tell.train.step import Body
-from test_architecture import PACKAGE
 from train.packed import load
 
-SUPPORT = PACKAGE.parents[1] / "examples/support"
+SUPPORT = EXAMPLES / "support"
 SCHEMA = {
     "type": "object",
     "properties": {

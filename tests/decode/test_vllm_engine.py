@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tell.config import TrainConfig
-from tell.decode.engine import Answer
+from tell.config_sections import TrainConfig
+from tell.decode.engine_rows import Answer
 from tell.decode.sampler import Decoding
 from tell.decode.vllm_engine import LONGEST, NEVER, VllmEngine, answer_of, pick_engine, reserved_rank, sampling
 from tell.errors import TellError

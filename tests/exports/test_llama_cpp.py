@@ -10,7 +10,7 @@ import pytest
 from exports.gguf_files import QWEN3_THINKS, gguf_of, with_template
 from rows.test_prelude import ANCHORS, CONVERSATIONS, INDENTED, LLAMA3, TEMPLATES, WORDS, conversation, takes_system
 from tell.anchor.anchor import Anchor
-from tell.config import GenerateConfig
+from tell.config_sections import GenerateConfig
 from tell.data.example import Message
 from tell.errors import TellError
 from tell.exports.llama_cpp import LlamaCpp, Wanted

@@ -6,7 +6,8 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from http_server import QuietHandler, serving
 
 Reply = tuple[int, dict | str | bytes]
 NOW = {"retry-after-ms": "1"}  # the client honours it, so that no test waits for its backoff
@@ -45,7 +46,7 @@ class Endpoint:
 def serve(answer: Callable[[dict], Reply] = good) -> Iterator[Endpoint]:
     endpoint = Endpoint(answer)
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(QuietHandler):
         protocol_version = "HTTP/1.1"
 
         def do_POST(self) -> None:
@@ -83,20 +84,9 @@ def serve(answer: Callable[[dict], Reply] = good) -> Iterator[Endpoint]:
             self.end_headers()
             self.wfile.write(data)
 
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    endpoint.url = f"http://127.0.0.1:{server.server_port}/v1"
-    try:
+    with serving(Handler) as address:
+        endpoint.url = f"{address}/v1"
         yield endpoint
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
 
 
 def completion(model: str, content: str) -> dict:

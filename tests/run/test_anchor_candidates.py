@@ -14,7 +14,7 @@ from run.runs import config_of, open_session, read
 from tell.anchor.anchor import Anchor
 from tell.anchor.derive import derived_anchor
 from tell.data.kind import Kind, detect_kind
-from tell.decode.engine import Answer
+from tell.decode.engine_rows import Answer
 from tell.errors import Interrupted
 from tell.progress import Silent
 from tell.rows.tokenize import tokenize
@@ -39,7 +39,7 @@ class Written:
     def __init__(self, chat, texts, device="cpu"):
         self.chat, self.texts, self.device, self.max_positions, self.prompts = chat, texts, device, 1024, []
 
-    def generate(self, prompts, decoding, progress=None, guides=None):
+    def generate(self, prompts, decoding, progress=None, guides=None, masks=None):
         self.prompts = [self.chat.decode(ids) for ids in prompts]
         return [
             Answer(self.chat.encode(text)[: decoding.max_new_tokens], "length" if len(text) > 300 else "stop")

@@ -12,12 +12,13 @@ import pytest
 import tell
 from run.runs import Killer, comparable, config_of, read
 from tell.anchor.anchor import Anchor
+from tell.arm import TASK_SOURCES
 from tell.data.example import Example, Message
 from tell.errors import Interrupted
 from tell.files import read_jsonl
 from tell.folder import RunFolder
 from tell.mix.manifest import read_manifest
-from tell.names import ARMS, TASK_SOURCES
+from tell.names import ARMS
 from tell.nested import merge
 from tell.rows.template import ChatTokenizer
 from tell.rows.tokenize import tokenize
@@ -27,7 +28,7 @@ from tell.run.general_rows import read_general
 from tell.run.prepare import Prepared, prepare
 from tell.run.task import load_task, placed_anchor
 from tell.run.time_budget import Extent
-from tell.train.trainer import step_rows
+from tell.train.training_job import step_rows
 
 ANCHOR = Anchor("Sort this mail.")
 ARM = {"eval": {"arms": ["tell", "tell-exemplars", "sft-matched", "sft-exemplars"]}}

@@ -123,7 +123,7 @@ def test_unit_of_another_tokenizer(tiny_model):
 def test_computed_tokens_are_those_of_the_passes(tiny_model, general):
     """Task rows share the anchor also where a step holds general rows."""
     from tell.train.packing import pack, split_packs
-    from tell.train.trainer import step_rows
+    from tell.train.training_job import step_rows
 
     source = {"source": str(PROBE), "rows": general} if general else {"source": "none"}
     config = config_of(tiny_model("llama"), general=source, task={"rows": 30}, train={"batch_size": 16})

@@ -47,7 +47,7 @@ class Says:
     def __init__(self, ids: list[int]) -> None:
         self.ids = ids
 
-    def generate(self, prompts, decoding, *, progress=None, on_token=None, guides=None):
+    def generate(self, prompts, decoding, *, progress=None, on_token=None, guides=None, masks=None):
         for token in self.ids if on_token else ():
             on_token(0, token)
         return [SimpleNamespace(ids=self.ids, finish="stop") for _ in prompts]
@@ -68,7 +68,8 @@ def test_a_conversation_shows_the_answer_alone(template, said, pieces, kept, cha
     tokenizer = chat(template)
     session.opened = SimpleNamespace(chat=tokenizer, config=config_of(tiny_model("llama")))
     session.session = open_session(tiny_model("llama"), chat=tokenizer, engine=Says(tokenizer.encode(said)))
-    session._engine, session._decider = session.session.engine, None
+    session._engine, session._decider, session._grammar = session.session.engine, None, None
+    session._generate = session.opened.config.generate
     session.anchor, session.greedy, session.seed, session.shots, session.history = NO_ANCHOR, True, 1, [], []
     found = list(session.stream("Which shelf?"))
     assert "".join(found) == pieces and all(found)

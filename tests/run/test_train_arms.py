@@ -11,7 +11,7 @@ from tell.folder import RunFolder
 from tell.progress import Silent
 from tell.run import train_arms as trainings
 from tell.run.task import Notices
-from tell.train.trainer import TrainResult
+from tell.train.training_job import TrainResult
 
 
 @pytest.mark.parametrize("diverges", [False, True])

@@ -475,9 +475,9 @@ def test_a_signal_lets_answers_end(runs, home):
             late: list[int] = []
             until(lambda: refused(url, late))
             rest = [line for line in lines if line]
-        assert rest[-1] == "data: [DONE]" and len(rest) > 300
-        assert process.wait(PATIENCE) == 0
-        assert set(late) <= {200, 503}
+        assert rest[-1] == "data: [DONE]" and len(rest) > 300, (len(rest), rest[-2:])
+        assert process.wait(PATIENCE) == 0, process.returncode
+        assert set(late) <= {200, 503}, set(late)
 
 
 def refused(url: str, seen: list[int]) -> bool:

@@ -15,14 +15,15 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from tell.config import TrainConfig
+from tell.config_sections import TrainConfig
 from tell.errors import Interrupted
 from tell.mix.amount import general_rows
 from tell.mix.mixture import build
 from tell.train.launch import launched
 from tell.train.parallel import Processes
 from tell.train.soft_targets import untuned_targets
-from tell.train.trainer import Trainer, TrainingHooks, TrainingJob
+from tell.train.trainer import Trainer
+from tell.train.training_job import TrainingHooks, TrainingJob
 from train.packed import load, make_rows, make_table
 
 CONFIG = TrainConfig(

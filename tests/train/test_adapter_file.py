@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tell.config import TrainConfig
+from tell.config_sections import TrainConfig
 from tell.errors import TellError
 from tell.train.adapter_file import read_adapter
 from tell.train.lora import adapter_factors, add_lora, save_adapter

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tiny
-from tell.config import TrainConfig
+from tell.config_sections import TrainConfig
 from tell.train import packing as batches
 from tell.train.attention import PackedPlan, Rule
 from tell.train.fast import cuda

@@ -8,7 +8,7 @@ import io
 import pytest
 import torch
 
-from tell.config import TrainConfig
+from tell.config_sections import TrainConfig
 from tell.kernels.ops import kernels_for
 from tell.train.attention import PackedPlan, use_plan
 from tell.train.fast.exchange import Exchange

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import tiny
-from tell.config import TrainConfig
+from tell.config_sections import TrainConfig
 from tell.kernels import ops
 from tell.kernels.ops import kernels_for
 from tell.train.attention import install

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 
 import tiny
-from tell.config import TrainConfig
+from tell.config_sections import TrainConfig
 from tell.errors import TellError
 from tell.train import lora
 from tell.train.lora import adapter_merged, add_lora, lora_layers, remove_lora, save_adapter, target_modules

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tell.config import TrainConfig
+from tell.config_sections import TrainConfig
 from tell.errors import Interrupted, TellError
 from tell.mix.amount import general_rows
 from tell.mix.mixture import build
@@ -20,10 +20,15 @@ from tell.train.lora import add_lora
 from tell.train.plain import PlainBody, plain_step_loss
 from tell.train.soft_targets import SoftTargets, cached_targets, untuned_targets
 from tell.train.step import Body, StepRules, step_loss
-from tell.train.trainer import DISTILLED, Trainer, TrainingHooks, TrainingJob, run_digest, step_rows
+from tell.train.trainer import DISTILLED, Trainer
+from tell.train.training_job import TrainingHooks, TrainingJob, run_digest, step_rows
 from train.packed import assert_close, gradients, load, make_rows, make_table, wake
 
-CONFIG = TrainConfig(batch_size=4, learning_rate=5e-3, lora_r=4, lora_dropout=0.2, checkpoint_every=0, micro_tokens=90)
+CONFIG = TrainConfig(
+    **{"batch_size": 4, "learning_rate": 5e-3, "lora_r": 4, "lora_dropout": 0.2, "micro_tokens": 90},
+    checkpoint_every=0,
+    general_target="text",
+)
 DISTIL = CONFIG.model_copy(update={"general_target": "untuned"})
 
 

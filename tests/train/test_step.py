@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tiny
-from tell.config import TrainConfig
+from tell.config_sections import TrainConfig
 from tell.errors import TellError
 from tell.rows.prefix import common_prefix
 from tell.train.lora import add_lora

@@ -9,7 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from tell.config import TrainConfig, make_config
+from tell.config import make_config
+from tell.config_sections import TrainConfig
 from tell.errors import TellError
 from tell.train import trackers
 from tell.train.step_log import StepLog, StepReport

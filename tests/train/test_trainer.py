@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tell.config import TrainConfig
+from tell.config_sections import TrainConfig
 from tell.errors import Interrupted, TellError
 from tell.mix.amount import general_rows
 from tell.mix.mixture import build
@@ -28,7 +28,8 @@ from tell.train.device import trains_fast
 from tell.train.lora import add_lora
 from tell.train.plain import PlainBody
 from tell.train.step import Body, StepRules, step_loss
-from tell.train.trainer import Trainer, TrainingHooks, TrainingJob, _noise, learning_rate, step_rows
+from tell.train.trainer import Trainer, _noise
+from tell.train.training_job import TrainingHooks, TrainingJob, learning_rate, step_rows
 from train.packed import assert_close, gradients, load, make_rows, make_table, reference_loss, wake
 
 CONFIG = TrainConfig(batch_size=4, learning_rate=5e-3, lora_r=4, lora_dropout=0.2, checkpoint_every=0, micro_tokens=90)

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
+from tell.arm import Constrain
 from tell.cli.common import argument, check_arm, count, option, takes_options, trust_switch
 from tell.errors import TellError, did_you_mean
 from tell.files import MOST_TEXT
-from tell.names import Constrain
 from tell.shown import clean, one_line
 
 if TYPE_CHECKING:

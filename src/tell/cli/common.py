@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin, get_type
 
 import typer
 
+from tell.arm import KindName
 from tell.errors import ConfigError, TellError, did_you_mean
-from tell.names import ARMS, KindName
+from tell.names import ARMS
 
 if TYPE_CHECKING:
     from rich.console import Console

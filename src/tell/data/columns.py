@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from tell.data.layouts import ALIASES, LABELS, PARTS, PROMPTS, VERDICTS, Layout, find_columns, layout_name
 from tell.errors import TellError, did_you_mean
+from tell.shown import listed
 
 Record = Mapping[str, object]
 
@@ -26,7 +27,6 @@ _IDS = re.compile(
     r"_.*|unnamed.*|(.*[_ ])?(id|ids|idx|index|uid|uuid|guid|key|hash|nr|no|number)|.*[a-z]I[dD]s?", re.ASCII
 )
 REPEATS = 0.9  # a column repeats the prompt if at least this share of its cells contain it
-SHOWN = 8  # names in one message
 
 
 def detect_layout(
@@ -65,7 +65,7 @@ def detect_layout(
         found = find_columns(first, seen) or find_columns(seen, seen)  # the first row may lack its answer
     if found is None:
         names = list(seen)
-        what = f"has the columns {_listed(names)}, and no known layout fits them"
+        what = f"has the columns {listed(names)}, and no known layout fits them"
         raise TellError(what, where=where, remedy=_suggestion(records, names, flag))
     merged = {**found, **given}
     if "messages" in merged:
@@ -133,7 +133,7 @@ def _given_columns(text: str, names: list[str], where: str | None, flag: str) ->
             raise TellError(f"{key} is named twice in {text!r}", where=flag, remedy="Name it once.")
         if column not in names:
             what, near = f"there is no column {column!r} in {where or 'the data'}", did_you_mean(column, names)
-            remedy = f"The columns are {_listed(names)}."
+            remedy = f"The columns are {listed(names)}."
             raise TellError(what, where=flag, remedy=remedy, nearest=near and repr(near))
         given[key] = column
     if "messages" in given and {"prompt", "answer"} & given.keys():
@@ -187,7 +187,7 @@ def _refuse_lost(
         first, second = (prompt, lost[0]) if lost[0].lower() not in _FIRST else (lost[0], prompt)
         joined = f"Pass {flag} {_quoted(f'prompt={first},input={second},answer={answer}')} to join them"
     plain = _quoted(f"prompt={prompt},answer={answer}")
-    what = f"has {_listed(lost)} next to the prompt {prompt!r}, which would be left out"
+    what = f"has {listed(lost)} next to the prompt {prompt!r}, which would be left out"
     raise TellError(what, where=where, remedy=f"{joined}, or pass {flag} {plain} to leave {them} out.")
 
 
@@ -213,16 +213,11 @@ def _suggestion(records: Sequence[Record], names: Sequence[str], flag: str) -> s
     others = [n for n in usable if n != answer]
     asked = [n for n in others if n == others[0] or _is_material(n)]
     if len(asked) > 2:
-        return f"Write {_listed(asked)} into one column named prompt, and the answer into one named completion."
+        return f"Write {listed(asked)} into one column named prompt, and the answer into one named completion."
     asked.sort(key=lambda n: n.lower() not in _FIRST)
     answer = answer or next(n for n in usable if n != asked[0])
     second = f"input={asked[1]}," if len(asked) == 2 and asked[1] != answer else ""
     return f"Name them, e.g. {flag} {_quoted(f'prompt={asked[0]},{second}answer={answer}')}."
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
-    return f"{', '.join(map(repr, names[:SHOWN])) or '(none)'}{more}"
 
 
 def _quoted(text: str) -> str:

@@ -9,16 +9,16 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from tell.arm import CONSTRAINTS, Constrain
 from tell.data.example import Example
 from tell.data.json_text import parse_strict
 from tell.data.kind import Kind
 from tell.data.schema import Schema
 from tell.errors import TellError
-from tell.names import CONSTRAINTS, Constrain
 from tell.shown import brief
 
 WhiteSpace = Literal["compact", "spaced", "either", "free"]
@@ -142,7 +142,7 @@ def in_their_order(schema: dict[str, Any], examples: Sequence[Example]) -> tuple
             place = f" of {brief(orders.path)}" if orders.path else ""
             shown = brief(", ".join(wanted), 120)
             notices.append(f"constrained answers have the keys{place} in the references' order: {shown}")
-    return _moved(checked.schema, moved), notices
+    return cast(dict[str, Any], _moved(checked.schema, moved)), notices
 
 
 class _Orders:
@@ -202,7 +202,7 @@ def _objects(checked: Schema, node: object, value: object, path: str) -> Iterato
                     yield from _objects(checked, below, value[key], f"{path}.{key}" if path else key)
 
 
-def _moved(node: Any, moved: dict[int, list[str]]) -> Any:
+def _moved(node: object, moved: dict[int, list[str]]) -> object:
     """A copy with the properties of some nodes, by their ``id``, in another order."""
     if isinstance(node, list):
         return [_moved(item, moved) for item in node]
@@ -210,5 +210,7 @@ def _moved(node: Any, moved: dict[int, list[str]]) -> Any:
         return node
     out = {key: _moved(value, moved) for key, value in node.items()}
     if (order := moved.get(id(node))) is not None:
-        out["properties"] = {name: out["properties"][name] for name in order}
+        properties = out["properties"]
+        assert isinstance(properties, dict)  # `moved` has nodes with properties alone
+        out["properties"] = {name: properties[name] for name in order}
     return out

@@ -14,9 +14,10 @@ from tell.data.json_text import read_json
 from tell.data.parquet import BadCell
 from tell.data.workbook_process import ERRORS
 from tell.errors import TellError, did_you_mean
+from tell.shown import listed
 
 if TYPE_CHECKING:
-    from tell.config import TaskConfig
+    from tell.config_sections import TaskConfig
 
 Record = Mapping[str, object]
 CellType = Literal["text", "number", "boolean", "any"]
@@ -24,7 +25,6 @@ PROMPT = "\0prompt"  # columns that no file has
 ANSWER = "\0answer"
 MOST_EMPTY = 0.2
 """Share of rows that may lack their answer, or prompt; these are left out."""
-SHOWN = 8  # names in one message
 _PLACE = re.compile(r"\{\{|\}\}|\{([^{}]+)\}|[{}]")
 # As JSON writes it, up to the 15 digits that a double keeps; 007 and +1 are codes.
 _NUMBER = re.compile(r"-?(?:0|[1-9]\d{0,14})(?:\.\d{1,15})?(?:[eE][+-]?\d{1,2})?")
@@ -173,16 +173,16 @@ def formed(
             raise TellError(str(error), where=f"{where}:{number}", remedy=remedy) from error
         if answer is None:
             lacking["--answer"] += 1
-            left.append((number, f"has no answer ({_listed(form.answer)} empty)"))
+            left.append((number, f"has no answer ({listed(form.answer)} empty)"))
         elif not prompt:
             lacking["--prompt"] += 1
-            left.append((number, f"has no prompt ({_listed(form.asked)} empty)"))
+            left.append((number, f"has no prompt ({listed(form.asked)} empty)"))
         else:
             rows.append((number, {PROMPT: prompt, form.answer_column: answer}))
     for flag, count in lacking.items():
         if count > MOST_EMPTY * len(records):
             names = form.answer if flag == "--answer" else form.asked
-            empty = f"{_listed(names)} {'is' if len(names) == 1 else 'are'} empty"
+            empty = f"{listed(names)} {'is' if len(names) == 1 else 'are'} empty"
             what = f"{empty} in {count:,} of {len(records):,} rows, more than {MOST_EMPTY:.0%}"
             more = ", or give those rows as --unlabelled from a file of their own" if flag == "--answer" else ""
             raise TellError(what, where=where, remedy=f"Fill them in, delete these rows{more}.")
@@ -238,13 +238,8 @@ def _check_columns(wanted: Iterable[str], names: Sequence[str], flag: str, where
         if name not in names:
             near = did_you_mean(name, names)
             near = near or next((n for n in names if n.lower().strip() == name.lower().strip()), None)
-            what, remedy = f"there is no column {name!r} in {where}", f"The columns are {_listed(names)}."
+            what, remedy = f"there is no column {name!r} in {where}", f"The columns are {listed(names)}."
             raise TellError(what, where=flag, remedy=remedy, nearest=near and repr(near))
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
-    return f"{', '.join(map(repr, names[:SHOWN]))}{more}"
 
 
 def _is_empty(cell: object) -> bool:

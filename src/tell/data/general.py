@@ -9,7 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from tell.config import Config, GeneralConfig
+from tell.config import Config
+from tell.config_sections import GeneralConfig
 from tell.data.builtin import load_builtin
 from tell.data.named_general import GeneralSet, general_sets, keep_set, kept_sizes
 from tell.data.sources import Loaded, file_fingerprint, load

@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tell.data.example import Example, Message
-from tell.data.split import Splits, prompt_groups, split
-
-PARTS = ("train", "validation", "test")
+from tell.data.split import PARTS, Splits, prompt_groups, split
 
 
 @dataclass(frozen=True)

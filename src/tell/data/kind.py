@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from tell.arm import KindName
 from tell.data.example import Example
 from tell.data.formats import check_file, read_text
 from tell.data.json_text import parse_strict, read_json
@@ -16,7 +17,6 @@ from tell.data.label_text import FORMS, ListForm, are_labels, as_label, is_short
 from tell.data.schema import FIX_SCHEMA, Schema, SlowPattern
 from tell.errors import TellError
 from tell.files import expanded
-from tell.names import KindName
 from tell.registry import Registry
 from tell.shown import brief
 

@@ -13,12 +13,11 @@ from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
-import yaml
 from pydantic import BaseModel, ConfigDict
 
 from tell.data.sources import hub_reachable
 from tell.errors import TellError, first_line
-from tell.files import write_jsonl
+from tell.files import parse_yaml, write_jsonl
 from tell.home import make_folder, tell_home
 
 CHARACTERS = 4.0  # a token, in English
@@ -65,8 +64,10 @@ class GeneralSet(BaseModel):
 @cache
 def general_sets() -> dict[str, GeneralSet]:
     """Every named set, in the order of the file."""
-    text = files("tell.data").joinpath("general_sets.yaml").read_text(encoding="utf-8")
-    return {name: GeneralSet(name=name, **entry) for name, entry in yaml.safe_load(text).items()}
+    file = files("tell.data").joinpath("general_sets.yaml")
+    sets = parse_yaml(file.read_text(encoding="utf-8"), where=str(file))
+    assert isinstance(sets, dict)  # shipped with TELL
+    return {name: GeneralSet(name=name, **entry) for name, entry in sets.items()}
 
 
 @dataclass(frozen=True)

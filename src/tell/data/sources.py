@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from tell.data.cell_text import Rejected, RowFault
-from tell.data.columns import SHOWN, check_columns, detect_layout, has_known_layout, unused_columns
+from tell.data.columns import check_columns, detect_layout, has_known_layout, unused_columns
 from tell.data.example import Example
 from tell.data.file_read import FileRead
 from tell.data.form import PROMPT, Form, empty_cells, formed
@@ -27,6 +27,7 @@ from tell.data.workbook import split_sheet, with_sheet
 from tell.errors import TellError, first_line
 from tell.files import expanded
 from tell.patience import within
+from tell.shown import NAMES
 
 if TYPE_CHECKING:
     import datasets
@@ -279,12 +280,12 @@ class _Rows:
         """Notices about parts of rows that are not used; rows that are left out are in ``dropped``."""
         lines = list(self.said)
         if layout.unused:
-            more = f" and {len(layout.unused) - SHOWN:,} more" if len(layout.unused) > SHOWN else ""
-            lines.append(f"columns not used: {', '.join(layout.unused[:SHOWN])}{more}")
+            more = f" and {len(layout.unused) - NAMES:,} more" if len(layout.unused) > NAMES else ""
+            lines.append(f"columns not used: {', '.join(layout.unused[:NAMES])}{more}")
         lines += [
             f"{key} in the turns of {_count(count)} is not used"
             + ("; to train thoughts, write them into content" if key in THOUGHTS else "")
-            for key, count in sorted(self.seen.items())[:SHOWN]
+            for key, count in sorted(self.seen.items())[:NAMES]
         ]
         if self.calls:
             lines.append(f"tool calls and results in {_count(self.calls)} are context, without loss")

@@ -12,6 +12,7 @@ from tell.errors import TellError
 from tell.seeds import shuffled
 
 Group = list[int]  # rows of equal prompt
+PARTS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)

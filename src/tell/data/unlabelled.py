@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tell.data.cell_text import RowFault, unpacked
-from tell.data.columns import SHOWN, Record, detect_layout
+from tell.data.columns import Record, detect_layout
 from tell.data.example import Example, Message
 from tell.data.file_read import FileRead
 from tell.data.form import PROMPT, Form
@@ -17,6 +17,7 @@ from tell.data.layouts import CONVERSATIONS, LAYOUTS, Layout, layout_name
 from tell.data.sources import read_source
 from tell.data.turns import ROLES, to_messages
 from tell.errors import TellError
+from tell.shown import NAMES
 
 UNLABELLED = "pseudo"  # source of their examples
 _ANSWER = "\0answer"  # a column that no file has
@@ -99,7 +100,7 @@ def load_prompts_of(source: str, columns: Mapping[str, str], form: Form | None =
         named = "last turns" if answers else f"column {', '.join(map(repr, told))}"
         guessed.append(f"the answers ({named}) are ignored: the file counts as unlabelled")
     if others := [name for name in names if name not in used and name not in told]:
-        guessed.append(f"columns not used: {', '.join(others[:SHOWN])}{' ...' if len(others) > SHOWN else ''}")
+        guessed.append(f"columns not used: {', '.join(others[:NAMES])}{' ...' if len(others) > NAMES else ''}")
     notices = (*file.notices, *(f"{short}: {text}" for text in guessed))
     return Prompts(examples, source, tuple(dropped), notices)
 
@@ -121,7 +122,7 @@ def _layout(records: Sequence[Record], task: Mapping[str, str], where: str) -> L
     if not found and len(names) == 1:
         found = {"prompt": next(iter(names))}
     if not found:
-        shown = ", ".join(map(repr, list(names)[:SHOWN]))
+        shown = ", ".join(map(repr, list(names)[:NAMES]))
         name = task.get("prompt") or task.get("messages") or "prompt"
         raise TellError(
             f"has the columns {shown}, and none is known to hold prompts",

@@ -24,10 +24,10 @@ from tell.data.json_text import read_json
 from tell.data.parquet import BadCell
 from tell.data.workbook_process import cell_name
 from tell.errors import TellError, did_you_mean
+from tell.shown import NAMES, listed
 
 WORKBOOKS = (".xlsx", ".xls", ".ods")
 _SHEET = re.compile(rf"(.+?(?:{'|'.join(map(re.escape, WORKBOOKS))}))#(.*)", re.IGNORECASE | re.DOTALL)
-SHOWN = 8  # names in one message
 _SAVE = "Save it again as .xlsx, or as CSV."
 _ENCRYPTED = "EncryptedPackage".encode("utf-16-le")  # a stream of the container that Excel wraps it in
 _Row = tuple[int, list[object]]  # from 0
@@ -153,7 +153,7 @@ def _fault(path: Path, sheet: str | None, facts: dict[str, Any]) -> TellError:
     near = did_you_mean(sheet, names)
     what = f"there is no sheet {sheet!r} in {path}"
     return TellError(
-        what, where=f"{path}#{sheet}", remedy=f"The sheets are {_listed(names)}.", nearest=near and repr(near)
+        what, where=f"{path}#{sheet}", remedy=f"The sheets are {listed(names)}.", nearest=near and repr(near)
     )
 
 
@@ -178,12 +178,12 @@ def _notices(path: Path, facts: dict[str, Any]) -> list[str]:
     name, sheets = facts["sheet"], facts["sheets"]
     out = []
     if others := [other for other in sheets if other != name]:
-        hidden = "" if all(sheets.values()) else f"; hidden: {_listed([n for n in sheets if not sheets[n]])}"
-        out.append(f"sheet {name!r} is read; the others are {_listed(others)} (write {path.name}#SHEET){hidden}")
+        hidden = "" if all(sheets.values()) else f"; hidden: {listed([n for n in sheets if not sheets[n]])}"
+        out.append(f"sheet {name!r} is read; the others are {listed(others)} (write {path.name}#SHEET){hidden}")
     if facts["hidden"]:
         out.append(f"hidden rows are read as well: {facts['hidden']:,}")
     if merged := facts["merged"]:
-        shown = ", ".join(merged[:SHOWN]) + (" ..." if len(merged) > SHOWN else "")
+        shown = ", ".join(merged[:NAMES]) + (" ..." if len(merged) > NAMES else "")
         out.append(f"cells merged over rows count in each of them: {shown}")
     if facts["spans"]:
         out.append("of cells merged over rows only the first has the value; save it as .xlsx to have it in each")
@@ -207,7 +207,7 @@ def _records(rows: Iterator[_Row], path: Path, found: FileRead) -> Iterator[tupl
     where = f"{path}#{found.sheet}"
     if not names:
         others = [name for name in found.sheets if name != found.sheet]
-        more = f" The others are {_listed(others)}." if others else ""
+        more = f" The others are {listed(others)}." if others else ""
         raise TellError(f"the sheet {found.sheet!r} is empty", where=str(path), remedy=f"Name a sheet with rows.{more}")
     twice = next((name for name, count in Counter(named).items() if count > 1), None)
     if twice is not None:
@@ -226,7 +226,7 @@ def _records(rows: Iterator[_Row], path: Path, found: FileRead) -> Iterator[tupl
         if any(value is not None for value in record.values()):
             yield row + 1, record
     if unnamed:
-        first = ", ".join(list(unnamed.values())[:SHOWN])
+        first = ", ".join(list(unnamed.values())[:NAMES])
         found.notices.append(f"{path.name}: columns without a name are not used, the first cell of each is {first}")
 
 
@@ -235,8 +235,3 @@ def _column_name(cell: object) -> str:
     if isinstance(cell, BadCell):
         return ""
     return "" if cell is None else " ".join(str(cell).split())
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
-    return f"{', '.join(map(repr, names[:SHOWN])) or '(none)'}{more}"

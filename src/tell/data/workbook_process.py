@@ -112,7 +112,7 @@ def _fills(ranges: list) -> tuple[list, dict[int, list]]:
     return found, by_row
 
 
-def _plain(cell: Any) -> Any:
+def _plain(cell: object) -> object:
     if isinstance(cell, str):
         return {"error": cell} if cell in ERRORS else cell if cell.strip() else None
     if isinstance(cell, float):  # spreadsheets keep all numbers as floats

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
 
 from tell.decode.batch import Batch, KernelBatch, Packed, PlainBatch, only
+from tell.decode.engine_rows import Answer, Arrivals, Request, Row, longest_last, waiting_rows
 from tell.decode.layers import describe
 from tell.decode.room import answer_limits, rows_that_fit, token_bytes
 from tell.decode.sampler import Decoding, uniforms
@@ -31,90 +32,6 @@ if TYPE_CHECKING:
 PREFILL_TOKENS = 4096  # most tokens of one prefill pass
 ROOM = 1024  # tokens of a row, prompt and answer, that may join a running batch even if its first rows are shorter
 TOLERANCE = {torch.bfloat16: 0.05, torch.float32: 1e-3}  # relative distance of states that rounding explains
-
-
-@dataclass(slots=True)
-class Answer:
-    """Decoded tokens without the stop token, and why decoding ended."""
-
-    ids: list[int] = field(default_factory=list)
-    finish: Literal["stop", "length"] = "length"
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """A prompt for `Engine.serve`.
-
-    Attributes:
-        prompt: token ids, at least one.
-        limit: most new tokens; prompt and answer fit into the model's context.
-        seed: its random numbers are those of `Engine.generate` for a single prompt with that seed.
-        on_token: gets each token as it comes; if it returns True, that token is the answer's last.
-        on_end: gets the finished answer.
-        guide, mask: as of `Engine.generate`; the decoding of masked rows has no repetition penalty.
-    """
-
-    prompt: Sequence[int]
-    limit: int
-    seed: int
-    on_token: Callable[[int], object]
-    on_end: Callable[[Answer], object]
-    guide: Guide | None = None
-    mask: Mask | None = None
-
-
-Arrivals = Callable[[int, Callable[[Request], bool]], Sequence[Request]]
-"""``arrivals(free, fits)`` returns at most ``free`` requests that join a running batch, each of which ``fits``."""
-
-
-@dataclass(slots=True, eq=False)
-class _Row:
-    prompt: list[int]  # after the shared prefix
-    limit: int
-    draws: np.ndarray
-    answer: Answer
-    guide: Guide | None = None
-    mask: Mask | None = None
-    on_token: Callable[[int], object] | None = None
-    on_end: Callable[[Answer], object] | None = None
-    cached: int = 0  # tokens, after the shared prefix, whose keys and values are cached
-
-    @classmethod
-    def of(cls, request: Request) -> _Row:
-        draws = uniforms(request.seed, 0, request.limit)
-        steering = (request.guide, request.mask, request.on_token, request.on_end)
-        return cls(list(request.prompt), request.limit, draws, Answer(), *steering)
-
-    @property
-    def whole(self) -> list[int]:
-        """Its tokens after the shared prefix."""
-        return self.prompt + self.answer.ids
-
-    @property
-    def fresh(self) -> list[int]:
-        """The tokens of the answer that are not cached yet, at least one."""
-        return self.answer.ids[self.cached - len(self.prompt) :]
-
-    def append(self, tokens: Sequence[int]) -> bool:
-        """Go on by tokens, as far as the answer may; whether it is complete."""
-        for token in tokens:
-            if len(self.answer.ids) >= self.limit:
-                return True
-            if self.guide is not None and self.mask is not None:
-                self.guide.decision(self.answer.ids)  # it is to see every prefix, those before forced tokens too
-            self.answer.ids.append(token)
-            if self.on_token and self.on_token(token) is True:
-                self.answer.finish = "stop"
-                return True
-        if self.mask is not None and self.mask.ended:
-            self.answer.finish = "stop"  # also at the limit: nothing could follow
-            return True
-        return len(self.answer.ids) >= self.limit
-
-    def end(self) -> None:
-        """Hand over the finished answer."""
-        if self.on_end:
-            self.on_end(self.answer)
 
 
 def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
@@ -207,7 +124,7 @@ class Engine:
         nothing = [None] * len(prompts)
         steering = zip(prompts, limits, guides or nothing, masks or nothing, strict=True)
         rows = [
-            _Row(list(prompt), limit, uniforms(decoding.seed, number, limit), Answer(), guide, mask)
+            Row(list(prompt), limit, uniforms(decoding.seed, number, limit), Answer(), guide, mask)
             for number, (prompt, limit, guide, mask) in enumerate(steering)
         ]
         if on_token is not None:
@@ -232,11 +149,11 @@ class Engine:
         shared = list(prefix)
         if any(len(r.prompt) <= len(shared) or list(r.prompt[: len(shared)]) != shared for r in first):
             shared = []
-        self._run([_Row.of(request) for request in first], decoding, shared, arrivals=arrivals)
+        self._run([Row.of(request) for request in first], decoding, shared, arrivals=arrivals)
 
     def _run(
         self,
-        rows: list[_Row],
+        rows: list[Row],
         decoding: Decoding,
         prefix: list[int],
         *,
@@ -252,13 +169,13 @@ class Engine:
 
     def _decode(
         self,
-        rows: list[_Row],
+        rows: list[Row],
         decoding: Decoding,
         prefix: list[int],
         progress: Callable[[int, float], None] | None,
         arrivals: Arrivals | None,
     ) -> None:
-        waiting = _waiting(rows, prefix)
+        waiting = waiting_rows(rows, prefix)
         capacity = max(len(r.prompt) + r.limit for r in rows)
         wanted = min(decoding.batch_size, len(rows))
         if arrivals is not None:  # which may be longer and more than the first
@@ -272,15 +189,15 @@ class Engine:
             own = len(request.prompt) - len(prefix)
             return 0 < own <= capacity - request.limit and list(request.prompt[: len(prefix)]) == prefix
 
-        active: list[_Row] = []
+        active: list[Row] = []
         ended, before = len(rows) - len(waiting), 0.0
         while waiting or active:
             if arrivals is not None and (room := slots - len(active) - len(waiting)) > 0:
-                joined = _waiting([_Row.of(request) for request in arrivals(room, fits)], prefix)
-                waiting = _longest_last([*waiting[::-1], *joined[::-1]]) if joined else waiting
+                joined = waiting_rows([Row.of(request) for request in arrivals(room, fits)], prefix)
+                waiting = longest_last([*waiting[::-1], *joined[::-1]]) if joined else waiting
             free = slots - len(active)
             if waiting and (not active or free >= max(1, slots // 4)):
-                fresh: list[_Row] = []
+                fresh: list[Row] = []
                 used = 0
                 while waiting and len(fresh) < free and (not fresh or used + len(waiting[-1].whole) <= PREFILL_TOKENS):
                     row = waiting.pop()
@@ -350,7 +267,7 @@ class Engine:
         return error <= TOLERANCE[packed.description.dtype]
 
     @staticmethod
-    def _record(active: list[_Row], tokens: list[int], begin: int, decoding: Decoding) -> list[int]:
+    def _record(active: list[Row], tokens: list[int], begin: int, decoding: Decoding) -> list[int]:
         """Append the tokens just drawn for the rows from ``begin`` on; returns the positions of finished rows."""
         finished = []
         for at, token in enumerate(tokens, begin):
@@ -365,7 +282,7 @@ class Engine:
         return finished
 
     @staticmethod
-    def _retire(active: list[_Row], finished: list[int], batch: Batch) -> None:
+    def _retire(active: list[Row], finished: list[int], batch: Batch) -> None:
         """Remove finished rows; the last rows move into the gaps."""
         for row in (active[at] for at in finished):
             row.end()
@@ -379,25 +296,7 @@ class Engine:
         del active[left:]
 
 
-def _waiting(rows: Sequence[_Row], prefix: list[int]) -> list[_Row]:
-    """Rows that wait for their prompts to be computed, taken from the end; the prefix is taken off their prompts."""
-    for row in rows:
-        row.prompt = row.prompt[len(prefix) :]
-    wait = []
-    for row in rows:  # tokens that an answer must begin with are fed with its prompt; they may be all of it
-        if row.mask is not None and row.append(row.mask.start()):
-            row.end()
-        else:
-            wait.append(row)
-    return _longest_last(wait)
-
-
-def _longest_last(rows: Sequence[_Row]) -> list[_Row]:
-    """Waiting rows, taken from the end: long prompts first, so that rows prefilled together are alike in length."""
-    return sorted(reversed(rows), key=lambda row: len(row.prompt))  # of equal ones the first is taken first
-
-
-def _next_tokens(batch: Batch, states: torch.Tensor, begin: int, rows: list[_Row], decoding: Decoding) -> list[int]:
+def _next_tokens(batch: Batch, states: torch.Tensor, begin: int, rows: list[Row], decoding: Decoding) -> list[int]:
     """The next token of each row, which have the places from ``begin`` on: decided by its guide, else chosen; in both
     cases among those that its mask allows."""
     draws = torch.tensor([row.draws[len(row.answer.ids)] for row in rows], dtype=torch.float32)
@@ -425,7 +324,7 @@ def _next_tokens(batch: Batch, states: torch.Tensor, begin: int, rows: list[_Row
     return tokens
 
 
-def _allowed(rows: Sequence[_Row], vocabulary: int, device: torch.device) -> torch.Tensor | None:
+def _allowed(rows: Sequence[Row], vocabulary: int, device: torch.device) -> torch.Tensor | None:
     """(n, V) bool, the tokens that each row may go on with; None where no row has a mask."""
     if all(row.mask is None for row in rows):
         return None

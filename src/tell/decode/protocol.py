@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from tell.decode.engine import Answer
+    from tell.decode.engine_rows import Answer
     from tell.decode.grammar import Mask
     from tell.decode.guide import Guide
     from tell.decode.sampler import Decoding

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tell.config import GenerateConfig
+from tell.config_sections import GenerateConfig
 from tell.train.device import send
 
 WIDE = 512  # candidates sorted when only top-p limits them; the whole vocabulary if these are too few

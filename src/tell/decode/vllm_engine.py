@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from tell.decode.engine import Answer
+from tell.decode.engine_rows import Answer
 from tell.decode.room import answer_limits
 from tell.decode.sampler import Decoding
 from tell.errors import TellError

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from tell.arm import Arm
 from tell.exports.serving_files import hub_base, licence_of
 from tell.exports.target import Source
 from tell.metric_names import metric
-from tell.names import ARMS, Arm
+from tell.names import ARMS
 from tell.number_text import Unit, show, show_interval
 from tell.run.constrained import constrains
 

@@ -14,7 +14,6 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
-from typing import Any
 
 from tell.errors import TellError
 from tell.files import atomic_folder, atomic_path, read_json
@@ -132,7 +131,7 @@ def quantiser(quant: str) -> str:
 
 def word_rule(model: Path) -> str:
     """llama.cpp's name (``tokenizer.ggml.pre``) of how a byte-level tokenizer splits words; empty where not known."""
-    found: Any = read_json(model / "tokenizer.json", remedy="Make the export again.").get("pre_tokenizer")
+    found: object = read_json(model / "tokenizer.json", remedy="Make the export again.").get("pre_tokenizer")
     steps = found.get("pretokenizers", []) if isinstance(found, dict) and found.get("type") == "Sequence" else [found]
     rule: list[str] = []
     for step in steps:

@@ -13,8 +13,6 @@ from tell.exports.check_export import check_export
 from tell.exports.target import ExportOptions, Source, find_target
 from tell.files import atomic_folder, expanded, read_json, write_json
 from tell.folder import AdapterFolder
-from tell.models.architecture import weight_files
-from tell.models.digest import weights_digest
 from tell.names import ARMS
 from tell.progress import Display, Silent
 from tell.run.answers import arm_anchor, shots_by_system
@@ -129,7 +127,7 @@ def _check_base(opened: OpenRun, adapter: AdapterFolder, notices: Notices) -> No
     notes = read_json(adapter.notes, remedy=DAMAGED) if adapter.notes.exists() else {}
     weights = notes.get("base_weights")
     changed = "its configuration, tokenizer or template" if known and known != files.fingerprint else None
-    if weights and weights != weights_digest(weight_files(files.path)):
+    if weights and weights != files.weights:
         changed = "its weights"
     if changed:
         raise TellError(

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from tell.config import GenerateConfig
+from tell.config_sections import GenerateConfig
 from tell.errors import TellError
 from tell.score.json_schema import JsonScorer
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import runpy
 import sys
-from typing import Any
 
 
 def main() -> None:
@@ -30,7 +29,7 @@ def _name(pre: str) -> None:
         return
     known = TextModel.get_vocab_base_pre
 
-    def named(self: Any, tokenizer: Any) -> str:
+    def named(self: object, tokenizer: object) -> str:
         try:
             return known(self, tokenizer)
         except NotImplementedError:

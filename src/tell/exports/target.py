@@ -17,7 +17,7 @@ from typing import Protocol
 
 import tell.exports
 from tell.anchor.anchor import Anchor
-from tell.config import GenerateConfig
+from tell.config_sections import GenerateConfig
 from tell.data.example import Message
 from tell.errors import TellError, did_you_mean
 from tell.folder import AdapterFolder

@@ -6,13 +6,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from tell.data.example import Message, tools_of
 from tell.errors import TellError, first_line
 from tell.exports.target import Source
 
 if TYPE_CHECKING:
+    import torch
     from transformers import GenerationConfig, PreTrainedModel
 
 
@@ -68,12 +69,13 @@ def open_with_transformers(source: Source, folder: Path, *, adapter: bool = Fals
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **more)
             place = source.base if adapter else folder
-            model: Any = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, local_files_only=True, **more)
+            base = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, local_files_only=True, **more)
+            model: torch.nn.Module = base
             if adapter:
                 from peft import PeftModel
 
-                model, runtime = PeftModel.from_pretrained(model, str(folder)), f"{runtime}, peft {version('peft')}"
-            model = model.to(device).eval()
+                model, runtime = PeftModel.from_pretrained(base, str(folder)), f"{runtime}, peft {version('peft')}"
+            model = cast("PreTrainedModel", model.to(device).eval())
             config = GenerationConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise TellError(

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from tell.arm import TASK_SOURCES
 from tell.errors import TellError
 from tell.mix.amount import Draw, check_size
 from tell.mix.orderings import get_ordering
-from tell.names import TASK_SOURCES
 from tell.rows.row_table import RowTable
 from tell.seeds import permutation
 

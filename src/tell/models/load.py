@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
-from tell.config import DEVICES
+from tell.config_sections import DEVICES
 from tell.cpu import SWITCH, cpu_level
 from tell.errors import TellError, first_line, is_panic
 from tell.models import machine

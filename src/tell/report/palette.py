@@ -5,7 +5,8 @@ Okabe and Ito's colours, darkened or lightened to a contrast of 3:1 against whit
 
 from __future__ import annotations
 
-from tell.names import ARMS, Colour
+from tell.arm import Colour
+from tell.names import ARMS
 
 INK, SOFT, HAIR, PAPER = "#1a1d1f", "#565e64", "#dcdfdf", "#ffffff"
 COLOURS: dict[Colour, str] = {

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from tell.arm import TASK_SOURCES
 from tell.metric_names import metric
-from tell.names import TASK_SOURCES, arm_order
+from tell.names import arm_order
 from tell.number_text import is_number, show, show_count, show_duration, show_power
 from tell.overrides import GENERAL_AMOUNTS
 from tell.report.notices import run_notices

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tell.config import Config, TrainConfig
+from tell.config import Config
+from tell.config_sections import TrainConfig
 from tell.data.general import is_empty
 from tell.errors import TellError
 from tell.mix.amount import Draw
@@ -123,7 +124,7 @@ MIXTURES: dict[str, Callable[[Ingredients, Mixture | None], tuple[Tables, Mixtur
     "pseudo": _pseudo,
     "pseudo-matched": _pseudo_matched,
 }
-"""What `tell.names.Arm.mixture` stands for: tables and mixture by the ingredients and TELL's mixture; None: no rows."""
+"""What `tell.arm.Arm.mixture` stands for: tables and mixture by the ingredients and TELL's mixture; None: no rows."""
 
 if missing := {ARMS[arm].mixture for arm in TRAINED} - MIXTURES.keys():
     raise ValueError(f"no way to make the mixtures {missing}")

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from tell.arm import CONSTRAINTS
 from tell.config import Config
 from tell.data.constraint import Constraint, check_choice
 from tell.data.example import Example
 from tell.data.kind import Kind
 from tell.errors import TellError
 from tell.folder import RunFolder
-from tell.names import ARMS, CONSTRAINTS
+from tell.names import ARMS
 from tell.shown import brief
 
 if TYPE_CHECKING:

@@ -11,6 +11,8 @@ from tell.data.example import Example
 from tell.data.split import prompt_groups
 from tell.errors import TellError
 from tell.mix.amount import Draw
+from tell.names import ARMS
+from tell.run.arms import trained_arms
 from tell.run.prepare import Prepared
 from tell.run.task import Task, task_table
 from tell.score.scored import Metric
@@ -88,3 +90,22 @@ def pooled(parts: Sequence[Metric]) -> Metric:
     stats = np.concatenate([part.stats for part in parts])
     per_row = np.concatenate([part.per_row for part in parts])
     return Metric(stats, parts[0].combine, per_row, all(part.binary for part in parts))
+
+
+def check_search(task: Task) -> None:
+    """Refuse a search that cannot be made, before anything is written.
+
+    Raises:
+        TellError: fewer task rows than folds, or no time left to train.
+    """
+    config = task.config
+    minutes, arms = config.search.minutes, [arm for arm in trained_arms(config.eval.arms) if ARMS[arm].searched]
+    if minutes is None or not arms:
+        return
+    parts_of(task, config.search.folds)
+    if config.max_minutes is not None and minutes * len(arms) >= config.max_minutes:
+        raise TellError(
+            f"a search of {minutes:g} minutes for each of {', '.join(arms)} leaves no time to train",
+            where=f"--max-minutes {config.max_minutes:g}",
+            remedy="Search for fewer minutes, or allow the run more.",
+        )

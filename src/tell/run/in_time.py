@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tell.anchor.anchor import NO_ANCHOR
-from tell.config import GeneralConfig
+from tell.config_sections import GeneralConfig
 from tell.files import write_json, write_text
 from tell.rows.row_table import RowTable
 from tell.run.arms import lead_arm, trained_arms

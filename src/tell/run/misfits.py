@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tell.config import TrainConfig
+from tell.config_sections import TrainConfig
 from tell.data.sources import Loaded
 from tell.errors import TellError
 from tell.models.config_json import read_config

@@ -13,11 +13,12 @@ from functools import cached_property
 import numpy as np
 
 from tell.anchor.anchor import Anchor
+from tell.arm import CONSTRAINTS
 from tell.data.general import is_empty
 from tell.errors import TellError
 from tell.mix.amount import Draw
 from tell.mix.mixture import GENERAL, Mixture
-from tell.names import ARMS, CONSTRAINTS
+from tell.names import ARMS
 from tell.rows.row_table import RowTable
 from tell.run.answers import check_prompts
 from tell.run.arms import (

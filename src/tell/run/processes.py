@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from tell.models.load import Loaded
     from tell.train.parallel import Processes
-    from tell.train.trainer import TrainingJob
+    from tell.train.training_job import TrainingJob
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,8 @@ def _base(job: Job, config: Config, processes: Processes, held: tuple[Any, Any] 
 
 
 def _train(job: Job, model: PreTrainedModel, device: torch.device, processes: Processes, stop: Stop) -> None:
-    from tell.train.trainer import Trainer, TrainingHooks
+    from tell.train.trainer import Trainer
+    from tell.train.training_job import TrainingHooks
 
     hooks = TrainingHooks(stopped=stop)
     Trainer(model, job.training, device=device, hooks=hooks, processes=processes).run(resume=True)

@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from tell.config import GenerateConfig
+from tell.config_sections import GenerateConfig
 from tell.data.example import Example
 from tell.decode.guide import Fields, Guide, Vocabulary
 from tell.errors import TellError

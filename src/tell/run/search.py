@@ -19,21 +19,20 @@ from typing import Any
 
 import numpy as np
 
-from tell.errors import Diverged, Interrupted, TellError
+from tell.errors import Diverged, Interrupted
 from tell.files import read_jsonl, remove_folder, write_json, write_jsonl
 from tell.folder import AdapterFolder
 from tell.metric_names import metric
 from tell.names import ARMS
 from tell.number_text import show
-from tell.run.arms import REPEAT, trained_arms
-from tell.run.folds import Fold, folds_of, parts_of, pooled
+from tell.run.arms import REPEAT
+from tell.run.folds import Fold, folds_of, pooled
 from tell.run.journal import Journal
 from tell.run.measure import run_exam
 from tell.run.prepare import Prepared
 from tell.run.readouts import Decider, fit_readout
 from tell.run.search_record import GENERAL, RATE, SearchedArm, SearchRecord
 from tell.run.session import Session
-from tell.run.task import Task
 from tell.run.train_arms import arm_targets
 from tell.score.intervals import Z, difference
 from tell.score.scored import Metric, primary_of
@@ -49,25 +48,6 @@ DECODINGS: tuple[dict[str, object], ...] = (
 )
 EXPLORED = 0.5  # share of the time for the first fold: a choice that is not confirmed on another one changes nothing
 MOST_FORGOTTEN = 0.02  # nats a token above the untuned model's loss on held-out general rows
-
-
-def check_search(task: Task) -> None:
-    """Refuse a search that cannot be made, before anything is written.
-
-    Raises:
-        TellError: fewer task rows than folds, or no time left to train.
-    """
-    config = task.config
-    minutes, arms = config.search.minutes, [arm for arm in trained_arms(config.eval.arms) if ARMS[arm].searched]
-    if minutes is None or not arms:
-        return
-    parts_of(task, config.search.folds)
-    if config.max_minutes is not None and minutes * len(arms) >= config.max_minutes:
-        raise TellError(
-            f"a search of {minutes:g} minutes for each of {', '.join(arms)} leaves no time to train",
-            where=f"--max-minutes {config.max_minutes:g}",
-            remedy="Search for fewer minutes, or allow the run more.",
-        )
 
 
 def searched(prepared: Prepared, session: Session, journal: Journal) -> Prepared:
@@ -307,7 +287,8 @@ class _Search:
         Raises:
             Interrupted: a signal was received.
         """
-        from tell.train.trainer import Trainer, TrainingHooks, TrainingJob
+        from tell.train.trainer import Trainer
+        from tell.train.training_job import TrainingHooks, TrainingJob
 
         tables, mixture = run.mixtures[self.arm]
         task = run.task_of(self.arm)

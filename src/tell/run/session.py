@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from tell.decode.engine import Answer
+    from tell.decode.engine_rows import Answer
     from tell.decode.grammar import Mask
     from tell.decode.guide import Guide
     from tell.decode.protocol import DecodingEngine

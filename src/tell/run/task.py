@@ -11,7 +11,8 @@ import numpy as np
 
 from tell.anchor.anchor import NO_ANCHOR, Anchor
 from tell.anchor.derive import derived_anchor
-from tell.config import Config, TrainConfig
+from tell.config import Config
+from tell.config_sections import TrainConfig
 from tell.data.closed import MOST_VALUES, ClosedField, closed_fields, opening
 from tell.data.example import Example
 from tell.data.general import Target, general_target

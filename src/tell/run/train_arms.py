@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from tell.models.load import Loaded
     from tell.train.parallel import Processes
     from tell.train.soft_targets import SoftTargets
-    from tell.train.trainer import StepReport, TrainingHooks, TrainResult
+    from tell.train.trainer import StepReport
+    from tell.train.training_job import TrainingHooks, TrainResult
 
 ENOUGH_STEPS = 10  # steps of a training whose speed is saved
 
@@ -114,7 +115,8 @@ def _leave_out(prepared: Prepared, trained: Trained, arm: str, why: str) -> None
 def _train(
     prepared: Prepared, arm: str, session: Session, journal: Journal, processes: Processes | None
 ) -> TrainResult:
-    from tell.train.trainer import Trainer, TrainingJob
+    from tell.train.trainer import Trainer
+    from tell.train.training_job import TrainingJob
 
     tables, mixture = prepared.mixtures[arm]
     task = prepared.task_of(arm)
@@ -171,7 +173,7 @@ def _trainee(session: Session, processes: Processes | None) -> tuple[Loaded, tor
 @contextmanager
 def _bar(notices: Notices, title: str, tokens: int, journal: Journal) -> Iterator[TrainingHooks]:
     """A progress bar over training tokens, advanced within steps and corrected after each."""
-    from tell.train.trainer import TrainingHooks
+    from tell.train.training_job import TrainingHooks
 
     with notices.display.bar(title, tokens, "tokens") as advance:
         counter = _Counter(advance)

@@ -20,6 +20,7 @@ from tell.run.benchmarks.run_benchmarks import check_benchmarks
 from tell.run.choose_anchor import choose_anchor
 from tell.run.claim import claim, with_full_paths
 from tell.run.constrained import any_constrained, check_constraint
+from tell.run.folds import check_search
 from tell.run.general_rows import General, load_general, read_general, source_of
 from tell.run.in_time import InTime
 from tell.run.journal import Journal
@@ -29,7 +30,7 @@ from tell.run.prepare import Writer, check_rows, prepare
 from tell.run.processes import decoding_beside, help_training, helpers, processes_of
 from tell.run.rank_general import ranked_by
 from tell.run.record import write_plan
-from tell.run.search import check_search, searched
+from tell.run.search import searched
 from tell.run.self_written import write_self_data
 from tell.run.session import ModelCache, Session, check_engine
 from tell.run.task import Task, anchor_of, limit_task, load_task, place_anchor, placed_anchor

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from tell.config import GenerateConfig
+from tell.config_sections import GenerateConfig
 from tell.data.cell_text import RowFault
 from tell.data.example import Message
 from tell.data.layouts import Layout

@@ -11,7 +11,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Protocol
 
-from tell.decode.engine import Answer, Request
+from tell.decode.engine_rows import Answer, Request
 from tell.decode.guide import Guide
 from tell.decode.sampler import Decoding
 from tell.errors import TellError, first_line

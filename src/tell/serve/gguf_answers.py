@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from starlette.concurrency import run_in_threadpool
 
-from tell.config import GenerateConfig
+from tell.config_sections import GenerateConfig
 from tell.decode.grammar import check_schema
 from tell.errors import TellError, first_line
 from tell.exports.llama_cpp import MOST_CONTEXT, LlamaCpp, Wanted

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import suppress
 
 from tell.decode.answer_text import AnswerText
-from tell.decode.engine import Answer
+from tell.decode.engine_rows import Answer
 from tell.errors import TellError, first_line
 from tell.exports.llama_cpp import Said
 from tell.serve.chat_request import FAILED, ApiError

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from tell.anchor.anchor import NO_ANCHOR, Anchor
-from tell.config import GenerateConfig
+from tell.arm import CONSTRAINTS
+from tell.config_sections import GenerateConfig
 from tell.data.constraint import Constraint
 from tell.data.example import Example, Message
 from tell.decode.engine import Engine, shared_prefix
@@ -17,7 +18,7 @@ from tell.decode.grammar import Mask
 from tell.decode.guide import Guide
 from tell.decode.sampler import Decoding
 from tell.errors import TellError
-from tell.names import ARMS, CONSTRAINTS
+from tell.names import ARMS
 from tell.progress import Display, Silent
 from tell.rows.template import ChatTokenizer
 from tell.rows.tokenize import unknown_token

@@ -13,17 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from tell.config import (
+from tell.config import Config, make_config
+from tell.config_sections import (
     AnchorConfig,
     ArmName,
-    Config,
     EvalConfig,
     GeneralConfig,
     GenerateConfig,
     MixConfig,
     SearchConfig,
     TrainConfig,
-    make_config,
 )
 from tell.data.general import SOURCES, general_target, is_builtin, is_empty
 from tell.data.workbook import split_sheet, with_sheet

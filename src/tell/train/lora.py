@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
-from tell.config import TrainConfig
+from tell.config_sections import TrainConfig
 from tell.errors import TellError
 from tell.files import sync_files
 from tell.folder import AdapterFolder

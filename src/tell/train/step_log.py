@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from tell.config import TrainConfig
+from tell.config_sections import TrainConfig
 from tell.train.trackers import Note, Reported, Trackers
 
 

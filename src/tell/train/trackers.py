@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from tell.config import TrackerName
+from tell.config_sections import TrackerName
 from tell.errors import first_line
 
 if TYPE_CHECKING:

@@ -15,9 +15,9 @@ from pydantic import BaseModel
 from tell.config import Config, make_config
 from tell.data.example import Example
 from tell.data.form import Form
-from tell.data.grow import PARTS, Grown, grow
+from tell.data.grow import Grown, grow
 from tell.data.sources import load
-from tell.data.split import Splits
+from tell.data.split import PARTS, Splits
 from tell.data.unlabelled import load_prompts_of
 from tell.data.write_examples import write_examples, write_prompts
 from tell.errors import TellError

@@ -9,11 +9,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tell.arm import Constrain
 from tell.data.constraint import check_choice
 from tell.data.example import Example, Message
 from tell.decode.answer_text import AnswerText
 from tell.errors import TellError
-from tell.names import ARMS, Constrain
+from tell.names import ARMS
 from tell.run.answers import arm_anchor, shown_turns
 from tell.run.arms import arm_config
 from tell.run.constrained import check_masks, kept_constraint, session_grammar

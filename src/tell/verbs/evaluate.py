@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from tell.arm import CONSTRAINTS, KindName
 from tell.config import Config, make_config
 from tell.data.constraint import check_choice
 from tell.data.example import Example
@@ -18,7 +19,7 @@ from tell.data.sources import load
 from tell.data.subset import take_rows
 from tell.errors import TellError
 from tell.files import write_jsonl
-from tell.names import ARMS, CONSTRAINTS, KindName
+from tell.names import ARMS
 from tell.nested import merge
 from tell.overrides import parse_overrides
 from tell.progress import Display, Silent

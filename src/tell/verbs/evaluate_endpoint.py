@@ -10,7 +10,8 @@ from typing import Any
 
 from tell.anchor.anchor import NO_ANCHOR
 from tell.chat_client import AnswerCache, ChatClient, Completion, Endpoint, Messages, Refused, digest
-from tell.config import Config, GenerateConfig
+from tell.config import Config
+from tell.config_sections import GenerateConfig
 from tell.data.example import Example
 from tell.data.kind import misfits
 from tell.data.subset import take_rows

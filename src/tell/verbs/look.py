@@ -35,7 +35,6 @@ SHOWN = 5  # rows rendered
 MOST_SHOWN = 100
 PIECE = 6000  # characters shown of a turn, or of a piece of a rendered row
 BINS = 24
-PARTS = ("train", "validation", "test")
 
 
 @dataclass

@@ -165,7 +165,8 @@ def short_runs(task: Task, session: Session, anchors: Sequence[Anchor], steps: i
     At least half of the rows are general ones where there is a source: each task row occurs equally often. Where no
     row is kept for validation, every fourth training row is.
     """
-    from tell.train.trainer import Trainer, TrainingHooks, TrainingJob
+    from tell.train.trainer import Trainer
+    from tell.train.training_job import TrainingHooks, TrainingJob
 
     config, chat, seed = task.config, task.chat, task.config.seed
     rules = RowRules(config.train.max_length, "drop", "drop", config.train.loss_on)
