@@ -14,6 +14,7 @@ from importlib import resources
 
 import pytest
 from filelock import FileLock
+from starlette.datastructures import QueryParams
 from starlette.testclient import TestClient
 
 from run.runs import PROBE
@@ -21,7 +22,7 @@ from tell.data.schema import Schema
 from tell.files import write_json
 from tell.folder import RunFolder
 from tell.ui import ui_root
-from tell.ui.chat_relay import Check
+from tell.ui.answer_check import Check
 from tell.ui.choices import Choice
 from tell.ui.jobs import Job
 from tell.ui.run_view import live, state_of, tuning
@@ -33,6 +34,7 @@ from ui.ui_server import SOURCE, UiServer, until
 TOKEN, BASE = "s3cret-token", "http://127.0.0.1:8765"
 EVIL = '<script>alert(1)</script><img src=x onerror="alert(1)">" onload="alert(1)'
 ORIGIN = {"origin": BASE}
+HTMX = {"hx-request": "true"}
 
 
 @pytest.fixture
@@ -76,7 +78,7 @@ def check_inert(text: str, *, scripts: int) -> None:
     assert not [link for link in found.links if not link.startswith(("/", "#", "data:,"))]
 
 
-PATHS = ("/", "/data", "/look?data=x", "/plan", "/planned", "/run/runs/a", "/report/runs/a", "/chat/runs/a")
+PATHS = ("/", "/data", "/plan", "/run/runs/a", "/report/runs/a", "/chat/runs/a", "/ship/runs/a")
 POSTS = ("/start", "/stop/runs/a", "/resume/runs/a", "/load/runs/a", "/unload/runs/a", "/say/runs/a", "/export/runs/a")
 
 
@@ -118,7 +120,7 @@ def test_other_origins_change_nothing(client, root, origin):
 
 def test_pages_have_a_strict_policy_and_nothing_inline(client, root):
     make_run(root, "runs/a")
-    for path in (*(p for p in PATHS if not p.startswith(("/look", "/planned"))), "/ship/runs/a"):
+    for path in PATHS:
         answer = client.get(path)
         policy = answer.headers["content-security-policy"]
         assert answer.status_code == 200 and "default-src 'none'" in policy and "unsafe" not in policy, path
@@ -143,9 +145,9 @@ def test_hostile_contents_are_inert(client, root):
     check_inert(client.get("/").text, scripts=2)
     check_inert(client.get("/data", params={"data": EVIL, "prompt": EVIL}).text, scripts=2)
     check_inert(client.get("/plan", params={"data": EVIL, "model": EVIL}).text, scripts=2)
-    check_inert(client.get("/look", params={"data": EVIL}).text, scripts=0)
+    check_inert(client.get("/data", params={"data": EVIL}, headers=HTMX).text, scripts=0)
     both = [("run", name) for name in root.find()[0]]
-    check_inert(client.get("/framed/compare", params=both).text, scripts=0)
+    check_inert(client.get("/framed/compare/", params=both).text, scripts=0)
 
 
 @pytest.mark.parametrize(
@@ -156,16 +158,15 @@ def test_no_address_leads_out_of_the_root(client, root, name):
     (root.path / "link").symlink_to(root.path.parent / "out")
     for page in ("run", "report", "framed/report", "study", "framed/study", "chat", "ship"):
         assert client.get(f"/{page}/{name}").status_code == 404
-    assert client.get("/framed/look/..%2f..%2fout").status_code == 404
     assert client.get("/static/..%2fui_app.py").status_code == 404
 
 
 def test_uploads_stay_under_the_root(client, root):
-    for name in ("../../a.csv", "/etc/a.csv", "..%2f..%2fa.csv", "C:\\x\\a.csv", "a.csv"):
+    for name in ("../../a.csv", "/etc/a.csv", "C:\\x\\a.csv", "a.csv"):
         answer = client.put(f"/upload/{name.replace('/', '%2F')}", content=b"q,a\n1,2\n", headers=ORIGIN)
         assert answer.status_code == 201
         assert (root.path / answer.json()["path"]).read_bytes() == b"q,a\n1,2\n"
-    assert sorted(p.name for p in root.uploads.iterdir()) == ["1-a.csv", "2-a.csv", "3-a.csv", "4-a.csv", "a.csv"]
+    assert sorted(p.name for p in root.uploads.iterdir()) == ["1-a.csv", "2-a.csv", "3-a.csv", "a.csv"]
     assert [p for p in root.path.parent.rglob("a.csv") if root.uploads not in p.parents] == []
     assert clean_name("Köln; rm -rf $(x).CSV.gz") == "Köln-rm--rf-x.csv.gz"
     for name in ("a.exe", ".bashrc", "csv", ".csv.sh"):
@@ -192,7 +193,8 @@ def test_a_full_disk_leaves_nothing(client, root):
 
 def test_no_value_can_become_a_flag():
     values = {"data": "-x.csv", "model": "--overwrite", "prompt": "$(reboot)", "answer": "a b", "nonsense": "1"}
-    command = Choice.of(values | {"arms": ""}, ["base", "tell"]).command("tune", out="runs/x")
+    arms = [("arm", "base"), ("arm", "tell")]
+    command = Choice.of(QueryParams([*values.items(), *arms])).command("tune", out="runs/x")
     assert command == [
         *(
             "tune",
@@ -208,14 +210,17 @@ def test_no_value_can_become_a_flag():
 
 def test_states_of_runs(root):
     folder = make_run(root, "runs/a", state="running")
-    job = tuning(root, "runs/a")
-    assert state_of(folder, job) == "interrupted"  # killed: it left "running" behind
+    assert state_of(root, "runs/a") == "interrupted"  # killed: it left "running" behind
     with FileLock(folder.lock):
-        assert state_of(folder, job) == "running"
-    assert state_of(folder, job) == "interrupted"
+        assert state_of(root, "runs/a") == "running"
+    assert state_of(root, "runs/a") == "interrupted"
     found = live(root, "runs/a")
     assert found["bars"][0] | {"label": ""} == {"label": "", "done": 1, "total": 4, "unit": "steps"}
-    assert [row["answers"] for row in found["rows"]] == [[("TELL", "hello", True)]] * 3
+    assert [row["answers"] for row in found["rows"]] == [[("TELL", "hello", False)]] * 3
+    rows = [{"hash": f"{0:016x}", "prompt": "hello0", "reference": "hello", "answer": "hel"}]
+    write_json(folder.answering, {"arm": "sft", "rows": rows})  # while an arm answers
+    assert [len(row["answers"]) for row in live(root, "runs/a")["rows"]] == [2, 1, 1]
+    assert live(root, "runs/a")["rows"][0]["answers"][1] == ("SFT, one epoch", "hel", True)
 
 
 def test_runs_and_studies_are_listed_and_sorted(client, root):
@@ -237,17 +242,36 @@ def test_look_and_plan_are_the_commands(client, root, tiny_model):
     rows = "".join(f"{i} how,{('no', 'yes')[i % 2]}\n" for i in range(20))
     (root.path / "t.csv").write_text(f"question,answer\n{rows}")
     chosen = {"data": "t.csv", "model": str(tiny_model("llama")), "general": "none"}
-    text = client.get("/look", params=chosen).text
+    text = client.get("/data", params=chosen, headers=HTMX).text
     assert "20 rows" in text and "guessed" in text and "tell look t.csv" in text
-    page = client.get(re.search(r'src="(/framed/look/[^"]+)"', text)[1])
-    assert "What the model sees" in page.text and "sandbox" in page.headers["content-security-policy"]
-    text = client.get("/planned", params=chosen).text
+    assert "What the model sees" in text and 'class="trained ' in text
+    assert re.findall(r'<option selected value="(\w+)"', text) == ["question", "answer"]
+    text = client.get("/plan", params=chosen, headers=HTMX).text
     assert "Predicted time" in text and "--out=runs/t-1" in text and "--general=none" in text
-    assert "columns" in client.get("/look", params=chosen | {"columns": "prompt=nope,answer=answer"}).text
+    text = client.get("/data", params=chosen | {"columns": "prompt=nope,answer=answer"}, headers=HTMX).text
+    assert "no column" in text and text.count('<option value="question">') == 2  # to be chosen
+
+
+def test_columns_are_chosen_from_those_of_the_file(client, root, tiny_model):
+    rows = "".join(f"s{i},b{i},{'xy'[i % 2]},{i % 3}\n" for i in range(24))
+    (root.path / "t.csv").write_text(f"Subject,Body,Queue,Priority\n{rows}")
+    chosen = [("data", "t.csv"), ("model", str(tiny_model("llama")))]
+    chosen += [
+        ("ask", "Body"),
+        ("ask", "Subject"),
+        ("ask", ""),
+        ("reply", "Queue"),
+        ("reply", "Priority"),
+        ("reply", ""),
+    ]
+    text = client.get("/data", params=chosen, headers=HTMX).text
+    assert "24 rows" in text and "guessed" not in text
+    assert re.findall(r'<option selected value="(\w+)"', text) == ["Body", "Subject", "Queue", "Priority"]
+    assert r"--prompt={Body}\n\n{Subject}" in text and "--answer=Queue,Priority" in text
 
 
 def test_a_run_that_fails_at_once_shows_its_line(client, root):
-    answer = client.post("/start", data={"data": "nope.csv", "out": "../../x"}, headers=ORIGIN)
+    answer = client.post("/start", params={"data": "nope.csv", "out": "../../x"}, headers=ORIGIN)
     assert answer.url.path == "/run/runs/nope-1"
     until(lambda: tuning(root, "runs/nope-1").process() is None)
     text = client.get("/run/runs/nope-1").text
@@ -259,20 +283,20 @@ def test_a_stopped_run_is_resumed_by_the_same_command(client, root, tiny_model):
     rows = "".join(f"{i} how,{('no', 'yes')[i % 2]}\n" for i in range(24))
     (root.path / "t.csv").write_text(f"question,answer\n{rows}")
     chosen = {"data": "t.csv", "model": str(tiny_model("llama")), "arms": "base,tell", "general": str(PROBE)}
-    assert client.post("/start", data=chosen, headers=ORIGIN).url.path == "/run/runs/t-1"
+    assert client.post("/start", params=chosen, headers=ORIGIN).url.path == "/run/runs/t-1"
     folder, job = RunFolder(root.path / "runs/t-1"), tuning(root, "runs/t-1")
     until(lambda: folder.read_status().get("state") == "running")
-    again = client.post("/start", data=chosen | {"out": "runs/t-1"}, headers=ORIGIN)  # a second click
+    again = client.post("/start", params=chosen | {"out": "runs/t-1"}, headers=ORIGIN)  # a second click
     assert again.url.path == "/run/runs/t-1" and not tuning(root, "runs/t-2").record()
     assert "Stop" in client.get("/run/runs/t-1").text
     client.post("/stop/runs/t-1", headers=ORIGIN)
     until(lambda: job.process() is None)
-    assert state_of(folder, job) == "interrupted"
+    assert state_of(root, "runs/t-1") == "interrupted"
     assert "Resume" in client.get("/run/runs/t-1").text
     client.post("/resume/runs/t-1", headers=ORIGIN)
     assert job.record()["command"] == ["tell", "tune", "--resume", "--out=runs/t-1"]
     until(lambda: job.process() is None)
-    assert state_of(folder, job) == "done", job.lines()
+    assert state_of(root, "runs/t-1") == "done", job.lines()
     text = client.get("/run/runs/t-1").text
     assert "2 of 2 arms" in text and "Report" in text
 
@@ -280,8 +304,8 @@ def test_a_stopped_run_is_resumed_by_the_same_command(client, root, tiny_model):
 def test_a_process_number_that_was_taken_over_is_not_stopped(root):
     other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     job = Job(root, "tune x")
-    job._stem.parent.mkdir(parents=True)
-    write_json(job._stem.with_suffix(".json"), {"pid": other.pid, "created": 1.0, "command": []})
+    job.file("").parent.mkdir(parents=True)
+    write_json(job.file(".json"), {"pid": other.pid, "created": 1.0, "command": []})
     assert not job.stop() and other.poll() is None
     other.communicate()
 
@@ -291,14 +315,55 @@ def test_answers_are_checked():
     assert check('{"a": 1}') == (True, "follows the schema")
     assert check("{}")[0] is False and check("nonsense") == (False, "not JSON")
     assert Check(labels=frozenset({"x"}))(" x")[0] is True
-    assert Check()("anything") is None and Check().doubt("anything") == ""
-    check = Check(Schema({"type": "object"}))
-    assert [check.doubt(text) for text in ("", " ", ' {"a', "So")] == ["", "", "", "not JSON"]
-    assert [Check(labels=frozenset({"bug"})).doubt(text) for text in (" bu", "bug ", "bus")] == [
-        "",
-        "",
-        "no label of the task",
-    ]
+    assert Check()("anything") is None and Check()("anything", whole=False) is None
+
+
+SCHEMA = {
+    "type": "object",
+    "required": ["a", "b"],
+    "additionalProperties": False,
+    "properties": {
+        "a": {"enum": ["xx", "y"]},
+        "b": {"type": "integer", "minimum": 10},
+        "l": {"type": "array", "minItems": 2, "maxItems": 2, "items": {"type": "object", "required": ["q"]}},
+    },
+}
+OPEN = (
+    "",
+    " ",
+    "{",
+    '{"b": 1',
+    '{"a": "x',
+    '{"a',
+    '{"l": [',
+    '{"l": [{',
+    '{"l": [{"q": 1}',
+    '{"l": [{"q": {"z": [',
+    '{"b": -',
+)
+BROKEN = {
+    **{"So": "not JSON", '{"a" 1': "not JSON", "[": "'object'", '{"a": "z"': "one of", '{"c": 1': "Additional"},
+    **{
+        '{"b": 1,': "minimum",
+        '{"b": 1}': "required",
+        '{"b": "s"': "'integer'",
+        '{"l": [{}': "required",
+        '{"l": 1': "'array'",
+    },
+    **{'{"l":[{"q":1}]': "short", '{"l":[{"q":1},{"q":1},{': "long", '{"a":"y","b":12} and': "not JSON"},
+}
+
+
+def test_answers_are_checked_as_they_come():
+    check = Check(Schema(SCHEMA))
+    assert [check(text, whole=False)[0] for text in OPEN] == [True] * len(OPEN)
+    for text, said in BROKEN.items():
+        ok, why = check(text, whole=False)
+        assert not ok and said in why, (text, why)
+    whole = '{"l": [{"q": 1}, {"q": "]}"}], "b": 12, "a": "xx"}'  # keys in another order than the schema's
+    assert all(check(whole[:n], whole=False)[0] for n in range(len(whole) + 1)) and check(whole)[0]
+    label = Check(labels=frozenset({"bug"}))
+    assert [label(text, whole=False)[0] for text in ("", " bu", "bug ", "bus")] == [True, True, True, False]
 
 
 def test_a_second_page_of_a_root_says_where_the_first_is(root, tmp_path):

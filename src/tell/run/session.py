@@ -132,12 +132,14 @@ class Session:
         title: str,
         guides: Sequence[Guide] | None = None,
         masks: Sequence[Mask] | None = None,
+        on_token: Callable[[int, int], None] | None = None,
     ) -> list[Answer]:
         """Decoded answers in the order of ``prompts`` (token ids), with a bar of that title.
 
         Args:
             guides: of each prompt; they decide closed fields.
             masks: of each prompt; they constrain its answer.
+            on_token: gets (prompt number, token) as tokens come.
         """
         with self.display.bar(title, len(prompts), "answers") as advance:
             written = 0
@@ -148,7 +150,9 @@ class Session:
                 advance(further, f"{written} tokens")
                 self.check()
 
-            return self.engine.generate(prompts, decoding, progress=progress, guides=guides, masks=masks)
+            return self.engine.generate(
+                prompts, decoding, progress=progress, on_token=on_token, guides=guides, masks=masks
+            )
 
     def row_losses(self, table: RowTable, progress: Callable[[int], None] | None = None) -> np.ndarray:
         """(rows,) mean nll in nats a token of each row's trained tokens; ``progress`` gets the rows of each pass."""

@@ -11,21 +11,18 @@ import json
 import re
 from collections.abc import AsyncIterator
 from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import Any
 
 import httpx
 import psutil
 
-from tell.data.json_text import parse_strict
-from tell.data.schema import Schema, SlowPattern
 from tell.errors import TellError
 from tell.files import read_json
 from tell.folder import RunFolder
 from tell.report.read_run import get, rows_of
 from tell.run.claim import read_run_config
 from tell.run.task_rows import read_task
-from tell.shown import brief, one_line
+from tell.shown import one_line
+from tell.ui.answer_check import Check
 from tell.ui.choices import positional
 from tell.ui.jobs import Job
 from tell.ui.ui_root import UiRoot
@@ -36,9 +33,9 @@ COLUMNS = {
     "tell": ("Tuned", "by TELL"),
 }
 MOST_EXAMPLES, MOST_CHARACTERS = 8, 6000  # in the prompt of the second column
-MOST_PROMPT = 100_000
 STOPPING = 20.0  # seconds until a server that was told to stop has ended
 _ADDRESS = re.compile(r"serving at (http://127\.0\.0\.1:\d+/v1) ")
+Messages = list[dict[str, str]]
 
 
 def serving(root: UiRoot) -> Job:
@@ -46,14 +43,18 @@ def serving(root: UiRoot) -> Job:
     return Job(root, "serve")
 
 
+def asked_for(root: UiRoot) -> str:
+    """The run of the last server; empty where there was none."""
+    return "".join(serving(root).command[2:3]).removeprefix("./")
+
+
 def served(root: UiRoot) -> tuple[str, str]:
     """The run that is being served, and its address once the model is loaded; empty where none is."""
     job = serving(root)
-    command = job.record().get("command")
-    if job.process() is None or not isinstance(command, list) or len(command) < 3:
+    if job.process() is None:
         return "", ""
     found = next((match for line in job.lines(50) if (match := _ADDRESS.search(line))), None)
-    return str(command[2]).removeprefix("./"), found[1] if found else ""
+    return asked_for(root), found[1] if found else ""
 
 
 def serve_run(root: UiRoot, name: str) -> None:
@@ -61,8 +62,7 @@ def serve_run(root: UiRoot, name: str) -> None:
     job = serving(root)
     if served(root)[0] == name:
         return
-    if (process := job.process()) is not None:
-        job.stop()
+    if (process := job.stop()) is not None:
         with suppress(psutil.Error):
             try:
                 process.wait(STOPPING)
@@ -71,153 +71,68 @@ def serve_run(root: UiRoot, name: str) -> None:
     job.start(["serve", positional(name), "--port=0"])
 
 
-def examples(folder: RunFolder) -> list[tuple[str, str]]:
-    """Training rows as (prompt, answer): the first that fit."""
-    config = read_run_config(folder)
+def examples(folder: RunFolder) -> Messages:
+    """Turns of training rows, the first that fit.
+
+    Raises:
+        TellError: the run's files are damaged, or its data is gone or has no row that is short enough.
+    """
     train = set(map(str, rows_of(read_json(folder.split, remedy=""), "train")))
-    found, left = [], MOST_CHARACTERS
-    for example in read_task(config, bad_rows="drop")[0].examples:
-        turns = example.messages
-        if example.hash in train and len(turns) == 2 and (left := left - sum(len(m.content) for m in turns)) > 0:
-            found.append((turns[0].content, turns[1].content))
-        if len(found) == MOST_EXAMPLES or left <= 0:
-            break
-    return found
+    turns: Messages = []
+    left = MOST_CHARACTERS
+    for example in read_task(read_run_config(folder), bad_rows="drop")[0].examples:
+        size = sum(len(m.content) for m in example.messages)
+        if example.hash in train and len(example.messages) == 2 and size < left and len(turns) < 2 * MOST_EXAMPLES:
+            turns += [{"role": m.role, "content": m.content} for m in example.messages]
+            left -= size
+    if not turns:
+        raise TellError("no training row is short enough")
+    return turns
 
 
-@dataclass
-class Check:
-    """Whether an answer has the form that the run's answers have.
-
-    Attributes:
-        schema: None: none is known.
-        labels: the possible answers; empty: not known.
-    """
-
-    schema: Schema | None = None
-    labels: frozenset[str] = field(default_factory=frozenset)
-
-    @classmethod
-    def of(cls, folder: RunFolder) -> Check:
-        """From the files of the run; damaged ones check nothing."""
-        found: dict[str, Any] = {}
-        for path in (folder.findings, folder.schema):
-            with suppress(FileNotFoundError, TellError):
-                found[path.name] = read_json(path, remedy="")
-        labels = rows_of(found.get(folder.findings.name), "kind", "labels")
-        schema = found.get(folder.schema.name)
-        try:
-            checked = Schema(schema) if schema is not None else None
-        except TellError:
-            checked = None
-        return cls(checked, frozenset(map(str, labels)))
-
-    def doubt(self, text: str) -> str:
-        """Why an answer that begins so cannot have that form any more; empty where it still can."""
-        begun = text.lstrip()
-        if self.schema is not None and begun and isinstance(self.schema.schema, dict):
-            kind = self.schema.schema.get("type")
-            return "not JSON" if {"object": "{", "array": "["}.get(str(kind), begun[0]) != begun[0] else ""
-        if self.labels and not any(label.startswith(begun.rstrip()) for label in self.labels):
-            return "no label of the task"
-        return ""
-
-    def __call__(self, text: str) -> tuple[bool, str] | None:
-        """Whether it has that form, and in words; None where nothing is known of it."""
-        if self.schema is not None:
-            try:
-                error = next(self.schema.validator.iter_errors(parse_strict(text)), None)
-            except (ValueError, RecursionError):
-                return False, "not JSON"
-            except SlowPattern:
-                return None
-            return (True, "follows the schema") if error is None else (False, brief(error.message, 120))
-        if self.labels:
-            return (True, "a label of the task") if text.strip() in self.labels else (False, "no label of the task")
-        return None
-
-
-async def answers(root: UiRoot, name: str, prompt: str) -> AsyncIterator[bytes]:
-    """Lines of JSON: ``{"at", "text"}`` as the answers come, and of each ``{"at", "end", "ok"}``, how it ended.
-
-    An answer that cannot have its form any more has both while it still comes.
-    """
+async def answer(root: UiRoot, name: str, prompt: str, at: str) -> AsyncIterator[bytes]:
+    """Lines of JSON, of one of `COLUMNS`: ``text`` as it comes, with ``end`` and ``ok``, what is known of it so far."""
     folder, (run, address) = root.run(name), served(root)
-    if run != name or not address:
-        yield _line(at="tell", end="the model is not loaded", ok=False)
-        return
-    check = await asyncio.to_thread(Check.of, folder)
+    messages: Messages = [{"role": "user", "content": prompt}]
     try:
-        shots = await asyncio.to_thread(examples, folder)
-        missing = "" if shots else "no training rows are short enough"
+        if run != name or not address:
+            raise TellError("the model is not loaded")
+        check = await asyncio.to_thread(Check.of, folder)
+        if at == "context":
+            messages = await asyncio.to_thread(examples, folder) + messages
+        text, finish = "", ""
+        async for piece, reason in _pieces(address, folder.root.name if at == "tell" else "base", messages):
+            text, finish = text + piece, reason or finish
+            ok, said = check(text, whole=False) or (None, "…")
+            yield _line(text=piece, end=said, ok=ok)
+        ok, said = await asyncio.to_thread(check, text) or (None, "")
+        cut = "cut at the limit of tokens" if finish == "length" else ""
+        yield _line(end=", ".join(filter(None, (said, cut))), ok=ok)
     except (TellError, OSError) as error:
-        shots, missing = [], one_line(str(error))
-    own = {"role": "user", "content": prompt}
-    context = [
-        {"role": role, "content": text}
-        for shot in shots
-        for role, text in zip(("user", "assistant"), shot, strict=True)
-    ]
-    wanted = {"tell": (folder.root.name, [own]), "base": ("base", [own]), "context": ("base", [*context, own])}
-    lines: asyncio.Queue[bytes | None] = asyncio.Queue()
-    async with httpx.AsyncClient(timeout=None, trust_env=False) as client:
-
-        async def ask(at: str) -> None:
-            try:
-                if at == "context" and missing:
-                    lines.put_nowait(_line(at=at, end=f"no examples: {missing}", ok=False))
-                    return
-                end, ok = await _stream(client, address, at, *wanted[at], lines, check)
-                lines.put_nowait(_line(at=at, end=end, ok=ok))
-            except (httpx.HTTPError, ValueError) as error:
-                lines.put_nowait(_line(at=at, end=f"the server does not answer ({type(error).__name__})", ok=False))
-
-        async def all_of_them() -> None:
-            await asyncio.gather(*map(ask, wanted))
-            lines.put_nowait(None)
-
-        task = asyncio.ensure_future(all_of_them())
-        try:
-            while (line := await lines.get()) is not None:
-                yield line
-        finally:
-            task.cancel()
+        yield _line(end=one_line(str(error)), ok=False)
+    except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
+        yield _line(end=f"the server does not answer ({type(error).__name__})", ok=False)
 
 
-async def _stream(
-    client: httpx.AsyncClient,
-    address: str,
-    at: str,
-    model: str,
-    messages: list[dict[str, str]],
-    lines: asyncio.Queue[bytes | None],
-    check: Check,
-) -> tuple[str, bool | None]:
-    """Pass one answer on; how it ended, and whether it has the form of the task's answers."""
-    text, finish = "", ""
+async def _pieces(address: str, model: str, messages: Messages) -> AsyncIterator[tuple[str, str]]:
+    """Text as it comes and, at the end, why it ended.
+
+    Raises:
+        TellError: the server says why it does not answer.
+    """
     body = {"model": model, "messages": messages, "stream": True}
-    async with client.stream("POST", f"{address}/chat/completions", json=body) as answer:
-        if answer.status_code != 200:
-            found = json.loads(await answer.aread())
-            return one_line(str(get(found, "error", "message"))), False
-        async for line in answer.aiter_lines():
-            if not line.startswith("data: ") or line == "data: [DONE]":
+    async with (
+        httpx.AsyncClient(timeout=None, trust_env=False) as client,
+        client.stream("POST", f"{address}/chat/completions", json=body) as reply,
+    ):
+        async for line in reply.aiter_lines():
+            if line in ("", "data: [DONE]"):
                 continue
             event = json.loads(line.removeprefix("data: "))
             if "error" in event:
-                return one_line(str(get(event, "error", "message"))), False
-            for choice in event.get("choices", []):
-                piece = choice["delta"].get("content", "")
-                finish = choice["finish_reason"] or finish
-                if piece:
-                    text += piece
-                    doubt = check.doubt(text)
-                    lines.put_nowait(_line(at=at, text=piece, **({"end": doubt, "ok": False} if doubt else {})))
-    found = await asyncio.to_thread(check, text)
-    cut = "cut at the limit of tokens" if finish == "length" else ""
-    if found is None:
-        return cut, None
-    return ", ".join(filter(None, (found[1], cut))), found[0]
+                raise TellError(str(get(event, "error", "message")))
+            for choice in event["choices"]:
+                yield choice["delta"].get("content") or "", choice["finish_reason"] or ""
 
 
 def _line(**event: object) -> bytes:

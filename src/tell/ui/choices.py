@@ -2,34 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from urllib.parse import urlencode
 
-from tell.config import Config
-from tell.names import ARMS
+from starlette.datastructures import QueryParams
 
-_DATA = ("tune", "plan", "look")
+from tell.config import Config
+from tell.data.file_read import FileRead
+from tell.data.form import Form, place_of
+from tell.data.formats import read_records
+from tell.errors import TellError
+from tell.files import expanded
+from tell.names import ARMS
+from tell.ui.ui_root import UiRoot
+
 _RUN = ("tune", "plan")
+_DATA = (*_RUN, "look")
 FLAGS: dict[str, tuple[str, tuple[str, ...]]] = {  # name of the field -> flag, verbs that take it
-    "test": ("--test", _DATA),
-    "columns": ("--columns", _DATA),
-    "prompt": ("--prompt", _DATA),
-    "answer": ("--answer", _DATA),
-    "kind": ("--kind", _DATA),
-    "schema": ("--schema", _DATA),
-    "model": ("--model", _DATA),
-    "general": ("--general", _RUN),
-    "arms": ("--arms", _RUN),
+    **{name: (f"--{name}", _DATA) for name in ("test", "columns", "prompt", "answer", "kind", "schema", "model")},
+    **{name: (f"--{name}", _RUN) for name in ("general", "arms")},
     "minutes": ("--max-minutes", _RUN),
     "rows": ("--task-rows", _DATA),
     "test_rows": ("--test-rows", _RUN),
     "out": ("--out", ("tune",)),
 }
-FIELDS = ("data", *FLAGS)
 MOST = 4000  # characters of a field
-STANDARD = ",".join(Config().eval.arms)
-CHOICES = [(arm.name, arm.label, arm.about, arm.name in Config().eval.arms) for arm in ARMS.values()]
+STANDARD = Config().eval.arms
+READ = 1000  # records whose columns are listed
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,19 @@ class Choice:
     values: Mapping[str, str]
 
     @classmethod
-    def of(cls, given: Mapping[str, str], arms: list[str] | None = None) -> Choice:
-        """From a query or a form, whose fields may be anybody's; unknown ones are left out."""
-        values = {name: given[name].strip()[:MOST] for name in FIELDS if given.get(name, "").strip()}
-        if arms:
-            values["arms"] = ",".join(arms)
-        if values.get("arms") == STANDARD:
+    def of(cls, given: QueryParams) -> Choice:
+        """From a query, whose fields may be anybody's; unknown ones are left out.
+
+        Raises:
+            TellError: a column has braces in its name.
+        """
+        values = {name: text[:MOST] for name in ("data", *FLAGS) if (text := given.get(name, "").strip())}
+        ask, reply, arms = ([text for text in given.getlist(name) if text] for name in ("ask", "reply", "arm"))
+        flags = shlex.split(Form("\n\n".join(map(place_of, ask)), tuple(reply)).flags)
+        values |= {"prompt": flags[1]} if ask else {}
+        values |= {"answer": flags[3]} if reply else {}
+        values |= {"arms": ",".join(arms)} if arms else {}
+        if values.get("arms") == ",".join(STANDARD):
             del values["arms"]
         return cls(values)
 
@@ -55,11 +64,37 @@ class Choice:
     def query(self) -> str:
         return urlencode(self.values)
 
+    @property
+    def arms(self) -> list[tuple[str, str, str, bool]]:
+        """Name, label, what it is and whether it is chosen, of every arm."""
+        chosen = self["arms"].split(",") if self["arms"] else STANDARD
+        return [(arm.name, arm.label, arm.about, arm.name in chosen) for arm in ARMS.values()]
+
     def command(self, verb: str, *more: str, **changed: str) -> list[str]:
         """The arguments of a verb. Values are joined to their flags, so that none can be read as another flag."""
         values = {**self.values, **changed}
         flags = [f"{flag}={values[name]}" for name, (flag, verbs) in FLAGS.items() if verb in verbs and name in values]
         return [verb, positional(values.get("data", "")), *flags, *more]
+
+    def columns(self, root: UiRoot) -> list[str]:
+        """The names of the file's columns; none where it cannot be read, or is on the hub."""
+        try:
+            records = islice(read_records(str(root.path / expanded(self["data"])), FileRead()), READ)
+            return list(dict.fromkeys(str(name) for _, record in records for name in record))
+        except (TellError, OSError, ValueError):
+            return []
+
+    def picked(self, names: Sequence[str], read: Mapping[str, str]) -> dict[str, list[str]]:
+        """The columns of prompt and answer.
+
+        Args:
+            names: of the file.
+            read: part to column, or a template of columns, as the file was read; empty where it could not be.
+        """
+        prompt, answer = (read.get(part) or self[part] for part in ("prompt", "answer"))
+        ask = [name for name in names if f"{{{name}}}" in prompt or name in (prompt, read.get("input"))]
+        reply = [name for name in names if name in (answer, *answer.split(", "), *answer.split(","))]
+        return {"ask": sorted(ask, key=lambda name: prompt.find(f"{{{name}}}")), "reply": reply}
 
 
 def positional(path: str) -> str:

@@ -10,32 +10,27 @@ from starlette.datastructures import MutableHeaders
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 
-from tell.report.page import stylesheet
 from tell.serve.listen import LOCAL
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
-    "frame-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src data:; connect-src 'self'; "
+    "frame-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'self'"
 )
 FRAMED = (  # a report, or a page of a run folder from anywhere: no script, nothing loaded, no form
-    "default-src 'none'; style-src '{style}'; img-src data:; form-action 'none'; base-uri 'none'; "
-    "frame-ancestors 'self'; sandbox allow-same-origin"
+    "default-src 'none'; style-src 'unsafe-inline'; img-src data:; form-action 'none'; base-uri 'none'; "
+    "frame-ancestors 'self'; sandbox"
 )
 HEADERS = {
+    "content-security-policy": POLICY,
     "x-content-type-options": "nosniff",
     "referrer-policy": "same-origin",  # no-referrer would make the Origin of our own forms null
     "cross-origin-opener-policy": "same-origin",
     "cross-origin-resource-policy": "same-origin",
     "cache-control": "no-store",
 }
-
-
-def framed(style: str = "") -> str:
-    """The policy of a page in a frame; by default our stylesheet is its only style."""
-    return FRAMED.format(style=style or stylesheet()[1])
 
 
 class Guard:
@@ -53,14 +48,11 @@ class Guard:
 
         async def guarded(message: Message) -> None:
             if message["type"] == "http.response.start":
-                headers = MutableHeaders(scope=message)
-                headers.setdefault("content-security-policy", POLICY)
                 for name, value in HEADERS.items():
-                    headers.setdefault(name, value)
+                    MutableHeaders(scope=message).setdefault(name, value)
             await send(message)
 
-        answer = self._answer(Request(scope))
-        await (self.app if answer is None else answer)(scope, receive, guarded)
+        await (self._answer(Request(scope)) or self.app)(scope, receive, guarded)
 
     def _answer(self, request: Request) -> Response | None:
         host = request.headers.get("host", "")

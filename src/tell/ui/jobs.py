@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -38,33 +37,32 @@ class Job:
     root: UiRoot
     key: str
 
-    @property
-    def _stem(self) -> Path:
-        return self.root.state / "jobs" / hashlib.sha256(self.key.encode()).hexdigest()[:20]
-
-    @property
-    def log(self) -> Path:
-        return self._stem.with_suffix(".log")
+    def file(self, suffix: str) -> Path:
+        """Its ``.json``, ``.log`` or ``.lock``."""
+        return self.root.state / "jobs" / (hashlib.sha256(self.key.encode()).hexdigest()[:20] + suffix)
 
     def record(self) -> dict[str, Any]:
-        """``command`` (list), ``pid`` and ``created``; empty where nothing was started."""
+        """``pid`` and ``created``; empty where nothing was started."""
         try:
-            return read_json(self._stem.with_suffix(".json"), remedy="")
+            return read_json(self.file(".json"), remedy="")
         except (FileNotFoundError, TellError):
             return {}
+
+    @property
+    def command(self) -> list[str]:
+        """The arguments it was started with; empty where it was not."""
+        found = self.record().get("command")
+        return [str(argument) for argument in found] if isinstance(found, list) else []
 
     def process(self) -> psutil.Process | None:
         """The process, while it runs; the number alone may have become another's."""
         found = self.record()
-        pid, created = found.get("pid"), found.get("created")
-        if not isinstance(pid, int) or not isinstance(created, int | float):
-            return None
         try:
-            process = psutil.Process(pid)
-            same = abs(process.create_time() - created) < SAME and process.status() != psutil.STATUS_ZOMBIE
-        except (psutil.Error, OverflowError, ValueError):
+            process = psutil.Process(int(found["pid"]))
+            same = abs(process.create_time() - float(found["created"])) < SAME
+            return process if same and process.status() != psutil.STATUS_ZOMBIE else None
+        except (psutil.Error, LookupError, TypeError, ValueError, OverflowError):
             return None
-        return process if same else None
 
     def start(self, arguments: Sequence[str]) -> None:
         """Start ``tell ARGUMENTS`` unless it runs: in a session of its own, its output in the log, no shell.
@@ -72,12 +70,12 @@ class Job:
         Raises:
             TellError: the log cannot be written.
         """
-        make_folder(self._stem.parent)
-        with FileLock(self._stem.with_suffix(".lock")):  # two tabs
+        make_folder(self.file("").parent)
+        with FileLock(self.file(".lock")):  # two tabs
             if self.process() is not None:
                 return
             try:
-                with self.log.open("wb") as out:
+                with self.file(".log").open("wb") as out:
                     process = subprocess.Popen(
                         [sys.executable, "-m", "tell", *arguments],
                         cwd=self.root.path,
@@ -94,23 +92,20 @@ class Job:
             created = 0.0
             with suppress(psutil.Error):
                 created = psutil.Process(process.pid).create_time()
-            write_json(
-                self._stem.with_suffix(".json"),
-                {"key": self.key, "command": ["tell", *arguments], "pid": process.pid, "created": created},
-            )
+            facts = {"key": self.key, "command": ["tell", *arguments], "pid": process.pid, "created": created}
+            write_json(self.file(".json"), facts)
 
-    def stop(self) -> bool:
-        """Send SIGTERM to the process; whether there was one."""
-        process = self.process()
-        if process is not None:
+    def stop(self) -> psutil.Process | None:
+        """Send SIGTERM to the process; which it was."""
+        if (process := self.process()) is not None:
             with suppress(psutil.Error):
-                process.send_signal(signal.SIGTERM)
-        return process is not None
+                process.terminate()
+        return process
 
     def lines(self, most: int = 12) -> list[str]:
         """The last lines of the log, each made safe to show."""
         try:
-            with self.log.open("rb") as file:
+            with self.file(".log").open("rb") as file:
                 file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL))
                 text = file.read(TAIL).decode("utf-8", "replace")
         except OSError:
@@ -119,6 +114,5 @@ class Job:
 
     def error(self) -> str:
         """The line that says why the command ended; empty where it runs or has ended well."""
-        if self.process() is not None:
-            return ""
-        return next((x.removeprefix("error: ") for x in reversed(self.lines()) if x.startswith("error: ")), "")
+        lines = [] if self.process() is not None else reversed(self.lines())
+        return next((line.removeprefix("error: ") for line in lines if line.startswith("error: ")), "")

@@ -31,39 +31,20 @@ def run_ui(path: str | Path, display: Display, *, port: int) -> None:
     if not root.path.is_dir():
         raise TellError("is not a folder", where=str(path), remedy="Name the folder that has, or is to have, the runs.")
     make_folder(root.state).chmod(0o700)
-    kept = root.state / "address.json"
-    lock = FileLock(root.state / ".lock")
+    file = root.state / "address.json"
+    kept: dict[str, object] = {}
+    with suppress(FileNotFoundError, TellError):
+        kept = read_json(file, remedy="")
     try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        display.note(f"a page for {root.path} is open at {_kept(kept, 'address')}")
-        return
-    try:
-        token = _kept(kept, "token") or secrets.token_urlsafe(24)  # kept, so that open tabs outlive a restart
-        with bind(HOST, port) as listening:
+        with FileLock(root.state / ".lock", timeout=0), bind(HOST, port) as listening:
+            token = str(kept.get("token") or secrets.token_urlsafe(24))  # kept, so that open tabs outlive a restart
             address = f"http://{HOST}:{listening.getsockname()[1]}/?token={token}"
-            write_json(kept, {"address": address, "token": token})
+            write_json(file, {"address": address, "token": token})
             display.note(f"page for {root.path}: {address} (Ctrl-C stops the page, not its runs)")
-            config = uvicorn.Config(
-                make_ui(root, token),
-                log_level="error",
-                access_log=False,
-                lifespan="off",
-                server_header=False,
-                ws="none",
-                limit_concurrency=256,
-                timeout_graceful_shutdown=GRACE,
-            )
+            options = {"log_level": "error", "access_log": False, "server_header": False, "ws": "none"}
+            app = make_ui(root, token)
+            config = uvicorn.Config(app, lifespan="off", timeout_graceful_shutdown=GRACE, **options)  # type: ignore[arg-type]
             with suppress(KeyboardInterrupt):
                 uvicorn.Server(config).run(sockets=[listening])
-    finally:
-        lock.release()
-
-
-def _kept(path: Path, key: str) -> str:
-    """``address`` or ``token`` of the last page of the root; empty where there is none."""
-    try:
-        value = read_json(path, remedy="").get(key)
-    except (FileNotFoundError, TellError):
-        return ""
-    return value if isinstance(value, str) else ""
+    except Timeout:
+        display.note(f"a page for {root.path} is open at {kept.get('address')}")
