@@ -6,6 +6,7 @@ import json
 
 from tell.files import write_json, write_jsonl
 from tell.folder import RunFolder
+from tell.report.page import write_page
 from tell.ui.ui_root import UiRoot
 
 
@@ -28,4 +29,6 @@ def make_run(root: UiRoot, name: str, *, state: str = "done", text: str = "hello
     write_jsonl(folder.prediction("tell"), [row | {"scores": {"accuracy": 1.0}} for row in rows])
     folder.logs.mkdir()
     folder.losses("tell").write_text('{"step": 1, "loss": 2.0, "by_source": {"task": 2.0}}\n{"step": 2, "lo')
+    if state == "done":
+        write_page(folder)
     return folder

@@ -104,16 +104,21 @@ def test_from_a_spreadsheet_to_a_chat_answer(browser, tiny_model, tmp_path):
         page.evaluate(DROP, [base64.b64encode(book.read_bytes()).decode(), "../My tickets.xlsx"])
         page.wait_for_url("**/data?data=uploads%2FMy-tickets.xlsx")
         expect(page.get_by_role("alert")).to_contain_text("'Subject', 'Body', 'Queue'", timeout=WAIT)
-        for label, text in (
-            *(("Prompt is made from", r"{Subject}\n\n{Body}"), ("Answer is the column", "Queue")),
-            ("Model", str(tiny_model("llama"))),
-        ):
+        page.goto(f"{page.url}&model={tiny_model('llama')}")
+        for label, text in (("Prompt column 1", "Sub"), ("Prompt column 2", "Bo"), ("Answer column 1", "Q")):
             tab_to(page, page.get_by_label(label))
-            page.keyboard.type(text)
+            page.keyboard.type(text)  # picks the column that begins so
+        tab_to(page, page.get_by_role("button", name="Read it so").first)
         page.keyboard.press("Enter")
         expect(page.locator(".sentence")).to_contain_text("48 rows of the sheet Tickets", timeout=WAIT)
-        frame = page.frame_locator("iframe")
-        expect(frame.locator("mark.trained").nth(1)).to_be_visible(timeout=WAIT)
+        assert page.locator("select").evaluate_all("all => all.map(one => one.value)") == [
+            "Subject",
+            "Body",
+            "",
+            "Queue",
+            "",
+        ]
+        expect(page.locator("mark.trained").nth(1)).to_be_visible(timeout=WAIT)
         tab_to(page, page.get_by_role("button", name="Plan a run"))
         page.keyboard.press("Enter")
         expect(page.get_by_text("Predicted memory")).to_be_visible(timeout=WAIT)
@@ -150,6 +155,7 @@ def test_from_a_spreadsheet_to_a_chat_answer(browser, tiny_model, tmp_path):
         page.keyboard.press("Enter")
         for column in ("base", "context", "tell"):
             expect(page.locator(f"[data-at={column}] .verdict-line")).to_contain_text("label of the task", timeout=WAIT)
+        expect(page.get_by_role("button", name="Ask all three")).to_be_enabled(timeout=WAIT)
         assert page.locator("[data-at=tell] .text").inner_text() in LABELS
 
         data = f"/data?data=uploads/My-tickets.xlsx&prompt={{Subject}}&answer=Queue&model={tiny_model('llama')}"

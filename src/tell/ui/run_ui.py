@@ -39,6 +39,7 @@ def run_ui(path: str | Path, display: Display, *, port: int) -> None:
         with FileLock(root.state / ".lock", timeout=0), bind(HOST, port) as listening:
             token = str(kept.get("token") or secrets.token_urlsafe(24))  # kept, so that open tabs outlive a restart
             address = f"http://{HOST}:{listening.getsockname()[1]}/?token={token}"
+            listening.listen()  # before the address is known, so that whoever opens it at once only waits
             write_json(file, {"address": address, "token": token})
             display.note(f"page for {root.path}: {address} (Ctrl-C stops the page, not its runs)")
             options = {"log_level": "error", "access_log": False, "server_header": False, "ws": "none"}

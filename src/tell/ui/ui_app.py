@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from functools import cache, partial
 from importlib import resources
 from pathlib import Path
@@ -29,7 +30,7 @@ from tell.files import read_text
 from tell.folder import RunFolder, reading
 from tell.report.compare import compare
 from tell.report.look_page import look_parts
-from tell.report.page import environment, render, stylesheet
+from tell.report.page import environment, stylesheet
 from tell.run.claim import stop_holder
 from tell.shown import one_line
 from tell.ui.chat_relay import COLUMNS, answer, asked_for, serve_run, served, serving
@@ -217,25 +218,22 @@ class Pages:
 
     def framed(self, request: Request) -> Response:
         kind, name = request.path_params["kind"], request.path_params["name"]
-        text = self._source(kind, name, request)()
+        with reading(self.root.path):
+            text = self._source(kind, name, request)()
         return HTMLResponse(text.encode("utf-8", "replace"), headers={"content-security-policy": FRAMED})
 
-    def _source(self, kind: str, name: str, request: Request) -> Any:
-        """What makes the page; the run folder's own is served as it is, so that it comes at once."""
+    def _source(self, kind: str, name: str, request: Request) -> Callable[[], str]:
+        """What makes the page; a folder's own is served as it is, so that it comes at once."""
         if kind == "compare":
             names = request.query_params.getlist("run")[:8]
             if len(names) < 2:
                 raise TellError("two runs or more are compared", remedy="Mark them in the table of runs.")
-            return partial(_reading, compare, [self.root.run(name) for name in names])
-        if kind == "report" and not (folder := self.root.run(name)).report.is_file():
-            return partial(_reading, render, folder)
+            return partial(compare, [self.root.run(name) for name in names])
         path = self.root.run(name).report if kind == "report" else self.root.study(name).page
-        return partial(read_text, path, most=MOST_PAGE, remedy="Run the study again.")
-
-
-def _reading(make: Any, folders: Any) -> str:
-    with reading(Path("the run")):
-        return str(make(folders))
+        if not path.is_file():
+            remedy = f"It is written at the end; `tell {kind} {name}` writes one of what is there now."
+            raise NotHere(f"there is no {kind} yet", remedy=remedy)
+        return partial(read_text, path, most=MOST_PAGE, remedy="Write it again.")
 
 
 def _typed(arguments: list[str]) -> str:
@@ -258,7 +256,9 @@ async def _refused(request: Request, error: Exception) -> Response:
 
 def make_ui(root: UiRoot, token: str) -> Starlette:
     """The application of a root."""
-    p = Pages(root)
+    p, made = Pages(root), templates()
+    for name in made.list_templates(["j2"]):  # compiled now, so that no first view waits for it
+        made.get_template(name)
     shown = {"run": p.run, "report": p.frame, "study": p.frame, "chat": p.chat, "ship": p.ship}
     routes = [
         Route("/", p.runs),

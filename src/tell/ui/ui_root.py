@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tell.data.formats import FORMATS_TEXT, format_of
 from tell.errors import TellError
-from tell.files import atomic_path, unwritable
+from tell.files import atomic_path
 from tell.folder import RunFolder
 from tell.home import make_folder
 from tell.shown import brief
@@ -98,31 +98,16 @@ class UiRoot:
         Raises:
             TellError: the format is unknown, it is too large, or it cannot be written. Nothing is kept then.
         """
-        path, size = self._reserve(clean_name(name)), 0
-        try:
-            with atomic_path(path) as temporary, temporary.open("wb") as out:
-                async for part in parts:
-                    if (size := size + len(part)) > MOST_UPLOAD:
-                        what = f"is larger than {MOST_UPLOAD >> 20} MB"
-                        raise TellError(what, where=path.name, remedy="Copy it here yourself and name its path.")
-                    out.write(part)
-        except BaseException:
-            path.unlink(missing_ok=True)
-            raise
+        cleaned, size = clean_name(name), 0
+        paths = (make_folder(self.uploads) / (f"{n}-{cleaned}" if n else cleaned) for n in count())
+        path = next(path for path in paths if not path.exists())
+        with atomic_path(path) as temporary, temporary.open("wb") as out:
+            async for part in parts:
+                if (size := size + len(part)) > MOST_UPLOAD:
+                    what = f"is larger than {MOST_UPLOAD >> 20} MB"
+                    raise TellError(what, where=cleaned, remedy="Copy it here yourself and name its path.")
+                out.write(part)
         return self.name(path)
-
-    def _reserve(self, name: str) -> Path:
-        """An empty file of a name that is free, so that two uploads of one name keep apart."""
-        make_folder(self.uploads)
-        for path in (self.uploads / (f"{n}-{name}" if n else name) for n in count()):
-            try:
-                path.touch(exist_ok=False)
-            except FileExistsError:
-                continue
-            except OSError as error:
-                raise unwritable(path, error, "Free disk space.") from error
-            return path
-        raise AssertionError
 
 
 def clean_name(name: str) -> str:
