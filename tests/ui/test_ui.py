@@ -22,7 +22,7 @@ from tell.data.schema import Schema
 from tell.files import write_json
 from tell.folder import RunFolder
 from tell.report.page import write_page
-from tell.ui import ui_root
+from tell.ui import ui_app, ui_root
 from tell.ui.chat_relay import Check
 from tell.ui.choices import Choice
 from tell.ui.jobs import Job
@@ -222,6 +222,24 @@ def test_states_of_runs(root):
     write_json(folder.answering, {"arm": "sft", "rows": rows})  # while an arm answers
     assert [len(row["answers"]) for row in live(root, "runs/a")["rows"]] == [2, 1, 1]
     assert live(root, "runs/a")["rows"][0]["answers"][1] == ("SFT, one epoch", "hel", True)
+
+
+def test_a_run_of_a_terminal_is_stopped_from_the_page(client, root, monkeypatch):
+    folder = make_run(root, "runs/a", state="running")
+    stopped = []
+    monkeypatch.setattr(ui_app, "stop_holder", lambda found: stopped.append(found.root) or len(stopped) < 2)
+    with FileLock(folder.lock):
+        assert 'action="/stop/runs/a"' in client.get("/run/runs/a").text
+        assert client.post("/stop/runs/a", headers=ORIGIN).url.path == "/run/runs/a"
+        assert "where it was started" in client.post("/stop/runs/a", headers=ORIGIN).text
+    assert stopped == [folder.root] * 2
+
+
+def test_a_report_that_is_not_written_yet_is_not_made(client, root):
+    make_run(root, "runs/a", state="interrupted")
+    answer = client.get("/report/runs/a")
+    assert answer.status_code == 404 and "tell report runs/a" in answer.text
+    assert client.get("/framed/report/runs/a").status_code == 404
 
 
 def test_runs_and_studies_are_listed_and_sorted(client, root):
