@@ -22,7 +22,6 @@ from tell.parts import PARTS
 from tell.rows.template import ChatTokenizer
 from tell.rows.tokenize import unknown_token
 from tell.run.constrained import check_masks
-from tell.run.growing import Growing
 from tell.score.intervals import difference, estimate
 from tell.score.scored import Metric, Scorer
 from tell.score.scorers import make_scorer
@@ -169,20 +168,14 @@ def answer_rows(
     arm: str,
     guides: Sequence[Guide] | None = None,
     grammar: Grammar | None = None,
-    shown: Path | None = None,
 ) -> list[dict]:
     """Rows of predictions/<arm>.jsonl without scores: one answer per test row.
-
-    Args:
-        shown: file that has the first answers while they are decoded.
 
     Raises:
         TellError: the grammar gives up on an answer.
     """
     masks = None if grammar is None else [grammar.mask() for _ in prompts]
-    growing = Growing(shown, arm, test, session.chat)
-    answers = session.answer(prompts, decoding, f"answer {arm}", guides, masks, growing.take)
-    growing.end()
+    answers = session.answer(prompts, decoding, f"answer {arm}", guides, masks)
     check_masks(masks or (), [row.origin for row in test] if masks else ())
     return [
         {

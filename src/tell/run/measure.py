@@ -32,6 +32,7 @@ from tell.run.arms import Chosen, arm_config
 from tell.run.benchmarks.run_benchmarks import run_benchmarks
 from tell.run.constrained import constrains, session_grammar, task_constraint
 from tell.run.forgetting import BASE, Forgetting, general_sets, losses_of, measure_arm
+from tell.run.growing import growing
 from tell.run.journal import Journal
 from tell.run.neighbours import nearest_rows
 from tell.run.prepare import Prepared
@@ -42,8 +43,6 @@ from tell.score.label_table import baseline_numbers, label_numbers, label_scorer
 from tell.score.scored import Metric, Scorer, primary_of
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import numpy as np
 
     from tell.decode.grammar import Grammar
@@ -137,12 +136,8 @@ class Exam:
     chosen: Chosen = field(default_factory=dict)
     nearest: np.ndarray | None = None
 
-    def take(self, arm: str, session: Session, kept: list[dict] | None = None, shown_in: Path | None = None) -> Answers:
-        """The arm's scored answers, its adapter applied; answers ``kept`` from an earlier session are reused.
-
-        Args:
-            shown_in: file that has the first answers while they are decoded.
-        """
+    def take(self, arm: str, session: Session, kept: list[dict] | None = None) -> Answers:
+        """The arm's scored answers, its adapter applied; answers ``kept`` from an earlier session are reused."""
         config = self.config
         room = min(session.engine.max_positions - self.decoding.max_new_tokens, config.train.max_length * 2)
         most = config.eval.icl_examples
@@ -154,7 +149,7 @@ class Exam:
         grammar = self.grammar if constrains(config, arm) else None
         rows = kept
         if rows is None:
-            rows = answer_rows(session, prompts, self.test, self.decoding, arm, guides, grammar, shown_in)
+            rows = answer_rows(session, prompts, self.test, self.decoding, arm, guides, grammar)
         if grammar is not None and (cut := sum(row["finish"] == "length" for row in rows)):
             limit = self.decoding.max_new_tokens
             what = f"{arm}: {cut} of {len(rows)} constrained answers are cut off at {limit} tokens"
@@ -171,7 +166,8 @@ class Exam:
 def answer_arm(exam: Exam, arm: str, session: Session, folder: RunFolder) -> Answers:
     """The arm's scored answers, its adapter applied; answers already in the run's folder are reused."""
     path = folder.prediction(arm)
-    found = exam.take(arm, session, read_jsonl(path) if path.exists() else None, folder.answering)
+    with growing(folder.answering, arm, exam.test, session):
+        found = exam.take(arm, session, read_jsonl(path) if path.exists() else None)
     write_jsonl(path, found.rows)
     return found
 

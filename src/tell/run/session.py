@@ -68,6 +68,7 @@ class Session:
         models: shares the loaded model with other sessions.
         stream: tokens are needed one by one, or decided by guides, which vLLM's offline engine does not support.
         announce: note what was loaded, and on which path it computes.
+        watch: gets (prompt number, token) as answers come.
     """
 
     files: ModelFiles
@@ -78,6 +79,7 @@ class Session:
     models: ModelCache = field(default_factory=ModelCache)
     stream: bool = False
     announce: bool = False
+    watch: Callable[[int, int], None] | None = None
     _held: tuple[Loaded, DecodingEngine] | None = None
 
     def load(self) -> tuple[Loaded, DecodingEngine]:
@@ -132,14 +134,12 @@ class Session:
         title: str,
         guides: Sequence[Guide] | None = None,
         masks: Sequence[Mask] | None = None,
-        on_token: Callable[[int, int], None] | None = None,
     ) -> list[Answer]:
         """Decoded answers in the order of ``prompts`` (token ids), with a bar of that title.
 
         Args:
             guides: of each prompt; they decide closed fields.
             masks: of each prompt; they constrain its answer.
-            on_token: gets (prompt number, token) as tokens come.
         """
         with self.display.bar(title, len(prompts), "answers") as advance:
             written = 0
@@ -151,7 +151,7 @@ class Session:
                 self.check()
 
             return self.engine.generate(
-                prompts, decoding, progress=progress, on_token=on_token, guides=guides, masks=masks
+                prompts, decoding, progress=progress, on_token=self.watch, guides=guides, masks=masks
             )
 
     def row_losses(self, table: RowTable, progress: Callable[[int], None] | None = None) -> np.ndarray:

@@ -9,7 +9,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache, partial
 from importlib import resources
 from pathlib import Path
@@ -47,6 +47,9 @@ SORTS = {"name": False, "state": False, "score": True, "loss": False, "seconds":
 AFTER = {"stop": "run", "resume": "run", "load": "chat", "unload": "chat", "export": "ship"}  # an action: what is shown
 
 
+Shown = Mapping[str, object]  # what a template prints
+
+
 @cache
 def templates() -> Environment:
     """The report's environment, with the page's templates next to its own."""
@@ -65,13 +68,12 @@ def static(name: str) -> bytes:
     return str(stylesheet()[0]).encode() + text if name == "style.css" else text
 
 
-def page(
-    request: Request, part: str, title: str, /, *, here: str = "", status: int = 200, **context: object
-) -> HTMLResponse:
+def page(request: Request, part: str, title: str, shown: Shown, *, here: str = "", status: int = 200) -> HTMLResponse:
     """A page of one part, or the part alone where htmx asks for it."""
-    template = f"_{part}.html.j2" if request.headers.get("hx-request") else "base.html.j2"
-    shown = {"part": f"_{part}.html.j2", "title": title, "here": here or part, "name": "", **context}
-    return HTMLResponse(templates().get_template(template).render(shown).encode("utf-8", "replace"), status)
+    file = f"_{part}.html.j2"
+    made = templates().get_template(file if request.headers.get("hx-request") else "base.html.j2")
+    text = made.render({"part": file, "title": title, "here": here or part, "name": "", **shown})
+    return HTMLResponse(text.encode("utf-8", "replace"), status)
 
 
 class Pages:
@@ -99,29 +101,29 @@ class Pages:
         known = sorted((run for run in runs if run[by] is not None), key=lambda run: run[by], reverse=SORTS[by])
         known += [run for run in runs if run[by] is None]
         active = any(run["state"] in ACTIVE for run in runs) or any(line["counts"].get("running") for line in lines)
-        return page(request, "runs", "Runs", runs=known, studies=lines, by=by, active=active, root=self.root)
+        shown = {"runs": known, "studies": lines, "by": by, "active": active, "root": self.root}
+        return page(request, "runs", "Runs", shown)
 
     # Data and plan: htmx asks for what a command says.
     def data(self, request: Request) -> Response:
         choice = Choice.of(request.query_params)
         if not request.headers.get("hx-request"):
-            return page(request, "data", "Data", choice=choice, uploaded=self.root.uploaded())
+            return page(request, "data", "Data", {"choice": choice, "uploaded": self.root.uploaded()})
         facts, error = self._told(choice.command("look", "--json"))
         names, read = choice.columns(self.root), facts["data"]["columns"] if facts else {}
         shown = {"choice": choice, "error": error, "names": names, "command": _typed(choice.command("look"))}
-        shown |= choice.picked(names, read) | (look_parts(facts) if facts else {"facts": None})
-        return page(request, "look", "Data", **shown)
+        more = {"facts": None} if facts is None else look_parts(facts)
+        return page(request, "look", "Data", {**shown, **choice.picked(names, read), **more})
 
     def plan(self, request: Request) -> Response:
         choice = Choice.of(request.query_params)
         if not request.headers.get("hx-request"):
-            return page(request, "plan", "Plan", here="data", choice=choice)
+            return page(request, "plan", "Plan", {"choice": choice}, here="data")
         plan, error = self._told(choice.command("plan", "--json"))
-        out, licence = self.root.fresh_run(choice["data"]), None
-        if plan is not None:
-            licence = model_licence(plan["model"]["origin"], Path(plan["model"]["path"]))
-        shown = {"command": _typed(choice.command("tune", out=out)), "out": out, "root": self.root}
-        return page(request, "planned", "Plan", choice=choice, plan=plan, error=error, licence=licence, **shown)
+        model, out = plan["model"] if plan else {}, self.root.fresh_run(choice["data"])
+        shown = {"choice": choice, "plan": plan, "error": error, "out": out, "root": self.root}
+        shown |= {"licence": model_licence(model["origin"], Path(model["path"])) if model else None}
+        return page(request, "planned", "Plan", {**shown, "command": _typed(choice.command("tune", out=out))})
 
     def _told(self, arguments: list[str]) -> tuple[dict[str, Any] | None, str]:
         """What a command prints with ``--json``, or the line that says why it does not."""
@@ -152,16 +154,17 @@ class Pages:
         if not tuning(self.root, name).command:  # else it may have no folder yet
             name, _ = self._run(request)
         command = shlex.join(tuning(self.root, name).command)
-        return page(request, "run", name, name=name, run=live(self.root, name), command=command)
+        return page(request, "run", name, {"name": name, "run": live(self.root, name), "command": command})
 
     def chat(self, request: Request) -> Response:
         name, folder = self._run(request)
-        (run, address), job = served(self.root), serving(self.root)
-        mine = asked_for(self.root) == name
-        shown = {"loading": run == name and not address, "ready": run == name and address, "columns": COLUMNS}
-        shown |= {"other": run if run != name else "", "prompts": [row["prompt"] for row in test_rows(folder)]}
-        shown |= {"error": job.error() if mine else "", "log": job.lines(3) if mine else []}
-        return page(request, "chat", f"Chat with {name}", name=name, **shown)
+        (run, address), job, mine = served(self.root), serving(self.root), asked_for(self.root) == name
+        shown = {
+            **{"name": name, "columns": COLUMNS, "prompts": [row["prompt"] for row in test_rows(folder)]},
+            **{"loading": run == name and not address, "ready": run == name and address, "other": run},
+            **{"error": job.error() if mine else "", "log": job.lines(3) if mine else []},
+        }
+        return page(request, "chat", f"Chat with {name}", shown)
 
     async def say(self, request: Request) -> Response:
         name, _ = self._run(request)
@@ -174,8 +177,9 @@ class Pages:
 
     def ship(self, request: Request) -> Response:
         name, _ = self._run(request)
-        shown = {"exports": self._exports(name), "state": state_of(self.root, name)}
-        return page(request, "ship", f"Ship {name}", name=name, serve=_typed(["serve", positional(name)]), **shown)
+        serve, state = _typed(["serve", positional(name)]), state_of(self.root, name)
+        shown = {"name": name, "exports": self._exports(name), "state": state, "serve": serve}
+        return page(request, "ship", f"Ship {name}", shown)
 
     def _exports(self, name: str) -> dict[str, dict[str, Any]]:
         found = {}
@@ -214,7 +218,7 @@ class Pages:
         kind, name, query = request.url.path.split("/")[1], request.path_params.get("name", ""), request.url.query
         self._source(kind, name, request)
         title, source = f"{kind.capitalize()} {name}".strip(), f"/framed/{kind}/{quote(name)}?{query}"
-        return page(request, "frame", title, here=kind, name=name if kind == "report" else "", source=source)
+        return page(request, "frame", title, {"name": name if kind == "report" else "", "source": source}, here=kind)
 
     def framed(self, request: Request) -> Response:
         kind, name = request.path_params["kind"], request.path_params["name"]
@@ -251,7 +255,7 @@ async def _refused(request: Request, error: Exception) -> Response:
     status, said = 404 if isinstance(error, NotHere) else 400, one_line(str(error))
     if request.method == "PUT":
         return JSONResponse({"error": said}, status)
-    return page(request, "message", "That did not work", status=status, error=said)
+    return page(request, "message", "That did not work", {"error": said}, status=status)
 
 
 def make_ui(root: UiRoot, token: str) -> Starlette:
