@@ -298,6 +298,11 @@ def test_a_run_that_fails_at_once_shows_its_line(client, root):
     assert not (root.path / "runs").exists()
 
 
+def test_a_value_that_no_argument_can_have_is_one_line(client, root):
+    assert "cannot be started" in client.post("/start", params={"data": "a\0b.csv"}, headers=ORIGIN).text
+    assert "null byte" in client.get("/data", params={"data": "a\0b.csv"}, headers=HTMX).text
+
+
 def test_a_stopped_run_is_resumed_by_the_same_command(client, root, tiny_model):
     rows = "".join(f"{i} how,{('no', 'yes')[i % 2]}\n" for i in range(24))
     (root.path / "t.csv").write_text(f"question,answer\n{rows}")

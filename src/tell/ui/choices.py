@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from itertools import islice
 from urllib.parse import urlencode
 
 from starlette.datastructures import QueryParams
 
 from tell.config import Config
-from tell.data.file_read import FileRead
 from tell.data.form import Form, place_of
-from tell.data.formats import read_records
+from tell.data.formats import column_names
 from tell.errors import TellError
 from tell.files import expanded
 from tell.names import ARMS
@@ -31,7 +30,6 @@ FLAGS: dict[str, tuple[str, tuple[str, ...]]] = {  # name of the field -> flag, 
 }
 MOST = 4000  # characters of a field
 STANDARD = Config().eval.arms
-READ = 1000  # records whose columns are listed
 
 
 @dataclass(frozen=True)
@@ -78,11 +76,9 @@ class Choice:
 
     def columns(self, root: UiRoot) -> list[str]:
         """The names of the file's columns; none where it cannot be read, or is on the hub."""
-        try:
-            records = islice(read_records(str(root.path / expanded(self["data"])), FileRead()), READ)
-            return list(dict.fromkeys(str(name) for _, record in records for name in record))
-        except (TellError, OSError, ValueError):
-            return []
+        with suppress(TellError, OSError, ValueError):
+            return column_names(root.path / expanded(self["data"]))
+        return []
 
     def picked(self, names: Sequence[str], read: Mapping[str, str]) -> dict[str, list[str]]:
         """The columns of prompt and answer.

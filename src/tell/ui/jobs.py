@@ -85,8 +85,8 @@ class Job:
                         start_new_session=True,
                         env=os.environ | {"PYTHONUNBUFFERED": "1", "NO_COLOR": "1"},
                     )
-            except OSError as error:
-                what = f"cannot be started ({error.strerror or error})"
+            except (OSError, ValueError) as error:  # ValueError: a character that no argument can have
+                what = f"cannot be started ({error})"
                 raise TellError(what, where=f"tell {arguments[0]}", remedy="Free disk space or memory.") from error
             threading.Thread(target=process.wait, daemon=True).start()  # leaves no zombie
             created = 0.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 from filelock import FileLock, Timeout
@@ -39,13 +40,12 @@ def run_ui(path: str | Path, display: Display, *, port: int) -> None:
         with FileLock(root.state / ".lock", timeout=0), bind(HOST, port) as listening:
             token = str(kept.get("token") or secrets.token_urlsafe(24))  # kept, so that open tabs outlive a restart
             address = f"http://{HOST}:{listening.getsockname()[1]}/?token={token}"
-            listening.listen()  # before the address is known, so that whoever opens it at once only waits
+            options: dict[str, Any] = {"log_level": "error", "access_log": False, "server_header": False, "ws": "none"}
+            server = uvicorn.Config(make_ui(root, token), lifespan="off", timeout_graceful_shutdown=GRACE, **options)
+            listening.listen()  # before the address is known: whoever opens it at once waits
             write_json(file, {"address": address, "token": token})
             display.note(f"page for {root.path}: {address} (Ctrl-C stops the page, not its runs)")
-            options = {"log_level": "error", "access_log": False, "server_header": False, "ws": "none"}
-            app = make_ui(root, token)
-            config = uvicorn.Config(app, lifespan="off", timeout_graceful_shutdown=GRACE, **options)  # type: ignore[arg-type]
             with suppress(KeyboardInterrupt):
-                uvicorn.Server(config).run(sockets=[listening])
+                uvicorn.Server(server).run(sockets=[listening])
     except Timeout:
         display.note(f"a page for {root.path} is open at {kept.get('address')}")
