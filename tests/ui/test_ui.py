@@ -22,8 +22,8 @@ from tell.data.schema import Schema
 from tell.files import write_json
 from tell.folder import RunFolder
 from tell.report.page import write_page
+from tell.run.answer_check import Check
 from tell.ui import ui_app, ui_root
-from tell.ui.chat_relay import Check
 from tell.ui.choices import Choice
 from tell.ui.jobs import Job
 from tell.ui.run_view import live, state_of, tuning

@@ -11,17 +11,15 @@ import json
 import re
 from collections.abc import AsyncIterator
 from contextlib import suppress
-from dataclasses import dataclass
 
 import httpx
 import psutil
 
-from tell.data.schema import Schema, SlowPattern
-from tell.data.unfinished import schema_faults
 from tell.errors import TellError
 from tell.files import read_json
 from tell.folder import RunFolder
 from tell.report.read_run import get, rows_of
+from tell.run.answer_check import Check
 from tell.run.claim import read_run_config
 from tell.run.task_rows import read_task
 from tell.shown import one_line
@@ -38,36 +36,6 @@ MOST_EXAMPLES, MOST_CHARACTERS = 8, 6000  # in the prompt of the second column
 STOPPING = 20.0  # seconds until a server that was told to stop has ended
 _ADDRESS = re.compile(r"serving at (http://127\.0\.0\.1:\d+/v1) ")
 Messages = list[dict[str, str]]
-
-
-@dataclass(frozen=True)
-class Check:
-    """The form of a run's answers: by its schema, or one of its labels; without both nothing is known."""
-
-    schema: Schema | None = None
-    labels: frozenset[str] = frozenset()
-
-    @classmethod
-    def of(cls, folder: RunFolder) -> Check:
-        """From the files of the run; damaged ones check nothing."""
-        schema, labels = None, frozenset[str]()
-        with suppress(OSError, TellError):
-            labels = frozenset(map(str, rows_of(read_json(folder.findings, remedy=""), "kind", "labels")))
-        with suppress(OSError, TellError):
-            schema = Schema(read_json(folder.schema, remedy=""))
-        return cls(schema, labels)
-
-    def __call__(self, text: str, *, whole: bool = True) -> tuple[bool | None, str]:
-        """Whether an answer has that form and, unless it is whole, whether it still can; None: not known. In words."""
-        begun = text.strip()
-        if self.schema is not None:
-            with suppress(SlowPattern):
-                fault = next(schema_faults(self.schema, text, whole=whole), "")
-                return not fault, fault or ("follows the schema" if whole else "follows the schema so far")
-        elif self.labels:
-            known = any(begun == label or (not whole and label.startswith(begun)) for label in self.labels)
-            return known, "a label of the task" if known else "no label of the task"
-        return None, "" if whole else "…"
 
 
 def serving(root: UiRoot) -> Job:

@@ -65,14 +65,14 @@ class Guard:
             return PlainTextResponse("This page is 127.0.0.1.", 421)
         if request.method not in ("GET", "HEAD") and request.headers.get("origin") != f"http://{host}":
             return PlainTextResponse("This request comes from another page.", 403)
-        name = f"tell-ui-{named.port}"  # cookies do not keep ports apart
-        if request.method == "GET" and request.url.path == "/" and self._is_token(request.query_params.get("token")):
+        name, given = f"tell-ui-{named.port}", request.query_params.get("token", "")  # cookies do not keep ports apart
+        if request.method == "GET" and request.url.path == "/" and self._is_token(given):
             home = RedirectResponse("/", 303)
             home.set_cookie(name, self.token, httponly=True, samesite="strict")
             return home
-        if not self._is_token(request.cookies.get(name)):
+        if not self._is_token(request.cookies.get(name, "")):
             return PlainTextResponse("Open the address that `tell ui` printed: it has the token.", 401)
         return None
 
-    def _is_token(self, given: str | None) -> bool:
-        return given is not None and hmac.compare_digest(given.encode("utf-8", "replace"), self.token.encode())
+    def _is_token(self, given: str) -> bool:
+        return hmac.compare_digest(given.encode("utf-8", "replace"), self.token.encode())

@@ -17,12 +17,12 @@ import psutil
 from filelock import FileLock
 
 from tell.errors import TellError
-from tell.files import read_json, write_json
+from tell.files import write_json
 from tell.home import make_folder
 from tell.shown import one_line
-from tell.ui.ui_root import UiRoot
+from tell.ui.ui_root import UiRoot, read_facts
 
-TAIL = 1 << 16  # bytes of a log that are read
+TAIL = 1 << 16  # bytes of a log that are looked at
 SAME = 1.0  # seconds by which the start of one process may differ between two readings
 
 
@@ -43,10 +43,7 @@ class Job:
 
     def record(self) -> dict[str, Any]:
         """``pid`` and ``created``; empty where nothing was started."""
-        try:
-            return read_json(self.file(".json"), remedy="")
-        except (FileNotFoundError, TellError):
-            return {}
+        return read_facts(self.file(".json"))
 
     @property
     def command(self) -> list[str]:
@@ -104,13 +101,10 @@ class Job:
 
     def lines(self, most: int = 12) -> list[str]:
         """The last lines of the log, each made safe to show."""
-        try:
-            with self.file(".log").open("rb") as file:
-                file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL))
-                text = file.read(TAIL).decode("utf-8", "replace")
-        except OSError:
-            return []
-        return [one_line(line) for line in text.splitlines() if line.strip()][-most:]
+        text = b""
+        with suppress(OSError):
+            text = self.file(".log").read_bytes()[-TAIL:]
+        return [one_line(line) for line in text.decode("utf-8", "replace").splitlines() if line.strip()][-most:]
 
     def error(self) -> str:
         """The line that says why the command ended; empty where it runs or has ended well."""

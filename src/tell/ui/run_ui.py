@@ -11,12 +11,12 @@ import uvicorn
 from filelock import FileLock, Timeout
 
 from tell.errors import TellError
-from tell.files import read_json, write_json
+from tell.files import write_json
 from tell.home import make_folder
 from tell.progress import Display
 from tell.serve.listen import bind
 from tell.ui.ui_app import make_ui
-from tell.ui.ui_root import UiRoot
+from tell.ui.ui_root import UiRoot, read_facts
 
 HOST = "127.0.0.1"
 GRACE = 2  # seconds that open requests have when the server is stopped
@@ -33,9 +33,7 @@ def run_ui(path: str | Path, display: Display, *, port: int) -> None:
         raise TellError("is not a folder", where=str(path), remedy="Name the folder that has, or is to have, the runs.")
     make_folder(root.state).chmod(0o700)
     file = root.state / "address.json"
-    kept: dict[str, object] = {}
-    with suppress(FileNotFoundError, TellError):
-        kept = read_json(file, remedy="")
+    kept = read_facts(file)
     try:
         with FileLock(root.state / ".lock", timeout=0), bind(HOST, port) as listening:
             token = str(kept.get("token") or secrets.token_urlsafe(24))  # kept, so that open tabs outlive a restart

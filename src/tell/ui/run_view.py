@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from tell.errors import TellError
-from tell.files import parse_yaml, read_json, read_text
 from tell.folder import RunFolder
 from tell.metric_names import metric
 from tell.names import ARMS, arm_order
@@ -23,7 +22,7 @@ from tell.run.growing import SHOWN
 from tell.shown import one_line
 from tell.studies.study_folder import StudyFolder
 from tell.ui.jobs import Job
-from tell.ui.ui_root import UiRoot
+from tell.ui.ui_root import UiRoot, read_facts
 
 ACTIVE = ("starting", "running")
 MOST_LINE, MOST_ROWS = 1 << 20, 100_000  # bytes of a row of predictions, rows of a training log
@@ -67,7 +66,7 @@ def _stamp(path: Path) -> float:
 @lru_cache(maxsize=4096)
 def _scores(path: Path, _stamp: float) -> dict[str, Any]:
     """Score and general loss of the leading arm, next to the untuned model's; read again when the file changes."""
-    found = _read(path)
+    found = read_facts(path)
     name, arms, sets = primary_metric(found), mapping(found, "arms"), mapping(found, "forgetting", "arms")
     lead = next((arm for arm in ("tell", *arm_order(arms)) if arm in arms), "")
     spec, first = metric(name) if name else None, next(iter(mapping(sets, lead)), "")
@@ -82,9 +81,9 @@ def _scores(path: Path, _stamp: float) -> dict[str, Any]:
 def live(root: UiRoot, name: str) -> dict[str, Any]:
     """What is known of a run while it goes on; its folder may not be there yet."""
     folder, job = RunFolder(root.path / name), tuning(root, name)
-    state, status, plan = state_of(root, name), folder.read_status(), _read(folder.plan)
+    state, status, plan = state_of(root, name), folder.read_status(), read_facts(folder.plan)
     logs, charts = _logs(folder.root, tuple((arm, _stamp(folder.losses(arm))) for arm in _arms(folder.logs)))
-    wanted = get(plan, "fit", "arms") or get(_read(folder.config), "eval", "arms")
+    wanted = get(plan, "fit", "arms") or get(read_facts(folder.config), "eval", "arms")
     error = job.error() or (str(status.get("error") or "") if state == "failed" else "")
     return {
         "state": state,
@@ -132,7 +131,7 @@ def _arms(folder: Path) -> list[str]:
 def test_rows(folder: RunFolder) -> list[dict[str, Any]]:
     """The first test rows, with the answers of all arms that have answered, and of the one that answers now."""
     found = [(arm, row, False) for arm in _arms(folder.predictions) for row in _rows(folder.prediction(arm), SHOWN)]
-    growing = _read(folder.answering)
+    growing = read_facts(folder.answering)
     found += [(str(growing.get("arm")), row, True) for row in rows_of(growing, "rows") if isinstance(row, dict)]
     rows: dict[str, dict[str, Any]] = {}
     for arm, row, grows in found:
@@ -152,15 +151,6 @@ def _rows(path: Path, most: int) -> list[dict]:
                 if isinstance(row := json.loads(line), dict):
                     rows.append(row)
     return rows
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """A file of a run; empty where it is missing or damaged."""
-    with suppress(OSError, ValueError, TellError):
-        yaml = path.suffix == ".yaml"
-        found = parse_yaml(read_text(path, remedy=""), where=path.name) if yaml else read_json(path, remedy="")
-        return found if isinstance(found, dict) else {}
-    return {}
 
 
 def study_line(root: UiRoot, name: str) -> dict[str, Any]:

@@ -44,10 +44,8 @@ MOST_PROMPT, MOST_PAGE = 1 << 17, 64 << 20  # bytes of a prompt, and of a page o
 PATIENCE = 300  # seconds for tell look and tell plan
 STATIC = {"style.css": "text/css", "ui.js": "text/javascript", "htmx.min.js": "text/javascript"}
 SORTS = {"name": False, "state": False, "score": True, "loss": False, "seconds": True, "changed": True}  # high first?
-AFTER = {"stop": "run", "resume": "run", "load": "chat", "unload": "chat", "export": "ship"}  # an action: what is shown
-
-
 Shown = Mapping[str, object]  # what a template prints
+AFTER = {"stop": "run", "resume": "run", "load": "chat", "unload": "chat", "export": "ship"}  # an action: what is shown
 
 
 @cache
@@ -59,13 +57,6 @@ def templates() -> Environment:
     made.filters["key"] = lambda name: hashlib.sha256(str(name).encode("utf-8", "replace")).hexdigest()[:12]
     made.filters["moment"] = lambda stamp: time.strftime("%Y-%m-%d %H:%M", time.localtime(stamp))
     return made
-
-
-@cache
-def static(name: str) -> bytes:
-    """A file of the page; the stylesheet extends the report's."""
-    text = resources.files("tell.ui").joinpath("static", name).read_bytes()
-    return str(stylesheet()[0]).encode() + text if name == "style.css" else text
 
 
 def page(request: Request, part: str, title: str, shown: Shown, *, here: str = "", status: int = 200) -> HTMLResponse:
@@ -92,8 +83,7 @@ class Pages:
         return self.root.name(folder.root), folder
 
     def runs(self, request: Request) -> Response:
-        by = request.query_params.get("by", "")
-        by = by if by in SORTS else "changed"
+        by = next((name for name in request.query_params.getlist("by") if name in SORTS), "changed")
         names, studies = self.root.find()
         lines = [study_line(self.root, name) for name in studies]
         cells = {cell["run"] for line in lines for cell in line["cells"]}
@@ -213,6 +203,14 @@ class Pages:
             exports[target]["job"].start(exports[target]["arguments"])
         return RedirectResponse(f"/{AFTER[action]}/{quote(name)}", 303)
 
+    def static(self, request: Request) -> Response:
+        """A file of the page; the stylesheet extends the report's."""
+        if (name := request.path_params["name"]) not in STATIC:
+            raise NotHere("there is no such file")
+        text = resources.files("tell.ui").joinpath("static", name).read_bytes()
+        text = str(stylesheet()[0]).encode() + text if name == "style.css" else text
+        return Response(text, media_type=STATIC[name], headers={"cache-control": "no-cache"})
+
     # Pages in a frame: a run's report, a study's page, runs side by side
     def frame(self, request: Request) -> Response:
         kind, name, query = request.url.path.split("/")[1], request.path_params.get("name", ""), request.url.query
@@ -244,13 +242,6 @@ def _typed(arguments: list[str]) -> str:
     return shlex.join(["tell", *arguments])
 
 
-def _static(request: Request) -> Response:
-    name = request.path_params["name"]
-    if name not in STATIC:
-        raise NotHere("there is no such file")
-    return Response(static(name), media_type=STATIC[name], headers={"cache-control": "no-cache"})
-
-
 async def _refused(request: Request, error: Exception) -> Response:
     status, said = 404 if isinstance(error, NotHere) else 400, one_line(str(error))
     if request.method == "PUT":
@@ -263,18 +254,12 @@ def make_ui(root: UiRoot, token: str) -> Starlette:
     p, made = Pages(root), templates()
     for name in made.list_templates(["j2"]):  # compiled now, so that no first view waits for it
         made.get_template(name)
-    shown = {"run": p.run, "report": p.frame, "study": p.frame, "chat": p.chat, "ship": p.ship}
-    routes = [
-        Route("/", p.runs),
-        Route("/data", p.data),
-        Route("/plan", p.plan),
-        Route("/compare", p.frame),
-        Route("/framed/{kind}/{name:path}", p.framed),
-        Route("/static/{name}", _static),
-        Route("/upload/{name:path}", p.upload, methods=["PUT"]),
-        Route("/start", p.start, methods=["POST"]),
-        Route("/say/{name:path}", p.say, methods=["POST"]),
-        *(Route(f"/{kind}/{{name:path}}", handler) for kind, handler in shown.items()),
-        *(Route(f"/{action}/{{name:path}}", p.act, methods=["POST"]) for action in AFTER),
-    ]
+    named = {kind: p.frame for kind in ("report", "study")}
+    named |= {"run": p.run, "framed/{kind}": p.framed, "chat": p.chat, "ship": p.ship}
+    get = {"/": p.runs, "/data": p.data, "/plan": p.plan, "/compare": p.frame, "/static/{name}": p.static}
+    get |= {f"/{path}/{{name:path}}": handler for path, handler in named.items()}
+    post = {"/start": p.start, "/say/{name:path}": p.say, **{f"/{act}/{{name:path}}": p.act for act in AFTER}}
+    routes = [Route(path, handler) for path, handler in get.items()]
+    routes += [Route(path, handler, methods=["POST"]) for path, handler in post.items()]
+    routes += [Route("/upload/{name:path}", p.upload, methods=["PUT"])]
     return Starlette(routes=routes, middleware=[Middleware(Guard, token)], exception_handlers={TellError: _refused})

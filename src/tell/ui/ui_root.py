@@ -6,12 +6,14 @@ import os
 import re
 import unicodedata
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 from tell.data.formats import FORMATS_TEXT, format_of
 from tell.errors import TellError
-from tell.files import atomic_path
+from tell.files import atomic_path, parse_yaml, read_json, read_text
 from tell.folder import RunFolder
 from tell.home import make_folder
 from tell.shown import brief
@@ -40,12 +42,10 @@ class UiRoot:
 
     def _inside(self, name: str) -> Path:
         """A folder under the root by its name, which may come from anybody."""
-        try:
+        with suppress(OSError, ValueError):
             path = (self.path / name).resolve()
             if path != self.path and path.is_relative_to(self.path) and path.is_dir():
                 return path
-        except (OSError, ValueError):
-            pass
         raise NotHere(f"there is no {brief(name)} here")
 
     def run(self, name: str) -> RunFolder:
@@ -121,3 +121,12 @@ def clean_name(name: str) -> str:
         raise TellError("has a format that is not read", where=brief(name), remedy=f"The formats are {FORMATS_TEXT}.")
     suffix = "".join(known)
     return (re.sub(r"[^\w-]+", "-", name[: -len(suffix)]).strip("-")[:100] or "data") + suffix
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """A JSON or YAML file; empty where it is missing or damaged."""
+    with suppress(OSError, ValueError, TellError):
+        yaml = path.suffix == ".yaml"
+        found = parse_yaml(read_text(path, remedy=""), where=path.name) if yaml else read_json(path, remedy="")
+        return found if isinstance(found, dict) else {}
+    return {}
