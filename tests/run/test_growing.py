@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 
 from run.test_session import session_of
+from tell.config import Config
 from tell.data.example import Example, Message
 from tell.decode.sampler import Decoding
 from tell.folder import RunFolder
 from tell.run import growing as module
 from tell.run.answers import answer_rows
+from tell.run.claim import open_folder
 from tell.run.growing import growing
 from tell.run.session import Session
 
@@ -68,3 +70,12 @@ def test_it_is_written_once_a_second_and_need_not_be(session, tmp_path, monkeypa
             now[0] += 0.5
         session.watch(4, 8)  # not shown
     assert len(writes) == 2
+
+
+def test_what_a_killed_session_left_is_removed_when_the_run_goes_on(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.config.write_text("")
+    folder.set_status("running", stage="evaluate tell")
+    folder.answering.write_text("{}")
+    with open_folder(folder, fresh=False, config=Config()):
+        assert not folder.answering.exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import re
 import resource
 import socket
@@ -24,6 +25,7 @@ from tell.folder import RunFolder
 from tell.report.page import write_page
 from tell.run.answer_check import Check
 from tell.ui import ui_app, ui_root
+from tell.ui.chat_relay import serving
 from tell.ui.choices import Choice
 from tell.ui.jobs import Job
 from tell.ui.run_view import live, state_of, tuning
@@ -220,8 +222,11 @@ def test_states_of_runs(root):
     assert [row["answers"] for row in found["rows"]] == [[("TELL", "hello", False)]] * 3
     rows = [{"hash": f"{0:016x}", "prompt": "hello0", "reference": "hello", "answer": "hel"}]
     write_json(folder.answering, {"arm": "sft", "rows": rows})  # while an arm answers
-    assert [len(row["answers"]) for row in live(root, "runs/a")["rows"]] == [2, 1, 1]
-    assert live(root, "runs/a")["rows"][0]["answers"][1] == ("SFT, one epoch", "hel", True)
+    assert [len(row["answers"]) for row in live(root, "runs/a")["rows"]] == [1, 1, 1]  # it was killed meanwhile
+    with FileLock(folder.lock):
+        rows = live(root, "runs/a")["rows"]
+    assert [len(row["answers"]) for row in rows] == [2, 1, 1]
+    assert rows[0]["answers"][1] == ("SFT, one epoch", "hel", True)
 
 
 def test_a_run_of_a_terminal_is_stopped_from_the_page(client, root, monkeypatch):
@@ -323,6 +328,18 @@ def test_a_stopped_run_is_resumed_by_the_same_command(client, root, tiny_model):
     assert state_of(root, "runs/t-1") == "done", job.lines()
     text = client.get("/run/runs/t-1").text
     assert "2 of 2 arms" in text and "Report" in text
+
+
+def test_a_model_that_is_gone_is_one_line(client, root):
+    folder = make_run(root, "runs/a")
+    folder.config.write_text(f"task:\n  data: t.csv\nmodel:\n  name: {root.path}/gone\n")
+    assert "Load the model" in client.get("/chat/runs/a").text
+    assert client.post("/load/runs/a", headers=ORIGIN).url.path == "/chat/runs/a"
+    until(lambda: serving(root).process() is None)
+    text = client.get("/chat/runs/a").text
+    assert 'role="alert"' in text and serving(root).error() and "Load the model" in text
+    lines = client.post("/say/runs/a?at=tell", content="hello", headers=ORIGIN).text.splitlines()
+    assert [json.loads(line) for line in lines] == [{"end": "the model is not loaded", "ok": False}]
 
 
 def test_a_process_number_that_was_taken_over_is_not_stopped(root):

@@ -226,6 +226,7 @@ def open_folder(
         if _state(folder) == "run" and fresh and not overwrite:
             raise _exists(folder)
         clean_temporary(folder.root.rglob(".*.tmp"))
+        folder.answering.unlink(missing_ok=True)  # of a session that was killed
         if fresh:
             _start(folder, config, seconds, new)
         else:

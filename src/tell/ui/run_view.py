@@ -93,7 +93,7 @@ def live(root: UiRoot, name: str) -> dict[str, Any]:
         "error": KEPT if state == "interrupted" and "stopped" in error else one_line(error),
         "bars": _bars(mapping(plan, "arms"), logs, folder, wanted if isinstance(wanted, list) else []),
         "losses": charts,
-        "rows": test_rows(folder),
+        "rows": test_rows(folder, growing=state in ACTIVE),
         "notices": [one_line(str(x)) for x in rows_of(plan, "notices") if isinstance(x, str)][:50],
         "log": job.lines(),
         "exists": folder.status.exists(),
@@ -128,11 +128,11 @@ def _arms(folder: Path) -> list[str]:
     return arm_order({path.stem: path for path in folder.glob("*.jsonl")}) if folder.is_dir() else []
 
 
-def test_rows(folder: RunFolder) -> list[dict[str, Any]]:
-    """The first test rows, with the answers of all arms that have answered, and of the one that answers now."""
+def test_rows(folder: RunFolder, *, growing: bool = False) -> list[dict[str, Any]]:
+    """The first test rows, with the answers of all arms that have answered and, if wanted, of the one that does now."""
     found = [(arm, row, False) for arm in _arms(folder.predictions) for row in _rows(folder.prediction(arm), SHOWN)]
-    growing = read_facts(folder.answering)
-    found += [(str(growing.get("arm")), row, True) for row in rows_of(growing, "rows") if isinstance(row, dict)]
+    now = read_facts(folder.answering) if growing else {}
+    found += [(str(now.get("arm")), row, True) for row in rows_of(now, "rows") if isinstance(row, dict)]
     rows: dict[str, dict[str, Any]] = {}
     for arm, row, grows in found:
         text = {part: str(row.get(part) or "") for part in ("prompt", "reference", "answer")}
