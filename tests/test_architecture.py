@@ -65,6 +65,7 @@ ROOMS = {
     },
     "paper": {"data"},
     "serve": {"data", "anchor", "rows", "decode", "run", "verbs", "exports"},
+    "ui": {"data", "report", "run", "exports", "serve", "studies"},
     "studies": {
         "rows",
         "models",
@@ -105,6 +106,7 @@ NO_TORCH = (
     "report",
     "paper",
     "studies",
+    "ui",
 )
 MOST_PARAMETERS, MOST_LINES = 7, 80  # of a function; kernels/ follows C
 WITH_TORCH = ("models.convert", "models.load", "models.spread")

@@ -67,6 +67,7 @@ class RunFolder:
         self.metrics = root / "metrics.json"
         self.findings = root / "findings.json"
         self.predictions = root / "predictions"
+        self.answering = root / "answering.json"  # the first answers, while an arm answers the test rows
         self.logs = root / "logs"
         self.report = root / "report.html"
         self.pseudo = root / "pseudo"

@@ -12,7 +12,7 @@ from tell import __version__
 from tell.cli.main import run
 
 VERBS = (
-    *("tune", "plan", "look", "eval", "chat", "export", "serve", "report", "gate", "add", "general"),
+    *("tune", "plan", "look", "eval", "chat", "export", "serve", "ui", "report", "gate", "add", "general"),
     *("anchor", "separate", "build", "study", "demo"),
 )
 HEAVY = ("torch", "transformers", "datasets", "peft", "pydantic", "numpy", "rich")

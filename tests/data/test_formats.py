@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import tell
 from tell.data.file_read import FileRead
-from tell.data.formats import read_records
+from tell.data.formats import column_names, read_records
 from tell.errors import TellError
 
 text = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=30)
@@ -264,3 +264,13 @@ def test_missing_folder_and_folder(tmp_path):
         list(read_records(tmp_path / "orders.jsonl"))
     with pytest.raises(TellError, match=r"is a folder, not a file. Name one file, e.g. .*tickets.jsonl"):
         list(read_records(tmp_path))
+
+
+def test_column_names_are_those_of_the_first_records(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"q": 1}\n{"q": 2, "a": 3}\n{"z": 1}\n')
+    assert column_names(path, 2) == ["q", "a"] and column_names(path) == ["q", "a", "z"]
+    (tmp_path / "b.csv").write_bytes("Größe,Farbe\n1,2\n".encode("cp1252"))
+    assert column_names(tmp_path / "b.csv") == ["Größe", "Farbe"]
+    with pytest.raises(TellError, match="no such file"):
+        column_names(tmp_path / "c.csv")

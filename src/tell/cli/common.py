@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 Parse = Callable[[str], object] | tuple[str, ...]
 """A parser of a flag's text, which raises ValueError, or the choices of its value."""
+PORTS = 65_536
 
 
 def number(text: str) -> float:
@@ -43,6 +44,18 @@ def count(text: str) -> int:
     if value != int(value):
         raise ValueError(f"{text!r} is not whole")
     return int(value)
+
+
+def port_number(text: str) -> int:
+    """A port; 0 stands for any free one.
+
+    Raises:
+        TellError: there is no such port.
+    """
+    port = count(text)
+    if not 0 <= port < PORTS:
+        raise TellError(f"{port} is no port", where="--port", remedy=f"Choose one of 1 to {PORTS - 1:,}, or 0 for any.")
+    return port
 
 
 def words(text: str) -> tuple[str, ...]:

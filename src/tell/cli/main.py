@@ -31,6 +31,7 @@ from tell.cli import separate_command as separate
 from tell.cli import serve_command as serve
 from tell.cli import study_command as study
 from tell.cli import tune_command as tune
+from tell.cli import ui_command as ui
 from tell.errors import TellError, did_you_mean, is_panic
 from tell.shown import one_line
 from tell.train.launch import refuse_several
@@ -103,6 +104,7 @@ for _name, _verb in (
     ("chat", chat.chat),
     ("export", export.export),
     ("serve", serve.serve),
+    ("ui", ui.ui),
     ("report", report.report),
     ("gate", gate.gate),
     ("add", add.add),

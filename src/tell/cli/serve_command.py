@@ -5,17 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from tell.cli.common import argument, count, option, takes_options, trust_switch
+from tell.cli.common import argument, option, port_number, takes_options, trust_switch
 from tell.errors import TellError, require_package
-
-PORTS = 65_536
-
-
-def _port(text: str) -> int:
-    port = count(text)
-    if not 0 <= port < PORTS:
-        raise TellError(f"{port} is no port", where="--port", remedy=f"Choose one of 1 to {PORTS - 1:,}, or 0 for any.")
-    return port
 
 
 @dataclass(frozen=True)
@@ -25,7 +16,7 @@ class ServeOptions:
     host: str = option(
         "--host", "address to listen at; beyond this machine a token is needed", "ADDRESS", default="127.0.0.1"
     )
-    port: int = option("--port", "port; 0: any free one", "N", _port, default=8000)
+    port: int = option("--port", "port; 0: any free one", "N", port_number, default=8000)
     token: str | None = option(
         "--token", "API key that requests must carry; beyond this machine a new one is made and printed", "TEXT"
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from tell.data.bounds import COMPRESSIONS, decompress
@@ -133,6 +134,16 @@ def read_records(path: str | Path, found: FileRead | None = None) -> Iterator[Re
         yield record
     if empty:
         raise TellError("has no rows", where=with_sheet(path, found.sheet), remedy=_EMPTY)
+
+
+def column_names(path: str | Path, most: int = 1000) -> list[str]:
+    """The names that the first records of a file have.
+
+    Raises:
+        TellError: as `read_records`.
+    """
+    records = islice(read_records(path, FileRead()), most)
+    return list(dict.fromkeys(str(name) for _, record in records for name in record))
 
 
 def read_text(path: Path, *, compression: str = "", found: FileRead | None = None) -> str:

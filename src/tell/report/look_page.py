@@ -25,18 +25,21 @@ def render_look(facts: Mapping[str, Any], *, name: str) -> str:
     Args:
         name: of the data, for the title.
     """
-    return fill(
-        "look.html.j2",
-        name=name,
-        facts=facts,
-        summary=summary(facts),
-        levels=LEVELS,
-        parts=PARTS,
-        fields=[_field(entry) for entry in facts["fields"]],
-        values_open=VALUES_OPEN,
-        chart=_chart(facts["lengths"]),
-        intervals=_intervals(facts["intervals"]),
-    )
+    return fill("look.html.j2", name=name, **look_parts(facts))
+
+
+def look_parts(facts: Mapping[str, Any]) -> dict[str, object]:
+    """What ``_looked.html.j2`` shows, from the facts of `tell.look`."""
+    return {
+        "facts": facts,
+        "summary": summary(facts),
+        "levels": LEVELS,
+        "parts": PARTS,
+        "fields": [_field(entry) for entry in facts["fields"]],
+        "values_open": VALUES_OPEN,
+        "chart": _chart(facts["lengths"]),
+        "intervals": _intervals(facts["intervals"]),
+    }
 
 
 def summary(facts: Mapping[str, Any]) -> list[tuple[str, str]]:

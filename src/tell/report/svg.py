@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from tell.number_text import has_interval, is_number, show_count
 from tell.report.html_text import plain
@@ -63,8 +63,8 @@ SHARE = Scale(0.0, 1.0, (0.0, 0.5, 1.0))
 def element(name: str, *content: str, **attributes: object) -> Markup:
     """``<name key="value">content</name>``; in keys, ``_`` becomes ``-``, and ``class_`` becomes ``class``."""
     pairs = ((key.rstrip("_").replace("_", "-"), value) for key, value in attributes.items())
-    shown = Markup("").join(Markup(' {}="{}"').format(key, value) for key, value in pairs)
-    return Markup("<{0}{1}>{2}</{0}>").format(Markup(name), shown, Markup("").join(content))
+    shown = "".join(f' {escape(key)}="{escape(value)}"' for key, value in pairs)
+    return Markup(f"<{name}{shown}>{Markup('').join(content)}</{name}>")  # not Markup.format: charts have many elements
 
 
 def picture(kind: str, key: str, title: str, said: str, *content: Markup, height: int) -> Markup:

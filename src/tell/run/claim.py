@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import psutil
 from filelock import FileLock, Timeout
 
 from tell.config import Config, make_config, read_yaml
@@ -139,6 +141,36 @@ def _exists(folder: RunFolder) -> TellError:
     )
 
 
+def is_held(folder: RunFolder) -> bool:
+    """Whether a process is working on the run; the lock is held for an instant, which those who take it wait for."""
+    try:
+        with FileLock(folder.lock).acquire(timeout=0) if folder.lock.exists() else nullcontext():
+            return False
+    except Timeout:
+        return True
+    except (OSError, NotImplementedError):
+        return False
+
+
+def stop_holder(folder: RunFolder) -> bool:
+    """Send SIGTERM to the process of this user that is working on the run; whether there is one.
+
+    It is found by the lock that it has open, so that no number can have become another process's; of those that
+    inherited the open file, the oldest took the lock.
+    """
+    lock, found = str(folder.lock.resolve()), []
+    for process in psutil.process_iter() if is_held(folder) else ():
+        with suppress(psutil.Error):
+            mine = process.pid != os.getpid() and process.uids().real == os.getuid()
+            if mine and any(file.path == lock for file in process.open_files()):
+                found.append((process.create_time(), process.pid, process))
+    for _, _, process in sorted(found, key=lambda one: one[:2])[:1]:
+        with suppress(psutil.Error):
+            process.send_signal(signal.SIGTERM)  # psutil refuses if the number is another process's by now
+            return True
+    return False
+
+
 @contextmanager
 def _locked(folder: RunFolder) -> Iterator[None]:
     """Hold the folder's lock, which the system releases when its holder dies.
@@ -194,6 +226,7 @@ def open_folder(
         if _state(folder) == "run" and fresh and not overwrite:
             raise _exists(folder)
         clean_temporary(folder.root.rglob(".*.tmp"))
+        folder.answering.unlink(missing_ok=True)  # of a session that was killed
         if fresh:
             _start(folder, config, seconds, new)
         else:

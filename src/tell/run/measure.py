@@ -32,6 +32,7 @@ from tell.run.arms import Chosen, arm_config
 from tell.run.benchmarks.run_benchmarks import run_benchmarks
 from tell.run.constrained import constrains, session_grammar, task_constraint
 from tell.run.forgetting import BASE, Forgetting, general_sets, losses_of, measure_arm
+from tell.run.growing import growing
 from tell.run.journal import Journal
 from tell.run.neighbours import nearest_rows
 from tell.run.prepare import Prepared
@@ -165,7 +166,8 @@ class Exam:
 def answer_arm(exam: Exam, arm: str, session: Session, folder: RunFolder) -> Answers:
     """The arm's scored answers, its adapter applied; answers already in the run's folder are reused."""
     path = folder.prediction(arm)
-    found = exam.take(arm, session, read_jsonl(path) if path.exists() else None)
+    with growing(folder.answering, arm, exam.test, session):
+        found = exam.take(arm, session, read_jsonl(path) if path.exists() else None)
     write_jsonl(path, found.rows)
     return found
 

@@ -69,6 +69,7 @@ class Session:
         models: shares the loaded model with other sessions.
         stream: tokens are needed one by one, or decided by guides, which vLLM's offline engine does not support.
         announce: note what was loaded, and on which path it computes.
+        watch: gets (prompt number, token) as answers come.
     """
 
     files: ModelFiles
@@ -79,6 +80,7 @@ class Session:
     models: ModelCache = field(default_factory=ModelCache)
     stream: bool = False
     announce: bool = False
+    watch: Callable[[int, int], None] | None = None
     _held: tuple[Loaded, DecodingEngine] | None = None
     _told: bool = False
 
@@ -156,7 +158,9 @@ class Session:
                 advance(further, f"{written} tokens")
                 self.check()
 
-            return self.engine.generate(prompts, decoding, progress=progress, guides=guides, masks=masks)
+            return self.engine.generate(
+                prompts, decoding, progress=progress, on_token=self.watch, guides=guides, masks=masks
+            )
 
     def row_losses(self, table: RowTable, progress: Callable[[int], None] | None = None) -> np.ndarray:
         """(rows,) mean nll in nats a token of each row's trained tokens; ``progress`` gets the rows of each pass."""

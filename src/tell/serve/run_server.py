@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import secrets
 import socket
 from collections.abc import Callable, Mapping, Sequence
@@ -14,18 +13,17 @@ import uvicorn
 from starlette.concurrency import run_in_threadpool
 
 from tell.decode.answer_text import AnswerText
-from tell.errors import TellError
 from tell.progress import Display
 from tell.serve.chat_request import ChatRequest
 from tell.serve.decode_thread import DecodeThread, Job
 from tell.serve.gguf_answers import GgufAnswers
 from tell.serve.http_app import Answerer, AnswerStream, make_app
+from tell.serve.listen import LOCAL, bind, is_local
 from tell.serve.reply import Reply
 from tell.serve.served_models import ServedModel, open_models
 from tell.verbs.open_run import open_run
 
 MOST_CONNECTIONS = 1024
-LOCAL = frozenset({"127.0.0.1", "localhost", "::1"})
 
 
 class Stoppable(Answerer, Protocol):
@@ -82,31 +80,6 @@ class Server(uvicorn.Server):
     def stop(self) -> None:
         """Close the connections, once their answers are sent."""
         self.should_exit = True
-
-
-def is_local(host: str) -> bool:
-    """Whether an address can be reached from this machine alone."""
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """A socket that listens at an address.
-
-    Raises:
-        TellError: it is no address of this machine, or in use.
-    """
-    try:
-        family, *_, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
-        made = socket.socket(family)
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        made.bind(address)
-    except OSError as error:
-        what = f"cannot listen at {host} port {port} ({error.strerror or error})"
-        raise TellError(what, where="--port", remedy="Choose another port or host.") from error
-    return made
 
 
 def make_server(answerer: Stoppable, listening: socket.socket, token: str | None) -> Server:

@@ -1,0 +1,112 @@
+"""Commands of `tell` that the page starts: processes of their own, found again by files after the page's restart."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+from filelock import FileLock
+
+from tell.errors import TellError
+from tell.files import write_json
+from tell.home import make_folder
+from tell.shown import one_line
+from tell.ui.ui_root import UiRoot, read_facts
+
+TAIL = 1 << 16  # bytes of a log that are looked at
+SAME = 1.0  # seconds by which the start of one process may differ between two readings
+
+
+@dataclass(frozen=True)
+class Job:
+    """One command by its key, e.g. ``tune runs/tickets-1``; a later start of that key replaces it.
+
+    Attributes:
+        root: where it runs.
+    """
+
+    root: UiRoot
+    key: str
+
+    def file(self, suffix: str) -> Path:
+        """Its ``.json``, ``.log`` or ``.lock``."""
+        return self.root.state / "jobs" / (hashlib.sha256(self.key.encode()).hexdigest()[:20] + suffix)
+
+    def record(self) -> dict[str, Any]:
+        """``pid`` and ``created``; empty where nothing was started."""
+        return read_facts(self.file(".json"))
+
+    @property
+    def command(self) -> list[str]:
+        """The arguments it was started with; empty where it was not."""
+        found = self.record().get("command")
+        return [str(argument) for argument in found] if isinstance(found, list) else []
+
+    def process(self) -> psutil.Process | None:
+        """The process, while it runs; the number alone may have become another's."""
+        found = self.record()
+        try:
+            process = psutil.Process(int(found["pid"]))
+            same = abs(process.create_time() - float(found["created"])) < SAME
+            return process if same and process.status() != psutil.STATUS_ZOMBIE else None
+        except (psutil.Error, LookupError, TypeError, ValueError, OverflowError):
+            return None
+
+    def start(self, arguments: Sequence[str]) -> None:
+        """Start ``tell ARGUMENTS`` unless it runs: in a session of its own, its output in the log, no shell.
+
+        Raises:
+            TellError: the log cannot be written.
+        """
+        make_folder(self.file("").parent)
+        with FileLock(self.file(".lock")):  # two tabs
+            if self.process() is not None:
+                return
+            try:
+                with self.file(".log").open("wb") as out:
+                    process = subprocess.Popen(
+                        [sys.executable, "-m", "tell", *arguments],
+                        cwd=self.root.path,
+                        stdin=subprocess.DEVNULL,
+                        stdout=out,
+                        stderr=subprocess.STDOUT,
+                        start_new_session=True,
+                        env=os.environ | {"PYTHONUNBUFFERED": "1", "NO_COLOR": "1"},
+                    )
+            except (OSError, ValueError) as error:  # ValueError: a character that no argument can have
+                what = f"cannot be started ({error})"
+                raise TellError(what, where=f"tell {arguments[0]}", remedy="Free disk space or memory.") from error
+            threading.Thread(target=process.wait, daemon=True).start()  # leaves no zombie
+            created = 0.0
+            with suppress(psutil.Error):
+                created = psutil.Process(process.pid).create_time()
+            facts = {"key": self.key, "command": ["tell", *arguments], "pid": process.pid, "created": created}
+            write_json(self.file(".json"), facts)
+
+    def stop(self) -> psutil.Process | None:
+        """Send SIGTERM to the process; which it was."""
+        if (process := self.process()) is not None:
+            with suppress(psutil.Error):
+                process.terminate()
+        return process
+
+    def lines(self, most: int = 12) -> list[str]:
+        """The last lines of the log, each made safe to show."""
+        text = b""
+        with suppress(OSError):
+            text = self.file(".log").read_bytes()[-TAIL:]
+        return [one_line(line) for line in text.decode("utf-8", "replace").splitlines() if line.strip()][-most:]
+
+    def error(self) -> str:
+        """The line that says why the command ended; empty where it runs or has ended well."""
+        lines = [] if self.process() is not None else reversed(self.lines())
+        return next((line.removeprefix("error: ") for line in lines if line.startswith("error: ")), "")

@@ -1,0 +1,49 @@
+"""`tell ui`: one page server for a root; a second one says where the first is."""
+
+from __future__ import annotations
+
+import secrets
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from filelock import FileLock, Timeout
+
+from tell.errors import TellError
+from tell.files import write_json
+from tell.home import make_folder
+from tell.progress import Display
+from tell.serve.listen import bind
+from tell.ui.ui_app import make_ui
+from tell.ui.ui_root import UiRoot, read_facts
+
+HOST = "127.0.0.1"
+GRACE = 2  # seconds that open requests have when the server is stopped
+
+
+def run_ui(path: str | Path, display: Display, *, port: int) -> None:
+    """Serve the page of a root until a signal; where one is served already, say its address and return.
+
+    Raises:
+        TellError: the root is no folder or cannot be written, or the port is in use.
+    """
+    root = UiRoot(path)
+    if not root.path.is_dir():
+        raise TellError("is not a folder", where=str(path), remedy="Name the folder that has, or is to have, the runs.")
+    make_folder(root.state).chmod(0o700)
+    file = root.state / "address.json"
+    kept = read_facts(file)
+    try:
+        with FileLock(root.state / ".lock", timeout=0), bind(HOST, port) as listening:
+            token = str(kept.get("token") or secrets.token_urlsafe(24))  # kept, so that open tabs outlive a restart
+            address = f"http://{HOST}:{listening.getsockname()[1]}/?token={token}"
+            options: dict[str, Any] = {"log_level": "error", "access_log": False, "server_header": False, "ws": "none"}
+            server = uvicorn.Config(make_ui(root, token), lifespan="off", timeout_graceful_shutdown=GRACE, **options)
+            listening.listen()  # before the address is known: whoever opens it at once waits
+            write_json(file, {"address": address, "token": token})
+            display.note(f"page for {root.path}: {address} (Ctrl-C stops the page, not its runs)")
+            with suppress(KeyboardInterrupt):
+                uvicorn.Server(server).run(sockets=[listening])
+    except Timeout:
+        display.note(f"a page for {root.path} is open at {kept.get('address')}")

@@ -1,0 +1,265 @@
+"""The routes of `tell ui`: each reads files of the root, or starts a command and reads what it writes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from functools import cache, partial
+from importlib import resources
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from jinja2 import ChoiceLoader, Environment, PackageLoader
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from tell.errors import TellError
+from tell.exports.serving_files import model_licence
+from tell.exports.target import export_targets
+from tell.files import read_text
+from tell.folder import RunFolder, reading
+from tell.report.compare import compare
+from tell.report.look_page import look_parts
+from tell.report.page import environment, stylesheet
+from tell.run.claim import stop_holder
+from tell.shown import one_line
+from tell.ui.chat_relay import COLUMNS, answer, asked_for, serve_run, served, serving
+from tell.ui.choices import Choice, positional
+from tell.ui.guard import FRAMED, Guard
+from tell.ui.jobs import Job
+from tell.ui.run_view import ACTIVE, live, state_of, study_line, summary, test_rows, tuning
+from tell.ui.ui_root import NotHere, UiRoot
+
+MOST_PROMPT, MOST_PAGE = 1 << 17, 64 << 20  # bytes of a prompt, and of a page of a run folder
+PATIENCE = 300  # seconds for tell look and tell plan
+STATIC = {"style.css": "text/css", "ui.js": "text/javascript", "htmx.min.js": "text/javascript"}
+SORTS = {"name": False, "state": False, "score": True, "loss": False, "seconds": True, "changed": True}  # high first?
+Shown = Mapping[str, object]  # what a template prints
+AFTER = {"stop": "run", "resume": "run", "load": "chat", "unload": "chat", "export": "ship"}  # an action: what is shown
+
+
+@cache
+def templates() -> Environment:
+    """The report's environment, with the page's templates next to its own."""
+    loaders = [PackageLoader(f"tell.{room}", "templates") for room in ("ui", "report")]
+    made = environment().overlay(loader=ChoiceLoader(loaders))
+    made.filters["address"] = lambda name: quote(str(name), safe="/")
+    made.filters["key"] = lambda name: hashlib.sha256(str(name).encode("utf-8", "replace")).hexdigest()[:12]
+    made.filters["moment"] = lambda stamp: time.strftime("%Y-%m-%d %H:%M", time.localtime(stamp))
+    return made
+
+
+def page(request: Request, part: str, title: str, shown: Shown, *, here: str = "", status: int = 200) -> HTMLResponse:
+    """A page of one part, or the part alone where htmx asks for it."""
+    file = f"_{part}.html.j2"
+    made = templates().get_template(file if request.headers.get("hx-request") else "base.html.j2")
+    text = made.render({"part": file, "title": title, "here": here or part, "name": "", **shown})
+    return HTMLResponse(text.encode("utf-8", "replace"), status)
+
+
+class Pages:
+    """The handlers of one root. Those that are no coroutines run in threads."""
+
+    def __init__(self, root: UiRoot) -> None:
+        self.root = root
+
+    def _run(self, request: Request) -> tuple[str, RunFolder]:
+        """The run that the address names.
+
+        Raises:
+            NotHere: there is no such run.
+        """
+        folder = self.root.run(request.path_params["name"])
+        return self.root.name(folder.root), folder
+
+    def runs(self, request: Request) -> Response:
+        by = next((name for name in request.query_params.getlist("by") if name in SORTS), "changed")
+        names, studies = self.root.find()
+        lines = [study_line(self.root, name) for name in studies]
+        cells = {cell["run"] for line in lines for cell in line["cells"]}
+        runs = [summary(self.root, name) for name in names if name not in cells]
+        known = sorted((run for run in runs if run[by] is not None), key=lambda run: run[by], reverse=SORTS[by])
+        known += [run for run in runs if run[by] is None]
+        active = any(run["state"] in ACTIVE for run in runs) or any(line["counts"].get("running") for line in lines)
+        shown = {"runs": known, "studies": lines, "by": by, "active": active, "root": self.root}
+        return page(request, "runs", "Runs", shown)
+
+    # Data and plan: htmx asks for what a command says.
+    def data(self, request: Request) -> Response:
+        choice = Choice.of(request.query_params)
+        if not request.headers.get("hx-request"):
+            return page(request, "data", "Data", {"choice": choice, "uploaded": self.root.uploaded()})
+        facts, error = self._told(choice.command("look", "--json"))
+        names, read = choice.columns(self.root), facts["data"]["columns"] if facts else {}
+        shown = {"choice": choice, "error": error, "names": names, "command": _typed(choice.command("look"))}
+        more = {"facts": None} if facts is None else look_parts(facts)
+        return page(request, "look", "Data", {**shown, **choice.picked(names, read), **more})
+
+    def plan(self, request: Request) -> Response:
+        choice = Choice.of(request.query_params)
+        if not request.headers.get("hx-request"):
+            return page(request, "plan", "Plan", {"choice": choice}, here="data")
+        plan, error = self._told(choice.command("plan", "--json"))
+        model, out = plan["model"] if plan else {}, self.root.fresh_run(choice["data"])
+        shown = {"choice": choice, "plan": plan, "error": error, "out": out, "root": self.root}
+        shown |= {"licence": model_licence(model["origin"], Path(model["path"])) if model else None}
+        return page(request, "planned", "Plan", {**shown, "command": _typed(choice.command("tune", out=out))})
+
+    def _told(self, arguments: list[str]) -> tuple[dict[str, Any] | None, str]:
+        """What a command prints with ``--json``, or the line that says why it does not."""
+        command, where = [sys.executable, "-m", "tell", *arguments], self.root.path
+        try:
+            done = subprocess.run(command, cwd=where, stdin=subprocess.DEVNULL, capture_output=True, timeout=PATIENCE)
+        except (OSError, ValueError, subprocess.TimeoutExpired) as error:
+            return None, one_line(f"tell {arguments[0]}: {error}")
+        if done.returncode == 0:
+            return json.loads(done.stdout), ""
+        said = [line for line in done.stderr.decode("utf-8", "replace").splitlines() if line.strip()]
+        return None, one_line(said[-1]).removeprefix("error: ") if said else f"it ended with {done.returncode}"
+
+    async def upload(self, request: Request) -> Response:
+        return JSONResponse({"path": await self.root.receive(request.path_params["name"], request.stream())}, 201)
+
+    def start(self, request: Request) -> Response:
+        choice = Choice.of(request.query_params)
+        out = choice["out"] if re.fullmatch(r"runs/\w[\w.-]*", choice["out"]) else self.root.fresh_run(choice["data"])
+        if tuning(self.root, out).process() is None:  # else it was started by another click
+            out = self.root.fresh_run(choice["data"]) if (self.root.path / out).exists() else out
+            tuning(self.root, out).start(choice.command("tune", out=out))
+        return RedirectResponse(f"/run/{quote(out)}", 303)
+
+    # One run
+    def run(self, request: Request) -> Response:
+        name = request.path_params["name"]
+        if not tuning(self.root, name).command:  # else it may have no folder yet
+            name, _ = self._run(request)
+        command = shlex.join(tuning(self.root, name).command)
+        return page(request, "run", name, {"name": name, "run": live(self.root, name), "command": command})
+
+    def chat(self, request: Request) -> Response:
+        name, folder = self._run(request)
+        (run, address), job, mine = served(self.root), serving(self.root), asked_for(self.root) == name
+        shown = {
+            **{"name": name, "columns": COLUMNS, "prompts": [row["prompt"] for row in test_rows(folder)]},
+            **{"loading": run == name and not address, "ready": run == name and address, "other": run},
+            **{"error": job.error() if mine else "", "log": job.lines(3) if mine else []},
+        }
+        return page(request, "chat", f"Chat with {name}", shown)
+
+    async def say(self, request: Request) -> Response:
+        name, _ = self._run(request)
+        body, at = b"", request.query_params.get("at", "")
+        async for part in request.stream():
+            if len(body := body + part) > MOST_PROMPT or at not in COLUMNS:
+                raise TellError("the prompt is too long", remedy="Shorten it.")
+        prompt = body.decode("utf-8", "replace")
+        return StreamingResponse(answer(self.root, name, prompt, at), media_type="application/x-ndjson")
+
+    def ship(self, request: Request) -> Response:
+        name, _ = self._run(request)
+        serve, state = _typed(["serve", positional(name)]), state_of(self.root, name)
+        shown = {"name": name, "exports": self._exports(name), "state": state, "serve": serve}
+        return page(request, "ship", f"Ship {name}", shown)
+
+    def _exports(self, name: str) -> dict[str, dict[str, Any]]:
+        found = {}
+        for target, made in export_targets().items():
+            job, out = Job(self.root, f"export {target} {name}"), f"exports/{Path(name).name}-{target}"
+            to = "--repo=USER/NAME" if target == "hub" else f"--out={out}"
+            arguments = ["export", positional(name), f"--to={target}", to]
+            state = "running" if job.process() else "failed" if job.error() else "done" if job.command else ""
+            said = [job.error()] if state == "failed" else job.lines(8)
+            known = {"about": made.about, "command": _typed(arguments), "arguments": arguments, "job": job, "out": out}
+            found[target] = known | {"state": state, "said": said, "there": (self.root.path / out).exists()}
+        return found
+
+    def act(self, request: Request) -> Response:
+        """Stop or resume a run, load or free its model, export it."""
+        action, name = request.url.path.split("/")[1], request.path_params["name"]
+        if action == "stop" and tuning(self.root, name).stop() is None and not stop_holder(self._run(request)[1]):
+            what = "is not run by a process of yours on this machine"
+            raise TellError(what, where=name, remedy="Stop it where it was started.")
+        if action == "resume":
+            name, _ = self._run(request)
+            tuning(self.root, name).start(["tune", "--resume", f"--out={name}"])
+        if action == "load":
+            serve_run(self.root, self._run(request)[0])
+        if action == "unload":
+            serving(self.root).stop()
+        if action == "export":
+            exports = self._exports(self._run(request)[0])
+            if (target := request.query_params.get("target", "")) not in exports.keys() - {"hub"}:
+                raise NotHere("there is no such target")
+            exports[target]["job"].start(exports[target]["arguments"])
+        return RedirectResponse(f"/{AFTER[action]}/{quote(name)}", 303)
+
+    def static(self, request: Request) -> Response:
+        """A file of the page; the stylesheet extends the report's."""
+        if (name := request.path_params["name"]) not in STATIC:
+            raise NotHere("there is no such file")
+        text = resources.files("tell.ui").joinpath("static", name).read_bytes()
+        text = str(stylesheet()[0]).encode() + text if name == "style.css" else text
+        return Response(text, media_type=STATIC[name], headers={"cache-control": "no-cache"})
+
+    # Pages in a frame: a run's report, a study's page, runs side by side
+    def frame(self, request: Request) -> Response:
+        kind, name, query = request.url.path.split("/")[1], request.path_params.get("name", ""), request.url.query
+        self._source(kind, name, request)
+        title, source = f"{kind.capitalize()} {name}".strip(), f"/framed/{kind}/{quote(name)}?{query}"
+        return page(request, "frame", title, {"name": name if kind == "report" else "", "source": source}, here=kind)
+
+    def framed(self, request: Request) -> Response:
+        kind, name = request.path_params["kind"], request.path_params["name"]
+        with reading(self.root.path):
+            text = self._source(kind, name, request)()
+        return HTMLResponse(text.encode("utf-8", "replace"), headers={"content-security-policy": FRAMED})
+
+    def _source(self, kind: str, name: str, request: Request) -> Callable[[], str]:
+        """What makes the page; a folder's own is served as it is, so that it comes at once."""
+        if kind == "compare":
+            names = request.query_params.getlist("run")[:8]
+            if len(names) < 2:
+                raise TellError("two runs or more are compared", remedy="Mark them in the table of runs.")
+            return partial(compare, [self.root.run(name) for name in names])
+        path = self.root.run(name).report if kind == "report" else self.root.study(name).page
+        if not path.is_file():
+            remedy = f"It is written at the end; `tell {kind} {name}` writes one of what is there now."
+            raise NotHere(f"there is no {kind} yet", remedy=remedy)
+        return partial(read_text, path, most=MOST_PAGE, remedy="Write it again.")
+
+
+def _typed(arguments: list[str]) -> str:
+    return shlex.join(["tell", *arguments])
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    status, said = 404 if isinstance(error, NotHere) else 400, one_line(str(error))
+    if request.method == "PUT":
+        return JSONResponse({"error": said}, status)
+    return page(request, "message", "That did not work", {"error": said}, status=status)
+
+
+def make_ui(root: UiRoot, token: str) -> Starlette:
+    """The application of a root."""
+    p, made = Pages(root), templates()
+    for name in made.list_templates(["j2"]):  # compiled now, so that no first view waits for it
+        made.get_template(name)
+    named = {kind: p.frame for kind in ("report", "study")}
+    named |= {"run": p.run, "framed/{kind}": p.framed, "chat": p.chat, "ship": p.ship}
+    get = {"/": p.runs, "/data": p.data, "/plan": p.plan, "/compare": p.frame, "/static/{name}": p.static}
+    get |= {f"/{path}/{{name:path}}": handler for path, handler in named.items()}
+    post = {"/start": p.start, "/say/{name:path}": p.say, **{f"/{act}/{{name:path}}": p.act for act in AFTER}}
+    routes = [Route(path, handler) for path, handler in get.items()]
+    routes += [Route(path, handler, methods=["POST"]) for path, handler in post.items()]
+    routes += [Route("/upload/{name:path}", p.upload, methods=["PUT"])]
+    return Starlette(routes=routes, middleware=[Middleware(Guard, token)], exception_handlers={TellError: _refused})

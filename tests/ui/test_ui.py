@@ -1,0 +1,413 @@
+"""The routes of `tell ui`: who may ask, what is shown of files that anybody made, commands as processes."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import re
+import resource
+import socket
+import subprocess
+import sys
+from html.parser import HTMLParser
+from importlib import resources
+
+import pytest
+from filelock import FileLock
+from starlette.datastructures import QueryParams
+from starlette.testclient import TestClient
+
+from run.runs import PROBE
+from tell.data.schema import Schema
+from tell.files import write_json
+from tell.folder import RunFolder
+from tell.report.page import write_page
+from tell.run.answer_check import Check
+from tell.ui import ui_app, ui_root
+from tell.ui.chat_relay import serving
+from tell.ui.choices import Choice
+from tell.ui.jobs import Job
+from tell.ui.run_view import live, state_of, tuning
+from tell.ui.ui_app import make_ui
+from tell.ui.ui_root import UiRoot, clean_name
+from ui.made_runs import make_run
+from ui.ui_server import SOURCE, UiServer, until
+
+TOKEN, BASE = "s3cret-token", "http://127.0.0.1:8765"
+EVIL = '<script>alert(1)</script><img src=x onerror="alert(1)">" onload="alert(1)'
+ORIGIN = {"origin": BASE}
+HTMX = {"hx-request": "true"}
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch) -> UiRoot:
+    monkeypatch.setenv("PYTHONPATH", str(SOURCE))
+    monkeypatch.setenv("TELL_HOME", str(tmp_path / "home"))
+    (tmp_path / "root").mkdir()
+    return UiRoot(tmp_path / "root")
+
+
+@pytest.fixture
+def client(root) -> TestClient:
+    made = stranger(root)
+    assert made.get("/", params={"token": TOKEN}).status_code == 200
+    return made
+
+
+def stranger(root: UiRoot) -> TestClient:
+    return TestClient(make_ui(root, TOKEN), base_url=BASE)
+
+
+class Elements(HTMLParser):
+    """Names of the elements and attributes of a page, and its links."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.names, self.attributes, self.links = [], set(), []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.names.append(tag)
+        self.attributes |= {name for name, _ in attrs}
+        self.links += [value for name, value in attrs if name in ("src", "href", "action", "hx-get")]
+
+
+def check_inert(text: str, *, scripts: int) -> None:
+    found = Elements(text)
+    assert found.names.count("script") == scripts
+    assert "img" not in found.names
+    assert not [name for name in found.attributes if name.startswith("on") or name == "style"]
+    assert not [link for link in found.links if not link.startswith(("/", "#", "data:,"))]
+
+
+PATHS = ("/", "/data", "/plan", "/run/runs/a", "/report/runs/a", "/chat/runs/a", "/ship/runs/a")
+POSTS = ("/start", "/stop/runs/a", "/resume/runs/a", "/load/runs/a", "/unload/runs/a", "/say/runs/a", "/export/runs/a")
+
+
+def test_nobody_without_the_token_sees_anything(root):
+    make_run(root, "runs/a")
+    asking = stranger(root)
+    for path in (*PATHS, "/static/ui.js", "/framed/report/runs/a", "/?token=wrong", "/?token="):
+        assert asking.get(path).status_code == 401, path
+    for path in POSTS:
+        assert asking.post(path, headers=ORIGIN).status_code == 401, path
+    assert asking.put("/upload/a.csv", content=b"a", headers=ORIGIN).status_code == 401
+    assert not root.uploads.exists()
+    asking.cookies.set("tell-ui-8765", "wrong")
+    assert asking.get("/").status_code == 401
+
+
+def test_the_token_becomes_a_cookie_that_no_other_site_sends(root):
+    answer = stranger(root).get("/", params={"token": TOKEN}, follow_redirects=False)
+    assert (answer.status_code, answer.headers["location"]) == (303, "/")
+    cookie = answer.headers["set-cookie"].lower()
+    assert "samesite=strict" in cookie and "httponly" in cookie and cookie.startswith("tell-ui-8765=")
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:8765", "127.0.0.1:80", "127.0.0.1", "[::1", "", "127.0.0.1:x"]
+)
+def test_other_hosts_are_refused(client, host):
+    assert client.get("/", headers={"host": host}).status_code == 421
+
+
+@pytest.mark.parametrize("origin", ["", "null", "http://evil.example", "http://127.0.0.1:80", "https://127.0.0.1:8765"])
+def test_other_origins_change_nothing(client, root, origin):
+    headers = {"origin": origin} if origin else {}
+    for path in POSTS:
+        assert client.post(path, headers=headers).status_code == 403, path
+    assert client.put("/upload/a.csv", content=b"a", headers=headers).status_code == 403
+    assert not root.uploads.exists() and not (root.state / "jobs").exists()
+
+
+def test_pages_have_a_strict_policy_and_nothing_inline(client, root):
+    make_run(root, "runs/a")
+    for path in PATHS:
+        answer = client.get(path)
+        policy = answer.headers["content-security-policy"]
+        assert answer.status_code == 200 and "default-src 'none'" in policy and "unsafe" not in policy, path
+        check_inert(answer.text, scripts=2)
+    framed = client.get("/framed/report/runs/a").headers["content-security-policy"]
+    assert "script-src" not in framed and "default-src 'none'" in framed and "allow-scripts" not in framed
+
+
+def test_hostile_contents_are_inert(client, root):
+    for name in (f"runs/{EVIL.replace('/', '')}", "runs/b"):
+        write_page(make_run(root, name, state="failed", text=EVIL))
+    study = root.path / "studies" / "s"
+    study.mkdir(parents=True)
+    cells = {EVIL: {"state": EVIL, "error": EVIL, "seconds": EVIL}, "b": {"state": "done", "seconds": 3}}
+    write_json(study / "study.json", {"cells": cells, "rows": [], "recipe": {}})
+    for name in root.find()[0]:
+        for page in ("run", "report", "chat", "ship"):
+            answer = client.get(f"/{page}/{name}")
+            assert answer.status_code == 200
+            check_inert(answer.text, scripts=2)
+        check_inert(client.get(f"/framed/report/{name}").text, scripts=0)
+    check_inert(client.get("/").text, scripts=2)
+    check_inert(client.get("/data", params={"data": EVIL, "prompt": EVIL}).text, scripts=2)
+    check_inert(client.get("/plan", params={"data": EVIL, "model": EVIL}).text, scripts=2)
+    check_inert(client.get("/data", params={"data": EVIL}, headers=HTMX).text, scripts=0)
+    both = [("run", name) for name in root.find()[0]]
+    check_inert(client.get("/framed/compare/", params=both).text, scripts=0)
+
+
+@pytest.mark.parametrize(
+    "name", ["../out", "%2e%2e/out", "runs/../../out", "/etc", "/tmp", ".", "", "link", "runs/a%00", "x" * 5000]
+)
+def test_no_address_leads_out_of_the_root(client, root, name):
+    make_run(UiRoot(root.path.parent), "out")
+    (root.path / "link").symlink_to(root.path.parent / "out")
+    for page in ("run", "report", "framed/report", "study", "framed/study", "chat", "ship"):
+        assert client.get(f"/{page}/{name}").status_code == 404
+    assert client.get("/static/..%2fui_app.py").status_code == 404
+
+
+def test_uploads_stay_under_the_root(client, root):
+    for name in ("../../a.csv", "/etc/a.csv", "C:\\x\\a.csv", "a.csv"):
+        answer = client.put(f"/upload/{name.replace('/', '%2F')}", content=b"q,a\n1,2\n", headers=ORIGIN)
+        assert answer.status_code == 201
+        assert (root.path / answer.json()["path"]).read_bytes() == b"q,a\n1,2\n"
+    assert sorted(p.name for p in root.uploads.iterdir()) == ["1-a.csv", "2-a.csv", "3-a.csv", "a.csv"]
+    assert [p for p in root.path.parent.rglob("a.csv") if root.uploads not in p.parents] == []
+    assert clean_name("Köln; rm -rf $(x).CSV.gz") == "Köln-rm--rf-x.csv.gz"
+    for name in ("a.exe", ".bashrc", "csv", ".csv.sh"):
+        assert client.put(f"/upload/{name}", content=b"x", headers=ORIGIN).status_code == 400
+
+
+def test_an_upload_over_the_limit_leaves_nothing(client, root, monkeypatch):
+    monkeypatch.setattr(ui_root, "MOST_UPLOAD", 1 << 20)
+    answer = client.put("/upload/a.csv", content=bytes(2 << 20), headers=ORIGIN)
+    assert answer.status_code == 400 and "larger than 1 MB" in answer.json()["error"]
+    assert list(root.uploads.iterdir()) == []
+
+
+def test_a_full_disk_leaves_nothing(client, root):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        answer = client.put("/upload/a.csv", content=bytes(1 << 20), headers=ORIGIN)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert answer.status_code == 400 and "a.csv" in answer.json()["error"], errno.errorcode
+    assert list(root.uploads.iterdir()) == []
+
+
+def test_no_value_can_become_a_flag():
+    values = {"data": "-x.csv", "model": "--overwrite", "prompt": "$(reboot)", "answer": "a b", "nonsense": "1"}
+    arms = [("arm", "base"), ("arm", "tell")]
+    command = Choice.of(QueryParams([*values.items(), *arms])).command("tune", out="runs/x")
+    assert command == [
+        *(
+            "tune",
+            "./-x.csv",
+            "--prompt=$(reboot)",
+            "--answer=a b",
+            "--model=--overwrite",
+            "--arms=base,tell",
+            "--out=runs/x",
+        )
+    ]
+
+
+def test_states_of_runs(root):
+    folder = make_run(root, "runs/a", state="running")
+    assert state_of(root, "runs/a") == "interrupted"  # killed: it left "running" behind
+    with FileLock(folder.lock):
+        assert state_of(root, "runs/a") == "running"
+    assert state_of(root, "runs/a") == "interrupted"
+    found = live(root, "runs/a")
+    assert found["bars"][0] | {"label": ""} == {"label": "", "done": 1, "total": 4, "unit": "steps"}
+    assert [row["answers"] for row in found["rows"]] == [[("TELL", "hello", False)]] * 3
+    rows = [{"hash": f"{0:016x}", "prompt": "hello0", "reference": "hello", "answer": "hel"}]
+    write_json(folder.answering, {"arm": "sft", "rows": rows})  # while an arm answers
+    assert [len(row["answers"]) for row in live(root, "runs/a")["rows"]] == [1, 1, 1]  # it was killed meanwhile
+    with FileLock(folder.lock):
+        rows = live(root, "runs/a")["rows"]
+    assert [len(row["answers"]) for row in rows] == [2, 1, 1]
+    assert rows[0]["answers"][1] == ("SFT, one epoch", "hel", True)
+
+
+def test_a_run_of_a_terminal_is_stopped_from_the_page(client, root, monkeypatch):
+    folder = make_run(root, "runs/a", state="running")
+    stopped = []
+    monkeypatch.setattr(ui_app, "stop_holder", lambda found: stopped.append(found.root) or len(stopped) < 2)
+    with FileLock(folder.lock):
+        assert 'action="/stop/runs/a"' in client.get("/run/runs/a").text
+        assert client.post("/stop/runs/a", headers=ORIGIN).url.path == "/run/runs/a"
+        assert "where it was started" in client.post("/stop/runs/a", headers=ORIGIN).text
+    assert stopped == [folder.root] * 2
+
+
+def test_a_report_that_is_not_written_yet_is_not_made(client, root):
+    make_run(root, "runs/a", state="interrupted")
+    answer = client.get("/report/runs/a")
+    assert answer.status_code == 404 and "tell report runs/a" in answer.text
+    assert client.get("/framed/report/runs/a").status_code == 404
+
+
+def test_runs_and_studies_are_listed_and_sorted(client, root):
+    make_run(root, "runs/a")
+    make_run(root, "runs/b", state="failed")
+    make_run(root, "studies/cells/tell-1")
+    write_json_study = root.path / "studies" / "mine"
+    write_json_study.mkdir()
+    write_json(
+        write_json_study / "study.json", {"cells": {"tell-1": {"state": "done"}, "tell-2": {"state": "waiting"}}}
+    )
+    text = client.get("/", params={"by": "name"}).text
+    assert text.index("runs/a") < text.index("runs/b") < text.index("studies/mine")
+    assert "1 done, 1 waiting" in re.sub(r"\s+", " ", text) and 'href="/run/studies/cells/tell-1"' in text
+    assert client.get("/", params={"by": "nonsense"}).status_code == 200
+
+
+def test_look_and_plan_are_the_commands(client, root, tiny_model):
+    rows = "".join(f"{i} how,{('no', 'yes')[i % 2]}\n" for i in range(20))
+    (root.path / "t.csv").write_text(f"question,answer\n{rows}")
+    chosen = {"data": "t.csv", "model": str(tiny_model("llama")), "general": "none"}
+    text = client.get("/data", params=chosen, headers=HTMX).text
+    assert "20 rows" in text and "guessed" in text and "tell look t.csv" in text
+    assert "What the model sees" in text and 'class="trained ' in text
+    assert re.findall(r'<option selected value="(\w+)"', text) == ["question", "answer"]
+    text = client.get("/plan", params=chosen, headers=HTMX).text
+    assert "Predicted time" in text and "--out=runs/t-1" in text and "--general=none" in text
+    text = client.get("/data", params=chosen | {"columns": "prompt=nope,answer=answer"}, headers=HTMX).text
+    assert "no column" in text and text.count('value="question"') == 3  # to be chosen
+
+
+def test_columns_are_chosen_from_those_of_the_file(client, root, tiny_model):
+    rows = "".join(f"s{i},b{i},{'xy'[i % 2]},{i % 3}\n" for i in range(24))
+    (root.path / "t.csv").write_text(f"Subject,Body,Queue,Priority\n{rows}")
+    chosen = [("data", "t.csv"), ("model", str(tiny_model("llama")))]
+    chosen += [
+        ("ask", "Body"),
+        ("ask", "Subject"),
+        ("ask", ""),
+        ("reply", "Queue"),
+        ("reply", "Priority"),
+        ("reply", ""),
+    ]
+    text = client.get("/data", params=chosen, headers=HTMX).text
+    assert "24 rows" in text and "guessed" not in text
+    assert re.findall(r'<option selected value="(\w+)"', text) == ["Body", "Subject", "Queue", "Priority"]
+    assert r"--prompt={Body}\n\n{Subject}" in text and "--answer=Queue,Priority" in text
+
+
+def test_a_run_that_fails_at_once_shows_its_line(client, root):
+    answer = client.post("/start", params={"data": "nope.csv", "out": "../../x"}, headers=ORIGIN)
+    assert answer.url.path == "/run/runs/nope-1"
+    until(lambda: tuning(root, "runs/nope-1").process() is None)
+    text = client.get("/run/runs/nope-1").text
+    assert "nope.csv" in text and "failed" in text and "Resume" not in text
+    assert not (root.path / "runs").exists()
+
+
+def test_a_value_that_no_argument_can_have_is_one_line(client, root):
+    assert "cannot be started" in client.post("/start", params={"data": "a\0b.csv"}, headers=ORIGIN).text
+    assert "null byte" in client.get("/data", params={"data": "a\0b.csv"}, headers=HTMX).text
+
+
+def test_a_stopped_run_is_resumed_by_the_same_command(client, root, tiny_model):
+    rows = "".join(f"{i} how,{('no', 'yes')[i % 2]}\n" for i in range(24))
+    (root.path / "t.csv").write_text(f"question,answer\n{rows}")
+    chosen = {"data": "t.csv", "model": str(tiny_model("llama")), "arms": "base,tell", "general": str(PROBE)}
+    assert client.post("/start", params=chosen, headers=ORIGIN).url.path == "/run/runs/t-1"
+    folder, job = RunFolder(root.path / "runs/t-1"), tuning(root, "runs/t-1")
+    until(lambda: folder.read_status().get("state") == "running")
+    again = client.post("/start", params=chosen | {"out": "runs/t-1"}, headers=ORIGIN)  # a second click
+    assert again.url.path == "/run/runs/t-1" and not tuning(root, "runs/t-2").record()
+    assert "Stop" in client.get("/run/runs/t-1").text
+    client.post("/stop/runs/t-1", headers=ORIGIN)
+    until(lambda: job.process() is None)
+    assert state_of(root, "runs/t-1") == "interrupted"
+    assert "Resume" in client.get("/run/runs/t-1").text
+    client.post("/resume/runs/t-1", headers=ORIGIN)
+    assert job.record()["command"] == ["tell", "tune", "--resume", "--out=runs/t-1"]
+    until(lambda: job.process() is None)
+    assert state_of(root, "runs/t-1") == "done", job.lines()
+    text = client.get("/run/runs/t-1").text
+    assert "2 of 2 arms" in text and "Report" in text
+
+
+def test_a_model_that_is_gone_is_one_line(client, root):
+    folder = make_run(root, "runs/a")
+    folder.config.write_text(f"task:\n  data: t.csv\nmodel:\n  name: {root.path}/gone\n")
+    assert "Load the model" in client.get("/chat/runs/a").text
+    assert client.post("/load/runs/a", headers=ORIGIN).url.path == "/chat/runs/a"
+    until(lambda: serving(root).process() is None)
+    text = client.get("/chat/runs/a").text
+    assert 'role="alert"' in text and serving(root).error() and "Load the model" in text
+    lines = client.post("/say/runs/a?at=tell", content="hello", headers=ORIGIN).text.splitlines()
+    assert [json.loads(line) for line in lines] == [{"end": "the model is not loaded", "ok": False}]
+
+
+def test_a_process_number_that_was_taken_over_is_not_stopped(root):
+    other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    job = Job(root, "tune x")
+    job.file("").parent.mkdir(parents=True)
+    write_json(job.file(".json"), {"pid": other.pid, "created": 1.0, "command": []})
+    assert not job.stop() and other.poll() is None
+    other.communicate()
+
+
+def test_answers_are_checked():
+    check = Check(Schema({"type": "object", "required": ["a"]}))
+    assert check('{"a": 1}') == (True, "follows the schema")
+    assert check("{}")[0] is False and check("nonsense") == (False, "not JSON")
+    assert Check(labels=frozenset({"x"}))(" x")[0] is True
+    assert Check()("anything") == (None, "") and Check()("anything", whole=False)[0] is None
+
+
+def test_labels_are_checked_as_they_come():
+    label = Check(labels=frozenset({"bug"}))
+    assert [label(text, whole=False)[0] for text in ("", " bu", "bug ", "bus")] == [True, True, True, False]
+
+
+def test_a_second_page_of_a_root_says_where_the_first_is(root, tmp_path):
+    first = UiServer(root.path, tmp_path / "home")
+    try:
+        second = UiServer(root.path, tmp_path / "home")
+        assert second.process.wait(60) == 0 and second.address == first.address
+        assert (root.state.stat().st_mode & 0o777) == 0o700
+    finally:
+        first.stop()
+
+
+def test_a_taken_port_is_one_line(root):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        command = [sys.executable, "-m", "tell", "ui", str(root.path), f"--port={taken.getsockname()[1]}"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--port" in done.stderr
+
+
+def test_htmx_is_what_its_note_says():
+    folder = resources.files("tell.ui").joinpath("static")
+    digest = hashlib.sha256(folder.joinpath("htmx.min.js").read_bytes()).hexdigest()
+    assert digest in folder.joinpath("README.md").read_text("utf-8")
+
+
+DAMAGED = (
+    *("", "[]", "null", '"x"', "{", "[[[[", '{"state": 3, "stage": [], "seconds": "x", "error": {}, "step": "x"}'),
+    '{"task": {"primary": "nonsense"}, "arms": {"tell": {"nonsense": {"value": "x"}}, "base": 3}, "forgetting": []}',
+    '{"task": 3, "arms": {"tell": 3, "x": {"steps": "y"}, "y": [1]}, "notices": 3, "fit": 3, "kind": [], "cells": []}',
+    '{"arms": {"tell": {"steps": 1e999}}, "notices": [3, null], "train": 3, "test": 3, "eval": {"arms": 3}}',
+    '{"step": 1e999, "loss": "x", "by_source": {"task": NaN, "x": []}, "hash": [], "prompt": 3, "answer": null}',
+    '{"cells": {"../../../x": {"state": [], "seconds": []}, "y": 3}, "labels": 3, "kind": {"labels": {"a": 1}}}',
+)
+
+
+@pytest.mark.parametrize("text", DAMAGED)
+def test_damaged_files_break_no_page(client, root, text):
+    folder = make_run(root, "runs/a")
+    made = [path for path in folder.root.rglob("*") if path.is_file()]
+    study = root.path / "studies" / "s"
+    study.mkdir(parents=True)
+    for path in (*made, folder.split, folder.schema, study / "study.json"):
+        path.write_text(text)
+    for path in ("/", "/?by=score", "/?by=seconds", "/run/runs/a", "/chat/runs/a", "/ship/runs/a", "/report/runs/a"):
+        assert client.get(path).status_code == 200, path
+    assert client.get("/framed/report/runs/a").status_code in (200, 400)
+    Check.of(folder)
