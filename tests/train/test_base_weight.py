@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from tell.train.fast.cpu_forwards import Projections
+from tell.train.fast.fused_forwards import Projections
 from torch import nn
 
 import tiny
