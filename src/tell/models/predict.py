@@ -203,8 +203,8 @@ def pass_memory(arch: Architecture, train: TrainConfig, *, place: Place, trained
     """What a pass keeps, by the operations of the fast path; on other devices, and without it, by transformers' own."""
     width, entry = WIDTHS[place.dtype], float(arch.hidden * WIDTHS[place.dtype])
     if place.device in FITTED and train.fast == "auto":
-        facts = {"rank": train.lora_r, "targets": train.lora_targets}
-        kept, rest = fused_bytes(arch, width, gpu=place.device == "cuda", **facts), 3 * entry + 4
+        gpu, rest = place.device == "cuda", 3 * entry + 4
+        kept = fused_bytes(arch, width, rank=train.lora_r, targets=train.lora_targets, gpu=gpu)
         return PassMemory(arch.layers, kept, entry, rest, loss_block(place.device, arch.vocab, width=width, fused=True))
     logits = (2.0 * width + 12) * arch.vocab * trained_share  # their fp32 copy, log-probabilities and gradient
     return PassMemory(arch.layers, _plain_bytes(arch, place.dtype, train.lora_r), entry, entry + logits, 0.0)
