@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -165,8 +164,6 @@ def memory(run: Run) -> dict[str, Any]:
             if not told or variant.off or variant.settings.get("fast") == "off":
                 continue
             predicted = _predicted(run, arch, rows, variant)
-            if predicted is None:
-                continue
             peak = run.stages.get("train", {}).get(f"{size}: {name}", {}).get("peak_gb")
             off = None if not peak else round(abs(predicted / peak - 1), 3)
             key = size if name == "tell" else f"{size}: {name}"
@@ -175,21 +172,13 @@ def memory(run: Run) -> dict[str, Any]:
     return out
 
 
-def _predicted(run: Run, arch: Any, rows: Rows, variant: Variant) -> float | None:
-    """GB that torch allocates at most while a model trains on a GPU; None where this version does not say."""
+def _predicted(run: Run, arch: Any, rows: Rows, variant: Variant) -> float:
+    """GB that torch allocates at most while a model trains on a GPU."""
     from tell.config_sections import TrainConfig
     from tell.models import predict
-    from tell.models.flops import lora_parameters
     from tell.models.machine import Place
 
     place, share = Place("cuda", "bf16"), float(rows.trained.sum() / rows.lengths.sum())
-    if "load" not in inspect.signature(predict.predict_memory).parameters:
-        if variant.settings.get("recompute") or variant.base != "full" or "micro_tokens" in variant.settings:
-            return None
-        adapter = lora_parameters(arch, TrainConfig().lora_r, "all-linear")
-        given = {"micro_tokens": run.micro, "trained_share": share, "lora_parameters": adapter, "place": place}
-        told = predict.predict_memory(arch, **given)
-        return (told.total - told.process) / 1e9
     settings = {"micro_tokens": run.micro, **variant.settings}
     if settings.get("recompute") == "all":
         settings["recompute"] = arch.layers
