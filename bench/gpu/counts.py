@@ -136,11 +136,12 @@ def count_step(
     config: TrainConfig | None = None,
     rows: int = ROWS,
 ) -> Step:
-    """A step of a model cut to ``layers`` layers: one pass forward and back, clipping, AdamW.
+    """A step of a model cut to ``layers`` layers: one pass forward and back, clipping and AdamW.
 
     Args:
         size: of ``bench.gpu.run.SIZES``.
-        kernels: False: the modules' own forwards, and each adapter matrix for itself.
+        kernels: False: the modules' own forwards, each adapter matrix for itself, and nothing after the backward pass:
+            torch's loops over parameters on the meta device are not those of a GPU.
         config: of the adapters.
         rows: of the step.
     """
@@ -164,8 +165,9 @@ def count_step(
             weights = rules.weights(group, torch.tensor(rules.total(group))).to("meta")
             loss, _ = training.pass_loss(body, batch, weights)
             loss.backward()
-            update.clip()
-            update.apply(1e-4)
+            if kernels:
+                update.clip()
+                update.apply(1e-4)
     return Step(layers, batch.real, launches.names, saved.bytes)
 
 
