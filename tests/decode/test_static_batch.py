@@ -25,11 +25,12 @@ from tell.decode.guide import Vocabulary
 from tell.decode.kv_cache import PrefillPlan, Store
 from tell.decode.layers import describe
 from tell.decode.sampler import Decoding
-from tell.decode.static_batch import Fetch, StaticBatch
+from tell.decode.static_batch import StaticBatch
 from tell.decode.static_model import StaticModel
 from tell.decode.step_graphs import GraphRecorder, Unrecorded, recorder
 from tell.rows.template import ChatTokenizer
 from tell.train.attention import Rule
+from tell.train.device import Fetch
 from tell.train.step import Body
 from train.packed import Fetches, load
 from train.test_cuda import reference_varlen
@@ -132,8 +133,8 @@ def test_tokens_are_looked_at_one_step_late(tiny_model, monkeypatch):
     free = Decoding(12, (), greedy=True, batch_size=3)
     whole = answers(engine, prompts, free)
     events = []
-    fetched, stepped = Fetch.tokens, StaticBatch.step
-    monkeypatch.setattr(Fetch, "tokens", lambda self: events.append("read") or fetched(self))
+    fetched, stepped = Fetch.array, StaticBatch.step
+    monkeypatch.setattr(Fetch, "array", lambda self: events.append("read") or fetched(self))
     monkeypatch.setattr(StaticBatch, "step", lambda self, n, longest: events.append(n) or stepped(self, n, longest))
     assert answers(engine, prompts, free) == whole
     assert events == [3, *["read", 3] * 10, "read", "read"]  # no step too many where the limit ends a row

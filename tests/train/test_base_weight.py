@@ -7,7 +7,6 @@ import json
 
 import pytest
 import torch
-from tell.train.fast.fused_forwards import Projections
 from torch import nn
 
 import tiny
@@ -21,6 +20,7 @@ from tell.models.find import find_model
 from tell.models.load import read_weights
 from tell.train.fast.base_weight import Quantised, dense, quantised_weight
 from tell.train.fast.fused import fused_counts
+from tell.train.fast.fused_forwards import Projections
 from tell.train.lora import adapter_applied, add_lora, is_merged, lora_layers, remove_lora, save_adapter
 from tell.train.plain import PlainBody, plain_step_loss
 from tell.train.step import Body, StepRules, row_losses, step_loss
@@ -202,3 +202,25 @@ def test_a_step_on_a_gpu_equals_the_dense_model(kind, tiny_model):
     (loss, grads, _), (expected, expected_grads, _) = step(base), step(reference)
     assert loss == pytest.approx(expected, rel=1e-2)
     assert_close(grads, expected_grads, 0.05)
+
+
+@pytest.mark.parametrize("layers", [("q_proj", "k_proj", "v_proj"), ("down_proj",)])
+def test_few_rows_are_multiplied_without_a_whole_matrix(layers, monkeypatch, tiny_model):
+    """As a decoder does, for each token."""
+    body = quantised(tiny_model("llama"), "nf4").base_model.layers[0]
+    owner = body.mlp if layers == ("down_proj",) else body.self_attn
+    projections = Projections(owner, layers)
+    dtype, width = torch.float32, getattr(owner, layers[0]).in_features
+    x, many = torch.randn(3, width, dtype=dtype), torch.randn(65, width, dtype=dtype)
+    with torch.no_grad():
+        expected = [layer(x) for layer in projections.layers()]
+        dense = []
+        whole = QuantisedLinear.dequantise
+        monkeypatch.setattr(QuantisedLinear, "dequantise", lambda self, out: dense.append(self) or whole(self, out))
+        for ours, theirs in zip(projections(x), expected, strict=True):
+            torch.testing.assert_close(ours, theirs)
+        assert not dense
+        projections(many)
+    assert len(dense) == len(layers)
+    projections(x)
+    assert len(dense) == 2 * len(layers)

@@ -12,8 +12,8 @@ import torch
 from tell.decode.batch import Batch, only
 from tell.decode.engine_rows import Arrivals, Request, Row, longest_last, waiting_rows
 from tell.decode.sampler import Decoding
-from tell.decode.static_batch import Fetch, StaticBatch
-from tell.train.device import send
+from tell.decode.static_batch import StaticBatch
+from tell.train.device import Fetch, send
 
 PREFILL_TOKENS = 4096  # most tokens of one prefill pass
 
@@ -141,7 +141,7 @@ class Loop:
     def _land(self, flight: Flight) -> None:
         """Take over the tokens of a step; a row that had ended before it drops its token."""
         written, further = 0, 0.0
-        for row, token in zip(flight.rows, flight.fetch.tokens(), strict=True):
+        for row, token in zip(flight.rows, flight.fetch.array().tolist(), strict=True):
             row.flying -= 1
             if row.ended:
                 continue

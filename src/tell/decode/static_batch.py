@@ -22,7 +22,7 @@ from tell.decode.kv_cache import DecodePlan, PrefillPlan, PrefixPlan
 from tell.decode.sampler import Decoding, choose
 from tell.decode.static_model import Rope, StaticModel
 from tell.decode.step_graphs import Call, Recorder
-from tell.train.device import send
+from tell.train.device import Fetch, send
 
 ROWS = (1, 4, 16, 32, 64)  # rows of a recorded step; above, multiples of the last. Recording costs more than idle rows.
 SHORTEST = 128  # tokens of the longest row that a recorded step reads at least
@@ -62,26 +62,6 @@ class Step(NamedTuple):
     at: Tensor
     length: int
     hidden: dict[int | None, Tensor]
-
-
-class Fetch:
-    """Tokens (n,) on their way from the device."""
-
-    def __init__(self, tokens: Tensor) -> None:
-        self._event: torch.cuda.Event | None = None
-        if tokens.device.type == "cuda":
-            self._host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
-            self._host.copy_(tokens, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
-        else:
-            self._host = tokens.clone()
-
-    def tokens(self) -> list[int]:
-        """Waits until they have come."""
-        if self._event is not None:
-            self._event.synchronize()
-        return self._host.tolist()
 
 
 class StaticBatch(PlainBatch):

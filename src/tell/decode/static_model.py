@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from tell.decode.layers import SILU, Description, attention_rules
 from tell.train.device import SHARE, free_bytes
+from tell.train.flat import joined_rows
 
 if TYPE_CHECKING:
     from torch import nn
@@ -28,15 +29,20 @@ class JoinedProduct:
 
     Args:
         layers: at least one.
-        join: copy the weights into one matrix; False multiplies by each in place.
+        join: copy weights that do not follow each other in memory, as training leaves them, into one matrix; False
+            multiplies by each in place.
     """
 
     def __init__(self, layers: Sequence[nn.Linear], *, join: bool) -> None:
         parts: list[tuple[Tensor, Tensor | None]] = [
             (layer.weight.detach(), None if layer.bias is None else layer.bias.detach()) for layer in layers
         ]
-        if join and len(parts) > 1:
-            parts = [(torch.cat([weight for weight, _ in parts]), _joined_bias(parts))]
+        weights = [weight for weight, _ in parts]
+        whole = joined_rows(weights)
+        if whole is None and join:
+            whole = torch.cat(weights)
+        if whole is not None and len(parts) > 1:
+            parts = [(whole, _joined_bias(parts))]
         self.parts = parts
         self.outputs = sum(len(weight) for weight, _ in parts)
 

@@ -40,7 +40,7 @@ class Fetch:
             self.arrived = torch.cuda.Event()
             self.arrived.record(torch.cuda.current_stream(x.device))
         else:
-            self.host = x.cpu()
+            self.host = x.cpu().clone()  # it may be written into meanwhile
 
     def array(self) -> np.ndarray:
         """Its values, once they have arrived."""

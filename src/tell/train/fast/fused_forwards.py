@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tell.kernels.ops import CKernels, kernels_for
+from tell.kernels.quantised import QuantisedLinear
 from tell.kernels.triton_ops import HeadLayout
 from tell.train.attention import PackedPlan, Plan, Rule
 from tell.train.fast.base_weight import LINEAR, Quantised, quantised_weight
@@ -18,6 +19,8 @@ from tell.train.fast.fused_ops import Attention, AttentionCall, Gated, GatedProj
 from tell.train.fast.stacked import Stack
 from tell.train.flat import adjacent
 from tell.train.torch_types import AnyModule
+
+FEW_ROWS = 64  # that decoding computes at a time
 
 
 class Projections:
@@ -60,6 +63,11 @@ class Projections:
             self.weight = whole
         return whole
 
+    def _reads_packed(self, x: Tensor) -> bool:
+        """Whether quantised layers multiply few rows by their own forward, which never makes a whole matrix."""
+        few = not torch.is_grad_enabled() and x.numel() <= FEW_ROWS * x.shape[-1]
+        return few and any(type(layer) is QuantisedLinear for layer in self.layers())
+
     def stack(self) -> tuple[Stack, list[Tensor]] | None:
         """The layers' frozen part and their adapters; None where one of them is unusual."""
         parts = [_lora_parts(cast(AnyModule, layer)) for layer in self.layers()]
@@ -72,14 +80,14 @@ class Projections:
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
         """Outputs of the layers, each (..., N_i); each by its own forward where one is unusual."""
-        found = self.stack()
+        found = None if self._reads_packed(x) else self.stack()
         if found is None:
             return tuple(layer(x) for layer in self.layers())
         return Projection.apply(x, found[0], *found[1])
 
     def gated(self, g: Tensor, u: Tensor, kind: int) -> Tensor:
         """Output of the single layer over act(g) u."""
-        found = self.stack()
+        found = None if self._reads_packed(g) else self.stack()
         if found is None:
             return self.layers()[0](Gated.apply(g, u, kind))
         return GatedProjection.apply(g, u, kind, found[0], *found[1])
