@@ -19,7 +19,7 @@ from tell.folder import RunFolder
 from tell.names import ARMS as ARM
 from tell.parts import PARTS
 from tell.report import render, write_page
-from tell.report.page import stylesheet
+from tell.report.page import prose, stylesheet
 from tell.score.verdict import verdict
 
 VOID = {"meta", "input", "br", "hr", "img", "link", "base"}
@@ -393,3 +393,17 @@ def test_a_search_that_is_none(tmp_path: Path, arms: object) -> None:
     write_json(folder.search, {"arms": arms})
     page = Page(render(folder))
     assert (page.wrong, page.open) == ([], []) and not page.all("b")
+
+
+@pytest.mark.parametrize(
+    ("note", "sentence"),
+    [
+        ("columns not used: Urgency", "Columns not used: Urgency."),
+        ("mails.xlsx: columns not used", "mails.xlsx: columns not used."),
+        ("train.max_length: 3 rows are cut", "train.max_length: 3 rows are cut."),
+        ("is it? yes!", "Is it? yes!"),
+        (" ", ""),
+    ],
+)
+def test_notes_are_sentences_and_names_stay_as_they_are(note: str, sentence: str) -> None:
+    assert prose(note) == sentence

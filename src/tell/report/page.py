@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -82,7 +83,9 @@ def stylesheet() -> tuple[Markup, str]:
 def prose(text: object) -> str:
     """A note as a sentence, with a capital and a full stop."""
     line = str(text).strip()
-    return line and line[0].upper() + line[1:] + ("" if line[-1] in ".?!" else ".")
+    name = re.match(r"\S*[./_]\w+:", line)  # of a file or a key: as it is written
+    first = line[:1] if name else line[:1].upper()
+    return line and first + line[1:] + ("" if line[-1] in ".?!" else ".")
 
 
 def fill(template: str, **context: object) -> str:
