@@ -39,7 +39,7 @@ class Written:
     def __init__(self, chat, texts, device="cpu"):
         self.chat, self.texts, self.device, self.max_positions, self.prompts = chat, texts, device, 1024, []
 
-    def generate(self, prompts, decoding, progress=None, guides=None, masks=None):
+    def generate(self, prompts, decoding, progress=None, on_token=None, guides=None, masks=None):
         self.prompts = [self.chat.decode(ids) for ids in prompts]
         return [
             Answer(self.chat.encode(text)[: decoding.max_new_tokens], "length" if len(text) > 300 else "stop")
