@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -65,7 +66,7 @@ def _decode(run: Run, size: str, out: dict[str, Any]) -> None:
     ours(4)
     seconds, answers = _timed(run, lambda: ours(new))
     start, _ = _timed(run, lambda: ours(1))  # the shared prefix and prefill
-    waits = [waits_of(run, lambda k=k: ours(k)) for k in (2, new)]
+    waits = [waits_of(run, partial(ours, k)) for k in (2, new)]
     more = None if waits[0] is None or waits[1] is None else round((waits[1] - waits[0]) / (new - 2), 2)
     facts: dict[str, Any] = {
         "tokens_s": round(n * new / seconds), "ms_prefill": round(1e3 * start, 1),

@@ -101,11 +101,10 @@ class Progress(Silent):
             self.pack.write()
 
 
-def main(a: argparse.Namespace) -> int:
-    """Run the studies; 1 where a cell failed or none is done."""
+def main(a: argparse.Namespace, begin: float) -> int:
+    """Run the studies; 1 where a cell failed or none is done. The deadline counts from ``begin``."""
     import tell
 
-    begin = time.monotonic()
     end = begin + a.deadline - min(END, a.deadline / 4)
     recipe = a.recipe or RECIPES / ("rehearsal.yaml" if a.tiny else "grid.yaml")
     models = [_model(text) for text in a.model or ([str(tiny_model(a.root))] if a.tiny else ["smollm2-135m"])]

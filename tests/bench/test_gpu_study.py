@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -72,6 +73,8 @@ def test_a_study_ends_before_the_deadline_even_if_it_has_to_be_stopped(tmp_path,
     assert main(["--study", "--model", "Qwen/Qwen3-0.6B", "--model", "Qwen/Qwen3-0.7B", *more]) == 1
     assert [name for name, _ in asked] == ["grid-Qwen3-0.6B", "grid-Qwen3-0.7B"]
     assert all(seconds <= 540 - LAST_STEP - study.QUIT for _, seconds in asked)
+    main(["--study", "--model", "one", *more], begin=time.monotonic() - 100)  # importing took long
+    assert asked[-1][1] <= 440 - LAST_STEP - study.QUIT
 
 
 def test_packed_scores_alone_give_the_tables(tmp_path):
