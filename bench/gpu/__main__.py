@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench.gpu import checks, goals, peers, speed, study, training
+from bench.gpu import BEGIN, checks, goals, peers, speed, study, training
 from bench.gpu.run import SIZES, Run
 
 STAGES: dict[str, Callable[[Run], dict[str, Any]]] = {  # most valuable first
@@ -34,7 +34,9 @@ STAGES: dict[str, Callable[[Run], dict[str, Any]]] = {  # most valuable first
 }
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None, begin: float | None = None) -> int:
+    """Run what the arguments say; ``begin``: when the deadline's seconds began, on the monotonic clock; None: now."""
+    begin = time.monotonic() if begin is None else begin
     p = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
     p.add_argument("--out", type=Path, required=True, help="folder for result.json and profiles")
     p.add_argument("--stages", default=",".join(STAGES), help=f"of {','.join(STAGES)}")
@@ -47,23 +49,23 @@ def main(arguments: list[str] | None = None) -> int:
     study.add_arguments(p.add_argument_group("study"))
     a = p.parse_args(arguments)
     if a.study:
-        return study.main(a)
+        return study.main(a, begin)
     sizes = ["tiny"] if a.tiny else a.sizes.split(",")
     stages = a.stages.split(",")
     if unknown := [name for name in stages if name not in STAGES] + [name for name in sizes if name not in SIZES]:
         p.error(f"unknown: {', '.join(unknown)}")
-    run = Run(a.out, a.device, a.tiny, sizes, a.batch, a.micro, a.deadline)
+    run = Run(a.out, a.device, a.tiny, sizes, a.batch, a.micro, a.deadline, begin=begin)
     for name in stages:
         if run.late(name, 10):
             continue
-        begin = time.monotonic()
+        at = time.monotonic()
         try:
             run.stages[name] = {**run.stages.get(name, {}), **STAGES[name](run)}
         except Exception as error:
             traceback.print_exc()
             run.stages.setdefault(name, {})["error"] = f"{type(error).__name__}: {error}"
             run.find(name, f"{type(error).__name__}: {error}".splitlines()[0], good=False)
-        run.seconds[name] = round(time.monotonic() - begin, 1)
+        run.seconds[name] = round(time.monotonic() - at, 1)
         run.clear()
         run.save()
     print(goals.table(run.stages, run.card), end="")
@@ -71,4 +73,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(begin=BEGIN))

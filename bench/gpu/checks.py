@@ -8,13 +8,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import numpy as np
 import torch
 
 from bench.gpu import runners
+from bench.gpu.goals import BIG
 from bench.gpu.run import Run, make_model, rows_for
 
 PACKAGES = (
@@ -25,7 +29,8 @@ PACKAGES = (
 
 def facts(run: Run) -> dict[str, Any]:
     """Versions, the card, and its ceilings in matrix products and copies."""
-    out: dict[str, Any] = {"torch": torch.__version__, "python": sys.version.split()[0]}
+    out = run.stages.setdefault("facts", {})
+    out |= {"torch": torch.__version__, "python": sys.version.split()[0]}
     for name in PACKAGES:
         try:
             out[name] = version(name)
@@ -67,7 +72,8 @@ def attention(run: Run) -> dict[str, Any]:
     from tell.train.fast.cuda import attention_note, packed_plan
 
     model = make_model("tiny", run.device, torch.bfloat16)
-    out: dict[str, Any] = {"note": attention_note(model), "no kernels": why_none(model.get_output_embeddings().weight)}
+    out = run.stages.setdefault("attention", {})
+    out |= {"note": attention_note(model), "no kernels": why_none(model.get_output_embeddings().weight)}
     run.find("attention", out["note"], good=run.device == "cpu" or "flash" in out["note"])
     run.find("why no kernels", out["no kernels"], good=out["no kernels"] is None)
     for heads, kv, width in ((9, 3, 64), (32, 8, 128), (16, 8, 128)):
@@ -156,41 +162,55 @@ def equal(run: Run) -> dict[str, Any]:
     model = make_model(size, "cpu", torch.float32)
     state = {key: value.clone() for key, value in model.state_dict().items()}
     expected = runners.tell(run, model, rows, batch, settings)
-    out: dict[str, Any] = {"cpu float32": [round(x, 5) for x in expected.losses]}
+    out = run.stages.setdefault("equal", {})
+    out["cpu float32"] = [round(x, 5) for x in expected.losses]
     ways = [(torch.float32, "auto"), (torch.bfloat16, "auto"), (torch.bfloat16, "off")]
     if run.device == "cuda":  # a CPU computes in bf16 or fp32
         ways.insert(2, (torch.float16, "auto"))
     for dtype, fast in ways:
         kind = str(dtype).removeprefix("torch.")
         name = kind if fast == "auto" else f"{kind} fast={fast}"
-        model = make_model(size, run.device, dtype)
-        model.load_state_dict(state)
         try:
+            model = make_model(size, run.device, dtype)
+            model.load_state_dict(state)
             got = runners.tell(run, model, rows, batch, {**settings, "fast": fast})
+            out[name] = compared(got, expected)
+            shown = ", ".join(f"{key} {out[name][key]:.2g}" for key in ("loss_gap", "norm_gap", "adapter_cosine"))
+            limit = 1e-4 if dtype == torch.float32 else 1e-2
+            run.find(f"{run.device} {name} against cpu float32", shown, good=out[name]["loss_gap"] <= limit)
         except Exception as error:
-            out[name] = {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
-            run.find(f"{run.device} {name}", out[name]["error"], good=False)
-            continue
-        cosine = torch.nn.functional.cosine_similarity(got.adapter.double(), expected.adapter.double(), dim=0)
-        out[name] = {
-            "losses": [round(x, 5) for x in got.losses],
-            "loss_gap": _gap(got.losses, expected.losses),
-            "norm_gap": _gap(got.norms, expected.norms),
-            "adapter_cosine": float(cosine),
-            "notes": got.notes,
-        }
-        shown = ", ".join(f"{key} {out[name][key]:.2g}" for key in ("loss_gap", "norm_gap"))
-        limit = 1e-4 if dtype == torch.float32 else 1e-2
-        text = f"{shown}, adapter cosine {out[name]['adapter_cosine']:.6f}"
-        run.find(f"{run.device} {name} against cpu float32", text, good=out[name]["loss_gap"] <= limit)
-        del model
+            run.failed(out, name, error)
+        model = None
         run.clear()
+        run.save()
     return out
 
 
-def _gap(got: list[float], expected: list[float]) -> float:
-    """The largest relative difference."""
-    return max(abs(x / y - 1) for x, y in zip(got, expected, strict=True))
+def compared(got: runners.Timed, expected: runners.Timed) -> dict[str, Any]:
+    """The largest relative differences of losses and of gradient norms; fp16 skips steps, which have no norm.
+
+    Raises:
+        ValueError: a loss is not finite, or no step has a norm.
+    """
+    assert got.adapter is not None and expected.adapter is not None
+    if not np.isfinite(got.losses).all():
+        raise ValueError(f"losses are not finite: {got.losses}")
+    norms = [(x, y) for x, y in zip(got.norms, expected.norms, strict=True) if x is not None and y is not None]
+    if not norms:
+        raise ValueError("every step was skipped")
+    cosine = torch.nn.functional.cosine_similarity(got.adapter.double(), expected.adapter.double(), dim=0)
+    return {
+        "losses": [round(x, 5) for x in got.losses],
+        "loss_gap": _gap(zip(got.losses, expected.losses, strict=True)),
+        "norm_gap": _gap(norms),
+        "skipped": len(got.norms) - len(norms),
+        "adapter_cosine": float(cosine),
+        "notes": got.notes,
+    }
+
+
+def _gap(pairs: Iterable[tuple[float, float]]) -> float:
+    return max(abs(x / y - 1) for x, y in pairs)
 
 
 def merge(run: Run) -> dict[str, Any]:
@@ -198,7 +218,9 @@ def merge(run: Run) -> dict[str, Any]:
     from tell.config_sections import TrainConfig
     from tell.train import lora
 
-    size, out = run.sizes[-1], {}
+    size = BIG if BIG in run.sizes else run.sizes[0]
+    stage = run.stages.setdefault("merge", {})
+    out = stage.setdefault(size, {})
     model = make_model(size, run.device, torch.bfloat16)
     tuned = lora.add_lora(model, TrainConfig(lora_dropout=0.0), seed=1)
     for name, p in tuned.named_parameters():
@@ -208,29 +230,38 @@ def merge(run: Run) -> dict[str, Any]:
         lora.save_adapter(tuned, Path(folder))
         lora.remove_lora(tuned)
         del tuned
-        before, room = _fingerprints(model), lora._room_for_copies
-        for where, rule in (("chosen", room), ("merged", lambda _: True), ("beside", lambda _: False)):
-            lora._room_for_copies = rule
-            run.clear()
-            held, begin = run.peak_gb(), time.perf_counter()
-            with lora.adapter_applied(model, Path(folder)):
-                run.sync()
-                applied = time.perf_counter()
-                peak = run.peak_gb()
-                same = [x == y for x, y in zip(_fingerprints(model), before, strict=True)]
-                run.sync()
-                back = time.perf_counter()
-            run.sync()
-            ended = time.perf_counter()
-            exact = _fingerprints(model) == before
-            more = None if held is None else round(peak - held, 2)
-            out[where] = {"apply_s": round(applied - begin, 3), "remove_s": round(ended - back, 3), "more_gb": more}
-            touched = all(same) if where == "beside" else not any(same) or where == "chosen"
-            good = exact and touched and (more is None or where != "beside" or more < 1)
-            told = {**out[where], "exact": exact, "weights changed": not all(same)}
-            run.find(f"adapter {size}, {where}", told, good=good)
-        lora._room_for_copies = room
-    return out
+        before = _fingerprints(model)
+        for where, rule in (("chosen", lora._room_for_copies), ("merged", lambda _: True), ("beside", lambda _: False)):
+            try:
+                with patch.object(lora, "_room_for_copies", rule):
+                    _apply(run, model, Path(folder), before, where, size, out)
+            except Exception as error:
+                run.failed(out, where, error)
+            run.save()
+    return stage
+
+
+def _apply(run: Run, model: Any, adapter: Path, before: list[int], where: str, size: str, out: dict[str, Any]) -> None:
+    """Apply an adapter one way, and take it off; ``before``: the fingerprints without it."""
+    from tell.train import lora
+
+    run.clear()
+    held, begin = run.peak_gb(), time.perf_counter()
+    with lora.adapter_applied(model, adapter):
+        run.sync()
+        applied = time.perf_counter()
+        peak = run.peak_gb()
+        same = [x == y for x, y in zip(_fingerprints(model), before, strict=True)]
+        run.sync()
+        back = time.perf_counter()
+    run.sync()
+    ended = time.perf_counter()
+    exact = _fingerprints(model) == before
+    more = None if held is None or peak is None else round(peak - held, 2)
+    out[where] = {"apply_s": round(applied - begin, 3), "remove_s": round(ended - back, 3), "more_gb": more}
+    touched = all(same) if where == "beside" else not any(same) or where == "chosen"
+    good = exact and touched and (more is None or where != "beside" or more < 1)
+    run.find(f"adapter {size}, {where}", {**out[where], "exact": exact, "weights changed": not all(same)}, good=good)
 
 
 def _fingerprints(model: Any) -> list[int]:

@@ -17,13 +17,13 @@ class Goal:
     Attributes:
         name: in words.
         path: its place in the stages' results.
-        accept, aim: at least these, or with ``at_most`` at most; an aim of None: none beyond.
+        accept, aim: at least these, or with ``at_most`` at most; None: there is none.
         unit: of all three; absolute speeds and sizes are for an H100 of 80 GB.
     """
 
     name: str
     path: tuple[str, ...]
-    accept: float
+    accept: float | None
     aim: float | None = None
     unit: str = ""
     at_most: bool = False
@@ -34,6 +34,8 @@ class Goal:
         sign = -1 if self.at_most else 1
         if self.aim is not None and sign * value >= sign * self.aim:
             return "aim reached"
+        if self.accept is None:
+            return "aim not reached"
         return "accepted" if sign * value >= sign * self.accept else "MISSED"
 
 
@@ -45,14 +47,13 @@ GOALS = (
     Goal("its peak memory", ("train", f"{BIG}: tell, recomputed", "peak_gb"), 22, None, GB, True),
     Goal("8B in bf16, rows of 2,048, on 24 GB", ("train", f"{BIG}: tell, 24 GB", "peak_gb"), 24, None, GB, True),
     Goal("8B in nf4, rows of 2,048, on 12 GB", ("train", f"{BIG}: tell nf4, 12 GB", "peak_gb"), 12, None, GB, True),
-    Goal("135M LoRA bf16", ("train", f"{SMALL}: tell", "tokens_s"), 30_000, 100_000, SPEED),
+    Goal("135M LoRA bf16", ("train", f"{SMALL}: tell", "tokens_s"), None, 100_000, SPEED),
     Goal("135M against the best peer of this run", ("ratios", SMALL), 3, None, "times"),
-    Goal("8B against the best peer of this run", ("ratios", BIG), 1, 3, "times"),
     Goal("decoding 64 rows, 8B", ("decode", f"{BIG} tell", "tokens_s"), 4_500, 12_000, SPEED),
     Goal("decoding 64 rows, 135M", ("decode", f"{SMALL} tell", "tokens_s"), 15_000, None, SPEED),
     Goal("card busy while 8B trains", ("profile", BIG, "busy"), 0.9, None, "share"),
-    Goal("applying an 8B adapter", ("merge", "chosen", "apply_s"), 1, None, "s", True),
-    Goal("its memory", ("merge", "chosen", "more_gb"), 1, None, GB, True),
+    Goal("applying an 8B adapter", ("merge", BIG, "chosen", "apply_s"), 1, None, "s", True),
+    Goal("its memory", ("merge", BIG, "chosen", "more_gb"), 1, None, GB, True),
     Goal("8 steps, fp32 against CPU fp32", ("equal", "float32", "loss_gap"), 1e-4, None, "relative", True),
     Goal("8 steps, bf16 against CPU fp32", ("equal", "bfloat16", "loss_gap"), 1e-2, None, "relative", True),
     Goal("8 steps, fp16 against CPU fp32", ("equal", "float16", "loss_gap"), 1e-2, None, "relative", True),
@@ -100,6 +101,6 @@ def table(stages: Mapping[str, Any], card: str) -> str:
     for row in judged(stages):
         sign = "≤ " if row["at_most"] else "≥ "
         value = "–" if row["value"] is None else f"{row['value']:,.5g} {row['unit']}"
-        aim = "" if row["aim"] is None else f"{sign}{row['aim']:,g}"
-        lines.append(f"| {row['name']} | {value} | {sign}{row['accept']:,g} | {aim} | {row['verdict']} |")
+        accept, aim = ("" if row[key] is None else f"{sign}{row[key]:,g}" for key in ("accept", "aim"))
+        lines.append(f"| {row['name']} | {value} | {accept} | {aim} | {row['verdict']} |")
     return "\n".join(lines) + "\n"

@@ -58,11 +58,11 @@ class Run:
         self.findings.append((name, value, good))
         print(f"[{time.monotonic() - self.begin:6.1f}s] {'  ' if good else '! '}{name}: {value}", flush=True)
 
-    def failed(self, out: dict[str, Any], key: str, error: Exception) -> None:
-        """Keep an error as the result of ``key``; only TELL's are findings that should not be."""
+    def failed(self, out: dict[str, Any], key: str, error: Exception, *, good: bool = False) -> None:
+        """Keep an error as the result of ``key``, and what else is in ``out``; ``good``: it may be, as a peer's."""
         traceback.print_exc()
         out[key] = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
-        self.find(key, out[key]["error"], good=": tell" not in key)
+        self.find(key, out[key]["error"], good=good)
         self.clear()
 
     def late(self, name: str, seconds: float) -> bool:

@@ -123,16 +123,13 @@ def counted_waits(run: Run, timed: Timed) -> Iterator[None]:
 
 
 @contextmanager
-def without(place: str, name: str) -> Iterator[bool]:
-    """A part of TELL turned off: ``name`` in module ``place`` returns None. False where there is no such part."""
+def without(place: str, name: str) -> Iterator[None]:
+    """A part of TELL turned off: ``name`` in module ``place`` returns None."""
     module = importlib.import_module(place)
-    own = getattr(module, name, None)
-    if own is None:
-        yield False
-        return
+    own = getattr(module, name)
     setattr(module, name, lambda *args, **options: None)
     try:
-        yield True
+        yield
     finally:
         setattr(module, name, own)
 

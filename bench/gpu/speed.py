@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -34,45 +35,54 @@ def waits_of(run: Run, call: Callable[[], Any]) -> int | None:
 
 def decode(run: Run) -> dict[str, Any]:
     """New tokens a second, greedy: TELL's engine and transformers' generate, 64 rows behind 300 shared tokens."""
-    from tell.decode.engine import Engine
-    from tell.decode.sampler import Decoding
-
-    out: dict[str, Any] = {}
+    out = run.stages.setdefault("decode", {})
     for size in run.sizes:
         if run.late(f"decode {size}", 40):
             continue
-        model = make_model(size, run.device, torch.bfloat16)
-        rng = np.random.default_rng(1)
-        n, new, ahead = (4, 8, 30) if run.tiny else (64, 64, 300)
-        head = rng.integers(5, 500, ahead).tolist()
-        prompts = [head + rng.integers(5, 500, 60).tolist() for _ in range(n)]
-        engine = Engine(model, device=run.device, max_positions=8192)
-        decoding = Decoding(max_new_tokens=new, stop_ids=(), greedy=True, repetition_penalty=1.0, batch_size=n)
-
-        def ours(limit: int, engine: Any = engine, prompts: Any = prompts, decoding: Any = decoding) -> Any:
-            return engine.generate(prompts, decoding, limits=[limit] * len(prompts))
-
-        ours(4)
-        seconds, answers = _timed(run, lambda ours=ours, new=new: ours(new))
-        start, _ = _timed(run, lambda ours=ours: ours(1))  # the shared prefix and prefill
-        waits = [waits_of(run, lambda ours=ours, k=k: ours(k)) for k in (2, new)]
-        more = None if waits[0] is None else round((waits[1] - waits[0]) / (new - 2), 2)
-        facts: dict[str, Any] = {
-            "tokens_s": round(n * new / seconds), "ms_prefill": round(1e3 * start, 1),
-            "ms_token_step": round(1e3 * (seconds - start) / (new - 1), 2), "waits_a_token": more,
-        }  # fmt: skip
-        run.find(f"decode {size}, tell", facts, good=more is None or more <= 1)
-        out[f"{size} tell"] = facts
-        theirs = _transformers(run, model, prompts, new)
-        facts = {"tokens_s": round(n * new / theirs[0])}
-        same = [a.ids[:16] == b[len(p) : len(p) + 16] for a, b, p in zip(answers, theirs[1], prompts, strict=True)]
-        facts["first_16_tokens_equal"] = float(np.mean(same))
-        run.find(f"decode {size}, transformers", facts)
-        out[f"{size} transformers"] = facts
-        del model, engine, ours
+        try:
+            _decode(run, size, out)
+        except Exception as error:
+            run.failed(out, f"{size} tell", error)
         run.clear()
         run.save()
     return out
+
+
+def _decode(run: Run, size: str, out: dict[str, Any]) -> None:
+    from tell.decode.engine import Engine
+    from tell.decode.sampler import Decoding
+
+    model = make_model(size, run.device, torch.bfloat16)
+    rng = np.random.default_rng(1)
+    n, new, ahead = (4, 8, 30) if run.tiny else (64, 64, 300)
+    head = rng.integers(5, 500, ahead).tolist()
+    prompts = [head + rng.integers(5, 500, 60).tolist() for _ in range(n)]
+    engine = Engine(model, device=run.device, max_positions=8192)
+    decoding = Decoding(max_new_tokens=new, stop_ids=(), greedy=True, repetition_penalty=1.0, batch_size=n)
+
+    def ours(limit: int) -> Any:
+        return engine.generate(prompts, decoding, limits=[limit] * len(prompts))
+
+    ours(4)
+    seconds, answers = _timed(run, lambda: ours(new))
+    start, _ = _timed(run, lambda: ours(1))  # the shared prefix and prefill
+    waits = [waits_of(run, partial(ours, k)) for k in (2, new)]
+    more = None if waits[0] is None or waits[1] is None else round((waits[1] - waits[0]) / (new - 2), 2)
+    facts: dict[str, Any] = {
+        "tokens_s": round(n * new / seconds), "ms_prefill": round(1e3 * start, 1),
+        "ms_token_step": round(1e3 * (seconds - start) / (new - 1), 2), "waits_a_token": more,
+    }  # fmt: skip
+    out[f"{size} tell"] = facts
+    run.find(f"decode {size}, tell", facts, good=more is None or more <= 1)
+    run.save()
+    try:
+        theirs, tokens = _transformers(run, model, prompts, new)
+    except Exception as error:
+        run.failed(out, f"{size} transformers", error, good=True)
+        return
+    same = [a.ids[:16] == b[len(p) : len(p) + 16] for a, b, p in zip(answers, tokens, prompts, strict=True)]
+    out[f"{size} transformers"] = {"tokens_s": round(n * new / theirs), "first_16_tokens_equal": float(np.mean(same))}
+    run.find(f"decode {size}, transformers", out[f"{size} transformers"])
 
 
 def _timed(run: Run, call: Callable[[], Any]) -> tuple[float, Any]:
@@ -114,17 +124,24 @@ class Window:
 
     def __init__(self, run: Run, profiler: Any, first: int, last: int) -> None:
         self.run, self.profiler, self.first, self.last = run, profiler, first, last
-        self.seconds, self.moved = 0.0, 0
+        self.seconds, self.moved, self.open = 0.0, 0, False
 
     def __call__(self, timed: runners.Timed) -> None:
         if len(timed.ends) == self.first:
             self.run.sync()
             self.moved = timed.moved
             self.profiler.start()
+            self.open = True
             self.seconds -= time.perf_counter()
         elif len(timed.ends) == self.last:
             self.run.sync()
             self.seconds += time.perf_counter()
+            self.close()
+
+    def close(self) -> None:
+        """Stop profiling, where a training failed within the window too: the next could not begin."""
+        if self.open:
+            self.open = False
             self.profiler.stop()
 
 
@@ -132,29 +149,39 @@ def profile(run: Run) -> dict[str, Any]:
     """How busy the GPU is in a training step, its launches and its heaviest kernels."""
     if run.device != "cuda":
         return {}
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as record
-
-    out = {}
+    out = run.stages.setdefault("profile", {})
     for size in run.sizes:
         if run.late(f"profile {size}", 40):
             continue
-        warm, steps = STEPS.get(size, MANY)[0], 6
-        rows = rows_for(size, run.batch * (warm + steps), run.scale)
-        model = make_model(size, run.device, torch.bfloat16)
-        seen = record(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])
-        window = Window(run, seen, warm, warm + steps)
-        runners.tell(run, model, rows, run.batch, {"micro_tokens": run.micro}, watch=window)
-        events, wall = seen.key_averages(), window.seconds
-        done = (int(rows.lengths.sum()) - window.moved) / (float(rows.lengths.mean()) * run.batch)  # steps
-        launches = sum(e.count for e in events if e.key.startswith(LAUNCHES)) / done
-        # kernels alone: an operator's entry repeats what its kernels took
-        busy = sum(e.self_device_time_total for e in events if e.device_type == torch.autograd.DeviceType.CUDA) / 1e6
-        table = events.table(sort_by="self_device_time_total", row_limit=25, max_name_column_width=70)
-        (run.out / f"profile-{size}.txt").write_text(table, encoding="utf-8")
-        step = round(1e3 * wall / done, 1)
-        out[size] = {"busy": round(busy / wall, 3), "launches_a_step": round(launches), "ms_step": step}
-        run.find(f"profile {size}", out[size])
-        del model, seen, window, events
+        try:
+            out[size] = _profile(run, size)
+            run.find(f"profile {size}", out[size])
+        except Exception as error:
+            run.failed(out, size, error)
         run.clear()
+        run.save()
     return out
+
+
+def _profile(run: Run, size: str) -> dict[str, Any]:
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as record
+
+    warm, steps = STEPS.get(size, MANY)[0], 6
+    rows = rows_for(size, run.batch * (warm + steps), run.scale)
+    model = make_model(size, run.device, torch.bfloat16)
+    seen = record(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])
+    window = Window(run, seen, warm, warm + steps)
+    try:
+        runners.tell(run, model, rows, run.batch, {"micro_tokens": run.micro}, watch=window)
+    finally:
+        window.close()
+    events, wall = seen.key_averages(), window.seconds
+    done = (int(rows.lengths.sum()) - window.moved) / (float(rows.lengths.mean()) * run.batch)  # steps
+    launches = sum(e.count for e in events if e.key.startswith(LAUNCHES)) / done
+    # kernels alone: an operator's entry repeats what its kernels took
+    busy = sum(e.self_device_time_total for e in events if e.device_type == torch.autograd.DeviceType.CUDA) / 1e6
+    table = events.table(sort_by="self_device_time_total", row_limit=25, max_name_column_width=70)
+    (run.out / f"profile-{size}.txt").write_text(table, encoding="utf-8")
+    step = round(1e3 * wall / done, 1)
+    return {"busy": round(busy / wall, 3), "launches_a_step": round(launches), "ms_step": step}

@@ -23,13 +23,15 @@ from typing import Any
 from tell.models.machine import cores, likely_device
 from tell.progress import Silent
 from tell.studies.packed import pack_cells, read_packed
+from tell.studies.workers import LAST_STEP
 
 REPOSITORY = Path(__file__).parents[2]
 RECIPES = REPOSITORY / "recipes" / "gpu"
 PACK = "cells.jsonl.gz"
 PACK_EVERY = 30.0  # seconds
 MOST_WORKERS = 16
-END = 20.0  # seconds kept for stopping and packing
+QUIT = 10.0  # seconds that the multi-process service has to end
+END = LAST_STEP + QUIT + 5.0  # kept for stopping and packing
 MPS = Path("/tmp/nvidia-mps/control")  # of a service that runs already
 RETRY = 60.0  # seconds left that are worth a second try of what failed
 
@@ -99,12 +101,11 @@ class Progress(Silent):
             self.pack.write()
 
 
-def main(a: argparse.Namespace) -> int:
-    """Run the studies; 1 where a cell failed or none is done."""
+def main(a: argparse.Namespace, begin: float) -> int:
+    """Run the studies; 1 where a cell failed or none is done. The deadline counts from ``begin``."""
     import tell
 
-    begin = time.monotonic()
-    end = begin + a.deadline - min(END, a.deadline / 10)
+    end = begin + a.deadline - min(END, a.deadline / 4)
     recipe = a.recipe or RECIPES / ("rehearsal.yaml" if a.tiny else "grid.yaml")
     models = [_model(text) for text in a.model or ([str(tiny_model(a.root))] if a.tiny else ["smollm2-135m"])]
     earlier = a.resume / PACK if a.resume and a.resume.is_dir() else a.resume
@@ -113,7 +114,7 @@ def main(a: argparse.Namespace) -> int:
     with multi_process_service(a.device) as shared:
         pack.facts |= {"multi_process_service": shared, "recipe": recipe.stem, "deadline": a.deadline, "models": {}}
         for name, rate, gib in models:
-            folder = a.root / f"{recipe.stem}-{Path(name).stem}"
+            folder = a.root / f"{recipe.stem}-{Path(name).name}"  # a version has dots, as in Qwen3-0.6B
             pack.studies.append(folder)
             if pack.earlier and not (folder / PACK).exists():
                 folder.mkdir(parents=True, exist_ok=True)
@@ -204,9 +205,9 @@ def multi_process_service(device: str) -> Iterator[bool]:
     finally:
         if started:
             try:
-                subprocess.run([control], input="quit\n", text=True, timeout=30)
+                subprocess.run([control], input="quit\n", text=True, timeout=QUIT)
             except subprocess.TimeoutExpired:
-                print("the multi-process service did not end within 30 s", file=sys.stderr)
+                print(f"the multi-process service did not end within {QUIT:.0f} s", file=sys.stderr)
 
 
 def tiny_model(root: Path) -> Path:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -76,8 +75,8 @@ def train(run: Run) -> dict[str, Any]:
                 held.clear()
                 run.clear()
             try:
-                if lacking := lacks(variant):
-                    run.find(key, f"left out: this version has no {lacking}")
+                if variant.base != "full" and find_spec("bitsandbytes") is None:
+                    run.find(key, "left out: bitsandbytes is not installed")
                     continue
                 if model_key not in held:
                     held[model_key] = quantised(make_model(size, run.device, variant.dtype), variant.base)
@@ -90,23 +89,6 @@ def train(run: Run) -> dict[str, Any]:
     return out
 
 
-def lacks(variant: Variant) -> str | None:
-    """What of a variant this version of TELL does not have."""
-    from tell.config_sections import TrainConfig
-
-    for key, value in variant.settings.items():
-        known = TrainConfig.model_fields.get(key)
-        if known is None and value != 0:
-            return f"train.{key}"
-        if value is None and known is not None and known.default is not None:
-            return f"train.{key}=auto"
-    if variant.base != "full" and find_spec("tell.kernels.quantised") is None:
-        return "model.base"
-    if variant.off and not hasattr(import_module(variant.off[0]), variant.off[1]):
-        return variant.off[1]
-    return None
-
-
 def _measured(run: Run, model: Any, size: str, variant: Variant) -> dict[str, Any]:
     warm, steps = STEPS.get(size, MANY)
     batch = run.batch if variant.length is None else 4
@@ -117,8 +99,6 @@ def _measured(run: Run, model: Any, size: str, variant: Variant) -> dict[str, An
     settings = {"micro_tokens": run.micro, **variant.settings}
     if settings.get("recompute") == "all":
         settings["recompute"] = layers
-    if "recompute" not in _fields():
-        settings.pop("recompute", None)
     run.clear()
     with held_back(run, variant.gb) as taken, runners.without(*variant.off) if variant.off else nullcontext():
         timed = runners.tell(run, model, rows, batch, settings)
@@ -130,12 +110,6 @@ def _measured(run: Run, model: Any, size: str, variant: Variant) -> dict[str, An
         **facts, "tflops": round(tflops, 2), "of_ceiling": round(tflops / ceiling, 4) if ceiling else None,
         "peak_gb": None if peak is None else round(peak - taken, 2), "exchanged": timed.exchanged, "notes": timed.notes,
     }  # fmt: skip
-
-
-def _fields() -> Mapping[str, Any]:
-    from tell.config_sections import TrainConfig
-
-    return TrainConfig.model_fields
 
 
 @contextmanager
@@ -155,12 +129,12 @@ def memory(run: Run) -> dict[str, Any]:
     """Predicted peaks of training, as `tell plan` has them, and against those that `train` measured."""
     from tell.models.architecture import read_architecture
 
-    out: dict[str, Any] = {}
+    out = run.stages.setdefault("memory", {})
     for size in run.sizes:
         config = make_model(size, "meta", torch.bfloat16).config.to_dict()
         arch, rows = read_architecture(Path("random-weights"), config), rows_for(size, 500, run.scale)
         for name, variant in TELL.items():
-            told = variant.length is None and variant.dtype == torch.bfloat16 and not lacks(variant)
+            told = variant.length is None and variant.dtype == torch.bfloat16
             if not told or variant.off or variant.settings.get("fast") == "off":
                 continue
             predicted = _predicted(run, arch, rows, variant)
@@ -191,7 +165,8 @@ def _predicted(run: Run, arch: Any, rows: Rows, variant: Variant) -> float:
 
 def flops_a_token(model: Any, rows: list[TrainRow]) -> float:
     """4 for each linear parameter, and of the output layer where a token is trained: LoRA without recomputation."""
+    layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
     head = model.get_output_embeddings().weight.numel()
-    linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear)) - head
+    linear = sum(m.in_features * m.out_features for m in layers) - head  # quantised weights are packed
     share = sum(int(r.mask.sum()) for r in rows) / sum(len(r.ids) for r in rows)
     return 4.0 * linear + 4.0 * head * share

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ from bench.gpu import study
 from bench.gpu.__main__ import main
 
 from tell.studies.packed import read_packed
+from tell.studies.workers import LAST_STEP
 
 
 def arguments(folder, tiny_model, *more):
@@ -56,6 +58,23 @@ def test_a_deadline_that_is_over_begins_nothing(tmp_path, tiny_model):
     assert main(arguments(tmp_path, tiny_model, "--root", str(tmp_path / "root"), "--deadline", "0")) == 1
     facts = json.loads((tmp_path / "out" / "study.json").read_text())
     assert next(iter(facts["models"].values()))["done"] == 0
+
+
+def test_a_study_ends_before_the_deadline_even_if_it_has_to_be_stopped(tmp_path, monkeypatch):
+    asked = []
+
+    def run_study(recipe, *, out, execution, **options):
+        asked.append((out.name, 60 * execution.minutes))
+        return SimpleNamespace(failed=dict, read=lambda: {"cells": {}}, root=out)
+
+    monkeypatch.setattr("tell.run_study", run_study)
+    monkeypatch.setattr(study, "_model", lambda text: (text, "1e-3", 1.0))
+    more = ["--deadline", "540", "--device", "cpu", "--root", str(tmp_path / "root"), "--out", str(tmp_path / "out")]
+    assert main(["--study", "--model", "Qwen/Qwen3-0.6B", "--model", "Qwen/Qwen3-0.7B", *more]) == 1
+    assert [name for name, _ in asked] == ["grid-Qwen3-0.6B", "grid-Qwen3-0.7B"]
+    assert all(seconds <= 540 - LAST_STEP - study.QUIT for _, seconds in asked)
+    main(["--study", "--model", "one", *more], begin=time.monotonic() - 100)  # importing took long
+    assert asked[-1][1] <= 440 - LAST_STEP - study.QUIT
 
 
 def test_packed_scores_alone_give_the_tables(tmp_path):

@@ -24,6 +24,14 @@ def test_a_name_that_is_taken_and_one_that_is_unknown():
         Execution("slurm").start(Resources())
 
 
+def test_options_of_another_executor_are_refused():
+    with pytest.raises(TellError, match="--workers with --executor ray"):
+        Execution("ray", workers=2).start(Resources())
+    for options in ({"cpus": 2}, {"gpus": 0}):
+        with pytest.raises(TellError, match=r"--cpus, --gpus.*--executor ray"):
+            Execution(**options).start(Resources())
+
+
 def test_a_module_that_registers_none_is_an_error(tmp_path, monkeypatch):
     (tmp_path / "forgotten.py").write_text("", encoding="utf-8")
     monkeypatch.setattr(registry.tell.studies.executors, "__path__", [str(tmp_path)])

@@ -15,13 +15,14 @@ from studies.studies import numbers
 from tell.errors import Interrupted
 from tell.run.stop import Stop
 from tell.studies import queue as queues
+from tell.studies import study as study_module
 from tell.studies.cells import grid_of
 from tell.studies.executors.execution import Execution
 from tell.studies.open_study import open_study
 from tell.studies.queue import CellQueue
 from tell.studies.recipe import load_recipe
 from tell.studies.run_cell import Outcome
-from tell.studies.workers import Workers, _threads
+from tell.studies.workers import Worker, Workers, _threads
 
 
 def waiting_queue(recipe, root, **predicted):
@@ -82,6 +83,56 @@ def test_the_end_of_the_time_stops_as_a_signal_does(tmp_path):
         assert threading.active_count() >= 1
 
 
+def test_a_signal_at_the_end_of_the_time_meets_who_listens(tmp_path, monkeypatch):
+    """The timer has looked for a listener when what it times ends: the listener stays until the signal was sent."""
+    import tell.run.stop as stops
+
+    caught, looked = [], threading.Event()
+
+    def kill(pid, number):
+        looked.set()
+        time.sleep(0.1)
+        caught.append(isinstance(signal.getsignal(number), stops._Caught))
+
+    monkeypatch.setattr(stops.os, "kill", kill)
+    stop = Stop(tmp_path)
+    with stop.listening(), stop.after(0.0):
+        assert looked.wait(5)
+    assert caught == [True]
+
+
+def test_the_time_counts_from_the_call(recipe, tmp_path, monkeypatch):
+    """Opening a study with many cells takes long."""
+
+    class Idle:
+        def run(self, queue):
+            self.left = queue.deadline - time.monotonic()
+
+    opened, idle = study_module.open_study, Idle()
+    monkeypatch.setattr(study_module, "open_study", lambda *a, **k: (time.sleep(0.3), opened(*a, **k))[1])
+    tell.run_study(recipe(), root=tmp_path / "studies", execution=Execution(idle, minutes=1))
+    assert 0 < idle.left < 59.7
+
+
+def test_cells_that_were_stopped_keep_their_place(recipe, tmp_path):
+    """Unlike those that were started as often and may have killed their process."""
+    names = []
+    for _ in range(3):
+        queue = waiting_queue(recipe, tmp_path / "studies")
+        names.append(queue.take().name)
+        queue.give_back()
+    assert len(set(names)) == 1 and queue.states[names[0]]["attempts"] == 3  # so it is no measurement of one session
+
+
+def test_a_cell_that_ends_while_it_is_stopped_is_done(recipe, tmp_path, monkeypatch):
+    queue = waiting_queue(recipe, tmp_path / "studies")
+    cell = queue.take()
+    monkeypatch.setattr(queue.root, "finished", lambda name: name == cell.name)
+    queue.give_back()
+    assert queue.counts() == {"done": 1, "waiting": 3}
+    assert queue.folder.read()["cells"][cell.name]["state"] == "done"
+
+
 def test_a_study_within_a_limit_goes_on_later(recipe, tmp_path):
     path, root, said = recipe(), tmp_path / "studies", []
 
@@ -113,6 +164,28 @@ def test_a_process_that_dies_is_an_error_of_its_cell(recipe, tmp_path, monkeypat
     Workers(1).run(queue)
     assert queue.states[first]["state"] == "failed" and "status -9" in queue.states[first]["error"]
     assert {state["state"] for state in queue.states.values()} == {"failed"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_all_processes_gives_their_cells_back(recipe, tmp_path, monkeypatch, number):
+    """It ends a process that is still importing at once; this one may learn of that before its own signal."""
+    queue = waiting_queue(recipe, tmp_path / "studies", base=1, sft=1, tell=1)
+    take = Worker.take
+
+    def give(self, cell, folder, keep_adapters):
+        self.cell = cell
+        os.kill(self.process.pid, number)
+
+    def look(self):
+        threading.Timer(0.1, lambda: setattr(queue.stop, "asked", True)).start()
+        return take(self)
+
+    monkeypatch.setattr(Worker, "give", give)
+    monkeypatch.setattr(Worker, "take", look)
+    with pytest.raises(Interrupted):
+        Workers(1).run(queue)
+    queue.give_back()
+    assert {state["state"] for state in queue.states.values()} == {"waiting"}
 
 
 def test_processes_share_the_cores(monkeypatch):

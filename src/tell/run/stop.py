@@ -41,6 +41,8 @@ class Stop:
             yield
         finally:
             timer.cancel()
+            if seconds is not None:
+                timer.join()  # the signal that it may be about to send is caught only within `listening`
 
     def _end(self) -> None:
         self.asked = True

@@ -188,7 +188,7 @@ def restore_cells(study: Study, *, keep_adapters: bool, display: Display) -> Non
         ):
             if not root.finished(name):
                 # What it took elsewhere is no measurement of this machine: see `measured_evaluation`.
-                root.note(name, state="waiting", error=None, attempts=0, host=None)
+                root.note(name, state="waiting", error=None, attempts=0, stopped=0, host=None)
                 _write_cell(root.cell(name).root, files)
 
 

@@ -52,6 +52,7 @@ class CellQueue:
         self.contents = {cell.name: contents(cell.config) for cell in study.cells}
         self.points = shared_points(study.rows)
         self.states: dict[str, dict[str, Any]] = {}
+        self.deaths: dict[str, int] = {}  # attempts that were not given back, at the start
         self.held: dict[str, FileLock] = {}
         self.retried: dict[str, int] = {}  # failed cells to run again, with their number of attempts at the start
         self.predicted: dict[str, float] = {}
@@ -64,7 +65,7 @@ class CellQueue:
         # A cell that was started twice and never ended may have killed its process: run the others first.
         self.waiting = sorted(
             (cell for cell in study.cells if self.states[cell.name]["state"] == "waiting"),
-            key=lambda cell: max(1, self.states[cell.name]["attempts"]),
+            key=lambda cell: max(1, self.deaths[cell.name]),
         )
         self.start()
 
@@ -76,6 +77,7 @@ class CellQueue:
     def _look(self, name: str, retry_failed: bool = False) -> None:
         """Set the state of a cell from its folder and record; a killed one is waiting."""
         record = self.root.record(name)
+        self.deaths[name] = record.get("attempts", 0) - record.get("stopped", 0)
         failed = record.get("state") == "failed"
         state = "done" if self.root.finished(name) else "failed" if failed and not retry_failed else "waiting"
         if state == "waiting" and failed:
@@ -194,11 +196,11 @@ class CellQueue:
         lock.release()
 
     def give_back(self) -> None:
-        """Release all held cells; the next study resumes them."""
-        for name, lock in list(self.held.items()):
-            self._note(name, state="waiting")
+        """Release all held cells; the next study resumes them. One that has ended meanwhile counts as done."""
+        for name in list(self.held):
+            lock = self.held.pop(name)
+            self._note(name, state="waiting", stopped=self.root.record(name).get("stopped", 0) + 1)
             lock.release()
-            del self.held[name]
 
     def adopt(self) -> None:
         """Record finished cells that were unpacked, or whose process was killed before it could."""

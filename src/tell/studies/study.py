@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -77,7 +79,7 @@ def run_study(
         out: the study's folder; default ``<root>/<name of the recipe>``. Cells packed there are not run,
             except comparisons of hidden states, and where adapters are kept.
         root: folder of the cells.
-        execution: the executor and its options.
+        execution: the executor and its options; its time limit counts from the call.
         display: shows progress.
 
     Returns:
@@ -88,6 +90,7 @@ def run_study(
         Interrupted: SIGINT or SIGTERM; tables and page show what is finished, and the same call resumes. A time limit
             ends the call as if all were done.
     """
+    begin, seconds = time.monotonic(), None if execution.minutes is None else 60 * execution.minutes
     display = display or Silent()
     study = open_study(recipe, data=data, changes=changes, out=out, root=root, display=display)
     check_packages(study.recipe)
@@ -102,17 +105,16 @@ def run_study(
     queue.write()
     if queue.waiting:
         executor = execution.start(study.recipe.resources)
-        begin, seconds = time.monotonic(), None if execution.minutes is None else 60 * execution.minutes
-        with stop.listening(), stop.after(seconds):
+        if seconds is not None:
+            queue.deadline = begin + seconds
+        left = None if queue.deadline is None else max(0.0, queue.deadline - time.monotonic())
+        with stop.listening(), stop.after(left):
             try:
-                if seconds is None:
-                    _predict(study, queue)
-                else:
-                    _predict_one_by_one(study, queue)
-                    queue.deadline = begin + seconds
-                with display.bar(f"study {study.folder.root.name}", len(queue.waiting), "cells") as queue.advance:
-                    queue.start()
-                    executor.run(queue)
+                with _given_back(queue):
+                    (_predict if left is None else _predict_one_by_one)(study, queue)
+                    with display.bar(f"study {study.folder.root.name}", len(queue.waiting), "cells") as queue.advance:
+                        queue.start()
+                        executor.run(queue)
             except (Interrupted, KeyboardInterrupt) as error:
                 done = queue.counts()["done"]
                 if done and execution.render:
@@ -125,8 +127,6 @@ def run_study(
                     where=str(study.folder.root),
                     remedy="Run the same command again to resume.",
                 ) from error
-            finally:
-                queue.give_back()
     counts = queue.counts()
     if counts["done"] and execution.render:
         _write(study)
@@ -145,6 +145,15 @@ def check_packages(recipe: Recipe) -> None:
     missing = [name for name, asked in wanted.items() if asked and find_spec(name) is None]
     if missing:
         raise needs(f"the recipe needs {' and '.join(missing)}")
+
+
+@contextmanager
+def _given_back(queue: CellQueue) -> Iterator[None]:
+    """Give back the cells that did not end, before they are counted."""
+    try:
+        yield
+    finally:
+        queue.give_back()
 
 
 def _write(study: Study) -> None:

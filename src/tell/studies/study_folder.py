@@ -13,7 +13,7 @@ from tell.folder import RunFolder
 from tell.home import make_folder
 
 FACTS: dict[str, type] = {"state": str, "error": str, "host": str, "evaluation": str, "trace": str}
-NUMBERS: dict[str, type] = {"seconds": float, "training_seconds": float, "attempts": int}
+NUMBERS: dict[str, type] = {"seconds": float, "training_seconds": float, "attempts": int, "stopped": int}
 
 
 def needs(what: str) -> TellError:
@@ -39,7 +39,10 @@ class Root:
         return FileLock(make_folder(self.path / kind / ".locks") / f"{name}.lock")
 
     def record(self, name: str) -> dict[str, Any]:
-        """The record of a cell next to its folder: state, error, seconds, attempts, host; empty if there is none."""
+        """The record of a cell next to its folder: state, error, seconds, host, attempts; empty if there is none.
+
+        ``stopped``: how many of the attempts were given back.
+        """
         try:
             found = read_json(self.cells / f"{name}.json", remedy="")
         except (FileNotFoundError, TellError):

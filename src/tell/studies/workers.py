@@ -25,6 +25,7 @@ from tell.studies.queue import CellQueue
 from tell.studies.run_cell import Outcome, run_cell
 
 LOOK_AGAIN = 0.2  # seconds between looks at the stop and at cells that others run
+SAME_SIGNAL = 0.5  # seconds within which a signal to a process group has reached all of it
 LAST_STEP = 30.0  # seconds that a stopped cell has to end its step
 THREADS = ("OMP_NUM_THREADS", "RAYON_NUM_THREADS")
 
@@ -46,19 +47,19 @@ class Worker:
         with suppress(OSError):  # it is gone, which `take` tells
             self.pipe.send((cell, folder, keep_adapters))
 
-    def take(self) -> Outcome:
-        """How its cell ended; the death of the process is an error of the cell."""
+    def take(self) -> Outcome | None:
+        """How its cell ended; None where the process did."""
+        self.cell = None
         try:
-            outcome = self.pipe.recv()
+            outcome: Outcome = self.pipe.recv()
         except (EOFError, OSError):
             self.process.join()
-            outcome = Outcome(f"its process ended with status {self.process.exitcode} (out of memory?)")
-        self.cell = None
+            return None
         return outcome
 
 
 class Workers:
-    """Runs cells in ``count`` processes; a process that dies is replaced.
+    """Runs cells in ``count`` processes; a process that dies is an error of its cell, and replaced.
 
     The processes share this machine's cores; where ``OMP_NUM_THREADS`` is set it holds instead.
     """
@@ -96,6 +97,10 @@ class Workers:
         cell = worker.cell
         assert cell is not None
         outcome = worker.take()
+        if outcome is None:
+            time.sleep(SAME_SIGNAL)  # what ended it may have been sent to this process too
+            queue.stop.check()
+            outcome = Outcome(f"its process ended with status {worker.process.exitcode} (out of memory?)")
         queue.finish(cell, outcome)
         if not worker.process.is_alive():
             with _threads(self.count):
@@ -128,7 +133,9 @@ def _threads(count: int) -> Iterator[None]:
 
 def _work(pipe: Connection) -> None:
     """Run cells from a pipe until it closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the first process passes it on
+    # Ctrl-C reaches the whole group. Within a cell its run listens, and ends its step at once; an idle process is ended
+    # by the first one.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     with suppress(ImportError):
         import torch  # noqa: F401  # while the first process plans
     models = ModelCache()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tell.errors import TellError
 from tell.run.session import ModelCache
 from tell.studies.executors.execution import Execution, executor
 from tell.studies.queue import CellQueue
@@ -42,4 +43,7 @@ class LocalExecutor:
 
 @executor("local")
 def local(execution: Execution, resources: Resources) -> LocalExecutor | Workers:
+    if execution.cpus is not None or execution.gpus is not None:
+        remedy = "Leave them out, or use --executor ray."
+        raise TellError("cells of this machine have no share of it", where="--cpus, --gpus", remedy=remedy)
     return Workers(execution.workers) if execution.workers > 1 else LocalExecutor()

@@ -180,6 +180,9 @@ class RayExecutor:
 
 @executor("ray")
 def ray_executor(execution: Execution, resources: Resources) -> RayExecutor:
+    if execution.workers > 1:
+        remedy = "Leave it out: the cluster's CPUs and GPUs over --cpus and --gpus say how many cells run at once."
+        raise TellError("workers are processes of this machine", where="--workers with --executor ray", remedy=remedy)
     given = {key: value for key in ("cpus", "gpus") if (value := getattr(execution, key)) is not None}
     return RayExecutor(execution.address, resources.model_copy(update=given))
 
