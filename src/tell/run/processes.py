@@ -37,7 +37,7 @@ class Job:
 
     Attributes:
         model: fingerprint of the base model.
-        dtype: ``bf16`` or ``fp32``.
+        dtype: ``bf16``, ``fp16`` or ``fp32``; shards are never fp16.
     """
 
     model: str
