@@ -83,7 +83,10 @@ def test_a_run_over_four_bits(behind, tiny_model, tmp_path):
     found = read(folder.findings)["machine"]
     assert "base in nf4" in found["dtype_reason"] and "quantised" in found["dtype_reason"]
     assert any("base in nf4" in text for text in shown)
-    assert "adapters are applied beside the weights while answering" in shown
+    assert "adapter: beside the weights while answering" in shown
+    computed = read(folder.findings)["computed"]
+    assert "transformers' layers (the model is of a family, or has layers (quantised" in computed["decoding"]
+    assert computed["adapter"] == "beside the weights while answering"
     assert read(folder.plan)["model"]["base"] == "nf4"
     assert "base in nf4" in folder.report.read_text(encoding="utf-8")
     with pytest.raises(TellError, match=r"the run was made with model\.base"):

@@ -83,7 +83,7 @@ class Engine:
         self.fast = fast and (self.static or self.device.type == "cpu")
         self.recorder: Callable[[torch.device], Recorder] = recorder
         self.trusted: bool | None = None  # whether the faster way computes the same as the model; None: not checked yet
-        self.how = ""  # in words, how the last answers were decoded, and why no faster
+        self.how = ""  # in words, how the last answers were decoded with what `adapter` applies, and why no faster
         self._why = ""  # transformers' layers decode
         self._said: set[str] = set()
         self._token_bytes: int | None = None
@@ -96,6 +96,7 @@ class Engine:
     def adapter(self, folder: Path | None) -> Iterator[None]:
         """Decodes inside with an adapter, merged into the model's weights or applied beside them."""
         with adapter_applied(self.model, folder):
+            self.how = ""
             yield
 
     @torch.inference_mode()
@@ -259,7 +260,7 @@ class Engine:
         description = describe(cast(AnyModule, self.body.core))
         if description is None:
             self._say(
-                "the model is of a family, or has layers (quantised, with adapters beside them, with weights elsewhere), "
+                "the model is of a family, or has layers (quantised, adapters beside them, weights on other devices), "
                 "that it lacks"
             )
             return None

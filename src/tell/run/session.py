@@ -82,7 +82,6 @@ class Session:
     announce: bool = False
     watch: Callable[[int, int], None] | None = None
     _held: tuple[Loaded, DecodingEngine] | None = None
-    _told: bool = False
 
     def load(self) -> tuple[Loaded, DecodingEngine]:
         """The base model and its engine.
@@ -127,12 +126,6 @@ class Session:
     def adapter(self, folder: Path | None) -> Iterator[None]:
         """Inside this context the model answers with an adapter; None: untuned."""
         with self.engine.adapter(folder):
-            if folder is not None and self.announce and not self._told:
-                from tell.train.unmerged import is_unmerged
-
-                self._told = True
-                way = "beside the weights" if is_unmerged(self.model) else "merged into the weights"
-                self.display.note(f"adapters are applied {way} while answering")
             yield
 
     def answer(

@@ -75,7 +75,9 @@ def train_arms(
         journal.at(f"train {arm}")
         adapter = journal.folder.adapter_of(arm)
         if adapter.result.exists():
-            trained.results[arm] = journal.folder.read(adapter.result)
+            trained.results[arm] = kept = journal.folder.read(adapter.result)
+            told = kept.pop("computed", None)
+            prepared.task.notices.recall(arm, told if isinstance(told, list) else ())
             continue
         if adapter.failed.exists():
             _leave_out(prepared, trained, arm, str(journal.folder.read(adapter.failed).get("error")))
@@ -97,7 +99,8 @@ def train_arms(
             keep_speed(prepared.task, session.loaded, computed / result.seconds)
         trained.results[arm] = result.to_dict()
         trained.now.append(arm)
-        write_json(adapter.result, trained.results[arm])  # last: from here on the arm counts as trained
+        computed_by = {"computed": prepared.task.notices.heard.get(arm, [])}
+        write_json(adapter.result, trained.results[arm] | computed_by)  # last: from here on the arm counts as trained
         _remove_state(adapter)
     return trained
 
