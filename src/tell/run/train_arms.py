@@ -19,7 +19,7 @@ from tell.progress import Advance
 from tell.run.costs import arm_costs
 from tell.run.journal import Journal
 from tell.run.prepare import Prepared
-from tell.run.processes import free_shards, load_shared, refuse_spread, start_job
+from tell.run.processes import free_shards, load_shared, start_job
 from tell.run.record import write_adapter_notes
 from tell.run.session import Session
 from tell.run.speed import keep_speed
@@ -182,7 +182,6 @@ def _trainee(session: Session, processes: Processes | None) -> tuple[Loaded, tor
     if processes is not None and processes.sharded:
         session.release()
         return load_shared(session.files, session.config)
-    refuse_spread(session.loaded, session.files)
     return session.loaded, session.loaded.device
 
 

@@ -120,10 +120,17 @@ def add_lora(model: PreTrainedModel, config: TrainConfig, *, seed: int, fused: b
     """Wrap a frozen causal model with a fresh, seeded LoRA adapter in fp32; in training mode.
 
     Raises:
-        TellError: the targets name no linear layer, or experts that are one tensor.
+        TellError: the targets name no linear layer, or experts that are one tensor; or the model, larger than its GPU,
+            computes with weights from elsewhere (`tell.models.spread`).
     """
     from peft import LoraConfig, get_peft_model
 
+    if any(p.device != model.device for p in model.parameters()):
+        raise TellError(
+            f"its weights leave {model.device} no room to train",
+            where=model.name_or_path,
+            remedy="Use model.base=nf4, or train.parallel=fsdp on several GPUs.",
+        )
     names = target_modules(model, config.lora_targets)
     if _joined_experts(model):
         refuse_experts(names)
