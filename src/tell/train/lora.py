@@ -116,6 +116,11 @@ def _joined_experts(model: nn.Module) -> bool:
     return any(".experts." in name and weight.ndim == 3 for name, weight in model.named_parameters())
 
 
+def is_spread(model: PreTrainedModel) -> bool:
+    """Whether some weights are elsewhere than the model computes; it answers, but cannot be trained."""
+    return any(p.device != model.device for p in model.parameters())
+
+
 def add_lora(model: PreTrainedModel, config: TrainConfig, *, seed: int, fused: bool = True) -> PeftModel:
     """Wrap a frozen causal model with a fresh, seeded LoRA adapter in fp32; in training mode.
 
@@ -125,7 +130,7 @@ def add_lora(model: PreTrainedModel, config: TrainConfig, *, seed: int, fused: b
     """
     from peft import LoraConfig, get_peft_model
 
-    if any(p.device != model.device for p in model.parameters()):
+    if is_spread(model):
         raise TellError(
             f"its weights leave {model.device} no room to train",
             where=model.name_or_path,
