@@ -257,9 +257,7 @@ def check_trainable(files: ModelFiles, model: ModelConfig, *, held: bool = False
     size, room = weight_bytes(files.architecture, model.base, WIDTHS[place.dtype]), memory[0 if held else 1]
     from tell.models.load import choose_device
 
-    if (
-        is_too_large(size, room) and choose_device(model.device).type == "cuda"
-    ):  # a torch without CUDA trains on the CPU
+    if is_too_large(size, room) and choose_device(model.device).type == "cuda":  # not a torch built without it
         several = "several GPUs: torchrun --nproc-per-node N -m tell tune ... --set train.parallel=fsdp"
         remedy = f"Use model.base=nf4, or {several}."
         if model.base == "nf4":

@@ -64,11 +64,11 @@ class Notices:
         else:
             self.add(text)
 
-    def recall(self, arm: str, texts: Iterable[object]) -> None:
+    def recall(self, arm: str, texts: Iterable[str]) -> None:
         """Add notes on how an arm was computed; only those are shown that differ from other arms'."""
         for text in texts:
             known = dict(self.computed)
-            put(self.computed, arm, str(text))
+            put(self.computed, arm, text)
             if self.computed != known:
                 self.display.note(text)
 

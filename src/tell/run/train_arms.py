@@ -77,7 +77,7 @@ def train_arms(
         if adapter.result.exists():
             trained.results[arm] = kept = journal.folder.read(adapter.result)
             told = kept.pop("computed", None)
-            prepared.task.notices.recall(arm, told if isinstance(told, list) else ())
+            prepared.task.notices.recall(arm, map(str, told) if isinstance(told, list) else ())
             continue
         if adapter.failed.exists():
             _leave_out(prepared, trained, arm, str(journal.folder.read(adapter.failed).get("error")))
