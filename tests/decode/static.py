@@ -40,6 +40,8 @@ class Tape:
     (shapes, numbers) is the same at every repetition.
     """
 
+    failed = ""
+
     def __init__(self) -> None:
         self.runs, self.records, self.repeats = 0, 0, 0
 

@@ -131,6 +131,20 @@ def test_merged_adapter_decodes_as_unmerged_peft(family, tiny_model, tmp_path):
     assert answers(engine, prompts, decoding) == before
 
 
+def test_how_answers_were_decoded(tiny_model, monkeypatch):
+    model, prompts, decoding = load(tiny_model("llama")), prompts_of((5, 9)), Decoding(3, (), greedy=True)
+    engine, plain = Engine(model), Engine(model, fast=False)
+    assert engine.how == plain.how == ""
+    answers(plain, prompts, decoding)
+    assert plain.how == "transformers' layers"
+    answers(engine, prompts, decoding)
+    if kernels(torch.float32):
+        assert engine.how == "kernels"
+    monkeypatch.setattr(engines, "kernels", lambda dtype: None)
+    answers(engine, prompts, decoding)
+    assert engine.how == "transformers' layers (this machine has no kernels for the model)"
+
+
 def test_banned_tokens_are_never_written(tiny_model):
     engine = Engine(load(tiny_model("llama")))
     prompts = prompts_of((5, 9))

@@ -241,8 +241,10 @@ def test_what_has_no_static_form_is_decoded_by_its_own_layers(tiny_model):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert answers(engine, prompts, decoding) == got == answers(Engine(model, fast=False), prompts, decoding)
+    assert engine.how.startswith("transformers' layers (the model is of a family, or has layers (quantised")
     handle.remove()
     assert not tape.runs and answers(engine, prompts, decoding) != got and tape.runs
+    assert engine.how == "static cache, CUDA graphs"
     for layer in model.model.layers:
         forward = layer.mlp.forward
         layer.mlp.forward = lambda x, forward=forward: 0.5 * forward(x)
@@ -250,6 +252,7 @@ def test_what_has_no_static_form_is_decoded_by_its_own_layers(tiny_model):
     with pytest.warns(UserWarning, match="the faster implementation differs on this model"):
         got = answers(engine, prompts, decoding)
     assert engine.trusted is False and got == answers(Engine(model, fast=False), prompts, decoding)
+    assert engine.how == "transformers' layers (the faster implementation differs on this model)"
 
 
 def test_what_a_torch_lacks_is_said(tiny_model, monkeypatch):
@@ -309,6 +312,7 @@ def test_a_step_that_cannot_be_recorded_is_run(where, tiny_model, monkeypatch):
     with pytest.warns(UserWarning, match=r"cannot be recorded \(operation not permitted\)"):
         got = answers(engine, prompts, decoding)
     assert got == answers(Engine(engine.model, fast=False), prompts, decoding) and bool(freed) == (where == "step")
+    assert engine.how == "static cache, CUDA graphs failed (operation not permitted)"
 
 
 def test_sizes_of_recorded_steps(monkeypatch):

@@ -6,8 +6,10 @@ import json
 import shlex
 import shutil
 import subprocess
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from safetensors.torch import load_file
 import tell
 from run.runs import EXAMPLES, read
 from tell.cli.main import run as run_command
+from tell.config import load_config
 from tell.errors import TellError
 from tell.exports import check_export, export_run
 from tell.exports.merge import write_merged
@@ -292,6 +295,18 @@ def test_rows_that_are_gone(finished, tmp_path):
     with pytest.raises(TellError, match="no longer in the file"):
         tell.export(copy, "adapter", out=tmp_path / "b", check=True)
     assert not (tmp_path / "b").exists()
+
+
+def test_a_base_that_this_machine_cannot_compute_with(tmp_path):
+    """Not checked, which is another thing than failed; asked for by name, it is an error."""
+    said = []
+    opened = SimpleNamespace(config=load_config(flags={"model": {"base": "nf4", "device": "cpu"}}))
+    source = SimpleNamespace(opened=opened, notices=SimpleNamespace(add=said.append))
+    target = SimpleNamespace(reopen=lambda *_: nullcontext())
+    found = check_export.check_export(target, source, tmp_path, required=False)
+    assert found["passed"] is None and "on cpu" in found["why"] and said == [f"not checked: {found['why']}"]
+    with pytest.raises(TellError, match="on cpu"):
+        check_export.check_export(target, source, tmp_path, required=True)
 
 
 def test_a_base_that_changed(finished, tmp_path, tiny_model):

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tell.config_sections import TrainConfig
 from tell.decode.engine import Engine
 from tell.decode.sampler import Decoding
 from tell.errors import TellError
 from tell.models import load
+from tell.models.base import is_too_large
 from tell.models.find import find_model
-from tell.models.spread import HOST, is_too_large, places, rooms, spread, told
-from tell.run.session import Session
-from tell.run.train_arms import _trainee
+from tell.models.spread import HOST, places, rooms, spread, told
 from tell.train.fast.fused import fused_counts
 from tell.train.lora import adapter_applied, add_lora, is_merged, remove_lora, save_adapter
 from tell.train.step import row_losses
@@ -123,11 +123,12 @@ def test_a_model_too_large_is_spread_and_not_trained(tiny_model, monkeypatch):
     monkeypatch.setattr(load, "_is_too_large", lambda *a: True)
     monkeypatch.setattr(load, "rooms", lambda main, free: {torch.device("cpu", 0): 100_000.0})
     loaded = load.load_model(files, dtype="fp32", device="cpu")
-    assert loaded.spread and "copied in at each use" in loaded.why
-    session = Session(files, None, None)
-    session._held = (loaded, None)
+    assert "copied in at each use" in loaded.why
+    loaded.model.model.layers[1].mlp.up_proj.to("meta")  # as on another device
+    before = [type(module) for module in loaded.model.modules()]
     with pytest.raises(TellError, match=r"no room to train.*model\.base=nf4.*fsdp"):
-        _trainee(session, None)
+        add_lora(loaded.model, TrainConfig(), seed=1)
+    assert [type(module) for module in loaded.model.modules()] == before
 
 
 def test_too_large_by_the_free_memory_of_the_gpu(tiny_model, monkeypatch):

@@ -9,6 +9,7 @@ from run.runs import config_of, read
 from tell.cli.main import run as run_command
 from tell.config import load_config, make_config
 from tell.errors import TellError
+from tell.exports import check_export
 from tell.models import load
 from tell.run import task as task_module
 from tell.run import tune as tune_module
@@ -31,7 +32,7 @@ def made(model, out=None, *, device="cpu", **keys):
 def behind(monkeypatch):
     """No refusal, and the CPU in the GPU's place."""
     monkeypatch.setattr(load, "check_base", lambda *a, **k: None)
-    for module in (task_module, tune_module):
+    for module in (task_module, tune_module, check_export):
         monkeypatch.setattr(module, "check_planned_base", lambda *a, **k: None)
     monkeypatch.setattr(load, "placed", lambda device: {"device_map": {"": str(device)}})
 
@@ -82,7 +83,10 @@ def test_a_run_over_four_bits(behind, tiny_model, tmp_path):
     found = read(folder.findings)["machine"]
     assert "base in nf4" in found["dtype_reason"] and "quantised" in found["dtype_reason"]
     assert any("base in nf4" in text for text in shown)
-    assert "adapters are applied beside the weights while answering" in shown
+    assert "adapter: beside the weights while answering" in shown
+    computed = read(folder.findings)["computed"]
+    assert "transformers' layers (the model is of a family, or has layers (quantised" in computed["decoding"]
+    assert computed["adapter"] == "beside the weights while answering"
     assert read(folder.plan)["model"]["base"] == "nf4"
     assert "base in nf4" in folder.report.read_text(encoding="utf-8")
     with pytest.raises(TellError, match=r"the run was made with model\.base"):

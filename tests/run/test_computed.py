@@ -6,9 +6,11 @@ from types import SimpleNamespace
 
 import torch
 
+from run.runs import open_session
+from tell.decode.sampler import Decoding
 from tell.progress import Silent
 from tell.run import computed
-from tell.run.computed import NAMES, describe, named, put
+from tell.run.computed import NAMES, answering, describe, named, put
 from tell.run.task import Notices
 from tell.train.fast import fused
 
@@ -60,3 +62,26 @@ def test_what_a_session_uses(monkeypatch):
         "decoding": "TELL's own engine, kernels, vLLM does not start (no room)",
     }
     assert [name for name in NAMES if name in found] == list(found)
+
+
+def test_how_each_arm_was_answered(tiny_model, monkeypatch):
+    """Shown where it is new; nothing is claimed of an arm that decoded nothing."""
+    session, notices = open_session(tiny_model("llama")), Notices(Silent())
+    engine, decoding = session.engine, Decoding(2, (), greedy=True)
+    with session.adapter(None):
+        engine.generate([[5, 6]], decoding)
+        notices.recall("base", answering(session, tuned=False))
+    with session.adapter(None):
+        assert answering(session, tuned=True) == []
+        engine.fast = False
+        engine.generate([[5, 6]], decoding)
+        for arm in ("tell", "sft"):
+            notices.recall(arm, answering(session, tuned=True))
+    slow = "TELL's own engine, transformers' layers"
+    assert notices.computed["decoding (tell)"] == notices.computed["decoding (sft)"] == slow
+    assert notices.computed["decoding"].startswith("TELL's own engine, ") and notices.computed["decoding"] != slow
+    assert notices.computed["adapter"] == "merged into the weights while answering"
+    assert notices.display.notes == [
+        *(f"decoding: {notices.computed['decoding']}", f"decoding: {slow}"),
+        *("adapter: merged into the weights while answering", f"decoding: {slow}"),
+    ]

@@ -224,6 +224,13 @@ def test_the_first_process_asks_for_the_gpus_after_each_training(monkeypatch, sh
     assert told.said == [processes.FreeShards()] * freed and len(told.agreed_to) == freed
 
 
+def test_shards_are_not_trained_in_fp16(launched, tiny_model, tmp_path):
+    config = config_of(tiny_model("llama"), tmp_path / "run", train={"parallel": "fsdp"})
+    config.model.dtype = "fp16"
+    with pytest.raises(TellError, match="shards are not trained in fp16"), processes.processes_of(config):
+        pass
+
+
 def test_a_quantised_base_is_not_sharded(launched, tiny_model, tmp_path):
     config = config_of(tiny_model("llama"), tmp_path / "run", train={"parallel": "fsdp"})
     config.model.base = "nf4"

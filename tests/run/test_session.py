@@ -5,17 +5,25 @@ from __future__ import annotations
 import sys
 import types
 import weakref
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from run.runs import config_of
 from tell.config import make_config
 from tell.decode.engine import Engine
 from tell.errors import TellError
+from tell.folder import RunFolder
 from tell.models.find import find_model
+from tell.models.machine import Place
 from tell.rows.template import ChatTokenizer
+from tell.run import session as sessions
+from tell.run import tune
+from tell.run.journal import Journal
 from tell.run.session import ModelCache, Session, _vllm_engine
+from tell.run.task import load_task
 from train.packed import load
 
 
@@ -74,3 +82,39 @@ def test_vllm_that_does_not_start(tiny_model, monkeypatch):
         assert "vLLM does not start" in _vllm_engine(files, loaded, config_for("auto"))
     with pytest.raises(TellError, match=r"vLLM does not start \(no room for the cache\)\. Use generate\.engine=own"):
         _vllm_engine(files, loaded, config_for("vllm"))
+
+
+@pytest.mark.parametrize(("free", "held", "refused"), [(30, False, True), (100, False, False), (30, True, False)])
+def test_a_model_that_cannot_be_trained_here_is_refused_before_it_is_loaded(
+    free, held, refused, tiny_model, tmp_path, monkeypatch
+):
+    """Not by free memory where a model of this process has taken it already."""
+    model = tiny_model("llama")
+    size = 2 * find_model(str(model)).architecture.parameters
+    monkeypatch.setattr(sessions, "likely_place", lambda *_: Place("cuda", "bf16"))
+    monkeypatch.setattr(sessions, "gpu_memory", lambda: (size * 1.2, size * 0.012 * free))
+    monkeypatch.setattr("tell.models.load.choose_device", lambda name: torch.device("cuda"))
+    task = load_task(config_of(model, tmp_path / "run"))
+    models, journal = ModelCache(), Journal.of(RunFolder(tmp_path / "run"))
+    models.held = object() if held else None
+    with pytest.raises(TellError, match=r"no room to train.*nf4.*fsdp") if refused else nullcontext():
+        tune.open_session(task, journal, models)
+    tune.open_session(task, journal, models, SimpleNamespace(sharded=True))  # shards have room elsewhere
+    task.config.eval.arms = ["base"]
+    tune.open_session(task, journal, models)  # answers need no room to train
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_sharded_run_computes_in_the_format_of_its_shards(tiny_model, tmp_path, monkeypatch):
+    """On a GPU with fp16 and no bf16, which shards cannot be trained in."""
+    task = load_task(config_of(tiny_model("llama"), tmp_path / "run"))
+    journal = Journal.of(RunFolder(tmp_path / "run"))
+    task.config.model.dtype = "auto"
+    for name, expected in (("torch.float16", "fp32"), ("torch.bfloat16", "auto")):
+        monkeypatch.setattr("tell.run.processes._auto_dtype", lambda config, name=name: name)
+        session = tune.open_session(task, journal, None, SimpleNamespace(sharded=True))
+        assert session.config.model.dtype == expected
+        assert tune.open_session(task, journal, None, SimpleNamespace(sharded=False)).config.model.dtype == "auto"
+    assert [text for text in task.notices.texts if "fp32" in text] == [
+        "the run computes in fp32: shards are not trained in fp16, and the GPU has no bf16"
+    ]

@@ -36,6 +36,27 @@ def test_no_checkpoint_stays_nor_one_that_a_killed_session_set_aside(diverges, t
     assert [path.name for path in adapter.root.iterdir()] == ["failed.json" if diverges else "result.json"]
 
 
+def test_a_resumed_run_knows_how_its_arms_were_computed(tmp_path, monkeypatch):
+    folder, session = RunFolder(tmp_path), SimpleNamespace()
+    journal = SimpleNamespace(folder=folder, at=lambda stage: None)
+    folder.adapter_of("sft").root.mkdir(parents=True)
+
+    def train(prepared, arm, *_):
+        prepared.task.notices.hear(arm, "CUDA graphs: 3 captured")
+        return TrainResult(3, 60, 30, 0.1, 1e-3)
+
+    monkeypatch.setattr(trainings, "_train", train)
+    monkeypatch.setattr(trainings, "write_adapter_notes", lambda *_: None)
+    found = []
+    for _ in range(2):
+        prepared = SimpleNamespace(lead="tell", task=SimpleNamespace(notices=Notices(Silent())))
+        results = trainings.train_arms(prepared, ["sft"], session, journal).results
+        found.append((results, prepared.task.notices.computed, prepared.task.notices.display.notes))
+    assert found[0] == found[1] and found[0][1] == {"CUDA graphs": "3 captured"}
+    folder.adapter_of("sft").result.write_text('{"steps": 3, "computed": 5}')
+    assert trainings.train_arms(prepared, ["sft"], session, journal).results == {"sft": {"steps": 3}}
+
+
 def test_the_bar_never_goes_back_for_numbers_that_come_late():
     """A GPU's step is reported while the next is computed, whose tokens are counted already; the end is exact."""
     steps = []

@@ -83,6 +83,8 @@ class Engine:
         self.fast = fast and (self.static or self.device.type == "cpu")
         self.recorder: Callable[[torch.device], Recorder] = recorder
         self.trusted: bool | None = None  # whether the faster way computes the same as the model; None: not checked yet
+        self.how = ""  # in words, how the last answers were decoded with what `adapter` applies, and why no faster
+        self._why = ""  # transformers' layers decode
         self._said: set[str] = set()
         self._token_bytes: int | None = None
         self._fixed = False
@@ -92,8 +94,9 @@ class Engine:
 
     @contextmanager
     def adapter(self, folder: Path | None) -> Iterator[None]:
-        """Decodes inside with an adapter, merged into the model's weights where there is room for their originals."""
+        """Decodes inside with an adapter, merged into the model's weights or applied beside them."""
         with adapter_applied(self.model, folder):
+            self.how = ""
             yield
 
     @torch.inference_mode()
@@ -204,6 +207,17 @@ class Engine:
         slots = rows_that_fit(wanted, capacity, self._token_bytes, free)
         batch = self._batch(decoding, slots, capacity, prefix)
         Loop(batch, decoding, prefix, slots, capacity, waiting, len(rows) - len(waiting), progress, arrivals).run()
+        self.how = self._words(batch)
+
+    def _words(self, batch: Batch) -> str:
+        if isinstance(batch, StaticBatch):
+            graphs = "CUDA graphs" if batch.recorded else ""
+            if failed := batch.recorder.failed:
+                graphs = f"CUDA graphs failed ({failed})"
+            return ", ".join(filter(None, ("static cache", graphs)))
+        if isinstance(batch, KernelBatch):
+            return "kernels"
+        return f"transformers' layers ({self._why})" if self._why else "transformers' layers"
 
     @contextmanager
     def fixed_weights(self) -> Iterator[None]:
@@ -218,7 +232,7 @@ class Engine:
         packed = self._packed or self._pack() if self.fast and self.trusted is not False else None
         if packed is not None:
             if self.trusted is None:
-                self.trusted = self._tried(packed, decoding) if self.static else self._check(packed, decoding)
+                self.trusted = self._tried(packed, decoding)
             if self.trusted:
                 # Otherwise copied for each call: weights may have changed, and the copy takes their memory again.
                 self._packed = packed if self._fixed else None
@@ -244,25 +258,33 @@ class Engine:
     def _pack(self) -> Packed | StaticModel | None:
         """The weights as the faster implementation of this device reads them; None where it does not support them."""
         description = describe(cast(AnyModule, self.body.core))
+        if description is None:
+            self._say(
+                "the model is of a family, or has layers (quantised, adapters beside them, weights on other devices), "
+                "that it lacks"
+            )
+            return None
         if self.static:
-            if description is None:
-                self._say("the model is of a family, or has layers (quantised, adapters beside them), that it lacks")
-            return None if description is None else StaticModel(description, self.body)
-        if description is None or not kernels_take(description) or kernels(description.dtype) is None:
+            return StaticModel(description, self.body)
+        if not kernels_take(description) or kernels(description.dtype) is None:
+            self._say("this machine has no kernels for the model")
             return None
         return Packed(description, self.body)
 
     def _say(self, why: str) -> None:
-        """Warn, once for each reason, that decoding is slow."""
-        if why not in self._said:
+        """Keep why transformers' layers decode; on a GPU also warn, once for each reason, that this is slow."""
+        self._why = why
+        if self.static and why not in self._said:
             self._said.add(why)
             warnings.warn(f"answers are decoded by transformers' layers, which is slower: {why}", stacklevel=2)
 
     def _tried(self, packed: Packed | StaticModel, decoding: Decoding) -> bool:
-        """As `_check`, where a function of this torch or GPU may be missing; what is wrong is said."""
+        """As `_check`; what is wrong is said, also where a function of this torch or GPU is missing."""
         try:
             same = self._check(packed, decoding)
         except RuntimeError as error:
+            if not self.static:
+                raise
             self._say(f"the faster implementation fails ({first_line(error)})")
             return False
         if not same:

@@ -27,7 +27,8 @@ class DecodingEngine(Protocol):
     def adapter(self, folder: Path | None) -> AbstractContextManager[None]:
         """Answers inside come from the model with the LoRA adapter in ``folder``; None for the base model.
 
-        Meanwhile it is merged into the transformers model's weights, so that losses are the adapter's too.
+        Meanwhile the transformers model computes with it too, merged into its weights or beside them, so that losses
+        are the adapter's.
         """
         ...
 

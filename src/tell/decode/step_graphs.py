@@ -15,7 +15,13 @@ Call = Callable[[], None]
 
 
 class Recorder(Protocol):
-    """How the steps of a batch are run, and recorded after their first run."""
+    """How the steps of a batch are run, and recorded after their first run.
+
+    Attributes:
+        failed: why no further step can be recorded; empty where that has not failed.
+    """
+
+    failed: str
 
     def run(self, call: Call) -> None:
         """Run a step whose like was not recorded yet."""
@@ -28,6 +34,8 @@ class Recorder(Protocol):
 
 class Unrecorded:
     """Runs every step anew: devices without graphs."""
+
+    failed = ""
 
     def run(self, call: Call) -> None:
         call()
@@ -52,7 +60,7 @@ class GraphRecorder:
     def __init__(self, device: torch.device) -> None:
         self.device, self.stream = device, _side_stream(device)
         self.pool = torch.cuda.graph_pool_handle()
-        self.failed = False
+        self.failed = ""
 
     def run(self, call: Call) -> None:
         if self.failed:  # the stream may still be recording
@@ -71,10 +79,10 @@ class GraphRecorder:
         try:
             self.run(lambda: self._capture(graph, call))
         except RuntimeError as error:
-            self.failed = True
             cause = error.__context__ if isinstance(error.__context__, Exception) else error  # the end raises once more
+            self.failed = first_line(cause)
             warnings.warn(
-                f"a decode step cannot be recorded ({first_line(cause)}); answers are decoded more slowly", stacklevel=2
+                f"a decode step cannot be recorded ({self.failed}); answers are decoded more slowly", stacklevel=2
             )
             return None
         return graph.replay

@@ -11,6 +11,7 @@ from tell.data.example import Example
 from tell.data.subset import take_rows
 from tell.errors import TellError
 from tell.exports.target import Reader, Source, Target
+from tell.models.base import check_planned_base
 from tell.run.answers import Prompting, scorer_of
 from tell.run.session import own_engine
 from tell.score.intervals import difference, estimate
@@ -40,12 +41,14 @@ def check_export(target: Target, source: Source, folder: Path, *, required: bool
         their place where nothing was compared, or the runtime failed (``passed`` is False).
 
     Raises:
-        TellError: the check is required, and the test rows are gone or there is no runtime.
+        TellError: the check is required, and the test rows are gone, there is no runtime, or this machine cannot
+            compute over the run's base weights.
     """
     reader = target.reopen(source, folder)
     try:
         if isinstance(reader, str):
             raise TellError(reader, where="--check", remedy="Leave it out, or install that runtime.")
+        check_planned_base(source.opened.config.model)  # the run's own answers need its base weights here
         rows = _rows(source)
     except TellError as error:
         if required:

@@ -10,6 +10,7 @@ from tell.models import machine
 from tell.models.architecture import Architecture
 
 FULL = "full"  # not quantised
+MOST = 0.9  # of a GPU's free memory that weights may take
 BITS = {"nf4": 4 + 8 / 64 + 32 / (64 * 256), "int8": 8}  # a weight; 4-bit blocks of 64 have a scale of 8 bits
 
 
@@ -56,3 +57,8 @@ def weight_bytes(arch: Architecture, base: str, width: int) -> float:
     if base == FULL:
         return float(width * arch.parameters)
     return arch.linear_parameters * BITS[base] / 8 + width * (arch.parameters - arch.linear_parameters)
+
+
+def is_too_large(weights: float, free: float) -> bool:
+    """Whether so many bytes of weights leave a GPU no room to compute."""
+    return weights > MOST * free

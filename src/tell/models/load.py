@@ -17,9 +17,9 @@ from tell.config_sections import DEVICES
 from tell.cpu import SWITCH, cpu_level
 from tell.errors import TellError, first_line, is_panic
 from tell.models import machine
-from tell.models.base import FULL, check_base, weight_bytes
+from tell.models.base import FULL, check_base, is_too_large, weight_bytes
 from tell.models.find import ModelFiles
-from tell.models.spread import is_too_large, rooms, spread, told
+from tell.models.spread import rooms, spread, told
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -33,14 +33,12 @@ class Loaded:
         dtype: of the weights, and of what quantised weights are made into.
         device: of the weights.
         why: sentence for the user, ``"bf16: the CPU has avx512_bf16"``.
-        spread: it is larger than the device, on which it computes with weights from elsewhere: it cannot be trained.
     """
 
     model: PreTrainedModel
     dtype: torch.dtype
     device: torch.device
     why: str
-    spread: bool = False
 
 
 def choose_device(device: str = "auto") -> torch.device:
@@ -177,7 +175,7 @@ def load_model(
     model.eval().requires_grad_(False)
     if base != FULL:
         why += f"; base in {base}: {share:.0%} of the weights are quantised"
-    return Loaded(model, kind, where, why, spread=large)
+    return Loaded(model, kind, where, why)
 
 
 def _is_too_large(files: ModelFiles, dtype: torch.dtype, device: torch.device, base: str) -> bool:

@@ -17,11 +17,6 @@ OTHERS = 0.9  # of that of the other GPUs
 GB = 1e9
 
 
-def is_too_large(bytes_: float, free: float) -> bool:
-    """Whether weights leave a GPU no room to compute."""
-    return bytes_ > OTHERS * free
-
-
 def rooms(main: torch.device, free: Callable[[torch.device], int]) -> dict[torch.device, float]:
     """Bytes that weights may take on each GPU, the one that computes first."""
     others = [torch.device("cuda", i) for i in range(torch.cuda.device_count()) if i != main.index]

@@ -11,6 +11,7 @@ from collections.abc import MutableMapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from tell.decode.protocol import DecodingEngine
     from tell.run.session import Session
     from tell.run.task import Notices
 
@@ -25,6 +26,7 @@ NAMES = (
     "gradients",
     "CUDA graphs",
     "decoding",
+    "adapter",
 )
 _NUMBERS = re.compile(r"[\d.,]+")
 
@@ -64,15 +66,33 @@ def describe(session: Session, notices: Notices) -> dict[str, str]:
     for text in path_notes(loaded.model):
         name, words = named(text) or ("kernels", f"{found['kernels']}; {text}")
         found[name] = words
-    parts = [
-        "vLLM" if engine.name == "vllm" else "TELL's own engine",
-        getattr(engine, "how", ""),
-        getattr(engine, "fallback", ""),
-    ]
-    found["decoding"] = ", ".join(filter(None, parts))
+    found["decoding"] = _decoding(engine)
     found |= notices.computed
     order = {name: i for i, name in enumerate(NAMES)}
     return dict(sorted(found.items(), key=lambda item: order[item[0].partition(" (")[0]]))
+
+
+def answering(session: Session, *, tuned: bool) -> list[str]:
+    """Notes on how answers were decoded since the adapter, or none, was applied, which it still is.
+
+    Empty where no answer was: a resumed run has those of the session before.
+    """
+    from tell.train.unmerged import is_unmerged
+
+    own = session.engine.name == "own"
+    if own and not getattr(session.engine, "how", ""):
+        return []
+    notes = [f"decoding: {_decoding(session.engine)}"]
+    if tuned and own:
+        notes.append(
+            f"adapter: {'beside' if is_unmerged(session.model) else 'merged into'} the weights while answering"
+        )
+    return notes
+
+
+def _decoding(engine: DecodingEngine) -> str:
+    name = "vLLM" if engine.name == "vllm" else "TELL's own engine"
+    return ", ".join(filter(None, (name, getattr(engine, "how", ""), getattr(engine, "fallback", ""))))
 
 
 def _device(kind: str) -> str:

@@ -30,6 +30,7 @@ from tell.run.answers import (
 )
 from tell.run.arms import Chosen, arm_config
 from tell.run.benchmarks.run_benchmarks import run_benchmarks
+from tell.run.computed import answering
 from tell.run.constrained import constrains, session_grammar, task_constraint
 from tell.run.forgetting import BASE, Forgetting, general_sets, losses_of, measure_arm
 from tell.run.growing import growing
@@ -97,9 +98,11 @@ def measure_arms(prepared: Prepared, trained: Trained, session: Session, journal
     answers = {}
     for arm in arms:
         journal.at(f"evaluate {arm}")
-        with session.adapter(adapter_folder(folder, arm)):
+        adapter = adapter_folder(folder, arm)
+        with session.adapter(adapter):
             answers[arm] = found = answer_arm(exam, arm, session, folder)
             weights.measure(ARMS[arm].adapter or BASE, session)
+            prepared.task.notices.recall(arm, answering(session, tuned=adapter is not None))
         if ARMS[arm].in_context:
             prepared.task.notices.add(f"{arm}: {found.shown} examples fit into the context")
     weights.measure(BASE, session)  # what training changed needs a before

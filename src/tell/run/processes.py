@@ -37,7 +37,7 @@ class Job:
 
     Attributes:
         model: fingerprint of the base model.
-        dtype: ``bf16`` or ``fp32``.
+        dtype: ``bf16``, ``fp16`` or ``fp32``; shards are never fp16.
     """
 
     model: str
@@ -105,6 +105,12 @@ def _join(config: Config) -> Processes | None:
             where=f"model.base={config.model.base} with train.parallel=fsdp",
             remedy="Use train.parallel=ddp, or model.base=full.",
         )
+    if sharded and config.model.dtype == "fp16":
+        raise TellError(
+            "shards are not trained in fp16",
+            where="model.dtype=fp16 with train.parallel=fsdp",
+            remedy="Use model.dtype=auto, bf16 or fp32, or train.parallel=ddp.",
+        )
     from tell.models.load import choose_device
     from tell.train.parallel import Processes
 
@@ -112,19 +118,31 @@ def _join(config: Config) -> Processes | None:
 
 
 def decoding_beside(config: Config, processes: Processes | None) -> Config:
-    """The configuration to load the engine by: our own where there are other processes."""
-    return config if processes is None else own_engine(config)
+    """The configuration to answer by: our own engine where there are other processes, in the shards' number format."""
+    if processes is None:
+        return config
+    config = own_engine(config)
+    if not processes.sharded or config.model.dtype != "auto" or _auto_dtype(config) != "torch.float16":
+        return config
+    return config.model_copy(update={"model": config.model.model_copy(update={"dtype": "fp32"})})
+
+
+def _auto_dtype(config: Config) -> str:
+    """``torch.bfloat16`` or the like: what ``model.dtype=auto`` means on the run's device."""
+    from tell.models.load import choose_device, choose_dtype
+
+    return str(choose_dtype("auto", choose_device(config.model.device))[0])
 
 
 def load_shared(files: ModelFiles, config: Config) -> tuple[Loaded, torch.device]:
     """The model on the CPU, ready to be sharded, and the device it will compute on."""
-    from tell.models.load import choose_device, choose_dtype, load_model
+    from tell.models.load import choose_device, load_model
 
     gc.collect()  # the previous arm's shards are in reference cycles
     device = choose_device(config.model.device)
     dtype = config.model.dtype
-    if dtype == "auto":
-        dtype = "bf16" if "bfloat16" in str(choose_dtype("auto", device)[0]) else "fp32"
+    if dtype == "auto":  # shards are not trained in fp16
+        dtype = "bf16" if _auto_dtype(config) == "torch.bfloat16" else "fp32"
     return load_model(files, dtype=dtype, device="cpu", trust_remote_code=config.model.trust_remote_code), device
 
 
@@ -177,23 +195,7 @@ def _base(job: Job, config: Config, processes: Processes, held: tuple[Any, Any] 
         return loaded.model, device
     given = {"dtype": job.dtype, "device": settings.device, "base": settings.base}
     loaded = load_model(files, trust_remote_code=settings.trust_remote_code, **given)
-    refuse_spread(loaded, files)
     return loaded.model, loaded.device
-
-
-def refuse_spread(loaded: Loaded, files: ModelFiles) -> None:
-    """Refuse to train a model that answers with weights from elsewhere.
-
-    Raises:
-        TellError: it is larger than its GPU.
-    """
-    if loaded.spread:
-        raise TellError(
-            "its weights leave the GPU no room to train",
-            where=files.name,
-            remedy="Use model.base=nf4, or several GPUs: torchrun --nproc-per-node N -m tell tune ... "
-            "--set train.parallel=fsdp.",
-        )
 
 
 def free_shards(processes: Processes) -> None:

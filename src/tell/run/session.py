@@ -13,9 +13,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tell.config import Config
+from tell.config_sections import ModelConfig
 from tell.errors import TellError, first_line
-from tell.models.base import FULL
+from tell.models.base import FULL, is_too_large, weight_bytes
 from tell.models.find import ModelFiles
+from tell.models.machine import gpu_memory, likely_place
+from tell.models.predict import WIDTHS
 from tell.progress import Display, Silent
 from tell.rows.row_table import RowTable
 from tell.rows.template import ChatTokenizer
@@ -82,7 +85,6 @@ class Session:
     announce: bool = False
     watch: Callable[[int, int], None] | None = None
     _held: tuple[Loaded, DecodingEngine] | None = None
-    _told: bool = False
 
     def load(self) -> tuple[Loaded, DecodingEngine]:
         """The base model and its engine.
@@ -127,12 +129,6 @@ class Session:
     def adapter(self, folder: Path | None) -> Iterator[None]:
         """Inside this context the model answers with an adapter; None: untuned."""
         with self.engine.adapter(folder):
-            if folder is not None and self.announce and not self._told:
-                from tell.train.unmerged import is_unmerged
-
-                self._told = True
-                way = "beside the weights" if is_unmerged(self.model) else "merged into the weights"
-                self.display.note(f"adapters are applied {way} while answering")
             yield
 
     def answer(
@@ -243,6 +239,34 @@ def check_engine(config: Config, *, decides: bool, constrains: bool) -> None:
         what, without = ("decide closed fields", "generate.closed=off") if decides else ("constrain answers", CONSTRAIN)
         remedy = f"Use generate.engine=own, or {without}."
         raise TellError(f"vLLM cannot {what}", where="generate.engine", remedy=remedy)
+
+
+def check_trainable(files: ModelFiles, model: ModelConfig, *, held: bool = False) -> None:
+    """Refuse to train over base weights that leave the GPU no room, before they are loaded.
+
+    Args:
+        held: another session's model is on the GPU, which goes or is this one's: what is free now says nothing.
+
+    Raises:
+        TellError: they are larger than the GPU.
+    """
+    place = likely_place(model.device, model.dtype)
+    memory = gpu_memory() if place.device == "cuda" else None
+    if memory is None:
+        return
+    size, room = weight_bytes(files.architecture, model.base, WIDTHS[place.dtype]), memory[0 if held else 1]
+    from tell.models.load import choose_device
+
+    if is_too_large(size, room) and choose_device(model.device).type == "cuda":  # not a torch built without it
+        several = "several GPUs: torchrun --nproc-per-node N -m tell tune ... --set train.parallel=fsdp"
+        remedy = f"Use model.base=nf4, or {several}."
+        if model.base == "nf4":
+            remedy = f"Use a smaller model, or {several} --set model.base=full."
+        raise TellError(
+            f"its weights ({size / 1e9:.1f} GB) leave the GPU, with {room / 1e9:.1f} GB free, no room to train",
+            where=files.name,
+            remedy=remedy,
+        )
 
 
 def dtype_name(loaded: Loaded) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -45,18 +45,32 @@ VALIDATION_ROWS = 64  # enough to score anchors and monitor the loss; more would
 
 @dataclass
 class Notices:
-    """Everything a run dropped, guessed or shrank, each text once, shown as it is added; and how it was computed."""
+    """Everything a run dropped, guessed or shrank, each text once, shown as it is added; and how it was computed.
+
+    Attributes:
+        heard: by arm, the notes of training on how it was computed; kept with the arm for a resumed run.
+    """
 
     display: Display = field(default_factory=Silent)
     texts: list[str] = field(default_factory=list)
     computed: dict[str, str] = field(default_factory=dict)
+    heard: dict[str, list[str]] = field(default_factory=dict)
 
     def hear(self, arm: str, text: str) -> None:
         """Add a note of training: to how the run was computed, else to the notices."""
         if put(self.computed, arm, text):
+            self.heard.setdefault(arm, []).append(text)
             self.display.note(text)
         else:
             self.add(text)
+
+    def recall(self, arm: str, texts: Iterable[str]) -> None:
+        """Add notes on how an arm was computed; only those are shown that differ from other arms'."""
+        for text in texts:
+            known = dict(self.computed)
+            put(self.computed, arm, text)
+            if self.computed != known:
+                self.display.note(text)
 
     def add(self, text: str) -> None:
         if text not in self.texts:

@@ -19,7 +19,7 @@ from tell.progress import Advance
 from tell.run.costs import arm_costs
 from tell.run.journal import Journal
 from tell.run.prepare import Prepared
-from tell.run.processes import free_shards, load_shared, refuse_spread, start_job
+from tell.run.processes import free_shards, load_shared, start_job
 from tell.run.record import write_adapter_notes
 from tell.run.session import Session
 from tell.run.speed import keep_speed
@@ -75,7 +75,9 @@ def train_arms(
         journal.at(f"train {arm}")
         adapter = journal.folder.adapter_of(arm)
         if adapter.result.exists():
-            trained.results[arm] = journal.folder.read(adapter.result)
+            trained.results[arm] = kept = journal.folder.read(adapter.result)
+            told = kept.pop("computed", None)
+            prepared.task.notices.recall(arm, map(str, told) if isinstance(told, list) else ())
             continue
         if adapter.failed.exists():
             _leave_out(prepared, trained, arm, str(journal.folder.read(adapter.failed).get("error")))
@@ -97,7 +99,8 @@ def train_arms(
             keep_speed(prepared.task, session.loaded, computed / result.seconds)
         trained.results[arm] = result.to_dict()
         trained.now.append(arm)
-        write_json(adapter.result, trained.results[arm])  # last: from here on the arm counts as trained
+        computed_by = {"computed": prepared.task.notices.heard.get(arm, [])}
+        write_json(adapter.result, trained.results[arm] | computed_by)  # last: from here on the arm counts as trained
         _remove_state(adapter)
     return trained
 
@@ -179,7 +182,6 @@ def _trainee(session: Session, processes: Processes | None) -> tuple[Loaded, tor
     if processes is not None and processes.sharded:
         session.release()
         return load_shared(session.files, session.config)
-    refuse_spread(session.loaded, session.files)
     return session.loaded, session.loaded.device
 
 

@@ -33,7 +33,7 @@ from tell.run.rank_general import ranked_by
 from tell.run.record import write_plan
 from tell.run.search import searched
 from tell.run.self_written import write_self_data
-from tell.run.session import ModelCache, Session, check_engine
+from tell.run.session import ModelCache, Session, check_engine, check_trainable
 from tell.run.task import Task, anchor_of, limit_task, load_task, place_anchor, placed_anchor
 from tell.run.teach import teach
 from tell.run.train_arms import train_arms
@@ -130,12 +130,21 @@ def read_inputs(config: Config, display: Display | None = None, processes: str =
 def open_session(
     task: Task, journal: Journal, models: ModelCache | None = None, processes: Processes | None = None
 ) -> Session:
-    """The run's model, which stops at a signal; our own engine decodes where several processes train."""
+    """The run's model, which stops at a signal; our own engine decodes where several processes train.
+
+    Raises:
+        TellError: the configuration asks for what the engine or this machine cannot do.
+    """
     config = decoding_beside(task.config, processes)
+    if config.model.dtype != task.config.model.dtype:
+        task.notices.add("the run computes in fp32: shards are not trained in fp16, and the GPU has no bf16")
     check_planned_base(config.model)
     constrained = any_constrained(config, task.kind.name, config.eval.arms)
     check_engine(config, decides=task.decides, constrains=constrained)
     check, models = journal.stop.check, models or ModelCache()
+    left = [arm for arm in trained_arms(config.eval.arms) if not journal.folder.adapter_of(arm).result.exists()]
+    if left and (processes is None or not processes.sharded):
+        check_trainable(task.files, config.model, held=models.held is not None)
     own = task.decides or constrained
     return Session(task.files, config, task.chat, task.display, check=check, models=models, stream=own, announce=True)
 

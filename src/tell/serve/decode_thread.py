@@ -196,7 +196,7 @@ class DecodeThread:
         model.engine.serve([request(job) for job in jobs], decoding, arrivals, prefix=model.prefix)
 
     def _apply(self, model: ServedModel) -> None:
-        """Merge a model's adapter, unless the last batch had the same."""
+        """Apply a model's adapter, unless the last batch had the same."""
         if self._applied and self._adapter == model.adapter:
             return
         self._release()

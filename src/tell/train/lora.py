@@ -116,14 +116,26 @@ def _joined_experts(model: nn.Module) -> bool:
     return any(".experts." in name and weight.ndim == 3 for name, weight in model.named_parameters())
 
 
+def is_spread(model: PreTrainedModel) -> bool:
+    """Whether some weights are elsewhere than the model computes; it answers, but cannot be trained."""
+    return any(p.device != model.device for p in model.parameters())
+
+
 def add_lora(model: PreTrainedModel, config: TrainConfig, *, seed: int, fused: bool = True) -> PeftModel:
     """Wrap a frozen causal model with a fresh, seeded LoRA adapter in fp32; in training mode.
 
     Raises:
-        TellError: the targets name no linear layer, or experts that are one tensor.
+        TellError: the targets name no linear layer, or experts that are one tensor; or the model, larger than its GPU,
+            computes with weights from elsewhere (`tell.models.spread`).
     """
     from peft import LoraConfig, get_peft_model
 
+    if is_spread(model):
+        raise TellError(
+            f"its weights leave {model.device} no room to train",
+            where=model.name_or_path,
+            remedy="Use model.base=nf4, or train.parallel=fsdp on several GPUs.",
+        )
     names = target_modules(model, config.lora_targets)
     if _joined_experts(model):
         refuse_experts(names)

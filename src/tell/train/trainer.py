@@ -124,7 +124,8 @@ class Trainer:
     def _tuned(self) -> Iterator[tuple[PeftModel, PlainBody | None, Recompute]]:
         """The base model with an adapter to train, on the plain path or not; restored at the end."""
         was_training, plain = self.base.training, None
-        model = add_lora(self.base, self.config, seed=self.job.seed, fused=self.fast)
+        with self._agreed():
+            model = add_lora(self.base, self.config, seed=self.job.seed, fused=self.fast)
         try:
             with self._agreed():
                 plain = None if self.fast else PlainBody(model)

@@ -38,9 +38,10 @@ def adapter_unmerged(
     try:
         for name, (a, b) in factors.items():
             layer = model.get_submodule(name)
-            before[layer] = vars(layer).get("forward")
             thin = (b.to(device, torch.float32) * scale).to(dtype)
-            setattr(layer, "forward", _with_adapter(layer.forward, a.to(device, dtype), thin))  # noqa: B010
+            adapted = _with_adapter(layer.forward, a.to(device, dtype), thin)  # memory may end here: nothing is set yet
+            before[layer] = vars(layer).get("forward")
+            setattr(layer, "forward", adapted)  # noqa: B010
         _unmerged.add(model)
         yield
     finally:

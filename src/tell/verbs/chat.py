@@ -88,7 +88,7 @@ class ChatSession:
         return session_grammar(self.session, kept_constraint(self.opened.folder, kind))
 
     def _apply(self) -> None:
-        """Merge the adapter, for all answers until the stack is closed."""
+        """Apply the adapter, for all answers until the stack is closed."""
         self._stack.enter_context(self.session.adapter(self._adapter))
         self._stack.enter_context(self._engine.fixed_weights())
 
