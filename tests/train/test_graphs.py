@@ -134,13 +134,8 @@ def test_a_padded_pass_equals_its_own(bodies, lengths, prefix, family, soft, lar
         buffers = Buffers(padded(host, layout, weights, shape), torch.device("cpu"))
         buffers.fill(padded(host, layout, weights, shape))
         results = []
-        passes = (
-            (pack(rows, share_prefix=True), weights),
-            (
-                static_pack(buffers.tensors, shape, find),
-                buffers.tensors["weights"],
-            ),
-        )
+        static = static_pack(buffers.tensors, shape, find), buffers.tensors["weights"]
+        passes = ((pack(rows, share_prefix=True), weights), static)
         for batch, each in passes:
             model.zero_grad()
             loss, means = pass_loss(body, batch, each)

@@ -81,7 +81,7 @@ def trained(tiny_model):
     wake(model)
     body = Body(model)
     unfuse_modules(model.get_base_model())
-    rows = make_rows([30, 25, 40], prefix=10)
+    rows = make_rows([30, 25, 300], prefix=10)  # two passes of different shapes
 
     def step(rules=StepRules(micro_tokens=60)):  # noqa: B008
         model.zero_grad()

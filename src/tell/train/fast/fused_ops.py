@@ -68,10 +68,11 @@ def _norm_of(x: Tensor) -> NormCall | None:
     """The norm whose whole output ``x`` is, or shows with its rows arranged otherwise; neither changed since."""
     for tensor in (x, x._base):
         call: NormCall | None = getattr(tensor, _NORM, None)
-        if call is None or not x.is_contiguous() or x.storage_offset() != tensor.storage_offset():
+        if tensor is None or call is None:
             continue
+        same = x.is_contiguous() and x.storage_offset() == tensor.storage_offset()
         rows = (x.numel(), x.shape[-1]) == (call.x.numel(), call.x.shape[-1])
-        if rows and call.versions == (call.x._version, x._version):
+        if same and rows and call.versions == (call.x._version, x._version):
             return call
     return None
 

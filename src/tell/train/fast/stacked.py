@@ -62,7 +62,7 @@ def _seed(adapters: Sequence[Tensor], x: Tensor) -> int:
     if not isinstance(kernels_for(x), TritonKernels):
         return int(torch.randint(2**31, ()))
     slot = slot_of(adapters[0])
-    return hash(tuple(a.shape for a in adapters)) % 2**31 if slot is None else slot.grad.storage_offset()
+    return hash(tuple(a.shape for a in adapters)) % 2**31 if slot is None else int(slot.grad.storage_offset())
 
 
 class Lora:
