@@ -1,4 +1,4 @@
-"""What is called of CUDA to capture work, and which models train through graphs; without a GPU."""
+"""What is called of CUDA to capture work, in order; without a GPU."""
 
 from __future__ import annotations
 
@@ -8,102 +8,120 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tell.train import graphs as module
-from tell.train.graphs import CudaCapturer, graphs_for
-from train.packed import load
+from tell.train import capture as module
+from tell.train.capture import CudaCapturer
+
+OUT_OF_MEMORY = torch.OutOfMemoryError
 
 
-class Streams:
+class Cuda:
     """``torch.cuda`` as far as ``CudaCapturer`` uses it, and what is called in order."""
 
     def __init__(self):
-        self.calls, self.now, self.marked = [], "main", False
+        self.calls, self.streams, self.broken = [], 0, ""
         self.default_generators = [
             SimpleNamespace(clone_state=lambda: "copy", graphsafe_set_state=lambda state: self.calls.append(state))
         ]
         self.graph_pool_handle = lambda: "pool"
         self.current_device = lambda: 0
-        outer = self
-
-        class Stream:
-            def __init__(self, name):
-                self.name = name
-
-            def wait_stream(self, other):
-                outer.calls.append(f"{self.name} waits for {other.name}")
-
-        self.main, side = Stream("main"), Stream("side")
-        self.now = self.main
-        self.Stream = lambda device: side
+        self.empty_cache = lambda: self.calls.append("emptied")
+        self.main = self.now = self._stream("main")
         self.current_stream = lambda device: self.now
-        self.set_stream = lambda stream: setattr(self, "now", stream)
-        self.CUDAGraph = lambda: SimpleNamespace(replay=lambda: outer.calls.append("replayed"))
+        self.CUDAGraph = lambda: SimpleNamespace(capture_begin=self._begin, capture_end=self._end, replay=self._replay)
+
+    def Stream(self, device):
+        self.streams += 1
+        return self._stream(f"side {self.streams}")
+
+    def _stream(self, name):
+        return SimpleNamespace(name=name, wait_stream=lambda other: self.calls.append(f"{name} waits for {other.name}"))
 
     @contextmanager
     def stream(self, stream):
         before, self.now = self.now, stream
-        yield
-        self.now = before
-
-    @contextmanager
-    def graph(self, graph, pool, stream, *, capture_error_mode):
-        assert (pool, stream.name, capture_error_mode) == ("pool", "side", "thread_local")
-        self.now = stream
         try:
             yield
-        except RuntimeError as error:
-            raise RuntimeError("capture failed") from error  # and the stream stays
-        self.now = self.main
+        finally:
+            self.now = before
+
+    def _begin(self, *, pool, capture_error_mode):
+        assert (pool, capture_error_mode) == ("pool", "thread_local") and self.now is not self.main
+        self.calls.append("begin")
+        if self.broken == "begin":
+            raise RuntimeError("cannot begin")
+
+    def _end(self):
+        self.calls.append("end")
+        if self.broken == "end":
+            raise RuntimeError("capture failed")
+
+    def _replay(self):
+        self.calls.append("replayed")
 
 
 @pytest.fixture
-def streams(monkeypatch):
-    fake = Streams()
+def cuda(monkeypatch):
+    module.side_stream.cache_clear()
+    fake = Cuda()
     monkeypatch.setattr(module.torch, "cuda", fake)
-    return fake
+    yield fake
+    module.side_stream.cache_clear()
 
 
-def test_work_is_warmed_up_where_it_is_captured(streams):
-    capturer = CudaCapturer(torch.device("cuda"))
+def test_work_is_done_and_captured_on_one_side_stream(cuda):
+    """One for all capturers of a device, whatever it is called."""
+    first, second = CudaCapturer(torch.device("cuda")), CudaCapturer(torch.device("cuda", 0))
     where = []
-
-    def work():
-        where.append(streams.now.name)
-
-    capturer.warm(work)
-    assert streams.calls == ["side waits for main", "main waits for side"]
-    replay = capturer.capture(work)
-    assert where == ["side", "side"] and streams.now is streams.main
+    first.warm(lambda: where.append(cuda.now.name))
+    around = ["side 1 waits for main", "main waits for side 1"]
+    assert cuda.calls == around
+    replay = second.capture(lambda: where.append(cuda.now.name))
+    assert where == ["side 1", "side 1"] and cuda.now is cuda.main and cuda.streams == 1
+    assert cuda.calls[2:] == [around[0], "begin", "end", around[1]]
     replay()
-    assert streams.calls[-1] == "replayed"
+    assert cuda.calls[-1] == "replayed"
 
 
-def test_a_failed_capture_leaves_stream_and_generator_usable(streams):
+def test_who_goes_on_after_an_error_waits_for_what_was_launched(cuda):
+    def work():
+        raise OUT_OF_MEMORY("out of memory")
+
+    with pytest.raises(OUT_OF_MEMORY):
+        CudaCapturer(torch.device("cuda")).warm(work)
+    assert cuda.calls == ["side 1 waits for main", "main waits for side 1"] and cuda.now is cuda.main
+
+
+@pytest.mark.parametrize("broken", ["", "begin", "end"])
+def test_a_failed_capture_leaves_streams_and_generator_usable(broken, cuda):
+    """Where it did not begin or end, the stream may still be captured, and is replaced; nobody waits for it."""
+
     def work():
         raise RuntimeError("not permitted")
 
-    with pytest.raises(RuntimeError, match="capture failed"):
-        CudaCapturer(torch.device("cuda")).capture(work)
-    assert streams.now is streams.main and streams.calls == ["copy"]
+    cuda.broken = broken
+    capturer = CudaCapturer(torch.device("cuda"))
+    with pytest.raises(RuntimeError, match={"begin": "cannot begin", "end": "capture failed"}.get(broken, "not perm")):
+        capturer.capture(work)
+    assert cuda.now is cuda.main and "main waits for side 1" not in cuda.calls
+    assert ("copy" in cuda.calls) == bool(broken)
+    names = [one.stream.name for one in (capturer, CudaCapturer(torch.device("cuda")))]
+    assert names == ["side 2" if broken else "side 1"] * 2
 
 
-def test_what_trains_through_graphs(tiny_model, streams, monkeypatch):
-    """Small models with flash attention; why a small one does not is said."""
-    causal = load(tiny_model("llama"))
+@pytest.mark.parametrize("enough", [True, False])
+def test_a_capture_that_runs_out_of_memory_gets_what_is_cached(enough, cuda):
+    tries = []
 
-    def made(device="cuda", size=1e8, noise=False, refusal=None):
-        notes = []
-        monkeypatch.setattr(module, "flash_refusal", lambda model: refusal)
-        weight = SimpleNamespace(device=torch.device(device))
-        model = SimpleNamespace(
-            config=causal.config,
-            num_parameters=lambda: size,
-            get_output_embeddings=lambda: SimpleNamespace(weight=weight),
-        )
-        return graphs_for(model, [], noise=noise, note=notes.append), notes
+    def work():
+        tries.append(len(tries))
+        if not enough or len(tries) == 1:
+            raise OUT_OF_MEMORY("out of memory")
 
-    graphs, notes = made()
-    assert isinstance(graphs.capturer, CudaCapturer) and notes == []
-    assert made(device="cpu") == made(size=8e9) == (None, [])
-    assert made(noise=True) == (None, ["CUDA graphs: none (NEFTune draws noise by each row's length)"])
-    assert made(refusal="the weights are float32") == (None, ["CUDA graphs: none (the weights are float32)"])
+    capturer = CudaCapturer(torch.device("cuda"))
+    if enough:
+        capturer.capture(work)()
+        assert cuda.calls[-1] == "replayed"
+    else:
+        with pytest.raises(OUT_OF_MEMORY):
+            capturer.capture(work)
+    assert tries == [0, 1] and cuda.calls.count("emptied") == 1 and "copy" not in cuda.calls

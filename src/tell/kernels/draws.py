@@ -24,7 +24,8 @@ def device_seed(device: torch.device) -> Tensor:
 def draw_seed(device: torch.device) -> None:
     """Refill the seed of a GPU, without waiting, from torch's CPU generator; due before each pass.
 
-    On a CPU kernels take their seeds from the generator themselves.
+    Seeds that are added to it are constant on a GPU, so no pass moves the generator, whether computed, captured or
+    replayed. On a CPU kernels take their seeds from the generator themselves.
     """
     if device.type == "cuda":
         drawn = torch.randint(2**31 - 1, (1,), dtype=torch.int32).pin_memory()

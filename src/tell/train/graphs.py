@@ -17,9 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from tell.errors import first_line
+from tell.train.capture import CudaCapturer
+from tell.train.fast.base_weight import parameter_count
 from tell.train.fast.cuda import Layout, find_varlen, flash_refusal
 from tell.train.packing import Pack, TrainRow, pack_rows
-from tell.train.static_pass import Buffers, Find, Shape, padded, static_pack
+from tell.train.static_pass import Buffers, Find, NoFlash, Shape, padded, static_pack
 from tell.train.step import Body, Pass, causal_of, pass_loss
 
 if TYPE_CHECKING:
@@ -27,8 +29,11 @@ if TYPE_CHECKING:
 
     from peft import PeftModel
 
+    from tell.train.recompute import Recompute
+
 MOST_GRAPHS = 12  # alive; the least recently used is dropped
 MOST_PARAMETERS = 2_000_000_000  # of a larger model the kernels take longer than their launches
+RECOMPUTED = "layers are recomputed on the way back"  # which saves random states: not while captured
 SLACK = 1.25  # a pass may be padded to this many times its cost rather than captured once more,
 FULL_SLACK = 1.5  # and to this many rather than that another graph is dropped
 
@@ -43,38 +48,6 @@ class Capturer(Protocol):
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         """Record ``work`` without doing it; returns what does it."""
         ...
-
-
-class CudaCapturer:
-    """CUDA graphs on one side stream and in one memory pool: they run one after the other.
-
-    What a graph computes is overwritten by the next one; results must leave the pool before.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.stream = torch.cuda.Stream(device)
-        self.pool = torch.cuda.graph_pool_handle()
-
-    def warm(self, work: Callable[[], None]) -> None:
-        current = torch.cuda.current_stream(self.device)
-        self.stream.wait_stream(current)
-        with torch.cuda.stream(self.stream):
-            work()
-        current.wait_stream(self.stream)
-
-    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        current, graph = torch.cuda.current_stream(self.device), torch.cuda.CUDAGraph()
-        try:
-            # Other threads may use the GPU meanwhile.
-            with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
-                work()
-        except Exception:
-            torch.cuda.set_stream(current)  # which a capture that fails at its end does not restore
-            generator = torch.cuda.default_generators[torch.cuda.current_device()]
-            generator.graphsafe_set_state(generator.clone_state())  # and the copy is not marked as being captured
-            raise
-        return graph.replay
 
 
 @dataclass(slots=True)
@@ -97,6 +70,7 @@ class PassGraphs:
         capturer: of the device.
         note: receives a sentence where capturing fails; passes are computed without graphs from then on.
         find: as of ``VarlenPlan``.
+        layers: of the model; no graphs from where some are recomputed.
         passes, replayed, captured: counts so far.
     """
 
@@ -104,6 +78,7 @@ class PassGraphs:
     capturer: Capturer
     note: Callable[[str], None] = lambda text: None
     find: Find = find_varlen
+    layers: Recompute | None = None
     passes: int = 0
     replayed: int = 0
     captured: int = 0
@@ -121,6 +96,8 @@ class PassGraphs:
             weights: (n,) fp32 of each trained position, on the CPU.
             scale: scalar on the device that they are multiplied by.
         """
+        if self.layers is not None and self.layers.level and not self._failed:
+            self._stop(RECOMPUTED)
         if self._failed:
             return None
         host = pack_rows(rows, share_prefix=share_prefix, device=body.device)
@@ -143,8 +120,8 @@ class PassGraphs:
         if entry.replay is not None:
             entry.replay()
             self.replayed += 1
-        else:
-            self._warm(entry, compute)
+        elif not self._warm(entry, compute):
+            return None
         self.passes += 1
         out = entry.out.clone()  # the next pass may be of the same shape
         return Pass(out[0], out[1 : 1 + len(rows)], host.source.numpy(), host.real, finished=True)
@@ -182,14 +159,18 @@ class PassGraphs:
                 grad.copy_(p.grad)
             p.grad = grad
 
-    def _warm(self, entry: _Entry, compute: Callable[[], None]) -> None:
+    def _warm(self, entry: _Entry, compute: Callable[[], None]) -> bool:
         """Compute a pass in the buffers; where memory ends, the graphs give theirs back first of all."""
         try:
             self.capturer.warm(compute)
         except torch.OutOfMemoryError:
             self._stop("memory ended")
             raise
+        except NoFlash as error:  # in the forward pass: no gradient was added
+            self._stop(str(error))
+            return False
         entry.used = True
+        return True
 
     def _stop(self, why: str) -> None:
         self._failed = True
@@ -208,20 +189,26 @@ class PassGraphs:
 
 
 def graphs_for(
-    model: PeftModel, parameters: Iterable[nn.Parameter], *, noise: bool, note: Callable[[str], None]
+    model: PeftModel,
+    parameters: Iterable[nn.Parameter],
+    *,
+    layers: Recompute,
+    refusal: str | None,
+    note: Callable[[str], None],
 ) -> PassGraphs | None:
     """The graphs of a model's training; None where they cannot be had or would not pay.
 
     Args:
-        noise: something else than the model's own forward reads the plan (NEFTune).
+        layers: as of ``PassGraphs``.
+        refusal: why this run has none, apart from its model.
         note: as of ``PassGraphs``; also receives why a small model on a GPU trains without graphs.
     """
     causal = causal_of(model)
     device = causal.get_output_embeddings().weight.device
-    if device.type != "cuda" or causal.num_parameters() > MOST_PARAMETERS:
+    if device.type != "cuda" or parameter_count(causal) > MOST_PARAMETERS:
         return None
-    why = "NEFTune draws noise by each row's length" if noise else flash_refusal(causal)
+    why = refusal or (RECOMPUTED if layers.level else flash_refusal(causal))
     if why is not None:
         note(f"CUDA graphs: none ({why})")
         return None
-    return PassGraphs(list(parameters), CudaCapturer(device), note)
+    return PassGraphs(list(parameters), CudaCapturer(device), note, layers=layers)

@@ -166,6 +166,10 @@ class Buffers:
         self.bytes.copy_(host, non_blocking=pinned)
 
 
+class NoFlash(RuntimeError):
+    """Flash attention does not compute a layer; raised in the forward pass."""
+
+
 class StaticPlan:
     """A plan whose index tensors are refilled for each pass; it needs flash attention.
 
@@ -183,7 +187,7 @@ class StaticPlan:
     def attend(self, layer: nn.Module | None, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
         varlen = self.find(query, value) if rule.softcap is None else None
         if varlen is None:
-            raise RuntimeError("flash attention does not compute this layer")
+            raise NoFlash(f"flash attention does not compute {type(layer).__name__}")
         return self.layout.attend(varlen, query, key, value, rule)
 
 

@@ -32,6 +32,7 @@ from tell.train.attention import current_plan
 from tell.train.average import WeightMean
 from tell.train.checkpoint import load_checkpoint, load_state, save_checkpoint, state_tensors
 from tell.train.device import kept_randomness, send, trains_fast
+from tell.train.fast.base_weight import parameter_count
 from tell.train.fit import NOT_FITTED, fit_step
 from tell.train.flat import FLAT_DEVICES, FlatAdapters
 from tell.train.graphs import PassGraphs, graphs_for
@@ -75,10 +76,8 @@ class Trainer:
         hooks: TrainingHooks = TrainingHooks(),  # noqa: B008  (frozen)
         processes: Processes | None = None,
     ) -> None:
-        rate = job.settings.learning_rate
-        self.rate = rate or learning_rate_for(
-            model.num_parameters(), mixed=GENERAL in job.mixture.sources
-        )  # the peak rate
+        rate, mixed = job.settings.learning_rate, GENERAL in job.mixture.sources
+        self.rate = rate or learning_rate_for(parameter_count(model), mixed=mixed)  # the peak
         config = job.settings.model_copy(update={"learning_rate": self.rate})
         self.base, self.job, self.config = model, job, config
         self.device, self.hooks, self.processes = torch.device(device), hooks, processes
@@ -167,7 +166,7 @@ class Trainer:
             else:
                 note = self.hooks.note
                 step = fit_step(step, body, layers, rules, self.job, clear=update.clear, note=note)
-            graphs = self._graphs(model, body, parameters) if not layers.level else None
+            graphs = self._graphs(model, body, parameters, layers)
         if processes:
             facts, state = processes.broadcast((facts, state_tensors(parameters, update.optimizer, flat)))
             load_state(state, parameters, update.optimizer, flat)
@@ -178,13 +177,14 @@ class Trainer:
         return _Run(parameters, update, step, digest, totals, average, graphs)
 
     def _graphs(
-        self, model: PeftModel, body: Body | PlainBody, parameters: Mapping[str, nn.Parameter]
+        self, model: PeftModel, body: Body | PlainBody, parameters: Mapping[str, nn.Parameter], layers: Recompute
     ) -> PassGraphs | None:
-        """The graphs by which the passes of this process are replayed, if any."""
-        if not isinstance(body, Body) or self.processes is not None:
+        """The graphs by which passes are replayed, if any."""
+        if not isinstance(body, Body):
             return None
-        noise = self.config.neftune_alpha > 0
-        body.graphs = graphs_for(model, parameters.values(), noise=noise, note=self.hooks.note)
+        why = "NEFTune draws noise by each row's length" if self.config.neftune_alpha > 0 else None
+        why = why if self.processes is None else "several processes train together"
+        body.graphs = graphs_for(model, parameters.values(), layers=layers, refusal=why, note=self.hooks.note)
         return body.graphs
 
     @torch.no_grad()
@@ -239,8 +239,9 @@ class Trainer:
         Raises:
             Diverged: the loss or the gradient is not finite, and known already.
         """
-        rank = self.processes.rank << 48 if self.processes else 0  # dropout differs between processes
-        torch.manual_seed(self.job.seed * 1_000_003 + step + rank)  # and repeats after a resume
+        rank = self.processes.rank << 48 if self.processes else 0
+        # dropout differs between processes, and does not between a run and a resumed one
+        torch.manual_seed(self.job.seed * 1_000_003 + step + rank)
         draw_seed(run.update.device)
         out = run.step(rows, clip=run.update.clip)
         if out.arrived and not self._is_sound(run, out):

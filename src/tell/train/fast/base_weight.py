@@ -37,6 +37,14 @@ def quantised_weight(layers: Sequence[nn.Linear]) -> Quantised | None:
     return Quantised(tuple(layers)) if any(isinstance(layer, QuantisedLinear) for layer in layers) else None
 
 
+def parameter_count(model: nn.Module) -> int:
+    """All weights of a model; those of a quantised layer as many as its matrix has, however they are packed."""
+    quantised = [module for module in model.modules() if isinstance(module, QuantisedLinear)]
+    packed = {id(layer.weight) for layer in quantised}
+    plain = sum(p.numel() for p in model.parameters() if id(p) not in packed)
+    return plain + sum(layer.in_features * layer.out_features for layer in quantised)
+
+
 def dense(weight: Tensor | Quantised, dtype: torch.dtype) -> Tensor:
     """The matrix (N, K) of a base weight: itself where it is plain, else a new tensor in ``dtype``.
 

@@ -42,6 +42,7 @@ class NormCall(NamedTuple):
         weight: (width,).
         rstd: (T, heads) fp32, as ``Kernels.rmsnorm`` leaves it.
         heads, eps, offset: as of ``Kernels.rmsnorm``.
+        versions: of input and output, as torch counts changes in place.
     """
 
     x: Tensor
@@ -50,10 +51,11 @@ class NormCall(NamedTuple):
     heads: int
     eps: float
     offset: float
+    versions: tuple[int, int]
 
     def output(self) -> Tensor:
         """The same numbers as before, by the same kernel."""
-        x, weight, rstd, heads, eps, offset = self
+        x, weight, rstd, heads, eps, offset, _ = self
         y = x.new_empty(x.shape)
         kernels_of(x).rmsnorm(x, y, weight, torch.empty_like(rstd), heads=heads, eps=eps, offset=offset)
         return y
@@ -63,10 +65,14 @@ _NORM = "_norm_call"  # attribute of a norm's output
 
 
 def _norm_of(x: Tensor) -> NormCall | None:
-    """The norm whose whole output ``x`` is, or shows in another shape."""
+    """The norm whose whole output ``x`` is, or shows with its rows arranged otherwise; neither changed since."""
     for tensor in (x, x._base):
         call: NormCall | None = getattr(tensor, _NORM, None)
-        if call is not None and call.x.numel() == x.numel():
+        if tensor is None or call is None:
+            continue
+        same = x.is_contiguous() and x.storage_offset() == tensor.storage_offset()
+        rows = (x.numel(), x.shape[-1]) == (call.x.numel(), call.x.shape[-1])
+        if same and rows and call.versions == (call.x._version, x._version):
             return call
     return None
 
@@ -83,8 +89,8 @@ class RmsNorm(torch.autograd.Function):
         kernels_of(x).rmsnorm(flat, y, weight, rstd, heads=heads, eps=eps, offset=offset)
         ctx.save_for_backward(flat, weight, rstd)
         ctx.offset, ctx.heads, ctx.shape = offset, heads, x.shape
-        if isinstance(kernels_of(x), TritonKernels):
-            setattr(y, _NORM, NormCall(flat, weight, rstd, heads, eps, offset))
+        if isinstance(kernels_of(x), TritonKernels) and not (flat.is_inference() or y.is_inference()):
+            setattr(y, _NORM, NormCall(flat, weight, rstd, heads, eps, offset, (flat._version, y._version)))
         return y.view(x.shape)
 
     @staticmethod

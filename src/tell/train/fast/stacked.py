@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tell.kernels.ops import Kernels, kernels_for
 from tell.kernels.products import Dropout, products_for
+from tell.kernels.triton_ops import TritonKernels
 from tell.train.fast.base_weight import Quantised, dense
 from tell.train.flat import Slot, add_product, joined_rows, slot_of
 
@@ -52,6 +53,18 @@ def column_of(numbers: Sequence[float], device: torch.device) -> Tensor:
     return _column(tuple(numbers), device)
 
 
+def _seed(adapters: Sequence[Tensor], x: Tensor) -> int:
+    """Of a layer's masks: drawn; on a GPU constant, for a pass that is replayed draws nothing on the host.
+
+    There the seed that `draw_seed` refills differs between passes. Layers differ by their place among all adapters;
+    those of one shape draw alike where there is no `FlatAdapters`.
+    """
+    if not isinstance(kernels_for(x), TritonKernels):
+        return int(torch.randint(2**31, ()))
+    slot = slot_of(adapters[0])
+    return hash(tuple(a.shape for a in adapters)) % 2**31 if slot is None else int(slot.grad.storage_offset())
+
+
 class Lora:
     """x W^T + b, plus (dropout_i(x) s_i A_i^T) B_i^T in the columns of each adapted layer, and its gradients."""
 
@@ -70,7 +83,7 @@ class Lora:
         if not self.parts:
             return
         if stack.dropout:
-            self.seed = int(torch.randint(2**31, ()))
+            self.seed = _seed(adapters, x)
         self.ends = [ranks.stop for _, ranks in self.parts]
         if stack.dropout and any(end % 2 for end in self.ends):
             self.products = None
