@@ -66,7 +66,10 @@ class Schema:
 
         if isinstance(schema, dict) and not isinstance(schema.get("$schema", ""), str):
             raise bad_schema(f"$schema is {schema['$schema']!r}, not the name of a draft", "$")
-        cls = validators.validator_for(schema, default=Draft202012Validator)
+        try:
+            cls = validators.validator_for(schema, default=Draft202012Validator)
+        except ValueError as error:  # no URL: "https://[x"
+            raise bad_schema(f"$schema is {brief(schema['$schema'])}, not the name of a draft", "$") from error
         try:
             cls.check_schema(schema)
         except SchemaError as error:
@@ -130,7 +133,10 @@ class Schema:
         if not isinstance(node, dict):
             return
         if any(isinstance(node.get(key), str) for key in ("$id", "id")):  # id up to draft 4
-            resolver = resolver.in_subresource(specification.create_resource(node))
+            try:
+                resolver = resolver.in_subresource(specification.create_resource(node))
+            except ValueError as error:
+                raise bad_schema("its $id is no URI", path) from error
         steps = [node[word] for word in _IN_PLACE if word in node]
         for word in _ALL_IN_PLACE:
             steps += node[word] if isinstance(node.get(word), list) else []
