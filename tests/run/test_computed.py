@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
@@ -11,6 +12,10 @@ from tell.run import computed
 from tell.run.computed import NAMES, describe, named, put
 from tell.run.task import Notices
 from tell.train.fast import fused
+from tell.train.trainer import Trainer
+from tell.train.training_job import TrainingHooks
+from train.packed import load
+from train.test_trainer import CONFIG, trainer
 
 
 def test_a_note_belongs_to_its_name():
@@ -60,3 +65,21 @@ def test_what_a_session_uses(monkeypatch):
         "decoding": "TELL's own engine, kernels, vLLM does not start (no room)",
     }
     assert [name for name in NAMES if name in found] == list(found)
+
+
+def test_a_run_on_the_plain_path_does_not_claim_kernels(tiny_model, tmp_path, monkeypatch):
+    """What training notes comes before what the loaded model, which also decodes, would train with."""
+    notices = Notices(Silent())
+    job = trainer(load(tiny_model("llama")), tmp_path, CONFIG).job
+    off = replace(job, settings=CONFIG.model_copy(update={"fast": "off"}))
+    hooks = TrainingHooks(note=lambda text: notices.hear("tell", text))
+    Trainer(load(tiny_model("llama")), job, hooks=hooks)
+    assert notices.computed == {}
+    Trainer(load(tiny_model("llama")), off, hooks=hooks)
+    loaded = SimpleNamespace(model=SimpleNamespace(), device=torch.device("cpu"), why="fp32")
+    session = SimpleNamespace(load=lambda: (loaded, SimpleNamespace(name="own")), config=SimpleNamespace(model=None))
+    monkeypatch.setattr(fused, "fused_counts", lambda model: {"norm": 61})
+    monkeypatch.setattr(fused, "path_notes", lambda model: ["attention: flash attention (torch)"])
+    found = describe(session, notices)
+    assert found["kernels"] == found["attention"] == "transformers' own operations (train.fast=off)"
+    assert notices.texts == []
