@@ -9,14 +9,16 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 MICRO_TOKENS = 3072  # of a pass whose size is not chosen by memory
 FULL_PASS = 2048  # a larger pass makes a GPU hardly faster: layers are recomputed rather than passes made smaller
 MOST_TOKENS = 16_384  # no pass is chosen larger; offsets into its widest tensors stay within 32 bits
-LOSS_ROWS = 256  # positions whose logits a CPU computes at a time, as in train/loss.py
-GPU_LOGITS = 1 << 27  # logits that a GPU computes at a time
+LOSS_ROWS = 256  # positions whose logits a CPU computes at a time: 256 x 49,152 fp32 logits are 50 MB
+GPU_LOGITS = 1 << 27  # logits that a GPU computes at a time, 512 MB in fp32: small products leave it idle
+GRAPHED = 2_000_000_000  # parameters of the largest model whose passes a GPU replays, as in train/graphs.py
 GRADIENTS = 0.75  # of what a layer keeps, its gradients take at most: those of the MLP's inner states (a profile)
 FRAGMENTS = 0.05  # share of free memory that the allocator's rounding may waste
 WORKSPACE = 0.2e9  # bytes that the libraries of a GPU take at their first product
@@ -50,6 +52,7 @@ class PassMemory:
         entry: per token, by a layer that is recomputed: its input.
         rest: per token, outside the layers.
         block: of the largest block of logits with what is computed from it.
+        copied: by one layer, whatever the tokens: a shared prefix's keys and values, copied for every row behind it.
     """
 
     layers: int
@@ -57,28 +60,45 @@ class PassMemory:
     entry: float
     rest: float
     block: float
+    copied: float = 0.0
 
-    def _slopes(self, level: int) -> tuple[float, float]:
-        """Bytes per token at the end of the forward pass, and in the backward pass of a layer."""
-        held = (self.layers - level) * self.kept + level * self.entry
+    def _moments(self, level: int) -> list[tuple[float, float]]:
+        """Bytes per token and whatever the tokens: at the end of the forward pass, in backward passes of layers."""
+
+        def holding(layers: float, block: float = 0.0) -> tuple[float, float]:
+            return layers * self.kept + level * self.entry + self.rest, layers * self.copied + block
+
+        whole = self.layers - level
+        found = [holding(whole, self.block), holding(whole + GRADIENTS + (1 if level == self.layers else 0))]
         # The layers after the first ``level`` have been freed when one of these keeps all once more.
-        back = (held if level < self.layers else held + self.kept) + GRADIENTS * self.kept
-        if level:
-            back = max(back, level * self.entry + (1 + GRADIENTS) * self.kept)
-        return held + self.rest, back + self.rest
+        return [*found, holding(1 + GRADIENTS)] if level else found
+
+    def copying(self, tokens: int, width: float) -> PassMemory:
+        """The same where attention copies the keys and values of a shared prefix, and with them those of the rows.
+
+        Args:
+            tokens: of the prefix, over all rows of a pass; 0: nothing is copied.
+            width: bytes of the keys and values of a token.
+        """
+        return replace(self, kept=self.kept + width, copied=tokens * width) if tokens else self
 
     def peak(self, tokens: float, level: int = 0) -> float:
         """Bytes of a pass over ``tokens`` tokens whose first ``level`` layers are recomputed."""
-        forward, backward = self._slopes(level)
-        return max(tokens * forward + self.block, tokens * backward)
+        return max(tokens * each + fixed for each, fixed in self._moments(level))
 
     def most_tokens(self, free: float, level: int = 0) -> int:
         """The largest pass with a peak of at most ``free`` bytes; 0 where none fits."""
-        forward, backward = self._slopes(level)
-        return max(0, int(min((free - self.block) / forward, free / backward)))
+        return max(0, int(min((free - fixed) / each for each, fixed in self._moments(level))))
 
     def choose(
-        self, free: float, *, longest: int, largest: int, micro: int | None = None, level: int | None = None
+        self,
+        free: float,
+        *,
+        longest: int,
+        largest: int,
+        micro: int | None = None,
+        level: int | None = None,
+        graphs: bool = False,
     ) -> Fit:
         """The least recomputation with which passes of a useful size fit into ``free`` bytes.
 
@@ -87,7 +107,13 @@ class PassMemory:
             largest: tokens of the largest step.
             micro: most tokens of a pass, where that is given.
             level: layers to recompute, where that is given.
+            graphs: passes become CUDA graphs where nothing is recomputed. Their memory is their own, next to that of
+                the passes before they were captured, and holds a pass once more.
         """
+        if graphs:
+            choose = partial(self.choose, longest=longest, largest=largest, micro=micro, level=level)
+            half, whole = choose(free / 2), choose(free)
+            return whole if half.level and whole.level else half
         longest, largest = min(longest, largest), max(1, largest)
         wanted = max(longest, min(largest, FULL_PASS if micro is None else micro))
         most = max(longest, min(largest, MOST_TOKENS)) if micro is None else micro
@@ -103,26 +129,31 @@ class PassMemory:
         return Fit(tokens, level, self.peak(tokens, level), fits=room >= longest)
 
 
-def loss_block(device: str, vocabulary: int, *, width: int, fused: bool) -> float:
+def loss_block(
+    device: str, vocabulary: int, *, width: int, fused: bool, soft: bool = False, capped: bool = False
+) -> float:
     """Bytes of the largest block of logits of the loss, with what is computed from it.
 
     Args:
         device: name of its kind, ``cpu`` or ``cuda``.
         width: bytes of a number of the model's format.
-        fused: a kernel turns logits into their gradient in place; else torch makes fp32 copies of them.
+        fused: a kernel turns logits into their gradient in place; else torch makes an fp32 copy, and another for
+            their logsumexp.
+        soft: rows are trained on distributions, which no kernel does; their logits are not kept beside the copy.
+        capped: logits have a soft cap, whose slope torch keeps.
     """
     rows = max(LOSS_ROWS, GPU_LOGITS // vocabulary) if device == "cuda" else LOSS_ROWS
-    return float(rows) * vocabulary * (width if fused else 2 * width + 8)
+    plain = 8 + (0 if soft or width == 4 else width) + (4 if capped else 0)
+    return float(rows) * vocabulary * (width if fused and not soft else plain)
 
 
-def usable(free: float, device: str, trained: int) -> float:
+def usable(free: float, device: str, adapter: float) -> float:
     """Of ``free`` bytes those a pass may take.
 
     Args:
-        trained: parameters of the adapter, whose gradients, moments and copy in the model's format are yet to come.
+        adapter: bytes that the adapter's weights, gradients, moments and copies are yet to take.
     """
-    later = 14.0 * trained + (WORKSPACE if device == "cuda" else 0)
-    return max(0.0, (1 - FRAGMENTS) * free - later)
+    return max(0.0, (1 - FRAGMENTS) * free - adapter - (WORKSPACE if device == "cuda" else 0))
 
 
 def host_memory() -> tuple[int, int]:

@@ -17,7 +17,7 @@ BAD = [
     ({"properties": {"a": {"$ref": "file:///etc/hostname"}}}, "leads nowhere; nothing is fetched"),
     ({"$ref": "http://["}, "leads nowhere"),
     ({"$schema": "http://["}, "not the name of a draft"),
-    ({"properties": {"a": {"$id": "http://["}}}, "its \\$id is no URI"),
+    ({"$id": "http://["}, "its $id is no URI"),
     ({"$ref": "#/$defs/a"}, "leads nowhere"),
     *(({"properties": {name: {"$ref": "#/$defs/a"}}}, "leads nowhere") for name in ("default", "examples", "enum")),
     ({"$defs": {"const": {"items": {"$ref": "#/$defs/a"}}}}, "leads nowhere"),

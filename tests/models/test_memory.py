@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
 from itertools import accumulate
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -22,12 +25,14 @@ from tell.models.load import load_model
 from tell.models.machine import Place
 from tell.models.predict import Load, fused_bytes, predict_memory
 from tell.models.predict import pass_memory as memory_of_pass
+from tell.pass_memory import GRAPHED
 from tell.train.attention import Rule, install, use_plan
 from tell.train.fast.exchange import Exchange
 from tell.train.fast.fused import forwards_for
 from tell.train.fit import count_pass
+from tell.train.graphs import MOST_PARAMETERS
 from tell.train.lora import add_lora
-from tell.train.packing import packed_plan
+from tell.train.packing import RowTargets, packed_plan
 from tell.train.recompute import recomputed_layers
 from tell.train.step import Body, StepRules, step_loss
 from train.packed import make_rows
@@ -140,32 +145,40 @@ def test_families_keep_what_is_predicted(family, dtype, tiny_model):
     model = add_lora(base, train, seed=1)
     with recomputed_layers(base) as layers:
         counted = count_pass(Body(model), layers, lengths=[64])
-    predicted = memory_of_pass(files.architecture, train, place=Place("cpu", dtype))
+    predicted = memory_of_pass(files.architecture, train, Load(64, 64), place=Place("cpu", dtype))
     assert (counted.layers, counted.entry, counted.block) == (predicted.layers, predicted.entry, predicted.block)
     assert counted.kept == pytest.approx(predicted.kept, rel=0.15)  # the first norm of all keeps nothing
     assert counted.rest == pytest.approx(predicted.rest, rel=0.02)
 
 
+def likely(tokens):
+    """Distributions over four tokens and all others."""
+    return RowTargets(np.tile(np.arange(4, dtype=np.int32), (tokens, 1)), np.full((tokens, 5), 0.2, np.float32))
+
+
 @pytest.mark.skipif(kernels_for(torch.zeros(1)) is None, reason="needs a C compiler")
-@pytest.mark.parametrize("level", [0, 3, 6])
+@pytest.mark.parametrize(("level", "soft"), [(0, False), (3, False), (6, False), (6, True)])
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_the_peak_of_a_step_is_what_is_predicted(dtype, level):
+def test_the_peak_of_a_step_is_what_is_predicted(dtype, level, soft):
     """Every byte that the allocator hands out in a forward and backward pass over 1,000 tokens."""
-    arch = Architecture("llama", (), 6, 256, 704, 4, 2, 64, 2000, True, None, 0, 0, 0, True)
+    vocab = 20_000 if soft else 2000  # else the block of logits of distributions is not the peak
+    arch = Architecture("llama", (), 6, 256, 704, 4, 2, 64, vocab, True, None, 0, 0, 0, True)
     kind = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
     config = LlamaConfig(
         hidden_size=256, intermediate_size=704, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=6,
-        vocab_size=2000, tie_word_embeddings=True,
+        vocab_size=vocab, tie_word_embeddings=True,
     )  # fmt: skip
     base = AutoModelForCausalLM.from_config(config, dtype=kind).eval().requires_grad_(False)
     model = add_lora(base, train := TrainConfig(), seed=1)
     body, rows = Body(model), make_rows([200] * 5)
+    rows = [replace(row, soft=likely(int(row.mask.sum()))) for row in rows] if soft else rows
     with recomputed_layers(base, level):
         step_loss(body, rows[:1], StepRules())  # gradients have their place
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             step_loss(body, rows, StepRules())
     events = [e.nbytes() for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    predicted = memory_of_pass(arch, train, place=Place("cpu", dtype)).peak(1000, level)
+    load = Load(200, 1000, soft=soft)
+    predicted = memory_of_pass(arch, train, load, place=Place("cpu", dtype)).peak(1000, level)
     assert predicted == pytest.approx(max(accumulate(events)), rel=0.15)
 
 
@@ -178,7 +191,7 @@ def test_plain_modules_keep_what_is_predicted(family, dtype, tiny_model):
     model = get_peft_model(base, LoraConfig(r=8, target_modules="all-linear")).train()
     with Kept(model) as kept:
         model.base_model.model.model(input_ids=torch.arange(30, 94)[None])
-    memory = memory_of_pass(files.architecture, TrainConfig(fast="off"), place=Place("cpu", dtype))
+    memory = memory_of_pass(files.architecture, TrainConfig(fast="off"), Load(64, 64), place=Place("cpu", dtype))
     assert kept.bytes == pytest.approx(64 * memory.kept * memory.layers, rel=0.15)
 
 
@@ -223,6 +236,7 @@ def test_memory_adds_up():
 
 
 def test_memory_of_this_machine_and_its_card(monkeypatch):
+    monkeypatch.setattr(machine, "_memory", {})
     total, free = machine.device_memory("cpu")
     assert 0 < free <= total
     answers = iter(["24564, 23000\n", FileNotFoundError()])
@@ -236,6 +250,59 @@ def test_memory_of_this_machine_and_its_card(monkeypatch):
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,0")
     monkeypatch.setattr(machine.subprocess, "run", run)
-    assert machine.device_memory("cuda") == (24564 * 2**20, 23000 * 2**20)
+    assert machine.device_memory("cuda") == (24564 * 2**20, 23000 * 2**20) == machine.device_memory("cuda")
+    machine._memory.clear()
     assert machine.device_memory("cuda") is None and machine.device_memory("mps") is None
     assert pass_memory.host_memory()[1] > 0
+
+
+def test_free_memory_is_that_before_a_model_was_loaded(monkeypatch):
+    readings = iter([(24e9, 23e9), (24e9, 22e9), (24e9, 6e9)])
+    monkeypatch.setattr(machine, "_memory", {})
+    monkeypatch.setattr(machine, "gpu_memory", lambda: next(readings))
+    with monkeypatch.context() as without:
+        without.delitem(sys.modules, "torch")
+        assert [machine.device_memory("cuda")[1] for _ in range(2)] == [23e9, 22e9]  # others come and go
+    assert machine.device_memory("cuda")[1] == 22e9 and next(readings)[1] == 6e9  # not asked again
+
+
+def test_distributions_take_blocks_of_fp32_logits():
+    for family, plain in (("llama", 8), ("gemma2", 8 + 4)):
+        arch, size = replace(LLAMA3, model_type=family), (1 << 27) // LLAMA3.vocab * LLAMA3.vocab
+        blocks = [
+            memory_of_pass(arch, TrainConfig(), Load(1, 1, soft=soft), place=GPU).block / size for soft in (True, False)
+        ]
+        assert blocks == [plain, 2]
+        alone = memory_of_pass(arch, TrainConfig(), Load(1, 1), place=CPU).block / (256 * LLAMA3.vocab)
+        assert alone == (2 + plain if family == "gemma2" else 2)  # the kernels for CPUs know no cap
+
+
+def test_copies_of_a_shared_prefix_are_counted_on_a_gpu():
+    """16 task rows behind 280 tokens: their keys and values once more, in every layer."""
+    load = Load(310, 4960, copied=16 * 280)
+    one, other = (memory_of_pass(LLAMA3, TrainConfig(), load, place=place) for place in (GPU, CPU))
+    alone = memory_of_pass(LLAMA3, TrainConfig(), Load(310, 4960), place=GPU)
+    assert one.copied == 16 * 280 * 4096 and one.kept == alone.kept + 4096 and other.copied == 0
+    assert one.peak(760) - alone.peak(760) == pytest.approx((16 * 280 + 760) * 4096 * 32, rel=0.03)
+
+
+def test_what_an_adapter_takes_on_a_card():
+    """A copy in the model's format wherever the adapter is one tensor, in fp32 as well; none on the plain path."""
+    numbers = {"bf16": 18, "fp32": 20}
+    for dtype, each in numbers.items():
+        found = memory(SMOLLM2, 100, 1000, place=Place("cuda", dtype))
+        assert found.adapter == each * memory(SMOLLM2, 100, 1000, place=CPU).adapter / 16
+    assert memory(SMOLLM2, 100, 1000, fast="off").adapter == memory(SMOLLM2, 100, 1000, place=CPU).adapter
+
+
+def test_small_models_on_a_card_hold_a_pass_twice(monkeypatch):
+    """In the memory of CUDA graphs too; not where no passes are replayed."""
+    assert GRAPHED == MOST_PARAMETERS
+    monkeypatch.setattr(machine, "gpu", lambda: ("H100", 9.0))
+    found = memory(SMOLLM2, 100, 2000)
+    assert found.graphs == found.activations and found.total > found.weights + 2 * found.activations
+    others = [{"neftune_alpha": 5.0}, {"fast": "off"}, {"recompute": 30}, {"place": Place("cuda", "fp32")}]
+    assert not any(memory(SMOLLM2, 100, 2000, **given).graphs for given in others)
+    assert memory(LLAMA3, 100, 2000).graphs == 0 == memory(SMOLLM2, 100, 2000, place=CPU).graphs
+    monkeypatch.setattr(machine, "gpu", lambda: ("Tesla T4", 7.5))
+    assert memory(SMOLLM2, 100, 2000, place=Place("cuda", "fp16")).graphs == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
@@ -13,6 +14,10 @@ from tell.run import computed
 from tell.run.computed import NAMES, answering, describe, named, put
 from tell.run.task import Notices
 from tell.train.fast import fused
+from tell.train.trainer import Trainer
+from tell.train.training_job import TrainingHooks
+from train.packed import load
+from train.test_trainer import CONFIG, trainer
 
 
 def test_a_note_belongs_to_its_name():
@@ -85,3 +90,21 @@ def test_how_each_arm_was_answered(tiny_model, monkeypatch):
         *(f"decoding: {notices.computed['decoding']}", f"decoding: {slow}"),
         *("adapter: merged into the weights while answering", f"decoding: {slow}"),
     ]
+
+
+def test_a_run_on_the_plain_path_does_not_claim_kernels(tiny_model, tmp_path, monkeypatch):
+    """What training notes comes before what the loaded model, which also decodes, would train with."""
+    notices = Notices(Silent())
+    job = trainer(load(tiny_model("llama")), tmp_path, CONFIG).job
+    off = replace(job, settings=CONFIG.model_copy(update={"fast": "off"}))
+    hooks = TrainingHooks(note=lambda text: notices.hear("tell", text))
+    Trainer(load(tiny_model("llama")), job, hooks=hooks)
+    assert notices.computed == {}
+    Trainer(load(tiny_model("llama")), off, hooks=hooks)
+    loaded = SimpleNamespace(model=SimpleNamespace(), device=torch.device("cpu"), why="fp32")
+    session = SimpleNamespace(load=lambda: (loaded, SimpleNamespace(name="own")), config=SimpleNamespace(model=None))
+    monkeypatch.setattr(fused, "fused_counts", lambda model: {"norm": 61})
+    monkeypatch.setattr(fused, "path_notes", lambda model: ["attention: flash attention (torch)"])
+    found = describe(session, notices)
+    assert found["kernels"] == found["attention"] == "transformers' own operations (train.fast=off)"
+    assert notices.texts == []

@@ -13,12 +13,16 @@ import tell
 from run.runs import ALL_ARMS, PROBE, config_of, read
 from tell.cli.tables import _memory
 from tell.data.general import general_source
+from tell.mix.prefixes import copied_tokens
+from tell.models import machine
 from tell.names import ARMS
-from tell.run import plan as plans
+from tell.run import task as tasks
 from tell.run.costs import arm_costs
 from tell.run.general_rows import load_general, read_general
+from tell.run.plan import describe_plan
 from tell.run.prepare import prepare
 from tell.run.task import CACHED_ROWS, anchor_of, load_task
+from tell.run.time_budget import fit_minutes
 
 
 def test_plan_is_what_the_run_does(finished):
@@ -74,7 +78,7 @@ def test_plan_says_what_of_the_card_a_run_takes(tiny_model, monkeypatch):
     config.model.device = "cuda"
     found = {}
     for free in (23e9, 0.9e9):
-        monkeypatch.setattr(plans, "device_memory", lambda device, free=free: (24e9, free))
+        monkeypatch.setattr(tasks, "device_memory", lambda device, free=free: (24e9, free))
         planned = tell.plan(config)
         found[free] = planned["predicted"], [text for text in planned["notices"] if "predicted to need" in text]
     (plenty, no_notice), (_, notice) = found.values()
@@ -84,8 +88,40 @@ def test_plan_says_what_of_the_card_a_run_takes(tiny_model, monkeypatch):
     text = _memory({**plenty, "memory_gb": 21.5, "recompute": 2, "micro_tokens": 2048})
     assert text == "21.5 GB of memory of 24 GB, passes of 2,048 tokens, 2 of 3 layers recomputed"
     assert _memory({"memory_gb": 2.5}) == "2.5 GB of memory"  # of an older plan
-    monkeypatch.setattr(plans, "device_memory", lambda device: None)
+    monkeypatch.setattr(tasks, "device_memory", lambda device: None)
     assert tell.plan(config)["predicted"]["device_memory_gb"] is None
+
+
+def test_free_memory_is_read_once_as_a_run_begins(tiny_model, monkeypatch):
+    """What a plan made after loading sees free is what the model has left; and asking a card takes its time."""
+    calls = []
+    monkeypatch.setattr(tasks, "device_memory", lambda device: calls.append(device) or (24e9, 23e9))
+    config = config_of(tiny_model("llama"), max_minutes=60.0)
+    task = load_task(config)
+    monkeypatch.setattr(machine, "gpu_memory", lambda: pytest.fail("asked again"))
+    prepared = prepare(task, anchor_of(config), read_general(task))
+    extent, _ = fit_minutes(prepared, minutes=60.0, spent=0.0)
+    assert describe_plan(extent.apply(prepared))["predicted"]["device_memory_gb"] == 24 and calls == ["cpu"]
+
+
+def test_what_a_pass_copies_of_the_prefix(tiny_model):
+    """On a GPU attention copies its keys and values for every row behind it; at most for as many as a pass holds."""
+    from tell.train.fast.cuda import Layout
+    from tell.train.packing import pack_rows
+    from tell.train.training_job import step_rows
+
+    config = config_of(tiny_model("llama"), general={"source": str(PROBE), "rows": 9}, train={"batch_size": 16})
+    task = load_task(config)
+    prepared = prepare(task, anchor_of(config), read_general(task))
+    for arm, (tables, mixture) in prepared.mixtures.items():
+        found = []
+        for step in range(mixture.steps(16)):
+            host = pack_rows(step_rows(mixture, tables, step, 16), share_prefix=True, device="cuda")
+            copies = Layout.of(host.lengths, host.prefix, host.ahead).copies
+            found.append(0 if copies is None else len(copies.token) - len(host.ids))
+        assert copied_tokens(mixture, 16, 10**6) == max(found), arm
+        assert copied_tokens(mixture, 16, 50) <= copied_tokens(mixture, 16, 10**6)
+    assert max(found) > 0 and copied_tokens(mixture, 16, 50) < max(found)
 
 
 def test_plan_writes_no_run_folder(tiny_model, tmp_path):

@@ -19,7 +19,7 @@ from tell.train.fast import cuda
 from tell.train.fast.cuda import Sequences, VarlenPlan, _torch_varlen, find_varlen, packed_plan
 from tell.train.fast.fused import fuse_modules, unfuse_modules
 from tell.train.lora import add_lora
-from tell.train.loss import BLOCK, GPU_LOGITS, block_size
+from tell.train.loss import GPU_LOGITS, LOSS_ROWS, block_size
 from tell.train.plain import PlainBody, plain_step_loss
 from tell.train.step import Body, StepRules, row_losses, step_loss
 from train.packed import (
@@ -259,13 +259,13 @@ def test_bodies_are_made_in_inference_mode(family, tiny_model):
 
 
 def test_blocks_of_logits_are_larger_on_a_gpu():
-    assert block_size(torch.device("cpu"), 49152) == BLOCK
+    assert block_size(torch.device("cpu"), 49152) == LOSS_ROWS
     assert (
         block_size(torch.device("cuda"), 49152) * 49152
         <= GPU_LOGITS
         < (block_size(torch.device("cuda"), 49152) + 1) * 49152
     )
-    assert block_size(torch.device("cuda"), 1 << 24) == BLOCK
+    assert block_size(torch.device("cuda"), 1 << 24) == LOSS_ROWS
 
 
 def test_row_losses_of_no_rows(tiny_model):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given
@@ -10,18 +12,19 @@ from hypothesis import strategies as st
 from tell.config import make_config
 from tell.config_sections import TrainConfig
 from tell.errors import TellError
-from tell.pass_memory import GPU_LOGITS, LOSS_ROWS, MICRO_TOKENS, PassMemory, grow_segments, loss_block
+from tell.kernels import draws
+from tell.pass_memory import MICRO_TOKENS, PassMemory, grow_segments, loss_block
 from tell.run import claim
 from tell.studies.cells import make_cell
 from tell.train import fit as fits
 from tell.train.fit import FittedStep, count_pass, fit_step, is_out_of_memory
 from tell.train.lora import add_lora
-from tell.train.loss import BLOCK, block_size
-from tell.train.loss import GPU_LOGITS as LOGITS
+from tell.train.loss import block_size
 from tell.train.plain import PlainBody
 from tell.train.recompute import recomputed_layers
 from tell.train.step import Body, StepRules, step_loss
 from tell.train.training_job import run_digest
+from tell.train.update import Update
 from train.packed import gradients, load, make_rows, wake
 from train.test_trainer import CONFIG, adapter, log, mixture_of, trainer
 
@@ -55,7 +58,6 @@ def test_recomputation_comes_before_small_passes():
 
 
 def test_blocks_are_those_of_the_loss():
-    assert (BLOCK, LOGITS) == (LOSS_ROWS, GPU_LOGITS)
     for vocabulary in (49_152, 128_256, 10**6):
         for device in ("cpu", "cuda"):
             rows = block_size(torch.device(device), vocabulary)
@@ -141,6 +143,33 @@ def test_dropout_draws_the_same_masks_in_a_repeated_step(tiny_model, monkeypatch
     assert found[0][0] == found[1][0] and all(torch.equal(found[0][1][n], g) for n, g in found[1][1].items())
 
 
+def test_a_repeated_step_draws_by_the_same_seed_of_its_device(monkeypatch):
+    """Which passes refill; in place, since captured graphs read it there."""
+    seed, seen = torch.tensor([7]), []
+    monkeypatch.setattr(draws, "_seeds", {torch.device("cuda", 0): seed})
+
+    def step(rows, *, rules, **_):
+        seen.append(int(seed))
+        seed.fill_(9)
+        if len(seen) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    layers = SimpleNamespace(level=0, layers=[None])
+    FittedStep(step, StepRules(), layers, raises=True, sources=["task"], clear=lambda: None, note=print)(make_rows([9]))
+    assert seen == [7, 7]
+
+
+def test_a_step_that_runs_out_of_memory_in_clipping_is_unscaled_again():
+    """fp16: its gradients were unscaled once already."""
+    parameter = torch.nn.Parameter(torch.ones(3))
+    update = Update({"a": parameter}, TrainConfig(learning_rate=0.1), torch.float16)
+    for _ in range(2):
+        parameter.grad = torch.full((3,), 4096.0)
+        assert float(update.clip()) == pytest.approx(3**0.5)
+        update.clear()
+    assert parameter.grad is None
+
+
 def test_a_row_that_fits_in_no_way_is_named(tiny_model):
     base, model = tuned(tiny_model("llama"), lora_dropout=0.0)
     body, rows = Body(model), make_rows([60, 50, 40], task=(0,))
@@ -161,6 +190,8 @@ def test_a_row_that_fits_in_no_way_is_named(tiny_model):
 def test_other_errors_pass():
     assert is_out_of_memory(torch.OutOfMemoryError("x"))
     assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
+    assert is_out_of_memory(RuntimeError("CUDA error: out of memory"))
+    assert is_out_of_memory(RuntimeError("Triton Error [CUDA]: out of memory"))
     assert not is_out_of_memory(RuntimeError("size mismatch"))
 
     def broken(rows, **_):
@@ -213,6 +244,7 @@ def test_on_a_gpu_passes_and_level_follow_from_free_memory(tiny_model, tmp_path,
     body, memory = Body(model), PassMemory(layers=3, kept=1e6, entry=1e4, rest=0.0, block=0.0)
     monkeypatch.setattr(fits, "device_of", lambda body: torch.device("cuda"))
     monkeypatch.setattr(fits, "count_pass", lambda *_, **__: memory)
+    monkeypatch.setattr(fits, "flash_refusal", lambda model: "the model caps its attention scores")
     job = job_of(tmp_path, base, micro_tokens=None)
     lengths = job.mixture.column("tokens")
     largest, longest = max(int(lengths[i : i + 4].sum()) for i in range(0, len(lengths), 4)), int(lengths.max())
@@ -233,6 +265,51 @@ def test_on_a_gpu_passes_and_level_follow_from_free_memory(tiny_model, tmp_path,
         assert "0 of 3 layers recomputed" in notes[0] and "GB that are free" in notes[0]
         own = job_of(tmp_path, base, micro_tokens=50, recompute=0), StepRules(micro_tokens=50)
         assert chosen(1e3, *own) == (50, 0) and len(notes) == 4  # as the user says, and without a word
+
+
+def fit_on_a_gpu(model, base, tmp_path, monkeypatch, *, free, refusal=None, **settings):
+    """The choice for a device called cuda, with layers that keep a megabyte a token."""
+    memory = PassMemory(layers=3, kept=1e6, entry=1e4, rest=0.0, block=0.0)
+    monkeypatch.setattr(fits, "device_of", lambda body: torch.device("cuda"))
+    monkeypatch.setattr(fits, "count_pass", lambda *_, **__: memory)
+    monkeypatch.setattr(fits, "flash_refusal", lambda model: refusal)
+    monkeypatch.setattr(fits, "free_bytes", lambda device: (free + 0.2e9) / 0.95 + 1e6)
+    job = job_of(tmp_path, base, micro_tokens=None, **settings)
+    with recomputed_layers(base) as layers:
+        return memory, fits.choose_fit(Body(model), layers, job, share_prefix=True)
+
+
+def test_graphs_hold_a_pass_once_more(tiny_model, tmp_path, monkeypatch):
+    base, model = tuned(tiny_model("llama"), lora_dropout=0.0)
+    peak = 3.75e6 * 100  # of all layers over 100 tokens
+    given = model, base, tmp_path, monkeypatch
+    _, free = fit_on_a_gpu(*given, free=1e12)
+    assert free.level == 0
+    _, alone = fit_on_a_gpu(*given, free=peak, refusal="the GPU is older than Ampere", recompute=0)
+    _, graphed = fit_on_a_gpu(*given, free=peak, recompute=0)
+    assert alone.micro_tokens > graphed.micro_tokens and graphed.bytes < 0.51 * peak < alone.bytes
+    _, noisy = fit_on_a_gpu(*given, free=peak, recompute=0, neftune_alpha=5.0)
+    assert noisy == alone
+
+
+def test_between_graphs_and_none_recomputation_decides():
+    rows = {"longest": 2048, "largest": 2048}
+    whole = MEMORY.peak(2048)
+    assert MEMORY.choose(2 * whole, **rows, graphs=True).level == 0
+    between = MEMORY.choose(1.1 * whole, **rows, graphs=True)
+    assert between.level > 0 and between.bytes < whole / 1.8  # else a graph would be captured beside it
+    short = MEMORY.choose(0.5 * whole, **rows, graphs=True)
+    assert short == MEMORY.choose(0.5 * whole, **rows)  # layers are recomputed: no graphs
+
+
+@given(copied=st.integers(1, 10_000), free=st.floats(1e8, 1e11), level=st.integers(0, 32))
+def test_copies_of_a_prefix_take_room_in_every_layer(copied, free, level):
+    with_copies = MEMORY.copying(copied, 4096.0)
+    more = 4096.0 * (1000 + copied)  # the pass's own keys and values are copied too
+    assert with_copies.peak(1000, 0) - MEMORY.peak(1000, 0) == pytest.approx(32.75 * more, rel=0.1)
+    tokens = with_copies.most_tokens(free, level)
+    assert tokens == 0 or with_copies.peak(tokens, level) <= free * (1 + 1e-9)
+    assert with_copies.peak(tokens + 1, level) > free and MEMORY.copying(0, 4096.0) == MEMORY
 
 
 def test_on_a_cpu_nothing_changes_unless_memory_demands_it(tiny_model, tmp_path, monkeypatch):

@@ -30,11 +30,11 @@ def test_equals_cross_entropy(n, block, softcap, biased, seed):
     targets = torch.randint(50, (n,), generator=generator)
     weights = torch.rand(n, generator=generator)
     a, b = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
-    old, module.BLOCK = module.BLOCK, block
+    old, module.LOSS_ROWS = module.LOSS_ROWS, block
     try:
         loss, nll = blocked_cross_entropy(a, head, targets, weights, softcap, bias)
     finally:
-        module.BLOCK = old
+        module.LOSS_ROWS = old
     (loss * 3).backward()
     logits = torch.nn.functional.linear(b, head, bias)
     if softcap is not None:

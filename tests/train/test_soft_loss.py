@@ -48,11 +48,11 @@ def test_values_and_gradients_equal_the_definition_in_fp64(n, k, block, softcap,
     hidden, head, bias, ids, probs, weights = drawn(n, k, seed)
     bias = bias if biased else None
     a, b, c = (hidden.clone().requires_grad_() for _ in range(3))
-    old, module.BLOCK = module.BLOCK, block
+    old, module.LOSS_ROWS = module.LOSS_ROWS, block
     try:
         loss, each = blocked_soft_cross_entropy(a, head, (ids, probs), weights, softcap, bias)
     finally:
-        module.BLOCK = old
+        module.LOSS_ROWS = old
     (3 * loss).backward()
     for states, function in ((b, written_out), (c, soft_cross_entropy)):
         logits = torch.nn.functional.linear(states, head, bias)

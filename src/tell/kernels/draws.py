@@ -30,3 +30,8 @@ def draw_seed(device: torch.device) -> None:
     if device.type == "cuda":
         drawn = torch.randint(2**31 - 1, (1,), dtype=torch.int32).pin_memory()
         device_seed(device).copy_(drawn, non_blocking=True)
+
+
+def all_seeds() -> list[Tensor]:
+    """The seed of each device that has one, itself."""
+    return list(_seeds.values())

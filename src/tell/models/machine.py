@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -114,9 +115,17 @@ def gpu_memory() -> tuple[float, float] | None:
         return None
 
 
+_memory: dict[str, tuple[float, float] | None] = {}  # cache by device: the last reading before anything was loaded
+
+
 def device_memory(device: str) -> tuple[float, float] | None:
-    """Bytes of the memory a model computes in, and those of them that are free; None where they are unknown."""
-    return gpu_memory() if device == "cuda" else host_memory() if device == "cpu" else None
+    """Bytes of the memory a model computes in, and those free before this process loaded any; None where unknown.
+
+    A process that has imported torch may hold a model: it goes by its last reading before, if any.
+    """
+    if "torch" not in sys.modules or device not in _memory:
+        _memory[device] = gpu_memory() if device == "cuda" else host_memory() if device == "cpu" else None
+    return _memory[device]
 
 
 def likely_dtype(device: str) -> str:

@@ -16,7 +16,7 @@ from tell.models.architecture import Architecture
 from tell.models.base import FULL, weight_bytes
 from tell.models.flops import adapted_layers, lora_parameters, training_flops
 from tell.models.machine import Place
-from tell.pass_memory import WORKSPACE, Fit, PassMemory, loss_block, usable
+from tell.pass_memory import GRAPHED, WORKSPACE, Fit, PassMemory, loss_block, usable
 
 # Sustained LoRA training, GFLOP/s per core, before any run was measured here. Small matrices and LoRA's thin ones
 # reach a fifth of the speed of a large product (96 fp32, 437 bf16 on one core of an AMD EPYC with avx512_bf16).
@@ -31,6 +31,7 @@ FITTED = ("cpu", "cuda")  # where rows are packed, and passes chosen by memory
 _PROCESS_BYTES = 450e6  # Python, torch and transformers themselves, measured
 _CONTEXT_BYTES = 500e6  # of CUDA with torch's kernels; an estimate
 _HEAD_NORMS = ("qwen3", "gemma3")  # families with norms on queries and keys
+_CAPPED = ("gemma2",)  # families with a soft cap on attention scores and logits
 _FOUR_NORMS = ("gemma2", "gemma3")  # families with norms after attention and MLP too
 
 
@@ -57,6 +58,7 @@ class Memory:
         weights: of the base model, with room to make a quantised matrix whole.
         adapter: its weights, their copy in the model's format, gradients and moments.
         activations: of the largest pass, with its block of logits.
+        graphs: of CUDA graphs, in which a pass is held once more.
         evaluation: of decoding: keys and values, logits, and copies of the weights an adapter is merged into.
         process: of Python and its libraries; on a GPU its context and the libraries' workspaces.
         fit: the pass; it fits wherever the device's memory is unknown.
@@ -65,13 +67,14 @@ class Memory:
     weights: float
     adapter: float
     activations: float
+    graphs: float
     evaluation: float
     process: float
     fit: Fit
 
     @property
     def total(self) -> float:
-        return self.weights + self.process + max(self.adapter + self.activations, self.evaluation)
+        return self.weights + self.process + max(self.adapter + self.activations + self.graphs, self.evaluation)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +85,8 @@ class Load:
         longest, largest: tokens of the longest row and of the largest step.
         trained_share: share of the tokens that carries loss.
         rows, length: rows decoded at once, and the tokens of one with its answer.
+        soft: rows are trained on distributions.
+        copied: most tokens of a shared prefix whose keys and values a pass on a GPU copies.
     """
 
     longest: int
@@ -89,6 +94,8 @@ class Load:
     trained_share: float = 1.0
     rows: int = 0
     length: int = 0
+    soft: bool = False
+    copied: int = 0
 
 
 def record_speed(
@@ -180,33 +187,46 @@ def predict_memory(
     """
     device, dtype = place = place or machine.likely_place()
     width, gpu = WIDTHS[dtype], device == "cuda"
-    trained = lora_parameters(arch, train.lora_r, train.lora_targets)
-    adapter = (16.0 + (width if gpu and width < 4 else 0)) * trained  # fp32 weight, gradient, two moments; a copy
+    trained, flat = lora_parameters(arch, train.lora_r, train.lora_targets), gpu and train.fast == "auto"
+    adapter = (16.0 + (width if flat else 0)) * trained  # fp32 weight, gradient, two moments; a copy
     # the matrix of the largest product is made whole where the weights are quantised
     whole = 0.0 if base == FULL else 2.0 * arch.intermediate * arch.hidden * width
     weights, process = weight_bytes(arch, base, width) + whole, _CONTEXT_BYTES if gpu else _PROCESS_BYTES
-    one = pass_memory(arch, train, place=place, trained_share=load.trained_share)
-    room = 1e18 if free is None else usable(free - weights - process, device, trained)
+    one, graphs = pass_memory(arch, train, load, place=place), _replayed(arch, train, place)
+    room = 1e18 if free is None else usable(free - weights - process, device, adapter)
     micro = train.micro_tokens if gpu and free is not None else train.forward_tokens
     level = train.recompute if device in FITTED else train.recompute or 0
-    fit = one.choose(room, longest=load.longest, largest=load.largest, micro=micro, level=level)
+    fit = one.choose(room, longest=load.longest, largest=load.largest, micro=micro, level=level, graphs=graphs)
     decoding = 2.0 * arch.kv_heads * arch.head_dim * arch.layers * width * load.rows * load.length
     copies = float(width) * arch.linear_parameters if base == FULL else 0.0
     if gpu and free is not None:  # each takes a quarter of what is free at most; rows wait, copies go to the host
         left = max(0.0, free - weights - process)
         decoding, copies = min(decoding, left / 4), copies if copies <= left / 4 else 0.0
     evaluation = decoding + copies + load.rows * arch.vocab * (width + 8.0)
-    return Memory(weights, adapter, fit.bytes, evaluation, process + (WORKSPACE if gpu else 0), fit)
+    again = fit.bytes if graphs and not fit.level else 0.0
+    return Memory(weights, adapter, fit.bytes, again, evaluation, process + (WORKSPACE if gpu else 0), fit)
 
 
-def pass_memory(arch: Architecture, train: TrainConfig, *, place: Place, trained_share: float = 1.0) -> PassMemory:
+def _replayed(arch: Architecture, train: TrainConfig, place: Place) -> bool:
+    """Whether passes without recomputation become CUDA graphs, as far as that is known without torch."""
+    if place.device != "cuda" or train.fast != "auto" or train.neftune_alpha or arch.parameters > GRAPHED:
+        return False
+    capable = (machine.gpu()[1] or machine.BF16_CAPABILITY) >= machine.BF16_CAPABILITY  # of flash attention
+    return capable and place.dtype != "fp32" and arch.model_type not in _CAPPED
+
+
+def pass_memory(arch: Architecture, train: TrainConfig, load: Load, *, place: Place) -> PassMemory:
     """What a pass keeps, by the operations of the fast path; on other devices, and without it, by transformers' own."""
     width, entry = WIDTHS[place.dtype], float(arch.hidden * WIDTHS[place.dtype])
     if place.device in FITTED and train.fast == "auto":
         gpu, rest = place.device == "cuda", 3 * entry + 4
         kept = fused_bytes(arch, width, rank=train.lora_r, targets=train.lora_targets, gpu=gpu)
-        return PassMemory(arch.layers, kept, entry, rest, loss_block(place.device, arch.vocab, width=width, fused=True))
-    logits = (2.0 * width + 12) * arch.vocab * trained_share  # their fp32 copy, log-probabilities and gradient
+        capped = arch.model_type in _CAPPED
+        fused = gpu or not capped  # the kernels for CPUs know no cap
+        block = loss_block(place.device, arch.vocab, width=width, fused=fused, soft=load.soft, capped=capped)
+        one = PassMemory(arch.layers, kept, entry, rest, block)
+        return one.copying(load.copied if gpu else 0, 2.0 * arch.kv_heads * arch.head_dim * width)
+    logits = (2.0 * width + 12) * arch.vocab * load.trained_share  # their fp32 copy, log-probabilities and gradient
     return PassMemory(arch.layers, _plain_bytes(arch, place.dtype, train.lora_r), entry, entry + logits, 0.0)
 
 

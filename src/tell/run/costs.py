@@ -9,13 +9,15 @@ from typing import Any
 import numpy as np
 
 from tell.config import Config
-from tell.mix.mixture import ANCHORED, GENERAL, Mixture
+from tell.config_sections import TrainConfig
+from tell.mix.mixture import GENERAL, Mixture
+from tell.mix.prefixes import shared_prefixes, task_and_other
 from tell.models import machine
 from tell.models.base import FULL
 from tell.models.flops import inference_flops, lora_parameters, training_flops
 from tell.models.predict import answer_speed, predict_seconds
 from tell.names import ARMS
-from tell.rows.prefix import common_prefix, computed_tokens
+from tell.rows.prefix import computed_tokens
 from tell.run.answers import answer_limit
 from tell.run.forgetting import ANSWER_TOKENS, SETS
 from tell.run.known_ranking import needs_ranking
@@ -30,29 +32,23 @@ OTHER_SECONDS = 2.0  # of an arm: its adapter merged, its answers scored; and on
 
 
 def computed_by(task: Task, mixture: Mixture) -> int:
-    """Tokens that training computes: those of the rows, but a shared prefix once a pass (an estimate from 64 rows)."""
-    config, tokens = task.config.train, mixture.column("tokens").astype(np.int64)
-    if config.lora_dropout or config.neftune_alpha or not len(mixture):
-        return int(tokens.sum())
-    tables = {i: mixture.tables[name] for i, name in enumerate(mixture.sources)}
-    heads: dict[bool, list[np.ndarray]] = {True: [], False: []}
-    for source, table in tables.items():
-        rows = np.unique(mixture.row[mixture.source == source])
-        if len(rows) and len(table.ids):  # rows the model has yet to write have no tokens
-            sample = rows[np.linspace(0, len(rows) - 1, min(64, len(rows))).astype(int)]
-            heads[mixture.sources[source] in ANCHORED] += [table.row(int(row))[0] for row in sample]
-    prefix = common_prefix(heads[True]) if heads[True] else 0
-    is_task = np.array([name in ANCHORED for name in mixture.sources])[mixture.source]
-    step = np.arange(len(mixture)) // config.batch_size
-    cell, shape = 2 * step + ~is_task, (mixture.steps(config.batch_size), 2)
+    """Tokens that training computes: those of the rows, but a shared prefix once a pass (an estimate)."""
+    config = task.config.train
+    if not len(mixture) or not shares_prefix(config):
+        return int(mixture.column("tokens").sum(dtype=np.int64))
+    prefix, shared = shared_prefixes(mixture)
     return computed_tokens(
-        np.bincount(cell, minlength=shape[0] * 2).reshape(shape),
-        np.bincount(cell, weights=tokens, minlength=shape[0] * 2).astype(np.int64).reshape(shape),
+        *task_and_other(mixture, config.batch_size),
         prefix=prefix,
-        shared=common_prefix(heads[True] + heads[False]) if heads[False] else 0,
+        shared=shared,
         micro_tokens=config.forward_tokens,
         per_row=likely_place(task.config).device == "cuda",
     )
+
+
+def shares_prefix(train: TrainConfig) -> bool:
+    """Whether passes compute the common prefix of rows once: where nothing random differs between them."""
+    return not train.lora_dropout and not train.neftune_alpha
 
 
 def likely_place(config: Config) -> machine.Place:

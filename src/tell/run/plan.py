@@ -7,11 +7,13 @@ import numpy as np
 from tell.data.example import Message
 from tell.data.general import general_source
 from tell.mix.amount import check_size
+from tell.mix.mixture import GENERAL
+from tell.mix.prefixes import copied_tokens
 from tell.models.base import FULL
 from tell.models.flops import lora_parameters
-from tell.models.machine import device_memory
 from tell.models.predict import Load, predict_memory
 from tell.names import ARMS
+from tell.pass_memory import MOST_TOKENS
 from tell.rows.row_table import RowTable
 from tell.run.answers import answer_limit
 from tell.run.arms import trained_arms
@@ -25,6 +27,7 @@ from tell.run.costs import (
     pseudo_seconds,
     ranking_seconds,
     readout_seconds,
+    shares_prefix,
     writing_seconds,
 )
 from tell.run.general_rows import General, load_general, source_of
@@ -169,8 +172,10 @@ def _predicted(prepared: Prepared, main: dict, costs: dict[str, dict], memory: d
 def _memory(prepared: Prepared, main: dict) -> tuple[dict, list[str]]:
     """Memory of ``predicted`` in plan.json, and a notice where the run does not fit."""
     task, config = prepared.task, prepared.task.config
-    place, tokens = likely_place(config), prepared.mixtures[prepared.lead or "tell"][1].column("tokens")
-    steps = np.add.reduceat(tokens, np.arange(0, len(tokens), config.train.batch_size)) if len(tokens) else [1]
+    mixture, train = prepared.mixtures[prepared.lead or "tell"][1], config.train
+    place, tokens = likely_place(config), mixture.column("tokens")
+    steps = np.add.reduceat(tokens, np.arange(0, len(tokens), train.batch_size)) if len(tokens) else [1]
+    most = train.micro_tokens or MOST_TOKENS  # tokens of a pass
     answers = answer_limit(config, task.chat, task.train) if task.test else 0
     prompts = max((len(task.chat.encode(e.question)) for e in task.test[:50]), default=0)
     load = Load(
@@ -179,10 +184,11 @@ def _memory(prepared: Prepared, main: dict) -> tuple[dict, list[str]]:
         trained_share=main["trained_tokens"] / max(1, main["tokens"]),
         rows=min(len(task.test), config.generate.batch_size),
         length=prompts + answers,
+        soft=task.general_target == "untuned" and GENERAL in mixture.sources,
+        copied=copied_tokens(mixture, train.batch_size, most) if shares_prefix(train) else 0,
     )
-    there = device_memory(place.device)
-    total, free = there or (None, None)
-    memory = predict_memory(task.files.architecture, config.train, load, place=place, free=free, base=config.model.base)
+    total, free = task.memory or (None, None)
+    memory = predict_memory(task.files.architecture, train, load, place=place, free=free, base=config.model.base)
     facts = {
         "memory_gb": round(memory.total / 1e9, 2),
         "device_memory_gb": None if total is None else round(total / 1e9, 2),

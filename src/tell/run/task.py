@@ -26,6 +26,7 @@ from tell.files import read_text
 from tell.mix.mixture import GENERAL, Mixture
 from tell.models.base import check_planned_base
 from tell.models.find import ModelFiles, find_model, find_tokenizer
+from tell.models.machine import device_memory, likely_place
 from tell.models.wheel import HUB_NAME
 from tell.presets import learning_rate_for
 from tell.progress import Display, Silent
@@ -91,6 +92,7 @@ class Task:
         more_validation: those beyond them, in the validation part all the same.
         shots: the examples in every test prompt (``task.shots``).
         unlabelled: prompts without answers (``task.unlabelled``); None where no file is given.
+        memory: bytes of the device, and those free before anything was loaded; None where they are unknown.
     """
 
     config: Config
@@ -106,6 +108,7 @@ class Task:
     notices: Notices
     unlabelled: Prompts | None = None
     more_validation: list[Example] = field(default_factory=list)
+    memory: tuple[float, float] | None = None
 
     @property
     def whole_validation(self) -> list[Example]:
@@ -170,6 +173,7 @@ def load_task(config: Config, display: Display | None = None) -> Task:
         TellError: anything wrong with the model or the data.
     """
     notices = Notices(display or Silent())
+    memory = device_memory(likely_place(config.model.device, config.model.dtype).device)
     read = read_task(config)
     anchor_of(config)  # report a missing @FILE before searching for the model
     check_planned_base(config.model, installed=False)
@@ -180,7 +184,7 @@ def load_task(config: Config, display: Display | None = None) -> Task:
             trust_remote_code=config.model.trust_remote_code,
             notify=notices.display.note,
         )
-    return open_task(config, read, files, notices)
+    return replace(open_task(config, read, files, notices), memory=memory)
 
 
 def open_task(config: Config, read: Read, files: ModelFiles, notices: Notices) -> Task:

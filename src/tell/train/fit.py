@@ -18,10 +18,14 @@ import torch
 from torch import Tensor
 
 from tell.errors import TellError
+from tell.kernels.draws import all_seeds
 from tell.kernels.ops import kernels_for
-from tell.pass_memory import MICRO_TOKENS, Fit, PassMemory, loss_block, usable
+from tell.mix.prefixes import copied_tokens
+from tell.pass_memory import GRAPHED, MICRO_TOKENS, MOST_TOKENS, Fit, PassMemory, loss_block, usable
 from tell.train.attention import use_plan
 from tell.train.device import free_bytes, kept_randomness
+from tell.train.fast.cuda import flash_refusal
+from tell.train.flat import slot_of
 from tell.train.packing import TrainRow, packed_plan
 from tell.train.plain import PaddedRows, PlainBody
 from tell.train.recompute import Recompute
@@ -78,7 +82,7 @@ class FittedStep:
         Raises:
             TellError: a single row does not fit.
         """
-        state = _random_states()
+        restore = _kept_random()
         while True:
             try:
                 return self.step(rows, rules=self.rules, clip=clip, total=total)
@@ -91,7 +95,7 @@ class FittedStep:
             if torch.cuda.is_initialized():
                 torch.cuda.empty_cache()
             self._shrink(rows)
-            _restore_random(state)
+            restore()
 
     def _shrink(self, rows: list[TrainRow]) -> None:
         """Halve the passes; recompute more layers where passes are small.
@@ -120,8 +124,9 @@ class FittedStep:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device ran out of memory, in torch's allocator or in a library's own."""
-    return isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(error)
+    """Whether a device ran out of memory, in torch's allocator, CUDA, Triton or a library's own."""
+    text = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in text or "alloc_failed" in text
 
 
 def _words(rules: StepRules, recompute: Recompute) -> str:
@@ -129,14 +134,19 @@ def _words(rules: StepRules, recompute: Recompute) -> str:
     return f"passes of at most {rules.micro_tokens:,} tokens, {level} of {layers} layers recomputed"
 
 
-def _random_states() -> tuple[Tensor, list[Tensor]]:
-    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+def _kept_random() -> Callable[[], None]:
+    """Restores the random state as it is now: torch's generators, and the seeds that kernels on GPUs add to theirs."""
+    state, seeds = torch.get_rng_state(), [(seed, seed.clone()) for seed in all_seeds()]
+    states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
 
+    def restore() -> None:
+        torch.set_rng_state(state)
+        for number, own in enumerate(states):
+            torch.cuda.set_rng_state(own, number)
+        for seed, value in seeds:
+            seed.copy_(value)  # in place: captured graphs read it there
 
-def _restore_random(state: tuple[Tensor, list[Tensor]]) -> None:
-    torch.set_rng_state(state[0])
-    for number, own in enumerate(state[1]):
-        torch.cuda.set_rng_state(own, number)
+    return restore
 
 
 def fit_step(
@@ -158,7 +168,7 @@ def fit_step(
         rules: their ``micro_tokens`` are replaced.
         clear, note: as for ``FittedStep``.
     """
-    fit = choose_fit(body, recompute, job)
+    fit = choose_fit(body, recompute, job, share_prefix=rules.share_prefix)
     if fit is not None:
         device, free = device_of(body), free_bytes(device_of(body))
         rules, recompute.level = replace(rules, micro_tokens=fit.micro_tokens), fit.level
@@ -169,8 +179,14 @@ def fit_step(
     return FittedStep(step, rules, recompute, raises=raises, sources=sources, clear=clear, note=note)
 
 
-def choose_fit(body: Body | PlainBody, recompute: Recompute, job: TrainingJob) -> Fit | None:
-    """Size of the passes and level by free memory; None where there is nothing to choose, or memory in plenty."""
+def choose_fit(
+    body: Body | PlainBody, recompute: Recompute, job: TrainingJob, *, share_prefix: bool = False
+) -> Fit | None:
+    """Size of the passes and level by free memory; None where there is nothing to choose, or memory in plenty.
+
+    Args:
+        share_prefix: passes compute the common prefix of their rows once.
+    """
     settings, device = job.settings, device_of(body)
     if device.type not in PROBE_TOKENS or not recompute.layers or not len(job.mixture):
         return None
@@ -180,34 +196,56 @@ def choose_fit(body: Body | PlainBody, recompute: Recompute, job: TrainingJob) -
     tokens = job.mixture.column("tokens").astype(np.int64)
     steps = np.add.reduceat(tokens, np.arange(0, len(tokens), settings.batch_size))
     longest, largest = int(tokens.max()), int(steps.max())
-    trained = sum(p.numel() for p in _causal(body).parameters() if p.requires_grad)
-    free = usable(free_bytes(device), device.type, trained)
+    free = usable(free_bytes(device), device.type, _to_come(body))
     micro = None if chosen else settings.micro_tokens or MICRO_TOKENS
     if device.type == "cpu" and _at_most(body, recompute, min(largest, max(longest, micro or 0))) < free:
         return None
-    memory = count_pass(body, recompute, lengths=_probe_lengths(longest, PROBE_TOKENS[device.type]))
-    return memory.choose(free, longest=longest, largest=largest, micro=micro, level=settings.recompute)
+    soft = job.targets is not None and settings.general_target != "text"
+    memory = count_pass(body, recompute, lengths=_probe_lengths(longest, PROBE_TOKENS[device.type]), soft=soft)
+    if share_prefix and device.type == "cuda":
+        copied = copied_tokens(job.mixture, settings.batch_size, micro or MOST_TOKENS)
+        memory = memory.copying(copied, _key_bytes(body))
+    graphs = _replayed(body, noise=settings.neftune_alpha > 0)
+    level = settings.recompute
+    return memory.choose(free, longest=longest, largest=largest, micro=micro, level=level, graphs=graphs)
+
+
+def _to_come(body: Body | PlainBody) -> float:
+    """Bytes that the adapter is yet to take: its moments, and gradients and a copy where these are not there yet."""
+    trained = [p for p in body.causal.parameters() if p.requires_grad]
+    return sum((14.0 if slot_of(p) is None else 8.0) * p.numel() for p in trained)
+
+
+def _key_bytes(body: Body | PlainBody) -> float:
+    """Bytes of the keys and values of a token in one layer."""
+    config = body.causal.config.get_text_config()
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return 2.0 * (getattr(config, "num_key_value_heads", None) or heads) * width * _head(body).element_size()
+
+
+def _replayed(body: Body | PlainBody, *, noise: bool) -> bool:
+    """Whether passes without recomputation become CUDA graphs (`tell.train.graphs.graphs_for`)."""
+    if isinstance(body, PlainBody) or noise or device_of(body).type != "cuda":
+        return False
+    return body.causal.num_parameters() <= GRAPHED and flash_refusal(body.causal) is None
 
 
 def device_of(body: Body | PlainBody) -> torch.device:
     return body.causal.device if isinstance(body, PlainBody) else body.device
 
 
-def _causal(body: Body | PlainBody) -> torch.nn.Module:
-    return body.causal if isinstance(body, PlainBody) else body.core
-
-
 def _head(body: Body | PlainBody) -> Tensor:
-    return body.causal.get_output_embeddings().weight if isinstance(body, PlainBody) else body.head
+    head: Tensor = body.causal.get_output_embeddings().weight
+    return head
 
 
 def _at_most(body: Body | PlainBody, recompute: Recompute, tokens: int) -> float:
     """Bytes that a pass surely does not need: every projection's input and output in fp32, twice."""
     layer, head = recompute.layers[0], _head(body)
     widths = sum(sum(m.weight.shape) for m in layer.modules() if isinstance(m, torch.nn.Linear))
-    logits = (
-        tokens * len(head) * 16 if isinstance(body, PlainBody) else loss_block("cpu", len(head), width=4, fused=False)
-    )
+    block = loss_block("cpu", len(head), width=2, fused=False, capped=True)
+    logits = tokens * len(head) * 16 if isinstance(body, PlainBody) else block
     return 8.0 * tokens * widths * (len(recompute.layers) + 1) + logits
 
 
@@ -217,8 +255,12 @@ def _probe_lengths(longest: int, tokens: int) -> list[int]:
     return [length] * (tokens // length)
 
 
-def count_pass(body: Body | PlainBody, recompute: Recompute, *, lengths: list[int]) -> PassMemory:
-    """What a pass keeps, counted on rows of equal ``lengths``; draws no random number."""
+def count_pass(body: Body | PlainBody, recompute: Recompute, *, lengths: list[int], soft: bool = False) -> PassMemory:
+    """What a pass keeps, counted on rows of equal ``lengths``; draws no random number.
+
+    Args:
+        soft: rows are trained on distributions, whose loss no kernel computes.
+    """
     device, head = device_of(body), _head(body)
     kept: dict[int, tuple[int, torch.UntypedStorage]] = {}  # layer, and the storage, which holds on to its address
     outside = -1
@@ -241,7 +283,7 @@ def count_pass(body: Body | PlainBody, recompute: Recompute, *, lengths: list[in
             states = _states(body, lengths)
     finally:
         recompute.level, recompute.watch = level, None
-    for p in _causal(body).parameters():  # after the pass, which may have moved weights
+    for p in body.causal.parameters():  # after the pass, which may have moved weights
         kept.pop(p.untyped_storage().data_ptr(), None)
     layers, width, tokens = len(recompute.layers), states.element_size(), sum(lengths)
     inside = sum(storage.nbytes() for number, storage in kept.values() if number != outside)
@@ -249,8 +291,11 @@ def count_pass(body: Body | PlainBody, recompute: Recompute, *, lengths: list[in
     entry = float(states.shape[-1] * width)
     # The final states at the predictors, and their gradient; padded passes compute all logits, fp32 copies and slopes.
     more = len(head) * (2.0 * width + 12) if isinstance(body, PlainBody) else 2 * entry
-    fused = kernels_for(states) is not None
-    block = 0.0 if isinstance(body, PlainBody) else loss_block(device.type, len(head), width=width, fused=fused)
+    block = 0.0
+    if not isinstance(body, PlainBody):
+        kernels, capped = kernels_for(states), body.softcap is not None
+        fused = kernels is not None and (kernels.caps_logits or not capped)
+        block = loss_block(device.type, len(head), width=width, fused=fused, soft=soft, capped=capped)
     return PassMemory(layers, inside / tokens / layers, entry, rest / tokens + more, block)
 
 

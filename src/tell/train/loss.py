@@ -6,15 +6,13 @@ import torch
 from torch import Tensor
 
 from tell.kernels.ops import kernels_for
+from tell.pass_memory import GPU_LOGITS, LOSS_ROWS
 from tell.train.torch_types import Context
-
-BLOCK = 256  # positions per block: 256 x 49,152 fp32 logits are 50 MB
-GPU_LOGITS = 1 << 27  # per block on a GPU, 512 MB in fp32: small products leave it idle
 
 
 def block_size(device: torch.device, vocabulary: int) -> int:
     """Positions whose logits are computed at a time."""
-    return max(BLOCK, GPU_LOGITS // vocabulary) if device.type == "cuda" else BLOCK
+    return max(LOSS_ROWS, GPU_LOGITS // vocabulary) if device.type == "cuda" else LOSS_ROWS
 
 
 class GradientMade(torch.autograd.Function):
@@ -73,6 +71,8 @@ class _BlockedCrossEntropy(GradientMade):
                 if slope is not None:
                     probs.mul_(slope)
                 grad[span] = probs.to(head.dtype) @ head
+                del probs, slope  # else they are held while the next block is made
+            del logits
         ctx.grad = grad
         ctx.mark_non_differentiable(nll)
         return (nll * weights).sum(), nll

@@ -115,10 +115,10 @@ class Pack:
     soft: PackTargets | None = None
 
 
-def row_weights(rows: Sequence[TrainRow], device: torch.device | str = "cpu") -> Tensor | None:
+def row_weights(rows: Sequence[TrainRow]) -> Tensor | None:
     """(rows,) fp32 weights; None where all are 1, so that nothing is computed with them."""
     weights = [row.weight for row in rows]
-    return send(torch.tensor(weights, dtype=torch.float32), device) if any(w != 1 for w in weights) else None
+    return torch.tensor(weights, dtype=torch.float32) if any(w != 1 for w in weights) else None
 
 
 def prefix_per_row(device: torch.device | str) -> bool:

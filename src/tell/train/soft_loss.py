@@ -85,12 +85,12 @@ class _BlockedSoftCrossEntropy(GradientMade):
             rest = probs.sum(1, keepdim=True).clamp_min(torch.finfo(kind).tiny)
             likely, other = goal[span, :-1], goal[span, -1:]
             out[span] = -(likely * log_top).sum(1) - (other * rest.log())[:, 0]
-            if grad is None:
-                continue
-            probs.mul_(1 - other / rest).scatter_(1, top, log_top.exp() - likely).mul_(weights[span, None])
-            if slope is not None:
-                probs.mul_(slope)
-            grad[span] = probs.to(head.dtype) @ head
+            if grad is not None:
+                probs.mul_(1 - other / rest).scatter_(1, top, log_top.exp() - likely).mul_(weights[span, None])
+                if slope is not None:
+                    probs.mul_(slope)
+                grad[span] = probs.to(head.dtype) @ head
+            del logits, probs, slope  # else they are held while the next block is made
         ctx.grad = grad
         ctx.mark_non_differentiable(out)
         return (out * weights).sum(), out

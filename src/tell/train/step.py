@@ -224,6 +224,7 @@ class Body:
     """The parts of a causal model that a packed pass needs: transformer body, output layer, soft cap.
 
     Attributes:
+        causal: the model.
         graphs: that training passes are replayed by, where set.
 
     Raises:
@@ -233,7 +234,7 @@ class Body:
     def __init__(self, model: PreTrainedModel | PeftModel) -> None:
         causal = causal_of(model)
         config = causal.config.get_text_config()
-        self.core = causal.base_model
+        self.causal, self.core = causal, causal.base_model
         output = causal.get_output_embeddings()
         self.head: Tensor = output.weight
         self.bias: Tensor | None = getattr(output, "bias", None)

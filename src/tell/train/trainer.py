@@ -76,8 +76,8 @@ class Trainer:
         hooks: TrainingHooks = TrainingHooks(),  # noqa: B008  (frozen)
         processes: Processes | None = None,
     ) -> None:
-        rate, mixed = job.settings.learning_rate, GENERAL in job.mixture.sources
-        self.rate = rate or learning_rate_for(parameter_count(model), mixed=mixed)  # the peak
+        usual = learning_rate_for(parameter_count(model), mixed=GENERAL in job.mixture.sources)
+        self.rate = job.settings.learning_rate or usual  # the peak rate
         config = job.settings.model_copy(update={"learning_rate": self.rate})
         self.base, self.job, self.config = model, job, config
         self.device, self.hooks, self.processes = torch.device(device), hooks, processes
@@ -88,6 +88,10 @@ class Trainer:
         self.targets = job.targets if config.general_target != "text" else None
         if config.general_target == "untuned" and job.targets is None and not ANCHORED.issuperset(job.mixture.sources):
             raise ValueError("general_target is untuned, and the job has no targets (tell.train.soft_targets)")
+        if not self.fast:
+            why = "train.fast=off" if config.fast == "off" else "sharded weights" if self.sharded else self.device.type
+            for part in ("attention", "kernels"):
+                hooks.note(f"{part}: transformers' own operations ({why})")
         self.rules = StepRules(
             config.loss_normalization,
             config.task_weight,

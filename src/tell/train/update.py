@@ -89,7 +89,9 @@ class Update:
         self.clear()
 
     def clear(self) -> None:
-        """Zero the gradients: in place where they are one tensor, whose views stay."""
+        """Zero the gradients, in place where they are one tensor, whose views stay; they can be clipped once more."""
+        if self.scaler is not None:
+            self.scaler._per_optimizer_states.clear()  # a step that is repeated may have been unscaled already
         if self.flat is not None:
             self.flat.grad.zero_()
         else:
