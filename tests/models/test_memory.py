@@ -25,12 +25,10 @@ from tell.models.load import load_model
 from tell.models.machine import Place
 from tell.models.predict import Load, fused_bytes, predict_memory
 from tell.models.predict import pass_memory as memory_of_pass
-from tell.pass_memory import GRAPHED
 from tell.train.attention import Rule, install, use_plan
 from tell.train.fast.exchange import Exchange
 from tell.train.fast.fused import forwards_for
 from tell.train.fit import count_pass
-from tell.train.graphs import MOST_PARAMETERS
 from tell.train.lora import add_lora
 from tell.train.packing import RowTargets, packed_plan
 from tell.train.recompute import recomputed_layers
@@ -297,7 +295,6 @@ def test_what_an_adapter_takes_on_a_card():
 
 def test_small_models_on_a_card_hold_a_pass_twice(monkeypatch):
     """In the memory of CUDA graphs too; not where no passes are replayed."""
-    assert GRAPHED == MOST_PARAMETERS
     monkeypatch.setattr(machine, "gpu", lambda: ("H100", 9.0))
     found = memory(SMOLLM2, 100, 2000)
     assert found.graphs == found.activations and found.total > found.weights + 2 * found.activations

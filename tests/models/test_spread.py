@@ -15,7 +15,7 @@ from tell.models.find import find_model
 from tell.models.spread import HOST, places, rooms, spread, told
 from tell.train.fast.fused import fused_counts
 from tell.train.lora import adapter_applied, add_lora, is_merged, remove_lora, save_adapter
-from tell.train.step import row_losses
+from tell.train.row_losses import row_losses
 from train.packed import load as load_plain
 from train.packed import make_rows, make_table, wake
 

@@ -21,7 +21,7 @@ from tell.rows.tokenize import tokenize
 from tell.run.anchor_candidates import SCORED_ROWS, anchor_losses, write_anchor_candidates
 from tell.run.choose_anchor import choose_anchor
 from tell.run.task import load_task
-from tell.train.step import row_losses
+from tell.train.row_losses import row_losses
 
 
 @pytest.fixture(autouse=True)

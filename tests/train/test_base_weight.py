@@ -23,7 +23,8 @@ from tell.train.fast.fused import fused_counts
 from tell.train.fast.fused_forwards import Projections
 from tell.train.lora import adapter_applied, add_lora, is_merged, lora_layers, remove_lora, save_adapter
 from tell.train.plain import PlainBody, plain_step_loss
-from tell.train.step import Body, StepRules, row_losses, step_loss
+from tell.train.row_losses import row_losses
+from tell.train.step import Body, StepRules, step_loss
 from train.packed import assert_close, gradients, make_rows, make_table, wake
 
 pytest.importorskip("bitsandbytes")

@@ -21,7 +21,8 @@ from tell.train.fast.fused import fuse_modules, unfuse_modules
 from tell.train.lora import add_lora
 from tell.train.loss import GPU_LOGITS, LOSS_ROWS, block_size
 from tell.train.plain import PlainBody, plain_step_loss
-from tell.train.step import Body, StepRules, row_losses, step_loss
+from tell.train.row_losses import row_losses
+from tell.train.step import Body, StepRules, step_loss
 from train.packed import (
     Fetches,
     assert_close,

@@ -17,7 +17,7 @@ from tell.decode.sampler import Decoding
 from tell.errors import TellError
 from tell.train import lora
 from tell.train.lora import adapter_applied, add_lora, lora_layers, remove_lora, save_adapter, target_modules
-from tell.train.step import row_losses
+from tell.train.row_losses import row_losses
 from train.packed import assert_close, gradients, load, make_rows, make_table, wake
 
 IDS = torch.arange(20, 60)[None]

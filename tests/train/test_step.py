@@ -17,7 +17,8 @@ from tell.rows.prefix import common_prefix
 from tell.train.lora import add_lora
 from tell.train.packing import pack, split_packs
 from tell.train.plain import PlainBody, plain_step_loss
-from tell.train.step import Body, StepRules, row_losses, step_loss
+from tell.train.row_losses import row_losses
+from tell.train.step import Body, StepRules, step_loss
 from train.packed import assert_close, gradients, load, make_rows, make_table, reference_loss, wake
 
 NORMALIZATIONS = ("example", "token")

@@ -26,9 +26,10 @@ from tell.train import trainer as trainers
 from tell.train.checkpoint import save_checkpoint
 from tell.train.device import trains_fast
 from tell.train.lora import add_lora
+from tell.train.neftune import embedding_noise
 from tell.train.plain import PlainBody
 from tell.train.step import Body, StepRules, step_loss
-from tell.train.trainer import Trainer, _noise
+from tell.train.trainer import Trainer
 from tell.train.training_job import TrainingHooks, TrainingJob, learning_rate, step_rows
 from train.packed import assert_close, gradients, load, make_rows, make_table, reference_loss, wake
 
@@ -359,7 +360,7 @@ def test_noise_is_in_training_only_and_sized_by_the_row(tiny_model):
         return step_loss(body, rows, StepRules("example"), backward=False).rows
 
     clean = losses()
-    noise, embedded = _noise(model, 3.0), []
+    noise, embedded = embedding_noise(model, 3.0), []
     noise.__enter__()
     spy = model.get_input_embeddings().register_forward_hook(lambda m, i, o: embedded.append(o))
     noisy = losses()
@@ -377,7 +378,7 @@ def test_noise_is_in_training_only_and_sized_by_the_row(tiny_model):
     spy.remove()
     noise.__exit__(None, None, None)
     assert np.array_equal(losses(), clean)
-    with _noise(model, 0.0):
+    with embedding_noise(model, 0.0):
         assert np.array_equal(losses(), clean)
 
 

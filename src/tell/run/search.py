@@ -337,7 +337,7 @@ class _Search:
 
     def _general_loss(self, weights: str) -> float | None:
         """Mean loss on held-out general rows with the applied weights, measured once; None without general rows."""
-        from tell.train.step import row_losses
+        from tell.train.row_losses import row_losses
 
         general = self.prepared.general
         if ARMS[self.arm].mixture != "mixed" or general is None or not len(general.held_out):

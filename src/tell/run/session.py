@@ -160,7 +160,7 @@ class Session:
 
     def row_losses(self, table: RowTable, progress: Callable[[int], None] | None = None) -> np.ndarray:
         """(rows,) mean nll in nats a token of each row's trained tokens; ``progress`` gets the rows of each pass."""
-        from tell.train.step import row_losses
+        from tell.train.row_losses import row_losses
 
         def advance(rows: int) -> None:
             if progress:

@@ -24,6 +24,7 @@ from tell.mix.prefixes import copied_tokens
 from tell.pass_memory import GRAPHED, MICRO_TOKENS, MOST_TOKENS, Fit, PassMemory, loss_block, usable
 from tell.train.attention import use_plan
 from tell.train.device import free_bytes, kept_randomness
+from tell.train.fast.base_weight import parameter_count
 from tell.train.fast.cuda import flash_refusal
 from tell.train.flat import slot_of
 from tell.train.packing import TrainRow, packed_plan
@@ -228,7 +229,7 @@ def _replayed(body: Body | PlainBody, *, noise: bool) -> bool:
     """Whether passes without recomputation become CUDA graphs (`tell.train.graphs.graphs_for`)."""
     if isinstance(body, PlainBody) or noise or device_of(body).type != "cuda":
         return False
-    return body.causal.num_parameters() <= GRAPHED and flash_refusal(body.causal) is None
+    return parameter_count(body.causal) <= GRAPHED and flash_refusal(body.causal) is None
 
 
 def device_of(body: Body | PlainBody) -> torch.device:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tell.errors import first_line
+from tell.pass_memory import GRAPHED
 from tell.train.capture import CudaCapturer
 from tell.train.fast.base_weight import parameter_count
 from tell.train.fast.cuda import Layout, find_varlen, flash_refusal
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from tell.train.recompute import Recompute
 
 MOST_GRAPHS = 12  # alive; the least recently used is dropped
-MOST_PARAMETERS = 2_000_000_000  # of a larger model the kernels take longer than their launches
 RECOMPUTED = "layers are recomputed on the way back"  # which saves random states: not while captured
 SLACK = 1.25  # a pass may be padded to this many times its cost rather than captured once more,
 FULL_SLACK = 1.5  # and to this many rather than that another graph is dropped
@@ -205,7 +205,7 @@ def graphs_for(
     """
     causal = causal_of(model)
     device = causal.get_output_embeddings().weight.device
-    if device.type != "cuda" or parameter_count(causal) > MOST_PARAMETERS:
+    if device.type != "cuda" or parameter_count(causal) > GRAPHED:
         return None
     why = refusal or (RECOMPUTED if layers.level else flash_refusal(causal))
     if why is not None:

@@ -17,8 +17,9 @@ from tell.files import atomic_path
 from tell.rows.row_table import RowTable
 from tell.train.device import free_bytes
 from tell.train.packing import RowTargets, TrainRow, pack
+from tell.train.row_losses import length_groups
 from tell.train.soft_loss import top_distribution
-from tell.train.step import Body, length_groups
+from tell.train.step import Body
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -28,18 +28,18 @@ from tell.kernels import keep_memory
 from tell.kernels.draws import draw_seed
 from tell.mix.mixture import ANCHORED, GENERAL
 from tell.presets import learning_rate_for
-from tell.train.attention import current_plan
 from tell.train.average import WeightMean
 from tell.train.checkpoint import load_checkpoint, load_state, save_checkpoint, state_tensors
-from tell.train.device import kept_randomness, send, trains_fast
+from tell.train.device import kept_randomness, trains_fast
 from tell.train.fast.base_weight import parameter_count
 from tell.train.fit import NOT_FITTED, fit_step
 from tell.train.flat import FLAT_DEVICES, FlatAdapters
 from tell.train.graphs import PassGraphs, graphs_for
 from tell.train.lora import a_scales, add_lora, remove_lora, save_adapter
+from tell.train.neftune import embedding_noise
 from tell.train.packing import TrainRow
 from tell.train.parallel import Processes, SharedStep, Step, shard
-from tell.train.plain import PaddedRows, PlainBody, plain_step_loss
+from tell.train.plain import PlainBody, plain_step_loss
 from tell.train.recompute import Recompute, recomputed_layers
 from tell.train.step import Body, StepLoss, StepRules, step_loss
 from tell.train.step_log import StepLog, StepReport
@@ -133,7 +133,7 @@ class Trainer:
             with self._agreed():
                 plain = None if self.fast else PlainBody(model)
             with (
-                _noise(model, self.config.neftune_alpha),
+                embedding_noise(model, self.config.neftune_alpha),
                 recomputed_layers(self.base, self.config.recompute) as layers,
             ):
                 yield model, plain, layers
@@ -377,27 +377,3 @@ class _Run:
 
 def _state(average: WeightMean | None) -> Mapping[str, torch.Tensor]:
     return {} if average is None else average.tensors
-
-
-@contextmanager
-def _noise(model: PeftModel, alpha: float) -> Iterator[None]:
-    """NEFTune (arXiv 2310.05914): uniform noise of size alpha / sqrt(L d) on the embeddings while training."""
-
-    def hook(module: nn.Module, _: object, output: torch.Tensor) -> torch.Tensor:
-        if not model.training:
-            return output
-        plan = current_plan()
-        lengths = torch.tensor(plan.lengths)  # L is each row's own length, without padding or packing
-        if isinstance(plan, PaddedRows):
-            size = send(alpha / (lengths * output.shape[-1]).sqrt(), output.device).to(output.dtype)
-            return output + torch.empty_like(output).uniform_(-1, 1) * size[:, None, None]
-        tokens = send(torch.repeat_interleave(lengths, lengths), output.device)
-        size = alpha / (tokens * output.shape[-1]).sqrt().to(output.dtype)
-        return output + torch.empty_like(output).uniform_(-1, 1) * size[:, None]
-
-    handle = model.get_input_embeddings().register_forward_hook(hook) if alpha else None
-    try:
-        yield
-    finally:
-        if handle is not None:
-            handle.remove()
