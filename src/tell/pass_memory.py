@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,8 @@ GRAPHED = 2_000_000_000  # parameters of the largest model whose passes a GPU re
 GRADIENTS = 0.75  # of what a layer keeps, its gradients take at most: those of the MLP's inner states (a profile)
 FRAGMENTS = 0.05  # share of free memory that the allocator's rounding may waste
 WORKSPACE = 0.2e9  # bytes that the libraries of a GPU take at their first product
-_SEGMENTS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+_SET, _GROWING = "PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"
+_SEGMENTS = ("PYTORCH_ALLOC_CONF", _SET, "PYTORCH_HIP_ALLOC_CONF")
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,4 +181,17 @@ def grow_segments(environment: MutableMapping[str, str] = os.environ) -> None:
     To be called before CUDA starts; what the user has set stays.
     """
     if sys.platform == "linux" and not any(environment.get(name) for name in _SEGMENTS):
-        environment["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+        environment[_SET] = _GROWING
+
+
+@contextmanager
+def fixed_segments(environment: MutableMapping[str, str] = os.environ) -> Iterator[None]:
+    """Processes that begin in this context do without what ``grow_segments`` set."""
+    ours = environment.get(_SET) == _GROWING
+    if ours:
+        del environment[_SET]
+    try:
+        yield
+    finally:
+        if ours:
+            environment[_SET] = _GROWING

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 import types
 from dataclasses import dataclass
@@ -79,9 +80,18 @@ class LLM:
     """Where vLLM would begin: keeps what it is given, and answers each prompt with its own first token and a stop."""
 
     def __init__(self, **settings):
-        self.settings, self.calls = settings, []
+        self.settings, self.calls, self.asleep = settings, [], []
+        self.environment = dict(os.environ)
+
+    def sleep(self, level):
+        assert level == 1 and self.asleep[-1:] != [True]  # its weights are kept
+        self.asleep.append(True)
+
+    def wake_up(self):
+        self.asleep.append(False)
 
     def generate(self, prompts, parameters, *, lora_request, use_tqdm):
+        assert self.asleep[-1] is False
         self.calls.append((prompts, parameters, lora_request))
         ids = [prompt["prompt_token_ids"] for prompt in prompts]
         return [
@@ -143,3 +153,21 @@ def test_a_broken_adapter_or_a_full_prompt_is_refused(vllm, tiny_model, tmp_path
     (tmp_path / "adapter_config.json").write_text("{half")
     with pytest.raises(TellError, match=r"adapter_config\.json"), engine.adapter(tmp_path):
         pass
+
+
+def test_it_sleeps_between_answers_and_gives_memory_back(vllm, tiny_model, monkeypatch):
+    """Its process begins without the segments that our own allocator grows, which it cannot sleep with."""
+    name = "PYTORCH_CUDA_ALLOC_CONF"
+    folder = tiny_model("llama")
+    model = load(folder)
+    monkeypatch.setenv(name, "expandable_segments:True")
+    engine = VllmEngine(folder, model, max_positions=100, rank=4)
+    assert name not in engine.llm.environment and os.environ[name] == "expandable_segments:True"
+    assert engine.llm.settings["enable_sleep_mode"] and engine.llm.asleep == [True]
+    engine.generate([[5]], Decoding(4, (2,)))
+    monkeypatch.setattr(engine.llm, "generate", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        engine.generate([[5]], Decoding(4, (2,)))
+    assert engine.llm.asleep == [True, False, True, False, True]
+    monkeypatch.setenv(name, "max_split_size_mb:64")
+    assert VllmEngine(folder, model, max_positions=100, rank=4).llm.environment[name] == "max_split_size_mb:64"

@@ -12,11 +12,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
+
 from tell.decode.engine_rows import Answer
 from tell.decode.room import answer_limits
 from tell.decode.sampler import Decoding
 from tell.errors import TellError
 from tell.folder import AdapterFolder
+from tell.pass_memory import fixed_segments
 from tell.train.lora import adapter_applied
 
 if TYPE_CHECKING:
@@ -96,13 +99,15 @@ def reserved_rank(rank: int) -> int:
 class VllmEngine:
     """Decodes with vLLM; the counterpart of ``Engine``.
 
+    Between answers vLLM sleeps: it keeps its weights in the machine's memory and gives the GPU's back to training.
+
     Args:
         folder: the base model's files.
         model: the base model as training holds it.
         max_positions: longest sequence, in tokens; capped at ``LONGEST``.
         dtype: ``bf16``, ``fp16`` or ``fp32``.
         rank: highest rank of the adapters to use.
-        memory: share of the GPU's memory that vLLM may hold; training needs the rest.
+        memory: share of the GPU's memory that vLLM may hold while it answers.
     """
 
     name = "vllm"
@@ -121,16 +126,19 @@ class VllmEngine:
 
         self.model, self.device = model, model.device
         self.max_positions = max_positions = min(max_positions, LONGEST)
-        self.llm = LLM(
-            model=str(folder),
-            dtype={"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[dtype],
-            max_model_len=max_positions,
-            enable_prefix_caching=True,
-            enable_lora=True,
-            max_lora_rank=reserved_rank(rank),
-            gpu_memory_utilization=memory,
-            skip_tokenizer_init=True,  # token ids in, token ids out
-        )
+        with fixed_segments():  # with growing ones it cannot sleep
+            self.llm = LLM(
+                model=str(folder),
+                dtype={"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[dtype],
+                max_model_len=max_positions,
+                enable_prefix_caching=True,
+                enable_sleep_mode=True,
+                enable_lora=True,
+                max_lora_rank=reserved_rank(rank),
+                gpu_memory_utilization=memory,
+                skip_tokenizer_init=True,  # token ids in, token ids out
+            )
+        self.llm.sleep(level=1)
         self._numbers: dict[tuple[str, int], int] = {}
         self._lora: LoRARequest | None = None  # of the adapter in use
 
@@ -143,6 +151,16 @@ class VllmEngine:
                 yield
             finally:
                 self._lora = before
+
+    @contextmanager
+    def _awake(self) -> Iterator[None]:
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # what training holds no more
+        self.llm.wake_up()
+        try:
+            yield
+        finally:
+            self.llm.sleep(level=1)
 
     def _request(self, folder: Path | None) -> LoRARequest | None:
         """vLLM caches adapters by number: one retrained in the same folder gets a new number."""
@@ -183,12 +201,13 @@ class VllmEngine:
         if not prompts:
             return []
         parameters = [SamplingParams(**sampling(decoding, row, limit)) for row, limit in enumerate(limits)]
-        outputs = self.llm.generate(
-            [{"prompt_token_ids": list(prompt)} for prompt in prompts],
-            parameters,
-            lora_request=self._lora,
-            use_tqdm=False,
-        )
+        with self._awake():
+            outputs = self.llm.generate(
+                [{"prompt_token_ids": list(prompt)} for prompt in prompts],
+                parameters,
+                lora_request=self._lora,
+                use_tqdm=False,
+            )
         answers = []
         for row, output in enumerate(outputs):
             done = output.outputs[0]
