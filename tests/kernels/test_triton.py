@@ -155,7 +155,7 @@ def test_nan_is_not_hidden(triton_path):
 def test_the_loss_takes_the_kernel_with_and_without_a_soft_cap(softcap, monkeypatch):
     calls, original = [], TritonKernels.cross_entropy
     monkeypatch.setattr(TritonKernels, "cross_entropy", lambda *args: calls.append(args) or original(*args))
-    monkeypatch.setattr(loss_module, "BLOCK", 4)
+    monkeypatch.setattr(loss_module, "LOSS_ROWS", 4)
     hidden, head, targets = leaf(9, 16, dtype=torch.float32), torch.randn(50, 16), torch.arange(9)
     weights = torch.rand(9)
     loss, nll = blocked_cross_entropy(hidden, head, targets, weights, softcap)

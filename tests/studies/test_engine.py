@@ -277,11 +277,11 @@ def test_one_model_for_all_cells(recipe, tmp_path, monkeypatch):
 
 def test_the_untuned_model_is_measured_once(recipe, tmp_path, monkeypatch):
     """Three sets of general rows, and validation rows with and without the anchor: not anew for each cell."""
-    from tell.train import step
+    from tell.train import row_losses
 
     calls = []
-    original = step.row_losses
-    monkeypatch.setattr(step, "row_losses", lambda *a, **k: calls.append(a) or original(*a, **k))
+    original = row_losses.row_losses
+    monkeypatch.setattr(row_losses, "row_losses", lambda *a, **k: calls.append(a) or original(*a, **k))
     tell.run_study(recipe(config={"eval": {"forgetting_answers": 2}}), root=tmp_path / "studies")
     assert len(calls) == (3 + 2) + 3 * (3 + 1)  # the untuned model's own, and each of three trained ones'
     changes = [

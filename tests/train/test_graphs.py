@@ -283,7 +283,7 @@ def test_a_captured_pass_reads_and_sends_nothing(family, soft, tiny_model):
 
 def estimated_rows(soft):
     """Rows of a task and of general instructions, by their texts: four characters a token, half of them trained."""
-    root = Path(tell.__file__).parents[2]
+    root = Path(__file__).parents[2]  # not the package: it may be installed elsewhere
     task = (root / "examples" / "support" / "train.jsonl").read_text().splitlines()
     general = (Path(tell.__file__).parent / "data" / "builtin" / "prompts.jsonl").read_text().splitlines()
 
