@@ -30,20 +30,36 @@ def interpreted_code() -> ModuleType:
 def interpretation() -> Iterator[TritonKernels]:
     """Interprets inside: Triton's own functions (``tl.sum``) too, which a loaded Triton has made for its compiler."""
     import triton.language as tl
+    from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpretedFunction
     from triton.runtime.jit import JITFunction
 
     import tell.kernels.triton_kernels  # noqa: F401  # the process's own are not to be made while the switch is set
 
+    before: dict[tuple[int, str], tuple[object, str, object]] = {}
+    exchange = interpreter._LangPatchScope.set_attr
+
+    def set_attr(self, owner, name, value):
+        before.setdefault((id(owner), name), (owner, name, getattr(owner, name, interpreter._MISSING)))
+        exchange(self, owner, name, value)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(SWITCH, "1")
+        patch.setattr(interpreter._LangPatchScope, "set_attr", set_attr)
         for name, function in list(vars(tl.standard).items()):
             if isinstance(function, JITFunction):
                 twin = InterpretedFunction(function.fn)
                 patch.setattr(tl.standard, name, twin)
                 if getattr(tl, name, None) is function:
                     patch.setattr(tl, name, twin)
-        yield TritonKernels(interpreted_code())
+        try:
+            yield TritonKernels(interpreted_code())
+        finally:  # a function that a kernel calls leaves the language exchanged, and the compiler would use that
+            for owner, name, value in before.values():
+                if value is not interpreter._MISSING:
+                    setattr(owner, name, value)
+                elif name in vars(owner):
+                    delattr(owner, name)
 
 
 @contextmanager
