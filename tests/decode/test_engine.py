@@ -269,24 +269,28 @@ class Desk:
         return [self.request(i) for i in ready]
 
 
+def check_arrivals(engine, alone_engine, limits, *, greedy):
+    """Each answer is that of the prompt alone with its seed, by ``alone_engine``; who leaves ends his own row only."""
+    prompts = prompts_of((3, 45, 20, 1, 33, 70), prefix=7)
+    decoding = Decoding(1, (), greedy=greedy, batch_size=4, seed=0)
+    desk = Desk(prompts, limits, {2: 3, 3: 10, 4: 11, 5: 40})
+    desk.leaves[3] = 8
+    engine.serve([desk.request(0), desk.request(1)], decoding, desk.arrivals, prefix=prompts[0][:7])
+    assert not desk.later and len(desk.ended) == 6
+    for i, prompt in enumerate(prompts):
+        rule = dataclasses.replace(decoding, max_new_tokens=limits[i], seed=5)
+        alone = alone_engine.generate([prompt], rule)[0]
+        if i == 3:
+            alone = engines.Answer(alone.ids[:8], "stop")
+        assert desk.ended[i] == alone and desk.tokens[i] == alone.ids
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 @pytest.mark.parametrize("greedy", [True, False])
 def test_requests_that_arrive_while_others_are_answered(family, greedy, tiny_model):
-    """Each answer is that of the prompt alone with its seed; who leaves ends his own row only."""
     for fast in (True, False):
         engine = Engine(load(tiny_model(family)), fast=fast)
-        prompts = prompts_of((3, 45, 20, 1, 33, 70), prefix=7)
-        limits = [30, 12, 25, 40, 18, 9]
-        decoding = Decoding(1, (), greedy=greedy, batch_size=4, seed=0)
-        desk = Desk(prompts, limits, {2: 3, 3: 10, 4: 11, 5: 40})
-        desk.leaves[3] = 8
-        engine.serve([desk.request(0), desk.request(1)], decoding, desk.arrivals, prefix=prompts[0][:7])
-        assert not desk.later and len(desk.ended) == 6
-        for i, prompt in enumerate(prompts):
-            alone = engine.generate([prompt], dataclasses.replace(decoding, max_new_tokens=limits[i], seed=5))[0]
-            if i == 3:
-                alone = engines.Answer(alone.ids[:8], "stop")
-            assert desk.ended[i] == alone and desk.tokens[i] == alone.ids
+        check_arrivals(engine, engine, [30, 12, 25, 40, 18, 9], greedy=greedy)
 
 
 def test_a_request_that_does_not_fit_waits(tiny_model, monkeypatch):

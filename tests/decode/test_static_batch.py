@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 
 import tiny
 from decode.static import Operations, static_engine, storages
-from decode.test_engine import Desk, answers, prompts_of, reference
+from decode.test_engine import answers, check_arrivals, prompts_of, reference
 from decode.test_grammar import SCHEMA, grammar
 from decode.test_guide import PROMPTS, label_guides
 from tell.decode import static_batch
 from tell.decode.batch import PlainBatch
 from tell.decode.engine import TOLERANCE, Engine
-from tell.decode.engine_rows import Answer, Request
+from tell.decode.engine_rows import Request
 from tell.decode.guide import Vocabulary
 from tell.decode.kv_cache import PrefillPlan, Store
 from tell.decode.layers import describe
@@ -79,18 +79,7 @@ def test_sampled_answers_equal_those_of_transformers_layers(family, tiny_model):
 def test_requests_that_arrive_while_others_are_answered(greedy, tiny_model):
     model = load(tiny_model("gemma2"))
     (engine, _), plain = static_engine(model), Engine(model, fast=False)
-    prompts = prompts_of((3, 45, 20, 1, 33, 70), prefix=7)
-    limits = [14, 6, 12, 20, 9, 5]
-    decoding = Decoding(1, (), greedy=greedy, batch_size=4, seed=0)
-    desk = Desk(prompts, limits, {2: 3, 3: 10, 4: 11, 5: 40})
-    desk.leaves[3] = 8
-    engine.serve([desk.request(0), desk.request(1)], decoding, desk.arrivals, prefix=prompts[0][:7])
-    assert not desk.later and len(desk.ended) == 6
-    for i, prompt in enumerate(prompts):
-        alone = plain.generate([prompt], dataclasses.replace(decoding, max_new_tokens=limits[i], seed=5))[0]
-        if i == 3:
-            alone = Answer(alone.ids[:8], "stop")
-        assert desk.ended[i] == alone and desk.tokens[i] == alone.ids
+    check_arrivals(engine, plain, [14, 6, 12, 20, 9, 5], greedy=greedy)
 
 
 def test_who_needs_the_host_does_not_join_steps_that_do_without(tiny_model):

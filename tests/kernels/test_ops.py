@@ -230,9 +230,7 @@ def unfolded(init):
     return without
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("dropout", [0.0, 0.4])
-def test_gated_projection_equals_its_parts(dtype, dropout):
+def check_gated_projection(dtype, dropout):
     """Recomputing the gated product on the way back changes nothing, dropout's mask included."""
     g, u = leaf(9, 24, dtype=dtype), leaf(9, 24, dtype=dtype, seed=1)
     weight = leaf(10, 24, dtype=dtype, seed=2).detach()
@@ -245,6 +243,12 @@ def test_gated_projection_equals_its_parts(dtype, dropout):
     assert torch.equal(whole, parts)
     for actual, wanted in zip(gradients(whole, [g, u, a, b]), gradients(parts, [g, u, a, b]), strict=True):
         close(actual, wanted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_gated_projection_equals_its_parts(dtype, dropout):
+    check_gated_projection(dtype, dropout)
 
 
 def test_projection_draws_a_mask_for_each_layer_and_keeps_it_for_the_way_back():

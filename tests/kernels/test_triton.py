@@ -11,14 +11,14 @@ from torch.nn import functional as F
 
 import tell.train.loss as loss_module
 from kernels.interpreted import in_place_of_c, interpretation
-from kernels.test_ops import close, double, gradients, leaf
+from kernels.test_ops import check_gated_projection, close, double, gradients, leaf
 from tell.config_sections import TrainConfig
 from tell.kernels import triton_trial
 from tell.kernels.draws import device_seed
 from tell.kernels.ops import GELU_TANH, SILU, kernels_for, threshold_of, why_none
 from tell.kernels.triton_ops import HeadLayout, TritonKernels
 from tell.train.fast.fused import fuse_modules, path_notes
-from tell.train.fast.fused_ops import Gated, GatedProjection, Heads, Projection, RmsNorm
+from tell.train.fast.fused_ops import Gated, Heads, Projection, RmsNorm
 from tell.train.fast.stacked import Stack
 from tell.train.lora import add_lora
 from tell.train.loss import blocked_cross_entropy
@@ -202,17 +202,7 @@ def test_the_shift_draws_other_masks_and_is_undone(triton_path):
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gated_projection_equals_its_parts(dropout, dtype):
-    g, u = leaf(9, 24, dtype=dtype), leaf(9, 24, dtype=dtype, seed=1)
-    weight = leaf(10, 24, dtype=dtype, seed=2).detach()
-    a, b = leaf(3, 24, dtype=torch.float32, seed=3), leaf(10, 3, dtype=torch.float32, seed=4)
-    stack = Stack(weight, None, (10,), (2.0,), dropout)
-    torch.manual_seed(5)
-    whole = GatedProjection.apply(g, u, SILU, stack, a, b)
-    torch.manual_seed(5)
-    (parts,) = Projection.apply(Gated.apply(g, u, SILU), stack, a, b)
-    assert torch.equal(whole, parts)
-    for actual, wanted in zip(gradients(whole, [g, u, a, b]), gradients(parts, [g, u, a, b]), strict=True):
-        close(actual, wanted)
+    check_gated_projection(dtype, dropout)
 
 
 def test_masks_of_a_projection_are_those_of_its_way_back():

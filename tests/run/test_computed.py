@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import torch
 
 from run.runs import open_session
+from tell.config_sections import ModelConfig
 from tell.decode.sampler import Decoding
 from tell.progress import Silent
 from tell.run import computed
@@ -102,7 +103,8 @@ def test_a_run_on_the_plain_path_does_not_claim_kernels(tiny_model, tmp_path, mo
     assert notices.computed == {}
     Trainer(load(tiny_model("llama")), off, hooks=hooks)
     loaded = SimpleNamespace(model=SimpleNamespace(), device=torch.device("cpu"), why="fp32")
-    session = SimpleNamespace(load=lambda: (loaded, SimpleNamespace(name="own")), config=SimpleNamespace(model=None))
+    engine = SimpleNamespace(name="own", how="", fallback="")
+    session = SimpleNamespace(load=lambda: (loaded, engine), config=SimpleNamespace(model=ModelConfig()))
     monkeypatch.setattr(fused, "fused_counts", lambda model: {"norm": 61})
     monkeypatch.setattr(fused, "path_notes", lambda model: ["attention: flash attention (torch)"])
     found = describe(session, notices)

@@ -18,9 +18,17 @@ if TYPE_CHECKING:
 
 
 class DecodingEngine(Protocol):
-    """Decodes with a base model, or inside ``adapter`` with a fine-tuned one."""
+    """Decodes with a base model, or inside ``adapter`` with a fine-tuned one.
+
+    Attributes:
+        name: in ``generate.engine``.
+        how: in words, how the last answers were decoded; "" where there were none.
+        fallback: why it decodes where another engine was wanted; "" where none was.
+    """
 
     name: str
+    how: str
+    fallback: str
     device: torch.device
     max_positions: int
 

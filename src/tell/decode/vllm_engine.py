@@ -111,6 +111,7 @@ class VllmEngine:
     """
 
     name = "vllm"
+    how = fallback = ""
 
     def __init__(
         self,

@@ -59,7 +59,7 @@ def describe(session: Session, notices: Notices) -> dict[str, str]:
 
     loaded, engine = session.load()
     found = {"device": _device(loaded.device.type), "number format": loaded.why}
-    found["base weights"] = getattr(session.config.model, "base", "full").replace("full", "not quantised")
+    found["base weights"] = session.config.model.base.replace("full", "not quantised")
     counts = fused_counts(loaded.model)
     fused = [f"{count} {part}" for part, count in (counts or {}).items() if count]
     found["kernels"] = f"fused: {', '.join(fused)}" if fused else "transformers' own operations"
@@ -80,7 +80,7 @@ def answering(session: Session, *, tuned: bool) -> list[str]:
     from tell.train.unmerged import is_unmerged
 
     own = session.engine.name == "own"
-    if own and not getattr(session.engine, "how", ""):
+    if own and not session.engine.how:
         return []
     notes = [f"decoding: {_decoding(session.engine)}"]
     if tuned and own:
@@ -92,7 +92,7 @@ def answering(session: Session, *, tuned: bool) -> list[str]:
 
 def _decoding(engine: DecodingEngine) -> str:
     name = "vLLM" if engine.name == "vllm" else "TELL's own engine"
-    return ", ".join(filter(None, (name, getattr(engine, "how", ""), getattr(engine, "fallback", ""))))
+    return ", ".join(filter(None, (name, engine.how, engine.fallback)))
 
 
 def _device(kind: str) -> str:
