@@ -10,7 +10,7 @@ from tell.errors import TellError
 from tell.kernels.quantised import QuantisedLinear
 from tell.models import base as base_module
 from tell.models import load
-from tell.models.base import check_base, weight_bytes
+from tell.models.base import check_base, check_planned_model, weight_bytes
 from tell.models.find import find_model
 from tell.models.load import load_model, placed, read_weights
 
@@ -30,6 +30,13 @@ def test_refused_by_the_loader_before_anything_is_read(tiny_model, monkeypatch):
     monkeypatch.setattr(load, "read_weights", lambda *a: pytest.fail("weights are read"))
     with pytest.raises(TellError, match=r"model\.base=nf4"):
         load_model(find_model(str(tiny_model("llama"))), device="cpu", base="nf4")
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_fp16_on_a_cpu_is_refused_before_anything_is_planned(installed):
+    with pytest.raises(TellError, match=r"model\.dtype: fp16 .* on cpu is not supported"):
+        check_planned_model(make_config({"model": {"dtype": "fp16", "device": "cpu"}}).model, installed=installed)
+    check_planned_model(make_config({"model": {"dtype": "fp16", "device": "cuda"}}).model, installed=installed)
 
 
 def test_a_missing_bitsandbytes_is_named_with_its_extra(monkeypatch):

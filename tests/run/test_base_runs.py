@@ -33,7 +33,7 @@ def behind(monkeypatch):
     """No refusal, and the CPU in the GPU's place."""
     monkeypatch.setattr(load, "check_base", lambda *a, **k: None)
     for module in (task_module, tune_module, check_export):
-        monkeypatch.setattr(module, "check_planned_base", lambda *a, **k: None)
+        monkeypatch.setattr(module, "check_planned_model", lambda *a, **k: None)
     monkeypatch.setattr(load, "placed", lambda device: {"device_map": {"": str(device)}})
 
 

@@ -12,7 +12,7 @@ import yaml
 
 import tell
 from studies.studies import numbers
-from tell.errors import Interrupted
+from tell.errors import Interrupted, TellError
 from tell.run.stop import Stop
 from tell.studies import queue as queues
 from tell.studies import study as study_module
@@ -196,3 +196,9 @@ def test_processes_share_the_cores(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     with _threads(4):
         assert os.environ["OMP_NUM_THREADS"] == "3"
+
+
+def test_negative_minutes_are_refused_before_anything_is_written(recipe, tmp_path):
+    with pytest.raises(TellError, match="--minutes: -1 is negative"):
+        tell.run_study(recipe(), root=tmp_path / "studies", execution=Execution(minutes=-1))
+    assert not (tmp_path / "studies").exists()

@@ -11,7 +11,7 @@ from tell.data.example import Example
 from tell.data.subset import take_rows
 from tell.errors import TellError
 from tell.exports.target import Reader, Source, Target
-from tell.models.base import check_planned_base
+from tell.models.base import check_planned_model
 from tell.run.answers import Prompting, scorer_of
 from tell.run.session import own_engine
 from tell.score.intervals import difference, estimate
@@ -48,7 +48,7 @@ def check_export(target: Target, source: Source, folder: Path, *, required: bool
     try:
         if isinstance(reader, str):
             raise TellError(reader, where="--check", remedy="Leave it out, or install that runtime.")
-        check_planned_base(source.opened.config.model)  # the run's own answers need its base weights here
+        check_planned_model(source.opened.config.model)  # the run's own answers need its base weights here
         rows = _rows(source)
     except TellError as error:
         if required:

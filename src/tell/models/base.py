@@ -42,13 +42,14 @@ def check_base(base: str, device: str, *, installed: bool = True) -> None:
         )
 
 
-def check_planned_base(model: ModelConfig, *, installed: bool = True) -> None:
-    """`check_base` before torch is loaded, for the device that the model will probably compute on.
+def check_planned_model(model: ModelConfig, *, installed: bool = True) -> None:
+    """`check_base` and `machine.check_dtype` before torch is loaded, for the device that it will probably compute on.
 
     Raises:
-        TellError: as `check_base`.
+        TellError: as these.
     """
     device = machine.likely_device() if model.device == "auto" else model.device
+    machine.check_dtype(model.dtype, device)
     check_base(model.base, device, installed=installed)
 
 

@@ -70,9 +70,7 @@ def choose_dtype(dtype: str, device: torch.device) -> tuple[torch.dtype, str]:
     Raises:
         TellError: unknown name, or fp16 elsewhere than on an NVIDIA GPU.
     """
-    if dtype == "fp16" and device.type != "cuda":
-        why = f"fp16 was requested, but training in it on {device.type} is not supported"
-        raise TellError(why, where="model.dtype", remedy="Use auto, bf16 or fp32.")
+    machine.check_dtype(dtype, device.type)
     if dtype in _DTYPES:
         return _DTYPES[dtype], f"{dtype}: as requested"
     if dtype != "auto":

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tell.cpu import cpu_level
+from tell.errors import TellError
 from tell.pass_memory import host_memory
 
 BF16_CAPABILITY = 8.0  # of a GPU: Ampere
@@ -126,6 +127,17 @@ def device_memory(device: str) -> tuple[float, float] | None:
     if "torch" not in sys.modules or device not in _memory:
         _memory[device] = gpu_memory() if device == "cuda" else host_memory() if device == "cpu" else None
     return _memory[device]
+
+
+def check_dtype(dtype: str, device: str) -> None:
+    """Refuse a number format that ``device`` does not train in.
+
+    Raises:
+        TellError: fp16 elsewhere than on a GPU of CUDA.
+    """
+    if dtype == "fp16" and device != "cuda":
+        why = f"fp16 was requested, but training in it on {device} is not supported"
+        raise TellError(why, where="model.dtype", remedy="Use auto, bf16 or fp32.")
 
 
 def likely_dtype(device: str) -> str:

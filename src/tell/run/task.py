@@ -24,7 +24,7 @@ from tell.data.unlabelled import Prompts, load_prompts_of
 from tell.errors import TellError
 from tell.files import read_text
 from tell.mix.mixture import GENERAL, Mixture
-from tell.models.base import check_planned_base
+from tell.models.base import check_planned_model
 from tell.models.find import ModelFiles, find_model, find_tokenizer
 from tell.models.machine import device_memory, likely_place
 from tell.models.wheel import HUB_NAME
@@ -176,7 +176,7 @@ def load_task(config: Config, display: Display | None = None) -> Task:
     memory = device_memory(likely_place(config.model.device, config.model.dtype).device)
     read = read_task(config)
     anchor_of(config)  # report a missing @FILE before searching for the model
-    check_planned_base(config.model, installed=False)
+    check_planned_model(config.model, installed=False)
     with notices.display.bar("find the model", None):
         files = find_model(
             config.model.name,

@@ -11,7 +11,7 @@ from tell.data.general import general_source
 from tell.files import write_json
 from tell.folder import RunFolder
 from tell.mix.orderings import get_ordering
-from tell.models.base import check_planned_base
+from tell.models.base import check_planned_model
 from tell.progress import Display
 from tell.report.page import write_page
 from tell.rows.row_table import RowTable
@@ -138,7 +138,7 @@ def open_session(
     config = decoding_beside(task.config, processes)
     if config.model.dtype != task.config.model.dtype:
         task.notices.add("the run computes in fp32: shards are not trained in fp16, and the GPU has no bf16")
-    check_planned_base(config.model)
+    check_planned_model(config.model)
     constrained = any_constrained(config, task.kind.name, config.eval.arms)
     check_engine(config, decides=task.decides, constrains=constrained)
     check, models = journal.stop.check, models or ModelCache()

@@ -90,6 +90,9 @@ def run_study(
         Interrupted: SIGINT or SIGTERM; tables and page show what is finished, and the same call resumes. A time limit
             ends the call as if all were done.
     """
+    if execution.minutes is not None and execution.minutes < 0:
+        remedy = "Give at least 0; 0 draws what is there and begins nothing."
+        raise TellError(f"{execution.minutes:g} is negative", where="--minutes", remedy=remedy)
     begin, seconds = time.monotonic(), None if execution.minutes is None else 60 * execution.minutes
     display = display or Silent()
     study = open_study(recipe, data=data, changes=changes, out=out, root=root, display=display)
