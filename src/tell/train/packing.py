@@ -65,45 +65,22 @@ class PackTargets(NamedTuple):
     probs: Tensor
 
 
-class PackedRows(NamedTuple):
-    """The rows of one forward pass, packed, on the CPU.
+@dataclass(slots=True, kw_only=True)
+class PassTensors:
+    """The tensors of one forward pass over packed rows.
 
     Attributes:
-        lengths, prefix, ahead: as of ``PackedPlan``.
         ids: (T,) int64 tokens, the shared prefix once at the start.
         predictors: (n,) index into T of the state that predicts each trained token.
         targets: (n,) the trained tokens.
         row: (n,) index of the row of each trained token.
         trained: (rows,) trained tokens of each row.
-        source: (rows,) source index of each row.
+        source: (rows,) source index of each row, on the CPU.
         real: tokens of the rows before sharing.
+        prefix: as of ``PackedPlan``.
         soft: distributions to train on instead of ``targets``; None where no row has any.
     """
 
-    lengths: list[int]
-    prefix: int
-    ahead: list[int]
-    ids: Tensor
-    predictors: Tensor
-    targets: Tensor
-    row: Tensor
-    trained: Tensor
-    source: Tensor
-    real: int
-    soft: PackTargets | None
-
-
-@dataclass(slots=True)
-class Pack:
-    """The rows of one forward pass as its computation needs them, on the model's device.
-
-    Attributes:
-        plan: what attends to what.
-        ids, predictors, targets, row, trained, soft: as of ``PackedRows``.
-        source, real, prefix: as of ``PackedRows``, on the CPU.
-    """
-
-    plan: Plan
     ids: Tensor
     predictors: Tensor
     targets: Tensor
@@ -113,6 +90,21 @@ class Pack:
     real: int
     prefix: int = 0
     soft: PackTargets | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class PackedRows(PassTensors):
+    """The rows of one forward pass, packed, on the CPU; ``lengths`` and ``ahead`` are as of ``PackedPlan``."""
+
+    lengths: list[int]
+    ahead: list[int]
+
+
+@dataclass(slots=True, kw_only=True)
+class Pack(PassTensors):
+    """The same on the model's device, with what attends to what."""
+
+    plan: Plan
 
 
 def row_weights(rows: Sequence[TrainRow]) -> Tensor | None:
@@ -186,9 +178,9 @@ def pack_rows(rows: Sequence[TrainRow], *, share_prefix: bool, device: torch.dev
         return torch.from_numpy(np.concatenate(parts).astype(np.int64))
 
     return PackedRows(
-        [len(row.ids) - cut for row, cut in zip(rows, ahead, strict=True)],
-        prefix,
-        ahead,
+        lengths=[len(row.ids) - cut for row, cut in zip(rows, ahead, strict=True)],
+        prefix=prefix,
+        ahead=ahead,
         ids=tensor(pieces),
         predictors=tensor(predictors),
         targets=tensor(targets),
@@ -204,7 +196,7 @@ def pack(rows: Sequence[TrainRow], *, share_prefix: bool, device: torch.device |
     """``pack_rows`` on ``device``, with its plan."""
     host = pack_rows(rows, share_prefix=share_prefix, device=device)
     return Pack(
-        packed_plan(host.lengths, prefix=host.prefix, ahead=host.ahead, device=device),
+        plan=packed_plan(host.lengths, prefix=host.prefix, ahead=host.ahead, device=device),
         ids=send(host.ids, device),
         predictors=send(host.predictors, device),
         targets=send(host.targets, device),

@@ -200,7 +200,7 @@ def static_pack(tensors: dict[str, Tensor], shape: Shape, find: Find) -> Pack:
     if shape.soft:
         soft = PackTargets(*(tensors[name] for name in ("soft_at", "hard", "soft_ids", "soft_probs")))
     return Pack(
-        StaticPlan(Layout(tensors["positions"], sequences, copies), find),
+        plan=StaticPlan(Layout(tensors["positions"], sequences, copies), find),
         ids=tensors["ids"],
         predictors=tensors["predictors"],
         targets=tensors["targets"],
