@@ -407,3 +407,12 @@ def test_a_search_that_is_none(tmp_path: Path, arms: object) -> None:
 )
 def test_notes_are_sentences_and_names_stay_as_they_are(note: str, sentence: str) -> None:
     assert prose(note) == sentence
+
+
+def test_the_machine_is_described_once(tmp_path: Path) -> None:
+    folder = make_sample(tmp_path)
+    findings = json.loads(folder.findings.read_text())
+    findings["computed"]["number format"] = findings["machine"]["dtype_reason"]
+    write_json(folder.findings, findings)
+    text = write_page(folder).read_text()
+    assert text.count(findings["machine"]["dtype_reason"]) == 1 and findings["machine"]["cpu"] in text

@@ -223,14 +223,16 @@ ORIGINS = {
 
 def again(run: Run) -> dict[str, object]:
     """Everything needed to reproduce the run."""
-    machine = mapping(run.findings, "machine")
+    computed = mapping(run.findings, "computed")
+    told = {str(value) for value in computed.values()}
+    machine = {k: v for k, v in flatten(mapping(run.findings, "machine")).items() if str(v) not in told}
     arms = mapping(run.metrics, "train", "arms")
     keys = [(k, label, show) for k, label, show in TRAIN if any(get(a, k) is not None for a in arms.values())]
     return {
         "command": run.findings.get("command"),
         "versions": list(mapping(run.findings, "versions").items()),
-        "computed": "; ".join(f"{k}: {v}" for k, v in mapping(run.findings, "computed").items()),
-        "machine": [(k.replace("_", " "), _value(v)) for k, v in flatten(machine).items()],
+        "computed": "; ".join(f"{k}: {v}" for k, v in computed.items()),
+        "machine": [(k.replace("_", " "), _value(v)) for k, v in machine.items()],
         "seed": run.config.get("seed"),
         "config": run.config_text,
         "digest": run.manifest.digest if run.manifest else None,
