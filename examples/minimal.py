@@ -41,7 +41,7 @@ def main(model: str = "smollm2-135m", out: str = "runs/minimal") -> tell.RunFold
         trained = tell.train_arms(prepared, prepared.trained, session, journal)
         measured = tell.measure_arms(prepared, trained, session, journal)
         metrics = tell.run_metrics(prepared, trained, measured)
-        tell.write_results(folder, metrics, tell.Findings.of(prepared, session.loaded, seconds=journal.seconds))
+        tell.write_results(folder, metrics, tell.Findings.of(prepared, session, seconds=journal.seconds))
     for arm, found in metrics.arms.items():
         print(arm, {name: score["value"] for name, score in found.items()})
     print(tell.write_report(folder))

@@ -18,9 +18,9 @@ VLLM = {"vllm": ">=0.33,<0.34", "torch": "==2.14.0", "transformers": ">=5.16.1,<
 def pins(name: str) -> dict[str, str]:
     """Version by package of a constraints file."""
     lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
-    found = [line.split("==") for line in lines if line and not line.startswith("#")]
-    assert len({canonicalize_name(package) for package, _ in found}) == len(found), "a package is pinned twice"
-    return {canonicalize_name(package): version.strip() for package, version in found}
+    found = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    assert len({canonicalize_name(pin.name) for pin in found}) == len(found), "a package is pinned twice"
+    return {canonicalize_name(pin.name): str(pin.specifier).removeprefix("==") for pin in found}
 
 
 def wanted(extras: set[str]) -> list[Requirement]:
