@@ -1,4 +1,4 @@
-"""Stages that check: what is installed, attention, resuming, losses against the CPU, merging."""
+"""Stages that check: what is installed, attention, resuming, losses against the CPU, a capture that fails."""
 
 from __future__ import annotations
 
@@ -7,19 +7,16 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
 
 from bench.gpu import runners
-from bench.gpu.goals import BIG
-from bench.gpu.run import Run, make_model, rows_for
+from bench.gpu.run import Run, first_line, make_model, now, rows_for
 
 PACKAGES = (
     "triton", "transformers", "peft", "accelerate", "bitsandbytes", "trl", "unsloth", "liger-kernel", "flash-attn",
@@ -40,12 +37,11 @@ def facts(run: Run) -> dict[str, Any]:
         from tell.models.machine import gpu
 
         card = torch.cuda.get_device_properties(0)
+        out |= {"gpu": card.name, "nvidia-smi": gpu(), "memory_gib": round(card.total_memory / 2**30, 1)}
+        run.save()
         x, y = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
         a, b = (torch.empty(2**31, dtype=torch.uint8, device="cuda") for _ in range(2))
         out |= {
-            "gpu": card.name,
-            "nvidia-smi": gpu(),
-            "memory_gib": round(card.total_memory / 2**30, 1),
             "matmul_tflops": round(2 * 8192**3 / _seconds(lambda: x @ y) / 1e12, 1),
             "copy_tb_s": round(2 * 2**31 / _seconds(lambda: b.copy_(a)) / 1e12, 2),
         }
@@ -58,11 +54,11 @@ def _seconds(call: Any, times: int = 10) -> float:
     for _ in range(3):
         call()
     torch.cuda.synchronize()
-    begin = time.perf_counter()
+    begin = now()
     for _ in range(times):
         call()
     torch.cuda.synchronize()
-    return (time.perf_counter() - begin) / times
+    return (now() - begin) / times
 
 
 def attention(run: Run) -> dict[str, Any]:
@@ -95,8 +91,9 @@ def attention(run: Run) -> dict[str, Any]:
             errors = [float((x.double() - y).norm() / y.norm()) for x, y in zip(*results, strict=True)]
             name = f"heads {heads}/{kv} x {width}, prefix {prefix}, window {window}"
             out[name] = [round(error, 5) for error in errors]
-            out["worst"] = max(out.get("worst", 0.0), *errors)
-            run.find(f"{name}: errors of out, dq, dk, dv", out[name], good=max(errors) <= 1e-2)
+            worst = float(np.max(errors))  # NaN where one is
+            out["worst"] = float(np.maximum(out.get("worst", 0.0), worst))
+            run.find(f"{name}: errors of out, dq, dk, dv", out[name], good=worst <= 1e-2)
     return out
 
 
@@ -105,8 +102,9 @@ def resume(run: Run) -> dict[str, Any]:
     code = "import json, sys; from bench.gpu.checks import resumed; print(json.dumps(resumed(sys.argv[1])))"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(Path.cwd()), *sys.path]))}
     done = subprocess.run(
-        [sys.executable, "-c", code, run.device], capture_output=True, text=True, timeout=180, env=environment
-    )
+        [sys.executable, "-c", code, run.device], capture_output=True, text=True, env=environment,
+        timeout=min(180.0, max(1.0, run.left)),
+    )  # fmt: skip
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"ended with status {done.returncode}"]
         run.find("resume", lines[-1], good=False)
@@ -159,10 +157,10 @@ def equal(run: Run) -> dict[str, Any]:
     """Losses and the adapter of eight steps of the Trainer: the device in each format against a CPU in fp32."""
     size, steps, batch = ("tiny", 3, 4) if run.tiny else ("smollm2-135m", 8, 16)
     rows, settings = rows_for(size, batch * steps, 0.2 if run.tiny else 0.5), {"learning_rate": 3e-4}
+    out, plan = run.stages.setdefault("equal", {}), runners.Plan(batch, 0, steps)
     model = make_model(size, "cpu", torch.float32)
     state = {key: value.clone() for key, value in model.state_dict().items()}
-    expected = runners.tell(run, model, rows, batch, settings)
-    out = run.stages.setdefault("equal", {})
+    expected = runners.tell(run, model, rows, plan, settings)
     out["cpu float32"] = [round(x, 5) for x in expected.losses]
     ways = [(torch.float32, "auto"), (torch.bfloat16, "auto"), (torch.bfloat16, "off")]
     if run.device == "cuda":  # a CPU computes in bf16 or fp32
@@ -170,10 +168,12 @@ def equal(run: Run) -> dict[str, Any]:
     for dtype, fast in ways:
         kind = str(dtype).removeprefix("torch.")
         name = kind if fast == "auto" else f"{kind} fast={fast}"
+        if name in out or run.late(f"equal, {name}", 0 if run.tiny else 3):
+            continue
         try:
             model = make_model(size, run.device, dtype)
             model.load_state_dict(state)
-            got = runners.tell(run, model, rows, batch, {**settings, "fast": fast})
+            got = runners.tell(run, model, rows, plan, {**settings, "fast": fast})
             out[name] = compared(got, expected)
             shown = ", ".join(f"{key} {out[name][key]:.2g}" for key in ("loss_gap", "norm_gap", "adapter_cosine"))
             limit = 1e-4 if dtype == torch.float32 else 1e-2
@@ -190,9 +190,10 @@ def compared(got: runners.Timed, expected: runners.Timed) -> dict[str, Any]:
     """The largest relative differences of losses and of gradient norms; fp16 skips steps, which have no norm.
 
     Raises:
-        ValueError: a loss is not finite, or no step has a norm.
+        ValueError: a loss is not finite, no step has a norm, or one of them was stopped.
     """
-    assert got.adapter is not None and expected.adapter is not None
+    if got.adapter is None or expected.adapter is None:
+        raise ValueError(f"no time left after {len(got.losses)} of {len(expected.losses)} steps")
     if not np.isfinite(got.losses).all():
         raise ValueError(f"losses are not finite: {got.losses}")
     norms = [(x, y) for x, y in zip(got.norms, expected.norms, strict=True) if x is not None and y is not None]
@@ -210,66 +211,72 @@ def compared(got: runners.Timed, expected: runners.Timed) -> dict[str, Any]:
 
 
 def _gap(pairs: Iterable[tuple[float, float]]) -> float:
-    return max(abs(x / y - 1) for x, y in pairs)
+    return float(np.max([abs(x / y - 1) for x, y in pairs]))  # NaN where one is
 
 
-def merge(run: Run) -> dict[str, Any]:
-    """Seconds and memory to apply an adapter and remove it: merged into the weights, and beside them."""
-    from tell.config_sections import TrainConfig
-    from tell.train import lora
+def capture(run: Run) -> dict[str, Any]:
+    """Whether a process goes on after a capture of a CUDA graph that failed: memory, training, another capture."""
+    out = run.stages.setdefault("capture", {})
+    if run.device != "cuda":
+        out["skipped"] = "CUDA graphs are captured on a GPU of CUDA alone"
+        run.find("a capture that fails", f"skipped: {out['skipped']}")
+        return out
+    if "failed with" in out:  # in the process before, which did not survive it
+        return out
+    from tell.train.capture import CudaCapturer
 
-    size = BIG if BIG in run.sizes else run.sizes[0]
-    stage = run.stages.setdefault("merge", {})
-    out = stage.setdefault(size, {})
-    model = make_model(size, run.device, torch.bfloat16)
-    tuned = lora.add_lora(model, TrainConfig(lora_dropout=0.0), seed=1)
-    for name, p in tuned.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(p, std=0.02)
-    with tempfile.TemporaryDirectory() as folder:
-        lora.save_adapter(tuned, Path(folder))
-        lora.remove_lora(tuned)
-        del tuned
-        before = _fingerprints(model)
-        for where, rule in (("chosen", lora._room_for_copies), ("merged", lambda _: True), ("beside", lambda _: False)):
-            try:
-                with patch.object(lora, "_room_for_copies", rule):
-                    _apply(run, model, Path(folder), before, where, size, out)
-            except Exception as error:
-                run.failed(out, where, error)
-            run.save()
-    return stage
-
-
-def _apply(run: Run, model: Any, adapter: Path, before: list[int], where: str, size: str, out: dict[str, Any]) -> None:
-    """Apply an adapter one way, and take it off; ``before``: the fingerprints without it."""
-    from tell.train import lora
-
-    run.clear()
-    held, begin = run.peak_gb(), time.perf_counter()
-    with lora.adapter_applied(model, adapter):
-        run.sync()
-        applied = time.perf_counter()
-        peak = run.peak_gb()
-        same = [x == y for x, y in zip(_fingerprints(model), before, strict=True)]
-        run.sync()
-        back = time.perf_counter()
-    run.sync()
-    ended = time.perf_counter()
-    exact = _fingerprints(model) == before
-    more = None if held is None or peak is None else round(peak - held, 2)
-    out[where] = {"apply_s": round(applied - begin, 3), "remove_s": round(ended - back, 3), "more_gb": more}
-    touched = all(same) if where == "beside" else not any(same) or where == "chosen"
-    good = exact and touched and (more is None or where != "beside" or more < 1)
-    run.find(f"adapter {size}, {where}", {**out[where], "exact": exact, "weights changed": not all(same)}, good=good)
+    out["failed with"] = _failed_capture(CudaCapturer(torch.device("cuda")))
+    for name, step in (
+        ("memory given back", torch.cuda.empty_cache),
+        ("memory taken", lambda: torch.ones(2**20, device="cuda").sum().item()),
+        ("a step trained", lambda: _one_step(run)),
+        ("another capture", lambda: _captured(CudaCapturer(torch.device("cuda")))),
+    ):
+        try:
+            step()
+            torch.cuda.synchronize()
+            out[name] = True
+        except Exception as error:
+            run.failed(out, name, error)
+            if run.lost is not None:
+                break
+    out["recovered"] = all(out.get(name) is True for name in RECOVERED)
+    run.find("recovered from a capture that failed", out, good=out["recovered"])
+    return out
 
 
-def _fingerprints(model: Any) -> list[int]:
-    """A number for the bits of each linear layer's weight, computed where it is."""
-    out = []
-    for layer in model.model.layers:
-        for module in layer.modules():
-            if isinstance(module, torch.nn.Linear):
-                bits = module.weight.detach().flatten().view(torch.int16).long()
-                out.append((bits * (torch.arange(len(bits), device=bits.device) % 65521 + 1)).sum())
-    return torch.stack(out).tolist()
+RECOVERED = ("memory given back", "memory taken", "a step trained", "another capture")
+
+
+def _failed_capture(capturer: Any) -> str:
+    """The error of a capture in whose midst the host asks for a number."""
+    x = torch.ones(16, device=capturer.device)
+
+    def work() -> None:
+        (x + 1).sum().item()
+
+    capturer.warm(work)
+    try:
+        capturer.capture(work)
+    except Exception as error:
+        return first_line(error)
+    raise AssertionError("a capture with .item() inside did not fail")
+
+
+def _one_step(run: Run) -> None:
+    model = make_model("tiny", run.device, torch.bfloat16)
+    losses = runners.tell(run, model, rows_for("tiny", 8, 0.2), runners.Plan(4, 0, 2), {}).losses
+    if not np.isfinite(losses).all():
+        raise ValueError(f"losses are not finite: {losses}")
+
+
+def _captured(capturer: Any) -> None:
+    x, y = torch.ones(16, device=capturer.device), torch.zeros(16, device=capturer.device)
+
+    def work() -> None:
+        y.add_(x)
+
+    capturer.warm(work)
+    capturer.capture(work)()
+    if y.sum().item() != 32:
+        raise ValueError("the replay computed something else")

@@ -8,6 +8,7 @@ from typing import Any
 
 BIG, SMALL = "llama3-8b", "smollm2-135m"
 PEERS = ("peers", "liger", "trl", "unsloth")  # stages
+NOT_FINITE = ("nan", "inf", "-inf")  # as JSON has them: a figure that was measured, and is wrong
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def judged(stages: Mapping[str, Any]) -> list[dict[str, Any]]:
         value: Any = known
         for key in goal.path:
             value = value.get(key) if isinstance(value, Mapping) else None
-        number = float(value) if isinstance(value, int | float) else None
+        number = float(value) if isinstance(value, int | float) or value in NOT_FINITE else None
         limits = {"accept": goal.accept, "aim": goal.aim, "unit": goal.unit, "at_most": goal.at_most}
         out.append({"name": goal.name, "value": number, **limits, "verdict": goal.verdict(number)})
     return out

@@ -11,13 +11,13 @@ import torch
 
 from bench.gpu import runners
 from bench.gpu.run import Run, make_model, rows_for
-from bench.gpu.training import FEW, SECONDS, STEPS
+from bench.gpu.training import least_seconds, plan_for, small_first
 from bench.rows import Rows
 
 
 def peers(run: Run) -> dict[str, Any]:
-    """transformers and peft over the same rows."""
-    ways = {"peft, padded x4": {"micro_rows": 4}, "peft, padded x16": {"micro_rows": 16}}
+    """transformers and peft over the same rows; first what was fastest, for the ratio is to the best."""
+    ways: dict[str, dict[str, Any]] = {f"peft, padded x{n}": {"micro_rows": n} for n in (16, 4)}
     ways["peft, padded x4, checkpointing"] = {"micro_rows": 4, "checkpointing": True}
     return compare(run, "peers", {name: partial(_peft, **options) for name, options in ways.items()})
 
@@ -30,7 +30,7 @@ def liger(run: Run) -> dict[str, Any]:
 
     apply_liger_kernel_to_llama()
     apply_liger_kernel_to_qwen3()
-    ways: dict[str, Any] = {f"peft and liger, padded x{n}": partial(_peft, micro_rows=n) for n in (4, 16)}
+    ways: dict[str, Any] = {f"peft and liger, padded x{n}": partial(_peft, micro_rows=n) for n in (16, 4)}
     if installed(run, "liger", "trl"):
         ways["trl and liger, packing"] = partial(runners.trl, way="packing", liger=True)
     return compare(run, "liger", ways)
@@ -47,7 +47,7 @@ def unsloth(run: Run) -> dict[str, Any]:
     """Unsloth over the same rows; it patches transformers for the rest of the process."""
     if not installed(run, "unsloth", "unsloth"):
         return {}
-    return compare(run, "unsloth", {f"unsloth, padded x{n}": partial(runners.unsloth, micro_rows=n) for n in (4, 16)})
+    return compare(run, "unsloth", {f"unsloth, padded x{n}": partial(runners.unsloth, micro_rows=n) for n in (16, 4)})
 
 
 def installed(run: Run, stage: str, package: str) -> bool:
@@ -58,24 +58,24 @@ def installed(run: Run, stage: str, package: str) -> bool:
     return found
 
 
-def _peft(run: Run, model: Any, rows: Rows, batch: int, **options: Any) -> runners.Timed:
-    return runners.padded(run, runners.lora(model), rows, batch, **options)
+def _peft(run: Run, model: Any, rows: Rows, plan: runners.Plan, **options: Any) -> runners.Timed:
+    return runners.padded(run, runners.lora(model), rows, plan, **options)
 
 
 def compare(run: Run, stage: str, ways: Mapping[str, Callable[..., runners.Timed]]) -> dict[str, Any]:
     """Each peer with a model of its own, at every size."""
     out = run.stages.setdefault(stage, {})
     for name, way in ways.items():
-        for size in run.sizes:
+        for size in small_first(run.sizes):
             key = f"{size}: {name}"
-            if run.late(key, SECONDS.get(size, FEW)):
+            if key in out or run.late(key, least_seconds(size)):
                 continue
-            warm, steps = STEPS.get(size, (3, 8))
-            rows = rows_for(size, run.batch * (warm + steps), run.scale)
+            plan = plan_for(run, size, graphs=False)
+            rows = rows_for(size, plan.rows, run.scale)
             run.clear()
             try:
-                timed = way(run, make_model(size, run.device, torch.bfloat16), rows, run.batch)
-                out[key] = {**timed.facts(rows, run.batch, warm), "peak_gb": run.peak_gb()}
+                timed = way(run, make_model(size, run.device, torch.bfloat16), rows, plan)
+                out[key] = {**timed.facts(rows, plan), "peak_gb": run.peak_gb()}
                 run.find(key, out[key])
             except Exception as error:  # out of memory, most likely: the next one may fit
                 run.failed(out, key, error, good=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import time
 import traceback
 from dataclasses import dataclass, field
@@ -51,26 +52,34 @@ class Run:
     stages: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     findings: list[tuple[str, Any, bool]] = field(default_factory=list)
-    begin: float = field(default_factory=time.monotonic)
+    begin: float = field(default_factory=lambda: now())
+    lost: str | None = None  # why the device computes nothing more in this process
 
     def find(self, name: str, value: Any, *, good: bool = True) -> None:
         """One line, kept in ``result.json`` too."""
         self.findings.append((name, value, good))
-        print(f"[{time.monotonic() - self.begin:6.1f}s] {'  ' if good else '! '}{name}: {value}", flush=True)
+        print(f"[{now() - self.begin:6.1f}s] {'  ' if good else '! '}{name}: {value}", flush=True)
 
     def failed(self, out: dict[str, Any], key: str, error: Exception, *, good: bool = False) -> None:
         """Keep an error as the result of ``key``, and what else is in ``out``; ``good``: it may be, as a peer's."""
         traceback.print_exc()
-        out[key] = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
+        out[key] = {"error": first_line(error)}
         self.find(key, out[key]["error"], good=good)
+        self.save()  # first of all: an error of the device may end the process
         self.clear()
 
+    @property
+    def left(self) -> float:
+        """Seconds until the deadline."""
+        return self.deadline - (now() - self.begin)
+
     def late(self, name: str, seconds: float) -> bool:
-        """Whether what takes ``seconds`` would end after the deadline; says so."""
-        late = time.monotonic() - self.begin > self.deadline - seconds
-        if late:
+        """Whether ``name`` must not begin: ``seconds``, which it takes at least, are not left (it says so), or the
+        device is lost.
+        """
+        if self.lost is None and self.left < seconds:
             self.find(name, "no time left")
-        return late
+        return self.lost is not None or self.left < seconds
 
     def save(self) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
@@ -80,8 +89,16 @@ class Run:
         }  # fmt: skip
         (self.out / "goals.md").write_text(goals.table(self.stages, self.card), encoding="utf-8")
         temporary = self.out / ".result.json"
-        temporary.write_text(json.dumps(content, indent=1, default=str), encoding="utf-8")
+        temporary.write_text(json.dumps(strict(content), indent=1, default=str), encoding="utf-8")
         temporary.replace(self.out / "result.json")
+
+    def go_on(self) -> None:
+        """Take over what an earlier process left in ``result.json``."""
+        path = self.out / "result.json"
+        if path.exists():
+            known = json.loads(path.read_text(encoding="utf-8"))
+            self.stages, self.seconds = known["stages"], known["seconds"]
+            self.findings = [(name, value, good) for name, value, good in known["findings"]]
 
     @property
     def card(self) -> str:
@@ -97,14 +114,42 @@ class Run:
             torch.cuda.synchronize()
 
     def clear(self) -> None:
-        """Give memory back, so that the peak of what follows is its own."""
-        if self.device == "cuda":
+        """Give memory back, so that the peak of what follows is its own; notices a device that is lost.
+
+        After an illegal access or a failed assertion on the device every later call of CUDA in this process fails.
+        """
+        if self.device != "cuda" or self.lost is not None:
+            return
+        try:
             gc.collect()
+            torch.cuda.synchronize()
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
+        except Exception as error:
+            self.lost = first_line(error)
 
     def peak_gb(self) -> float | None:
         return round(torch.cuda.max_memory_allocated() / 1e9, 2) if self.device == "cuda" else None
+
+
+def now() -> float:
+    """Seconds on the clock of the deadline."""
+    return time.monotonic()
+
+
+def first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+
+
+def strict(value: Any) -> Any:
+    """The same as strict JSON, which has neither NaN nor infinity: their names instead; numpy's numbers as Python's."""
+    if isinstance(value, dict):
+        return {str(key): strict(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [strict(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def make_model(size: str, device: str, dtype: torch.dtype, seed: int = 0) -> Any:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import importlib
 import json
 import tempfile
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,46 @@ import numpy as np
 import torch
 
 from bench.engines.train_tell import _mixture
-from bench.gpu.run import Run
+from bench.gpu.run import Run, now
 from bench.rows import Rows
+
+LEAST = 3  # timed steps that a speed is taken from
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a training does unless time ends.
+
+    Attributes:
+        batch: rows of a step.
+        warm: steps before the timed ones.
+        timed: steps.
+        seconds: that it may take after its first step, though some steps are timed anyway.
+    """
+
+    batch: int
+    warm: int
+    timed: int
+    seconds: float = float("inf")
+
+    @property
+    def rows(self) -> int:
+        return self.batch * (self.warm + self.timed)
+
+    @property
+    def least(self) -> int:
+        """Timed steps."""
+        return min(LEAST, self.timed)
+
+    def over(self, run: Run, timed: Timed) -> bool:
+        """Whether to stop now: the next step, if it takes as long as the last, would end too late."""
+        if not timed.ends:
+            return False
+        step = timed.ends[-1] - [timed.begin, *timed.ends][-2]
+        if len(timed.ends) == 1 and timed.compiles:
+            step = 0.0
+        late = timed.ends[-1] - timed.ends[0] + step > self.seconds and len(timed.ends) > self.least
+        return late or run.left < step
 
 
 @dataclass
@@ -35,17 +73,28 @@ class Timed:
     exchanged: Any = None
     adapter: torch.Tensor | None = None
     even: bool = False  # the rows came in an order of its own: every step counts as the mean
+    whole: bool = True  # it was not stopped
+    compiles: bool = False  # in its first step, which tells nothing of the others
 
-    def facts(self, rows: Rows, batch: int, warm: int) -> dict[str, Any]:
-        """Speed over the steps after ``warm``."""
+    def facts(self, rows: Rows, plan: Plan) -> dict[str, Any]:
+        """Speed over the timed steps; of a training that was stopped those after a shorter warm-up, where it must be.
+
+        Raises:
+            ValueError: it was stopped before a speed could be told.
+        """
+        done, batch = len(self.ends), plan.batch
+        warm = min(plan.warm, done - plan.least)
+        if warm < 1:
+            raise ValueError(f"no time left after {done} steps of {self.ends[-1] - self.begin:.1f} s in all")
         times = np.diff(self.ends[warm - 1 :])
-        tokens = int(rows.lengths[warm * batch : len(self.ends) * batch].sum())
+        tokens = int(rows.lengths[warm * batch : done * batch].sum())
         if self.even:
-            tokens = round(int(rows.lengths.sum()) / len(self.ends) * len(times))
+            tokens = round(float(rows.lengths.sum()) / (done if self.whole else len(rows) / batch) * len(times))
         return {
             "tokens_s": round(tokens / float(times.sum())), "ms_step": round(1e3 * float(np.median(times)), 1),
             "tokens_step": tokens // len(times), "waits_a_step": self.waits,
-            "first_step_s": round(self.ends[0] - self.begin, 2), "loss": round(self.losses[-1], 4),
+            "first_step_s": round(self.ends[0] - self.begin, 2), "steps": f"{len(times)} after {warm}",
+            "loss": round(self.losses[-1], 4) if self.losses else None,
         }  # fmt: skip
 
 
@@ -53,7 +102,7 @@ def tell(
     run: Run,
     model: Any,
     rows: Rows,
-    batch: int,
+    plan: Plan,
     settings: Mapping[str, Any],
     watch: Callable[[Timed], None] = lambda timed: None,
 ) -> Timed:
@@ -61,21 +110,23 @@ def tell(
 
     Args:
         rows: in this order.
+        plan: by which it may be stopped; it has no adapter then.
         settings: keys of ``train``.
         watch: called after each step that has ended.
     """
     from safetensors.torch import load_file
 
     from tell.config_sections import TrainConfig
+    from tell.errors import Interrupted
     from tell.train.fast.fused import fused_counts
     from tell.train.trainer import StepReport, Trainer
     from tell.train.training_job import TrainingHooks, TrainingJob
 
-    config = TrainConfig(**{**BASE, "batch_size": batch, **settings})
-    mixture, timed, watching = _mixture(rows, np.arange(len(rows))), Timed(time.perf_counter()), ExitStack()
+    config = TrainConfig(**{**BASE, "batch_size": plan.batch, **settings})
+    mixture, timed, watching = _mixture(rows, np.arange(len(rows))), Timed(now(), compiles=True), ExitStack()
 
     def progress(report: StepReport) -> None:
-        timed.ends.append(time.perf_counter())
+        timed.ends.append(now())
         timed.losses.append(report.loss)
         if len(timed.ends) == 1:
             timed.exchanged = fused_counts(model)
@@ -90,12 +141,17 @@ def tell(
     with tempfile.TemporaryDirectory() as temporary, watching:
         place = Path(temporary)
         job = TrainingJob(mixture.tables, mixture, config, 1, place, place / "log.jsonl")
-        hooks = TrainingHooks(progress=progress, moved=moved, note=timed.notes.append)
+        stopped = partial(plan.over, run, timed)
+        hooks = TrainingHooks(progress=progress, moved=moved, note=timed.notes.append, stopped=stopped)
         device = str(model.device)
-        Trainer(model, job, device=device, hooks=hooks).run()
+        try:
+            Trainer(model, job, device=device, hooks=hooks).run()
+        except Interrupted:
+            timed.whole = False
         timed.norms = [row["grad_norm"] for row in json_lines(place / "log.jsonl")]
-        tensors = load_file(str(place / "adapter_model.safetensors"))
-        timed.adapter = torch.cat([tensors[key].flatten().float() for key in sorted(tensors)])
+        if timed.whole:
+            tensors = load_file(str(place / "adapter_model.safetensors"))
+            timed.adapter = torch.cat([tensors[key].flatten().float() for key in sorted(tensors)])
     return timed
 
 
@@ -143,7 +199,7 @@ def lora(model: Any) -> Any:
     return get_peft_model(model, config).train()
 
 
-def padded(run: Run, tuned: Any, rows: Rows, batch: int, *, micro_rows: int = 4, checkpointing: bool = False) -> Timed:
+def padded(run: Run, tuned: Any, rows: Rows, plan: Plan, *, micro_rows: int = 4, checkpointing: bool = False) -> Timed:
     """A peft model as transformers' Trainer trains it: padded micro-batches of rows sorted by length, sdpa."""
     if checkpointing:
         tuned.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -164,11 +220,19 @@ def padded(run: Run, tuned: Any, rows: Rows, batch: int, *, micro_rows: int = 4,
         optimizer.zero_grad(set_to_none=True)
         return float(sum(losses))
 
-    timed = Timed(time.perf_counter())
-    for at in range(0, len(rows), batch):
-        timed.losses.append(step(list(range(at, min(at + batch, len(rows))))))
+    return stepped(run, rows, plan, step)
+
+
+def stepped(run: Run, rows: Rows, plan: Plan, step: Callable[[list[int]], float]) -> Timed:
+    """The training that ``step`` makes of the rows of each step; it returns their loss."""
+    timed = Timed(now())
+    for at in range(0, len(rows), plan.batch):
+        if plan.over(run, timed):
+            timed.whole = False
+            break
+        timed.losses.append(step(list(range(at, min(at + plan.batch, len(rows))))))
         run.sync()
-        timed.ends.append(time.perf_counter())
+        timed.ends.append(now())
     return timed
 
 
@@ -181,7 +245,7 @@ def _padded(rows: Rows, numbers: list[int]) -> tuple[torch.Tensor, torch.Tensor,
     return torch.from_numpy(ids), torch.from_numpy(seen), torch.from_numpy(labels)
 
 
-def trl(run: Run, model: Any, rows: Rows, batch: int, *, way: str, micro_rows: int = 4, liger: bool = False) -> Timed:
+def trl(run: Run, model: Any, rows: Rows, plan: Plan, *, way: str, micro_rows: int = 4, liger: bool = False) -> Timed:
     """TRL's SFTTrainer. ``way``: packing (a block of whole rows, as long as a step's rows together) or padding_free."""
     from datasets import Dataset
     from transformers import TrainerCallback
@@ -192,12 +256,14 @@ def trl(run: Run, model: Any, rows: Rows, batch: int, *, way: str, micro_rows: i
         ids, prompt = rows.row(i)
         mask = [0] * prompt + [1] * (len(ids) - prompt)
         data.append({"input_ids": ids.tolist(), "completion_mask": mask})
-    timed = Timed(time.perf_counter(), even=True)
+    timed, batch = Timed(now(), even=True), plan.batch
 
     class Clock(TrainerCallback):
-        def on_step_end(self, *args: Any, **options: Any) -> None:
+        def on_step_end(self, args: Any, state: Any, control: Any, **options: Any) -> None:
             run.sync()
-            timed.ends.append(time.perf_counter())
+            timed.ends.append(now())
+            if plan.over(run, timed) and state.global_step < state.max_steps:
+                timed.whole, control.should_training_stop = False, True
 
         def on_log(self, *args: Any, logs: Any = None, **options: Any) -> None:
             if logs and "loss" in logs:
@@ -218,7 +284,7 @@ def trl(run: Run, model: Any, rows: Rows, batch: int, *, way: str, micro_rows: i
             model=tuned, args=config, train_dataset=Dataset.from_list(data), processing_class=tokenizer(model),
             callbacks=[Clock()],
         )  # fmt: skip
-        timed.begin = time.perf_counter()
+        timed.begin = now()
         trainer.train()
     return timed
 
@@ -235,7 +301,7 @@ def tokenizer(model: Any) -> Any:
     )
 
 
-def unsloth(run: Run, model: Any, rows: Rows, batch: int, *, micro_rows: int = 4) -> Timed:
+def unsloth(run: Run, model: Any, rows: Rows, plan: Plan, *, micro_rows: int = 4) -> Timed:
     """Unsloth's patched transformers with its own checkpointing off; imports last, for it patches what it finds."""
     from unsloth import FastLanguageModel
 
@@ -247,4 +313,4 @@ def unsloth(run: Run, model: Any, rows: Rows, batch: int, *, micro_rows: int = 4
     tuned = FastLanguageModel.get_peft_model(
         own, r=8, lora_alpha=32, lora_dropout=0, bias="none", target_modules=names, use_gradient_checkpointing=False
     )
-    return padded(run, tuned, rows, batch, micro_rows=micro_rows)
+    return padded(run, tuned, rows, plan, micro_rows=micro_rows)

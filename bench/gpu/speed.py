@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from bench.gpu import runners
-from bench.gpu.run import Run, make_model, rows_for
-from bench.gpu.training import MANY, STEPS
+from bench.gpu.run import Run, make_model, now, rows_for
+from bench.gpu.training import least_seconds, plan_for, small_first
+
+if TYPE_CHECKING:
+    from tell.decode.engine import Engine
+    from tell.decode.sampler import Decoding
 
 LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch", "cuGraphLaunch")
 
@@ -34,10 +38,12 @@ def waits_of(run: Run, call: Callable[[], Any]) -> int | None:
 
 
 def decode(run: Run) -> dict[str, Any]:
-    """New tokens a second, greedy: TELL's engine and transformers' generate, 64 rows behind 300 shared tokens."""
+    """New tokens a second, greedy: TELL's engine, as it serves, and transformers' generate, 64 rows behind 300 shared
+    tokens.
+    """
     out = run.stages.setdefault("decode", {})
-    for size in run.sizes:
-        if run.late(f"decode {size}", 40):
+    for size in small_first(run.sizes):
+        if f"{size} tell" in out or run.late(f"decode {size}", least_seconds(size)):
             continue
         try:
             _decode(run, size, out)
@@ -48,33 +54,57 @@ def decode(run: Run) -> dict[str, Any]:
     return out
 
 
-def _decode(run: Run, size: str, out: dict[str, Any]) -> None:
-    from tell.decode.engine import Engine
+def requests(run: Run) -> tuple[list[list[int]], Decoding]:
+    """Prompts with a shared head, and how each is answered: greedily, to the limit."""
     from tell.decode.sampler import Decoding
 
-    model = make_model(size, run.device, torch.bfloat16)
     rng = np.random.default_rng(1)
     n, new, ahead = (4, 8, 30) if run.tiny else (64, 64, 300)
     head = rng.integers(5, 500, ahead).tolist()
     prompts = [head + rng.integers(5, 500, 60).tolist() for _ in range(n)]
+    return prompts, Decoding(max_new_tokens=new, stop_ids=(), greedy=True, repetition_penalty=1.0, batch_size=n)
+
+
+def decoded(run: Run, engine: Engine) -> tuple[dict[str, Any], list[Any]]:
+    """Speed of the second time, the first, which joins weights and captures graphs, apart; and the answers."""
+    prompts, decoding = requests(run)
+    with engine.fixed_weights():
+        first, _ = _timed(run, lambda: engine.generate(prompts, decoding))
+        seconds, answers = _timed(run, lambda: engine.generate(prompts, decoding))
+    tokens = sum(len(answer.ids) for answer in answers)
+    facts = {"tokens_s": round(tokens / seconds), "seconds": round(seconds, 4), "first_s": round(first, 2)}
+    return {**facts, "how": engine.how}, answers
+
+
+def _decode(run: Run, size: str, out: dict[str, Any]) -> None:
+    from tell.decode.engine import Engine
+
+    model = make_model(size, run.device, torch.bfloat16)
+    prompts, decoding = requests(run)
+    n, new = len(prompts), decoding.max_new_tokens
     engine = Engine(model, device=run.device, max_positions=8192)
-    decoding = Decoding(max_new_tokens=new, stop_ids=(), greedy=True, repetition_penalty=1.0, batch_size=n)
 
     def ours(limit: int) -> Any:
         return engine.generate(prompts, decoding, limits=[limit] * len(prompts))
 
-    ours(4)
-    seconds, answers = _timed(run, lambda: ours(new))
-    start, _ = _timed(run, lambda: ours(1))  # the shared prefix and prefill
-    waits = [waits_of(run, partial(ours, k)) for k in (2, new)]
+    told, answers = decoded(run, engine)
+    waits: list[int | None] = []
+    with engine.fixed_weights():
+        ours(1)
+        start, _ = _timed(run, lambda: ours(1))  # prefill
+        for limit in (2, new):
+            ours(limit)  # what a call of this length captures
+            waits.append(waits_of(run, partial(ours, limit)))
     more = None if waits[0] is None or waits[1] is None else round((waits[1] - waits[0]) / (new - 2), 2)
     facts: dict[str, Any] = {
-        "tokens_s": round(n * new / seconds), "ms_prefill": round(1e3 * start, 1),
-        "ms_token_step": round(1e3 * (seconds - start) / (new - 1), 2), "waits_a_token": more,
+        **told, "ms_prefill": round(1e3 * start, 1), "waits_a_token": more,
+        "ms_token_step": round(1e3 * (told["seconds"] - start) / (new - 1), 2),
     }  # fmt: skip
     out[f"{size} tell"] = facts
     run.find(f"decode {size}, tell", facts, good=more is None or more <= 1)
     run.save()
+    if run.late(f"decode {size}, transformers", least_seconds(size)):
+        return
     try:
         theirs, tokens = _transformers(run, model, prompts, new)
     except Exception as error:
@@ -87,10 +117,10 @@ def _decode(run: Run, size: str, out: dict[str, Any]) -> None:
 
 def _timed(run: Run, call: Callable[[], Any]) -> tuple[float, Any]:
     run.sync()
-    begin = time.perf_counter()
+    begin = now()
     got = call()
     run.sync()
-    return time.perf_counter() - begin, got
+    return now() - begin, got
 
 
 @torch.inference_mode()
@@ -132,10 +162,10 @@ class Window:
             self.moved = timed.moved
             self.profiler.start()
             self.open = True
-            self.seconds -= time.perf_counter()
+            self.seconds -= now()
         elif len(timed.ends) == self.last:
             self.run.sync()
-            self.seconds += time.perf_counter()
+            self.seconds += now()
             self.close()
 
     def close(self) -> None:
@@ -146,12 +176,12 @@ class Window:
 
 
 def profile(run: Run) -> dict[str, Any]:
-    """How busy the GPU is in a training step, its launches and its heaviest kernels."""
+    """How busy the GPU is in a training step, its launches and its heaviest kernels; first of the big model."""
     if run.device != "cuda":
         return {}
     out = run.stages.setdefault("profile", {})
-    for size in run.sizes:
-        if run.late(f"profile {size}", 40):
+    for size in reversed(small_first(run.sizes)):
+        if size in out or run.late(f"profile {size}", least_seconds(size)):
             continue
         try:
             out[size] = _profile(run, size)
@@ -163,25 +193,34 @@ def profile(run: Run) -> dict[str, Any]:
     return out
 
 
+def _kernel_time(event: Any) -> float:
+    """Microseconds; a range that somebody named (an optimiser's step) repeats what its kernels took."""
+    own = event.device_type == torch.autograd.DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
+    return float(event.self_device_time_total) if own else 0.0
+
+
 def _profile(run: Run, size: str) -> dict[str, Any]:
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as record
 
-    warm, steps = STEPS.get(size, MANY)[0], 6
-    rows = rows_for(size, run.batch * (warm + steps), run.scale)
+    plan = replace(plan_for(run, size, graphs=True), timed=6, seconds=float("inf"))
+    rows = rows_for(size, plan.rows, run.scale)
     model = make_model(size, run.device, torch.bfloat16)
     seen = record(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])
-    window = Window(run, seen, warm, warm + steps)
+    window = Window(run, seen, plan.warm, plan.warm + plan.timed)
     try:
-        runners.tell(run, model, rows, run.batch, {"micro_tokens": run.micro}, watch=window)
+        timed = runners.tell(run, model, rows, plan, {"micro_tokens": run.micro}, watch=window)
     finally:
         window.close()
+    if not timed.whole:
+        raise ValueError(f"no time left after {len(timed.ends)} steps")
     events, wall = seen.key_averages(), window.seconds
     done = (int(rows.lengths.sum()) - window.moved) / (float(rows.lengths.mean()) * run.batch)  # steps
     launches = sum(e.count for e in events if e.key.startswith(LAUNCHES)) / done
     # kernels alone: an operator's entry repeats what its kernels took
-    busy = sum(e.self_device_time_total for e in events if e.device_type == torch.autograd.DeviceType.CUDA) / 1e6
+    busy = sum(map(_kernel_time, seen.events() or ())) / 1e6
     table = events.table(sort_by="self_device_time_total", row_limit=25, max_name_column_width=70)
+    run.out.mkdir(parents=True, exist_ok=True)
     (run.out / f"profile-{size}.txt").write_text(table, encoding="utf-8")
     step = round(1e3 * wall / done, 1)
     return {"busy": round(busy / wall, 3), "launches_a_step": round(launches), "ms_step": step}

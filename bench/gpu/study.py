@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tell.models.machine import cores, likely_device
+from tell.models.machine import cores, gpu_memory, likely_device
 from tell.progress import Silent
 from tell.studies.packed import pack_cells, read_packed
 from tell.studies.workers import LAST_STEP
@@ -33,6 +33,7 @@ MOST_WORKERS = 16
 QUIT = 10.0  # seconds that the multi-process service has to end
 END = LAST_STEP + QUIT + 5.0  # kept for stopping and packing
 MPS = Path("/tmp/nvidia-mps/control")  # of a service that runs already
+UNKNOWN_GIB = 24.0  # free memory of a card that cannot be read
 RETRY = 60.0  # seconds left that are worth a second try of what failed
 
 
@@ -180,13 +181,16 @@ def _model(text: str) -> tuple[str, str, float]:
 
 
 def workers_for(device: str, gib: float) -> int:
-    """Processes that fit: by cores, and by the card's free memory at so many GiB each."""
+    """Processes that fit: by cores, and by the free memory of the card they will see, at so many GiB each."""
     count = min(MOST_WORKERS, cores())
     if device != "cuda":
         return count
-    query = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
-    free = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout.split()[0]
-    return max(1, min(count, int(float(free) / 1024 / gib)))
+    memory = gpu_memory()
+    free = UNKNOWN_GIB if memory is None else memory[1] / 2**30
+    workers = max(1, min(count, int(free / gib)))
+    if memory is None:
+        print(f"nvidia-smi does not tell the card's memory: {workers} processes, as with {UNKNOWN_GIB:.0f} GiB free")
+    return workers
 
 
 @contextmanager

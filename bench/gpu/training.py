@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ class Variant:
         length: of every row; None: the mixture of rows of some 150 tokens.
         gb: memory that is left to it, as on a smaller card.
         off: a part that is turned off: module and name.
+        graphs: small models may capture some, which takes steps.
     """
 
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -40,35 +41,64 @@ class Variant:
     length: int | None = None
     gb: float | None = None
     off: tuple[str, str] | None = None
+    graphs: bool = True
 
 
 AUTO = {"micro_tokens": None, "recompute": None}
-TELL = {
+JUDGED = {
     "tell": Variant({"recompute": 0}),
     "tell, recomputed": Variant({"recompute": "all"}, (BIG, "tiny")),
     "tell, 24 GB": Variant(AUTO, (BIG, "tiny"), length=2048, gb=24),
     "tell nf4, 12 GB": Variant(AUTO, (BIG, "tiny"), "nf4", length=2048, gb=12),
-    "tell, without graphs": Variant({}, (SMALL, "tiny"), off=("tell.train.trainer", "graphs_for")),
+}
+PARTS = {
+    "tell, without graphs": Variant({}, (SMALL, "tiny"), off=("tell.train.trainer", "graphs_for"), graphs=False),
     "tell, by free memory": Variant(AUTO),
     "tell nf4": Variant({}, (BIG,), "nf4"),
     "tell int8": Variant({}, (BIG, "tiny"), "int8"),
     "tell fp16": Variant({}, (SMALL,), dtype=torch.float16),
-    "tell, fast off": Variant({"fast": "off"}, (SMALL, "tiny")),
+    "tell, fast off": Variant({"fast": "off"}, (SMALL, "tiny"), graphs=False),
 }
-STEPS = {BIG: (3, 8), "tiny": (2, 2)}  # of a training: to warm up, and timed
-MANY = (16, 32)  # of small models, whose graphs are captured on the way
-SECONDS = {BIG: 45.0, "tiny": 0.0}  # that a training needs at most, loading included
-FEW = 25.0
+TELL = JUDGED | PARTS
+FEW, MANY = (3, 8), (16, 32)  # steps to warm up, and timed; many where graphs are captured on the way
+SECONDS = {BIG: 45.0}  # after which a training ends, loading not included
+LEAST_SECONDS = {BIG: 15.0, "tiny": 0.0}  # of a training: loading and the first steps
+
+
+def plan_for(run: Run, size: str, *, graphs: bool) -> runners.Plan:
+    """Steps of a training; ``graphs``: it may capture some, if the model is small."""
+    warm, timed = (2, 2) if run.tiny else MANY if graphs and size != BIG else FEW
+    return runners.Plan(run.batch, warm, timed, SECONDS.get(size, 25.0))
+
+
+def least_seconds(size: str) -> float:
+    return LEAST_SECONDS.get(size, 6.0)
+
+
+def small_first(sizes: Iterable[str]) -> list[str]:
+    """The big model takes longest, and has the most to measure."""
+    return sorted(sizes, key=lambda size: size == BIG)
 
 
 def train(run: Run) -> dict[str, Any]:
-    """Real tokens a second of TELL's Trainer: as it is first, for each size, then with parts of it on and off."""
-    out = run.stages.setdefault("train", {})
+    """Real tokens a second of TELL's Trainer, and its memory: what there are goals for."""
+    return _trained(run, "train", JUDGED)
+
+
+def parts(run: Run) -> dict[str, Any]:
+    """The same with parts of it on and off; then peaks of memory against those predicted."""
+    out = _trained(run, "parts", PARTS)
+    memory(run)
+    return out
+
+
+def _trained(run: Run, stage: str, variants: Mapping[str, Variant]) -> dict[str, Any]:
+    out = run.stages.setdefault(stage, {})
     held: dict[str, Any] = {}  # the last model: it is as before after a training
-    for name, variant in TELL.items():
-        for size in run.sizes:
+    for size in small_first(run.sizes):
+        for name, variant in variants.items():
             key = f"{size}: {name}"
-            if size not in variant.sizes or run.late(key, SECONDS.get(size, FEW)):
+            if size not in variant.sizes or key in out or run.late(key, least_seconds(size)):
                 continue
             model_key = f"{size} {variant.base} {variant.dtype}"
             if model_key not in held:
@@ -90,20 +120,21 @@ def train(run: Run) -> dict[str, Any]:
 
 
 def _measured(run: Run, model: Any, size: str, variant: Variant) -> dict[str, Any]:
-    warm, steps = STEPS.get(size, MANY)
-    batch = run.batch if variant.length is None else 4
-    rows = rows_for(size, batch * (warm + steps), run.scale)
-    if variant.length is not None:
-        rows = equal_rows(size, batch * (warm + steps), 64 if run.tiny else variant.length)
+    plan = plan_for(run, size, graphs=variant.graphs)
+    if variant.length is None:
+        rows = rows_for(size, plan.rows, run.scale)
+    else:
+        plan = replace(plan, batch=4)
+        rows = equal_rows(size, plan.rows, 64 if run.tiny else variant.length)
     layers = len(model.model.layers)
     settings = {"micro_tokens": run.micro, **variant.settings}
     if settings.get("recompute") == "all":
         settings["recompute"] = layers
     run.clear()
     with held_back(run, variant.gb) as taken, runners.without(*variant.off) if variant.off else nullcontext():
-        timed = runners.tell(run, model, rows, batch, settings)
+        timed = runners.tell(run, model, rows, plan, settings)
         peak = run.peak_gb()
-    facts = timed.facts(rows, batch, warm)
+    facts = timed.facts(rows, plan)
     tflops = facts["tokens_s"] * flops_a_token(model, train_rows(rows)) / 1e12
     ceiling = run.stages.get("facts", {}).get("matmul_tflops")
     return {
@@ -137,10 +168,13 @@ def memory(run: Run) -> dict[str, Any]:
             told = variant.length is None and variant.dtype == torch.bfloat16
             if not told or variant.off or variant.settings.get("fast") == "off":
                 continue
-            predicted = _predicted(run, arch, rows, variant)
-            peak = run.stages.get("train", {}).get(f"{size}: {name}", {}).get("peak_gb")
-            off = None if not peak else round(abs(predicted / peak - 1), 3)
             key = size if name == "tell" else f"{size}: {name}"
+            stage = run.stages.get("train" if name in JUDGED else "parts", {})
+            peak = stage.get(f"{size}: {name}", {}).get("peak_gb")
+            if key in out and out[key]["measured_gb"] == peak:
+                continue  # told before
+            predicted = _predicted(run, arch, rows, variant)
+            off = None if not peak else round(abs(predicted / peak - 1), 3)
             out[key] = {"predicted_gb": round(predicted, 2), "measured_gb": peak, "off_by": off}
             run.find(f"peak memory {key}", out[key], good=off is None or off <= 0.15)
     return out

@@ -6,13 +6,13 @@ import json
 
 import pytest
 import torch
-from bench.gpu import checks, goals, runners, speed
+from bench.gpu import adapters, checks, goals, runners, speed
 from bench.gpu import run as run_of_gpu
 from bench.gpu.__main__ import STAGES, main
 from bench.gpu.goals import BIG, SMALL
 from bench.gpu.run import Run
 
-QUICK = "facts,attention,equal,resume,train,memory,decode,merge,peers,profile"
+QUICK = "facts,attention,equal,resume,train,memory,decode,merge,profile,capture,peers,parts"
 
 
 def test_rehearsal_on_a_cpu(tmp_path, capsys):
@@ -23,7 +23,11 @@ def test_rehearsal_on_a_cpu(tmp_path, capsys):
     assert result["stages"]["resume"]["float32"] == {"equal": True, "cosine": pytest.approx(1.0)}
     assert set(result["stages"]["merge"]["tiny"]) == {"chosen", "merged", "beside"}
     trained = result["stages"]["train"]
-    assert trained["tiny: tell"]["tokens_s"] > 0 < trained["tiny: tell, fast off"]["loss"]
+    assert trained["tiny: tell"]["tokens_s"] > 0 < result["stages"]["parts"]["tiny: tell, fast off"]["loss"]
+    assert "skipped" in result["stages"]["capture"]
+    applied = result["stages"]["merge"]["tiny"]
+    assert [applied[way]["way"] for way in ("merged", "beside")] == ["merged", "beside"]
+    assert all(way["tokens_s"] > 0 and way["how"] for way in applied.values())
     assert len(result["stages"]["peers"]) == 3 and all(x["tokens_s"] > 0 for x in result["stages"]["peers"].values())
     assert result["ratios"]["tiny"] > 0 and result["stages"]["memory"]["tiny"]["predicted_gb"] > 0
     assert result["stages"]["decode"]["tiny transformers"]["first_16_tokens_equal"] > 0
@@ -49,18 +53,19 @@ def test_a_stage_that_fails_is_reported_and_the_rest_goes_on(tmp_path, monkeypat
 
 def test_one_error_leaves_the_rest_of_its_stage(tmp_path, monkeypatch):
     """A format, a peer, a size and a way of merging that fail: what was measured before and after is kept."""
+    from tell.decode import engine
     from tell.train import lora
 
-    train, applied, calls = runners.tell, lora.adapter_applied, []
+    train, applied, calls = runners.tell, engine.adapter_applied, []
 
-    def tell(run, model, rows, batch, settings):
+    def tell(run, model, rows, plan, settings):
         if model.dtype == torch.float32 and calls:
             raise RuntimeError("no room for fp32")
         calls.append(1)
-        return train(run, model, rows, batch, settings)
+        return train(run, model, rows, plan, settings)
 
     def merged_fails(model, folder):
-        if lora._room_for_copies([]) is True:
+        if lora.is_merged(model, []):
             raise RuntimeError("no room for copies")
         return applied(model, folder)
 
@@ -70,8 +75,8 @@ def test_one_error_leaves_the_rest_of_its_stage(tmp_path, monkeypatch):
     run = Run(tmp_path, "cpu", True, ["tiny", "no such size"], 8, 512, 480)
     monkeypatch.setattr(runners, "tell", tell)
     monkeypatch.setattr(speed, "_transformers", no_peer)
-    monkeypatch.setattr(lora, "adapter_applied", merged_fails)
-    found = {stage.__name__: stage(run) for stage in (checks.equal, checks.merge, speed.decode)}
+    monkeypatch.setattr(engine, "adapter_applied", merged_fails)
+    found = {stage.__name__: stage(run) for stage in (checks.equal, adapters.merge, speed.decode)}
     assert found["equal"]["float32"] == {"error": "RuntimeError: no room for fp32"}
     assert found["equal"]["bfloat16"]["loss_gap"] < 1e-2
     assert found["decode"]["tiny tell"]["tokens_s"] > 0 and "error" in found["decode"]["tiny transformers"]
@@ -100,10 +105,10 @@ def test_the_big_model_is_merged(tmp_path, monkeypatch):
     made = []
     monkeypatch.setitem(run_of_gpu.SIZES, BIG, run_of_gpu.SIZES["tiny"])
     monkeypatch.setattr(
-        checks, "make_model", lambda size, *rest: made.append(size) or run_of_gpu.make_model(size, *rest)
+        adapters, "make_model", lambda size, *rest: made.append(size) or run_of_gpu.make_model(size, *rest)
     )
     for sizes in ([BIG, SMALL], [SMALL, BIG]):
-        stages = {"merge": checks.merge(Run(tmp_path, "cpu", True, sizes, 8, 512, 480))}
+        stages = {"merge": adapters.merge(Run(tmp_path, "cpu", True, sizes, 8, 512, 480))}
         judged = {goal["name"]: goal["value"] for goal in goals.judged(stages)}
         assert judged["applying an 8B adapter"] == stages["merge"][BIG]["chosen"]["apply_s"]
     assert made == [BIG, BIG]

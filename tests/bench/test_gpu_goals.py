@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from bench.gpu import goals, runners, training
+from bench.gpu import checks, goals, runners, training
 from bench.gpu.goals import BIG, SMALL, Goal
 from bench.gpu.run import SIZES, Run, equal_rows, make_model, quantised, rows_for, train_rows
 
@@ -35,16 +36,45 @@ def test_every_figure_has_its_place():
 
 def test_goals_name_trainings_that_exist():
     names = {goal.path[1] for goal in goals.GOALS if goal.path[0] == "train"}
-    measured = {f"{size}: {name}" for name, variant in training.TELL.items() for size in variant.sizes}
+    measured = {f"{size}: {name}" for name, variant in training.JUDGED.items() for size in variant.sizes}
     assert names <= measured and {size.split(":")[0] for size in measured} <= set(SIZES)
 
 
 def test_speed_is_of_the_steps_after_the_warm_up():
     rows = equal_rows("tiny", 8, 10)
     timed = runners.Timed(0.0, ends=[9.0, 10.0, 11.0, 13.0], losses=[1.0] * 4)
-    facts = timed.facts(rows, 2, 2)
+    facts = timed.facts(rows, runners.Plan(2, 2, 2))
     assert facts["tokens_s"] == round(40 / 3) and facts["first_step_s"] == 9.0 and facts["tokens_step"] == 20
-    assert facts["ms_step"] == 1500.0
+    assert facts["ms_step"] == 1500.0 and facts["steps"] == "2 after 2"
+
+
+def test_a_training_that_was_stopped_is_told_by_its_last_steps():
+    rows, plan = equal_rows("tiny", 200, 10), runners.Plan(2, 16, 32)
+    timed = runners.Timed(0.0, ends=[9.0, 10.0, 11.0, 12.0, 14.0], losses=[1.0] * 5, whole=False)
+    assert timed.facts(rows, plan)["steps"] == "3 after 2" and timed.facts(rows, plan)["tokens_s"] == 15
+    timed.even = True
+    assert timed.facts(rows, plan)["tokens_s"] == 15  # not the tokens of all 100 steps
+    with pytest.raises(ValueError, match="no time left after 3 steps"):
+        runners.Timed(0.0, ends=[9.0, 10.0, 11.0]).facts(rows, plan)
+
+
+def test_a_figure_that_is_no_number_is_missed_and_is_strict_json(tmp_path):
+    run = Run(tmp_path, "cpu", True, ["tiny"], 8, 512, 60)
+    run.stages = {"equal": {"float32": {"loss_gap": float("nan")}, "bfloat16": {"loss_gap": np.float32(0.5)}}}
+    run.find("gap", (np.float64("inf"), np.bool_(True)))
+    run.save()
+
+    def refuse(text):
+        raise AssertionError(text)
+
+    text = (tmp_path / "result.json").read_text()
+    known = json.loads(text, parse_constant=refuse)
+    assert known["stages"]["equal"] == {"float32": {"loss_gap": "nan"}, "bfloat16": {"loss_gap": 0.5}}
+    assert known["findings"] == [["gap", ["inf", True], True]]
+    for stages in (run.stages, known["stages"]):
+        verdicts = {goal["name"]: goal["verdict"] for goal in goals.judged(stages)}
+        assert verdicts["8 steps, fp32 against CPU fp32"] == "MISSED"
+    assert np.isnan(checks._gap([(1.0, 1.0), (float("nan"), 1.0), (1.0, 1.0)]))
 
 
 def test_a_part_is_turned_off_and_on_again():
@@ -72,7 +102,7 @@ def test_a_quantised_model_trains(base, tmp_path):
     assert layer.weight.dtype in (torch.uint8, torch.int8)
     assert float((layer.dense(torch.float32) - plain.float()).norm() / plain.float().norm()) < 0.2
     assert training.flops_a_token(model, train_rows(rows)) == flops  # though the weights are packed
-    losses = runners.tell(run, model, rows, 4, {}).losses
+    losses = runners.tell(run, model, rows, runners.Plan(4, 0, 2), {}).losses
     assert len(losses) == 2 and np.isfinite(losses).all()
 
 

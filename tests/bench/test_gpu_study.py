@@ -90,11 +90,32 @@ def test_packed_scores_alone_give_the_tables(tmp_path):
 
 def test_processes_by_cores_and_memory(monkeypatch):
     monkeypatch.setattr(study, "cores", lambda: 12)
-    monkeypatch.setattr(subprocess, "run", lambda *a, **k: SimpleNamespace(stdout="40960\n"))
+    asked = []
+
+    def smi(command, **options):
+        asked.append(command)
+        return SimpleNamespace(stdout="81920, 40960\n")
+
+    monkeypatch.setattr(subprocess, "run", smi)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
     assert study.workers_for("cpu", 6) == 12
     assert (
         study.workers_for("cuda", 6) == 6 and study.workers_for("cuda", 1) == 12 and study.workers_for("cuda", 99) == 1
     )
+    assert {command[command.index("-i") + 1] for command in asked} == {"3"}  # the card that the processes will see
+
+
+@pytest.mark.parametrize("stdout", [None, "", "No devices were found\n"])
+def test_processes_where_the_memory_is_unknown(monkeypatch, capsys, stdout):
+    def smi(*args, **options):
+        if stdout is None:
+            raise FileNotFoundError("nvidia-smi")
+        return SimpleNamespace(stdout=stdout)
+
+    monkeypatch.setattr(study, "cores", lambda: 12)
+    monkeypatch.setattr(subprocess, "run", smi)
+    assert study.workers_for("cuda", 6) == 4
+    assert "does not tell the card's memory: 4 processes" in capsys.readouterr().out
 
 
 def test_the_service_for_several_processes_is_started_and_ended(monkeypatch, tmp_path):
