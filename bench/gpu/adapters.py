@@ -11,10 +11,9 @@ from unittest.mock import patch
 
 import torch
 
-from bench.gpu.goals import BIG
 from bench.gpu.run import Run, make_model, now
 from bench.gpu.speed import decoded
-from bench.gpu.training import least_seconds
+from bench.gpu.training import least_seconds, small_first
 
 WAYS: dict[str, Callable[..., bool] | None] = {
     "chosen": None,
@@ -26,16 +25,25 @@ time costs."""
 
 
 def merge(run: Run) -> dict[str, Any]:
-    """Seconds and memory to apply an adapter and remove it, and decoding meanwhile, in each way."""
+    """Seconds and memory to apply an adapter and remove it, and decoding meanwhile, each way; the big model first."""
+    stage = run.stages.setdefault("merge", {})
+    for size in reversed(small_first(run.sizes)):
+        out = stage.setdefault(size, {})
+        if out.keys() >= WAYS.keys() or run.late(f"merge {size}", least_seconds(size)):
+            continue
+        try:
+            _merge(run, size, out)
+        except Exception as error:
+            run.failed(out, "model", error)
+        run.clear()
+    return stage
+
+
+def _merge(run: Run, size: str, out: dict[str, Any]) -> None:
     from tell.config_sections import TrainConfig
     from tell.decode.engine import Engine
     from tell.train import lora
 
-    size = BIG if BIG in run.sizes else run.sizes[0]
-    stage = run.stages.setdefault("merge", {})
-    out = stage.setdefault(size, {})
-    if out.keys() >= WAYS.keys() or run.late(f"merge {size}", least_seconds(size)):
-        return stage
     model = make_model(size, run.device, torch.bfloat16)
     tuned = lora.add_lora(model, TrainConfig(lora_dropout=0.0), seed=1)
     for name, p in tuned.named_parameters():
@@ -51,15 +59,19 @@ def merge(run: Run) -> dict[str, Any]:
                 continue
             try:
                 with patch.object(lora, "is_merged", rule) if rule else nullcontext():
-                    _apply(run, engine, Path(folder), before, where, out)
+                    _apply(run, engine, Path(folder), before, f"{size}, {where}", out)
             except Exception as error:
                 run.failed(out, where, error)
             run.save()
-    return stage
 
 
-def _apply(run: Run, engine: Any, adapter: Path, before: list[int], where: str, out: dict[str, Any]) -> None:
-    """Apply an adapter one way, decode, and take it off; ``before``: the fingerprints without it."""
+def _apply(run: Run, engine: Any, adapter: Path, before: list[int], name: str, out: dict[str, Any]) -> None:
+    """Apply an adapter one way, decode, and take it off.
+
+    Args:
+        before: the fingerprints without it.
+        name: of the size and of the way.
+    """
     from tell.train.unmerged import is_unmerged
 
     model = engine.model
@@ -77,13 +89,14 @@ def _apply(run: Run, engine: Any, adapter: Path, before: list[int], where: str, 
     ended = now()
     exact = _fingerprints(model) == before
     more = None if held is None or peak is None else round(peak - held, 2)
+    where = name.rpartition(", ")[2]
     out[where] = {
         "way": way, "apply_s": round(applied - begin, 3), "remove_s": round(ended - back, 3), "more_gb": more,
         **told,
     }  # fmt: skip
     touched = all(same) if way == "beside" else not any(same)
     good = exact and touched and where in ("chosen", way) and (more is None or way != "beside" or more < 1)
-    run.find(f"adapter, {where}", {**out[where], "exact": exact, "weights changed": not all(same)}, good=good)
+    run.find(f"adapter {name}", {**out[where], "exact": exact, "weights changed": not all(same)}, good=good)
 
 
 def _fingerprints(model: Any) -> list[int]:

@@ -47,7 +47,9 @@ def unsloth(run: Run) -> dict[str, Any]:
     """Unsloth over the same rows; it patches transformers for the rest of the process."""
     if not installed(run, "unsloth", "unsloth"):
         return {}
-    return compare(run, "unsloth", {f"unsloth, padded x{n}": partial(runners.unsloth, micro_rows=n) for n in (16, 4)})
+    return compare(
+        run, "unsloth", {f"unsloth, padded x{n}": partial(runners.unsloth, micro_rows=n) for n in (16, 4)}, slow=4
+    )
 
 
 def installed(run: Run, stage: str, package: str) -> bool:
@@ -62,13 +64,15 @@ def _peft(run: Run, model: Any, rows: Rows, plan: runners.Plan, **options: Any) 
     return runners.padded(run, runners.lora(model), rows, plan, **options)
 
 
-def compare(run: Run, stage: str, ways: Mapping[str, Callable[..., runners.Timed]]) -> dict[str, Any]:
-    """Each peer with a model of its own, at every size."""
+def compare(
+    run: Run, stage: str, ways: Mapping[str, Callable[..., runners.Timed]], *, slow: float = 1
+) -> dict[str, Any]:
+    """Each peer with a model of its own, at every size; ``slow``: how many times as long as others it takes to load."""
     out = run.stages.setdefault(stage, {})
     for name, way in ways.items():
         for size in small_first(run.sizes):
             key = f"{size}: {name}"
-            if key in out or run.late(key, least_seconds(size)):
+            if key in out or run.late(key, slow * least_seconds(size)):
                 continue
             plan = plan_for(run, size, graphs=False)
             rows = rows_for(size, plan.rows, run.scale)

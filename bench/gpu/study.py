@@ -203,7 +203,11 @@ def multi_process_service(device: str) -> Iterator[bool]:
     if MPS.exists():
         yield True
         return
-    started = subprocess.run([control, "-d"], timeout=30).returncode == 0
+    try:
+        started = subprocess.run([control, "-d"], timeout=30).returncode == 0
+    except (OSError, subprocess.TimeoutExpired) as error:
+        print(f"the multi-process service does not start: {error}", file=sys.stderr)
+        started = False
     try:
         yield started
     finally:

@@ -101,9 +101,10 @@ def test_skipped_steps_have_no_norm():
 
 
 def test_the_big_model_is_merged(tmp_path, monkeypatch):
-    """Its adapter is what the goals are about, whatever the order of the sizes."""
+    """First, for its adapter is what the goals are about, whatever the order of the sizes."""
     made = []
-    monkeypatch.setitem(run_of_gpu.SIZES, BIG, run_of_gpu.SIZES["tiny"])
+    for size in (BIG, SMALL):
+        monkeypatch.setitem(run_of_gpu.SIZES, size, run_of_gpu.SIZES["tiny"])
     monkeypatch.setattr(
         adapters, "make_model", lambda size, *rest: made.append(size) or run_of_gpu.make_model(size, *rest)
     )
@@ -111,7 +112,7 @@ def test_the_big_model_is_merged(tmp_path, monkeypatch):
         stages = {"merge": adapters.merge(Run(tmp_path, "cpu", True, sizes, 8, 512, 480))}
         judged = {goal["name"]: goal["value"] for goal in goals.judged(stages)}
         assert judged["applying an 8B adapter"] == stages["merge"][BIG]["chosen"]["apply_s"]
-    assert made == [BIG, BIG]
+    assert made == [BIG, SMALL] * 2
     other = {"merge": {SMALL: {"chosen": {"apply_s": 0.1, "more_gb": 0.1}}}}
     assert {goal["verdict"] for goal in goals.judged(other) if goal["name"] == "applying an 8B adapter"} == {
         "not measured"

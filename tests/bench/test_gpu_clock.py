@@ -83,9 +83,9 @@ class Clock:
         self.spend(15)
         out[f"{size} tell"] = {"tokens_s": 5000}
 
-    def apply(self, run, engine, folder, before, where, out):
+    def apply(self, run, engine, folder, before, name, out):
         self.spend(4)
-        out[where] = {"apply_s": 0.5, "more_gb": 0.1}
+        out[name.rpartition(", ")[2]] = {"apply_s": 0.5, "more_gb": 0.1}
 
     def profile(self, run, size):
         self.make_model(size)

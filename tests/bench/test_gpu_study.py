@@ -139,6 +139,19 @@ def test_the_service_for_several_processes_is_started_and_ended(monkeypatch, tmp
     assert len(told) == 2
 
 
+@pytest.mark.parametrize("error", [subprocess.TimeoutExpired("control", 30), PermissionError("no")])
+def test_a_service_that_does_not_start_is_done_without(monkeypatch, tmp_path, capsys, error):
+    def run(command, **options):
+        raise error
+
+    monkeypatch.setattr(study, "MPS", tmp_path / "control")
+    monkeypatch.setattr(study.shutil, "which", lambda name: "/usr/bin/" + name)
+    monkeypatch.setattr(subprocess, "run", run)
+    with study.multi_process_service("cuda") as shared:
+        assert not shared
+    assert "does not start" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("text, rate", [("=7e-4", "7e-4"), ("", "0.001")])
 def test_a_model_and_its_rate(tiny_model, text, rate):
     name = str(tiny_model("llama"))
