@@ -147,6 +147,7 @@ class VllmEngine:
         from vllm import LLM
 
         self.name, self.how, self.fallback = "vllm", "", ""
+        self._again = ""  # said of an adapter that was loaded again
         self._make_own = own
         self._own: DecodingEngine | None = None  # decodes since vLLM failed
         self.model, self.device = model, model.device
@@ -174,7 +175,7 @@ class VllmEngine:
         """vLLM applies the adapter as it decodes; ``model`` has it too, for losses and our own engine."""
         with adapter_applied(self.model, folder) if self._own is None else self._own.adapter(folder):
             before, self._weights = self._weights, self._known(folder)
-            self.how = "" if self._own is None else self._own.how
+            self.how = self._again = ""
             try:
                 yield
             finally:
@@ -241,7 +242,7 @@ class VllmEngine:
             self._weights.number = self._next_number()
             if not self._is_same(self._weights):
                 raise RuntimeError("the adapter answers otherwise after vLLM slept, also when loaded again")
-            self.how = "adapter loaded again after a sleep that had lost it"
+            self._again = ", adapter loaded again after a sleep that had lost it"
 
     def _try_sleep(self, prompt: Sequence[int]) -> None:
         """Before the first adapter's answers, see whether it survives a sleep here."""
@@ -328,6 +329,7 @@ class VllmEngine:
                 self._check()
                 outputs = self._ask(self._weights, prompts, parameters)
                 self._keep(prompts[0])
+                self.how = f"paged cache{self._again}"
                 return outputs, None
         except Exception as error:  # another engine may raise any exception
             why = first_line(error)
