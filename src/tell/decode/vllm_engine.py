@@ -281,10 +281,12 @@ class VllmEngine:
             ValueError: ``limits`` are not one positive number per prompt.
         """
         if self._own is not None:
-            more = {"progress": progress, "on_token": on_token, "guides": guides, "masks": masks}
-            answers = self._own.generate(prompts, decoding, limits=limits, **more)
-            self.how = self._own.how
-            return answers
+            try:
+                return self._own.generate(
+                    prompts, decoding, limits=limits, progress=progress, on_token=on_token, guides=guides, masks=masks
+                )
+            finally:
+                self.how = self._own.how
 
         if guides is not None and any(guide is not None for guide in guides):
             remedy = "Use generate.engine=own, or generate.closed=off."
