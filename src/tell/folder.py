@@ -91,6 +91,10 @@ class RunFolder:
         """Answers of one arm: ``predictions/<arm>.jsonl``."""
         return self.predictions / f"{arm}.jsonl"
 
+    def decoded(self, arm: str) -> Path:
+        """How the answers of one arm were decoded: ``predictions/<arm>.json``."""
+        return self.predictions / f"{arm}.json"
+
     def evaluated(self, arm: str) -> Path:
         """Answers of one arm in `tell eval`: ``predictions/eval/<arm>.jsonl``."""
         return self.predictions / "eval" / f"{arm}.jsonl"

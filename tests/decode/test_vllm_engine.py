@@ -6,6 +6,7 @@ import importlib.util
 import os
 import sys
 import types
+import weakref
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -13,9 +14,10 @@ import pytest
 import torch
 
 from tell.config_sections import TrainConfig
+from tell.decode.engine import Engine
 from tell.decode.engine_rows import Answer
 from tell.decode.sampler import Decoding
-from tell.decode.vllm_engine import LONGEST, NEVER, VllmEngine, answer_of, pick_engine, reserved_rank, sampling
+from tell.decode.vllm_engine import CHECK, LONGEST, NEVER, VllmEngine, answer_of, pick_engine, reserved_rank, sampling
 from tell.errors import TellError
 from tell.train.lora import add_lora, remove_lora, save_adapter
 from train.packed import load
@@ -77,26 +79,45 @@ class LoRARequest:
 
 
 class LLM:
-    """Where vLLM would begin: keeps what it is given, and answers each prompt with its own first token and a stop."""
+    """Where vLLM would begin: keeps what it is given, and answers each prompt with its own first token and a stop.
+
+    Attributes:
+        loses: an adapter loaded before a sleep is not applied after it; "all": none is applied any more.
+        breaks: the wake-up after so many sleeps finds no memory, in these words.
+    """
+
+    loses = ""
+    breaks: tuple[int, str] | None = None
 
     def __init__(self, **settings):
-        self.settings, self.calls, self.asleep = settings, [], []
+        self.settings, self.calls, self.asleep, self.lost = settings, [], [], set()
         self.environment = dict(os.environ)
 
     def sleep(self, level):
         assert level == 1 and self.asleep[-1:] != [True]  # its weights are kept
         self.asleep.append(True)
+        self.lost |= {request.number for *_, request in self.calls if request}
 
     def wake_up(self):
+        if self.breaks and self.asleep.count(True) == self.breaks[0]:
+            raise torch.OutOfMemoryError(self.breaks[1])
         self.asleep.append(False)
 
     def generate(self, prompts, parameters, *, lora_request, use_tqdm):
-        assert self.asleep[-1] is False
+        assert self.asleep[-1:] != [True]
         self.calls.append((prompts, parameters, lora_request))
         ids = [prompt["prompt_token_ids"] for prompt in prompts]
+        applied = lora_request and not (self.loses == "all" and self.lost)
+        applied = applied and not (self.loses and lora_request.number in self.lost)
+        if parameters[0].max_tokens == CHECK[1]:
+            ids = [[9 if applied else 8] for _ in ids]
         return [
             SimpleNamespace(outputs=[SimpleNamespace(token_ids=(*row[:1], 2), finish_reason="stop")]) for row in ids
         ]
+
+    def answered(self):
+        """Calls for answers, without those for checks."""
+        return [call for call in self.calls if call[1][0].max_tokens != CHECK[1]]
 
 
 @pytest.fixture
@@ -110,12 +131,22 @@ def vllm(monkeypatch):
         monkeypatch.setitem(sys.modules, name, module)
 
 
+def written(model, folder, seed=1):
+    """A LoRA adapter of a model that changes its answers."""
+    tuned = add_lora(model, TrainConfig(lora_r=4), seed=seed)
+    with torch.no_grad():
+        for name, p in tuned.named_parameters():
+            if "lora_B" in name:
+                p.normal_()
+    save_adapter(tuned, folder)
+    remove_lora(tuned)
+    return folder
+
+
 def test_adapters_are_requested_by_number(vllm, tiny_model, tmp_path):
     folder, model = tiny_model("llama"), load(tiny_model("llama"))
     for seed in (1, 2):
-        tuned = add_lora(model, TrainConfig(lora_r=4), seed=seed)
-        save_adapter(tuned, tmp_path / str(seed))
-        remove_lora(tuned)
+        written(model, tmp_path / str(seed), seed)
     engine = VllmEngine(folder, model, max_positions=1 << 20, dtype="fp32", rank=4)
     settings = engine.llm.settings
     assert (settings["model"], settings["dtype"], settings["max_lora_rank"]) == (str(folder), "float32", 8)
@@ -130,21 +161,21 @@ def test_adapters_are_requested_by_number(vllm, tiny_model, tmp_path):
                 progress=lambda *x: steps.append(x),
             )  # fmt: skip
     engine.generate([[5]], decoding)
-    assert [call[2] and (call[2].number, call[2].folder) for call in engine.llm.calls] == [
+    assert [call[2] and (call[2].number, call[2].folder) for call in engine.llm.answered()] == [
         None,
         (1, str(tmp_path / "1")),
         (2, str(tmp_path / "2")),
         (1, str(tmp_path / "1")),
         None,
     ]
-    assert [p.max_tokens for p in engine.llm.calls[0][1]] == [3, 9]
+    assert [p.max_tokens for p in engine.llm.answered()[0][1]] == [3, 9]
     assert answers == [Answer([5], "stop"), Answer([7], "stop")] * 4
     assert streamed == [(0, 5), (1, 7)] * 4 and steps == [(2, 1)] * 8
 
 
 def test_a_broken_adapter_or_a_full_prompt_is_refused(vllm, tiny_model, tmp_path):
     engine = VllmEngine(tiny_model("llama"), load(tiny_model("llama")), max_positions=4)
-    assert engine.generate([], Decoding(8, (2,))) == [] and not engine.llm.calls
+    assert engine.generate([], Decoding(8, (2,))) == [] and not engine.llm.answered()
     with pytest.raises(TellError, match=r"prompt 2: the prompt has 4 tokens and the model takes 4"):
         engine.generate([[1], [1, 2, 3, 4]], Decoding(8, (2,)))
     with pytest.raises(ValueError, match="1 limits for 2 prompts"):
@@ -166,8 +197,59 @@ def test_it_sleeps_between_answers_and_gives_memory_back(vllm, tiny_model, monke
     assert engine.llm.settings["enable_sleep_mode"] and engine.llm.asleep == [True]
     engine.generate([[5]], Decoding(4, (2,)))
     monkeypatch.setattr(engine.llm, "generate", lambda *_, **__: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(TellError, match=r"vLLM fails .*Nothing is lost: .*--resume.*generate\.engine=own"):
         engine.generate([[5]], Decoding(4, (2,)))
     assert engine.llm.asleep == [True, False, True, False, True]
     monkeypatch.setenv(name, "max_split_size_mb:64")
     assert VllmEngine(folder, model, max_positions=100, rank=4).llm.environment[name] == "max_split_size_mb:64"
+
+
+def test_an_adapter_that_a_sleep_loses_is_loaded_again(vllm, tiny_model, tmp_path, monkeypatch):
+    """Before it answers: vLLM would answer as the untuned model, without an error."""
+    monkeypatch.setattr(LLM, "loses", "that")
+    folder, model = tiny_model("llama"), load(tiny_model("llama"))
+    engine = VllmEngine(folder, model, max_positions=100, rank=4)
+    with engine.adapter(written(model, tmp_path / "1")):
+        engine.generate([[5]], Decoding(4, (2,)))
+        assert "loaded again" in engine.how
+        engine.generate([[5]], Decoding(4, (2,)))
+    assert engine.name == "vllm" and [request.number for *_, request in engine.llm.answered()] == [2, 3]
+    assert engine.llm.asleep == [True, *[False, True] * 3]  # one more, to try the first adapter's sleep
+    checked = [request for _, parameters, request in engine.llm.calls if parameters[0].max_tokens == CHECK[1]]
+    assert checked[0] is None and checked[1].number == 1
+
+
+@pytest.mark.parametrize("fault", ["adapter", "memory", "base"])
+def test_our_engine_goes_on_where_vllm_fails(fault, vllm, tiny_model, tmp_path, monkeypatch):
+    """Inside the adapter, in later ones and with what vLLM refuses; by name it is an error that says what to do."""
+    folder, model = tiny_model("llama"), load(tiny_model("llama"))
+    adapter, own = written(model, tmp_path / "1"), Engine(model, max_positions=100)
+    decoding, prompts = Decoding(4, (2,), greedy=True), [[5, 6], [7]]
+    answers = {}
+    for place in (None, adapter):
+        with own.adapter(place):
+            answers[place] = own.generate(prompts, decoding)
+    if fault == "adapter":
+        monkeypatch.setattr(LLM, "loses", "all")
+    elif fault == "memory":
+        monkeypatch.setattr(LLM, "breaks", (2, "no room\nat all"))
+    why = {"adapter": "the adapter answers otherwise", "memory": "no room", "base": "the base model answers otherwise"}
+    engines = [
+        VllmEngine(folder, model, max_positions=100, rank=4, own=make)
+        for make in (None, lambda: Engine(model, max_positions=100))
+    ]
+    if fault == "base":
+        for engine in engines:
+            engine._base.check = engine._base.check[0], [1]
+    with engines[0].adapter(adapter), pytest.raises(TellError, match=rf"vLLM fails \({why[fault]}.*Nothing is lost"):
+        engines[0].generate(prompts, decoding)
+    engine = engines[1]
+    gone = weakref.ref(engine.llm)
+    with engine.adapter(adapter):
+        with pytest.warns(UserWarning, match=rf"vLLM failed after it had started \({why[fault]}"):
+            assert engine.generate(prompts, decoding) == answers[adapter]
+        assert engine.name == "own" and why[fault] in engine.fallback and engine.how and gone() is None
+    with engine.adapter(None):
+        assert engine.how == "" and engine.generate(prompts, decoding, masks=[None, None]) == answers[None]
+    with engine.adapter(adapter):
+        assert engine.generate(prompts, decoding) == answers[adapter]

@@ -51,8 +51,10 @@ def test_what_a_session_uses(monkeypatch):
     loaded = SimpleNamespace(model=model, device=torch.device("cpu"), why="bf16: the CPU has avx512_bf16")
     engine = SimpleNamespace(name="own", fallback="vLLM does not start (no room)", how="kernels")
     config = SimpleNamespace(model=SimpleNamespace(base="nf4"))
-    session, notices = SimpleNamespace(load=lambda: (loaded, engine), config=config), Notices(Silent())
+    session = SimpleNamespace(load=lambda: (loaded, engine), config=config, engine=engine)
+    notices = Notices(Silent())
     notices.hear("tell", "CUDA graphs: 3 captured")
+    notices.recall("tell", answering(session, tuned=False))
     monkeypatch.setattr(fused, "fused_counts", lambda model: {"norm": 61, "attention": 0, "mlp": 30})
     notes = ["attention: padded blocks (the GPU is older than Ampere)", "RMSNorm keeps its own forward (odd)"]
     monkeypatch.setattr(fused, "path_notes", lambda model: notes)
@@ -108,5 +110,6 @@ def test_a_run_on_the_plain_path_does_not_claim_kernels(tiny_model, tmp_path, mo
     monkeypatch.setattr(fused, "fused_counts", lambda model: {"norm": 61})
     monkeypatch.setattr(fused, "path_notes", lambda model: ["attention: flash attention (torch)"])
     found = describe(session, notices)
+    assert "decoding" not in found  # nothing was
     assert found["kernels"] == found["attention"] == "transformers' own operations (train.fast=off)"
     assert notices.texts == []

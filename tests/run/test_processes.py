@@ -10,10 +10,12 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import tell
 from run.runs import FILES, comparable, config_of, read
@@ -21,6 +23,8 @@ from tell.cli.main import run
 from tell.errors import Diverged, TellError
 from tell.files import read_jsonl
 from tell.folder import RunFolder
+from tell.models.find import find_model
+from tell.models.load import load_model
 from tell.run import processes, train_arms
 
 PLAIN = {"eval": {"arms": ["base", "sft", "tell", "tell-distilled"]}, "generate": {"greedy": True}}
@@ -197,6 +201,23 @@ def test_shards_leave_the_gpus_before_the_first_process_answers(tmp_path, monkey
     folder = processes.help_training(told, tell.load_config(flags={"out": str(tmp_path)}))
     assert folder.root == tmp_path and len(models) == 2
     assert told.agreed_to == emptied == [True, True]
+
+
+def test_only_the_first_process_reads_weights_that_are_sharded(tiny_model, monkeypatch):
+    config = tell.load_config(flags={"model": str(tiny_model("llama"))}, overrides=["model.device=cpu"])
+    files = find_model(config.model.name)
+    whole = load_model(files, device="cpu", dtype="fp32").model
+    monkeypatch.setattr("tell.models.load.read_weights", None)
+    job = processes.Job(files.fingerprint, "fp32", None)
+    model, device = processes._base(job, config, Told(), None)
+    assert device.type == "cpu" and not model.training
+    assert all(p.is_meta and not p.requires_grad for p in model.parameters())
+    shapes = {name: (p.shape, p.dtype) for name, p in whole.named_parameters()}  # a tied weight has one name
+    assert {name: (p.shape, p.dtype) for name, p in model.named_parameters()} == shapes
+    for (name, made), (_, loaded) in zip(model.named_buffers(), whole.named_buffers(), strict=True):
+        assert torch.equal(made, loaded), name  # those too that are in no file
+    with pytest.raises(TellError, match="is not the model of the first process"):
+        processes._base(replace(job, model="other"), config, Told(), None)
 
 
 @pytest.mark.parametrize(

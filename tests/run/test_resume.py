@@ -16,6 +16,7 @@ import pytest
 
 import tell
 from run.runs import PROBE, Killer, comparable, config_of, read, steady_pace
+from tell.decode.engine import Engine
 from tell.errors import Interrupted, TellError
 from tell.files import read_jsonl, write_json
 from tell.folder import RunFolder
@@ -93,6 +94,28 @@ def test_stopped_twice(whole, tmp_path):
         resume = True
     tell.tune(config(tmp_path / "run"), resume=True)
     same(folder, RunFolder(tmp_path / "run"))
+
+
+def test_a_resumed_run_says_how_all_its_answers_were_decoded(whole, tmp_path, monkeypatch):
+    """Those of finished arms too, and not as this session would decode them."""
+    folder, config = whole
+    other = RunFolder(shutil.copytree(folder.root, tmp_path / "run"))
+    for path in (other.metrics, other.prediction("tell"), other.decoded("sft")):
+        path.unlink()
+    monkeypatch.setattr(Engine, "_words", lambda *_: "in another way")
+    tell.tune(config(other.root, generate={"engine": "own"}), resume=True)  # which a run may go on with
+    before, now = (read(f.findings)["computed"] for f in (folder, other))
+    assert {name for name in before if name.startswith("decoding")} == {"decoding"}
+    other_way = "TELL's own engine, in another way"
+    assert {name: words for name, words in now.items() if name.startswith("decoding")} == {
+        "decoding": before["decoding"],
+        "decoding (base, general rows)": other_way,
+        "decoding (sft)": "not known (answers of an earlier version)",
+        "decoding (sft, general rows)": other_way,
+        "decoding (tell)": other_way,
+    }
+    assert now["adapter"] == before["adapter"]
+    assert read(other.decoded("tell"))["computed"][0] == f"decoding: {other_way}"
 
 
 def test_killed_process(whole, tmp_path):

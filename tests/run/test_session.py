@@ -79,9 +79,18 @@ def test_vllm_that_does_not_start(tiny_model, monkeypatch):
     files = find_model(str(tiny_model("llama")))
     loaded = SimpleNamespace(model=load(tiny_model("llama")), dtype=torch.float32)
     with pytest.warns(UserWarning, match=r"vLLM does not start \(no room for the cache\)"):
-        assert "vLLM does not start" in _vllm_engine(files, loaded, config_for("auto"))
+        assert "vLLM does not start" in _vllm_engine(files, loaded, config_for("auto"), lambda: None)
     with pytest.raises(TellError, match=r"vLLM does not start \(no room for the cache\)\. Use generate\.engine=own"):
-        _vllm_engine(files, loaded, config_for("vllm"))
+        _vllm_engine(files, loaded, config_for("vllm"), lambda: None)
+
+
+@pytest.mark.parametrize("engine", ["auto", "vllm"])
+def test_only_vllm_by_name_has_no_engine_to_fall_back_on(engine, tiny_model, monkeypatch):
+    given = []
+    monkeypatch.setattr("tell.decode.vllm_engine.VllmEngine", lambda *_, own, **more: given.append(own))
+    monkeypatch.setattr("tell.decode.vllm_engine.pick_engine", lambda *_: "vllm")
+    loaded, _ = session_of(tiny_model("llama"), engine).load()
+    assert given == [None] if engine == "vllm" else given[0]().model is loaded.model
 
 
 @pytest.mark.parametrize(("free", "held", "refused"), [(30, False, True), (100, False, False), (30, True, False)])

@@ -13,14 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from tell.config_sections import TrainConfig
 from tell.errors import Interrupted
 from tell.mix.amount import general_rows
 from tell.mix.mixture import build
+from tell.models.find import find_model
+from tell.models.load import empty_model
 from tell.train.launch import launched
-from tell.train.parallel import Processes
+from tell.train.lora import add_lora
+from tell.train.parallel import Processes, shard
 from tell.train.soft_targets import untuned_targets
 from tell.train.trainer import Trainer
 from tell.train.training_job import TrainingHooks, TrainingJob
@@ -70,11 +74,67 @@ def recorded() -> Iterator[list[dict[str, torch.Tensor]]]:
         torch.nn.utils.clip_grad_norm_ = clip
 
 
+def local(p: torch.Tensor) -> torch.Tensor:
+    return p.to_local() if isinstance(p, DTensor) else p
+
+
+@contextmanager
+def watched(model: Any) -> Iterator[list[int]]:
+    """The base model's numbers that this process holds, at each tensor that the first process sends."""
+    held: list[int] = []
+    send = dist.broadcast
+
+    def watch(tensor: torch.Tensor, *rest: Any, **more: Any) -> Any:
+        base = (p for name, p in model.named_parameters() if "lora_" not in name and not p.is_meta)
+        here = sum(local(p).numel() for p in base)
+        held.append(here + tensor.numel())
+        return send(tensor, *rest, **more)
+
+    dist.broadcast = watch
+    try:
+        yield held
+    finally:
+        dist.broadcast = send
+
+
+def sharded(model: Path, processes: Processes) -> tuple[list[str], list[int], list[str]]:
+    """What differs from the whole model after sharding, what was held meanwhile, and what the files lie elsewhere."""
+    whole, files = load(model), find_model(str(model))
+    base = whole if processes.leads else empty_model(files, torch.float32)
+    maps = Path("/proc/self/maps")
+    copied = [name for name, p in base.named_parameters() if not p.is_meta and not mapped(p, maps)]
+    tuned = add_lora(base, CONFIG, seed=7, fused=False)
+    base = tuned.get_base_model()
+    with watched(base) as held:
+        shard(tuned, torch.device("cpu"), processes)
+    expected = dict(load(model).named_parameters()) | dict(whole.named_buffers())
+    odd = []
+    for name, tensor in (*base.named_parameters(), *base.named_buffers()):
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        name = name.replace(".base_layer", "")
+        if "lora_" not in name and not torch.equal(full, expected.pop(name)):
+            odd.append(name)
+    return odd + [name for name in expected if "lora_" not in name], held, copied
+
+
+def mapped(p: torch.Tensor, maps: Path) -> bool:
+    """Whether a tensor is pages of a file; True where the system does not tell."""
+    if not maps.exists():
+        return True
+    for line in maps.read_text().splitlines():
+        begin, end = (int(part, 16) for part in line.split()[0].split("-"))
+        if begin <= p.data_ptr() < end:
+            return line.endswith(".safetensors")
+    return False
+
+
 def train(model: Path, folder: Path, config: TrainConfig, *, broken=False, resume=False, stopped=None, processes=None):
     """(gradients of each step, result, base model afterwards) of a run in ``folder``."""
     tables, mixture = mixture_of(broken=broken)
     log = folder / "logs" / "tell.jsonl"
-    base = load(model, dtype=torch.bfloat16 if "bf16" in folder.name else torch.float32)
+    dtype = torch.bfloat16 if "bf16" in folder.name else torch.float32
+    empty = processes is not None and processes.sharded and not processes.leads
+    base = empty_model(find_model(str(model)), dtype) if empty else load(model, dtype=dtype)
     targets = None
     if config.general_target == "untuned":
         targets = untuned_targets(load(model), tables["general"], range(len(tables["general"])))  # a whole model
@@ -96,8 +156,10 @@ def main(model: Path, out: Path) -> None:
 
     for case, config in CASES.items():
         gradients, result, base = train(model, out / case, config, processes=joined("fsdp" in case))
-        here = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in base.parameters())
+        here = sum(local(p).numel() for p in base.parameters())
         leave(case, (gradients, result.tokens, result.trained_tokens, here))
+
+    leave("shards", sharded(model, joined(sharded=True)))
 
     for case in ("ddp", "fsdp", "objective"):  # a signal reaches the second process alone, in the second step
         asked = iter([False, launch.rank == 1, False, False, False])

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 
 from tell.errors import TellError
 from tell.train.launch import Launch, launched, refuse_several
-from tell.train.parallel import Processes, split_rows
-from train.packed import assert_close, make_rows
+from tell.train.parallel import Processes, _check_alike, split_rows
+from train.packed import assert_close, load, make_rows
 from train.processes import CASES, train
 
 TESTS = Path(__file__).parents[1]
@@ -85,6 +85,16 @@ def test_two_processes_equal_one(both, tiny_model, tmp_path, case):
     assert (both / case / "adapter" / "adapter_config.json").exists()
 
 
+def test_no_process_copies_the_whole_model(both, tiny_model):
+    """The first maps the files; the second gets one layer at a time, next to its half."""
+    model = load(tiny_model("llama"))
+    layers = [sum(p.numel() for p in layer.parameters()) for layer in model.model.layers]
+    outside = sum(p.numel() for p in model.parameters()) - sum(layers)
+    (odd, _, copied), (also_odd, held, _) = saw(both, "shards")
+    assert odd == also_odd == copied == []
+    assert max(held) == max(sum(layers) // 2 + outside, sum(layers[:-1]) // 2 + layers[-1])
+
+
 @pytest.mark.parametrize("case", ["ddp", "fsdp", "objective"])
 def test_a_signal_to_one_stops_both_and_the_run_resumes(both, case):
     assert all("stopped after step 2 of 5" in text for text in saw(both, f"{case}-stopped"))
@@ -149,3 +159,14 @@ def test_launch(monkeypatch):
 def test_several_processes_on_a_device_they_do_not_share(device):
     with pytest.raises(TellError, match=f"several processes do not train on {device}"):
         Processes(Launch(0, 2, 0), device, sharded=False)
+
+
+def test_models_that_are_not_built_alike_are_refused():
+    """By names and shapes; number formats are the first process's."""
+    here = {"a": ((2, 3), torch.float32), "b": ((4,), torch.float32)}
+    _check_alike(here, {"a": ((2, 3), torch.bfloat16), "b": ((4,), torch.float32)})
+    for other in ({"a": ((2, 3), torch.float32)}, here | {"b": ((5,), torch.float32)}):
+        with pytest.raises(TellError, match=r"not built as in the first process \(b\)"):
+            _check_alike(here, other)
+    with pytest.raises(TellError, match="another order"):
+        _check_alike(here, dict(reversed(here.items())))

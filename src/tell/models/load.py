@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from tell.config_sections import DEVICES
@@ -21,7 +21,7 @@ from tell.models.base import FULL, check_base, is_too_large, weight_bytes
 from tell.models.find import ModelFiles
 from tell.models.spread import rooms, spread, told
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(slots=True)
@@ -71,8 +71,8 @@ def choose_dtype(dtype: str, device: torch.device) -> tuple[torch.dtype, str]:
         TellError: unknown name, or fp16 elsewhere than on an NVIDIA GPU.
     """
     machine.check_dtype(dtype, device.type)
-    if dtype in _DTYPES:
-        return _DTYPES[dtype], f"{dtype}: as requested"
+    if dtype in DTYPES:
+        return DTYPES[dtype], f"{dtype}: as requested"
     if dtype != "auto":
         remedy = "Use auto, bf16, fp16 or fp32."
         raise TellError(f"{dtype!r} is not a number format", where="model.dtype", remedy=remedy)
@@ -174,6 +174,22 @@ def load_model(
     if base != FULL:
         why += f"; base in {base}: {share:.0%} of the weights are quantised"
     return Loaded(model, kind, where, why)
+
+
+def empty_model(files: ModelFiles, dtype: torch.dtype, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model of ``files``, frozen, with its weights on the meta device: to be filled by another process.
+
+    Its buffers are as a new model has them, and no weight is read.
+    """
+    from accelerate import init_empty_weights
+
+    _check_level()
+    given = {"trust_remote_code": trust_remote_code}
+    with quiet(), init_empty_weights(include_buffers=False):
+        config = AutoConfig.from_pretrained(files.path, local_files_only=True, **given)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, **given)
+    model.tie_weights()  # tied weights were moved to the meta device one by one
+    return cast(PreTrainedModel, model.eval().requires_grad_(False))
 
 
 def _is_too_large(files: ModelFiles, dtype: torch.dtype, device: torch.device, base: str) -> bool:

@@ -26,7 +26,7 @@ from tell.nested import flat
 PATIENCE = 1.0  # seconds; another process may be testing whether the lock is held
 
 # Keys that may differ between a run and its resumption: they change numbers by rounding, and dropout's draws, at most.
-FREE = ("out", "train.micro_tokens", "train.recompute", "train.parallel", "train.report_to")
+FREE = ("out", "train.micro_tokens", "train.recompute", "train.parallel", "train.report_to", "generate.engine")
 PATHS = (
     ("task", "data"),
     ("task", "test"),

@@ -7,11 +7,14 @@ that begin with a declared name (``CUDA graphs: none (...)``) come here by thems
 from __future__ import annotations
 
 import re
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 from typing import TYPE_CHECKING
+
+from tell.files import write_json
 
 if TYPE_CHECKING:
     from tell.decode.protocol import DecodingEngine
+    from tell.folder import RunFolder
     from tell.run.session import Session
     from tell.run.task import Notices
 
@@ -57,7 +60,7 @@ def describe(session: Session, notices: Notices) -> dict[str, str]:
     """How a finished run was computed, in the order of `NAMES`."""
     from tell.train.fast.fused import fused_counts, path_notes
 
-    loaded, engine = session.load()
+    loaded, _ = session.load()
     found = {"device": _device(loaded.device.type), "number format": loaded.why}
     found["base weights"] = session.config.model.base.replace("full", "not quantised")
     counts = fused_counts(loaded.model)
@@ -66,7 +69,6 @@ def describe(session: Session, notices: Notices) -> dict[str, str]:
     for text in path_notes(loaded.model):
         name, words = named(text) or ("kernels", f"{found['kernels']}; {text}")
         found[name] = words
-    found["decoding"] = _decoding(engine)
     found |= notices.computed
     order = {name: i for i, name in enumerate(NAMES)}
     return dict(sorted(found.items(), key=lambda item: order[item[0].partition(" (")[0]]))
@@ -75,19 +77,32 @@ def describe(session: Session, notices: Notices) -> dict[str, str]:
 def answering(session: Session, *, tuned: bool) -> list[str]:
     """Notes on how answers were decoded since the adapter, or none, was applied, which it still is.
 
-    Empty where no answer was: a resumed run has those of the session before.
+    Empty where no answer was.
     """
     from tell.train.unmerged import is_unmerged
 
-    own = session.engine.name == "own"
-    if own and not session.engine.how:
+    if not session.engine.how:
         return []
+    own = session.engine.name == "own"
     notes = [f"decoding: {_decoding(session.engine)}"]
     if tuned and own:
         notes.append(
             f"adapter: {'beside' if is_unmerged(session.model) else 'merged into'} the weights while answering"
         )
     return notes
+
+
+def keep_answering(folder: RunFolder, arm: str, notes: Sequence[str]) -> None:
+    """Keep notes on how an arm's answers to the test rows were decoded, for a run that is resumed."""
+    write_json(folder.decoded(arm), {"computed": list(notes)})
+
+
+def kept_answering(folder: RunFolder, arm: str) -> list[str]:
+    """Notes on how an arm's answers to the test rows were decoded, in whichever session of the run."""
+    if not (path := folder.decoded(arm)).exists():
+        return ["decoding: not known (answers of an earlier version)"]
+    notes = folder.read(path).get("computed")
+    return [str(note) for note in notes] if isinstance(notes, list) else []
 
 
 def _decoding(engine: DecodingEngine) -> str:

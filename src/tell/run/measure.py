@@ -30,7 +30,7 @@ from tell.run.answers import (
 )
 from tell.run.arms import Chosen, arm_config
 from tell.run.benchmarks.run_benchmarks import run_benchmarks
-from tell.run.computed import answering
+from tell.run.computed import answering, keep_answering, kept_answering
 from tell.run.constrained import constrains, session_grammar, task_constraint
 from tell.run.forgetting import BASE, Forgetting, general_sets, losses_of, measure_arm
 from tell.run.growing import growing
@@ -101,8 +101,10 @@ def measure_arms(prepared: Prepared, trained: Trained, session: Session, journal
         adapter = adapter_folder(folder, arm)
         with session.adapter(adapter):
             answers[arm] = found = answer_arm(exam, arm, session, folder)
+            prepared.task.notices.recall(arm, told := kept_answering(folder, arm))
             weights.measure(ARMS[arm].adapter or BASE, session)
-            prepared.task.notices.recall(arm, answering(session, tuned=adapter is not None))
+            now = answering(session, tuned=adapter is not None)  # of a resumed run, answers to general rows alone
+            prepared.task.notices.recall(f"{arm}, general rows", [note for note in now if note not in told])
         if ARMS[arm].in_context:
             prepared.task.notices.add(f"{arm}: {found.shown} examples fit into the context")
     weights.measure(BASE, session)  # what training changed needs a before
@@ -169,9 +171,12 @@ class Exam:
 def answer_arm(exam: Exam, arm: str, session: Session, folder: RunFolder) -> Answers:
     """The arm's scored answers, its adapter applied; answers already in the run's folder are reused."""
     path = folder.prediction(arm)
+    kept = read_jsonl(path) if path.exists() else None
     with growing(folder.answering, arm, exam.test, session):
-        found = exam.take(arm, session, read_jsonl(path) if path.exists() else None)
-    write_jsonl(path, found.rows)
+        found = exam.take(arm, session, kept)
+    if kept is None:
+        keep_answering(folder, arm, answering(session, tuned=adapter_folder(folder, arm) is not None))
+    write_jsonl(path, found.rows)  # last: from here on the arm counts as answered
     return found
 
 

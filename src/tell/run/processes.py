@@ -135,7 +135,10 @@ def _auto_dtype(config: Config) -> str:
 
 
 def load_shared(files: ModelFiles, config: Config) -> tuple[Loaded, torch.device]:
-    """The model on the CPU, ready to be sharded, and the device it will compute on."""
+    """The first process's model on the CPU, ready to be sharded, and the device it will compute on.
+
+    Where the files have the number format of the run, its weights are the files' pages, mapped and not copied.
+    """
     from tell.models.load import choose_device, load_model
 
     gc.collect()  # the previous arm's shards are in reference cycles
@@ -179,7 +182,7 @@ def _base(job: Job, config: Config, processes: Processes, held: tuple[Any, Any] 
     """(model, device) of a job; an unsharded model serves the next job too."""
     if held is not None and not processes.sharded:
         return held
-    from tell.models.load import load_model
+    from tell.models.load import DTYPES, choose_device, empty_model, load_model
 
     settings = config.model
     files = find_model(settings.name, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
@@ -189,10 +192,9 @@ def _base(job: Job, config: Config, processes: Processes, held: tuple[Any, Any] 
             where=str(files.path),
             remedy="Put the same files on every machine.",
         )
-    settings = settings.model_copy(update={"dtype": job.dtype})
-    if processes.sharded:
-        loaded, device = load_shared(files, config.model_copy(update={"model": settings}))
-        return loaded.model, device
+    if processes.sharded:  # the first process sends the weights, layer by layer
+        empty = empty_model(files, DTYPES[job.dtype], trust_remote_code=settings.trust_remote_code)
+        return empty, choose_device(settings.device)
     given = {"dtype": job.dtype, "device": settings.device, "base": settings.base}
     loaded = load_model(files, trust_remote_code=settings.trust_remote_code, **given)
     return loaded.model, loaded.device

@@ -184,10 +184,14 @@ def _load(session: Session) -> tuple[Loaded, DecodingEngine]:
     def make() -> tuple[Loaded, DecodingEngine]:
         given = {"dtype": chosen.dtype, "device": chosen.device, "base": chosen.base}
         loaded = load_model(files, trust_remote_code=chosen.trust_remote_code, **given)
-        vllm = _vllm_engine(files, loaded, config) if choice == "vllm" else ""
+
+        def ours() -> Engine:
+            return Engine(loaded.model, device=loaded.device, max_positions=files.architecture.max_positions)
+
+        vllm = _vllm_engine(files, loaded, config, ours) if choice == "vllm" else ""
         if not isinstance(vllm, str):
             return loaded, vllm
-        engine = Engine(loaded.model, device=loaded.device, max_positions=files.architecture.max_positions)
+        engine = ours()
         engine.fallback = vllm
         return loaded, engine
 
@@ -196,8 +200,14 @@ def _load(session: Session) -> tuple[Loaded, DecodingEngine]:
     return session.models.get(key, make)
 
 
-def _vllm_engine(files: ModelFiles, loaded: Loaded, config: Config) -> DecodingEngine | str:
-    """vLLM next to the loaded model; why not, also as a warning, where it was not requested by name."""
+def _vllm_engine(
+    files: ModelFiles, loaded: Loaded, config: Config, own: Callable[[], DecodingEngine]
+) -> DecodingEngine | str:
+    """vLLM next to the loaded model; why not, also as a warning, where it was not requested by name.
+
+    Args:
+        own: makes the engine that then takes over where vLLM fails later.
+    """
     from tell.decode.vllm_engine import LONGEST, VllmEngine
 
     try:
@@ -207,6 +217,7 @@ def _vllm_engine(files: ModelFiles, loaded: Loaded, config: Config) -> DecodingE
             max_positions=files.architecture.max_positions or LONGEST,
             dtype=dtype_name(loaded),
             rank=config.train.lora_r,
+            own=None if config.generate.engine == "vllm" else own,
         )
     except Exception as error:  # starting another engine may raise any exception
         if config.generate.engine == "vllm":

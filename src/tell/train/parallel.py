@@ -8,7 +8,7 @@ adapter's gradients are a few megabytes, and one flat all-reduce after the last 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 PATIENCE = timedelta(days=7)  # the others wait while the first writes an anchor or general data
+Shapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # shape and number format by a tensor's name
 Step = Callable[..., StepLoss]  # (rows, *, clip=, total=), as ``step_loss``
 
 
@@ -216,17 +217,44 @@ class SharedStep:
         return part
 
 
-def shard(peft_model: PeftModel, device: torch.device) -> None:
+def shard(peft_model: PeftModel, device: torch.device, processes: Processes) -> None:
     """Shard a model's frozen weights over all processes, layer by layer; its adapters stay whole in each.
 
+    Every tensor is the first process's, sent when its layer is sharded: the others need no weights of their own, and
+    hold one layer at a time next to their shards. Why not the files' slices in each process: what transformers makes
+    of them (renamed, joined, tied, cast) is then computed once.
+
     Args:
-        peft_model: with its LoRA, on the CPU or on ``device``.
+        peft_model: with its LoRA; outside the first process its weights may be on the meta device.
         device: where it computes from now on.
 
     Raises:
-        TellError: torch is too old, or the model does not declare its layers.
+        TellError: torch is too old, the model does not declare its layers, or is not built alike in all processes.
     """
     from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    with processes.agreed():
+        layers = _layers(peft_model)
+    shapes = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in _tensors(peft_model)}
+    first = processes.broadcast(shapes)
+    with processes.agreed():
+        _check_alike(shapes, first)
+    dtypes = {id(tensor): first[name][1] for name, tensor in _tensors(peft_model)}  # no reference to what is sharded
+    adapters = [p for p in peft_model.parameters() if p.requires_grad]
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    with torch.no_grad(), _connected():
+        for tensor in (*adapters, *(buffer for _, buffer in _buffers(peft_model))):
+            _receive(tensor, dtypes[id(tensor)], device, processes)
+        for module in (*layers, peft_model):
+            for p in module.parameters():
+                if not p.requires_grad and not isinstance(p, DTensor):
+                    _receive(p, dtypes[id(p)], device, processes)
+            fully_shard(module, mesh=mesh, ignored_params=set(adapters))
+
+
+def _layers(peft_model: PeftModel) -> list[nn.Module]:
     from torch.distributed.fsdp import fully_shard
 
     if "ignored_params" not in inspect.signature(fully_shard).parameters:
@@ -244,9 +272,42 @@ def shard(peft_model: PeftModel, device: torch.device) -> None:
             where="train.parallel=fsdp",
             remedy="Use train.parallel=ddp.",
         )
-    adapters = {p for p in peft_model.parameters() if p.requires_grad}
-    for p in adapters:
-        p.data = p.data.to(device)
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    for module in (*layers, peft_model):
-        fully_shard(module, mesh=mesh, ignored_params=adapters)
+    return layers
+
+
+def _buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Those that are not saved too; one under each of its names, which differ between loaded and empty models."""
+    return model.named_buffers(remove_duplicate=False)
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from _buffers(model)
+
+
+def _check_alike(shapes: Shapes, first: Shapes) -> None:
+    """Refuse a model whose tensors are not the first process's, by name and shape; their formats may differ."""
+    here = {name: shape for name, (shape, _) in shapes.items()}
+    there = {name: shape for name, (shape, _) in first.items()}
+    if list(here.items()) != list(there.items()):
+        odd = sorted({name for name, _ in here.items() ^ there.items()})
+        raise TellError(
+            f"the model is not built as in the first process ({odd[0] if odd else 'another order'})",
+            where="train.parallel=fsdp",
+            remedy="Install the same versions of torch, transformers and peft everywhere, or use train.parallel=ddp.",
+        )
+
+
+def _receive(tensor: Tensor, dtype: torch.dtype, device: torch.device, processes: Processes) -> None:
+    """Replace a tensor, in place, by the first process's, whole and on ``device``."""
+    if processes.leads:
+        full = tensor.detach().to(device).contiguous()
+    else:
+        full = torch.empty(tensor.shape, dtype=dtype, device=device)
+    dist.broadcast(full, src=0)
+    if not tensor.is_meta:
+        tensor.data = full
+    elif isinstance(tensor, nn.Parameter):
+        torch.utils.swap_tensors(tensor, nn.Parameter(full, requires_grad=tensor.requires_grad))
+    else:
+        torch.utils.swap_tensors(tensor, full)

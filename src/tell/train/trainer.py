@@ -147,9 +147,9 @@ class Trainer:
         config, processes = self.config, self.processes
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         facts = None
+        if processes and self.sharded:  # the processes agree within
+            shard(model, self.device, processes)
         with self._agreed():
-            if self.sharded:
-                shard(model, self.device)
             dtype, joins = self.base.dtype, self.fast and self.device.type in FLAT_DEVICES
             flat = FlatAdapters(parameters, a_scales(model), dtype) if joins else None
             update = Update(parameters, config, dtype, flat)
