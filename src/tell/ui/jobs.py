@@ -61,36 +61,45 @@ class Job:
         except (psutil.Error, LookupError, TypeError, ValueError, OverflowError):
             return None
 
-    def start(self, arguments: Sequence[str]) -> None:
+    def start(self, arguments: Sequence[str], *, once: bool = False) -> None:
         """Start ``tell ARGUMENTS`` unless it runs: in a session of its own, its output in the log, no shell.
+
+        Args:
+            once: nor where it has run.
 
         Raises:
             TellError: the log cannot be written.
         """
         make_folder(self.file("").parent)
-        with FileLock(self.file(".lock")):  # two tabs
-            if self.process() is not None:
-                return
-            try:
-                with self.file(".log").open("wb") as out:
-                    process = subprocess.Popen(
-                        [sys.executable, "-m", "tell", *arguments],
-                        cwd=self.root.path,
-                        stdin=subprocess.DEVNULL,
-                        stdout=out,
-                        stderr=subprocess.STDOUT,
-                        start_new_session=True,
-                        env=os.environ | {"PYTHONUNBUFFERED": "1", "NO_COLOR": "1"},
-                    )
-            except (OSError, ValueError) as error:  # ValueError: a character that no argument can have
-                what = f"cannot be started ({error})"
-                raise TellError(what, where=f"tell {arguments[0]}", remedy="Free disk space or memory.") from error
-            threading.Thread(target=process.wait, daemon=True).start()  # leaves no zombie
-            created = 0.0
-            with suppress(psutil.Error):
-                created = psutil.Process(process.pid).create_time()
+        try:
+            with FileLock(self.file(".lock")):  # two tabs
+                if self.process() is None and not (once and self.record()):
+                    self._start(list(arguments))
+        except (OSError, ValueError) as error:  # ValueError: a character that no argument can have
+            what = f"cannot be started ({error})"
+            raise TellError(what, where=f"tell {arguments[0]}", remedy="Free disk space or memory.") from error
+
+    def _start(self, arguments: list[str]) -> None:
+        with self.file(".out").open("wb") as out, self.file(".log").open("wb") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "tell", *arguments],
+                cwd=self.root.path,
+                stdin=subprocess.DEVNULL,
+                stdout=out if "--json" in arguments else log,
+                stderr=log,
+                start_new_session=True,
+                env=os.environ | {"PYTHONUNBUFFERED": "1", "NO_COLOR": "1"},
+            )
+        threading.Thread(target=process.wait, daemon=True).start()  # leaves no zombie
+        created = 0.0
+        with suppress(psutil.Error):
+            created = psutil.Process(process.pid).create_time()
+        try:
             facts = {"key": self.key, "command": ["tell", *arguments], "pid": process.pid, "created": created}
             write_json(self.file(".json"), facts)
+        except TellError:  # without a record nobody would find it
+            process.kill()
+            raise
 
     def stop(self) -> psutil.Process | None:
         """Send SIGTERM to the process; which it was."""
@@ -98,6 +107,23 @@ class Job:
             with suppress(psutil.Error):
                 process.terminate()
         return process
+
+    def told(self, arguments: Sequence[str]) -> tuple[dict[str, Any], str] | None:
+        """What ``tell ARGUMENTS``, started once, prints with ``--json``, and its error; None while it runs."""
+        try:
+            self.start(arguments, once=True)
+        except TellError as error:
+            return {}, one_line(str(error))
+        if self.process() is not None:
+            return None
+        facts = read_facts(self.file(".out"))
+        failed = "error" in facts or not facts
+        return facts, (self.error() or "".join(self.lines(1)) or "it ended without an answer") if failed else ""
+
+    def forget(self) -> None:
+        """Let `told` ask again, unless the process runs."""
+        if self.process() is None:
+            self.file(".json").unlink(missing_ok=True)
 
     def lines(self, most: int = 12) -> list[str]:
         """The last lines of the log, each made safe to show."""

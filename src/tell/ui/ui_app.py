@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import shlex
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -18,11 +15,11 @@ from urllib.parse import quote
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader
 from starlette.applications import Starlette
-from starlette.middleware import Middleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from tell.data.form import Form
 from tell.errors import TellError
 from tell.exports.serving_files import model_licence
 from tell.exports.target import export_targets
@@ -31,17 +28,17 @@ from tell.folder import RunFolder, reading
 from tell.report.compare import compare
 from tell.report.look_page import look_parts
 from tell.report.page import environment, stylesheet
+from tell.report.read_run import get
 from tell.run.claim import stop_holder
 from tell.shown import one_line
 from tell.ui.chat_relay import COLUMNS, answer, asked_for, serve_run, served, serving
-from tell.ui.choices import Choice, positional
+from tell.ui.choices import Choice, picked, positional
 from tell.ui.guard import FRAMED, Guard
 from tell.ui.jobs import Job
 from tell.ui.run_view import ACTIVE, live, state_of, study_line, summary, test_rows, tuning
-from tell.ui.ui_root import NotHere, UiRoot
+from tell.ui.ui_root import NotHere, UiRoot, read_facts, stamp
 
 MOST_PROMPT, MOST_PAGE = 1 << 17, 64 << 20  # bytes of a prompt, and of a page of a run folder
-PATIENCE = 300  # seconds for tell look and tell plan
 STATIC = {"style.css": "text/css", "ui.js": "text/javascript", "htmx.min.js": "text/javascript"}
 SORTS = {"name": False, "state": False, "score": True, "loss": False, "seconds": True, "changed": True}  # high first?
 Shown = Mapping[str, object]  # what a template prints
@@ -85,8 +82,8 @@ class Pages:
     def runs(self, request: Request) -> Response:
         by = next((name for name in request.query_params.getlist("by") if name in SORTS), "changed")
         names, studies = self.root.find()
-        lines = [study_line(self.root, name) for name in studies]
-        cells = {cell["run"] for line in lines for cell in line["cells"]}
+        lines = [study_line(self.root, name, set(names)) for name in studies]
+        cells = {run for line in lines for run in line["runs"]}
         runs = [summary(self.root, name) for name in names if name not in cells]
         known = sorted((run for run in runs if run[by] is not None), key=lambda run: run[by], reverse=SORTS[by])
         known += [run for run in runs if run[by] is None]
@@ -97,35 +94,47 @@ class Pages:
     # Data and plan: htmx asks for what a command says.
     def data(self, request: Request) -> Response:
         choice = Choice.of(request.query_params)
-        if not request.headers.get("hx-request"):
+        told = self._told(request, choice, "look")
+        if told is None:
             return page(request, "data", "Data", {"choice": choice, "uploaded": self.root.uploaded()})
-        facts, error = self._told(choice.command("look", "--json"))
-        names, read = choice.columns(self.root), facts["data"]["columns"] if facts else {}
-        shown = {"choice": choice, "error": error, "names": names, "command": _typed(choice.command("look"))}
-        more = {"facts": None} if facts is None else look_parts(facts)
-        return page(request, "look", "Data", {**shown, **choice.picked(names, read), **more})
+        if isinstance(told, Response):
+            return told
+        guess = not (choice["columns"] or choice["prompt"] or choice["answer"])
+        (found, error), others = told, []
+        if error and found.get("look"):  # by the likeliest of several forms
+            others = [(Form(f["prompt"], tuple(f["answer"])).name, choice.read_as(f).query) for f in found["forms"][1:]]
+            found, error, choice, guess = found["look"], "", choice.read_as(found["forms"][0]), True
+        shown = {"choice": choice, "error": error, "command": _typed(choice.command("look")), "guess": guess}
+        more = {"facts": None} if error else look_parts(found)
+        return page(request, "look", "Data", {**shown, "others": others, **picked(found.get("data", found)), **more})
 
     def plan(self, request: Request) -> Response:
         choice = Choice.of(request.query_params)
-        if not request.headers.get("hx-request"):
+        told = self._told(request, choice, "plan")
+        if told is None:
             return page(request, "plan", "Plan", {"choice": choice}, here="data")
-        plan, error = self._told(choice.command("plan", "--json"))
-        model, out = plan["model"] if plan else {}, self.root.fresh_run(choice["data"])
+        if isinstance(told, Response):
+            return told
+        plan, error = told
+        model, out = {} if error else plan["model"], self.root.fresh_run(choice["data"])
         shown = {"choice": choice, "plan": plan, "error": error, "out": out, "root": self.root}
         shown |= {"licence": model_licence(model["origin"], Path(model["path"])) if model else None}
         return page(request, "planned", "Plan", {**shown, "command": _typed(choice.command("tune", out=out))})
 
-    def _told(self, arguments: list[str]) -> tuple[dict[str, Any] | None, str]:
-        """What a command prints with ``--json``, or the line that says why it does not."""
-        command, where = [sys.executable, "-m", "tell", *arguments], self.root.path
-        try:
-            done = subprocess.run(command, cwd=where, stdin=subprocess.DEVNULL, capture_output=True, timeout=PATIENCE)
-        except (OSError, ValueError, subprocess.TimeoutExpired) as error:
-            return None, one_line(f"tell {arguments[0]}: {error}")
-        if done.returncode == 0:
-            return json.loads(done.stdout), ""
-        said = [line for line in done.stderr.decode("utf-8", "replace").splitlines() if line.strip()]
-        return None, one_line(said[-1]).removeprefix("error: ") if said else f"it ended with {done.returncode}"
+    def _told(self, request: Request, choice: Choice, verb: str) -> tuple[dict[str, Any], str] | Response | None:
+        """What a command says of the data as it is now, asked once for all tabs; its last line until it has ended.
+
+        None for a page that is loaded, which asks again but for a look that found all.
+        """
+        stamps = [self.root.stamp(choice[name]) for name in ("data", "test", "schema", "general")]
+        job = Job(self.root, f"{verb} {choice.query} {stamps}")
+        if request.headers.get("hx-request"):
+            busy = {"choice": choice, "verb": verb, "log": job.lines(1)}
+            return job.told(choice.command(verb, "--json")) or page(request, "busy", "", busy)
+        found = read_facts(job.file(".out"))
+        if verb != "look" or get(found.get("look") or found, "model", "name") is None:
+            job.forget()
+        return None
 
     async def upload(self, request: Request) -> Response:
         return JSONResponse({"path": await self.root.receive(request.path_params["name"], request.stream())}, 201)
@@ -230,7 +239,11 @@ class Pages:
             names = request.query_params.getlist("run")[:8]
             if len(names) < 2:
                 raise TellError("two runs or more are compared", remedy="Mark them in the table of runs.")
-            return partial(compare, [self.root.run(name) for name in names])
+            folders = [self.root.run(name).root for name in names]
+            files = [
+                path for folder in folders for part in ("*.*", "predictions/*", "logs/*") for path in folder.glob(part)
+            ]
+            return partial(_compared, tuple(folders), tuple((path, stamp(path)) for path in files))
         path = self.root.run(name).report if kind == "report" else self.root.study(name).page
         if not path.is_file():
             remedy = f"It is written at the end; `tell {kind} {name}` writes one of what is there now."
@@ -238,18 +251,24 @@ class Pages:
         return partial(read_text, path, most=MOST_PAGE, remedy="Write it again.")
 
 
+@lru_cache(maxsize=4)
+def _compared(folders: tuple[Path, ...], _stamps: object) -> str:
+    return compare([RunFolder(folder) for folder in folders])
+
+
 def _typed(arguments: list[str]) -> str:
     return shlex.join(["tell", *arguments])
 
 
 async def _refused(request: Request, error: Exception) -> Response:
-    status, said = 404 if isinstance(error, NotHere) else 400, one_line(str(error))
+    status = 404 if isinstance(error, NotHere) else 400 if isinstance(error, TellError | ClientDisconnect) else 500
+    said = one_line(str(error) if status < 500 else f"unexpected {type(error).__name__}: {error}")
     if request.method == "PUT":
         return JSONResponse({"error": said}, status)
     return page(request, "message", "That did not work", {"error": said}, status=status)
 
 
-def make_ui(root: UiRoot, token: str) -> Starlette:
+def make_ui(root: UiRoot, token: str) -> Guard:
     """The application of a root."""
     p, made = Pages(root), templates()
     for name in made.list_templates(["j2"]):  # compiled now, so that no first view waits for it
@@ -262,4 +281,5 @@ def make_ui(root: UiRoot, token: str) -> Starlette:
     routes = [Route(path, handler) for path, handler in get.items()]
     routes += [Route(path, handler, methods=["POST"]) for path, handler in post.items()]
     routes += [Route("/upload/{name:path}", p.upload, methods=["PUT"])]
-    return Starlette(routes=routes, middleware=[Middleware(Guard, token)], exception_handlers={TellError: _refused})
+    refused = dict.fromkeys((TellError, ClientDisconnect, Exception), _refused)
+    return Guard(Starlette(routes=routes, exception_handlers=refused), token)
