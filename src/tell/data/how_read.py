@@ -11,8 +11,9 @@ def how_read(loaded: Loaded) -> dict[str, object]:
 
     Returns:
         ``flags`` (what to type to read it so; empty where the column names suffice), ``guessed``, ``names`` (of all
-        columns), ``sheet``, ``sheets`` and ``encoding`` (None where there is none), ``notices`` and ``left_out`` (origin
-        and reason of each row). Path, layout and columns are in findings.json too (`tell.run.task_rows.describe`).
+        columns), ``sheet``, ``sheets`` and ``encoding`` (None where there is none), ``notices`` and ``left_out``
+        (origin and reason of each row). Path, layout and columns are in findings.json too
+        (`tell.run.task_rows.describe`).
     """
     file = loaded.file or FileRead()
     return {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -48,7 +47,7 @@ class Choice:
         """
         values = {name: text[:MOST] for name in ("data", *FLAGS) if (text := given.get(name, "").strip())}
         ask, reply, arms = ([text for text in given.getlist(name) if text] for name in ("ask", "reply", "arm"))
-        old, made = values.get("prompt", ""), _fields(Form("\n\n".join(map(place_of, ask)), tuple(reply)))
+        old, made = values.get("prompt", ""), Form("\n\n".join(map(place_of, ask)), tuple(reply)).typed
         known = Form(old).asked
         values |= {"prompt": old if known == tuple(ask) else made["prompt"]} if ask else {}
         values |= {"answer": made["answer"]} if reply else {}
@@ -56,10 +55,6 @@ class Choice:
         if values.get("arms") == ",".join(STANDARD):
             del values["arms"]
         return cls(values, old if known and values["prompt"] != old else "")
-
-    def read_as(self, form: Mapping[str, Any]) -> Choice:
-        """The same with another form of the task."""
-        return Choice({**self.values, **_fields(Form(form["prompt"], tuple(form["answer"])))})
 
     def __getitem__(self, name: str) -> str:
         return self.values.get(name, "")
@@ -87,12 +82,6 @@ def picked(data: Mapping[str, Any]) -> dict[str, list[str]]:
     ask = (Form(form["prompt"]).asked or (form["prompt"],)) if form else (parts.get("prompt"), parts.get("input"))
     reply = form["answer"] if form else (parts.get("answer"),)
     return {"names": names, "ask": [x for x in ask if x in names], "reply": [x for x in reply if x in names]}
-
-
-def _fields(form: Form) -> dict[str, str]:
-    """A form as the fields to type."""
-    flags = shlex.split(form.flags)
-    return {"prompt": flags[1], "answer": flags[3]}
 
 
 def positional(path: str) -> str:

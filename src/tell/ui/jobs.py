@@ -10,6 +10,7 @@ import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ import psutil
 from filelock import FileLock
 
 from tell.errors import TellError
-from tell.files import write_json
+from tell.files import read_facts, write_json
 from tell.home import make_folder
 from tell.shown import one_line
-from tell.ui.ui_root import UiRoot, read_facts
+from tell.ui.ui_root import UiRoot
 
 TAIL = 1 << 16  # bytes of a log that are looked at
 SAME = 1.0  # seconds by which the start of one process may differ between two readings
@@ -38,7 +39,7 @@ class Job:
     key: str
 
     def file(self, suffix: str) -> Path:
-        """Its ``.json``, ``.log`` or ``.lock``."""
+        """Its ``.json``, ``.log``, ``.lock`` or ``.out``, what it prints with ``--json``."""
         return self.root.state / "jobs" / (hashlib.sha256(self.key.encode()).hexdigest()[:20] + suffix)
 
     def record(self) -> dict[str, Any]:
@@ -62,10 +63,7 @@ class Job:
             return None
 
     def start(self, arguments: Sequence[str], *, once: bool = False) -> None:
-        """Start ``tell ARGUMENTS`` unless it runs: in a session of its own, its output in the log, no shell.
-
-        Args:
-            once: nor where it has run.
+        """Start ``tell ARGUMENTS`` unless it runs (or has run): in a session of its own, no shell.
 
         Raises:
             TellError: the log cannot be written.
@@ -80,22 +78,17 @@ class Job:
             raise TellError(what, where=f"tell {arguments[0]}", remedy="Free disk space or memory.") from error
 
     def _start(self, arguments: list[str]) -> None:
+        command, env = [sys.executable, "-m", "tell", *arguments], {"PYTHONUNBUFFERED": "1", "NO_COLOR": "1"}
         with self.file(".out").open("wb") as out, self.file(".log").open("wb") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "tell", *arguments],
-                cwd=self.root.path,
-                stdin=subprocess.DEVNULL,
-                stdout=out if "--json" in arguments else log,
-                stderr=log,
-                start_new_session=True,
-                env=os.environ | {"PYTHONUNBUFFERED": "1", "NO_COLOR": "1"},
-            )
+            apart = partial(subprocess.Popen, cwd=self.root.path, env=os.environ | env, start_new_session=True)
+            into = out if "--json" in arguments else log
+            process = apart(command, stdin=subprocess.DEVNULL, stdout=into, stderr=log)
         threading.Thread(target=process.wait, daemon=True).start()  # leaves no zombie
         created = 0.0
         with suppress(psutil.Error):
             created = psutil.Process(process.pid).create_time()
+        facts = {"key": self.key, "command": ["tell", *arguments], "pid": process.pid, "created": created}
         try:
-            facts = {"key": self.key, "command": ["tell", *arguments], "pid": process.pid, "created": created}
             write_json(self.file(".json"), facts)
         except TellError:  # without a record nobody would find it
             process.kill()
@@ -116,9 +109,8 @@ class Job:
             return {}, one_line(str(error))
         if self.process() is not None:
             return None
-        facts = read_facts(self.file(".out"))
-        failed = "error" in facts or not facts
-        return facts, (self.error() or "".join(self.lines(1)) or "it ended without an answer") if failed else ""
+        facts, last = read_facts(self.file(".out")), "".join(self.lines(1)) or "it ended without an answer"
+        return facts, "" if facts and "error" not in facts else self.error() or last
 
     def forget(self) -> None:
         """Let `told` ask again, unless the process runs."""

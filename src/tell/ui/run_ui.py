@@ -12,12 +12,12 @@ import uvicorn
 from filelock import FileLock, Timeout
 
 from tell.errors import TellError
-from tell.files import write_json
+from tell.files import read_facts, write_json
 from tell.home import make_folder
 from tell.progress import Display
 from tell.serve.listen import bind
 from tell.ui.ui_app import make_ui
-from tell.ui.ui_root import UiRoot, read_facts
+from tell.ui.ui_root import UiRoot
 
 HOST = "127.0.0.1"
 GRACE = 2  # seconds that open requests have when the server is stopped
@@ -37,9 +37,7 @@ def run_ui(path: str | Path, display: Display, *, port: int) -> None:
     file = root.state / "address.json"
     try:
         with FileLock(root.state / ".lock", timeout=0), bind(HOST, port) as listening:
-            token = str(
-                read_facts(file).get("token") or secrets.token_urlsafe(24)
-            )  # kept, so that open tabs outlive a restart
+            token = str(read_facts(file).get("token") or secrets.token_urlsafe(24))  # kept, for open tabs
             write_json(file, {"token": token})  # without the last address, which may no longer be ours
             address = f"http://{HOST}:{listening.getsockname()[1]}/?token={token}"
             options: dict[str, Any] = {"log_level": "error", "access_log": False, "server_header": False, "ws": "none"}
@@ -51,6 +49,6 @@ def run_ui(path: str | Path, display: Display, *, port: int) -> None:
                 uvicorn.Server(server).run(sockets=[listening])
     except Timeout:
         end = time.monotonic() + STARTING
-        while (address := read_facts(file).get("address")) is None and time.monotonic() < end:
+        while not (said := read_facts(file).get("address")) and time.monotonic() < end:
             time.sleep(0.1)  # it is starting
-        display.note(f"a page for {root.path} is open at {address or 'an address that it does not say yet'}")
+        display.note(f"a page for {root.path} is open at {said or 'an address that it has not said yet'}")

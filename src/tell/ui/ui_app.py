@@ -7,7 +7,7 @@ import re
 import shlex
 import time
 from collections.abc import Callable, Mapping
-from functools import cache, lru_cache, partial
+from functools import cache, partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,13 @@ from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Re
 from starlette.routing import Route
 
 from tell.data.form import Form
+from tell.data.workbook import split_sheet
 from tell.errors import TellError
 from tell.exports.serving_files import model_licence
 from tell.exports.target import export_targets
-from tell.files import read_text
+from tell.files import expanded, read_facts, read_text, stamp
 from tell.folder import RunFolder, reading
-from tell.report.compare import compare
+from tell.report.compare import compare_kept
 from tell.report.look_page import look_parts
 from tell.report.page import environment, stylesheet
 from tell.report.read_run import get
@@ -36,7 +37,7 @@ from tell.ui.choices import Choice, picked, positional
 from tell.ui.guard import FRAMED, Guard
 from tell.ui.jobs import Job
 from tell.ui.run_view import ACTIVE, live, state_of, study_line, summary, test_rows, tuning
-from tell.ui.ui_root import NotHere, UiRoot, read_facts, stamp
+from tell.ui.ui_root import NotHere, UiRoot
 
 MOST_PROMPT, MOST_PAGE = 1 << 17, 64 << 20  # bytes of a prompt, and of a page of a run folder
 STATIC = {"style.css": "text/css", "ui.js": "text/javascript", "htmx.min.js": "text/javascript"}
@@ -93,48 +94,42 @@ class Pages:
 
     # Data and plan: htmx asks for what a command says.
     def data(self, request: Request) -> Response:
+        return self._asked(request, "look", "Data", self._looked)
+
+    def plan(self, request: Request) -> Response:
+        return self._asked(request, "plan", "Plan", self._planned)
+
+    def _asked(self, request: Request, verb: str, title: str, answered: Callable[..., Response]) -> Response:
+        """What a command says of the data as it is now, asked once for all tabs; its last line until it has ended."""
         choice = Choice.of(request.query_params)
-        told = self._told(request, choice, "look")
-        if told is None:
-            return page(request, "data", "Data", {"choice": choice, "uploaded": self.root.uploaded()})
-        if isinstance(told, Response):
-            return told
-        guess = not (choice["columns"] or choice["prompt"] or choice["answer"])
-        (found, error), others = told, []
+        shown = {"verb": verb, "choice": choice, "uploaded": self.root.uploaded()}
+        files = [choice[name] for name in ("data", "test", "schema", "general") if choice[name]]
+        stamps = [stamp(self.root.path / expanded(split_sheet(file)[0])) for file in files]
+        job = Job(self.root, f"{choice.command(verb)} {stamps}")
+        if request.headers.get("hx-request"):
+            if (told := job.told(choice.command(verb, "--json"))) is not None:
+                return answered(request, choice, *told)
+            return page(request, "busy", "", {**shown, "log": job.lines(1)})
+        found = read_facts(job.file(".out"))
+        if verb != "look" or get(found.get("look") or found, "model", "name") is None:
+            job.forget()  # a page that is loaded asks again, but for a look that found all
+        return page(request, title.lower(), title, shown, here="data")
+
+    def _looked(self, request: Request, choice: Choice, found: dict[str, Any], error: str) -> Response:
+        guess, others = not (choice["columns"] or choice["prompt"] or choice["answer"]), list[tuple[str, Choice]]()
         if error and found.get("look"):  # by the likeliest of several forms
-            others = [(Form(f["prompt"], tuple(f["answer"])).name, choice.read_as(f).query) for f in found["forms"][1:]]
-            found, error, choice, guess = found["look"], "", choice.read_as(found["forms"][0]), True
+            forms = [Form.of(form) for form in found["forms"]]
+            readings = [(form.name, Choice({**choice.values, **form.typed})) for form in forms]
+            found, error, choice, others, guess = found["look"], "", readings[0][1], readings[1:], True
         shown = {"choice": choice, "error": error, "command": _typed(choice.command("look")), "guess": guess}
         more = {"facts": None} if error else look_parts(found)
         return page(request, "look", "Data", {**shown, "others": others, **picked(found.get("data", found)), **more})
 
-    def plan(self, request: Request) -> Response:
-        choice = Choice.of(request.query_params)
-        told = self._told(request, choice, "plan")
-        if told is None:
-            return page(request, "plan", "Plan", {"choice": choice}, here="data")
-        if isinstance(told, Response):
-            return told
-        plan, error = told
+    def _planned(self, request: Request, choice: Choice, plan: dict[str, Any], error: str) -> Response:
         model, out = {} if error else plan["model"], self.root.fresh_run(choice["data"])
         shown = {"choice": choice, "plan": plan, "error": error, "out": out, "root": self.root}
         shown |= {"licence": model_licence(model["origin"], Path(model["path"])) if model else None}
         return page(request, "planned", "Plan", {**shown, "command": _typed(choice.command("tune", out=out))})
-
-    def _told(self, request: Request, choice: Choice, verb: str) -> tuple[dict[str, Any], str] | Response | None:
-        """What a command says of the data as it is now, asked once for all tabs; its last line until it has ended.
-
-        None for a page that is loaded, which asks again but for a look that found all.
-        """
-        stamps = [self.root.stamp(choice[name]) for name in ("data", "test", "schema", "general")]
-        job = Job(self.root, f"{verb} {choice.query} {stamps}")
-        if request.headers.get("hx-request"):
-            busy = {"choice": choice, "verb": verb, "log": job.lines(1)}
-            return job.told(choice.command(verb, "--json")) or page(request, "busy", "", busy)
-        found = read_facts(job.file(".out"))
-        if verb != "look" or get(found.get("look") or found, "model", "name") is None:
-            job.forget()
-        return None
 
     async def upload(self, request: Request) -> Response:
         return JSONResponse({"path": await self.root.receive(request.path_params["name"], request.stream())}, 201)
@@ -239,21 +234,12 @@ class Pages:
             names = request.query_params.getlist("run")[:8]
             if len(names) < 2:
                 raise TellError("two runs or more are compared", remedy="Mark them in the table of runs.")
-            folders = [self.root.run(name).root for name in names]
-            files = [
-                path for folder in folders for part in ("*.*", "predictions/*", "logs/*") for path in folder.glob(part)
-            ]
-            return partial(_compared, tuple(folders), tuple((path, stamp(path)) for path in files))
+            return partial(compare_kept, [self.root.run(name) for name in names])
         path = self.root.run(name).report if kind == "report" else self.root.study(name).page
         if not path.is_file():
             remedy = f"It is written at the end; `tell {kind} {name}` writes one of what is there now."
             raise NotHere(f"there is no {kind} yet", remedy=remedy)
         return partial(read_text, path, most=MOST_PAGE, remedy="Write it again.")
-
-
-@lru_cache(maxsize=4)
-def _compared(folders: tuple[Path, ...], _stamps: object) -> str:
-    return compare([RunFolder(folder) for folder in folders])
 
 
 def _typed(arguments: list[str]) -> str:

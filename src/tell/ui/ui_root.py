@@ -7,17 +7,14 @@ import re
 import unicodedata
 from collections.abc import AsyncIterator
 from contextlib import suppress
-from functools import lru_cache
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 from anyio import from_thread, to_thread
 
 from tell.data.formats import FORMATS_TEXT, format_of
-from tell.data.workbook import split_sheet
 from tell.errors import TellError
-from tell.files import atomic_path, expanded, parse_yaml, read_json, read_text, unwritable
+from tell.files import atomic_path, claim_path, stamp
 from tell.folder import RunFolder
 from tell.home import make_folder
 from tell.shown import brief
@@ -25,7 +22,6 @@ from tell.studies.study_folder import StudyFolder
 
 MOST_UPLOAD = 256 << 20  # bytes
 MOST_NAME = 100  # bytes of a name; file systems take 255, and some of them are added to it
-SMALL = 1 << 14  # bytes of a file whose facts are kept
 MOST_FOLDERS, DEEPEST = 20_000, 5  # that are searched for runs
 RUN = {"run.yaml", "status.json"}
 
@@ -78,7 +74,7 @@ class UiRoot:
         """Names of the runs and of the studies; links to other folders are not followed."""
         runs, studies = [], []
         for number, (at, inner, files) in enumerate(os.walk(self.path)):
-            name = self.name(Path(at))
+            name = at[len(str(self.path)) :].replace(os.sep, "/").lstrip("/") or "."  # of thousands: no Path for each
             if is_run := set(files) >= RUN:
                 runs.append(name)
             elif "study.json" in files:
@@ -99,12 +95,6 @@ class UiRoot:
         found = [path for path in stamps if stamps[path][1]]  # else it is gone, or only claimed as yet
         return [self.name(path) for path in sorted(found, key=stamps.__getitem__, reverse=True)[:200]]
 
-    def stamp(self, name: str) -> tuple[float, int, int] | None:
-        """`stamp` of a file that is named on the page."""
-        with suppress(ValueError):  # a character that no path can have
-            return stamp(self.path / expanded(split_sheet(name)[0])) if name else None
-        return None
-
     async def receive(self, name: str, parts: AsyncIterator[bytes]) -> str:
         """Keep an upload under a cleaned name that is free; returns its path under the root.
 
@@ -114,7 +104,7 @@ class UiRoot:
         return await to_thread.run_sync(self._keep, clean_name(name), parts)  # the event loop waits for no disk
 
     def _keep(self, cleaned: str, parts: AsyncIterator[bytes]) -> str:
-        path, size = self._claim(cleaned), 0
+        path, size = claim_path(make_folder(self.uploads) / cleaned), 0
         try:
             with atomic_path(path) as temporary, temporary.open("wb") as out:
                 while (part := from_thread.run(anext, parts, None)) is not None:
@@ -126,19 +116,6 @@ class UiRoot:
             path.unlink(missing_ok=True)
             raise
         return self.name(path)
-
-    def _claim(self, cleaned: str) -> Path:
-        """A free name, taken at once by an empty file, since another upload may have the same one."""
-        folder, n = make_folder(self.uploads), 0
-        while True:
-            path = folder / (f"{n}-{cleaned}" if n else cleaned)
-            try:
-                path.open("xb").close()
-                return path
-            except FileExistsError:
-                n += 1
-            except OSError as error:
-                raise unwritable(path, error) from error
 
 
 def clean_name(name: str) -> str:
@@ -156,29 +133,3 @@ def clean_name(name: str) -> str:
 
 def _short(name: str) -> str:
     return name.encode()[:MOST_NAME].decode("utf-8", "ignore").strip("-.")
-
-
-def stamp(path: Path) -> tuple[float, int, int]:
-    """Time of the last change, size and number of a file: another where its content is; zeros where there is none."""
-    try:
-        found = path.stat()
-        return found.st_mtime, found.st_size, found.st_ino
-    except (OSError, ValueError):
-        return 0.0, 0, 0
-
-
-def read_facts(path: Path) -> dict[str, Any]:
-    """A JSON or YAML file; empty where it is missing or damaged. Small files are read again only where they changed."""
-    at = stamp(path)
-    return (_kept if at[1] < SMALL else _read)(path, at)
-
-
-def _read(path: Path, _stamp: object) -> dict[str, Any]:
-    with suppress(OSError, ValueError, TellError):
-        yaml = path.suffix == ".yaml"
-        found = parse_yaml(read_text(path, remedy=""), where=path.name) if yaml else read_json(path, remedy="")
-        return found if isinstance(found, dict) else {}
-    return {}
-
-
-_kept = lru_cache(maxsize=8192)(_read)
