@@ -118,8 +118,7 @@ class Pages:
     def _looked(self, request: Request, choice: Choice, found: dict[str, Any], error: str) -> Response:
         guess, others = not (choice["columns"] or choice["prompt"] or choice["answer"]), list[tuple[str, Choice]]()
         if error and found.get("look"):  # by the likeliest of several forms
-            forms = [Form.of(form) for form in found["forms"]]
-            readings = [(form.name, Choice({**choice.values, **form.typed})) for form in forms]
+            readings = [(f.name, Choice({**choice.values, **f.typed})) for f in map(Form.of, found["forms"])]
             found, error, choice, others, guess = found["look"], "", readings[0][1], readings[1:], True
         shown = {"choice": choice, "error": error, "command": _typed(choice.command("look")), "guess": guess}
         more = {"facts": None} if error else look_parts(found)
@@ -251,7 +250,8 @@ async def _refused(request: Request, error: Exception) -> Response:
     said = one_line(str(error) if status < 500 else f"unexpected {type(error).__name__}: {error}")
     if request.method == "PUT":
         return JSONResponse({"error": said}, status)
-    return page(request, "message", "That did not work", {"error": said}, status=status)
+    shown = 200 if status < 500 and request.headers.get("hx-request") else status  # htmx shows no others
+    return page(request, "message", "That did not work", {"error": said}, status=shown)
 
 
 def make_ui(root: UiRoot, token: str) -> Guard:
