@@ -19,6 +19,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from tell import __version__
 from tell.data.form import Form
 from tell.data.workbook import split_sheet
 from tell.errors import TellError
@@ -105,7 +106,7 @@ class Pages:
         shown = {"verb": verb, "choice": choice, "uploaded": self.root.uploaded()}
         files = [choice[name] for name in ("data", "test", "schema", "general") if choice[name]]
         stamps = [stamp(self.root.path / expanded(split_sheet(file)[0])) for file in files]
-        job = Job(self.root, f"{choice.command(verb)} {stamps}")
+        job = Job(self.root, f"{__version__} {choice.command(verb)} {stamps}")
         if request.headers.get("hx-request"):
             if (told := job.told(choice.command(verb, "--json"))) is not None:
                 return answered(request, choice, *told)
