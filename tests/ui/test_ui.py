@@ -2,61 +2,37 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import re
-import resource
 import socket
 import subprocess
 import sys
 from html.parser import HTMLParser
-from importlib import resources
+from importlib import import_module, resources
 
 import pytest
 from filelock import FileLock
 from starlette.datastructures import QueryParams
-from starlette.testclient import TestClient
 
 from run.runs import PROBE
+from tell import files
 from tell.data.schema import Schema
 from tell.files import write_json
 from tell.folder import RunFolder
 from tell.report.page import write_page
 from tell.run.answer_check import Check
-from tell.ui import ui_app, ui_root
+from tell.ui import ui_app
 from tell.ui.chat_relay import serving
 from tell.ui.choices import Choice
 from tell.ui.jobs import Job
 from tell.ui.run_view import live, state_of, tuning
-from tell.ui.ui_app import make_ui
-from tell.ui.ui_root import UiRoot, clean_name
+from tell.ui.ui_root import UiRoot
+from ui.asking import ORIGIN, TOKEN, stranger, told
 from ui.made_runs import make_run
-from ui.ui_server import SOURCE, UiServer, until
+from ui.ui_server import UiServer, until
 
-TOKEN, BASE = "s3cret-token", "http://127.0.0.1:8765"
 EVIL = '<script>alert(1)</script><img src=x onerror="alert(1)">" onload="alert(1)'
-ORIGIN = {"origin": BASE}
-HTMX = {"hx-request": "true"}
-
-
-@pytest.fixture
-def root(tmp_path, monkeypatch) -> UiRoot:
-    monkeypatch.setenv("PYTHONPATH", str(SOURCE))
-    monkeypatch.setenv("TELL_HOME", str(tmp_path / "home"))
-    (tmp_path / "root").mkdir()
-    return UiRoot(tmp_path / "root")
-
-
-@pytest.fixture
-def client(root) -> TestClient:
-    made = stranger(root)
-    assert made.get("/", params={"token": TOKEN}).status_code == 200
-    return made
-
-
-def stranger(root: UiRoot) -> TestClient:
-    return TestClient(make_ui(root, TOKEN), base_url=BASE)
 
 
 class Elements(HTMLParser):
@@ -148,7 +124,7 @@ def test_hostile_contents_are_inert(client, root):
     check_inert(client.get("/").text, scripts=2)
     check_inert(client.get("/data", params={"data": EVIL, "prompt": EVIL}).text, scripts=2)
     check_inert(client.get("/plan", params={"data": EVIL, "model": EVIL}).text, scripts=2)
-    check_inert(client.get("/data", params={"data": EVIL}, headers=HTMX).text, scripts=0)
+    check_inert(told(client, "/data", {"data": EVIL}), scripts=0)
     both = [("run", name) for name in root.find()[0]]
     check_inert(client.get("/framed/compare/", params=both).text, scripts=0)
 
@@ -162,36 +138,6 @@ def test_no_address_leads_out_of_the_root(client, root, name):
     for page in ("run", "report", "framed/report", "study", "framed/study", "chat", "ship"):
         assert client.get(f"/{page}/{name}").status_code == 404
     assert client.get("/static/..%2fui_app.py").status_code == 404
-
-
-def test_uploads_stay_under_the_root(client, root):
-    for name in ("../../a.csv", "/etc/a.csv", "C:\\x\\a.csv", "a.csv"):
-        answer = client.put(f"/upload/{name.replace('/', '%2F')}", content=b"q,a\n1,2\n", headers=ORIGIN)
-        assert answer.status_code == 201
-        assert (root.path / answer.json()["path"]).read_bytes() == b"q,a\n1,2\n"
-    assert sorted(p.name for p in root.uploads.iterdir()) == ["1-a.csv", "2-a.csv", "3-a.csv", "a.csv"]
-    assert [p for p in root.path.parent.rglob("a.csv") if root.uploads not in p.parents] == []
-    assert clean_name("Köln; rm -rf $(x).CSV.gz") == "Köln-rm--rf-x.csv.gz"
-    for name in ("a.exe", ".bashrc", "csv", ".csv.sh"):
-        assert client.put(f"/upload/{name}", content=b"x", headers=ORIGIN).status_code == 400
-
-
-def test_an_upload_over_the_limit_leaves_nothing(client, root, monkeypatch):
-    monkeypatch.setattr(ui_root, "MOST_UPLOAD", 1 << 20)
-    answer = client.put("/upload/a.csv", content=bytes(2 << 20), headers=ORIGIN)
-    assert answer.status_code == 400 and "larger than 1 MB" in answer.json()["error"]
-    assert list(root.uploads.iterdir()) == []
-
-
-def test_a_full_disk_leaves_nothing(client, root):
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
-    try:
-        answer = client.put("/upload/a.csv", content=bytes(1 << 20), headers=ORIGIN)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert answer.status_code == 400 and "a.csv" in answer.json()["error"], errno.errorcode
-    assert list(root.uploads.iterdir()) == []
 
 
 def test_no_value_can_become_a_flag():
@@ -262,36 +208,44 @@ def test_runs_and_studies_are_listed_and_sorted(client, root):
     assert client.get("/", params={"by": "nonsense"}).status_code == 200
 
 
-def test_look_and_plan_are_the_commands(client, root, tiny_model):
-    rows = "".join(f"{i} how,{('no', 'yes')[i % 2]}\n" for i in range(20))
-    (root.path / "t.csv").write_text(f"question,answer\n{rows}")
-    chosen = {"data": "t.csv", "model": str(tiny_model("llama")), "general": "none"}
-    text = client.get("/data", params=chosen, headers=HTMX).text
-    assert "20 rows" in text and "guessed" in text and "tell look t.csv" in text
-    assert "What the model sees" in text and 'class="trained ' in text
-    assert re.findall(r'<option selected value="(\w+)"', text) == ["question", "answer"]
-    text = client.get("/plan", params=chosen, headers=HTMX).text
-    assert "Predicted time" in text and "--out=runs/t-1" in text and "--general=none" in text
-    text = client.get("/data", params=chosen | {"columns": "prompt=nope,answer=answer"}, headers=HTMX).text
-    assert "no column" in text and text.count('value="question"') == 3  # to be chosen
+def test_what_has_not_changed_is_not_read_again(client, root, monkeypatch):
+    for n in range(3):
+        make_run(root, f"runs/r{n}")
+        make_run(root, f"studies/cells/c{n}")
+    study = root.path / "studies" / "mine"
+    study.mkdir()
+    cells = {f"c{n}": {"state": "done"} for n in range(250)}
+    write_json(study / "study.json", {"cells": {**cells, "../../runs/r0": {"state": "failed"}}})
+    read, real = [], files.read_json
+    monkeypatch.setattr(files, "read_json", lambda path, **more: read.append(path) or real(path, **more))
+    text = client.get("/").text
+    assert len(read) == 9  # status, scores and process of three runs; cells are told by their study
+    assert "250 done" in text and "51 more cells" in text and text.count('href="/run/studies/cells/') == 3
+    assert client.get("/").text == text and len(read) == 9
+    RunFolder(root.path / "runs/r1").set_status("interrupted")
+    assert "interrupted" in client.get("/").text and len(read) == 10
 
 
-def test_columns_are_chosen_from_those_of_the_file(client, root, tiny_model):
-    rows = "".join(f"s{i},b{i},{'xy'[i % 2]},{i % 3}\n" for i in range(24))
-    (root.path / "t.csv").write_text(f"Subject,Body,Queue,Priority\n{rows}")
-    chosen = [("data", "t.csv"), ("model", str(tiny_model("llama")))]
-    chosen += [
-        ("ask", "Body"),
-        ("ask", "Subject"),
-        ("ask", ""),
-        ("reply", "Queue"),
-        ("reply", "Priority"),
-        ("reply", ""),
-    ]
-    text = client.get("/data", params=chosen, headers=HTMX).text
-    assert "24 rows" in text and "guessed" not in text
-    assert re.findall(r'<option selected value="(\w+)"', text) == ["Body", "Subject", "Queue", "Priority"]
-    assert r"--prompt={Body}\n\n{Subject}" in text and "--answer=Queue,Priority" in text
+def test_runs_are_compared_again_where_a_file_has_changed(client, root, monkeypatch):
+    folders = [make_run(root, f"runs/r{n}") for n in range(2)]
+    made = []
+    monkeypatch.setattr(import_module("tell.report.compare"), "compare", lambda runs: made.append(runs) or "compared")
+    changes = (folders[0].prediction("sft"), folders[1].schema, folders[1].losses("sft"), folders[0].config)
+    for number, path in enumerate((None, *changes), 1):
+        if path is not None:
+            path.write_text("{}\n")
+        for _ in range(2):
+            assert client.get("/framed/compare/?run=runs/r0&run=runs/r1").text == "compared"
+        assert len(made) == number, path
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [("{", "status.json: is not valid JSON"), ("{}", "status.json names no state")]
+)
+def test_a_run_whose_state_cannot_be_read_says_so(client, root, text, said):
+    make_run(root, "runs/a").status.write_text(text)
+    page = client.get("/run/runs/a").text
+    assert "failed" in page and "status.json" in page and said in page and "Resume" in page
 
 
 def test_a_run_that_fails_at_once_shows_its_line(client, root):
@@ -305,7 +259,7 @@ def test_a_run_that_fails_at_once_shows_its_line(client, root):
 
 def test_a_value_that_no_argument_can_have_is_one_line(client, root):
     assert "cannot be started" in client.post("/start", params={"data": "a\0b.csv"}, headers=ORIGIN).text
-    assert "null byte" in client.get("/data", params={"data": "a\0b.csv"}, headers=HTMX).text
+    assert "null byte" in told(client, "/data", {"data": "a\0b.csv"})
 
 
 def test_a_stopped_run_is_resumed_by_the_same_command(client, root, tiny_model):
