@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tell.kernels.decode_ops import LANES, QUERIES, PackedWeight, packs_weights
 from tell.train.attention import Rule, RulePlan, use_plan
 from tell.train.torch_types import AnyModule
+from tell.train.unmerged import adapted
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -56,6 +57,7 @@ class Description:
 
     Attributes:
         exact_norms: the norms' weights are those of the model's number format, nothing added (Gemma adds 1 in fp32).
+        adapted: an adapter is applied beside some of the linear layers.
     """
 
     layers: list[Layer]
@@ -70,6 +72,7 @@ class Description:
     rotary: nn.Module
     dtype: torch.dtype
     exact_norms: bool
+    adapted: bool
 
     def rotary_tables(self, positions: int) -> dict[str, tuple[Tensor, Tensor]]:
         """rope name: cosine and sine (positions, rotated width) in fp32, rounded as the model rounds them."""
@@ -89,7 +92,7 @@ def _static_rope(config: PretrainedConfig) -> bool:
 
 
 def describe(core: AnyModule) -> Description | None:
-    """The parts of a transformer body; None for other families, quantised weights and adapters that are not merged.
+    """The parts of a transformer body; None for other families, quantised weights and layers with other forwards.
 
     The engine verifies the result: it compares both implementations before it uses it.
     """
@@ -112,7 +115,7 @@ def describe(core: AnyModule) -> Description | None:
     linear = [m for layer in layers for part in layer.products() for m in part]
     width = getattr(layers[0].attention, "head_dim", 0)
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    if not all(map(_is_plain, linear)) or not width:  # an adapter may be applied beside
+    if not all(map(_is_plain, linear)) or not width:
         return None
     scale = getattr(core.embed_tokens, "embed_scale", None)
     return Description(
@@ -128,20 +131,23 @@ def describe(core: AnyModule) -> Description | None:
         core.rotary_emb,
         weight.dtype,
         not config.model_type.startswith("gemma"),
+        any(adapted(layer) is not None for layer in linear),
     )
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether a layer is x W^T + b and nothing else: no other forward, no hook that adds an adapter's product."""
+    """Whether a layer is x W^T + b, or that with an adapter beside it: it has no other forward, and no hook."""
     hooked = module._forward_hooks or module._forward_pre_hooks
-    return type(module) is nn.Linear and "forward" not in vars(module) and not hooked
+    beside = adapted(module)
+    own = "forward" not in vars(module) if beside is None else beside.own
+    return type(module) is nn.Linear and own and not hooked
 
 
 def kernels_take(description: Description) -> bool:
     """Whether the CPU kernels decode a model like this."""
     d = description
     plain = d.embedding.device.type == "cpu" and d.dtype in (torch.bfloat16, torch.float32)
-    return plain and d.width % LANES == 0 and d.heads <= QUERIES * d.kv_heads
+    return plain and not d.adapted and d.width % LANES == 0 and d.heads <= QUERIES * d.kv_heads
 
 
 def attention_rules(description: Description, body: Body) -> list[Rule]:
