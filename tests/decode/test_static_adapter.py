@@ -42,7 +42,7 @@ def beside(model, part="all", rank=4):
     """An adapter of random factors beside some linear layers."""
     generator, factors = torch.Generator().manual_seed(3), {}
     for name, layer in model.named_modules():
-        if type(layer) is torch.nn.Linear and name != "lm_head" and name.endswith(PARTS[part]):
+        if isinstance(layer, torch.nn.Linear) and name != "lm_head" and name.endswith(PARTS[part]):
             a = torch.randn(rank, layer.in_features, generator=generator) * 0.1
             factors[name] = a, torch.randn(layer.out_features, rank, generator=generator) * 0.1
     with adapter_unmerged(model, factors, 0.5):

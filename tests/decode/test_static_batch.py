@@ -231,7 +231,7 @@ def test_what_has_no_static_form_is_decoded_by_its_own_layers(tiny_model):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert answers(engine, prompts, decoding) == got == answers(Engine(model, fast=False), prompts, decoding)
-    assert engine.how.startswith("transformers' layers (the model is of a family, or has layers (quantised")
+    assert engine.how.startswith("transformers' layers (the model is of a family, or has layers (other forwards")
     handle.remove()
     assert not tape.runs and answers(engine, prompts, decoding) != got and tape.runs
     assert engine.how == "static cache, CUDA graphs"

@@ -269,15 +269,15 @@ class Engine:
         description = describe(cast(AnyModule, self.body.core))
         if description is None:
             self._say(
-                "the model is of a family, or has layers (quantised, other forwards, weights on other devices), "
-                "that it lacks"
+                "the model is of a family, or has layers (other forwards, weights on other devices), that it lacks"
             )
             return None
         if self.static:
             return StaticModel(description, self.body)
         if not kernels_take(description) or kernels(description.dtype) is None:
-            beside = "with an adapter beside its weights" if description.adapted else ""
-            self._say(" ".join(filter(None, ("this machine has no kernels for the model", beside))))
+            odd = "with quantised weights" if description.quantised else ""
+            odd = "with an adapter beside its weights" if description.adapted else odd
+            self._say(f"this machine has no kernels for the model {odd}".strip())
             return None
         return Packed(description, self.body)
 

@@ -12,6 +12,7 @@ from torch.nn import functional
 from tell.decode.layers import SILU, Description, attention_rules
 from tell.pass_memory import SHARE
 from tell.train.device import free_bytes
+from tell.train.fast.base_weight import quantised_weight
 from tell.train.flat import joined_rows
 from tell.train.unmerged import adapted
 
@@ -26,8 +27,12 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 Rope = dict[str, tuple[Tensor, Tensor]]
 
 
-class JoinedProduct:
-    """x (n, i) to x W^T + b (n, o) of linear layers with the same input, next to each other.
+class LayerProduct:
+    """x (n, i) to x W^T + b (n, o) of linear layers with the same input, next to each other: each by its own forward.
+
+    Quantised layers are multiplied like this: in 4 bits by bitsandbytes' product, which for few rows reads the packed
+    weights; in 8 bits by W made anew at each step. Neither waits for the device, and torch allocates all that they
+    use, so a step with them can be recorded.
 
     Adapters beside the layers add x A^T B^T in two products for all of them: A (r, i) has theirs one below the other,
     B (o, r) is block-diagonal. Its zeros cost less than a launch for each layer: at rank 16, B of q, k and v of an 8B
@@ -35,11 +40,46 @@ class JoinedProduct:
 
     Args:
         layers: at least one.
+    """
+
+    def __init__(self, layers: Sequence[nn.Linear]) -> None:
+        self.layers = tuple(layers)
+        self.adapter = _joined_adapters(layers)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out = self._base(x)
+        self._adapt(out, x)
+        return out
+
+    def add_to(self, residual: Tensor, x: Tensor) -> None:
+        """residual (n, o) += x W^T + b."""
+        self._add_base(residual, x)
+        self._adapt(residual, x)
+
+    def _base(self, x: Tensor) -> Tensor:
+        parts = [type(layer).forward(layer, x) for layer in self.layers]  # the class's: without adapters
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def _add_base(self, residual: Tensor, x: Tensor) -> None:
+        residual += self._base(x)
+
+    def _adapt(self, out: Tensor, x: Tensor) -> None:
+        if self.adapter is not None:
+            a, b = self.adapter
+            out.addmm_(x @ a.t(), b.t())
+
+
+class JoinedProduct(LayerProduct):
+    """The same by plain weights, in one product where they follow each other in memory.
+
+    Args:
+        layers: at least one, none quantised.
         join: copy weights that do not follow each other in memory, as training leaves them, into one matrix; False
             multiplies by each in place.
     """
 
     def __init__(self, layers: Sequence[nn.Linear], *, join: bool) -> None:
+        super().__init__(layers)
         parts: list[tuple[Tensor, Tensor | None]] = [
             (layer.weight.detach(), None if layer.bias is None else layer.bias.detach()) for layer in layers
         ]
@@ -51,14 +91,10 @@ class JoinedProduct:
             parts = [(whole, _joined_bias(parts))]
         self.parts = parts
         self.outputs = sum(len(weight) for weight, _ in parts)
-        self.adapter = _joined_adapters(layers)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        out = functional.linear(x, *self.parts[0]) if len(self.parts) == 1 else self._by_parts(x)
-        self._adapt(out, x)
-        return out
-
-    def _by_parts(self, x: Tensor) -> Tensor:
+    def _base(self, x: Tensor) -> Tensor:
+        if len(self.parts) == 1:
+            return functional.linear(x, *self.parts[0])
         out, at = x.new_empty(len(x), self.outputs), 0
         for weight, bias in self.parts:
             into = out[:, at : at + len(weight)]
@@ -69,19 +105,16 @@ class JoinedProduct:
             at += len(weight)
         return out
 
-    def add_to(self, residual: Tensor, x: Tensor) -> None:
-        """residual (n, o) += x W^T + b, in one product where there is no bias."""
+    def _add_base(self, residual: Tensor, x: Tensor) -> None:
         ((weight, bias),) = self.parts
         if bias is None:
             residual.addmm_(x, weight.t())
         else:
             residual += functional.linear(x, weight, bias)
-        self._adapt(residual, x)
 
-    def _adapt(self, out: Tensor, x: Tensor) -> None:
-        if self.adapter is not None:
-            a, b = self.adapter
-            out.addmm_(x @ a.t(), b.t())
+
+def _product(layers: Sequence[nn.Linear], *, join: bool) -> LayerProduct:
+    return JoinedProduct(layers, join=join) if quantised_weight(layers) is None else LayerProduct(layers)
 
 
 def _joined_bias(parts: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor | None:
@@ -96,7 +129,7 @@ def _joined_adapters(layers: Sequence[nn.Linear]) -> tuple[Tensor, Tensor] | Non
     if not factors:
         return None
     blocks = [
-        layer.weight.new_zeros(len(layer.weight), 0) if product is None else product.b
+        factors[0].new_zeros(layer.out_features, 0) if product is None else product.b
         for layer, product in zip(layers, found, strict=True)
     ]
     return torch.cat(factors), torch.block_diag(*blocks)
@@ -115,9 +148,10 @@ class StaticModel:
         self.description, self.body = description, body
         products = [layer.products() for layer in description.layers]
         if join is None:
-            copied = sum(m.weight.nbytes for layer in products for part in layer if len(part) > 1 for m in part)
+            joined = [part for layer in products for part in layer if len(part) > 1 and quantised_weight(part) is None]
+            copied = sum(layer.weight.nbytes for part in joined for layer in part)
             join = SHARE * copied <= free_bytes(description.embedding.device)
-        self.products = [tuple(JoinedProduct(part, join=join) for part in layer) for layer in products]
+        self.products = [tuple(_product(part, join=join) for part in layer) for layer in products]
         self.rules = attention_rules(description, body)
         self.norms = [
             tuple(map(self._kept, (layer.before_attention, layer.after_attention, layer.before_mlp, layer.after_mlp)))
@@ -174,7 +208,7 @@ class StaticModel:
             return functional.rms_norm(x, shape, weight, eps)
         return functional.rms_norm(x.float(), shape, weight, eps).to(x.dtype)
 
-    def _add(self, residual: Tensor, product: JoinedProduct, x: Tensor, norm: Tensor | None) -> None:
+    def _add(self, residual: Tensor, product: LayerProduct, x: Tensor, norm: Tensor | None) -> None:
         if norm is None:
             product.add_to(residual, x)
         else:

@@ -59,7 +59,8 @@ class Memory:
         adapter: its weights, their copy in the model's format, gradients and moments.
         activations: of the largest pass, with its block of logits.
         graphs: of CUDA graphs, in which a pass is held once more.
-        evaluation: of decoding: keys and values, logits, and copies of the weights an adapter is merged into.
+        evaluation: of decoding: keys and values, logits, and copies of the weights that an adapter is merged into, or
+            of an adapter that is applied beside them.
         process: of Python and its libraries; on a GPU its context and the libraries' workspaces.
         fit: the pass; it fits wherever the device's memory is unknown.
     """
@@ -202,7 +203,9 @@ def predict_memory(
     if gpu and free is not None:  # rows wait where theirs would take more
         left = max(0.0, free - weights - process)
         decoding, copies = min(decoding, left / SHARE), copies if merges(copies, left) else 0.0
-    evaluation = decoding + copies + load.rows * arch.vocab * (width + 8.0)
+    # beside the weights: its factors, and once more as the decoder joins them, with half as many zeros between blocks
+    beside = 2.5 * width * trained if gpu and not copies else 0.0
+    evaluation = decoding + copies + beside + load.rows * arch.vocab * (width + 8.0)
     again = fit.bytes if graphs and not fit.level else 0.0
     return Memory(weights, adapter, fit.bytes, again, evaluation, process + (WORKSPACE if gpu else 0), fit)
 

@@ -1,7 +1,8 @@
 """An adapter applied beside the weights: y + s (x A^T) B^T after each adapted layer, which keeps its own weight.
 
 Costs two thin products a layer where merging costs a copy of the adapted weights, and serves quantised weights, which
-nothing can be merged into. The static decoder of a GPU reads the factors instead of calling the layers.
+nothing can be merged into. Fused forwards and the static decoder of a GPU read the factors instead of calling the
+layers.
 """
 
 from __future__ import annotations
