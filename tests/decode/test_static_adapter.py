@@ -21,9 +21,12 @@ from tell.decode.sampler import Decoding
 from tell.decode.static_batch import StaticBatch
 from tell.decode.static_model import JoinedProduct, StaticModel
 from tell.decode.step_graphs import Unrecorded
+from tell.models.find import find_model
+from tell.models.machine import Place
+from tell.models.predict import Load, predict_memory
 from tell.train import lora
 from tell.train.step import Body
-from tell.train.unmerged import adapter_unmerged
+from tell.train.unmerged import adapted, adapter_unmerged
 from train.packed import Fetches, load, wake
 
 PARTS = {"all": "", "some": ("q_proj", "v_proj", "qkv_proj", "up_proj", "down_proj")}
@@ -126,6 +129,25 @@ def test_products_of_an_adapter_are_compared_before_they_are_trusted(tiny_model,
     assert engine.trusted is True
     runs = tape.runs
     assert answers(engine, prompts, decoding) == plain and tape.runs > runs
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_the_memory_of_evaluation_counts_it(family, tiny_model):
+    """The factors, and their copies that the decoder joins."""
+    files = find_model(str(tiny_model(family)))
+    train, load_ = TrainConfig(lora_r=4, lora_targets="all-linear"), Load(64, 64)
+    full, nf4 = (
+        predict_memory(files.architecture, train, load_, place=Place("cuda", "bf16"), base=base)
+        for base in ("full", "nf4")
+    )
+    predicted = nf4.evaluation - full.evaluation + 2 * files.architecture.linear_parameters
+    body = Body(load(tiny_model(family), dtype=torch.bfloat16))
+    with beside(body.causal):
+        products = [product for layer in StaticModel(describe(body.core), body).products for product in layer]
+        kept = [factor for product in products for factor in product.adapter]
+        for layer in body.core.modules():
+            kept += [] if (found := adapted(layer)) is None else [found.a, found.b]
+    assert predicted == sum(factor.nbytes for factor in kept)
 
 
 def test_who_does_not_take_it(tiny_model):

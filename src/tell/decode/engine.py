@@ -275,8 +275,8 @@ class Engine:
         if self.static:
             return StaticModel(description, self.body)
         if not kernels_take(description) or kernels(description.dtype) is None:
-            odd = "with quantised weights" if description.quantised else ""
-            odd = "with an adapter beside its weights" if description.adapted else odd
+            odd = "with an adapter beside its weights" if description.adapted else ""
+            odd = "with quantised weights" if description.quantised else odd
             self._say(f"this machine has no kernels for the model {odd}".strip())
             return None
         return Packed(description, self.body)
