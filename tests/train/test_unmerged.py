@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from decode.static import Operations
 from decode.test_static_adapter import beside
 from tell.train.fast.fused_forwards import Projections
+from tell.train.fast.stacked import Lora, Stack
 from tell.train.row_losses import row_losses
 from tell.train.states import hidden_states
 from tell.train.unmerged import Adapted, adapter_unmerged, is_unmerged
@@ -72,3 +74,15 @@ def test_what_lies_over_another_forward_is_called(tiny_model):
         assert projections.stack() is None
         for y, layer in zip(projections(x), projections.layers(), strict=True):
             assert torch.equal(y, layer(x))
+
+
+@pytest.mark.parametrize(("widths", "launches"), [((64, 32, 32), 6), ((96,), 3)])
+def test_launches_of_a_fused_product_on_a_gpu(widths, launches):
+    """The layers' product and the A's in one each, A joined first, and a product for each B: nothing is scaled."""
+    x, weight = (torch.empty(n, 64, dtype=torch.bfloat16, device="meta") for n in (9, sum(widths)))
+    pairs = [(x.new_empty(4, 64), x.new_empty(width, 4)) for width in widths]
+    stack = Stack(weight, None, widths, tuple(1.0 for _ in widths), 0.0)
+    with Operations() as operations:
+        y, _ = Lora(stack, [factor for pair in pairs for factor in pair], x).forward(x)
+    made = [func.overloadpacket.__name__ for func, *_ in operations.made if not func.is_view]
+    assert y.shape == (9, sum(widths)) and len(made) == launches, made
