@@ -23,6 +23,12 @@ GRAPHED = 2_000_000_000  # parameters of the largest model whose passes a GPU re
 GRADIENTS = 0.75  # of what a layer keeps, its gradients take at most: those of the MLP's inner states (a profile)
 FRAGMENTS = 0.05  # share of free memory that the allocator's rounding may waste
 WORKSPACE = 0.2e9  # bytes that the libraries of a GPU take at their first product
+SHARE = 4  # a key-value cache or a copy of weights takes at most this fraction (1 / n) of the free bytes
+# Bytes of the largest weights that a GPU merges an adapter into, keeping the originals: of some 2 billion parameters.
+# Applied beside, an adapter costs 8 short launches a layer and token step, by estimate 3 us each: a third of the step
+# of 135M, and of 8B 0.8 ms of some 8. The 14 GB of originals of 8B cost a merge 0.4 s on the card, as much as 500
+# steps, and pinned on the host 8.3 s at the first time, 10,000 steps (measured: docs/results/gpu/h100-2026-11-27).
+MERGED = 4e9
 _SET, _GROWING = "PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"
 _SEGMENTS = ("PYTORCH_ALLOC_CONF", _SET, "PYTORCH_HIP_ALLOC_CONF")
 
@@ -156,6 +162,14 @@ def usable(free: float, device: str, adapter: float) -> float:
         adapter: bytes that the adapter's weights, gradients, moments and copies are yet to take.
     """
     return max(0.0, (1 - FRAGMENTS) * free - adapter - (WORKSPACE if device == "cuda" else 0))
+
+
+def merges(weights: float, free: float) -> bool:
+    """Whether a GPU with ``free`` bytes merges an adapter into ``weights`` bytes, of which it then keeps the originals.
+
+    Otherwise the adapter is applied beside them.
+    """
+    return weights <= min(MERGED, free / SHARE)
 
 
 def host_memory() -> tuple[int, int]:

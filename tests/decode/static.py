@@ -30,6 +30,7 @@ class Operations(TorchDispatchMode):
         return sum(
             func._schema.is_mutable or not storages((args, kwargs)) & storages(out)
             for func, args, kwargs, out in self.made
+            if func.overloadpacket.__name__ not in ("empty", "new_empty")
         )
 
 

@@ -15,8 +15,9 @@ from tell.decode.kv_cache import PrefillPlan, Store
 from tell.decode.room import answer_limits, rows_that_fit, token_bytes
 from tell.decode.sampler import Decoding
 from tell.errors import TellError
+from tell.pass_memory import SHARE
 from tell.train.attention import use_plan
-from tell.train.device import SHARE, free_bytes
+from tell.train.device import free_bytes
 from tell.train.step import Body
 from train.packed import load
 

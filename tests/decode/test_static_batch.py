@@ -221,7 +221,7 @@ def test_a_batch_is_kept_while_weights_are_fixed(tiny_model):
 
 
 def test_what_has_no_static_form_is_decoded_by_its_own_layers(tiny_model):
-    """Adapters beside the weights, other forwards: said once, and the answers are the model's."""
+    """Hooks and other forwards: said once, and the answers are the model's."""
     model = load(tiny_model("llama"))
     prompts, decoding = prompts_of((5, 9)), Decoding(5, (), greedy=True)
     engine, tape = static_engine(model)
@@ -231,7 +231,7 @@ def test_what_has_no_static_form_is_decoded_by_its_own_layers(tiny_model):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert answers(engine, prompts, decoding) == got == answers(Engine(model, fast=False), prompts, decoding)
-    assert engine.how.startswith("transformers' layers (the model is of a family, or has layers (quantised")
+    assert engine.how.startswith("transformers' layers (the model is of a family, or has layers (other forwards")
     handle.remove()
     assert not tape.runs and answers(engine, prompts, decoding) != got and tape.runs
     assert engine.how == "static cache, CUDA graphs"

@@ -194,6 +194,16 @@ def test_copies_take_a_small_share_of_a_gpu(monkeypatch):
     assert lora._room_for_copies([SimpleNamespace(device=torch.device("cpu"), nbytes=2000)])
 
 
+@pytest.mark.parametrize("free", [7e9, 62e9, 125e9])
+def test_a_large_model_is_adapted_beside_its_weights_on_every_card(free, monkeypatch):
+    """224 matrices of an 8B model, 14 GB; of one of 135M parameters 0.2 GB."""
+    monkeypatch.setattr(lora, "free_bytes", lambda device: free)
+    device = torch.device("cuda", 0)
+    large, small = (SimpleNamespace(device=device, nbytes=nbytes) for nbytes in (62_300_000, 1_000_000))
+    assert not lora._room_for_copies([large] * 224)
+    assert lora._room_for_copies([small] * 210)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("room", [True, False])
 def test_applying_on_a_gpu(room, tiny_model, tmp_path, monkeypatch):

@@ -27,6 +27,7 @@ from tell.train.device import free_bytes
 from tell.train.lora import adapter_applied
 from tell.train.step import Body
 from tell.train.torch_types import AnyModule
+from tell.train.unmerged import is_unmerged
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -95,9 +96,17 @@ class Engine:
     @contextmanager
     def adapter(self, folder: Path | None) -> Iterator[None]:
         """Decodes inside with an adapter, merged into the model's weights or applied beside them."""
+        trusted = self.trusted
         with adapter_applied(self.model, folder):
             self.how = ""
-            yield
+            beside = is_unmerged(self.model)
+            if beside and trusted:
+                self.trusted = None  # its products were not compared yet
+            try:
+                yield
+            finally:
+                if beside:
+                    self.trusted = trusted
 
     @torch.inference_mode()
     def generate(
@@ -260,14 +269,15 @@ class Engine:
         description = describe(cast(AnyModule, self.body.core))
         if description is None:
             self._say(
-                "the model is of a family, or has layers (quantised, adapters beside them, weights on other devices), "
-                "that it lacks"
+                "the model is of a family, or has layers (other forwards, weights on other devices), that it lacks"
             )
             return None
         if self.static:
             return StaticModel(description, self.body)
         if not kernels_take(description) or kernels(description.dtype) is None:
-            self._say("this machine has no kernels for the model")
+            odd = "with an adapter beside its weights" if description.adapted else ""
+            odd = "with quantised weights" if description.quantised else odd
+            self._say(f"this machine has no kernels for the model {odd}".strip())
             return None
         return Packed(description, self.body)
 

@@ -12,7 +12,10 @@ from torch import Tensor, nn
 
 from tell.kernels.decode_ops import LANES, QUERIES, PackedWeight, packs_weights
 from tell.train.attention import Rule, RulePlan, use_plan
+from tell.train.fast.base_weight import LINEAR, quantised_weight
+from tell.train.fast.exchange import is_plain
 from tell.train.torch_types import AnyModule
+from tell.train.unmerged import adapted
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -56,6 +59,8 @@ class Description:
 
     Attributes:
         exact_norms: the norms' weights are those of the model's number format, nothing added (Gemma adds 1 in fp32).
+        adapted: an adapter is applied beside some of the linear layers.
+        quantised: some of the linear layers are `QuantisedLinear`.
     """
 
     layers: list[Layer]
@@ -70,6 +75,8 @@ class Description:
     rotary: nn.Module
     dtype: torch.dtype
     exact_norms: bool
+    adapted: bool
+    quantised: bool
 
     def rotary_tables(self, positions: int) -> dict[str, tuple[Tensor, Tensor]]:
         """rope name: cosine and sine (positions, rotated width) in fp32, rounded as the model rounds them."""
@@ -89,7 +96,7 @@ def _static_rope(config: PretrainedConfig) -> bool:
 
 
 def describe(core: AnyModule) -> Description | None:
-    """The parts of a transformer body; None for other families, quantised weights and adapters that are not merged.
+    """The parts of a transformer body; None for other families, layers with other forwards, several devices or formats.
 
     The engine verifies the result: it compares both implementations before it uses it.
     """
@@ -97,11 +104,12 @@ def describe(core: AnyModule) -> Description | None:
     if config.model_type not in FAMILIES or not _static_rope(config):
         return None
     weight = core.embed_tokens.weight
-    kinds = {(p.dtype, p.device) for p in core.parameters()}
+    dtypes = {p.dtype for p in core.parameters() if p.is_floating_point()}  # quantised ones are integers
+    devices = {p.device for p in core.parameters()}
     activation = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None)
     if config.model_type.startswith("gemma"):
         activation = config.hidden_activation
-    if kinds != {(weight.dtype, weight.device)} or weight.dtype not in DTYPES:
+    if dtypes != {weight.dtype} or devices != {weight.device} or weight.dtype not in DTYPES:
         return None
     if activation not in _ACTIVATIONS:
         return None
@@ -112,7 +120,7 @@ def describe(core: AnyModule) -> Description | None:
     linear = [m for layer in layers for part in layer.products() for m in part]
     width = getattr(layers[0].attention, "head_dim", 0)
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    if not all(map(_is_plain, linear)) or not width:  # an adapter may be applied beside
+    if not all(type(layer) in LINEAR and is_plain(layer) for layer in linear) or not width:
         return None
     scale = getattr(core.embed_tokens, "embed_scale", None)
     return Description(
@@ -128,20 +136,16 @@ def describe(core: AnyModule) -> Description | None:
         core.rotary_emb,
         weight.dtype,
         not config.model_type.startswith("gemma"),
+        any(adapted(layer) is not None for layer in linear),
+        quantised_weight(linear) is not None,
     )
-
-
-def _is_plain(module: nn.Module) -> bool:
-    """Whether a layer is x W^T + b and nothing else: no other forward, no hook that adds an adapter's product."""
-    hooked = module._forward_hooks or module._forward_pre_hooks
-    return type(module) is nn.Linear and "forward" not in vars(module) and not hooked
 
 
 def kernels_take(description: Description) -> bool:
     """Whether the CPU kernels decode a model like this."""
     d = description
     plain = d.embedding.device.type == "cpu" and d.dtype in (torch.bfloat16, torch.float32)
-    return plain and d.width % LANES == 0 and d.heads <= QUERIES * d.kv_heads
+    return plain and not d.adapted and not d.quantised and d.width % LANES == 0 and d.heads <= QUERIES * d.kv_heads
 
 
 def attention_rules(description: Description, body: Body) -> list[Rule]:

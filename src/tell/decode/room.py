@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from tell.errors import TellError
+from tell.pass_memory import SHARE
 from tell.train.attention import PackedPlan, Rule, use_plan
-from tell.train.device import SHARE
 
 
 def answer_limits(

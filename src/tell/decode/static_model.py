@@ -10,8 +10,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from tell.decode.layers import SILU, Description, attention_rules
-from tell.train.device import SHARE, free_bytes
+from tell.pass_memory import SHARE
+from tell.train.device import free_bytes
+from tell.train.fast.base_weight import quantised_weight
 from tell.train.flat import joined_rows
+from tell.train.unmerged import adapted
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,16 +27,59 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 Rope = dict[str, tuple[Tensor, Tensor]]
 
 
-class JoinedProduct:
-    """x (n, i) to x W^T + b (n, o) of linear layers with the same input, next to each other.
+class LayerProduct:
+    """x (n, i) to x W^T + b (n, o) of linear layers with the same input, next to each other: each by its own forward.
+
+    Quantised layers are multiplied like this: in 4 bits by bitsandbytes' product, which for few rows reads the packed
+    weights; in 8 bits by W made anew at each step. Neither waits for the device, and torch allocates all that they
+    use, so a step with them can be recorded.
+
+    Adapters beside the layers add x A^T B^T in two products for all of them: A (r, i) has theirs one below the other,
+    B (o, r) is block-diagonal. Its zeros cost less than a launch for each layer: at rank 16, B of q, k and v of an 8B
+    model has 0.6 MB and their weights 50.
 
     Args:
         layers: at least one.
+    """
+
+    def __init__(self, layers: Sequence[nn.Linear]) -> None:
+        self.layers = tuple(layers)
+        self.adapter = _joined_adapters(layers)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out = self._base(x)
+        self._adapt(out, x)
+        return out
+
+    def add_to(self, residual: Tensor, x: Tensor) -> None:
+        """residual (n, o) += x W^T + b."""
+        self._add_base(residual, x)
+        self._adapt(residual, x)
+
+    def _base(self, x: Tensor) -> Tensor:
+        parts = [type(layer).forward(layer, x) for layer in self.layers]  # the class's: without adapters
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def _add_base(self, residual: Tensor, x: Tensor) -> None:
+        residual += self._base(x)
+
+    def _adapt(self, out: Tensor, x: Tensor) -> None:
+        if self.adapter is not None:
+            a, b = self.adapter
+            out.addmm_(x @ a.t(), b.t())
+
+
+class JoinedProduct(LayerProduct):
+    """The same by plain weights, in one product where they follow each other in memory.
+
+    Args:
+        layers: at least one, none quantised.
         join: copy weights that do not follow each other in memory, as training leaves them, into one matrix; False
             multiplies by each in place.
     """
 
     def __init__(self, layers: Sequence[nn.Linear], *, join: bool) -> None:
+        super().__init__(layers)
         parts: list[tuple[Tensor, Tensor | None]] = [
             (layer.weight.detach(), None if layer.bias is None else layer.bias.detach()) for layer in layers
         ]
@@ -46,7 +92,7 @@ class JoinedProduct:
         self.parts = parts
         self.outputs = sum(len(weight) for weight, _ in parts)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def _base(self, x: Tensor) -> Tensor:
         if len(self.parts) == 1:
             return functional.linear(x, *self.parts[0])
         out, at = x.new_empty(len(x), self.outputs), 0
@@ -59,8 +105,7 @@ class JoinedProduct:
             at += len(weight)
         return out
 
-    def add_to(self, residual: Tensor, x: Tensor) -> None:
-        """residual (n, o) += x W^T + b, in one product where there is no bias."""
+    def _add_base(self, residual: Tensor, x: Tensor) -> None:
         ((weight, bias),) = self.parts
         if bias is None:
             residual.addmm_(x, weight.t())
@@ -68,10 +113,26 @@ class JoinedProduct:
             residual += functional.linear(x, weight, bias)
 
 
+def _product(layers: Sequence[nn.Linear], *, join: bool) -> LayerProduct:
+    return JoinedProduct(layers, join=join) if quantised_weight(layers) is None else LayerProduct(layers)
+
+
 def _joined_bias(parts: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor | None:
     if all(bias is None for _, bias in parts):
         return None
     return torch.cat([weight.new_zeros(len(weight)) if bias is None else bias for weight, bias in parts])
+
+
+def _joined_adapters(layers: Sequence[nn.Linear]) -> tuple[Tensor, Tensor] | None:
+    found = [adapted(layer) for layer in layers]
+    factors = [product.a for product in found if product is not None]
+    if not factors:
+        return None
+    blocks = [
+        factors[0].new_zeros(layer.out_features, 0) if product is None else product.b
+        for layer, product in zip(layers, found, strict=True)
+    ]
+    return torch.cat(factors), torch.block_diag(*blocks)
 
 
 class StaticModel:
@@ -87,9 +148,10 @@ class StaticModel:
         self.description, self.body = description, body
         products = [layer.products() for layer in description.layers]
         if join is None:
-            copied = sum(m.weight.nbytes for layer in products for part in layer if len(part) > 1 for m in part)
+            joined = [part for layer in products for part in layer if len(part) > 1 and quantised_weight(part) is None]
+            copied = sum(layer.weight.nbytes for part in joined for layer in part)
             join = SHARE * copied <= free_bytes(description.embedding.device)
-        self.products = [tuple(JoinedProduct(part, join=join) for part in layer) for layer in products]
+        self.products = [tuple(_product(part, join=join) for part in layer) for layer in products]
         self.rules = attention_rules(description, body)
         self.norms = [
             tuple(map(self._kept, (layer.before_attention, layer.after_attention, layer.before_mlp, layer.after_mlp)))
@@ -146,7 +208,7 @@ class StaticModel:
             return functional.rms_norm(x, shape, weight, eps)
         return functional.rms_norm(x.float(), shape, weight, eps).to(x.dtype)
 
-    def _add(self, residual: Tensor, product: JoinedProduct, x: Tensor, norm: Tensor | None) -> None:
+    def _add(self, residual: Tensor, product: LayerProduct, x: Tensor, norm: Tensor | None) -> None:
         if norm is None:
             product.add_to(residual, x)
         else:

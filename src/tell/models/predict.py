@@ -16,7 +16,7 @@ from tell.models.architecture import Architecture
 from tell.models.base import FULL, weight_bytes
 from tell.models.flops import adapted_layers, lora_parameters, training_flops
 from tell.models.machine import Place
-from tell.pass_memory import GRAPHED, WORKSPACE, Fit, PassMemory, loss_block, usable
+from tell.pass_memory import GRAPHED, SHARE, WORKSPACE, Fit, PassMemory, loss_block, merges, usable
 
 # Sustained LoRA training, GFLOP/s per core, before any run was measured here. Small matrices and LoRA's thin ones
 # reach a fifth of the speed of a large product (96 fp32, 437 bf16 on one core of an AMD EPYC with avx512_bf16).
@@ -59,7 +59,8 @@ class Memory:
         adapter: its weights, their copy in the model's format, gradients and moments.
         activations: of the largest pass, with its block of logits.
         graphs: of CUDA graphs, in which a pass is held once more.
-        evaluation: of decoding: keys and values, logits, and copies of the weights an adapter is merged into.
+        evaluation: of decoding: keys and values, logits, and copies of the weights that an adapter is merged into, or
+            of an adapter that is applied beside them.
         process: of Python and its libraries; on a GPU its context and the libraries' workspaces.
         fit: the pass; it fits wherever the device's memory is unknown.
     """
@@ -199,10 +200,12 @@ def predict_memory(
     fit = one.choose(room, longest=load.longest, largest=load.largest, micro=micro, level=level, graphs=graphs)
     decoding = 2.0 * arch.kv_heads * arch.head_dim * arch.layers * width * load.rows * load.length
     copies = float(width) * arch.linear_parameters if base == FULL else 0.0
-    if gpu and free is not None:  # each takes a quarter of what is free at most; rows wait, copies go to the host
+    if gpu and free is not None:  # rows wait where theirs would take more
         left = max(0.0, free - weights - process)
-        decoding, copies = min(decoding, left / 4), copies if copies <= left / 4 else 0.0
-    evaluation = decoding + copies + load.rows * arch.vocab * (width + 8.0)
+        decoding, copies = min(decoding, left / SHARE), copies if merges(copies, left) else 0.0
+    # beside the weights: its factors, and once more as the decoder joins them, with half as many zeros between blocks
+    beside = 2.5 * width * trained if gpu and not copies else 0.0
+    evaluation = decoding + copies + beside + load.rows * arch.vocab * (width + 8.0)
     again = fit.bytes if graphs and not fit.level else 0.0
     return Memory(weights, adapter, fit.bytes, again, evaluation, process + (WORKSPACE if gpu else 0), fit)
 

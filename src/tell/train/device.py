@@ -11,7 +11,6 @@ from torch import Tensor
 from tell.pass_memory import host_memory
 
 FAST_DEVICES = ("cpu", "cuda")  # where rows are packed and operations fused
-SHARE = 4  # a key-value cache or a copy of weights takes at most this fraction (1 / n) of the free bytes
 
 
 def trains_fast(fast: str, device: torch.device | str) -> bool:

@@ -24,8 +24,9 @@ from tell.errors import TellError
 from tell.files import sync_files
 from tell.folder import AdapterFolder
 from tell.kernels.quantised import QuantisedLinear
+from tell.pass_memory import merges
 from tell.train.adapter_file import read_adapter
-from tell.train.device import SHARE, free_bytes, kept_randomness
+from tell.train.device import free_bytes, kept_randomness
 from tell.train.fast.base_weight import LINEAR, quantised_weight
 from tell.train.fast.fused_ops import Projection, Stack
 from tell.train.targets import EXPERTS, refuse_experts
@@ -198,7 +199,7 @@ def adapter_applied(model: PreTrainedModel, folder: Path | None) -> Iterator[Pre
 
 
 def is_merged(model: PreTrainedModel, names: Iterable[str]) -> bool:
-    """Whether `adapter_applied` merges into the named layers: plain weights, whose originals fit on their device.
+    """Whether `adapter_applied` merges into the named layers: plain weights, whose originals are few enough to keep.
 
     Not into weights that are elsewhere than the model computes; see `tell.models.spread`.
     """
@@ -230,10 +231,10 @@ def _merged(model: PreTrainedModel, factors: Mapping[str, tuple[Tensor, Tensor]]
 
 
 def _room_for_copies(weights: list[Tensor]) -> bool:
-    """Whether copies of ``weights`` fit on their device; on a GPU most free memory is left to the key-value cache."""
+    """Whether their device keeps copies of ``weights``: a GPU few, and where most of its free memory is left."""
     if not weights or weights[0].device.type != "cuda":
         return True
-    return SHARE * sum(weight.nbytes for weight in weights) <= free_bytes(weights[0].device)
+    return merges(sum(weight.nbytes for weight in weights), free_bytes(weights[0].device))
 
 
 def adapter_factors(model: nn.Module, folder: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], float]:

@@ -1,13 +1,15 @@
 """An adapter applied beside the weights: y + s (x A^T) B^T after each adapted layer, which keeps its own weight.
 
 Costs two thin products a layer where merging costs a copy of the adapted weights, and serves quantised weights, which
-nothing can be merged into.
+nothing can be merged into. Fused forwards and the static decoder of a GPU read the factors instead of calling the
+layers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from weakref import WeakSet
 
@@ -18,6 +20,34 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _unmerged: WeakSet[nn.Module] = WeakSet()
+
+
+@dataclass(frozen=True, slots=True)
+class Adapted:
+    """The forward of a layer with an adapter beside it.
+
+    Attributes:
+        forward: of the layer without it.
+        a: (r, in)
+        b: (out, r) times the scale.
+        own: ``forward`` is the layer's own, not another replacement.
+    """
+
+    forward: Callable[..., Tensor]
+    a: Tensor
+    b: Tensor
+    own: bool
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = self.forward(x)
+        inner = x.reshape(-1, x.shape[-1]) @ self.a.t()
+        return torch.addmm(y.reshape(-1, y.shape[-1]), inner, self.b.t()).view(y.shape)
+
+
+def adapted(layer: nn.Module) -> Adapted | None:
+    """The forward with an adapter, if one is applied beside ``layer`` now."""
+    found = vars(layer).get("forward")
+    return found if isinstance(found, Adapted) else None
 
 
 @contextmanager
@@ -39,9 +69,10 @@ def adapter_unmerged(
         for name, (a, b) in factors.items():
             layer = model.get_submodule(name)
             thin = (b.to(device, torch.float32) * scale).to(dtype)
-            adapted = _with_adapter(layer.forward, a.to(device, dtype), thin)  # memory may end here: nothing is set yet
-            before[layer] = vars(layer).get("forward")
-            setattr(layer, "forward", adapted)  # noqa: B010
+            replaced = vars(layer).get("forward")
+            product = Adapted(layer.forward, a.to(device, dtype), thin, replaced is None)  # memory may end here:
+            before[layer] = replaced  # nothing was set yet
+            setattr(layer, "forward", product)  # noqa: B010
         _unmerged.add(model)
         yield
     finally:
@@ -50,15 +81,6 @@ def adapter_unmerged(
             del layer.forward
             if forward is not None:
                 setattr(layer, "forward", forward)  # noqa: B010
-
-
-def _with_adapter(forward: Callable[..., Tensor], a: Tensor, b: Tensor) -> Callable[..., Tensor]:
-    def adapted(x: Tensor) -> Tensor:
-        y = forward(x)
-        inner = x.reshape(-1, x.shape[-1]) @ a.t()
-        return torch.addmm(y.reshape(-1, y.shape[-1]), inner, b.t()).view(y.shape)
-
-    return adapted
 
 
 def is_unmerged(model: nn.Module) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tell.train.attention import Plan, current_plan
 from tell.train.torch_types import AnyModule
+from tell.train.unmerged import adapted
 
 Rope = tuple[Tensor, Tensor]  # cosine and sine of the tokens' positions
 
@@ -53,9 +54,14 @@ def is_frozen(*parameters: Tensor | None) -> bool:
 
 
 def is_plain(layer: nn.Linear) -> bool:
-    """Whether calling the layer is just a product with its frozen weight: no hooks, no replaced forward."""
-    watched = "forward" in vars(layer) or layer._forward_hooks or layer._forward_pre_hooks
-    return not watched and is_frozen(layer.weight, layer.bias)
+    """Whether calling the layer is just a product with its frozen weight, plus that of an adapter beside it.
+
+    It has no hooks, and no other forward than `tell.train.unmerged.Adapted` over its own.
+    """
+    beside = adapted(layer)
+    own = "forward" not in vars(layer) if beside is None else beside.own
+    watched = layer._forward_hooks or layer._forward_pre_hooks
+    return own and not watched and is_frozen(layer.weight, layer.bias)
 
 
 def epsilon(norm: nn.Module) -> float:

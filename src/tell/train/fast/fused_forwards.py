@@ -19,6 +19,7 @@ from tell.train.fast.fused_ops import Attention, AttentionCall, Gated, GatedProj
 from tell.train.fast.stacked import Stack
 from tell.train.flat import adjacent
 from tell.train.torch_types import AnyModule
+from tell.train.unmerged import adapted
 
 FEW_ROWS = 64  # that decoding computes at a time
 
@@ -103,10 +104,13 @@ class _LoraParts(NamedTuple):
 
 
 def _lora_parts(layer: AnyModule) -> _LoraParts | None:
-    """None for what is not a plain linear layer with at most one plain adapter."""
+    """None for what is not a plain linear layer with at most one plain adapter, in it or beside it."""
     if type(layer) in LINEAR:
         linear = cast(nn.Linear, layer)
-        return _LoraParts(linear) if is_plain(linear) else None
+        if not is_plain(linear):
+            return None
+        beside = adapted(linear)
+        return _LoraParts(linear) if beside is None else _LoraParts(linear, (beside.a, beside.b), 1.0)
     active = getattr(layer, "active_adapters", None)
     if not active or not hasattr(layer, "lora_A"):
         return None
@@ -114,6 +118,7 @@ def _lora_parts(layer: AnyModule) -> _LoraParts | None:
     unusual = (
         type(base) not in LINEAR
         or not is_plain(base)
+        or adapted(base) is not None
         or len(active) > 1
         or name not in layer.lora_A
         or layer.merged

@@ -94,13 +94,16 @@ class Lora:
         matrices = adapters if self.slots is None else [slot.shadow for slot in self.slots]
         a = joined_rows(matrices[0::2])
         a = torch.cat(list(matrices[0::2])) if a is None else a
-        self.a = (a * self.scale).to(dtype) if self.slots is None else a  # (R, K)
+        scaled = self.slots is not None or (isinstance(self.scale, float) and self.scale == 1)
+        self.a = (a if scaled else a * self.scale).to(dtype)  # (R, K)
         self.blocks = [matrix.to(dtype) for matrix in matrices[1::2]]  # (N_i, r) of each adapter
         # In fp32 W + B A is exact enough, and from so many rows on cheaper to make than B A is to add to the output.
         exact = dtype == torch.float32 and x.device.type == "cpu" and not stack.dropout and self.products is None
         self.folds = exact and len(x) >= x.shape[1]
-        # In one product where that costs no copies: theirs are many small launches on a GPU.
-        self.joint = len(stack.widths) == 1 or self.slots is None or self.folds or self.products is not None
+        # In one product, but not on a GPU where that costs more small launches, of copies, than the blocks' products.
+        whole = x.device.type == "cpu" or any(matrix.dtype != dtype for matrix in matrices[1::2])
+        apart = self.slots is not None or not whole
+        self.joint = len(stack.widths) == 1 or not apart or self.folds or self.products is not None
         if self.joint:
             self.b = self.blocks[0] if len(stack.widths) == 1 else self._joined_blocks(column, rank)
 
