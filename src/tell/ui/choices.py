@@ -50,7 +50,7 @@ class Choice:
         flags = shlex.split(Form("\n\n".join(map(place_of, ask)), tuple(reply)).flags)
         values |= {"prompt": flags[1]} if ask else {}
         values |= {"answer": flags[3]} if reply else {}
-        values |= {"arms": ",".join(arms)} if arms else {}
+        values |= {"arms": ",".join(arms) or "none"} if "arm" in given else {}
         if values.get("arms") == ",".join(STANDARD):
             del values["arms"]
         return cls(values)
@@ -63,10 +63,10 @@ class Choice:
         return urlencode(self.values)
 
     @property
-    def arms(self) -> list[tuple[str, str, str, bool]]:
-        """Name, label, what it is and whether it is chosen, of every arm."""
+    def arms(self) -> list[tuple[str, str, str, bool, bool]]:
+        """Name, label, what it is, whether it is chosen and whether it is by default, of every arm."""
         chosen = self["arms"].split(",") if self["arms"] else STANDARD
-        return [(arm.name, arm.label, arm.about, arm.name in chosen) for arm in ARMS.values()]
+        return [(arm.name, arm.label, arm.about, arm.name in chosen, arm.name in STANDARD) for arm in ARMS.values()]
 
     def command(self, verb: str, *more: str, **changed: str) -> list[str]:
         """The arguments of a verb. Values are joined to their flags, so that none can be read as another flag."""

@@ -18,6 +18,7 @@ from urllib.parse import quote
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response, StreamingResponse
@@ -62,8 +63,10 @@ def templates() -> Environment:
 def page(request: Request, part: str, title: str, shown: Shown, *, here: str = "", status: int = 200) -> HTMLResponse:
     """A page of one part, or the part alone where htmx asks for it."""
     file = f"_{part}.html.j2"
-    made = templates().get_template(file if request.headers.get("hx-request") else "base.html.j2")
-    text = made.render({"part": file, "title": title, "here": here or part, "name": "", **shown})
+    whole, folder = not request.headers.get("hx-request"), getattr(request.state, "folder", None)
+    known = {"part": file, "title": title, "here": here or part, "whole": whole, "folder": folder}
+    made = templates().get_template("base.html.j2" if whole else file)
+    text = made.render({**known, "name": "", "run": None, "choice": None, **shown})
     return HTMLResponse(text.encode("utf-8", "replace"), status)
 
 
@@ -80,6 +83,7 @@ class Pages:
             NotHere: there is no such run.
         """
         folder = self.root.run(request.path_params["name"])
+        request.state.folder = folder  # for the navigation
         return self.root.name(folder.root), folder
 
     def runs(self, request: Request) -> Response:
@@ -144,7 +148,9 @@ class Pages:
         if not tuning(self.root, name).command:  # else it may have no folder yet
             name, _ = self._run(request)
         command = shlex.join(tuning(self.root, name).command)
-        return page(request, "run", name, {"name": name, "run": live(self.root, name), "command": command})
+        folder = RunFolder(self.root.path / name)
+        shown = {"name": name, "run": live(self.root, name), "command": command, "folder": folder}
+        return page(request, "run", name, shown)
 
     def chat(self, request: Request) -> Response:
         name, folder = self._run(request)
@@ -227,11 +233,11 @@ class Pages:
     def _source(self, kind: str, name: str, request: Request) -> Callable[[], str]:
         """What makes the page; a folder's own is served as it is, so that it comes at once."""
         if kind == "compare":
-            names = request.query_params.getlist("run")[:8]
+            names = list(dict.fromkeys(request.query_params.getlist("run")))[:8]
             if len(names) < 2:
                 raise TellError("two runs or more are compared", remedy="Mark them in the table of runs.")
             return partial(compare, [self.root.run(name) for name in names])
-        path = self.root.run(name).report if kind == "report" else self.root.study(name).page
+        path = self._run(request)[1].report if kind == "report" else self.root.study(name).page
         if not path.is_file():
             remedy = f"It is written at the end; `tell {kind} {name}` writes one of what is there now."
             raise NotHere(f"there is no {kind} yet", remedy=remedy)
@@ -244,8 +250,14 @@ def _typed(arguments: list[str]) -> str:
 
 async def _refused(request: Request, error: Exception) -> Response:
     status, said = 404 if isinstance(error, NotHere) else 400, one_line(str(error))
+    if isinstance(error, HTTPException):
+        status, said = error.status_code, "There is no such page."
     if request.method == "PUT":
         return JSONResponse({"error": said}, status)
+    return _said(request, said, status)
+
+
+def _said(request: Request, said: str, status: int) -> Response:
     return page(request, "message", "That did not work", {"error": said}, status=status)
 
 
@@ -262,4 +274,5 @@ def make_ui(root: UiRoot, token: str) -> Starlette:
     routes = [Route(path, handler) for path, handler in get.items()]
     routes += [Route(path, handler, methods=["POST"]) for path, handler in post.items()]
     routes += [Route("/upload/{name:path}", p.upload, methods=["PUT"])]
-    return Starlette(routes=routes, middleware=[Middleware(Guard, token)], exception_handlers={TellError: _refused})
+    refused = dict.fromkeys((TellError, HTTPException), _refused)
+    return Starlette(routes=routes, middleware=[Middleware(Guard, token, _said)], exception_handlers=refused)
