@@ -7,18 +7,23 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
 import tell
 from tell.errors import TellError
 from tell.files import (
     atomic_folder,
+    claim_path,
     expanded,
     parse_yaml,
     read_bytes,
+    read_facts,
     read_json,
     read_text,
     remove_folder,
     restore_folder,
+    stamp,
+    write_json,
 )
 
 ALIASES = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -132,3 +137,45 @@ def test_a_removed_folder_does_not_come_back(tmp_path):
     restore_folder(folder)
     assert names(tmp_path) == []
     remove_folder(folder)  # where there is none
+
+
+@pytest.mark.skipif(not yaml.__with_libyaml__, reason="PyYAML was built without libyaml")
+def test_yaml_is_the_same_in_c_and_in_python(monkeypatch):
+    texts = [path.read_text("utf-8") for path in sorted((Path(__file__).parents[1] / "recipes").rglob("*.yaml"))[:20]]
+    texts += ["a: 1:30\nb: 0x1F\nc: 010\nd: .inf\ne: yes\nf: 2001-01-01\ng: ~", "{a: 1, a: 2}", "|\n a\n  b\n", ""]
+    texts += [
+        "a: b: c",
+        "a: 1\n\tb: 2",
+        "a: &a [*a]",
+        "[" * 500,
+        "- " * 5000 + "a",
+        "\ud800",
+        "x: !!python/name:os.x 1",
+    ]
+
+    def results() -> list[object]:
+        found: list[object] = []
+        for text in texts:
+            try:
+                found.append(parse_yaml(text, where="x"))
+            except TellError as error:
+                found.append(str(error))
+        return found
+
+    quick = results()
+    monkeypatch.delattr(yaml, "CSafeLoader")
+    assert quick == results()
+
+
+def test_a_taken_name_is_claimed_with_a_number(tmp_path):
+    assert [claim_path(tmp_path / "a.csv").name for _ in range(3)] == ["a.csv", "1-a.csv", "2-a.csv"]
+
+
+def test_facts_of_a_file_are_those_it_has_now(tmp_path):
+    path = tmp_path / "a.json"
+    assert read_facts(path) == {} and stamp(path) == (0.0, 0, 0)
+    for n in range(3):  # within one tick of the clock and of one size
+        write_json(path, {"n": n})
+        assert read_facts(path) == {"n": n}
+    path.write_text("{")
+    assert read_facts(path) == {}

@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,17 @@ from tell.errors import TellError, first_line
 MOST_TEXT = 1 << 20  # bytes of a configuration, recipe or anchor
 MOST_JSON = 512 << 20  # of a JSON file of a model or a run; large tokenizers have 35 MB
 MOST_NODES = 200_000  # of a YAML document, with aliases expanded
+SMALL = 1 << 14  # of a file whose facts are kept in memory
+MOST_LINE = 1 << 20  # of a row of a file that is being written
 DAMAGED = "Run it again (`tell tune --overwrite`), or restore the file."
 _LFS = b"version https://git-lfs"
 
 
 def expanded(path: str | Path) -> Path:
-    """The path with ``~`` and ``~name`` expanded; an unknown user's name stays as it is."""
-    return Path(os.path.expanduser(path))
+    """The path with ``~`` and ``~name`` expanded; an unknown or impossible user's name stays as it is."""
+    with suppress(ValueError):  # a NUL in it
+        return Path(os.path.expanduser(path))
+    return Path(path)
 
 
 def read_bytes(path: Path, *, most: int, remedy: str) -> bytes:
@@ -95,14 +100,30 @@ def read_json(path: Path, *, most: int = MOST_JSON, remedy: str) -> dict[str, An
     return value
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML's plain types, bounded: a few aliases can expand to billions of values."""
+def stamp(path: Path) -> tuple[float, int, int]:
+    """Time of the last change, size and number of a file: another where its content is; zeros where there is none."""
+    try:
+        found = path.stat()
+        return found.st_mtime, found.st_size, found.st_ino
+    except (OSError, ValueError):
+        return 0.0, 0, 0
 
-    def compose_document(self) -> yaml.Node | None:
-        root: yaml.Node | None = super().compose_document()
-        if root is not None:
-            _count(root, {}, set())
-        return root
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """A JSON or YAML file; empty where it is missing or damaged. Small files are read again only where they changed."""
+    at = stamp(path)
+    return (_kept if at[1] < SMALL else _read)(path, at)
+
+
+def _read(path: Path, _stamp: object) -> dict[str, Any]:
+    with suppress(OSError, ValueError, TellError):
+        yaml = path.suffix == ".yaml"
+        found = parse_yaml(read_text(path, remedy=""), where=path.name) if yaml else read_json(path, remedy="")
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+_kept = lru_cache(maxsize=8192)(_read)
 
 
 class _Bomb(ValueError):
@@ -126,6 +147,18 @@ def _count(node: yaml.Node, known: dict[int, int], above: set[int]) -> int:
     return total
 
 
+def _load(text: str, kind: type[yaml.SafeLoader]) -> Any:
+    """YAML's plain types, bounded: a few aliases can expand to billions of values."""
+    loader = kind(text)
+    try:
+        if (root := loader.get_single_node()) is None:
+            return None
+        _count(root, {}, set())
+        return loader.construct_document(root)
+    finally:
+        loader.dispose()
+
+
 def parse_yaml(text: str, *, where: str, remedy: str = "Fix that line.") -> Any:
     """A YAML document's value.
 
@@ -133,7 +166,9 @@ def parse_yaml(text: str, *, where: str, remedy: str = "Fix that line.") -> Any:
         TellError: it is not valid, its aliases expand to too much, or a value is impossible (``2001-99-99``).
     """
     try:
-        return yaml.load(text, _Loader)  # a SafeLoader
+        with suppress(yaml.YAMLError, UnicodeError):  # whose words are others in C: the text is read again for them
+            return _load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        return _load(text, yaml.SafeLoader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
@@ -146,6 +181,24 @@ def parse_yaml(text: str, *, where: str, remedy: str = "Fix that line.") -> Any:
         raise TellError("is nested too deeply", where=where, remedy=remedy) from error
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:  # of yaml's constructors
         raise TellError(f"is not valid YAML ({first_line(error)})", where=where, remedy=remedy) from error
+
+
+def claim_path(path: Path) -> Path:
+    """A free path, ``1-NAME`` and so on where the name is taken; an empty file holds it from now on.
+
+    Raises:
+        TellError: the folder cannot be written.
+    """
+    claimed, n = path, 0
+    while True:
+        try:
+            claimed.open("xb").close()
+            return claimed
+        except FileExistsError:
+            n += 1
+            claimed = path.with_name(f"{n}-{path.name}")
+        except OSError as error:
+            raise unwritable(claimed, error) from error
 
 
 @contextmanager
@@ -326,4 +379,15 @@ def read_jsonl(path: Path) -> list[dict]:
                         raise ValueError(f"line {number} is not an object")
     except (ValueError, RecursionError) as error:
         raise TellError(f"is damaged ({first_line(error)})", where=str(path), remedy=DAMAGED) from error
+    return rows
+
+
+def first_rows(path: Path, most: int) -> list[dict]:
+    """The first rows of a file that is being written: its last line may not be whole yet."""
+    rows = []
+    with suppress(OSError), path.open("rb") as file:
+        for line in islice(iter(lambda: file.readline(MOST_LINE), b""), most):
+            with suppress(ValueError, RecursionError):
+                if isinstance(row := json.loads(line), dict):
+                    rows.append(row)
     return rows

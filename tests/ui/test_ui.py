@@ -11,14 +11,14 @@ import socket
 import subprocess
 import sys
 from html.parser import HTMLParser
-from importlib import resources
+from importlib import import_module, resources
 
 import pytest
 from filelock import FileLock
 from starlette.datastructures import QueryParams
-from starlette.testclient import TestClient
 
 from run.runs import PROBE
+from tell import files
 from tell.data.schema import Schema
 from tell.files import write_json
 from tell.folder import RunFolder
@@ -29,34 +29,12 @@ from tell.ui.chat_relay import serving
 from tell.ui.choices import Choice
 from tell.ui.jobs import Job
 from tell.ui.run_view import live, state_of, tuning
-from tell.ui.ui_app import make_ui
 from tell.ui.ui_root import UiRoot, clean_name
+from ui.asking import ORIGIN, TOKEN, stranger, told
 from ui.made_runs import make_run
-from ui.ui_server import SOURCE, UiServer, until
+from ui.ui_server import UiServer, until
 
-TOKEN, BASE = "s3cret-token", "http://127.0.0.1:8765"
 EVIL = '<script>alert(1)</script><img src=x onerror="alert(1)">" onload="alert(1)'
-ORIGIN = {"origin": BASE}
-HTMX = {"hx-request": "true"}
-
-
-@pytest.fixture
-def root(tmp_path, monkeypatch) -> UiRoot:
-    monkeypatch.setenv("PYTHONPATH", str(SOURCE))
-    monkeypatch.setenv("TELL_HOME", str(tmp_path / "home"))
-    (tmp_path / "root").mkdir()
-    return UiRoot(tmp_path / "root")
-
-
-@pytest.fixture
-def client(root) -> TestClient:
-    made = stranger(root)
-    assert made.get("/", params={"token": TOKEN}).status_code == 200
-    return made
-
-
-def stranger(root: UiRoot) -> TestClient:
-    return TestClient(make_ui(root, TOKEN), base_url=BASE)
 
 
 class Elements(HTMLParser):
@@ -148,7 +126,7 @@ def test_hostile_contents_are_inert(client, root):
     check_inert(client.get("/").text, scripts=2)
     check_inert(client.get("/data", params={"data": EVIL, "prompt": EVIL}).text, scripts=2)
     check_inert(client.get("/plan", params={"data": EVIL, "model": EVIL}).text, scripts=2)
-    check_inert(client.get("/data", params={"data": EVIL}, headers=HTMX).text, scripts=0)
+    check_inert(told(client, "/data", {"data": EVIL}), scripts=0)
     both = [("run", name) for name in root.find()[0]]
     check_inert(client.get("/framed/compare/", params=both).text, scripts=0)
 
@@ -266,14 +244,54 @@ def test_look_and_plan_are_the_commands(client, root, tiny_model):
     rows = "".join(f"{i} how,{('no', 'yes')[i % 2]}\n" for i in range(20))
     (root.path / "t.csv").write_text(f"question,answer\n{rows}")
     chosen = {"data": "t.csv", "model": str(tiny_model("llama")), "general": "none"}
-    text = client.get("/data", params=chosen, headers=HTMX).text
+    text = told(client, "/data", chosen)
     assert "20 rows" in text and "guessed" in text and "tell look t.csv" in text
     assert "What the model sees" in text and 'class="trained ' in text
     assert re.findall(r'<option selected value="(\w+)"', text) == ["question", "answer"]
-    text = client.get("/plan", params=chosen, headers=HTMX).text
+    text = told(client, "/plan", chosen)
     assert "Predicted time" in text and "--out=runs/t-1" in text and "--general=none" in text
-    text = client.get("/data", params=chosen | {"columns": "prompt=nope,answer=answer"}, headers=HTMX).text
+    text = told(client, "/data", chosen | {"columns": "prompt=nope,answer=answer"})
     assert "no column" in text and text.count('value="question"') == 4  # to be chosen
+
+
+def test_what_has_not_changed_is_not_read_again(client, root, monkeypatch):
+    for n in range(3):
+        make_run(root, f"runs/r{n}")
+        make_run(root, f"studies/cells/c{n}")
+    study = root.path / "studies" / "mine"
+    study.mkdir()
+    cells = {f"c{n}": {"state": "done"} for n in range(250)}
+    write_json(study / "study.json", {"cells": {**cells, "../../runs/r0": {"state": "failed"}}})
+    read, real = [], files.read_json
+    monkeypatch.setattr(files, "read_json", lambda path, **more: read.append(path) or real(path, **more))
+    text = client.get("/").text
+    assert len(read) == 9  # status, scores and process of three runs; cells are told by their study
+    assert "250 done" in text and "51 more cells" in text and text.count('href="/run/studies/cells/') == 3
+    assert client.get("/").text == text and len(read) == 9
+    RunFolder(root.path / "runs/r1").set_status("interrupted")
+    assert "interrupted" in client.get("/").text and len(read) == 10
+
+
+def test_runs_are_compared_again_where_a_file_has_changed(client, root, monkeypatch):
+    folders = [make_run(root, f"runs/r{n}") for n in range(2)]
+    made = []
+    monkeypatch.setattr(import_module("tell.report.compare"), "compare", lambda runs: made.append(runs) or "compared")
+    changes = (folders[0].prediction("sft"), folders[1].schema, folders[1].losses("sft"), folders[0].config)
+    for number, path in enumerate((None, *changes), 1):
+        if path is not None:
+            path.write_text("{}\n")
+        for _ in range(2):
+            assert client.get("/framed/compare/?run=runs/r0&run=runs/r1").text == "compared"
+        assert len(made) == number, path
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [("{", "status.json: is not valid JSON"), ("{}", "status.json names no state")]
+)
+def test_a_run_whose_state_cannot_be_read_says_so(client, root, text, said):
+    make_run(root, "runs/a").status.write_text(text)
+    page = client.get("/run/runs/a").text
+    assert "failed" in page and "status.json" in page and said in page and "Resume" in page
 
 
 def test_columns_are_chosen_from_those_of_the_file(client, root, tiny_model):
@@ -288,7 +306,7 @@ def test_columns_are_chosen_from_those_of_the_file(client, root, tiny_model):
         ("reply", "Priority"),
         ("reply", ""),
     ]
-    text = client.get("/data", params=chosen, headers=HTMX).text
+    text = told(client, "/data", chosen)
     assert "24 rows" in text and "guessed" not in text
     assert re.findall(r'<option selected value="(\w+)"', text) == ["Body", "Subject", "Queue", "Priority"]
     assert r"--prompt={Body}\n\n{Subject}" in text and "--answer=Queue,Priority" in text
@@ -305,7 +323,7 @@ def test_a_run_that_fails_at_once_shows_its_line(client, root):
 
 def test_a_value_that_no_argument_can_have_is_one_line(client, root):
     assert "cannot be started" in client.post("/start", params={"data": "a\0b.csv"}, headers=ORIGIN).text
-    assert "null byte" in client.get("/data", params={"data": "a\0b.csv"}, headers=HTMX).text
+    assert "null byte" in told(client, "/data", {"data": "a\0b.csv"})
 
 
 def test_a_stopped_run_is_resumed_by_the_same_command(client, root, tiny_model):

@@ -13,6 +13,7 @@ import pytest
 
 import tell
 from run.runs import EXAMPLES, config_of
+from tell.cli.main import run as tell_command
 from tell.config import load_config
 from tell.data.kind import detect_kind
 from tell.data.sources import load
@@ -370,3 +371,24 @@ def test_a_wrong_model_is_refused(tmp_path):
 def test_facts_are_json(tiny_model):
     found = tell.look(config_of(tiny_model("llama")))
     assert json.loads(json.dumps(found, allow_nan=False)) == found
+
+
+def test_json_has_the_plausible_readings_and_a_look_by_the_likeliest(tmp_path, capsys):
+    path = tmp_path / "t.csv"
+    rows = "".join(f"mail {i} about all of it and more,text {i} says so at length,{'xyz'[i % 3]}\n" for i in range(48))
+    path.write_text(f'Subject,"Body, whole",Queue\n{rows}')
+    argv = ["look", str(path), "--model", "someone/not-here"]
+    assert tell_command([*argv, "--json"]) == 2
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert err == f"error: {found['error']}\n" and "several ways" in err
+    assert found["names"] == ["Subject", "Body, whole", "Queue"]
+    prompts = ["{Subject}\n\n{Body, whole}", "{Subject}", "{Body, whole}"]
+    assert [(form["prompt"], form["answer"]) for form in found["forms"]] == [(prompt, ["Queue"]) for prompt in prompts]
+    assert found["look"]["data"]["form"]["prompt"] == prompts[0] and found["look"]["data"]["rows"] == 48
+    assert found["look"]["data"]["names"] == found["names"]
+    assert tell_command([*argv, "--prompt", "{Nope}", "--answer", "Queue,Subject", "--json"]) == 2
+    found = json.loads(capsys.readouterr().out)
+    assert (found["forms"], found["look"]) == ([], None)
+    assert found["form"] == {"prompt": "{Nope}", "answer": ["Queue", "Subject"]}
+    assert tell_command(argv) == 2 and capsys.readouterr().out == ""

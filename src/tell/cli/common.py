@@ -367,13 +367,23 @@ def takes_options(function: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-def show(as_json: bool, work: Callable[[Display], dict], draw: Callable[[Console, dict], object]) -> dict:
-    """Do the work, then print its result, as JSON or as text."""
+def show(
+    as_json: bool,
+    work: Callable[[Display], dict],
+    draw: Callable[[Console, dict], object],
+    failed: Callable[[TellError], dict] | None = None,
+) -> dict:
+    """Do the work, then print its result, as JSON or as text; in JSON also what there is to say of an error."""
     from tell.cli.display import make_console, make_display
     from tell.cli.output import only_json
 
     with only_json(as_json) as emit:
-        found = work(make_display())
+        try:
+            found = work(make_display())
+        except TellError as error:
+            if as_json and failed is not None:
+                emit(failed(error))
+            raise
         if as_json:
             emit(found)
         else:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tell.cli.common import Given, count, json_switch, option, show, takes_options
+from tell.errors import TellError
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.text import Text
 
+    from tell.config import Config
     from tell.progress import Display
 
 BAR, VALUES, PIECE = 24, 12, 1200  # cells of a bar, values of a field, characters of a piece
@@ -34,7 +37,8 @@ def look(given: Given, options: LookOptions) -> None:
     """Show what the model will see of DATA before training.
 
     In the terminal and as one offline page: rendered rows, balance, lengths, rows to look at. Takes the data and model
-    flags of `tell plan`. With --json, the page is written only where --html says so.
+    flags of `tell plan`. With --json, the page is written only where --html says so, and data that can be read in
+    several ways is looked at in the likeliest one.
     """
     config = given.load("look")
     import tell
@@ -45,7 +49,34 @@ def look(given: Given, options: LookOptions) -> None:
     def work(_display: Display) -> dict:  # all that would be noted is printed or in the JSON
         return tell.look(config, rows=options.rows, page=page)
 
-    show(options.as_json, work, lambda console, found: _print(console, found))
+    def failed(error: TellError) -> dict:
+        return _failed(config, error, rows=options.rows)
+
+    show(options.as_json, work, lambda console, found: _print(console, found), failed)
+
+
+def _failed(config: Config, error: TellError, *, rows: int) -> dict:
+    """Beside the error: the columns to choose from, the form that was given, the plausible ones, a look by the first.
+
+    A terminal shows these as commands; a program needs them as values.
+    """
+    import tell
+    from tell.data.formats import column_names
+    from tell.data.shape import SeveralForms
+    from tell.files import expanded
+
+    names: list[str] = []
+    with suppress(TellError, OSError, ValueError):
+        names = column_names(expanded(config.task.data or ""))
+    forms = [form.to_dict() for form in error.forms] if isinstance(error, SeveralForms) else []
+    form = {"prompt": config.task.prompt, "answer": list(config.task.answer)}
+    found = {"error": str(error), "names": names, "form": form, "forms": forms, "look": None}
+    with suppress(TellError):
+        if forms:
+            first = {"prompt": forms[0]["prompt"], "answer": tuple(forms[0]["answer"])}
+            task = config.task.model_copy(update=first)
+            found["look"] = tell.look(config.model_copy(update={"task": task}), rows=rows)
+    return found
 
 
 def _print(console: Console, found: Mapping[str, Any]) -> None:

@@ -64,14 +64,24 @@ class Form:
         return tuple(dict.fromkeys(match[1] for match in _PLACE.finditer(self.prompt or "") if match[1]))
 
     @property
+    def typed(self) -> dict[str, str]:
+        """Template and columns of the answer as they are typed."""
+        template = (self.prompt or "").replace("\\", "\\\\").replace("\n", "\\n").replace("\t", "\\t")
+        return {"prompt": template, "answer": _comma_separated(self.answer)}
+
+    @property
     def flags(self) -> str:
         """The form as the flags to type."""
-        template = (self.prompt or "").replace("\\", "\\\\").replace("\n", "\\n").replace("\t", "\\t")
-        return f"--prompt {quoted(template, always=True)} --answer {quoted(_comma_separated(self.answer))}"
+        return f"--prompt {quoted(self.typed['prompt'], always=True)} --answer {quoted(self.typed['answer'])}"
 
     def to_dict(self) -> dict[str, Any]:
         """``form`` of findings.json."""
         return {"prompt": self.prompt, "answer": list(self.answer), "types": list(self.types)}
+
+    @classmethod
+    def of(cls, found: Mapping[str, Any]) -> Form:
+        """From `to_dict`, without the types."""
+        return cls(found["prompt"], tuple(found["answer"]))
 
     def settled(self, records: Sequence[Record], where: str) -> Form:
         """The form with the types of its answer columns, its columns being checked.

@@ -20,9 +20,24 @@ FILLED = 0.5  # least share of cells of a column of texts that are filled; label
 DISTINCT = 0.5  # least share of different texts
 LETTERS = 0.5  # least share of letters in texts, which dates and phone numbers lack
 NAME_CHARACTERS = 60  # a longer column name is a cell of data
-SHOWN = 3  # guesses in one error
+SHOWN, MOST = 3, 20  # guesses in the text of an error, and with it
 _DATE = re.compile(r"\d{1,4}[-./]\d{1,2}[-./]\d{1,4}\b")
 _WORDS = re.compile(r"\S\s+\S")
+
+
+class SeveralForms(TellError):
+    """A file can be read in several ways.
+
+    Args:
+        forms: the readings, the likeliest first.
+    """
+
+    def __init__(self, forms: Sequence[Form], source: str) -> None:
+        self.forms = forms[:MOST]
+        shown = ", or ".join(f"`tell tune {quoted(source)} {form.flags}`" for form in forms[:SHOWN])
+        more = "; more are possible" if len(forms) > SHOWN else ""
+        what = f"can be read in several ways{more}: {shown}"
+        super().__init__(what, where=source, remedy="Choose one, or name other columns.")
 
 
 def guess_form(records: Sequence[Record], source: str, given: Form) -> Form | None:
@@ -34,22 +49,20 @@ def guess_form(records: Sequence[Record], source: str, given: Form) -> Form | No
         given: its prompt or answer counts, where it has one, and the other is guessed.
 
     Raises:
-        TellError: several are plausible (each as a command), the first row is data instead of column names, a given
-            column is not in the file, or a column of the prompt has braces in its name.
+        SeveralForms: several are plausible.
+        TellError: the first row is data instead of column names, a given column is not in the file, or a column of the
+            prompt has braces in its name.
     """
     given = given.known(records, source)
     found = list(_forms(records[:SAMPLE], given))
     if not found:
         return None
-    if len(found) > 1:
-        shown = ", or ".join(f"`tell tune {quoted(source)} {form.flags}`" for form in found[:SHOWN])
-        more = "; more are possible" if len(found) > SHOWN else ""
-        what = f"can be read in several ways{more}"
-        raise TellError(f"{what}: {shown}", where=source, remedy="Choose one, or name other columns.")
     for name in (*found[0].asked, *found[0].answer):
         if len(name) > NAME_CHARACTERS or any(record.get(name) == name for record in records[:SAMPLE]):
             what = f"begins with a row that looks like data, not like column names ({name[:NAME_CHARACTERS]!r})"
             raise TellError(what, where=source, remedy="Put a row of column names above it, e.g. text and label.")
+    if len(found) > 1:
+        raise SeveralForms(found, source)
     return found[0]
 
 

@@ -54,6 +54,7 @@ class Loaded:
             of the task are read by it.
         file: encoding and sheet; None for a hub dataset and for rows that are on board.
         guessed: the form was guessed.
+        names: of all columns.
     """
 
     examples: list[Example]
@@ -67,6 +68,7 @@ class Loaded:
     form: Form | None = None
     file: FileRead | None = None
     guessed: bool = False
+    names: tuple[str, ...] = ()
 
     @property
     def flags(self) -> str:
@@ -185,10 +187,12 @@ class _Rows:
         self.form: Form | None = None
         self.guessed = False
         self.said: list[str] = []
+        self.names: tuple[str, ...] = ()
 
     def read(self, records: list[Record], columns: str | Form | None, source: str) -> Layout:
         """Detect the layout and read every record by it."""
         plain = [record for _, record in records]
+        self.names = tuple(dict.fromkeys(str(name) for record in plain for name in record))
         self.form = self._form_of(plain, columns, source)
         if self.form is not None:
             layout = self._formed_layout(plain)
@@ -268,6 +272,7 @@ class _Rows:
             form=self.form,
             file=file,
             guessed=self.guessed,
+            names=self.names,
             lists=layout.lists,
         )
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
 
 from tell.errors import TellError
+from tell.files import stamp
 from tell.folder import RunFolder
 from tell.metric_names import metric
 from tell.names import arm_order
@@ -46,6 +49,18 @@ def compare(folders: Sequence[RunFolder]) -> str:
         train=costs(runs, names),
         train_columns=[label for _, label, _ in TRAIN],
     )
+
+
+def compare_kept(folders: Sequence[RunFolder]) -> str:
+    """`compare`, made again only where a file of the runs has changed."""
+    parts = ("*.*", "predictions/*", "logs/*")  # all that is read of a run, its schema included
+    files = [path for folder in folders for part in parts for path in sorted(folder.root.glob(part))]
+    return _compared(tuple(folder.root for folder in folders), tuple((path, stamp(path)) for path in files))
+
+
+@lru_cache(maxsize=4)
+def _compared(roots: Sequence[Path], _stamps: object) -> str:
+    return compare([RunFolder(root) for root in roots])
 
 
 def paired(folders: Sequence[RunFolder]) -> list[Pairing]:

@@ -110,7 +110,8 @@ def read_manifest(path: Path) -> Manifest:
         KeyError: it lacks the columns source or step.
         pyarrow.ArrowException, OSError: it is not a Parquet file.
     """
-    table = parquet.read_table(path)
+    with parquet.ParquetFile(path) as file:  # read_table loads pyarrow.dataset, and that pandas
+        table = file.read()
     names = table.column_names
     digest = (table.schema.metadata or {}).get(b"tell.digest")
     for column in ("source", "step"):

@@ -321,3 +321,16 @@ def _set_note(entry: Mapping[str, Any]) -> str:
     held = {True: " held out of the source that was in the mix", False: " that were not in the mix at all", None: ""}
     origin = f" ({entry['origin']})" if entry.get("origin") else ""
     return f"{rows}{held[entry.get('in_mix_source')]}{origin}" if entry else ""
+
+
+def leading_scores(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Score and general loss of the leading arm, next to the untuned model's."""
+    name, arms, sets = primary_metric(metrics), mapping(metrics, "arms"), mapping(metrics, "forgetting", "arms")
+    lead = next((arm for arm in ("tell", *arm_order(arms)) if arm in arms), "")
+    spec, first = metric(name) if name else None, next(iter(mapping(sets, lead)), "")
+    values = [get(arms, arm, name or "", "value") for arm in (lead, "base")]
+    values += [get(sets, arm, first, "loss", "value") for arm in (lead, "base")]
+    score, base, loss, base_loss = (value if is_number(value) else None for value in values)
+    shown, before = ("" if spec is None or value is None else show(value, spec.unit) for value in (score, base))
+    label = spec.label if spec and shown else ""
+    return {"score": score, "shown": shown, "base": before, "metric": label, "loss": loss, "base_loss": base_loss}

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 from urllib.parse import urlencode
 
 from starlette.datastructures import QueryParams
 
 from tell.config import Config
 from tell.data.form import Form, place_of
-from tell.data.formats import column_names
-from tell.errors import TellError
-from tell.files import expanded
 from tell.names import ARMS
-from tell.ui.ui_root import UiRoot
 
 _RUN = ("tune", "plan")
 _DATA = (*_RUN, "look")
@@ -34,9 +29,14 @@ STANDARD = Config().eval.arms
 
 @dataclass(frozen=True)
 class Choice:
-    """Fields of the form by name; a field that is left empty leaves the default."""
+    """Fields of the form by name; a field that is left empty leaves the default.
+
+    Attributes:
+        replaced: the template that other columns of the prompt have replaced.
+    """
 
     values: Mapping[str, str]
+    replaced: str = ""
 
     @classmethod
     def of(cls, given: QueryParams) -> Choice:
@@ -47,13 +47,14 @@ class Choice:
         """
         values = {name: text[:MOST] for name in ("data", *FLAGS) if (text := given.get(name, "").strip())}
         ask, reply, arms = ([text for text in given.getlist(name) if text] for name in ("ask", "reply", "arm"))
-        flags = shlex.split(Form("\n\n".join(map(place_of, ask)), tuple(reply)).flags)
-        values |= {"prompt": flags[1]} if ask else {}
-        values |= {"answer": flags[3]} if reply else {}
+        old, made = values.get("prompt", ""), Form("\n\n".join(map(place_of, ask)), tuple(reply)).typed
+        known = Form(old).asked
+        values |= {"prompt": old if known == tuple(ask) else made["prompt"]} if ask else {}
+        values |= {"answer": made["answer"]} if reply else {}
         values |= {"arms": ",".join(arms) or "none"} if "arm" in given else {}
         if values.get("arms") == ",".join(STANDARD):
             del values["arms"]
-        return cls(values)
+        return cls(values, old if known and values["prompt"] != old else "")
 
     def __getitem__(self, name: str) -> str:
         return self.values.get(name, "")
@@ -74,23 +75,13 @@ class Choice:
         flags = [f"{flag}={values[name]}" for name, (flag, verbs) in FLAGS.items() if verb in verbs and name in values]
         return [verb, positional(values.get("data", "")), *flags, *more]
 
-    def columns(self, root: UiRoot) -> list[str]:
-        """The names of the file's columns; none where it cannot be read, or is on the hub."""
-        with suppress(TellError, OSError, ValueError):
-            return column_names(root.path / expanded(self["data"]))
-        return []
 
-    def picked(self, names: Sequence[str], read: Mapping[str, str]) -> dict[str, list[str]]:
-        """The columns of prompt and answer.
-
-        Args:
-            names: of the file.
-            read: part to column, or a template of columns, as the file was read; empty where it could not be.
-        """
-        prompt, answer = (read.get(part) or self[part] for part in ("prompt", "answer"))
-        ask = [name for name in names if f"{{{name}}}" in prompt or name in (prompt, read.get("input"))]
-        reply = [name for name in names if name in (answer, *answer.split(", "), *answer.split(","))]
-        return {"ask": sorted(ask, key=lambda name: prompt.find(f"{{{name}}}")), "reply": reply}
+def picked(data: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The columns of a file, and those that prompt and answer are made from, as `tell look` says in its JSON."""
+    names, form, parts = data.get("names", []), data.get("form"), data.get("columns", {})
+    ask = (Form(form["prompt"]).asked or (form["prompt"],)) if form else (parts.get("prompt"), parts.get("input"))
+    reply = form["answer"] if form else (parts.get("answer"),)
+    return {"names": names, "ask": [x for x in ask if x in names], "reply": [x for x in reply if x in names]}
 
 
 def positional(path: str) -> str:

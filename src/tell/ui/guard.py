@@ -40,8 +40,8 @@ class Guard:
     The token comes in the address once (``/?token=``) and is then kept in a cookie, which no other site's page sends.
     """
 
-    def __init__(self, app: ASGIApp, token: str, said: Callable[[Request, str, int], Response]) -> None:
-        self.app, self.token, self.said = app, token, said
+    def __init__(self, app: ASGIApp, token: str, page: Callable[..., Response]) -> None:
+        self.app, self.token, self.page = app, token, page
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -72,7 +72,13 @@ class Guard:
             home.set_cookie(name, self.token, httponly=True, samesite="strict")
             return home
         if request.url.path != "/static/style.css" and not self._is_token(request.cookies.get(name, "")):
-            return self.said(request, "Open the address that `tell ui` printed: it has the token.", 401)
+            return self.page(
+                request,
+                "message",
+                "Who is asking?",
+                {"error": "Open the address that `tell ui` printed: it has the token."},
+                status=401,
+            )
         return None
 
     def _is_token(self, given: str) -> bool:

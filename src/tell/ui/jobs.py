@@ -10,6 +10,7 @@ import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ import psutil
 from filelock import FileLock
 
 from tell.errors import TellError
-from tell.files import write_json
+from tell.files import read_facts, write_json
 from tell.home import make_folder
 from tell.shown import one_line
-from tell.ui.ui_root import UiRoot, read_facts
+from tell.ui.ui_root import UiRoot
 
 TAIL = 1 << 16  # bytes of a log that are looked at
 SAME = 1.0  # seconds by which the start of one process may differ between two readings
@@ -38,7 +39,7 @@ class Job:
     key: str
 
     def file(self, suffix: str) -> Path:
-        """Its ``.json``, ``.log`` or ``.lock``."""
+        """Its ``.json``, ``.log``, ``.lock`` or ``.out``, what it prints with ``--json``."""
         return self.root.state / "jobs" / (hashlib.sha256(self.key.encode()).hexdigest()[:20] + suffix)
 
     def record(self) -> dict[str, Any]:
@@ -61,36 +62,37 @@ class Job:
         except (psutil.Error, LookupError, TypeError, ValueError, OverflowError):
             return None
 
-    def start(self, arguments: Sequence[str]) -> None:
-        """Start ``tell ARGUMENTS`` unless it runs: in a session of its own, its output in the log, no shell.
+    def start(self, arguments: Sequence[str], *, once: bool = False) -> None:
+        """Start ``tell ARGUMENTS`` unless it runs (or has run): in a session of its own, no shell.
 
         Raises:
             TellError: the log cannot be written.
         """
         make_folder(self.file("").parent)
-        with FileLock(self.file(".lock")):  # two tabs
-            if self.process() is not None:
-                return
-            try:
-                with self.file(".log").open("wb") as out:
-                    process = subprocess.Popen(
-                        [sys.executable, "-m", "tell", *arguments],
-                        cwd=self.root.path,
-                        stdin=subprocess.DEVNULL,
-                        stdout=out,
-                        stderr=subprocess.STDOUT,
-                        start_new_session=True,
-                        env=os.environ | {"PYTHONUNBUFFERED": "1", "NO_COLOR": "1"},
-                    )
-            except (OSError, ValueError) as error:  # ValueError: a character that no argument can have
-                what = f"cannot be started ({error})"
-                raise TellError(what, where=f"tell {arguments[0]}", remedy="Free disk space or memory.") from error
-            threading.Thread(target=process.wait, daemon=True).start()  # leaves no zombie
-            created = 0.0
-            with suppress(psutil.Error):
-                created = psutil.Process(process.pid).create_time()
-            facts = {"key": self.key, "command": ["tell", *arguments], "pid": process.pid, "created": created}
+        try:
+            with FileLock(self.file(".lock")):  # two tabs
+                if self.process() is None and not (once and self.record()):
+                    self._start(list(arguments))
+        except (OSError, ValueError) as error:  # ValueError: a character that no argument can have
+            what = f"cannot be started ({error})"
+            raise TellError(what, where=f"tell {arguments[0]}", remedy="Free disk space or memory.") from error
+
+    def _start(self, arguments: list[str]) -> None:
+        command, env = [sys.executable, "-m", "tell", *arguments], {"PYTHONUNBUFFERED": "1", "NO_COLOR": "1"}
+        with self.file(".out").open("wb") as out, self.file(".log").open("wb") as log:
+            apart = partial(subprocess.Popen, cwd=self.root.path, env=os.environ | env, start_new_session=True)
+            into = out if "--json" in arguments else log
+            process = apart(command, stdin=subprocess.DEVNULL, stdout=into, stderr=log)
+        threading.Thread(target=process.wait, daemon=True).start()  # leaves no zombie
+        created = 0.0
+        with suppress(psutil.Error):
+            created = psutil.Process(process.pid).create_time()
+        facts = {"key": self.key, "command": ["tell", *arguments], "pid": process.pid, "created": created}
+        try:
             write_json(self.file(".json"), facts)
+        except TellError:  # without a record nobody would find it
+            process.kill()
+            raise
 
     def stop(self) -> psutil.Process | None:
         """Send SIGTERM to the process; which it was."""
@@ -98,6 +100,22 @@ class Job:
             with suppress(psutil.Error):
                 process.terminate()
         return process
+
+    def told(self, arguments: Sequence[str]) -> tuple[dict[str, Any], str] | None:
+        """What ``tell ARGUMENTS``, started once, prints with ``--json``, and its error; None while it runs."""
+        try:
+            self.start(arguments, once=True)
+        except TellError as error:
+            return {}, one_line(str(error))
+        if self.process() is not None:
+            return None
+        facts, last = read_facts(self.file(".out")), "".join(self.lines(1)) or "it ended without an answer"
+        return facts, "" if facts and "error" not in facts else self.error() or last
+
+    def forget(self) -> None:
+        """Let `told` ask again, unless the process runs."""
+        if self.process() is None:
+            self.file(".json").unlink(missing_ok=True)
 
     def lines(self, most: int = 12) -> list[str]:
         """The last lines of the log, each made safe to show."""

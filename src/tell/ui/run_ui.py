@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,16 @@ import uvicorn
 from filelock import FileLock, Timeout
 
 from tell.errors import TellError
-from tell.files import write_json
+from tell.files import read_facts, write_json
 from tell.home import make_folder
 from tell.progress import Display
 from tell.serve.listen import bind
 from tell.ui.ui_app import make_ui
-from tell.ui.ui_root import UiRoot, read_facts
+from tell.ui.ui_root import UiRoot
 
 HOST = "127.0.0.1"
 GRACE = 2  # seconds that open requests have when the server is stopped
+STARTING = 30  # seconds in which another server that has the lock says its address
 
 
 def run_ui(path: str | Path, display: Display, *, port: int) -> None:
@@ -33,10 +35,10 @@ def run_ui(path: str | Path, display: Display, *, port: int) -> None:
         raise TellError("is not a folder", where=str(path), remedy="Name the folder that has, or is to have, the runs.")
     make_folder(root.state).chmod(0o700)
     file = root.state / "address.json"
-    kept = read_facts(file)
     try:
         with FileLock(root.state / ".lock", timeout=0), bind(HOST, port) as listening:
-            token = str(kept.get("token") or secrets.token_urlsafe(24))  # kept, so that open tabs outlive a restart
+            token = str(read_facts(file).get("token") or secrets.token_urlsafe(24))  # kept, for open tabs
+            write_json(file, {"token": token})  # without the last address, which may no longer be ours
             address = f"http://{HOST}:{listening.getsockname()[1]}/?token={token}"
             options: dict[str, Any] = {"log_level": "error", "access_log": False, "server_header": False, "ws": "none"}
             server = uvicorn.Config(make_ui(root, token), lifespan="off", timeout_graceful_shutdown=GRACE, **options)
@@ -46,4 +48,7 @@ def run_ui(path: str | Path, display: Display, *, port: int) -> None:
             with suppress(KeyboardInterrupt):
                 uvicorn.Server(server).run(sockets=[listening])
     except Timeout:
-        display.note(f"a page for {root.path} is open at {kept.get('address')}")
+        end = time.monotonic() + STARTING
+        while not (said := read_facts(file).get("address")) and time.monotonic() < end:
+            time.sleep(0.1)  # it is starting
+        display.note(f"a page for {root.path} is open at {said or 'an address that it has not said yet'}")

@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
-import json
+import os
 import time
-from contextlib import suppress
+from collections import Counter
+from collections.abc import Set
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from tell.errors import TellError
+from tell.files import first_rows, read_facts, stamp
 from tell.folder import RunFolder
-from tell.metric_names import metric
 from tell.names import ARMS, arm_order
-from tell.number_text import is_number, show
+from tell.number_text import is_number
 from tell.report.read_run import Run, get, mapping, rows_of
-from tell.report.score_tables import primary_metric
+from tell.report.score_tables import leading_scores
 from tell.report.sections import losses
 from tell.run.claim import is_held
 from tell.run.growing import SHOWN
 from tell.shown import one_line
 from tell.studies.study_folder import StudyFolder
 from tell.ui.jobs import Job
-from tell.ui.ui_root import UiRoot, read_facts
+from tell.ui.ui_root import UiRoot
 
-ACTIVE = ("starting", "running")
-MOST_LINE, MOST_ROWS = 1 << 20, 100_000  # bytes of a row of predictions, rows of a training log
+ACTIVE, ENDED = ("starting", "running"), ("done", "interrupted", "failed")
+MOST_ROWS = 100_000  # of a training log
+MOST_CELLS = 200  # of a study that are listed
 KEPT = "Stopped. Steps, arms and answers that were finished are kept; Resume goes on from there."
 
 
@@ -40,57 +42,42 @@ def state_of(root: UiRoot, name: str) -> str:
 
     A run that was killed left ``running`` behind, but no process holds its lock.
     """
-    folder, job = RunFolder(root.path / name), tuning(root, name)
-    state, process = folder.read_status().get("state"), job.process()
+    folder, job = _folder(root.path / name), tuning(root, name)
+    state, process = read_facts(folder.status).get("state"), job.process()
     if state == "running":
         return "running" if process is not None or is_held(folder) else "interrupted"
-    if process is not None and job.record()["created"] > _stamp(folder.status):
+    if process is not None and job.record()["created"] > stamp(folder.status)[0]:
         return "starting"  # also a run that is being resumed
-    return str(state) if state in ("done", "interrupted", "failed") else "failed"
+    return str(state) if state in ENDED else "failed"
+
+
+_folder = lru_cache(maxsize=4096)(RunFolder)  # its many paths take longer to make than a kept status to find
 
 
 def summary(root: UiRoot, name: str) -> dict[str, Any]:
     """A line of the table of runs."""
-    folder = RunFolder(root.path / name)
-    changed = max(_stamp(folder.status), _stamp(folder.metrics))
-    known = {"name": name, "state": state_of(root, name), "seconds": folder.read_status().get("seconds")}
-    return {**known, "changed": changed, **_scores(folder.metrics, _stamp(folder.metrics))}
-
-
-def _stamp(path: Path) -> float:
-    try:
-        return path.stat().st_mtime
-    except OSError:
-        return 0.0
+    folder = _folder(root.path / name)
+    seconds, scored = read_facts(folder.status).get("seconds"), stamp(folder.metrics)
+    known = {"name": name, "state": state_of(root, name), "seconds": seconds if is_number(seconds) else None}
+    return {**known, "changed": max(stamp(folder.status), scored)[0], **_scores(folder.metrics, scored)}
 
 
 @lru_cache(maxsize=4096)
-def _scores(path: Path, _stamp: float) -> dict[str, Any]:
-    """Score and general loss of the leading arm, next to the untuned model's; read again when the file changes."""
-    found = read_facts(path)
-    name, arms, sets = primary_metric(found), mapping(found, "arms"), mapping(found, "forgetting", "arms")
-    lead = next((arm for arm in ("tell", *arm_order(arms)) if arm in arms), "")
-    spec, first = metric(name) if name else None, next(iter(mapping(sets, lead)), "")
-    values = [get(arms, arm, name or "", "value") for arm in (lead, "base")]
-    values += [get(sets, arm, first, "loss", "value") for arm in (lead, "base")]
-    score, base, loss, base_loss = (value if is_number(value) else None for value in values)
-    shown, before = ("" if spec is None or value is None else show(value, spec.unit) for value in (score, base))
-    label = spec.label if spec and shown else ""
-    return {"score": score, "shown": shown, "base": before, "metric": label, "loss": loss, "base_loss": base_loss}
+def _scores(path: Path, _stamp: object) -> dict[str, Any]:
+    return leading_scores(read_facts(path))
 
 
 def live(root: UiRoot, name: str) -> dict[str, Any]:
     """What is known of a run while it goes on; its folder may not be there yet."""
     folder, job = RunFolder(root.path / name), tuning(root, name)
     state, status, plan = state_of(root, name), folder.read_status(), read_facts(folder.plan)
-    logs, charts = _logs(folder.root, tuple((arm, _stamp(folder.losses(arm))) for arm in _arms(folder.logs)))
+    logs, charts = _logs(folder.root, tuple((arm, stamp(folder.losses(arm))) for arm in _arms(folder.logs)))
     wanted = get(plan, "fit", "arms") or get(read_facts(folder.config), "eval", "arms")
     seconds, predicted = status.get("seconds"), get(plan, "predicted", "seconds")
     if state == "running" and is_number(seconds):  # the status is as old as the stage
-        with suppress(OSError):
-            seconds += time.time() - folder.status.stat().st_mtime
+        seconds += time.time() - stamp(folder.status)[0]
     left = max(0.0, predicted - seconds) if is_number(predicted) and is_number(seconds) else 0.0
-    error = job.error() or (str(status.get("error") or "") if state == "failed" else "")
+    error = job.error() or (_fault(folder) if state == "failed" else "")
     return {
         "state": state,
         "active": state in ACTIVE,
@@ -107,10 +94,19 @@ def live(root: UiRoot, name: str) -> dict[str, Any]:
     }
 
 
+def _fault(folder: RunFolder) -> str:
+    """Why a run has failed: its error, or that its state cannot be read; empty where it has no folder."""
+    try:
+        found = folder.read(folder.status)
+        return str(found.get("error") or ("" if found.get("state") in ENDED else f"{folder.status} names no state"))
+    except TellError as error:
+        return str(error) if folder.status.exists() else ""
+
+
 @lru_cache(maxsize=64)
-def _logs(path: Path, stamps: tuple[tuple[str, float], ...]) -> tuple[dict[str, list[dict]], dict[str, object] | None]:
+def _logs(path: Path, stamps: tuple[tuple[str, object], ...]) -> tuple[dict[str, list[dict]], dict[str, object] | None]:
     """Training logs and their charts, which take longer to draw than all else; drawn again when a log grows."""
-    logs = {arm: rows for arm, _ in stamps if (rows := _rows(RunFolder(path).losses(arm), MOST_ROWS))}
+    logs = {arm: rows for arm, _ in stamps if (rows := first_rows(RunFolder(path).losses(arm), MOST_ROWS))}
     return logs, losses(Run(RunFolder(path), logs=logs))
 
 
@@ -137,7 +133,8 @@ def _arms(folder: Path) -> list[str]:
 
 def test_rows(folder: RunFolder, *, growing: bool = False) -> list[dict[str, Any]]:
     """The first test rows, with the answers of all arms that have answered and, if wanted, of the one that does now."""
-    found = [(arm, row, False) for arm in _arms(folder.predictions) for row in _rows(folder.prediction(arm), SHOWN)]
+    files = {arm: folder.prediction(arm) for arm in _arms(folder.predictions)}
+    found = [(arm, row, False) for arm, file in files.items() for row in first_rows(file, SHOWN)]
     now = read_facts(folder.answering) if growing else {}
     found += [(str(now.get("arm")), row, True) for row in rows_of(now, "rows") if isinstance(row, dict)]
     rows: dict[str, dict[str, Any]] = {}
@@ -149,31 +146,19 @@ def test_rows(folder: RunFolder, *, growing: bool = False) -> list[dict[str, Any
     return list(rows.values())
 
 
-def _rows(path: Path, most: int) -> list[dict]:
-    """The first rows of a file that is being written: its last line may not be whole yet."""
-    rows = []
-    with suppress(OSError), path.open("rb") as file:
-        for line in islice(iter(lambda: file.readline(MOST_LINE), b""), most):
-            with suppress(ValueError, RecursionError):
-                if isinstance(row := json.loads(line), dict):
-                    rows.append(row)
-    return rows
-
-
-def study_line(root: UiRoot, name: str) -> dict[str, Any]:
-    """A study with its cells, as they end."""
-    folder = StudyFolder(root.path / name)
-    line: dict[str, Any] = {"name": name, "error": "", "cells": [], "counts": {}, "page": folder.page.is_file()}
+def study_line(root: UiRoot, name: str, runs: Set[str]) -> dict[str, Any]:
+    """A study with the first of its cells, as they end, and the runs that are its cells."""
+    folder, place = StudyFolder(root.path / name), os.path.normpath(f"{name}/../cells") + "/"
+    line: dict[str, Any] = {"name": name, "error": "", "cells": [], "counts": {}, "runs": (), "hidden": 0}
+    line["page"] = folder.page.is_file()
     try:
         found = mapping(folder.read(), "cells")
     except TellError as error:
         return {**line, "error": one_line(str(error))}
-    for cell, about in islice(found.items(), 10_000):
-        state, seconds, said = (get(about, key, default="") for key in ("state", "seconds", "error"))
-        state = str(state or "waiting")
-        line["counts"][state] = line["counts"].get(state, 0) + 1
-        path = folder.root.parent / "cells" / str(cell)
-        inside = path.resolve().is_relative_to(root.path) and (path / "status.json").is_file()
-        known = {"name": cell, "state": state, "seconds": seconds, "error": one_line(str(said))}
-        line["cells"].append({**known, "run": root.name(path) if inside else ""})
-    return line
+    counts = Counter(str(get(about, "state") or "waiting") for about in found.values())
+    for cell, about in islice(found.items(), MOST_CELLS):
+        seconds, said = (get(about, key, default="") for key in ("seconds", "error"))
+        known = {"name": cell, "state": str(get(about, "state") or "waiting"), "error": one_line(str(said))}
+        line["cells"].append({**known, "seconds": seconds, "run": place + cell if place + cell in runs else ""})
+    line |= {"counts": counts, "hidden": len(found) - len(line["cells"])}
+    return {**line, "runs": {place + cell for cell in found}}

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import shlex
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping
 from functools import cache, partial
@@ -19,30 +16,31 @@ from urllib.parse import quote
 from jinja2 import ChoiceLoader, Environment, PackageLoader
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from tell.data.form import Form
+from tell.data.workbook import split_sheet
 from tell.errors import TellError
 from tell.exports.serving_files import model_licence
 from tell.exports.target import export_targets
-from tell.files import read_text
+from tell.files import expanded, read_facts, read_text, stamp
 from tell.folder import RunFolder, reading
-from tell.report.compare import compare
+from tell.report.compare import compare_kept
 from tell.report.look_page import look_parts
 from tell.report.page import environment, stylesheet
+from tell.report.read_run import get
 from tell.run.claim import stop_holder
 from tell.shown import one_line
 from tell.ui.chat_relay import COLUMNS, answer, asked_for, serve_run, served, serving
-from tell.ui.choices import Choice, positional
+from tell.ui.choices import Choice, picked, positional
 from tell.ui.guard import FRAMED, Guard
 from tell.ui.jobs import Job
 from tell.ui.run_view import ACTIVE, live, state_of, study_line, summary, test_rows, tuning
 from tell.ui.ui_root import NotHere, UiRoot
 
 MOST_PROMPT, MOST_PAGE = 1 << 17, 64 << 20  # bytes of a prompt, and of a page of a run folder
-PATIENCE = 300  # seconds for tell look and tell plan
 STATIC = {"style.css": "text/css", "ui.js": "text/javascript", "htmx.min.js": "text/javascript"}
 SORTS = {"name": False, "state": False, "score": True, "loss": False, "seconds": True, "changed": True}  # high first?
 Shown = Mapping[str, object]  # what a template prints
@@ -57,6 +55,9 @@ def templates() -> Environment:
     made.filters["address"] = lambda name: quote(str(name), safe="/")
     made.filters["key"] = lambda name: hashlib.sha256(str(name).encode("utf-8", "replace")).hexdigest()[:12]
     made.filters["moment"] = lambda stamp: time.strftime("%Y-%m-%d %H:%M", time.localtime(stamp))
+    made.globals |= {
+        name: made.get_template(f"{file}.html.j2").module for name, file in (("u", "_ui"), ("m", "_macros"))
+    }
     return made
 
 
@@ -89,8 +90,8 @@ class Pages:
     def runs(self, request: Request) -> Response:
         by = next((name for name in request.query_params.getlist("by") if name in SORTS), "changed")
         names, studies = self.root.find()
-        lines = [study_line(self.root, name) for name in studies]
-        cells = {cell["run"] for line in lines for cell in line["cells"]}
+        lines = [study_line(self.root, name, set(names)) for name in studies]
+        cells = {run for line in lines for run in line["runs"]}
         runs = [summary(self.root, name) for name in names if name not in cells]
         known = sorted((run for run in runs if run[by] is not None), key=lambda run: run[by], reverse=SORTS[by])
         known += [run for run in runs if run[by] is None]
@@ -100,36 +101,42 @@ class Pages:
 
     # Data and plan: htmx asks for what a command says.
     def data(self, request: Request) -> Response:
-        choice = Choice.of(request.query_params)
-        if not request.headers.get("hx-request"):
-            return page(request, "data", "Data", {"choice": choice, "uploaded": self.root.uploaded()})
-        facts, error = self._told(choice.command("look", "--json"))
-        names, read = choice.columns(self.root), facts["data"]["columns"] if facts else {}
-        shown = {"choice": choice, "error": error, "names": names, "command": _typed(choice.command("look"))}
-        more = {"facts": None} if facts is None else look_parts(facts)
-        return page(request, "look", "Data", {**shown, **choice.picked(names, read), **more})
+        return self._asked(request, "look", "Data", self._looked)
 
     def plan(self, request: Request) -> Response:
+        return self._asked(request, "plan", "Plan", self._planned)
+
+    def _asked(self, request: Request, verb: str, title: str, answered: Callable[..., Response]) -> Response:
+        """What a command says of the data as it is now, asked once for all tabs; its last line until it has ended."""
         choice = Choice.of(request.query_params)
-        if not request.headers.get("hx-request"):
-            return page(request, "plan", "Plan", {"choice": choice}, here="data")
-        plan, error = self._told(choice.command("plan", "--json"))
-        model, out = plan["model"] if plan else {}, self.root.fresh_run(choice["data"])
+        shown = {"verb": verb, "choice": choice, "uploaded": self.root.uploaded()}
+        files = [choice[name] for name in ("data", "test", "schema", "general") if choice[name]]
+        stamps = [stamp(self.root.path / expanded(split_sheet(file)[0])) for file in files]
+        job = Job(self.root, f"{choice.command(verb)} {stamps}")
+        if request.headers.get("hx-request"):
+            if (told := job.told(choice.command(verb, "--json"))) is not None:
+                return answered(request, choice, *told)
+            return page(request, "busy", "", {**shown, "log": job.lines(1)})
+        found = read_facts(job.file(".out"))
+        if verb != "look" or get(found.get("look") or found, "model", "name") is None:
+            job.forget()  # a page that is loaded asks again, but for a look that found all
+        return page(request, title.lower(), title, shown, here="data")
+
+    def _looked(self, request: Request, choice: Choice, found: dict[str, Any], error: str) -> Response:
+        guess, others = not (choice["columns"] or choice["prompt"] or choice["answer"]), list[tuple[str, Choice]]()
+        if error and found.get("look"):  # by the likeliest of several forms
+            forms = [Form.of(form) for form in found["forms"]]
+            readings = [(form.name, Choice({**choice.values, **form.typed})) for form in forms]
+            found, error, choice, others, guess = found["look"], "", readings[0][1], readings[1:], True
+        shown = {"choice": choice, "error": error, "command": _typed(choice.command("look")), "guess": guess}
+        more = {"facts": None} if error else look_parts(found)
+        return page(request, "look", "Data", {**shown, "others": others, **picked(found.get("data", found)), **more})
+
+    def _planned(self, request: Request, choice: Choice, plan: dict[str, Any], error: str) -> Response:
+        model, out = {} if error else plan["model"], self.root.fresh_run(choice["data"])
         shown = {"choice": choice, "plan": plan, "error": error, "out": out, "root": self.root}
         shown |= {"licence": model_licence(model["origin"], Path(model["path"])) if model else None}
         return page(request, "planned", "Plan", {**shown, "command": _typed(choice.command("tune", out=out))})
-
-    def _told(self, arguments: list[str]) -> tuple[dict[str, Any] | None, str]:
-        """What a command prints with ``--json``, or the line that says why it does not."""
-        command, where = [sys.executable, "-m", "tell", *arguments], self.root.path
-        try:
-            done = subprocess.run(command, cwd=where, stdin=subprocess.DEVNULL, capture_output=True, timeout=PATIENCE)
-        except (OSError, ValueError, subprocess.TimeoutExpired) as error:
-            return None, one_line(f"tell {arguments[0]}: {error}")
-        if done.returncode == 0:
-            return json.loads(done.stdout), ""
-        said = [line for line in done.stderr.decode("utf-8", "replace").splitlines() if line.strip()]
-        return None, one_line(said[-1]).removeprefix("error: ") if said else f"it ended with {done.returncode}"
 
     async def upload(self, request: Request) -> Response:
         return JSONResponse({"path": await self.root.receive(request.path_params["name"], request.stream())}, 201)
@@ -148,9 +155,8 @@ class Pages:
         if not tuning(self.root, name).command:  # else it may have no folder yet
             name, _ = self._run(request)
         command = shlex.join(tuning(self.root, name).command)
-        folder = RunFolder(self.root.path / name)
-        shown = {"name": name, "run": live(self.root, name), "command": command, "folder": folder}
-        return page(request, "run", name, shown)
+        request.state.folder = RunFolder(self.root.path / name)
+        return page(request, "run", name, {"name": name, "run": live(self.root, name), "command": command})
 
     def chat(self, request: Request) -> Response:
         name, folder = self._run(request)
@@ -236,7 +242,7 @@ class Pages:
             names = list(dict.fromkeys(request.query_params.getlist("run")))[:8]
             if len(names) < 2:
                 raise TellError("two runs or more are compared", remedy="Mark them in the table of runs.")
-            return partial(compare, [self.root.run(name) for name in names])
+            return partial(compare_kept, [self.root.run(name) for name in names])
         path = self._run(request)[1].report if kind == "report" else self.root.study(name).page
         if not path.is_file():
             remedy = f"It is written at the end; `tell {kind} {name}` writes one of what is there now."
@@ -249,19 +255,16 @@ def _typed(arguments: list[str]) -> str:
 
 
 async def _refused(request: Request, error: Exception) -> Response:
-    status, said = 404 if isinstance(error, NotHere) else 400, one_line(str(error))
     if isinstance(error, HTTPException):
-        status, said = error.status_code, "There is no such page."
+        error = NotHere("there is no such page")
+    status = 404 if isinstance(error, NotHere) else 400 if isinstance(error, TellError | ClientDisconnect) else 500
+    said = one_line(str(error) if status < 500 else f"unexpected {type(error).__name__}: {error}")
     if request.method == "PUT":
         return JSONResponse({"error": said}, status)
-    return _said(request, said, status)
-
-
-def _said(request: Request, said: str, status: int) -> Response:
     return page(request, "message", "That did not work", {"error": said}, status=status)
 
 
-def make_ui(root: UiRoot, token: str) -> Starlette:
+def make_ui(root: UiRoot, token: str) -> Guard:
     """The application of a root."""
     p, made = Pages(root), templates()
     for name in made.list_templates(["j2"]):  # compiled now, so that no first view waits for it
@@ -274,5 +277,5 @@ def make_ui(root: UiRoot, token: str) -> Starlette:
     routes = [Route(path, handler) for path, handler in get.items()]
     routes += [Route(path, handler, methods=["POST"]) for path, handler in post.items()]
     routes += [Route("/upload/{name:path}", p.upload, methods=["PUT"])]
-    refused = dict.fromkeys((TellError, HTTPException), _refused)
-    return Starlette(routes=routes, middleware=[Middleware(Guard, token, _said)], exception_handlers=refused)
+    refused = dict.fromkeys((TellError, HTTPException, ClientDisconnect, Exception), _refused)
+    return Guard(Starlette(routes=routes, exception_handlers=refused), token, page)

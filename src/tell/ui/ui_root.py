@@ -9,17 +9,19 @@ from collections.abc import AsyncIterator
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
-from typing import Any
+
+from anyio import from_thread, to_thread
 
 from tell.data.formats import FORMATS_TEXT, format_of
 from tell.errors import TellError
-from tell.files import atomic_path, parse_yaml, read_json, read_text
+from tell.files import atomic_path, claim_path, stamp
 from tell.folder import RunFolder
 from tell.home import make_folder
 from tell.shown import brief
 from tell.studies.study_folder import StudyFolder
 
 MOST_UPLOAD = 256 << 20  # bytes
+MOST_NAME = 100  # bytes of a name; file systems take 255, and some of them are added to it
 MOST_FOLDERS, DEEPEST = 20_000, 5  # that are searched for runs
 RUN = {"run.yaml", "status.json"}
 
@@ -72,7 +74,7 @@ class UiRoot:
         """Names of the runs and of the studies; links to other folders are not followed."""
         runs, studies = [], []
         for number, (at, inner, files) in enumerate(os.walk(self.path)):
-            name = self.name(Path(at))
+            name = at[len(str(self.path)) :].replace(os.sep, "/").lstrip("/") or "."  # of thousands: no Path for each
             if is_run := set(files) >= RUN:
                 runs.append(name)
             elif "study.json" in files:
@@ -83,14 +85,15 @@ class UiRoot:
 
     def fresh_run(self, data: str) -> str:
         """``runs/<data>-<n>`` with the first n that is free."""
-        stem = re.sub(r"[^\w.-]+", "-", Path(data).name.split(".")[0]).strip("-.") or "run"
+        stem = _short(re.sub(r"[^\w.-]+", "-", Path(data).name.split(".")[0])) or "run"
         names = (f"runs/{stem}-{n}" for n in count(1))
         return next(name for name in names if not (self.path / name).exists())
 
     def uploaded(self) -> list[str]:
         """Files that were dropped onto the page, the newest first, as paths under the root."""
-        files = list(self.uploads.glob("[!.]*")) if self.uploads.is_dir() else []
-        return [self.name(path) for path in sorted(files, key=lambda path: -path.stat().st_mtime)[:200]]
+        stamps = {path: stamp(path) for path in self.uploads.glob("[!.]*")}
+        found = [path for path in stamps if stamps[path][1]]  # else it is gone, or only claimed as yet
+        return [self.name(path) for path in sorted(found, key=stamps.__getitem__, reverse=True)[:200]]
 
     async def receive(self, name: str, parts: AsyncIterator[bytes]) -> str:
         """Keep an upload under a cleaned name that is free; returns its path under the root.
@@ -98,15 +101,20 @@ class UiRoot:
         Raises:
             TellError: the format is unknown, it is too large, or it cannot be written. Nothing is kept then.
         """
-        cleaned, size = clean_name(name), 0
-        paths = (make_folder(self.uploads) / (f"{n}-{cleaned}" if n else cleaned) for n in count())
-        path = next(path for path in paths if not path.exists())
-        with atomic_path(path) as temporary, temporary.open("wb") as out:
-            async for part in parts:
-                if (size := size + len(part)) > MOST_UPLOAD:
-                    what = f"is larger than {MOST_UPLOAD >> 20} MB"
-                    raise TellError(what, where=cleaned, remedy="Copy it here yourself and name its path.")
-                out.write(part)
+        return await to_thread.run_sync(self._keep, clean_name(name), parts)  # the event loop waits for no disk
+
+    def _keep(self, cleaned: str, parts: AsyncIterator[bytes]) -> str:
+        path, size = claim_path(make_folder(self.uploads) / cleaned), 0
+        try:
+            with atomic_path(path) as temporary, temporary.open("wb") as out:
+                while (part := from_thread.run(anext, parts, None)) is not None:
+                    if (size := size + len(part)) > MOST_UPLOAD:
+                        what = f"is larger than {MOST_UPLOAD >> 20} MB"
+                        raise TellError(what, where=cleaned, remedy="Copy it here yourself and name its path.")
+                    out.write(part)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
         return self.name(path)
 
 
@@ -120,13 +128,8 @@ def clean_name(name: str) -> str:
     if (known := format_of(name)) is None:
         raise TellError("has a format that is not read", where=brief(name), remedy=f"The formats are {FORMATS_TEXT}.")
     suffix = "".join(known)
-    return (re.sub(r"[^\w-]+", "-", name[: -len(suffix)]).strip("-")[:100] or "data") + suffix
+    return (_short(re.sub(r"[^\w-]+", "-", name[: -len(suffix)])) or "data") + suffix
 
 
-def read_facts(path: Path) -> dict[str, Any]:
-    """A JSON or YAML file; empty where it is missing or damaged."""
-    with suppress(OSError, ValueError, TellError):
-        yaml = path.suffix == ".yaml"
-        found = parse_yaml(read_text(path, remedy=""), where=path.name) if yaml else read_json(path, remedy="")
-        return found if isinstance(found, dict) else {}
-    return {}
+def _short(name: str) -> str:
+    return name.encode()[:MOST_NAME].decode("utf-8", "ignore").strip("-.")

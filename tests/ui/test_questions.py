@@ -1,0 +1,186 @@
+"""What the page asks commands of `tell`: processes that tabs and restarts share, and the choices made from answers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import psutil
+import pytest
+from filelock import FileLock
+from starlette.datastructures import QueryParams
+
+from tell.errors import TellError
+from tell.files import write_json
+from tell.ui import jobs, run_ui, ui_app
+from tell.ui.chat_relay import serving
+from tell.ui.choices import Choice, picked
+from tell.ui.jobs import Job
+from ui.asking import HTMX, ORIGIN, friend, told
+from ui.made_runs import make_run
+from ui.ui_server import until
+
+
+@pytest.fixture
+def stand_in(root, monkeypatch):
+    """A command in place of `tell`: notes that it was called, says something, and ends when `go` is there."""
+    script = root.path.parent / "stand-in"
+    script.write_text(
+        '#!/bin/sh\necho "$@" >> ../calls\necho "reading: 3 of 9" >&2\n'
+        "while [ ! -e ../go ]; do sleep 0.02; done\ncat ../answer\ncat ../said >&2\n"
+    )
+    script.chmod(0o755)
+    for name in ("answer", "said", "calls"):
+        (root.path.parent / name).write_text("")
+    monkeypatch.setattr(jobs.sys, "executable", str(script))
+    yield root.path.parent
+    (root.path.parent / "go").touch()
+    for file in (root.state / "jobs").glob("*.json"):
+        until(lambda file=file: not psutil.pid_exists(json.loads(file.read_text())["pid"]))
+
+
+def calls(folder: Path) -> list[str]:
+    return (folder / "calls").read_text().splitlines()
+
+
+def query(text: str) -> Choice:
+    return Choice.of(QueryParams(text))
+
+
+@pytest.mark.parametrize(("path", "verb"), [("/data", "look"), ("/plan", "plan")])
+def test_tabs_and_a_restarted_page_share_one_process(client, root, stand_in, path, verb):
+    data = root.path / "t.csv"
+    data.write_text("q,a\n")
+    chosen = {"data": "t.csv"}
+    client.get(path, params=chosen)
+    until(lambda: "reading: 3 of 9" in client.get(path, params=chosen, headers=HTMX).text)
+    other = friend(root)
+    assert other.get(path, params=chosen).status_code == 200
+    text = other.get(path, params=chosen, headers=HTMX).text
+    assert f'hx-get="{path}?data=t.csv"' in text and "every 1s" in text
+    assert len(calls(stand_in)) == 1 and f"tell {verb} t.csv --json" in calls(stand_in)[0]
+    (stand_in / "said").write_text("error: it is broken\n")
+    (stand_in / "go").touch()
+    assert all("it is broken" in told(asking, path, chosen) for asking in (client, other))
+    assert len(calls(stand_in)) == 1
+    client.get(path, params=chosen)  # a page that is loaded after a failure asks again
+    assert "it is broken" in told(client, path, chosen)
+    data.write_text("q,a\n1,2\n")  # as does one whose data has changed
+    assert "it is broken" in told(client, path, chosen)
+    assert len(calls(stand_in)) == 3
+
+
+def test_a_command_that_dies_is_said(client, root, stand_in):
+    (stand_in / "go").touch()
+    (stand_in / "said").write_text("Killed\n")
+    assert "Killed" in told(client, "/data", {"data": "t.csv"})
+
+
+def test_the_likeliest_reading_is_preselected_and_the_others_are_links(client, root):
+    rows = "".join(f"mail {i} about all of it and more,text {i} says so at length,{'xyz'[i % 3]}\n" for i in range(48))
+    (root.path / "t.csv").write_text(f'Subject,"Body, whole",Queue\n{rows}')
+    chosen = {"data": "t.csv", "model": "someone/not-here"}
+    text = told(client, "/data", chosen)
+    assert "48 rows" in text and "guessed" in text and 'role="alert"' not in text and "tell tune" not in text
+    assert text.count("<option selected") == 3  # two of the prompt, one of the answer
+    assert "Other readings" in text and "Body, whole/Queue</bdi></a>" in text and "Subject/Queue</bdi></a>" in text
+    assert 'name="answer" value="Queue"' in text  # what is planned is what is shown
+    assert "No model" in text and "--model someone/not-here` fetches it" in text  # what to do
+
+
+def test_a_plan_without_a_model_says_what_to_do(client, root, tmp_path):
+    (root.path / "t.csv").write_text("question,answer\n" + "".join(f"{i} how,{'xy'[i % 2]}\n" for i in range(20)))
+    text = told(client, "/plan", {"data": "t.csv", "model": str(tmp_path / "gone"), "general": "none"})
+    assert (
+        'role="alert"' in text
+        and "gone: no such model folder" in text
+        and "or use a hub name" in text
+        and "Start</button>" not in text
+    )
+
+
+def test_a_template_is_kept_while_its_columns_are_asked_for():
+    template = r"Subject: {Subject}\n\n{Body}"
+    typed = "data=t.csv&prompt=Subject%3A+%7BSubject%7D%5Cn%5Cn%7BBody%7D"
+    kept = query(f"{typed}&ask=Subject&ask=Body&ask=&reply=Priority&reply=Queue")
+    assert (kept["prompt"], kept["answer"], kept.replaced) == (template, "Priority,Queue", "")
+    other = query(f"{typed}&ask=Body&reply=Queue")
+    assert (other["prompt"], other.replaced) == ("{Body}", template)
+    assert query("data=t.csv&prompt=Body&ask=Subject").replaced == ""  # a name alone is no template
+    assert query(typed)["prompt"] == template
+
+
+def test_a_template_that_is_dropped_is_named(client, root):
+    typed = {"data": "t.csv", "prompt": "On {Subject}:", "ask": "Body"}
+    assert "<code>On {Subject}:</code>" in client.get("/data", params=typed).text
+
+
+def test_columns_keep_their_order_and_their_commas():
+    form = {"prompt": "{b}: {a}", "answer": ["z, y", "x"], "types": ["text", "text"]}
+    found = picked({"names": ["a", "b", "x", "z, y", "z"], "form": form, "columns": {"answer": "z, y, x"}})
+    assert (found["ask"], found["reply"]) == (["b", "a"], ["z, y", "x"])
+    found = picked({"names": ["q", "i", "a"], "columns": {"prompt": "q", "input": "i", "answer": "a"}})
+    assert (found["ask"], found["reply"]) == (["q", "i"], ["a"])
+    assert picked({}) == {"names": [], "ask": [], "reply": []}
+
+
+def test_a_long_name_and_a_fault_of_ours_break_no_page(client, root, stand_in, monkeypatch):
+    (stand_in / "go").touch()
+    (stand_in / "said").write_text("error: no such file\n")
+    assert "no such file" in told(client, "/plan", {"data": "x" * 300 + ".csv"})
+
+    def broken(_root: object) -> None:
+        raise RuntimeError("one\ntwo <b>")
+
+    monkeypatch.setattr(ui_app.UiRoot, "find", broken)
+    answer = friend(root, raise_server_exceptions=False).get("/")
+    assert answer.status_code == 500 and "unexpected RuntimeError: one two &lt;b&gt;" in answer.text
+    assert "Traceback" not in answer.text and "default-src 'none'" in answer.headers["content-security-policy"]
+
+
+def test_a_process_without_a_record_is_ended(root, stand_in, monkeypatch):
+    begun = []
+
+    def full(path: Path, data: dict) -> None:
+        begun.append(psutil.Process(data["pid"]))
+        raise TellError("cannot be written (no space)")
+
+    monkeypatch.setattr(jobs, "write_json", full)
+    with pytest.raises(TellError, match="no space"):
+        Job(root, "x").start(["tune", "x"])
+    psutil.wait_procs(begun, timeout=60)
+    assert begun and not begun[0].is_running()
+
+
+def test_a_lock_that_cannot_be_taken_is_one_line(root, monkeypatch):
+    monkeypatch.setattr(FileLock, "acquire", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left")))
+    with pytest.raises(TellError, match="No space left"):
+        Job(root, "x").start(["tune", "x"])
+
+
+def test_an_export_is_started_and_a_model_is_freed(client, root, stand_in):
+    make_run(root, "runs/a")
+    assert client.post("/export/runs/a?target=nope", headers=ORIGIN).status_code == 404
+    assert client.post("/export/runs/a?target=hub", headers=ORIGIN).status_code == 404  # uploads: only in a terminal
+    assert client.post("/export/runs/a?target=hf", headers=ORIGIN).url.path == "/ship/runs/a"
+    until(lambda: calls(stand_in))
+    assert calls(stand_in) == ["-m tell export runs/a --to=hf --out=exports/a-hf"]
+    assert "reading: 3 of 9" in until(lambda: "3 of 9" in (text := client.get("/ship/runs/a").text) and text)
+    client.post("/load/runs/a", headers=ORIGIN)
+    assert "Loading the model" in client.get("/chat/runs/a").text
+    process = serving(root).process()
+    assert client.post("/unload/runs/a", headers=ORIGIN).url.path == "/chat/runs/a"
+    psutil.wait_procs([process], timeout=60)
+    assert "Load the model" in client.get("/chat/runs/a").text
+
+
+def test_a_second_page_waits_for_the_address_of_one_that_starts(root, monkeypatch):
+    said = []
+    file = root.state / "address.json"
+    root.state.mkdir()
+    write_json(file, {"token": "t"})
+    monkeypatch.setattr(run_ui.time, "sleep", lambda _: write_json(file, {"address": "http://here", "token": "t"}))
+    display = type("Display", (), {"note": lambda self, text: said.append(text)})()
+    with FileLock(root.state / ".lock"):
+        run_ui.run_ui(root.path, display, port=0)
+    assert said == [f"a page for {root.path} is open at http://here"]
