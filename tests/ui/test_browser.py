@@ -146,7 +146,7 @@ def test_from_a_spreadsheet_to_a_chat_answer(browser, tiny_model, tmp_path):
         expect(page.locator("mark.trained").nth(1)).to_be_visible(timeout=WAIT)
         check_page(page)
         enter(page, page.get_by_role("button", name="Plan a run"))
-        expect(page.get_by_text("Predicted memory")).to_be_visible(timeout=WAIT)
+        page.wait_for_url("**/plan?*")
         enter(page, page.get_by_text("Arms: what is trained"))
         for arm in page.locator("[name=arm]:checked").evaluate_all("all => all.map(one => one.value)"):
             if arm not in ("base", "tell"):
@@ -215,10 +215,11 @@ def test_from_a_spreadsheet_to_a_chat_answer(browser, tiny_model, tmp_path):
         server.stop()
 
 
-@pytest.fixture
-def made(tmp_path):
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
     """A root with two runs that are done, one that goes on, and a study; and its server."""
-    root = UiRoot(tmp_path / "root")
+    top = tmp_path_factory.mktemp("made")
+    root = UiRoot(top / "root")
     for name in ("runs/a b", "runs/c'd\"<e>"):
         make_run(root, name)
     going, job = make_run(root, "runs/going", state="running"), tuning(root, "runs/going")
@@ -228,7 +229,7 @@ def made(tmp_path):
     study.mkdir(parents=True)
     write_json(study / "study.json", {"cells": {"x": {"state": "running"}}})
     (study / "index.html").write_text("<title>s</title>")
-    server = UiServer(root.path, tmp_path / "home")
+    server = UiServer(root.path, top / "home")
     with FileLock(going.lock):
         yield root, server
     server.stop()
