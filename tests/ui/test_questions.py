@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import psutil
@@ -45,6 +46,38 @@ def calls(folder: Path) -> list[str]:
 
 def query(text: str) -> Choice:
     return Choice.of(QueryParams(text))
+
+
+def test_look_and_plan_are_the_commands(client, root, tiny_model):
+    rows = "".join(f"{i} how,{('no', 'yes')[i % 2]}\n" for i in range(20))
+    (root.path / "t.csv").write_text(f"question,answer\n{rows}")
+    chosen = {"data": "t.csv", "model": str(tiny_model("llama")), "general": "none"}
+    text = told(client, "/data", chosen)
+    assert "20 rows" in text and "guessed" in text and "tell look t.csv" in text
+    assert "What the model sees" in text and 'class="trained ' in text
+    assert re.findall(r'<option selected value="(\w+)"', text) == ["question", "answer"]
+    text = told(client, "/plan", chosen)
+    assert "Predicted time" in text and "--out=runs/t-1" in text and "--general=none" in text
+    text = told(client, "/data", chosen | {"columns": "prompt=nope,answer=answer"})
+    assert "no column" in text and text.count('value="question"') == 4  # to be chosen
+
+
+def test_columns_are_chosen_from_those_of_the_file(client, root, tiny_model):
+    rows = "".join(f"s{i},b{i},{'xy'[i % 2]},{i % 3}\n" for i in range(24))
+    (root.path / "t.csv").write_text(f"Subject,Body,Queue,Priority\n{rows}")
+    chosen = [("data", "t.csv"), ("model", str(tiny_model("llama")))]
+    chosen += [
+        ("ask", "Body"),
+        ("ask", "Subject"),
+        ("ask", ""),
+        ("reply", "Queue"),
+        ("reply", "Priority"),
+        ("reply", ""),
+    ]
+    text = told(client, "/data", chosen)
+    assert "24 rows" in text and "guessed" not in text
+    assert re.findall(r'<option selected value="(\w+)"', text) == ["Body", "Subject", "Queue", "Priority"]
+    assert r"--prompt={Body}\n\n{Subject}" in text and "--answer=Queue,Priority" in text
 
 
 @pytest.mark.parametrize(("path", "verb"), [("/data", "look"), ("/plan", "plan")])
@@ -107,6 +140,7 @@ def test_a_template_is_kept_while_its_columns_are_asked_for():
     other = query(f"{typed}&ask=Body&reply=Queue")
     assert (other["prompt"], other.replaced) == ("{Body}", template)
     assert query("data=t.csv&prompt=Body&ask=Subject").replaced == ""  # a name alone is no template
+    assert query(r"prompt={Subject}\n\n{Body}&ask=Subject").replaced == ""  # nor are columns one below the other
     assert query(typed)["prompt"] == template
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import re
-import resource
 import socket
 import subprocess
 import sys
@@ -24,12 +22,12 @@ from tell.files import write_json
 from tell.folder import RunFolder
 from tell.report.page import write_page
 from tell.run.answer_check import Check
-from tell.ui import ui_app, ui_root
+from tell.ui import ui_app
 from tell.ui.chat_relay import serving
 from tell.ui.choices import Choice
 from tell.ui.jobs import Job
 from tell.ui.run_view import live, state_of, tuning
-from tell.ui.ui_root import UiRoot, clean_name
+from tell.ui.ui_root import UiRoot
 from ui.asking import ORIGIN, TOKEN, stranger, told
 from ui.made_runs import make_run
 from ui.ui_server import UiServer, until
@@ -142,36 +140,6 @@ def test_no_address_leads_out_of_the_root(client, root, name):
     assert client.get("/static/..%2fui_app.py").status_code == 404
 
 
-def test_uploads_stay_under_the_root(client, root):
-    for name in ("../../a.csv", "/etc/a.csv", "C:\\x\\a.csv", "a.csv"):
-        answer = client.put(f"/upload/{name.replace('/', '%2F')}", content=b"q,a\n1,2\n", headers=ORIGIN)
-        assert answer.status_code == 201
-        assert (root.path / answer.json()["path"]).read_bytes() == b"q,a\n1,2\n"
-    assert sorted(p.name for p in root.uploads.iterdir()) == ["1-a.csv", "2-a.csv", "3-a.csv", "a.csv"]
-    assert [p for p in root.path.parent.rglob("a.csv") if root.uploads not in p.parents] == []
-    assert clean_name("Köln; rm -rf $(x).CSV.gz") == "Köln-rm--rf-x.csv.gz"
-    for name in ("a.exe", ".bashrc", "csv", ".csv.sh"):
-        assert client.put(f"/upload/{name}", content=b"x", headers=ORIGIN).status_code == 400
-
-
-def test_an_upload_over_the_limit_leaves_nothing(client, root, monkeypatch):
-    monkeypatch.setattr(ui_root, "MOST_UPLOAD", 1 << 20)
-    answer = client.put("/upload/a.csv", content=bytes(2 << 20), headers=ORIGIN)
-    assert answer.status_code == 400 and "larger than 1 MB" in answer.json()["error"]
-    assert list(root.uploads.iterdir()) == []
-
-
-def test_a_full_disk_leaves_nothing(client, root):
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
-    try:
-        answer = client.put("/upload/a.csv", content=bytes(1 << 20), headers=ORIGIN)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert answer.status_code == 400 and "a.csv" in answer.json()["error"], errno.errorcode
-    assert list(root.uploads.iterdir()) == []
-
-
 def test_no_value_can_become_a_flag():
     values = {"data": "-x.csv", "model": "--overwrite", "prompt": "$(reboot)", "answer": "a b", "nonsense": "1"}
     arms = [("arm", "base"), ("arm", "tell")]
@@ -240,20 +208,6 @@ def test_runs_and_studies_are_listed_and_sorted(client, root):
     assert client.get("/", params={"by": "nonsense"}).status_code == 200
 
 
-def test_look_and_plan_are_the_commands(client, root, tiny_model):
-    rows = "".join(f"{i} how,{('no', 'yes')[i % 2]}\n" for i in range(20))
-    (root.path / "t.csv").write_text(f"question,answer\n{rows}")
-    chosen = {"data": "t.csv", "model": str(tiny_model("llama")), "general": "none"}
-    text = told(client, "/data", chosen)
-    assert "20 rows" in text and "guessed" in text and "tell look t.csv" in text
-    assert "What the model sees" in text and 'class="trained ' in text
-    assert re.findall(r'<option selected value="(\w+)"', text) == ["question", "answer"]
-    text = told(client, "/plan", chosen)
-    assert "Predicted time" in text and "--out=runs/t-1" in text and "--general=none" in text
-    text = told(client, "/data", chosen | {"columns": "prompt=nope,answer=answer"})
-    assert "no column" in text and text.count('value="question"') == 4  # to be chosen
-
-
 def test_what_has_not_changed_is_not_read_again(client, root, monkeypatch):
     for n in range(3):
         make_run(root, f"runs/r{n}")
@@ -292,24 +246,6 @@ def test_a_run_whose_state_cannot_be_read_says_so(client, root, text, said):
     make_run(root, "runs/a").status.write_text(text)
     page = client.get("/run/runs/a").text
     assert "failed" in page and "status.json" in page and said in page and "Resume" in page
-
-
-def test_columns_are_chosen_from_those_of_the_file(client, root, tiny_model):
-    rows = "".join(f"s{i},b{i},{'xy'[i % 2]},{i % 3}\n" for i in range(24))
-    (root.path / "t.csv").write_text(f"Subject,Body,Queue,Priority\n{rows}")
-    chosen = [("data", "t.csv"), ("model", str(tiny_model("llama")))]
-    chosen += [
-        ("ask", "Body"),
-        ("ask", "Subject"),
-        ("ask", ""),
-        ("reply", "Queue"),
-        ("reply", "Priority"),
-        ("reply", ""),
-    ]
-    text = told(client, "/data", chosen)
-    assert "24 rows" in text and "guessed" not in text
-    assert re.findall(r'<option selected value="(\w+)"', text) == ["Body", "Subject", "Queue", "Priority"]
-    assert r"--prompt={Body}\n\n{Subject}" in text and "--answer=Queue,Priority" in text
 
 
 def test_a_run_that_fails_at_once_shows_its_line(client, root):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import resource
 import subprocess
 import sys
 
@@ -11,8 +13,39 @@ from starlette.requests import ClientDisconnect
 
 from tell.errors import TellError
 from tell.files import claim_path
-from tell.ui.ui_root import UiRoot
+from tell.ui import ui_root
+from tell.ui.ui_root import UiRoot, clean_name
 from ui.asking import ORIGIN
+
+
+def test_uploads_stay_under_the_root(client, root):
+    for name in ("../../a.csv", "/etc/a.csv", "C:\\x\\a.csv", "a.csv"):
+        answer = client.put(f"/upload/{name.replace('/', '%2F')}", content=b"q,a\n1,2\n", headers=ORIGIN)
+        assert answer.status_code == 201
+        assert (root.path / answer.json()["path"]).read_bytes() == b"q,a\n1,2\n"
+    assert sorted(p.name for p in root.uploads.iterdir()) == ["1-a.csv", "2-a.csv", "3-a.csv", "a.csv"]
+    assert [p for p in root.path.parent.rglob("a.csv") if root.uploads not in p.parents] == []
+    assert clean_name("Köln; rm -rf $(x).CSV.gz") == "Köln-rm--rf-x.csv.gz"
+    for name in ("a.exe", ".bashrc", "csv", ".csv.sh"):
+        assert client.put(f"/upload/{name}", content=b"x", headers=ORIGIN).status_code == 400
+
+
+def test_an_upload_over_the_limit_leaves_nothing(client, root, monkeypatch):
+    monkeypatch.setattr(ui_root, "MOST_UPLOAD", 1 << 20)
+    answer = client.put("/upload/a.csv", content=bytes(2 << 20), headers=ORIGIN)
+    assert answer.status_code == 400 and "larger than 1 MB" in answer.json()["error"]
+    assert list(root.uploads.iterdir()) == []
+
+
+def test_a_full_disk_leaves_nothing(client, root):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        answer = client.put("/upload/a.csv", content=bytes(1 << 20), headers=ORIGIN)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert answer.status_code == 400 and "a.csv" in answer.json()["error"], errno.errorcode
+    assert list(root.uploads.iterdir()) == []
 
 
 def test_two_uploads_of_one_name_are_both_kept(tmp_path):

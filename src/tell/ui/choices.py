@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -51,10 +52,10 @@ class Choice:
         known = Form(old).asked
         values |= {"prompt": old if known == tuple(ask) else made["prompt"]} if ask else {}
         values |= {"answer": made["answer"]} if reply else {}
-        values |= {"arms": ",".join(arms) or "none"} if "arm" in given else {}
-        if values.get("arms") == ",".join(STANDARD):
-            del values["arms"]
-        return cls(values, old if known and values["prompt"] != old else "")
+        ticked = "arm" in given and tuple(arms) != tuple(STANDARD)
+        values |= {"arms": ",".join(arms) or "none"} if ticked else {}
+        words = re.sub(r"\{[^{}]*\}|\\n", "", old).strip()  # else it is only columns, one below the other
+        return cls(values, old if known and words and values["prompt"] != old else "")
 
     def __getitem__(self, name: str) -> str:
         return self.values.get(name, "")

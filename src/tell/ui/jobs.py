@@ -83,10 +83,8 @@ class Job:
             apart = partial(subprocess.Popen, cwd=self.root.path, env=os.environ | env, start_new_session=True)
             into = out if "--json" in arguments else log
             process = apart(command, stdin=subprocess.DEVNULL, stdout=into, stderr=log)
+        created = psutil.Process(process.pid).create_time()  # before anybody has waited for it, so that it is there
         threading.Thread(target=process.wait, daemon=True).start()  # leaves no zombie
-        created = 0.0
-        with suppress(psutil.Error):
-            created = psutil.Process(process.pid).create_time()
         facts = {"key": self.key, "command": ["tell", *arguments], "pid": process.pid, "created": created}
         try:
             write_json(self.file(".json"), facts)
@@ -103,10 +101,7 @@ class Job:
 
     def told(self, arguments: Sequence[str]) -> tuple[dict[str, Any], str] | None:
         """What ``tell ARGUMENTS``, started once, prints with ``--json``, and its error; None while it runs."""
-        try:
-            self.start(arguments, once=True)
-        except TellError as error:
-            return {}, one_line(str(error))
+        self.start(arguments, once=True)
         if self.process() is not None:
             return None
         facts, last = read_facts(self.file(".out")), "".join(self.lines(1)) or "it ended without an answer"

@@ -20,8 +20,7 @@ from tell.ui.ui_app import make_ui
 from tell.ui.ui_root import UiRoot
 
 HOST = "127.0.0.1"
-GRACE = 2  # seconds that open requests have when the server is stopped
-STARTING = 30  # seconds in which another server that has the lock says its address
+GRACE, STARTING = 2, 30  # seconds that open requests have at a stop, and a server until it says its address
 
 
 def run_ui(path: str | Path, display: Display, *, port: int) -> None:

@@ -133,8 +133,7 @@ def _arms(folder: Path) -> list[str]:
 
 def test_rows(folder: RunFolder, *, growing: bool = False) -> list[dict[str, Any]]:
     """The first test rows, with the answers of all arms that have answered and, if wanted, of the one that does now."""
-    files = {arm: folder.prediction(arm) for arm in _arms(folder.predictions)}
-    found = [(arm, row, False) for arm, file in files.items() for row in first_rows(file, SHOWN)]
+    found = [(a, row, False) for a in _arms(folder.predictions) for row in first_rows(folder.prediction(a), SHOWN)]
     now = read_facts(folder.answering) if growing else {}
     found += [(str(now.get("arm")), row, True) for row in rows_of(now, "rows") if isinstance(row, dict)]
     rows: dict[str, dict[str, Any]] = {}

@@ -20,6 +20,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from tell import __version__
 from tell.data.form import Form
 from tell.data.workbook import split_sheet
 from tell.errors import TellError
@@ -112,7 +113,7 @@ class Pages:
         shown = {"verb": verb, "choice": choice, "uploaded": self.root.uploaded()}
         files = [choice[name] for name in ("data", "test", "schema", "general") if choice[name]]
         stamps = [stamp(self.root.path / expanded(split_sheet(file)[0])) for file in files]
-        job = Job(self.root, f"{choice.command(verb)} {stamps}")
+        job = Job(self.root, f"{__version__} {choice.command(verb)} {stamps}")
         if request.headers.get("hx-request"):
             if (told := job.told(choice.command(verb, "--json"))) is not None:
                 return answered(request, choice, *told)
@@ -125,8 +126,7 @@ class Pages:
     def _looked(self, request: Request, choice: Choice, found: dict[str, Any], error: str) -> Response:
         guess, others = not (choice["columns"] or choice["prompt"] or choice["answer"]), list[tuple[str, Choice]]()
         if error and found.get("look"):  # by the likeliest of several forms
-            forms = [Form.of(form) for form in found["forms"]]
-            readings = [(form.name, Choice({**choice.values, **form.typed})) for form in forms]
+            readings = [(f.name, Choice({**choice.values, **f.typed})) for f in map(Form.of, found["forms"])]
             found, error, choice, others, guess = found["look"], "", readings[0][1], readings[1:], True
         shown = {"choice": choice, "error": error, "command": _typed(choice.command("look")), "guess": guess}
         more = {"facts": None} if error else look_parts(found)
@@ -261,7 +261,8 @@ async def _refused(request: Request, error: Exception) -> Response:
     said = one_line(str(error) if status < 500 else f"unexpected {type(error).__name__}: {error}")
     if request.method == "PUT":
         return JSONResponse({"error": said}, status)
-    return page(request, "message", "That did not work", {"error": said}, status=status)
+    shown = 200 if status < 500 and request.headers.get("hx-request") else status  # htmx shows no others
+    return page(request, "message", "That did not work", {"error": said}, status=shown)
 
 
 def make_ui(root: UiRoot, token: str) -> Guard:
