@@ -59,7 +59,7 @@ def test_look_and_plan_are_the_commands(client, root, tiny_model):
     text = told(client, "/plan", chosen)
     assert "Predicted time" in text and "--out=runs/t-1" in text and "--general=none" in text
     text = told(client, "/data", chosen | {"columns": "prompt=nope,answer=answer"})
-    assert "no column" in text and text.count('value="question"') == 3  # to be chosen
+    assert "no column" in text and text.count('value="question"') == 4  # to be chosen
 
 
 def test_columns_are_chosen_from_those_of_the_file(client, root, tiny_model):

@@ -193,6 +193,25 @@ def test_a_report_that_is_not_written_yet_is_not_made(client, root):
     assert client.get("/framed/report/runs/a").status_code == 404
 
 
+def test_what_cannot_be_shown_is_a_page(client, root):
+    make_run(root, "runs/a")
+    for path, said in (("/nowhere", "no such page"), ("/compare?run=runs/a&run=runs/a", "two runs or more")):
+        assert said in client.get(path).text and "To the runs" in client.get(path).text
+    assert "Open the address" in stranger(root).get("/").text
+    assert 'href="/data"' in client.get("/plan").text and "No data is chosen" in client.get("/plan").text
+    assert "No arm is ticked" in client.get("/plan?data=a.csv&arm=").text
+
+
+def test_what_a_run_does_not_have_yet_is_marked(client, root):
+    folder = make_run(root, "runs/a", state="running")
+    write_json(folder.plan, {"predicted": {"seconds": 4000.0}})
+    with FileLock(folder.lock):
+        text = client.get("/run/runs/a").text
+    assert text.count('aria-disabled="true"') == 3 and "so far" in text and "to go as predicted" in text
+    folder.set_status("done", seconds=1.0)
+    assert client.get("/chat/runs/a").text.count('aria-disabled="true"') == 1  # no report was written
+
+
 def test_runs_and_studies_are_listed_and_sorted(client, root):
     make_run(root, "runs/a")
     make_run(root, "runs/b", state="failed")

@@ -52,7 +52,8 @@ class Choice:
         known = Form(old).asked
         values |= {"prompt": old if known == tuple(ask) else made["prompt"]} if ask else {}
         values |= {"answer": made["answer"]} if reply else {}
-        values |= {"arms": ",".join(arms)} if arms and tuple(arms) != tuple(STANDARD) else {}
+        ticked = "arm" in given and tuple(arms) != tuple(STANDARD)
+        values |= {"arms": ",".join(arms) or "none"} if ticked else {}
         words = re.sub(r"\{[^{}]*\}|\\n", "", old).strip()  # else it is only columns, one below the other
         return cls(values, old if known and words and values["prompt"] != old else "")
 
@@ -64,10 +65,10 @@ class Choice:
         return urlencode(self.values)
 
     @property
-    def arms(self) -> list[tuple[str, str, str, bool]]:
-        """Name, label, what it is and whether it is chosen, of every arm."""
+    def arms(self) -> list[tuple[str, str, str, bool, bool]]:
+        """Name, label, what it is, whether it is chosen and whether it is by default, of every arm."""
         chosen = self["arms"].split(",") if self["arms"] else STANDARD
-        return [(arm.name, arm.label, arm.about, arm.name in chosen) for arm in ARMS.values()]
+        return [(arm.name, arm.label, arm.about, arm.name in chosen, arm.name in STANDARD) for arm in ARMS.values()]
 
     def command(self, verb: str, *more: str, **changed: str) -> list[str]:
         """The arguments of a verb. Values are joined to their flags, so that none can be read as another flag."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+from collections.abc import Callable
 from urllib.parse import urlsplit
 
 from starlette.datastructures import MutableHeaders
@@ -36,8 +37,8 @@ class Guard:
     The token comes in the address once (``/?token=``) and is then kept in a cookie, which no other site's page sends.
     """
 
-    def __init__(self, app: ASGIApp, token: str) -> None:
-        self.app, self.token = app, token
+    def __init__(self, app: ASGIApp, token: str, page: Callable[..., Response]) -> None:
+        self.app, self.token, self.page = app, token, page
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -67,8 +68,14 @@ class Guard:
             home = RedirectResponse("/", 303)
             home.set_cookie(name, self.token, httponly=True, samesite="strict")
             return home
-        if not self._is_token(request.cookies.get(name, "")):
-            return PlainTextResponse("Open the address that `tell ui` printed: it has the token.", 401)
+        if request.url.path != "/static/style.css" and not self._is_token(request.cookies.get(name, "")):
+            return self.page(
+                request,
+                "message",
+                "Who is asking?",
+                {"error": "Open the address that `tell ui` printed: it has the token."},
+                status=401,
+            )
         return None
 
     def _is_token(self, given: str) -> bool:

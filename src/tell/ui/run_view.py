@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections import Counter
 from collections.abc import Set
 from functools import lru_cache
@@ -72,12 +73,17 @@ def live(root: UiRoot, name: str) -> dict[str, Any]:
     state, status, plan = state_of(root, name), folder.read_status(), read_facts(folder.plan)
     logs, charts = _logs(folder.root, tuple((arm, stamp(folder.losses(arm))) for arm in _arms(folder.logs)))
     wanted = get(plan, "fit", "arms") or get(read_facts(folder.config), "eval", "arms")
+    seconds, predicted = status.get("seconds"), get(plan, "predicted", "seconds")
+    if state == "running" and is_number(seconds):  # the status is as old as the stage
+        seconds += time.time() - stamp(folder.status)[0]
+    left = max(0.0, predicted - seconds) if is_number(predicted) and is_number(seconds) else 0.0
     error = job.error() or (_fault(folder) if state == "failed" else "")
     return {
         "state": state,
         "active": state in ACTIVE,
         "stage": one_line(str(status.get("stage", "start"))),
-        "seconds": status.get("seconds"),
+        "seconds": seconds,
+        "left": left,
         "error": KEPT if state == "interrupted" and "stopped" in error else one_line(error),
         "bars": _bars(mapping(plan, "arms"), logs, folder, wanted if isinstance(wanted, list) else []),
         "losses": charts,

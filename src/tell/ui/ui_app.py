@@ -15,6 +15,7 @@ from urllib.parse import quote
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -55,14 +56,19 @@ def templates() -> Environment:
     made.filters["address"] = lambda name: quote(str(name), safe="/")
     made.filters["key"] = lambda name: hashlib.sha256(str(name).encode("utf-8", "replace")).hexdigest()[:12]
     made.filters["moment"] = lambda stamp: time.strftime("%Y-%m-%d %H:%M", time.localtime(stamp))
+    made.globals |= {
+        name: made.get_template(f"{file}.html.j2").module for name, file in (("u", "_ui"), ("m", "_macros"))
+    }
     return made
 
 
 def page(request: Request, part: str, title: str, shown: Shown, *, here: str = "", status: int = 200) -> HTMLResponse:
     """A page of one part, or the part alone where htmx asks for it."""
     file = f"_{part}.html.j2"
-    made = templates().get_template(file if request.headers.get("hx-request") else "base.html.j2")
-    text = made.render({"part": file, "title": title, "here": here or part, "name": "", **shown})
+    whole, folder = not request.headers.get("hx-request"), getattr(request.state, "folder", None)
+    known = {"part": file, "title": title, "here": here or part, "whole": whole, "folder": folder}
+    made = templates().get_template("base.html.j2" if whole else file)
+    text = made.render({**known, "name": "", "run": None, "choice": None, **shown})
     return HTMLResponse(text.encode("utf-8", "replace"), status)
 
 
@@ -79,6 +85,7 @@ class Pages:
             NotHere: there is no such run.
         """
         folder = self.root.run(request.path_params["name"])
+        request.state.folder = folder  # for the navigation
         return self.root.name(folder.root), folder
 
     def runs(self, request: Request) -> Response:
@@ -148,6 +155,7 @@ class Pages:
         if not tuning(self.root, name).command:  # else it may have no folder yet
             name, _ = self._run(request)
         command = shlex.join(tuning(self.root, name).command)
+        request.state.folder = RunFolder(self.root.path / name)
         return page(request, "run", name, {"name": name, "run": live(self.root, name), "command": command})
 
     def chat(self, request: Request) -> Response:
@@ -231,11 +239,11 @@ class Pages:
     def _source(self, kind: str, name: str, request: Request) -> Callable[[], str]:
         """What makes the page; a folder's own is served as it is, so that it comes at once."""
         if kind == "compare":
-            names = request.query_params.getlist("run")[:8]
+            names = list(dict.fromkeys(request.query_params.getlist("run")))[:8]
             if len(names) < 2:
                 raise TellError("two runs or more are compared", remedy="Mark them in the table of runs.")
             return partial(compare_kept, [self.root.run(name) for name in names])
-        path = self.root.run(name).report if kind == "report" else self.root.study(name).page
+        path = self._run(request)[1].report if kind == "report" else self.root.study(name).page
         if not path.is_file():
             remedy = f"It is written at the end; `tell {kind} {name}` writes one of what is there now."
             raise NotHere(f"there is no {kind} yet", remedy=remedy)
@@ -247,6 +255,8 @@ def _typed(arguments: list[str]) -> str:
 
 
 async def _refused(request: Request, error: Exception) -> Response:
+    if isinstance(error, HTTPException):
+        error = NotHere("there is no such page")
     status = 404 if isinstance(error, NotHere) else 400 if isinstance(error, TellError | ClientDisconnect) else 500
     said = one_line(str(error) if status < 500 else f"unexpected {type(error).__name__}: {error}")
     if request.method == "PUT":
@@ -268,5 +278,5 @@ def make_ui(root: UiRoot, token: str) -> Guard:
     routes = [Route(path, handler) for path, handler in get.items()]
     routes += [Route(path, handler, methods=["POST"]) for path, handler in post.items()]
     routes += [Route("/upload/{name:path}", p.upload, methods=["PUT"])]
-    refused = dict.fromkeys((TellError, ClientDisconnect, Exception), _refused)
-    return Guard(Starlette(routes=routes, exception_handlers=refused), token)
+    refused = dict.fromkeys((TellError, HTTPException, ClientDisconnect, Exception), _refused)
+    return Guard(Starlette(routes=routes, exception_handlers=refused), token, page)
