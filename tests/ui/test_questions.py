@@ -36,7 +36,7 @@ def stand_in(root, monkeypatch):
     monkeypatch.setattr(jobs.sys, "executable", str(script))
     yield root.path.parent
     (root.path.parent / "go").touch()
-    for file in (root.state / "jobs").glob("*.json"):
+    for file in (root.state / "questions").glob("*.json"):
         until(lambda file=file: not psutil.pid_exists(json.loads(file.read_text())["pid"]))
 
 

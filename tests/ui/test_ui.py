@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import socket
 import subprocess
@@ -338,8 +339,13 @@ def test_labels_are_checked_as_they_come():
 
 
 def test_a_second_page_of_a_root_says_where_the_first_is(root, tmp_path):
+    old = root.state / "questions" / "asked"
+    old.parent.mkdir(parents=True)
+    old.touch()
+    os.utime(old, (1, 1))
     first = UiServer(root.path, tmp_path / "home")
     try:
+        assert not old.exists()  # nor does the folder grow for ever
         second = UiServer(root.path, tmp_path / "home")
         assert second.process.wait(60) == 0 and second.address == first.address
         assert (root.state.stat().st_mode & 0o777) == 0o700

@@ -78,8 +78,7 @@ def examples(folder: RunFolder) -> Messages:
         TellError: the run's files are damaged, or its data is gone or has no row that is short enough.
     """
     train = set(map(str, rows_of(read_json(folder.split, remedy=""), "train")))
-    turns: Messages = []
-    left = MOST_CHARACTERS
+    turns, left = Messages(), MOST_CHARACTERS
     for example in read_task(read_run_config(folder), bad_rows="drop")[0].examples:
         size = sum(len(m.content) for m in example.messages)
         if example.hash in train and len(example.messages) == 2 and size < left and len(turns) < 2 * MOST_EXAMPLES:

@@ -33,14 +33,16 @@ class Job:
 
     Attributes:
         root: where it runs.
+        kind: folder of its files: ``jobs``, or ``questions``, which are removed when they are old.
     """
 
     root: UiRoot
     key: str
+    kind: str = "jobs"
 
     def file(self, suffix: str) -> Path:
         """Its ``.json``, ``.log``, ``.lock`` or ``.out``, what it prints with ``--json``."""
-        return self.root.state / "jobs" / (hashlib.sha256(self.key.encode()).hexdigest()[:20] + suffix)
+        return self.root.state / self.kind / (hashlib.sha256(self.key.encode()).hexdigest()[:20] + suffix)
 
     def record(self) -> dict[str, Any]:
         """``pid`` and ``created``; empty where nothing was started."""

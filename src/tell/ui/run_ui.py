@@ -12,7 +12,7 @@ import uvicorn
 from filelock import FileLock, Timeout
 
 from tell.errors import TellError
-from tell.files import read_facts, write_json
+from tell.files import read_facts, remove_older, write_json
 from tell.home import make_folder
 from tell.progress import Display
 from tell.serve.listen import bind
@@ -20,7 +20,7 @@ from tell.ui.ui_app import make_ui
 from tell.ui.ui_root import UiRoot
 
 HOST = "127.0.0.1"
-GRACE, STARTING = 2, 30  # seconds that open requests have at a stop, and a server until it says its address
+GRACE, STARTING, KEPT = 2, 30, 7 * 86_400  # seconds: requests at a stop, a server until it says its address, answers
 
 
 def run_ui(path: str | Path, display: Display, *, port: int) -> None:
@@ -36,6 +36,7 @@ def run_ui(path: str | Path, display: Display, *, port: int) -> None:
     file = root.state / "address.json"
     try:
         with FileLock(root.state / ".lock", timeout=0), bind(HOST, port) as listening:
+            remove_older(root.state / "questions", KEPT)
             token = str(read_facts(file).get("token") or secrets.token_urlsafe(24))  # kept, for open tabs
             write_json(file, {"token": token})  # without the last address, which may no longer be ours
             address = f"http://{HOST}:{listening.getsockname()[1]}/?token={token}"

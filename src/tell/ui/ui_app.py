@@ -56,9 +56,7 @@ def templates() -> Environment:
     made.filters["address"] = lambda name: quote(str(name), safe="/")
     made.filters["key"] = lambda name: hashlib.sha256(str(name).encode("utf-8", "replace")).hexdigest()[:12]
     made.filters["moment"] = lambda stamp: time.strftime("%Y-%m-%d %H:%M", time.localtime(stamp))
-    made.globals |= {
-        name: made.get_template(f"{file}.html.j2").module for name, file in (("u", "_ui"), ("m", "_macros"))
-    }
+    made.globals |= {name[1]: made.get_template(f"{name}.html.j2").module for name in ("_ui", "_macros")}
     return made
 
 
@@ -113,7 +111,7 @@ class Pages:
         shown = {"verb": verb, "choice": choice, "uploaded": self.root.uploaded()}
         files = [choice[name] for name in ("data", "test", "schema", "general") if choice[name]]
         stamps = [stamp(self.root.path / expanded(split_sheet(file)[0])) for file in files]
-        job = Job(self.root, f"{__version__} {choice.command(verb)} {stamps}")
+        job = Job(self.root, f"{__version__} {choice.command(verb)} {stamps}", "questions")
         if request.headers.get("hx-request"):
             if (told := job.told(choice.command(verb, "--json"))) is not None:
                 return answered(request, choice, *told)
