@@ -40,5 +40,14 @@ class CompiledKernels(TritonKernels):
                 signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
                 if value % 16 == 0 and not kernel.params[i].do_not_specialize:
                     attributes[(i,)] = [["tt.divisibility", 16]]
-        source = ASTSource(kernel, signature, constants, attributes)
+        source = ASTSource(kernel, signature, constants, _described(attributes))
         self.binaries[kernel.__name__] = compile(source, GPUTarget("cuda", self.capability, 32), build)
+
+
+def _described(attributes: dict[tuple[int], list[list[object]]]) -> object:
+    """The attributes as Triton wants them; before 3.3 as an object."""
+    from triton.backends import compiler
+
+    if not hasattr(compiler, "AttrsDescriptor"):
+        return attributes
+    return compiler.AttrsDescriptor.from_hints({i: 16 for (i,) in attributes})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,13 @@ def interpreted_code() -> ModuleType:
     return module
 
 
+def _language() -> list[tuple[ModuleType | type, dict[str, object]]]:
+    """The modules and classes of Triton's language, and what they hold."""
+    modules = [module for name, module in sys.modules.items() if name.startswith("triton.language")]
+    classes = {value for module in modules for value in vars(module).values() if isinstance(value, type)}
+    return [(owner, dict(vars(owner))) for owner in (*modules, *classes)]
+
+
 @contextmanager
 def interpretation() -> Iterator[TritonKernels]:
     """Interprets inside: Triton's own functions (``tl.sum``) too, which a loaded Triton has made for its compiler."""
@@ -36,30 +44,31 @@ def interpretation() -> Iterator[TritonKernels]:
 
     import tell.kernels.triton_kernels  # noqa: F401  # the process's own are not to be made while the switch is set
 
-    before: dict[tuple[int, str], tuple[object, str, object]] = {}
-    exchange = interpreter._LangPatchScope.set_attr
+    before, exchange = _language(), interpreter._patch_lang
 
-    def set_attr(self, owner, name, value):
-        before.setdefault((id(owner), name), (owner, name, getattr(owner, name, interpreter._MISSING)))
-        exchange(self, owner, name, value)
+    def patch_lang(function):
+        scope = exchange(function)
+        tl.tensor.__index__ = lambda self: int(self.handle.data.squeeze())  # Triton 3.6 needs NumPy before 2.4
+        return scope
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(SWITCH, "1")
-        patch.setattr(interpreter._LangPatchScope, "set_attr", set_attr)
+        patch.setattr(interpreter, "_patch_lang", patch_lang)
         for name, function in list(vars(tl.standard).items()):
             if isinstance(function, JITFunction):
                 twin = InterpretedFunction(function.fn)
-                patch.setattr(tl.standard, name, twin)
+                setattr(tl.standard, name, twin)
                 if getattr(tl, name, None) is function:
-                    patch.setattr(tl, name, twin)
+                    setattr(tl, name, twin)
         try:
             yield TritonKernels(interpreted_code())
-        finally:  # a function that a kernel calls leaves the language exchanged, and the compiler would use that
-            for owner, name, value in before.values():
-                if value is not interpreter._MISSING:
-                    setattr(owner, name, value)
-                elif name in vars(owner):
+        finally:  # the language is left exchanged in part, of Triton 3.2 whole, and the compiler would use that
+            for owner, held in before:
+                for name in vars(owner).keys() - held if isinstance(owner, type) else ():
                     delattr(owner, name)
+                for name, value in held.items():
+                    if vars(owner).get(name) is not value:
+                        setattr(owner, name, value)
 
 
 @contextmanager

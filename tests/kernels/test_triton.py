@@ -13,7 +13,7 @@ import tell.train.loss as loss_module
 from kernels.interpreted import in_place_of_c, interpretation
 from kernels.test_ops import check_gated_projection, close, double, gradients, leaf
 from tell.config_sections import TrainConfig
-from tell.kernels import triton_trial
+from tell.kernels import draws, triton_trial
 from tell.kernels.draws import device_seed
 from tell.kernels.ops import GELU_TANH, SILU, kernels_for, threshold_of, why_none
 from tell.kernels.triton_ops import HeadLayout, TritonKernels
@@ -281,6 +281,16 @@ def test_the_trial_passes_and_finds_a_wrong_kernel(interpreted, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(TritonKernels, name, spoiled)
             assert set(triton_trial.failures(interpreted, device)) == {words}
+
+
+@pytest.mark.parametrize("seed", [1, 2**31 - 2, -5])
+def test_the_trial_passes_in_a_process_that_drew_a_seed_before(seed, interpreted, monkeypatch):
+    device = torch.device("cpu")
+    monkeypatch.setitem(draws._seeds, device, torch.tensor([seed], dtype=torch.int32))
+    monkeypatch.setattr(triton_trial, "_norms", lambda *_: ())
+    monkeypatch.setattr(triton_trial, "_gates", lambda *_: ())
+    monkeypatch.setattr(triton_trial, "_heads", lambda *_: ())
+    assert triton_trial.failures(interpreted, device) == []
 
 
 def test_a_gpu_whose_triton_fails_has_no_kernels_and_says_why(monkeypatch):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from functools import partial
+from itertools import count
 from types import SimpleNamespace
 
 import pytest
@@ -12,22 +14,37 @@ from tell.train import capture as module
 from tell.train.capture import CudaCapturer
 
 OUT_OF_MEMORY = torch.OutOfMemoryError
+RELEASE, ENDS = "_cuda_releasePool", ("_cuda_endAllocateToPool", "_cuda_endAllocateCurrentStreamToPool")
+
+
+class Graph:
+    """``torch.cuda.CUDAGraph``, which can be referred to weakly."""
+
+    def __init__(self, cuda):
+        self.cuda, self.capture_begin, self.capture_end = cuda, cuda.begin, cuda.end
+
+    def reset(self):
+        self.cuda.calls.append("reset")
+
+    def replay(self):
+        self.cuda.calls.append("replayed")
 
 
 class Cuda:
     """``torch.cuda`` as far as ``CudaCapturer`` uses it, and what is called in order."""
 
     def __init__(self):
-        self.calls, self.streams, self.broken = [], 0, ""
+        self.calls, self.streams, self.broken, self.pools = [], 0, "", []
         self.default_generators = [
             SimpleNamespace(clone_state=lambda: "copy", graphsafe_set_state=lambda state: self.calls.append(state))
         ]
-        self.graph_pool_handle = lambda: "pool"
+        handles = count(1)
+        self.graph_pool_handle = lambda: (0, next(handles))
         self.current_device = lambda: 0
         self.empty_cache = lambda: self.calls.append("emptied")
         self.main = self.now = self._stream("main")
         self.current_stream = lambda device: self.now
-        self.CUDAGraph = lambda: SimpleNamespace(capture_begin=self._begin, capture_end=self._end, replay=self._replay)
+        self.CUDAGraph = partial(Graph, self)
 
     def Stream(self, device):
         self.streams += 1
@@ -44,19 +61,17 @@ class Cuda:
         finally:
             self.now = before
 
-    def _begin(self, *, pool, capture_error_mode):
-        assert (pool, capture_error_mode) == ("pool", "thread_local") and self.now is not self.main
+    def begin(self, *, pool, capture_error_mode):
+        assert capture_error_mode == "thread_local" and self.now is not self.main
         self.calls.append("begin")
+        self.pools.append(pool)
         if self.broken == "begin":
             raise RuntimeError("cannot begin")
 
-    def _end(self):
+    def end(self):
         self.calls.append("end")
         if self.broken == "end":
             raise RuntimeError("capture failed")
-
-    def _replay(self):
-        self.calls.append("replayed")
 
 
 @pytest.fixture
@@ -64,6 +79,8 @@ def cuda(monkeypatch):
     module.side_stream.cache_clear()
     fake = Cuda()
     monkeypatch.setattr(module.torch, "cuda", fake)
+    for name in (*ENDS, RELEASE):
+        monkeypatch.delattr(torch._C, name, raising=False)
     yield fake
     module.side_stream.cache_clear()
 
@@ -103,9 +120,59 @@ def test_a_failed_capture_leaves_streams_and_generator_usable(broken, cuda):
     with pytest.raises(RuntimeError, match={"begin": "cannot begin", "end": "capture failed"}.get(broken, "not perm")):
         capturer.capture(work)
     assert cuda.now is cuda.main and "main waits for side 1" not in cuda.calls
-    assert ("copy" in cuda.calls) == bool(broken)
+    assert ("copy" in cuda.calls) == ("reset" in cuda.calls) == bool(broken)
     names = [one.stream.name for one in (capturer, CudaCapturer(torch.device("cuda")))]
     assert names == ["side 2" if broken else "side 1"] * 2
+
+
+def test_graphs_share_a_pool_while_one_of_them_lives(cuda):
+    """torch refuses a pool whose graphs are all gone."""
+    capturer = CudaCapturer(torch.device("cuda"))
+    kept = [capturer.capture(lambda: None) for _ in range(2)]
+    kept.pop(0)
+    kept.append(capturer.capture(lambda: None))
+    assert len(set(cuda.pools)) == 1
+    kept.clear()
+    kept.append(capturer.capture(lambda: None))
+    assert len(set(cuda.pools)) == 2
+
+
+@pytest.mark.parametrize("name", ENDS)
+@pytest.mark.parametrize("broken", ["begin", "end"])
+def test_a_failed_capture_gives_its_pool_back_and_the_next_takes_another(broken, name, cuda, monkeypatch):
+    """By the names of old and new torch; what was captured before lives on in the pool that is left."""
+    monkeypatch.setattr(torch._C, name, lambda index, pool: cuda.calls.append(("end", index, pool)), raising=False)
+    monkeypatch.setattr(torch._C, RELEASE, lambda *of: cuda.calls.append(("release", *of)), raising=False)
+    capturer = CudaCapturer(torch.device("cuda"))
+    before = capturer.capture(lambda: None)
+    cuda.broken, cuda.calls[:] = broken, []
+    with pytest.raises(RuntimeError):
+        capturer.capture(lambda: None)
+    (pool,) = set(cuda.pools)
+    done = [call for call in cuda.calls if call == "reset" or isinstance(call, tuple)]
+    assert done == ["reset", ("end", 0, pool), ("release", 0, pool)]
+    cuda.broken = ""
+    after = [capturer.capture(lambda: None) for _ in range(2)]
+    assert cuda.pools[:2] == [pool] * 2 and cuda.pools[2] == cuda.pools[3] != pool
+    for replay in (before, *after):
+        replay()
+    assert cuda.calls.count("replayed") == 3
+
+
+@pytest.mark.parametrize("error", [RuntimeError("not currently recording"), TypeError("incompatible arguments"), None])
+def test_a_pool_that_torch_has_ended_itself_is_not_given_back_twice(error, cuda, monkeypatch):
+    """A count too low would free it under living graphs; nor is another error hidden, or a name missed."""
+
+    def end(index, pool):
+        raise error
+
+    if error is not None:
+        monkeypatch.setattr(torch._C, ENDS[0], end, raising=False)
+    monkeypatch.setattr(torch._C, RELEASE, lambda *of: cuda.calls.append("released"), raising=False)
+    cuda.broken = "end"
+    with pytest.raises(RuntimeError, match="capture failed"):
+        CudaCapturer(torch.device("cuda")).capture(lambda: None)
+    assert "released" not in cuda.calls
 
 
 @pytest.mark.parametrize("enough", [True, False])

@@ -96,6 +96,42 @@ def test_products_are_added_to_an_fp32_total(device, dtype):
     assert not rounded or device == "cpu"
 
 
+@pytest.mark.parametrize("refused", [(), ("addmm",), ("addmm", "mm")])
+def test_products_are_summed_the_first_way_that_torch_takes(refused, monkeypatch):
+    """By stand-ins of the products with an fp32 result, which a CPU lacks: torch 2.10, 2.8 and older ones."""
+    called = []
+
+    def taken(name, compute):
+        def product(*args, out_dtype, **options):
+            if name in refused:
+                raise RuntimeError("expected self and mat2 to have the same dtype")
+            called.append(name)
+            return compute(*args, **options)
+
+        monkeypatch.setattr(torch, name, product)
+
+    def addmm(total, a, b, *, alpha, out):
+        assert out is total
+        return total.add_(a.float() @ b.float(), alpha=alpha)
+
+    taken("addmm", addmm)
+    taken("mm", lambda a, b: a.float() @ b.float())
+    add = flats._exact.__wrapped__(torch.device("cpu"), torch.bfloat16)
+    assert called == [name for name in ("addmm", "mm") if name not in refused][:1]
+    assert (add is None) == (len(refused) == 2)
+    if add is not None:
+        a, b = torch.randn(4, 64).bfloat16(), torch.randn(64, 8).bfloat16()
+        total = torch.ones(4, 8)
+        add(total, a, b, 0.5)
+        torch.testing.assert_close(total.double(), 1 + 0.5 * a.double() @ b.double(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_product_that_is_rounded_is_not_taken(monkeypatch):
+    monkeypatch.setattr(torch, "mm", lambda a, b, out_dtype: (a.float() @ b.float()).to(a.dtype).float())
+    monkeypatch.setattr(torch, "addmm", lambda total, a, b, out_dtype, alpha, out: total.add_(a @ b, alpha=alpha))
+    assert flats._exact.__wrapped__(torch.device("cpu"), torch.bfloat16) is None
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [5, 200])
 @torch.no_grad()

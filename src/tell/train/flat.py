@@ -8,9 +8,10 @@ input reads them as one matrix.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -126,27 +127,46 @@ def joined_rows(parts: Sequence[Tensor]) -> Tensor | None:
     return first.as_strided((sum(len(part) for part in parts), width), (width, 1))
 
 
+class _AddProduct(Protocol):
+    """total += scale a b."""
+
+    def __call__(self, total: Tensor, a: Tensor, b: Tensor, scale: float) -> object: ...
+
+
+def _added_in_place(total: Tensor, a: Tensor, b: Tensor, scale: float) -> object:
+    return torch.addmm(total, a, b, out_dtype=torch.float32, alpha=scale, out=total)
+
+
+def _added_after(total: Tensor, a: Tensor, b: Tensor, scale: float) -> object:
+    return total.add_(torch.mm(a, b, out_dtype=torch.float32), alpha=scale)
+
+
 @cache
-def sums_in_fp32(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether ``add_product`` of matrices in ``dtype`` is exact in fp32; tried once, since torch before 2.8 cannot."""
-    if dtype == torch.float32:
-        return True
-    if device.type != "cuda":
-        return False
+def _exact(device: torch.device, dtype: torch.dtype) -> _AddProduct | None:
+    """The first way of adding products of matrices in ``dtype`` that is exact in fp32; each is tried once.
+
+    ``addmm`` takes an fp32 total with other matrices from torch 2.10 on; ``mm`` has an fp32 result from 2.8 on.
+    """
     ones = torch.ones(16, 4104, dtype=dtype, device=device)
-    total = torch.ones(16, 16, device=device)
-    try:
-        torch.addmm(total, ones, ones.t(), out_dtype=torch.float32, alpha=0.5, out=total)
-    except (RuntimeError, TypeError):
-        return False
-    return bool((total == 4104 / 2 + 1).all())  # which bf16 and fp16 would round
+    for add in (_added_in_place, _added_after):
+        total = torch.ones(16, 16, device=device)
+        with suppress(RuntimeError, TypeError):
+            add(total, ones, ones.t(), 0.5)
+            if bool((total == 4104 / 2 + 1).all()):  # which bf16 and fp16 would round
+                return add
+    return None
+
+
+def sums_in_fp32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether ``add_product`` of matrices in ``dtype`` is exact in fp32."""
+    return dtype == torch.float32 or (device.type == "cuda" and _exact(device, dtype) is not None)
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> None:
     """total += scale a b, for an fp32 total; rounded to the matrices' format before where ``sums_in_fp32`` is False."""
     if a.dtype == total.dtype:
         total.addmm_(a, b, alpha=scale)
-    elif sums_in_fp32(a.device, a.dtype):
-        torch.addmm(total, a, b, out_dtype=torch.float32, alpha=scale, out=total)
+    elif a.device.type == "cuda" and (add := _exact(a.device, a.dtype)):
+        add(total, a, b, scale)
     else:
         total.add_(a @ b, alpha=scale)
