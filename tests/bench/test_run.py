@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from homes import home_with_kernels
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -21,7 +23,7 @@ def bench(*arguments: str, home: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def result(tiny_model, tmp_path_factory):
-    home = tmp_path_factory.mktemp("home")
+    home = home_with_kernels(tmp_path_factory.mktemp("home"))
     sizes = "--length-scale 0.05 --batch 4 --turns 2 --steps 1 --prompts 6 --ceiling-seconds 0.1 --plan-rows 300"
     model = str(tiny_model("llama"))
     done = bench("--json", "--peers", "transformers", "--model", model, *sizes.split(), home=home)

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import yaml
 
+from homes import home_with_kernels
 from studies.studies import recipe_of
 
 
 @pytest.fixture(scope="session")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("tell-home")
+    return home_with_kernels(tmp_path_factory.mktemp("tell-home"))
 
 
 @pytest.fixture(scope="module", autouse=True)
