@@ -8,7 +8,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: workers wit
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -48,7 +48,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Path]]:
     """``tiny_model(family, **options)``: folder of a tiny random model, made once a session. Do not write into it."""
     made: dict[tuple, Path] = {}
 
@@ -59,4 +59,5 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             gc.freeze()  # a run collects garbage: without going through what torch and transformers have made
         return made[key]
 
-    return make
+    yield make
+    gc.unfreeze()  # at the end of the process modules are collected, else some complain of leaks

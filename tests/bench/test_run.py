@@ -78,7 +78,9 @@ def test_a_table_can_be_drawn(result, capsys):
     assert "transformers" in text and "GFLOP/s" in text and "300 rows" in text and "no [network]" in text
 
 
-def test_an_unknown_model_is_one_line(tmp_path):
-    done = bench("--only", "plan", "--model", str(tmp_path / "nothing"), home=tmp_path)
-    assert done.returncode == 1 and not done.stdout
-    assert len(done.stderr.strip().splitlines()) == 1 and "nothing" in done.stderr
+def test_an_unknown_model_is_one_line(tmp_path, capsys):
+    from bench.__main__ import main
+
+    assert main(["--only", "plan", "--model", str(tmp_path / "nothing")]) == 1
+    out, err = capsys.readouterr()
+    assert not out and len(err.strip().splitlines()) == 1 and "nothing" in err

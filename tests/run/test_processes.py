@@ -94,12 +94,18 @@ def test_their_run_goes_on_in_one_process(pair, tmp_path):
     assert comparable(read(two.metrics)) == before
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_in_the_middle_leaves_a_run_to_go_on_with(number, tiny_model, tmp_path):
-    """Sent to the launcher, which hands it on to both; the two end with the numbers of one that nobody stopped."""
+@pytest.fixture(scope="module")
+def long(tiny_model, tmp_path_factory) -> tuple[RunFolder, tell.Config]:
+    """A run by one process with time for a signal."""
     plain = {"eval": {"arms": ["tell"]}, "generate": {"greedy": True}, "mix": {"repeat": 60}}
-    alone = config_of(tiny_model("llama"), tmp_path / "one", **plain)
-    one = tell.tune(alone)
+    alone = config_of(tiny_model("llama"), tmp_path_factory.mktemp("long") / "one", **plain)
+    return tell.tune(alone), alone
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_the_middle_leaves_a_run_to_go_on_with(number, long, tmp_path):
+    """Sent to the launcher, which hands it on to both; the two end with the numbers of one that nobody stopped."""
+    one, alone = long
     two = RunFolder(tmp_path / "two")
     (tmp_path / "run.yaml").write_text(alone.model_copy(update={"out": str(two.root)}).to_yaml())
     process = started("tune", "-c", str(tmp_path / "run.yaml"))
@@ -113,12 +119,16 @@ def test_a_signal_in_the_middle_leaves_a_run_to_go_on_with(number, tiny_model, t
     assert stopped.returncode != 0 and 3 <= steps < len(read_jsonl(one.losses("tell")))
     assert two.read_status()["state"] == "interrupted" and "tell tune --resume" in stopped.stderr
     assert "started no run" not in stopped.stderr
-    resumed = torchrun("tune", "--resume", "--out", str(two.root))
-    assert resumed.returncode == 0, resumed.stderr
+    if number == signal.SIGTERM:  # either leaves the same folder
+        resumed = torchrun("tune", "--resume", "--out", str(two.root))
+        assert resumed.returncode == 0, resumed.stderr
+    else:
+        tell.tune(tell.load_config(tmp_path / "run.yaml"), resume=True)
     assert [line["step"] for line in read_jsonl(log)] == [line["step"] for line in read_jsonl(one.losses("tell"))]
     near(comparable(read(two.metrics)), comparable(read(one.metrics)))
 
 
+@pytest.mark.parametrize("pair", ["fsdp"], indirect=True)  # it is refused before either kind of training is set up
 def test_bad_input_ends_both(pair):
     *_, file = pair
     done = torchrun("tune", "-c", str(file))
