@@ -23,14 +23,20 @@ PATIENCE = 300  # seconds until a test gives up; nothing is timed
 
 
 def start(
-    argv: tuple[str, ...], env: Mapping[str, str], *, stdin: IO | None = None, stdout: IO, stderr: IO
+    argv: tuple[str, ...],
+    env: Mapping[str, str],
+    *,
+    stdin: IO | None = None,
+    stdout: IO,
+    stderr: IO,
+    module: str = "tell",
 ) -> BaseProcess:
-    """`tell ARGV` in this folder, reading and writing these files."""
+    """`python -m MODULE ARGV` in this folder, reading and writing these files."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(LIBRARIES)
     with open(os.devnull, encoding="utf-8") as nothing:
         numbers = [stream.fileno() for stream in (stdin or nothing, stdout, stderr)]
-        process = context.Process(target=_child, args=(argv, dict(env), _Streams(numbers)))
+        process = context.Process(target=_child, args=(module, argv, dict(env), _Streams(numbers)))
         process.start()
     return process
 
@@ -67,7 +73,7 @@ class _Streams:
         self.numbers = [item.detach() for item in sent]
 
 
-def _child(argv: tuple[str, ...], env: dict[str, str], streams: _Streams) -> None:
+def _child(module: str, argv: tuple[str, ...], env: dict[str, str], streams: _Streams) -> None:
     for number, sent in enumerate(streams.numbers):
         os.dup2(sent, number)
         os.close(sent)
@@ -78,5 +84,5 @@ def _child(argv: tuple[str, ...], env: dict[str, str], streams: _Streams) -> Non
     import torch
 
     torch.set_num_threads(1)  # tiny matrices
-    sys.argv = ["tell", *argv]
-    runpy.run_module("tell", run_name="__main__", alter_sys=True)
+    sys.argv = [module, *argv]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
