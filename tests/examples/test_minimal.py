@@ -6,11 +6,13 @@ import importlib.util
 import json
 from pathlib import Path
 
+from homes import home_with_kernels
+
 PATH = Path(__file__).parents[2] / "examples" / "minimal.py"
 
 
 def test_the_example_is_short_and_ends_with_a_report(tiny_model, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("TELL_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("TELL_HOME", str(home_with_kernels(tmp_path / "home")))
     assert len(PATH.read_text(encoding="utf-8").splitlines()) <= 60
     spec = importlib.util.spec_from_file_location("minimal", PATH)
     module = importlib.util.module_from_spec(spec)

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 import tell
+from homes import home_with_kernels
 from hostile.cases import KINDS, Case, Places
 from run.runs import config_of
 from tell.cli.main import run as command
@@ -31,7 +32,7 @@ SEED = int(os.environ.get("HOSTILE_SEED", "1"))
 
 @pytest.fixture(scope="module")
 def places(tiny_model, tmp_path_factory) -> Iterator[Places]:
-    home = tmp_path_factory.mktemp("hostile-home")
+    home = home_with_kernels(tmp_path_factory.mktemp("hostile-home"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TELL_HOME", str(home))
         patch.setattr("tell.models.wheel.smollm2_from_wheel", _no_network)  # of a model that is not named

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import tell
+from homes import home_with_kernels
 from run.runs import ALL_ARMS, config_of
 from tell.config import Config
 from tell.folder import RunFolder
@@ -29,7 +30,7 @@ def _surroundings(home: Path) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("tell-home")
+    return home_with_kernels(tmp_path_factory.mktemp("tell-home"))
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -13,6 +13,7 @@ import pytest
 from safetensors.torch import load_file
 
 import tell
+from homes import home_with_kernels
 from run.runs import ALL_ARMS, FILES, check_anchor_and_counts, comparable, is_number, read
 from tell.anchor.anchor import Anchor
 from tell.files import read_jsonl
@@ -169,7 +170,7 @@ def test_same_configuration_same_bytes(finished, home, tmp_path):
     again = config.model_copy(update={"out": str(tmp_path / "again")})
     code = "import sys, torch, tell; torch.set_num_threads(1); tell.tune(tell.load_config(sys.argv[1]))"
     (tmp_path / "run.yaml").write_text(again.to_yaml(), encoding="utf-8")
-    env = {**os.environ, "TELL_HOME": str(home / "other"), "PYTHONHASHSEED": "4711"}
+    env = {**os.environ, "TELL_HOME": str(home_with_kernels(home / "other")), "PYTHONHASHSEED": "4711"}
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "run.yaml")], check=True, env=env, timeout=300)
     other = type(folder)(tmp_path / "again")
     assert digest(other.manifest) == digest(folder.manifest)

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 
+import forked
 import tell
 from run.runs import FILES, comparable, config_of, read
 from tell.cli.main import run
@@ -30,20 +31,28 @@ from tell.run import processes, train_arms
 PLAIN = {"eval": {"arms": ["base", "sft", "tell", "tell-distilled"]}, "generate": {"greedy": True}}
 
 
-def started(*arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tell"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(tell.__file__).parents[1])}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen([*command, *arguments], env=env, text=True, **pipes)
-
-
-def ended(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
-    out, err = process.communicate(timeout=1500)
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+TWO = ("--standalone", "--nproc-per-node", "2")
+ENV = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(tell.__file__).parents[1])}
 
 
 def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return ended(started(*arguments))
+    command = [sys.executable, "-m", "torch.distributed.run", *TWO, "-m", "tell", *arguments]
+    return subprocess.run(command, env={**os.environ, **ENV}, capture_output=True, text=True, timeout=1500)
+
+
+class Launched:
+    """`torchrun`, forked, as are its two processes: three interpreters would import torch for 16 CPU seconds."""
+
+    def __init__(self, folder: Path, *arguments: str) -> None:
+        self.files = [folder / "out.txt", folder / "err.txt"]
+        main = ("--start-method", "fork", "--run-path", str(Path(tell.__file__).with_name("__main__.py")))
+        with self.files[0].open("w") as out, self.files[1].open("w") as err:
+            where = {"stdout": out, "stderr": err, "module": "torch.distributed.run"}
+            self.process = forked.start((*TWO, *main, *arguments), {**os.environ, **ENV}, **where)
+
+    def ended(self) -> subprocess.CompletedProcess[str]:
+        self.process.join(1500)
+        return subprocess.CompletedProcess((), self.process.exitcode, *(file.read_text() for file in self.files))
 
 
 def near(a: Any, b: Any, path: str = "") -> None:
@@ -70,7 +79,9 @@ def pair(request, tiny_model, tmp_path_factory) -> tuple[RunFolder, RunFolder, s
     file = place / "run.yaml"
     train = alone.train.model_copy(update={"parallel": request.param})
     file.write_text(alone.model_copy(update={"train": train, "out": str(place / "two")}).to_yaml())
-    done = torchrun("tune", "-c", str(file))
+    # once as users start it
+    arguments = ("tune", "-c", str(file))
+    done = torchrun(*arguments) if request.param == "auto" else Launched(place, *arguments).ended()
     assert done.returncode == 0, done.stderr
     return one, RunFolder(place / "two"), done.stdout, file
 
@@ -98,34 +109,44 @@ def test_their_run_goes_on_in_one_process(pair, tmp_path):
     assert comparable(read(two.metrics)) == before
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_in_the_middle_leaves_a_run_to_go_on_with(number, tiny_model, tmp_path):
-    """Sent to the launcher, which hands it on to both; the two end with the numbers of one that nobody stopped."""
+@pytest.fixture(scope="module")
+def long(tiny_model, tmp_path_factory) -> tuple[RunFolder, tell.Config]:
+    """A run by one process with time for a signal."""
     plain = {"eval": {"arms": ["tell"]}, "generate": {"greedy": True}, "mix": {"repeat": 60}}
-    alone = config_of(tiny_model("llama"), tmp_path / "one", **plain)
-    one = tell.tune(alone)
+    alone = config_of(tiny_model("llama"), tmp_path_factory.mktemp("long") / "one", **plain)
+    return tell.tune(alone), alone
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_the_middle_leaves_a_run_to_go_on_with(number, long, tmp_path):
+    """Sent to the launcher, which hands it on to both; the two end with the numbers of one that nobody stopped."""
+    one, alone = long
     two = RunFolder(tmp_path / "two")
     (tmp_path / "run.yaml").write_text(alone.model_copy(update={"out": str(two.root)}).to_yaml())
-    process = started("tune", "-c", str(tmp_path / "run.yaml"))
+    launched = Launched(tmp_path, "tune", "-c", str(tmp_path / "run.yaml"))
     log = two.losses("tell")
     while not (log.exists() and log.read_text().count("\n") >= 3):
-        assert process.poll() is None
+        assert launched.process.exitcode is None, launched.ended()
         time.sleep(0.01)
-    process.send_signal(number)
-    stopped = ended(process)
+    os.kill(launched.process.pid, number)
+    stopped = launched.ended()
     steps = len(read_jsonl(log))
     assert stopped.returncode != 0 and 3 <= steps < len(read_jsonl(one.losses("tell")))
     assert two.read_status()["state"] == "interrupted" and "tell tune --resume" in stopped.stderr
     assert "started no run" not in stopped.stderr
-    resumed = torchrun("tune", "--resume", "--out", str(two.root))
-    assert resumed.returncode == 0, resumed.stderr
+    if number == signal.SIGTERM:  # either leaves the same folder
+        resumed = Launched(tmp_path, "tune", "--resume", "--out", str(two.root)).ended()
+        assert resumed.returncode == 0, resumed.stderr
+    else:
+        tell.tune(tell.load_config(tmp_path / "run.yaml"), resume=True)
     assert [line["step"] for line in read_jsonl(log)] == [line["step"] for line in read_jsonl(one.losses("tell"))]
     near(comparable(read(two.metrics)), comparable(read(one.metrics)))
 
 
-def test_bad_input_ends_both(pair):
+@pytest.mark.parametrize("pair", ["fsdp"], indirect=True)  # it is refused before either kind of training is set up
+def test_bad_input_ends_both(pair, tmp_path):
     *_, file = pair
-    done = torchrun("tune", "-c", str(file))
+    done = Launched(tmp_path, "tune", "-c", str(file)).ended()
     assert done.returncode != 0 and "already exists" in done.stderr
 
 

@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
 
 import tell
 from run.runs import EXAMPLES, PROBE, read
@@ -32,7 +31,6 @@ def smollm2(monkeypatch) -> Path:
 
 
 def test_a_short_run_teaches_the_task(smollm2, tmp_path):
-    torch.set_num_threads(os.cpu_count() or 1)
     config = tell.load_config(
         flags={
             "task": {

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -14,6 +14,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+import forked
 import tell
 from run.runs import PROBE, Killer, comparable, config_of, read, steady_pace
 from tell.decode.engine import Engine
@@ -123,13 +124,14 @@ def test_killed_process(whole, tmp_path):
     folder, config = whole
     slow = config(tmp_path / "run")
     (tmp_path / "run.yaml").write_text(slow.to_yaml(), encoding="utf-8")
-    code = "import sys, torch, tell; torch.set_num_threads(1); tell.tune(tell.load_config(sys.argv[1]))"
-    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "run.yaml")], stderr=subprocess.DEVNULL)
+    with open(tmp_path / "shown.txt", "w", encoding="utf-8") as shown:
+        process = forked.start(("tune", "-c", str(tmp_path / "run.yaml")), os.environ, stdout=shown, stderr=shown)
     other = RunFolder(tmp_path / "run")
-    while process.poll() is None and not (other.adapter / "checkpoint").exists():
+    while process.exitcode is None and not (other.adapter / "checkpoint").exists():
         time.sleep(0.005)
     process.kill()
-    assert process.wait() == -signal.SIGKILL
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, (tmp_path / "shown.txt").read_text()
     assert other.read_status()["state"] == "running"
     tell.tune(slow, resume=True)
     same(folder, other)

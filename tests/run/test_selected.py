@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import tell
+from homes import home_with_kernels
 from run.runs import PROBE, Killer, comparable, config_of, read
 from tell.config import Config
 from tell.data.recast import MARK
@@ -27,8 +28,9 @@ SELECTED = {"general": {"select": "similar"}}
 
 @pytest.fixture(autouse=True)
 def own_home(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setenv("TELL_HOME", str(tmp_path / "home"))
-    return tmp_path / "home"
+    home = home_with_kernels(tmp_path / "home")
+    monkeypatch.setenv("TELL_HOME", str(home))
+    return home
 
 
 @pytest.fixture

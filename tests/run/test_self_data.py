@@ -13,6 +13,7 @@ from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 
 import tell
+from homes import home_with_kernels
 from run.runs import Killer, config_of, open_session, read, steady_pace
 from tell.config import load_config
 from tell.errors import Interrupted
@@ -40,8 +41,9 @@ def talker(tiny_model, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def own_home(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setenv("TELL_HOME", str(tmp_path / "home"))
-    return tmp_path / "home"
+    home = home_with_kernels(tmp_path / "home")
+    monkeypatch.setenv("TELL_HOME", str(home))
+    return home
 
 
 def files(home: Path) -> dict[str, tuple[bytes, int]]:

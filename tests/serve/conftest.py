@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import tell
+from homes import home_with_kernels
 from run.runs import config_of
 from serve.serving import Running, running
 from tell.progress import Silent
@@ -23,7 +24,7 @@ def home(tmp_path_factory) -> Iterator[Path]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("tell-home")
+        folder = home_with_kernels(tmp_path_factory.mktemp("tell-home"))
         patch.setenv("TELL_HOME", str(folder))
         yield folder
     torch.set_num_threads(threads)

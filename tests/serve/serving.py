@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import forked
 from tell.serve.run_server import OwnAnswerer, bind, make_server
 
 PATIENCE = 120  # seconds until a test gives up; nothing is timed
@@ -73,27 +72,23 @@ def until(true) -> None:
 
 
 @contextmanager
-def command(*argv: str, env: dict[str, str] | None = None) -> Iterator[tuple[subprocess.Popen, str, list[str]]]:
-    """`tell serve` as a process: (process, address, lines of stderr)."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tell", "serve", *argv, "--port", "0"],
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **(env or {})},
-    )
-    lines: list[str] = []
-    try:
-        assert process.stderr is not None
-        for line in process.stderr:
-            lines.append(line.strip())
-            if line.startswith("serving at "):
-                break
-        assert lines and lines[-1].startswith("serving at "), lines
-        yield process, lines[-1].split()[2].removesuffix("/v1"), lines
-    finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-        process.communicate(timeout=PATIENCE)
+def command(*argv: str) -> Iterator[tuple[BaseProcess, str]]:
+    """`tell serve` as a process: (process, address)."""
+    receiving, sending = os.pipe()
+    with open(receiving, encoding="utf-8") as said, open(sending, "w", encoding="utf-8") as stderr:
+        process = forked.start(("serve", *argv, "--port", "0"), os.environ, stdout=stderr, stderr=stderr)
+        stderr.close()
+        lines: list[str] = []
+        try:
+            for line in said:
+                lines.append(line.strip())
+                if line.startswith("serving at "):
+                    break
+            assert lines and lines[-1].startswith("serving at "), lines
+            yield process, lines[-1].split()[2].removesuffix("/v1")
+        finally:
+            process.kill()
+            process.join(PATIENCE)
 
 
 def copied(run: Path, folder: Path) -> Path:

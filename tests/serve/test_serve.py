@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -475,17 +474,19 @@ def test_who_left_while_waiting_is_not_answered(models):
 
 
 def test_a_signal_lets_answers_end(runs, home):
-    with command(str(runs["support"])) as (process, url, _):
-        body = {"model": "base", "messages": [{"role": "user", "content": TEXT}], "stream": True, **LONG}
+    with command(str(runs["support"])) as (process, url):
+        body = {"model": "base", "messages": [{"role": "user", "content": TEXT}], "stream": True, "temperature": 0}
+        body["max_tokens"] = 400
         with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=PATIENCE) as response:
             lines = response.iter_lines()
             next(lines)
-            process.send_signal(signal.SIGTERM)
+            process.terminate()
             late: list[int] = []
             until(lambda: refused(url, late))
             rest = [line for line in lines if line]
-        assert rest[-1] == "data: [DONE]" and len(rest) > 300, (len(rest), rest[-2:])
-        assert process.wait(PATIENCE) == 0, process.returncode
+        assert rest[-1] == "data: [DONE]" and len(rest) > 200, (len(rest), rest[-2:])
+        process.join(PATIENCE)
+        assert process.exitcode == 0
         assert set(late) <= {200, 503}, set(late)
 
 

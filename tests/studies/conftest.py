@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from homes import home_with_kernels
 from studies.studies import recipe_of
+from tell.studies.study_folder import StudyFolder
 
 
 @pytest.fixture(scope="session")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("tell-home")
+    return home_with_kernels(tmp_path_factory.mktemp("tell-home"))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def surroundings(home: Path) -> Iterator[None]:
+@contextmanager
+def _surroundings(home: Path) -> Iterator[None]:
     import torch
 
     threads = torch.get_num_threads()
@@ -27,6 +30,24 @@ def surroundings(home: Path) -> Iterator[None]:
         patch.setenv("TELL_HOME", str(home))
         yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def surroundings(home: Path) -> Iterator[None]:
+    with _surroundings(home):
+        yield
+
+
+@pytest.fixture(scope="session")
+def whole(tiny_model: Callable[..., Path], home: Path, tmp_path_factory: pytest.TempPathFactory) -> StudyFolder:
+    """The study of `recipe()`, which nobody stopped; its root is the folder above. Do not write into it."""
+    import tell
+
+    root = tmp_path_factory.mktemp("studies") / "whole"
+    path = root.with_name("small.yaml")
+    path.write_text(yaml.safe_dump(recipe_of(tiny_model("llama"))), encoding="utf-8")
+    with _surroundings(home):
+        return tell.run_study(path, root=root)
 
 
 @pytest.fixture

@@ -60,9 +60,9 @@ def test_a_study_from_recipe_to_page(recipe, tmp_path):
     assert yaml.safe_load(folder.recipe.read_text(encoding="utf-8"))["seeds"] == [42]
 
 
-def test_losses_on_general_rows_are_read_back_row_by_row(recipe, tmp_path):
+def test_losses_on_general_rows_are_read_back_row_by_row(whole):
     """Their means are what metrics.json says, and cells are paired by them."""
-    study = read_results(tell.run_study(recipe(), root=tmp_path / "studies").root)
+    study = read_results(whole.root)
     for outcome in study.outcomes:
         for name in ("probe loss", "probe loss change", "general held out loss", "general held out loss change"):
             number = outcome.measured.numbers[name]
@@ -213,7 +213,7 @@ def test_a_signal_at_the_end_of_a_cell_stops_the_study_too(recipe, tmp_path, mon
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_it_resumably(recipe, tmp_path, number):
+def test_a_signal_ends_it_resumably(recipe, whole, tmp_path, number):
     """In the middle of a cell; the next call goes on from there, and ends with the numbers of an undisturbed study."""
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     with pytest.raises(Interrupted, match=r"of 4 cells done.*same command again") as stopped:
@@ -224,8 +224,7 @@ def test_a_signal_ends_it_resumably(recipe, tmp_path, number):
     assert set(states) <= {"done", "waiting"} and "waiting" in states
     assert (tmp_path / "studies/small/index.html").exists() == ("done" in states)  # it can be read meanwhile
     folder = tell.run_study(recipe(), root=tmp_path / "studies")
-    whole = tell.run_study(recipe(), root=tmp_path / "whole")
-    assert numbers(folder, tmp_path / "studies") == numbers(whole, tmp_path / "whole")
+    assert numbers(folder, tmp_path / "studies") == numbers(whole, whole.root.parent)
 
 
 def test_what_kills_its_process_is_left_for_last(recipe, tmp_path):

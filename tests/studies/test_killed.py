@@ -5,48 +5,42 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-import tell
+import forked
 from studies.studies import numbers
 from tell.studies.study_folder import StudyFolder
 
 MOMENTS = 5
-CODE = "import torch; torch.set_num_threads(1); import sys, tell; tell.run_study(sys.argv[1], root=sys.argv[2])"
 
 
-def test_killed_at_random_moments(recipe, home, tmp_path):
+def test_killed_at_random_moments(recipe, whole, tmp_path):
     path, root = recipe(), tmp_path / "killed"
-    whole = tell.run_study(path, root=tmp_path / "whole")
     random.seed(time.time_ns())
     kills: list[int] = []
     while True:
-        process = subprocess.Popen(
-            [sys.executable, "-c", CODE, str(path), str(root)],
-            env={**os.environ, "TELL_HOME": str(home)},
-            stderr=subprocess.DEVNULL,
-        )
+        with open(tmp_path / "shown.txt", "w", encoding="utf-8") as shown:
+            process = forked.start(("study", str(path), "--root", str(root)), os.environ, stdout=shown, stderr=shown)
         if len(kills) < MOMENTS:
             kills.append(random.randint(1, 25))
             kill_at_change(process, root, kills[-1])
-        code = process.wait(timeout=900)
-        if code == 0:
+        process.join(forked.PATIENCE)
+        if process.exitcode == 0:
             break
-        assert code == -signal.SIGKILL, kills
+        assert process.exitcode == -signal.SIGKILL, (kills, (tmp_path / "shown.txt").read_text())
     assert len(kills) == MOMENTS
     folder = StudyFolder(root / "small")
-    assert numbers(folder, root) == numbers(whole, tmp_path / "whole"), kills
+    assert numbers(folder, root) == numbers(whole, whole.root.parent), kills
     assert (root / "small/table.csv").read_text().count("\n") == (whole.root / "table.csv").read_text().count("\n")
     assert not list((root / "cells").rglob("*.safetensors"))
 
 
-def kill_at_change(process: subprocess.Popen, folder: Path, number: int) -> None:
+def kill_at_change(process: BaseProcess, folder: Path, number: int) -> None:
     """Send SIGKILL as soon as so many files below a folder were seen to be new or changed."""
     before, seen = files(folder), 0
-    while process.poll() is None:
+    while process.exitcode is None:
         now = files(folder)
         seen += len(now - before)
         before = now

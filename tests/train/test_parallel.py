@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,13 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+import forked
 from tell.errors import TellError
 from tell.train.launch import Launch, launched, refuse_several
 from tell.train.parallel import Processes, _check_alike, split_rows
 from train.packed import assert_close, load, make_rows
 from train.processes import CASES, train
-
-TESTS = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -32,14 +29,16 @@ def both(tiny_model, tmp_path_factory) -> Path:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    path = {"PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent / "src")])}
     running = []
     for rank in ("0", "1"):
-        env = {**os.environ, **shared, **path, "RANK": rank, "LOCAL_RANK": rank}
-        command = [sys.executable, str(TESTS / "train" / "processes.py"), str(tiny_model("llama")), str(out)]
-        running.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
-    texts = [process.communicate()[0] for process in running]
-    assert [process.returncode for process in running] == [0, 3], "\n".join(texts)
+        env = {**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank}
+        with (out / f"{rank}.txt").open("w") as said:
+            arguments = (str(tiny_model("llama")), str(out))
+            running.append(forked.start(arguments, env, stdout=said, stderr=said, module="train.processes"))
+    for process in running:
+        process.join(forked.PATIENCE)
+    texts = [(out / f"{rank}.txt").read_text() for rank in ("0", "1")]
+    assert [process.exitcode for process in running] == [0, 3], "\n".join(texts)
     return out
 
 

@@ -81,6 +81,7 @@ class ChatTokenizer:
         self.has_own_template = template is not None
         self.template = template if template is not None else DEFAULT_TEMPLATE
         self._headers: dict[str, tuple[int, ...]] = {}
+        self._lengths: dict[str, int] = {}
         self.eos_ids = self._find_eos_ids()
         self.family = str(_read_json(self.folder / "config.json").get("model_type") or self.folder.name)
         end = self.backend.id_to_token(self.eos_ids[0])
@@ -270,6 +271,12 @@ class ChatTokenizer:
     def encode(self, text: str) -> list[int]:
         """Token ids of text that already includes its special tokens."""
         return self.backend.encode(text, add_special_tokens=False).ids
+
+    def length(self, text: str) -> int:
+        """Tokens of `encode`, counted once: a plan asks for those of a few rows again for every arm."""
+        if text not in self._lengths:
+            self._lengths[text] = len(self.encode(text))
+        return self._lengths[text]
 
     def encode_header(self, text: str) -> tuple[int, ...]:
         """`encode`, cached: all rows of a template share a few short headers."""

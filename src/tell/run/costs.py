@@ -117,10 +117,10 @@ def answer_seconds(task: Task, arm: str, pace: Pace) -> float:
         return 0.0
     tuned = ARMS[arm].adapter is not None
     sample = task.test[:50]
-    length = np.mean([len(task.chat.encode(e.answer)) for e in sample])
+    length = np.mean([task.chat.length(e.answer) for e in sample])
     answers = length if tuned else answer_limit(task.config, task.chat, task.train)
-    prompts = np.mean([len(task.chat.encode(e.question)) for e in sample])
-    shots = sum(len(task.chat.encode(m.content)) for e in task.shots for m in e.messages)
+    prompts = np.mean([task.chat.length(e.question) for e in sample])
+    shots = sum(task.chat.length(m.content) for e in task.shots for m in e.messages)
     return float(len(task.test) * (answers / pace.decode + (prompts + shots) / (3 * pace.train)))
 
 
@@ -130,7 +130,7 @@ def readout_seconds(prepared: Prepared, pace: Pace) -> float:
     if not task.decides or not any(ARMS[arm].decides for arm in prepared.arms):
         return 0.0
     sample = (task.train + task.test)[:50]
-    prompt = np.mean([len(task.chat.encode(e.question)) for e in sample])
+    prompt = np.mean([task.chat.length(e.question) for e in sample])
     rows = len(task.train) + len(task.test) + sum(len(field.values) for field in task.closed)
     return float(rows * (prompt + TEMPLATE_TOKENS) / (3 * pace.train))
 

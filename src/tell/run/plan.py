@@ -177,7 +177,7 @@ def _memory(prepared: Prepared, main: dict) -> tuple[dict, list[str]]:
     steps = np.add.reduceat(tokens, np.arange(0, len(tokens), train.batch_size)) if len(tokens) else [1]
     most = train.micro_tokens or MOST_TOKENS  # tokens of a pass
     answers = answer_limit(config, task.chat, task.train) if task.test else 0
-    prompts = max((len(task.chat.encode(e.question)) for e in task.test[:50]), default=0)
+    prompts = max((task.chat.length(e.question) for e in task.test[:50]), default=0)
     load = Load(
         longest=int(tokens.max(initial=1)),
         largest=int(max(steps)),

@@ -119,7 +119,8 @@ def fit_minutes(
 
     for arm in OPTIONAL_ARMS:
         fewer = tuple(a for a in extent.arms if a != arm)
-        if cost(extent) > room and arm in extent.arms and lead in (None, *trained_arms(fewer)) and fewer:
+        # the cost last: every mixture is made for it
+        if arm in extent.arms and fewer and lead in (None, *trained_arms(fewer)) and cost(extent) > room:
             extent = replace(extent, arms=fewer)
     shrinks = (_fewer_test_rows, *(() if trained else (_smaller_mixture(prepared.table, prepared.general),)))
     for shrink in shrinks:
