@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from tell.config_sections import (
     DEFAULT_ARMS,
+    LARGEST,
     TAUGHT_ARMS,
     AnchorConfig,
     EvalConfig,
@@ -53,6 +54,7 @@ class Config(Section):
     max_minutes: float | None = Field(
         None,
         gt=0,
+        le=LARGEST,
         description="shrink the run until it is predicted to fit, in the order of docs/explanation/method.md",
     )
 

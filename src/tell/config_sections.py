@@ -100,16 +100,21 @@ class TaskConfig(Section):
     kind: Literal["auto", KindName] = Field("auto", description="auto detects it from the answers")
     json_schema: str | None = Field(None, alias="schema", description="JSON Schema file for kind json")
     scorer: str | None = Field(None, description="package.module:function(answers, references) -> list[float]")
-    rows: int | None = Field(None, ge=1, description="train on this many task rows, drawn by seed")
+    rows: int | None = Field(None, ge=1, le=LARGEST, description="train on this many task rows, drawn by seed")
     tokens: float | None = Field(None, gt=0, description="train on about this many task tokens (unit: tokens.unit)")
     test_fraction: float = Field(0.3, gt=0, lt=1, description="share split off for testing when no `test` is given")
     validation_fraction: float = Field(
         0.1, ge=0, lt=1, description="share of the rest kept for validation; not below 30 rows"
     )
-    test_rows: int | None = Field(None, ge=1, description="score at most this many test rows, drawn by seed")
+    test_rows: int | None = Field(
+        None, ge=1, le=LARGEST, description="score at most this many test rows, drawn by seed"
+    )
     drop_overlap: bool = Field(False, description="remove task and general rows that are near-duplicates of a test row")
     shots: int = Field(
-        0, ge=0, description="fixed training examples in every test prompt of all arms but icl; eval and chat show them"
+        0,
+        ge=0,
+        le=LARGEST,
+        description="fixed training examples in every test prompt of all arms but icl; eval and chat show them",
     )
 
     @model_validator(mode="after")
@@ -188,7 +193,7 @@ class GeneralConfig(Section):
     columns: str | None = Field(None, description="names of the source's columns, as in task.columns")
     ratio: float | None = Field(None, ge=0, description="general tokens per task token (task rows counted once)")
     tokens: float | None = Field(None, ge=0, description="general tokens (unit: tokens.unit)")
-    rows: int | None = Field(None, ge=0, description="general rows")
+    rows: int | None = Field(None, ge=0, le=LARGEST, description="general rows")
     select: Literal["random", "similar"] = Field(
         "random", description="rows to mix in: drawn by seed, or nearest to the task rows by the model's hidden states"
     )
@@ -226,7 +231,7 @@ class AnchorConfig(Section):
     text: str = Field("auto", description="auto, none, the text itself, or @FILE")
     place: Literal["system", "user"] = Field("user", description="system message, or head of the first user turn")
     candidates: int = Field(4, ge=1, le=64, description="instructions the model writes for `auto`")
-    examples: int = Field(4, ge=1, description="task examples shown to the model for each candidate")
+    examples: int = Field(4, ge=1, le=LARGEST, description="task examples shown to the model for each candidate")
 
 
 class MixConfig(Section):
@@ -234,6 +239,7 @@ class MixConfig(Section):
     repeat: int | None = Field(
         None,
         ge=1,
+        le=LARGEST,
         description="times each task row occurs in the mix; none: by row count (docs/explanation/method.md)",
     )
     exemplars: int = Field(
@@ -364,7 +370,10 @@ class SearchConfig(Section):
     """Search of learning rate, repetitions, general rows and the decoding of closed fields (`tell.run.search`)."""
 
     minutes: float | None = Field(
-        None, gt=0, description="search for at most so many minutes for each arm that is searched; none: no search"
+        None,
+        gt=0,
+        le=LARGEST,
+        description="search for at most so many minutes for each arm that is searched; none: no search",
     )
     folds: int = Field(3, ge=2, le=20, description="parts of the task rows, each held out once")
 
@@ -373,7 +382,9 @@ class EvalConfig(Section):
     arms: tuple[ArmName, ...] = Field(
         DEFAULT_ARMS, description="arms to train and score; with task.unlabelled the default has tell-pseudo too"
     )
-    icl_examples: int = Field(8, ge=1, description="training examples in the prompts of icl; as many as fit")
+    icl_examples: int = Field(
+        8, ge=1, le=LARGEST, description="training examples in the prompts of icl; as many as fit"
+    )
     icl_select: Literal["random", "nearest"] = Field(
         "random",
         description="random: the same ones for every test row; nearest: those whose prompts' hidden states are most "
@@ -381,9 +392,9 @@ class EvalConfig(Section):
     )
     bootstrap: int = Field(2000, ge=100, le=100_000, description="bootstrap resamples for 95 % intervals")
     forgetting_rows: int = Field(
-        64, ge=0, description="general rows on which loss is measured before and after; 0 turns it off"
+        64, ge=0, le=LARGEST, description="general rows on which loss is measured before and after; 0 turns it off"
     )
-    forgetting_answers: int = Field(24, ge=0, description="general prompts answered before and after")
+    forgetting_answers: int = Field(24, ge=0, le=LARGEST, description="general prompts answered before and after")
     bleurt: str | None = Field(
         None, description="also score text by BLEURT-20: its folder, or lucadiliello/BLEURT-20 (extra: bleurt)"
     )
@@ -392,7 +403,11 @@ class EvalConfig(Section):
         (), description="benchmarks of general ability, before and after: gsm8k, openbookqa, agieval (extra: harness)"
     )
     benchmark_data: str | None = Field(None, description="folder with the benchmarks' files; none: download them")
-    benchmark_limit: int | None = Field(None, ge=1, description="score at most the first N questions of each task")
-    benchmark_shots: int | None = Field(None, ge=0, description="examples before each question; none: the task's own")
+    benchmark_limit: int | None = Field(
+        None, ge=1, le=LARGEST, description="score at most the first N questions of each task"
+    )
+    benchmark_shots: int | None = Field(
+        None, ge=0, le=LARGEST, description="examples before each question; none: the task's own"
+    )
     benchmark_chat: bool = Field(False, description="use the model's chat template")
     benchmark_anchor: bool = Field(False, description="put the anchor on the questions, as on task rows")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -170,6 +171,17 @@ def test_values_that_are_no_number_are_refused(key, value, capsys):
     assert run(["plan", "x.jsonl", "--set", f"{key}={value}"]) == 2
     line = capsys.readouterr().err
     assert line.startswith("error: ") and key in line and len(line) < 2100 and line.count("\n") == 1
+
+
+def test_no_count_is_larger_than_arithmetic_takes(capsys):
+    """A number of 4,000 digits is a number of YAML, and more than a float holds."""
+    shown = (ROOT / "docs" / "reference" / "config.md").read_text(encoding="utf-8")  # generated from the fields
+    counts = re.findall(r"^\| `([\w.]+)` \| .* \| whole number", shown, re.M)
+    assert len(counts) > 25
+    for key in counts:
+        assert run(["plan", "x.jsonl", "--set", f"{key}=1{'0' * 400}"]) == 2
+        line = capsys.readouterr().err
+        assert f"{key}: Input should be less than or equal to" in line, line
 
 
 @pytest.mark.parametrize("name", ["a\0b", "a\ud800b"])
