@@ -21,7 +21,6 @@ from tell.files import (
     read_json,
     read_text,
     remove_folder,
-    remove_older,
     restore_folder,
     stamp,
     write_json,
@@ -180,13 +179,3 @@ def test_facts_of_a_file_are_those_it_has_now(tmp_path):
         assert read_facts(path) == {"n": n}
     path.write_text("{")
     assert read_facts(path) == {}
-
-
-def test_only_old_files_are_removed(tmp_path):
-    remove_older(tmp_path / "none", 10)
-    old, new = tmp_path / "old", tmp_path / "new"
-    for path in (old, new):
-        path.touch()
-    os.utime(old, (1, 1))
-    remove_older(tmp_path, 1000)
-    assert list(tmp_path.iterdir()) == [new]

@@ -12,7 +12,6 @@ import re
 import shutil
 import stat
 import tempfile
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
@@ -108,13 +107,6 @@ def stamp(path: Path) -> tuple[float, int, int]:
         return found.st_mtime, found.st_size, found.st_ino
     except (OSError, ValueError):
         return 0.0, 0, 0
-
-
-def remove_older(folder: Path, seconds: float) -> None:
-    """Remove the files of a folder that nobody has written to for ``seconds``; there may be no such folder."""
-    for path in folder.glob("*"):
-        if stamp(path)[0] < time.time() - seconds:
-            path.unlink(missing_ok=True)
 
 
 def read_facts(path: Path) -> dict[str, Any]:

@@ -1,12 +1,13 @@
-"""The cache folder of converted models and measured speeds: ``$TELL_HOME``, else ``~/.cache/tell``."""
+"""Folders that TELL keeps things in; the cache, ``$TELL_HOME``, else ``~/.cache/tell``, has models and speeds."""
 
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 from tell.errors import TellError
-from tell.files import expanded
+from tell.files import expanded, stamp
 from tell.files import unwritable as cannot_be_written
 
 
@@ -33,3 +34,10 @@ def make_folder(path: Path) -> Path:
 def unwritable(path: Path, error: OSError) -> TellError:
     """The error for a cache folder that cannot be written."""
     return cannot_be_written(path, error, "Free disk space, or set TELL_HOME to a writable folder.")
+
+
+def remove_older(folder: Path, seconds: float) -> None:
+    """Remove the files of a folder that nobody has written to for ``seconds``; there may be no such folder."""
+    for path in folder.glob("*"):
+        if stamp(path)[0] < time.time() - seconds:
+            path.unlink(missing_ok=True)

@@ -12,8 +12,8 @@ import uvicorn
 from filelock import FileLock, Timeout
 
 from tell.errors import TellError
-from tell.files import read_facts, remove_older, write_json
-from tell.home import make_folder
+from tell.files import read_facts, write_json
+from tell.home import make_folder, remove_older
 from tell.progress import Display
 from tell.serve.listen import bind
 from tell.ui.ui_app import make_ui
