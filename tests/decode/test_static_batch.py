@@ -287,7 +287,7 @@ def test_a_step_that_cannot_be_recorded_is_run(where, tiny_model, monkeypatch):
 
     whole = StaticBatch._step
     monkeypatch.setattr(StaticBatch, "_step", step)
-    monkeypatch.setattr(capture.CudaCapturer, "_recover", lambda self: freed.append(True))
+    monkeypatch.setattr(capture.CudaCapturer, "_recover", lambda self, graph: freed.append(True))
     monkeypatch.setattr(capture, "side_stream", lambda device: Stream())
     for name, value in {
         "graph_pool_handle": lambda: (0, 7),
