@@ -247,3 +247,12 @@ def test_other_processes_need_the_token(model):
     assert connection.getresponse().status == 401
     connection.close()
     assert model._address[0] == "127.0.0.1"
+
+
+def test_its_loop_has_begun_when_it_is_opened(file, monkeypatch):
+    """Else closing it at once may wait for ever, now and then."""
+    told = {}
+    ask = LlamaCpp._ask
+    monkeypatch.setattr(LlamaCpp, "_ask", lambda self, path, body: told.setdefault(path, ask(self, path, body)))
+    LlamaCpp(file, rows=3).close()
+    assert len(told["/slots"]) == 3  # which the loop counts

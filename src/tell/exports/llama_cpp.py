@@ -100,6 +100,9 @@ class LlamaCpp:
         self._server = _start(self.file, context, rows, threads, self._token)
         address = urlsplit(self._server.listening_address)
         self._address = (address.hostname or "127.0.0.1", address.port or 0)
+        # Slots are told by the loop that answers. One that is closed before its loop has begun never ends: the loop's
+        # first act undoes what asked it to.
+        self._ask("/slots", None)
         props = self._ask("/props", None)
         self.context = int(props["default_generation_settings"]["n_ctx"])
         self.template = str(props.get("chat_template", ""))
@@ -204,7 +207,7 @@ class LlamaCpp:
             body["grammar"] = xllamacpp.json_schema_to_grammar(json.dumps(wanted.schema))
         return body
 
-    def _ask(self, path: str, body: Mapping[str, Any] | None) -> dict[str, Any]:
+    def _ask(self, path: str, body: Mapping[str, Any] | None) -> Any:
         """The answer of the HTTP server inside xllamacpp; no proxy of the environment is used."""
         connection = HTTPConnection(*self._address, timeout=SECONDS)
         try:
@@ -245,7 +248,7 @@ def _start(file: Path, context: int, rows: int, threads: int | None, token: str)
     params.n_ctx, params.n_parallel = context * rows, rows
     params.use_jinja, params.warmup, params.verbosity = True, False, -1
     params.hostnames, params.port, params.api_keys = ["127.0.0.1"], 0, [token]
-    params.ui, params.endpoint_slots = False, False
+    params.ui = False
     params.cache_ram_mib = 0  # prompts of earlier requests are not kept beyond their row
     if threads:
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
