@@ -37,7 +37,10 @@ RANKS = (8, 16, 32, 64, 128, 256, 512)  # adapter ranks that vLLM can reserve
 LONGEST = 32_768  # tokens; vLLM refuses to start where one sequence of full length does not fit into memory
 NO_MASKS = "vLLM has no tokenizer here, which its constrained answers need"  # see skip_tokenizer_init
 CHECK = 15, 16  # tokens of a check's prompt, fewer than a cached block of vLLM's, and of its greedy answer
-REMEDY = "Nothing is lost: a run goes on with `tell tune --resume --out`, also with --set generate.engine=own."
+REMEDY = (
+    "Repeat the command with --set generate.engine=own; a run loses nothing: "
+    "`tell tune --resume --out RUN --set generate.engine=own`."
+)
 NEVER = -100.0  # the lowest bias vLLM accepts; it outweighs any logit
 
 
@@ -238,7 +241,7 @@ class VllmEngine:
         """
         if not self._is_same(self._base):
             raise RuntimeError("the base model answers otherwise after vLLM slept")
-        if not self._is_same(self._weights):
+        if self._weights is not self._base and not self._is_same(self._weights):
             self._weights.number = self._next_number()
             if not self._is_same(self._weights):
                 raise RuntimeError("the adapter answers otherwise after vLLM slept, also when loaded again")
