@@ -17,8 +17,9 @@ from tell.config_sections import TrainConfig
 from tell.decode.engine import Engine
 from tell.decode.engine_rows import Answer
 from tell.decode.sampler import Decoding
-from tell.decode.vllm_engine import CHECK, LONGEST, NEVER, VllmEngine, answer_of, pick_engine, reserved_rank, sampling
+from tell.decode.vllm_engine import CHECK, LONGEST, NEVER, VllmEngine, answer_of, reserved_rank, sampling
 from tell.errors import TellError
+from tell.run.session import pick_engine
 from tell.train.lora import add_lora, remove_lora, save_adapter
 from train.packed import load
 

@@ -7,13 +7,12 @@ its answer unless decoding is greedy. Not measured by us: written from vLLM's do
 from __future__ import annotations
 
 import gc
-import importlib.util
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -42,20 +41,6 @@ REMEDY = (
     "`tell tune --resume --out RUN --set generate.engine=own`."
 )
 NEVER = -100.0  # the lowest bias vLLM accepts; it outweighs any logit
-
-
-def pick_engine(choice: Literal["auto", "own", "vllm"], device: str) -> Literal["own", "vllm"]:
-    """The engine to decode with: ``auto`` is vLLM on a GPU where it is installed.
-
-    Raises:
-        TellError: vLLM is requested and not available.
-    """
-    installed = importlib.util.find_spec("vllm") is not None
-    if choice == "vllm" and not (installed and device.startswith("cuda")):
-        why = "is not installed" if not installed else f"needs a GPU, and the model is on {device}"
-        remedy = "Install tell-llm[vllm], or use generate.engine=own." if not installed else "Use generate.engine=own."
-        raise TellError(f"vLLM {why}", where="generate.engine", remedy=remedy)
-    return "vllm" if choice != "own" and installed and device.startswith("cuda") else "own"
 
 
 def sampling(decoding: Decoding, row: int, limit: int) -> dict[str, Any]:
