@@ -39,7 +39,8 @@ STAGES: dict[str, Callable[[Run], dict[str, Any]]] = {  # most valuable first: t
     "unsloth": peers.unsloth,
     "parts": training.parts,
 }
-PATCHING = ("liger", "unsloth")  # classes of transformers, for the rest of the process
+# stages with a package that patches classes of transformers for the rest of the process, once it is imported
+PATCHING = {"liger": "liger_kernel", "unsloth": "unsloth"}
 
 
 def main(arguments: list[str] | None = None, begin: float | None = None) -> int:
@@ -71,7 +72,7 @@ def main(arguments: list[str] | None = None, begin: float | None = None) -> int:
             continue
         again = perform(run, name)
         rest = [name] * again + stages[number + 1 :]
-        if rest and (run.lost is not None or (name in PATCHING and run.stages[name])):
+        if rest and (run.lost is not None or PATCHING.get(name) in sys.modules):
             replace_process(a, run, rest)
     run.save()  # what there was no time for, too
     print(goals.table(run.stages, run.card), end="")

@@ -61,6 +61,7 @@ class RunFolder:
         self.manifest = root / "manifest.parquet"
         self.adapter = root / "adapter"
         self.nearest = root / "nearest.npz"  # the general rows ranked, where they are
+        self.written = root / "written.json"  # where the model writes rows: which engine wrote them
         self.readout = root / "readout.safetensors"
         self.search = root / "search.json"
         self.searching = root / "search"  # trials of a search that is not finished

@@ -55,7 +55,7 @@ def replaced(monkeypatch):
 
 def stages(monkeypatch, **functions):
     monkeypatch.setattr(entry, "STAGES", functions)
-    monkeypatch.setattr(entry, "PATCHING", ("patching",))
+    monkeypatch.setattr(entry, "PATCHING", {"patching": "patcher"})
 
 
 def result(folder):
@@ -129,12 +129,19 @@ def test_an_error_of_a_part_is_saved_before_memory_is_given_back(tmp_path, monke
 
 
 def test_what_patches_transformers_ends_its_process(tmp_path, monkeypatch, replaced):
-    stages(monkeypatch, patching=lambda run: {"a": 1}, last=lambda run: {})
-    with pytest.raises(Replaced):
-        entry.main(["--out", str(tmp_path), "--device", "cpu", "--stages", "patching,last"])
+    """Once its package is imported, also where it measured nothing."""
+    arguments = ["--out", str(tmp_path), "--device", "cpu", "--stages", "patching,last"]
     stages(monkeypatch, patching=lambda run: {}, last=lambda run: {})  # the peer is not installed
-    entry.main(["--out", str(tmp_path), "--device", "cpu", "--stages", "patching,last"])
-    assert len(replaced) == 1
+    entry.main(arguments)
+    assert not replaced
+
+    def patching(run):
+        monkeypatch.setitem(sys.modules, "patcher", sys)
+        return {}
+
+    stages(monkeypatch, patching=patching, last=lambda run: {})
+    with pytest.raises(Replaced):
+        entry.main(arguments)
 
 
 def test_files_are_not_handed_on(tmp_path):

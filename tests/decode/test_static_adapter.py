@@ -124,11 +124,39 @@ def test_products_of_an_adapter_are_compared_before_they_are_trusted(tiny_model,
         assert adapted == answers(Engine(model, fast=False), prompts, decoding) != plain
         assert engine.trusted is True and engine.how.startswith("static cache")
     monkeypatch.setattr(JoinedProduct, "_adapt", lambda self, out, x: None)
+    engine, tape = static_engine(model)
+    assert answers(engine, prompts, decoding) == plain
     with engine.adapter(tmp_path), pytest.warns(UserWarning, match="differs on this model"):
         assert answers(engine, prompts, decoding) == adapted and engine.trusted is False
     assert engine.trusted is True
     runs = tape.runs
     assert answers(engine, prompts, decoding) == plain and tape.runs > runs
+    with engine.adapter(tmp_path):
+        assert answers(engine, prompts, decoding) == adapted
+        assert engine.how == "transformers' layers (the faster implementation differs on this model)"
+
+
+def test_the_products_of_one_shape_are_compared_once(tiny_model, monkeypatch):
+    """As `tell serve` applies its adapter before each batch; other layers or ranks are another shape."""
+    checked, check = [], Engine._check
+    monkeypatch.setattr(Engine, "_check", lambda self, *given: checked.append(self.trusted) or check(self, *given))
+    model = load(tiny_model("llama"))
+    engine, _ = static_engine(model)
+    decoding = Decoding(3, (), greedy=True)
+    for part, rank, checks in (("all", 4, 1), ("all", 4, 1), ("some", 4, 2), ("all", 3, 3), ("some", 4, 3)):
+        with beside(model, part, rank):
+            answers(engine, [[5, 6]], decoding)
+            assert engine.trusted is True and len(checked) == checks
+    assert engine.trusted is None and checked == [None] * 3
+
+
+def test_an_adapter_is_no_reason_where_there_are_no_kernels(tiny_model, monkeypatch):
+    monkeypatch.setattr("tell.decode.engine.kernels", lambda dtype: None)
+    model = load(tiny_model("llama"))
+    engine = Engine(model)
+    with beside(model):
+        answers(engine, [[5, 6, 7]], Decoding(3, (), greedy=True))
+    assert engine.how == "transformers' layers (this machine has no kernels for the model)"
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])

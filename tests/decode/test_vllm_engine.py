@@ -17,8 +17,9 @@ from tell.config_sections import TrainConfig
 from tell.decode.engine import Engine
 from tell.decode.engine_rows import Answer
 from tell.decode.sampler import Decoding
-from tell.decode.vllm_engine import CHECK, LONGEST, NEVER, VllmEngine, answer_of, pick_engine, reserved_rank, sampling
+from tell.decode.vllm_engine import CHECK, LONGEST, NEVER, VllmEngine, answer_of, reserved_rank, sampling
 from tell.errors import TellError
+from tell.run.session import pick_engine
 from tell.train.lora import add_lora, remove_lora, save_adapter
 from train.packed import load
 
@@ -196,8 +197,9 @@ def test_it_sleeps_between_answers_and_gives_memory_back(vllm, tiny_model, monke
     assert name not in engine.llm.environment and os.environ[name] == "expandable_segments:True"
     assert engine.llm.settings["enable_sleep_mode"] and engine.llm.asleep == [True]
     engine.generate([[5]], Decoding(4, (2,)))
+    assert [len(call[0]) for call in engine.llm.calls] == [1, 1, 1]  # its check as it starts, as it wakes, the answer
     monkeypatch.setattr(engine.llm, "generate", lambda *_, **__: 1 / 0)
-    with pytest.raises(TellError, match=r"vLLM fails .*Nothing is lost: .*--resume.*generate\.engine=own"):
+    with pytest.raises(TellError, match=r"vLLM fails .*Repeat the command with --set generate\.engine=own.*--resume"):
         engine.generate([[5]], Decoding(4, (2,)))
     assert engine.llm.asleep == [True, False, True, False, True]
     monkeypatch.setenv(name, "max_split_size_mb:64")
@@ -241,7 +243,7 @@ def test_our_engine_goes_on_where_vllm_fails(fault, vllm, tiny_model, tmp_path, 
     if fault == "base":
         for engine in engines:
             engine._base.check = engine._base.check[0], [1]
-    with engines[0].adapter(adapter), pytest.raises(TellError, match=rf"vLLM fails \({why[fault]}.*Nothing is lost"):
+    with engines[0].adapter(adapter), pytest.raises(TellError, match=rf"vLLM fails \({why[fault]}.*Repeat the command"):
         engines[0].generate(prompts, decoding)
     engine = engines[1]
     gone = weakref.ref(engine.llm)

@@ -236,6 +236,9 @@ def test_memory_adds_up():
     assert plain.activations > 3 * memory(SMOLLM2, 100, 3072, place=CPU).activations
     unknown = memory(LLAMA3, 100, 10**5, free=None)
     assert (unknown.fit.micro_tokens, unknown.fit.level, unknown.fit.fits) == (3072, 0, True)
+    assert unknown.evaluation < LLAMA3.linear_parameters  # no copies of the weights: none this large is merged into
+    little = memory(SMOLLM2, 100, 10**4, free=None)
+    assert little.evaluation > 2 * SMOLLM2.linear_parameters
 
 
 def test_memory_of_this_machine_and_its_card(monkeypatch):

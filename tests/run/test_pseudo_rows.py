@@ -7,6 +7,7 @@ import json
 import shutil
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,8 +23,10 @@ from tell.config import Config
 from tell.data.kind import as_label
 from tell.errors import Interrupted, TellError
 from tell.files import read_jsonl
+from tell.folder import RunFolder
 from tell.mix.manifest import read_manifest
 from tell.nested import merge
+from tell.run import teach as teaching
 from tell.run.written_prompts import REQUEST, _request
 from tell.studies.cells import make_cell
 
@@ -260,8 +263,27 @@ def test_prompts_that_the_model_writes_are_weighed_by_tokens_where_no_readout_te
     assert {row["why"] for row in rows} == {None}
     notices = " ".join(read(folder.findings)["notices"])
     assert f"the model wrote {len(rows)} prompts in the style of the task's" in notices
+    assert read(folder.written) == {"prompts": "own"}
     other = tell.tune(config.model_copy(update={"out": str(tmp_path / "other")}))  # from the cache
     assert other.pseudo_labels("tell").read_bytes() == folder.pseudo_labels("tell").read_bytes()
+
+
+def test_all_teachers_ask_prompts_of_one_engine(tmp_path, monkeypatch):
+    """Also where another one decodes by the time of the second, as after a resumption or where vLLM gives up."""
+    asked = []
+
+    def write(session, task, wanted, engine):
+        asked.append((session.engine.name, wanted, engine))
+        return list(range(wanted)), {"asked": 128, "thrown": {}, "engine": engine or session.engine.name}
+
+    monkeypatch.setattr(teaching, "write_prompts", write)
+    pseudo = {"tell": SimpleNamespace(wanted=5, prompts=None), "sft-matched": SimpleNamespace(wanted=9, prompts=None)}
+    prepared = SimpleNamespace(pseudo=pseudo, task=SimpleNamespace(notices={1}))
+    for (teacher, planned), name in zip(pseudo.items(), ("vllm", "own"), strict=True):
+        session = SimpleNamespace(engine=SimpleNamespace(name=name))
+        found = teaching._prompts(prepared, planned, session, RunFolder(tmp_path))
+        assert found == list(range(pseudo[teacher].wanted))
+    assert asked == [("vllm", 9, None), ("own", 9, "vllm")]
 
 
 def test_a_cell_of_a_study_trains_the_teacher(made, tmp_path):

@@ -6,7 +6,9 @@ import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from filelock import FileLock, Timeout
@@ -19,9 +21,12 @@ from tell.config import load_config
 from tell.errors import Interrupted
 from tell.files import read_jsonl
 from tell.mix.manifest import read_manifest
+from tell.models.machine import Place
 from tell.progress import Silent
 from tell.rows.template import ChatTokenizer
-from tell.run import self_written as self_data
+from tell.run import session as sessions
+from tell.run import written_blocks
+from tell.run.plan import likely_engine
 from tell.run.self_written import MARK, enough_of, is_good, self_file, user_header, write_self_data
 from tell.run.task import load_task
 
@@ -54,7 +59,7 @@ def test_two_runs_at_once_write_once(talker, own_home, monkeypatch):
     """The one that comes second waits, says so, and takes what the first wrote; it may be stopped meanwhile."""
     locked: list[bool] = []
 
-    def part(path, *rest, real=self_data._part):
+    def part(path, *rest, real=written_blocks._part):
         try:
             FileLock(path.parent / f".{path.stem}.lock").acquire(timeout=0).lock.release()
             locked.append(False)
@@ -70,7 +75,7 @@ def test_two_runs_at_once_write_once(talker, own_home, monkeypatch):
         return write_self_data(session, enough_of(config, task.unit, 100))
 
     path, facts = write(Silent())
-    mute = object()  # no engine: it cannot write
+    mute = SimpleNamespace(name="own")  # it cannot write
     away = own_home / "away"
     (own_home / "self").rename(away)
     waiting = threading.Event()
@@ -88,7 +93,7 @@ def test_two_runs_at_once_write_once(talker, own_home, monkeypatch):
 
             yield advance
 
-    place = self_file(config, task.files.fingerprint, task.chat.fingerprint)
+    place = self_file(config, task.files.fingerprint, task.chat.fingerprint, "own")
     place.parent.mkdir()
     with ThreadPoolExecutor(1) as pool:
         with FileLock(place.parent / f".{place.stem}.lock"):
@@ -101,7 +106,7 @@ def test_two_runs_at_once_write_once(talker, own_home, monkeypatch):
             for file in away.glob("*.json*"):
                 shutil.copy(file, place.parent)
         assert second.result(30) == (path, facts)
-    monkeypatch.setattr(self_data, "_part", part)
+    monkeypatch.setattr(written_blocks, "_part", part)
     assert write(Silent(), mute) == (path, facts)
     assert locked == [True]  # nobody else writes the file of the run's own rows meanwhile
 
@@ -250,7 +255,9 @@ def test_stopped_while_writing(talker, own_home, tmp_path):
     with pytest.raises(Interrupted):
         tell.tune(config, display=Killer("general data, written", 3))
     task = load_task(config)
-    assert not self_file(config, task.files.fingerprint, task.chat.fingerprint).exists()  # within the first block
+    assert not self_file(
+        config, task.files.fingerprint, task.chat.fingerprint, "own"
+    ).exists()  # within the first block
     folder = tell.tune(config, resume=True)
     assert read(folder.metrics)["mixture"]["rows"]["general"] == 25
 
@@ -273,7 +280,90 @@ def test_a_model_that_writes_nothing_usable(tiny_model, own_home, tmp_path):
 def test_rows_of_another_arithmetic_are_others(talker, own_home):
     """Number format, device, engine and batch round otherwise, and a token that tips changes all that follow."""
     config = config_of(talker)
-    plain = self_file(config, "model", "t")
-    for key in ("model.dtype=bf16", "generate.engine=own", "generate.batch_size=3"):
-        assert self_file(load_config(flags=config.model_dump(by_alias=True), overrides=[key]), "model", "t") != plain
-    assert self_file(config_of(talker, mix={"repeat": 5}), "model", "t") == plain
+    plain = self_file(config, "model", "t", "own")
+
+    def other(key: str) -> Path:
+        return self_file(load_config(flags=config.model_dump(by_alias=True), overrides=[key]), "model", "t", "own")
+
+    assert plain not in (other("model.dtype=bf16"), other("generate.batch_size=3"))
+    assert self_file(config, "model", "t", "vllm") != plain == other("generate.engine=own")  # as `auto` came to, here
+    assert self_file(config_of(talker, mix={"repeat": 5}), "model", "t", "own") == plain
+
+
+class Falling:
+    """An engine of another name and with other draws, which gives up after so many calls and then answers as ours."""
+
+    def __init__(self, own, calls: int) -> None:
+        self.name, self.own, self.calls = "vllm", own, calls
+
+    def __getattr__(self, name):
+        return getattr(self.own, name)
+
+    def generate(self, prompts, decoding, **more):
+        self.calls -= 1
+        if self.calls < 0:
+            self.name = "own"
+        seed = decoding.seed if self.name == "own" else decoding.seed + 5
+        return self.own.generate(prompts, replace(decoding, seed=seed), **more)
+
+
+@pytest.mark.parametrize("calls", [0, 1, 3])
+def test_engines_do_not_mix_in_one_file(talker, own_home, calls):
+    """Where one takes over from another, the other's blocks stay in its file and ours begin in our own."""
+    config = config_of(talker, general={"source": "self", "rows": 9, "self": SHORT}, eval={"forgetting_rows": 0})
+    own = open_session(talker, config)
+    rows = len(read_jsonl(write_self_data(own, lambda have: len(have) / 9)[0])) + 1  # two blocks
+    enough = lambda have: len(have) / rows  # noqa: E731
+    ours, facts = write_self_data(own, enough)
+    expected = ours.read_bytes()
+    shutil.rmtree(own_home / "self")
+    fell = open_session(talker, config, engine=Falling(own.engine, calls))
+    path, found = write_self_data(fell, enough)
+    assert (path, found, path.read_bytes()) == (ours, facts, expected) and facts["engine"] == "own"
+    theirs = self_file(config, fell.files.fingerprint, fell.chat.fingerprint, "vllm")
+    assert theirs.exists() == (calls == 3)
+    if calls == 3:  # two of a block that is whole, one of the next
+        assert not {row["output"] for row in read_jsonl(theirs)} & {row["output"] for row in read_jsonl(path)}
+
+
+def test_a_resumed_run_goes_on_with_rows_of_the_engine_that_wrote_them(talker, own_home, tmp_path, monkeypatch):
+    """Whichever decodes now; without them, another engine's are not taken for them."""
+    config = config_of(
+        talker,
+        tmp_path / "run",
+        general={"source": "self", "rows": 5, "self": SHORT},
+        eval={"arms": ["tell"], "forgetting_rows": 0},
+    )
+    load = sessions._load
+
+    def falls(session):
+        loaded, engine = load(session)
+        return loaded, Falling(engine, 100)
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(sessions, "_load", falls)
+        tell.tune(config, display=Killer("train tell", 2))
+    manifest = (tmp_path / "run/manifest.parquet").read_bytes()
+    assert read(tmp_path / "run/written.json") == {"general": "vllm"}
+    now = load_config(flags=config.model_dump(by_alias=True), overrides=["generate.engine=own"])
+    (own_home / "self").rename(own_home / "away")
+    with pytest.raises(tell.TellError, match=r"the engine vllm wrote are left.*generate\.engine=vllm.*--overwrite"):
+        tell.tune(now, resume=True)
+    shutil.rmtree(own_home / "self")
+    (own_home / "away").rename(own_home / "self")
+    before = files(own_home)
+    folder = tell.tune(now, resume=True)
+    assert folder.manifest.read_bytes() == manifest and files(own_home) == before
+    assert read(folder.metrics)["mixture"]["rows"]["general"] == 5
+
+
+def test_a_plan_reads_rows_of_the_engine_that_would_decode(talker, monkeypatch):
+    task, decided = (load_task(config_of(talker, example=name)) for name in ("titles", "support"))
+    assert likely_engine(task) == "own"
+    monkeypatch.setattr("tell.run.plan.likely_place", lambda config: Place("cuda", "bf16"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "vllm" or None)
+    assert likely_engine(task) == "vllm"
+    for key in ("model.base=nf4", "generate.engine=own"):
+        config = load_config(flags=task.config.model_dump(by_alias=True), overrides=[key])
+        assert likely_engine(replace(task, config=config)) == "own"
+    assert decided.decides and likely_engine(decided) == "own"

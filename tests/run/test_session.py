@@ -88,7 +88,7 @@ def test_vllm_that_does_not_start(tiny_model, monkeypatch):
 def test_only_vllm_by_name_has_no_engine_to_fall_back_on(engine, tiny_model, monkeypatch):
     given = []
     monkeypatch.setattr("tell.decode.vllm_engine.VllmEngine", lambda *_, own, **more: given.append(own))
-    monkeypatch.setattr("tell.decode.vllm_engine.pick_engine", lambda *_: "vllm")
+    monkeypatch.setattr("tell.run.session.pick_engine", lambda *_: "vllm")
     loaded, _ = session_of(tiny_model("llama"), engine).load()
     assert given == [None] if engine == "vllm" else given[0]().model is loaded.model
 

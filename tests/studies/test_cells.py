@@ -72,6 +72,7 @@ CHANGES: dict[str, tuple[str, set[str]]] = {
     "folder": ("out=elsewhere", set(ARMS)),
     "time": ("max_minutes=5", {*UNTRAINED, "sft"}),
     "seed": ("seed=43", set()),
+    "engine": ("generate.engine=own", set()),
     "temperature": ("generate.temperature=0.9", set()),
     "closed fields": ("generate.closed=likelihood", FREE),
     "readout weight": ("generate.readout_weight=1", FREE),

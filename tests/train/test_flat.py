@@ -126,6 +126,21 @@ def test_products_are_summed_the_first_way_that_torch_takes(refused, monkeypatch
         torch.testing.assert_close(total.double(), 1 + 0.5 * a.double() @ b.double(), rtol=1e-5, atol=1e-5)
 
 
+def test_memory_that_ends_says_nothing_about_a_product(monkeypatch):
+    """It is raised, and the way is tried again another time."""
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    device = torch.device("cpu")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "addmm", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            flats._exact(device, torch.bfloat16)
+    monkeypatch.setattr(torch, "addmm", lambda total, a, b, alpha, out, **_: total.add_(a.float() @ b.float() * alpha))
+    assert flats._exact.__wrapped__(device, torch.bfloat16) is flats._added_in_place
+
+
 def test_a_product_that_is_rounded_is_not_taken(monkeypatch):
     monkeypatch.setattr(torch, "mm", lambda a, b, out_dtype: (a.float() @ b.float()).to(a.dtype).float())
     monkeypatch.setattr(torch, "addmm", lambda total, a, b, out_dtype, alpha, out: total.add_(a @ b, alpha=alpha))

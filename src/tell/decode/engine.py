@@ -27,7 +27,7 @@ from tell.train.device import free_bytes
 from tell.train.lora import adapter_applied
 from tell.train.step import Body
 from tell.train.torch_types import AnyModule
-from tell.train.unmerged import is_unmerged
+from tell.train.unmerged import beside_shape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -83,7 +83,8 @@ class Engine:
         self.static = self.device.type == "cuda"  # decode over a static cache rather than by the CPU's kernels
         self.fast = fast and (self.static or self.device.type == "cpu")
         self.recorder: Callable[[torch.device], Recorder] = recorder
-        self.trusted: bool | None = None  # whether the faster way computes the same as the model; None: not checked yet
+        # Why the faster way is not trusted with an adapter of this shape beside; "": it computes the same as the model.
+        self._faults: dict[tuple[tuple[str, int], ...], str] = {}
         self.how = ""  # in words, how the last answers were decoded with what `adapter` applies, and why no faster
         self._why = ""  # transformers' layers decode
         self._said: set[str] = set()
@@ -96,17 +97,20 @@ class Engine:
     @contextmanager
     def adapter(self, folder: Path | None) -> Iterator[None]:
         """Decodes inside with an adapter, merged into the model's weights or applied beside them."""
-        trusted = self.trusted
         with adapter_applied(self.model, folder):
             self.how = ""
-            beside = is_unmerged(self.model)
-            if beside and trusted:
-                self.trusted = None  # its products were not compared yet
-            try:
-                yield
-            finally:
-                if beside:
-                    self.trusted = trusted
+            yield
+
+    @property
+    def trusted(self) -> bool | None:
+        """Whether the faster way computes the same as the model with what is applied now; None: not checked yet.
+
+        What is checked is the program, which depends on the layers and ranks of an adapter beside the weights, not on
+        its numbers: other factors of that shape, also put in place of these, run the same one, and merged ones that of
+        the base model.
+        """
+        fault = self._faults.get(beside_shape(self.model))
+        return None if fault is None else not fault
 
     @torch.inference_mode()
     def generate(
@@ -238,11 +242,13 @@ class Engine:
             self._fixed, self._packed, self._kept = False, None, None
 
     def _batch(self, decoding: Decoding, slots: int, capacity: int, prefix: list[int]) -> Batch:
-        packed = self._packed or self._pack() if self.fast and self.trusted is not False else None
+        shape = beside_shape(self.model)
+        self._why = self._faults.get(shape, "")
+        packed = self._packed or self._pack() if self.fast and not self._why else None
         if packed is not None:
-            if self.trusted is None:
-                self.trusted = self._tried(packed, decoding)
-            if self.trusted:
+            if shape not in self._faults:
+                self._faults[shape] = self._fault(packed, decoding)
+            if not self._faults[shape]:
                 # Otherwise copied for each call: weights may have changed, and the copy takes their memory again.
                 self._packed = packed if self._fixed else None
                 return self._fast_batch(packed, decoding, slots, capacity, prefix)
@@ -274,10 +280,11 @@ class Engine:
             return None
         if self.static:
             return StaticModel(description, self.body)
-        if not kernels_take(description) or kernels(description.dtype) is None:
-            odd = "with an adapter beside its weights" if description.adapted else ""
-            odd = "with quantised weights" if description.quantised else odd
-            self._say(f"this machine has no kernels for the model {odd}".strip())
+        present = kernels(description.dtype) is not None
+        if not present or not kernels_take(description):
+            odd = " with an adapter beside its weights" if description.adapted else ""
+            odd = " with quantised weights" if description.quantised else odd
+            self._say(f"this machine has no kernels for the model{odd if present else ''}")
             return None
         return Packed(description, self.body)
 
@@ -288,18 +295,17 @@ class Engine:
             self._said.add(why)
             warnings.warn(f"answers are decoded by transformers' layers, which is slower: {why}", stacklevel=2)
 
-    def _tried(self, packed: Packed | StaticModel, decoding: Decoding) -> bool:
-        """As `_check`; what is wrong is said, also where a function of this torch or GPU is missing."""
+    def _fault(self, packed: Packed | StaticModel, decoding: Decoding) -> str:
+        """What `_check` finds wrong, which is said, also where a function of this torch or GPU is missing; or ""."""
         try:
-            same = self._check(packed, decoding)
+            fault = "" if self._check(packed, decoding) else "the faster implementation differs on this model"
         except RuntimeError as error:
             if not self.static:
                 raise
-            self._say(f"the faster implementation fails ({first_line(error)})")
-            return False
-        if not same:
-            self._say("the faster implementation differs on this model")
-        return same
+            fault = f"the faster implementation fails ({first_line(error)})"
+        if fault:
+            self._say(fault)
+        return fault
 
     def _check(self, packed: Packed | StaticModel, decoding: Decoding) -> bool:
         """Whether both implementations give the same states, within rounding, for some rows of this model."""

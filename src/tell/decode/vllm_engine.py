@@ -7,13 +7,12 @@ its answer unless decoding is greedy. Not measured by us: written from vLLM's do
 from __future__ import annotations
 
 import gc
-import importlib.util
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -37,22 +36,11 @@ RANKS = (8, 16, 32, 64, 128, 256, 512)  # adapter ranks that vLLM can reserve
 LONGEST = 32_768  # tokens; vLLM refuses to start where one sequence of full length does not fit into memory
 NO_MASKS = "vLLM has no tokenizer here, which its constrained answers need"  # see skip_tokenizer_init
 CHECK = 15, 16  # tokens of a check's prompt, fewer than a cached block of vLLM's, and of its greedy answer
-REMEDY = "Nothing is lost: a run goes on with `tell tune --resume --out`, also with --set generate.engine=own."
+REMEDY = (
+    "Repeat the command with --set generate.engine=own; a run loses nothing: "
+    "`tell tune --resume --out RUN --set generate.engine=own`."
+)
 NEVER = -100.0  # the lowest bias vLLM accepts; it outweighs any logit
-
-
-def pick_engine(choice: Literal["auto", "own", "vllm"], device: str) -> Literal["own", "vllm"]:
-    """The engine to decode with: ``auto`` is vLLM on a GPU where it is installed.
-
-    Raises:
-        TellError: vLLM is requested and not available.
-    """
-    installed = importlib.util.find_spec("vllm") is not None
-    if choice == "vllm" and not (installed and device.startswith("cuda")):
-        why = "is not installed" if not installed else f"needs a GPU, and the model is on {device}"
-        remedy = "Install tell-llm[vllm], or use generate.engine=own." if not installed else "Use generate.engine=own."
-        raise TellError(f"vLLM {why}", where="generate.engine", remedy=remedy)
-    return "vllm" if choice != "own" and installed and device.startswith("cuda") else "own"
 
 
 def sampling(decoding: Decoding, row: int, limit: int) -> dict[str, Any]:
@@ -238,7 +226,7 @@ class VllmEngine:
         """
         if not self._is_same(self._base):
             raise RuntimeError("the base model answers otherwise after vLLM slept")
-        if not self._is_same(self._weights):
+        if self._weights is not self._base and not self._is_same(self._weights):
             self._weights.number = self._next_number()
             if not self._is_same(self._weights):
                 raise RuntimeError("the adapter answers otherwise after vLLM slept, also when loaded again")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -200,8 +201,8 @@ def predict_memory(
     fit = one.choose(room, longest=load.longest, largest=load.largest, micro=micro, level=level, graphs=graphs)
     decoding = 2.0 * arch.kv_heads * arch.head_dim * arch.layers * width * load.rows * load.length
     copies = float(width) * arch.linear_parameters if base == FULL else 0.0
-    if gpu and free is not None:  # rows wait where theirs would take more
-        left = max(0.0, free - weights - process)
+    if gpu:  # rows wait where theirs would take more
+        left = math.inf if free is None else max(0.0, free - weights - process)
         decoding, copies = min(decoding, left / SHARE), copies if merges(copies, left) else 0.0
     # beside the weights: its factors, and once more as the decoder joins them, with half as many zeros between blocks
     beside = 2.5 * width * trained if gpu and not copies else 0.0

@@ -25,8 +25,10 @@ from tell.nested import flat
 
 PATIENCE = 1.0  # seconds; another process may be testing whether the lock is held
 
-# Keys that may differ between a run and its resumption: they change numbers by rounding, and dropout's draws, at most.
-FREE = ("out", "train.micro_tokens", "train.recompute", "train.parallel", "train.report_to", "generate.engine")
+# Keys that change numbers by rounding, and dropout's draws, at most: cells of studies do not count them either.
+FREE = ("out", "train.micro_tokens", "train.recompute", "train.parallel", "train.report_to")
+# Keys that may differ between a run and its resumption; another engine draws other sampled answers.
+RESUMABLE = (*FREE, "generate.engine")
 PATHS = (
     ("task", "data"),
     ("task", "test"),
@@ -341,7 +343,7 @@ def _changed(old: Config, new: Config, decided: bool) -> str | None:
         decided: the extent that fits ``max_minutes`` is already decided, so that the minutes must not change.
     """
     a, b = _flat(old), _flat(new)
-    free = FREE if decided else (*FREE, "max_minutes")
+    free = RESUMABLE if decided else (*RESUMABLE, "max_minutes")
     for key in a:
         if key not in free and a[key] != b.get(key):
             return f"{key} = {a[key]!r}, not {b.get(key)!r}"

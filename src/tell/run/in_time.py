@@ -16,12 +16,13 @@ from tell.run.plan import estimated_general
 from tell.run.prepare import Prepared
 from tell.run.pseudo_rows import planned_pseudo
 from tell.run.record import Planned, split_file
-from tell.run.self_written import Enough, cached_self_file, enough_of
+from tell.run.self_written import enough_of, self_file
 from tell.run.session import Session
 from tell.run.speed import measure_pace
 from tell.run.task import Task
 from tell.run.time_budget import Extent, fit_minutes, read_extent
 from tell.run.train_arms import Trained
+from tell.run.written_blocks import Enough, cached_blocks
 
 
 @dataclass
@@ -43,16 +44,20 @@ class InTime:
     measured: bool = False
     decided: dict[str, Any] = field(default_factory=dict)
 
-    def enough(self, task: Task, table: RowTable) -> Enough:
+    def enough(self, task: Task, table: RowTable, engine: str) -> Enough:
         """A function of rows: the share they make up of the general rows that there is predicted to be time for.
 
         A resumed run takes those that the previous session took.
+
+        Args:
+            engine: writes them.
         """
         tokens = int(table.unit.sum())
         if (kept := self._planned("general")) is not None:
             return lambda rows: len(rows) / max(1, kept.rows)
         enough = enough_of(task.config, task.unit, tokens)
-        written = cached_self_file(task.config, task.files.fingerprint, task.chat.fingerprint, enough)
+        file = self_file(task.config, task.files.fingerprint, task.chat.fingerprint, engine)
+        written = cached_blocks(file, enough)
         if not self.minutes or written is not None:
             return enough
         self._measure(task, table)

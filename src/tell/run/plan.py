@@ -17,6 +17,7 @@ from tell.pass_memory import MOST_TOKENS
 from tell.rows.row_table import RowTable
 from tell.run.answers import answer_limit
 from tell.run.arms import trained_arms
+from tell.run.constrained import any_constrained
 from tell.run.costs import (
     OTHER_SECONDS,
     Pace,
@@ -32,8 +33,10 @@ from tell.run.costs import (
 )
 from tell.run.general_rows import General, load_general, source_of
 from tell.run.prepare import Prepared
-from tell.run.self_written import cached_self_file, enough_of
+from tell.run.self_written import enough_of, self_file
+from tell.run.session import pick_engine
 from tell.run.task import Task
+from tell.run.written_blocks import cached_blocks
 
 
 def unwritten_general(task: Task, table: RowTable) -> General | None:
@@ -43,11 +46,20 @@ def unwritten_general(task: Task, table: RowTable) -> General | None:
         return None
     config, tokens = task.config, int(table.unit.sum())
     enough = enough_of(config, task.unit, tokens)
-    path = cached_self_file(config, task.files.fingerprint, task.chat.fingerprint, enough)
+    path = cached_blocks(self_file(config, task.files.fingerprint, task.chat.fingerprint, likely_engine(task)), enough)
     if path is None:
         task.notices.add("the model has yet to write the general data; its lengths are estimated")
         return estimated_general(task, tokens)
     return load_general(task, general_source(str(path), config.general.columns), overlap=config.task.drop_overlap)
+
+
+def likely_engine(task: Task) -> str:
+    """The engine that a run would decode with, as far as that is known without torch."""
+    config = task.config
+    if task.decides or config.model.base != FULL or any_constrained(config, task.kind.name, config.eval.arms):
+        return "own"
+    choice = config.generate.engine
+    return pick_engine(choice, likely_place(config).device) if choice == "auto" else choice
 
 
 def estimated_general(task: Task, task_tokens: int) -> General:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -172,7 +173,6 @@ class Session:
 
 def _load(session: Session) -> tuple[Loaded, DecodingEngine]:
     from tell.decode.engine import Engine
-    from tell.decode.vllm_engine import pick_engine
     from tell.models.load import choose_device, load_model
 
     files, config = session.files, session.config
@@ -227,6 +227,20 @@ def _vllm_engine(
         why = f"vLLM does not start ({first_line(error)})"
         warnings.warn(f"{why}; answers are decoded without it", stacklevel=2)
         return why
+
+
+def pick_engine(choice: Literal["auto", "own", "vllm"], device: str) -> Literal["own", "vllm"]:
+    """The engine to decode with: ``auto`` is vLLM on a GPU where it is installed.
+
+    Raises:
+        TellError: vLLM is requested and not available.
+    """
+    installed = importlib.util.find_spec("vllm") is not None
+    if choice == "vllm" and not (installed and device.startswith("cuda")):
+        why = "is not installed" if not installed else f"needs a GPU, and the model is on {device}"
+        remedy = "Install tell-llm[vllm], or use generate.engine=own." if not installed else "Use generate.engine=own."
+        raise TellError(f"vLLM {why}", where="generate.engine", remedy=remedy)
+    return "vllm" if choice != "own" and installed and device.startswith("cuda") else "own"
 
 
 def own_engine(config: Config) -> Config:

@@ -24,6 +24,7 @@ from tell.run.readouts import prompt_states, run_decider
 from tell.run.session import Session
 from tell.run.task import Task
 from tell.run.train_arms import Trained
+from tell.run.written_blocks import keep_engine, written_by_engine
 from tell.run.written_prompts import write_prompts
 from tell.score.scorers import make_scorer
 
@@ -93,7 +94,7 @@ def _answers(prepared: Prepared, planned: Pseudo, teacher: str, session: Session
     from tell.decode.sampler import Decoding
 
     task, config = prepared.task, prepared.task.config
-    asked = list(_prompts(task, planned, session))
+    asked = list(_prompts(prepared, planned, session, folder))
     prompting = Prompting(session.chat, prepared.anchor, task.shots, 0, 0, config.seed)
     rows = [_row(example) for example in asked]
     ids, fits = [], []
@@ -142,11 +143,16 @@ def _row(example: Example) -> dict:
     return {"origin": example.origin, "prompt": turns, "answer": None, "weight": None, "by": None, "why": None}
 
 
-def _prompts(task: Task, planned: Pseudo, session: Session) -> Sequence[Example]:
+def _prompts(prepared: Prepared, planned: Pseudo, session: Session, folder: RunFolder) -> Sequence[Example]:
     """The prompts of the user's file, or those that the model writes, with a notice of their number."""
     if planned.prompts is not None:
         return planned.prompts
-    found, facts = write_prompts(session, task, planned.wanted)
+    task = prepared.task
+    # All that any teacher is to answer, at once: they are then of one engine, also where another decodes later.
+    wanted = max(one.wanted for one in prepared.pseudo.values())
+    found, facts = write_prompts(session, task, wanted, written_by_engine(folder, "prompts"))
+    keep_engine(folder, "prompts", facts["engine"])
+    found = found[: planned.wanted]
     thrown = ", ".join(f"{count:,} {reason}" for reason, count in facts["thrown"].items())
     few = f", fewer than the {planned.wanted:,} requested" if len(found) < planned.wanted else ""
     task.notices.add(

@@ -37,6 +37,7 @@ from tell.run.session import ModelCache, Session, check_engine, check_trainable
 from tell.run.task import Task, anchor_of, limit_task, load_task, place_anchor, placed_anchor
 from tell.run.teach import teach
 from tell.run.train_arms import train_arms
+from tell.run.written_blocks import keep_engine, written_by_engine
 from tell.train.trackers import missing_trackers
 
 if TYPE_CHECKING:
@@ -176,7 +177,10 @@ def written_by(session: Session, clock: InTime) -> Writer:
         if not source_of(task).written:
             return None
         session.load()
-        path, facts = write_self_data(session, clock.enough(task, table))
+        folder = clock.journal.folder
+        known = written_by_engine(folder, "general")
+        path, facts = write_self_data(session, clock.enough(task, table, known or session.engine.name), known)
+        keep_engine(folder, "general", facts["engine"])
         if facts["thrown"]:
             thrown = ", ".join(f"{n} {reason}" for reason, n in sorted(facts["thrown"].items(), key=lambda x: -x[1]))
             text = f"general data: the model answered {facts['asked']:,} prompts, {facts['kept']:,} kept ({thrown})"

@@ -2,7 +2,7 @@
 
 The model goes on with a list of some training prompts (self-instruct, arXiv 2212.10560), begun as its own answer: asked
 for one more in words, a small model leaves their style. Blocks, seeds and the cache are those of
-`tell.run.self_written`: a larger number of prompts extends a smaller one.
+`tell.run.written_blocks`: a larger number of prompts extends a smaller one.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from tell.files import read_jsonl
 from tell.home import tell_home
 from tell.mix.mixture import PSEUDO
 from tell.rows.row_cache import cache_key
-from tell.run.self_written import BLOCK, decoding_of, faulty_text, shares, write_blocks
+from tell.run.self_written import decoding_of, faulty_text, shares
 from tell.run.task import Task
+from tell.run.written_blocks import BLOCK, write_blocks
 from tell.seeds import permutation
 
 if TYPE_CHECKING:
@@ -35,16 +36,17 @@ ROOM, LEAST = 1.5, 0.5  # longest prompt, by the longest training prompt, and sh
 REQUEST = "Write a list of texts of one kind, each with its number."
 
 
-def write_prompts(session: Session, task: Task, wanted: int) -> tuple[list[Example], dict]:
+def write_prompts(session: Session, task: Task, wanted: int, engine: str | None = None) -> tuple[list[Example], dict]:
     """Prompts that the model writes, without copies of training, validation and test prompts.
 
     Args:
         session: of the untuned model.
         task: with the rows of its budget.
         wanted: prompts; there may be fewer, if the model writes too few usable ones in `TRIES` times as many tries.
+        engine: wrote the prompts that the run has already; None: the one that decodes now writes them.
 
     Returns:
-        The prompts, each with an empty answer, and ``{"asked", "kept", "thrown": {reason: prompts}}``.
+        The prompts, each with an empty answer, and ``{"asked", "kept", "thrown": {reason: prompts}, "engine"}``.
     """
     asked = [example.question for example in task.train if example.question.strip()]
 
@@ -57,19 +59,20 @@ def write_prompts(session: Session, task: Task, wanted: int) -> tuple[list[Examp
 
     path, facts = write_blocks(
         session,
-        _file(session, asked),
+        lambda name: _file(session, asked, name),
         lambda rows: len(usable(rows)[0]) / wanted,
         block=lambda number, thrown, moved: _block(session, asked, number, thrown, moved),
         title="prompts, written by the model",
         most=max(2, -(-TRIES * wanted // BLOCK)),
+        engine=engine,
     )
     found, lost = usable(read_jsonl(path))
     thrown = Counter(facts["thrown"]) + lost
-    return found[:wanted], {"asked": facts["asked"], "kept": len(found), "thrown": dict(thrown.most_common())}
+    return found[:wanted], {**facts, "kept": len(found), "thrown": dict(thrown.most_common())}
 
 
-def _file(session: Session, asked: Sequence[str]) -> Path:
-    """The file of the prompts of this model, task and settings."""
+def _file(session: Session, asked: Sequence[str], engine: str) -> Path:
+    """The file of the prompts that an engine wrote with this model, task and settings."""
     config = session.config
     key = cache_key(
         what="prompts",
@@ -78,7 +81,7 @@ def _file(session: Session, asked: Sequence[str]) -> Path:
         tokenizer=session.chat.fingerprint,
         seed=config.seed,
         asked=list(asked),
-        arithmetic=[*config.model.arithmetic, config.generate.engine, config.generate.batch_size],
+        arithmetic=[*config.model.arithmetic, engine, config.generate.batch_size],
         sampling=[TEMPERATURE, TOP_P],
     )
     return tell_home() / "self" / f"{key}.jsonl"

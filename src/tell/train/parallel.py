@@ -221,8 +221,8 @@ def shard(peft_model: PeftModel, device: torch.device, processes: Processes) -> 
     """Shard a model's frozen weights over all processes, layer by layer; its adapters stay whole in each.
 
     Every tensor is the first process's, sent when its layer is sharded: the others need no weights of their own, and
-    hold one layer at a time next to their shards. Why not the files' slices in each process: what transformers makes
-    of them (renamed, joined, tied, cast) is then computed once.
+    hold one layer at a time, or embedding and head, next to their shards. Why not the files' slices in each process:
+    what transformers makes of them (renamed, joined, tied, cast) is then computed once.
 
     Args:
         peft_model: with its LoRA; outside the first process its weights may be on the meta device.

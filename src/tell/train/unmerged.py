@@ -86,3 +86,11 @@ def adapter_unmerged(
 def is_unmerged(model: nn.Module) -> bool:
     """Whether an adapter is applied beside the weights of ``model`` now."""
     return model in _unmerged
+
+
+def beside_shape(model: nn.Module) -> tuple[tuple[str, int], ...]:
+    """Name and rank of each layer with an adapter beside it now."""
+    if not is_unmerged(model):
+        return ()
+    layers = ((name, adapted(layer)) for name, layer in model.named_modules())
+    return tuple((name, len(found.a)) for name, found in layers if found is not None)
