@@ -100,13 +100,26 @@ def read_json(path: Path, *, most: int = MOST_JSON, remedy: str) -> dict[str, An
     return value
 
 
-def stamp(path: Path) -> tuple[float, int, int]:
-    """Time of the last change, size and number of a file: another where its content is; zeros where there is none."""
+Stamp = tuple[float, int, int, int]
+
+
+def stamp(path: Path) -> Stamp:
+    """Time of the last change, size, number and time of the last change of any kind of a file: another where its
+    content is, also if its time was set back; zeros where there is none.
+    """
     try:
         found = path.stat()
-        return found.st_mtime, found.st_size, found.st_ino
+        return found.st_mtime, found.st_size, found.st_ino, found.st_ctime_ns
     except (OSError, ValueError):
-        return 0.0, 0, 0
+        return 0.0, 0, 0, 0
+
+
+def stamps(path: Path) -> list[Stamp]:
+    """`stamp` of a file, or of a folder and of all in it."""
+    names: list[str] = []
+    with suppress(OSError, ValueError):
+        names = sorted(os.listdir(path))
+    return [stamp(path), *(stamp(path / name) for name in names)]
 
 
 def read_facts(path: Path) -> dict[str, Any]:
@@ -341,11 +354,15 @@ def _is_writing(number: int, path: Path) -> bool:
         return False
 
 
+class Unwritable(TellError):
+    """A file or folder cannot be written."""
+
+
 def unwritable(
     path: Path | str, error: OSError, remedy: str = "Free disk space or choose another folder with --out."
-) -> TellError:
+) -> Unwritable:
     """The error for a file or folder that cannot be written."""
-    return TellError(f"cannot be written ({error.strerror or error})", where=str(path), remedy=remedy)
+    return Unwritable(f"cannot be written ({error.strerror or error})", where=str(path), remedy=remedy)
 
 
 def write_text(path: Path, text: str) -> None:

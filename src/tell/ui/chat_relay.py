@@ -10,10 +10,8 @@ import asyncio
 import json
 import re
 from collections.abc import AsyncIterator
-from contextlib import suppress
 
 import httpx
-import psutil
 
 from tell.errors import TellError
 from tell.files import read_json
@@ -33,8 +31,7 @@ COLUMNS = {
     "tell": ("Tuned", "by TELL"),
 }
 MOST_EXAMPLES, MOST_CHARACTERS = 8, 6000  # in the prompt of the second column
-STOPPING = 20.0  # seconds until a server that was told to stop has ended
-_ADDRESS = re.compile(r"serving at (http://127\.0\.0\.1:\d+/v1) ")
+_ADDRESS = re.compile(rb"serving at (http://127\.0\.0\.1:\d+/v1) ")
 Messages = list[dict[str, str]]
 
 
@@ -53,22 +50,24 @@ def served(root: UiRoot) -> tuple[str, str]:
     job = serving(root)
     if job.process() is None:
         return "", ""
-    found = next((match for line in job.lines(50) if (match := _ADDRESS.search(line))), None)
-    return asked_for(root), found[1] if found else ""
+    found = _ADDRESS.search(job.log())
+    return asked_for(root), found[1].decode() if found else ""
 
 
 def serve_run(root: UiRoot, name: str) -> None:
     """Serve a run in place of the one that is served."""
-    job = serving(root)
-    if served(root)[0] == name:
-        return
-    if (process := job.stop()) is not None:
-        with suppress(psutil.Error):
-            try:
-                process.wait(STOPPING)
-            except psutil.TimeoutExpired:
-                process.kill()
-    job.start(["serve", positional(name), "--port=0"])
+    with (job := serving(root)).alone():  # nor does it come between another tab's stop and its end
+        if served(root)[0] != name:
+            free_model(root)
+            job.start(["serve", positional(name), "--port=0"])
+
+
+def free_model(root: UiRoot) -> None:
+    """End the server; its memory is free then."""
+    with (job := serving(root)).alone():
+        if job.stop() is not None:
+            job.wait(kill=True)
+        job.forget()  # else it would seem to have ended by itself
 
 
 def examples(folder: RunFolder) -> Messages:
@@ -90,12 +89,13 @@ def examples(folder: RunFolder) -> Messages:
 
 
 async def answer(root: UiRoot, name: str, prompt: str, at: str) -> AsyncIterator[bytes]:
-    """Lines of JSON, of one of `COLUMNS`: ``text`` as it comes, with ``end`` and ``ok``, what is known of it so far."""
+    """Lines of JSON, of one of `COLUMNS`: ``text`` as it comes, ``end`` and ``ok``, what is known of it so far, ``gone``."""
     folder, (run, address) = root.run(name), served(root)
     messages: Messages = [{"role": "user", "content": prompt}]
     try:
         if run != name or not address:
-            raise TellError("the model is not loaded")
+            yield _line(end="the model is not loaded", ok=False, gone=True)
+            return
         check = await asyncio.to_thread(Check.of, folder)
         if at == "context":
             messages = await asyncio.to_thread(examples, folder) + messages
@@ -110,7 +110,8 @@ async def answer(root: UiRoot, name: str, prompt: str, at: str) -> AsyncIterator
     except (TellError, OSError) as error:
         yield _line(end=one_line(str(error)), ok=False)
     except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
-        yield _line(end=f"the server does not answer ({type(error).__name__})", ok=False)
+        said, gone = f"the server does not answer ({type(error).__name__})", isinstance(error, httpx.TransportError)
+        yield _line(end=said, ok=False, gone=gone)
 
 
 async def _pieces(address: str, model: str, messages: Messages) -> AsyncIterator[tuple[str, str]]:

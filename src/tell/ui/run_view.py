@@ -40,15 +40,30 @@ def tuning(root: UiRoot, name: str) -> Job:
 def state_of(root: UiRoot, name: str) -> str:
     """``starting``, ``running``, ``done``, ``interrupted`` or ``failed``.
 
-    A run that was killed left ``running`` behind, but no process holds its lock.
+    A run that was killed left ``running`` behind, but no process holds its lock; one that ends says so before it has.
     """
-    folder, job = _folder(root.path / name), tuning(root, name)
-    state, process = read_facts(folder.status).get("state"), job.process()
+    folder = _folder(root.path / name)
+    state = read_facts(folder.status).get("state")
+    if tuning(root, name).process() is not None:
+        return "starting" if state != "running" and _begins(root, name) else "running"
     if state == "running":
-        return "running" if process is not None or is_held(folder) else "interrupted"
-    if process is not None and job.record()["created"] > stamp(folder.status)[0]:
-        return "starting"  # also a run that is being resumed
+        return "running" if is_held(folder) else "interrupted"
     return str(state) if state in ENDED else "failed"
+
+
+def _begins(root: UiRoot, name: str) -> bool:
+    """Whether the process of a run has yet to write its state: the one there is older."""
+    return tuning(root, name).record().get("started", 0.0) > stamp(_folder(root.path / name).status)[0]
+
+
+def resume(root: UiRoot, name: str) -> None:
+    """Resume a run, once the process that was stopped has ended; a second click changes nothing."""
+    with (job := tuning(root, name)).alone():
+        if job.process() is not None and get(read_facts(RunFolder(root.path / name).status), "state") in ENDED:
+            if _begins(root, name):
+                return
+            job.wait()
+        job.start(["tune", "--resume", f"--out={name}"])
 
 
 _folder = lru_cache(maxsize=4096)(RunFolder)  # its many paths take longer to make than a kept status to find
@@ -77,7 +92,7 @@ def live(root: UiRoot, name: str) -> dict[str, Any]:
     if state == "running" and is_number(seconds):  # the status is as old as the stage
         seconds += time.time() - stamp(folder.status)[0]
     left = max(0.0, predicted - seconds) if is_number(predicted) and is_number(seconds) else 0.0
-    error = job.error() or (_fault(folder) if state == "failed" else "")
+    error = job.error() or (_fault(folder) or job.ended() if state == "failed" else "")
     return {
         "state": state,
         "active": state in ACTIVE,

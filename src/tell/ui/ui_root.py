@@ -14,7 +14,7 @@ from anyio import from_thread, to_thread
 
 from tell.data.formats import FORMATS_TEXT, format_of
 from tell.errors import TellError
-from tell.files import atomic_path, claim_path, stamp
+from tell.files import atomic_path, claim_path, clean_temporary, stamp
 from tell.folder import RunFolder
 from tell.home import make_folder
 from tell.shown import brief
@@ -23,6 +23,7 @@ from tell.studies.study_folder import StudyFolder
 MOST_UPLOAD = 256 << 20  # bytes
 MOST_NAME = 100  # bytes of a name; file systems take 255, and some of them are added to it
 MOST_FOLDERS, DEEPEST = 20_000, 5  # that are searched for runs
+FULL = "Free disk space, or name another folder: tell ui ROOT"
 RUN = {"run.yaml", "status.json"}
 
 
@@ -56,8 +57,10 @@ class UiRoot:
         Raises:
             NotHere: the path leads out of the root, or to no run.
         """
-        if set(os.listdir(path := self._inside(name))) >= RUN:
-            return RunFolder(path)
+        path = self._inside(name)
+        with suppress(OSError):  # it has just been removed
+            if set(os.listdir(path)) >= RUN:
+                return RunFolder(path)
         raise NotHere(f"{brief(name)} is not a run")
 
     def study(self, name: str) -> StudyFolder:
@@ -94,6 +97,14 @@ class UiRoot:
         stamps = {path: stamp(path) for path in self.uploads.glob("[!.]*")}
         found = [path for path in stamps if stamps[path][1]]  # else it is gone, or only claimed as yet
         return [self.name(path) for path in sorted(found, key=stamps.__getitem__, reverse=True)[:200]]
+
+    def tidy(self) -> None:
+        """Remove what uploads left that a killed page took; while there is no page."""
+        clean_temporary(self.uploads.glob(".*.tmp"))
+        for path in self.uploads.glob("[!.]*"):
+            with suppress(OSError):
+                if path.is_file() and not path.stat().st_size:
+                    path.unlink()
 
     async def receive(self, name: str, parts: AsyncIterator[bytes]) -> str:
         """Keep an upload under a cleaned name that is free; returns its path under the root.
