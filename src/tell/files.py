@@ -21,7 +21,7 @@ from typing import Any
 
 import yaml
 
-from tell.errors import TellError, first_line
+from tell.errors import TellError, Unwritable, first_line
 
 MOST_TEXT = 1 << 20  # bytes of a configuration, recipe or anchor
 MOST_JSON = 512 << 20  # of a JSON file of a model or a run; large tokenizers have 35 MB
@@ -104,22 +104,12 @@ Stamp = tuple[float, int, int, int]
 
 
 def stamp(path: Path) -> Stamp:
-    """Time of the last change, size, number and time of the last change of any kind of a file: another where its
-    content is, also if its time was set back; zeros where there is none.
-    """
+    """Times and size of a file: another where its content is, also if one time was set; zeros where there is none."""
     try:
         found = path.stat()
         return found.st_mtime, found.st_size, found.st_ino, found.st_ctime_ns
     except (OSError, ValueError):
         return 0.0, 0, 0, 0
-
-
-def stamps(path: Path) -> list[Stamp]:
-    """`stamp` of a file, or of a folder and of all in it."""
-    names: list[str] = []
-    with suppress(OSError, ValueError):
-        names = sorted(os.listdir(path))
-    return [stamp(path), *(stamp(path / name) for name in names)]
 
 
 def read_facts(path: Path) -> dict[str, Any]:
@@ -352,10 +342,6 @@ def _is_writing(number: int, path: Path) -> bool:
         return True
     except (psutil.Error, OSError, OverflowError, ValueError):
         return False
-
-
-class Unwritable(TellError):
-    """A file or folder cannot be written."""
 
 
 def unwritable(

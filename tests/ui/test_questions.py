@@ -155,7 +155,7 @@ def test_columns_keep_their_order_and_their_commas():
     assert (found["ask"], found["reply"]) == (["b", "a"], ["z, y", "x"])
     found = picked({"names": ["q", "i", "a"], "columns": {"prompt": "q", "input": "i", "answer": "a"}})
     assert (found["ask"], found["reply"]) == (["q", "i"], ["a"])
-    assert picked({}) == {"names": [], "ask": [], "reply": []}
+    assert picked({}) == {"names": [], "ask": [], "reply": [], "sheets": [], "sheet": None}
 
 
 def test_a_long_name_and_a_fault_of_ours_break_no_page(client, root, stand_in, monkeypatch):
@@ -198,7 +198,7 @@ def test_an_export_is_started_and_a_model_is_freed(client, root, stand_in):
     assert client.post("/export/runs/a?target=hub", headers=ORIGIN).status_code == 404  # uploads: only in a terminal
     assert client.post("/export/runs/a?target=hf", headers=ORIGIN).url.path == "/ship/runs/a"
     until(lambda: calls(stand_in))
-    assert calls(stand_in) == ["-m tell export runs/a --to=hf --out=exports/a-hf"]
+    assert calls(stand_in) == ["-m tell export runs/a --to=hf --out=exports/runs/a-hf"]
     assert "reading: 3 of 9" in until(lambda: "3 of 9" in (text := client.get("/ship/runs/a").text) and text)
     client.post("/load/runs/a", headers=ORIGIN)
     assert "Loading the model" in client.get("/chat/runs/a").text

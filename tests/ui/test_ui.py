@@ -313,7 +313,7 @@ def test_a_model_that_is_gone_is_one_line(client, root):
     text = client.get("/chat/runs/a").text
     assert 'role="alert"' in text and serving(root).error() and "Load the model" in text
     lines = client.post("/say/runs/a?at=tell", content="hello", headers=ORIGIN).text.splitlines()
-    assert [json.loads(line) for line in lines] == [{"end": "the model is not loaded", "ok": False}]
+    assert [json.loads(line) for line in lines] == [{"end": "the model is not loaded", "ok": False, "gone": True}]
 
 
 def test_a_process_number_that_was_taken_over_is_not_stopped(root):

@@ -56,7 +56,7 @@ def look(given: Given, options: LookOptions) -> None:
 
 
 def _failed(config: Config, error: TellError, *, rows: int) -> dict:
-    """Beside the error: the sheets and columns to choose from, the form that was given, the plausible ones, a look by the first.
+    """Beside the error: the sheets and columns to choose from, the given form, the plausible ones, a look.
 
     A terminal shows these as commands; a program needs them as values.
     """

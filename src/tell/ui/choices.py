@@ -78,7 +78,7 @@ class Choice:
 
 
 def picked(data: Mapping[str, Any]) -> dict[str, Any]:
-    """The sheets and columns of a file, and those that prompt and answer are made from, as `tell look` says in its JSON."""
+    """Sheets and columns of a file, and those that prompt and answer are made from, as `tell look --json` says."""
     names, form, parts = data.get("names", []), data.get("form"), data.get("columns", {})
     ask = (Form(form["prompt"]).asked or (form["prompt"],)) if form else (parts.get("prompt"), parts.get("input"))
     reply = form["answer"] if form else (parts.get("answer"),)

@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 from filelock import FileLock
 
+from tell.child_process import find_process
 from tell.errors import TellError
 from tell.files import read_facts, write_json
 from tell.home import make_folder
@@ -25,9 +26,7 @@ from tell.shown import one_line
 from tell.ui.ui_root import FULL, UiRoot
 
 TAIL = 1 << 16  # bytes of a log that are looked at
-STOPPING = 20.0  # seconds until a process that was told to stop has ended
 MOST = 4  # questions at once: each reads data and may hold a model's tokenizer
-SAME = 1.0  # seconds by which the start of one process may differ between two readings
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class Job:
 
     def process(self) -> psutil.Process | None:
         """The process, while it runs; the number alone may have become another's."""
-        return _process(self.record())
+        return find_process(self.record())
 
     def start(self, arguments: Sequence[str], *, of: str = "") -> None:
         """Start ``tell ARGUMENTS`` unless it runs (or has run of the same): in a session of its own, no shell.
@@ -109,22 +108,6 @@ class Job:
                 process.terminate()
         return process
 
-    def wait(self, *, kill: bool = False) -> None:
-        """Wait until the process, which was told to stop, has ended.
-
-        Raises:
-            TellError: it has not, and is not to be killed.
-        """
-        end = time.monotonic() + STOPPING
-        while (process := self.process()) is not None and time.monotonic() < end:
-            time.sleep(0.05)
-        if process is not None and not kill:
-            raise TellError("has not ended yet", where=self.key, remedy="Try again in a minute.")
-        if process is not None:
-            with suppress(psutil.Error):
-                process.kill()
-                process.wait(1)
-
     def told(self, arguments: Sequence[str], *, of: str) -> tuple[dict[str, Any], str] | None:
         """What ``tell ARGUMENTS`` prints with ``--json`` of files in one state, and its error; None until it has ended.
 
@@ -132,7 +115,7 @@ class Job:
         """
         if self.record().get("of") != of:
             records = map(read_facts, self.file("").parent.glob("*.json"))
-            if sum(_process(found) is not None for found in records) >= MOST:
+            if sum(find_process(found) is not None for found in records) >= MOST:
                 return None
             self.start(arguments, of=of)
         if self.process() is not None:
@@ -165,15 +148,5 @@ class Job:
         """How a command ended that was to go on or to leave something; empty where it runs or was not started."""
         if self.process() is not None or not self.record():
             return ""
-        return (
-            self.error() or "".join(f"it ended; its last line: {x}" for x in self.lines(1)) or "it ended without a word"
-        )
-
-
-def _process(record: dict[str, Any]) -> psutil.Process | None:
-    try:
-        process = psutil.Process(int(record["pid"]))
-        same = abs(process.create_time() - float(record["created"])) < SAME
-        return process if same and process.status() != psutil.STATUS_ZOMBIE else None
-    except (psutil.Error, LookupError, TypeError, ValueError, OverflowError):
-        return None
+        last = "".join(self.lines(1))
+        return self.error() or (f"it ended; its last line: {last}" if last else "it ended without a word")

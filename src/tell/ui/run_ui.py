@@ -11,9 +11,9 @@ from typing import Any
 import uvicorn
 from filelock import FileLock, Timeout
 
-from tell.errors import TellError
-from tell.files import Unwritable, read_facts, write_json
-from tell.home import make_folder, remove_older
+from tell.errors import TellError, Unwritable
+from tell.files import read_facts, write_json
+from tell.home import make_folder, remove_older, remove_unfinished
 from tell.progress import Display
 from tell.serve.listen import bind
 from tell.ui.ui_app import make_ui
@@ -36,7 +36,7 @@ def run_ui(path: str | Path, display: Display, *, port: int) -> None:
     try:
         make_folder(root.state).chmod(0o700)
         with FileLock(root.state / ".lock", timeout=0), bind(HOST, port) as listening:
-            root.tidy()
+            remove_unfinished(root.uploads)
             remove_older(root.state / "questions", KEPT)
             token = str(read_facts(file).get("token") or secrets.token_urlsafe(24))  # kept, for open tabs
             write_json(file, {"token": token})  # without the last address, which may no longer be ours

@@ -23,22 +23,24 @@ from starlette.routing import Route
 from tell import __version__
 from tell.data.form import Form
 from tell.data.workbook import split_sheet
-from tell.errors import TellError
+from tell.errors import TellError, Unwritable
 from tell.exports.serving_files import model_licence
 from tell.exports.target import export_targets
-from tell.files import Unwritable, expanded, read_facts, read_text, stamps
+from tell.files import expanded, read_facts, read_text
 from tell.folder import RunFolder, reading
+from tell.home import stamps
 from tell.report.compare import compare_kept
 from tell.report.look_page import look_parts
 from tell.report.page import environment, stylesheet
 from tell.report.read_run import get
 from tell.run.claim import stop_holder
+from tell.run.first_answers import first_answers
 from tell.shown import one_line
 from tell.ui.chat_relay import COLUMNS, answer, asked_for, free_model, serve_run, served, serving
 from tell.ui.choices import Choice, picked, positional
 from tell.ui.guard import FRAMED, Guard
 from tell.ui.jobs import Job
-from tell.ui.run_view import ACTIVE, live, resume, state_of, study_line, summary, test_rows, tuning
+from tell.ui.run_view import ACTIVE, live, resume, state_of, study_line, summary, tuning
 from tell.ui.ui_root import FULL, NotHere, UiRoot
 
 MOST_PROMPT, MOST_PAGE = 1 << 17, 64 << 20  # bytes of a prompt, and of a page of a run folder
@@ -111,7 +113,7 @@ class Pages:
         shown = {"verb": verb, "choice": choice, "uploaded": self.root.uploaded()}
         named = [name for name in ("data", "test", "schema", "general", "model") if choice[name]]
         of = {name: stamps(self.root.path / expanded(split_sheet(choice[name])[0])) for name in named}
-        job = Job(self.root, f"{__version__} {choice.command(verb)}", "questions")
+        job = Job(self.root, f"{verb} {__version__} {choice.command(verb)}", "questions")
         if request.headers.get("hx-request"):
             if (told := job.told(choice.command(verb, "--json"), of=str(of))) is not None:
                 return answered(request, choice, *told)
@@ -128,6 +130,7 @@ class Pages:
             readings = [(f.name, Choice({**choice.values, **f.typed})) for f in map(Form.of, found["forms"])]
             found, error, choice, others, guess = found["look"], "", readings[0][1], readings[1:], True
         shown = {"choice": choice, "error": error, "command": _typed(choice.command("look")), "guess": guess}
+        shown["book"] = split_sheet(choice["data"])[0]
         more = {"facts": None} if error else look_parts(found)
         return page(request, "look", "Data", {**shown, "others": others, **picked(found.get("data", found)), **more})
 
@@ -161,7 +164,7 @@ class Pages:
         name, folder = self._run(request)
         (run, address), job, mine = served(self.root), serving(self.root), asked_for(self.root) == name
         shown = {
-            **{"name": name, "columns": COLUMNS, "prompts": [row["prompt"] for row in test_rows(folder)]},
+            **{"name": name, "columns": COLUMNS, "prompts": [row["prompt"] for row in first_answers(folder)]},
             **{"loading": run == name and not address, "ready": run == name and address, "other": run},
             **{"error": job.ended() if mine else "", "log": job.lines(3) if mine else []},
         }

@@ -14,7 +14,7 @@ from anyio import from_thread, to_thread
 
 from tell.data.formats import FORMATS_TEXT, format_of
 from tell.errors import TellError
-from tell.files import atomic_path, claim_path, clean_temporary, stamp
+from tell.files import atomic_path, claim_path, stamp
 from tell.folder import RunFolder
 from tell.home import make_folder
 from tell.shown import brief
@@ -97,14 +97,6 @@ class UiRoot:
         stamps = {path: stamp(path) for path in self.uploads.glob("[!.]*")}
         found = [path for path in stamps if stamps[path][1]]  # else it is gone, or only claimed as yet
         return [self.name(path) for path in sorted(found, key=stamps.__getitem__, reverse=True)[:200]]
-
-    def tidy(self) -> None:
-        """Remove what uploads left that a killed page took; while there is no page."""
-        clean_temporary(self.uploads.glob(".*.tmp"))
-        for path in self.uploads.glob("[!.]*"):
-            with suppress(OSError):
-                if path.is_file() and not path.stat().st_size:
-                    path.unlink()
 
     async def receive(self, name: str, parts: AsyncIterator[bytes]) -> str:
         """Keep an upload under a cleaned name that is free; returns its path under the root.
