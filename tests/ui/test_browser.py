@@ -189,11 +189,14 @@ def test_from_a_spreadsheet_to_a_chat_answer(browser, tiny_model, tmp_path):
         said = page.locator(".verdict-line")
         expect(said).to_have_text([re.compile("label of the task")] * 3, timeout=WAIT)
         expect(ask).to_be_enabled(timeout=WAIT)
+        expect(prompt).to_be_focused()  # by way of Stop, and not lost with the disabled button
         assert page.locator("[data-at=tell] .text").inner_text() in LABELS
         check_page(page)
         prompt.fill("long " * 30_000)
         ask.click()
         expect(said).to_have_text([re.compile("too long")] * 3)
+        expect(ask).to_be_enabled()
+        expect(page.get_by_role("button", name="Load the model")).to_be_hidden()  # it is loaded
         second.goto(page.url)
         second.locator("#unload").click()
         second.close()
@@ -215,11 +218,10 @@ def test_from_a_spreadsheet_to_a_chat_answer(browser, tiny_model, tmp_path):
         server.stop()
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
+@pytest.fixture
+def made(tmp_path):
     """A root with two runs that are done, one that goes on, and a study; and its server."""
-    top = tmp_path_factory.mktemp("made")
-    root = UiRoot(top / "root")
+    root = UiRoot(tmp_path / "root")
     for name in ("runs/a b", "runs/c'd\"<e>"):
         make_run(root, name)
     going, job = make_run(root, "runs/going", state="running"), tuning(root, "runs/going")
@@ -229,7 +231,7 @@ def made(tmp_path_factory):
     study.mkdir(parents=True)
     write_json(study / "study.json", {"cells": {"x": {"state": "running"}}})
     (study / "index.html").write_text("<title>s</title>")
-    server = UiServer(root.path, top / "home")
+    server = UiServer(root.path, tmp_path / "home")
     with FileLock(going.lock):
         yield root, server
     server.stop()
