@@ -283,6 +283,28 @@ def test_a_poll_leaves_focus_selection_and_scroll(browser, made):
     assert watched.said == []
 
 
+def test_one_of_several_dropped_files_is_taken_and_said(browser, made):
+    page = Watched(browser).page()
+    page.goto(made[1].address)
+    page.goto(f"{made[1].base}/data")
+    page.evaluate(
+        DROP.replace("document.get", 'data.items.add(new File([], "b.csv"));\n    document.get'), ["", "a.csv"]
+    )
+    page.wait_for_url("**/data?data=uploads*")
+    said = page.get_by_text("One file is taken at a time: a.csv, and not b.csv.")
+    sync_api.expect(said).to_be_visible(timeout=WAIT)
+
+
+def test_a_command_that_cannot_be_copied_is_selected(browser, made):
+    page = Watched(browser).page()
+    page.goto(made[1].address)
+    page.goto(f"{made[1].base}/run/runs/going")
+    page.evaluate("navigator.clipboard.writeText = () => Promise.reject(new Error())")
+    page.locator("[data-copy]").click()
+    sync_api.expect(page.get_by_text("Selected: copy it by the keyboard")).to_be_visible(timeout=WAIT)
+    assert page.evaluate("String(getSelection())") == "tell tune t.csv"
+
+
 def answer_parts(page, answer) -> None:
     """Answer what htmx asks for in place of the server."""
     page.route(

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import threading
 import time
-from importlib import import_module
 from types import SimpleNamespace
 
 import pytest
 
+from tell import child_process
 from tell.errors import TellError, Unwritable
+from tell.files import temporary_prefix
 from tell.home import remove_unfinished
 from tell.ui import run_ui, ui_root
 from tell.ui.chat_relay import serve_run, served, serving
@@ -20,8 +21,6 @@ from tell.ui.ui_root import FULL, NotHere
 from ui.asking import ORIGIN, calls
 from ui.made_runs import make_run
 from ui.ui_server import until
-
-child_process = import_module("tell.child_process")
 
 
 def meanwhile(monkeypatch, act) -> None:
@@ -135,12 +134,10 @@ def test_a_run_that_has_just_been_removed_is_not_here(root, monkeypatch):
 
 def test_what_a_killed_upload_left_is_removed(root):
     root.uploads.mkdir()
-    left = [root.uploads / "claimed.csv", root.uploads / f".a.csv.{'0' * 12}.1-x.tmp"]
     kept = root.uploads / "a.csv"
     kept.write_text("x")
-    left[1] = root.uploads / f"{import_module('tell.files').temporary_prefix(kept, 2**22 + 1)}x.tmp"
-    for path in left:
-        path.touch()
+    for name in ("claimed.csv", f"{temporary_prefix(kept, 2**22 + 1)}x.tmp"):  # no process has so high a number
+        (root.uploads / name).touch()
     remove_unfinished(root.uploads)
     assert list(root.uploads.iterdir()) == [kept]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import time
 from pathlib import Path
@@ -12,14 +14,17 @@ import pytest
 from filelock import FileLock
 from starlette.datastructures import QueryParams
 
+from tell.child_process import find_process
 from tell.errors import TellError
 from tell.files import write_json
 from tell.ui import jobs, run_ui, ui_app
 from tell.ui.choices import Choice, picked
 from tell.ui.jobs import Job
+from tell.ui.ui_app import templates
 from ui.asking import HTMX, ORIGIN, calls, friend, told
 from ui.made_runs import make_run
 from ui.ui_server import until
+from workbooks import xlsx
 
 
 def query(text: str) -> Choice:
@@ -79,6 +84,82 @@ def test_tabs_and_a_restarted_page_share_one_process(client, root, stand_in, pat
     data.write_text("q,a\n1,2\n")  # as does one whose data has changed
     assert "it is broken" in told(client, path, chosen)
     assert len(calls(stand_in)) == 3
+
+
+def test_data_that_changes_is_asked_again_when_the_command_has_ended(client, root, stand_in):
+    data, chosen = root.path / "t.csv", {"data": "t.csv"}
+    for text in ("q,a\n", "q,a\n1,2\n", "q,a\n1,2\n3,4\n"):  # it is being copied
+        data.write_text(text)
+        assert "every 1s" in client.get("/data", params=chosen, headers=HTMX).text
+    until(lambda: calls(stand_in))
+    assert len(calls(stand_in)) == 1
+    (stand_in / "said").write_text("error: it is broken\n")
+    (stand_in / "go").touch()
+    assert "it is broken" in told(client, "/data", chosen)  # of all of it
+    assert len(calls(stand_in)) == 2
+
+
+def test_a_look_is_kept_until_data_or_model_changes(client, root, stand_in):
+    data, model = root.path / "t.csv", root.path / "model"
+    model.mkdir()
+    for path in (data, model / "config.json", model / "chat_template.jinja"):
+        path.write_text("q,a\n")
+    (stand_in / "go").touch()
+    (stand_in / "answer").write_text('{"error": "x", "look": {"model": {"name": "m"}}}')
+
+    def asked(name: str) -> int:
+        """How often, after a page was loaded again."""
+        of = {"data": name, "model": "model"}
+        client.get("/data", params=of)
+        client.get("/data", params=of, headers=HTMX)
+        until(lambda: not [f for f in root.state.glob("*/*.json") if find_process(json.loads(f.read_text()))])
+        return len(calls(stand_in))
+
+    def change(path: Path) -> None:
+        """To other content of one size and time."""
+        times = path.stat()
+        path.write_text("q,b\n")
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+    assert [asked("t.csv"), asked("t.csv")] == [1, 1]
+    change(data)
+    assert [asked("t.csv"), asked("t.csv")] == [2, 2]
+    change(model / "chat_template.jinja")
+    assert [asked("t.csv"), asked("t.csv")] == [3, 3]
+    assert [asked("someone/data"), asked("someone/data")] == [4, 5]  # on the hub, where it may have changed
+
+
+def test_at_most_some_commands_are_asked_at_once(client, root, stand_in):
+    for number in range(jobs.MOST + 1):
+        client.get("/data", params={"data": f"{number}.csv"}, headers=HTMX)
+    last = {"data": f"{jobs.MOST}.csv"}
+    assert "every 1s" in client.get("/data", params=last, headers=HTMX).text  # it waits
+    until(lambda: len(calls(stand_in)) == jobs.MOST)
+    (stand_in / "said").write_text("error: it is broken\n")
+    (stand_in / "go").touch()
+    assert "it is broken" in told(client, "/data", last)
+    assert len(calls(stand_in)) == jobs.MOST + 1
+
+
+def test_another_sheet_is_offered_where_the_first_cannot_be_read(client, root):
+    xlsx(root.path / "t.xlsx", [("a", "a"), ("1", "2")], Second=[("q", "a"), ("1", "2")])
+    for name in ("t.xlsx", "t.xlsx#Third"):
+        text = told(client, "/data", {"data": name})
+        assert 'role="alert"' in text and "has 2 sheets" in text
+        assert 'value="t.xlsx#Tickets"' in text and 'value="t.xlsx#Second"' in text
+
+
+@pytest.mark.parametrize("hidden", ["\u00ad", "\u200b", "\u200d"])
+def test_hidden_characters_stay_in_what_is_sent(client, root, hidden):
+    column = f"Sub{hidden}ject"
+    text = client.get("/plan", params={"data": f"{column}.csv", "prompt": f"{{{column}}}"}).text
+    assert f'name="prompt" value="{{{column}}}"' in text and f'name="data" value="{column}.csv"' in text
+    parts = templates().globals["u"]
+    assert f'value="{column}"' in parts.pick("ask", "Prompt", [column], column, "choose")
+    assert f'value="{{{column}}}"' in parts.field("prompt", "Prompt", query(f"prompt={{{column}}}"))
+    make_run(root, f"runs/{column}", text=column)
+    assert f'data-try="{column}0"' in client.get(f"/chat/runs/{column}").text
+    assert f'name="run" value="runs/{column}"' in client.get("/").text
 
 
 def test_a_command_that_dies_is_said(client, root, stand_in):

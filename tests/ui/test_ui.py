@@ -226,6 +226,11 @@ def test_runs_and_studies_are_listed_and_sorted(client, root):
     assert text.index("runs/a") < text.index("runs/b") < text.index("studies/mine")
     assert "1 done, 1 waiting" in re.sub(r"\s+", " ", text) and 'href="/run/studies/cells/tell-1"' in text
     assert client.get("/", params={"by": "nonsense"}).status_code == 200
+    place = re.search(r'<details id="[^"]+"', text)[0]
+    (root.path / "studies" / "first").mkdir()
+    write_json(root.path / "studies" / "first" / "study.json", {"cells": {}})
+    after = client.get("/").text
+    assert after.index("studies/first") < after.index(place) < after.index("studies/mine")  # an open one stays its own
 
 
 def test_what_has_not_changed_is_not_read_again(client, root, monkeypatch):
