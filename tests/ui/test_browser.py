@@ -24,6 +24,7 @@ sync_api = pytest.importorskip("playwright.sync_api", reason="the package playwr
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine (apt-get install chromium)")
 WAIT = 120_000  # milliseconds until a test gives up; nothing is timed
+ROWS = 240  # so many that the run outlives a kill of the page
 LABELS = ("billing", "bug", "other")
 EVIL = '<script>alert(1)</script><img src=x onerror="alert(1)">'
 DROP = """([text, name]) => {
@@ -109,7 +110,9 @@ def check_framed(page, report: Path) -> None:
 
 def test_from_a_spreadsheet_to_a_chat_answer(browser, tiny_model, tmp_path):
     expect = sync_api.expect
-    rows = [(f"mail {i} about {LABELS[i % 3]}", EVIL if i % 7 == 0 else f"text {i}", LABELS[i % 3]) for i in range(48)]
+    rows = [
+        (f"mail {i} about {LABELS[i % 3]}", EVIL if i % 7 == 0 else f"text {i}", LABELS[i % 3]) for i in range(ROWS)
+    ]
     book = xlsx(tmp_path / "tickets.xlsx", [("Subject", "Body", "Queue"), *rows], Second=[("a",), ("b",)])
     root, home = UiRoot(tmp_path / "root"), tmp_path / "home"
     root.path.mkdir()
@@ -139,7 +142,7 @@ def test_from_a_spreadsheet_to_a_chat_answer(browser, tiny_model, tmp_path):
         tab_to(page, page.get_by_label("Answer column 1"))
         page.keyboard.type("Q")
         enter(page, page.get_by_role("button", name="Use these columns"))
-        expect(page.get_by_text("48 rows of the sheet Tickets")).to_be_visible(timeout=WAIT)
+        expect(page.get_by_text(f"{ROWS} rows of the sheet Tickets")).to_be_visible(timeout=WAIT)
         columns = page.locator("select:not([name=data])").evaluate_all("all => all.map(one => one.value)")
         assert columns == ["Subject", "Body", "", "Queue", ""]
         assert page.get_by_label("Sheet").locator("option").all_inner_texts() == ["Tickets", "Second"]
@@ -299,7 +302,7 @@ def test_a_command_that_cannot_be_copied_is_selected(browser, made):
     page = Watched(browser).page()
     page.goto(made[1].address)
     page.goto(f"{made[1].base}/run/runs/going")
-    page.evaluate("navigator.clipboard.writeText = () => Promise.reject(new Error())")
+    page.evaluate("() => { navigator.clipboard.writeText = () => Promise.reject(new Error()); }")
     page.locator("[data-copy]").click()
     sync_api.expect(page.get_by_text("Selected: copy it by the keyboard")).to_be_visible(timeout=WAIT)
     assert page.evaluate("String(getSelection())") == "tell tune t.csv"

@@ -105,7 +105,7 @@ def test_a_look_is_kept_until_data_or_model_changes(client, root, stand_in):
     for path in (data, model / "config.json", model / "chat_template.jinja"):
         path.write_text("q,a\n")
     (stand_in / "go").touch()
-    (stand_in / "answer").write_text('{"error": "x", "look": {"model": {"name": "m"}}}')
+    (stand_in / "answer").write_text('{"error": "x", "model": {"name": "m"}}')
 
     def asked(name: str) -> int:
         """How often, after a page was loaded again."""
@@ -150,7 +150,7 @@ def test_another_sheet_is_offered_where_the_first_cannot_be_read(client, root):
 
 
 @pytest.mark.parametrize("hidden", ["\u00ad", "\u200b", "\u200d"])
-def test_hidden_characters_stay_in_what_is_sent(client, root, hidden):
+def test_hidden_characters_stay_in_what_is_sent(client, root, monkeypatch, hidden):
     column = f"Sub{hidden}ject"
     text = client.get("/plan", params={"data": f"{column}.csv", "prompt": f"{{{column}}}"}).text
     assert f'name="prompt" value="{{{column}}}"' in text and f'name="data" value="{column}.csv"' in text
@@ -158,6 +158,7 @@ def test_hidden_characters_stay_in_what_is_sent(client, root, hidden):
     assert f'value="{column}"' in parts.pick("ask", "Prompt", [column], column, "choose")
     assert f'value="{{{column}}}"' in parts.field("prompt", "Prompt", query(f"prompt={{{column}}}"))
     make_run(root, f"runs/{column}", text=column)
+    monkeypatch.setattr(ui_app, "served", lambda _: (f"runs/{column}", "http://127.0.0.1:1/v1"))
     assert f'data-try="{column}0"' in client.get(f"/chat/runs/{column}").text
     assert f'name="run" value="runs/{column}"' in client.get("/").text
 
