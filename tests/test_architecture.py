@@ -14,6 +14,7 @@ import tell
 
 PACKAGE = Path(tell.__file__).parent
 GROUND = {
+    "child_process",
     "nested",
     "overrides",
     "registry",

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -258,3 +258,26 @@ class AnswerCache:
             except OSError as error:
                 what = f"cannot be written ({error.strerror or error})"
                 raise TellError(what, where=str(self._path), remedy=self._remedy) from error
+
+
+async def stream_chat(address: str, model: str, messages: Messages) -> AsyncIterator[tuple[str, str]]:
+    """Text of an answer as a local server sends it and, at the end, why it ended. Any of ``httpx.HTTPError`` may come.
+
+    Raises:
+        TellError: the server says why it does not answer.
+    """
+    import httpx  # of the extra serve
+
+    body = {"model": model, "messages": messages, "stream": True}
+    async with (
+        httpx.AsyncClient(timeout=None, trust_env=False) as client,
+        client.stream("POST", f"{address}/chat/completions", json=body) as reply,
+    ):
+        async for line in reply.aiter_lines():
+            if line in ("", "data: [DONE]"):
+                continue
+            event = json.loads(line.removeprefix("data: "))
+            if "error" in event:
+                raise TellError(str(event["error"]["message"]))
+            for choice in event["choices"]:
+                yield choice["delta"].get("content") or "", choice["finish_reason"] or ""

@@ -96,6 +96,10 @@ def require_package(package: str, extra: str, *, where: str) -> None:
         raise NotInstalled(package, extra, where=where)
 
 
+class Unwritable(TellError):
+    """A file or folder cannot be written."""
+
+
 class Diverged(TellError):
     """The training loss is no longer a number."""
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import yaml
 
-from tell.errors import TellError, first_line
+from tell.errors import TellError, Unwritable, first_line
 
 MOST_TEXT = 1 << 20  # bytes of a configuration, recipe or anchor
 MOST_JSON = 512 << 20  # of a JSON file of a model or a run; large tokenizers have 35 MB
@@ -100,13 +100,16 @@ def read_json(path: Path, *, most: int = MOST_JSON, remedy: str) -> dict[str, An
     return value
 
 
-def stamp(path: Path) -> tuple[float, int, int]:
-    """Time of the last change, size and number of a file: another where its content is; zeros where there is none."""
+Stamp = tuple[float, int, int, int]
+
+
+def stamp(path: Path) -> Stamp:
+    """Times and size of a file: another where its content is, also if one time was set; zeros where there is none."""
     try:
         found = path.stat()
-        return found.st_mtime, found.st_size, found.st_ino
+        return found.st_mtime, found.st_size, found.st_ino, found.st_ctime_ns
     except (OSError, ValueError):
-        return 0.0, 0, 0
+        return 0.0, 0, 0, 0
 
 
 def read_facts(path: Path) -> dict[str, Any]:
@@ -343,9 +346,9 @@ def _is_writing(number: int, path: Path) -> bool:
 
 def unwritable(
     path: Path | str, error: OSError, remedy: str = "Free disk space or choose another folder with --out."
-) -> TellError:
+) -> Unwritable:
     """The error for a file or folder that cannot be written."""
-    return TellError(f"cannot be written ({error.strerror or error})", where=str(path), remedy=remedy)
+    return Unwritable(f"cannot be written ({error.strerror or error})", where=str(path), remedy=remedy)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from tell.errors import TellError
-from tell.files import expanded, stamp
+from tell.files import Stamp, clean_temporary, expanded, stamp
 from tell.files import unwritable as cannot_be_written
 
 
@@ -41,3 +42,20 @@ def remove_older(folder: Path, seconds: float) -> None:
     for path in folder.glob("*"):
         if stamp(path)[0] < time.time() - seconds:
             path.unlink(missing_ok=True)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what writers of a folder left that were killed: temporary files and empty ones, which held a name."""
+    clean_temporary(folder.glob(".*.tmp"))
+    for path in folder.glob("[!.]*"):
+        with suppress(OSError):
+            if path.is_file() and not path.stat().st_size:
+                path.unlink()
+
+
+def stamps(path: Path) -> list[Stamp]:
+    """`stamp` of a file, or of a folder and of all in it."""
+    names: list[str] = []
+    with suppress(OSError, ValueError):
+        names = sorted(os.listdir(path))
+    return [stamp(path), *(stamp(path / name) for name in names)]

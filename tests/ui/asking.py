@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from starlette.testclient import TestClient
 
 from tell.ui.ui_app import make_ui
@@ -30,3 +32,8 @@ def told(client, path, chosen):
     return until(
         lambda: (text := client.get(path, params=chosen, headers=HTMX).text) and "every 1s" not in text and text
     )
+
+
+def calls(folder: Path) -> list[str]:
+    """The commands that the stand-in was started as."""
+    return (folder / "calls").read_text().splitlines()

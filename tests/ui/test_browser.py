@@ -24,6 +24,7 @@ sync_api = pytest.importorskip("playwright.sync_api", reason="the package playwr
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine (apt-get install chromium)")
 WAIT = 120_000  # milliseconds until a test gives up; nothing is timed
+ROWS = 240  # so many that the run outlives a kill of the page
 LABELS = ("billing", "bug", "other")
 EVIL = '<script>alert(1)</script><img src=x onerror="alert(1)">'
 DROP = """([text, name]) => {
@@ -109,7 +110,9 @@ def check_framed(page, report: Path) -> None:
 
 def test_from_a_spreadsheet_to_a_chat_answer(browser, tiny_model, tmp_path):
     expect = sync_api.expect
-    rows = [(f"mail {i} about {LABELS[i % 3]}", EVIL if i % 7 == 0 else f"text {i}", LABELS[i % 3]) for i in range(48)]
+    rows = [
+        (f"mail {i} about {LABELS[i % 3]}", EVIL if i % 7 == 0 else f"text {i}", LABELS[i % 3]) for i in range(ROWS)
+    ]
     book = xlsx(tmp_path / "tickets.xlsx", [("Subject", "Body", "Queue"), *rows], Second=[("a",), ("b",)])
     root, home = UiRoot(tmp_path / "root"), tmp_path / "home"
     root.path.mkdir()
@@ -139,7 +142,7 @@ def test_from_a_spreadsheet_to_a_chat_answer(browser, tiny_model, tmp_path):
         tab_to(page, page.get_by_label("Answer column 1"))
         page.keyboard.type("Q")
         enter(page, page.get_by_role("button", name="Use these columns"))
-        expect(page.get_by_text("48 rows of the sheet Tickets")).to_be_visible(timeout=WAIT)
+        expect(page.get_by_text(f"{ROWS} rows of the sheet Tickets")).to_be_visible(timeout=WAIT)
         columns = page.locator("select:not([name=data])").evaluate_all("all => all.map(one => one.value)")
         assert columns == ["Subject", "Body", "", "Queue", ""]
         assert page.get_by_label("Sheet").locator("option").all_inner_texts() == ["Tickets", "Second"]
@@ -189,11 +192,14 @@ def test_from_a_spreadsheet_to_a_chat_answer(browser, tiny_model, tmp_path):
         said = page.locator(".verdict-line")
         expect(said).to_have_text([re.compile("label of the task")] * 3, timeout=WAIT)
         expect(ask).to_be_enabled(timeout=WAIT)
+        expect(prompt).to_be_focused()  # by way of Stop, and not lost with the disabled button
         assert page.locator("[data-at=tell] .text").inner_text() in LABELS
         check_page(page)
         prompt.fill("long " * 30_000)
         ask.click()
         expect(said).to_have_text([re.compile("too long")] * 3)
+        expect(ask).to_be_enabled()
+        expect(page.get_by_role("button", name="Load the model")).to_be_hidden()  # it is loaded
         second.goto(page.url)
         second.locator("#unload").click()
         second.close()
@@ -215,11 +221,10 @@ def test_from_a_spreadsheet_to_a_chat_answer(browser, tiny_model, tmp_path):
         server.stop()
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
+@pytest.fixture
+def made(tmp_path):
     """A root with two runs that are done, one that goes on, and a study; and its server."""
-    top = tmp_path_factory.mktemp("made")
-    root = UiRoot(top / "root")
+    root = UiRoot(tmp_path / "root")
     for name in ("runs/a b", "runs/c'd\"<e>"):
         make_run(root, name)
     going, job = make_run(root, "runs/going", state="running"), tuning(root, "runs/going")
@@ -229,7 +234,7 @@ def made(tmp_path_factory):
     study.mkdir(parents=True)
     write_json(study / "study.json", {"cells": {"x": {"state": "running"}}})
     (study / "index.html").write_text("<title>s</title>")
-    server = UiServer(root.path, top / "home")
+    server = UiServer(root.path, tmp_path / "home")
     with FileLock(going.lock):
         yield root, server
     server.stop()
@@ -279,6 +284,28 @@ def test_a_poll_leaves_focus_selection_and_scroll(browser, made):
     assert copy.evaluate("element => element === document.activeElement")
     check_page(page)
     assert watched.said == []
+
+
+def test_one_of_several_dropped_files_is_taken_and_said(browser, made):
+    page = Watched(browser).page()
+    page.goto(made[1].address)
+    page.goto(f"{made[1].base}/data")
+    page.evaluate(
+        DROP.replace("document.get", 'data.items.add(new File([], "b.csv"));\n    document.get'), ["", "a.csv"]
+    )
+    page.wait_for_url("**/data?data=uploads*")
+    said = page.get_by_text("One file is taken at a time: a.csv, and not b.csv.")
+    sync_api.expect(said).to_be_visible(timeout=WAIT)
+
+
+def test_a_command_that_cannot_be_copied_is_selected(browser, made):
+    page = Watched(browser).page()
+    page.goto(made[1].address)
+    page.goto(f"{made[1].base}/run/runs/going")
+    page.evaluate("() => { navigator.clipboard.writeText = () => Promise.reject(new Error()); }")
+    page.locator("[data-copy]").click()
+    sync_api.expect(page.get_by_text("Selected: copy it by the keyboard")).to_be_visible(timeout=WAIT)
+    assert page.evaluate("String(getSelection())") == "tell tune t.csv"
 
 
 def answer_parts(page, answer) -> None:

@@ -3,45 +3,28 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 from filelock import FileLock
 from starlette.datastructures import QueryParams
 
+from tell.child_process import find_process
 from tell.errors import TellError
 from tell.files import write_json
 from tell.ui import jobs, run_ui, ui_app
-from tell.ui.chat_relay import serving
 from tell.ui.choices import Choice, picked
 from tell.ui.jobs import Job
-from ui.asking import HTMX, ORIGIN, friend, told
+from tell.ui.ui_app import templates
+from ui.asking import HTMX, ORIGIN, calls, friend, told
 from ui.made_runs import make_run
 from ui.ui_server import until
-
-
-@pytest.fixture
-def stand_in(root, monkeypatch):
-    """A command in place of `tell`: notes that it was called, says something, and ends when `go` is there."""
-    script = root.path.parent / "stand-in"
-    script.write_text(
-        '#!/bin/sh\necho "$@" >> ../calls\necho "reading: 3 of 9" >&2\n'
-        "while [ ! -e ../go ]; do sleep 0.02; done\ncat ../answer\ncat ../said >&2\n"
-    )
-    script.chmod(0o755)
-    for name in ("answer", "said", "calls"):
-        (root.path.parent / name).write_text("")
-    monkeypatch.setattr(jobs.sys, "executable", str(script))
-    yield root.path.parent
-    (root.path.parent / "go").touch()
-    for file in (root.state / "questions").glob("*.json"):
-        until(lambda file=file: not psutil.pid_exists(json.loads(file.read_text())["pid"]))
-
-
-def calls(folder: Path) -> list[str]:
-    return (folder / "calls").read_text().splitlines()
+from workbooks import xlsx
 
 
 def query(text: str) -> Choice:
@@ -103,6 +86,83 @@ def test_tabs_and_a_restarted_page_share_one_process(client, root, stand_in, pat
     assert len(calls(stand_in)) == 3
 
 
+def test_data_that_changes_is_asked_again_when_the_command_has_ended(client, root, stand_in):
+    data, chosen = root.path / "t.csv", {"data": "t.csv"}
+    for text in ("q,a\n", "q,a\n1,2\n", "q,a\n1,2\n3,4\n"):  # it is being copied
+        data.write_text(text)
+        assert "every 1s" in client.get("/data", params=chosen, headers=HTMX).text
+    until(lambda: calls(stand_in))
+    assert len(calls(stand_in)) == 1
+    (stand_in / "said").write_text("error: it is broken\n")
+    (stand_in / "go").touch()
+    assert "it is broken" in told(client, "/data", chosen)  # of all of it
+    assert len(calls(stand_in)) == 2
+
+
+def test_a_look_is_kept_until_data_or_model_changes(client, root, stand_in):
+    data, model = root.path / "t.csv", root.path / "model"
+    model.mkdir()
+    for path in (data, model / "config.json", model / "chat_template.jinja"):
+        path.write_text("q,a\n")
+    (stand_in / "go").touch()
+    (stand_in / "answer").write_text('{"error": "x", "model": {"name": "m"}}')
+
+    def asked(name: str) -> int:
+        """How often, after a page was loaded again."""
+        of = {"data": name, "model": "model"}
+        client.get("/data", params=of)
+        client.get("/data", params=of, headers=HTMX)
+        until(lambda: not [f for f in root.state.glob("*/*.json") if find_process(json.loads(f.read_text()))])
+        return len(calls(stand_in))
+
+    def change(path: Path) -> None:
+        """To other content of one size and time."""
+        times = path.stat()
+        path.write_text("q,b\n")
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+    assert [asked("t.csv"), asked("t.csv")] == [1, 1]
+    change(data)
+    assert [asked("t.csv"), asked("t.csv")] == [2, 2]
+    change(model / "chat_template.jinja")
+    assert [asked("t.csv"), asked("t.csv")] == [3, 3]
+    assert [asked("someone/data"), asked("someone/data")] == [4, 5]  # on the hub, where it may have changed
+
+
+def test_at_most_some_commands_are_asked_at_once(client, root, stand_in):
+    for number in range(jobs.MOST + 1):
+        client.get("/data", params={"data": f"{number}.csv"}, headers=HTMX)
+    last = {"data": f"{jobs.MOST}.csv"}
+    assert "every 1s" in client.get("/data", params=last, headers=HTMX).text  # it waits
+    until(lambda: len(calls(stand_in)) == jobs.MOST)
+    (stand_in / "said").write_text("error: it is broken\n")
+    (stand_in / "go").touch()
+    assert "it is broken" in told(client, "/data", last)
+    assert len(calls(stand_in)) == jobs.MOST + 1
+
+
+def test_another_sheet_is_offered_where_the_first_cannot_be_read(client, root):
+    xlsx(root.path / "t.xlsx", [("a", "a"), ("1", "2")], Second=[("q", "a"), ("1", "2")])
+    for name in ("t.xlsx", "t.xlsx#Third"):
+        text = told(client, "/data", {"data": name})
+        assert 'role="alert"' in text and "has 2 sheets" in text
+        assert 'value="t.xlsx#Tickets"' in text and 'value="t.xlsx#Second"' in text
+
+
+@pytest.mark.parametrize("hidden", ["\u00ad", "\u200b", "\u200d"])
+def test_hidden_characters_stay_in_what_is_sent(client, root, monkeypatch, hidden):
+    column = f"Sub{hidden}ject"
+    text = client.get("/plan", params={"data": f"{column}.csv", "prompt": f"{{{column}}}"}).text
+    assert f'name="prompt" value="{{{column}}}"' in text and f'name="data" value="{column}.csv"' in text
+    parts = templates().globals["u"]
+    assert f'value="{column}"' in parts.pick("ask", "Prompt", [column], column, "choose")
+    assert f'value="{{{column}}}"' in parts.field("prompt", "Prompt", query(f"prompt={{{column}}}"))
+    make_run(root, f"runs/{column}", text=column)
+    monkeypatch.setattr(ui_app, "served", lambda _: (f"runs/{column}", "http://127.0.0.1:1/v1"))
+    assert f'data-try="{column}0"' in client.get(f"/chat/runs/{column}").text
+    assert f'name="run" value="runs/{column}"' in client.get("/").text
+
+
 def test_a_command_that_dies_is_said(client, root, stand_in):
     (stand_in / "go").touch()
     (stand_in / "said").write_text("Killed\n")
@@ -155,7 +215,7 @@ def test_columns_keep_their_order_and_their_commas():
     assert (found["ask"], found["reply"]) == (["b", "a"], ["z, y", "x"])
     found = picked({"names": ["q", "i", "a"], "columns": {"prompt": "q", "input": "i", "answer": "a"}})
     assert (found["ask"], found["reply"]) == (["q", "i"], ["a"])
-    assert picked({}) == {"names": [], "ask": [], "reply": []}
+    assert picked({}) == {"names": [], "ask": [], "reply": [], "sheets": [], "sheet": None}
 
 
 def test_a_long_name_and_a_fault_of_ours_break_no_page(client, root, stand_in, monkeypatch):
@@ -198,14 +258,12 @@ def test_an_export_is_started_and_a_model_is_freed(client, root, stand_in):
     assert client.post("/export/runs/a?target=hub", headers=ORIGIN).status_code == 404  # uploads: only in a terminal
     assert client.post("/export/runs/a?target=hf", headers=ORIGIN).url.path == "/ship/runs/a"
     until(lambda: calls(stand_in))
-    assert calls(stand_in) == ["-m tell export runs/a --to=hf --out=exports/a-hf"]
+    assert calls(stand_in) == ["-m tell export runs/a --to=hf --out=exports/runs/a-hf"]
     assert "reading: 3 of 9" in until(lambda: "3 of 9" in (text := client.get("/ship/runs/a").text) and text)
     client.post("/load/runs/a", headers=ORIGIN)
     assert "Loading the model" in client.get("/chat/runs/a").text
-    process = serving(root).process()
-    assert client.post("/unload/runs/a", headers=ORIGIN).url.path == "/chat/runs/a"
-    psutil.wait_procs([process], timeout=60)
-    assert "Load the model" in client.get("/chat/runs/a").text
+    shown = client.post("/unload/runs/a", headers=ORIGIN)
+    assert shown.url.path == "/chat/runs/a" and "Load the model" in shown.text and 'role="alert"' not in shown.text
 
 
 def test_a_second_page_waits_for_the_address_of_one_that_starts(root, monkeypatch):
@@ -213,7 +271,10 @@ def test_a_second_page_waits_for_the_address_of_one_that_starts(root, monkeypatc
     file = root.state / "address.json"
     root.state.mkdir()
     write_json(file, {"token": "t"})
-    monkeypatch.setattr(run_ui.time, "sleep", lambda _: write_json(file, {"address": "http://here", "token": "t"}))
+    clock = SimpleNamespace(
+        monotonic=time.monotonic, sleep=lambda _: write_json(file, {"address": "http://here", "token": "t"})
+    )
+    monkeypatch.setattr(run_ui, "time", clock)
     display = type("Display", (), {"note": lambda self, text: said.append(text)})()
     with FileLock(root.state / ".lock"):
         run_ui.run_ui(root.path, display, port=0)

@@ -226,6 +226,11 @@ def test_runs_and_studies_are_listed_and_sorted(client, root):
     assert text.index("runs/a") < text.index("runs/b") < text.index("studies/mine")
     assert "1 done, 1 waiting" in re.sub(r"\s+", " ", text) and 'href="/run/studies/cells/tell-1"' in text
     assert client.get("/", params={"by": "nonsense"}).status_code == 200
+    place = re.search(r'<details id="[^"]+"', text)[0]
+    (root.path / "studies" / "first").mkdir()
+    write_json(root.path / "studies" / "first" / "study.json", {"cells": {}})
+    after = client.get("/").text
+    assert after.index("studies/first") < after.index(place) < after.index("studies/mine")  # an open one stays its own
 
 
 def test_what_has_not_changed_is_not_read_again(client, root, monkeypatch):
@@ -293,9 +298,7 @@ def test_a_stopped_run_is_resumed_by_the_same_command(client, root, tiny_model):
     assert again.url.path == "/run/runs/t-1" and not tuning(root, "runs/t-2").record()
     assert "Stop" in client.get("/run/runs/t-1").text
     client.post("/stop/runs/t-1", headers=ORIGIN)
-    until(lambda: job.process() is None)
-    assert state_of(root, "runs/t-1") == "interrupted"
-    assert "Resume" in client.get("/run/runs/t-1").text
+    until(lambda: folder.read_status().get("state") == "interrupted")  # its process may not have ended yet
     client.post("/resume/runs/t-1", headers=ORIGIN)
     assert job.record()["command"] == ["tell", "tune", "--resume", "--out=runs/t-1"]
     until(lambda: job.process() is None)
@@ -313,7 +316,7 @@ def test_a_model_that_is_gone_is_one_line(client, root):
     text = client.get("/chat/runs/a").text
     assert 'role="alert"' in text and serving(root).error() and "Load the model" in text
     lines = client.post("/say/runs/a?at=tell", content="hello", headers=ORIGIN).text.splitlines()
-    assert [json.loads(line) for line in lines] == [{"end": "the model is not loaded", "ok": False}]
+    assert [json.loads(line) for line in lines] == [{"end": "the model is not loaded", "ok": False, "gone": True}]
 
 
 def test_a_process_number_that_was_taken_over_is_not_stopped(root):

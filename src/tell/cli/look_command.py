@@ -56,21 +56,30 @@ def look(given: Given, options: LookOptions) -> None:
 
 
 def _failed(config: Config, error: TellError, *, rows: int) -> dict:
-    """Beside the error: the columns to choose from, the form that was given, the plausible ones, a look by the first.
+    """Beside the error: the sheets and columns to choose from, the given form, the plausible ones, a look.
 
     A terminal shows these as commands; a program needs them as values.
     """
     import tell
+    from tell.data.file_read import FileRead
     from tell.data.formats import column_names
     from tell.data.shape import SeveralForms
     from tell.files import expanded
 
-    names: list[str] = []
+    names, file = list[str](), FileRead()
     with suppress(TellError, OSError, ValueError):
-        names = column_names(expanded(config.task.data or ""))
+        names = column_names(expanded(config.task.data or ""), found=file)
     forms = [form.to_dict() for form in error.forms] if isinstance(error, SeveralForms) else []
     form = {"prompt": config.task.prompt, "answer": list(config.task.answer)}
-    found = {"error": str(error), "names": names, "form": form, "forms": forms, "look": None}
+    found = {
+        "error": str(error),
+        "names": names,
+        "sheet": file.sheet,
+        "sheets": list(file.sheets),
+        "form": form,
+        "forms": forms,
+        "look": None,
+    }
     with suppress(TellError):
         if forms:
             first = {"prompt": forms[0]["prompt"], "answer": tuple(forms[0]["answer"])}

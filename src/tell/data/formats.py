@@ -136,13 +136,13 @@ def read_records(path: str | Path, found: FileRead | None = None) -> Iterator[Re
         raise TellError("has no rows", where=with_sheet(path, found.sheet), remedy=_EMPTY)
 
 
-def column_names(path: str | Path, most: int = 1000) -> list[str]:
+def column_names(path: str | Path, most: int = 1000, *, found: FileRead | None = None) -> list[str]:
     """The names that the first records of a file have.
 
     Raises:
         TellError: as `read_records`.
     """
-    records = islice(read_records(path, FileRead()), most)
+    records = islice(read_records(path, found or FileRead()), most)
     return list(dict.fromkeys(str(name) for _, record in records for name in record))
 
 

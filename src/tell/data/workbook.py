@@ -69,10 +69,10 @@ def read_workbook(path: Path, found: FileRead, sheet: str | None = None) -> Iter
         facts = next(lines, None)
         if facts is None:
             raise TellError("is not a readable workbook", where=str(path), remedy=_SAVE)
+        found.sheets = tuple(facts.get("sheets", ()))
         if "fault" in facts:
             raise _fault(path, sheet, facts)
         found.sheet = facts["sheet"]
-        found.sheets = tuple(facts["sheets"])
         found.notices += _notices(path, facts)
         rows = ((row, [_cell(cell, row, i) for i, cell in enumerate(cells)]) for row, cells in lines)
         yield from _records(rows, path, found)

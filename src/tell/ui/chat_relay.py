@@ -10,18 +10,14 @@ import asyncio
 import json
 import re
 from collections.abc import AsyncIterator
-from contextlib import suppress
 
 import httpx
-import psutil
 
+from tell.chat_client import stream_chat
+from tell.child_process import wait_ended
 from tell.errors import TellError
-from tell.files import read_json
-from tell.folder import RunFolder
-from tell.report.read_run import get, rows_of
 from tell.run.answer_check import Check
-from tell.run.claim import read_run_config
-from tell.run.task_rows import read_task
+from tell.run.training_turns import training_turns
 from tell.shown import one_line
 from tell.ui.choices import positional
 from tell.ui.jobs import Job
@@ -32,9 +28,7 @@ COLUMNS = {
     "context": ("In context", "the untuned model with training examples in its prompt"),
     "tell": ("Tuned", "by TELL"),
 }
-MOST_EXAMPLES, MOST_CHARACTERS = 8, 6000  # in the prompt of the second column
-STOPPING = 20.0  # seconds until a server that was told to stop has ended
-_ADDRESS = re.compile(r"serving at (http://127\.0\.0\.1:\d+/v1) ")
+_ADDRESS = re.compile(rb"serving at (http://127\.0\.0\.1:\d+/v1) ")
 Messages = list[dict[str, str]]
 
 
@@ -53,54 +47,39 @@ def served(root: UiRoot) -> tuple[str, str]:
     job = serving(root)
     if job.process() is None:
         return "", ""
-    found = next((match for line in job.lines(50) if (match := _ADDRESS.search(line))), None)
-    return asked_for(root), found[1] if found else ""
+    found = _ADDRESS.search(job.log())
+    return asked_for(root), found[1].decode() if found else ""
 
 
 def serve_run(root: UiRoot, name: str) -> None:
     """Serve a run in place of the one that is served."""
-    job = serving(root)
-    if served(root)[0] == name:
-        return
-    if (process := job.stop()) is not None:
-        with suppress(psutil.Error):
-            try:
-                process.wait(STOPPING)
-            except psutil.TimeoutExpired:
-                process.kill()
-    job.start(["serve", positional(name), "--port=0"])
+    with (job := serving(root)).alone():  # nor does it come between another tab's stop and its end
+        if served(root)[0] != name:
+            free_model(root)
+            job.start(["serve", positional(name), "--port=0"])
 
 
-def examples(folder: RunFolder) -> Messages:
-    """Turns of training rows, the first that fit.
-
-    Raises:
-        TellError: the run's files are damaged, or its data is gone or has no row that is short enough.
-    """
-    train = set(map(str, rows_of(read_json(folder.split, remedy=""), "train")))
-    turns, left = Messages(), MOST_CHARACTERS
-    for example in read_task(read_run_config(folder), bad_rows="drop")[0].examples:
-        size = sum(len(m.content) for m in example.messages)
-        if example.hash in train and len(example.messages) == 2 and size < left and len(turns) < 2 * MOST_EXAMPLES:
-            turns += [{"role": m.role, "content": m.content} for m in example.messages]
-            left -= size
-    if not turns:
-        raise TellError("no training row is short enough")
-    return turns
+def free_model(root: UiRoot) -> None:
+    """End the server; its memory is free then."""
+    with (job := serving(root)).alone():
+        if job.stop() is not None:
+            wait_ended(job.record(), kill=True)
+        job.forget()  # else it would seem to have ended by itself
 
 
 async def answer(root: UiRoot, name: str, prompt: str, at: str) -> AsyncIterator[bytes]:
-    """Lines of JSON, of one of `COLUMNS`: ``text`` as it comes, with ``end`` and ``ok``, what is known of it so far."""
+    """Lines of JSON, of one of `COLUMNS`: ``text`` as it comes, ``end`` and ``ok``, what is known so far, ``gone``."""
     folder, (run, address) = root.run(name), served(root)
     messages: Messages = [{"role": "user", "content": prompt}]
     try:
         if run != name or not address:
-            raise TellError("the model is not loaded")
+            yield _line(end="the model is not loaded", ok=False, gone=True)
+            return
         check = await asyncio.to_thread(Check.of, folder)
         if at == "context":
-            messages = await asyncio.to_thread(examples, folder) + messages
+            messages = await asyncio.to_thread(training_turns, folder) + messages
         text, finish = "", ""
-        async for piece, reason in _pieces(address, folder.root.name if at == "tell" else "base", messages):
+        async for piece, reason in stream_chat(address, folder.root.name if at == "tell" else "base", messages):
             text, finish = text + piece, reason or finish
             ok, said = check(text, whole=False)
             yield _line(text=piece, end=said, ok=ok)
@@ -110,28 +89,8 @@ async def answer(root: UiRoot, name: str, prompt: str, at: str) -> AsyncIterator
     except (TellError, OSError) as error:
         yield _line(end=one_line(str(error)), ok=False)
     except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
-        yield _line(end=f"the server does not answer ({type(error).__name__})", ok=False)
-
-
-async def _pieces(address: str, model: str, messages: Messages) -> AsyncIterator[tuple[str, str]]:
-    """Text as it comes and, at the end, why it ended.
-
-    Raises:
-        TellError: the server says why it does not answer.
-    """
-    body = {"model": model, "messages": messages, "stream": True}
-    async with (
-        httpx.AsyncClient(timeout=None, trust_env=False) as client,
-        client.stream("POST", f"{address}/chat/completions", json=body) as reply,
-    ):
-        async for line in reply.aiter_lines():
-            if line in ("", "data: [DONE]"):
-                continue
-            event = json.loads(line.removeprefix("data: "))
-            if "error" in event:
-                raise TellError(str(get(event, "error", "message")))
-            for choice in event["choices"]:
-                yield choice["delta"].get("content") or "", choice["finish_reason"] or ""
+        said, gone = f"the server does not answer ({type(error).__name__})", isinstance(error, httpx.TransportError)
+        yield _line(end=said, ok=False, gone=gone)
 
 
 def _line(**event: object) -> bytes:

@@ -77,12 +77,13 @@ class Choice:
         return [verb, positional(values.get("data", "")), *flags, *more]
 
 
-def picked(data: Mapping[str, Any]) -> dict[str, list[str]]:
-    """The columns of a file, and those that prompt and answer are made from, as `tell look` says in its JSON."""
+def picked(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Sheets and columns of a file, and those that prompt and answer are made from, as `tell look --json` says."""
     names, form, parts = data.get("names", []), data.get("form"), data.get("columns", {})
     ask = (Form(form["prompt"]).asked or (form["prompt"],)) if form else (parts.get("prompt"), parts.get("input"))
     reply = form["answer"] if form else (parts.get("answer"),)
-    return {"names": names, "ask": [x for x in ask if x in names], "reply": [x for x in reply if x in names]}
+    sheets = {"sheets": data.get("sheets", []), "sheet": data.get("sheet")}
+    return {**sheets, "names": names, "ask": [x for x in ask if x in names], "reply": [x for x in reply if x in names]}
 
 
 def positional(path: str) -> str:

@@ -7,8 +7,9 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
-from contextlib import suppress
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,14 +18,15 @@ from typing import Any
 import psutil
 from filelock import FileLock
 
+from tell.child_process import find_process
 from tell.errors import TellError
 from tell.files import read_facts, write_json
 from tell.home import make_folder
 from tell.shown import one_line
-from tell.ui.ui_root import UiRoot
+from tell.ui.ui_root import FULL, UiRoot
 
 TAIL = 1 << 16  # bytes of a log that are looked at
-SAME = 1.0  # seconds by which the start of one process may differ between two readings
+MOST = 4  # questions at once: each reads data and may hold a model's tokenizer
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Job:
         return self.root.state / self.kind / (hashlib.sha256(self.key.encode()).hexdigest()[:20] + suffix)
 
     def record(self) -> dict[str, Any]:
-        """``pid`` and ``created``; empty where nothing was started."""
+        """``pid``, ``created`` and ``started``, by the clock of files; empty where nothing was started."""
         return read_facts(self.file(".json"))
 
     @property
@@ -56,40 +58,45 @@ class Job:
 
     def process(self) -> psutil.Process | None:
         """The process, while it runs; the number alone may have become another's."""
-        found = self.record()
-        try:
-            process = psutil.Process(int(found["pid"]))
-            same = abs(process.create_time() - float(found["created"])) < SAME
-            return process if same and process.status() != psutil.STATUS_ZOMBIE else None
-        except (psutil.Error, LookupError, TypeError, ValueError, OverflowError):
-            return None
+        return find_process(self.record())
 
-    def start(self, arguments: Sequence[str], *, once: bool = False) -> None:
-        """Start ``tell ARGUMENTS`` unless it runs (or has run): in a session of its own, no shell.
+    def start(self, arguments: Sequence[str], *, of: str = "") -> None:
+        """Start ``tell ARGUMENTS`` unless it runs (or has run of the same): in a session of its own, no shell.
 
         Raises:
             TellError: the log cannot be written.
         """
+        with self.alone():
+            if self.process() is None and not (of and self.record().get("of") == of):
+                self._start(list(arguments), of)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep other tabs from starting or forgetting it; may be entered again inside.
+
+        Raises:
+            TellError: a file cannot be written, or the command cannot be started.
+        """
         make_folder(self.file("").parent)
         try:
-            with FileLock(self.file(".lock")):  # two tabs
-                if self.process() is None and not (once and self.record()):
-                    self._start(list(arguments))
+            with FileLock(self.file(".lock"), is_singleton=True):
+                yield
         except (OSError, ValueError) as error:  # ValueError: a character that no argument can have
             what = f"cannot be started ({error})"
-            raise TellError(what, where=f"tell {arguments[0]}", remedy="Free disk space or memory.") from error
+            raise TellError(what, where=self.key.partition(" ")[0], remedy=FULL) from error
 
-    def _start(self, arguments: list[str]) -> None:
+    def _start(self, arguments: list[str], of: str) -> None:
         command, env = [sys.executable, "-m", "tell", *arguments], {"PYTHONUNBUFFERED": "1", "NO_COLOR": "1"}
+        started = time.time()
         with self.file(".out").open("wb") as out, self.file(".log").open("wb") as log:
             apart = partial(subprocess.Popen, cwd=self.root.path, env=os.environ | env, start_new_session=True)
             into = out if "--json" in arguments else log
             process = apart(command, stdin=subprocess.DEVNULL, stdout=into, stderr=log)
         created = psutil.Process(process.pid).create_time()  # before anybody has waited for it, so that it is there
         threading.Thread(target=process.wait, daemon=True).start()  # leaves no zombie
-        facts = {"key": self.key, "command": ["tell", *arguments], "pid": process.pid, "created": created}
+        facts = {"key": self.key, "command": ["tell", *arguments], "pid": process.pid, "of": of}
         try:
-            write_json(self.file(".json"), facts)
+            write_json(self.file(".json"), facts | {"created": created, "started": started})
         except TellError:  # without a record nobody would find it
             process.kill()
             raise
@@ -101,27 +108,45 @@ class Job:
                 process.terminate()
         return process
 
-    def told(self, arguments: Sequence[str]) -> tuple[dict[str, Any], str] | None:
-        """What ``tell ARGUMENTS``, started once, prints with ``--json``, and its error; None while it runs."""
-        self.start(arguments, once=True)
+    def told(self, arguments: Sequence[str], *, of: str) -> tuple[dict[str, Any], str] | None:
+        """What ``tell ARGUMENTS`` prints with ``--json`` of files in one state, and its error; None until it has ended.
+
+        It is started once for each state, and waits while `MOST` others run.
+        """
+        if self.record().get("of") != of:
+            records = map(read_facts, self.file("").parent.glob("*.json"))
+            if sum(find_process(found) is not None for found in records) >= MOST:
+                return None
+            self.start(arguments, of=of)
         if self.process() is not None:
             return None
-        facts, last = read_facts(self.file(".out")), "".join(self.lines(1)) or "it ended without an answer"
-        return facts, "" if facts and "error" not in facts else self.error() or last
+        facts = read_facts(self.file(".out"))
+        return facts, "" if facts and "error" not in facts else self.ended()
 
     def forget(self) -> None:
         """Let `told` ask again, unless the process runs."""
-        if self.process() is None:
-            self.file(".json").unlink(missing_ok=True)
+        with self.alone() if self.record() else nullcontext():
+            if self.process() is None:
+                self.file(".json").unlink(missing_ok=True)
 
     def lines(self, most: int = 12) -> list[str]:
         """The last lines of the log, each made safe to show."""
-        text = b""
+        text = self.log()[-TAIL:].decode("utf-8", "replace")
+        return [one_line(line) for line in text.splitlines() if line.strip()][-most:]
+
+    def log(self) -> bytes:
         with suppress(OSError):
-            text = self.file(".log").read_bytes()[-TAIL:]
-        return [one_line(line) for line in text.decode("utf-8", "replace").splitlines() if line.strip()][-most:]
+            return self.file(".log").read_bytes()
+        return b""
 
     def error(self) -> str:
         """The line that says why the command ended; empty where it runs or has ended well."""
         lines = [] if self.process() is not None else reversed(self.lines())
         return next((line.removeprefix("error: ") for line in lines if line.startswith("error: ")), "")
+
+    def ended(self) -> str:
+        """How a command ended that was to go on or to leave something; empty where it runs or was not started."""
+        if self.process() is not None or not self.record():
+            return ""
+        last = "".join(self.lines(1))
+        return self.error() or (f"it ended; its last line: {last}" if last else "it ended without a word")

@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from tell.child_process import wait_ended
 from tell.errors import TellError
 from tell.files import first_rows, read_facts, stamp
 from tell.folder import RunFolder
@@ -20,7 +21,7 @@ from tell.report.read_run import Run, get, mapping, rows_of
 from tell.report.score_tables import leading_scores
 from tell.report.sections import losses
 from tell.run.claim import is_held
-from tell.run.growing import SHOWN
+from tell.run.first_answers import arms_in, first_answers, label_of
 from tell.shown import one_line
 from tell.studies.study_folder import StudyFolder
 from tell.ui.jobs import Job
@@ -40,15 +41,31 @@ def tuning(root: UiRoot, name: str) -> Job:
 def state_of(root: UiRoot, name: str) -> str:
     """``starting``, ``running``, ``done``, ``interrupted`` or ``failed``.
 
-    A run that was killed left ``running`` behind, but no process holds its lock.
+    A run that was killed left ``running`` behind, but no process holds its lock; one that ends says so before it has.
     """
-    folder, job = _folder(root.path / name), tuning(root, name)
-    state, process = read_facts(folder.status).get("state"), job.process()
+    folder = _folder(root.path / name)
+    state = read_facts(folder.status).get("state")
+    if tuning(root, name).process() is not None:
+        return "starting" if state != "running" and _begins(root, name) else "running"
     if state == "running":
-        return "running" if process is not None or is_held(folder) else "interrupted"
-    if process is not None and job.record()["created"] > stamp(folder.status)[0]:
-        return "starting"  # also a run that is being resumed
+        return "running" if is_held(folder) else "interrupted"
     return str(state) if state in ENDED else "failed"
+
+
+def _begins(root: UiRoot, name: str) -> bool:
+    """Whether the process of a run has yet to write its state: the one there is older."""
+    return tuning(root, name).record().get("started", 0.0) > stamp(_folder(root.path / name).status)[0]
+
+
+def resume(root: UiRoot, name: str) -> None:
+    """Resume a run, once the process that was stopped has ended; a second click changes nothing."""
+    with (job := tuning(root, name)).alone():
+        if job.process() is not None and get(read_facts(RunFolder(root.path / name).status), "state") in ENDED:
+            if _begins(root, name):
+                return
+            if not wait_ended(job.record(), kill=False):
+                raise TellError("has not ended yet", where=name, remedy="Resume it in a minute.")
+        job.start(["tune", "--resume", f"--out={name}"])
 
 
 _folder = lru_cache(maxsize=4096)(RunFolder)  # its many paths take longer to make than a kept status to find
@@ -71,13 +88,13 @@ def live(root: UiRoot, name: str) -> dict[str, Any]:
     """What is known of a run while it goes on; its folder may not be there yet."""
     folder, job = RunFolder(root.path / name), tuning(root, name)
     state, status, plan = state_of(root, name), folder.read_status(), read_facts(folder.plan)
-    logs, charts = _logs(folder.root, tuple((arm, stamp(folder.losses(arm))) for arm in _arms(folder.logs)))
+    logs, charts = _logs(folder.root, tuple((arm, stamp(folder.losses(arm))) for arm in arms_in(folder.logs)))
     wanted = get(plan, "fit", "arms") or get(read_facts(folder.config), "eval", "arms")
     seconds, predicted = status.get("seconds"), get(plan, "predicted", "seconds")
     if state == "running" and is_number(seconds):  # the status is as old as the stage
         seconds += time.time() - stamp(folder.status)[0]
     left = max(0.0, predicted - seconds) if is_number(predicted) and is_number(seconds) else 0.0
-    error = job.error() or (_fault(folder) if state == "failed" else "")
+    error = job.error() or (_fault(folder) or job.ended() if state == "failed" else "")
     return {
         "state": state,
         "active": state in ACTIVE,
@@ -87,7 +104,7 @@ def live(root: UiRoot, name: str) -> dict[str, Any]:
         "error": KEPT if state == "interrupted" and "stopped" in error else one_line(error),
         "bars": _bars(mapping(plan, "arms"), logs, folder, wanted if isinstance(wanted, list) else []),
         "losses": charts,
-        "rows": test_rows(folder, growing=state in ACTIVE),
+        "rows": first_answers(folder, growing=state in ACTIVE),
         "notices": [one_line(str(x)) for x in rows_of(plan, "notices") if isinstance(x, str)][:50],
         "log": job.lines(),
         "exists": folder.status.exists(),
@@ -116,33 +133,11 @@ def _bars(planned: dict[str, Any], logs: dict[str, list[dict]], folder: RunFolde
         steps = get(planned, arm, "steps")
         done = logs[arm][-1].get("step", len(logs[arm])) if arm in logs else 0
         if is_number(steps) and steps > 0 and is_number(done):
-            bars.append({"label": f"Train {_label(arm)}", "done": min(done, steps), "total": steps, "unit": "steps"})
+            bars.append({"label": f"Train {label_of(arm)}", "done": min(done, steps), "total": steps, "unit": "steps"})
     if wanted:
         done = sum(folder.prediction(str(arm)).exists() for arm in wanted if str(arm) in ARMS)
         bars.append({"label": "Answer the test rows", "done": done, "total": len(wanted), "unit": "arms"})
     return bars
-
-
-def _label(arm: str) -> str:
-    return ARMS[arm].label if arm in ARMS else one_line(arm)
-
-
-def _arms(folder: Path) -> list[str]:
-    return arm_order({path.stem: path for path in folder.glob("*.jsonl")}) if folder.is_dir() else []
-
-
-def test_rows(folder: RunFolder, *, growing: bool = False) -> list[dict[str, Any]]:
-    """The first test rows, with the answers of all arms that have answered and, if wanted, of the one that does now."""
-    found = [(a, row, False) for a in _arms(folder.predictions) for row in first_rows(folder.prediction(a), SHOWN)]
-    now = read_facts(folder.answering) if growing else {}
-    found += [(str(now.get("arm")), row, True) for row in rows_of(now, "rows") if isinstance(row, dict)]
-    rows: dict[str, dict[str, Any]] = {}
-    for arm, row, grows in found:
-        text = {part: str(row.get(part) or "") for part in ("prompt", "reference", "answer")}
-        if (key := str(row.get("hash"))) in rows or len(rows) < SHOWN:
-            known = rows.setdefault(key, {**text, "answers": []})
-            known["answers"].append((_label(arm), text["answer"], grows))
-    return list(rows.values())
 
 
 def study_line(root: UiRoot, name: str, runs: Set[str]) -> dict[str, Any]:

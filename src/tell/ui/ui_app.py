@@ -23,23 +23,25 @@ from starlette.routing import Route
 from tell import __version__
 from tell.data.form import Form
 from tell.data.workbook import split_sheet
-from tell.errors import TellError
+from tell.errors import TellError, Unwritable
 from tell.exports.serving_files import model_licence
 from tell.exports.target import export_targets
-from tell.files import expanded, read_facts, read_text, stamp
+from tell.files import expanded, read_facts, read_text
 from tell.folder import RunFolder, reading
+from tell.home import stamps
 from tell.report.compare import compare_kept
 from tell.report.look_page import look_parts
 from tell.report.page import environment, stylesheet
 from tell.report.read_run import get
 from tell.run.claim import stop_holder
+from tell.run.first_answers import first_answers
 from tell.shown import one_line
-from tell.ui.chat_relay import COLUMNS, answer, asked_for, serve_run, served, serving
+from tell.ui.chat_relay import COLUMNS, answer, asked_for, free_model, serve_run, served, serving
 from tell.ui.choices import Choice, picked, positional
 from tell.ui.guard import FRAMED, Guard
 from tell.ui.jobs import Job
-from tell.ui.run_view import ACTIVE, live, state_of, study_line, summary, test_rows, tuning
-from tell.ui.ui_root import NotHere, UiRoot
+from tell.ui.run_view import ACTIVE, live, resume, state_of, study_line, summary, tuning
+from tell.ui.ui_root import FULL, NotHere, UiRoot
 
 MOST_PROMPT, MOST_PAGE = 1 << 17, 64 << 20  # bytes of a prompt, and of a page of a run folder
 STATIC = {"style.css": "text/css", "ui.js": "text/javascript", "htmx.min.js": "text/javascript"}
@@ -109,15 +111,16 @@ class Pages:
         """What a command says of the data as it is now, asked once for all tabs; its last line until it has ended."""
         choice = Choice.of(request.query_params)
         shown = {"verb": verb, "choice": choice, "uploaded": self.root.uploaded()}
-        files = [choice[name] for name in ("data", "test", "schema", "general") if choice[name]]
-        stamps = [stamp(self.root.path / expanded(split_sheet(file)[0])) for file in files]
-        job = Job(self.root, f"{__version__} {choice.command(verb)} {stamps}", "questions")
+        named = [name for name in ("data", "test", "schema", "general", "model") if choice[name]]
+        of = {name: stamps(self.root.path / expanded(split_sheet(choice[name])[0])) for name in named}
+        job = Job(self.root, f"{verb} {__version__} {choice.command(verb)}", "questions")
         if request.headers.get("hx-request"):
-            if (told := job.told(choice.command(verb, "--json"))) is not None:
+            if (told := job.told(choice.command(verb, "--json"), of=str(of))) is not None:
                 return answered(request, choice, *told)
             return page(request, "busy", "", {**shown, "log": job.lines(1)})
         found = read_facts(job.file(".out"))
-        if verb != "look" or get(found.get("look") or found, "model", "name") is None:
+        hub = not all(of[name][0][1] for name in ("data", "test", "schema") if name in of)  # or it is not here
+        if verb != "look" or hub or get(found.get("look") or found, "model", "name") is None:
             job.forget()  # a page that is loaded asks again, but for a look that found all
         return page(request, title.lower(), title, shown, here="data")
 
@@ -127,6 +130,7 @@ class Pages:
             readings = [(f.name, Choice({**choice.values, **f.typed})) for f in map(Form.of, found["forms"])]
             found, error, choice, others, guess = found["look"], "", readings[0][1], readings[1:], True
         shown = {"choice": choice, "error": error, "command": _typed(choice.command("look")), "guess": guess}
+        shown["book"] = split_sheet(choice["data"])[0]
         more = {"facts": None} if error else look_parts(found)
         return page(request, "look", "Data", {**shown, "others": others, **picked(found.get("data", found)), **more})
 
@@ -160,9 +164,9 @@ class Pages:
         name, folder = self._run(request)
         (run, address), job, mine = served(self.root), serving(self.root), asked_for(self.root) == name
         shown = {
-            **{"name": name, "columns": COLUMNS, "prompts": [row["prompt"] for row in test_rows(folder)]},
+            **{"name": name, "columns": COLUMNS, "prompts": [row["prompt"] for row in first_answers(folder)]},
             **{"loading": run == name and not address, "ready": run == name and address, "other": run},
-            **{"error": job.error() if mine else "", "log": job.lines(3) if mine else []},
+            **{"error": job.ended() if mine else "", "log": job.lines(3) if mine else []},
         }
         return page(request, "chat", f"Chat with {name}", shown)
 
@@ -184,13 +188,15 @@ class Pages:
     def _exports(self, name: str) -> dict[str, dict[str, Any]]:
         found = {}
         for target, made in export_targets().items():
-            job, out = Job(self.root, f"export {target} {name}"), f"exports/{Path(name).name}-{target}"
+            job, out = Job(self.root, f"export {target} {name}"), f"exports/{name}-{target}"
             to = "--repo=USER/NAME" if target == "hub" else f"--out={out}"
             arguments = ["export", positional(name), f"--to={target}", to]
-            state = "running" if job.process() else "failed" if job.error() else "done" if job.command else ""
-            said = [job.error()] if state == "failed" else job.lines(8)
+            there, ended = (self.root.path / out).exists(), job.ended()
+            failed = ended and (job.error() or not there)
+            state = "running" if job.process() else "failed" if failed else "done" if ended else ""
+            said = [ended] if failed else job.lines(8)
             known = {"about": made.about, "command": _typed(arguments), "arguments": arguments, "job": job, "out": out}
-            found[target] = known | {"state": state, "said": said, "there": (self.root.path / out).exists()}
+            found[target] = known | {"state": state, "said": said, "there": there}
         return found
 
     def act(self, request: Request) -> Response:
@@ -201,11 +207,11 @@ class Pages:
             raise TellError(what, where=name, remedy="Stop it where it was started.")
         if action == "resume":
             name, _ = self._run(request)
-            tuning(self.root, name).start(["tune", "--resume", f"--out={name}"])
+            resume(self.root, name)
         if action == "load":
             serve_run(self.root, self._run(request)[0])
         if action == "unload":
-            serving(self.root).stop()
+            free_model(self.root)
         if action == "export":
             exports = self._exports(self._run(request)[0])
             if (target := request.query_params.get("target", "")) not in exports.keys() - {"hub"}:
@@ -255,6 +261,8 @@ def _typed(arguments: list[str]) -> str:
 async def _refused(request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException):
         error = NotHere("there is no such page")
+    if isinstance(error, Unwritable):
+        error = TellError(error.what, where=error.where, remedy=FULL)
     status = 404 if isinstance(error, NotHere) else 400 if isinstance(error, TellError | ClientDisconnect) else 500
     said = one_line(str(error) if status < 500 else f"unexpected {type(error).__name__}: {error}")
     if request.method == "PUT":

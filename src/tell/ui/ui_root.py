@@ -23,6 +23,7 @@ from tell.studies.study_folder import StudyFolder
 MOST_UPLOAD = 256 << 20  # bytes
 MOST_NAME = 100  # bytes of a name; file systems take 255, and some of them are added to it
 MOST_FOLDERS, DEEPEST = 20_000, 5  # that are searched for runs
+FULL = "Free disk space, or name another folder: tell ui ROOT"
 RUN = {"run.yaml", "status.json"}
 
 
@@ -56,8 +57,10 @@ class UiRoot:
         Raises:
             NotHere: the path leads out of the root, or to no run.
         """
-        if set(os.listdir(path := self._inside(name))) >= RUN:
-            return RunFolder(path)
+        path = self._inside(name)
+        with suppress(OSError):  # it has just been removed
+            if set(os.listdir(path)) >= RUN:
+                return RunFolder(path)
         raise NotHere(f"{brief(name)} is not a run")
 
     def study(self, name: str) -> StudyFolder:

@@ -38,11 +38,16 @@ const say = (text, trouble = find("#trouble")) => { if (trouble.textContent !== 
 for (const kind of ["htmx:sendError", "htmx:timeout", "htmx:responseError"])
   document.addEventListener(kind, ({ detail }) => (say(alertOf(detail.xhr.responseText) || gone()), find(".busy", detail.target)?.remove()));
 document.addEventListener("htmx:afterRequest", ({ detail }) => { if (detail.successful) say(""); });
-async function upload([file], said = find("#uploading")) {
+const note = sessionStorage.getItem("note"); // of the page before
+if (note && find("h1")) find("h1").after(Object.assign(document.createElement("p"), { className: "state", role: "status", textContent: note }));
+sessionStorage.removeItem("note");
+async function upload([file, ...others], said = find("#uploading")) {
   said.textContent = "Copying " + file.name + " …";
   try {
     const { error, path } = await (await fetch("/upload/" + encodeURIComponent(file.name), { method: "PUT", body: file })).json();
-    if (error) said.textContent = error; else location.href = "/data?data=" + encodeURIComponent(path);
+    if (error) return said.textContent = error;
+    if (others.length) sessionStorage.setItem("note", `One file is taken at a time: ${file.name}, and not ${others.map(({ name }) => name).join(", ")}.`);
+    location.href = "/data?data=" + encodeURIComponent(path);
   } catch { said.textContent = "The file could not be copied: the page's server does not answer, or refused it."; }
 }
 const drop = find("#drop");
@@ -57,19 +62,23 @@ document.addEventListener("htmx:load", () => { if (asked()) asked().value ||= se
 document.addEventListener("input", ({ target }) => { if (target === asked()) keep(); });
 document.addEventListener("click", ({ target }) => {
   const copy = target.closest("[data-copy]"), suggestion = target.closest("[data-try]");
-  if (copy) navigator.clipboard.writeText(copy.dataset.copy).then(() => { copy.textContent = "Copied"; });
+  if (copy) navigator.clipboard.writeText(copy.dataset.copy).then(() => "Copied", () => {
+    getSelection().selectAllChildren(copy.previousElementSibling);
+    return "Selected: copy it by the keyboard";
+  }).then((said) => { copy.textContent = said; setTimeout(() => { copy.textContent = "Copy"; }, 3000); });
   if (suggestion) { asked().value = suggestion.dataset.try; keep(); }
 });
 document.addEventListener("submit", async (event) => {
   if (event.target.matches("form.say")) event.preventDefault(); else return;
-  const form = event.target, [ask, halt] = form.querySelectorAll("button"), again = find("#again"), asking = new AbortController();
+  const form = event.target, [ask, halt] = form.querySelectorAll("button"), again = find("#again"), asking = new AbortController(), had = document.activeElement === ask;
   halt.onclick = () => asking.abort();
   [ask.disabled, halt.hidden, again.hidden] = [true, false, true];
-  const silent = await Promise.all([...document.querySelectorAll("[data-at]")].map((column) => answer(form, column, asking.signal)));
+  if (had) halt.focus(); // a disabled button loses it
+  const freed = await Promise.all([...document.querySelectorAll("[data-at]")].map((column) => answer(form, column, asking.signal)));
   if (document.activeElement === halt) form.prompt.focus();
-  [ask.disabled, halt.hidden, again.hidden] = [false, true, !silent.every(Boolean)]; // e.g. another tab has freed the model
+  [ask.disabled, halt.hidden, again.hidden] = [false, true, !freed.some(Boolean)]; // e.g. another tab has freed the model
 });
-async function answer(form, column, signal, text = find(".text", column), line = find(".verdict-line", column)) {
+async function answer(form, column, signal, text = find(".text", column), line = find(".verdict-line", column), freed = false) {
   const show = ({ end, ok }) => {
     line.textContent = ({ true: "✓ ", false: "✗ " }[ok] || "") + end;
     line.className = "verdict-line " + ({ true: "yes", false: "no" }[ok] || "");
@@ -83,8 +92,8 @@ async function answer(form, column, signal, text = find(".text", column), line =
     for (let rest = "", part; !(part = await reader.read()).done; ) {
       const lines = (rest + part.value).split("\n");
       rest = lines.pop();
-      for (const event of lines.map(JSON.parse)) { text.append(event.text || ""); show(event); }
+      for (const event of lines.map(JSON.parse)) { text.append(event.text || ""); show(event); freed ||= event.gone; }
     }
-    return line.classList.contains("no") && !text.textContent;
+    return freed;
   } catch (error) { show(error.name === "AbortError" ? { end: "stopped" } : { end: gone(), ok: false }); }
 }
