@@ -173,7 +173,7 @@ def test_a_taken_name_is_claimed_with_a_number(tmp_path):
 
 def test_facts_of_a_file_are_those_it_has_now(tmp_path):
     path = tmp_path / "a.json"
-    assert read_facts(path) == {} and stamp(path) == (0.0, 0, 0)
+    assert read_facts(path) == {} and stamp(path) == (0.0, 0, 0, 0)
     for n in range(3):  # within one tick of the clock and of one size
         write_json(path, {"n": n})
         assert read_facts(path) == {"n": n}

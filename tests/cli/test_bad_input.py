@@ -247,7 +247,7 @@ def test_names_that_are_no_names(name, place, here, tiny_model, capsys):
 
 def test_a_run_of_too_many_rows(here, tiny_model, capsys):
     argv = ["plan", str(SUPPORT / "train.jsonl"), "--model", str(tiny_model("llama")), "--anchor", "none"]
-    refused([*argv, "--general", "none", "--repeat", "1e8"], capsys, ["mix.repeat", "at most 10,000,000 rows"], here)
+    refused([*argv, "--general", "none", "--repeat", "1e7"], capsys, ["mix.repeat", "at most 10,000,000 rows"], here)
     refused([*argv, "--general-tokens", "1e15"], capsys, ["general.tokens", "at most"], here)
 
 
