@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -230,8 +231,6 @@ def server_tokens(server, body) -> list[int]:
 
 def leaves_early(server, body) -> None:
     """Sends a request and closes the connection as soon as it is being answered."""
-    import socket
-
     data = json.dumps(body).encode()
     head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
@@ -519,6 +518,7 @@ def test_what_cannot_be_served(runs, tiny_model, tmp_path):
         with pytest.raises(TellError, match="base: its weights changed since this run was trained"):
             verb()
     with bind("127.0.0.1", 0) as taken:
+        assert taken.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)  # no answer waits for what came before it
         taken.listen()
         with pytest.raises(TellError, match=r"cannot listen at 127\.0\.0\.1 port"):
             bind("127.0.0.1", taken.getsockname()[1])
