@@ -201,26 +201,29 @@ def test_a_client_that_goes_away_ends_its_row(stream, server, monkeypatch):
     body = {"model": "base", "messages": [{"role": "user", "content": TEXT}], "stream": stream, **LONG}
     whole = len(server_tokens(server, body))
     assert whole > 400  # the tiny model goes on and on
-    monkeypatch.setattr(Reply, "token", until_gone)
+    begun, left = threading.Event(), threading.Event()
+
+    def token(reply, found: int) -> bool:
+        """`Reply.token` of a decoder that goes on when the client has left, and lets the server look at each token."""
+        begun.set()  # a client that leaves before has no row
+        assert left.wait(PATIENCE)
+        reply.put(found)
+        asyncio.run_coroutine_threadsafe(asyncio.sleep(0), reply._loop).result(PATIENCE)
+        return reply.gone
+
+    monkeypatch.setattr(Reply, "token", token)
     with httpx.Client(timeout=PATIENCE) as client:
         request = client.build_request("POST", f"{server.url}/v1/chat/completions", json=body)
         if stream:
             response = client.send(request, stream=True)
             next(response.iter_lines())
+            assert begun.wait(PATIENCE)
             response.close()
         else:
-            thread = threading.Thread(target=leaves_early, args=(server, body))
-            thread.start()
-            thread.join()
+            leaves_early(server, body, begun)
+    left.set()
     until(lambda: len(server.replies) == 2 and server.replies[1].result)
-    assert len(server.replies[1].result.ids) == 1 < whole
-
-
-def until_gone(reply, token: int) -> bool:
-    """`Reply.token` of a decoder that is slower than the news that the client has gone."""
-    reply.put(token)
-    until(lambda: reply.gone)
-    return True
+    assert len(server.replies[1].result.ids) < whole
 
 
 def server_tokens(server, body) -> list[int]:
@@ -229,13 +232,13 @@ def server_tokens(server, body) -> list[int]:
     return server.replies[-1].text.ids
 
 
-def leaves_early(server, body) -> None:
+def leaves_early(server, body, begun: threading.Event) -> None:
     """Sends a request and closes the connection as soon as it is being answered."""
     data = json.dumps(body).encode()
     head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
         connection.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
-        until(lambda: len(server.replies) == 2)
+        assert begun.wait(PATIENCE)
 
 
 def test_a_prompt_beyond_the_context(server):
