@@ -14,7 +14,6 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from tell.config_sections import (
     DEFAULT_ARMS,
-    LARGEST,
     TAUGHT_ARMS,
     AnchorConfig,
     EvalConfig,
@@ -24,11 +23,11 @@ from tell.config_sections import (
     ModelConfig,
     PresetName,
     SearchConfig,
-    Section,
     TaskConfig,
     TokensConfig,
     TrainConfig,
 )
+from tell.config_values import LARGEST, Section
 from tell.errors import ConfigError, TellError, did_you_mean
 from tell.files import parse_yaml, read_text
 from tell.overrides import override, parse_overrides

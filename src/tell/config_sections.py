@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from tell.arm import Closed, Constrain, KindName
+from tell.config_values import LARGEST, Conflict, Names, OrAuto, Section, SpelledOff
 from tell.names import ARMS
 from tell.overrides import GENERAL_AMOUNTS
 from tell.pass_memory import MICRO_TOKENS
@@ -32,52 +31,6 @@ TAUGHT_ARMS: tuple[ArmName, ...] = tuple(
 
 TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 
-LARGEST = 10**7  # limit of counts that memory or time grows with: a larger one is a typo
-_UNWRITABLE = re.compile("[\\0\ud800-\udfff]")  # Python decodes argument bytes that are not UTF-8 to surrogates
-
-
-class _Conflict(ValueError):
-    """Mutually exclusive keys of a section are set."""
-
-    def __init__(self, problem: str, keys: Sequence[str]) -> None:
-        super().__init__(problem)
-        self.keys = keys
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, populate_by_name=True, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _writable(cls, value: object) -> object:
-        """Refuse text that can be neither saved nor a file name."""
-        if isinstance(value, str) and _UNWRITABLE.search(value):
-            raise ValueError("contains a character that is not UTF-8, or NUL")
-        return value
-
-
-def _spelled(value: object) -> object:
-    return "off" if value is False else value
-
-
-_SpelledOff = BeforeValidator(_spelled)  # YAML reads a bare off as false
-
-
-def _number_or_auto(value: object) -> object:
-    """``auto`` is None, ``off`` is 0; YAML reads a bare off as false."""
-    return {"auto": None, "off": 0}.get(value, value) if isinstance(value, str) else 0 if value is False else value
-
-
-_OrAuto = BeforeValidator(_number_or_auto)
-
-
-def _names(value: object) -> object:
-    """Comma-separated names; one that has a comma itself is written in double quotes."""
-    if not isinstance(value, str):
-        return value
-    rows = list(csv.reader([value], skipinitialspace=True))
-    return tuple(dict.fromkeys(name.strip() for name in (rows[0] if rows else ()) if name.strip()))
-
 
 class TaskConfig(Section):
     """The task's own data."""
@@ -91,7 +44,7 @@ class TaskConfig(Section):
     prompt: str | None = Field(
         None, description="template of the prompt, e.g. 'Subject: {Subject}\\n\\n{Body}'; instead of columns"
     )
-    answer: Annotated[tuple[str, ...], BeforeValidator(_names)] = Field(
+    answer: Annotated[tuple[str, ...], Names] = Field(
         (), description="answer columns; several make one JSON object in this order; instead of columns"
     )
     unlabelled: str | None = Field(
@@ -120,10 +73,10 @@ class TaskConfig(Section):
     @model_validator(mode="after")
     def _one_budget(self) -> TaskConfig:
         if self.rows is not None and self.tokens is not None:
-            raise _Conflict("rows and tokens are both set; set one of them", ("rows", "tokens"))
+            raise Conflict("rows and tokens are both set; set one of them", ("rows", "tokens"))
         for name in ("prompt", "answer"):
             if self.columns is not None and getattr(self, name):
-                raise _Conflict(f"columns and {name} are both set; set one of them", ("columns", name))
+                raise Conflict(f"columns and {name} are both set; set one of them", ("columns", name))
         return self
 
 
@@ -152,7 +105,7 @@ class ModelConfig(Section):
         if not isinstance(data, Mapping) or data.get("base") != "bf16":
             return data
         if data.get("dtype", "auto") not in ("auto", "bf16"):
-            raise _Conflict(f"base is bf16 and dtype {data['dtype']}; set one of them", ("base", "dtype"))
+            raise Conflict(f"base is bf16 and dtype {data['dtype']}; set one of them", ("base", "dtype"))
         return {**data, "base": "full", "dtype": "bf16"}
 
     @property
@@ -223,7 +176,7 @@ class GeneralConfig(Section):
     def _one_amount(self) -> GeneralConfig:
         given = list(self._given())
         if len(given) > 1:
-            raise _Conflict(f"{' and '.join(given)} are set together; set one of ratio, tokens, rows", given)
+            raise Conflict(f"{' and '.join(given)} are set together; set one of ratio, tokens, rows", given)
         return self
 
 
@@ -269,13 +222,13 @@ class TrainConfig(Section):
     warmup_ratio: float = Field(0.03, ge=0, lt=1, description="share of the steps used for warm-up")
     max_grad_norm: float = Field(1.0, ge=0, description="largest gradient norm; 0 turns clipping off")
     batch_size: int = Field(16, ge=1, le=LARGEST, description="examples per optimiser step")
-    micro_tokens: Annotated[int | None, _OrAuto] = Field(
+    micro_tokens: Annotated[int | None, OrAuto] = Field(
         None,
         ge=1,
         le=LARGEST,
         description="tokens of a pass; smaller needs less memory; auto (none): by free memory on CUDA, else 3072",
     )
-    recompute: Annotated[int | None, _OrAuto] = Field(
+    recompute: Annotated[int | None, OrAuto] = Field(
         None,
         ge=0,
         le=LARGEST,
@@ -314,7 +267,7 @@ class TrainConfig(Section):
     lora_dropout: float = Field(0.05, ge=0, lt=1, description="dropout on the adapter's input")
     lora_targets: str = Field("all-linear", description="all-linear, qkv, or comma-separated module names")
     neftune_alpha: float = Field(0.0, ge=0, description="NEFTune noise on embeddings (arXiv 2310.05914); 0 is off")
-    fast: Annotated[Literal["auto", "off"], _SpelledOff] = Field(
+    fast: Annotated[Literal["auto", "off"], SpelledOff] = Field(
         "auto", description="auto: packed rows, fused operations and kernels; off: transformers and peft as they are"
     )
     parallel: Literal["auto", "ddp", "fsdp"] = Field(
@@ -351,12 +304,12 @@ class GenerateConfig(Section):
     max_new_tokens: int | None = Field(
         None, ge=1, le=LARGEST, description="most tokens of an answer; none: 1.5 times the longest training answer"
     )
-    closed: Annotated[Closed, _SpelledOff] = Field(
+    closed: Annotated[Closed, SpelledOff] = Field(
         "off",
         description="how labels, enumerated values, true or false, null and empty lists are answered by the arms that "
         "decide them: off (as other text), likelihood (the likeliest value), readout, or fused (both multiplied)",
     )
-    constrain: Annotated[Constrain, _SpelledOff] = Field(
+    constrain: Annotated[Constrain, SpelledOff] = Field(
         "off",
         description="tokens that answers to test prompts and in chat may have: off (any), schema (kind json) or labels "
         "(kind label); their repetition penalty is then 1 (docs/howto/constrain.md)",

@@ -6,7 +6,8 @@ import json
 
 from pydantic import BaseModel, Field
 
-from tell.config_sections import LARGEST, ArmName
+from tell.config_sections import ArmName
+from tell.config_values import LARGEST
 from tell.errors import TellError
 from tell.files import write_json, write_text
 from tell.folder import AdapterFolder, RunFolder

@@ -31,7 +31,8 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from tell.config import check_keys, read_yaml
-from tell.config_sections import ArmName, Section
+from tell.config_sections import ArmName
+from tell.config_values import Section
 from tell.errors import TellError, did_you_mean
 from tell.files import expanded
 from tell.nested import VARIABLE, dig, leaves, nest
