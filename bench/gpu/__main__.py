@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from bench.gpu import BEGIN, adapters, checks, goals, peers, speed, study, training
-from bench.gpu import run as shared
-from bench.gpu.run import SIZES, Run
+from bench.gpu.run import SIZES, Run, now
 
 STAGES: dict[str, Callable[[Run], dict[str, Any]]] = {  # most valuable first: the goals, then parts on and off
     "facts": checks.facts,
@@ -45,7 +44,7 @@ PATCHING = {"liger": "liger_kernel", "unsloth": "unsloth"}
 
 def main(arguments: list[str] | None = None, begin: float | None = None) -> int:
     """Run what the arguments say; ``begin``: when the deadline's seconds began, on the monotonic clock; None: now."""
-    begin = shared.now() if begin is None else begin
+    begin = now() if begin is None else begin
     p = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
     p.add_argument("--out", type=Path, required=True, help="folder for result.json and profiles")
     p.add_argument("--stages", default=",".join(STAGES), help=f"of {','.join(STAGES)}")
@@ -81,7 +80,7 @@ def main(arguments: list[str] | None = None, begin: float | None = None) -> int:
 
 def perform(run: Run, name: str) -> bool:
     """One stage, saved whatever it raises; whether the device was lost within it and what else it measures is open."""
-    begin, error = shared.now(), None
+    begin, error = now(), None
     stage = run.stages.setdefault(name, {})
     try:
         stage |= STAGES[name](run)
@@ -92,7 +91,7 @@ def perform(run: Run, name: str) -> bool:
     if error is not None:
         stage["error"] = error
         run.find(name, error.splitlines()[0], good=False)
-    run.seconds[name] = round(run.seconds.get(name, 0.0) + shared.now() - begin, 1)
+    run.seconds[name] = round(run.seconds.get(name, 0.0) + now() - begin, 1)
     run.save()  # before memory is given back, which fails where the device is lost
     run.clear()
     if run.lost is not None:

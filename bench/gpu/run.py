@@ -77,9 +77,10 @@ class Run:
         """Whether ``name`` must not begin: ``seconds``, which it takes at least, are not left (it says so), or the
         device is lost.
         """
-        if self.lost is None and self.left < seconds:
+        short = self.left < seconds
+        if self.lost is None and short:
             self.find(name, "no time left")
-        return self.lost is not None or self.left < seconds
+        return self.lost is not None or short
 
     def save(self) -> None:
         self.out.mkdir(parents=True, exist_ok=True)

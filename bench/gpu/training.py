@@ -59,7 +59,6 @@ PARTS = {
     "tell fp16": Variant({}, (SMALL,), dtype=torch.float16),
     "tell, fast off": Variant({"fast": "off"}, (SMALL, "tiny"), graphs=False),
 }
-TELL = JUDGED | PARTS
 FEW, MANY = (3, 8), (16, 32)  # steps to warm up, and timed; many where graphs are captured on the way
 SECONDS = {BIG: 45.0}  # after which a training ends, loading not included
 LEAST_SECONDS = {BIG: 15.0, "tiny": 0.0}  # of a training: loading and the first steps
@@ -164,7 +163,7 @@ def memory(run: Run) -> dict[str, Any]:
     for size in run.sizes:
         config = make_model(size, "meta", torch.bfloat16).config.to_dict()
         arch, rows = read_architecture(Path("random-weights"), config), rows_for(size, 500, run.scale)
-        for name, variant in TELL.items():
+        for name, variant in (JUDGED | PARTS).items():
             told = variant.length is None and variant.dtype == torch.bfloat16
             if not told or variant.off or variant.settings.get("fast") == "off":
                 continue

@@ -112,6 +112,14 @@ def stamp(path: Path) -> Stamp:
         return 0.0, 0, 0, 0
 
 
+def stamps(path: Path) -> list[Stamp]:
+    """`stamp` of a file, or of a folder and of all in it."""
+    names: list[str] = []
+    with suppress(OSError, ValueError):
+        names = sorted(os.listdir(path))
+    return [stamp(path), *(stamp(path / name) for name in names)]
+
+
 def read_facts(path: Path) -> dict[str, Any]:
     """A JSON or YAML file; empty where it is missing or damaged. Small files are read again only where they changed."""
     at = stamp(path)
@@ -120,8 +128,8 @@ def read_facts(path: Path) -> dict[str, Any]:
 
 def _read(path: Path, _stamp: object) -> dict[str, Any]:
     with suppress(OSError, ValueError, TellError):
-        yaml = path.suffix == ".yaml"
-        found = parse_yaml(read_text(path, remedy=""), where=path.name) if yaml else read_json(path, remedy="")
+        is_yaml = path.suffix == ".yaml"
+        found = parse_yaml(read_text(path, remedy=""), where=path.name) if is_yaml else read_json(path, remedy="")
         return found if isinstance(found, dict) else {}
     return {}
 

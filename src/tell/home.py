@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from tell.errors import TellError
-from tell.files import Stamp, clean_temporary, expanded, stamp
+from tell.files import clean_temporary, expanded, stamp
 from tell.files import unwritable as cannot_be_written
 
 
@@ -51,11 +51,3 @@ def remove_unfinished(folder: Path) -> None:
         with suppress(OSError):
             if path.is_file() and not path.stat().st_size:
                 path.unlink()
-
-
-def stamps(path: Path) -> list[Stamp]:
-    """`stamp` of a file, or of a folder and of all in it."""
-    names: list[str] = []
-    with suppress(OSError, ValueError):
-        names = sorted(os.listdir(path))
-    return [stamp(path), *(stamp(path / name) for name in names)]

@@ -100,7 +100,7 @@ def test_skipped_steps_have_no_norm():
         checks.compared(timed([3.0, 1.0], (2.0, float("nan"))), timed([3.0, 1.0]))
 
 
-def test_the_big_model_is_merged(tmp_path, monkeypatch):
+def test_the_big_model_comes_first(tmp_path, monkeypatch):
     """First, for its adapter is what the goals are about, whatever the order of the sizes."""
     made = []
     for size in (BIG, SMALL):

@@ -107,6 +107,7 @@ def test_an_adapter_costs_two_launches_for_layers_with_one_input(tiny_model):
     counted()
     with beside(body.causal):
         layers = counted()
+    print(f"adapter: {(launches[1] - launches[0]) / layers:g} launches more in each layer")
     assert launches[1] - launches[0] == 8 * layers
 
 

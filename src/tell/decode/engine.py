@@ -84,6 +84,8 @@ class Engine:
         self.fast = fast and (self.static or self.device.type == "cpu")
         self.recorder: Callable[[torch.device], Recorder] = recorder
         # Why the faster way is not trusted with an adapter of this shape beside; "": it computes the same as the model.
+        # What is checked is the program, which depends on the layers and ranks of an adapter beside the weights, not on
+        # its numbers: other factors of that shape run the same one, and merged ones that of the base model.
         self._faults: dict[tuple[tuple[str, int], ...], str] = {}
         self.how = ""  # in words, how the last answers were decoded with what `adapter` applies, and why no faster
         self._why = ""  # transformers' layers decode
@@ -103,12 +105,7 @@ class Engine:
 
     @property
     def trusted(self) -> bool | None:
-        """Whether the faster way computes the same as the model with what is applied now; None: not checked yet.
-
-        What is checked is the program, which depends on the layers and ranks of an adapter beside the weights, not on
-        its numbers: other factors of that shape, also put in place of these, run the same one, and merged ones that of
-        the base model.
-        """
+        """Whether the faster way computes the same as the model with what is applied now; None: not checked yet."""
         fault = self._faults.get(beside_shape(self.model))
         return None if fault is None else not fault
 

@@ -33,6 +33,11 @@ def any_constrained(config: Config, kind: str, arms: Iterable[str]) -> bool:
     return kind in CONSTRAINTS and any(constrains(config, arm) for arm in arms)
 
 
+def own_alone(config: Config, task: Task) -> bool:
+    """Whether only our own engine can answer: closed fields are decided, or answers constrained."""
+    return task.decides or any_constrained(config, task.kind.name, config.eval.arms)
+
+
 def task_constraint(task: Task) -> Constraint | None:
     """The constraint of the task's answers; None where no arm of the run is constrained.
 

@@ -17,7 +17,7 @@ from tell.pass_memory import MOST_TOKENS
 from tell.rows.row_table import RowTable
 from tell.run.answers import answer_limit
 from tell.run.arms import trained_arms
-from tell.run.constrained import any_constrained
+from tell.run.constrained import own_alone
 from tell.run.costs import (
     OTHER_SECONDS,
     Pace,
@@ -56,7 +56,7 @@ def unwritten_general(task: Task, table: RowTable) -> General | None:
 def likely_engine(task: Task) -> str:
     """The engine that a run would decode with, as far as that is known without torch."""
     config = task.config
-    if task.decides or config.model.base != FULL or any_constrained(config, task.kind.name, config.eval.arms):
+    if config.model.base != FULL or own_alone(config, task):
         return "own"
     choice = config.generate.engine
     return pick_engine(choice, likely_place(config).device) if choice == "auto" else choice

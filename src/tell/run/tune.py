@@ -20,7 +20,7 @@ from tell.run.arms import trained_arms, wanted_arms
 from tell.run.benchmarks.run_benchmarks import check_benchmarks
 from tell.run.choose_anchor import choose_anchor
 from tell.run.claim import claim, with_full_paths
-from tell.run.constrained import any_constrained, check_constraint
+from tell.run.constrained import any_constrained, check_constraint, own_alone
 from tell.run.folds import check_search
 from tell.run.general_rows import General, load_general, read_general, source_of
 from tell.run.in_time import InTime
@@ -140,13 +140,13 @@ def open_session(
     if config.model.dtype != task.config.model.dtype:
         task.notices.add("the run computes in fp32: shards are not trained in fp16, and the GPU has no bf16")
     check_planned_model(config.model)
-    constrained = any_constrained(config, task.kind.name, config.eval.arms)
-    check_engine(config, decides=task.decides, constrains=constrained)
+    constrains = any_constrained(config, task.kind.name, config.eval.arms)
+    check_engine(config, decides=task.decides, constrains=constrains)
     check, models = journal.stop.check, models or ModelCache()
     left = [arm for arm in trained_arms(config.eval.arms) if not journal.folder.adapter_of(arm).result.exists()]
     if left and (processes is None or not processes.sharded):
         check_trainable(task.files, config.model, held=models.held is not None)
-    own = task.decides or constrained
+    own = own_alone(config, task)
     return Session(task.files, config, task.chat, task.display, check=check, models=models, stream=own, announce=True)
 
 

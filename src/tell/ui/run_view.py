@@ -60,7 +60,7 @@ def _begins(root: UiRoot, name: str) -> bool:
 def resume(root: UiRoot, name: str) -> None:
     """Resume a run, once the process that was stopped has ended; a second click changes nothing."""
     with (job := tuning(root, name)).alone():
-        if job.process() is not None and get(read_facts(RunFolder(root.path / name).status), "state") in ENDED:
+        if job.process() is not None and read_facts(_folder(root.path / name).status).get("state") in ENDED:
             if _begins(root, name):
                 return
             if not wait_ended(job.record(), kill=False):
@@ -86,7 +86,7 @@ def _scores(path: Path, _stamp: object) -> dict[str, Any]:
 
 def live(root: UiRoot, name: str) -> dict[str, Any]:
     """What is known of a run while it goes on; its folder may not be there yet."""
-    folder, job = RunFolder(root.path / name), tuning(root, name)
+    folder, job = _folder(root.path / name), tuning(root, name)
     state, status, plan = state_of(root, name), folder.read_status(), read_facts(folder.plan)
     logs, charts = _logs(folder.root, tuple((arm, stamp(folder.losses(arm))) for arm in arms_in(folder.logs)))
     wanted = get(plan, "fit", "arms") or get(read_facts(folder.config), "eval", "arms")

@@ -26,9 +26,8 @@ from tell.data.workbook import split_sheet
 from tell.errors import TellError, Unwritable
 from tell.exports.serving_files import model_licence
 from tell.exports.target import export_targets
-from tell.files import expanded, read_facts, read_text
+from tell.files import expanded, read_facts, read_text, stamps
 from tell.folder import RunFolder, reading
-from tell.home import stamps
 from tell.report.compare import compare_kept
 from tell.report.look_page import look_parts
 from tell.report.page import environment, stylesheet
